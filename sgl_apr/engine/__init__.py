@@ -1,0 +1,1 @@
+"""Engines: what decodes, commits and forks; nothing here knows a dialect."""

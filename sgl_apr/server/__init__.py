@@ -1,0 +1,1 @@
+"""The patched SGLang server: platform, attention, plugin, launcher."""
