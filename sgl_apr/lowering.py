@@ -1,0 +1,159 @@
+"""A grammar rule lowered to llguidance, which turns it into a token mask; reading finished text is Lark's job."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal as OneOf
+
+from sgl_apr.errors import GrammarError
+from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq
+from sgl_apr.tokenizer import Tokenizer
+
+Fork = OneOf["auto", "required", "forbidden"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A numbered rule, `low` times or more: written out as item 1, item 2, ... so that counting cannot fail."""
+
+    rule: str
+    low: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForkMark:
+    """In a flat sequence: here the fork rule begins."""
+
+
+Item = Literal | Name | Chain | ForkMark
+Flat = tuple[Item, ...]
+
+
+def lower(
+    grammar: Grammar, phase: str, tokenizer: Tokenizer, *, low: int = 2, width: int = 8, fork: Fork = "auto"
+) -> str:
+    """llguidance's text for rule `phase`, to be sent as `ebnf` to a server that runs llguidance.
+
+    A fork gets `low` to `width` branches, numbered without gaps; `fork` allows the phase to fork,
+    makes it, or forbids it. A tag that is one added token is written as that token, any other is
+    spelled out ("text mode"). Either way free text ends where a tag begins and nowhere else, so
+    `x < y` and `<b>` pass. Raises `GrammarError` if the phase cannot be lowered.
+    """
+    flats = list(dict.fromkeys(_flatten(grammar, Name(phase))))
+    flats = [f for f in flats if fork == "auto" or (ForkMark() in f) == (fork == "required")]
+    if not flats:
+        raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={fork!r} allows nothing")
+    # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
+    speaking = [f for f in flats if ForkMark() in f or f[-1:] == (Name(TEXT),)]
+    return _Writer(grammar, tokenizer, low, width).write(speaking or flats)
+
+
+def _flatten(grammar: Grammar, expr: Expr) -> list[Flat]:
+    """Every way through `expr` as a flat sequence; numbered repetitions stay folded as a `Chain`."""
+    match expr:
+        case Name(name) if name in grammar.rules or name.islower():
+            mark: Flat = (ForkMark(),) if name == "fork" else ()
+            return [mark + flat for flat in _flatten(grammar, grammar.rule(name))]
+        case Seq(items):
+            ways = product(*(_flatten(grammar, item) for item in items))
+            return [sum(parts, ()) for parts in ways]
+        case Alt(options):
+            return [flat for option in options for flat in _flatten(grammar, option)]
+        case Repeat(item, low, many=False):
+            return ([] if low else [()]) + _flatten(grammar, item)
+        case Repeat(Name(name), low) if name in grammar.rules and _is_numbered(grammar, name):
+            return [(Chain(name, low),)]
+        case Repeat():
+            raise GrammarError(f"{grammar.name}: a phase can repeat numbered rules only, not {expr.item}")
+        case Literal() | Name():
+            return [(expr,)]
+
+
+def _is_numbered(grammar: Grammar, rule: str) -> bool:
+    return all(Name(NUMBER) in flat for flat in _flatten(grammar, Name(rule)))
+
+
+class _Writer:
+    """Writes rules and terminals once each; the name of a rule is what makes it the same."""
+
+    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, low: int, width: int) -> None:
+        self.grammar, self.low, self.width = grammar, low, width
+        self.ids = {tag: i for tag in grammar.tags if (i := tokenizer.special(tag)) is not None}
+        self.lines: dict[str, str] = {}
+
+    def write(self, flats: list[Flat]) -> str:
+        body = " | ".join(self.sequence(flat) for flat in flats)
+        return "\n".join([f"start: {body}", *(f"{name}: {rule}" for name, rule in self.lines.items())]) + "\n"
+
+    def sequence(self, flat: Flat, number: int | None = None) -> str:
+        items = [i for i in flat if not isinstance(i, ForkMark)]
+        words: list[str] = []
+        while items:
+            item = items.pop(0)
+            match item:
+                case Name(name) if name == TEXT:
+                    words.append(self.text(items))
+                case Name(name) if name == NUMBER and number is not None:
+                    words.append(json.dumps(str(number)))
+                case Name(name):
+                    words.append(self.terminal(name))
+                case Literal(text):
+                    words.append(self.fixed(text))
+                case Chain(rule, low):
+                    words.append(self.chain(rule, low))
+        return " ".join(words) or '""'
+
+    def fixed(self, text: str) -> str:
+        return f"<[{self.ids[text]}]>" if text in self.ids else json.dumps(text)
+
+    def terminal(self, name: str) -> str:
+        terminal = self.grammar.terminals.get(name)
+        if terminal is None:
+            raise GrammarError(f"{self.grammar.name}: terminal {name} is used but not defined")
+        if isinstance(terminal, Literal):
+            return self.fixed(terminal.text)
+        self.lines[name] = f"/{terminal}/"
+        return name
+
+    def text(self, rest: list[Item]) -> str:
+        """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
+
+        A lexeme has no look-ahead, so text that ends at a spelled tag has to be one lazy lexeme with it;
+        the negation keeps every other tag out, which laziness alone does not.
+        """
+        following = rest[0] if rest else None
+        pattern = self.grammar.terminals[TEXT]
+        if following is None or (isinstance(following, Literal) and following.text in self.ids):
+            self.lines[TEXT] = f"/{pattern}/ & {self.without(self.grammar.tags)}"
+            return TEXT
+        if not (isinstance(following, Literal) and following.is_tag):
+            raise GrammarError(f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}")
+        rest.pop(0)
+        name = f"until_{self.grammar.tags.index(following.text)}"
+        others = tuple(t for t in self.grammar.tags if t != following.text)
+        self.lines[f"{name}[lazy]"] = name.upper()
+        self.lines[name.upper()] = f"/{pattern}{_regex(following.text)}/ & {self.without(others)}"
+        return name
+
+    def without(self, tags: tuple[str, ...]) -> str:
+        return f"~/(.|\\n)*({'|'.join(map(_regex, tags))})(.|\\n)*/"
+
+    def chain(self, rule: str, low: int) -> str:
+        low, high = max(low, self.low), self.width
+        if low > high:
+            raise GrammarError(f"{self.grammar.name}: {low} to {high} {rule}s cannot be written")
+        flats = _flatten(self.grammar, Name(rule))
+        for k in range(1, high + 1):
+            self.lines[f"{rule}_{k}"] = " | ".join(self.sequence(flat, k) for flat in flats)
+            if k > low:
+                tail = f" {rule}_from_{k + 1}?" if k < high else ""
+                self.lines[f"{rule}_from_{k}"] = f"{rule}_{k}{tail}"
+        head = " ".join(f"{rule}_{k}" for k in range(1, low + 1))
+        return head + (f" {rule}_from_{low + 1}?" if high > low else "")
+
+
+def _regex(text: str) -> str:
+    return re.escape(text).replace("/", "\\/")

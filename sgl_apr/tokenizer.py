@@ -1,0 +1,94 @@
+"""A tokenizer as the runtime needs it: ids to text, injected text to ids; it never re-tokenizes model output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from sgl_apr.errors import UnsupportedEngine
+
+
+class Tokenizer(Protocol):
+    """What grammar lowering, the loop and the scripted engine ask of a tokenizer."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a reply."""
+        ...
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids of `text`; `first` adds what the tokenizer puts at the start of every prompt (a BOS)."""
+        ...
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Text of `ids` as it reads behind `after`, special tokens included."""
+        ...
+
+    def special(self, tag: str) -> int | None:
+        """Id of `tag` if it is one added token that ordinary text cannot produce, else None."""
+        ...
+
+
+class HfTokenizer:
+    """A `tokenizer.json` read by the `tokenizers` library: no torch, no transformers."""
+
+    def __init__(self, directory: str | Path, eos_ids: Iterable[int] = ()) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        path = Path(directory) / "tokenizer.json"
+        try:
+            self._backend = (
+                Backend.from_file(str(path)) if path.exists() else Backend.from_pretrained(str(directory))
+            )
+        except Exception as error:  # the library raises bare Exception for a file it cannot read
+            raise UnsupportedEngine(
+                f"no usable tokenizer.json for {str(directory)!r}: expected a directory or hub id that has one, "
+                f"or pass tokenizer= ({error})"
+            ) from error
+        self._added = {
+            token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special
+        }
+        self._eos_ids = frozenset(eos_ids) or frozenset(_eos_ids(Path(directory), self._added))
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._eos_ids
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=first).ids)
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        # Some decoders drop a leading space: decode behind a little context, then take it off again.
+        context = list(after[-4:])
+        head = str(self._backend.decode(context, skip_special_tokens=False)) if context else ""
+        return str(self._backend.decode([*context, *ids], skip_special_tokens=False))[len(head) :]
+
+    def special(self, tag: str) -> int | None:
+        return self._added.get(tag)
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(directory: str) -> HfTokenizer:
+    """The tokenizer of a local checkpoint or hub id, read once."""
+    return HfTokenizer(directory)
+
+
+def _eos_ids(directory: Path, added: dict[str, int]) -> Iterable[int]:
+    """End-of-reply ids as the checkpoint declares them: generation config, model config, tokenizer config."""
+    import json
+
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if path.exists():
+            value = json.loads(path.read_text()).get("eos_token_id")
+            if value is not None:
+                return [value] if isinstance(value, int) else list(value)
+    path = directory / "tokenizer_config.json"
+    if path.exists():
+        token = json.loads(path.read_text()).get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in added:
+            return [added[content]]
+    return []

@@ -1,0 +1,236 @@
+"""The one noun: an immutable graph of spans, with blocks and branches as a view; it knows no grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from sgl_apr.errors import AprError, TraceError
+
+if TYPE_CHECKING:
+    from sgl_apr.metrics import Convention, Metrics
+
+SCHEMA = "sgl_apr.trajectory/1"
+
+Origin = Literal["prompt", "decoded", "injected"]
+Finish = Literal["stop", "eos", "length", "malformed"]
+Role = Literal["prompt", "text", "fork", "lead", "header", "body", "closer", "tail", "close"]
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of tokens with one origin and one meaning.
+
+    `parents` are indices of the spans it directly follows in time, so ancestors are what it was
+    conditioned on. `path` says where it stands: `()` is the trunk, `(1, 2)` branch 2 of the first
+    block, and so on inside. `label` is what the grammar names in it: the outline (header), the
+    conclusion (close). `token_ids` is None where a text was read without a tokenizer. A token that
+    straddles two spans belongs to the one in which it begins.
+    """
+
+    role: Role
+    origin: Origin
+    text: str
+    token_ids: tuple[int, ...] | None
+    parents: tuple[int, ...]
+    path: Path = ()
+    label: str = ""
+    finish: Finish | None = None
+    call: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens; raises `AprError` if they are unknown."""
+        if self.token_ids is None:
+            raise AprError("this trajectory was read from text: parse it with tokenizer= to count its tokens")
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One engine request as the engine reported it. Times are seconds since the trajectory began.
+
+    `new_tokens` is how much of the prompt no earlier call of this trajectory had computed, so
+    `prompt_tokens - new_tokens` is the prefix it shares with them.
+    """
+
+    phase: str
+    path: Path
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    output_tokens: int
+    started: float
+    ended: float
+
+    @property
+    def shared_tokens(self) -> int:
+        """Prompt tokens that earlier calls of the trajectory had already computed or decoded."""
+        return self.prompt_tokens - self.new_tokens
+
+    @property
+    def reprefilled(self) -> int:
+        """Shared tokens that were computed once more because the cache did not hold them."""
+        return max(0, self.shared_tokens - self.cached_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A view: one branch of a block. `text` is what it wrote, without header and closer."""
+
+    path: Path
+    outline: str
+    text: str
+    finish: Finish | None
+    spans: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        """1-based, as written in its header."""
+        return self.path[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A view: one fork with its branches and what the join concluded (empty if nothing)."""
+
+    path: Path
+    branches: tuple[Branch, ...]
+    conclusion: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Everything that happened in one answer, spans in the order in which they stand in the text.
+
+    >>> import sgl_apr as apr
+    >>> t = apr.dialect("threadweaver").parse("six times seven is 42")
+    >>> t.answer, t.blocks
+    ('six times seven is 42', ())
+    """
+
+    spans: tuple[Span, ...]
+    dialect: str
+    calls: tuple[Call, ...] = ()
+    wall_s: float = 0.0
+
+    @property
+    def prompt(self) -> str:
+        """The text of the prompt spans."""
+        return "".join(s.text for s in self.spans if s.origin == "prompt")
+
+    @property
+    def text(self) -> str:
+        """The whole reply, tags and injected text included, prompt excluded."""
+        return "".join(s.text for s in self.reply)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids of `text`, in order, just as the engine was sent and returned them."""
+        return tuple(i for s in self.reply if s.tokens for i in s.token_ids or ())
+
+    @property
+    def reply(self) -> tuple[Span, ...]:
+        """Every span but the prompt."""
+        return tuple(s for s in self.spans if s.origin != "prompt")
+
+    @property
+    def finish(self) -> Finish | None:
+        """How the trunk ended; `malformed` if its text left the dialect (possible with the grammar off)."""
+        return next((s.finish for s in reversed(self.spans) if s.path == () and s.finish), None)
+
+    @property
+    def answer(self) -> str:
+        """Trunk text after the last join (all of it if there was none), leading white space removed."""
+        tail: list[str] = []
+        for span in reversed(self.reply):
+            if span.role != "text" or span.path != ():
+                break
+            tail.append(span.text)
+        return "".join(reversed(tail)).lstrip()
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Every block, outer before inner, in the order of the text."""
+        return tuple(self._blocks())
+
+    def _blocks(self) -> Iterator[Block]:
+        forks: dict[Path, dict[Path, list[int]]] = {}
+        for i, span in enumerate(self.spans):
+            for depth in range(2, len(span.path) + 1, 2):
+                branch = span.path[:depth]
+                forks.setdefault(branch[:-1], {}).setdefault(branch, []).append(i)
+        for path, branches in forks.items():
+            yield Block(
+                path=path,
+                branches=tuple(self._branch(p, tuple(ids)) for p, ids in branches.items()),
+                conclusion=self._conclusion(path),
+            )
+
+    def _branch(self, path: Path, ids: tuple[int, ...]) -> Branch:
+        own = [self.spans[i] for i in ids]
+        return Branch(
+            path=path,
+            outline=next((s.label for s in own if s.role == "header" and s.path == path), ""),
+            text="".join(s.text for s in own if s.path != path or s.role not in ("header", "closer")),
+            finish=next((s.finish for s in reversed(own) if s.path == path and s.finish), None),
+            spans=ids,
+        )
+
+    def _conclusion(self, block: Path) -> str:
+        """The label of the close that ends block n of its strand: the n-th close at that path."""
+        closes = [s.label for s in self.spans if s.role == "close" and s.path == block[:-1]]
+        return closes[block[-1] - 1] if len(closes) >= block[-1] else ""
+
+    def metrics(self, convention: Convention = "causal") -> Metrics:
+        """Tokens, critical path, parallelism and what the engine did: see `sgl_apr.metrics`."""
+        from sgl_apr.metrics import measure
+
+        return measure(self, convention)
+
+    def to_json(self) -> str:
+        """One JSON object with its schema version, read back by `from_json` without loss."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Trajectory:
+        """The trajectory that `to_json` wrote; raises `TraceError` for anything else."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise TraceError(error.lineno, error.colno, text[error.pos : error.pos + 20], ["JSON"]) from None
+        found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
+        if found != SCHEMA:
+            raise TraceError(1, 1, f"schema {found!r}", [f"schema {SCHEMA!r}"])
+        try:
+            trajectory = cls(
+                spans=tuple(_span(s) for s in data["spans"]),
+                dialect=str(data["dialect"]),
+                calls=tuple(Call(**{**c, "path": tuple(c["path"])}) for c in data["calls"]),
+                wall_s=float(data["wall_s"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TraceError(1, 1, str(error), [f"the fields of {SCHEMA}"]) from None
+        return trajectory
+
+
+def _span(data: Mapping[str, Any]) -> Span:
+    """One span from its JSON; parents have to come first, which also keeps the graph acyclic."""
+    names = {f.name for f in fields(Span)}
+    if set(data) != names:
+        raise ValueError(f"span fields {sorted(set(data) ^ names)}")
+    if data["role"] not in get_args(Role) or data["origin"] not in get_args(Origin):
+        raise ValueError(f"span role {data['role']!r}, origin {data['origin']!r}")
+    ids = data["token_ids"]
+    return Span(
+        **{
+            **data,
+            "token_ids": None if ids is None else tuple(int(i) for i in ids),
+            "parents": tuple(int(p) for p in data["parents"]),
+            "path": tuple(int(p) for p in data["path"]),
+        }
+    )
