@@ -81,6 +81,10 @@ class Dialect:
             raise GrammarError(f"{self.name}: width {min_width} to {width}, expected within 1 to {self.max_width}")
         return _lowered(self, phase, tokenizer, min_width, width, fork)
 
+    def stop(self, phase: str) -> str:
+        """The tag behind which decoding of a phase stops: the end of a branch, else of a fork's header."""
+        return self.grammar.last_tag("body" if phase == "body" else "fork")
+
     def segments(self, phase: str, text: str) -> list[parse.Segment]:
         """What a finished phase wrote, cut by role; raises `TraceError`."""
         *rules, last = _WHOLE[phase]

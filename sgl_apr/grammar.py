@@ -148,6 +148,14 @@ class Grammar:
 
         return text(self.rule(rule))
 
+    def last_tag(self, rule: str) -> str:
+        """The tag that a rule always ends with: where decoding of it stops."""
+        expr = self.rule(rule)
+        last = expr.items[-1] if isinstance(expr, Seq) else expr
+        if not isinstance(last, Literal) or not last.is_tag:
+            raise GrammarError(f"{self.name}: rule {rule!r} has to end with a tag")
+        return last.text
+
     def parser(self, start: str) -> Lark:
         """The Lark parser (LALR, contextual lexer) that begins at rule `start`; TEXT ends where a tag begins."""
         if start not in self._parsers:

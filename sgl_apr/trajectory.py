@@ -182,9 +182,14 @@ class Trajectory:
         )
 
     def _conclusion(self, block: Path) -> str:
-        """The label of the close that ends block n of its strand: the n-th close at that path."""
-        closes = [s.label for s in self.spans if s.role == "close" and s.path == block[:-1]]
-        return closes[block[-1] - 1] if len(closes) >= block[-1] else ""
+        """The label of what closes the block: the n-th tail of its strand ends block n."""
+        ended = 0
+        for span in self.spans:
+            if span.path == block[:-1]:
+                ended += span.role == "tail"
+                if span.role == "close" and ended == block[-1]:
+                    return span.label
+        return ""
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
         """Tokens, critical path, parallelism and what the engine did: see `sgl_apr.metrics`."""

@@ -1,0 +1,62 @@
+"""What a trajectory may spend, divided before anything is decoded; it does not watch the clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sgl_apr.errors import BudgetExceeded
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits of one trajectory.
+
+    tokens: decoded and injected tokens of the whole reply, branches included.
+    width: branches a fork may have; the mask makes more impossible.
+    depth: how deep forks may nest.
+    branch_tokens: tokens of one branch; None leaves that to the division of `tokens`.
+    seconds: wall time after which the trajectory fails with `EngineTimeout`; None waits.
+    """
+
+    tokens: int = 4096
+    width: int = 8
+    depth: int = 1
+    branch_tokens: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("tokens", 1), ("width", 2), ("depth", 1), ("branch_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise BudgetExceeded(f"budget {name}={value}, expected at least {low}")
+        if self.seconds is not None and self.seconds <= 0:
+            raise BudgetExceeded(f"budget seconds={self.seconds}, expected more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """What closing costs at most, in tokens: a cut-off fork, one branch around its text, and the join."""
+
+    fork: int
+    branch: int
+    join: int
+
+    def of(self, branches: int) -> int:
+        """Enough to close a fork of that many branches that was cut off as it began."""
+        return self.fork + branches * self.branch + self.join
+
+
+# Share of what is left after a fork that the branches leave to the text behind the join.
+AFTER_JOIN = 0.25
+
+
+def trunk_tokens(left: int, overhead: Overhead, width: int) -> int:
+    """Tokens a phase that may fork can decode so that even a fork cut off at its end can be closed."""
+    return left - overhead.of(width)
+
+
+def branch_tokens(left: int, overhead: Overhead, branches: int, limit: int | None) -> int:
+    """Tokens each branch may decode, the same for all: 0 if they can only be closed."""
+    free = left - branches * overhead.branch - overhead.join
+    share = int(free * (1 - AFTER_JOIN)) // branches
+    return max(0, min(share, limit if limit is not None else share))

@@ -1,0 +1,137 @@
+"""An engine that answers from a script: for testing programs on cases that a real model cannot be made to produce."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sgl_apr.engine.base import Load, Request, Result, TokenSink
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0-255, 256 as end of text, and one id for each tag given.
+
+    >>> ByteTokenizer(["<Thread>"]).encode("a<Thread>")
+    [97, 257]
+    """
+
+    EOS = 256
+
+    def __init__(self, tags: Sequence[str] = ()) -> None:
+        self._tags = {tag: self.EOS + 1 + i for i, tag in enumerate(tags)}
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset({self.EOS})
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        ids: list[int] = []
+        while text:
+            tag = next((t for t in self._tags if text.startswith(t)), None)
+            ids += [self._tags[tag]] if tag else text[0].encode()
+            text = text[len(tag or text[0]) :]
+        return ids
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        names = {i: tag.encode() for tag, i in self._tags.items()} | {self.EOS: b""}
+        return b"".join(names.get(i) or (b"" if i == self.EOS else bytes([i])) for i in ids).decode(errors="replace")
+
+    def special(self, tag: str) -> int | None:
+        return self._tags.get(tag)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the script says to one request.
+
+    `end` appends the end-of-text id (it is left out where the text ends with a stop, or is cut by the
+    token limit). `delay` seconds pass before every token; `error` is raised after the text is out.
+    """
+
+    text: str = ""
+    end: bool = True
+    delay: float = 0.0
+    error: Exception | None = None
+
+
+Script = Callable[[Request, str], Reply | str]
+
+
+class ScriptedEngine:
+    """Answers every request with `script(request, prompt text)`, honouring limits, stops and aborts.
+
+    `cached_tokens` are counted as a radix cache would: the longest prefix that an earlier finished
+    request left behind. `requests` and `commits` list what was asked, `aborted` the aborted prefixes,
+    and `active` the requests under way, so that a test can see that nothing was left running.
+    """
+
+    def __init__(self, script: Script, tokenizer: ByteTokenizer | None = None) -> None:
+        self.script, self._tokenizer = script, tokenizer or ByteTokenizer()
+        self.requests: list[Request] = []
+        self.commits: list[tuple[int, ...]] = []
+        self.aborted: list[str] = []
+        self.active: set[str] = set()
+        self.forks: list[int] = []
+        self.released = 0
+        self._cache: list[tuple[int, ...]] = []
+
+    @property
+    def tokenizer(self) -> ByteTokenizer:
+        return self._tokenizer
+
+    async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
+        self.requests.append(request)
+        cached = self._cached(request.input_ids)
+        reply = self.script(request, self._tokenizer.decode(request.input_ids))
+        reply = Reply(reply) if isinstance(reply, str) else reply
+        ids, finish = self._limited(request, reply)
+        self.active.add(request.rid)
+        try:
+            for i in ids:
+                await asyncio.sleep(reply.delay)
+                if on_tokens:
+                    on_tokens([i])
+            if reply.error:
+                raise reply.error
+        finally:
+            self.active.discard(request.rid)
+        self._cache.append(request.input_ids + ids)
+        return Result(ids, finish, len(request.input_ids), cached)
+
+    def _limited(self, request: Request, reply: Reply) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
+        ids: list[int] = []
+        for i in self._tokenizer.encode(reply.text):
+            ids.append(i)
+            if i in request.stop_ids or self._tokenizer.decode(ids).endswith(tuple(request.stop) or ("\0",)):
+                return tuple(ids), "stop"
+            if len(ids) == request.max_tokens:
+                return tuple(ids), "length"
+        return (*ids, *([ByteTokenizer.EOS] if reply.end else [])), "stop"
+
+    def _cached(self, ids: tuple[int, ...]) -> int:
+        def common(known: tuple[int, ...]) -> int:
+            return next((k for k, (a, b) in enumerate(zip(ids, known, strict=False)) if a != b), min(len(ids), len(known)))
+
+        return min(max(map(common, self._cache), default=0), len(ids) - 1)
+
+    async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
+        ids = tuple(prefix)
+        self.commits.append(ids)
+        result = Result((), "length", len(ids), self._cached(ids))
+        self._cache.append(ids)
+        return result
+
+    async def fork(self, rid: str, prefix: Sequence[int], size: int) -> tuple[Result, Sequence[ScriptedEngine]]:
+        self.forks.append(size)
+        return await self.commit(rid, prefix), [self] * size
+
+    async def release(self) -> None:
+        self.released += 1
+
+    async def abort(self, rid: str) -> None:
+        self.aborted.append(rid)
+
+    async def load(self) -> Load:
+        return Load(running=len(self.active), waiting=0, used_tokens=sum(map(len, self._cache)), max_tokens=1 << 30)
