@@ -1,0 +1,9 @@
+"""Checkpoints to try this package with: a real small model and a random tiny one; nothing is downloaded."""
+
+from __future__ import annotations
+
+from sgl_apr.models.description import Description, describe
+from sgl_apr.models.pretrained import smollm2
+from sgl_apr.models.tiny import random_llama
+
+__all__ = ["Description", "describe", "random_llama", "smollm2"]
