@@ -10,6 +10,7 @@ from sgl_apr import parse
 from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.grammar import Grammar, grammar_path
 from sgl_apr.lowering import Fork, lower
+from sgl_apr.parse import Segment
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
 
@@ -78,14 +79,16 @@ class Dialect:
     ) -> str:
         """The mask of one phase, as text for a server that runs llguidance: see `sgl_apr.lowering.lower`."""
         if not 1 <= min_width <= width <= self.max_width:
-            raise GrammarError(f"{self.name}: width {min_width} to {width}, expected within 1 to {self.max_width}")
+            raise GrammarError(
+                f"{self.name}: width {min_width} to {width}, expected within 1 to {self.max_width}"
+            )
         return _lowered(self, phase, tokenizer, min_width, width, fork)
 
     def stop(self, phase: str) -> str:
         """The tag behind which decoding of a phase stops: the end of a branch, else of a fork's header."""
         return self.grammar.last_tag("body" if phase == "body" else "fork")
 
-    def segments(self, phase: str, text: str) -> list[parse.Segment]:
+    def segments(self, phase: str, text: str) -> list[Segment]:
         """What a finished phase wrote, cut by role; raises `TraceError`."""
         *rules, last = _WHOLE[phase]
         for rule in rules:
@@ -102,9 +105,7 @@ class Dialect:
 
 
 @lru_cache(maxsize=256)
-def _lowered(
-    dialect: Dialect, phase: str, tokenizer: Tokenizer, low: int, width: int, fork: Fork
-) -> str:
+def _lowered(dialect: Dialect, phase: str, tokenizer: Tokenizer, low: int, width: int, fork: Fork) -> str:
     return lower(dialect.grammar, phase, tokenizer, low=low, width=width, fork=fork)
 
 

@@ -1,15 +1,15 @@
 """Every error that sgl_apr raises on purpose; it does not decide when.
 
-    AprError
-    ├── GrammarError          a grammar file or its lowering is not usable
-    ├── TraceError            a text does not follow its dialect (line, column, found, expected)
-    ├── BudgetExceeded        a budget that cannot be met, or that ran out where nothing can be closed
-    ├── LaunchError           a server could not be started
-    ├── UnsupportedEngine     the engine or model lacks something that was asked for
-    ├── KvJoinUnavailable     a KV join was asked for and cannot be done
-    └── EngineError           the engine failed while it worked
-        ├── EngineTimeout     it did not answer in time
-        └── BranchFailed      one branch failed, and the trajectory with it
+AprError
+├── GrammarError          a grammar file or its lowering is not usable
+├── TraceError            a text does not follow its dialect (line, column, found, expected)
+├── BudgetExceeded        a budget that cannot be met, or that ran out where nothing can be closed
+├── LaunchError           a server could not be started
+├── UnsupportedEngine     the engine or model lacks something that was asked for
+├── KvJoinUnavailable     a KV join was asked for and cannot be done
+└── EngineError           the engine failed while it worked
+    ├── EngineTimeout     it did not answer in time
+    └── BranchFailed      one branch failed, and the trajectory with it
 """
 
 from __future__ import annotations

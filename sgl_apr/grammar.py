@@ -89,20 +89,26 @@ class Grammar:
         line = item.meta.line if isinstance(item, Tree) else item.line
         if not isinstance(item, Tree) or item.data not in ("rule", "token"):
             what = item.data if isinstance(item, Tree) else item
-            raise GrammarError(f"{self.name}, line {line}: {what} is outside the shared subset: rules and terminals only")
+            raise GrammarError(
+                f"{self.name}, line {line}: {what} is outside the shared subset: rules and terminals only"
+            )
         try:
             key, expr = str(item.children[0]), _Read().transform(item.children[-1])
         except LarkError as error:
             cause = error.__context__ if isinstance(error.__context__, GrammarError) else error
             raise GrammarError(f"{self.name}, line {line}: {cause}") from None
         if any(_present(child) for child in item.children[1:-1]):
-            raise GrammarError(f"{self.name}, line {line}: templates and priorities are outside the shared subset")
+            raise GrammarError(
+                f"{self.name}, line {line}: templates and priorities are outside the shared subset"
+            )
         if item.data == "rule":
             self.rules[key] = expr
         elif isinstance(expr, (Literal, _Regex)):
             self.terminals[key] = expr if isinstance(expr, Literal) else expr.pattern
         else:
-            raise GrammarError(f"{self.name}, line {line}: terminal {key} is not one string or one regular expression")
+            raise GrammarError(
+                f"{self.name}, line {line}: terminal {key} is not one string or one regular expression"
+            )
 
     @cached_property
     def tags(self) -> tuple[str, ...]:
@@ -126,7 +132,9 @@ class Grammar:
     def rule(self, name: str) -> Expr:
         """The body of a rule; raises `GrammarError` if the file has none of that name."""
         if name not in self.rules:
-            raise GrammarError(f"{self.name}: no rule {name!r}, expected one of {', '.join(sorted(self.rules))}")
+            raise GrammarError(
+                f"{self.name}: no rule {name!r}, expected one of {', '.join(sorted(self.rules))}"
+            )
         return self.rules[name]
 
     def written(self, rule: str, number: int | None = None) -> str:

@@ -118,7 +118,7 @@ class _Writer:
         self.lines[name] = f"/{terminal}/"
         return name
 
-    def text(self, rest: list[Item]) -> str:
+    def text(self, rest: list[Literal | Name | Chain]) -> str:
         """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
 
         A lexeme has no look-ahead, so text that ends at a spelled tag has to be one lazy lexeme with it;
@@ -130,7 +130,9 @@ class _Writer:
             self.lines[TEXT] = f"/{pattern}/ & {self.without(self.grammar.tags)}"
             return TEXT
         if not (isinstance(following, Literal) and following.is_tag):
-            raise GrammarError(f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}")
+            raise GrammarError(
+                f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
+            )
         rest.pop(0)
         name = f"until_{self.grammar.tags.index(following.text)}"
         others = tuple(t for t in self.grammar.tags if t != following.text)

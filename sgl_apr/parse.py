@@ -102,7 +102,12 @@ def _check_numbers(found: list[Segment], text: str) -> None:
             wanted = [n for n, _ in segment.outlines]
         elif segment.role == "header":
             if not wanted or segment.number != wanted.pop(0):
-                raise _at(text, segment.start, text[segment.start : segment.end], ["the branch that is next in the outlines"])
+                raise _at(
+                    text,
+                    segment.start,
+                    text[segment.start : segment.end],
+                    ["the branch that is next in the outlines"],
+                )
         elif segment.role == "tail" and wanted:
             raise _at(text, segment.start, "", [f"branch {wanted[0]}, which has an outline"])
 
@@ -122,12 +127,16 @@ def _trace_error(parser: Lark, error: UnexpectedInput, text: str) -> TraceError:
             names = set(error.expected)
         case _:
             names = set()
-    shown = {t.name: json.dumps(t.pattern.value) for t in parser.terminals if isinstance(t.pattern, PatternStr)}
+    shown = {
+        t.name: json.dumps(t.pattern.value) for t in parser.terminals if isinstance(t.pattern, PatternStr)
+    }
     shown |= {TEXT: "free text", NUMBER: "a number"}
     expected = sorted(shown.get(n, n) for n in names - {"$END"})
     expected += ["the end"] if "$END" in names else []
     offset = error.pos_in_stream if error.pos_in_stream is not None else len(text)
-    if isinstance(error, UnexpectedEOF) or (isinstance(error, UnexpectedToken) and error.token.type == "$END"):
+    if isinstance(error, UnexpectedEOF) or (
+        isinstance(error, UnexpectedToken) and error.token.type == "$END"
+    ):
         return _at(text, len(text), "", expected)
     piece = re.match(r"</?\w[^<>\s]*>|[^\s<]{1,20}|\s|.", text[offset:])
     return _at(text, offset, piece[0] if piece else "", expected)
@@ -235,7 +244,7 @@ def split_ids(
     for i in range(len(ids)):
         starts.append(offset)
         piece = tokenizer.decode(ids[done : i + 1], ids[:done])
-        if not piece.endswith("\ufffd") or text.startswith(piece, starts[done]) and i + 1 == len(ids):
+        if not piece.endswith("\ufffd") or (text.startswith(piece, starts[done]) and i + 1 == len(ids)):
             # A character is whole: bytes before it share its start.
             offset = starts[done] + len(piece)
             done = i + 1

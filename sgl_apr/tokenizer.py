@@ -1,4 +1,4 @@
-"""A tokenizer as the runtime needs it: ids to text, injected text to ids; it never re-tokenizes model output."""
+"""A tokenizer as the runtime needs it: ids to text, injected text to ids; model output is never re-tokenized."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sgl_apr.errors import UnsupportedEngine
 
 class Tokenizer(Protocol):
     """What grammar lowering, the loop and the scripted engine ask of a tokenizer."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -44,8 +46,8 @@ class HfTokenizer:
             )
         except Exception as error:  # the library raises bare Exception for a file it cannot read
             raise UnsupportedEngine(
-                f"no usable tokenizer.json for {str(directory)!r}: expected a directory or hub id that has one, "
-                f"or pass tokenizer= ({error})"
+                f"no usable tokenizer.json for {str(directory)!r}: expected a directory or hub id "
+                f"that has one, or pass tokenizer= ({error})"
             ) from error
         self._added = {
             token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special

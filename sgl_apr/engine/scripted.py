@@ -36,7 +36,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         names = {i: tag.encode() for tag, i in self._tags.items()} | {self.EOS: b""}
-        return b"".join(names.get(i) or (b"" if i == self.EOS else bytes([i])) for i in ids).decode(errors="replace")
+        return b"".join(names.get(i) or (b"" if i == self.EOS else bytes([i])) for i in ids).decode(
+            errors="replace"
+        )
 
     def special(self, tag: str) -> int | None:
         return self._tags.get(tag)
@@ -112,7 +114,10 @@ class ScriptedEngine:
 
     def _cached(self, ids: tuple[int, ...]) -> int:
         def common(known: tuple[int, ...]) -> int:
-            return next((k for k, (a, b) in enumerate(zip(ids, known, strict=False)) if a != b), min(len(ids), len(known)))
+            return next(
+                (k for k, (a, b) in enumerate(zip(ids, known, strict=False)) if a != b),
+                min(len(ids), len(known)),
+            )
 
         return min(max(map(common, self._cache), default=0), len(ids) - 1)
 
@@ -123,7 +128,9 @@ class ScriptedEngine:
         self._cache.append(ids)
         return result
 
-    async def fork(self, rid: str, prefix: Sequence[int], size: int) -> tuple[Result, Sequence[ScriptedEngine]]:
+    async def fork(
+        self, rid: str, prefix: Sequence[int], size: int
+    ) -> tuple[Result, Sequence[ScriptedEngine]]:
         self.forks.append(size)
         return await self.commit(rid, prefix), [self] * size
 
@@ -134,4 +141,6 @@ class ScriptedEngine:
         self.aborted.append(rid)
 
     async def load(self) -> Load:
-        return Load(running=len(self.active), waiting=0, used_tokens=sum(map(len, self._cache)), max_tokens=1 << 30)
+        return Load(
+            running=len(self.active), waiting=0, used_tokens=sum(map(len, self._cache)), max_tokens=1 << 30
+        )

@@ -12,7 +12,14 @@ from typing import Any, Literal
 from sgl_apr.budget import Budget, branch_tokens, trunk_tokens
 from sgl_apr.dialects import Dialect, dialect
 from sgl_apr.engine.base import Engine, Request, Result
-from sgl_apr.errors import AprError, BranchFailed, BudgetExceeded, EngineError, EngineTimeout, KvJoinUnavailable
+from sgl_apr.errors import (
+    AprError,
+    BranchFailed,
+    BudgetExceeded,
+    EngineError,
+    EngineTimeout,
+    KvJoinUnavailable,
+)
 from sgl_apr.lowering import Fork
 from sgl_apr.reason.steps import Phase, Step, interpret, overhead
 from sgl_apr.tokenizer import Tokenizer
@@ -49,7 +56,9 @@ class Plan:
             raise BudgetExceeded(f"{d.name} nests at most {d.max_depth} deep, not depth={b.depth}")
         if self.join not in d.joins:
             expected = f"{d.name} joins by {' or '.join(sorted(d.joins))}"
-            raise (KvJoinUnavailable if self.join == "kv" else AprError)(f"{expected}, not join={self.join!r}")
+            raise (KvJoinUnavailable if self.join == "kv" else AprError)(
+                f"{expected}, not join={self.join!r}"
+            )
         if self.mode not in ("auto", "sequential", "parallel"):
             raise AprError(f'mode={self.mode!r}, expected "auto", "sequential" or "parallel"')
         if self.mode == "sequential" and self.min_blocks:
@@ -59,7 +68,9 @@ class Plan:
         if self.mode == "parallel":
             object.__setattr__(self, "min_blocks", max(1, self.min_blocks))
         if self.min_blocks < 0 or (self.max_blocks is not None and self.max_blocks < self.min_blocks):
-            raise AprError(f"min_blocks={self.min_blocks}, max_blocks={self.max_blocks}: expected 0 <= min <= max")
+            raise AprError(
+                f"min_blocks={self.min_blocks}, max_blocks={self.max_blocks}: expected 0 <= min <= max"
+            )
 
 
 def plan(dialect_: Dialect | str, **options: Any) -> Plan:  # noqa: ANN401 - the fields of Plan
@@ -86,7 +97,9 @@ async def areason(
     return await run_plan(engine, ids, plan(dialect, **options), on_text)
 
 
-async def run_plan(engine: Engine, prompt_ids: tuple[int, ...], plan: Plan, on_text: OnText | None = None) -> Trajectory:
+async def run_plan(
+    engine: Engine, prompt_ids: tuple[int, ...], plan: Plan, on_text: OnText | None = None
+) -> Trajectory:
     """`areason` for ids and a plan."""
     run = _Run(engine.tokenizer, plan, on_text or (lambda path, text: None))
     try:
@@ -94,7 +107,9 @@ async def run_plan(engine: Engine, prompt_ids: tuple[int, ...], plan: Plan, on_t
             return await run.trajectory(engine, prompt_ids)
     except TimeoutError:
         await engine.abort(run.rid)
-        raise EngineTimeout(f"the trajectory took longer than its budget of {plan.budget.seconds} s") from None
+        raise EngineTimeout(
+            f"the trajectory took longer than its budget of {plan.budget.seconds} s"
+        ) from None
     except BaseException:  # a failure or a cancellation: nothing of this trajectory goes on decoding
         await asyncio.shield(engine.abort(run.rid))
         raise
@@ -130,11 +145,14 @@ class _Run:
         await self._think(engine, trunk, "trunk", new=len(prompt_ids))
         place = {old: new for new, old in enumerate(trunk.order)}
         spans = tuple(
-            replace(self.spans[i], parents=tuple(place[p] for p in self.spans[i].parents)) for i in trunk.order
+            replace(self.spans[i], parents=tuple(place[p] for p in self.spans[i].parents))
+            for i in trunk.order
         )
         return Trajectory(spans, self.plan.dialect.name, tuple(self.calls), time.monotonic() - self.began)
 
-    async def _think(self, engine: Engine, strand: _Strand, phase: Phase, new: int, limit: int | None = None) -> None:
+    async def _think(
+        self, engine: Engine, strand: _Strand, phase: Phase, new: int, limit: int | None = None
+    ) -> None:
         """Decode and fork until the strand ends; `new` prompt tokens are unknown to the engine yet."""
         while True:
             width, fork = self._fork_rule(strand, phase)
@@ -159,7 +177,9 @@ class _Run:
         fits = [w for w in range(plan.budget.width, 1, -1) if 2 * self.overhead.of(w) <= self.left]
         if required and not fits:
             need = 2 * self.overhead.of(2)
-            raise BudgetExceeded(f"a fork needs at least {need} tokens here, and {self.left} are left of {plan.budget}")
+            raise BudgetExceeded(
+                f"a fork needs at least {need} tokens here, and {self.left} are left of {plan.budget}"
+            )
         if not allowed or not fits:
             return 0, "forbidden"
         return fits[0], "required" if required else "auto"
@@ -176,19 +196,21 @@ class _Run:
             started = time.monotonic()
             result = await engine.decode(request, stream)
             call = self._record(phase, strand.path, result, new, started)
-        step = interpret(
-            dialect, phase, context, result.token_ids, result.finish == "length", self.tokenizer
-        )
+        step = interpret(dialect, phase, context, result.token_ids, result.finish == "length", self.tokenizer)
         if tokens > 0:
             stream.finish(step)
         else:
             self.on_text(strand.path, "".join(p.text for p in step.pieces))
         return step, call
 
-    def _request(self, context: tuple[int, ...], phase: Phase, tokens: int, width: int, fork: Fork) -> Request:
+    def _request(
+        self, context: tuple[int, ...], phase: Phase, tokens: int, width: int, fork: Fork
+    ) -> Request:
         dialect, grammar = self.plan.dialect, None
         if self.plan.constrain:
-            grammar = dialect.llguidance(phase, self.tokenizer, width=max(width, 2), fork="auto" if phase == "body" else fork)
+            grammar = dialect.llguidance(
+                phase, self.tokenizer, width=max(width, 2), fork="auto" if phase == "body" else fork
+            )
         stops = [] if fork == "forbidden" and phase != "body" else [dialect.stop(phase)]
         special = [self.tokenizer.special(tag) for tag in stops]
         return Request(
@@ -201,14 +223,18 @@ class _Run:
             stop=tuple(t for t, i in zip(stops, special, strict=True) if i is None),
         )
 
-    async def _fork_and_join(self, engine: Engine, strand: _Strand, outlines: Sequence[tuple[int, str]]) -> int:
+    async def _fork_and_join(
+        self, engine: Engine, strand: _Strand, outlines: Sequence[tuple[int, str]]
+    ) -> int:
         """Run one branch per outline at once, and leave their text in the strand. Returns its new tokens."""
         grammar, budget = self.plan.dialect.grammar, self.plan.budget
         strand.blocks += 1
         self._inject(strand, "lead", grammar.written("lead"))
         share = branch_tokens(self.left, self.overhead, len(outlines), budget.branch_tokens)
         started = time.monotonic()
-        committed, engines = await engine.fork(f"{self.rid}-{uuid.uuid4().hex[:12]}", strand.context, len(outlines))
+        committed, engines = await engine.fork(
+            f"{self.rid}-{uuid.uuid4().hex[:12]}", strand.context, len(outlines)
+        )
         self._record("commit", strand.path, committed, len(strand.context) - self._known(strand), started)
         branches = []
         for number, outline in outlines:
@@ -256,7 +282,9 @@ class _Run:
             injected += self.spans[i].tokens
         return len(strand.context) - injected
 
-    def _inject(self, strand: _Strand, role: Literal["lead", "header", "tail"], text: str, label: str = "") -> None:
+    def _inject(
+        self, strand: _Strand, role: Literal["lead", "header", "tail"], text: str, label: str = ""
+    ) -> None:
         ids = tuple(self.tokenizer.encode(text))
         self._grow(strand, Span(role, "injected", text, ids, strand.tip, strand.path, label))
         if not strand.path:

@@ -96,7 +96,8 @@ def _pieces(
         for (s, a, b), token_ids in zip(decoded, split, strict=True)
     ]
     return pieces + [
-        Piece(s.role, "injected", full[a:b], tuple(tokenizer.encode(full[a:b])), s.label) for s, a, b in injected
+        Piece(s.role, "injected", full[a:b], tuple(tokenizer.encode(full[a:b])), s.label)
+        for s, a, b in injected
     ]
 
 

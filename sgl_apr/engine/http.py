@@ -1,0 +1,208 @@
+"""An SGLang server over HTTP, ids in and ids out; it starts no server and knows no dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+
+from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.tokenizer import Tokenizer, load_tokenizer
+
+
+class HttpEngine:
+    """A running SGLang server. Belongs to the event loop in which it was connected.
+
+    >>> async with await HttpEngine.connect("http://127.0.0.1:30000") as engine:  # doctest: +SKIP
+    ...     await apr.areason(engine, "Question: ...")
+    """
+
+    def __init__(
+        self, url: str, session: aiohttp.ClientSession, tokenizer: Tokenizer, timeout: float
+    ) -> None:
+        self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
+        self._live: set[str] = set()
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        *,
+        api_key: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        timeout: float = 120.0,
+    ) -> HttpEngine:
+        """Ask the server who it is, and load its tokenizer from the path or hub id that it names.
+
+        `timeout` is the longest silence, in seconds, between two pieces of an answer. Raises
+        `EngineError` if there is no SGLang server at `url`, and `UnsupportedEngine` if it can't be
+        used: no llguidance, or a tokenizer that is not readable from here (then pass `tokenizer`).
+        """
+        url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout)
+        # No limit on connections: a trajectory's branches must never wait for one another here.
+        session = aiohttp.ClientSession(
+            headers=headers, timeout=limits, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
+        )
+        engine = cls(url, session, tokenizer, timeout)  # type: ignore[arg-type]  # set below, before anyone sees it
+        try:
+            info = await engine._get("/model_info")
+            server = await engine._get("/server_info")
+            if server.get("grammar_backend") != "llguidance":
+                raise UnsupportedEngine(
+                    f"{url} runs --grammar-backend {server.get('grammar_backend')}, expected llguidance "
+                    "(`sgl-apr serve` sets it)"
+                )
+            engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
+        except BaseException:
+            await session.close()
+            raise
+        return engine
+
+    async def close(self) -> None:
+        """Abort what is under way and close the connections."""
+        await self.abort("")
+        await self._session.close()
+
+    async def __aenter__(self) -> HttpEngine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
+        sampling = {
+            "skip_special_tokens": False,
+            **request.sampling,
+            "max_new_tokens": request.max_tokens,
+            "stop_token_ids": list(request.stop_ids),
+        }
+        if request.grammar is not None:
+            sampling["ebnf"] = request.grammar
+        elif request.stop:
+            sampling["stop"] = list(request.stop)
+        return await self._generate(request.rid, request.input_ids, sampling, on_tokens)
+
+    async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
+        return await self._generate(rid, prefix, {"max_new_tokens": 0}, None)
+
+    async def fork(self, rid: str, prefix: Sequence[int], size: int) -> tuple[Result, Sequence[HttpEngine]]:
+        return await self.commit(rid, prefix), [self] * size
+
+    async def release(self) -> None:
+        """Nothing to give back: a fork is the server's cached prefix."""
+
+    async def abort(self, rid: str) -> None:
+        # The server takes whole ids only; it does nothing for one that has ended.
+        for live in [r for r in self._live if r.startswith(rid)]:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, RuntimeError):
+                limit = aiohttp.ClientTimeout(total=5)
+                async with self._session.post(f"{self.url}/abort_request", json={"rid": live}, timeout=limit):
+                    pass
+
+    async def load(self) -> Load:
+        loads = (await self._get("/v1/loads"))["loads"]
+        return Load(
+            running=sum(x["num_running_reqs"] for x in loads),
+            waiting=sum(x["num_waiting_reqs"] for x in loads),
+            used_tokens=sum(x["num_used_tokens"] for x in loads),
+            max_tokens=sum(x["max_total_num_tokens"] for x in loads),
+        )
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        async with self._errors(), self._session.get(self.url + path) as response:
+            if response.status != 200:
+                raise EngineError(f"{self.url}{path} answered {response.status}", response.status)
+            data: dict[str, Any] = await response.json()
+            return data
+
+    async def _generate(
+        self, rid: str, ids: Sequence[int], sampling: Mapping[str, Any], on_tokens: TokenSink | None
+    ) -> Result:
+        # Streaming even where nobody listens: the server then notices at once that a client is gone.
+        body = {"rid": rid, "input_ids": list(ids), "sampling_params": dict(sampling), "stream": True}
+        self._live.add(rid)
+        received: list[int] = []
+        meta: dict[str, Any] = {}
+        try:
+            async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
+                if response.status != 200:
+                    raise EngineError(_message(await response.text(), response.status), response.status)
+                async for data in _events(response):
+                    if "error" in data:
+                        raise EngineError(_message(json.dumps(data), 500), data["error"].get("code"))
+                    meta = data["meta_info"]
+                    fresh = _fresh(data["output_ids"], len(received), meta)
+                    received += fresh
+                    if fresh and on_tokens:
+                        on_tokens(fresh)
+        except BaseException:
+            await asyncio.shield(self.abort(rid))
+            raise
+        finally:
+            self._live.discard(rid)
+        reason = meta.get("finish_reason")
+        if not isinstance(reason, dict):
+            raise EngineError(
+                f"{self.url} ended its answer without a finish reason: the server died or is stopping"
+            )
+        if reason["type"] == "abort":
+            raise EngineError(
+                f"{self.url} aborted the request: {reason.get('message')}", reason.get("status_code")
+            )
+        return Result(
+            token_ids=tuple(received),
+            finish="length" if reason["type"] == "length" else "stop",
+            prompt_tokens=int(meta["prompt_tokens"]),
+            cached_tokens=int(meta["cached_tokens"]),
+        )
+
+    @contextlib.asynccontextmanager
+    async def _errors(self) -> AsyncIterator[None]:
+        """Every exception of the HTTP library as ours."""
+        try:
+            yield
+        except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+            raise EngineTimeout(f"{self.url} did not answer within {self._timeout:g} s ({error})") from error
+        except aiohttp.ClientConnectorError as error:
+            raise EngineError(f"no server at {self.url}: {error}") from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise EngineError(f"{self.url} broke off the answer: {error or type(error).__name__}") from error
+        except (json.JSONDecodeError, KeyError) as error:
+            raise EngineError(f"{self.url} does not answer like an SGLang server: {error!r}") from error
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a server-sent event stream."""
+    async for line in response.content:
+        if line.startswith(b"data: ") and line != b"data: [DONE]\n":
+            yield json.loads(line[6:])
+
+
+def _fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
+    """The ids that are new in a chunk: SGLang sends all so far, or with incremental streaming the new ones only."""
+    total = int(meta["completion_tokens"])
+    return output_ids[known:] if len(output_ids) == total else output_ids
+
+
+def _message(text: str, status: int) -> str:
+    """What an error answer says, in one line."""
+    try:
+        error = json.loads(text).get("error")
+        text = str(error.get("message") if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        pass
+    return f"the server answered {status}: {' '.join(text.split())[:300]}"
