@@ -1,1 +1,79 @@
 """Adaptive parallel reasoning for SGLang: public names; nothing heavy is imported before it is used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sgl_apr.budget import Budget as Budget
+    from sgl_apr.dialects import Dialect as Dialect
+    from sgl_apr.dialects import dialect as dialect
+    from sgl_apr.engine.base import Engine as Engine
+    from sgl_apr.engine.base import Request as Request
+    from sgl_apr.engine.base import Result as Result
+    from sgl_apr.engine.endpoint import Endpoint as Endpoint
+    from sgl_apr.engine.http import HttpEngine as HttpEngine
+    from sgl_apr.engine.scripted import ByteTokenizer as ByteTokenizer
+    from sgl_apr.engine.scripted import Reply as Reply
+    from sgl_apr.engine.scripted import ScriptedEngine as ScriptedEngine
+    from sgl_apr.errors import AprError as AprError
+    from sgl_apr.errors import BranchFailed as BranchFailed
+    from sgl_apr.errors import BudgetExceeded as BudgetExceeded
+    from sgl_apr.errors import EngineError as EngineError
+    from sgl_apr.errors import EngineTimeout as EngineTimeout
+    from sgl_apr.errors import GrammarError as GrammarError
+    from sgl_apr.errors import KvJoinUnavailable as KvJoinUnavailable
+    from sgl_apr.errors import LaunchError as LaunchError
+    from sgl_apr.errors import TraceError as TraceError
+    from sgl_apr.errors import UnsupportedEngine as UnsupportedEngine
+    from sgl_apr.metrics import Metrics as Metrics
+    from sgl_apr.reason.dsl import reason as reason
+    from sgl_apr.reason.loop import areason as areason
+    from sgl_apr.reason.loop import run as run
+    from sgl_apr.server.launch import Server as Server
+    from sgl_apr.trajectory import Block as Block
+    from sgl_apr.trajectory import Branch as Branch
+    from sgl_apr.trajectory import Call as Call
+    from sgl_apr.trajectory import Span as Span
+    from sgl_apr.trajectory import Trajectory as Trajectory
+
+_HOME = {
+    "budget": ("Budget",),
+    "dialects": ("Dialect", "dialect"),
+    "engine.base": ("Engine", "Request", "Result"),
+    "engine.endpoint": ("Endpoint",),
+    "engine.http": ("HttpEngine",),
+    "engine.scripted": ("ByteTokenizer", "Reply", "ScriptedEngine"),
+    "errors": (
+        "AprError",
+        "BranchFailed",
+        "BudgetExceeded",
+        "EngineError",
+        "EngineTimeout",
+        "GrammarError",
+        "KvJoinUnavailable",
+        "LaunchError",
+        "TraceError",
+        "UnsupportedEngine",
+    ),
+    "metrics": ("Metrics",),
+    "reason.dsl": ("reason",),
+    "reason.loop": ("areason", "run"),
+    "server.launch": ("Server",),
+    "trajectory": ("Block", "Branch", "Call", "Span", "Trajectory"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first used (PEP 562)."""
+    if name not in _MODULE:
+        raise AttributeError(f"module 'sgl_apr' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"sgl_apr.{_MODULE[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -93,7 +93,7 @@ class Grammar:
                 f"{self.name}, line {line}: {what} is outside the shared subset: rules and terminals only"
             )
         try:
-            key, expr = str(item.children[0]), _Read().transform(item.children[-1])
+            key, expr = str(item.children[0]), _Read().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
         except LarkError as error:
             cause = error.__context__ if isinstance(error.__context__, GrammarError) else error
             raise GrammarError(f"{self.name}, line {line}: {cause}") from None

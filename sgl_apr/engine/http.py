@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -129,26 +129,33 @@ class HttpEngine:
             data: dict[str, Any] = await response.json()
             return data
 
-    async def _generate(
-        self, rid: str, ids: Sequence[int], sampling: Mapping[str, Any], on_tokens: TokenSink | None
-    ) -> Result:
-        # Streaming even where nobody listens: the server then notices at once that a client is gone.
-        body = {"rid": rid, "input_ids": list(ids), "sampling_params": dict(sampling), "stream": True}
+    async def post(self, body: Mapping[str, Any]) -> Any:
+        """One `/generate` request as SGLang defines it, not streamed; its JSON answer."""
+        async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
+            if response.status != 200:
+                raise EngineError(_message(await response.text(), response.status), response.status)
+            return await response.json()
+
+    async def events(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of one streamed `/generate` request; leaving early aborts it on the server."""
+        rid = str(body["rid"])
         self._live.add(rid)
-        received: list[int] = []
         meta: dict[str, Any] = {}
         try:
-            async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
+            async with (
+                self._errors(),
+                self._session.post(f"{self.url}/generate", json={**body, "stream": True}) as response,
+            ):
                 if response.status != 200:
                     raise EngineError(_message(await response.text(), response.status), response.status)
-                async for data in _events(response):
+                async for line in response.content:
+                    if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                        continue
+                    data = json.loads(line[6:])
                     if "error" in data:
-                        raise EngineError(_message(json.dumps(data), 500), data["error"].get("code"))
+                        raise EngineError(_message(line[6:].decode(), 500), data["error"].get("code"))
                     meta = data["meta_info"]
-                    fresh = _fresh(data["output_ids"], len(received), meta)
-                    received += fresh
-                    if fresh and on_tokens:
-                        on_tokens(fresh)
+                    yield data
         except BaseException:
             await asyncio.shield(self.abort(rid))
             raise
@@ -156,16 +163,29 @@ class HttpEngine:
             self._live.discard(rid)
         reason = meta.get("finish_reason")
         if not isinstance(reason, dict):
-            raise EngineError(
-                f"{self.url} ended its answer without a finish reason: the server died or is stopping"
-            )
+            raise EngineError(f"{self.url} ended its answer without a finish reason: it died or is stopping")
         if reason["type"] == "abort":
             raise EngineError(
                 f"{self.url} aborted the request: {reason.get('message')}", reason.get("status_code")
             )
+
+    async def _generate(
+        self, rid: str, ids: Sequence[int], sampling: Mapping[str, Any], on_tokens: TokenSink | None
+    ) -> Result:
+        # Streaming even where nobody listens: the server then notices at once that a client is gone.
+        body = {"rid": rid, "input_ids": list(ids), "sampling_params": dict(sampling)}
+        received: list[int] = []
+        meta: dict[str, Any] = {}
+        async with contextlib.aclosing(self.events(body)) as events:
+            async for data in events:
+                meta = data["meta_info"]
+                fresh = _fresh(data["output_ids"], len(received), meta)
+                received += fresh
+                if fresh and on_tokens:
+                    on_tokens(fresh)
         return Result(
             token_ids=tuple(received),
-            finish="length" if reason["type"] == "length" else "stop",
+            finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
             prompt_tokens=int(meta["prompt_tokens"]),
             cached_tokens=int(meta["cached_tokens"]),
         )
@@ -183,13 +203,6 @@ class HttpEngine:
             raise EngineError(f"{self.url} broke off the answer: {error or type(error).__name__}") from error
         except (json.JSONDecodeError, KeyError) as error:
             raise EngineError(f"{self.url} does not answer like an SGLang server: {error!r}") from error
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of a server-sent event stream."""
-    async for line in response.content:
-        if line.startswith(b"data: ") and line != b"data: [DONE]\n":
-            yield json.loads(line[6:])
 
 
 def _fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:

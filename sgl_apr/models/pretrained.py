@@ -80,7 +80,7 @@ def _convert(target: Path) -> None:
     _tokenizer(gguf, config.max_position_embeddings).save_pretrained(target)
 
 
-def _tokenizer(gguf: Path, length: int) -> Any:  # noqa: ANN401
+def _tokenizer(gguf: Path, length: int) -> Any:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 

@@ -20,7 +20,7 @@ def checked(tags: Sequence[str]) -> list[str]:
     return list(tags)
 
 
-def add_to_tokenizer(tokenizer: Any, tags: Sequence[str]) -> None:  # noqa: ANN401
+def add_to_tokenizer(tokenizer: Any, tags: Sequence[str]) -> None:
     """Makes each tag one special token of a transformers tokenizer, never normalized, merged or split."""
     from transformers import AddedToken
 
@@ -33,7 +33,7 @@ def words(tag: str) -> str:
     return tag.strip("<>[]|") or tag
 
 
-def add_to_model(model: Any, tokenizer: Any, tags: Sequence[str]) -> None:  # noqa: ANN401
+def add_to_model(model: Any, tokenizer: Any, tags: Sequence[str]) -> None:
     """Adds the tags to both; a new row is the mean of the rows of the pieces of the tag's `words`.
 
     A closer has the piece of its slash besides, so that it differs from its opener. Input and output rows are

@@ -83,7 +83,7 @@ def random_llama(
     return directory
 
 
-def _tokenizer(tags: Sequence[str]) -> Any:  # noqa: ANN401
+def _tokenizer(tags: Sequence[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,7 +103,7 @@ def _tokenizer(tags: Sequence[str]) -> Any:  # noqa: ANN401
     return tokenizer
 
 
-def _fill(model: Any, seed: int, biases: dict[int, float]) -> None:  # noqa: ANN401
+def _fill(model: Any, seed: int, biases: dict[int, float]) -> None:
     """Draws the weights so that hidden unit 0 is a constant, which turns column 0 of lm_head into a bias.
 
     Llama has no bias. Unit 0 gets the same large value from every embedding, no layer reads it (norm weight

@@ -73,7 +73,7 @@ class Plan:
             )
 
 
-def plan(dialect_: Dialect | str, **options: Any) -> Plan:  # noqa: ANN401 - the fields of Plan
+def plan(dialect_: Dialect | str, **options: Any) -> Plan:
     """A `Plan`, with the dialect by name or as it is."""
     return Plan(dialect=dialect(dialect_) if isinstance(dialect_, str) else dialect_, **options)
 
@@ -84,7 +84,7 @@ async def areason(
     dialect: Dialect | str = "threadweaver",
     *,
     on_text: OnText | None = None,
-    **options: Any,  # noqa: ANN401 - the fields of Plan
+    **options: Any,
 ) -> Trajectory:
     """Let the model behind `engine` answer `prompt` (text, or ids that are sent as they are).
 
@@ -95,6 +95,29 @@ async def areason(
     tokenizer = engine.tokenizer
     ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)
     return await run_plan(engine, ids, plan(dialect, **options), on_text)
+
+
+def run(
+    url: str,
+    prompt: str | Sequence[int],
+    dialect: Dialect | str = "threadweaver",
+    *,
+    api_key: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    timeout: float = 120.0,
+    on_text: OnText | None = None,
+    **options: Any,
+) -> Trajectory:
+    """`areason` against the server at `url`, blocking: for scripts without an event loop."""
+    from sgl_apr.engine.http import HttpEngine
+
+    async def once() -> Trajectory:
+        async with await HttpEngine.connect(
+            url, api_key=api_key, tokenizer=tokenizer, timeout=timeout
+        ) as engine:
+            return await areason(engine, prompt, dialect, on_text=on_text, **options)
+
+    return asyncio.run(once())
 
 
 async def run_plan(

@@ -1,0 +1,304 @@
+"""An SGLang front-end backend that sends ids, and runs `apr.reason`; the loop itself is in reason.loop."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import uuid
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from sglang.lang.chat_template import get_chat_template
+from sglang.lang.global_config import global_config
+from sglang.lang.interpreter import ProgramState, StreamExecutor
+from sglang.lang.ir import SglSamplingParams
+
+from sgl_apr.engine.base import Result
+from sgl_apr.engine.frontend import patch_frontend
+from sgl_apr.engine.http import HttpEngine
+from sgl_apr.engine.ledger import KEY, Ledger, ledger_of
+from sgl_apr.engine.program import Decode, ProgramEngine
+from sgl_apr.errors import EngineError
+from sgl_apr.reason.dsl import Reason
+from sgl_apr.reason.loop import run_plan
+from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory import Path, Trajectory
+
+T = TypeVar("T")
+INHERITED = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
+LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
+
+
+class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
+    """A running SGLang server as the backend of `@sgl.function` programs.
+
+    Everything that works on SGLang's own `RuntimeEndpoint` works here (gen, select, fork, roles,
+    streaming, batches), and `apr.reason` besides. A program sends the ids that it received, never its
+    text again. Where a program fails, reading its variables raises the error.
+
+    Raises `EngineError` if no server answers at `base_url`, and `UnsupportedEngine` if it can't serve
+    (see `HttpEngine.connect`, also for `tokenizer` and `timeout`).
+    """
+
+    raises_errors = True
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        verify: str | None = None,
+        chat_template_name: str | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        timeout: float = 120.0,
+    ) -> None:
+        patch_frontend()
+        base_url = base_url.rstrip("/")
+        self.committed: dict[str, Result] = {}  # by program: what a native fork's commit came to
+        self._running: dict[str, Future[Any]] = {}
+        self._loop = asyncio.new_event_loop()
+        # A native fork waits in a thread, and thousands of programs may fork at once.
+        self._loop.set_default_executor(ThreadPoolExecutor(256, thread_name_prefix="apr-fork"))
+        self._thread = threading.Thread(target=self._loop.run_forever, name="apr-endpoint", daemon=True)
+        self._thread.start()
+        try:
+            self.http = self._wait(
+                HttpEngine.connect(base_url, api_key=api_key, tokenizer=tokenizer, timeout=timeout)
+            )
+            super().__init__(base_url, api_key, verify, chat_template_name)
+        except BaseException:
+            self._stop()
+            raise
+        # The runtime joins by text; SGLang's own way posts to a route that no server has.
+        self.support_concate_and_append = False
+        # SGLang guesses the template by the model's path; the tokenizer knows better.
+        guessed = chat_template_name is None and self.get_chat_template().name == "default"
+        if guessed and self.tokenizer.special("<|im_start|>") is not None:
+            self.chat_template = get_chat_template("chatml")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the served model."""
+        return self.http.tokenizer
+
+    def close(self) -> None:
+        """Cancel what is running, abort it on the server, and close the connections."""
+        for future in list(self._running.values()):
+            future.cancel()
+        if self._loop.is_running():
+            self._wait(self.http.close())
+        self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def cancel(self, state: ProgramState) -> None:
+        """Stop what `state` is generating: it is aborted on the server, and reading the program raises."""
+        if future := self._running.get(state.stream_executor.sid):
+            future.cancel()
+
+    # What SGLang's interpreter calls.
+
+    def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        if s.images_:
+            super().commit_lazy_operations(s)
+        else:
+            self.committed[s.sid] = self._wait(self.http.commit(_rid(), self._ids(s)), s)
+
+    def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
+        match sampling_params.dtype:
+            case Reason() as asked:
+                return self._finish(s, self._wait(self._reason(s, asked, sampling_params), s), s.text_)
+            case Decode() as call:
+                return self._branch(s, call)
+        if s.images_:
+            return super().generate(s, sampling_params)  # type: ignore[no-any-return]
+        answer = self._wait(self.http.post(self._body(s, sampling_params)), s)
+        if isinstance(answer, list):  # n > 1: the program goes on from the first, as SGLang defines it
+            self._keep(s, s.text_, answer[0])
+            return [a["text"] for a in answer], answer[0]["meta_info"]
+        self._keep(s, s.text_, answer)
+        return answer["text"], answer["meta_info"]
+
+    def generate_stream(
+        self, s: StreamExecutor, sampling_params: SglSamplingParams
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        if isinstance(sampling_params.dtype, Reason):
+            yield from self._stream_reason(s, sampling_params.dtype, sampling_params)
+            return
+        if s.images_:
+            yield from super().generate_stream(s, sampling_params)
+            return
+        chunks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        future = self._start(self._relay(self._body(s, sampling_params), chunks), s, lambda: chunks.put(None))
+        before, sent = s.text_, 0
+        ids: list[int] = []
+        while (chunk := chunks.get()) is not None:
+            text, sent = chunk["text"][sent:], len(chunk["text"])
+            ids = chunk["output_ids"] if len(chunk["output_ids"]) > len(ids) else [*ids, *chunk["output_ids"]]
+            yield text, chunk["meta_info"]
+        future.result()
+        self._keep(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
+
+    # How it is done.
+
+    def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
+        return ledger_of(s.text_, s.variables, self.tokenizer).ids
+
+    def _keep(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
+        """Enter an answer into the ledger; SGLang appends its text to the program afterwards."""
+        ledger = ledger_of(before, s.variables, self.tokenizer)
+        s.variables[KEY] = ledger.decoded(answer["text"], answer["output_ids"], self.tokenizer)
+
+    def _body(self, s: StreamExecutor, params: SglSamplingParams) -> dict[str, Any]:
+        self._handle_dtype_to_regex(params)
+        body = {
+            "rid": _rid(),
+            "input_ids": list(self._ids(s)),
+            "sampling_params": {
+                "skip_special_tokens": global_config.skip_special_tokens_in_output,
+                "spaces_between_special_tokens": global_config.spaces_between_special_tokens_in_out,
+                **params.to_srt_kwargs(),
+            },
+            **{k: v for k in LOGPROBS if (v := getattr(params, k)) is not None},
+        }
+        if params.n > 1:
+            body["rid"] = [_rid() for _ in range(params.n)]
+        return body
+
+    async def _relay(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
+        async for chunk in self.http.events(body):
+            chunks.put(chunk)
+
+    def _branch(self, s: StreamExecutor, call: Decode) -> tuple[str, dict[str, Any]]:
+        """A gen inside a native fork: it decodes what the loop asked for, and tells the loop."""
+        known = ledger_of(s.text_, s.variables, self.tokenizer)
+        context = call.request.input_ids
+        s.text_ += self.tokenizer.decode(context[len(known.ids) :], known.ids)  # what the loop injected
+        s.variables[KEY] = Ledger(s.text_, context)
+        future = asyncio.run_coroutine_threadsafe(self.http.decode(call.request, call.on_tokens), self._loop)
+        # A branch that the loop has given up on is aborted; the future of an ended loop is never awaited.
+        self._loop.call_soon_threadsafe(
+            call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
+        )
+        try:
+            result = future.result()
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(_settle, call.done, None, error)
+            return "", {}
+        text = self.tokenizer.decode(result.token_ids, context)
+        s.variables[KEY] = Ledger(s.text_ + text, (*context, *result.token_ids))
+        self._loop.call_soon_threadsafe(_settle, call.done, result, None)
+        return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
+
+    def _reason(
+        self,
+        s: StreamExecutor,
+        asked: Reason,
+        params: SglSamplingParams,
+        on_text: Any = None,
+    ) -> Coroutine[Any, Any, Trajectory]:
+        inherited = {name: getattr(params, name) for name in INHERITED}
+        plan = asked.with_sampling({**inherited, **asked.sampling})
+        return run_plan(ProgramEngine(self, s), self._ids(s), plan, on_text)
+
+    def _finish(self, s: StreamExecutor, trajectory: Trajectory, before: str) -> tuple[str, dict[str, Any]]:
+        """Put the trace into the program but for the answer, which SGLang appends, and report."""
+        trace, answer = trajectory.text, trajectory.answer
+        known = ledger_of(before, s.variables, self.tokenizer)
+        s.variables[KEY] = Ledger(before + trace, (*known.ids, *trajectory.token_ids))
+        s.text_ = before + trace[: len(trace) - len(answer)]
+        return answer, _meta(trajectory)
+
+    def _stream_reason(
+        self, s: StreamExecutor, asked: Reason, params: SglSamplingParams
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The program's text grows as the trunk is written, a block at a time where it forks.
+
+        The variable gets the answer when it is known to be the answer: as it is written if the trunk
+        may not fork, else at the end.
+        """
+        pieces: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
+        before = s.text_
+        running = self._reason(s, asked, params, on_text=lambda path, text: pieces.put((path, text)))
+        future = self._start(running, s, lambda: pieces.put(None))
+        branches: dict[Path, str] = {}
+        answering = ""
+        while (piece := pieces.get()) is not None:
+            path, text = piece
+            if path:
+                branches[path] = branches.get(path, "") + text
+                continue
+            s.text_ += "".join(branches[p] for p in sorted(branches))
+            branches.clear()
+            if asked.plan.max_blocks == 0 and (answering or text.strip()):
+                head = "" if answering else text[: len(text) - len(text.lstrip())]
+                s.text_ += head
+                answering += text[len(head) :]
+                yield text[len(head) :], {}
+            else:
+                s.text_ += text
+                s.stream_text_event.set()
+        trajectory = future.result()
+        answer, meta = self._finish(s, trajectory, before)
+        s.text_ += answer
+        s.variables[asked.name] = answer
+        yield "", meta
+
+    def _start(self, work: Coroutine[Any, Any, T], s: StreamExecutor, then: Any) -> Future[T]:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._running[s.sid] = future
+        future.add_done_callback(lambda _: (self._running.pop(s.sid, None), then()))
+        return future
+
+    def _wait(self, work: Coroutine[Any, Any, T], s: StreamExecutor | None = None) -> T:
+        """The result of `work`, run in the endpoint's event loop; given up when the program is at its end."""
+        future = (
+            self._start(work, s, lambda: None) if s else asyncio.run_coroutine_threadsafe(work, self._loop)
+        )
+        while True:
+            try:
+                return future.result(timeout=0.5)
+            except CancelledError:
+                raise EngineError("the program was cancelled, and its requests were aborted") from None
+            except TimeoutError:
+                if future.done():
+                    raise
+                if not threading.main_thread().is_alive():  # interrupted: do not hold the process up
+                    future.cancel()
+
+
+def _settle(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
+    if done.done():
+        return
+    if error is not None:
+        done.set_exception(error if isinstance(error, Exception) else EngineError("the branch was cancelled"))
+    elif result is not None:
+        done.set_result(result)
+
+
+def _meta(trajectory: Trajectory) -> dict[str, Any]:
+    """What `get_meta_info` returns: SGLang's own fields, summed over the calls, and the trajectory."""
+    metrics = trajectory.metrics()
+    return {
+        "id": None,
+        "finish_reason": {"type": trajectory.finish},
+        "prompt_tokens": len(trajectory.spans[0].token_ids or ()),
+        "completion_tokens": metrics.total,
+        "cached_tokens": metrics.cached_tokens,
+        "trajectory": trajectory,
+    }
+
+
+def _rid() -> str:
+    return f"apr-{uuid.uuid4().hex}"

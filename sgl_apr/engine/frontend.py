@@ -1,0 +1,85 @@
+"""The one patch of SGLang's front end: a program whose worker died raises instead of hanging; nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sgl_apr.errors import UnsupportedEngine
+
+SGLANG = "0.5.23"
+
+
+def check_sglang() -> None:
+    """Raise `UnsupportedEngine` unless the SGLang that this package was built against is installed."""
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        found = "none"
+    if found != SGLANG:
+        raise UnsupportedEngine(f"sglang {found} is installed, expected sglang=={SGLANG}")
+
+
+def patch_frontend() -> None:
+    """Make reads of a failed program raise its error, for backends that say `raises_errors`.
+
+    In SGLang 0.5.23 a worker thread that fails sets the events it knows and ends: reading a variable
+    then raises KeyError, and reading one that is submitted later waits for ever, as `sync` may.
+    """
+    from sglang.lang.interpreter import ProgramState, StreamExecutor
+
+    if getattr(StreamExecutor, "_apr_patched", False):
+        return
+    check_sglang()
+    stock_get_var, stock_meta, stock_sync = (
+        StreamExecutor.get_var,
+        StreamExecutor.get_meta_info,
+        StreamExecutor.sync,
+    )
+    stock_text_iter = ProgramState.text_iter
+
+    def get_var(self: Any, name: str) -> Any:
+        if _ours(self) and not _settled(self, name):
+            raise self.error_
+        return stock_get_var(self, name)
+
+    def get_meta_info(self: Any, name: str, timeout: float | None = None) -> Any:
+        if _ours(self) and timeout is None and not _settled(self, name):
+            raise self.error_
+        return stock_meta(self, name, timeout)
+
+    def sync(self: Any) -> None:
+        if not _ours(self):
+            stock_sync(self)
+            return
+        tasks = self.queue
+        with tasks.all_tasks_done:
+            while tasks.unfinished_tasks and self.worker.is_alive():
+                tasks.all_tasks_done.wait(0.1)
+
+    def text_iter(self: Any, var_name: str | None = None) -> Iterator[str]:
+        yield from stock_text_iter(self, var_name)
+        if _ours(self.stream_executor) and self.stream_executor.error_ is not None:
+            raise self.stream_executor.error_
+
+    StreamExecutor.get_var, StreamExecutor.get_meta_info = get_var, get_meta_info
+    StreamExecutor.sync, ProgramState.text_iter = sync, text_iter
+    StreamExecutor._apr_patched = True
+
+
+def _ours(executor: Any) -> bool:
+    return bool(executor.use_thread and getattr(executor.backend, "raises_errors", False))
+
+
+def _settled(executor: Any, name: str) -> bool:
+    """Wait until `name` is there (True) or its worker has failed without it (False)."""
+    event = executor.variable_event.get(name)
+    while event is not None and not event.wait(0.2):
+        if not executor.worker.is_alive():
+            break
+    if name in executor.variables and (event is None or event.is_set()) and executor.error_ is None:
+        return True
+    if event is not None and (not event.is_set() or name not in executor.variables):
+        executor.worker.join(5)  # it sets `error_` as the last thing it does
+    return executor.error_ is None or (name in executor.variables and name in executor.meta_info)

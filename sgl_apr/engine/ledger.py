@@ -1,0 +1,48 @@
+"""The token ids behind a program's text: what was decoded is kept id for id, only added text is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgl_apr.tokenizer import Tokenizer
+
+# Native forks copy a program's variables and nothing else of a backend's, so the ledger is one of them.
+KEY = "__apr_ledger__"
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A program's text so far, and its ids."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+
+    def upto(self, text: str, tokenizer: Tokenizer) -> Ledger:
+        """The ledger of `text`. Where text was rewritten rather than added to, it starts anew."""
+        if not text.startswith(self.text):
+            return Ledger().upto(text, tokenizer)
+        rest = text[len(self.text) :]
+        return Ledger(text, (*self.ids, *tokenizer.encode(rest, first=not self.ids))) if rest else self
+
+    def decoded(self, text: str, ids: Sequence[int], tokenizer: Tokenizer) -> Ledger:
+        """With `ids` decoded behind it, of which the program keeps `text`.
+
+        They differ by a final end-of-text token, by a stop string that was cut off, and by special tokens
+        that were left out: ids are kept as far as their text is the program's, and the rest is encoded.
+        """
+        kept = [i for i in ids[-1:] if i not in tokenizer.eos_ids]
+        kept = [*ids[:-1], *kept]
+        while kept and not text.startswith(tokenizer.decode(kept, self.ids)):
+            kept.pop()
+        known = Ledger(self.text + tokenizer.decode(kept, self.ids), (*self.ids, *kept))
+        return known.upto(self.text + text, tokenizer)
+
+
+def ledger_of(text: str, variables: MutableMapping[str, Any], tokenizer: Tokenizer) -> Ledger:
+    """The ledger of a program, brought up to its text and stored with its variables."""
+    known = variables.get(KEY)
+    ledger = (known if isinstance(known, Ledger) else Ledger()).upto(text, tokenizer)
+    variables[KEY] = ledger
+    return ledger

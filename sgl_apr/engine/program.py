@@ -1,0 +1,90 @@
+"""The engine inside a running `@sgl.function` program: its forks are SGLang's native forks of that program."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sglang.lang.interpreter import ProgramState, StreamExecutor
+from sglang.lang.ir import SglCommitLazy, SglGen
+
+from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.ledger import KEY, Ledger
+from sgl_apr.errors import EngineError
+from sgl_apr.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sgl_apr.engine.endpoint import Endpoint
+
+
+@dataclass
+class Decode:
+    """One decode call on its way through a forked program; travels in the `dtype` of a native gen."""
+
+    request: Request
+    on_tokens: TokenSink | None
+    done: asyncio.Future[Result] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class ProgramEngine:
+    """Decodes for one executor: the program's own, or a native fork of it.
+
+    The program's own worker thread is busy running `apr.reason`, so the trunk goes straight to the
+    server and a fork is made from a copy; a forked branch decodes through its own executor.
+    """
+
+    def __init__(self, endpoint: Endpoint, executor: StreamExecutor, forked: bool = False) -> None:
+        self.endpoint, self.executor, self.forked = endpoint, executor, forked
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.endpoint.tokenizer
+
+    async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
+        if not self.forked:
+            return await self.endpoint.http.decode(request, on_tokens)
+        call = Decode(request, on_tokens)
+        self.executor.submit(SglGen(None, dtype=call))
+        return await call.done  # if this is cancelled, so is the future, and with it the request
+
+    async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
+        return await self.endpoint.http.commit(rid, prefix)
+
+    async def fork(
+        self, rid: str, prefix: Sequence[int], size: int
+    ) -> tuple[Result, Sequence[ProgramEngine]]:
+        return await asyncio.to_thread(self._fork, tuple(prefix), size)
+
+    def _fork(self, prefix: tuple[int, ...], size: int) -> tuple[Result, Sequence[ProgramEngine]]:
+        source = self.executor
+        copy = StreamExecutor(
+            source.backend, source.arguments, source.default_sampling_para, source.chat_template, stream=False
+        )
+        try:
+            copy.text_ = self.tokenizer.decode(prefix)
+            copy.variables = {**source.variables, KEY: Ledger(copy.text_, prefix)}
+            copy.messages_, copy.cur_role = list(source.messages_), source.cur_role
+            copy.cur_role_begin_pos = source.cur_role_begin_pos
+            if size == 1:  # SGLang commits before a fork into several only
+                copy.submit(SglCommitLazy())
+            group = ProgramState(copy).fork(size)
+            committed = self.endpoint.committed.pop(copy.sid, None)
+            if copy.error_ is not None:
+                raise copy.error_
+            if committed is None:
+                raise EngineError("SGLang forked the program without committing its prefix")
+        finally:
+            copy.end()
+        return committed, [ProgramEngine(self.endpoint, s.stream_executor, forked=True) for s in group.states]
+
+    async def release(self) -> None:
+        if self.forked:
+            self.executor.end()
+
+    async def abort(self, rid: str) -> None:
+        await self.endpoint.http.abort(rid)
+
+    async def load(self) -> Load:
+        return await self.endpoint.http.load()

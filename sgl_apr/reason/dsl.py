@@ -1,0 +1,67 @@
+"""`apr.reason`: the expression for `@sgl.function` programs; the backend that runs it is `apr.Endpoint`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sgl_apr.budget import Budget
+from sgl_apr.dialects import Dialect
+from sgl_apr.reason.loop import Mode, Plan, plan
+
+if TYPE_CHECKING:
+    from sglang.lang.ir import SglGen
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What an `apr.reason` expression asks for. It travels in `dtype`, which any other backend refuses."""
+
+    name: str
+    plan: Plan
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_sampling(self, sampling: Mapping[str, Any]) -> Plan:
+        """The plan under these sampling parameters."""
+        return replace(self.plan, sampling=dict(sampling))
+
+    def __str__(self) -> str:
+        return f"apr.reason({self.name!r}), which needs the backend apr.Endpoint"
+
+    __repr__ = __str__
+
+
+def reason(
+    name: str,
+    dialect: Dialect | str = "threadweaver",
+    *,
+    budget: Budget | None = None,
+    join: str = "text",
+    mode: Mode = "auto",
+    min_blocks: int = 0,
+    max_blocks: int | None = None,
+    constrain: bool = True,
+    **sampling: Any,
+) -> SglGen:
+    """Let the model think, forking and joining as it decides; `state[name]` is its answer.
+
+    The answer is the text after the last join; `state.text()` holds the whole trace, and
+    `state.get_meta_info(name)["trajectory"]` the `Trajectory`. `sampling` takes SGLang's sampling
+    parameters (temperature, top_p, ...) over those of the program. The other options are those of
+    `Plan`, and are checked here: what the dialect does not allow raises at once.
+
+    >>> s += sgl.assistant(apr.reason("answer", dialect="threadweaver", budget=apr.Budget(width=4)))  # doctest: +SKIP
+    """
+    from sglang.lang.ir import SglGen
+
+    checked = plan(
+        dialect,
+        budget=budget or Budget(),
+        join=join,
+        mode=mode,
+        min_blocks=min_blocks,
+        max_blocks=max_blocks,
+        constrain=constrain,
+    )
+    return SglGen(name, dtype=Reason(name, checked, dict(sampling)))
