@@ -28,7 +28,12 @@ class ForkMark:
     """In a flat sequence: here the fork rule begins."""
 
 
-Item = Literal | Name | Chain | ForkMark
+@dataclass(frozen=True, slots=True)
+class MaybeText:
+    """Optional free text, kept as one item: as two alternatives a lexer could not tell them apart in time."""
+
+
+Item = Literal | Name | Chain | ForkMark | MaybeText
 Flat = tuple[Item, ...]
 
 
@@ -62,6 +67,8 @@ def _flatten(grammar: Grammar, expr: Expr) -> list[Flat]:
             return [sum(parts, ()) for parts in ways]
         case Alt(options):
             return [flat for option in options for flat in _flatten(grammar, option)]
+        case Repeat(Name(name), many=False) if name == TEXT:
+            return [(MaybeText(),)]
         case Repeat(item, low, many=False):
             return ([] if low else [()]) + _flatten(grammar, item)
         case Repeat(Name(name), low) if name in grammar.rules and _is_numbered(grammar, name):
@@ -94,6 +101,8 @@ class _Writer:
         while items:
             item = items.pop(0)
             match item:
+                case MaybeText():
+                    words.append(self.text(items, optional=True))
                 case Name(name) if name == TEXT:
                     words.append(self.text(items))
                 case Name(name) if name == NUMBER and number is not None:
@@ -118,26 +127,26 @@ class _Writer:
         self.lines[name] = f"/{terminal}/"
         return name
 
-    def text(self, rest: list[Literal | Name | Chain]) -> str:
+    def text(self, rest: list[Literal | Name | Chain | MaybeText], optional: bool = False) -> str:
         """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
 
-        A lexeme has no look-ahead, so text that ends at a spelled tag has to be one lazy lexeme with it;
-        the negation keeps every other tag out, which laziness alone does not.
+        A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it: no other tag
+        in it, and this one at its end alone.
         """
         following = rest[0] if rest else None
         pattern = self.grammar.terminals[TEXT]
         if following is None or (isinstance(following, Literal) and following.text in self.ids):
             self.lines[TEXT] = f"/{pattern}/ & {self.without(self.grammar.tags)}"
-            return TEXT
+            return TEXT + "?" * optional
         if not (isinstance(following, Literal) and following.is_tag):
             raise GrammarError(
                 f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
             )
         rest.pop(0)
-        name = f"until_{self.grammar.tags.index(following.text)}"
+        name = f"{'MAYBE_' * optional}UNTIL_{self.grammar.tags.index(following.text)}"
         others = tuple(t for t in self.grammar.tags if t != following.text)
-        self.lines[f"{name}[lazy]"] = name.upper()
-        self.lines[name.upper()] = f"/{pattern}{_regex(following.text)}/ & {self.without(others)}"
+        tag, body = _regex(following.text), f"({pattern}){'?' * optional}"
+        self.lines[name] = f"/{body}{tag}/ & {self.without(others)} & ~/(.|\\n)*{tag}(.|\\n)+/"
         return name
 
     def without(self, tags: tuple[str, ...]) -> str:

@@ -58,6 +58,8 @@ def _walk(node: Tree[Token] | Token, text: str, max_width: int) -> Iterator[Segm
         if node.type == TEXT and node.end_pos is not None:
             yield Segment("text", node.start_pos or 0, node.end_pos)
         return
+    if node.meta.empty:
+        return
     start, end = node.meta.start_pos, node.meta.end_pos
     match str(node.data):
         case "fork":
@@ -249,10 +251,9 @@ def split_ids(
             offset = starts[done] + len(piece)
             done = i + 1
     at = 0
-    for end in ends[:-1]:
+    for k, end in enumerate(ends):
         upto = at
-        while upto < len(ids) and starts[upto] < end:
+        while upto < len(ids) and (starts[upto] < end or k == len(ends) - 1):
             upto += 1
         yield tuple(ids[at:upto])
         at = upto
-    yield tuple(ids[at:])

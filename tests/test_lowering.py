@@ -1,0 +1,134 @@
+"""The mask, on llguidance itself: what can be decoded, token by token, in both tag modes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from traces import TAGS, free_text
+
+import sgl_apr as apr
+from sgl_apr.grammar import grammar_path
+
+FORK = "<Parallel>\n<Outlines>\n<Outline>1: x</Outline>\n<Outline>2: y</Outline>\n</Outlines>"
+
+
+class Masked:
+    """A byte-level tokenizer, with or without the tags as tokens, and llguidance on it."""
+
+    def __init__(self, tags: tuple[str, ...]) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        self.backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        self.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.backend.decoder = decoders.ByteLevel()
+        self.backend.add_special_tokens(["<eos>", *tags])
+        self.eos_ids = frozenset({self.backend.token_to_id("<eos>")})
+        self.tags = tags
+        self.guide = LLTokenizer(self.backend.to_str(), eos_token=self.backend.token_to_id("<eos>"))
+
+    def special(self, tag: str) -> int | None:
+        return self.backend.token_to_id(tag) if tag in self.tags else None
+
+    def matcher(self, phase: str, **options) -> LLMatcher:
+        dialect = options.pop("dialect", apr.dialect("threadweaver"))
+        matcher = LLMatcher(self.guide, dialect.llguidance(phase, self, **options))
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher
+
+    def accepts(self, phase: str, text: str, **options) -> bool:
+        """Whether all of `text` can be decoded and decoding may end there."""
+        matcher, ids = self.matcher(phase, **options), self.backend.encode(text).ids
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+TOKENS, SPELLED = Masked(TAGS), Masked(())
+both = pytest.mark.parametrize("masked", [TOKENS, SPELLED], ids=["tokens", "text"])
+
+
+@both
+@pytest.mark.parametrize(
+    ("phase", "text", "accepted"),
+    [
+        ("trunk", "just an answer", True),
+        ("trunk", "x < y and <b>bold</b>", True),
+        ("trunk", "", False),
+        ("trunk", FORK, True),
+        ("trunk", "Let me see.\n" + FORK, True),
+        ("trunk", "a</Thread>b", False),
+        ("trunk", "<Parallel>\n<Outlines>\n</Outlines>", False),
+        ("trunk", FORK.replace("2: y", "1: y"), False),
+        ("trunk", FORK.replace("2: y", "3: y"), False),
+        ("trunk", FORK.replace("<Outline>2: y</Outline>\n", ""), False),
+        ("trunk", FORK + "more", False),
+        ("body", " x < y\n</Thread>", True),
+        ("body", "</Thread>", False),
+        ("body", " open", False),
+        ("body", " a <Outlines> b</Thread>", False),
+        ("body", " a <Thread> b</Thread>", False),
+        ("body", " a</Thread> b", False),
+        ("body", "</Thread>a</Thread>", False),
+        ("trunk", "<Parallel>a" + FORK, False),
+        ("after", "<Conclusion>c</Conclusion>\n</Parallel>\nDone", True),
+        ("after", "</Parallel>\nDone", True),
+        ("after", "</Parallel>\n" + FORK, True),
+        ("after", "</Parallel>", False),
+        ("after", "Done", False),
+    ],
+)
+def test_phase(masked: Masked, phase: str, text: str, accepted: bool):
+    assert masked.accepts(phase, text) is accepted
+
+
+@both
+def test_width_bounds_the_fork(masked: Masked):
+    def fork(n: int) -> str:
+        outlines = "".join(f"<Outline>{k}: x</Outline>\n" for k in range(1, n + 1))
+        return f"<Parallel>\n<Outlines>\n{outlines}</Outlines>"
+
+    assert [n for n in range(1, 8) if masked.accepts("trunk", fork(n), width=5, min_width=3)] == [3, 4, 5]
+
+
+@both
+def test_fork_required_and_forbidden(masked: Masked):
+    assert not masked.accepts("trunk", "an answer", fork="required")
+    assert masked.accepts("trunk", "first " + FORK, fork="required")
+    assert masked.accepts("trunk", "an answer", fork="forbidden")
+    assert not masked.accepts("trunk", FORK, fork="forbidden")
+
+
+@both
+@settings(max_examples=60, deadline=None)
+@given(text=free_text())
+def test_any_text_that_is_no_tag_can_be_written(masked: Masked, text: str):
+    assert masked.accepts("body", text + "</Thread>")
+    assert masked.accepts("trunk", text)
+
+
+def test_a_tag_that_is_a_token_cannot_be_spelled_out():
+    plain = TOKENS.matcher("body")
+    ids = SPELLED.backend.encode("a</Thread>").ids  # the same byte ids, but no tag token
+    assert plain.try_consume_tokens(ids) == len(ids) - 1
+
+
+@both
+def test_the_file_is_what_counts(masked: Masked, tmp_path):
+    """Editing a copy of the grammar changes the parser, the mask and what is injected."""
+    copy = tmp_path / "worker.lark"
+    source = grammar_path("threadweaver").read_text()
+    copy.write_text(source.replace("</Thread>", "</Worker>").replace("<Thread>", "<Worker>").replace("NUMBER \":\" TEXT", "NUMBER \")\" TEXT"))
+    mine = apr.Dialect.from_file(copy)
+    assert mine.grammar.written("header", 1) == "<Worker>\n1:"
+    assert masked.accepts("trunk", FORK.replace(": ", ") "), dialect=mine)
+    assert not masked.accepts("trunk", FORK, dialect=mine)
+    # In it </Thread> is ordinary text, unless the tokenizer has it as a token of its own.
+    assert masked.accepts("body", "a</Thread>b</Worker>", dialect=mine) is (masked is SPELLED)
+    trace = FORK.replace(": ", ") ") + "\n<Worker>\n1:a</Worker><Worker>\n2:b</Worker>\n</Parallel>"
+    assert [b.text for b in mine.parse(trace).blocks[0].branches] == ["a", "b"]
+    assert not apr.dialect("threadweaver").is_valid(trace)
+
+
+@pytest.mark.parametrize(("low", "high"), [(3, 2), (0, 4), (2, 51)])
+def test_impossible_width_is_an_error(low: int, high: int):
+    with pytest.raises(apr.GrammarError, match="expected within 1 to 50"):
+        apr.dialect("threadweaver").llguidance("trunk", TOKENS, min_width=low, width=high)
