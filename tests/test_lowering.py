@@ -116,7 +116,11 @@ def test_the_file_is_what_counts(masked: Masked, tmp_path):
     """Editing a copy of the grammar changes the parser, the mask and what is injected."""
     copy = tmp_path / "worker.lark"
     source = grammar_path("threadweaver").read_text()
-    copy.write_text(source.replace("</Thread>", "</Worker>").replace("<Thread>", "<Worker>").replace("NUMBER \":\" TEXT", "NUMBER \")\" TEXT"))
+    copy.write_text(
+        source.replace("</Thread>", "</Worker>")
+        .replace("<Thread>", "<Worker>")
+        .replace('NUMBER ":" TEXT', 'NUMBER ")" TEXT')
+    )
     mine = apr.Dialect.from_file(copy)
     assert mine.grammar.written("header", 1) == "<Worker>\n1:"
     assert masked.accepts("trunk", FORK.replace(": ", ") "), dialect=mine)

@@ -28,7 +28,10 @@ def test_render_inverts_parse(text: str, spelled: bool):
 def test_structure():
     trajectory = DIALECT.parse(TRACE)
     (block,) = trajectory.blocks
-    assert [(b.number, b.outline, b.text) for b in block.branches] == [(1, "x < y", " A\n"), (2, "and <b>", " BB\n")]
+    assert [(b.number, b.outline, b.text) for b in block.branches] == [
+        (1, "x < y", " A\n"),
+        (2, "and <b>", " BB\n"),
+    ]
     assert block.conclusion == "both"
     assert trajectory.answer == "The answer is 4."
     ends = [i for i, s in enumerate(trajectory.spans) if s.role == "closer"]
@@ -41,7 +44,11 @@ def test_structure():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("<Outline>1: x < y</Outline>\n<Outline>2: and <b></Outline>\n", "", 'line 4, column 1: found \'</Outlines>\', expected "<Outline>"'),
+        (
+            "<Outline>1: x < y</Outline>\n<Outline>2: and <b></Outline>\n",
+            "",
+            "line 4, column 1: found '</Outlines>', expected \"<Outline>\"",
+        ),
         ("2: and", "1: and", "line 5, column 10: found '1', expected \"2\""),
         ("2: and", "3: and", "line 5, column 10: found '3', expected \"2\""),
         ("2: BB", "3: BB", "line 9, column 10: found '<Thread>\\n3:'"),
@@ -92,7 +99,11 @@ def _phases(text: str):
     [
         ("trunk", "abc", ""),
         ("trunk", "abc<Parallel>\n<Outlines>\n<Outline>1: foo", "</Outline>\n</Outlines>"),
-        ("trunk", "<Parallel>\n<Outlines>\n<Outline>1: foo</Outline>\n<Outl", "ine>2:...</Outline>\n</Outlines>"),
+        (
+            "trunk",
+            "<Parallel>\n<Outlines>\n<Outline>1: foo</Outline>\n<Outl",
+            "ine>2:...</Outline>\n</Outlines>",
+        ),
         ("trunk", "<Parallel>", "\n<Outlines>\n<Outline>1:...</Outline>\n</Outlines>"),
         ("body", "", "...</Thread>"),
         ("body", "foo </Thr", "</Thread>"),
@@ -116,7 +127,9 @@ def test_ids_are_split_where_their_first_character_lies():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"schema": "other/1"}', '{"schema": "sgl_apr.trajectory/1"}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", '{"schema": "other/1"}', '{"schema": "sgl_apr.trajectory/1"}', "{"]
+)
 def test_foreign_json_is_refused(text: str):
     with pytest.raises(TraceError, match="expected"):
         apr.Trajectory.from_json(text)
@@ -124,7 +137,11 @@ def test_foreign_json_is_refused(text: str):
 
 def test_json_with_a_broken_span_is_refused():
     good = DIALECT.parse(TRACE).to_json()
-    for old, new in [('"role": "fork"', '"role": "spoon"'), ('"origin"', '"orgin"'), ('"parents": []', '"parents": 3')]:
+    for old, new in [
+        ('"role": "fork"', '"role": "spoon"'),
+        ('"origin"', '"orgin"'),
+        ('"parents": []', '"parents": 3'),
+    ]:
         assert old in good
         with pytest.raises(TraceError, match="expected the fields of"):
             apr.Trajectory.from_json(good.replace(old, new, 1))

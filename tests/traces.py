@@ -27,8 +27,14 @@ The answer is 4."""
 
 def free_text() -> st.SearchStrategy[str]:
     """Anything a model may write that is no tag, angle brackets included."""
-    pieces = st.one_of(st.text(max_size=12), st.sampled_from(["<", ">", "</", "<b>", "Thread>", "<Paral", "\n", "1:", "..."]))
-    return st.lists(pieces, min_size=1, max_size=4).map("".join).filter(lambda t: t and not any(tag in t for tag in TAGS))
+    pieces = st.one_of(
+        st.text(max_size=12), st.sampled_from(["<", ">", "</", "<b>", "Thread>", "<Paral", "\n", "1:", "..."])
+    )
+    return (
+        st.lists(pieces, min_size=1, max_size=4)
+        .map("".join)
+        .filter(lambda t: t and not any(tag in t for tag in TAGS))
+    )
 
 
 @st.composite

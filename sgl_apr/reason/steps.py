@@ -59,10 +59,10 @@ def interpret(
     text = tokenizer.decode(ids, context)
     finish: Finish = "length" if cut else "eos" if ended else "stop"
     whole = _whole(dialect, phase, text)
-    closing = "" if whole is not None else dialect.completion(phase, text)
-    if closing is None:
+    closing = "" if whole is not None else dialect.completion(phase, text) or ""
+    found = whole if whole is not None else _whole(dialect, phase, text + closing)
+    if found is None:
         return Step((Piece("text" if phase != "body" else "body", "decoded", text, ids),), "malformed")
-    found = whole if whole is not None else dialect.segments(phase, text + closing)
     outlines = next((s.outlines for s in found if s.role == "fork"), ())
     if whole is not None and (outlines or phase == "body"):
         finish = "stop"  # it closed itself, whichever token the engine ended on
