@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from sgl_apr.errors import TraceError as TraceError
     from sgl_apr.errors import UnsupportedEngine as UnsupportedEngine
     from sgl_apr.metrics import Metrics as Metrics
-    from sgl_apr.reason.dsl import reason as reason
-    from sgl_apr.reason.loop import areason as areason
-    from sgl_apr.reason.loop import run as run
+    from sgl_apr.runtime.dsl import reason as reason
+    from sgl_apr.runtime.loop import areason as areason
+    from sgl_apr.runtime.loop import run as run
     from sgl_apr.server.launch import Server as Server
     from sgl_apr.trajectory import Block as Block
     from sgl_apr.trajectory import Branch as Branch
@@ -58,8 +58,8 @@ _HOME = {
         "UnsupportedEngine",
     ),
     "metrics": ("Metrics",),
-    "reason.dsl": ("reason",),
-    "reason.loop": ("areason", "run"),
+    "runtime.dsl": ("reason",),
+    "runtime.loop": ("areason", "run"),
     "server.launch": ("Server",),
     "trajectory": ("Block", "Branch", "Call", "Span", "Trajectory"),
 }

@@ -1,4 +1,4 @@
-"""An SGLang front-end backend that sends ids, and runs `apr.reason`; the loop itself is in reason.loop."""
+"""An SGLang front-end backend that sends ids, and runs `apr.reason`; the loop itself is in runtime.loop."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.ledger import KEY, Ledger, ledger_of
 from sgl_apr.engine.program import Decode, ProgramEngine
 from sgl_apr.errors import EngineError
-from sgl_apr.reason.dsl import Reason
-from sgl_apr.reason.loop import run_plan
+from sgl_apr.runtime.dsl import Reason
+from sgl_apr.runtime.loop import run_plan
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Path, Trajectory
 
@@ -163,7 +163,6 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     def _body(self, s: StreamExecutor, params: SglSamplingParams) -> dict[str, Any]:
         self._handle_dtype_to_regex(params)
         body = {
-            "rid": _rid(),
             "input_ids": list(self._ids(s)),
             "sampling_params": {
                 "skip_special_tokens": global_config.skip_special_tokens_in_output,
@@ -172,9 +171,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             },
             **{k: v for k in LOGPROBS if (v := getattr(params, k)) is not None},
         }
-        if params.n > 1:
-            body["rid"] = [_rid() for _ in range(params.n)]
-        return body
+        return body if params.n > 1 else {"rid": _rid(), **body}  # SGLang names the parts of a batch itself
 
     async def _relay(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
         async for chunk in self.http.events(body):

@@ -131,36 +131,21 @@ class HttpEngine:
 
     async def post(self, body: Mapping[str, Any]) -> Any:
         """One `/generate` request as SGLang defines it, not streamed; its JSON answer."""
-        async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
-            if response.status != 200:
-                raise EngineError(_message(await response.text(), response.status), response.status)
+        async with self._aborting(body.get("rid")), self._answer(body) as response:
             return await response.json()
 
     async def events(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one streamed `/generate` request; leaving early aborts it on the server."""
-        rid = str(body["rid"])
-        self._live.add(rid)
         meta: dict[str, Any] = {}
-        try:
-            async with (
-                self._errors(),
-                self._session.post(f"{self.url}/generate", json={**body, "stream": True}) as response,
-            ):
-                if response.status != 200:
-                    raise EngineError(_message(await response.text(), response.status), response.status)
-                async for line in response.content:
-                    if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                        continue
-                    data = json.loads(line[6:])
-                    if "error" in data:
-                        raise EngineError(_message(line[6:].decode(), 500), data["error"].get("code"))
-                    meta = data["meta_info"]
-                    yield data
-        except BaseException:
-            await asyncio.shield(self.abort(rid))
-            raise
-        finally:
-            self._live.discard(rid)
+        async with self._aborting(body["rid"]), self._answer({**body, "stream": True}) as response:
+            async for line in response.content:
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                data = json.loads(line[6:])
+                if "error" in data:
+                    raise EngineError(_message(line[6:].decode(), 500), data["error"].get("code"))
+                meta = data["meta_info"]
+                yield data
         reason = meta.get("finish_reason")
         if not isinstance(reason, dict):
             raise EngineError(f"{self.url} ended its answer without a finish reason: it died or is stopping")
@@ -189,6 +174,29 @@ class HttpEngine:
             prompt_tokens=int(meta["prompt_tokens"]),
             cached_tokens=int(meta["cached_tokens"]),
         )
+
+    @contextlib.asynccontextmanager
+    async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The open answer to one `/generate` request, if it is one."""
+        async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
+            if response.status != 200:
+                raise EngineError(_message(await response.text(), response.status), response.status)
+            yield response
+
+    @contextlib.asynccontextmanager
+    async def _aborting(self, rid: str | None) -> AsyncIterator[None]:
+        """Abort the request on the server if it is not heard to its end."""
+        if rid is None:  # a batch, whose parts the server names: it notices a client that is gone
+            yield
+            return
+        self._live.add(rid)
+        try:
+            yield
+        except BaseException:
+            await asyncio.shield(self.abort(rid))
+            raise
+        finally:
+            self._live.discard(rid)
 
     @contextlib.asynccontextmanager
     async def _errors(self) -> AsyncIterator[None]:

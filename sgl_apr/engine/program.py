@@ -35,18 +35,21 @@ class ProgramEngine:
     server and a fork is made from a copy; a forked branch decodes through its own executor.
     """
 
-    def __init__(self, endpoint: Endpoint, executor: StreamExecutor, forked: bool = False) -> None:
-        self.endpoint, self.executor, self.forked = endpoint, executor, forked
+    def __init__(
+        self, endpoint: Endpoint, executor: StreamExecutor, state: ProgramState | None = None
+    ) -> None:
+        # A native fork ends with its `ProgramState`, so a forked engine holds on to it.
+        self.endpoint, self.executor, self.state = endpoint, executor, state
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.endpoint.tokenizer
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        if not self.forked:
+        if self.state is None:
             return await self.endpoint.http.decode(request, on_tokens)
         call = Decode(request, on_tokens)
-        self.executor.submit(SglGen(None, dtype=call))
+        self.state += SglGen("branch", dtype=call)
         return await call.done  # if this is cancelled, so is the future, and with it the request
 
     async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
@@ -77,10 +80,10 @@ class ProgramEngine:
                 raise EngineError("SGLang forked the program without committing its prefix")
         finally:
             copy.end()
-        return committed, [ProgramEngine(self.endpoint, s.stream_executor, forked=True) for s in group.states]
+        return committed, [ProgramEngine(self.endpoint, s.stream_executor, s) for s in group.states]
 
     async def release(self) -> None:
-        if self.forked:
+        if self.state is not None:
             self.executor.end()
 
     async def abort(self, rid: str) -> None:

@@ -21,7 +21,7 @@ from sgl_apr.errors import (
     KvJoinUnavailable,
 )
 from sgl_apr.lowering import Fork
-from sgl_apr.reason.steps import Phase, Step, interpret, overhead
+from sgl_apr.runtime.steps import Phase, Step, interpret, overhead
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Call, Finish, Path, Span, Trajectory
 
