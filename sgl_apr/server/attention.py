@@ -1,0 +1,169 @@
+"""The attention backend "apr_cpu": batched, grouped-query aware, no padded queries; plain torch, no kernels.
+
+It computes what SGLang's `torch_native` does and leaves to it what is rare on a CPU: sliding windows, cross
+and encoder attention, and a cache in another type than the queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from sgl_apr.server.attention_plan import Group, Plan, Span, plan_decode, plan_extend
+
+
+class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
+    """Overrides the two methods of `torch_native` that run attention on gathered keys and values."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__(model_runner)
+        self._plans: dict[int, Plan] = {}  # by number of key heads, for the current forward pass
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)
+        self._plans.clear()
+
+    def _run_sdpa_forward_decode(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        if encoder_lens is not None or _rare(query, k_cache, v_cache, options):
+            batch = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
+            return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *batch, **options)
+        plan = self._plan(
+            k_cache, lambda heads: plan_decode(req_to_token, req_pool_indices, seq_lens.tolist(), heads)
+        )
+        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"))
+
+    def _run_sdpa_forward_extend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_prefix_lens: torch.Tensor,
+        extend_seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        causal = options.get("causal", False)
+        if encoder_lens is not None or not causal or _rare(query, k_cache, v_cache, options):
+            batch = (req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens)
+            return super()._run_sdpa_forward_extend(
+                query, output, k_cache, v_cache, *batch, encoder_lens, **options
+            )
+        plan = self._plan(
+            k_cache,
+            lambda heads: plan_extend(
+                req_to_token, req_pool_indices, extend_prefix_lens.tolist(), extend_seq_lens.tolist(), heads
+            ),
+        )
+        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"))
+
+    def _plan(self, k_cache: torch.Tensor, make: Callable[[int], Plan]) -> Plan:
+        heads = k_cache.shape[1]
+        if heads not in self._plans:
+            self._plans[heads] = make(heads)
+        return self._plans[heads]
+
+
+def attend(
+    plan: Plan,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Fills `output` [tokens, heads, v_dim]; `query` [tokens, heads, dim], caches [slots, kv_heads, ...]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries, outputs = (x.unflatten(1, (k_cache.shape[1], -1)) for x in (query, output))
+    if plan.groups:
+        # Sums are kept in float32 whatever the model's type, as the fused kernels do.
+        rows = (queries if plan.rows is None else queries.index_select(0, plan.rows)).float() * scale
+        parts = rows.split([group.size for group in plan.groups])
+        results = [_attend_group(*pair, k_cache, v_cache) for pair in zip(plan.groups, parts, strict=True)]
+        result = (results[0] if len(results) == 1 else torch.cat(results)).to(output.dtype)
+        if plan.rows is None:
+            outputs.copy_(result)
+        else:
+            outputs.index_copy_(0, plan.rows, result)
+    for span in plan.spans:
+        _attend_span(span, queries, outputs, k_cache, v_cache, scale)
+    return output
+
+
+def _attend_group(
+    group: Group, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+) -> torch.Tensor:
+    """`query` [rows, kv_heads, group, dim], scaled; returns the same with the values' dim."""
+    rows, heads, size, _ = query.shape
+    shared, own = group.shared.shape[0], group.own.shape[2]
+    slots = group.own.flatten()
+
+    keys = k_cache.view(-1, k_cache.shape[2]).index_select(0, slots).float().view(rows * heads, own, -1)
+    scores = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2)).view(rows, heads, size, own)
+    if group.padding is not None:
+        scores.masked_fill_(group.padding[:, None, None, :], float("-inf"))
+    if shared:  # every row against the same keys: one larger product per head
+        keys = k_cache.index_select(0, group.shared).float().permute(1, 2, 0)
+        first = torch.bmm(query.transpose(0, 1).reshape(heads, rows * size, -1), keys)
+        scores = torch.cat([first.view(heads, rows, size, shared).transpose(0, 1), scores], dim=-1)
+    weights = scores.softmax(-1)
+
+    values = v_cache.view(-1, v_cache.shape[2]).index_select(0, slots).float().view(rows * heads, own, -1)
+    result = torch.bmm(weights[..., shared:].flatten(0, 1), values).view(rows, heads, size, -1)
+    if shared:
+        values = v_cache.index_select(0, group.shared).float().transpose(0, 1)
+        first = torch.bmm(weights[..., :shared].transpose(0, 1).reshape(heads, rows * size, shared), values)
+        result += first.view(heads, rows, size, -1).transpose(0, 1)
+    return result
+
+
+def _attend_span(
+    span: Span,
+    queries: torch.Tensor,
+    outputs: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+) -> None:
+    """One fused call; the heads of a group share keys through a stride of 0, so nothing is repeated."""
+    query = queries[span.start : span.stop].permute(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
+    size = query.shape[1]
+    keys = k_cache.index_select(0, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
+    values = v_cache.index_select(0, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
+    mask = None
+    if span.prefix:
+        last = torch.arange(span.prefix, span.prefix + query.shape[2])  # the last key each query sees
+        mask = torch.arange(keys.shape[2]) <= last[:, None]
+    result = scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    outputs[span.start : span.stop] = result.permute(2, 0, 1, 3)
+
+
+def _rare(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: Mapping[str, Any]
+) -> bool:
+    """Whether `torch_native` has to do it."""
+    window = options.get("sliding_window_size")
+    if options.get("is_cross_attn") or (window is not None and window > -1):
+        return True
+    flat = k_cache.is_contiguous() and v_cache.is_contiguous()
+    return not (query.dtype == k_cache.dtype == v_cache.dtype and flat)

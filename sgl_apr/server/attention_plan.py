@@ -1,0 +1,152 @@
+"""Which query rows to attend together, decided once per forward pass; no keys or values are touched here.
+
+A row is one query token: a request that decodes is one row, and a short extension is one row per new token.
+Rows whose first slots are the same (branches of one fork) form a family: their common prefix is read once
+for all of them. What is left of each row is padded only to rows of similar length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+SHORT = 16  # an extension of up to so many tokens is taken apart into rows
+BLOCK = 512  # queries per call for longer ones after a prefix: bounds the mask, skips keys to come
+GROUP_COST = 1024  # what one more group costs, in tokens read: sharing or splitting has to save more
+GROUP_TOKENS = 8192  # padded tokens per group, so that what is gathered stays near the cores
+
+Family = tuple[list[int], int]  # rows, and the length of their common prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that are attended at once. Shapes: b rows, p shared slots, m further slots for each row."""
+
+    size: int  # b
+    shared: torch.Tensor  # [p] cache slots that begin every row; p may be 0
+    own: torch.Tensor  # [b, heads, m] slot * heads + head, for a cache seen as [slots * heads, dim]
+    padding: torch.Tensor | None  # [b, m], True where a row has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Queries `start` to `stop` of one request, which come after `prefix` cached tokens."""
+
+    start: int
+    stop: int
+    prefix: int
+    slots: torch.Tensor  # [prefix + stop - start]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every query token of a batch is in exactly one group or span; the groups take `rows` in turn."""
+
+    rows: torch.Tensor | None  # places in the query tensor; None if that is every token in order
+    groups: tuple[Group, ...]
+    spans: tuple[Span, ...] = ()
+
+
+def plan_decode(slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int) -> Plan:
+    """`slots` [requests, context] is SGLang's req_to_token, `requests` [b] the batch's places in it."""
+    order, groups = _groups(slots, requests, lengths, heads)
+    in_order = order == list(range(len(lengths)))
+    return Plan(None if in_order else torch.tensor(order), groups)
+
+
+def plan_extend(
+    slots: torch.Tensor, requests: torch.Tensor, prefixes: Sequence[int], new: Sequence[int], heads: int
+) -> Plan:
+    """`prefixes` and `new` count the cached and the new tokens of every request."""
+    spans: list[Span] = []
+    places: list[int] = []
+    owners: list[int] = []
+    lengths: list[int] = []
+    for i, (prefix, count, stop) in enumerate(zip(prefixes, new, accumulate(new), strict=True)):
+        start = stop - count
+        if prefix and count <= SHORT:
+            places += range(start, stop)
+            owners += [i] * count
+            lengths += range(prefix + 1, prefix + count + 1)
+            continue
+        for first in range(start, stop, BLOCK if prefix else count) if count else ():
+            last = min(first + BLOCK, stop) if prefix else stop
+            before = prefix + first - start
+            spans.append(Span(first, last, before, slots[requests[i], : before + last - first]))
+    order, groups = _groups(slots, requests[torch.tensor(owners, dtype=torch.long)], lengths, heads)
+    return Plan(torch.tensor([places[row] for row in order], dtype=torch.long), groups, tuple(spans))
+
+
+def _groups(
+    slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int
+) -> tuple[list[int], tuple[Group, ...]]:
+    """The rows in the order in which the groups take them, and the groups."""
+    if not lengths:
+        return [], ()
+    table = slots[requests, : max(lengths)]
+    order: list[int] = []
+    groups: list[Group] = []
+    for family, prefix in _families(table, lengths):
+        for rows in _alike(family, [lengths[row] - prefix for row in family], GROUP_COST + prefix):
+            ends = torch.tensor([lengths[row] - prefix for row in rows])
+            longest = int(ends.max())
+            own = table[rows, prefix : prefix + longest]
+            padding = torch.arange(longest) >= ends[:, None] if int(ends.min()) < longest else None
+            if padding is not None:  # a stale slot may hold anything, even NaN; the row's own first is sound
+                own = torch.where(padding, own[:, :1], own)
+            by_head = own[:, None] * heads + torch.arange(heads, dtype=own.dtype)[:, None]
+            groups.append(Group(len(rows), table[rows[0], :prefix], by_head, padding))
+            order += rows
+    return order, tuple(groups)
+
+
+def _families(table: torch.Tensor, lengths: Sequence[int]) -> list[Family]:
+    """Splits the rows so that reading every common prefix once saves most; what shares little comes last."""
+
+    def split(rows: list[int], known: int) -> tuple[int, list[Family], list[int]]:
+        """(tokens saved, families, rows left over) for rows that agree on their first `known` slots."""
+        if len(rows) == 1:
+            return 0, [], rows
+        end = min(lengths[row] for row in rows) - 1  # at least one slot stays a row's own
+        same = (table[rows, known:end] == table[rows[0], known:end]).all(0)
+        prefix = known + int(same.long().cumprod(0).sum())
+        together = prefix * (len(rows) - 1) - GROUP_COST
+        apart, parts, left = 0, list[Family](), list[int]()
+        for child in _by_slot(table, rows, prefix) if prefix < end else ():
+            saved, inner, lonely = split(child, prefix + 1)
+            apart, parts, left = apart + saved, parts + inner, left + lonely
+        if together > 0 and together >= apart:
+            return together, [(rows, prefix)], []
+        return apart, parts, left if parts else rows
+
+    families: list[Family] = []
+    alone: list[int] = []
+    for rows in _by_slot(table, range(len(lengths)), 0):
+        _, parts, left = split(rows, 0)
+        families += parts
+        alone += left
+    return families + ([(sorted(alone), 0)] if alone else [])
+
+
+def _by_slot(table: torch.Tensor, rows: Sequence[int], place: int) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for row, slot in zip(rows, table[rows, place].tolist(), strict=True):
+        found.setdefault(slot, []).append(row)
+    return list(found.values())
+
+
+def _alike(rows: list[int], lengths: Sequence[int], cost: int) -> list[list[int]]:
+    """Cuts rows, longest first, where padding would cost more than another group, or a group gets too big."""
+    parts: list[list[int]] = []
+    longest = waste = 0
+    for length, row in sorted(zip(lengths, rows, strict=True), reverse=True):
+        full = parts and (len(parts[-1]) + 1) * longest > GROUP_TOKENS
+        if not parts or full or waste + longest - length > cost:
+            parts.append([])
+            longest, waste = length, 0
+        parts[-1].append(row)
+        waste += longest - length
+    return parts if len(parts) > 1 else [rows]

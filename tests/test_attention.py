@@ -1,0 +1,166 @@
+"""apr_cpu equals SGLang's torch_native, whatever the batch; its plan covers every token once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgl_apr.server.attention_plan import SHORT, plan_decode, plan_extend
+
+HEADS = [(9, 3, 64), (4, 4, 16), (4, 2, 32), (8, 1, 8)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A pool with scattered slots; `shared[i]` first tokens of request i are those of request 0."""
+
+    lengths: tuple[int, ...]
+    shared: tuple[int, ...]
+    heads: tuple[int, int, int] = (4, 2, 32)
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self, queries: int) -> SimpleNamespace:
+        torch.manual_seed(sum(self.lengths))
+        heads, kv_heads, dim = self.heads
+        size = sum(self.lengths) + 8
+        slots = torch.randperm(size - 1) + 1
+        table = torch.randint(0, size, (len(self.lengths) + 3, max(self.lengths) + 5), dtype=torch.int32)
+        places = torch.randperm(len(self.lengths) + 3)[: len(self.lengths)]
+        taken = 0
+        for place, length, shared in zip(places, self.lengths, self.shared, strict=True):
+            table[place, :length] = slots[taken : taken + length].int()
+            table[place, :shared] = table[places[0], :shared]
+            taken += length
+        key, value = (torch.randn(size, kv_heads, dim, dtype=self.dtype) for _ in "kv")
+        free = torch.ones(size, dtype=torch.bool)
+        for place, length in zip(places, self.lengths, strict=True):
+            free[table[place, :length].long()] = False
+        key[free] = value[free] = float("nan")  # nobody's slots: reading one would show
+        query = torch.randn(queries, heads, dim, dtype=self.dtype)
+        return SimpleNamespace(query=query, key=key, value=value, table=table, places=places)
+
+
+def backend(kind: str):
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from sgl_apr.server.attention import AprCpuAttention
+
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
+    return (AprCpuAttention if kind == "apr_cpu" else TorchNativeAttnBackend)(runner)
+
+
+def decode(kind: str, batch: Batch, **options) -> torch.Tensor:
+    t = batch.tensors(len(batch.lengths))
+    output = torch.full_like(t.query, float("nan"))
+    where = (t.table, t.places, torch.tensor(batch.lengths))
+    options = {"scaling": 0.2, "enable_gqa": True, "causal": False} | options
+    backend(kind)._run_sdpa_forward_decode(t.query, output, t.key, t.value, *where, **options)
+    return output
+
+
+def extend(kind: str, batch: Batch, prefixes: tuple[int, ...], **options) -> torch.Tensor:
+    new = [length - prefix for length, prefix in zip(batch.lengths, prefixes, strict=True)]
+    t = batch.tensors(sum(new))
+    output = torch.full_like(t.query, float("nan"))
+    where = (t.table, t.places, torch.tensor(batch.lengths), torch.tensor(prefixes), torch.tensor(new))
+    options = {"scaling": None, "enable_gqa": True, "causal": True} | options
+    backend(kind)._run_sdpa_forward_extend(t.query, output, t.key, t.value, *where, **options)
+    return output
+
+
+def same(left: torch.Tensor, right: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(left, right, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("lengths", "shared"),
+    [
+        ((1,), (0,)),
+        ((37,), (0,)),
+        ((5, 5, 5), (0, 0, 0)),
+        ((1, 400, 7, 90), (0, 0, 0, 0)),
+        ((700, 705, 701, 30), (700, 600, 600, 0)),
+        ((900,) * 4 + (950,) * 4, (0, 850, 850, 850, 100, 100, 100, 100)),
+        (tuple(range(1, 65)), (0,) * 64),
+        ((1200,) * 9, (0,) * 9),
+    ],
+)
+def test_decode(lengths, shared, heads):
+    batch = Batch(lengths, shared, heads)
+    same(decode("apr_cpu", batch), decode("torch_native", batch))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("lengths", "prefixes", "shared"),
+    [
+        ((1,), (0,), (0,)),
+        ((50,), (0,), (0,)),
+        ((50,), (49,), (0,)),
+        ((700,), (100,), (0,)),
+        ((602, 601, 640), (600, 600, 600), (0, 600, 600)),
+        ((20, 300, 3, 800), (0, 290, 2, 770), (0, 0, 0, 0)),
+        ((600, 600), (599 - SHORT, 600 - SHORT), (0, 500)),
+    ],
+)
+def test_extend(lengths, prefixes, shared, heads):
+    batch = Batch(lengths, shared, heads)
+    same(extend("apr_cpu", batch, prefixes), extend("torch_native", batch, prefixes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_batch(data):
+    lengths = data.draw(st.lists(st.integers(1, 200), min_size=1, max_size=12).map(tuple))
+    shared = tuple(data.draw(st.integers(0, min(n, lengths[0]) - 1)) for n in lengths)
+    batch = Batch(lengths, shared, data.draw(st.sampled_from(HEADS)))
+    same(decode("apr_cpu", batch), decode("torch_native", batch))
+    prefixes = tuple(data.draw(st.integers(0, n - 1)) for n in lengths)
+    same(extend("apr_cpu", batch, prefixes), extend("torch_native", batch, prefixes))
+
+
+def test_half_precision():
+    batch = Batch((300, 20), (0, 0), dtype=torch.bfloat16)
+    same(decode("apr_cpu", batch), decode("torch_native", batch), 2e-2)
+    same(extend("apr_cpu", batch, (298, 0)), extend("torch_native", batch, (298, 0)), 2e-2)
+
+
+def test_leaves_what_is_rare_to_torch_native():
+    batch, window = Batch((30, 40), (0, 0)), {"sliding_window_size": 8}
+    same(decode("apr_cpu", batch, **window), decode("torch_native", batch, **window), 0)
+    same(extend("apr_cpu", batch, (0, 0), **window), extend("torch_native", batch, (0, 0), **window), 0)
+    both_ways = {"causal": False}
+    same(extend("apr_cpu", batch, (0, 0), **both_ways), extend("torch_native", batch, (0, 0), **both_ways), 0)
+
+
+def test_plan_reads_a_shared_prefix_once():
+    table = torch.arange(4 * 1000, dtype=torch.int32).view(4, 1000)
+    table[1:3, :900] = table[0, :900]
+    plan = plan_decode(table, torch.arange(4), [910, 920, 915, 905], heads=2)
+    read = sum(group.shared.numel() + group.own[:, 0].numel() for group in plan.groups)
+    assert [group.shared.numel() for group in plan.groups] == [900, 0]
+    assert read == 900 + 3 * 20 + 905
+
+
+def test_plan_finds_forks_below_a_common_system_prompt():
+    table = torch.arange(8 * 1000, dtype=torch.int32).view(8, 1000)
+    table[1:4, :900], table[5:8, :900] = table[0, :900].clone(), table[4, :900].clone()
+    table[:, :50] = table[0, :50].clone()
+    plan = plan_decode(table, torch.arange(8), [950] * 8, heads=1)
+    assert sorted(group.shared.numel() for group in plan.groups) == [900, 900]
+
+
+@pytest.mark.parametrize("new", [1, SHORT, SHORT + 1, 1300])
+def test_plan_covers_every_token_once(new):
+    table = torch.arange(3 * 2000, dtype=torch.int32).view(3, 2000)
+    plan = plan_extend(table, torch.arange(3), [0, 500, 7], [new, new, 2], heads=2)
+    tokens = plan.rows.tolist()
+    assert len(tokens) == sum(group.size for group in plan.groups)
+    tokens += [token for span in plan.spans for token in range(span.start, span.stop)]
+    assert sorted(tokens) == list(range(2 * new + 2))
