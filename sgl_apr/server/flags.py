@@ -1,0 +1,63 @@
+"""Command lines for SGLang: what is added on this hardware, and keyword arguments as flags; pure.
+
+SGLang's parser takes the last of several values of a flag, under whatever alias it is given. So defaults
+come first, and every flag that a user gives wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TOKENS = 32768  # KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch
+
+# lpm: a branch whose prefix is cached goes first, and of several with the same uncached prefix one prefills.
+COMMON = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
+GPU = {"--attention-backend": "flashinfer", "--page-size": "1"}
+CPU = {
+    "--device": "cpu",
+    "--attention-backend": "apr_cpu",
+    "--sampling-backend": "pytorch",
+    "--dtype": "float32",
+    "--cuda-graph-backend-decode": "disabled",
+    "--cuda-graph-backend-prefill": "disabled",
+    "--sleep-on-idle": None,  # else an idle scheduler eats a core
+}
+
+
+def defaults(*, accelerator: bool, max_tokens: int = TOKENS) -> list[str]:
+    """The flags to put before the user's."""
+    flags = COMMON | (GPU if accelerator else CPU | {"--max-total-tokens": str(max_tokens)})
+    return [word for pair in flags.items() for word in pair if word is not None]
+
+
+def pool_tokens(config: Mapping[str, Any], available: int) -> int:
+    """How many float32 KV slots to have on a CPU: `TOKENS`, or what fits into half of `available` bytes.
+
+    `config` is the model's config.json. A model that does not say its sizes there gets `TOKENS`.
+    """
+    config = config.get("text_config") or config
+    try:
+        heads = config["num_attention_heads"]
+        dim = config.get("head_dim") or config["hidden_size"] // heads
+        per_token = 2 * 4 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * dim
+    except KeyError:
+        return TOKENS
+    return int(min(TOKENS, max(1024, available // 2 // per_token)))
+
+
+def as_flags(options: Mapping[str, object]) -> list[str]:
+    """Keyword arguments as flags: `context_length=4096` is `--context-length 4096`, `x=True` is `--x`.
+
+    A list gives several values; `None` and `False` leave the flag out.
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words

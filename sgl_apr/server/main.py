@@ -1,0 +1,157 @@
+"""The server's own process: SGLang's HTTP server with our defaults; `process` starts it, nobody by hand.
+
+Its standard input is a socket to the launcher. One JSON line goes out when the server is ready, or when it
+knows why it never will be; the end of the stream comes in when the launcher is gone, however that ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any, NoReturn
+
+from sgl_apr.errors import LaunchError
+from sgl_apr.server.flags import TOKENS, defaults, pool_tokens
+from sgl_apr.server.plugin import has_accelerator
+from sgl_apr.server.preflight import UsageError, local_config
+
+LARK = 'start: "ok" /[a-z]{1,4}/'  # small, but the first grammar of a process compiles a torch kernel
+PATIENCE = 600.0  # seconds for the warm-up request
+
+
+def main(argv: list[str]) -> None:
+    launcher = _connect()
+    try:
+        args = _server_args(argv)
+    except LaunchError as error:
+        _tell(launcher, error=str(error), usage=isinstance(error, UsageError))
+        sys.exit(1)
+
+    def ready() -> None:
+        try:
+            _warm_up(args)
+        except LaunchError as error:
+            _tell(launcher, error=str(error), usage=False)
+        else:
+            view = resolving_view(args)
+            _tell(launcher, url=args.url(), device=view.device, attention=view.attention_backend)
+
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        launch_server(args, launch_callback=ready)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _connect() -> socket.socket:
+    """Takes the socket away from standard input, so that no child holds it, and watches it."""
+    launcher = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+    def watch() -> None:
+        while launcher.recv(64):
+            pass
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+    return launcher
+
+
+def _tell(launcher: socket.socket, **message: object) -> None:
+    launcher.sendall(json.dumps(message).encode() + b"\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _server_args(argv: list[str]) -> Any:
+    """SGLang's ServerArgs of the user's flags after our defaults; LaunchError if they cannot work."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sgl_apr.server import plugin
+
+    if not plugin.activated:
+        raise LaunchError(
+            "SGLang did not load the plugin of sgl-apr: is it installed, and in SGLANG_PLUGINS?"
+        )
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = _Parser(prog="sgl-apr serve", add_help=False)
+    ServerArgs.add_cli_args(parser)
+    try:
+        merged = ConfigArgumentMerger(parser).merge_config_with_args(argv) if "--config" in argv else argv
+        wanted = parser.parse_args(merged)
+    except (ValueError, OSError) as error:  # of the configuration file
+        raise UsageError(str(error)) from error
+    accelerator = has_accelerator()
+    if not accelerator and type(current_platform).__name__ != "TorchCpuPlatform":
+        raise LaunchError(f"SGLang runs on {current_platform!r} instead of the CPU platform of sgl-apr")
+    tokens = TOKENS if accelerator else _affordable_tokens(wanted.model_path, wanted.revision)
+    args = prepare_server_args([*defaults(accelerator=accelerator, max_tokens=tokens), *merged])
+    args.resolve_once()
+    view = resolving_view(args)
+    for flag, refused in (
+        ("--tokenizer-worker-num above 1", view.tokenizer_worker_num > 1),
+        ("gRPC", view.grpc_mode or view.smg_grpc_mode or view.grpc_port is not None),
+        ("--encoder-only", view.encoder_only),
+        ("--use-ray", view.use_ray),
+        ("SGLANG_RUST_SERVER", os.environ.get("SGLANG_RUST_SERVER", "0").lower() in {"1", "true"}),
+    ):
+        if refused:
+            raise UsageError(f"{flag} is not supported")
+    return args
+
+
+def _affordable_tokens(model: str, revision: str | None) -> int:
+    import psutil  # type: ignore[import-untyped]
+
+    path = local_config(model, revision or "main")
+    if path is None:
+        return TOKENS
+    return pool_tokens(json.loads(path.read_text()), psutil.virtual_memory().available)
+
+
+def _warm_up(args: Any) -> None:
+    """One constrained request, as SGLang has warmed up everything else; LaunchError if it is refused."""
+    if args.grammar_backend != "llguidance" or args.skip_tokenizer_init:
+        return
+    body = {"text": "a", "sampling_params": {"max_new_tokens": 4, "ebnf": LARK}}
+    headers = {"Content-Type": "application/json"}
+    if args.api_key:
+        headers["Authorization"] = f"Bearer {args.api_key}"
+    request = urllib.request.Request(f"{args.url()}/generate", json.dumps(body).encode(), headers)
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=PATIENCE).close()
+            return
+        except urllib.error.HTTPError as error:
+            answer = error.read().decode(errors="replace")[:300]
+            raise LaunchError(f"constrained decoding does not work with this model: {answer}") from error
+        except OSError as error:  # with --skip-server-warmup nobody listens yet
+            if time.monotonic() > deadline:
+                raise LaunchError(f"the server does not answer: {error}") from error
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,96 @@
+"""What SGLang loads into each of its processes: the CPU platform and the attention backend; light to import.
+
+SGLang only logs an exception of a plugin and goes on without it. So a process that `launch` started (it and
+its children have the variable `LAUNCHED`) ends at once when something is not where it should be. In any
+other process that imports sglang the failure is logged, and nothing else happens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from sgl_apr.errors import LaunchError
+
+SUPPORTED = "0.5.23"
+LAUNCHED = "SGL_APR_LAUNCHED"
+BACKEND = "apr_cpu"
+
+_DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
+_EXTEND = (*_DECODE, "extend_prefix_lens", "extend_seq_lens", "encoder_lens")
+_OPTIONS = ("scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size")
+
+activated = False  # whether `activate` went through in this process
+
+
+def platform() -> str | None:
+    """Entry point: the platform class where there is nothing but a CPU, else None."""
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or has_accelerator():
+        return None
+    return "sgl_apr.server.platform.TorchCpuPlatform"
+
+
+def activate() -> None:
+    """Entry point: registers what this package adds to SGLang."""
+    global activated
+    try:
+        check_version()
+        if platform() is not None:
+            _register_attention()
+    except LaunchError as error:
+        if os.environ.get(LAUNCHED):
+            raise SystemExit(f"sgl-apr: error: {error}") from None
+        raise
+    activated = True
+
+
+def has_accelerator() -> bool:
+    """Whether SGLang would find a GPU or another accelerator."""
+    import torch
+
+    kinds = (getattr(torch, name, None) for name in ("cuda", "xpu", "npu", "musa", "mps", "hpu"))
+    return any(kind is not None and kind.is_available() for kind in kinds)
+
+
+def check_version() -> None:
+    """Raises LaunchError unless the installed SGLang is the one whose seams are known."""
+    found = version("sglang")
+    if found != SUPPORTED:
+        raise LaunchError(f"SGLang {found} is installed, but only {SUPPORTED} is supported")
+
+
+def seam(path: str, parameters: Sequence[str] = ()) -> Any:
+    """What SGLang has at "module:attribute", if it takes `parameters` in this order; else LaunchError."""
+    module, _, names = path.partition(":")
+    try:
+        found: Any = import_module(module)
+        for name in names.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        raise LaunchError(f"this SGLang has no {path}: {error}") from error
+    if parameters:
+        taken = [name for name in inspect.signature(found).parameters if name != "self"]
+        if taken[: len(parameters)] != list(parameters):
+            raise LaunchError(f"{path} takes ({', '.join(taken)}), not ({', '.join(parameters)})")
+    return found
+
+
+def _register_attention() -> None:
+    register = seam("sglang.srt.layers.attention.attention_registry:register_attention_backend", ["name"])
+    seam("sglang.srt.server_args:add_attention_backend_choices")([BACKEND])
+    register(BACKEND)(_make_attention)
+
+
+def _make_attention(runner: Any) -> Any:
+    # Looked at here and not in `activate`: only the scheduler needs these modules.
+    native = "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend"
+    seam(f"{native}.init_forward_metadata", ["forward_batch"])
+    seam(f"{native}._run_sdpa_forward_decode", [*_DECODE, "encoder_lens", *_OPTIONS])
+    seam(f"{native}._run_sdpa_forward_extend", [*_EXTEND, *_OPTIONS])
+    from sgl_apr.server.attention import AprCpuAttention
+
+    return AprCpuAttention(runner)
