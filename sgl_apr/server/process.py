@@ -70,7 +70,7 @@ class ServerProcess:
         self._link.settimeout(1.0)
         while not received.endswith(b"\n"):
             if (waited := time.monotonic() - start) > timeout:
-                raise LaunchError(f"the server was not ready after {timeout:.0f} s")
+                raise LaunchError(f"the server was not ready after {timeout:g} s")
             try:
                 chunk = self._link.recv(65536)
             except TimeoutError:
