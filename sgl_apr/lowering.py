@@ -44,8 +44,8 @@ def lower(
 
     A fork gets `low` to `width` branches, numbered without gaps; `fork` allows the phase to fork,
     makes it, or forbids it. A tag that is one added token is written as that token, any other is
-    spelled out ("text mode"). Either way free text ends where a tag begins and nowhere else, so
-    `x < y` and `<b>` pass. Raises `GrammarError` if the phase cannot be lowered.
+    spelled out ("text mode"). Either way free text holds no tag and nothing that passes for one, and
+    `x < y` and `<b>` are as good as any text. Raises `GrammarError` if the phase cannot be lowered.
     """
     flats = list(dict.fromkeys(_flatten(grammar, Name(phase))))
     flats = [f for f in flats if fork == "auto" or (ForkMark() in f) == (fork == "required")]
@@ -130,13 +130,12 @@ class _Writer:
     def text(self, rest: list[Literal | Name | Chain | MaybeText], optional: bool = False) -> str:
         """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
 
-        A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it: no other tag
-        in it, and this one at its end alone.
+        A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it.
         """
         following = rest[0] if rest else None
         pattern = self.grammar.terminals[TEXT]
         if following is None or (isinstance(following, Literal) and following.text in self.ids):
-            self.lines[TEXT] = f"/{pattern}/ & {self.without(self.grammar.tags)}"
+            self.lines[TEXT] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/"
             return TEXT + "?" * optional
         if not (isinstance(following, Literal) and following.is_tag):
             raise GrammarError(
@@ -144,13 +143,18 @@ class _Writer:
             )
         rest.pop(0)
         name = f"{'MAYBE_' * optional}UNTIL_{self.grammar.tags.index(following.text)}"
-        others = tuple(t for t in self.grammar.tags if t != following.text)
         tag, body = _regex(following.text), f"({pattern}){'?' * optional}"
-        self.lines[name] = f"/{body}{tag}/ & {self.without(others)} & ~/(.|\\n)*{tag}(.|\\n)+/"
+        self.lines[name] = f"/{body}{tag}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*{tag}/"
         return name
 
-    def without(self, tags: tuple[str, ...]) -> str:
-        return f"~/(.|\\n)*({'|'.join(map(_regex, tags))})(.|\\n)*/"
+    @property
+    def near_tag(self) -> str:
+        """A tag or what would pass for one: its beginning in any case, as in `</outline>` or `<Outline 1>`.
+
+        Reading takes those for text; a model that writes one means the tag, and is lost without it.
+        """
+        names = dict.fromkeys(re.sub(r"\W", "", tag) for tag in self.grammar.tags)
+        return rf"<\/?(?i:{'|'.join(map(re.escape, names))})"
 
     def chain(self, rule: str, low: int) -> str:
         low, high = max(low, self.low), self.width

@@ -68,6 +68,8 @@ both = pytest.mark.parametrize("masked", [TOKENS, SPELLED], ids=["tokens", "text
         ("body", " a <Thread> b</Thread>", False),
         ("body", " a</Thread> b", False),
         ("body", "</Thread>a</Thread>", False),
+        ("body", " a</thread> b</Thread>", False),
+        ("body", " a <Outline 1> b</Thread>", False),
         ("trunk", "<Parallel>a" + FORK, False),
         ("after", "<Conclusion>c</Conclusion>\n</Parallel>\nDone", True),
         ("after", "</Parallel>\nDone", True),
@@ -108,7 +110,7 @@ def test_any_text_that_is_no_tag_can_be_written(masked: Masked, text: str):
 def test_a_tag_that_is_a_token_cannot_be_spelled_out():
     plain = TOKENS.matcher("body")
     ids = SPELLED.backend.encode("a</Thread>").ids  # the same byte ids, but no tag token
-    assert plain.try_consume_tokens(ids) == len(ids) - 1
+    assert plain.try_consume_tokens(ids) < len(ids) - 1
 
 
 @both
