@@ -15,6 +15,7 @@ class Budget:
     width: branches a fork may have; the mask makes more impossible.
     depth: how deep forks may nest.
     branch_tokens: tokens of one branch; None leaves that to the division of `tokens`.
+    outline_chars: characters of one outline, by the mask; None leaves them free.
     seconds: wall time after which the trajectory fails with `EngineTimeout`; None waits.
     """
 
@@ -22,10 +23,17 @@ class Budget:
     width: int = 8
     depth: int = 1
     branch_tokens: int | None = None
+    outline_chars: int | None = None
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("tokens", 1), ("width", 2), ("depth", 1), ("branch_tokens", 1)):
+        for name, low in (
+            ("tokens", 1),
+            ("width", 2),
+            ("depth", 1),
+            ("branch_tokens", 1),
+            ("outline_chars", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise BudgetExceeded(f"budget {name}={value}, expected at least {low}")

@@ -75,14 +75,21 @@ class Dialect:
         return True
 
     def llguidance(
-        self, phase: str, tokenizer: Tokenizer, *, width: int = 8, min_width: int = 2, fork: Fork = "auto"
+        self,
+        phase: str,
+        tokenizer: Tokenizer,
+        *,
+        width: int = 8,
+        min_width: int = 2,
+        fork: Fork = "auto",
+        outline_chars: int | None = None,
     ) -> str:
         """The mask of one phase, as text for a server that runs llguidance: see `sgl_apr.lowering.lower`."""
         if not 1 <= min_width <= width <= self.max_width:
             raise GrammarError(
                 f"{self.name}: width {min_width} to {width}, expected within 1 to {self.max_width}"
             )
-        return _lowered(self, phase, tokenizer, min_width, width, fork)
+        return _lowered(self, phase, tokenizer, min_width, width, fork, outline_chars)
 
     def stop(self, phase: str) -> str:
         """The tag behind which decoding of a phase stops: the end of a branch, else of a fork's header."""
@@ -105,8 +112,10 @@ class Dialect:
 
 
 @lru_cache(maxsize=256)
-def _lowered(dialect: Dialect, phase: str, tokenizer: Tokenizer, low: int, width: int, fork: Fork) -> str:
-    return lower(dialect.grammar, phase, tokenizer, low=low, width=width, fork=fork)
+def _lowered(
+    dialect: Dialect, phase: str, tokenizer: Tokenizer, low: int, width: int, fork: Fork, chars: int | None
+) -> str:
+    return lower(dialect.grammar, phase, tokenizer, low=low, width=width, fork=fork, outline_chars=chars)
 
 
 @lru_cache

@@ -38,12 +38,19 @@ Flat = tuple[Item, ...]
 
 
 def lower(
-    grammar: Grammar, phase: str, tokenizer: Tokenizer, *, low: int = 2, width: int = 8, fork: Fork = "auto"
+    grammar: Grammar,
+    phase: str,
+    tokenizer: Tokenizer,
+    *,
+    low: int = 2,
+    width: int = 8,
+    fork: Fork = "auto",
+    outline_chars: int | None = None,
 ) -> str:
     """llguidance's text for rule `phase`, to be sent as `ebnf` to a server that runs llguidance.
 
     A fork gets `low` to `width` branches, numbered without gaps; `fork` allows the phase to fork,
-    makes it, or forbids it. A tag that is one added token is written as that token, any other is
+    makes it, or forbids it; `outline_chars` bounds the text of each numbered item. A tag that is one added token is written as that token, any other is
     spelled out ("text mode"). Either way free text holds no tag and nothing that passes for one, and
     `x < y` and `<b>` are as good as any text. Raises `GrammarError` if the phase cannot be lowered.
     """
@@ -53,7 +60,7 @@ def lower(
         raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={fork!r} allows nothing")
     # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
     speaking = [f for f in flats if ForkMark() in f or f[-1:] == (Name(TEXT),)]
-    return _Writer(grammar, tokenizer, low, width).write(speaking or flats)
+    return _Writer(grammar, tokenizer, low, width, outline_chars).write(speaking or flats)
 
 
 def _flatten(grammar: Grammar, expr: Expr) -> list[Flat]:
@@ -86,8 +93,10 @@ def _is_numbered(grammar: Grammar, rule: str) -> bool:
 class _Writer:
     """Writes rules and terminals once each; the name of a rule is what makes it the same."""
 
-    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, low: int, width: int) -> None:
-        self.grammar, self.low, self.width = grammar, low, width
+    def __init__(
+        self, grammar: Grammar, tokenizer: Tokenizer, low: int, width: int, outline_chars: int | None
+    ) -> None:
+        self.grammar, self.low, self.width, self.outline_chars = grammar, low, width, outline_chars
         self.ids = {tag: i for tag in grammar.tags if (i := tokenizer.special(tag)) is not None}
         self.lines: dict[str, str] = {}
 
@@ -104,7 +113,7 @@ class _Writer:
                 case MaybeText():
                     words.append(self.text(items, optional=True))
                 case Name(name) if name == TEXT:
-                    words.append(self.text(items))
+                    words.append(self.text(items, most=self.outline_chars if number else None))
                 case Name(name) if name == NUMBER and number is not None:
                     words.append(json.dumps(str(number)))
                 case Name(name):
@@ -127,7 +136,9 @@ class _Writer:
         self.lines[name] = f"/{terminal}/"
         return name
 
-    def text(self, rest: list[Literal | Name | Chain | MaybeText], optional: bool = False) -> str:
+    def text(
+        self, rest: list[Literal | Name | Chain | MaybeText], optional: bool = False, most: int | None = None
+    ) -> str:
         """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
 
         A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it.
@@ -135,8 +146,9 @@ class _Writer:
         following = rest[0] if rest else None
         pattern = self.grammar.terminals[TEXT]
         if following is None or (isinstance(following, Literal) and following.text in self.ids):
-            self.lines[TEXT] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/"
-            return TEXT + "?" * optional
+            name, bound = (f"{TEXT}_{most}", f" & /(.|\\n){{1,{most}}}/") if most else (TEXT, "")
+            self.lines[name] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/{bound}"
+            return name + "?" * optional
         if not (isinstance(following, Literal) and following.is_tag):
             raise GrammarError(
                 f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
@@ -144,7 +156,8 @@ class _Writer:
         rest.pop(0)
         name = f"{'MAYBE_' * optional}UNTIL_{self.grammar.tags.index(following.text)}"
         tag, body = _regex(following.text), f"({pattern}){'?' * optional}"
-        self.lines[name] = f"/{body}{tag}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*{tag}/"
+        bound = f" & /(.|\\n){{1,{most}}}{tag}/" if most else ""
+        self.lines[name] = f"/{body}{tag}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*{tag}/{bound}"
         return name
 
     @property

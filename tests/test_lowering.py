@@ -92,6 +92,15 @@ def test_width_bounds_the_fork(masked: Masked):
 
 
 @both
+def test_outlines_can_be_bounded(masked: Masked):
+    def outline(n: int) -> str:
+        return FORK.replace(": x", ":" + "x" * n)
+
+    assert [n for n in range(1, 9) if masked.accepts("trunk", outline(n), outline_chars=5)] == [1, 2, 3, 4, 5]
+    assert masked.accepts("trunk", "a long text before the fork " + outline(3), outline_chars=5)
+
+
+@both
 def test_fork_required_and_forbidden(masked: Masked):
     assert not masked.accepts("trunk", "an answer", fork="required")
     assert masked.accepts("trunk", "first " + FORK, fork="required")

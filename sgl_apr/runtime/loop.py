@@ -232,7 +232,11 @@ class _Run:
         dialect, grammar = self.plan.dialect, None
         if self.plan.constrain:
             grammar = dialect.llguidance(
-                phase, self.tokenizer, width=max(width, 2), fork="auto" if phase == "body" else fork
+                phase,
+                self.tokenizer,
+                width=max(width, 2),
+                fork="auto" if phase == "body" else fork,
+                outline_chars=self.plan.budget.outline_chars,
             )
         stops = [] if fork == "forbidden" and phase != "body" else [dialect.stop(phase)]
         special = [self.tokenizer.special(tag) for tag in stops]

