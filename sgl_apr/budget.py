@@ -15,7 +15,7 @@ class Budget:
     width: branches a fork may have; the mask makes more impossible.
     depth: how deep forks may nest.
     branch_tokens: tokens of one branch; None leaves that to the division of `tokens`.
-    outline_chars: characters of one outline, by the mask; None leaves them free.
+    outline_chars: characters of one outline, which is then one line without `<`; None leaves it free.
     seconds: wall time after which the trajectory fails with `EngineTimeout`; None waits.
     """
 

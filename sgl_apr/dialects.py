@@ -83,13 +83,14 @@ class Dialect:
         min_width: int = 2,
         fork: Fork = "auto",
         outline_chars: int | None = None,
+        plain: bool = False,
     ) -> str:
         """The mask of one phase, as text for a server that runs llguidance: see `sgl_apr.lowering.lower`."""
         if not 1 <= min_width <= width <= self.max_width:
             raise GrammarError(
                 f"{self.name}: width {min_width} to {width}, expected within 1 to {self.max_width}"
             )
-        return _lowered(self, phase, tokenizer, min_width, width, fork, outline_chars)
+        return _lowered(self, phase, tokenizer, min_width, width, fork, outline_chars, plain)
 
     def stop(self, phase: str) -> str:
         """The tag behind which decoding of a phase stops: the end of a branch, else of a fork's header."""
@@ -113,9 +114,25 @@ class Dialect:
 
 @lru_cache(maxsize=256)
 def _lowered(
-    dialect: Dialect, phase: str, tokenizer: Tokenizer, low: int, width: int, fork: Fork, chars: int | None
+    dialect: Dialect,
+    phase: str,
+    tokenizer: Tokenizer,
+    low: int,
+    width: int,
+    fork: Fork,
+    outline_chars: int | None,
+    plain: bool,
 ) -> str:
-    return lower(dialect.grammar, phase, tokenizer, low=low, width=width, fork=fork, outline_chars=chars)
+    return lower(
+        dialect.grammar,
+        phase,
+        tokenizer,
+        low=low,
+        width=width,
+        fork=fork,
+        outline_chars=outline_chars,
+        plain=plain,
+    )
 
 
 @lru_cache

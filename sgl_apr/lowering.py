@@ -46,13 +46,15 @@ def lower(
     width: int = 8,
     fork: Fork = "auto",
     outline_chars: int | None = None,
+    plain: bool = False,
 ) -> str:
     """llguidance's text for rule `phase`, to be sent as `ebnf` to a server that runs llguidance.
 
     A fork gets `low` to `width` branches, numbered without gaps; `fork` allows the phase to fork,
-    makes it, or forbids it; `outline_chars` bounds the text of each numbered item. A tag that is one added token is written as that token, any other is
+    makes it, or forbids it; `outline_chars` makes the text of each numbered item one short line. A tag that is one added token is written as that token, any other is
     spelled out ("text mode"). Either way free text holds no tag and nothing that passes for one, and
-    `x < y` and `<b>` are as good as any text. Raises `GrammarError` if the phase cannot be lowered.
+    `x < y` and `<b>` are as good as any text; with `plain`, and in an item of `outline_chars`, it holds
+    no `<` at all, which keeps a small model from losing itself in tags of its own. Raises `GrammarError` if the phase cannot be lowered.
     """
     flats = list(dict.fromkeys(_flatten(grammar, Name(phase))))
     flats = [f for f in flats if fork == "auto" or (ForkMark() in f) == (fork == "required")]
@@ -60,7 +62,7 @@ def lower(
         raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={fork!r} allows nothing")
     # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
     speaking = [f for f in flats if ForkMark() in f or f[-1:] == (Name(TEXT),)]
-    return _Writer(grammar, tokenizer, low, width, outline_chars).write(speaking or flats)
+    return _Writer(grammar, tokenizer, low, width, outline_chars, plain).write(speaking or flats)
 
 
 def _flatten(grammar: Grammar, expr: Expr) -> list[Flat]:
@@ -94,9 +96,16 @@ class _Writer:
     """Writes rules and terminals once each; the name of a rule is what makes it the same."""
 
     def __init__(
-        self, grammar: Grammar, tokenizer: Tokenizer, low: int, width: int, outline_chars: int | None
+        self,
+        grammar: Grammar,
+        tokenizer: Tokenizer,
+        low: int,
+        width: int,
+        outline_chars: int | None,
+        plain: bool,
     ) -> None:
-        self.grammar, self.low, self.width, self.outline_chars = grammar, low, width, outline_chars
+        self.grammar, self.low, self.width = grammar, low, width
+        self.outline_chars, self.plain = outline_chars, plain
         self.ids = {tag: i for tag in grammar.tags if (i := tokenizer.special(tag)) is not None}
         self.lines: dict[str, str] = {}
 
@@ -145,10 +154,13 @@ class _Writer:
         """
         following = rest[0] if rest else None
         pattern = self.grammar.terminals[TEXT]
-        if following is None or (isinstance(following, Literal) and following.text in self.ids):
-            name, bound = (f"{TEXT}_{most}", f" & /(.|\\n){{1,{most}}}/") if most else (TEXT, "")
-            self.lines[name] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/{bound}"
+        if most or self.plain:  # without `<` in it, text ends by itself where a tag begins
+            name = f"LINE_{most}" if most else "PLAIN"
+            self.lines[name] = f"/{pattern}/ & " + (f"/[^<\\n]{{1,{most}}}/" if most else "/[^<]+/")
             return name + "?" * optional
+        if following is None or (isinstance(following, Literal) and following.text in self.ids):
+            self.lines[TEXT] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/"
+            return TEXT + "?" * optional
         if not (isinstance(following, Literal) and following.is_tag):
             raise GrammarError(
                 f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
@@ -156,8 +168,7 @@ class _Writer:
         rest.pop(0)
         name = f"{'MAYBE_' * optional}UNTIL_{self.grammar.tags.index(following.text)}"
         tag, body = _regex(following.text), f"({pattern}){'?' * optional}"
-        bound = f" & /(.|\\n){{1,{most}}}{tag}/" if most else ""
-        self.lines[name] = f"/{body}{tag}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*{tag}/{bound}"
+        self.lines[name] = f"/{body}{tag}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*{tag}/"
         return name
 
     @property

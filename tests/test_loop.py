@@ -202,7 +202,7 @@ def test_a_failing_branch_takes_the_others_with_it():
     slow = apr.Reply(" forever" * 50, delay=0.05)
     engine = scripted(branch_1=apr.Reply(" oh", error=apr.EngineError("boom", 500)), branch_2=slow)
     began = time.monotonic()
-    with pytest.raises(apr.BranchFailed, match="branch 1.1: boom") as error:
+    with pytest.raises(apr.BranchFailed, match=r"branch 1\.1: boom") as error:
         reason(engine)
     assert error.value.path == (1, 1)
     assert error.value.status == 500

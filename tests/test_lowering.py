@@ -101,6 +101,15 @@ def test_outlines_can_be_bounded(masked: Masked):
 
 
 @both
+def test_plain_text_has_no_angle_bracket(masked: Masked):
+    assert masked.accepts("body", " a > b & c\n</Thread>", plain=True)
+    assert not masked.accepts("body", " a < b\n</Thread>", plain=True)
+    assert masked.accepts("after", "<Conclusion>c</Conclusion>\n</Parallel>\nDone", plain=True)
+    assert masked.accepts("trunk", "Text " + FORK, plain=True)
+    assert masked.accepts("trunk", FORK, plain=True)
+
+
+@both
 def test_fork_required_and_forbidden(masked: Masked):
     assert not masked.accepts("trunk", "an answer", fork="required")
     assert masked.accepts("trunk", "first " + FORK, fork="required")

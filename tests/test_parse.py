@@ -123,7 +123,7 @@ def test_ids_are_split_where_their_first_character_lies():
     text = "aé\U0001f600b"
     ids = tokenizer.encode(text)
     assert list(split_ids(ids, text, [1, 2, 3, 4], tokenizer)) == [
-        tuple("a".encode()), tuple("é".encode()), tuple("\U0001f600".encode()), tuple("b".encode())
+        tuple(b"a"), tuple("é".encode()), tuple("\U0001f600".encode()), tuple(b"b")
     ]  # fmt: skip
 
 

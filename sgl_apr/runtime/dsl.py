@@ -42,6 +42,7 @@ def reason(
     min_blocks: int = 0,
     max_blocks: int | None = None,
     constrain: bool = True,
+    plain: bool = False,
     **sampling: Any,
 ) -> SglGen:
     """Let the model think, forking and joining as it decides; `state[name]` is its answer.
@@ -63,5 +64,6 @@ def reason(
         min_blocks=min_blocks,
         max_blocks=max_blocks,
         constrain=constrain,
+        plain=plain,
     )
     return SglGen(name, dtype=Reason(name, checked, dict(sampling)))

@@ -36,6 +36,7 @@ class Plan:
     mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" wants at least one.
     min_blocks, max_blocks: forks the trunk has to make, and may make (None: as many as the budget bears).
     constrain: decode under the grammar; without it the text may leave the dialect.
+    plain: keep `<` out of free text, for models too small to tell tags from text.
     sampling: SGLang sampling parameters for every request (temperature, top_p, ...).
     """
 
@@ -46,6 +47,7 @@ class Plan:
     min_blocks: int = 0
     max_blocks: int | None = None
     constrain: bool = True
+    plain: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -237,6 +239,7 @@ class _Run:
                 width=max(width, 2),
                 fork="auto" if phase == "body" else fork,
                 outline_chars=self.plan.budget.outline_chars,
+                plain=self.plan.plain,
             )
         stops = [] if fork == "forbidden" and phase != "body" else [dialect.stop(phase)]
         special = [self.tokenizer.special(tag) for tag in stops]
