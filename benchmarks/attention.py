@@ -19,9 +19,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+
+from sgl_apr.server.flags import ENVIRONMENT
+
+os.environ |= ENVIRONMENT | dict(os.environ)  # as the server has it; read when torch is loaded
+
+import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from sgl_apr.server.attention import AprCpuAttention

@@ -11,6 +11,10 @@ from typing import Any
 
 TOKENS = 32768  # KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch
 
+# Threads that wait for each other spin for microseconds instead of milliseconds. On a free machine that costs
+# nothing; where anything else runs, a spinning thread keeps the one it waits for from running (60x slower).
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+
 # lpm: a branch whose prefix is cached goes first, and of several with the same uncached prefix one prefills.
 COMMON = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
 GPU = {"--attention-backend": "flashinfer", "--page-size": "1"}

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from sgl_apr.errors import LaunchError
+from sgl_apr.server.flags import ENVIRONMENT
 from sgl_apr.server.plugin import LAUNCHED
 from sgl_apr.server.preflight import UsageError
 
@@ -54,7 +55,10 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"} | dict(environment),
+                env=ENVIRONMENT
+                | dict(os.environ)
+                | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
+                | dict(environment),
             )
         self._lines: deque[str] = deque(maxlen=TAIL)
         self._pump = threading.Thread(target=self._copy_output, args=(sink,), daemon=True)
