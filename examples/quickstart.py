@@ -60,7 +60,7 @@ def solve(s, question):  # type: ignore[no-untyped-def]
         s += sgl.assistant(worked_example(*reply))
     s += sgl.user(question)
     budget = apr.Budget(tokens=260, width=4, branch_tokens=40, outline_chars=24)
-    s += sgl.assistant(apr.reason("answer", budget=budget, min_blocks=1, max_blocks=1, plain=True))
+    s += sgl.assistant(apr.reason("answer", budget=budget, min_blocks=1, max_blocks=1, min_width=3, plain=True))
 
 
 async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:

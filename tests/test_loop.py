@@ -176,6 +176,7 @@ def test_modes_shape_the_mask():
     [
         ({"budget": Budget(depth=2)}, apr.BudgetExceeded, "nests at most 1 deep"),
         ({"budget": Budget(width=51)}, apr.BudgetExceeded, "at most 50 branches"),
+        ({"budget": Budget(width=2), "min_width": 3}, apr.BudgetExceeded, "min_width=3, expected 1 to"),
         ({"join": "kv"}, apr.KvJoinUnavailable, "joins by text"),
         ({"join": "glue"}, apr.AprError, "joins by text"),
         ({"mode": "both"}, apr.AprError, 'expected "auto"'),

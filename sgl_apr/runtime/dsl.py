@@ -41,6 +41,7 @@ def reason(
     mode: Mode = "auto",
     min_blocks: int = 0,
     max_blocks: int | None = None,
+    min_width: int = 2,
     constrain: bool = True,
     plain: bool = False,
     **sampling: Any,
@@ -63,6 +64,7 @@ def reason(
         mode=mode,
         min_blocks=min_blocks,
         max_blocks=max_blocks,
+        min_width=min_width,
         constrain=constrain,
         plain=plain,
     )

@@ -35,6 +35,7 @@ class Plan:
 
     mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" wants at least one.
     min_blocks, max_blocks: forks the trunk has to make, and may make (None: as many as the budget bears).
+    min_width: branches that a fork has at least.
     constrain: decode under the grammar; without it the text may leave the dialect.
     plain: keep `<` out of free text, for models too small to tell tags from text.
     sampling: SGLang sampling parameters for every request (temperature, top_p, ...).
@@ -46,6 +47,7 @@ class Plan:
     mode: Mode = "auto"
     min_blocks: int = 0
     max_blocks: int | None = None
+    min_width: int = 2
     constrain: bool = True
     plain: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +58,8 @@ class Plan:
             raise BudgetExceeded(f"{d.name} has at most {d.max_width} branches a block, not width={b.width}")
         if b.depth > d.max_depth:
             raise BudgetExceeded(f"{d.name} nests at most {d.max_depth} deep, not depth={b.depth}")
+        if not 1 <= self.min_width <= b.width:
+            raise BudgetExceeded(f"min_width={self.min_width}, expected 1 to the budget's width={b.width}")
         if self.join not in d.joins:
             expected = f"{d.name} joins by {' or '.join(sorted(d.joins))}"
             raise (KvJoinUnavailable if self.join == "kv" else AprError)(
@@ -199,9 +203,9 @@ class _Run:
         required = strand.blocks < plan.min_blocks
         allowed = plan.max_blocks is None or strand.blocks < plan.max_blocks
         # A fork is worth having only if at least half of what is left is not spent on its tags.
-        fits = [w for w in range(plan.budget.width, 1, -1) if 2 * self.overhead.of(w) <= self.left]
+        fits = [w for w in range(plan.budget.width, plan.min_width - 1, -1) if 2 * self.overhead.of(w) <= self.left]
         if required and not fits:
-            need = 2 * self.overhead.of(2)
+            need = 2 * self.overhead.of(plan.min_width)
             raise BudgetExceeded(
                 f"a fork needs at least {need} tokens here, and {self.left} are left of {plan.budget}"
             )
@@ -236,7 +240,8 @@ class _Run:
             grammar = dialect.llguidance(
                 phase,
                 self.tokenizer,
-                width=max(width, 2),
+                width=max(width, self.plan.min_width),
+                min_width=self.plan.min_width,
                 fork="auto" if phase == "body" else fork,
                 outline_chars=self.plan.budget.outline_chars,
                 plain=self.plan.plain,
