@@ -38,6 +38,7 @@ SHAPES = {"smollm2": (9, 3, 64, 30), "tiny": (4, 2, 32, 3)}  # query heads, key 
 class Case:
     """`requests` contexts of about `context` tokens; `new` tokens each (0: decode), `shared` in common.
 
+    Slots are scattered over the cache at random, unless `runs`: a prefill that finds free space gets one run.
     `spread` is how far lengths fall below `context`. `bar` is the speed-up asked for, None if none is.
     """
 
@@ -48,6 +49,7 @@ class Case:
     new: int = 0
     shared: int = 0
     spread: float = 0.2
+    runs: bool = False
     bar: float | None = None
 
 
@@ -78,7 +80,10 @@ def cases() -> list[Case]:
             Case("decode, fork of 8", shape, 8, 600, shared=500, bar=4.0),
             Case("decode, fork of 16", shape, 16, 600, shared=500, bar=4.0),
             Case("decode, fork of 64", shape, 64, 600, shared=500, bar=2.0),
+            Case("decode, fork of 8, prefix in a run", shape, 8, 600, shared=500, runs=True),
+            Case("decode, fork of 16, prefix in a run", shape, 16, 600, shared=500, runs=True),
             Case("extend", shape, 1, 2306, new=2, spread=0, bar=20.0),
+            Case("extend, prefix in a run", shape, 1, 2306, new=2, spread=0, runs=True),
             Case("extend, fork of 8", shape, 8, 510, new=10, shared=500, spread=0),
             Case("extend", shape, 1, 600, new=100, spread=0),
             Case("extend", shape, 1, 2000, new=1000, spread=0),
@@ -94,7 +99,7 @@ def measure(case: Case, repeats: int) -> Timing:
     lengths = torch.linspace(case.context * (1 - case.spread), case.context, case.requests).long()
     lengths[-1] = case.context
     size = int(lengths.sum()) + 1
-    slots = torch.randperm(size - 1) + 1
+    slots = (torch.arange(size - 1) if case.runs else torch.randperm(size - 1)) + 1
     table = torch.zeros(case.requests, case.context, dtype=torch.int32)
     for i, part in enumerate(slots.split(lengths.tolist())):
         table[i, : len(part)] = part

@@ -23,12 +23,13 @@ class Batch:
     shared: tuple[int, ...]
     heads: tuple[int, int, int] = (4, 2, 32)
     dtype: torch.dtype = torch.float32
+    scattered: bool = True
 
     def tensors(self, queries: int) -> SimpleNamespace:
         torch.manual_seed(sum(self.lengths))
         heads, kv_heads, dim = self.heads
         size = sum(self.lengths) + 8
-        slots = torch.randperm(size - 1) + 1
+        slots = (torch.randperm(size - 1) if self.scattered else torch.arange(size - 1)) + 1
         table = torch.randint(0, size, (len(self.lengths) + 3, max(self.lengths) + 5), dtype=torch.int32)
         places = torch.randperm(len(self.lengths) + 3)[: len(self.lengths)]
         taken = 0
@@ -125,6 +126,13 @@ def test_any_batch(data):
     same(extend("apr_cpu", batch, prefixes), extend("torch_native", batch, prefixes))
 
 
+def test_slots_in_one_run():
+    batch = Batch((900, 905, 910, 40), (0, 800, 800, 0), scattered=False)
+    same(decode("apr_cpu", batch), decode("torch_native", batch))
+    prefixes = (0, 898, 600, 30)
+    same(extend("apr_cpu", batch, prefixes), extend("torch_native", batch, prefixes))
+
+
 def test_half_precision():
     batch = Batch((300, 20), (0, 0), dtype=torch.bfloat16)
     same(decode("apr_cpu", batch), decode("torch_native", batch), 2e-2)
@@ -143,8 +151,8 @@ def test_plan_reads_a_shared_prefix_once():
     table = torch.arange(4 * 1000, dtype=torch.int32).view(4, 1000)
     table[1:3, :900] = table[0, :900]
     plan = plan_decode(table, torch.arange(4), [910, 920, 915, 905], heads=2)
-    read = sum(group.shared.numel() + group.own[:, 0].numel() for group in plan.groups)
-    assert [group.shared.numel() for group in plan.groups] == [900, 0]
+    read = sum(group.prefix + group.own[:, 0].numel() for group in plan.groups)
+    assert [group.prefix for group in plan.groups] == [900, 0]
     assert read == 900 + 3 * 20 + 905
 
 
@@ -153,7 +161,7 @@ def test_plan_finds_forks_below_a_common_system_prompt():
     table[1:4, :900], table[5:8, :900] = table[0, :900].clone(), table[4, :900].clone()
     table[:, :50] = table[0, :50].clone()
     plan = plan_decode(table, torch.arange(8), [950] * 8, heads=1)
-    assert sorted(group.shared.numel() for group in plan.groups) == [900, 900]
+    assert sorted(group.prefix for group in plan.groups) == [900, 900]
 
 
 @pytest.mark.parametrize("new", [1, SHORT, SHORT + 1, 1300])

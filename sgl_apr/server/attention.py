@@ -13,7 +13,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from sgl_apr.server.attention_plan import Group, Plan, Span, plan_decode, plan_extend
+from sgl_apr.server.attention_plan import Group, Plan, Slots, Span, plan_decode, plan_extend
 
 
 class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
@@ -132,27 +132,24 @@ def _attend_group(
 ) -> torch.Tensor:
     """`query` [rows, kv_heads, group, dim], scaled; returns the same with the values' dim."""
     rows, heads, size, _ = query.shape
-    shared, own = group.shared.shape[0], group.own.shape[2]
+    shared, own = group.prefix, group.own.shape[2]
 
     def gather_own(cache: torch.Tensor) -> torch.Tensor:
         return scratch.gather(cache.flatten(0, 1), group.own.flatten()).view(rows * heads, own, -1)
-
-    def gather_shared(cache: torch.Tensor) -> torch.Tensor:
-        return scratch.gather(cache.flatten(1), group.shared).view(shared, heads, -1)
 
     scores = torch.bmm(query.flatten(0, 1), gather_own(k_cache).transpose(1, 2)).view(rows, heads, size, own)
     if group.padding is not None:
         scores.masked_fill_(group.padding[:, None, None, :], float("-inf"))
     if shared:  # every row against the same keys: one larger product per head
         together = query.transpose(0, 1).reshape(heads, rows * size, -1)
-        first = torch.bmm(together, gather_shared(k_cache).permute(1, 2, 0))
+        first = torch.bmm(together, _read(k_cache, group.shared).float().permute(1, 2, 0))
         scores = torch.cat([first.view(heads, rows, size, shared).transpose(0, 1), scores], dim=-1)
     weights = scores.softmax(-1)
 
     result = torch.bmm(weights[..., shared:].flatten(0, 1), gather_own(v_cache)).view(rows, heads, size, -1)
     if shared:
         together = weights[..., :shared].transpose(0, 1).reshape(heads, rows * size, shared)
-        first = torch.bmm(together, gather_shared(v_cache).transpose(0, 1))
+        first = torch.bmm(together, _read(v_cache, group.shared).float().transpose(0, 1))
         result += first.view(heads, rows, size, -1).transpose(0, 1)
     return result
 
@@ -168,8 +165,8 @@ def _attend_span(
     """One fused call; the heads of a group share keys through a stride of 0, so nothing is repeated."""
     query = queries[span.start : span.stop].permute(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
     size = query.shape[1]
-    keys = k_cache.index_select(0, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
-    values = v_cache.index_select(0, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
+    keys = _read(k_cache, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
+    values = _read(v_cache, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
     mask = None
     if span.prefix:
         last = torch.arange(span.prefix, span.prefix + query.shape[2])  # the last key each query sees
@@ -178,6 +175,10 @@ def _attend_span(
         query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
     )
     outputs[span.start : span.stop] = result.permute(2, 0, 1, 3)
+
+
+def _read(cache: torch.Tensor, slots: Slots) -> torch.Tensor:
+    return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
 
 
 def _rare(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 
@@ -19,6 +20,9 @@ GROUP_COST = 1024  # what one more group costs, in tokens read: sharing or split
 GROUP_TOKENS = 8192  # padded tokens per group, so that what is gathered stays near the cores
 
 Family = tuple[list[int], int]  # rows, and the length of their common prefix
+Slots = (
+    torch.Tensor | slice
+)  # a slice where they follow each other, as after one prefill: read without a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,8 @@ class Group:
     """Rows that are attended at once. Shapes: b rows, p shared slots, m further slots for each row."""
 
     size: int  # b
-    shared: torch.Tensor  # [p] cache slots that begin every row; p may be 0
+    prefix: int  # p, may be 0
+    shared: Slots  # [p] cache slots that begin every row
     own: torch.Tensor  # [b, heads, m] slot * heads + head, for a cache seen as [slots * heads, dim]
     padding: torch.Tensor | None  # [b, m], True where a row has ended
 
@@ -38,7 +43,7 @@ class Span:
     start: int
     stop: int
     prefix: int
-    slots: torch.Tensor  # [prefix + stop - start]
+    slots: Slots  # [prefix + stop - start]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ def plan_extend(
         for first in range(start, stop, BLOCK if prefix else count) if count else ():
             last = min(first + BLOCK, stop) if prefix else stop
             before = prefix + first - start
-            spans.append(Span(first, last, before, slots[requests[i], : before + last - first]))
+            spans.append(Span(first, last, before, _slots(slots[requests[i], : before + last - first])))
     order, groups = _groups(slots, requests[torch.tensor(owners, dtype=torch.long)], lengths, heads)
     return Plan(torch.tensor([places[row] for row in order], dtype=torch.long), groups, tuple(spans))
 
@@ -98,9 +103,15 @@ def _groups(
             if padding is not None:  # a stale slot may hold anything, even NaN; the row's own first is sound
                 own = torch.where(padding, own[:, :1], own)
             by_head = own[:, None] * heads + torch.arange(heads, dtype=own.dtype)[:, None]
-            groups.append(Group(len(rows), table[rows[0], :prefix], by_head, padding))
+            groups.append(Group(len(rows), prefix, _slots(table[rows[0], :prefix]), by_head, padding))
             order += rows
     return order, tuple(groups)
+
+
+def _slots(slots: torch.Tensor) -> Slots:
+    if not slots.numel() or not bool((slots.diff() == 1).all()):
+        return slots
+    return slice(int(slots[0]), int(slots[-1]) + 1)
 
 
 def _families(table: torch.Tensor, lengths: Sequence[int]) -> list[Family]:
