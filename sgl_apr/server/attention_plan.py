@@ -20,9 +20,8 @@ GROUP_COST = 1024  # what one more group costs, in tokens read: sharing or split
 GROUP_TOKENS = 8192  # padded tokens per group, so that what is gathered stays near the cores
 
 Family = tuple[list[int], int]  # rows, and the length of their common prefix
-Slots = (
-    torch.Tensor | slice
-)  # a slice where they follow each other, as after one prefill: read without a copy
+# A slice where they follow each other, as after one prefill: read without a copy.
+Slots: TypeAlias = torch.Tensor | slice
 
 
 @dataclass(frozen=True, slots=True)
