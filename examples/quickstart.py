@@ -1,43 +1,53 @@
-"""Three questions to a small model that forks its own reasoning: python examples/quickstart.py --url URL."""
+"""Three questions to a small model that forks its own reasoning.
+
+python examples/quickstart.py               # builds the model and launches a server for it
+python examples/quickstart.py --url URL     # asks a server that runs (sgl-apr serve --model MODEL)
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+from contextlib import ExitStack
 
 import sglang as sgl
 from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
+from sgl_apr.models import smollm2
 from sgl_apr.report.tree import summary, tree
 from sgl_apr.runtime.replay import Replay, replay_serially
 
 QUESTIONS = [
-    "Tell me about whales, eagles and elephants.",
-    "What do a doctor, a teacher and a farmer do?",
-    "What are the spring, the summer and the winter like?",
+    "Why do people love dogs?",
+    "Why should I learn to cook?",
+    "How can I make new friends?",
 ]
+
+# It loops without a frequency penalty; with one, and some temperature, its branches differ.
+SAMPLING = {"temperature": 0.8, "top_p": 0.8, "frequency_penalty": 0.4}
 
 # A model of 135M parameters has never seen the format: two worked examples show it.
 EXAMPLES = {
-    "What are a hammer, a saw and a ladder for?": (
+    "Why do people keep cats?": (
         [
-            ("A hammer", "drives nails into wood. It has a heavy metal head and a long handle."),
-            ("A saw", "cuts wood and metal. It has a thin blade with sharp teeth."),
-            ("A ladder", "helps people climb to high places. It has two rails and many steps."),
+            ("company", "A cat is warm and quiet. It makes a home feel less empty."),
+            ("play", "Cats love to chase a string, and watching them makes people laugh."),
+            ("work", "Cats catch mice and keep the kitchen clean."),
         ],
-        "Each tool has its own work.",
-        "A hammer drives nails, a saw cuts wood, and a ladder takes you up high.",
+        "Cats are good company, fun and useful.",
+        "People keep cats because they are warm and funny, and because they catch mice.",
     ),
-    "Tell me about the moon and the sun.": (
+    "How should I get ready for a long hike?": (
         [
-            ("The moon", "goes around the Earth once a month. It is made of rock and has no air."),
-            ("The sun", "is a star made of hot gas. It gives the Earth light and heat."),
+            ("packing", "Take water, some food, a rain jacket and a map, and keep the bag light."),
+            ("training", "Walk for an hour three times a week, and climb stairs to get strong legs."),
+            ("safety", "Look at the weather, and tell a friend where you are going."),
         ],
-        "One is rock and one is a star.",
-        "The moon is a rock that goes around the Earth, and the sun is a star that lights both.",
+        "Pack light, train early and stay safe.",
+        "Pack water and a jacket, walk often in the weeks before, and check the weather.",
     ),
 }
 
@@ -45,7 +55,7 @@ EXAMPLES = {
 def worked_example(parts: list[tuple[str, str]], conclusion: str, answer: str) -> str:
     """A reply in the ThreadWeaver format."""
     outlines = "".join(f"<Outline>{i}: {name}</Outline>\n" for i, (name, _) in enumerate(parts, 1))
-    threads = "".join(f"<Thread>\n{i}: {name} {text}\n</Thread>" for i, (name, text) in enumerate(parts, 1))
+    threads = "".join(f"<Thread>\n{i}: {text}\n</Thread>" for i, (_, text) in enumerate(parts, 1))
     return (
         f"<Parallel>\n<Outlines>\n{outlines}</Outlines>\n{threads}\n"
         f"<Conclusion>{conclusion}</Conclusion>\n</Parallel>\n{answer}"
@@ -60,7 +70,9 @@ def solve(s, question):  # type: ignore[no-untyped-def]
         s += sgl.assistant(worked_example(*reply))
     s += sgl.user(question)
     budget = apr.Budget(tokens=260, width=4, branch_tokens=40, outline_chars=24)
-    s += sgl.assistant(apr.reason("answer", budget=budget, min_blocks=1, max_blocks=1, min_width=3, plain=True))
+    s += sgl.assistant(
+        apr.reason("answer", budget=budget, min_blocks=1, max_blocks=1, min_width=3, plain=True)
+    )
 
 
 async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:
@@ -74,19 +86,25 @@ async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:
 
 def main() -> None:
     """Ask, show the trees and the figures, and print one JSON object last."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="a server: sgl-apr serve --model MODEL")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", help="a running server; without it SmolLM2-135M is built and served")
     url = parser.parse_args().url
-    console = Console(width=120)
+    console, progress = Console(width=125), Console(stderr=True)
     trajectories: dict[str, apr.Trajectory] = {}
-    with apr.Endpoint(url) as endpoint:
-        for question in track(QUESTIONS, "reasoning", console=Console(stderr=True)):
-            state = solve.run(question=question, backend=endpoint, temperature=0.3, top_p=0.9)
+    with ExitStack() as stack:
+        if url is None:
+            progress.print("building SmolLM2-135M-Instruct (once), then launching a server: about a minute")
+            url = stack.enter_context(apr.Server(smollm2(), max_total_tokens=8192)).url
+        endpoint = stack.enter_context(apr.Endpoint(url))
+        for question in track(QUESTIONS, "reasoning", console=progress):
+            state = solve.run(question=question, backend=endpoint, **SAMPLING)
             trajectories[question] = state.get_meta_info("answer")["trajectory"]
             console.print(tree(trajectories[question], question))
-    runs = list(trajectories.values())
-    console.print(summary(trajectories))
-    replays = asyncio.run(replay(url, runs))
+        runs = list(trajectories.values())
+        console.print(summary(trajectories))
+        replays = asyncio.run(replay(url, runs))
     parallel, serial = sum(r.parallel_s for r in replays), sum(r.serial_s for r in replays)
     tokens = sum(r.tokens for r in replays)
     console.print(

