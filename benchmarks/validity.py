@@ -86,7 +86,7 @@ def main() -> int:
     if options.json:
         print(json.dumps({"model": "SmolLM2-135M-Instruct", "temperature": 1.0, "rows": rows}))
     else:
-        table = Table(title="SmolLM2-135M-Instruct at temperature 1.0", *rows[0])
+        table = Table(*rows[0], title="SmolLM2-135M-Instruct at temperature 1.0")
         for row in rows:
             table.add_row(*map(str, row.values()))
         Console().print(table)

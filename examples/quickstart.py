@@ -63,7 +63,7 @@ def worked_example(parts: list[tuple[str, str]], conclusion: str, answer: str) -
 
 
 @sgl.function
-def solve(s, question):  # type: ignore[no-untyped-def]
+def solve(s, question):
     """The program: two worked examples, the question, and the model's own forks and joins."""
     for asked, reply in EXAMPLES.items():
         s += sgl.user(asked)
