@@ -131,14 +131,22 @@ def _affordable_tokens(model: str, revision: str | None) -> int:
 
 
 def _warm_up(args: Any) -> None:
-    """One constrained request, as SGLang has warmed up everything else; LaunchError if it is refused."""
+    """Constrained requests, as SGLang has warmed up everything else; LaunchError if one is refused.
+
+    The mask kernel is compiled for one row, and once more for any other number of them.
+    """
     if args.grammar_backend != "llguidance" or args.skip_tokenizer_init:
         return
-    body = {"text": "a", "sampling_params": {"max_new_tokens": 4, "ebnf": LARK}}
     headers = {"Content-Type": "application/json"}
     if args.api_key:
         headers["Authorization"] = f"Bearer {args.api_key}"
-    request = urllib.request.Request(f"{args.url()}/generate", json.dumps(body).encode(), headers)
+    for texts in (["a"], ["a", "b"], ["a", "b", "c"]):
+        body = {"text": texts, "sampling_params": {"max_new_tokens": 4, "ebnf": LARK}}
+        _post(urllib.request.Request(f"{args.url()}/generate", json.dumps(body).encode(), headers))
+
+
+def _post(request: urllib.request.Request) -> None:
+    """Send it once somebody listens: with --skip-server-warmup that may take a moment."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -147,7 +155,7 @@ def _warm_up(args: Any) -> None:
         except urllib.error.HTTPError as error:
             answer = error.read().decode(errors="replace")[:300]
             raise LaunchError(f"constrained decoding does not work with this model: {answer}") from error
-        except OSError as error:  # with --skip-server-warmup nobody listens yet
+        except OSError as error:
             if time.monotonic() > deadline:
                 raise LaunchError(f"the server does not answer: {error}") from error
             time.sleep(0.2)

@@ -1,0 +1,110 @@
+"""The command line: output for people and machines, exit codes, one-line errors; and the examples, as they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from traces import TRACE
+
+import sgl_apr as apr
+from sgl_apr.cli import main
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.txt"
+    path.write_text(TRACE)
+    return path
+
+
+def test_parse_shows_the_tree(trace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["parse", str(trace)]) == 0
+    shown = capsys.readouterr().out
+    for piece in ("fork into 2", "1: x < y", "2: and <b>", "both", "The answer is 4."):
+        assert piece in shown
+
+
+def test_parse_prints_json_that_reads_back(trace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["parse", str(trace), "--json"]) == 0
+    assert apr.Trajectory.from_json(capsys.readouterr().out).text == TRACE
+
+
+def test_parse_says_where_a_trace_is_wrong(trace: Path, capsys: pytest.CaptureFixture[str]):
+    trace.write_text(TRACE.replace("2: and", "3: and"))
+    assert main(["parse", str(trace)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "sgl-apr: error: line 5, column 10: found '3', expected \"2\"\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["parse", "/nowhere/at.all"], "cannot read /nowhere/at.all"),
+        (["parse", "-", "--dialect", "nope"], "no dialect 'nope'"),
+        (["run", "hi", "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9"),
+        (["run", "hi", "--url", "http://127.0.0.1:9", "--width", "1"], "no server at"),
+        (["model", "smollm2", "--tags", "nope"], "no dialect 'nope'"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("text"))
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("sgl-apr: error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["nope"], ["run"], ["run", "hi", "--mode", "both"]])
+def test_wrong_usage_is_status_2(argv):
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["run", "model", "parse"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"example: sgl-apr {command} " in capsys.readouterr().out
+
+
+def test_serve_help(capsys):
+    assert main(["serve", "--help"]) == 0
+    assert "sgl-apr serve --model" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_run_on_a_server(server, capsys):
+    argv = ["run", "What?", "--url", server.url, "--mode", "parallel", "--width", "3", "--tokens", "300"]
+    assert main([*argv, "--json"]) == 0
+    trajectory = apr.Trajectory.from_json(capsys.readouterr().out)
+    apr.dialect("threadweaver").validate(trajectory.text)
+    assert main(argv) == 0
+    assert "What the engine did" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_the_quickstart_runs_as_it_is(server):
+    """On a random model: nothing sensible, but every step, and the figures on the last line."""
+    script = Path(__file__).parents[1] / "examples" / "quickstart.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--url", server.url],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["ok"] is True
+    assert figures["questions"] == figures["valid"] == 3
+    assert figures["branches"] >= 3 * figures["forks"] >= 9
+    assert figures["critical_path"] < figures["total_tokens"]
+    assert figures["min_cached_share"] >= 0.99
+    assert figures["serial_wall_s"] > 0
