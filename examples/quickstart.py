@@ -27,7 +27,7 @@ QUESTIONS = [
 ]
 
 # It loops without a frequency penalty; with one, and some temperature, its branches differ.
-SAMPLING = {"temperature": 0.8, "top_p": 0.8, "frequency_penalty": 0.4}
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "frequency_penalty": 0.4}
 
 # A model of 135M parameters has never seen the format: two worked examples show it.
 EXAMPLES = {
@@ -69,7 +69,7 @@ def solve(s, question):
         s += sgl.user(asked)
         s += sgl.assistant(worked_example(*reply))
     s += sgl.user(question)
-    budget = apr.Budget(tokens=260, width=4, branch_tokens=40, outline_chars=24)
+    budget = apr.Budget(tokens=300, width=4, branch_tokens=40, outline_chars=32)
     s += sgl.assistant(
         apr.reason("answer", budget=budget, min_blocks=1, max_blocks=1, min_width=3, plain=True)
     )

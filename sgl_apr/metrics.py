@@ -86,7 +86,11 @@ def measure(trajectory: Trajectory, convention: Convention = "causal") -> Metric
         sequential = sum(weights[i] for i in tags)
         for i in tags:
             weights[i] = 0
-    closers = [s.origin for s in spans if s.role == "closer"]
+    # A closer that the model began and the runtime finished is an injected one.
+    closers = {
+        s.path: s.origin for s in sorted(spans, key=lambda s: s.origin == "injected") if s.role == "closer"
+    }
+    origins = list(closers.values())
     return Metrics(
         total=sum(s.tokens for s in spans if s.origin != "prompt"),
         critical_path=sequential + max(longest_paths(spans, weights), default=0),
@@ -94,8 +98,8 @@ def measure(trajectory: Trajectory, convention: Convention = "causal") -> Metric
         longest_context=max((_context(spans, i) for i in range(len(spans))), default=0),
         blocks=len(trajectory.blocks),
         branches=sum(len(b.branches) for b in trajectory.blocks),
-        closers_decoded=closers.count("decoded"),
-        closers_injected=closers.count("injected"),
+        closers_decoded=origins.count("decoded"),
+        closers_injected=origins.count("injected"),
         engine_calls=len(trajectory.calls),
         wall_s=trajectory.wall_s,
         phases=_phases(trajectory),

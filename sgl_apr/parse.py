@@ -163,6 +163,11 @@ def completion(grammar: Grammar, start: str, text: str) -> str | None:
             return None
         interactive.feed_token(fixed)
         added = str(fixed)[len(rest) :]
+    if not added and "$END" not in interactive.accepts():
+        for begun in _begun(list(_fixed(grammar, start, interactive)), text):
+            more = completion(grammar, start, text + begun)
+            if more is not None:
+                return begun + more
     queue = deque([(interactive, added, count)])
     for _ in range(200):
         if not queue:
@@ -181,6 +186,14 @@ def completion(grammar: Grammar, start: str, text: str) -> str | None:
             following.feed_token(token)
             queue.append((following, added + str(token), count + (token.type == NUMBER)))
     return None
+
+
+def _begun(options: list[Token], text: str) -> Iterator[str]:
+    """What is missing of each option that `text` ends with the beginning of: "ead>" behind "</Thr"."""
+    for option in options:
+        for known in range(len(option) - 1, 1, -1):
+            if text.endswith(option[:known]):
+                yield str(option[known:])
 
 
 def _fixed(grammar: Grammar, start: str, state: InteractiveParser) -> Iterator[Token]:

@@ -203,7 +203,11 @@ class _Run:
         required = strand.blocks < plan.min_blocks
         allowed = plan.max_blocks is None or strand.blocks < plan.max_blocks
         # A fork is worth having only if at least half of what is left is not spent on its tags.
-        fits = [w for w in range(plan.budget.width, plan.min_width - 1, -1) if 2 * self.overhead.of(w) <= self.left]
+        fits = [
+            w
+            for w in range(plan.budget.width, plan.min_width - 1, -1)
+            if 2 * self.overhead.of(w) <= self.left
+        ]
         if required and not fits:
             need = 2 * self.overhead.of(plan.min_width)
             raise BudgetExceeded(
