@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgl_apr.server.attention_plan import SHORT, plan_decode, plan_extend
@@ -74,6 +74,18 @@ def extend(kind: str, batch: Batch, prefixes: tuple[int, ...], **options) -> tor
     return output
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def way(request, monkeypatch) -> str:
+    """Decoding by the C kernel, and as where none can be compiled."""
+    if request.param == "torch":
+        monkeypatch.setattr("sgl_apr.server.attention.decode_kernel", lambda: None)
+    else:
+        from sgl_apr.server.native import decode_kernel
+
+        assert decode_kernel() is not None, "this machine has a compiler"
+    return request.param
+
+
 def same(left: torch.Tensor, right: torch.Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(left, right, atol=atol, rtol=0)
 
@@ -92,7 +104,7 @@ def same(left: torch.Tensor, right: torch.Tensor, atol: float = 1e-5) -> None:
         ((1200,) * 9, (0,) * 9),
     ],
 )
-def test_decode(lengths, shared, heads):
+def test_decode(way, lengths, shared, heads):
     batch = Batch(lengths, shared, heads)
     same(decode("apr_cpu", batch), decode("torch_native", batch))
 
@@ -115,9 +127,9 @@ def test_extend(lengths, prefixes, shared, heads):
     same(extend("apr_cpu", batch, prefixes), extend("torch_native", batch, prefixes))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_any_batch(data):
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_batch(way, data):
     lengths = data.draw(st.lists(st.integers(1, 200), min_size=1, max_size=12).map(tuple))
     shared = tuple(data.draw(st.integers(0, min(n, lengths[0]) - 1)) for n in lengths)
     batch = Batch(lengths, shared, data.draw(st.sampled_from(HEADS)))
@@ -126,7 +138,7 @@ def test_any_batch(data):
     same(extend("apr_cpu", batch, prefixes), extend("torch_native", batch, prefixes))
 
 
-def test_slots_in_one_run():
+def test_slots_in_one_run(way):
     batch = Batch((900, 905, 910, 40), (0, 800, 800, 0), scattered=False)
     same(decode("apr_cpu", batch), decode("torch_native", batch))
     prefixes = (0, 898, 600, 30)
@@ -172,3 +184,12 @@ def test_plan_covers_every_token_once(new):
     assert len(tokens) == sum(group.size for group in plan.groups)
     tokens += [token for span in plan.spans for token in range(span.start, span.stop)]
     assert sorted(tokens) == list(range(2 * new + 2))
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch, caplog):
+    from sgl_apr.server import native
+
+    monkeypatch.setattr(native, "SOURCE", native.SOURCE.with_name("attention.py"))  # no C
+    monkeypatch.setattr(native, "decode_kernel", native.decode_kernel.__wrapped__)
+    assert native.decode_kernel() is None
+    assert "needs a C compiler with OpenMP" in caplog.text

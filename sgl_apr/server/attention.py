@@ -1,4 +1,6 @@
-"""The attention backend "apr_cpu": batched, grouped-query aware, no padded queries; plain torch, no kernels.
+"""The attention backend "apr_cpu": batched, grouped-query aware, no padded queries.
+
+Decoding in float32 goes through a small C kernel where one can be compiled, everything else through torch.
 
 It computes what SGLang's `torch_native` does and leaves to it what is rare on a CPU: sliding windows, cross
 and encoder attention, and a cache in another type than the queries.
@@ -14,6 +16,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from torch.nn.functional import scaled_dot_product_attention
 
 from sgl_apr.server.attention_plan import Group, Plan, Slots, Span, plan_decode, plan_extend
+from sgl_apr.server.native import decode_kernel
 
 
 class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
@@ -23,6 +26,7 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         super().__init__(model_runner)
         self._plans: dict[int, Plan] = {}  # by number of key heads, for the current forward pass
         self._scratch = Scratch()
+        decode_kernel()  # compiled now rather than at the first token
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -43,6 +47,12 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         if encoder_lens is not None or _rare(query, k_cache, v_cache, options):
             batch = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
             return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *batch, **options)
+        kernel = decode_kernel()
+        if kernel is not None and kernel.takes(query, output, k_cache, v_cache, slots=req_to_token):
+            scaling = options.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            rows = (req_to_token, req_pool_indices.long(), seq_lens.long())
+            return kernel(query, output, k_cache, v_cache, *rows, scale)
         plan = self._plan(
             k_cache, lambda heads: plan_decode(req_to_token, req_pool_indices, seq_lens.tolist(), heads)
         )
