@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import uuid
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
@@ -61,7 +62,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         self._running: dict[str, Future[Any]] = {}
         self._loop = asyncio.new_event_loop()
         # A native fork waits in a thread, and thousands of programs may fork at once.
-        self._loop.set_default_executor(ThreadPoolExecutor(256, thread_name_prefix="apr-fork"))
+        self._forks = ThreadPoolExecutor(256, thread_name_prefix="apr-fork")
+        self._loop.set_default_executor(self._forks)
         self._thread = threading.Thread(target=self._loop.run_forever, name="apr-endpoint", daemon=True)
         self._thread.start()
         try:
@@ -85,16 +87,24 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         return self.http.tokenizer
 
     def close(self) -> None:
-        """Cancel what is running, abort it on the server, and close the connections."""
-        for future in list(self._running.values()):
-            future.cancel()
+        """Cancel what is running, abort it on the server, and close the connections and threads."""
         if self._loop.is_running():
-            self._wait(self.http.close())
-        self._stop()
+            self._wait(self._drain())
+            self._stop()
+
+    async def _drain(self) -> None:
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self.http.close()
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._forks.shutdown(wait=False)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def __enter__(self) -> Endpoint:
         return self
@@ -147,7 +157,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             text, sent = chunk["text"][sent:], len(chunk["text"])
             ids = chunk["output_ids"] if len(chunk["output_ids"]) > len(ids) else [*ids, *chunk["output_ids"]]
             yield text, chunk["meta_info"]
-        future.result()
+        self._outcome(future)
         self._keep(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
 
     # How it is done.
@@ -185,17 +195,15 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         s.variables[KEY] = Ledger(s.text_, context)
         future = asyncio.run_coroutine_threadsafe(self.http.decode(call.request, call.on_tokens), self._loop)
         # A branch that the loop has given up on is aborted; the future of an ended loop is never awaited.
-        self._loop.call_soon_threadsafe(
-            call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
-        )
+        self._tell(call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None)
         try:
             result = future.result()
         except BaseException as error:
-            self._loop.call_soon_threadsafe(_settle, call.done, None, error)
+            self._tell(_settle, call.done, None, error)
             return "", {}
         text = self.tokenizer.decode(result.token_ids, context)
         s.variables[KEY] = Ledger(s.text_ + text, (*context, *result.token_ids))
-        self._loop.call_soon_threadsafe(_settle, call.done, result, None)
+        self._tell(_settle, call.done, result, None)
         return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
 
     def _reason(
@@ -246,11 +254,15 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             else:
                 s.text_ += text
                 s.stream_text_event.set()
-        trajectory = future.result()
+        trajectory = self._outcome(future)
         answer, meta = self._finish(s, trajectory, before)
         s.text_ += answer
         s.variables[asked.name] = answer
         yield "", meta
+
+    def _tell(self, callback: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the endpoint was closed meanwhile: nobody waits
+            self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _start(self, work: Coroutine[Any, Any, T], s: StreamExecutor, then: Any) -> Future[T]:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -263,16 +275,16 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         future = (
             self._start(work, s, lambda: None) if s else asyncio.run_coroutine_threadsafe(work, self._loop)
         )
-        while True:
-            try:
-                return future.result(timeout=0.5)
-            except CancelledError:
-                raise EngineError("the program was cancelled, and its requests were aborted") from None
-            except TimeoutError:
-                if future.done():
-                    raise
-                if not threading.main_thread().is_alive():  # interrupted: do not hold the process up
-                    future.cancel()
+        while not wait([future], timeout=0.5).done:
+            if not threading.main_thread().is_alive():  # interrupted: do not hold the process up
+                future.cancel()
+        return self._outcome(future)
+
+    def _outcome(self, future: Future[T]) -> T:
+        try:
+            return future.result()
+        except CancelledError:
+            raise EngineError("the program was cancelled, and its requests were aborted") from None
 
 
 def _settle(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
