@@ -1,4 +1,4 @@
-"""How many replies of a real model follow the dialect, with the grammar on and off, in both tag modes."""
+"""How many replies of a real model fork and follow the dialect, with the grammar on and off, in both tag modes."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ async def replies(url: str, count: int, constrain: bool) -> list[apr.Trajectory]
                     engine,
                     text,
                     budget=budget,
+                    mode="parallel",  # without the grammar nothing can hold the model to it
                     max_blocks=1,
                     constrain=constrain,
-                    sampling={"temperature": 1.0},
+                    temperature=1.0,
                 )
 
         tasks = [asyncio.create_task(one(i)) for i in range(count)]
@@ -68,7 +69,7 @@ def measure(tags: bool, count: int) -> list[dict[str, object]]:
                     "grammar": constrain,
                     "replies": count,
                     "valid": sum(DIALECT.is_valid(t.text) for t in found),
-                    "forked": sum(bool(t.blocks) for t in found),
+                    "valid_and_forked": sum(DIALECT.is_valid(t.text) and bool(t.blocks) for t in found),
                     "closers_decoded": sum(m.closers_decoded for m in metrics),
                     "closers_injected": sum(m.closers_injected for m in metrics),
                 }

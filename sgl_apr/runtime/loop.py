@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from sgl_apr.budget import Budget, branch_tokens, trunk_tokens
@@ -80,8 +80,11 @@ class Plan:
 
 
 def plan(dialect_: Dialect | str, **options: Any) -> Plan:
-    """A `Plan`, with the dialect by name or as it is."""
-    return Plan(dialect=dialect(dialect_) if isinstance(dialect_, str) else dialect_, **options)
+    """A `Plan`, with the dialect by name or as it is; what is no field of it is a sampling parameter."""
+    known = {f.name for f in fields(Plan)}
+    sampling = {**options.pop("sampling", {}), **{k: v for k, v in options.items() if k not in known}}
+    options = {k: v for k, v in options.items() if k in known}
+    return Plan(dialect(dialect_) if isinstance(dialect_, str) else dialect_, sampling=sampling, **options)
 
 
 async def areason(
@@ -94,9 +97,10 @@ async def areason(
 ) -> Trajectory:
     """Let the model behind `engine` answer `prompt` (text, or ids that are sent as they are).
 
-    Options are the fields of `Plan`. `on_text(path, text)` hears every piece of text as it is
-    written, decoded or injected. Raises an `EngineError` when the engine fails, with every other
-    request of the trajectory aborted, and `BudgetExceeded` for a budget in which nothing fits.
+    Options are the fields of `Plan`; any other is a sampling parameter (temperature, ...).
+    `on_text(path, text)` hears every piece of text as it is written, decoded or injected.
+    Raises an `EngineError` when the engine fails, with every other request of the trajectory
+    aborted, and `BudgetExceeded` for a budget in which nothing fits.
     """
     tokenizer = engine.tokenizer
     ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)
