@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -41,10 +43,30 @@ class SglangServer:
         self.live: set[str] = set()
         self.headers: list[str | None] = []
 
+    @contextmanager
+    def in_thread(self) -> Iterator[str]:
+        """Serve in a thread of its own, for callers that block."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+
+        def wait(work: Coroutine[None, None, Any]) -> Any:
+            return asyncio.run_coroutine_threadsafe(work, loop).result(10)
+
+        context = self.running()
+        try:
+            yield wait(context.__aenter__())
+        finally:
+            wait(context.__aexit__(None, None, None))
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
         app = web.Application()
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/get_model_info", self._model_info)
         app.router.add_get("/server_info", self._server_info)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
@@ -57,7 +79,7 @@ class SglangServer:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         self.headers.append(request.headers.get("Authorization"))
-        return web.json_response({"tokenizer_path": "/nowhere/at.all"})
+        return web.json_response({"tokenizer_path": "/nowhere/at.all", "model_path": "/nowhere/at.all"})
 
     async def _server_info(self, request: web.Request) -> web.Response:
         return web.json_response(self.info)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,7 +25,8 @@ def patch_frontend() -> None:
     """Make reads of a failed program raise its error, for backends that say `raises_errors`.
 
     In SGLang 0.5.23 a worker thread that fails sets the events it knows and ends: reading a variable
-    then raises KeyError, and reading one that is submitted later waits for ever, as `sync` may.
+    then raises KeyError, and reading one that is submitted later waits for ever, as `sync` may. Its
+    last event comes before the mark that it has ended, so that a reader in between waits for ever too.
     """
     from sglang.lang.interpreter import ProgramState, StreamExecutor
 
@@ -37,7 +38,8 @@ def patch_frontend() -> None:
         StreamExecutor.get_meta_info,
         StreamExecutor.sync,
     )
-    stock_text_iter = ProgramState.text_iter
+    stock_text_iter, stock_async_iter = ProgramState.text_iter, ProgramState.text_async_iter
+    stock_worker = StreamExecutor._thread_worker_func
 
     def get_var(self: Any, name: str) -> Any:
         if _ours(self) and not _settled(self, name):
@@ -63,8 +65,20 @@ def patch_frontend() -> None:
         if _ours(self.stream_executor) and self.stream_executor.error_ is not None:
             raise self.stream_executor.error_
 
+    async def text_async_iter(self: Any, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        async for piece in stock_async_iter(self, *arguments, **options):
+            yield piece
+        if _ours(self.stream_executor) and self.stream_executor.error_ is not None:
+            raise self.stream_executor.error_
+
+    def worker(self: Any) -> None:
+        stock_worker(self)
+        if _ours(self) and self.stream_text_event:
+            self.stream_text_event.set()
+
     StreamExecutor.get_var, StreamExecutor.get_meta_info = get_var, get_meta_info
-    StreamExecutor.sync, ProgramState.text_iter = sync, text_iter
+    StreamExecutor.sync, StreamExecutor._thread_worker_func = sync, worker
+    ProgramState.text_iter, ProgramState.text_async_iter = text_iter, text_async_iter
     StreamExecutor._apr_patched = True
 
 

@@ -1,0 +1,178 @@
+"""Programs whose server fails, or that are cancelled: a typed error where they are read, and nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import sglang as sgl
+from processes import in_session, until
+from sglang_server import TOKENIZER, SglangServer
+
+import sgl_apr as apr
+from sgl_apr.models import random_llama
+from sgl_apr.server.launch import Server
+
+# SGLang's front end warns with a traceback whenever a program fails.
+pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:Error in stream_executor")]
+
+
+@sgl.function
+def program(s):
+    s += "Q: " + apr.reason("answer", budget=apr.Budget(tokens=400))
+    s += " So: " + sgl.gen("later", max_tokens=4)
+
+
+@contextmanager
+def served(fake: SglangServer, timeout: float = 30.0) -> Iterator[apr.Endpoint]:
+    with fake.in_thread() as url, apr.Endpoint(url, tokenizer=TOKENIZER, timeout=timeout) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@pytest.mark.parametrize("failure", ["status 500", "dies", "reports an error"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_failed_branch_raises_wherever_the_program_is_read(failure, stream):
+    fake = SglangServer(branch_1=failure, branch_2="is slow")
+    with served(fake) as endpoint, within(10):
+        state = program.run(backend=endpoint, stream=stream)
+        for read in (
+            lambda: state["answer"],
+            lambda: state["later"],
+            lambda: state.get_meta_info("answer"),
+            lambda: state["answer"],  # again
+        ):
+            with pytest.raises(apr.BranchFailed, match=r"branch 1\.1: "):
+                read()
+        assert isinstance(state.error(), apr.BranchFailed)
+        state.sync()
+        assert state.text().startswith("Q: ")
+        assert fake.rids["branch 2"] in fake.aborted
+        until(lambda: not fake.live, 5)
+
+
+@pytest.mark.parametrize("variable", [None, "answer"])
+def test_streaming_from_a_program_that_fails_raises_at_its_end(variable):
+    with served(SglangServer(branch_1="dies")) as endpoint, within(10):
+        state = program.run(backend=endpoint, stream=True)
+        heard = []
+        with pytest.raises(apr.BranchFailed):
+            heard.extend(state.text_iter(variable))
+        assert "".join(heard).startswith("Q: Think." if variable is None else "")
+
+    async def listen(endpoint: apr.Endpoint) -> None:
+        async for _ in program.run(backend=endpoint, stream=True).text_async_iter():
+            pass
+
+    with served(SglangServer(after="dies")) as endpoint, within(10), pytest.raises(apr.EngineError):
+        asyncio.run(listen(endpoint))
+
+
+def test_a_batch_fails_program_by_program():
+    with served(SglangServer(after="status 500")) as endpoint, within(20):
+        states = program.run_batch([{}] * 6, backend=endpoint, progress_bar=True)
+        for state in states:
+            with pytest.raises(apr.EngineError, match="out of memory"):
+                state["answer"]
+
+
+def test_silence_is_a_timeout():
+    with served(SglangServer(trunk="goes silent"), timeout=0.5) as endpoint, within(10):
+        with pytest.raises(apr.EngineTimeout, match=r"within 0\.5 s"):
+            program.run(backend=endpoint)["answer"]
+
+
+def test_a_plain_gen_fails_the_same_way():
+    @sgl.function
+    def plain(s):
+        s += "Q: " + sgl.gen("answer", max_tokens=4)
+
+    for stream in (False, True):
+        with served(SglangServer(trunk="status 500")) as endpoint, within(10):
+            with pytest.raises(apr.EngineError, match="out of memory"):
+                plain.run(backend=endpoint, stream=stream)["answer"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_cancelled_program(stream):
+    fake = SglangServer(branch_1="is slow", branch_2="is slow")
+    with served(fake) as endpoint:
+        states = []
+        runner = threading.Thread(
+            target=lambda: states.append(program.run(backend=endpoint, stream=stream)), daemon=True
+        )
+        runner.start()
+        until(lambda: len(fake.live) == 2, 10)
+        with within(5):
+            if stream:
+                endpoint.cancel(states[0])
+            else:
+                endpoint.close()  # `run` has not returned yet: its state is not there to cancel
+            runner.join()
+            with pytest.raises(apr.EngineError, match="the program was cancelled"):
+                states[0]["answer"]
+        until(lambda: not fake.live, 5)
+        assert fake.aborted >= {fake.rids["branch 1"], fake.rids["branch 2"]}
+
+
+def test_nobody_there():
+    with pytest.raises(apr.EngineError, match="no server at"):
+        apr.Endpoint("http://127.0.0.1:9")
+    assert not [t for t in threading.enumerate() if t.name == "apr-endpoint"]
+
+
+def test_what_a_dialect_has_not_is_an_error_where_it_is_asked_for():
+    for options in ({"join": "kv"}, {"budget": apr.Budget(depth=3)}, {"mode": "both"}, {"dialect": "nope"}):
+        with pytest.raises(apr.AprError):
+            apr.reason("answer", **options)
+
+
+# The real server
+
+
+@sgl.function
+def endless(s):
+    s += "Q: " + apr.reason("answer", min_blocks=60, budget=apr.Budget(tokens=7000, width=4), temperature=1.0)
+
+
+@pytest.mark.server
+def test_cancelling_frees_the_server(server):
+    with apr.Endpoint(server.url) as endpoint:
+
+        def running() -> int:
+            return asyncio.run_coroutine_threadsafe(endpoint.http.load(), endpoint._loop).result(10).running
+
+        state = endless.run(backend=endpoint, stream=True)
+        until(running, 20)
+        with within(10):
+            endpoint.cancel(state)
+            with pytest.raises(apr.EngineError, match="the program was cancelled"):
+                state["answer"]
+            until(lambda: not running(), 5)
+
+
+@pytest.mark.server
+@pytest.mark.timeout(300)
+def test_a_server_that_is_killed_mid_branch(tmp_path):
+    model = random_llama(tmp_path, tags=apr.dialect("threadweaver").tags, tag_bias=5.0)
+    with Server(model, context_length=8192, max_total_tokens=8192) as server:
+        with apr.Endpoint(server.url) as endpoint:
+            state = endless.run(backend=endpoint, stream=True)
+            until(lambda: "<Thread>" in state.stream_executor.text_, 60)
+            for pid in in_session(server.pid):
+                os.kill(pid, signal.SIGKILL)
+            with within(10), pytest.raises(apr.EngineError):
+                state["answer"]
+        assert not in_session(server.pid)
