@@ -89,9 +89,9 @@ def test_a_batch_fails_program_by_program():
 
 
 def test_silence_is_a_timeout():
-    with served(SglangServer(trunk="goes silent"), timeout=0.5) as endpoint, within(10):
-        with pytest.raises(apr.EngineTimeout, match=r"within 0\.5 s"):
-            program.run(backend=endpoint)["answer"]
+    raises = pytest.raises(apr.EngineTimeout, match=r"within 0\.5 s")
+    with served(SglangServer(trunk="goes silent"), timeout=0.5) as endpoint, within(10), raises:
+        program.run(backend=endpoint)["answer"]
 
 
 def test_a_plain_gen_fails_the_same_way():
@@ -100,9 +100,9 @@ def test_a_plain_gen_fails_the_same_way():
         s += "Q: " + sgl.gen("answer", max_tokens=4)
 
     for stream in (False, True):
-        with served(SglangServer(trunk="status 500")) as endpoint, within(10):
-            with pytest.raises(apr.EngineError, match="out of memory"):
-                plain.run(backend=endpoint, stream=stream)["answer"]
+        raises = pytest.raises(apr.EngineError, match="out of memory")
+        with served(SglangServer(trunk="status 500")) as endpoint, within(10), raises:
+            plain.run(backend=endpoint, stream=stream)["answer"]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
