@@ -63,6 +63,14 @@ def trunk_tokens(left: int, overhead: Overhead, width: int) -> int:
     return left - overhead.of(width)
 
 
+def lead_chars(tokens: int) -> int:
+    """Characters of text before a fork that has to come, so that most of a phase's tokens are left for it.
+
+    A power of two: there are few of them, and the server keeps a compiled mask for each.
+    """
+    return 1 << max(3, (tokens // 8).bit_length())
+
+
 def branch_tokens(left: int, overhead: Overhead, branches: int, limit: int | None) -> int:
     """Tokens each branch may decode, the same for all: 0 if they can only be closed."""
     free = left - branches * overhead.branch - overhead.join

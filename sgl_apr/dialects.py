@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from sgl_apr import parse
 from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.grammar import Grammar, grammar_path
-from sgl_apr.lowering import Fork, lower
+from sgl_apr.lowering import Shape, lower
 from sgl_apr.parse import Segment
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
@@ -74,23 +75,17 @@ class Dialect:
             return False
         return True
 
-    def llguidance(
-        self,
-        phase: str,
-        tokenizer: Tokenizer,
-        *,
-        width: int = 8,
-        min_width: int = 2,
-        fork: Fork = "auto",
-        outline_chars: int | None = None,
-        plain: bool = False,
-    ) -> str:
-        """The mask of one phase, as text for a server that runs llguidance: see `sgl_apr.lowering.lower`."""
-        if not 1 <= min_width <= width <= self.max_width:
+    def llguidance(self, phase: str, tokenizer: Tokenizer, **shape: Any) -> str:
+        """The mask of one phase, as text for a server that runs llguidance.
+
+        `shape` are the fields of `sgl_apr.lowering.Shape` (width, fork, ...).
+        """
+        wanted = Shape(**shape)
+        if not 1 <= wanted.min_width <= wanted.width <= self.max_width:
             raise GrammarError(
-                f"{self.name}: width {min_width} to {width}, expected within 1 to {self.max_width}"
+                f"{self.name}: width {wanted.min_width} to {wanted.width}, expected within 1 to {self.max_width}"
             )
-        return _lowered(self, phase, tokenizer, min_width, width, fork, outline_chars, plain)
+        return _lowered(self, phase, tokenizer, wanted)
 
     def stop(self, phase: str) -> str:
         """The tag behind which decoding of a phase stops: the end of a branch, else of a fork's header."""
@@ -113,26 +108,8 @@ class Dialect:
 
 
 @lru_cache(maxsize=256)
-def _lowered(
-    dialect: Dialect,
-    phase: str,
-    tokenizer: Tokenizer,
-    low: int,
-    width: int,
-    fork: Fork,
-    outline_chars: int | None,
-    plain: bool,
-) -> str:
-    return lower(
-        dialect.grammar,
-        phase,
-        tokenizer,
-        low=low,
-        width=width,
-        fork=fork,
-        outline_chars=outline_chars,
-        plain=plain,
-    )
+def _lowered(dialect: Dialect, phase: str, tokenizer: Tokenizer, shape: Shape) -> str:
+    return lower(dialect.grammar, phase, tokenizer, shape)
 
 
 @lru_cache

@@ -37,32 +37,39 @@ Item = Literal | Name | Chain | ForkMark | MaybeText
 Flat = tuple[Item, ...]
 
 
-def lower(
-    grammar: Grammar,
-    phase: str,
-    tokenizer: Tokenizer,
-    *,
-    low: int = 2,
-    width: int = 8,
-    fork: Fork = "auto",
-    outline_chars: int | None = None,
-    plain: bool = False,
-) -> str:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one request may decode of its phase.
+
+    A fork gets `min_width` to `width` branches, numbered without gaps; `fork` allows the phase to
+    fork, makes it, or forbids it. `lead_chars` bounds each text before a fork, and `outline_chars`
+    makes each outline one short line. With `plain`, and in text that is bounded, there is no `<`,
+    which keeps a small model from losing itself in tags of its own.
+    """
+
+    min_width: int = 2
+    width: int = 8
+    fork: Fork = "auto"
+    lead_chars: int | None = None
+    outline_chars: int | None = None
+    plain: bool = False
+
+
+def lower(grammar: Grammar, phase: str, tokenizer: Tokenizer, shape: Shape = Shape()) -> str:
     """llguidance's text for rule `phase`, to be sent as `ebnf` to a server that runs llguidance.
 
-    A fork gets `low` to `width` branches, numbered without gaps; `fork` allows the phase to fork,
-    makes it, or forbids it; `outline_chars` makes the text of each numbered item one short line. A tag that is one added token is written as that token, any other is
-    spelled out ("text mode"). Either way free text holds no tag and nothing that passes for one, and
-    `x < y` and `<b>` are as good as any text; with `plain`, and in an item of `outline_chars`, it holds
-    no `<` at all, which keeps a small model from losing itself in tags of its own. Raises `GrammarError` if the phase cannot be lowered.
+    A tag that is one added token is written as that token, any other is spelled out ("text mode").
+    Either way free text holds no tag and nothing that passes for one, and `x < y` and `<b>` are as
+    good as any text. Raises `GrammarError` if the phase cannot be lowered.
     """
+    fork = shape.fork
     flats = list(dict.fromkeys(_flatten(grammar, Name(phase))))
     flats = [f for f in flats if fork == "auto" or (ForkMark() in f) == (fork == "required")]
     if not flats:
         raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={fork!r} allows nothing")
     # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
     speaking = [f for f in flats if ForkMark() in f or f[-1:] == (Name(TEXT),)]
-    return _Writer(grammar, tokenizer, low, width, outline_chars, plain).write(speaking or flats)
+    return _Writer(grammar, tokenizer, shape).write(speaking or flats)
 
 
 def _flatten(grammar: Grammar, expr: Expr) -> list[Flat]:
@@ -95,17 +102,8 @@ def _is_numbered(grammar: Grammar, rule: str) -> bool:
 class _Writer:
     """Writes rules and terminals once each; the name of a rule is what makes it the same."""
 
-    def __init__(
-        self,
-        grammar: Grammar,
-        tokenizer: Tokenizer,
-        low: int,
-        width: int,
-        outline_chars: int | None,
-        plain: bool,
-    ) -> None:
-        self.grammar, self.low, self.width = grammar, low, width
-        self.outline_chars, self.plain = outline_chars, plain
+    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, shape: Shape) -> None:
+        self.grammar, self.shape = grammar, shape
         self.ids = {tag: i for tag in grammar.tags if (i := tokenizer.special(tag)) is not None}
         self.lines: dict[str, str] = {}
 
@@ -115,14 +113,18 @@ class _Writer:
 
     def sequence(self, flat: Flat, number: int | None = None) -> str:
         items = [i for i in flat if not isinstance(i, ForkMark)]
+        behind = len(items) - flat.index(ForkMark()) if ForkMark() in flat else len(items)
         words: list[str] = []
         while items:
+            most = self.shape.lead_chars if len(items) > behind else None
             item = items.pop(0)
             match item:
                 case MaybeText():
-                    words.append(self.text(items, optional=True))
+                    words.append(self.text(items, optional=True, most=most))
+                case Name(name) if name == TEXT and number:
+                    words.append(self.text(items, most=self.shape.outline_chars, line=True))
                 case Name(name) if name == TEXT:
-                    words.append(self.text(items, most=self.outline_chars if number else None))
+                    words.append(self.text(items, most=most))
                 case Name(name) if name == NUMBER and number is not None:
                     words.append(json.dumps(str(number)))
                 case Name(name):
@@ -146,7 +148,12 @@ class _Writer:
         return name
 
     def text(
-        self, rest: list[Literal | Name | Chain | MaybeText], optional: bool = False, most: int | None = None
+        self,
+        rest: list[Literal | Name | Chain | MaybeText],
+        *,
+        optional: bool = False,
+        most: int | None = None,
+        line: bool = False,
     ) -> str:
         """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
 
@@ -154,9 +161,10 @@ class _Writer:
         """
         following = rest[0] if rest else None
         pattern = self.grammar.terminals[TEXT]
-        if most or self.plain:  # without `<` in it, text ends by itself where a tag begins
-            name = f"LINE_{most}" if most else "PLAIN"
-            self.lines[name] = f"/{pattern}/ & " + (f"/[^<\\n]{{1,{most}}}/" if most else "/[^<]+/")
+        if most or self.shape.plain:  # without `<` in it, text ends by itself where a tag begins
+            name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
+            character = "[^<\\n]" if most and line else "[^<]"
+            self.lines[name] = f"/{pattern}/ & /{character}{f'{{1,{most}}}' if most else '+'}/"
             return name + "?" * optional
         if following is None or (isinstance(following, Literal) and following.text in self.ids):
             self.lines[TEXT] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/"
@@ -181,7 +189,7 @@ class _Writer:
         return rf"<\/?(?i:{'|'.join(map(re.escape, names))})"
 
     def chain(self, rule: str, low: int) -> str:
-        low, high = max(low, self.low), self.width
+        low, high = max(low, self.shape.min_width), self.shape.width
         if low > high:
             raise GrammarError(f"{self.grammar.name}: {low} to {high} {rule}s cannot be written")
         flats = _flatten(self.grammar, Name(rule))

@@ -156,3 +156,21 @@ def test_the_file_is_what_counts(masked: Masked, tmp_path):
 def test_impossible_width_is_an_error(low: int, high: int):
     with pytest.raises(apr.GrammarError, match="expected within 1 to 50"):
         apr.dialect("threadweaver").llguidance("trunk", TOKENS, min_width=low, width=high)
+
+
+@both
+@pytest.mark.parametrize("phase", ["trunk", "after"])
+def test_text_before_a_fork_that_has_to_come_is_bounded(masked, phase):
+    options = {"fork": "required", "lead_chars": 8}
+    before = "" if phase == "trunk" else "</Parallel>"
+    assert masked.accepts(phase, before + "12345678" + FORK, **options)
+    assert masked.accepts(phase, before + FORK, **options)
+    assert not masked.accepts(phase, before + "123456789" + FORK, **options)
+    assert not masked.accepts(phase, before + "a < b" + FORK, **options)
+    assert not masked.accepts(phase, before + "1234", **options)
+    if phase == "after":
+        concluded = "<Conclusion>12345678</Conclusion>\n</Parallel>"
+        assert masked.accepts(phase, concluded + "12345678" + FORK, **options)
+        assert not masked.accepts(phase, concluded.replace("8", "89") + FORK, **options)
+    # What stands in the fork is free.
+    assert masked.accepts(phase, before + FORK.replace("1: x", "1: a longer outline, x < y"), **options)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from sgl_apr.budget import Budget, branch_tokens, trunk_tokens
+from sgl_apr.budget import Budget, branch_tokens, lead_chars, trunk_tokens
 from sgl_apr.dialects import Dialect, dialect
 from sgl_apr.engine.base import Engine, Request, Result
 from sgl_apr.errors import (
@@ -35,6 +35,7 @@ class Plan:
 
     mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" wants at least one.
     min_blocks, max_blocks: forks the trunk has to make, and may make (None: as many as the budget bears).
+        The text before a fork that has to come is bounded and without `<`; where tokens run out, fewer come.
     min_width: branches that a fork has at least.
     constrain: decode under the grammar; without it the text may leave the dialect.
     plain: keep `<` out of free text, for models too small to tell tags from text.
@@ -251,6 +252,7 @@ class _Run:
                 width=max(width, self.plan.min_width),
                 min_width=self.plan.min_width,
                 fork="auto" if phase == "body" else fork,
+                lead_chars=lead_chars(tokens) if fork == "required" else None,
                 outline_chars=self.plan.budget.outline_chars,
                 plain=self.plan.plain,
             )
