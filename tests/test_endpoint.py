@@ -52,6 +52,10 @@ class Wire:
     branches: list[str] = field(default_factory=list)
     forks: list[int] = field(default_factory=list)
 
+    def clear(self) -> None:
+        for heard in vars(self).values():
+            heard.clear()
+
 
 @pytest.fixture(scope="module")
 def endpoint(server) -> Iterator[apr.Endpoint]:
@@ -147,12 +151,17 @@ def test_what_was_decoded_is_never_tokenized_again(endpoint, wire, tmp_path):
     (tmp_path / "letters.lark").write_text(source)
     letters = apr.Dialect.from_file(tmp_path / "letters.lark")
     assert letters.source != DIALECT.source
-    state = solve_and_go_on.run(backend=endpoint, dialect=letters)
-    state.sync()
-    trajectory = trajectory_of(state)
     tokenizer = endpoint.tokenizer
-    decoded = [s for s in trajectory.spans if s.origin == "decoded"]
-    assert any(tuple(tokenizer.encode(s.text)) != s.token_ids for s in decoded), "a round trip is the same"
+    for _ in range(40):
+        wire.clear()
+        state = solve_and_go_on.run(backend=endpoint, dialect=letters)
+        state.sync()
+        trajectory = trajectory_of(state)
+        decoded = [s for s in trajectory.spans if s.origin == "decoded"]
+        if any(tuple(tokenizer.encode(s.text)) != s.token_ids for s in decoded):
+            break
+    else:
+        pytest.fail("a round trip through text is always the same")
     # Every id received is in the trajectory, in its place; an end-of-text id is dropped.
     ids_of_call: dict[int, tuple[int, ...]] = {}
     for span in decoded:
@@ -355,6 +364,7 @@ def test_a_join_by_concatenation_ends(endpoint):
     assert state.text().startswith("Then so")
 
 
+@pytest.mark.filterwarnings("ignore:Error in stream_executor")
 def test_reason_needs_the_endpoint(server):
     state = solve.run(backend=RuntimeEndpoint(server.url))
     assert "apr.reason('answer'), which needs the backend apr.Endpoint" in str(state.error())

@@ -167,12 +167,15 @@ def test_cancelling_frees_the_server(server):
 @pytest.mark.timeout(300)
 def test_a_server_that_is_killed_mid_branch(tmp_path):
     model = random_llama(tmp_path, tags=apr.dialect("threadweaver").tags, tag_bias=5.0)
-    with Server(model, context_length=8192, max_total_tokens=8192) as server:
-        with apr.Endpoint(server.url) as endpoint:
-            state = endless.run(backend=endpoint, stream=True)
-            until(lambda: "<Thread>" in state.stream_executor.text_, 60)
-            for pid in in_session(server.pid):
-                os.kill(pid, signal.SIGKILL)
-            with within(10), pytest.raises(apr.EngineError):
-                state["answer"]
-        assert not in_session(server.pid)
+    with (
+        Server(model, context_length=8192, max_total_tokens=8192) as server,
+        apr.Endpoint(server.url) as endpoint,
+    ):
+        pid = server.pid
+        state = endless.run(backend=endpoint, stream=True)
+        until(lambda: "<Thread>" in state.stream_executor.text_, 60)
+        for process in in_session(pid):
+            os.kill(process, signal.SIGKILL)
+        with within(10), pytest.raises(apr.EngineError):
+            state["answer"]
+    assert not in_session(pid)
