@@ -102,6 +102,13 @@ def test_the_api_key_is_sent():
     assert asyncio.run(once()) == ["Bearer secret"]
 
 
+def test_no_idle_connection_is_used_again():
+    """The server may close one at the very moment."""
+    fake = SglangServer()
+    reason(fake)
+    assert fake.connections == {"close"}
+
+
 # Failing under way
 
 FAILURES = {

@@ -47,9 +47,13 @@ class HttpEngine:
         url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout)
-        # No limit on connections: a trajectory's branches must never wait for one another here.
+        # No limit on connections: a trajectory's branches must never wait for one another here. None is
+        # kept: the server closes an idle one when it likes, and what is just being sent on it is lost.
         session = aiohttp.ClientSession(
-            headers=headers, timeout=limits, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
+            headers=headers,
+            timeout=limits,
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            read_bufsize=1 << 20,
         )
         engine = cls(url, session, tokenizer, timeout)  # type: ignore[arg-type]  # set below, before anyone sees it
         try:
