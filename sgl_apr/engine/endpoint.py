@@ -93,10 +93,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             self._stop()
 
     async def _drain(self) -> None:
-        running = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in running:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        # What is cancelled starts to abort its requests on the server: that is waited for, not cancelled.
+        while running := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.gather(*running, return_exceptions=True)
         await self.http.close()
 
     def _stop(self) -> None:
