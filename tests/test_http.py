@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestServer, unused_port
 from sglang_server import TOKENIZER, SglangServer
 
 import sgl_apr as apr
+from sgl_apr.engine.base import Load
 
 
 def reason(fake: SglangServer, *, timeout: float = 30.0, **options) -> apr.Trajectory:
@@ -198,7 +199,7 @@ def test_a_sampling_parameter_that_the_server_does_not_know(server):
 
 @pytest.mark.server
 def test_the_load_of_a_server(server):
-    async def once() -> apr.Load:
+    async def once() -> Load:
         async with await apr.HttpEngine.connect(server.url) as engine:
             return await engine.load()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.budget import Budget
 from sgl_apr.dialects import Dialect
-from sgl_apr.runtime.loop import Mode, Plan, plan
+from sgl_apr.runtime.plan import Mode, Plan, plan
 
 if TYPE_CHECKING:
     from sglang.lang.ir import SglGen

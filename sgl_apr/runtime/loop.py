@@ -5,87 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sgl_apr.budget import Budget, branch_tokens, lead_chars, trunk_tokens
-from sgl_apr.dialects import Dialect, dialect
+from sgl_apr.budget import branch_tokens, lead_chars, trunk_tokens
+from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine, Request, Result
 from sgl_apr.errors import (
-    AprError,
     BranchFailed,
     BudgetExceeded,
     EngineError,
     EngineTimeout,
-    KvJoinUnavailable,
 )
 from sgl_apr.lowering import Fork
+from sgl_apr.runtime.plan import Plan, plan
 from sgl_apr.runtime.steps import Phase, Step, interpret, overhead
+from sgl_apr.runtime.stream import TextStream
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Call, Finish, Path, Span, Trajectory
 
-Mode = Literal["auto", "sequential", "parallel"]
 OnText = Callable[[Path, str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is asked of one trajectory, checked when it is made.
-
-    mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" wants at least one.
-    min_blocks, max_blocks: forks the trunk has to make, and may make (None: as many as the budget bears).
-        The text before a fork that has to come is bounded and without `<`; where tokens run out, fewer come.
-    min_width: branches that a fork has at least.
-    constrain: decode under the grammar; without it the text may leave the dialect.
-    plain: keep `<` out of free text, for models too small to tell tags from text.
-    sampling: SGLang sampling parameters for every request (temperature, top_p, ...).
-    """
-
-    dialect: Dialect
-    budget: Budget = field(default_factory=Budget)
-    join: str = "text"
-    mode: Mode = "auto"
-    min_blocks: int = 0
-    max_blocks: int | None = None
-    min_width: int = 2
-    constrain: bool = True
-    plain: bool = False
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        d, b = self.dialect, self.budget
-        if b.width > d.max_width:
-            raise BudgetExceeded(f"{d.name} has at most {d.max_width} branches a block, not width={b.width}")
-        if b.depth > d.max_depth:
-            raise BudgetExceeded(f"{d.name} nests at most {d.max_depth} deep, not depth={b.depth}")
-        if not 1 <= self.min_width <= b.width:
-            raise BudgetExceeded(f"min_width={self.min_width}, expected 1 to the budget's width={b.width}")
-        if self.join not in d.joins:
-            expected = f"{d.name} joins by {' or '.join(sorted(d.joins))}"
-            raise (KvJoinUnavailable if self.join == "kv" else AprError)(
-                f"{expected}, not join={self.join!r}"
-            )
-        if self.mode not in ("auto", "sequential", "parallel"):
-            raise AprError(f'mode={self.mode!r}, expected "auto", "sequential" or "parallel"')
-        if self.mode == "sequential" and self.min_blocks:
-            raise AprError(f'mode="sequential" forbids the min_blocks={self.min_blocks} blocks asked for')
-        if self.mode == "sequential":
-            object.__setattr__(self, "max_blocks", 0)
-        if self.mode == "parallel":
-            object.__setattr__(self, "min_blocks", max(1, self.min_blocks))
-        if self.min_blocks < 0 or (self.max_blocks is not None and self.max_blocks < self.min_blocks):
-            raise AprError(
-                f"min_blocks={self.min_blocks}, max_blocks={self.max_blocks}: expected 0 <= min <= max"
-            )
-
-
-def plan(dialect_: Dialect | str, **options: Any) -> Plan:
-    """A `Plan`, with the dialect by name or as it is; what is no field of it is a sampling parameter."""
-    known = {f.name for f in fields(Plan)}
-    sampling = {**options.pop("sampling", {}), **{k: v for k, v in options.items() if k not in known}}
-    options = {k: v for k, v in options.items() if k in known}
-    return Plan(dialect(dialect_) if isinstance(dialect_, str) else dialect_, sampling=sampling, **options)
 
 
 async def areason(
@@ -230,7 +170,7 @@ class _Run:
         result, call = Result((), "length", 0, 0), None
         if tokens > 0:
             request = self._request(context, phase, tokens, width, fork)
-            stream = _TextStream(self.tokenizer, context, lambda text: self.on_text(strand.path, text))
+            stream = TextStream(self.tokenizer, context, lambda text: self.on_text(strand.path, text))
             started = time.monotonic()
             result = await engine.decode(request, stream)
             call = self._record(phase, strand.path, result, new, started)
@@ -369,27 +309,3 @@ class _Run:
             )
         )
         return len(self.calls) - 1
-
-
-class _TextStream:
-    """Token chunks to text deltas; holds back an unfinished character and the end-of-text token."""
-
-    def __init__(self, tokenizer: Tokenizer, context: tuple[int, ...], emit: Callable[[str], None]) -> None:
-        self.tokenizer, self.context, self.emit = tokenizer, context, emit
-        self.pending: list[int] = []
-        self.sent = 0
-
-    def __call__(self, ids: Sequence[int]) -> None:
-        self.pending += [i for i in ids if i not in self.tokenizer.eos_ids]
-        text = self.tokenizer.decode(self.pending, self.context)
-        if text and not text.endswith("\ufffd"):
-            self.context = (*self.context[-4:], *self.pending)
-            self.pending = []
-            self.sent += len(text)
-            self.emit(text)
-
-    def finish(self, step: Step) -> None:
-        """Emit what the chunks did not bring: a held-back end, and what was injected."""
-        rest = "".join(piece.text for piece in step.pieces)[self.sent :]
-        if rest:
-            self.emit(rest)
