@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import sglang as sgl
+from processes import until
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 
@@ -335,8 +336,9 @@ def test_programs_do_what_they_do_on_sglangs_backend(server, endpoint, program, 
 
 def test_typed_gens(endpoint):
     state = typed.run(backend=endpoint)
-    assert str(int(state["int"])) in state.text()
+    int(state["int"])
     assert state["string"].startswith('"')
+    assert state.text() == "So " + state["int"] + state["string"]
 
 
 def test_several_samples(endpoint):
@@ -389,16 +391,13 @@ def test_nothing_is_left_of_an_endpoint(server):
 
 
 def test_the_branches_of_a_program_leave_no_thread(endpoint):
-    state = solve.run(backend=endpoint)
-    assert trajectory_of(state).blocks
-    state.stream_executor.end()
-    state.stream_executor.worker.join(5)
-    before = threading.active_count()
+    def threads() -> set[threading.Thread]:
+        # The pool that waits for native forks keeps its threads.
+        return {t for t in threading.enumerate() if not t.name.startswith("apr-fork")}
+
+    before = threads()
     for _ in range(5):
         state = solve.run(backend=endpoint)
         assert trajectory_of(state).blocks
         state.stream_executor.end()
-        state.stream_executor.worker.join(5)
-    # The pool that waits for native forks keeps its threads; executors' workers are gone.
-    workers = [t for t in threading.enumerate() if t.name.startswith("apr-fork")]
-    assert threading.active_count() - before <= len(workers)
+    until(lambda: threads() <= before, 10)
