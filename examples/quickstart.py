@@ -112,7 +112,7 @@ def main() -> None:
         f"({serial / parallel:.2f}x)"
     )
     metrics = [t.metrics() for t in runs]
-    branch_calls = [c for t in runs for c in t.calls if c.phase == "body"]
+    branch_calls = [c for t in runs for c in t.calls if c.phase == "branch"]
     valid = sum(apr.dialect(t.dialect).is_valid(t.text) for t in runs)
     figures = {
         "ok": valid == len(runs) and all(t.blocks for t in runs),

@@ -12,7 +12,7 @@ class Budget:
     """Limits of one trajectory.
 
     tokens: decoded and injected tokens of the whole reply, branches included.
-    width: branches a fork may have; the mask makes more impossible.
+    width: branches a fork may have, made impossible to exceed by the mask; None leaves it to the dialect.
     depth: how deep forks may nest.
     branch_tokens: tokens of one branch; None leaves that to the division of `tokens`.
     outline_chars: characters of one outline, which is then one line without `<`; None leaves it free.
@@ -20,7 +20,7 @@ class Budget:
     """
 
     tokens: int = 4096
-    width: int = 8
+    width: int | None = None
     depth: int = 1
     branch_tokens: int | None = None
     outline_chars: int | None = None
@@ -71,8 +71,13 @@ def lead_chars(tokens: int) -> int:
     return 1 << max(3, (tokens // 8).bit_length())
 
 
-def branch_tokens(left: int, overhead: Overhead, branches: int, limit: int | None) -> int:
-    """Tokens each branch may decode, the same for all: 0 if they can only be closed."""
+def branch_tokens(
+    left: int, overhead: Overhead, branches: int, limit: int | None, *, returned: bool = False
+) -> int:
+    """Tokens each branch may decode, the same for all: 0 if they can only be closed.
+
+    Where a message comes back (`returned`), it may be as long as what the branch decoded.
+    """
     free = left - branches * overhead.branch - overhead.join
-    share = int(free * (1 - AFTER_JOIN)) // branches
+    share = int(free * (1 - AFTER_JOIN)) // (branches * (1 + returned))
     return max(0, min(share, limit if limit is not None else share))

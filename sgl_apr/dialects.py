@@ -2,62 +2,117 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-from sgl_apr import parse
+from sgl_apr import completion as complete
+from sgl_apr import structure
 from sgl_apr.errors import GrammarError, TraceError
+from sgl_apr.facts import Facts, check_facts, read_facts
 from sgl_apr.grammar import Grammar, grammar_path
 from sgl_apr.lowering import Shape, lower
-from sgl_apr.parse import Segment
-from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.segments import Segment, error_at, segments
+from sgl_apr.structure import OpenBlock, Strand, Structure
+from sgl_apr.tokenizer import Tokenizer, split_ids
 from sgl_apr.trajectory import Trajectory
 
-# Where decoding was cut, each of these rules is tried as the whole of what that phase wrote.
-_WHOLE = {"trunk": ("trunk",), "body": ("body",), "after": ("close", "after")}
+Phase = Literal["trunk", "after", "branch", "rejoin"]
+ENTRY_POINTS = "sgl_apr.dialects"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a phase decodes, as far as its numbers depend on it.
+
+    `prefix` is that of the numbers of a fork (`3.` in branch 3); `number` that of the branch itself, or
+    of the next one in a dialect that forks one at a time; `waiting` are those it may wait for.
+    """
+
+    prefix: str = ""
+    number: str = ""
+    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """One trajectory format.
+class Dialect(Facts):
+    """One trajectory format: make one with `from_file` or `from_source`.
 
-    Rules with a meaning to the runtime: `trace` is a whole reply; `trunk`, `body` and `after` are the
-    phases, what one request decodes; `lead`, `header` and `tail` are what the runtime writes before the
-    branches, before each, and after them; `fork` holds the numbered `outline`s; `close` ends a block.
+    Rules with a meaning to the runtime: `trace` is a whole reply; `trunk` and `after` (of the trunk, first
+    and behind a join), `branch` and `rejoin` (the same in a branch; `body` where branches don't nest) are
+    the phases, what one request decodes; `lead`, `header`, `tail` and `result` are what the runtime writes
+    before the branches, before each, after them, and for what each returned; `fork` holds the `outline`s;
+    `wait` asks for a branch that was forked off before; `closer` and `close` end a branch and a block.
+    A grammar without `trunk` begins with its branches.
     """
 
     name: str
-    source: str
-    max_width: int = 50
-    max_depth: int = 1
-    joins: frozenset[str] = frozenset({"text"})
+    source: str = field(repr=False)
 
     @classmethod
-    def from_file(cls, path: str | Path, **facts: int | frozenset[str]) -> Dialect:
-        """A dialect of your own from a .lark file; its name is the file's."""
+    def from_file(cls, path: str | Path, **facts: Any) -> Dialect:
+        """A dialect of your own from a .lark file; its name is the file's. `facts` win over those in the file."""
         path = Path(path)
         try:
             source = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise GrammarError(f"cannot read the grammar {path}: {error.strerror}") from None
-        return cls(name=path.stem, source=source, **facts)  # type: ignore[arg-type]
+        except (OSError, UnicodeDecodeError) as error:
+            raise GrammarError(f"cannot read the grammar {path}: {getattr(error, 'strerror', error)}") from None
+        return cls.from_source(path.stem, source, **facts)
+
+    @classmethod
+    def from_source(cls, name: str, source: str, **facts: Any) -> Dialect:
+        """The same from text. Raises `GrammarError` with the line for what the file may not hold."""
+        where = f"{name}.lark"
+        grammar = Grammar(source, where)
+        made = cls(name=name, source=source, **{**read_facts(grammar.facts, where), **facts})
+        check_facts(made, where)
+        for rule in ("trace", "body", "after"):
+            grammar.rule(rule)
+        if made.published == "message" or made.sees == "message":
+            grammar.rule("result")
+        grammar.parser("trace")
+        return made
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The file as rules; raises `GrammarError` if it leaves the shared subset."""
+        """The file as rules."""
         return Grammar(self.source, f"{self.name}.lark")
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Every tag of the grammar."""
-        return self.grammar.tags
+        """Every tag that a tokenizer may have as one token; numbered ones up to `max_width`."""
+        return self.grammar.tags([str(self.first + k) for k in range(self.max_width)])
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the trunk goes on while its branches run, and waits for them later."""
+        return "wait" in self.grammar.rules
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a fork says nothing of its branches, so that they differ by chance alone."""
+        return "outline" not in self.grammar.rules and not self.asynchronous
+
+    @property
+    def drops_calls(self) -> bool:
+        """Whether a join takes the fork out of what the trunk goes on from."""
+        return self.sees == "message" and not self.asynchronous
 
     def parse(self, text: str, tokenizer: Tokenizer | None = None) -> Trajectory:
         """A finished reply as a trajectory; raises `TraceError`. With a tokenizer it has token ids."""
-        found = parse.segments(self.grammar, "trace", text, self.max_width)
-        return parse.trajectory(found, text, self.name, tokenizer)
+        found = segments(self.grammar, "trace", text)
+        ids: list[tuple[int, ...] | None] = [None] * len(found)
+        if tokenizer is not None:
+            ids = list(split_ids(tokenizer.encode(text), text, [s.end for s in found], tokenizer))
+        spans = structure.build(found, text, ids, self.structure(_raiser(text)))
+        return Trajectory(tuple(spans), self.name)
+
+    def structure(self, report: structure.Report, start: Strand | None = None) -> Structure:
+        """What places the segments of a text; `report` hears what is wrong."""
+        return Structure(self, report, asynchronous=self.asynchronous, start=start)
 
     def render(self, trajectory: Trajectory) -> str:
         """The text of a trajectory: `render(parse(x)) == x`."""
@@ -65,7 +120,8 @@ class Dialect:
 
     def validate(self, text: str) -> None:
         """Raise `TraceError` if `text` is not a whole, rightly numbered reply of this dialect."""
-        parse.segments(self.grammar, "trace", text, self.max_width)
+        found = segments(self.grammar, "trace", text)
+        structure.build(found, text, [None] * len(found), self.structure(_raiser(text)))
 
     def is_valid(self, text: str) -> bool:
         """Whether `validate` passes."""
@@ -80,47 +136,102 @@ class Dialect:
 
         `shape` are the fields of `sgl_apr.lowering.Shape` (width, fork, ...).
         """
-        wanted = Shape(**shape)
+        wanted = Shape(**{"first": self.first, "width": self.width, "min_width": self.min_width, **shape})
         if not 1 <= wanted.min_width <= wanted.width <= self.max_width:
             raise GrammarError(
                 f"{self.name}: width {wanted.min_width} to {wanted.width}, expected within 1 to {self.max_width}"
             )
-        return _lowered(self, phase, tokenizer, wanted)
+        return _lowered(self, self.rule_of(phase), tokenizer, wanted)
 
-    def stop(self, phase: str) -> str:
-        """The tag behind which decoding of a phase stops: the end of a branch, else of a fork's header."""
-        return self.grammar.last_tag("body" if phase == "body" else "fork")
+    def lowered(self, phase: str, tokenizer: Tokenizer, backend: str = "llguidance", **shape: Any) -> str:
+        """The mask of one phase for a server's grammar backend."""
+        return self.llguidance(phase, tokenizer, **shape)
 
-    def segments(self, phase: str, text: str) -> list[Segment]:
+    def rule_of(self, phase: str) -> str:
+        """The rule of a phase: `body` is the phase of a branch where branches don't nest."""
+        return "body" if phase == "branch" and phase not in self.grammar.rules else phase
+
+    def stops(self, phase: Phase, place: Place = Place()) -> tuple[str, ...]:
+        """Where decoding of a phase stops: behind a fork, a wait, or the end of a branch."""
+        found = [self.grammar.ending("body", place.number)] if phase in ("branch", "rejoin") else []
+        if self.rule_of(phase) != "body":
+            found.append(self.grammar.ending("fork", place.number))
+            found += [self.grammar.ending("wait", n) for n in place.waiting]
+        return tuple(dict.fromkeys(s for s in found if s))
+
+    def segments(self, phase: Phase, text: str, place: Place = Place()) -> list[Segment]:
         """What a finished phase wrote, cut by role; raises `TraceError`."""
-        *rules, last = _WHOLE[phase]
+        *rules, last = self._whole(phase)
         for rule in rules:
             try:
-                return parse.segments(self.grammar, rule, text, self.max_width)
+                return self._checked(segments(self.grammar, rule, text), text, place)
             except TraceError:
                 continue
-        return parse.segments(self.grammar, last, text, self.max_width)
+        if not text and phase == "after" and not rules:
+            return []
+        return self._checked(segments(self.grammar, last, text), text, place)
 
-    def completion(self, phase: str, text: str) -> str | None:
+    def _checked(self, found: list[Segment], text: str, place: Place) -> list[Segment]:
+        strand = Strand(prefix=place.prefix, number=place.number)
+        if self.asynchronous and place.number:
+            ahead = [structure.Outline(str(n), "", 0) for n in range(self.first, int(place.number))]
+            waiting = [o for o in ahead if o.number in place.waiting]
+            strand.block = OpenBlock(1, ahead, waiting) if waiting else None
+        known = self.structure(_raiser(text), strand)
+        for index, segment in enumerate(found):
+            known.place(segment, index)
+        return found
+
+    def completion(self, phase: Phase, text: str, place: Place = Place()) -> str | None:
         """What closes a phase that was cut off, or None if `text` is beyond repair."""
-        options = (parse.completion(self.grammar, rule, text) for rule in _WHOLE[phase])
+
+        def number(count: int, behind: str) -> str:
+            if behind and behind == self.grammar.opening("wait"):
+                return place.waiting[0] if place.waiting else str(self.first)
+            return place.number or f"{place.prefix}{self.first + count}"
+
+        if not text and phase == "after" and "close" not in self.grammar.rules:
+            return ""
+        options = (complete.completion(self.grammar, rule, text, number) for rule in self._whole(phase))
         return next((o for o in options if o is not None), None)
+
+    def _whole(self, phase: Phase) -> tuple[str, ...]:
+        """Where decoding was cut, each of these rules is tried as the whole of what that phase wrote."""
+        rule = self.rule_of(phase)
+        return ("close", rule) if phase == "after" and "close" in self.grammar.rules else (rule,)
+
+
+def _raiser(text: str) -> structure.Report:
+    def raise_(name: str, start: int, end: int, expected: str) -> NoReturn:
+        raise error_at(text, start, text[start:end], [expected])
+
+    return raise_
 
 
 @lru_cache(maxsize=256)
-def _lowered(dialect: Dialect, phase: str, tokenizer: Tokenizer, shape: Shape) -> str:
-    return lower(dialect.grammar, phase, tokenizer, shape)
+def _lowered(dialect: Dialect, rule: str, tokenizer: Tokenizer, shape: Shape) -> str:
+    return lower(dialect.grammar, rule, tokenizer, shape)
 
 
 @lru_cache
 def dialect(name: str) -> Dialect:
-    """A built-in dialect by name; raises `GrammarError` that lists the names."""
+    """A dialect by name, built in or of an installed package; raises `GrammarError` that lists the names."""
     path = grammar_path(name)
-    if not path.exists():
-        raise GrammarError(f"no dialect {name!r}, expected one of {', '.join(dialect_names())}")
-    return Dialect.from_file(path)
+    if path.exists():
+        return Dialect.from_file(path)
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        made = point.load()
+        made = made() if callable(made) and not isinstance(made, Dialect) else made
+        if not isinstance(made, Dialect):
+            raise GrammarError(f"the entry point {point.value} of {name!r} gives {made!r}, expected a Dialect")
+        return made
+    raise GrammarError(f"no dialect {name!r}, expected one of {', '.join(dialect_names())}")
 
 
 def dialect_names() -> list[str]:
-    """The names of all built-in dialects."""
-    return sorted(p.stem for p in grammar_path("any").parent.glob("*.lark"))
+    """The names of all dialects, built in and of installed packages."""
+    return sorted({p.stem for p in grammar_path("any").parent.glob("*.lark")} | set(_installed()))
+
+
+def _installed() -> Iterator[str]:
+    return (point.name for point in entry_points(group=ENTRY_POINTS))

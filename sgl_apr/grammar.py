@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, TypeGuard, TypeVar
 
 from lark import Lark, Token, Transformer, Tree, UnexpectedInput
 from lark.exceptions import LarkError
@@ -16,17 +18,19 @@ from sgl_apr.errors import GrammarError
 
 TEXT = "TEXT"  # the terminal that stands for whatever the model wants to write
 NUMBER = "NUMBER"  # the terminal that numbers repeated items 1..n
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Fixed text. It is a tag if it looks like one: `<...>`."""
+    """Fixed text."""
 
     text: str
 
     @property
     def is_tag(self) -> bool:
-        return re.fullmatch(r"</?\w[^<>]*>", self.text) is not None
+        """Whether it is a tag, or the beginning of one that a number or a name ends: `<FORK-`."""
+        return re.fullmatch(r"</?[A-Za-z][^<>]*>?", self.text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,31 @@ class Repeat:
 Expr = Literal | Name | Seq | Alt | Repeat
 
 
+def join_tags(items: Sequence[T], number: str) -> list[T]:
+    """Items with the number put in, so that `<FORK-` NUMBER `>` is the one tag `<FORK-2>`."""
+    done: list[Any] = []
+    for item in items:
+        last = done[-1] if done else None
+        fixed = Literal(number) if item == Name(NUMBER) else item
+        if isinstance(last, Literal) and isinstance(fixed, Literal) and _is_open(last.text):
+            done[-1] = Literal(last.text + fixed.text)
+        else:
+            done.append(fixed)
+    return done
+
+
+def _is_open(text: str) -> bool:
+    return text.startswith("<") and text.count(">") < text.count("<") and text != "<"
+
+
+def _is_tag(item: object) -> TypeGuard[Literal]:
+    return isinstance(item, Literal) and item.is_tag
+
+
+def _options(expr: Expr) -> tuple[Expr, ...]:
+    return expr.options if isinstance(expr, Alt) else (expr,)
+
+
 class Grammar:
     """One grammar file, in the subset that Lark, llguidance and xgrammar share.
 
@@ -72,6 +101,7 @@ class Grammar:
 
     def __init__(self, source: str, name: str = "grammar") -> None:
         self.source, self.name = source, name
+        self.facts = dict(_facts(source, name))
         self.rules: dict[str, Expr] = {}
         self.terminals: dict[str, Literal | str] = {}  # a fixed text, or a regular expression
         try:
@@ -111,23 +141,39 @@ class Grammar:
             )
 
     @cached_property
-    def tags(self) -> tuple[str, ...]:
-        """Every tag, in the order in which the file mentions them."""
-        found: dict[str, None] = {}
+    def marks(self) -> tuple[str, ...]:
+        """What free text may not hold: every tag, or how it begins where it holds a number or a name."""
+        return tuple(dict.fromkeys(i.text for seq in self._sequences() for i in seq if _is_tag(i)))
 
-        def visit(expr: Expr) -> None:
+    def tags(self, numbers: Sequence[str] = ()) -> tuple[str, ...]:
+        """Every tag that can be one token, in the order of the file; numbered ones once for each number."""
+        found: dict[str, None] = {}
+        for seq in self._sequences():
+            for n in numbers or ("",):
+                tags = [i.text for i in join_tags(seq, n) if _is_tag(i)]
+                found |= dict.fromkeys(t for t in tags if not _is_open(t) or t in self.marks and Name(NUMBER) not in seq)
+        return tuple(found)
+
+    def _sequences(self) -> Iterator[tuple[Expr, ...]]:
+        """Every sequence of the file, single items included."""
+
+        def visit(expr: Expr) -> Iterator[tuple[Expr, ...]]:
             match expr:
-                case Literal(text) if expr.is_tag:
-                    found[text] = None
-                case Seq(items) | Alt(items):
+                case Seq(items):
+                    yield items
                     for item in items:
-                        visit(item)
+                        if not isinstance(item, (Literal, Name)):
+                            yield from visit(item)
+                case Alt(options):
+                    for option in options:
+                        yield from visit(option)
                 case Repeat(item):
-                    visit(item)
+                    yield from visit(item)
+                case _:
+                    yield (expr,)
 
         for expr in self.rules.values():
-            visit(expr)
-        return tuple(found)
+            yield from visit(expr)
 
     def rule(self, name: str) -> Expr:
         """The body of a rule; raises `GrammarError` if the file has none of that name."""
@@ -137,32 +183,61 @@ class Grammar:
             )
         return self.rules[name]
 
-    def written(self, rule: str, number: int | None = None) -> str:
-        """The text of a rule that holds fixed text and at most a number: what the runtime injects."""
+    def written(self, rule: str, number: str = "", text: str = "", name: str = "") -> str:
+        """What the runtime injects for a rule: fixed text, its number, its text and what it names.
 
-        def text(expr: Expr) -> str:
+        An empty `text` leaves an optional TEXT out. An absent rule is an empty one.
+        """
+
+        def write(expr: Expr) -> str:
             match expr:
                 case Literal(value):
                     return value
-                case Name(name) if name == NUMBER and number is not None:
-                    return str(number)
-                case Name(name) if isinstance(terminal := self.terminals.get(name), Literal):
+                case Name(key) if key == NUMBER and number:
+                    return number
+                case Name(key) if key == TEXT and text:
+                    return text
+                case Name(key) if isinstance(terminal := self.terminals.get(key), Literal):
                     return terminal.text
-                case Name(name) if name in self.rules:
-                    return text(self.rules[name])
+                case Name(key) if key in self.rules:
+                    return write(self.rules[key])
+                case Name(key) if key not in (NUMBER, TEXT) and name:
+                    return name
+                case Repeat(Name(key), many=False) if key == TEXT:
+                    return text
                 case Seq(items):
-                    return "".join(map(text, items))
+                    return "".join(map(write, items))
             raise GrammarError(f"{self.name}: rule {rule!r} is to be injected and has to be fixed text")
 
-        return text(self.rule(rule))
+        return write(self.rules[rule]) if rule in self.rules else ""
 
-    def last_tag(self, rule: str) -> str:
-        """The tag that a rule always ends with: where decoding of it stops."""
-        expr = self.rule(rule)
-        last = expr.items[-1] if isinstance(expr, Seq) else expr
-        if not isinstance(last, Literal) or not last.is_tag:
-            raise GrammarError(f"{self.name}: rule {rule!r} has to end with a tag")
-        return last.text
+    def ending(self, rule: str, number: str = "") -> str:
+        """What a rule always ends with, which is where decoding of it stops; empty if that is free text."""
+        if rule not in self.rules:
+            return ""
+        ends = {self._ending(expr, number) for expr in _options(self.rules[rule])}
+        if len(ends) > 1:
+            raise GrammarError(f"{self.name}: rule {rule!r} has to end with the same tag every time")
+        return ends.pop()
+
+    def _ending(self, expr: Expr, number: str) -> str:
+        last = join_tags(expr.items if isinstance(expr, Seq) else (expr,), number)[-1]
+        if isinstance(last, Name) and last.name in self.rules:
+            return self.ending(last.name, number)
+        return last.text if isinstance(last, Literal) else ""
+
+    def repeats(self, rule: str) -> bool:
+        """Whether a rule repeats another, as a fork does its outlines."""
+        expr = self.rules.get(rule)
+        return any(isinstance(i, Repeat) and i.many for i in (expr.items if isinstance(expr, Seq) else ()))
+
+    def opening(self, rule: str) -> str:
+        """The fixed text that a rule begins with; empty if there is none."""
+        expr = self.rules.get(rule)
+        first = expr.items[0] if isinstance(expr, Seq) else expr
+        if isinstance(first, Name) and first.name in self.rules:
+            return self.opening(first.name)
+        return first.text if isinstance(first, Literal) else ""
 
     def parser(self, start: str) -> Lark:
         """The Lark parser (LALR, contextual lexer) that begins at rule `start`; TEXT ends where a tag begins."""
@@ -184,8 +259,19 @@ class Grammar:
 
     def _exclude_tags(self, terminal: TerminalDef) -> None:
         if terminal.name == TEXT:
-            tags = "|".join(re.escape(t) for t in sorted(self.tags, key=len, reverse=True))
+            tags = "|".join(re.escape(t) for t in sorted(self.marks, key=len, reverse=True))
             terminal.pattern = PatternRE(rf"(?:(?!{tags})[\s\S])+" if tags else r"[\s\S]+")
+
+
+def _facts(source: str, name: str) -> Iterator[tuple[str, str]]:
+    """What `//@ key value, key value` lines declare."""
+    for number, line in enumerate(source.splitlines(), 1):
+        if line.startswith("//@"):
+            for fact in line[3:].split(","):
+                key, _, value = fact.strip().partition(" ")
+                if not key or not value.strip():
+                    raise GrammarError(f"{name}, line {number}: {fact.strip()!r}, expected //@ key value, key value")
+                yield key, value.strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Literal as OneOf
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq
+from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq, join_tags
 from sgl_apr.tokenizer import Tokenizer
 
 Fork = OneOf["auto", "required", "forbidden"]
@@ -24,8 +24,10 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class ForkMark:
-    """In a flat sequence: here the fork rule begins."""
+class Mark:
+    """In a flat sequence: here the rule begins that forks, or the one that waits for a branch."""
+
+    rule: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +35,48 @@ class MaybeText:
     """Optional free text, kept as one item: as two alternatives a lexer could not tell them apart in time."""
 
 
-Item = Literal | Name | Chain | ForkMark | MaybeText
+Item = Literal | Name | Chain | Mark | MaybeText
 Flat = tuple[Item, ...]
+FORK, WAIT = Mark("fork"), Mark("wait")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What one request may decode of its phase.
 
-    A fork gets `min_width` to `width` branches, numbered without gaps; `fork` allows the phase to
-    fork, makes it, or forbids it. `lead_chars` bounds each text before a fork, and `outline_chars`
-    makes each outline one short line. With `plain`, and in text that is bounded, there is no `<`,
-    which keeps a small model from losing itself in tags of its own.
+    A fork gets `min_width` to `width` branches, numbered `prefix` + `first`, ... without gaps; `fork`
+    allows the phase to fork, makes it, or forbids it. `number` is that of the branch that decodes, or of
+    the next one that is forked off; `waiting` are the branches that the trunk may still wait for, and
+    has to before it ends. `lead_chars` bounds each text before a fork, and `outline_chars` makes each
+    outline one short line. With `plain`, and in text that is bounded, there is no `<`, which keeps a
+    small model from losing itself in tags of its own.
     """
 
     min_width: int = 2
     width: int = 8
     fork: Fork = "auto"
+    prefix: str = ""
+    first: int = 1
+    number: str = ""
+    waiting: tuple[str, ...] = ()
     lead_chars: int | None = None
     outline_chars: int | None = None
     plain: bool = False
+
+
+def ways(grammar: Grammar, phase: str, shape: Shape) -> list[Flat]:
+    """Every way through a phase that `shape` leaves, as flat sequences; raises `GrammarError` if there is none."""
+    flats = list(dict.fromkeys(_flatten(grammar, Name(phase))))
+    if shape.fork != "auto":
+        flats = [f for f in flats if (FORK in f) == (shape.fork == "required")]
+    flats = [f for f in flats if WAIT not in f or shape.waiting]
+    if shape.waiting:
+        flats = [f for f in flats if FORK in f or WAIT in f]
+    if not flats:
+        raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={shape.fork!r} allows nothing")
+    # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
+    speaking = [f for f in flats if FORK in f or f[-1:] == (Name(TEXT),)]
+    return speaking if any(f[-1:] == (Name(TEXT),) for f in flats) else flats
 
 
 def lower(grammar: Grammar, phase: str, tokenizer: Tokenizer, shape: Shape = Shape()) -> str:
@@ -62,25 +86,17 @@ def lower(grammar: Grammar, phase: str, tokenizer: Tokenizer, shape: Shape = Sha
     Either way free text holds no tag and nothing that passes for one, and `x < y` and `<b>` are as
     good as any text. Raises `GrammarError` if the phase cannot be lowered.
     """
-    fork = shape.fork
-    flats = list(dict.fromkeys(_flatten(grammar, Name(phase))))
-    flats = [f for f in flats if fork == "auto" or (ForkMark() in f) == (fork == "required")]
-    if not flats:
-        raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={fork!r} allows nothing")
-    # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
-    speaking = [f for f in flats if ForkMark() in f or f[-1:] == (Name(TEXT),)]
-    return _Writer(grammar, tokenizer, shape).write(speaking or flats)
+    return _Writer(grammar, tokenizer, shape).write(ways(grammar, phase, shape))
 
 
 def _flatten(grammar: Grammar, expr: Expr) -> list[Flat]:
     """Every way through `expr` as a flat sequence; numbered repetitions stay folded as a `Chain`."""
     match expr:
         case Name(name) if name in grammar.rules or name.islower():
-            mark: Flat = (ForkMark(),) if name == "fork" else ()
+            mark: Flat = (Mark(name),) if name in ("fork", "wait") else ()
             return [mark + flat for flat in _flatten(grammar, grammar.rule(name))]
         case Seq(items):
-            ways = product(*(_flatten(grammar, item) for item in items))
-            return [sum(parts, ()) for parts in ways]
+            return [sum(parts, ()) for parts in product(*(_flatten(grammar, item) for item in items))]
         case Alt(options):
             return [flat for option in options for flat in _flatten(grammar, option)]
         case Repeat(Name(name), many=False) if name == TEXT:
@@ -103,30 +119,36 @@ class _Writer:
     """Writes rules and terminals once each; the name of a rule is what makes it the same."""
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, shape: Shape) -> None:
-        self.grammar, self.shape = grammar, shape
-        self.ids = {tag: i for tag in grammar.tags if (i := tokenizer.special(tag)) is not None}
+        self.grammar, self.shape, self.tokenizer = grammar, shape, tokenizer
         self.lines: dict[str, str] = {}
+        self.spelled: list[str] = []
 
     def write(self, flats: list[Flat]) -> str:
-        body = " | ".join(self.sequence(flat) for flat in flats)
+        shape = self.shape
+        bodies: list[str] = []
+        for flat in flats:
+            for number in shape.waiting if WAIT in flat else (shape.number,):
+                bodies.append(self.sequence(flat, number))
+        body = " | ".join(dict.fromkeys(bodies))
         return "\n".join([f"start: {body}", *(f"{name}: {rule}" for name, rule in self.lines.items())]) + "\n"
 
-    def sequence(self, flat: Flat, number: int | None = None) -> str:
-        items = [i for i in flat if not isinstance(i, ForkMark)]
-        behind = len(items) - flat.index(ForkMark()) if ForkMark() in flat else len(items)
+    def sequence(self, flat: Flat, number: str, *, outline: bool = False) -> str:
+        items = list(flat)
+        before_fork = FORK in items
         words: list[str] = []
+        items = join_tags(items, number) if number else items
         while items:
-            most = self.shape.lead_chars if len(items) > behind else None
+            most = self.shape.lead_chars if before_fork else None
             item = items.pop(0)
             match item:
+                case Mark(rule):
+                    before_fork, outline = before_fork and rule != "fork", outline or rule == "fork"
                 case MaybeText():
                     words.append(self.text(items, optional=True, most=most))
-                case Name(name) if name == TEXT and number:
+                case Name(name) if name == TEXT and outline:
                     words.append(self.text(items, most=self.shape.outline_chars, line=True))
                 case Name(name) if name == TEXT:
                     words.append(self.text(items, most=most))
-                case Name(name) if name == NUMBER and number is not None:
-                    words.append(json.dumps(str(number)))
                 case Name(name):
                     words.append(self.terminal(name))
                 case Literal(text):
@@ -136,7 +158,11 @@ class _Writer:
         return " ".join(words) or '""'
 
     def fixed(self, text: str) -> str:
-        return f"<[{self.ids[text]}]>" if text in self.ids else json.dumps(text)
+        token = self.token(text)
+        return json.dumps(text, ensure_ascii=False) if token is None else f"<[{token}]>"
+
+    def token(self, text: str) -> int | None:
+        return self.tokenizer.special(text) if Literal(text).is_tag else None
 
     def terminal(self, name: str) -> str:
         terminal = self.grammar.terminals.get(name)
@@ -148,33 +174,30 @@ class _Writer:
         return name
 
     def text(
-        self,
-        rest: list[Literal | Name | Chain | MaybeText],
-        *,
-        optional: bool = False,
-        most: int | None = None,
-        line: bool = False,
+        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
     ) -> str:
         """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
 
         A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it.
         """
-        following = rest[0] if rest else None
+        following = next((i for i in rest if not isinstance(i, Mark)), None)
         pattern = self.grammar.terminals[TEXT]
         if most or self.shape.plain:  # without `<` in it, text ends by itself where a tag begins
             name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
             character = "[^<\\n]" if most and line else "[^<]"
             self.lines[name] = f"/{pattern}/ & /{character}{f'{{1,{most}}}' if most else '+'}/"
             return name + "?" * optional
-        if following is None or (isinstance(following, Literal) and following.text in self.ids):
+        if following is None or (isinstance(following, Literal) and self.token(following.text) is not None):
             self.lines[TEXT] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/"
             return TEXT + "?" * optional
         if not (isinstance(following, Literal) and following.is_tag):
             raise GrammarError(
                 f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
             )
-        rest.pop(0)
-        name = f"{'MAYBE_' * optional}UNTIL_{self.grammar.tags.index(following.text)}"
+        rest.remove(following)
+        if following.text not in self.spelled:
+            self.spelled.append(following.text)
+        name = f"{'MAYBE_' * optional}UNTIL_{self.spelled.index(following.text)}"
         tag, body = _regex(following.text), f"({pattern}){'?' * optional}"
         self.lines[name] = f"/{body}{tag}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*{tag}/"
         return name
@@ -185,16 +208,17 @@ class _Writer:
 
         Reading takes those for text; a model that writes one means the tag, and is lost without it.
         """
-        names = dict.fromkeys(re.sub(r"\W", "", tag) for tag in self.grammar.tags)
-        return rf"<\/?(?i:{'|'.join(map(re.escape, names))})"
+        names = dict.fromkeys(mark.strip("</>") for mark in self.grammar.marks)
+        return rf"<\/?(?i:{'|'.join(map(_regex, names))})"
 
     def chain(self, rule: str, low: int) -> str:
-        low, high = max(low, self.shape.min_width), self.shape.width
+        low, high, shape = max(low, self.shape.min_width), self.shape.width, self.shape
         if low > high:
             raise GrammarError(f"{self.grammar.name}: {low} to {high} {rule}s cannot be written")
         flats = _flatten(self.grammar, Name(rule))
         for k in range(1, high + 1):
-            self.lines[f"{rule}_{k}"] = " | ".join(self.sequence(flat, k) for flat in flats)
+            number = f"{shape.prefix}{shape.first + k - 1}"
+            self.lines[f"{rule}_{k}"] = " | ".join(self.sequence(f, number, outline=True) for f in flats)
             if k > low:
                 tail = f" {rule}_from_{k + 1}?" if k < high else ""
                 self.lines[f"{rule}_from_{k}"] = f"{rule}_{k}{tail}"
@@ -203,4 +227,4 @@ class _Writer:
 
 
 def _regex(text: str) -> str:
-    return re.escape(text).replace("/", "\\/")
+    return re.escape(text).replace("/", "\\/").replace('\\"', '"')

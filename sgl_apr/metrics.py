@@ -95,7 +95,9 @@ def measure(trajectory: Trajectory, convention: Convention = "causal") -> Metric
         total=sum(s.tokens for s in spans if s.origin != "prompt"),
         critical_path=sequential + max(longest_paths(spans, weights), default=0),
         in_branches=sum(w for w, s in zip(weights, spans, strict=True) if s.path),
-        longest_context=max((_context(spans, i) for i in range(len(spans))), default=0),
+        longest_context=max(
+            (sum(spans[a].tokens for a in trajectory.ancestors(i)) for i in range(len(spans))), default=0
+        ),
         blocks=len(trajectory.blocks),
         branches=sum(len(b.branches) for b in trajectory.blocks),
         closers_decoded=origins.count("decoded"),
@@ -110,18 +112,8 @@ def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]:
     """For every span the weight of the heaviest chain that ends with it (parents come before children)."""
     ends: list[int] = []
     for span, weight in zip(spans, weights, strict=True):
-        ends.append(weight + max((ends[p] for p in span.parents), default=0))
+        ends.append(weight + max((ends[p] for p in (*span.parents, *span.after)), default=0))
     return ends
-
-
-def _context(spans: Sequence[Span], index: int) -> int:
-    """Tokens that the last token of a span could see, itself included: its ancestors and its own."""
-    seen, stack = {index}, [index]
-    while stack:
-        fresh = [p for p in spans[stack.pop()].parents if p not in seen]
-        seen.update(fresh)
-        stack.extend(fresh)
-    return sum(spans[i].tokens for i in seen)
 
 
 def _phases(trajectory: Trajectory) -> dict[str, PhaseCost]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -69,6 +69,28 @@ class HfTokenizer:
 
     def special(self, tag: str) -> int | None:
         return self._added.get(tag)
+
+
+def split_ids(
+    ids: list[int] | tuple[int, ...], text: str, ends: list[int], tokenizer: Tokenizer
+) -> Iterator[tuple[int, ...]]:
+    """Cut `ids`, whose text is `text`, at the offsets `ends`; a token belongs where its first character lies."""
+    starts: list[int] = []
+    offset, done = 0, 0
+    for i in range(len(ids)):
+        starts.append(offset)
+        piece = tokenizer.decode(ids[done : i + 1], ids[:done])
+        if not piece.endswith("\ufffd") or (text.startswith(piece, starts[done]) and i + 1 == len(ids)):
+            # A character is whole: bytes before it share its start.
+            offset = starts[done] + len(piece)
+            done = i + 1
+    at = 0
+    for k, end in enumerate(ends):
+        upto = at
+        while upto < len(ids) and (starts[upto] < end or k == len(ends) - 1):
+            upto += 1
+        yield tuple(ids[at:upto])
+        at = upto
 
 
 @lru_cache(maxsize=8)

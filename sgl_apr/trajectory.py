@@ -13,11 +13,13 @@ from sgl_apr.errors import AprError, TraceError
 if TYPE_CHECKING:
     from sgl_apr.metrics import Convention, Metrics
 
-SCHEMA = "sgl_apr.trajectory/1"
+SCHEMA = "sgl_apr.trajectory/2"
 
 Origin = Literal["prompt", "decoded", "injected"]
-Finish = Literal["stop", "eos", "length", "malformed"]
-Role = Literal["prompt", "text", "fork", "lead", "header", "body", "closer", "tail", "close"]
+Finish = Literal["stop", "eos", "length", "cancelled", "malformed"]
+Role = Literal[
+    "prompt", "text", "fork", "lead", "header", "body", "closer", "wait", "result", "tail", "close"
+]
 Path = tuple[int, ...]
 
 
@@ -25,10 +27,11 @@ Path = tuple[int, ...]
 class Span:
     """A run of tokens with one origin and one meaning.
 
-    `parents` are indices of the spans it directly follows in time, so ancestors are what it was
-    conditioned on. `path` says where it stands: `()` is the trunk, `(1, 2)` branch 2 of the first
+    `parents` are indices of the spans it directly follows, so ancestors are what it was conditioned on;
+    `after` are those that it waited for without seeing them, as a join by message does. `path` says where it stands: `()` is the trunk, `(1, 2)` branch 2 of the first
     block, and so on inside. `label` is what the grammar names in it: the outline (header), the
-    conclusion (close). `token_ids` is None where a text was read without a tokenizer. A token that
+    conclusion (close), the message that a branch returned (closer, result);
+    `outline` is that of the branch whose result it is. `token_ids` is None where a text was read without a tokenizer. A token that
     straddles two spans belongs to the one in which it begins.
     """
 
@@ -41,6 +44,8 @@ class Span:
     label: str = ""
     finish: Finish | None = None
     call: int | None = None
+    after: tuple[int, ...] = ()
+    outline: str = ""
 
     @property
     def tokens(self) -> int:
@@ -80,11 +85,16 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A view: one branch of a block. `text` is what it wrote, without header and closer."""
+    """A view: one branch of a block.
+
+    `text` is what it wrote, without header and closer; `result` is the message that came back from it,
+    empty where branches join otherwise.
+    """
 
     path: Path
     outline: str
     text: str
+    result: str
     finish: Finish | None
     spans: tuple[int, ...]
 
@@ -125,13 +135,41 @@ class Trajectory:
 
     @property
     def text(self) -> str:
-        """The whole reply, tags and injected text included, prompt excluded."""
-        return "".join(s.text for s in self.reply)
+        """The whole reply, tags and injected text included, prompt excluded.
+
+        Of a branch that saw nothing but a message it holds the result alone, as the trunk does.
+        """
+        return "".join(s.text for s in self.document)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The ids of `text`, in order, just as the engine was sent and returned them."""
-        return tuple(i for s in self.reply if s.tokens for i in s.token_ids or ())
+        return tuple(i for s in self.document if s.tokens for i in s.token_ids or ())
+
+    @property
+    def document(self) -> tuple[Span, ...]:
+        """The spans of `text`: the reply without branches that had a context of their own."""
+        apart: list[bool] = []
+        for span in self.spans:
+            apart.append(all(apart[p] for p in span.parents) if span.parents else bool(span.after))
+        return tuple(
+            s for s, own in zip(self.spans, apart, strict=True) if not own and s.origin != "prompt"
+        )
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """The ids that whatever comes next is conditioned on, prompt included: `text` without dropped calls."""
+        last = max((i for i, s in enumerate(self.spans) if s.path == ()), default=None)
+        return () if last is None else tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
+
+    def ancestors(self, index: int) -> list[int]:
+        """What span `index` was conditioned on, and itself, in the order of the text."""
+        seen, stack = {index}, [index]
+        while stack:
+            fresh = [p for p in self.spans[stack.pop()].parents if p not in seen]
+            seen.update(fresh)
+            stack.extend(fresh)
+        return sorted(seen)
 
     @property
     def reply(self) -> tuple[Span, ...]:
@@ -167,7 +205,7 @@ class Trajectory:
         for path, branches in forks.items():
             yield Block(
                 path=path,
-                branches=tuple(self._branch(p, tuple(ids)) for p, ids in branches.items()),
+                branches=tuple(self._branch(p, tuple(branches[p])) for p in sorted(branches)),
                 conclusion=self._conclusion(path),
             )
 
@@ -175,8 +213,9 @@ class Trajectory:
         own = [self.spans[i] for i in ids]
         return Branch(
             path=path,
-            outline=next((s.label for s in own if s.role == "header" and s.path == path), ""),
-            text="".join(s.text for s in own if s.path != path or s.role not in ("header", "closer")),
+            outline=next((s.outline or s.label for s in own if s.role in ("header", "result") and s.path == path), ""),
+            text="".join(s.text for s in own if s.path != path or s.role not in ("header", "closer", "result")),
+            result="".join(s.label for s in own if s.path == path and s.role == "result"),
             finish=next((s.finish for s in reversed(own) if s.path == path and s.finish), None),
             spans=ids,
         )
@@ -237,5 +276,6 @@ def _span(data: Mapping[str, Any]) -> Span:
             "token_ids": None if ids is None else tuple(int(i) for i in ids),
             "parents": tuple(int(p) for p in data["parents"]),
             "path": tuple(int(p) for p in data["path"]),
+            "after": tuple(int(p) for p in data["after"]),
         }
     )

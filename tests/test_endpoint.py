@@ -138,7 +138,7 @@ def test_each_branch_is_a_native_fork_over_a_prefix_committed_once(endpoint, wir
 
 def test_every_branch_finds_the_shared_prefix_cached(endpoint):
     states = solve.run_batch([{"question": f"{QUESTION} {i} " * 20} for i in range(8)], backend=endpoint)
-    calls = [c for s in states for c in trajectory_of(s).calls if c.phase == "body"]
+    calls = [c for s in states for c in trajectory_of(s).calls if c.phase == "branch"]
     assert len(calls) >= 16
     for call in calls:
         shared = call.prompt_tokens - call.new_tokens

@@ -13,15 +13,15 @@ SOURCE = grammar_path("threadweaver").read_text()
 
 def test_the_file_is_short_and_holds_every_tag():
     grammar = Grammar(SOURCE)
-    assert len(grammar.tags) == 10
-    assert grammar.written("header", 3) == "<Thread>\n3:"
+    assert len(grammar.tags()) == 10
+    assert grammar.written("header", "3") == "<Thread>\n3:"
     assert grammar.written("lead") == grammar.written("tail") == "\n"
-    assert grammar.last_tag("fork") == "</Outlines>"
+    assert grammar.ending("fork") == "</Outlines>"
 
 
 def test_no_module_spells_a_tag():
     package = grammar_path("threadweaver").parents[1] / "sgl_apr"
-    tags = Grammar(SOURCE).tags
+    tags = Grammar(SOURCE).tags()
     sources = [p for p in package.rglob("*.py") if "models" not in p.parts]
     spelled = [(p.name, tag) for p in sources for tag in tags if f'"{tag}"' in p.read_text()]
     assert [s for s in spelled if s[0] != "scripted.py"] == []  # its doctest may

@@ -142,7 +142,7 @@ def test_the_file_is_what_counts(masked: Masked, tmp_path):
         .replace('NUMBER ":" TEXT', 'NUMBER ")" TEXT')
     )
     mine = apr.Dialect.from_file(copy)
-    assert mine.grammar.written("header", 1) == "<Worker>\n1:"
+    assert mine.grammar.written("header", "1") == "<Worker>\n1:"
     assert masked.accepts("trunk", FORK.replace(": ", ") "), dialect=mine)
     assert not masked.accepts("trunk", FORK, dialect=mine)
     # In it </Thread> is ordinary text, unless the tokenizer has it as a token of its own.

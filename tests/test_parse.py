@@ -9,7 +9,7 @@ from traces import TAGS, TRACE, traces
 
 import sgl_apr as apr
 from sgl_apr.errors import TraceError
-from sgl_apr.parse import split_ids
+from sgl_apr.tokenizer import split_ids
 
 DIALECT = apr.dialect("threadweaver")
 

@@ -76,7 +76,7 @@ def summary(trajectories: dict[str, Trajectory]) -> Table:
         table.add_column(name, justify="right")
     for title, t in trajectories.items():
         m = t.metrics()
-        cached = ", ".join(f"{c.cached_tokens}/{c.shared_tokens}" for c in t.calls if c.phase == "body")
+        cached = ", ".join(f"{c.cached_tokens}/{c.shared_tokens}" for c in t.calls if c.phase == "branch")
         table.add_row(
             Text(title),
             str(m.blocks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,13 @@ def reason(
     dialect: Dialect | str = "threadweaver",
     *,
     budget: Budget | None = None,
-    join: str = "text",
+    join: str | None = None,
     mode: Mode = "auto",
     min_blocks: int = 0,
     max_blocks: int | None = None,
-    min_width: int = 2,
+    min_width: int | None = None,
+    policy: str | None = None,
+    wrap: Callable[[str], str] | None = None,
     constrain: bool = True,
     plain: bool = False,
     **sampling: Any,
@@ -65,6 +67,8 @@ def reason(
         min_blocks=min_blocks,
         max_blocks=max_blocks,
         min_width=min_width,
+        policy=policy,
+        wrap=wrap,
         constrain=constrain,
         plain=plain,
     )

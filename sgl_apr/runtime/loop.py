@@ -7,23 +7,20 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from sgl_apr.budget import branch_tokens, lead_chars, trunk_tokens
-from sgl_apr.dialects import Dialect
+from sgl_apr.dialects import Dialect, Phase, Place
 from sgl_apr.engine.base import Engine, Request, Result
-from sgl_apr.errors import (
-    BranchFailed,
-    BudgetExceeded,
-    EngineError,
-    EngineTimeout,
-)
+from sgl_apr.errors import BranchFailed, BudgetExceeded, EngineError, EngineTimeout
 from sgl_apr.lowering import Fork
+from sgl_apr.messages import brief
 from sgl_apr.runtime.plan import Plan, plan
-from sgl_apr.runtime.steps import Phase, Step, interpret, overhead
+from sgl_apr.runtime.steps import Step, interpret, overhead
 from sgl_apr.runtime.stream import TextStream
+from sgl_apr.segments import Outline
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Call, Finish, Path, Span, Trajectory
+from sgl_apr.trajectory import Call, Finish, Path, Role, Span, Trajectory
 
 OnText = Callable[[Path, str], None]
 
@@ -77,8 +74,11 @@ async def run_plan(
     """`areason` for ids and a plan."""
     run = _Run(engine.tokenizer, plan, on_text or (lambda path, text: None))
     try:
-        async with asyncio.timeout(plan.budget.seconds):
-            return await run.trajectory(engine, prompt_ids)
+        async with asyncio.timeout(plan.budget.seconds), asyncio.TaskGroup() as tasks:
+            return await run.trajectory(engine, prompt_ids, tasks)
+    except BaseExceptionGroup as failed:
+        await asyncio.shield(engine.abort(run.rid))
+        raise _first(failed) from _first(failed).__cause__
     except TimeoutError:
         await engine.abort(run.rid)
         raise EngineTimeout(
@@ -89,174 +89,381 @@ async def run_plan(
         raise
 
 
+def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What failed first; a group cancels and awaits its other tasks before it raises."""
+    error = failed.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
 @dataclass
 class _Strand:
-    """One line of thought as it grows: the trunk, or a branch. `order` lists its spans as they stand in the text."""
+    """One line of thought as it grows: the trunk, or a branch.
+
+    `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `left`
+    is what it may still spend, `spent` what it and its branches have. `number` is as its header has it.
+    """
 
     path: Path
     context: tuple[int, ...]
     tip: tuple[int, ...]
+    left: int
     order: list[int] = field(default_factory=list)
+    number: str = ""
+    outline: str = ""
+    after: tuple[int, ...] = ()
     blocks: int = 0
+    spent: int = 0
+    ahead: Ahead | None = None
+    given_up: bool = False
+
+    @property
+    def depth(self) -> int:
+        return len(self.path) // 2
+
+
+@dataclass
+class Ahead:
+    """Branches of a strand that run while it goes on: `forked` are all of its open block, `running` those not joined."""
+
+    forked: int = 0
+    running: dict[str, tuple[_Strand, Engine, asyncio.Task[None], int]] = field(default_factory=dict)
 
 
 class _Run:
-    """One trajectory under way: the spans and calls so far, and what is left of the budget."""
+    """One trajectory under way: the spans and calls so far."""
 
     def __init__(self, tokenizer: Tokenizer, plan: Plan, on_text: OnText) -> None:
         self.tokenizer, self.plan, self.on_text = tokenizer, plan, on_text
-        self.rid = f"apr-{uuid.uuid4().hex}"
+        self.dialect, self.grammar = plan.dialect, plan.dialect.grammar
         self.began = time.monotonic()
+        self.rid = f"apr-{uuid.uuid4().hex}"
         self.spans: list[Span] = []
         self.calls: list[Call] = []
-        self.left = plan.budget.tokens
         self.overhead = overhead(plan.dialect, tokenizer)
 
-    async def trajectory(self, engine: Engine, prompt_ids: tuple[int, ...]) -> Trajectory:
+    async def trajectory(
+        self, engine: Engine, prompt_ids: tuple[int, ...], tasks: asyncio.TaskGroup
+    ) -> Trajectory:
+        self.tasks = tasks  # branches that run while the trunk goes on
         text = self.tokenizer.decode(prompt_ids)
         prompt = self._add(Span("prompt", "prompt", text, prompt_ids, ()))
-        trunk = _Strand((), prompt_ids, (prompt,), [prompt])
+        trunk = _Strand((), prompt_ids, (prompt,), self.plan.budget.tokens, [prompt])
         await self._think(engine, trunk, "trunk", new=len(prompt_ids))
         place = {old: new for new, old in enumerate(trunk.order)}
-        spans = tuple(
-            replace(self.spans[i], parents=tuple(place[p] for p in self.spans[i].parents))
-            for i in trunk.order
-        )
-        return Trajectory(spans, self.plan.dialect.name, tuple(self.calls), time.monotonic() - self.began)
 
-    async def _think(
-        self, engine: Engine, strand: _Strand, phase: Phase, new: int, limit: int | None = None
-    ) -> None:
-        """Decode and fork until the strand ends; `new` prompt tokens are unknown to the engine yet."""
+        def moved(indices: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(place[i] for i in indices)
+
+        spans = (self.spans[i] for i in trunk.order)
+        ordered = tuple(replace(s, parents=moved(s.parents), after=moved(s.after)) for s in spans)
+        return Trajectory(ordered, self.dialect.name, tuple(self.calls), time.monotonic() - self.began)
+
+    async def _think(self, engine: Engine, strand: _Strand, phase: Phase, new: int) -> None:
+        """Decode, fork and join until the strand ends; `new` prompt tokens are unknown to the engine yet."""
+        behind: Phase = "after" if phase == "trunk" else "rejoin"
+        if phase == "trunk" and phase not in self.grammar.rules:
+            self._check_fits(strand)
+            new, phase = await self._fork_and_join(engine, strand, self._seeds(strand)), behind
         while True:
-            width, fork = self._fork_rule(strand, phase)
-            tokens = limit if limit is not None else trunk_tokens(self.left, self.overhead, width)
-            step, call = await self._decode(engine, strand, phase, new, tokens, width, fork)
+            width, fork = self._fork_rule(strand)
+            step, call = await self._decode(engine, strand, phase, new, width, fork)
             self._append(strand, step, call)
-            if limit is None:
-                self.left -= len(step.token_ids)
-            if not step.outlines:
-                return
-            new = await self._fork_and_join(engine, strand, step.outlines)
-            phase = "after"
+            if step.over:
+                break
+            if step.wait is not None:
+                new = await self._join(strand, step.wait)
+            elif self.dialect.asynchronous:
+                new = await self._spawn(engine, strand, step.outlines[0])
+            else:
+                outlines = self._seeds(strand, width) if self.dialect.seeded else step.outlines
+                new = await self._fork_and_join(engine, strand, outlines)
+            phase = behind
+        while strand.ahead and strand.ahead.running:  # its tokens ran out before it asked for them
+            number = next(iter(strand.ahead.running))
+            self._inject(strand, "wait", self.grammar.written("wait", number))
+            await self._join(strand, number)
 
-    def _fork_rule(self, strand: _Strand, phase: Phase) -> tuple[int, Fork]:
-        """How wide the next fork may be, and whether it has to come, may come, or may not (width 0)."""
-        plan = self.plan
-        if phase == "body":
-            return 0, "forbidden"
-        required = strand.blocks < plan.min_blocks
-        allowed = plan.max_blocks is None or strand.blocks < plan.max_blocks
-        # A fork is worth having only if at least half of what is left is not spent on its tags.
-        fits = [
-            w
-            for w in range(plan.budget.width, plan.min_width - 1, -1)
-            if 2 * self.overhead.of(w) <= self.left
-        ]
-        if required and not fits:
-            need = 2 * self.overhead.of(plan.min_width)
+    def _seeds(self, strand: _Strand, width: int | None = None) -> tuple[Outline, ...]:
+        """Outlines of branches that differ by chance, or by their number alone."""
+        width = width or max(self._fits(strand))
+        return tuple(Outline(str(self.dialect.first + k), "", 0) for k in range(width))
+
+    def _fits(self, strand: _Strand) -> list[int]:
+        """Widths, largest first, of which at least half of what is left is not spent on tags."""
+        widths = range(self.plan.width, self.plan.least - 1, -1)
+        return [w for w in widths if 2 * self.overhead.of(w) <= strand.left]
+
+    def _check_fits(self, strand: _Strand) -> None:
+        if not self._fits(strand):
+            need = 2 * self.overhead.of(self.plan.least)
             raise BudgetExceeded(
-                f"a fork needs at least {need} tokens here, and {self.left} are left of {plan.budget}"
+                f"a fork needs at least {need} tokens here, and {strand.left} are left of {self.plan.budget}"
             )
-        if not allowed or not fits:
+
+    def _fork_rule(self, strand: _Strand) -> tuple[int, Fork]:
+        """How wide the next fork may be, and whether it has to come, may come, or may not (width 0)."""
+        plan, trunk = self.plan, not strand.path
+        if strand.depth >= plan.budget.depth or (strand.path and "rejoin" not in self.grammar.rules):
+            return 0, "forbidden"
+        if strand.ahead and strand.ahead.running:  # the open block may have more branches
+            fits = 2 * self.overhead.of(len(strand.ahead.running) + 1) <= strand.left
+            return plan.width, "auto" if fits and strand.ahead.forked < plan.width else "forbidden"
+        required = trunk and strand.blocks < plan.min_blocks
+        if required:
+            self._check_fits(strand)
+        fits = self._fits(strand)
+        if not fits or (trunk and plan.max_blocks is not None and strand.blocks >= plan.max_blocks):
             return 0, "forbidden"
         return fits[0], "required" if required else "auto"
 
+    def _place(self, strand: _Strand) -> Place:
+        if self.dialect.asynchronous and not strand.path:
+            ahead = strand.ahead or Ahead()
+            next_ = str(self.dialect.first + (ahead.forked if ahead.running else 0))
+            return Place(number=next_, waiting=tuple(ahead.running))
+        return Place(prefix=f"{strand.number}." if strand.path else "", number=strand.number)
+
     async def _decode(
-        self, engine: Engine, strand: _Strand, phase: Phase, new: int, tokens: int, width: int, fork: Fork
+        self, engine: Engine, strand: _Strand, phase: Phase, new: int, width: int, fork: Fork
     ) -> tuple[Step, int | None]:
         """One request and what it means; no request if there is nothing left to decode."""
-        dialect, context = self.plan.dialect, strand.context
-        result, call = Result((), "length", 0, 0), None
+        context, place = strand.context, self._place(strand)
+        reserve = len(strand.ahead.running) if strand.ahead else 0
+        tokens = strand.left if strand.path and not width else trunk_tokens(strand.left, self.overhead, width + reserve)
+        result, call, cut = Result((), "length", 0, 0), None, None
+        stream = TextStream(self.tokenizer, context, lambda text: self.on_text(strand.path, text))
         if tokens > 0:
-            request = self._request(context, phase, tokens, width, fork)
-            stream = TextStream(self.tokenizer, context, lambda text: self.on_text(strand.path, text))
-            started = time.monotonic()
-            result = await engine.decode(request, stream)
-            call = self._record(phase, strand.path, result, new, started)
-        step = interpret(dialect, phase, context, result.token_ids, result.finish == "length", self.tokenizer)
-        if tokens > 0:
-            stream.finish(step)
-        else:
-            self.on_text(strand.path, "".join(p.text for p in step.pieces))
+            request = self._request(context, phase, place, tokens, width, fork)
+            started, heard = time.monotonic(), list[int]()
+
+            def sink(ids: Sequence[int]) -> None:
+                heard.extend(ids)
+                stream(ids)
+
+            try:
+                result = await engine.decode(request, sink)
+            except asyncio.CancelledError:
+                if not strand.given_up:
+                    raise
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]  # we run in one
+                result, cut = Result(tuple(heard), "length", len(context), 0), "cancelled"
+            call = self._record(strand.path and "branch" or phase, strand.path, result, new, started)
+        ended: Finish | None = cut or ("length" if result.finish == "length" else None)
+        step = interpret(self.dialect, phase, place, context, result.token_ids, ended, self.tokenizer)
+        stream.finish(step)
         return step, call
 
     def _request(
-        self, context: tuple[int, ...], phase: Phase, tokens: int, width: int, fork: Fork
+        self, context: tuple[int, ...], phase: Phase, place: Place, tokens: int, width: int, fork: Fork
     ) -> Request:
-        dialect, grammar = self.plan.dialect, None
-        if self.plan.constrain:
-            grammar = dialect.llguidance(
+        plan, dialect, grammar = self.plan, self.dialect, None
+        if plan.constrain:
+            grammar = dialect.lowered(
                 phase,
                 self.tokenizer,
-                width=max(width, self.plan.min_width),
-                min_width=self.plan.min_width,
-                fork="auto" if phase == "body" else fork,
+                width=max(width, plan.least),
+                min_width=plan.least,
+                fork="auto" if dialect.rule_of(phase) == "body" else fork,
+                prefix=place.prefix,
+                number=place.number,
+                waiting=place.waiting,
                 lead_chars=lead_chars(tokens) if fork == "required" else None,
-                outline_chars=self.plan.budget.outline_chars,
-                plain=self.plan.plain,
+                outline_chars=plan.budget.outline_chars,
+                plain=plan.plain,
             )
-        stops = [] if fork == "forbidden" and phase != "body" else [dialect.stop(phase)]
+        stops = dialect.stops(phase, place)
         special = [self.tokenizer.special(tag) for tag in stops]
         return Request(
-            rid=f"{self.rid}-{uuid.uuid4().hex[:12]}",
+            rid=self._new_rid(),
             input_ids=context,
             max_tokens=tokens,
-            sampling=self.plan.sampling,
+            sampling=plan.sampling,
             grammar=grammar,
             stop_ids=tuple(i for i in special if i is not None),
             stop=tuple(t for t, i in zip(stops, special, strict=True) if i is None),
         )
 
-    async def _fork_and_join(
-        self, engine: Engine, strand: _Strand, outlines: Sequence[tuple[int, str]]
-    ) -> int:
-        """Run one branch per outline at once, and leave their text in the strand. Returns its new tokens."""
-        grammar, budget = self.plan.dialect.grammar, self.plan.budget
+    async def _fork_and_join(self, engine: Engine, strand: _Strand, outlines: Sequence[Outline]) -> int:
+        """Run one branch per outline at once, and leave in the strand what comes of them. Returns its new tokens."""
         strand.blocks += 1
-        self._inject(strand, "lead", grammar.written("lead"))
-        share = branch_tokens(self.left, self.overhead, len(outlines), budget.branch_tokens)
-        started = time.monotonic()
-        committed, engines = await engine.fork(
-            f"{self.rid}-{uuid.uuid4().hex[:12]}", strand.context, len(outlines)
-        )
-        self._record("commit", strand.path, committed, len(strand.context) - self._known(strand), started)
-        branches = []
-        for number, outline in outlines:
-            branch = _Strand((*strand.path, strand.blocks, number), strand.context, strand.tip)
-            self._inject(branch, "header", grammar.written("header", number), label=outline)
-            branches.append(branch)
+        fork = strand.order[-1]
+        if self.dialect.drops_calls:
+            self._drop(strand, fork)
+        else:
+            self._inject(strand, "lead", self.grammar.written("lead"))
+        returned = self.dialect.sees == "message"
+        limit = self.plan.budget.branch_tokens
+        share = branch_tokens(strand.left, self.overhead, len(outlines), limit, returned=returned)
+        engines = await self._commit(engine, strand, len(outlines))
+        branches = [
+            self._branch(strand, k, outline, share, (fork,)) for k, outline in enumerate(outlines, 1)
+        ]
+        prefix = 0 if returned else len(strand.context)
         try:
-            await self._run_branches(engines, branches, len(strand.context), share)
+            await self._run_branches(engines, branches, prefix)
         finally:
             for forked in engines:
                 await forked.release()
-        prefix = len(strand.context)
+        for branch in branches:
+            self._take(strand, branch)
+        if returned:
+            return self._results(strand, branches, share)
+        prefix_tip = strand.tip
         strand.tip = tuple(tip for b in branches for tip in b.tip)
         for branch in branches:
-            strand.order += branch.order
             strand.context += branch.context[prefix:]
-            self.left -= len(branch.context) - prefix
-        self._inject(strand, "tail", grammar.written("tail"))
-        written = [strand.tip[0], *(i for b in branches for i in b.order[1:])]
-        return sum(self.spans[i].tokens for i in written if self.spans[i].origin == "injected")
+        self._inject(strand, "tail", self.grammar.written("tail"))
+        written = [*(i for b in branches for i in b.order if i not in prefix_tip)]
+        tail = len(strand.context) - prefix - sum(len(b.context) - prefix for b in branches)
+        # The headers were new to the branches, which have computed them by now.
+        return tail + sum(
+            self.spans[i].tokens
+            for i in written
+            if self.spans[i].origin == "injected" and self.spans[i].role != "header"
+        )
 
-    async def _run_branches(
-        self, engines: Sequence[Engine], branches: Sequence[_Strand], prefix: int, share: int
-    ) -> None:
+    async def _commit(self, engine: Engine, strand: _Strand, size: int) -> Sequence[Engine]:
+        started = time.monotonic()
+        committed, engines = await engine.fork(self._new_rid(), strand.context, size)
+        self._record("commit", strand.path, committed, len(strand.context) - self._known(strand), started)
+        return engines
+
+    def _branch(
+        self, strand: _Strand, k: int, outline: Outline, share: int, after: tuple[int, ...]
+    ) -> _Strand:
+        """A branch with its header, or with its message in a context of its own."""
+        number = outline.number or str(self.dialect.first + k - 1)
+        path = (*strand.path, strand.blocks, k)
+        if self.dialect.sees == "prefix":
+            branch = _Strand(path, strand.context, strand.tip, share, number=number, outline=outline.text)
+            text = self.grammar.written("header", number)
+        else:
+            branch = _Strand(path, (), (), share, number=number, outline=outline.text, after=after)
+            told = brief(self.dialect.brief).tell(self.tokenizer.decode(strand.context), outline.text)
+            told = self._shortened(told, share)  # it comes out of the branch's share
+            text = self.plan.wrap(told) if self.plan.wrap else told
+        self._inject(branch, "header", text, label=outline.text)
+        if self.dialect.sees == "prefix":
+            branch.left = share  # a header comes out of the overhead
+        branch.after = ()
+        return branch
+
+    def _shortened(self, text: str, most: int) -> str:
+        ids = self.tokenizer.encode(text)
+        return text if len(ids) <= most else self.tokenizer.decode(ids[:most])
+
+    async def _run_branches(self, engines: Sequence[Engine], branches: Sequence[_Strand], prefix: int) -> None:
+        """Until enough of them have ended; the others are cut where they are."""
+        quorum = self.plan.quorum(len(branches))
+        ended = 0
+        tasks: list[asyncio.Task[None]] = []
+
+        async def run(engine: Engine, branch: _Strand) -> None:
+            nonlocal ended
+            await self._run_branch(engine, branch, len(branch.context) - prefix)
+            ended += 1
+            if ended == quorum:
+                for other, task in zip(branches, tasks, strict=True):
+                    other.given_up = not task.done() and other is not branch
+                    if other.given_up:
+                        task.cancel()
+
         try:
             async with asyncio.TaskGroup() as group:
                 for engine, branch in zip(engines, branches, strict=True):
-                    group.create_task(self._branch(engine, branch, len(branch.context) - prefix, share))
+                    tasks.append(group.create_task(run(engine, branch)))
         except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
-            raise failed.exceptions[0] from failed.exceptions[0].__cause__
+            raise _first(failed) from _first(failed).__cause__
 
-    async def _branch(self, engine: Engine, branch: _Strand, new: int, share: int) -> None:
+    async def _run_branch(self, engine: Engine, branch: _Strand, new: int) -> None:
         try:
-            await self._think(engine, branch, "body", new, limit=share)
+            await self._think(engine, branch, "branch", new)
+        except BranchFailed:
+            raise
         except EngineError as error:
             where = ".".join(map(str, branch.path))
             raise BranchFailed(f"branch {where}: {error}", branch.path, error.status) from error
+
+    async def _spawn(self, engine: Engine, strand: _Strand, outline: Outline) -> int:
+        """Start one branch and go on beside it. Its share is set aside until it is joined."""
+        if strand.ahead is None or not strand.ahead.running:
+            strand.blocks, strand.ahead = strand.blocks + 1, Ahead()
+        ahead, returned = strand.ahead, self.dialect.sees == "message"
+        share = branch_tokens(
+            strand.left, self.overhead, self.plan.width, self.plan.budget.branch_tokens, returned=returned
+        )
+        ahead.forked += 1
+        (forked,) = await self._commit(engine, strand, 1)
+        branch = self._branch(strand, ahead.forked, outline, share, (strand.order[-1],))
+        new = len(branch.context) - (0 if returned else len(strand.context))
+        task = self.tasks.create_task(self._run_branch(forked, branch, new))
+        aside = share * (1 + returned) + self.overhead.branch
+        strand.left -= aside
+        ahead.running[branch.number] = (branch, forked, task, aside)
+        return 0
+
+    async def _join(self, strand: _Strand, number: str) -> int:
+        """Wait for one branch (its result comes back), or for all of them (they are put behind the wait)."""
+        ahead = strand.ahead
+        if ahead is None:
+            return 0
+        returned = self.dialect.sees == "message"
+        numbers = [number] if returned else list(ahead.running)
+        waited, tips = strand.tip, []
+        before = len(strand.context)
+        for n in numbers:
+            branch, engine, task, aside = ahead.running.pop(n)
+            prefix = 0 if returned else len(branch.context) - sum(self.spans[i].tokens for i in branch.order)
+            try:
+                await task
+            finally:
+                await engine.release()
+            strand.left += aside
+            self._take(strand, branch)
+            if returned:
+                return self._results(strand, [branch], aside)
+            prefix = len(branch.context) - sum(self.spans[i].tokens for i in branch.order)
+            strand.context += branch.context[prefix:]
+            tips += branch.tip
+        strand.tip = (*waited, *tips)
+        return len(strand.context) - before
+
+    def _take(self, strand: _Strand, branch: _Strand) -> None:
+        strand.order += branch.order
+        strand.left -= branch.spent
+        strand.spent += branch.spent
+
+    def _drop(self, strand: _Strand, fork: int) -> None:
+        """Go on from before the call; it stays in the record."""
+        span = self.spans[fork]
+        strand.tip = span.parents
+        strand.context = strand.context[: len(strand.context) - span.tokens]
+
+    def _results(self, strand: _Strand, branches: Sequence[_Strand], most: int) -> int:
+        """Write what branches returned, each behind its own end in time. Returns the new tokens."""
+        before = len(strand.context)
+        self._inject(strand, "lead", self.grammar.written("lead"))
+        for branch in branches:
+            answer = self._answer(branch, most)
+            rule = "failure" if not answer and "failure" in self.grammar.rules else "result"
+            text = self.grammar.written(rule, branch.number, answer, branch.outline)
+            strand.after = branch.tip
+            self._inject(strand, "result", text, label=answer.strip(), path=branch.path, outline=branch.outline)
+            strand.after = ()
+        self._inject(strand, "tail", self.grammar.written("tail"))
+        return len(strand.context) - before
+
+    def _answer(self, branch: _Strand, most: int) -> str:
+        """What a branch says to the one that forked it; nothing if it was cut before it had said it."""
+        spans = [self.spans[i] for i in branch.order]
+        closers = [s for s in spans if s.role == "closer"]
+        if self.grammar.ending("body", branch.number):
+            text = closers[0].label if closers and all(s.origin == "decoded" for s in closers) else ""
+        else:
+            body = "".join(s.text for s in spans if s.role == "body" and s.origin == "decoded")
+            text = brief(self.dialect.brief).answer(body)
+        text = self._shortened(text, most)
+        return text if not any(mark in text for mark in self.grammar.marks) else ""
 
     def _known(self, strand: _Strand) -> int:
         """How much of the strand the engine has computed: all but what was injected since its last decode."""
@@ -268,13 +475,17 @@ class _Run:
         return len(strand.context) - injected
 
     def _inject(
-        self, strand: _Strand, role: Literal["lead", "header", "tail"], text: str, label: str = ""
+        self, strand: _Strand, role: Role, text: str, label: str = "", path: Path | None = None, outline: str = ""
     ) -> None:
-        ids = tuple(self.tokenizer.encode(text))
-        self._grow(strand, Span(role, "injected", text, ids, strand.tip, strand.path, label))
-        if not strand.path:
-            self.left -= len(ids)
-        self.on_text(strand.path, text)
+        if not text:
+            return
+        first = role == "header" and not strand.context  # the first of a context of its own
+        ids = tuple(self.tokenizer.encode(text, first=first))
+        where = strand.path if path is None else path
+        self._grow(
+            strand, Span(role, "injected", text, ids, strand.tip, where, label, after=strand.after, outline=outline)
+        )
+        self.on_text(where, text)
 
     def _append(self, strand: _Strand, step: Step, call: int | None) -> None:
         for i, piece in enumerate(step.pieces):
@@ -285,11 +496,16 @@ class _Run:
             )  # fmt: skip
             self._grow(strand, span)
 
+    def _new_rid(self) -> str:
+        return f"{self.rid}-{uuid.uuid4().hex[:12]}"
+
     def _grow(self, strand: _Strand, span: Span) -> None:
         index = self._add(span)
         strand.order.append(index)
         strand.tip = (index,)
         strand.context += span.token_ids or ()
+        strand.spent += span.tokens
+        strand.left -= span.tokens
 
     def _add(self, span: Span) -> int:
         self.spans.append(span)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -20,7 +21,10 @@ class Plan:
     mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" wants at least one.
     min_blocks, max_blocks: forks the trunk has to make, and may make (None: as many as the budget bears).
         The text before a fork that has to come is bounded and without `<`; where tokens run out, fewer come.
-    min_width: branches that a fork has at least.
+    min_width: branches that a fork has at least; None leaves it to the dialect.
+    join, policy: how branches join, and when: "all", "first", or "quorum:k" have ended; the others are cut
+        where they are. None takes what the dialect was published with, as far as it works here.
+    wrap: makes a prompt of the message of a branch that has a context of its own, as a chat template does.
     constrain: decode under the grammar; without it the text may leave the dialect.
     plain: keep `<` out of free text, for models too small to tell tags from text.
     sampling: SGLang sampling parameters for every request (temperature, top_p, ...).
@@ -28,33 +32,57 @@ class Plan:
 
     dialect: Dialect
     budget: Budget = field(default_factory=Budget)
-    join: str = "text"
+    join: str | None = None
     mode: Mode = "auto"
     min_blocks: int = 0
     max_blocks: int | None = None
-    min_width: int = 2
+    min_width: int | None = None
+    policy: str | None = None
+    wrap: Callable[[str], str] | None = None
     constrain: bool = True
     plain: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def width(self) -> int:
+        """Branches that a fork may have; exactly so many where a fork does not list them."""
+        return self.budget.width or self.dialect.width
+
+    @property
+    def least(self) -> int:
+        """Branches that a fork has at least."""
+        return self.width if self.dialect.seeded else self.min_width or min(self.dialect.min_width, self.width)
+
+    def quorum(self, branches: int) -> int:
+        """How many of so many branches have to end before the join."""
+        kind, _, k = (self.policy or self.dialect.policy).partition(":")
+        return {"all": branches, "first": 1}.get(kind, min(int(k or 1), branches))
+
     def __post_init__(self) -> None:
         d, b = self.dialect, self.budget
-        if b.width > d.max_width:
-            raise BudgetExceeded(f"{d.name} has at most {d.max_width} branches a block, not width={b.width}")
+        if self.width > d.max_width:
+            raise BudgetExceeded(f"{d.name} has at most {d.max_width} branches a block, not width={self.width}")
         if b.depth > d.max_depth:
             raise BudgetExceeded(f"{d.name} nests at most {d.max_depth} deep, not depth={b.depth}")
-        if not 1 <= self.min_width <= b.width:
-            raise BudgetExceeded(f"min_width={self.min_width}, expected 1 to the budget's width={b.width}")
-        if self.join not in d.joins:
+        if not 1 <= self.least <= self.width:
+            raise BudgetExceeded(f"min_width={self.min_width}, expected 1 to the width {self.width}")
+        if self.join is not None and self.join not in d.joins:
             expected = f"{d.name} joins by {' or '.join(sorted(d.joins))}"
             raise (KvJoinUnavailable if self.join == "kv" else AprError)(
                 f"{expected}, not join={self.join!r}"
             )
+        policy = self.policy or d.policy
+        if not re.fullmatch(r"all|first|quorum:[1-9][0-9]*", policy):
+            raise AprError(f'policy={policy!r}, expected "all", "first" or "quorum:k"')
+        if policy != "all" and (b.depth > 1 or d.asynchronous):
+            raise AprError(f'policy={policy!r} needs depth=1 and a dialect that joins all at once, or "all"')
         if self.mode not in ("auto", "sequential", "parallel"):
             raise AprError(f'mode={self.mode!r}, expected "auto", "sequential" or "parallel"')
         if self.mode == "sequential" and self.min_blocks:
             raise AprError(f'mode="sequential" forbids the min_blocks={self.min_blocks} blocks asked for')
         if self.mode == "sequential":
+            if "trunk" not in d.grammar.rules:
+                raise AprError(f'{d.name} always forks: there is no mode="sequential" of it')
             object.__setattr__(self, "max_blocks", 0)
         if self.mode == "parallel":
             object.__setattr__(self, "min_blocks", max(1, self.min_blocks))

@@ -51,7 +51,7 @@ async def replay_serially(engine: Engine, trajectory: Trajectory) -> Replay:
 
 
 def _calls(trajectory: Trajectory, block: tuple[int, ...]) -> list[int]:
-    return [i for i, c in enumerate(trajectory.calls) if c.phase == "body" and c.path[:-1] == block]
+    return [i for i, c in enumerate(trajectory.calls) if c.phase == "branch" and c.path[:-1] == block]
 
 
 def _context(trajectory: Trajectory, index: int) -> tuple[int, ...]:

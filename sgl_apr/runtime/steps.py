@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from sgl_apr.budget import Overhead
-from sgl_apr.dialects import Dialect
+from sgl_apr.completion import FILLER
+from sgl_apr.dialects import Dialect, Phase, Place
 from sgl_apr.errors import TraceError
-from sgl_apr.parse import FILLER, Segment, split_ids
-from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.segments import Outline, Segment
+from sgl_apr.tokenizer import Tokenizer, split_ids
 from sgl_apr.trajectory import Finish, Origin, Role
-
-Phase = Literal["trunk", "body", "after"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,51 +26,66 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished phase: its pieces, how it ended, and the outlines to fork into (none: it is over)."""
+    """A finished phase: its pieces, how it ended, and what follows from it.
+
+    `forked` says that it forks, into `outlines` if the format has them; `wait` is the number that the
+    trunk waits for ("" where a format waits for all), None if it does not. With neither, it is over.
+    """
 
     pieces: tuple[Piece, ...]
     finish: Finish
-    outlines: tuple[tuple[int, str], ...] = ()
+    forked: bool = False
+    outlines: tuple[Outline, ...] = ()
+    wait: str | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """All ids, decoded and injected, in order."""
         return tuple(i for piece in self.pieces for i in piece.token_ids)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing follows."""
+        return not self.forked and self.wait is None
+
 
 def interpret(
     dialect: Dialect,
     phase: Phase,
+    place: Place,
     context: tuple[int, ...],
     decoded: tuple[int, ...],
-    cut: bool,
+    cut: Finish | None,
     tokenizer: Tokenizer,
 ) -> Step:
     """Read what `phase` decoded behind `context`, and close by injection what was left open.
 
-    `cut` says that the token limit ended it. Ids are only ever split, never encoded again; a trailing
-    end-of-text id is dropped, because whatever comes next writes its own. Text that leaves the
-    dialect (possible only without the grammar) becomes one `malformed` piece.
+    `cut` says what ended it from outside: the token limit, or another branch. Ids are only ever split,
+    never encoded again; a trailing end-of-text id is dropped, because whatever comes next writes its
+    own. Text that leaves the dialect (possible only without the grammar) becomes one `malformed` piece.
     """
     ended = bool(decoded) and decoded[-1] in tokenizer.eos_ids
     ids = decoded[:-1] if ended else decoded
     text = tokenizer.decode(ids, context)
-    finish: Finish = "length" if cut else "eos" if ended else "stop"
-    whole = _whole(dialect, phase, text)
-    closing = "" if whole is not None else dialect.completion(phase, text) or ""
-    found = whole if whole is not None else _whole(dialect, phase, text + closing)
+    in_branch = phase in ("branch", "rejoin")
+    whole = _whole(dialect, phase, place, text)
+    closing = "" if whole is not None else dialect.completion(phase, text, place) or ""
+    found = whole if whole is not None else _whole(dialect, phase, place, text + closing)
     if found is None:
-        return Step((Piece("text" if phase != "body" else "body", "decoded", text, ids),), "malformed")
-    outlines = next((s.outlines for s in found if s.role == "fork"), ())
-    if whole is not None and (outlines or phase == "body"):
-        finish = "stop"  # it closed itself, whichever token the engine ended on
+        return Step((Piece("body" if in_branch else "text", "decoded", text, ids),), "malformed")
+    fork = next((s for s in found if s.role == "fork"), None)
+    wait = next((s.number for s in found if s.role == "wait"), None)
+    closes = bool(found) and found[-1].role in ("fork", "wait", "closer")
+    # It closed itself, whichever token the engine ended on; where nothing closes a branch, its end does.
+    itself = whole is not None and (closes or (in_branch and ended and not dialect.grammar.ending("body", "1")))
+    finish: Finish = "stop" if itself else cut or ("eos" if ended else "stop")
     pieces = tuple(_pieces(found, text, ids, closing, tokenizer))
-    return Step(pieces, finish, outlines)
+    return Step(pieces, finish, fork is not None, fork.outlines if fork else (), wait)
 
 
-def _whole(dialect: Dialect, phase: Phase, text: str) -> list[Segment] | None:
+def _whole(dialect: Dialect, phase: Phase, place: Place, text: str) -> list[Segment] | None:
     try:
-        return dialect.segments(phase, text)
+        return dialect.segments(phase, text, place)
     except TraceError:
         return None
 
@@ -108,17 +121,23 @@ def overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
         return len(tokenizer.encode(text or ""))
 
     grammar = dialect.grammar
-    header = grammar.written("header", dialect.max_width)
+    number = str(dialect.first + dialect.max_width - 1)
+    deepest = ".".join([number] * dialect.max_depth)
+    place = Place(prefix=deepest[: -len(number)], number="" if grammar.repeats("fork") else number)
+    openings = [grammar.opening(rule) for rule in ("fork", "wait")]
+    nests = "rejoin" in grammar.rules
+    returned = grammar.written("result", deepest, FILLER, number) if "result" in grammar.rules else ""
     return Overhead(
-        fork=max(cost(dialect.completion("trunk", "")), cost(dialect.completion("trunk", FILLER))),
-        branch=cost(header) + cost(dialect.completion("body", "")),
+        fork=max(cost(dialect.completion("trunk", o, place)) + cost(o) for o in openings)
+        if "trunk" in grammar.rules
+        else 0,
+        branch=cost(grammar.written("header", deepest, FILLER) if dialect.sees == "prefix" else "")
+        + cost(dialect.completion("branch", "", place))
+        + cost(returned)
+        + cost(grammar.ending("wait", number)),
         join=cost(grammar.written("lead"))
         + cost(grammar.written("tail"))
-        + cost(dialect.completion("after", ""))
-        + max(cost(c) for c in _openings(dialect)),
+        + cost(dialect.completion("after", "", place))
+        + max(cost(dialect.completion("after", tag, place)) for tag in ("", *grammar.marks))
+        + (cost(dialect.completion("rejoin", "", place)) if nests else 0),
     )
-
-
-def _openings(dialect: Dialect) -> list[str]:
-    """What may have to close an open conclusion: the completion behind every tag of the grammar."""
-    return [dialect.completion("after", tag) or "" for tag in dialect.tags]

@@ -1,0 +1,141 @@
+"""A text cut into segments by the rules of its grammar; what they mean together is read in structure.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
+from lark.lexer import PatternStr
+
+from sgl_apr.errors import TraceError
+from sgl_apr.grammar import NUMBER, TEXT, Grammar
+from sgl_apr.trajectory import Role
+
+BRANCH_RULES = ("body", "branch", "rejoin")  # text in them is the text of a branch
+
+
+class Outline(NamedTuple):
+    """What a fork says of one branch: its number (empty if the format has none), its text, and where it stands."""
+
+    number: str
+    text: str
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of text with one role, as the grammar sees it.
+
+    `start` and `end` are offsets; `number` is what a header, result, wait or closer carries, `name` what
+    a result names; `outlines` are those of a fork; `label` is the text that a close, closer or result holds.
+    """
+
+    role: Role
+    start: int
+    end: int
+    number: str = ""
+    name: str = ""
+    outlines: tuple[Outline, ...] = ()
+    label: str = ""
+
+
+def segments(grammar: Grammar, start: str, text: str) -> list[Segment]:
+    """`text` cut into segments, which cover it without gaps; raises `TraceError` where it breaks the grammar."""
+    return list(walk(grammar, read(grammar, start, text)))
+
+
+def read(grammar: Grammar, start: str, text: str) -> Tree[Token]:
+    """Lark's tree of `text`, read as rule `start`."""
+    parser = grammar.parser(start)
+    try:
+        return parser.parse(text)
+    except UnexpectedInput as error:
+        raise _trace_error(parser, error, text) from None
+
+
+def walk(grammar: Grammar, node: Tree[Token] | Token, in_branch: bool = False) -> Iterator[Segment]:
+    """The segments of a tree, in the order of the text."""
+    if isinstance(node, Token):
+        if node.end_pos is not None and node.start_pos is not None and node.end_pos > node.start_pos:
+            role: Role = "closer" if node.type != TEXT else "body" if in_branch else "text"
+            yield Segment(role, node.start_pos, node.end_pos)
+        return
+    if node.meta.empty:
+        return
+    start, end = node.meta.start_pos, node.meta.end_pos
+    rule = str(node.data)
+    if rule == "fork":
+        yield Segment("fork", start, end, outlines=tuple(_outlines(grammar, node)))
+    elif rule in _WHOLE_ROLES:
+        found = _tokens(grammar, node)
+        yield Segment(
+            _WHOLE_ROLES[rule],
+            start,
+            end,
+            number=str(found.get(NUMBER, "")),
+            name=str(found.get("", "")),
+            label=str(found.get(TEXT, "")).strip(),
+        )
+    else:
+        for child in node.children:
+            yield from walk(grammar, child, in_branch or rule in BRANCH_RULES)
+
+
+# Rules that are one segment each.
+_WHOLE_ROLES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("prompt", "text", "fork", "body")}
+_WHOLE_ROLES["failure"] = "result"
+
+
+def _outlines(grammar: Grammar, fork: Tree[Token]) -> Iterator[Outline]:
+    for outline in list(fork.find_data("outline")) or [fork]:
+        found = _tokens(grammar, outline)
+        text = found.get(TEXT, found.get(""))
+        if text is not None:
+            first = found.get(NUMBER, text)
+            yield Outline(str(found.get(NUMBER, "")), str(text).strip(), first.start_pos or 0)
+
+
+def _tokens(grammar: Grammar, node: Tree[Token]) -> dict[str, Token]:
+    """The number, the text and, under "", what any other terminal names; the first of each."""
+    found: dict[str, Token] = {}
+    for token in node.scan_values(lambda v: isinstance(v, Token)):
+        if token.type in (NUMBER, TEXT):
+            found.setdefault(token.type, token)
+        elif isinstance(grammar.terminals.get(token.type), str):
+            found.setdefault("", token)
+    return found
+
+
+def error_at(text: str, offset: int, found: str, expected: list[str]) -> TraceError:
+    """A `TraceError` with the line and column of an offset."""
+    line = text.count("\n", 0, offset) + 1
+    return TraceError(line, offset - (text.rfind("\n", 0, offset) + 1) + 1, found, expected)
+
+
+def _trace_error(parser: Lark, error: UnexpectedInput, text: str) -> TraceError:
+    match error:
+        case UnexpectedToken():
+            names: set[str] = set(error.accepts or error.expected)
+        case UnexpectedCharacters():
+            names = set(error.allowed or ())
+        case UnexpectedEOF():
+            names = set(error.expected)
+        case _:
+            names = set()
+    shown = {
+        t.name: json.dumps(t.pattern.value) for t in parser.terminals if isinstance(t.pattern, PatternStr)
+    }
+    shown |= {TEXT: "free text", NUMBER: "a number"}
+    expected = sorted(shown.get(n, n) for n in names - {"$END"})
+    expected += ["the end"] if "$END" in names else []
+    offset = error.pos_in_stream if error.pos_in_stream is not None else len(text)
+    if isinstance(error, UnexpectedEOF) or (
+        isinstance(error, UnexpectedToken) and error.token.type == "$END"
+    ):
+        return error_at(text, len(text), "", expected)
+    piece = re.match(r"</?\w[^<>\s]*>|[^\s<]{1,20}|\s|.", text[offset:])
+    return error_at(text, offset, piece[0] if piece else "", expected)
