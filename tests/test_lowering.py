@@ -4,42 +4,13 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-from llguidance import LLMatcher, LLTokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from masked import Masked
 from traces import TAGS, free_text
 
 import sgl_apr as apr
 from sgl_apr.grammar import grammar_path
 
 FORK = "<Parallel>\n<Outlines>\n<Outline>1: x</Outline>\n<Outline>2: y</Outline>\n</Outlines>"
-
-
-class Masked:
-    """A byte-level tokenizer, with or without the tags as tokens, and llguidance on it."""
-
-    def __init__(self, tags: tuple[str, ...]) -> None:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        self.backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-        self.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self.backend.decoder = decoders.ByteLevel()
-        self.backend.add_special_tokens(["<eos>", *tags])
-        self.eos_ids = frozenset({self.backend.token_to_id("<eos>")})
-        self.tags = tags
-        self.guide = LLTokenizer(self.backend.to_str(), eos_token=self.backend.token_to_id("<eos>"))
-
-    def special(self, tag: str) -> int | None:
-        return self.backend.token_to_id(tag) if tag in self.tags else None
-
-    def matcher(self, phase: str, **options) -> LLMatcher:
-        dialect = options.pop("dialect", apr.dialect("threadweaver"))
-        matcher = LLMatcher(self.guide, dialect.llguidance(phase, self, **options))
-        assert not matcher.is_error(), matcher.get_error()
-        return matcher
-
-    def accepts(self, phase: str, text: str, **options) -> bool:
-        """Whether all of `text` can be decoded and decoding may end there."""
-        matcher, ids = self.matcher(phase, **options), self.backend.encode(text).ids
-        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
 TOKENS, SPELLED = Masked(TAGS), Masked(())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgl_apr.budget import branch_tokens, lead_chars, trunk_tokens
+from sgl_apr.completion import FILLER
 from sgl_apr.dialects import Dialect, Phase, Place
 from sgl_apr.engine.base import Engine, Request, Result
 from sgl_apr.errors import BranchFailed, BudgetExceeded, EngineError, EngineTimeout
@@ -340,7 +341,7 @@ class _Run:
         else:
             branch = _Strand(path, (), (), share, number=number, outline=outline.text, after=after)
             told = brief(self.dialect.brief).tell(self.tokenizer.decode(strand.context), outline.text)
-            told = self._shortened(told, share)  # it comes out of the branch's share
+            told = self._shortened(told, share) or FILLER  # it comes out of the branch's share
             text = self.plan.wrap(told) if self.plan.wrap else told
         self._inject(branch, "header", text, label=outline.text)
         if self.dialect.sees == "prefix":
@@ -374,6 +375,11 @@ class _Run:
                     tasks.append(group.create_task(run(engine, branch)))
         except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
             raise _first(failed) from _first(failed).__cause__
+        for branch in branches:
+            if branch.given_up and self.spans[branch.order[-1]].role == "header":  # it had not even begun
+                place, context = self._place(branch), branch.context
+                step = interpret(self.dialect, "branch", place, context, (), "cancelled", self.tokenizer)
+                self._append(branch, step, None)
 
     async def _run_branch(self, engine: Engine, branch: _Strand, new: int) -> None:
         try:

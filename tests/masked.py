@@ -1,0 +1,101 @@
+"""A byte-level tokenizer under llguidance's masks, and an engine that samples from what they allow: no model, no server."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import llguidance.numpy as masks
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import sgl_apr as apr
+from sgl_apr.engine.base import Load
+
+
+class Masked:
+    """A byte-level tokenizer, with or without the tags as tokens, and llguidance on it."""
+
+    def __init__(self, tags: tuple[str, ...]) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        self.backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        self.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.backend.decoder = decoders.ByteLevel()
+        self.backend.add_special_tokens(["<eos>", *tags])
+        self.eos_ids = frozenset({self.backend.token_to_id("<eos>")})
+        self.tags = tags
+        self.guide = LLTokenizer(self.backend.to_str(), eos_token=self.backend.token_to_id("<eos>"))
+
+    def special(self, tag: str) -> int | None:
+        return self.backend.token_to_id(tag) if tag in self.tags else None
+
+    def matcher(self, phase: str, **options) -> LLMatcher:
+        dialect = options.pop("dialect", apr.dialect("threadweaver"))
+        matcher = LLMatcher(self.guide, dialect.llguidance(phase, self, **options))
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher
+
+    def accepts(self, phase: str, text: str, **options) -> bool:
+        """Whether all of `text` can be decoded and decoding may end there."""
+        matcher, ids = self.matcher(phase, **options), self.backend.encode(text).ids
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        return list(self.backend.encode(text).ids)
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+
+class SampledEngine:
+    """Samples every request from its grammar's mask alone; `tag_weight` is how much likelier a tag is than a byte."""
+
+    def __init__(self, tokenizer: Masked, seed: int = 0, tag_weight: float = 30.0) -> None:
+        self.tokenizer, self.random = tokenizer, random.Random(seed)
+        self.size = tokenizer.backend.get_vocab_size()
+        self.weights = np.ones(self.size)
+        # Mostly letters: text of any bytes would be no text.
+        for i in range(self.size):
+            token = tokenizer.backend.id_to_token(i)
+            if len(token) == 1 and not (token.isascii() and (token.isalnum() or token in "<>/ ") or token in "ĠĊ"):
+                self.weights[i] = 0.02
+            if token in tokenizer.tags or token == "<eos>":
+                self.weights[i] = tag_weight
+        self.requests: list[apr.Request] = []
+
+    async def decode(self, request: apr.Request, on_tokens=None) -> apr.Result:
+        self.requests.append(request)
+        matcher = LLMatcher(self.tokenizer.guide, request.grammar)
+        assert not matcher.is_error(), (matcher.get_error(), request.grammar)
+        bits = masks.allocate_token_bitmask(1, self.size)
+        ids: list[int] = []
+        while len(ids) < request.max_tokens:
+            masks.fill_next_token_bitmask(matcher, bits)
+            allowed = np.unpackbits(bits.view(np.uint8), bitorder="little")[: self.size]
+            odds = np.cumsum(self.weights * allowed)
+            token = int(np.searchsorted(odds, self.random.random() * odds[-1], side="right"))
+            ids.append(token)
+            if on_tokens:
+                on_tokens([token])
+            if token in self.tokenizer.eos_ids or token in request.stop_ids:
+                break
+            assert matcher.consume_token(token), matcher.get_error()
+        else:
+            return apr.Result(tuple(ids), "length", len(request.input_ids), 0)
+        return apr.Result(tuple(ids), "stop", len(request.input_ids), 0)
+
+    async def commit(self, rid: str, prefix: Sequence[int]) -> apr.Result:
+        return apr.Result((), "length", len(prefix), 0)
+
+    async def fork(self, rid: str, prefix: Sequence[int], size: int):
+        return await self.commit(rid, prefix), [self] * size
+
+    async def release(self) -> None:
+        pass
+
+    async def abort(self, rid: str) -> None:
+        pass
+
+    async def load(self) -> Load:
+        return Load(running=0, waiting=0, used_tokens=0, max_tokens=1 << 30)
