@@ -15,7 +15,7 @@ from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.facts import Facts, check_facts, read_facts
 from sgl_apr.grammar import Grammar, grammar_path
 from sgl_apr.lowering import Shape, lower
-from sgl_apr.segments import Segment, error_at, segments
+from sgl_apr.segments import Outline, Segment, error_at, segments
 from sgl_apr.structure import OpenBlock, Strand, Structure
 from sgl_apr.tokenizer import Tokenizer, split_ids
 from sgl_apr.trajectory import Trajectory
@@ -59,7 +59,9 @@ class Dialect(Facts):
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise GrammarError(f"cannot read the grammar {path}: {getattr(error, 'strerror', error)}") from None
+            raise GrammarError(
+                f"cannot read the grammar {path}: {getattr(error, 'strerror', error)}"
+            ) from None
         return cls.from_source(path.stem, source, **facts)
 
     @classmethod
@@ -174,7 +176,7 @@ class Dialect(Facts):
     def _checked(self, found: list[Segment], text: str, place: Place) -> list[Segment]:
         strand = Strand(prefix=place.prefix, number=place.number)
         if self.asynchronous and place.number:
-            ahead = [structure.Outline(str(n), "", 0) for n in range(self.first, int(place.number))]
+            ahead = [Outline(str(n), "", 0) for n in range(self.first, int(place.number))]
             waiting = [o for o in ahead if o.number in place.waiting]
             strand.block = OpenBlock(1, ahead, waiting) if waiting else None
         known = self.structure(_raiser(text), strand)
@@ -223,7 +225,9 @@ def dialect(name: str) -> Dialect:
         made = point.load()
         made = made() if callable(made) and not isinstance(made, Dialect) else made
         if not isinstance(made, Dialect):
-            raise GrammarError(f"the entry point {point.value} of {name!r} gives {made!r}, expected a Dialect")
+            raise GrammarError(
+                f"the entry point {point.value} of {name!r} gives {made!r}, expected a Dialect"
+            )
         return made
     raise GrammarError(f"no dialect {name!r}, expected one of {', '.join(dialect_names())}")
 

@@ -66,7 +66,9 @@ def check_facts(facts: Facts, where: str) -> None:
     if facts.sees not in get_args(Sees):
         raise GrammarError(f"{where}: sees {facts.sees}, expected {' or '.join(get_args(Sees))}")
     if not facts.joins or not {*facts.joins, facts.published} <= set(get_args(Join)):
-        raise GrammarError(f"{where}: joins {' '.join(facts.joins)}, expected some of {', '.join(get_args(Join))}")
+        raise GrammarError(
+            f"{where}: joins {' '.join(facts.joins)}, expected some of {', '.join(get_args(Join))}"
+        )
     if ("message" in facts.joins) != (facts.sees == "message"):
         raise GrammarError(f"{where}: branches that see a message join by message, and no others do")
     kind, _, k = facts.policy.partition(":")

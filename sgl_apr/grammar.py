@@ -151,7 +151,9 @@ class Grammar:
         for seq in self._sequences():
             for n in numbers or ("",):
                 tags = [i.text for i in join_tags(seq, n) if _is_tag(i)]
-                found |= dict.fromkeys(t for t in tags if not _is_open(t) or t in self.marks and Name(NUMBER) not in seq)
+                found |= dict.fromkeys(
+                    t for t in tags if not _is_open(t) or (t in self.marks and Name(NUMBER) not in seq)
+                )
         return tuple(found)
 
     def _sequences(self) -> Iterator[tuple[Expr, ...]]:
@@ -270,7 +272,9 @@ def _facts(source: str, name: str) -> Iterator[tuple[str, str]]:
             for fact in line[3:].split(","):
                 key, _, value = fact.strip().partition(" ")
                 if not key or not value.strip():
-                    raise GrammarError(f"{name}, line {number}: {fact.strip()!r}, expected //@ key value, key value")
+                    raise GrammarError(
+                        f"{name}, line {number}: {fact.strip()!r}, expected //@ key value, key value"
+                    )
                 yield key, value.strip()
 
 

@@ -53,7 +53,9 @@ class Structure:
     `asynchronous` dialects fork one branch at a time and wait for it later.
     """
 
-    def __init__(self, facts: Facts, report: Report, *, asynchronous: bool, start: Strand | None = None) -> None:
+    def __init__(
+        self, facts: Facts, report: Report, *, asynchronous: bool, start: Strand | None = None
+    ) -> None:
         self.facts, self.report, self.asynchronous = facts, report, asynchronous
         self.strands = [start or Strand()]
         # A join by message takes the call out of what the trunk goes on from.
@@ -105,14 +107,26 @@ class Structure:
             strand.blocks += 1
             block = strand.block = OpenBlock(strand.blocks, [], [])
             if len(strand.path) // 2 >= facts.max_depth:
-                self.report("nested too deep", segment.start, segment.end, f"at most {facts.max_depth} levels")
+                self.report(
+                    "nested too deep", segment.start, segment.end, f"at most {facts.max_depth} levels"
+                )
         for outline in segment.outlines:
             want = f"{strand.prefix}{facts.first + len(block.outlines)}"
             if outline.number and outline.number != want:
                 known = any(o.number == outline.number for o in block.outlines)
-                self.report("duplicate number" if known else "missing number", outline.at, outline.at + len(outline.number), f'"{want}"')
+                self.report(
+                    "duplicate number" if known else "missing number",
+                    outline.at,
+                    outline.at + len(outline.number),
+                    f'"{want}"',
+                )
             if len(block.outlines) >= facts.max_width:
-                self.report("too many branches", outline.at, outline.at + len(outline.number), f"at most {facts.max_width} outlines")
+                self.report(
+                    "too many branches",
+                    outline.at,
+                    outline.at + len(outline.number),
+                    f"at most {facts.max_width} outlines",
+                )
             block.outlines.append(outline)
             block.unread.append(outline)
             block.forks.append((index,))
@@ -135,7 +149,11 @@ class Structure:
             if outline is None or segment.number != outline.number:
                 known = any(o.number == segment.number for o in block.outlines[: block.read - 1])
                 self.report(
-                    "duplicate number" if known else "branch without an outline" if outline is None else "missing number",
+                    "duplicate number"
+                    if known
+                    else "branch without an outline"
+                    if outline is None
+                    else "missing number",
                     segment.start,
                     segment.end,
                     "the branch that is next in the outlines",
@@ -143,7 +161,9 @@ class Structure:
         elif segment.number and segment.number != f"{strand.prefix}{facts.first + block.read - 1}":
             self.report("missing number", segment.start, segment.end, f'"{facts.first + block.read - 1}"')
         if block.read > facts.max_width:
-            self.report("too many branches", segment.start, segment.end, f"at most {facts.max_width} branches")
+            self.report(
+                "too many branches", segment.start, segment.end, f"at most {facts.max_width} branches"
+            )
         start = block.forks[min(block.read, len(block.forks)) - 1] if block.forks else strand.tip
         path = (*strand.path, block.number, block.read)
         prefix = f"{segment.number}." if segment.number else ""
@@ -184,7 +204,9 @@ class Structure:
         unread = strand.block.unread if strand.block else []
         known = [o.number for o in unread]
         if not unread or (segment.number and segment.number not in known):
-            self.report("join without a fork", segment.start, segment.end, f"one of {', '.join(known) or 'none'}")
+            self.report(
+                "join without a fork", segment.start, segment.end, f"one of {', '.join(known) or 'none'}"
+            )
 
     def _tail(self, strand: Strand, segment: Segment) -> tuple[int, ...]:
         block = strand.block
@@ -192,7 +214,10 @@ class Structure:
             return strand.tip
         if block.unread:
             self.report(
-                "missing branch", segment.start, segment.start, f"branch {block.unread[0].number}, which has an outline"
+                "missing branch",
+                segment.start,
+                segment.start,
+                f"branch {block.unread[0].number}, which has an outline",
             )
         strand.block = None
         return tuple(block.ends) if block.ends else strand.tip

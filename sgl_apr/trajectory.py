@@ -152,15 +152,17 @@ class Trajectory:
         apart: list[bool] = []
         for span in self.spans:
             apart.append(all(apart[p] for p in span.parents) if span.parents else bool(span.after))
-        return tuple(
-            s for s, own in zip(self.spans, apart, strict=True) if not own and s.origin != "prompt"
-        )
+        return tuple(s for s, own in zip(self.spans, apart, strict=True) if not own and s.origin != "prompt")
 
     @property
     def context_ids(self) -> tuple[int, ...]:
         """The ids that whatever comes next is conditioned on, prompt included: `text` without dropped calls."""
         last = max((i for i, s in enumerate(self.spans) if s.path == ()), default=None)
-        return () if last is None else tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
+        return (
+            ()
+            if last is None
+            else tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
+        )
 
     def ancestors(self, index: int) -> list[int]:
         """What span `index` was conditioned on, and itself, in the order of the text."""
@@ -213,8 +215,12 @@ class Trajectory:
         own = [self.spans[i] for i in ids]
         return Branch(
             path=path,
-            outline=next((s.outline or s.label for s in own if s.role in ("header", "result") and s.path == path), ""),
-            text="".join(s.text for s in own if s.path != path or s.role not in ("header", "closer", "result")),
+            outline=next(
+                (s.outline or s.label for s in own if s.role in ("header", "result") and s.path == path), ""
+            ),
+            text="".join(
+                s.text for s in own if s.path != path or s.role not in ("header", "closer", "result")
+            ),
             result="".join(s.label for s in own if s.path == path and s.role == "result"),
             finish=next((s.finish for s in reversed(own) if s.path == path and s.finish), None),
             spans=ids,

@@ -58,7 +58,9 @@ class SampledEngine:
         # Mostly letters: text of any bytes would be no text.
         for i in range(self.size):
             token = tokenizer.backend.id_to_token(i)
-            if len(token) == 1 and not (token.isascii() and (token.isalnum() or token in "<>/ ") or token in "ĠĊ"):
+            if len(token) == 1 and not (
+                (token.isascii() and (token.isalnum() or token in "<>/ ")) or token in "ĠĊ"
+            ):
                 self.weights[i] = 0.02
             if token in tokenizer.tags or token == "<eos>":
                 self.weights[i] = tag_weight

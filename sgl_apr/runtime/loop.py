@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from typing import Any
 
 from sgl_apr.budget import branch_tokens, lead_chars, trunk_tokens
@@ -17,13 +16,12 @@ from sgl_apr.errors import BranchFailed, BudgetExceeded, EngineError, EngineTime
 from sgl_apr.lowering import Fork
 from sgl_apr.messages import brief
 from sgl_apr.runtime.plan import Plan, plan
+from sgl_apr.runtime.record import Ahead, OnText, Record, Strand
 from sgl_apr.runtime.steps import Step, interpret, overhead
 from sgl_apr.runtime.stream import TextStream
 from sgl_apr.segments import Outline
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Call, Finish, Path, Role, Span, Trajectory
-
-OnText = Callable[[Path, str], None]
+from sgl_apr.trajectory import Finish, Trajectory
 
 
 async def areason(
@@ -96,70 +94,25 @@ def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-@dataclass
-class _Strand:
-    """One line of thought as it grows: the trunk, or a branch.
-
-    `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `left`
-    is what it may still spend, `spent` what it and its branches have. `number` is as its header has it.
-    """
-
-    path: Path
-    context: tuple[int, ...]
-    tip: tuple[int, ...]
-    left: int
-    order: list[int] = field(default_factory=list)
-    number: str = ""
-    outline: str = ""
-    after: tuple[int, ...] = ()
-    blocks: int = 0
-    spent: int = 0
-    ahead: Ahead | None = None
-    given_up: bool = False
-
-    @property
-    def depth(self) -> int:
-        return len(self.path) // 2
-
-
-@dataclass
-class Ahead:
-    """Branches of a strand that run while it goes on: `forked` are all of its open block, `running` those not joined."""
-
-    forked: int = 0
-    running: dict[str, tuple[_Strand, Engine, asyncio.Task[None], int]] = field(default_factory=dict)
-
-
 class _Run:
     """One trajectory under way: the spans and calls so far."""
 
     def __init__(self, tokenizer: Tokenizer, plan: Plan, on_text: OnText) -> None:
-        self.tokenizer, self.plan, self.on_text = tokenizer, plan, on_text
+        self.tokenizer, self.plan = tokenizer, plan
         self.dialect, self.grammar = plan.dialect, plan.dialect.grammar
-        self.began = time.monotonic()
+        self.record = Record(tokenizer, on_text)
         self.rid = f"apr-{uuid.uuid4().hex}"
-        self.spans: list[Span] = []
-        self.calls: list[Call] = []
         self.overhead = overhead(plan.dialect, tokenizer)
 
     async def trajectory(
         self, engine: Engine, prompt_ids: tuple[int, ...], tasks: asyncio.TaskGroup
     ) -> Trajectory:
         self.tasks = tasks  # branches that run while the trunk goes on
-        text = self.tokenizer.decode(prompt_ids)
-        prompt = self._add(Span("prompt", "prompt", text, prompt_ids, ()))
-        trunk = _Strand((), prompt_ids, (prompt,), self.plan.budget.tokens, [prompt])
+        trunk = self.record.trunk(prompt_ids, self.plan.budget.tokens)
         await self._think(engine, trunk, "trunk", new=len(prompt_ids))
-        place = {old: new for new, old in enumerate(trunk.order)}
+        return self.record.trajectory(trunk, self.dialect.name)
 
-        def moved(indices: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(place[i] for i in indices)
-
-        spans = (self.spans[i] for i in trunk.order)
-        ordered = tuple(replace(s, parents=moved(s.parents), after=moved(s.after)) for s in spans)
-        return Trajectory(ordered, self.dialect.name, tuple(self.calls), time.monotonic() - self.began)
-
-    async def _think(self, engine: Engine, strand: _Strand, phase: Phase, new: int) -> None:
+    async def _think(self, engine: Engine, strand: Strand, phase: Phase, new: int) -> None:
         """Decode, fork and join until the strand ends; `new` prompt tokens are unknown to the engine yet."""
         behind: Phase = "after" if phase == "trunk" else "rejoin"
         if phase == "trunk" and phase not in self.grammar.rules:
@@ -168,7 +121,7 @@ class _Run:
         while True:
             width, fork = self._fork_rule(strand)
             step, call = await self._decode(engine, strand, phase, new, width, fork)
-            self._append(strand, step, call)
+            self.record.append(strand, step, call)
             if step.over:
                 break
             if step.wait is not None:
@@ -181,34 +134,34 @@ class _Run:
             phase = behind
         while strand.ahead and strand.ahead.running:  # its tokens ran out before it asked for them
             number = next(iter(strand.ahead.running))
-            self._inject(strand, "wait", self.grammar.written("wait", number))
+            self.record.inject(strand, "wait", self.grammar.written("wait", number))
             await self._join(strand, number)
 
-    def _seeds(self, strand: _Strand, width: int | None = None) -> tuple[Outline, ...]:
+    def _seeds(self, strand: Strand, width: int | None = None) -> tuple[Outline, ...]:
         """Outlines of branches that differ by chance, or by their number alone."""
         width = width or max(self._fits(strand))
         return tuple(Outline(str(self.dialect.first + k), "", 0) for k in range(width))
 
-    def _fits(self, strand: _Strand) -> list[int]:
+    def _fits(self, strand: Strand) -> list[int]:
         """Widths, largest first, of which at least half of what is left is not spent on tags."""
         widths = range(self.plan.width, self.plan.least - 1, -1)
         return [w for w in widths if 2 * self.overhead.of(w) <= strand.left]
 
-    def _check_fits(self, strand: _Strand) -> None:
+    def _check_fits(self, strand: Strand) -> None:
         if not self._fits(strand):
             need = 2 * self.overhead.of(self.plan.least)
             raise BudgetExceeded(
                 f"a fork needs at least {need} tokens here, and {strand.left} are left of {self.plan.budget}"
             )
 
-    def _fork_rule(self, strand: _Strand) -> tuple[int, Fork]:
+    def _fork_rule(self, strand: Strand) -> tuple[int, Fork]:
         """How wide the next fork may be, and whether it has to come, may come, or may not (width 0)."""
         plan, trunk = self.plan, not strand.path
         if strand.depth >= plan.budget.depth or (strand.path and "rejoin" not in self.grammar.rules):
             return 0, "forbidden"
         if strand.ahead and strand.ahead.running:  # the open block may have more branches
-            fits = 2 * self.overhead.of(len(strand.ahead.running) + 1) <= strand.left
-            return plan.width, "auto" if fits and strand.ahead.forked < plan.width else "forbidden"
+            more = 2 * self.overhead.of(len(strand.ahead.running) + 1) <= strand.left
+            return plan.width, "auto" if more and strand.ahead.forked < plan.width else "forbidden"
         required = trunk and strand.blocks < plan.min_blocks
         if required:
             self._check_fits(strand)
@@ -217,7 +170,7 @@ class _Run:
             return 0, "forbidden"
         return fits[0], "required" if required else "auto"
 
-    def _place(self, strand: _Strand) -> Place:
+    def _place(self, strand: Strand) -> Place:
         if self.dialect.asynchronous and not strand.path:
             ahead = strand.ahead or Ahead()
             next_ = str(self.dialect.first + (ahead.forked if ahead.running else 0))
@@ -225,14 +178,19 @@ class _Run:
         return Place(prefix=f"{strand.number}." if strand.path else "", number=strand.number)
 
     async def _decode(
-        self, engine: Engine, strand: _Strand, phase: Phase, new: int, width: int, fork: Fork
+        self, engine: Engine, strand: Strand, phase: Phase, new: int, width: int, fork: Fork
     ) -> tuple[Step, int | None]:
         """One request and what it means; no request if there is nothing left to decode."""
         context, place = strand.context, self._place(strand)
         reserve = len(strand.ahead.running) if strand.ahead else 0
-        tokens = strand.left if strand.path and not width else trunk_tokens(strand.left, self.overhead, width + reserve)
-        result, call, cut = Result((), "length", 0, 0), None, None
-        stream = TextStream(self.tokenizer, context, lambda text: self.on_text(strand.path, text))
+        tokens = (
+            strand.left
+            if strand.path and not width
+            else trunk_tokens(strand.left, self.overhead, width + reserve)
+        )
+        result, call = Result((), "length", 0, 0), None
+        cut: Finish | None = None
+        stream = TextStream(self.tokenizer, context, lambda text: self.record.on_text(strand.path, text))
         if tokens > 0:
             request = self._request(context, phase, place, tokens, width, fork)
             started, heard = time.monotonic(), list[int]()
@@ -248,9 +206,9 @@ class _Run:
                     raise
                 asyncio.current_task().uncancel()  # type: ignore[union-attr]  # we run in one
                 result, cut = Result(tuple(heard), "length", len(context), 0), "cancelled"
-            call = self._record(strand.path and "branch" or phase, strand.path, result, new, started)
-        ended: Finish | None = cut or ("length" if result.finish == "length" else None)
-        step = interpret(self.dialect, phase, place, context, result.token_ids, ended, self.tokenizer)
+            call = self.record.call("branch" if strand.path else phase, strand.path, result, new, started)
+        cut = cut or ("length" if result.finish == "length" else None)
+        step = interpret(self.dialect, phase, place, context, result.token_ids, cut, self.tokenizer)
         stream.finish(step)
         return step, call
 
@@ -284,21 +242,19 @@ class _Run:
             stop=tuple(t for t, i in zip(stops, special, strict=True) if i is None),
         )
 
-    async def _fork_and_join(self, engine: Engine, strand: _Strand, outlines: Sequence[Outline]) -> int:
+    async def _fork_and_join(self, engine: Engine, strand: Strand, outlines: Sequence[Outline]) -> int:
         """Run one branch per outline at once, and leave in the strand what comes of them. Returns its new tokens."""
         strand.blocks += 1
         fork = strand.order[-1]
         if self.dialect.drops_calls:
             self._drop(strand, fork)
         else:
-            self._inject(strand, "lead", self.grammar.written("lead"))
+            self.record.inject(strand, "lead", self.grammar.written("lead"))
         returned = self.dialect.sees == "message"
         limit = self.plan.budget.branch_tokens
         share = branch_tokens(strand.left, self.overhead, len(outlines), limit, returned=returned)
         engines = await self._commit(engine, strand, len(outlines))
-        branches = [
-            self._branch(strand, k, outline, share, (fork,)) for k, outline in enumerate(outlines, 1)
-        ]
+        branches = [self._branch(strand, k, outline, share, (fork,)) for k, outline in enumerate(outlines, 1)]
         prefix = 0 if returned else len(strand.context)
         try:
             await self._run_branches(engines, branches, prefix)
@@ -309,41 +265,33 @@ class _Run:
             self._take(strand, branch)
         if returned:
             return self._results(strand, branches, share)
-        prefix_tip = strand.tip
         strand.tip = tuple(tip for b in branches for tip in b.tip)
         for branch in branches:
             strand.context += branch.context[prefix:]
-        self._inject(strand, "tail", self.grammar.written("tail"))
-        written = [*(i for b in branches for i in b.order if i not in prefix_tip)]
-        tail = len(strand.context) - prefix - sum(len(b.context) - prefix for b in branches)
-        # The headers were new to the branches, which have computed them by now.
-        return tail + sum(
-            self.spans[i].tokens
-            for i in written
-            if self.spans[i].origin == "injected" and self.spans[i].role != "header"
-        )
+        before = len(strand.context)
+        self.record.inject(strand, "tail", self.grammar.written("tail"))
+        tail = len(strand.context) - before
+        return tail + sum(self.record.unknown(branch) for branch in branches)
 
-    async def _commit(self, engine: Engine, strand: _Strand, size: int) -> Sequence[Engine]:
+    async def _commit(self, engine: Engine, strand: Strand, size: int) -> Sequence[Engine]:
         started = time.monotonic()
         committed, engines = await engine.fork(self._new_rid(), strand.context, size)
-        self._record("commit", strand.path, committed, len(strand.context) - self._known(strand), started)
+        self.record.call("commit", strand.path, committed, self.record.unknown(strand), started)
         return engines
 
-    def _branch(
-        self, strand: _Strand, k: int, outline: Outline, share: int, after: tuple[int, ...]
-    ) -> _Strand:
+    def _branch(self, strand: Strand, k: int, outline: Outline, share: int, after: tuple[int, ...]) -> Strand:
         """A branch with its header, or with its message in a context of its own."""
         number = outline.number or str(self.dialect.first + k - 1)
         path = (*strand.path, strand.blocks, k)
         if self.dialect.sees == "prefix":
-            branch = _Strand(path, strand.context, strand.tip, share, number=number, outline=outline.text)
+            branch = Strand(path, strand.context, strand.tip, share, number=number, outline=outline.text)
             text = self.grammar.written("header", number)
         else:
-            branch = _Strand(path, (), (), share, number=number, outline=outline.text, after=after)
+            branch = Strand(path, (), (), share, number=number, outline=outline.text, after=after)
             told = brief(self.dialect.brief).tell(self.tokenizer.decode(strand.context), outline.text)
             told = self._shortened(told, share) or FILLER  # it comes out of the branch's share
             text = self.plan.wrap(told) if self.plan.wrap else told
-        self._inject(branch, "header", text, label=outline.text)
+        self.record.inject(branch, "header", text, label=outline.text)
         if self.dialect.sees == "prefix":
             branch.left = share  # a header comes out of the overhead
         branch.after = ()
@@ -353,13 +301,13 @@ class _Run:
         ids = self.tokenizer.encode(text)
         return text if len(ids) <= most else self.tokenizer.decode(ids[:most])
 
-    async def _run_branches(self, engines: Sequence[Engine], branches: Sequence[_Strand], prefix: int) -> None:
+    async def _run_branches(self, engines: Sequence[Engine], branches: Sequence[Strand], prefix: int) -> None:
         """Until enough of them have ended; the others are cut where they are."""
         quorum = self.plan.quorum(len(branches))
         ended = 0
         tasks: list[asyncio.Task[None]] = []
 
-        async def run(engine: Engine, branch: _Strand) -> None:
+        async def run(engine: Engine, branch: Strand) -> None:
             nonlocal ended
             await self._run_branch(engine, branch, len(branch.context) - prefix)
             ended += 1
@@ -376,12 +324,14 @@ class _Run:
         except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
             raise _first(failed) from _first(failed).__cause__
         for branch in branches:
-            if branch.given_up and self.spans[branch.order[-1]].role == "header":  # it had not even begun
+            if (
+                branch.given_up and self.record.spans[branch.order[-1]].role == "header"
+            ):  # it had not even begun
                 place, context = self._place(branch), branch.context
                 step = interpret(self.dialect, "branch", place, context, (), "cancelled", self.tokenizer)
-                self._append(branch, step, None)
+                self.record.append(branch, step, None)
 
-    async def _run_branch(self, engine: Engine, branch: _Strand, new: int) -> None:
+    async def _run_branch(self, engine: Engine, branch: Strand, new: int) -> None:
         try:
             await self._think(engine, branch, "branch", new)
         except BranchFailed:
@@ -390,7 +340,7 @@ class _Run:
             where = ".".join(map(str, branch.path))
             raise BranchFailed(f"branch {where}: {error}", branch.path, error.status) from error
 
-    async def _spawn(self, engine: Engine, strand: _Strand, outline: Outline) -> int:
+    async def _spawn(self, engine: Engine, strand: Strand, outline: Outline) -> int:
         """Start one branch and go on beside it. Its share is set aside until it is joined."""
         if strand.ahead is None or not strand.ahead.running:
             strand.blocks, strand.ahead = strand.blocks + 1, Ahead()
@@ -408,18 +358,18 @@ class _Run:
         ahead.running[branch.number] = (branch, forked, task, aside)
         return 0
 
-    async def _join(self, strand: _Strand, number: str) -> int:
+    async def _join(self, strand: Strand, number: str) -> int:
         """Wait for one branch (its result comes back), or for all of them (they are put behind the wait)."""
         ahead = strand.ahead
         if ahead is None:
             return 0
         returned = self.dialect.sees == "message"
         numbers = [number] if returned else list(ahead.running)
-        waited, tips = strand.tip, []
+        waited = strand.tip
+        tips: list[int] = []
         before = len(strand.context)
         for n in numbers:
             branch, engine, task, aside = ahead.running.pop(n)
-            prefix = 0 if returned else len(branch.context) - sum(self.spans[i].tokens for i in branch.order)
             try:
                 await task
             finally:
@@ -428,40 +378,42 @@ class _Run:
             self._take(strand, branch)
             if returned:
                 return self._results(strand, [branch], aside)
-            prefix = len(branch.context) - sum(self.spans[i].tokens for i in branch.order)
+            prefix = len(branch.context) - sum(self.record.spans[i].tokens for i in branch.order)
             strand.context += branch.context[prefix:]
             tips += branch.tip
         strand.tip = (*waited, *tips)
         return len(strand.context) - before
 
-    def _take(self, strand: _Strand, branch: _Strand) -> None:
+    def _take(self, strand: Strand, branch: Strand) -> None:
         strand.order += branch.order
         strand.left -= branch.spent
         strand.spent += branch.spent
 
-    def _drop(self, strand: _Strand, fork: int) -> None:
+    def _drop(self, strand: Strand, fork: int) -> None:
         """Go on from before the call; it stays in the record."""
-        span = self.spans[fork]
+        span = self.record.spans[fork]
         strand.tip = span.parents
         strand.context = strand.context[: len(strand.context) - span.tokens]
 
-    def _results(self, strand: _Strand, branches: Sequence[_Strand], most: int) -> int:
+    def _results(self, strand: Strand, branches: Sequence[Strand], most: int) -> int:
         """Write what branches returned, each behind its own end in time. Returns the new tokens."""
         before = len(strand.context)
-        self._inject(strand, "lead", self.grammar.written("lead"))
+        self.record.inject(strand, "lead", self.grammar.written("lead"))
         for branch in branches:
             answer = self._answer(branch, most)
             rule = "failure" if not answer and "failure" in self.grammar.rules else "result"
             text = self.grammar.written(rule, branch.number, answer, branch.outline)
             strand.after = branch.tip
-            self._inject(strand, "result", text, label=answer.strip(), path=branch.path, outline=branch.outline)
+            self.record.inject(
+                strand, "result", text, label=answer.strip(), path=branch.path, outline=branch.outline
+            )
             strand.after = ()
-        self._inject(strand, "tail", self.grammar.written("tail"))
+        self.record.inject(strand, "tail", self.grammar.written("tail"))
         return len(strand.context) - before
 
-    def _answer(self, branch: _Strand, most: int) -> str:
+    def _answer(self, branch: Strand, most: int) -> str:
         """What a branch says to the one that forked it; nothing if it was cut before it had said it."""
-        spans = [self.spans[i] for i in branch.order]
+        spans = self.record.of(branch)
         closers = [s for s in spans if s.role == "closer"]
         if self.grammar.ending("body", branch.number):
             text = closers[0].label if closers and all(s.origin == "decoded" for s in closers) else ""
@@ -471,63 +423,5 @@ class _Run:
         text = self._shortened(text, most)
         return text if not any(mark in text for mark in self.grammar.marks) else ""
 
-    def _known(self, strand: _Strand) -> int:
-        """How much of the strand the engine has computed: all but what was injected since its last decode."""
-        injected = 0
-        for i in reversed(strand.order):
-            if self.spans[i].origin != "injected":
-                break
-            injected += self.spans[i].tokens
-        return len(strand.context) - injected
-
-    def _inject(
-        self, strand: _Strand, role: Role, text: str, label: str = "", path: Path | None = None, outline: str = ""
-    ) -> None:
-        if not text:
-            return
-        first = role == "header" and not strand.context  # the first of a context of its own
-        ids = tuple(self.tokenizer.encode(text, first=first))
-        where = strand.path if path is None else path
-        self._grow(
-            strand, Span(role, "injected", text, ids, strand.tip, where, label, after=strand.after, outline=outline)
-        )
-        self.on_text(where, text)
-
-    def _append(self, strand: _Strand, step: Step, call: int | None) -> None:
-        for i, piece in enumerate(step.pieces):
-            finish: Finish | None = step.finish if i == len(step.pieces) - 1 else None
-            span = Span(
-                piece.role, piece.origin, piece.text, piece.token_ids, strand.tip, strand.path, piece.label, finish,
-                call if piece.origin == "decoded" else None,
-            )  # fmt: skip
-            self._grow(strand, span)
-
     def _new_rid(self) -> str:
         return f"{self.rid}-{uuid.uuid4().hex[:12]}"
-
-    def _grow(self, strand: _Strand, span: Span) -> None:
-        index = self._add(span)
-        strand.order.append(index)
-        strand.tip = (index,)
-        strand.context += span.token_ids or ()
-        strand.spent += span.tokens
-        strand.left -= span.tokens
-
-    def _add(self, span: Span) -> int:
-        self.spans.append(span)
-        return len(self.spans) - 1
-
-    def _record(self, phase: str, path: Path, result: Result, new: int, started: float) -> int:
-        self.calls.append(
-            Call(
-                phase=phase,
-                path=path,
-                prompt_tokens=result.prompt_tokens,
-                cached_tokens=result.cached_tokens,
-                new_tokens=new,
-                output_tokens=len(result.token_ids),
-                started=started - self.began,
-                ended=time.monotonic() - self.began,
-            )
-        )
-        return len(self.calls) - 1

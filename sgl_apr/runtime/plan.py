@@ -51,7 +51,9 @@ class Plan:
     @property
     def least(self) -> int:
         """Branches that a fork has at least."""
-        return self.width if self.dialect.seeded else self.min_width or min(self.dialect.min_width, self.width)
+        return (
+            self.width if self.dialect.seeded else self.min_width or min(self.dialect.min_width, self.width)
+        )
 
     def quorum(self, branches: int) -> int:
         """How many of so many branches have to end before the join."""
@@ -61,7 +63,9 @@ class Plan:
     def __post_init__(self) -> None:
         d, b = self.dialect, self.budget
         if self.width > d.max_width:
-            raise BudgetExceeded(f"{d.name} has at most {d.max_width} branches a block, not width={self.width}")
+            raise BudgetExceeded(
+                f"{d.name} has at most {d.max_width} branches a block, not width={self.width}"
+            )
         if b.depth > d.max_depth:
             raise BudgetExceeded(f"{d.name} nests at most {d.max_depth} deep, not depth={b.depth}")
         if not 1 <= self.least <= self.width:

@@ -77,7 +77,9 @@ def interpret(
     wait = next((s.number for s in found if s.role == "wait"), None)
     closes = bool(found) and found[-1].role in ("fork", "wait", "closer")
     # It closed itself, whichever token the engine ended on; where nothing closes a branch, its end does.
-    itself = whole is not None and (closes or (in_branch and ended and not dialect.grammar.ending("body", "1")))
+    itself = whole is not None and (
+        closes or (in_branch and ended and not dialect.grammar.ending("body", "1"))
+    )
     finish: Finish = "stop" if itself else cut or ("eos" if ended else "stop")
     pieces = tuple(_pieces(found, text, ids, closing, tokenizer))
     return Step(pieces, finish, fork is not None, fork.outlines if fork else (), wait)
