@@ -3,6 +3,7 @@
 AprError
 ├── GrammarError          a grammar file or its lowering is not usable
 ├── TraceError            a text does not follow its dialect (line, column, found, expected)
+├── ConversionError       a trajectory that another dialect cannot express
 ├── BudgetExceeded        a budget that cannot be met, or that ran out where nothing can be closed
 ├── LaunchError           a server could not be started
 ├── UnsupportedEngine     the engine or model lacks something that was asked for
@@ -36,6 +37,10 @@ class TraceError(AprError):
         self.line, self.column, self.found, self.expected = line, column, found, tuple(expected)
         what = f"found {found!r}" if found else "the text ends"
         super().__init__(f"line {line}, column {column}: {what}, expected {' or '.join(self.expected)}")
+
+
+class ConversionError(AprError):
+    """A trajectory holds what the dialect it is to be written in cannot express."""
 
 
 class BudgetExceeded(AprError):

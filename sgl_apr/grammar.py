@@ -185,10 +185,18 @@ class Grammar:
             )
         return self.rules[name]
 
-    def written(self, rule: str, number: str = "", text: str = "", name: str = "") -> str:
+    def written(
+        self,
+        rule: str,
+        number: str = "",
+        text: str = "",
+        name: str = "",
+        each: Sequence[tuple[str, str]] = (),
+    ) -> str:
         """What the runtime injects for a rule: fixed text, its number, its text and what it names.
 
-        An empty `text` leaves an optional TEXT out. An absent rule is an empty one.
+        What is optional is left out without a `text` for it. A rule that is repeated is written once for
+        each (number, text) of `each`. An absent rule is an empty one.
         """
 
         def write(expr: Expr) -> str:
@@ -205,11 +213,13 @@ class Grammar:
                     return write(self.rules[key])
                 case Name(key) if key not in (NUMBER, TEXT) and name:
                     return name
-                case Repeat(Name(key), many=False) if key == TEXT:
-                    return text
+                case Repeat(item, many=False):
+                    return write(item) if text else ""
+                case Repeat(Name(key), many=True) if each:
+                    return "".join(self.written(key, n, t, t) for n, t in each)
                 case Seq(items):
                     return "".join(map(write, items))
-            raise GrammarError(f"{self.name}: rule {rule!r} is to be injected and has to be fixed text")
+            raise GrammarError(f"{self.name}: rule {rule!r} holds what cannot be written: {expr}")
 
         return write(self.rules[rule]) if rule in self.rules else ""
 
@@ -227,6 +237,11 @@ class Grammar:
         if isinstance(last, Name) and last.name in self.rules:
             return self.ending(last.name, number)
         return last.text if isinstance(last, Literal) else ""
+
+    def is_break(self, expr: Expr) -> bool:
+        """Whether an item is a line break."""
+        terminal = self.terminals.get(expr.name) if isinstance(expr, Name) else expr
+        return terminal == Literal("\n")
 
     def repeats(self, rule: str) -> bool:
         """Whether a rule repeats another, as a fork does its outlines."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -177,6 +177,19 @@ class Trajectory:
     def reply(self) -> tuple[Span, ...]:
         """Every span but the prompt."""
         return tuple(s for s in self.spans if s.origin != "prompt")
+
+    def behind(self, prompt: str, token_ids: tuple[int, ...] | None = None) -> Trajectory:
+        """The same reply behind a prompt; for a trajectory that has none."""
+
+        def moved(indices: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(i + 1 for i in indices)
+
+        first = Span("prompt", "prompt", prompt, token_ids, ())
+        spans = (
+            replace(s, parents=moved(s.parents) or (() if s.after else (0,)), after=moved(s.after))
+            for s in self.spans
+        )
+        return replace(self, spans=(first, *spans))
 
     @property
     def finish(self) -> Finish | None:
