@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sgl_apr.errors import AprError
+from sgl_apr.trace_commands import add_commands, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         "  sgl-apr model smollm2\n"
         "  sgl-apr serve --model $(sgl-apr model smollm2)\n"
         '  sgl-apr run "Tell me about whales and eagles." --url http://127.0.0.1:30000\n'
-        "  sgl-apr parse trace.txt --json",
+        "  sgl-apr parse trace.txt --json\n"
+        "  sgl-apr validate replies.jsonl\n"
+        "  sgl-apr convert replies.jsonl --to multiverse",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -69,27 +71,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("question")
     run.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
     run.add_argument("--api-key")
-    run.add_argument("--dialect", default="threadweaver")
+    run.add_argument("--dialect", help="default: recognised by the tags of the server's tokenizer")
     run.add_argument("--mode", default="auto", choices=["auto", "sequential", "parallel"])
     run.add_argument(
         "--tokens", type=int, default=4096, help="budget of the whole reply (default: %(default)s)"
     )
-    run.add_argument("--width", type=int, default=8, help="branches of a fork at most (default: %(default)s)")
+    run.add_argument("--width", type=int, help="branches of a fork at most (default: the dialect's)")
+    run.add_argument("--depth", type=int, default=1, help="how deep forks may nest (default: %(default)s)")
     run.add_argument("--temperature", type=float, default=1.0)
     run.add_argument("--raw", action="store_true", help="send the question as it is, without a chat template")
     run.add_argument("--json", action="store_true", help="print the trajectory as JSON")
     run.set_defaults(command=_run)
 
-    parse = commands.add_parser(
-        "parse",
-        help="check a finished trace and show its structure",
-        epilog="example: sgl-apr parse trace.txt --dialect threadweaver --json",
-    )
-    parse.add_argument("file", help="a text file, or - for stdin")
-    parse.add_argument("--dialect", default="threadweaver")
-    parse.add_argument("--tokenizer", metavar="DIR_OR_ID", help="count tokens with this tokenizer")
-    parse.add_argument("--json", action="store_true", help="print the trajectory as JSON")
-    parse.set_defaults(command=_parse)
+    add_commands(commands)
     return parser
 
 
@@ -115,7 +109,7 @@ def _run(options: argparse.Namespace) -> int:
             "answer",
             options.dialect,
             mode=options.mode,
-            budget=Budget(tokens=options.tokens, width=options.width),
+            budget=Budget(tokens=options.tokens, width=options.width, depth=options.depth),
         )
         if options.raw:
             s += question + expression
@@ -128,36 +122,11 @@ def _run(options: argparse.Namespace) -> int:
             question=options.question, backend=endpoint, temperature=options.temperature
         )
         trajectory = state.get_meta_info("answer")["trajectory"]
-    _show(trajectory, options.question, options.json)
-    return 0
-
-
-def _parse(options: argparse.Namespace) -> int:
-    from sgl_apr.dialects import dialect
-    from sgl_apr.tokenizer import load_tokenizer
-
-    if options.file == "-":
-        text = sys.stdin.read()
-    else:
-        try:
-            text = Path(options.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise AprError(f"cannot read {options.file}: {error}") from None
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    trajectory = dialect(options.dialect).parse(text, tokenizer)
-    _show(trajectory, options.file, options.json, figures=tokenizer is not None)
-    return 0
-
-
-def _show(trajectory: Any, title: str, as_json: bool, figures: bool = True) -> None:
-    if as_json:
+    if options.json:
         print(trajectory.to_json())
-        return
-    from rich.console import Console
-
-    from sgl_apr.report.tree import page, tree
-
-    Console().print(page(trajectory, title) if figures else tree(trajectory, title))
+    else:
+        show(trajectory, options.question)
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from sgl_apr import structure
 from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.facts import Facts, check_facts, read_facts
 from sgl_apr.grammar import Grammar, grammar_path
-from sgl_apr.lowering import Shape, lower
+from sgl_apr.lowering import Backend, Shape, lower
 from sgl_apr.segments import Outline, Segment, error_at, segments
 from sgl_apr.structure import OpenBlock, Strand, Structure
 from sgl_apr.tokenizer import Tokenizer, split_ids
@@ -136,18 +136,25 @@ class Dialect(Facts):
     def llguidance(self, phase: str, tokenizer: Tokenizer, **shape: Any) -> str:
         """The mask of one phase, as text for a server that runs llguidance.
 
-        `shape` are the fields of `sgl_apr.lowering.Shape` (width, fork, ...).
+        `shape` are the fields of `sgl_apr.lowering.Shape` (width, fork, ...). The phase "trace" is a
+        whole document, for which every tag has to be one token.
         """
+        return self.lower(phase, tokenizer, "llguidance", **shape)
+
+    def xgrammar(self, phase: str, tokenizer: Tokenizer, **shape: Any) -> str:
+        """The same for a server that runs xgrammar; the tokenizer has to have every tag as one token."""
+        return self.lower(phase, tokenizer, "xgrammar", **shape)
+
+    def lower(self, phase: str, tokenizer: Tokenizer, backend: Backend, **shape: Any) -> str:
+        """The mask of one phase for a grammar backend."""
         wanted = Shape(**{"first": self.first, "width": self.width, "min_width": self.min_width, **shape})
         if not 1 <= wanted.min_width <= wanted.width <= self.max_width:
             raise GrammarError(
                 f"{self.name}: width {wanted.min_width} to {wanted.width}, expected within 1 to {self.max_width}"
             )
-        return _lowered(self, self.rule_of(phase), tokenizer, wanted)
-
-    def lowered(self, phase: str, tokenizer: Tokenizer, backend: str = "llguidance", **shape: Any) -> str:
-        """The mask of one phase for a server's grammar backend."""
-        return self.llguidance(phase, tokenizer, **shape)
+        if not 1 <= wanted.depth <= self.max_depth:
+            raise GrammarError(f"{self.name}: depth {wanted.depth}, expected within 1 to {self.max_depth}")
+        return _lowered(self, self.rule_of(phase), tokenizer, wanted, backend)
 
     def rule_of(self, phase: str) -> str:
         """The rule of a phase: `body` is the phase of a branch where branches don't nest."""
@@ -211,8 +218,8 @@ def _raiser(text: str) -> structure.Report:
 
 
 @lru_cache(maxsize=256)
-def _lowered(dialect: Dialect, rule: str, tokenizer: Tokenizer, shape: Shape) -> str:
-    return lower(dialect.grammar, rule, tokenizer, shape)
+def _lowered(dialect: Dialect, rule: str, tokenizer: Tokenizer, shape: Shape, backend: Backend) -> str:
+    return lower(dialect.grammar, rule, tokenizer, shape, backend)
 
 
 @lru_cache

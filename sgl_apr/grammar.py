@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -156,8 +156,8 @@ class Grammar:
                 )
         return tuple(found)
 
-    def _sequences(self) -> Iterator[tuple[Expr, ...]]:
-        """Every sequence of the file, single items included."""
+    def _sequences(self, rules: Iterable[Expr] | None = None) -> Iterator[tuple[Expr, ...]]:
+        """Every sequence of the file, or of some rules, single items included."""
 
         def visit(expr: Expr) -> Iterator[tuple[Expr, ...]]:
             match expr:
@@ -174,7 +174,7 @@ class Grammar:
                 case _:
                     yield (expr,)
 
-        for expr in self.rules.values():
+        for expr in self.rules.values() if rules is None else rules:
             yield from visit(expr)
 
     def rule(self, name: str) -> Expr:
@@ -247,6 +247,18 @@ class Grammar:
         """Whether a rule repeats another, as a fork does its outlines."""
         expr = self.rules.get(rule)
         return any(isinstance(i, Repeat) and i.many for i in (expr.items if isinstance(expr, Seq) else ()))
+
+    def longest_name(self, rule: str) -> int:
+        """Characters that the terminal of a rule which is neither TEXT nor NUMBER may have, at most."""
+        widths = {t.name: t.pattern.max_width for t in self.parser("trace").terminals}
+        names = [i.name for seq in self._sequences([self.rule(rule)]) for i in seq if isinstance(i, Name)]
+        own = [n for n in names if n not in (TEXT, NUMBER) and isinstance(self.terminals.get(n), str)]
+        return min(max((widths.get(n, 0) for n in own), default=0), 256)
+
+    def marks_of(self, rule: str) -> tuple[str, ...]:
+        """The marks that a rule itself holds."""
+        found = self._sequences([self.rules[rule]] if rule in self.rules else [])
+        return tuple(i.text for seq in found for i in seq if _is_tag(i))
 
     def opening(self, rule: str) -> str:
         """The fixed text that a rule begins with; empty if there is none."""

@@ -1,9 +1,8 @@
-"""A grammar rule lowered to llguidance, which turns it into a token mask; reading finished text is Lark's job."""
+"""A grammar rule written out for a grammar backend, which turns it into a token mask; how, is the backend's module."""
 
 from __future__ import annotations
 
-import json
-import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal as OneOf
@@ -13,6 +12,7 @@ from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Rep
 from sgl_apr.tokenizer import Tokenizer
 
 Fork = OneOf["auto", "required", "forbidden"]
+Backend = OneOf["llguidance", "xgrammar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,14 @@ class MaybeText:
     """Optional free text, kept as one item: as two alternatives a lexer could not tell them apart in time."""
 
 
-Item = Literal | Name | Chain | Mark | MaybeText
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A rule that is written already; it begins with one token, or behind what is no text."""
+
+    name: str
+
+
+Item = Literal | Name | Chain | Mark | MaybeText | Ref
 Flat = tuple[Item, ...]
 FORK, WAIT = Mark("fork"), Mark("wait")
 
@@ -47,7 +54,7 @@ class Shape:
     A fork gets `min_width` to `width` branches, numbered `prefix` + `first`, ... without gaps; `fork`
     allows the phase to fork, makes it, or forbids it. `number` is that of the branch that decodes, or of
     the next one that is forked off; `waiting` are the branches that the trunk may still wait for, and
-    has to before it ends. `lead_chars` bounds each text before a fork, and `outline_chars` makes each
+    has to before it ends. `depth` is how deep the blocks of a whole document may nest. `lead_chars` bounds each text before a fork, and `outline_chars` makes each
     outline one short line. With `plain`, and in text that is bounded, there is no `<`, which keeps a
     small model from losing itself in tags of its own.
     """
@@ -59,6 +66,7 @@ class Shape:
     first: int = 1
     number: str = ""
     waiting: tuple[str, ...] = ()
+    depth: int = 1
     lead_chars: int | None = None
     outline_chars: int | None = None
     plain: bool = False
@@ -77,16 +85,6 @@ def ways(grammar: Grammar, phase: str, shape: Shape) -> list[Flat]:
     # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
     speaking = [f for f in flats if FORK in f or f[-1:] == (Name(TEXT),)]
     return speaking if any(f[-1:] == (Name(TEXT),) for f in flats) else flats
-
-
-def lower(grammar: Grammar, phase: str, tokenizer: Tokenizer, shape: Shape = Shape()) -> str:
-    """llguidance's text for rule `phase`, to be sent as `ebnf` to a server that runs llguidance.
-
-    A tag that is one added token is written as that token, any other is spelled out ("text mode").
-    Either way free text holds no tag and nothing that passes for one, and `x < y` and `<b>` are as
-    good as any text. Raises `GrammarError` if the phase cannot be lowered.
-    """
-    return _Writer(grammar, tokenizer, shape).write(ways(grammar, phase, shape))
 
 
 def _flatten(grammar: Grammar, expr: Expr) -> list[Flat]:
@@ -115,13 +113,15 @@ def _is_numbered(grammar: Grammar, rule: str) -> bool:
     return all(Name(NUMBER) in flat for flat in _flatten(grammar, Name(rule)))
 
 
-class _Writer:
-    """Writes rules and terminals once each; the name of a rule is what makes it the same."""
+class Writer(ABC):
+    """Writes rules once each; the name of a rule is what makes it the same. How text is written is the backend's."""
+
+    DEFINES = ": "
+    START = "start"
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, shape: Shape) -> None:
         self.grammar, self.shape, self.tokenizer = grammar, shape, tokenizer
         self.lines: dict[str, str] = {}
-        self.spelled: list[str] = []
 
     def write(self, flats: list[Flat]) -> str:
         shape = self.shape
@@ -130,7 +130,8 @@ class _Writer:
             for number in shape.waiting if WAIT in flat else (shape.number,):
                 bodies.append(self.sequence(flat, number))
         body = " | ".join(dict.fromkeys(bodies))
-        return "\n".join([f"start: {body}", *(f"{name}: {rule}" for name, rule in self.lines.items())]) + "\n"
+        lines = [f"{name}{self.DEFINES}{rule}" for name, rule in {self.START: body, **self.lines}.items()]
+        return "\n".join(lines) + "\n"
 
     def sequence(self, flat: Flat, number: str, *, outline: bool = False) -> str:
         items = list(flat)
@@ -155,61 +156,45 @@ class _Writer:
                     words.append(self.fixed(text))
                 case Chain(rule, low):
                     words.append(self.chain(rule, low))
+                case Ref(name):
+                    words.append(name)
         return " ".join(words) or '""'
 
+    @abstractmethod
     def fixed(self, text: str) -> str:
-        token = self.token(text)
-        return json.dumps(text, ensure_ascii=False) if token is None else f"<[{token}]>"
+        """Fixed text, or a tag as its token."""
+
+    @abstractmethod
+    def pattern(self, name: str, regex: str) -> str:
+        """A terminal that is a regular expression."""
+
+    @abstractmethod
+    def text(
+        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
+    ) -> str:
+        """Free text before `rest`, of at most `most` characters without `<`; `line` keeps it on one line."""
 
     def token(self, text: str) -> int | None:
+        """The id of a tag that is one token."""
         return self.tokenizer.special(text) if Literal(text).is_tag else None
+
+    def _is_token(self, item: Item) -> bool:
+        return isinstance(item, Literal) and self.token(item.text) is not None
 
     def terminal(self, name: str) -> str:
         terminal = self.grammar.terminals.get(name)
         if terminal is None:
             raise GrammarError(f"{self.grammar.name}: terminal {name} is used but not defined")
-        if isinstance(terminal, Literal):
-            return self.fixed(terminal.text)
-        self.lines[name] = f"/{terminal}/"
-        return name
-
-    def text(
-        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
-    ) -> str:
-        """Free text up to what follows; a tag that is spelled out is taken off `rest` and read with the text.
-
-        A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it.
-        """
-        following = next((i for i in rest if not isinstance(i, Mark)), None)
-        pattern = self.grammar.terminals[TEXT]
-        if most or self.shape.plain:  # without `<` in it, text ends by itself where a tag begins
-            name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
-            character = "[^<\\n]" if most and line else "[^<]"
-            self.lines[name] = f"/{pattern}/ & /{character}{f'{{1,{most}}}' if most else '+'}/"
-            return name + "?" * optional
-        if following is None or (isinstance(following, Literal) and self.token(following.text) is not None):
-            self.lines[TEXT] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/"
-            return TEXT + "?" * optional
-        if not (isinstance(following, Literal) and following.is_tag):
-            raise GrammarError(
-                f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
-            )
-        rest.remove(following)
-        if following.text not in self.spelled:
-            self.spelled.append(following.text)
-        name = f"{'MAYBE_' * optional}UNTIL_{self.spelled.index(following.text)}"
-        tag, body = _regex(following.text), f"({pattern}){'?' * optional}"
-        self.lines[name] = f"/{body}{tag}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*{tag}/"
-        return name
+        return self.fixed(terminal.text) if isinstance(terminal, Literal) else self.pattern(name, terminal)
 
     @property
-    def near_tag(self) -> str:
-        """A tag or what would pass for one: its beginning in any case, as in `</outline>` or `<Outline 1>`.
+    def names(self) -> list[str]:
+        """What tags begin with, without brackets: a text that holds one behind `<` or `</` passes for a tag.
 
-        Reading takes those for text; a model that writes one means the tag, and is lost without it.
+        Reading takes `</outline>` or `<Outline 1>` for text; a model that writes one means the tag, and is
+        lost without it.
         """
-        names = dict.fromkeys(mark.strip("</>") for mark in self.grammar.marks)
-        return rf"<\/?(?i:{'|'.join(map(_regex, names))})"
+        return list(dict.fromkeys(mark.strip("</>") for mark in self.grammar.marks))
 
     def chain(self, rule: str, low: int) -> str:
         low, high, shape = max(low, self.shape.min_width), self.shape.width, self.shape
@@ -226,5 +211,25 @@ class _Writer:
         return head + (f" {rule}_from_{low + 1}?" if high > low else "")
 
 
-def _regex(text: str) -> str:
-    return re.escape(text).replace("/", "\\/").replace('\\"', '"')
+def lower(
+    grammar: Grammar,
+    phase: str,
+    tokenizer: Tokenizer,
+    shape: Shape = Shape(),
+    backend: Backend = "llguidance",
+) -> str:
+    """The text of rule `phase` for a grammar backend, to be sent as `ebnf` to a server that runs it.
+
+    A tag that is one added token is written as that token, any other is spelled out ("text mode", which
+    xgrammar cannot do). Either way free text holds no tag and nothing that passes for one, and `x < y`
+    and `<b>` are as good as any text. Raises `GrammarError` if the phase cannot be lowered.
+    """
+    from sgl_apr import lowering_llguidance, lowering_xgrammar
+
+    writers: dict[str, type[Writer]] = {
+        "llguidance": lowering_llguidance.LlguidanceWriter,
+        "xgrammar": lowering_xgrammar.XgrammarWriter,
+    }
+    if backend not in writers:
+        raise GrammarError(f"no lowering to {backend!r}, expected {' or '.join(writers)}")
+    return writers[backend](grammar, tokenizer, shape).write(ways(grammar, phase, shape))

@@ -79,9 +79,7 @@ def _object(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def over_cores(
-    work: Callable[[Record], T], found: Iterable[Record], jobs: int | None = None
-) -> Iterator[T]:
+def over_cores(work: Callable[[Record], T], found: Iterable[Record], jobs: int | None = None) -> Iterator[T]:
     """`work` on every record, in order, in `jobs` processes (None: one a core), with its progress on stderr.
 
     `work` has to be a function of a module, or a partial of one.

@@ -57,10 +57,14 @@ def read(grammar: Grammar, start: str, text: str) -> Tree[Token]:
         raise _trace_error(parser, error, text) from None
 
 
-def walk(grammar: Grammar, node: Tree[Token] | Token, in_branch: bool = False) -> Iterator[Segment]:
-    """The segments of a tree, in the order of the text."""
+def walk(
+    grammar: Grammar, node: Tree[Token] | Token, in_branch: bool = False, *, keep_empty: bool = False
+) -> Iterator[Segment]:
+    """The segments of a tree, in the order of the text; empty ones only where something was put in."""
     if isinstance(node, Token):
-        if node.end_pos is not None and node.start_pos is not None and node.end_pos > node.start_pos:
+        if node.end_pos is not None and node.start_pos is not None:
+            if node.end_pos == node.start_pos and not keep_empty:
+                return
             role: Role = "closer" if node.type != TEXT else "body" if in_branch else "text"
             yield Segment(role, node.start_pos, node.end_pos)
         return
@@ -82,7 +86,7 @@ def walk(grammar: Grammar, node: Tree[Token] | Token, in_branch: bool = False) -
         )
     else:
         for child in node.children:
-            yield from walk(grammar, child, in_branch or rule in BRANCH_RULES)
+            yield from walk(grammar, child, in_branch or rule in BRANCH_RULES, keep_empty=keep_empty)
 
 
 # Rules that are one segment each.

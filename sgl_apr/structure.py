@@ -127,6 +127,8 @@ class Structure:
                     outline.at + len(outline.number),
                     f"at most {facts.max_width} outlines",
                 )
+            if not outline.number and len(segment.outlines) > 1:  # put in where it was missing
+                outline = outline._replace(number=want)
             block.outlines.append(outline)
             block.unread.append(outline)
             block.forks.append((index,))
@@ -146,7 +148,7 @@ class Structure:
         outline = block.unread.pop(0) if block.unread else None
         label = outline.text if outline else ""
         if block.outlines:
-            if outline is None or segment.number != outline.number:
+            if outline is None or (segment.number and segment.number != outline.number):
                 known = any(o.number == segment.number for o in block.outlines[: block.read - 1])
                 self.report(
                     "duplicate number"

@@ -51,6 +51,8 @@ class Masked:
 class SampledEngine:
     """Samples every request from its grammar's mask alone; `tag_weight` is how much likelier a tag is than a byte."""
 
+    grammar_backend = "llguidance"
+
     def __init__(self, tokenizer: Masked, seed: int = 0, tag_weight: float = 30.0) -> None:
         self.tokenizer, self.random = tokenizer, random.Random(seed)
         self.size = tokenizer.backend.get_vocab_size()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer
 
 TokenSink = Callable[[Sequence[int]], None]  # gets the ids of each chunk as it arrives
@@ -15,7 +16,7 @@ TokenSink = Callable[[Sequence[int]], None]  # gets the ids of each chunk as it 
 class Request:
     """One request. `rid` begins with the trajectory's own prefix, so that one abort reaches all of them.
 
-    `grammar` is llguidance text or None; `stop_ids` and `stop` end decoding and stay in the output. Where a
+    `grammar` is text for the engine's grammar backend or None; `stop_ids` and `stop` end decoding and stay in the output. Where a
     grammar ends at a `stop` by itself an engine may ignore it: a stop string can cut inside a token.
     `sampling` holds further SGLang sampling parameters under SGLang's names.
     """
@@ -59,6 +60,11 @@ class Engine(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the served model."""
+        ...
+
+    @property
+    def grammar_backend(self) -> Backend:
+        """What turns grammars into masks there."""
         ...
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:

@@ -7,12 +7,13 @@ import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -28,6 +29,7 @@ class HttpEngine:
     ) -> None:
         self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
         self._live: set[str] = set()
+        self.grammar_backend: Backend = "llguidance"
 
     @classmethod
     async def connect(
@@ -42,7 +44,7 @@ class HttpEngine:
 
         `timeout` is the longest silence, in seconds, between two pieces of an answer. Raises
         `EngineError` if there is no SGLang server at `url`, and `UnsupportedEngine` if it can't be
-        used: no llguidance, or a tokenizer that is not readable from here (then pass `tokenizer`).
+        used: no such grammar backend, or a tokenizer that is not readable from here (then pass `tokenizer`).
         """
         url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -59,11 +61,13 @@ class HttpEngine:
         try:
             info = await engine._get("/model_info")
             server = await engine._get("/server_info")
-            if server.get("grammar_backend") != "llguidance":
+            backend = server.get("grammar_backend")
+            if backend not in get_args(Backend):
                 raise UnsupportedEngine(
-                    f"{url} runs --grammar-backend {server.get('grammar_backend')}, expected llguidance "
+                    f"{url} runs --grammar-backend {backend}, expected {' or '.join(get_args(Backend))} "
                     "(`sgl-apr serve` sets it)"
                 )
+            engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
             engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
         except BaseException:
             await session.close()

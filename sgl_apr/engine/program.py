@@ -13,6 +13,7 @@ from sglang.lang.ir import SglCommitLazy, SglGen
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.ledger import KEY, Ledger
 from sgl_apr.errors import EngineError
+from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class ProgramEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.endpoint.tokenizer
+
+    @property
+    def grammar_backend(self) -> Backend:
+        return self.endpoint.http.grammar_backend
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         if self.state is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.lowering import Backend
 
 
 class ByteTokenizer:
@@ -82,6 +83,10 @@ class ScriptedEngine:
     @property
     def tokenizer(self) -> ByteTokenizer:
         return self._tokenizer
+
+    @property
+    def grammar_backend(self) -> Backend:
+        return "llguidance"
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         self.requests.append(request)

@@ -13,7 +13,7 @@ from sgl_apr.completion import FILLER
 from sgl_apr.dialects import Dialect, Phase, Place
 from sgl_apr.engine.base import Engine, Request, Result
 from sgl_apr.errors import BranchFailed, BudgetExceeded, EngineError, EngineTimeout
-from sgl_apr.lowering import Fork
+from sgl_apr.lowering import Backend, Fork
 from sgl_apr.messages import brief
 from sgl_apr.runtime.plan import Plan, plan
 from sgl_apr.runtime.record import Ahead, OnText, Record, Strand
@@ -71,7 +71,7 @@ async def run_plan(
     engine: Engine, prompt_ids: tuple[int, ...], plan: Plan, on_text: OnText | None = None
 ) -> Trajectory:
     """`areason` for ids and a plan."""
-    run = _Run(engine.tokenizer, plan, on_text or (lambda path, text: None))
+    run = _Run(engine.tokenizer, plan, on_text or (lambda path, text: None), engine.grammar_backend)
     try:
         async with asyncio.timeout(plan.budget.seconds), asyncio.TaskGroup() as tasks:
             return await run.trajectory(engine, prompt_ids, tasks)
@@ -97,10 +97,11 @@ def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
 class _Run:
     """One trajectory under way: the spans and calls so far."""
 
-    def __init__(self, tokenizer: Tokenizer, plan: Plan, on_text: OnText) -> None:
+    def __init__(self, tokenizer: Tokenizer, plan: Plan, on_text: OnText, backend: Backend) -> None:
         self.tokenizer, self.plan = tokenizer, plan
         self.dialect, self.grammar = plan.dialect, plan.dialect.grammar
         self.record = Record(tokenizer, on_text)
+        self.backend = backend
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.overhead = overhead(plan.dialect, tokenizer)
 
@@ -217,9 +218,10 @@ class _Run:
     ) -> Request:
         plan, dialect, grammar = self.plan, self.dialect, None
         if plan.constrain:
-            grammar = dialect.lowered(
+            grammar = dialect.lower(
                 phase,
                 self.tokenizer,
+                self.backend,
                 width=max(width, plan.least),
                 min_width=plan.least,
                 fork="auto" if dialect.rule_of(phase) == "body" else fork,

@@ -128,7 +128,10 @@ def overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
     place = Place(prefix=deepest[: -len(number)], number="" if grammar.repeats("fork") else number)
     openings = [grammar.opening(rule) for rule in ("fork", "wait")]
     nests = "rejoin" in grammar.rules
-    returned = grammar.written("result", deepest, FILLER, number) if "result" in grammar.rules else ""
+    returned = ""
+    if dialect.sees == "message":  # which is told something, and whose result may name what was asked
+        name = "0" * grammar.longest_name("result")
+        returned = FILLER + grammar.written("result", deepest, FILLER, name)
     return Overhead(
         fork=max(cost(dialect.completion("trunk", o, place)) + cost(o) for o in openings)
         if "trunk" in grammar.rules

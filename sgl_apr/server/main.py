@@ -23,7 +23,8 @@ from sgl_apr.server.flags import TOKENS, defaults, pool_tokens
 from sgl_apr.server.plugin import has_accelerator
 from sgl_apr.server.preflight import UsageError, local_config
 
-LARK = 'start: "ok" /[a-z]{1,4}/'  # small, but the first grammar of a process compiles a torch kernel
+# By grammar backend. They are small, but the first grammar of a process compiles a torch kernel.
+SMALLEST = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
 PATIENCE = 600.0  # seconds for the warm-up request
 
 
@@ -135,13 +136,16 @@ def _warm_up(args: Any) -> None:
 
     The mask kernel is compiled for one row, and once more for any other number of them.
     """
-    if args.grammar_backend != "llguidance" or args.skip_tokenizer_init:
+    if args.grammar_backend not in SMALLEST or args.skip_tokenizer_init:
         return
     headers = {"Content-Type": "application/json"}
     if args.api_key:
         headers["Authorization"] = f"Bearer {args.api_key}"
     for texts in (["a"], ["a", "b"], ["a", "b", "c"]):
-        body = {"text": texts, "sampling_params": {"max_new_tokens": 4, "ebnf": LARK}}
+        body = {
+            "text": texts,
+            "sampling_params": {"max_new_tokens": 4, "ebnf": SMALLEST[args.grammar_backend]},
+        }
         _post(urllib.request.Request(f"{args.url()}/generate", json.dumps(body).encode(), headers))
 
 

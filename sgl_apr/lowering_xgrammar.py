@@ -1,0 +1,74 @@
+"""Rules as xgrammar's EBNF: tags as token ids only, since it has no way to end free text at a tag that is spelled out."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from sgl_apr.errors import GrammarError
+from sgl_apr.grammar import Literal
+from sgl_apr.lowering import Item, Mark, Writer
+
+
+class XgrammarWriter(Writer):
+    """Lowering for tokenizers that have every tag of the dialect as one token.
+
+    xgrammar matches an added token by its spelling, so text excludes the spellings of all tags. What a text
+    begins with is checked by itself: a `<` there has to be followed by something other than a letter, `/` or `|`.
+    """
+
+    DEFINES = " ::= "
+    START = "root"
+
+    def fixed(self, text: str) -> str:
+        token = self.token(text)
+        if token is None and Literal(text).is_tag:
+            raise GrammarError(
+                f"{self.grammar.name}: {text} is not one token of this tokenizer, which xgrammar needs to end free "
+                "text at it; expected a tokenizer with the dialect's tags, or --grammar-backend llguidance"
+            )
+        if token is None:
+            return json.dumps(text, ensure_ascii=False)
+        # Up to xgrammar 0.2.7 the compiler's cache takes grammars for the same that differ in token ids
+        # alone, and gives one the masks of the other. A rule that can never end tells them apart.
+        self.lines[f"never_{token}"] = f'never_{token} "{token}"'
+        self.lines[f"tag_{token}"] = f"Token({token}) | never_{token}"
+        return f"tag_{token}"
+
+    def pattern(self, name: str, regex: str) -> str:
+        self.lines[name] = _ebnf(regex)
+        return name
+
+    def text(
+        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
+    ) -> str:
+        following = next((i for i in rest if not isinstance(i, Mark)), None)
+        if isinstance(following, Literal):
+            self.fixed(following.text)
+        if most or self.shape.plain:
+            name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
+            character = "[^<\\n]" if most and line else "[^<]"
+            self.lines[name] = f"{character}{f'{{1,{most}}}' if most else '+'}"
+            return name + "?" * optional
+        spellings = ", ".join(json.dumps(s, ensure_ascii=False) for s in self.spellings)
+        self.lines["REST"] = f"TagDispatch(loop_after_dispatch=false, excludes=({spellings}))"
+        self.lines["TEXT"] = '[^<] REST | "<" [^<a-zA-Z/|] REST'
+        return "TEXT" + "?" * optional
+
+    @property
+    def spellings(self) -> list[str]:
+        """The beginnings of tags, as they are and in other cases, and of the control tokens of chat models."""
+        cased = dict.fromkeys(f(name) for name in self.names for f in (str, str.lower, str.upper, str.title))
+        return ["<|", *(f"<{slash}{name}" for name in cased for slash in ("", "/"))]
+
+
+def _ebnf(regex: str) -> str:
+    """A regular expression of the shared subset as an EBNF expression: literal characters are quoted."""
+    pieces = re.findall(r"\[(?:\\.|[^\]\\])*\]|\{[\d,]+\}|\\.|[()|*+?]|[^()|*+?\[\]{}\\]", regex)
+    return (
+        " ".join(p if p[0] in "[{()|*+?" else json.dumps(p[-1] if p[0] == "\\" else p) for p in pieces)
+        .replace(" {", "{")
+        .replace(" *", "*")
+        .replace(" +", "+")
+        .replace(" ?", "?")
+    )
