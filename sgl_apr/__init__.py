@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgl_apr.budget import Budget as Budget
-    from sgl_apr.dialects import Dialect as Dialect
+    from sgl_apr.convert import convert as convert
     from sgl_apr.dialects import dialect as dialect
+    from sgl_apr.dialects import Dialect as Dialect
+    from sgl_apr.dialects import dialect_names as dialect_names
     from sgl_apr.engine.base import Engine as Engine
     from sgl_apr.engine.base import Request as Request
     from sgl_apr.engine.base import Result as Result
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from sgl_apr.errors import AprError as AprError
     from sgl_apr.errors import BranchFailed as BranchFailed
     from sgl_apr.errors import BudgetExceeded as BudgetExceeded
+    from sgl_apr.errors import ConversionError as ConversionError
     from sgl_apr.errors import EngineError as EngineError
     from sgl_apr.errors import EngineTimeout as EngineTimeout
     from sgl_apr.errors import GrammarError as GrammarError
@@ -28,6 +31,13 @@ if TYPE_CHECKING:
     from sgl_apr.errors import TraceError as TraceError
     from sgl_apr.errors import UnsupportedEngine as UnsupportedEngine
     from sgl_apr.metrics import Metrics as Metrics
+    from sgl_apr.presets import dialect_for as dialect_for
+    from sgl_apr.presets import Preset as Preset
+    from sgl_apr.presets import preset as preset
+    from sgl_apr.reading import Defect as Defect
+    from sgl_apr.reading import detect as detect
+    from sgl_apr.reading import read as read
+    from sgl_apr.reading import Reading as Reading
     from sgl_apr.runtime.dsl import reason as reason
     from sgl_apr.runtime.loop import areason as areason
     from sgl_apr.runtime.loop import run as run
@@ -40,7 +50,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "budget": ("Budget",),
-    "dialects": ("Dialect", "dialect"),
+    "convert": ("convert",),
+    "dialects": ("Dialect", "dialect", "dialect_names"),
     "engine.base": ("Engine", "Request", "Result"),
     "engine.endpoint": ("Endpoint",),
     "engine.http": ("HttpEngine",),
@@ -49,6 +60,7 @@ _HOME = {
         "AprError",
         "BranchFailed",
         "BudgetExceeded",
+        "ConversionError",
         "EngineError",
         "EngineTimeout",
         "GrammarError",
@@ -58,6 +70,8 @@ _HOME = {
         "UnsupportedEngine",
     ),
     "metrics": ("Metrics",),
+    "presets": ("Preset", "dialect_for", "preset"),
+    "reading": ("Defect", "Reading", "detect", "read"),
     "runtime.dsl": ("reason",),
     "runtime.loop": ("areason", "run"),
     "server.launch": ("Server",),

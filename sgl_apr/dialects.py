@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from sgl_apr import completion as complete
 from sgl_apr import structure
+from sgl_apr.document import lower_document
 from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.facts import Facts, check_facts, read_facts
 from sgl_apr.grammar import Grammar, grammar_path
@@ -219,6 +220,8 @@ def _raiser(text: str) -> structure.Report:
 
 @lru_cache(maxsize=256)
 def _lowered(dialect: Dialect, rule: str, tokenizer: Tokenizer, shape: Shape, backend: Backend) -> str:
+    if rule == "trace":
+        return lower_document(dialect.grammar, rule, tokenizer, shape, backend)
     return lower(dialect.grammar, rule, tokenizer, shape, backend)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq, join_tags
-from sgl_apr.lowering import FORK, WAIT, Flat, Mark, MaybeText, Ref, Shape, Writer
+from sgl_apr.lowering import FORK, WAIT, Backend, Flat, Mark, MaybeText, Ref, Shape
+from sgl_apr.lowering_llguidance import LlguidanceWriter
 from sgl_apr.tokenizer import Tokenizer
 
 MOST_RULES = 5000  # beyond this, compiling the mask takes longer than anyone waits
@@ -26,16 +27,21 @@ class Scope:
     branches: int = 0
 
 
-def lower_document(grammar: Grammar, rule: str, tokenizer: Tokenizer, shape: Shape) -> str:
+def lower_document(
+    grammar: Grammar, rule: str, tokenizer: Tokenizer, shape: Shape, backend: Backend = "llguidance"
+) -> str:
     """llguidance's text for a whole document, branches and joins included, that one request can decode.
 
     A block is one alternative for each number of branches, which has as many outlines, branches and
     results with the same numbers; where a fork makes one branch and the trunk waits for it later, every
     set of branches that are waited for is a rule. Of `shape`, `width`, `min_width`, `first`, `depth` and
     `plain` count. That a result names the node of its outline is beyond a context-free grammar and left
-    to `Dialect.validate`. Raises `GrammarError` for any other option, for a tag that is not one token
-    (text before a rule cannot end at a tag that is spelled out in it), and where it gets too big.
+    to `Dialect.validate`. Raises `GrammarError` for any other option and for xgrammar, for a tag that is
+    not one token (text before a rule cannot end at a tag that is spelled out in it), and where it gets
+    too big.
     """
+    if backend != "llguidance":
+        raise GrammarError(f"{grammar.name}: a whole document is lowered to llguidance only, not to {backend}")
     known = Shape(shape.min_width, shape.width, first=shape.first, depth=shape.depth, plain=shape.plain)
     if shape != known:
         raise GrammarError(
@@ -48,12 +54,12 @@ def lower_document(grammar: Grammar, rule: str, tokenizer: Tokenizer, shape: Sha
         raise GrammarError(f"{grammar.name}: rule {rule!r} holds itself other than by * or +") from None
 
 
-class _Document(Writer):
+class _Document(LlguidanceWriter):
     """Writes the rules of a document; rules with the same content are one."""
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, shape: Shape) -> None:
         super().__init__(grammar, tokenizer, shape)
-        self.names: dict[str, str] = {}
+        self.known: dict[str, str] = {}
 
     def sequence(self, flat: Flat, number: str = "", *, outline: bool = False) -> str:
         return super().sequence(tuple(join_tags([i for i in flat if not isinstance(i, Mark)], number)), "")
@@ -76,15 +82,15 @@ class _Document(Writer):
             if first and isinstance(first[0], Literal) and first[0].is_tag:
                 self._want_token(first[0].text)
         body = " | ".join(dict.fromkeys(self.sequence(flat) for flat in flats))
-        if body not in self.names:
-            self.names[body] = f"{name}_{len(self.names)}"
-            self.lines[self.names[body]] = body
+        if body not in self.known:
+            self.known[body] = f"{name}_{len(self.known)}"
+            self.lines[self.known[body]] = body
         if len(self.lines) > MOST_RULES:
             raise GrammarError(
                 f"{self.grammar.name}: a document {self.shape.width} wide and {self.shape.depth} deep "
                 f"takes more than {MOST_RULES} rules"
             )
-        return Ref(self.names[body])
+        return Ref(self.known[body])
 
     def ways(self, expr: Expr, at: Scope) -> list[Flat]:
         """Every way through `expr`, for every number of branches that its block may have."""

@@ -54,9 +54,9 @@ class Shape:
     A fork gets `min_width` to `width` branches, numbered `prefix` + `first`, ... without gaps; `fork`
     allows the phase to fork, makes it, or forbids it. `number` is that of the branch that decodes, or of
     the next one that is forked off; `waiting` are the branches that the trunk may still wait for, and
-    has to before it ends. `depth` is how deep the blocks of a whole document may nest. `lead_chars` bounds each text before a fork, and `outline_chars` makes each
+    has to before it ends. `lead_chars` bounds each text before a fork, and `outline_chars` makes each
     outline one short line. With `plain`, and in text that is bounded, there is no `<`, which keeps a
-    small model from losing itself in tags of its own.
+    small model from losing itself in tags of its own. `depth` is how deep blocks nest in a whole document.
     """
 
     min_width: int = 2
@@ -66,10 +66,10 @@ class Shape:
     first: int = 1
     number: str = ""
     waiting: tuple[str, ...] = ()
-    depth: int = 1
     lead_chars: int | None = None
     outline_chars: int | None = None
     plain: bool = False
+    depth: int = 1
 
 
 def ways(grammar: Grammar, phase: str, shape: Shape) -> list[Flat]:
@@ -177,9 +177,6 @@ class Writer(ABC):
     def token(self, text: str) -> int | None:
         """The id of a tag that is one token."""
         return self.tokenizer.special(text) if Literal(text).is_tag else None
-
-    def _is_token(self, item: Item) -> bool:
-        return isinstance(item, Literal) and self.token(item.text) is not None
 
     def terminal(self, name: str) -> str:
         terminal = self.grammar.terminals.get(name)

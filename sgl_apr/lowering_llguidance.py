@@ -7,7 +7,7 @@ import re
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.grammar import TEXT, Literal
-from sgl_apr.lowering import Item, Mark, Writer
+from sgl_apr.lowering import Item, Mark, Ref, Writer
 
 
 class LlguidanceWriter(Writer):
@@ -35,7 +35,11 @@ class LlguidanceWriter(Writer):
             character = "[^<\\n]" if most and line else "[^<]"
             self.lines[name] = f"/{pattern}/ & /{character}{f'{{1,{most}}}' if most else '+'}/"
             return name + "?" * optional
-        if following is None or (isinstance(following, Literal) and self.token(following.text) is not None):
+        if (
+            following is None
+            or isinstance(following, Ref)
+            or (isinstance(following, Literal) and self.token(following.text) is not None)
+        ):
             self.lines[TEXT] = f"/{pattern}/ & ~/(.|\\n)*{self.near_tag}(.|\\n)*/"
             return TEXT + "?" * optional
         if not (isinstance(following, Literal) and following.is_tag):

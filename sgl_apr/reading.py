@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lark import Token, Tree
@@ -63,10 +66,11 @@ def read(
     either is a defect.
     """
     known = _dialect(dialect or detect(text) or FALLBACK)
-    try:
-        reading = Reading(known.parse(text, tokenizer))
-    except TraceError:
-        reading = _recovered(text, known, tokenizer)
+    with _no_collection():
+        try:
+            reading = Reading(known.parse(text, tokenizer))
+        except TraceError:
+            reading = _recovered(text, known, tokenizer)
     if not prompt:
         return reading
     ids = tuple(tokenizer.encode(prompt, first=True)) if tokenizer else None
@@ -89,6 +93,18 @@ def detect(text: str) -> str | None:
             if best is None or score > best[0]:
                 best = score, name
     return best[1] if best else None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A megabyte makes a million objects and no cycles: looking for some would take as long as reading."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _dialect(which: Dialect | str) -> Dialect:
@@ -133,12 +149,10 @@ def _segments(grammar: Grammar, tokens: list[Token]) -> list[Segment]:
 
 def _contiguous(found: list[Segment], size: int) -> list[Segment]:
     """Segments that cover the whole text: what lies between two belongs to the first."""
-    import dataclasses
-
     if not found or found[0].start > 0:
         found = [Segment("text", 0, found[0].start if found else size), *found]
     ends = [s.start for s in found[1:]] + [size]
-    return [dataclasses.replace(s, end=max(end, s.start)) for s, end in zip(found, ends, strict=True)]
+    return [replace(s, end=max(end, s.start)) for s, end in zip(found, ends, strict=True)]
 
 
 @lru_cache(maxsize=64)
@@ -187,8 +201,7 @@ def _named(repair: Repair, recovery: Recovery, roles: dict[str, str]) -> list[tu
 
 
 def _misplaced(repair: Repair, recovery: Recovery, roles: dict[str, str]) -> tuple[str, str]:
-    tag = recovery.text[repair.at : repair.end]
-    role = next((roles[mark] for mark in roles if tag == mark), None)
+    role = next((r for mark, r in roles.items() if recovery.text.startswith(mark, repair.at)), None)
     if role is None:
         return "text where none belongs", "a tag"
     if "conclusion" in role and repair.in_branch:

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice
 from typing import Any
 
 from lark import Token
@@ -16,7 +17,7 @@ from sgl_apr.grammar import NUMBER, TEXT, Grammar
 
 END = "$END"
 TAGS, TOKENS, TRIED = 3, 14, 400  # how far one repair may go: tags and tokens put in, states looked at
-LOOK_AHEAD = 3  # tags behind a repair that it is judged by
+LOOK_AHEAD = 5  # tags behind a repair that it is judged by
 Stack = tuple[int, ...]
 
 
@@ -46,7 +47,7 @@ class Recovery:
 
     def __post_init__(self) -> None:
         parser = self.grammar.parser("trace")
-        table: Any = parser.parse_interactive("").parser_state.parse_conf.parse_table  # type: ignore[attr-defined]
+        table: Any = parser.parse_interactive("").parser_state.parse_conf.parse_table
         self.states: dict[int, dict[str, tuple[Any, Any]]] = table.states
         self.start, self.final = table.start_states["trace"], table.end_states["trace"]
         self.fixed: dict[str, str] = {}
@@ -66,6 +67,16 @@ class Recovery:
         self.kinds = [kind for _, kind in found]
         closing = self.grammar.ending("body") or self.grammar.ending("body", "1")
         self.closer = next((n for t, n in self.by_text.items() if closing.startswith(t)), "")
+        self.forks = self.by_text.get(self.grammar.opening("fork"), "")
+        ends = [self.grammar.ending(rule) for rule in ("close", "tail")]
+        self.ends = next((self.by_text[e] for e in ends if e in self.by_text), "")
+        self.partner: dict[int, int] = {}  # by the tag that opens a block, the one that closes it
+        opened: list[int] = []
+        for i, kind in enumerate(self.kinds):
+            if kind == self.forks:
+                opened.append(i)
+            elif kind == self.ends and opened:
+                self.partner[opened.pop()] = i
         self.most_states = 24 * (self.depth + 1)
         self.known_moves: dict[tuple[Stack, str], Stack | None] = {}
         self.known_inserts: dict[tuple[Stack, frozenset[str]], list[tuple[str, ...]]] = {}
@@ -83,8 +94,8 @@ class Recovery:
                 at = token.end_pos or size
                 continue
             stack, at = self.repaired(stack, at)
-        while self.moved(stack, END) is None:
-            inserted = next(iter(self.inserts(stack, frozenset({END}), far=True)), None)
+        while self.moved(stack, END) is None:  # close what is open, from the inside
+            inserted = self.closing(stack)
             if inserted is None:  # nothing completes it
                 return
             stack = self.put_in(stack, inserted, size)
@@ -93,6 +104,8 @@ class Recovery:
         """What the grammar takes at an offset, if anything."""
         for name in self.offered(stack[-1]):
             end = self.end_of(name, at)
+            if name == self.forks and len(stack) > self.most_states:
+                continue
             if end > at and self.moved(stack, name) is not None:
                 return _token(name, self.text, at, end)
         return None
@@ -147,6 +160,10 @@ class Recovery:
         """Put something in before `at`, or take what stands there for text."""
         i = bisect_left(self.at, at)
         is_tag = i < len(self.at) and self.at[i] == at
+        if not is_tag and self.tokens and self.tokens[-1].type == TEXT and self.in_text(stack):
+            return self.taken_for_text(stack, at, self.end_of(TEXT, at))
+        if is_tag and (end := self.nested_end(stack, i)) is not None:
+            return self.taken_for_text(stack, at, end)
         found = frozenset({self.kinds[i]}) if is_tag else self.matching(at)
         key = (stack, found, tuple(self.kinds[i : i + LOOK_AHEAD + 1]))
         if key not in self.known_repairs:
@@ -154,7 +171,8 @@ class Recovery:
         inserted = self.known_repairs[key]
         if inserted is not None and self.follows(stack, inserted, at):
             return self.put_in(stack, inserted, at), at
-        return self.taken_for_text(stack, at, i, is_tag)
+        end = at + len(self.fixed[self.kinds[i]]) if is_tag else self.end_of(TEXT, at)
+        return self.taken_for_text(stack, at, end)
 
     def matching(self, at: int) -> frozenset[str]:
         """Every terminal that could begin at an offset where no tag does."""
@@ -168,6 +186,9 @@ class Recovery:
         skipped = at + len(self.fixed[self.kinds[i]]) if is_tag else self.end_of(TEXT, at)
         best: tuple[str, ...] | None = None
         best_score = self.read_ahead(stack, skipped) - 1.5
+        if is_tag and self.is_pair(i):
+            behind_pair = self.at[i + 1] + len(self.fixed[self.kinds[i + 1]])
+            best_score = max(best_score, self.read_ahead(stack, behind_pair) - 2.0)
         if len(stack) > self.most_states:
             return None
         for inserted in self.inserts(stack, found):
@@ -176,6 +197,19 @@ class Recovery:
             if score > best_score:
                 best, best_score = inserted, score
         return best
+
+    def is_pair(self, i: int) -> bool:
+        """Whether the tag behind tag `i` closes it."""
+        closing = self.fixed[self.kinds[i]].replace("<", "</", 1)
+        return i + 1 < len(self.kinds) and self.fixed[self.kinds[i + 1]] == closing
+
+    def nested_end(self, stack: Stack, i: int) -> int | None:
+        """Where a block ends that begins with tag `i` inside a branch, if the branch goes on behind it."""
+        j = self.partner.get(i)
+        if j is None or not self.closes_here(stack):
+            return None
+        goes_on = j + 1 < len(self.kinds) and self.kinds[j + 1] == self.closer
+        return self.at[j] + len(self.fixed[self.ends]) if goes_on else None
 
     def read_ahead(self, stack: Stack, at: int) -> int:
         """How many tags behind an offset are read before the next defect."""
@@ -199,27 +233,35 @@ class Recovery:
             argument == stack[-1] for _, argument in [self.states[s].get(TEXT, (0, -1)) for s in stack[-2:-1]]
         )
 
-    def inserts(self, stack: Stack, found: frozenset[str], far: bool = False) -> list[tuple[str, ...]]:
+    def inserts(self, stack: Stack, found: frozenset[str]) -> list[tuple[str, ...]]:
         """Sequences of terminals that, put in, let one of `found` follow; fewest tags first."""
         key = (stack, found)
         if key not in self.known_inserts:
-            self.known_inserts[key] = list(self._inserts(stack, found, far))
+            reached = (
+                i for i, here in self.reachable(stack, TAGS) if any(self.moved(here, n) for n in found)
+            )
+            self.known_inserts[key] = list(islice(reached, 3))
         return self.known_inserts[key]
 
-    def _inserts(self, stack: Stack, found: frozenset[str], far: bool) -> Iterator[tuple[str, ...]]:
-        tags, tokens, tried = (99, 200, 5000) if far else (TAGS, TOKENS, TRIED)
+    def closing(self, stack: Stack) -> tuple[str, ...] | None:
+        """What closes the innermost of what is open."""
+        return next(
+            (i for i, here in self.reachable(stack, 99) if self.moved(here, END) or len(here) < len(stack)),
+            None,
+        )
+
+    def reachable(self, stack: Stack, tags: int) -> Iterator[tuple[tuple[str, ...], Stack]]:
+        """What can be put in, and the stack behind it; fewest tags first, up to so many."""
+        tried = TRIED
         queue: list[tuple[int, int, int, tuple[str, ...], Stack]] = [(0, 0, 0, (), stack)]
         seen = {stack}
-        given = order = 0
+        order = 0
         while queue and tried:
             tried -= 1
             cost, length, _, inserted, here = heappop(queue)
-            if inserted and any(self.moved(here, name) is not None for name in found):
-                yield inserted
-                given += 1
-                if given == 3 or far:
-                    return
-            if not far and (cost >= tags or length >= tokens or len(here) > self.most_states + TOKENS):
+            if inserted:
+                yield inserted, here
+            if cost >= tags or length >= TOKENS or len(here) > self.most_states + TOKENS:
                 continue
             for name in self.offered(here[-1]):
                 behind = self.moved(here, name)
@@ -244,26 +286,25 @@ class Recovery:
             self.tokens.append(_token(name, "", at, at))
         return self.after(stack, inserted)
 
-    def taken_for_text(self, stack: Stack, at: int, i: int, is_tag: bool) -> tuple[Stack, int]:
-        """A tag where it has no place, or text between tags: text of what stands before it, if that can be."""
-        end = at + len(self.fixed[self.kinds[i]]) if is_tag else self.end_of(TEXT, at)
+    def taken_for_text(self, stack: Stack, at: int, end: int) -> tuple[Stack, int]:
+        """What has no place there is text of what stands before it, if that can be."""
         last = self.tokens[-1] if self.tokens else None
-        if (
-            last is not None
-            and last.type == TEXT
-            and last.end_pos is not None
-            and last.end_pos > (last.start_pos or 0)
-        ):
-            if is_tag or last.end_pos < at or not self.repairs or self.repairs[-1].end != at:
-                self.repairs.append(Repair(at, (), end, self.closes_here(stack)))
+        behind = last is not None and last.type == TEXT and (last.end_pos or 0) > (last.start_pos or 0)
+        if not (behind and self.is_plain(at, end)):  # text goes on behind a tag that was taken for text
+            self.repairs.append(Repair(at, (), end, self.closes_here(stack)))
+        if last is not None and behind:
             last.end_pos = end
             return stack, end
-        self.repairs.append(Repair(at, (), end, self.closes_here(stack)))
-        behind = self.moved(stack, TEXT)
-        if behind is not None:
+        moved = self.moved(stack, TEXT)
+        if moved is not None:
             self.tokens.append(_token(TEXT, self.text, at, end))
-            return behind, end
+            return moved, end
         return stack, end
+
+    def is_plain(self, start: int, end: int) -> bool:
+        """Whether no tag begins in a piece of the text."""
+        i = bisect_left(self.at, start)
+        return i >= len(self.at) or self.at[i] >= end
 
     def closes_here(self, stack: Stack) -> bool:
         """Whether a branch could end here: its text is being read."""

@@ -57,36 +57,40 @@ def read(grammar: Grammar, start: str, text: str) -> Tree[Token]:
         raise _trace_error(parser, error, text) from None
 
 
-def walk(
-    grammar: Grammar, node: Tree[Token] | Token, in_branch: bool = False, *, keep_empty: bool = False
-) -> Iterator[Segment]:
+def walk(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = False) -> Iterator[Segment]:
     """The segments of a tree, in the order of the text; empty ones only where something was put in."""
-    if isinstance(node, Token):
-        if node.end_pos is not None and node.start_pos is not None:
-            if node.end_pos == node.start_pos and not keep_empty:
-                return
-            role: Role = "closer" if node.type != TEXT else "body" if in_branch else "text"
-            yield Segment(role, node.start_pos, node.end_pos)
-        return
-    if node.meta.empty:
-        return
-    start, end = node.meta.start_pos, node.meta.end_pos
-    rule = str(node.data)
-    if rule == "fork":
-        yield Segment("fork", start, end, outlines=tuple(_outlines(grammar, node)))
-    elif rule in _WHOLE_ROLES:
-        found = _tokens(grammar, node)
-        yield Segment(
-            _WHOLE_ROLES[rule],
-            start,
-            end,
-            number=str(found.get(NUMBER, "")),
-            name=str(found.get("", "")),
-            label=str(found.get(TEXT, "")).strip(),
-        )
-    else:
-        for child in node.children:
-            yield from walk(grammar, child, in_branch or rule in BRANCH_RULES, keep_empty=keep_empty)
+    stack: list[tuple[Tree[Token] | Token, bool]] = [(tree, False)]
+    while stack:
+        node, in_branch = stack.pop()
+        if isinstance(node, Token):
+            start, end = node.start_pos or 0, node.end_pos or 0
+            if end > start or keep_empty:
+                role: Role = "closer" if node.type != TEXT else "body" if in_branch else "text"
+                yield Segment(role, start, end)
+            continue
+        if node.meta.empty:
+            continue
+        rule = str(node.data)
+        if rule == "fork":
+            outlines = tuple(_outlines(grammar, node))
+            yield Segment("fork", node.meta.start_pos, node.meta.end_pos, outlines=outlines)
+        elif rule in _WHOLE_ROLES:
+            yield _whole(grammar, node, _WHOLE_ROLES[rule])
+        else:
+            in_branch = in_branch or rule in BRANCH_RULES
+            stack += [(child, in_branch) for child in reversed(node.children)]
+
+
+def _whole(grammar: Grammar, node: Tree[Token], role: Role) -> Segment:
+    found = _tokens(grammar, node)
+    return Segment(
+        role,
+        node.meta.start_pos,
+        node.meta.end_pos,
+        number=str(found.get(NUMBER, "")),
+        name=str(found.get("", "")),
+        label=str(found.get(TEXT, "")).strip(),
+    )
 
 
 # Rules that are one segment each.
@@ -95,7 +99,7 @@ _WHOLE_ROLES["failure"] = "result"
 
 
 def _outlines(grammar: Grammar, fork: Tree[Token]) -> Iterator[Outline]:
-    for outline in list(fork.find_data("outline")) or [fork]:
+    for outline in [c for c in fork.children if isinstance(c, Tree)] or [fork]:
         found = _tokens(grammar, outline)
         text = found.get(TEXT, found.get(""))
         if text is not None:
@@ -106,7 +110,10 @@ def _outlines(grammar: Grammar, fork: Tree[Token]) -> Iterator[Outline]:
 def _tokens(grammar: Grammar, node: Tree[Token]) -> dict[str, Token]:
     """The number, the text and, under "", what any other terminal names; the first of each."""
     found: dict[str, Token] = {}
-    for token in node.scan_values(lambda v: isinstance(v, Token)):
+    tokens = [child for child in node.children if isinstance(child, Token)]
+    if len(tokens) < len(node.children):
+        tokens = list(node.scan_values(lambda v: isinstance(v, Token)))
+    for token in tokens:
         if token.type in (NUMBER, TEXT):
             found.setdefault(token.type, token)
         elif isinstance(grammar.terminals.get(token.type), str):
