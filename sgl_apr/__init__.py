@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sgl_apr.budget import Budget as Budget
     from sgl_apr.convert import convert as convert
-    from sgl_apr.dialects import dialect as dialect
     from sgl_apr.dialects import Dialect as Dialect
+    from sgl_apr.dialects import dialect as dialect
     from sgl_apr.dialects import dialect_names as dialect_names
     from sgl_apr.engine.base import Engine as Engine
     from sgl_apr.engine.base import Request as Request
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from sgl_apr.errors import TraceError as TraceError
     from sgl_apr.errors import UnsupportedEngine as UnsupportedEngine
     from sgl_apr.metrics import Metrics as Metrics
-    from sgl_apr.presets import dialect_for as dialect_for
     from sgl_apr.presets import Preset as Preset
+    from sgl_apr.presets import dialect_for as dialect_for
     from sgl_apr.presets import preset as preset
     from sgl_apr.reading import Defect as Defect
+    from sgl_apr.reading import Reading as Reading
     from sgl_apr.reading import detect as detect
     from sgl_apr.reading import read as read
-    from sgl_apr.reading import Reading as Reading
     from sgl_apr.runtime.dsl import reason as reason
     from sgl_apr.runtime.loop import areason as areason
     from sgl_apr.runtime.loop import run as run

@@ -41,7 +41,9 @@ def lower_document(
     too big.
     """
     if backend != "llguidance":
-        raise GrammarError(f"{grammar.name}: a whole document is lowered to llguidance only, not to {backend}")
+        raise GrammarError(
+            f"{grammar.name}: a whole document is lowered to llguidance only, not to {backend}"
+        )
     known = Shape(shape.min_width, shape.width, first=shape.first, depth=shape.depth, plain=shape.plain)
     if shape != known:
         raise GrammarError(

@@ -157,12 +157,9 @@ class Trajectory:
     @property
     def context_ids(self) -> tuple[int, ...]:
         """The ids that whatever comes next is conditioned on, prompt included: `text` without dropped calls."""
-        last = max((i for i, s in enumerate(self.spans) if s.path == ()), default=None)
-        return (
-            ()
-            if last is None
-            else tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
-        )
+        document = set(map(id, self.document))
+        last = max((i for i, s in enumerate(self.spans) if id(s) in document), default=len(self.spans) - 1)
+        return tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
 
     def ancestors(self, index: int) -> list[int]:
         """What span `index` was conditioned on, and itself, in the order of the text."""

@@ -192,7 +192,10 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         """A gen inside a native fork: it decodes what the loop asked for, and tells the loop."""
         known = ledger_of(s.text_, s.variables, self.tokenizer)
         context = call.request.input_ids
-        s.text_ += self.tokenizer.decode(context[len(known.ids) :], known.ids)  # what the loop injected
+        if context[: len(known.ids)] == known.ids:
+            s.text_ += self.tokenizer.decode(context[len(known.ids) :], known.ids)  # what the loop injected
+        else:  # a branch with a context of its own
+            s.text_ = self.tokenizer.decode(context)
         s.variables[KEY] = Ledger(s.text_, context)
         future = asyncio.run_coroutine_threadsafe(self.http.decode(call.request, call.on_tokens), self._loop)
         # A branch that the loop has given up on is aborted; the future of an ended loop is never awaited.
@@ -215,14 +218,13 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         on_text: Any = None,
     ) -> Coroutine[Any, Any, Trajectory]:
         inherited = {name: getattr(params, name) for name in INHERITED}
-        plan = asked.with_sampling({**inherited, **asked.sampling})
+        plan = asked.plan(self.tokenizer, {**inherited, **asked.sampling})
         return run_plan(ProgramEngine(self, s), self._ids(s), plan, on_text)
 
     def _finish(self, s: StreamExecutor, trajectory: Trajectory, before: str) -> tuple[str, dict[str, Any]]:
         """Put the trace into the program but for the answer, which SGLang appends, and report."""
         trace, answer = trajectory.text, trajectory.answer
-        known = ledger_of(before, s.variables, self.tokenizer)
-        s.variables[KEY] = Ledger(before + trace, (*known.ids, *trajectory.token_ids))
+        s.variables[KEY] = Ledger(before + trace, trajectory.context_ids)
         s.text_ = before + trace[: len(trace) - len(answer)]
         return answer, _meta(trajectory)
 
@@ -236,6 +238,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         """
         pieces: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
         before = s.text_
+        streams = asked.options["mode"] == "sequential" or asked.options["max_blocks"] == 0
         running = self._reason(s, asked, params, on_text=lambda path, text: pieces.put((path, text)))
         future = self._start(running, s, lambda: pieces.put(None))
         branches: dict[Path, str] = {}
@@ -247,7 +250,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
                 continue
             s.text_ += "".join(branches[p] for p in sorted(branches))
             branches.clear()
-            if asked.plan.max_blocks == 0 and (answering or text.strip()):
+            if streams and (answering or text.strip()):
                 head = "" if answering else text[: len(text) - len(text.lstrip())]
                 s.text_ += head
                 answering += text[len(head) :]

@@ -27,13 +27,14 @@ from sgl_apr.trajectory import Finish, Trajectory
 async def areason(
     engine: Engine,
     prompt: str | Sequence[int],
-    dialect: Dialect | str = "threadweaver",
+    dialect: Dialect | str | None = None,
     *,
     on_text: OnText | None = None,
     **options: Any,
 ) -> Trajectory:
     """Let the model behind `engine` answer `prompt` (text, or ids that are sent as they are).
 
+    Without a `dialect` it is the one whose tags the model's tokenizer has, else "threadweaver".
     Options are the fields of `Plan`; any other is a sampling parameter (temperature, ...).
     `on_text(path, text)` hears every piece of text as it is written, decoded or injected.
     Raises an `EngineError` when the engine fails, with every other request of the trajectory
@@ -41,13 +42,13 @@ async def areason(
     """
     tokenizer = engine.tokenizer
     ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)
-    return await run_plan(engine, ids, plan(dialect, **options), on_text)
+    return await run_plan(engine, ids, plan(dialect, tokenizer, **options), on_text)
 
 
 def run(
     url: str,
     prompt: str | Sequence[int],
-    dialect: Dialect | str = "threadweaver",
+    dialect: Dialect | str | None = None,
     *,
     api_key: str | None = None,
     tokenizer: Tokenizer | None = None,

@@ -10,7 +10,10 @@ from typing import Any, Literal
 from sgl_apr.budget import Budget
 from sgl_apr.dialects import Dialect, dialect
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
+from sgl_apr.presets import dialect_for
+from sgl_apr.tokenizer import Tokenizer
 
+DEFAULT = "threadweaver"  # for models without tags of their own
 Mode = Literal["auto", "sequential", "parallel"]
 
 
@@ -96,9 +99,14 @@ class Plan:
             )
 
 
-def plan(dialect_: Dialect | str, **options: Any) -> Plan:
-    """A `Plan`, with the dialect by name or as it is; what is no field of it is a sampling parameter."""
+def plan(dialect_: Dialect | str | None, tokenizer: Tokenizer | None = None, **options: Any) -> Plan:
+    """A `Plan`, with the dialect by name or as it is; what is no field of it is a sampling parameter.
+
+    Without a dialect it is the one whose tags the tokenizer has as tokens, else `DEFAULT`.
+    """
     known = {f.name for f in fields(Plan)}
     sampling = {**options.pop("sampling", {}), **{k: v for k, v in options.items() if k not in known}}
     options = {k: v for k, v in options.items() if k in known}
+    if dialect_ is None:
+        dialect_ = (dialect_for(tokenizer) if tokenizer else None) or DEFAULT
     return Plan(dialect(dialect_) if isinstance(dialect_, str) else dialect_, sampling=sampling, **options)
