@@ -62,6 +62,7 @@ class _Document(LlguidanceWriter):
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, shape: Shape) -> None:
         super().__init__(grammar, tokenizer, shape)
         self.known: dict[str, str] = {}
+        self.states: dict[tuple[Expr, Scope, int, tuple[int, ...]], Ref] = {}
 
     def sequence(self, flat: Flat, number: str = "", *, outline: bool = False) -> str:
         return super().sequence(tuple(join_tags([i for i in flat if not isinstance(i, Mark)], number)), "")
@@ -77,9 +78,9 @@ class _Document(LlguidanceWriter):
                 f"{self.grammar.name}: {text!r} is not one token, as every tag of a whole document has to be"
             )
 
-    def rule(self, name: str, flats: Sequence[Flat]) -> Ref:
+    def rule(self, name: str, flats: Sequence[Flat], *, behind_text: bool = True) -> Ref:
         """A rule with these alternatives."""
-        for flat in flats:
+        for flat in flats if behind_text else ():
             first = join_tags([i for i in flat if not isinstance(i, Mark)], "")[:1]
             if first and isinstance(first[0], Literal) and first[0].is_tag:
                 self._want_token(first[0].text)
@@ -96,7 +97,7 @@ class _Document(LlguidanceWriter):
 
     def ways(self, expr: Expr, at: Scope) -> list[Flat]:
         """Every way through `expr`, for every number of branches that its block may have."""
-        if not self._counts(expr):
+        if not counts(self.grammar, expr):
             return self.flats(expr, at)
         counts = range(self.shape.min_width, self.shape.width + 1)
         found = [flat for n in counts for flat in self.flats(expr, replace(at, branches=n))]
@@ -122,7 +123,7 @@ class _Document(LlguidanceWriter):
                 return [(MaybeText(),)]
             case Repeat(item, low, many=False):
                 return ([] if low else [()]) + self.flats(item, at)
-            case Repeat(item) if not self._leads(item):
+            case Repeat(item) if not leads(self.grammar, item):
                 return self.in_order((expr,), at)
             case Repeat(item, low):
                 if not at.depth:
@@ -139,7 +140,9 @@ class _Document(LlguidanceWriter):
 
     def in_order(self, items: Sequence[Expr], at: Scope) -> list[Flat]:
         """Items one after another; what is counted is there once for each branch, with its number."""
-        counted = {i.item for i in items if isinstance(i, Repeat) and i.many and not self._leads(i.item)}
+        counted = {
+            i.item for i in items if isinstance(i, Repeat) and i.many and not leads(self.grammar, i.item)
+        }
         once = sum(i in counted for i in items)
         placed: list[tuple[Expr, int]] = []  # 0 for what is no branch
         for item in items:
@@ -165,23 +168,29 @@ class _Document(LlguidanceWriter):
             item = self.rule("item", flats)
             return [(item, *way) for way in following]
         # Text ends within its sequence, at the tag that follows: so that stands in the same one.
-        rest = self.rule("rest", following)
         ways: list[Flat] = []
         for flat in (tuple(join_tags(f, "")) for f in flats):
             if flat[-1] in (Name(TEXT), MaybeText()):
-                ways += [flat + way[:1] + (self.rule("rest", [way[1:]]),) for way in following]
+                rests = [self.rule("rest", [way[1:]], behind_text=False) for way in following]
+                ways += [(*flat, *way[:1], rest) for way, rest in zip(following, rests, strict=True)]
             else:
-                ways.append((*flat, rest))
+                ways.append((*flat, self.rule("rest", following, behind_text=False)))
         return ways
 
     def ahead(self, item: Expr, at: Scope, forked: int, waiting: tuple[int, ...]) -> Ref:
         """The text from where `forked` branches are forked off, and these are waited for, to where none is."""
+        state = (item, at, forked, waiting)
+        if state not in self.states:
+            self.states[state] = self.rule("ahead", self._moves(*state))
+        return self.states[state]
+
+    def _moves(self, item: Expr, at: Scope, forked: int, waiting: tuple[int, ...]) -> list[Flat]:
         ways: list[Flat] = []
         if forked < self.shape.width:
             forks = self.flats(item, replace(at, number=f"{at.prefix}{self.shape.first + forked}"))
             after = self.ahead(item, at, forked + 1, (*waiting, forked))
             ways += [(*flat, after) for flat in forks if FORK in flat]
-        if waiting and self._counts(item):
+        if waiting and counts(self.grammar, item):
             ways += [f for f in self.flats(item, replace(at, branches=len(waiting))) if WAIT in f]
         else:
             for k in waiting:
@@ -189,32 +198,31 @@ class _Document(LlguidanceWriter):
                 rest: Flat = (self.ahead(item, at, forked, left),) if left else ()
                 joins = self.flats(item, replace(at, number=f"{at.prefix}{self.shape.first + k}"))
                 ways += [flat + rest for flat in joins if WAIT in flat]
-        return self.rule("ahead", ways)
+        return ways
 
-    def _counts(self, expr: Expr) -> bool:
-        """Whether there is one of something in it for each branch of one block."""
-        match expr:
-            case Name(name) if name in self.grammar.rules:
-                return self._counts(self.grammar.rules[name])
-            case Seq(items):
-                return any(map(self._counts, items))
-            case Alt(options):
-                return any(map(self._counts, options))
-            case Repeat(item, many=many):
-                return not self._leads(item) if many else self._counts(item)
-        return False
 
-    def _leads(self, expr: Expr) -> bool:
-        """Whether it begins a block, or waits for one, perhaps behind text: then it may come any number of times."""
-        match expr:
-            case Name(name):
-                rule = self.grammar.rules.get(name)
-                return name in ("fork", "wait") or (rule is not None and self._leads(rule))
-            case Seq(items):
-                first = next((i for i in items if i not in (Name(TEXT), Repeat(Name(TEXT), 0, False))), None)
-                return first is not None and self._leads(first)
-            case Alt(options):
-                return any(map(self._leads, options))
-            case Repeat(item):
-                return self._leads(item)
-        return False
+def counts(grammar: Grammar, expr: Expr) -> bool:
+    """Whether there is one of something in `expr` for each branch of one block."""
+    match expr:
+        case Name(name) if name in grammar.rules:
+            return counts(grammar, grammar.rules[name])
+        case Seq(parts) | Alt(parts):
+            return any(counts(grammar, part) for part in parts)
+        case Repeat(item, many=many):
+            return not leads(grammar, item) if many else counts(grammar, item)
+    return False
+
+
+def leads(grammar: Grammar, expr: Expr, to: Sequence[str] = ("fork", "wait")) -> bool:
+    """Whether `expr` begins a block or waits for one, perhaps behind text: what may come any number of times."""
+    match expr:
+        case Name(name):
+            return name in to or (name in grammar.rules and leads(grammar, grammar.rules[name], to))
+        case Seq(items):
+            first = next((i for i in items if i not in (Name(TEXT), Repeat(Name(TEXT), 0, False))), None)
+            return first is not None and leads(grammar, first, to)
+        case Alt(options):
+            return any(leads(grammar, option, to) for option in options)
+        case Repeat(item):
+            return leads(grammar, item, to)
+    return False

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lark import Token, Tree
+from lark import Token, Tree, UnexpectedInput
 
 from sgl_apr.dialects import Dialect, dialect, dialect_names
 from sgl_apr.errors import TraceError
@@ -128,7 +128,11 @@ def _recovered(text: str, known: Dialect, tokenizer: Tokenizer | None) -> Readin
     for repair in recovery.repairs:
         for name, expected in _named(repair, recovery, roles):
             note(name, repair.at, repair.end, expected)
-    pieces = _contiguous(_segments(known.grammar, recovery.tokens), len(text))
+    try:
+        pieces = _contiguous(_segments(known.grammar, recovery.tokens), len(text))
+    except UnexpectedInput:  # a grammar of which nothing short completes a reply
+        note("beyond repair", 0, len(text), f"a reply of {known.name}")
+        pieces = _contiguous([], len(text))
     ids: list[tuple[int, ...] | None] = [None] * len(pieces)
     if tokenizer is not None:
         ids = list(split_ids(tokenizer.encode(text), text, [p.end for p in pieces], tokenizer))

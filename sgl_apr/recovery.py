@@ -17,6 +17,7 @@ from sgl_apr.grammar import NUMBER, TEXT, Grammar
 
 END = "$END"
 TAGS, TOKENS, TRIED = 3, 14, 400  # how far one repair may go: tags and tokens put in, states looked at
+AT_THE_END = 99, 60, 4000  # the same for closing what is open at the end
 LOOK_AHEAD = 5  # tags behind a repair that it is judged by
 Stack = tuple[int, ...]
 
@@ -58,6 +59,7 @@ class Recovery:
             elif terminal.name != TEXT:
                 self.patterns[terminal.name] = re.compile(terminal.pattern.to_regexp())
         marks = set(self.grammar.marks)
+        self.fixed |= {mark: mark for mark in marks - set(self.fixed.values())}  # of branches apart from the text
         self.tags = {name: value for name, value in self.fixed.items() if value in marks}
         self.by_text = {value: name for name, value in self.tags.items()}
         self.candidates: dict[int, list[str]] = {}
@@ -238,21 +240,22 @@ class Recovery:
         key = (stack, found)
         if key not in self.known_inserts:
             reached = (
-                i for i, here in self.reachable(stack, TAGS) if any(self.moved(here, n) for n in found)
+                i
+                for i, here in self.reachable(stack, TAGS, TOKENS, TRIED)
+                if any(self.moved(here, n) for n in found)
             )
             self.known_inserts[key] = list(islice(reached, 3))
         return self.known_inserts[key]
 
     def closing(self, stack: Stack) -> tuple[str, ...] | None:
         """What closes the innermost of what is open."""
-        return next(
-            (i for i, here in self.reachable(stack, 99) if self.moved(here, END) or len(here) < len(stack)),
-            None,
-        )
+        reached = self.reachable(stack, *AT_THE_END)
+        return next((i for i, here in reached if self.moved(here, END) or len(here) < len(stack)), None)
 
-    def reachable(self, stack: Stack, tags: int) -> Iterator[tuple[tuple[str, ...], Stack]]:
+    def reachable(
+        self, stack: Stack, tags: int, tokens: int, tried: int
+    ) -> Iterator[tuple[tuple[str, ...], Stack]]:
         """What can be put in, and the stack behind it; fewest tags first, up to so many."""
-        tried = TRIED
         queue: list[tuple[int, int, int, tuple[str, ...], Stack]] = [(0, 0, 0, (), stack)]
         seen = {stack}
         order = 0
@@ -261,7 +264,7 @@ class Recovery:
             cost, length, _, inserted, here = heappop(queue)
             if inserted:
                 yield inserted, here
-            if cost >= tags or length >= TOKENS or len(here) > self.most_states + TOKENS:
+            if cost >= tags or length >= tokens or len(here) > self.most_states + tokens:
                 continue
             for name in self.offered(here[-1]):
                 behind = self.moved(here, name)
