@@ -78,7 +78,7 @@ def ways(grammar: Grammar, phase: str, shape: Shape) -> list[Flat]:
     if shape.fork != "auto":
         flats = [f for f in flats if (FORK in f) == (shape.fork == "required")]
     flats = [f for f in flats if WAIT not in f or shape.waiting]
-    if shape.waiting:
+    if any(WAIT in f for f in flats):
         flats = [f for f in flats if FORK in f or WAIT in f]
     if not flats:
         raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={shape.fork!r} allows nothing")
