@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import sgl_apr as apr
+from sgl_apr.lowering_llguidance import SLICES
 from sgl_apr.models import random_llama, smollm2
 
 TAGS = tuple(dict.fromkeys(tag for name in apr.dialect_names() for tag in apr.dialect(name).tags))
@@ -93,7 +94,7 @@ class Vocabulary:
         self.tags = set(TAGS) if tags else set[str]()
         self.size = backend.get_vocab_size()
         self.eos = backend.token_to_id("<|im_end|>")
-        self.guide = LLTokenizer(backend.to_str(), eos_token=self.eos)
+        self.guide = LLTokenizer(backend.to_str(), eos_token=self.eos, slices=list(SLICES))
 
     def special(self, tag: str) -> int | None:
         return self.backend.token_to_id(tag) if tag in self.tags else None

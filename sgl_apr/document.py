@@ -99,11 +99,11 @@ class _Document(LlguidanceWriter):
         """Every way through `expr`, for every number of branches that its block may have."""
         if not counts(self.grammar, expr):
             return self.flats(expr, at)
-        counts = range(self.shape.min_width, self.shape.width + 1)
-        found = [flat for n in counts for flat in self.flats(expr, replace(at, branches=n))]
+        widths = range(self.shape.min_width, self.shape.width + 1)
+        found = [flat for n in widths for flat in self.flats(expr, replace(at, branches=n))]
         if not found:
             raise GrammarError(
-                f"{self.grammar.name}: a block of {counts.start} to {counts.stop - 1} cannot be written"
+                f"{self.grammar.name}: a block of {widths.start} to {widths.stop - 1} cannot be written"
             )
         return found
 

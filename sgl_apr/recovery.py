@@ -59,7 +59,9 @@ class Recovery:
             elif terminal.name != TEXT:
                 self.patterns[terminal.name] = re.compile(terminal.pattern.to_regexp())
         marks = set(self.grammar.marks)
-        self.fixed |= {mark: mark for mark in marks - set(self.fixed.values())}  # of branches apart from the text
+        self.fixed |= {
+            mark: mark for mark in marks - set(self.fixed.values())
+        }  # of branches apart from the text
         self.tags = {name: value for name, value in self.fixed.items() if value in marks}
         self.by_text = {value: name for name, value in self.tags.items()}
         self.candidates: dict[int, list[str]] = {}

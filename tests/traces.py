@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hypothesis import strategies as st
 
 import sgl_apr as apr
@@ -25,6 +27,9 @@ TRACE = """Let me see.
 The answer is 4."""
 
 
+BEGINNINGS = re.compile(r"(</?\w*)*")  # says nothing, and is no text under a mask
+
+
 def free_text() -> st.SearchStrategy[str]:
     """Anything a model may write that is no tag, angle brackets included."""
     pieces = st.one_of(
@@ -33,7 +38,7 @@ def free_text() -> st.SearchStrategy[str]:
     return (
         st.lists(pieces, min_size=1, max_size=4)
         .map("".join)
-        .filter(lambda t: t and not any(tag in t for tag in TAGS))
+        .filter(lambda t: not any(tag in t for tag in TAGS) and not BEGINNINGS.fullmatch(t))
     )
 
 

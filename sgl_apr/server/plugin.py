@@ -7,6 +7,7 @@ other process that imports sglang the failure is logged, and nothing else happen
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ def activate() -> None:
         check_version()
         if platform() is not None:
             _register_attention()
+        if os.environ.get(LAUNCHED):
+            _prepare_masks()
     except LaunchError as error:
         if os.environ.get(LAUNCHED):
             raise SystemExit(f"sgl-apr: error: {error}") from None
@@ -77,6 +80,14 @@ def seam(path: str, parameters: Sequence[str] = ()) -> Any:
         if taken[: len(parameters)] != list(parameters):
             raise LaunchError(f"{path} takes ({', '.join(taken)}), not ({', '.join(parameters)})")
     return found
+
+
+def _prepare_masks() -> None:
+    """Have llguidance prepare for free text as our grammars have it; SGLang's module takes the function from there."""
+    from sgl_apr.lowering_llguidance import SLICES
+
+    stock = seam("llguidance.hf:from_tokenizer", ["hf_tokenizer", "n_vocab", "eos_token", "slices"])
+    import_module("llguidance.hf").from_tokenizer = functools.partial(stock, slices=list(SLICES))  # type: ignore[attr-defined]
 
 
 def _register_attention() -> None:
