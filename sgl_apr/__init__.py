@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgl_apr.budget import Budget as Budget
-    from sgl_apr.convert import convert as convert
+    from sgl_apr.conversion import convert as convert
     from sgl_apr.dialects import Dialect as Dialect
     from sgl_apr.dialects import dialect as dialect
     from sgl_apr.dialects import dialect_names as dialect_names
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "budget": ("Budget",),
-    "convert": ("convert",),
+    "conversion": ("convert",),
     "dialects": ("Dialect", "dialect", "dialect_names"),
     "engine.base": ("Engine", "Request", "Result"),
     "engine.endpoint": ("Endpoint",),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from sgl_apr.convert import convert
+from sgl_apr.conversion import convert
 from sgl_apr.dialects import dialect
 from sgl_apr.errors import ConversionError
 from sgl_apr.reading import Reading, read

@@ -14,7 +14,24 @@ import sgl_apr as apr
 from sgl_apr.document import counts, leads
 from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq, join_tags
 
-PIECES = ("<", ">", "</", "<b>", "</i>", "x < y", "a", "Zeile\n", "1:", "...", " ", "\n", "\t", '"/>', "<|", "\\")
+PIECES = (
+    "<",
+    ">",
+    "</",
+    "<b>",
+    "</i>",
+    "x < y",
+    "a",
+    "Zeile\n",
+    "1:",
+    "...",
+    " ",
+    "\n",
+    "\t",
+    '"/>',
+    "<|",
+    "\\",
+)
 PIECES += ("ü", "日本", "\U0001f600", "e\u0301", "\u2028", "0,1", "#", "-->", "<1>", "< a")
 NAMES = ("0", "0,1", "12,3,4", "a topic", "größe & co")
 
@@ -37,7 +54,9 @@ def tags(dialect: apr.Dialect, text: str, *, named: bool = False) -> list[re.Mat
     """
     found = {t.text for seq in dialect.grammar._sequences() for t in join_tags(seq, "\0") if _is_tag(t)}
     patterns = (re.escape(t).replace("\0", r"[0-9.]+") for t in sorted(found, key=len, reverse=True))
-    return list(re.finditer("|".join(p if not named or p.endswith(">") else p + "[^<>]*>" for p in patterns), text))
+    return list(
+        re.finditer("|".join(p if not named or p.endswith(">") else p + "[^<>]*>" for p in patterns), text)
+    )
 
 
 def without_a_tag(dialect: apr.Dialect, text: str) -> Iterator[str]:
@@ -187,7 +206,9 @@ class _Author:
                 return self._least(self.grammar.rules[name])
             case Seq(items):
                 counted = self._counted(items)
-                own = sum(i in counted or (isinstance(i, Repeat) and i.item in counted and i.low) for i in items)
+                own = sum(
+                    i in counted or (isinstance(i, Repeat) and i.item in counted and i.low) for i in items
+                )
                 return max(own, *(self._least(i) for i in items if i not in counted))
             case Alt(options):
                 return max(map(self._least, options))

@@ -67,7 +67,7 @@ def test_wrong_usage_is_status_2(argv):
     assert left.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["run", "model", "parse"])
+@pytest.mark.parametrize("command", ["run", "model", "parse", "validate", "convert"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
@@ -109,3 +109,66 @@ def test_the_quickstart_runs_as_it_is(server):
     assert figures["critical_path"] < figures["total_tokens"]
     assert figures["min_cached_share"] >= 0.99
     assert figures["serial_wall_s"] > 0
+
+
+@pytest.fixture
+def replies(tmp_path: Path) -> Path:
+    """100 JSON lines, enough for more than one process; every tenth is broken."""
+    path = tmp_path / "replies.jsonl"
+    texts = [TRACE.replace("2: and", "1: and") if i % 10 == 0 else TRACE for i in range(100)]
+    path.write_text("".join(json.dumps({"id": i, "response": t}) + "\n" for i, t in enumerate(texts)))
+    return path
+
+
+def test_validate_counts_defects(replies: Path, trace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["validate", str(replies), str(trace), "--json"]) == 1
+    counts = json.loads(capsys.readouterr().out)
+    assert counts == {
+        "traces": 101,
+        "valid": 91,
+        "dialects": {"threadweaver": 101},
+        "defects": {"duplicate number": 10, "missing number": 10},
+    }
+    assert main(["validate", str(trace)]) == 0
+    assert "threadweaver" in capsys.readouterr().out
+
+
+def test_convert_keeps_the_other_fields_and_the_order(replies: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["convert", str(replies), "--to", "multiverse"]) == 1, "the broken ones are errors"
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["id"] for row in rows] == [i for i in range(100) if i % 10]
+    assert all(apr.dialect("multiverse").is_valid(row["response"]) for row in rows)
+    assert err.count("sgl-apr: error: ") == 10
+    assert f"{replies}:1: threadweaver: line 5, column 10: duplicate number" in err
+
+
+def test_a_text_goes_through_a_pipe(trace: Path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO(TRACE))
+    assert main(["convert", "-", "--to", "npr"]) == 0
+    converted = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO(converted))
+    assert main(["convert", "-", "--to", "threadweaver"]) == 0
+    assert capsys.readouterr().out == TRACE
+
+
+def test_parse_prints_a_line_for_each_record(replies: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["parse", str(replies), "--json"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["valid"] for r in rows[:11]] == [False, *[True] * 9, False]
+    assert rows[0]["defects"][0]["name"] == "duplicate number"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "bad.jsonl:2: not a JSON object"),
+        ('{"prompt": "x"}', "bad.jsonl:2: no text, expected a string under text, response"),
+        ("[]", "bad.jsonl:2: not a JSON object"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, capsys, line: str, message: str):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"text": TRACE}) + "\n" + line + "\n")
+    assert main(["validate", str(path)]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""Published checkpoints, and dialects recognised by their tags."""
+
+from __future__ import annotations
+
+import pytest
+
+import sgl_apr as apr
+
+
+@pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr", "parallel_r1"])
+def test_presets_say_how_and_why(name: str):
+    preset = apr.preset(name)
+    assert preset.dialect is apr.dialect(name)
+    assert preset.sources
+    assert preset.prompt_source
+    assert preset.ask("Why?").startswith("Why?")
+    assert all(apr.preset(model) is not None and "/" in model for model in preset.models)
+
+
+def test_the_published_join_is_said_even_where_it_does_not_work_here():
+    assert apr.preset("multiverse").join == "kv"
+    assert apr.preset("threadweaver").join == "text"
+    with pytest.raises(apr.KvJoinUnavailable):
+        apr.reason("answer", "multiverse", join="kv")
+
+
+def test_an_unknown_preset_lists_the_known():
+    with pytest.raises(apr.GrammarError, match="expected one of threadweaver, multiverse, npr, parallel_r1"):
+        apr.preset("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", apr.dialect_names())
+def test_a_tokenizer_names_its_dialect(name: str):
+    assert apr.dialect_for(apr.ByteTokenizer(apr.dialect(name).tags)) is apr.dialect(name)
+
+
+def test_half_the_tags_or_none_are_no_dialect():
+    tags = apr.dialect("threadweaver").tags
+    assert apr.dialect_for(apr.ByteTokenizer(tags[:4])) is None
+    assert apr.dialect_for(apr.ByteTokenizer()) is None
+    without = [t for t in tags if "Conclusion" not in t]
+    assert apr.dialect_for(apr.ByteTokenizer(without)) is apr.dialect("threadweaver")
