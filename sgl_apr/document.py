@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq, join_tags
-from sgl_apr.lowering import FORK, WAIT, Backend, Flat, Mark, MaybeText, Ref, Shape
+from sgl_apr.lowering import FORK, WAIT, Backend, Flat, Item, Mark, MaybeText, Ref, Shape
 from sgl_apr.lowering_llguidance import LlguidanceWriter
 from sgl_apr.tokenizer import Tokenizer
 
@@ -66,6 +66,14 @@ class _Document(LlguidanceWriter):
 
     def sequence(self, flat: Flat, number: str = "", *, outline: bool = False) -> str:
         return super().sequence(tuple(join_tags([i for i in flat if not isinstance(i, Mark)], number)), "")
+
+    def text(
+        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
+    ) -> str:
+        following = (
+            [] if rest and isinstance(rest[0], Ref) else rest
+        )  # a rule begins with a token, as tags do
+        return super().text(following, optional=optional, most=most, line=line)
 
     def fixed(self, text: str) -> str:
         if text.endswith(">") and Literal(text).is_tag:

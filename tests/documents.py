@@ -76,8 +76,10 @@ def with_tags_swapped(dialect: apr.Dialect, text: str, *, named: bool = False) -
 
 
 def free_text(grammar: Grammar, rng: random.Random) -> str:
-    """Anything a model may write that is no tag and does not pass for one."""
-    names = "|".join(re.escape(mark.strip("</>")) for mark in grammar.marks)
+    """Anything a model may write that is no tag, does not pass for one, and is not just the beginnings of tags."""
+    marks = [mark.strip("</>") for mark in grammar.marks]
+    names = "|".join(map(re.escape, marks))
+    begun = "|".join(re.escape(m[:k]) for m in marks for k in range(len(m), 0, -1))
     while True:
         pieces = [rng.choice(PIECES) for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.3:
@@ -87,7 +89,8 @@ def free_text(grammar: Grammar, rng: random.Random) -> str:
             pieces.append(chr(rng.randint(0x20, 0xD7FF)))
         rng.shuffle(pieces)
         text = "".join(pieces)
-        if not re.search(rf"</?(?:{names})", text, re.IGNORECASE):
+        says = re.sub(rf"</?(?:{begun}|)", "", text, flags=re.IGNORECASE)
+        if says and not re.search(rf"</?(?:{names})", text, re.IGNORECASE):
             return text
 
 
