@@ -59,7 +59,7 @@ async def replies(url: str, dialect: apr.Dialect, runs: int, constrain: bool) ->
                     f"Question {i}: ",
                     dialect,
                     budget=budget(dialect, TOKENS if constrain else TOKENS_OFF),
-                    mode="parallel",
+                    mode="parallel" if constrain else "auto",  # which nothing could hold it to
                     constrain=constrain,
                     temperature=1.5,
                 )

@@ -72,10 +72,11 @@ class Dialect(Facts):
         grammar = Grammar(source, where)
         made = cls(name=name, source=source, **{**read_facts(grammar.facts, where), **facts})
         check_facts(made, where)
-        for rule in ("trace", "body", "after"):
+        needed = ["trace", "body", "after"]
+        needed += ["result"] if made.sees == "message" else []
+        needed += ["branch", "rejoin"] if made.max_depth > 1 else []
+        for rule in needed:
             grammar.rule(rule)
-        if made.published == "message" or made.sees == "message":
-            grammar.rule("result")
         grammar.parser("trace")
         return made
 

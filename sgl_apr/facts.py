@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from sgl_apr.errors import GrammarError
+from sgl_apr.messages import brief
 
 Sees = Literal["prefix", "message"]
 Join = Literal["text", "kv", "message"]
@@ -71,6 +72,7 @@ def check_facts(facts: Facts, where: str) -> None:
         )
     if ("message" in facts.joins) != (facts.sees == "message"):
         raise GrammarError(f"{where}: branches that see a message join by message, and no others do")
+    brief(facts.brief)
     kind, _, k = facts.policy.partition(":")
     if not (facts.policy in ("all", "first") or (kind == "quorum" and k.isdecimal() and int(k) > 0)):
         raise GrammarError(f'{where}: policy {facts.policy}, expected "all", "first" or "quorum:k"')

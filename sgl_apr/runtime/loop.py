@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sgl_apr.budget import branch_tokens, lead_chars, trunk_tokens
@@ -105,13 +106,21 @@ class _Run:
         self.backend = backend
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.overhead = overhead(plan.dialect, tokenizer)
+        if plan.wrap:
+            wrapping = len(tokenizer.encode(plan.wrap(""), first=True))
+            self.overhead = replace(self.overhead, branch=self.overhead.branch + wrapping)
+        self.ahead: list[Engine] = []  # of branches that run while the trunk goes on
 
     async def trajectory(
         self, engine: Engine, prompt_ids: tuple[int, ...], tasks: asyncio.TaskGroup
     ) -> Trajectory:
-        self.tasks = tasks  # branches that run while the trunk goes on
+        self.tasks = tasks  # the same branches
         trunk = self.record.trunk(prompt_ids, self.plan.budget.tokens)
-        await self._think(engine, trunk, "trunk", new=len(prompt_ids))
+        try:
+            await self._think(engine, trunk, "trunk", new=len(prompt_ids))
+        finally:
+            for forked in self.ahead:
+                await forked.release()
         return self.record.trajectory(trunk, self.dialect.name)
 
     async def _think(self, engine: Engine, strand: Strand, phase: Phase, new: int) -> None:
@@ -159,7 +168,7 @@ class _Run:
     def _fork_rule(self, strand: Strand) -> tuple[int, Fork]:
         """How wide the next fork may be, and whether it has to come, may come, or may not (width 0)."""
         plan, trunk = self.plan, not strand.path
-        if strand.depth >= plan.budget.depth or (strand.path and "rejoin" not in self.grammar.rules):
+        if strand.depth >= plan.budget.depth or "fork" not in self.grammar.rules:
             return 0, "forbidden"
         if strand.ahead and strand.ahead.running:  # the open block may have more branches
             more = 2 * self.overhead.of(len(strand.ahead.running) + 1) <= strand.left
@@ -250,7 +259,7 @@ class _Run:
         strand.blocks += 1
         fork = strand.order[-1]
         if self.dialect.drops_calls:
-            self._drop(strand, fork)
+            self._drop(strand)
         else:
             self.record.inject(strand, "lead", self.grammar.written("lead"))
         returned = self.dialect.sees == "message"
@@ -327,9 +336,7 @@ class _Run:
         except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
             raise _first(failed) from _first(failed).__cause__
         for branch in branches:
-            if (
-                branch.given_up and self.record.spans[branch.order[-1]].role == "header"
-            ):  # it had not even begun
+            if branch.given_up and self.record.of(branch)[-1].role == "header":  # it had not even begun
                 place, context = self._place(branch), branch.context
                 step = interpret(self.dialect, "branch", place, context, (), "cancelled", self.tokenizer)
                 self.record.append(branch, step, None)
@@ -353,12 +360,13 @@ class _Run:
         )
         ahead.forked += 1
         (forked,) = await self._commit(engine, strand, 1)
+        self.ahead.append(forked)
         branch = self._branch(strand, ahead.forked, outline, share, (strand.order[-1],))
         new = len(branch.context) - (0 if returned else len(strand.context))
         task = self.tasks.create_task(self._run_branch(forked, branch, new))
         aside = share * (1 + returned) + self.overhead.branch
         strand.left -= aside
-        ahead.running[branch.number] = (branch, forked, task, aside)
+        ahead.running[branch.number] = (branch, task, aside)
         return 0
 
     async def _join(self, strand: Strand, number: str) -> int:
@@ -372,11 +380,8 @@ class _Run:
         tips: list[int] = []
         before = len(strand.context)
         for n in numbers:
-            branch, engine, task, aside = ahead.running.pop(n)
-            try:
-                await task
-            finally:
-                await engine.release()
+            branch, task, aside = ahead.running.pop(n)
+            await task
             strand.left += aside
             self._take(strand, branch)
             if returned:
@@ -392,11 +397,11 @@ class _Run:
         strand.left -= branch.spent
         strand.spent += branch.spent
 
-    def _drop(self, strand: Strand, fork: int) -> None:
-        """Go on from before the call; it stays in the record."""
-        span = self.record.spans[fork]
-        strand.tip = span.parents
-        strand.context = strand.context[: len(strand.context) - span.tokens]
+    def _drop(self, strand: Strand) -> None:
+        """Go on from before the call, which may be in two pieces; it stays in the record."""
+        while (span := self.record.spans[strand.tip[0]]).role == "fork":
+            strand.tip = span.parents
+            strand.context = strand.context[: len(strand.context) - span.tokens]
 
     def _results(self, strand: Strand, branches: Sequence[Strand], most: int) -> int:
         """Write what branches returned, each behind its own end in time. Returns the new tokens."""

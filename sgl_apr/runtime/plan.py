@@ -88,11 +88,13 @@ class Plan:
         if self.mode == "sequential" and self.min_blocks:
             raise AprError(f'mode="sequential" forbids the min_blocks={self.min_blocks} blocks asked for')
         if self.mode == "sequential":
-            if "trunk" not in d.grammar.rules:
-                raise AprError(f'{d.name} always forks: there is no mode="sequential" of it')
             object.__setattr__(self, "max_blocks", 0)
         if self.mode == "parallel":
             object.__setattr__(self, "min_blocks", max(1, self.min_blocks))
+        if "trunk" not in d.grammar.rules and (self.max_blocks == 0 or self.min_blocks > 1):
+            raise AprError(
+                f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={self.min_blocks}"
+            )
         if self.min_blocks < 0 or (self.max_blocks is not None and self.max_blocks < self.min_blocks):
             raise AprError(
                 f"min_blocks={self.min_blocks}, max_blocks={self.max_blocks}: expected 0 <= min <= max"

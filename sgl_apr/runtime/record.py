@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from sgl_apr.engine.base import Engine, Result
+from sgl_apr.engine.base import Result
 from sgl_apr.runtime.steps import Step
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Call, Finish, Path, Role, Span, Trajectory
@@ -43,10 +43,11 @@ class Strand:
 
 @dataclass
 class Ahead:
-    """Branches of a strand that run while it goes on: `forked` are all of its open block, `running` those not joined."""
+    """Branches of a strand that run while it goes on: `forked` are all of its open block, `running` those
+    not joined, each with what was set aside for it."""
 
     forked: int = 0
-    running: dict[str, tuple[Strand, Engine, asyncio.Task[None], int]] = field(default_factory=dict)
+    running: dict[str, tuple[Strand, asyncio.Task[None], int]] = field(default_factory=dict)
 
 
 class Record:
