@@ -26,18 +26,27 @@ def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str
     where the grammar wants text and there is none. It forks nothing and waits for nothing.
     """
     interactive = grammar.parser(start).parse_interactive(text)
-    added, count, last = "", 0, ""
+    added, count, kind, last, missing = "", 0, "", "", ""
     try:
         for token in interactive.iter_parse():
-            count, last = count + (token.type == NUMBER), str(token)
+            # The text may end within a number, such as the 2 of 2.1: what is missing of it comes first.
+            whole = number(count, last) if token.type == NUMBER else ""
+            missing = whole[len(token) :] if whole.startswith(token) else ""
+            count, kind, last = count + (token.type == NUMBER), token.type, str(token)
+        added = missing
     except UnexpectedInput as error:
-        # The text may end within a fixed piece, such as half a tag: finish that first.
+        # Or within a name, or a fixed piece, such as half a tag.
         rest = text[error.pos_in_stream :] if error.pos_in_stream is not None else ""
         fixed = next((t for t in _fixed(grammar, start, interactive) if rest and t.startswith(rest)), None)
-        if fixed is None:
+        if rest and rest != missing and missing.startswith(rest):
+            added = missing[len(rest) :]
+        elif fixed is not None:
+            interactive.feed_token(fixed)
+            added, last = str(fixed)[len(rest) :], str(fixed)
+        elif rest and kind != TEXT and (filler := _filler(grammar, kind, last + rest)):
+            added = filler
+        else:
             return None
-        interactive.feed_token(fixed)
-        added, last = str(fixed)[len(rest) :], str(fixed)
     if not added and "$END" not in interactive.accepts():
         for begun in _begun(list(_fixed(grammar, start, interactive)), text):
             more = completion(grammar, start, text + begun, number)
@@ -54,13 +63,12 @@ def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str
             return added
         steps = [t for t in _fixed(grammar, start, state) if str(t) not in avoid]
         for name in sorted(accepted):
-            pattern = grammar.terminals.get(name)
             if name == NUMBER:
                 steps.append(Token(NUMBER, number(count, last)))
             elif name == TEXT and not steps:
                 steps.append(Token(TEXT, FILLER))
-            elif name != TEXT and isinstance(pattern, str):
-                steps.append(Token(name, next(f for f in (FILLER, "0", "x") if re.fullmatch(pattern, f))))
+            elif name != TEXT and (filler := _filler(grammar, name)):
+                steps.append(Token(name, filler))
         for token in steps:
             following = state.copy()
             following.feed_token(token)
@@ -74,6 +82,13 @@ def _begun(options: list[Token], text: str) -> Iterator[str]:
         for known in range(len(option) - 1, 1, -1):
             if text.endswith(option[:known]):
                 yield str(option[known:])
+
+
+def _filler(grammar: Grammar, name: str, begun: str = "") -> str | None:
+    """What makes a terminal of `begun` that is a regular expression."""
+    pattern = grammar.terminals.get(name)
+    fillers = (FILLER, "0", "x") if isinstance(pattern, str) else ()
+    return next((f for f in fillers if re.fullmatch(str(pattern), begun + f)), None)
 
 
 def _fixed(grammar: Grammar, start: str, state: InteractiveParser) -> Iterator[Token]:

@@ -199,7 +199,8 @@ class Dialect(Facts):
         def number(count: int, behind: str) -> str:
             if behind and behind == self.grammar.opening("wait"):
                 return place.waiting[0] if place.waiting else str(self.first)
-            return place.number or f"{place.prefix}{self.first + count}"
+            outlined = self.grammar.repeats("fork") and behind != self.grammar.opening("closer")
+            return (not outlined and place.number) or f"{place.prefix}{self.first + count}"
 
         if not text and phase == "after" and "close" not in self.grammar.rules:
             return ""

@@ -62,6 +62,7 @@ class _Document(LlguidanceWriter):
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, shape: Shape) -> None:
         super().__init__(grammar, tokenizer, shape)
         self.known: dict[str, str] = {}
+        self.found: dict[tuple[Expr, Scope], list[Flat]] = {}
         self.states: dict[tuple[Expr, Scope, int, tuple[int, ...]], Ref] = {}
 
     def sequence(self, flat: Flat, number: str = "", *, outline: bool = False) -> str:
@@ -105,6 +106,11 @@ class _Document(LlguidanceWriter):
 
     def ways(self, expr: Expr, at: Scope) -> list[Flat]:
         """Every way through `expr`, for every number of branches that its block may have."""
+        if (expr, at) not in self.found:
+            self.found[expr, at] = self._ways(expr, at)
+        return self.found[expr, at]
+
+    def _ways(self, expr: Expr, at: Scope) -> list[Flat]:
         if not counts(self.grammar, expr):
             return self.flats(expr, at)
         widths = range(self.shape.min_width, self.shape.width + 1)

@@ -79,7 +79,9 @@ def free_text(grammar: Grammar, rng: random.Random) -> str:
     """Anything a model may write that is no tag, does not pass for one, and is not just the beginnings of tags."""
     marks = [mark.strip("</>") for mark in grammar.marks]
     names = "|".join(map(re.escape, marks))
-    begun = "|".join(re.escape(m[:k]) for m in marks for k in range(len(m), 0, -1))
+    begun = "|".join(
+        sorted({re.escape(m[:k]) for m in marks for k in range(1, len(m) + 1)}, key=len, reverse=True)
+    )
     while True:
         pieces = [rng.choice(PIECES) for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.3:

@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import llguidance.numpy as masks
@@ -131,17 +131,27 @@ class Case:
     """A phase where the runtime would decode it."""
 
     phase: str
-    place: Place = Place()
+    place: Place = field(default_factory=Place)
 
-    def lowered(self, dialect: apr.Dialect, tokenizer: Masked, **shape) -> str:
-        """Its mask; branches of a dialect that does not nest cannot fork."""
+    def lowered(self, dialect: apr.Dialect, tokenizer: Masked, **shape) -> str | None:
+        """Its mask, or None if the shape leaves nothing of it. Branches that do not nest cannot fork."""
         if dialect.rule_of(self.phase) == "body":
             shape["fork"] = "auto"
-        width = min(WIDTH, dialect.max_width)
-        return dialect.llguidance(
-            self.phase, tokenizer, width=width, min_width=1,
-            prefix=self.place.prefix, number=self.place.number, waiting=self.place.waiting, **shape,
-        )  # fmt: skip
+        shape = {"width": min(WIDTH, dialect.max_width), "min_width": 1} | shape
+        place = self.place
+        try:
+            return dialect.llguidance(
+                self.phase,
+                tokenizer,
+                prefix=place.prefix,
+                number=place.number,
+                waiting=place.waiting,
+                **shape,
+            )
+        except apr.GrammarError as error:
+            if "allows nothing" not in str(error):
+                raise
+            return None
 
 
 def cases(dialect: apr.Dialect) -> Iterator[Case]:
@@ -155,9 +165,10 @@ def cases(dialect: apr.Dialect) -> Iterator[Case]:
         yield Case("after", Place(number=three, waiting=(two,)))
     else:
         yield from (Case(phase) for phase in ("trunk", "after") if phase in dialect.grammar.rules)
-    yield Case("branch", Place(prefix=f"{two}.", number=two))
-    if "rejoin" in dialect.grammar.rules:
-        yield Case("rejoin", Place(prefix=f"{two}.", number=two))
+    for number in (two, str(dialect.first + dialect.max_width - 1)):
+        yield Case("branch", Place(prefix=f"{number}.", number=number))
+        if "rejoin" in dialect.grammar.rules:
+            yield Case("rejoin", Place(prefix=f"{number}.", number=number))
 
 
 SHAPES = [
@@ -176,15 +187,13 @@ def test_masks_allow_the_tags_that_a_reference_does(name: str, shape: dict):
     dialect, tokenizer = apr.dialect(name), masked(name)
     rng, compared = random.Random(0), 0
     for case in cases(dialect):
-        try:
-            lowered = case.lowered(dialect, tokenizer, **shape)
-        except apr.GrammarError as error:
-            assert "allows nothing" in str(error)  # noqa: PT017
+        lowered = case.lowered(dialect, tokenizer, **shape)
+        if lowered is None:
             continue
         reference = Reference(lowered)
         for _ in range(6):
             compared += reference.walk(rng, tokenizer)
-    assert compared > 20
+    assert compared > 10
 
 
 class NoLexer(Lexer):
@@ -273,17 +282,17 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
     """Wherever the token limit cuts, what is open is closed, and what was written stays."""
     dialect, tokenizer = apr.dialect(name), masked(name, spelled)
     engine, rng = SampledEngine(tokenizer, seed=2), random.Random(2)
-    for case, shape in itertools.product(cases(dialect), ({"outline_chars": 12}, SHAPES[1], SHAPES[2])):
-        try:
-            lowered = case.lowered(dialect, tokenizer, **shape)
-        except apr.GrammarError as error:
-            assert "allows nothing" in str(error)  # noqa: PT017
+    wide = {"width": min(12, dialect.max_width), "min_width": min(11, dialect.max_width), "outline_chars": 1}
+    shapes = ({"outline_chars": 12}, wide, SHAPES[1], SHAPES[2])
+    for case, shape in itertools.product(cases(dialect), shapes):
+        lowered = case.lowered(dialect, tokenizer, **shape)
+        if lowered is None:
             continue
-        for _ in range(2):
+        for _ in range(4):
             text, finished = asyncio.run(decoded(engine, dialect, case, lowered))
             if finished:
                 assert dialect.segments(case.phase, text, case.place)[-1].end == len(text)
-            for end in {0, len(text), *(rng.randint(0, len(text)) for _ in range(12))}:
+            for end in {0, len(text), *(rng.randint(0, len(text)) for _ in range(20))}:
                 cut = text[:end]
                 added = dialect.completion(case.phase, cut, case.place)
                 assert added is not None, (case, cut)
@@ -296,7 +305,7 @@ async def decoded(engine: SampledEngine, dialect: apr.Dialect, case: Case, lower
     stops = dialect.stops(case.phase, case.place)
     ids = [engine.tokenizer.special(tag) for tag in stops]
     result = await engine.decode(
-        apr.Request("r", (), 80, grammar=lowered, stop_ids=tuple(i for i in ids if i is not None))
+        apr.Request("r", (), 200, grammar=lowered, stop_ids=tuple(i for i in ids if i is not None))
     )
     kept = [i for i in result.token_ids if i not in engine.tokenizer.eos_ids]
     return engine.tokenizer.decode(kept), result.finish == "stop"

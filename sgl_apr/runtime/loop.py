@@ -132,6 +132,8 @@ class _Run:
         while True:
             width, fork = self._fork_rule(strand)
             step, call = await self._decode(engine, strand, phase, new, width, fork)
+            if step.forked and fork == "forbidden":  # without the grammar a model may fork all the same
+                step = replace(step, finish="malformed", forked=False)
             self.record.append(strand, step, call)
             if step.over:
                 break
