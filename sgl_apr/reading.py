@@ -82,17 +82,15 @@ def detect(text: str) -> str | None:
 
     The most of its tags decide, then whether it parses, then how few of the dialect's own tags are absent.
     """
-    best: tuple[tuple[int, bool, float], str] | None = None
-    for name in dialect_names():
-        known = dialect(name)
-        counts = {mark: text.count(mark) for mark in known.grammar.marks}
-        found = sum(counts.values())
-        if found:
-            present = sum(map(bool, counts.values())) / len(counts)
-            score = (found, known.is_valid(text), present)
-            if best is None or score > best[0]:
-                best = score, name
-    return best[1] if best else None
+    counts = {name: [text.count(m) for m in dialect(name).grammar.marks] for name in dialect_names()}
+    most = max(map(sum, counts.values()))
+    tied = [name for name, found in counts.items() if sum(found) == most > 0]
+    if len(tied) < 2:
+        return tied[0] if tied else None
+    return max(
+        tied,
+        key=lambda name: (dialect(name).is_valid(text), sum(map(bool, counts[name])) / len(counts[name])),
+    )
 
 
 @contextmanager
