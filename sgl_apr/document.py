@@ -71,9 +71,8 @@ class _Document(LlguidanceWriter):
     def text(
         self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
     ) -> str:
-        following = (
-            [] if rest and isinstance(rest[0], Ref) else rest
-        )  # a rule begins with a token, as tags do
+        # A rule begins with a token, so text before it ends as it does at the end.
+        following = [] if rest and isinstance(rest[0], Ref) else rest
         return super().text(following, optional=optional, most=most, line=line)
 
     def fixed(self, text: str) -> str:

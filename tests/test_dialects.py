@@ -300,6 +300,28 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
                 assert (segments[-1].end if segments else 0) == len(cut + added)
 
 
+@pytest.mark.parametrize(
+    ("name", "phase", "number", "cut", "added"),
+    [
+        ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n", "2.1:...</Outline>\n</Goal>"),
+        ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2", ".1:...</Outline>\n</Goal>"),
+        ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2.", "1:...</Outline>\n</Goal>"),
+        ("parathinker", "branch", "2", "x</think ", "2>"),
+        ("asyncthink", "trunk", "2", "<FORK-2>x</FORK-", "2>"),
+        (
+            "apr",
+            "trunk",
+            "",
+            "<Calling Sub Searches>\n<Start Sub Search 0 at level 1> Moving to Node #7,",
+            "0\n<End Calling Sub Searches>",
+        ),
+    ],
+)
+def test_what_is_cut_within_a_number_or_a_name(name: str, phase: str, number: str, cut: str, added: str):
+    place = Place(prefix=f"{number}." if phase == "branch" else "", number=number)
+    assert apr.dialect(name).completion(phase, cut, place) == added
+
+
 async def decoded(engine: SampledEngine, dialect: apr.Dialect, case: Case, lowered: str) -> tuple[str, bool]:
     """What an engine that samples from the mask alone decodes of a phase, and whether it came to its end."""
     stops = dialect.stops(case.phase, case.place)
