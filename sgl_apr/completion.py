@@ -47,12 +47,13 @@ def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str
             added = filler
         else:
             return None
+    avoid = {grammar.opening(rule) for rule in ("fork", "wait")}
     if not added and "$END" not in interactive.accepts():
-        for begun in _begun(list(_fixed(grammar, start, interactive)), text):
+        closing = [t for t in _fixed(grammar, start, interactive) if str(t) not in avoid]
+        for begun in _begun(closing, text):
             more = completion(grammar, start, text + begun, number)
             if more is not None:
                 return begun + more
-    avoid = {grammar.opening(rule) for rule in ("fork", "wait")}
     queue = deque([(interactive, added, count, last)])
     for _ in range(MOST_STEPS):
         if not queue:

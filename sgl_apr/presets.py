@@ -108,15 +108,17 @@ def preset(name: str) -> Preset:
 
 
 def dialect_for(tokenizer: Tokenizer) -> Dialect | None:
-    """The dialect whose tags a tokenizer has as tokens, the one with most of them; None if it has none whole.
+    """The dialect whose tags a tokenizer has as tokens; None if it has none whole, or those of several.
 
-    What a dialect may do without (an optional conclusion) may be missing.
+    What a dialect may do without (an optional conclusion) may be missing. Of two of which one's tags are
+    among the other's it is the other.
     """
-    whole: list[tuple[int, str]] = []
+    whole: dict[str, set[str]] = {}
     for name in dialect_names():
         known = dialect(name)
         grammar = known.grammar
         needed = set(grammar.tags([str(known.first)])) - set(grammar.marks_of("conclusion"))
         if needed and all(tokenizer.special(tag) is not None for tag in needed):
-            whole.append((-len(needed), name))
-    return dialect(min(whole)[1]) if whole else None
+            whole[name] = needed
+    best = max(whole, key=lambda name: len(whole[name]), default=None)
+    return dialect(best) if best and all(tags <= whole[best] for tags in whole.values()) else None

@@ -24,6 +24,7 @@ from masked import Masked, SampledEngine
 
 import sgl_apr as apr
 from sgl_apr.dialects import Place, dialect_names
+from sgl_apr.runtime.steps import overhead
 
 every_dialect = pytest.mark.parametrize("name", dialect_names())
 both_modes = pytest.mark.parametrize("spelled", [False, True], ids=["tokens", "text"])
@@ -306,6 +307,9 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
         ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n", "2.1:...</Outline>\n</Goal>"),
         ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2", ".1:...</Outline>\n</Goal>"),
         ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2.", "1:...</Outline>\n</Goal>"),
+        # What may be half a fork stays text: it may be forbidden here.
+        ("multiverse", "branch", "2", "x<P", "</Path>"),
+        ("multiverse", "branch", "2", "x</P", "ath>"),
         ("parathinker", "branch", "2", "x</think ", "2>"),
         ("asyncthink", "trunk", "2", "<FORK-2>x</FORK-", "2>"),
         (
@@ -317,7 +321,9 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
         ),
     ],
 )
-def test_what_is_cut_within_a_number_or_a_name(name: str, phase: str, number: str, cut: str, added: str):
+def test_what_is_cut_within_a_tag_a_number_or_a_name(
+    name: str, phase: str, number: str, cut: str, added: str
+):
     place = Place(prefix=f"{number}." if phase == "branch" else "", number=number)
     assert apr.dialect(name).completion(phase, cut, place) == added
 
@@ -366,11 +372,9 @@ def trajectories(name: str, depth: int, mode: str, count: int) -> dict[str, int]
     spelled, options = MODES[mode]
     # One that soon closes what is open, and one that seldom does: the runtime has to.
     engines = [SampledEngine(masked(name, spelled), seed=depth, tag_weight=w) for w in (30.0, 2.0)]
+    closing = overhead(dialect, engines[0].tokenizer).of(WIDTH)
     budget = apr.Budget(
-        tokens=(600 if spelled else 300) * depth,
-        width=min(WIDTH, dialect.max_width),
-        depth=depth,
-        outline_chars=12 if spelled else None,
+        tokens=2 * closing * depth + 120, width=WIDTH, depth=depth, outline_chars=12 if spelled else None
     )
     found = dict.fromkeys(("valid", "forked", "nested", "branches", "decoded", "injected", "tokens"), 0)
 

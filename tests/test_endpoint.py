@@ -344,7 +344,7 @@ def test_typed_gens(endpoint):
 def test_several_samples(endpoint):
     @sgl.function
     def samples(s):
-        s += "The" + sgl.gen("several", max_tokens=6, n=3, temperature=1.5)
+        s += "The" + sgl.gen("several", max_tokens=24, n=3, temperature=1.5)
 
     several = samples.run(backend=endpoint)["several"]
     assert len(several) == 3

@@ -137,7 +137,7 @@ def test_nobody_there():
 def test_what_a_dialect_has_not_is_an_error_where_it_is_asked_for():
     for options in ({"join": "kv"}, {"budget": apr.Budget(depth=3)}, {"mode": "both"}, {"dialect": "nope"}):
         with pytest.raises(apr.AprError):
-            apr.reason("answer", **options)
+            apr.reason("answer", **{"dialect": "threadweaver", **options})
 
 
 # The real server

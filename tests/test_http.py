@@ -78,8 +78,10 @@ def test_something_else_there(status, text, kind, message):
 
 
 def test_another_grammar_backend_is_refused():
-    with pytest.raises(apr.UnsupportedEngine, match="runs --grammar-backend xgrammar, expected llguidance"):
-        reason(SglangServer(info={"grammar_backend": "xgrammar"}))
+    with pytest.raises(
+        apr.UnsupportedEngine, match="runs --grammar-backend outlines, expected llguidance or xgrammar"
+    ):
+        reason(SglangServer(info={"grammar_backend": "outlines"}))
 
 
 def test_a_tokenizer_that_is_not_readable_here_is_refused():

@@ -38,5 +38,6 @@ def test_half_the_tags_or_none_are_no_dialect():
     tags = apr.dialect("threadweaver").tags
     assert apr.dialect_for(apr.ByteTokenizer(tags[:4])) is None
     assert apr.dialect_for(apr.ByteTokenizer()) is None
+    assert apr.dialect_for(apr.ByteTokenizer([*tags, *apr.dialect("npr").tags])) is None, "which of the two?"
     without = [t for t in tags if "Conclusion" not in t]
     assert apr.dialect_for(apr.ByteTokenizer(without)) is apr.dialect("threadweaver")

@@ -132,7 +132,7 @@ class _Run:
         while True:
             width, fork = self._fork_rule(strand)
             step, call = await self._decode(engine, strand, phase, new, width, fork)
-            if step.forked and fork == "forbidden":  # without the grammar a model may fork all the same
+            if step.forked and fork == "forbidden" and not self._bears(strand, step):
                 step = replace(step, finish="malformed", forked=False)
             self.record.append(strand, step, call)
             if step.over:
@@ -182,6 +182,13 @@ class _Run:
         if not fits or (trunk and plan.max_blocks is not None and strand.blocks >= plan.max_blocks):
             return 0, "forbidden"
         return fits[0], "required" if required else "auto"
+
+    def _bears(self, strand: Strand, step: Step) -> bool:
+        """Whether a fork can be run that no grammar held back."""
+        plan, branches = self.plan, len(step.outlines) or self.plan.least
+        full = not strand.path and plan.max_blocks is not None and strand.blocks >= plan.max_blocks
+        need = self.overhead.of(branches) - self.overhead.fork + len(step.token_ids)
+        return strand.depth < plan.budget.depth and not full and need <= strand.left
 
     def _place(self, strand: Strand) -> Place:
         if self.dialect.asynchronous and not strand.path:
