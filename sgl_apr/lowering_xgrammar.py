@@ -6,15 +6,15 @@ import json
 import re
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.grammar import Literal
+from sgl_apr.grammar import TEXT, Literal
 from sgl_apr.lowering import Item, Mark, Writer
+from sgl_apr.lowering_llguidance import ANY_TEXT, outside
 
 
 class XgrammarWriter(Writer):
     """Lowering for tokenizers that have every tag of the dialect as one token.
 
-    xgrammar matches an added token by its spelling, so text excludes the spellings of all tags. What a text
-    begins with is checked by itself: a `<` there has to be followed by something other than a letter, `/` or `|`.
+    xgrammar matches an added token by its spelling, so text without the spelling of a tag is without the tag.
     """
 
     DEFINES = " ::= "
@@ -50,16 +50,11 @@ class XgrammarWriter(Writer):
             character = "[^<\\n]" if most and line else "[^<]"
             self.lines[name] = f"{character}{f'{{1,{most}}}' if most else '+'}"
             return name + "?" * optional
-        spellings = ", ".join(json.dumps(s, ensure_ascii=False) for s in self.spellings)
-        self.lines["REST"] = f"TagDispatch(loop_after_dispatch=false, excludes=({spellings}))"
-        self.lines["TEXT"] = '[^<] REST | "<" [^<a-zA-Z/|] REST'
+        if self.grammar.terminals[TEXT] != ANY_TEXT:
+            raise GrammarError(f"{self.grammar.name}: xgrammar takes a TEXT of /{ANY_TEXT}/ only")
+        # With the control tokens of chat models, `<|...`, which it would match by their spelling as well.
+        self.lines["TEXT"] = f"Regex({json.dumps(outside([*self.names, '|']), ensure_ascii=False)})"
         return "TEXT" + "?" * optional
-
-    @property
-    def spellings(self) -> list[str]:
-        """The beginnings of tags, as they are and in other cases, and of the control tokens of chat models."""
-        cased = dict.fromkeys(f(name) for name in self.names for f in (str, str.lower, str.upper, str.title))
-        return ["<|", *(f"<{slash}{name}" for name in cased for slash in ("", "/"))]
 
 
 def _ebnf(regex: str) -> str:

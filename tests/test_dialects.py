@@ -374,7 +374,10 @@ def trajectories(name: str, depth: int, mode: str, count: int) -> dict[str, int]
     engines = [SampledEngine(masked(name, spelled), seed=depth, tag_weight=w) for w in (30.0, 2.0)]
     closing = overhead(dialect, engines[0].tokenizer).of(WIDTH)
     budget = apr.Budget(
-        tokens=2 * closing * depth + 120, width=WIDTH, depth=depth, outline_chars=12 if spelled else None
+        tokens=2 * closing * (2 * depth - 1) + 120,
+        width=WIDTH,
+        depth=depth,
+        outline_chars=12 if spelled else None,
     )
     found = dict.fromkeys(("valid", "forked", "nested", "branches", "decoded", "injected", "tokens"), 0)
 
