@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq, join_tags
+from sgl_apr.expressions import Alt, Expr, Literal, Name, Repeat, Seq
+from sgl_apr.grammar import NUMBER, TEXT, Grammar, join_tags
 from sgl_apr.lowering import FORK, WAIT, Backend, Flat, Item, Mark, MaybeText, Ref, Shape
 from sgl_apr.lowering_llguidance import LlguidanceWriter
 from sgl_apr.tokenizer import Tokenizer

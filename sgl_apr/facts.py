@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from sgl_apr.messages import brief
 
 Sees = Literal["prefix", "message"]
 Join = Literal["text", "kv", "message"]
+POLICY = re.compile(r"all|first|quorum:[1-9][0-9]*")  # when a join happens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,5 @@ def check_facts(facts: Facts, where: str) -> None:
     if ("message" in facts.joins) != (facts.sees == "message"):
         raise GrammarError(f"{where}: branches that see a message join by message, and no others do")
     brief(facts.brief)
-    kind, _, k = facts.policy.partition(":")
-    if not (facts.policy in ("all", "first") or (kind == "quorum" and k.isdecimal() and int(k) > 0)):
+    if not POLICY.fullmatch(facts.policy):
         raise GrammarError(f'{where}: policy {facts.policy}, expected "all", "first" or "quorum:k"')

@@ -4,66 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from lark import Lark, Token, Transformer, Tree, UnexpectedInput
+from lark import Lark, Token, Tree, UnexpectedInput
 from lark.exceptions import LarkError
 from lark.lexer import PatternRE, TerminalDef
 
 from sgl_apr.errors import GrammarError
+from sgl_apr.expressions import (
+    Alt,
+    Expr,
+    Literal,
+    Name,
+    ReadItems,
+    Regex,
+    Repeat,
+    Seq,
+    file_parser,
+    is_present,
+)
 
 TEXT = "TEXT"  # the terminal that stands for whatever the model wants to write
 NUMBER = "NUMBER"  # the terminal that numbers repeated items 1..n
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """Fixed text."""
-
-    text: str
-
-    @property
-    def is_tag(self) -> bool:
-        """Whether it is a tag, or the beginning of one that a number or a name ends: `<FORK-`."""
-        return re.fullmatch(r"</?[A-Za-z][^<>]*>?", self.text) is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A reference to a rule (lower case) or to a terminal (upper case)."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Seq:
-    """Items one after another."""
-
-    items: tuple[Expr, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Alt:
-    """One of several."""
-
-    options: tuple[Expr, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """`?` (0 or 1), `*` (0 or more) or `+` (1 or more)."""
-
-    item: Expr
-    low: int
-    many: bool
-
-
-Expr = Literal | Name | Seq | Alt | Repeat
 
 
 def join_tags(items: Sequence[T], number: str) -> list[T]:
@@ -105,7 +71,7 @@ class Grammar:
         self.rules: dict[str, Expr] = {}
         self.terminals: dict[str, Literal | str] = {}  # a fixed text, or a regular expression
         try:
-            tree = _file_parser().parse(source if source.endswith("\n") else source + "\n")
+            tree = file_parser().parse(source if source.endswith("\n") else source + "\n")
         except UnexpectedInput as error:
             line = source.splitlines()[error.line - 1] if 0 < error.line <= source.count("\n") + 1 else ""
             raise GrammarError(f"{name}, line {error.line}: not Lark syntax: {line.strip()!r}") from None
@@ -123,17 +89,17 @@ class Grammar:
                 f"{self.name}, line {line}: {what} is outside the shared subset: rules and terminals only"
             )
         try:
-            key, expr = str(item.children[0]), _Read().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
+            key, expr = str(item.children[0]), ReadItems().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
         except LarkError as error:
             cause = error.__context__ if isinstance(error.__context__, GrammarError) else error
             raise GrammarError(f"{self.name}, line {line}: {cause}") from None
-        if any(_present(child) for child in item.children[1:-1]):
+        if any(is_present(child) for child in item.children[1:-1]):
             raise GrammarError(
                 f"{self.name}, line {line}: templates and priorities are outside the shared subset"
             )
         if item.data == "rule":
             self.rules[key] = expr
-        elif isinstance(expr, (Literal, _Regex)):
+        elif isinstance(expr, (Literal, Regex)):
             self.terminals[key] = expr if isinstance(expr, Literal) else expr.pattern
         else:
             raise GrammarError(
@@ -303,78 +269,6 @@ def _facts(source: str, name: str) -> Iterator[tuple[str, str]]:
                         f"{name}, line {number}: {fact.strip()!r}, expected //@ key value, key value"
                     )
                 yield key, value.strip()
-
-
-@dataclass(frozen=True, slots=True)
-class _Regex:
-    pattern: str
-
-
-class _Read(Transformer[Token, Expr]):
-    """Lark's own syntax tree of a file to expressions."""
-
-    def literal(self, children: list[Token]) -> Expr | _Regex:
-        token = children[0]
-        if token.startswith('"') and token.endswith('"'):
-            return Literal(_unescape(str(token)[1:-1]))
-        if token.startswith("/") and token.endswith("/"):
-            if re.search(r"\(\?[=!<]", token):
-                raise GrammarError(f"look-around in {token} is outside the shared subset")
-            return _Regex(str(token)[1:-1])
-        raise GrammarError(f"flags in {token} are outside the shared subset")
-
-    def name(self, children: list[Token]) -> Expr:
-        return Name(str(children[0]))
-
-    def value(self, children: list[Expr]) -> Expr:
-        return children[0]
-
-    def expr(self, children: list[Expr | Token | None]) -> Expr:
-        item, operator, *rest = children
-        if operator is None:
-            return _expr(item)
-        if any(r is not None for r in rest):
-            raise GrammarError("`~` counts are outside the shared subset, expected ?, * or +")
-        return Repeat(_expr(item), low=int(operator == "+"), many=operator != "?")
-
-    def maybe(self, children: list[Expr]) -> Expr:
-        return Repeat(children[0], low=0, many=False)
-
-    def expansion(self, children: list[Expr]) -> Expr:
-        items = tuple(c for c in children if c is not None)
-        return items[0] if len(items) == 1 else Seq(items)
-
-    def alias(self, children: list[Expr | None]) -> Expr:
-        if len(children) > 1 and children[1] is not None:
-            raise GrammarError("aliases (->) are outside the shared subset")
-        return _expr(children[0])
-
-    def expansions(self, children: list[Expr]) -> Expr:
-        return Alt(tuple(children)) if len(children) > 1 else children[0]
-
-    def __default__(self, data: str, children: list[Expr], meta: object) -> Expr:
-        raise GrammarError(f"{data} is outside the shared subset")
-
-
-def _present(child: Tree[Token] | Token | None) -> bool:
-    """Whether an optional part of a rule's head (modifier, parameters, priority) was written."""
-    return any(map(_present, child.children)) if isinstance(child, Tree) else child is not None
-
-
-def _expr(item: object) -> Expr:
-    if isinstance(item, (Literal, Name, Seq, Alt, Repeat, _Regex)):
-        return item  # type: ignore[return-value]  # a _Regex is only ever the whole of a terminal
-    raise GrammarError(f"{item} is outside the shared subset")
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t", "r": "\r"}.get(m[1], m[1]), text)
-
-
-@lru_cache(maxsize=1)
-def _file_parser() -> Lark:
-    """Lark's own grammar of its grammar files."""
-    return Lark.open_from_package("lark", "lark.lark", ["grammars"], parser="lalr", propagate_positions=True)
 
 
 def grammar_path(name: str) -> Path:

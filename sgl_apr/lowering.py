@@ -8,7 +8,8 @@ from itertools import product
 from typing import Literal as OneOf
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq, join_tags
+from sgl_apr.expressions import Alt, Expr, Literal, Name, Repeat, Seq
+from sgl_apr.grammar import NUMBER, TEXT, Grammar, join_tags
 from sgl_apr.tokenizer import Tokenizer
 
 Fork = OneOf["auto", "required", "forbidden"]

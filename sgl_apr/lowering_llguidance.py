@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.grammar import TEXT, Literal
+from sgl_apr.expressions import Literal
+from sgl_apr.grammar import TEXT
 from sgl_apr.lowering import Item, Mark, Writer
 
 ANY_TEXT = r"(.|\n)+"

@@ -6,7 +6,8 @@ import json
 import re
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.grammar import TEXT, Literal
+from sgl_apr.expressions import Literal
+from sgl_apr.grammar import TEXT
 from sgl_apr.lowering import Item, Mark, Writer
 from sgl_apr.lowering_llguidance import ANY_TEXT, outside
 

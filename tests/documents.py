@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import sgl_apr as apr
 from sgl_apr.document import counts, leads
-from sgl_apr.grammar import NUMBER, TEXT, Alt, Expr, Grammar, Literal, Name, Repeat, Seq, join_tags
+from sgl_apr.expressions import Alt, Expr, Literal, Name, Repeat, Seq
+from sgl_apr.grammar import NUMBER, TEXT, Grammar, join_tags
 
 PIECES = (
     "<",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from sgl_apr.budget import Budget
 from sgl_apr.dialects import Dialect, dialect
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
+from sgl_apr.facts import POLICY
 from sgl_apr.presets import dialect_for
 from sgl_apr.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ class Plan:
                 f"{expected}, not join={self.join!r}"
             )
         policy = self.policy or d.policy
-        if not re.fullmatch(r"all|first|quorum:[1-9][0-9]*", policy):
+        if not POLICY.fullmatch(policy):
             raise AprError(f'policy={policy!r}, expected "all", "first" or "quorum:k"')
         if policy != "all" and (b.depth > 1 or d.asynchronous):
             raise AprError(f'policy={policy!r} needs depth=1 and a dialect that joins all at once, or "all"')

@@ -56,10 +56,4 @@ def _calls(trajectory: Trajectory, block: tuple[int, ...]) -> list[int]:
 
 def _context(trajectory: Trajectory, index: int) -> tuple[int, ...]:
     """The ids that a span was decoded behind: its ancestors, in the order of the text."""
-    seen, stack = set(), list(trajectory.spans[index].parents)
-    while stack:
-        span = stack.pop()
-        if span not in seen:
-            seen.add(span)
-            stack.extend(trajectory.spans[span].parents)
-    return tuple(t for i in sorted(seen) for t in trajectory.spans[i].token_ids or ())
+    return tuple(t for i in trajectory.ancestors(index)[:-1] for t in trajectory.spans[i].token_ids or ())
