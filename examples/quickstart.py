@@ -120,7 +120,9 @@ def main() -> None:
         "valid": valid,
         "forks": sum(m.blocks for m in metrics),
         "branches": sum(m.branches for m in metrics),
-        "min_cached_share": min((c.cached_tokens / c.shared_tokens for c in branch_calls), default=0.0),
+        "min_cached_share": min(
+            ((c.cached_tokens or 0) / c.shared_tokens for c in branch_calls), default=0.0
+        ),
         "total_tokens": sum(m.total for m in metrics),
         "critical_path": sum(m.critical_path for m in metrics),
         "wall_s": round(sum(m.wall_s for m in metrics), 2),

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sgl_apr.budget import Budget as Budget
     from sgl_apr.conversion import convert as convert
+    from sgl_apr.dataset import from_dataset as from_dataset
+    from sgl_apr.dataset import to_dataset as to_dataset
     from sgl_apr.dialects import Dialect as Dialect
     from sgl_apr.dialects import dialect as dialect
     from sgl_apr.dialects import dialect_names as dialect_names
     from sgl_apr.engine.base import Engine as Engine
+    from sgl_apr.engine.base import Load as Load
     from sgl_apr.engine.base import Request as Request
     from sgl_apr.engine.base import Result as Result
     from sgl_apr.engine.endpoint import Endpoint as Endpoint
@@ -39,20 +42,40 @@ if TYPE_CHECKING:
     from sgl_apr.reading import detect as detect
     from sgl_apr.reading import read as read
     from sgl_apr.runtime.dsl import reason as reason
+    from sgl_apr.runtime.events import Called as Called
+    from sgl_apr.runtime.events import Delta as Delta
+    from sgl_apr.runtime.events import Done as Done
+    from sgl_apr.runtime.events import Ended as Ended
+    from sgl_apr.runtime.events import Forked as Forked
+    from sgl_apr.runtime.events import Joined as Joined
+    from sgl_apr.runtime.events import Retried as Retried
+    from sgl_apr.runtime.events import Wrote as Wrote
+    from sgl_apr.runtime.events import rebuild as rebuild
     from sgl_apr.runtime.loop import areason as areason
     from sgl_apr.runtime.loop import run as run
+    from sgl_apr.runtime.loop import stream as stream
+    from sgl_apr.runtime.many import Outcomes as Outcomes
+    from sgl_apr.runtime.many import arun_many as arun_many
+    from sgl_apr.runtime.many import read_many as read_many
+    from sgl_apr.runtime.many import run_many as run_many
+    from sgl_apr.runtime.pacing import Demand as Demand
+    from sgl_apr.runtime.pacing import Pacing as Pacing
+    from sgl_apr.runtime.retry import Retry as Retry
     from sgl_apr.server.launch import Server as Server
     from sgl_apr.trajectory import Block as Block
     from sgl_apr.trajectory import Branch as Branch
     from sgl_apr.trajectory import Call as Call
+    from sgl_apr.trajectory import Decision as Decision
+    from sgl_apr.trajectory import Limit as Limit
     from sgl_apr.trajectory import Span as Span
     from sgl_apr.trajectory import Trajectory as Trajectory
 
 _HOME = {
     "budget": ("Budget",),
     "conversion": ("convert",),
+    "dataset": ("from_dataset", "to_dataset"),
     "dialects": ("Dialect", "dialect", "dialect_names"),
-    "engine.base": ("Engine", "Request", "Result"),
+    "engine.base": ("Engine", "Load", "Request", "Result"),
     "engine.endpoint": ("Endpoint",),
     "engine.http": ("HttpEngine",),
     "engine.scripted": ("ByteTokenizer", "Reply", "ScriptedEngine"),
@@ -73,9 +96,13 @@ _HOME = {
     "presets": ("Preset", "dialect_for", "preset"),
     "reading": ("Defect", "Reading", "detect", "read"),
     "runtime.dsl": ("reason",),
-    "runtime.loop": ("areason", "run"),
+    "runtime.events": ("Called", "Delta", "Done", "Ended", "Forked", "Joined", "Retried", "Wrote", "rebuild"),
+    "runtime.loop": ("areason", "run", "stream"),
+    "runtime.many": ("Outcomes", "arun_many", "read_many", "run_many"),
+    "runtime.pacing": ("Demand", "Pacing"),
+    "runtime.retry": ("Retry",),
     "server.launch": ("Server",),
-    "trajectory": ("Block", "Branch", "Call", "Span", "Trajectory"),
+    "trajectory": ("Block", "Branch", "Call", "Decision", "Limit", "Span", "Trajectory"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,4 +1,4 @@
-"""What a trajectory may spend, divided before anything is decoded; it does not watch the clock."""
+"""What a trajectory may spend, as asked for; `runtime.purse` divides it before anything is decoded."""
 
 from __future__ import annotations
 
@@ -9,36 +9,48 @@ from sgl_apr.errors import BudgetExceeded
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Limits of one trajectory.
+    """Limits of one trajectory, its nested branches included; `Trajectory.limits` says which acted where.
+
+    None leaves a limit out. Where one runs out, what is open is closed by injection, and the trunk goes on
+    with what was reserved for it, so that every reply is whole.
 
     tokens: decoded and injected tokens of the whole reply, branches included.
+    critical_tokens: the same along the longest chain (the critical path).
+    branch_tokens: decoded tokens of one branch.
     width: branches a fork may have, made impossible to exceed by the mask; None leaves it to the dialect.
     depth: how deep forks may nest.
-    branch_tokens: tokens of one branch; None leaves that to the division of `tokens`.
+    blocks: forks, nested ones included. calls: engine requests, commits and retries included. Branches of
+        a fork get equal parts of both, so that what one may do never depends on how fast another is.
     outline_chars: characters of one outline, which is then one line without `<`; None leaves it free.
-    seconds: wall time after which the trajectory fails with `EngineTimeout`; None waits.
+    seconds: wall time. Branches have to end early enough to leave the trunk its reserve.
+    reserve: share of the tokens, calls and time left at a fork that its branches leave to the text behind
+        the join.
     """
 
     tokens: int = 4096
+    critical_tokens: int | None = None
+    branch_tokens: int | None = None
     width: int | None = None
     depth: int = 1
-    branch_tokens: int | None = None
+    blocks: int | None = None
+    calls: int | None = None
     outline_chars: int | None = None
     seconds: float | None = None
+    reserve: float = 0.25
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("tokens", 1),
-            ("width", 2),
-            ("depth", 1),
-            ("branch_tokens", 1),
-            ("outline_chars", 1),
-        ):
+        lowest = {
+            "tokens": 1, "critical_tokens": 1, "branch_tokens": 1, "width": 2, "depth": 1, "blocks": 0,
+            "calls": 1, "outline_chars": 1,
+        }  # fmt: skip
+        for name, low in lowest.items():
             value = getattr(self, name)
-            if value is not None and value < low:
+            if value is not None and (not isinstance(value, int) or value < low):
                 raise BudgetExceeded(f"budget {name}={value}, expected at least {low}")
-        if self.seconds is not None and self.seconds <= 0:
+        if self.seconds is not None and not self.seconds > 0:
             raise BudgetExceeded(f"budget seconds={self.seconds}, expected more than 0")
+        if not 0 < self.reserve < 1:
+            raise BudgetExceeded(f"budget reserve={self.reserve}, expected a share between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +66,9 @@ class Overhead:
         return self.fork + branches * self.branch + self.join
 
 
-# Share of what is left after a fork that the branches leave to the text behind the join.
-AFTER_JOIN = 0.25
-
-
-def trunk_tokens(left: int, overhead: Overhead, width: int) -> int:
-    """Tokens a phase that may fork can decode so that even a fork cut off at its end can be closed."""
-    return left - overhead.of(width)
-
-
 def lead_chars(tokens: int) -> int:
     """Characters of text before a fork that has to come, so that most of a phase's tokens are left for it.
 
     A power of two: there are few of them, and the server keeps a compiled mask for each.
     """
     return 1 << max(3, (tokens // 8).bit_length())
-
-
-def branch_tokens(
-    left: int, overhead: Overhead, branches: int, limit: int | None, *, returned: bool = False
-) -> int:
-    """Tokens each branch may decode, the same for all: 0 if they can only be closed.
-
-    Where a message comes back (`returned`), it may be as long as what the branch decoded.
-    """
-    free = left - branches * overhead.branch - overhead.join
-    share = int(free * (1 - AFTER_JOIN)) // (branches * (1 + returned))
-    return max(0, min(share, limit if limit is not None else share))

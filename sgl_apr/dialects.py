@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -14,7 +15,7 @@ from sgl_apr import structure
 from sgl_apr.document import lower_document
 from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.facts import Facts, check_facts, read_facts
-from sgl_apr.grammar import Grammar, grammar_path
+from sgl_apr.grammar import NUMBER, Grammar, grammar_path
 from sgl_apr.lowering import Backend, Shape, lower
 from sgl_apr.segments import Outline, Segment, error_at, segments
 from sgl_apr.structure import OpenBlock, Strand, Structure
@@ -94,6 +95,12 @@ class Dialect(Facts):
     def asynchronous(self) -> bool:
         """Whether the trunk goes on while its branches run, and waits for them later."""
         return "wait" in self.grammar.rules
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether the branches of branch 3 are 3.1, 3.2, ...; otherwise each fork counts anew."""
+        pattern = self.grammar.terminals.get(NUMBER)
+        return isinstance(pattern, str) and re.fullmatch(pattern, "1.1") is not None
 
     @property
     def seeded(self) -> bool:
@@ -178,7 +185,7 @@ class Dialect(Facts):
                 return self._checked(segments(self.grammar, rule, text), text, place)
             except TraceError:
                 continue
-        if not text and phase == "after" and not rules:
+        if not text and self._may_be_empty(phase):
             return []
         return self._checked(segments(self.grammar, last, text), text, place)
 
@@ -202,10 +209,14 @@ class Dialect(Facts):
             outlined = self.grammar.repeats("fork") and behind != self.grammar.opening("closer")
             return (not outlined and place.number) or f"{place.prefix}{self.first + count}"
 
-        if not text and phase == "after" and "close" not in self.grammar.rules:
+        if not text and self._may_be_empty(phase):
             return ""
         options = (complete.completion(self.grammar, rule, text, number) for rule in self._whole(phase))
         return next((o for o in options if o is not None), None)
+
+    def _may_be_empty(self, phase: Phase) -> bool:
+        """Whether a reply may end with the join; one that began with its branches has to say something."""
+        return phase == "after" and "trunk" in self.grammar.rules and "close" not in self.grammar.rules
 
     def _whole(self, phase: Phase) -> tuple[str, ...]:
         """Where decoding was cut, each of these rules is tried as the whole of what that phase wrote."""

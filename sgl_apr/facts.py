@@ -12,7 +12,7 @@ from sgl_apr.messages import brief
 
 Sees = Literal["prefix", "message"]
 Join = Literal["text", "kv", "message"]
-POLICY = re.compile(r"all|first|quorum:[1-9][0-9]*")  # when a join happens
+POLICY = re.compile(r"all|first|quorum:[1-9][0-9]*|deadline:(?:[0-9]*[.])?[0-9]+")  # when a join happens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Facts:
     sees: what a branch is conditioned on: "prefix", all before the fork, or "message", its message alone.
     brief: how that message is made, a name in `sgl_apr.messages`.
     joins: the joins that work with it, the default first. published: the one it was published with.
-    policy: when a join happens: "all", "first", or "quorum:k" branches have ended.
+    policy: when a join happens: "all", "first", or "quorum:k" branches have ended, or after "deadline:s".
     """
 
     max_width: int = 50
@@ -76,4 +76,6 @@ def check_facts(facts: Facts, where: str) -> None:
         raise GrammarError(f"{where}: branches that see a message join by message, and no others do")
     brief(facts.brief)
     if not POLICY.fullmatch(facts.policy):
-        raise GrammarError(f'{where}: policy {facts.policy}, expected "all", "first" or "quorum:k"')
+        raise GrammarError(
+            f'{where}: policy {facts.policy}, expected "all", "first", "quorum:k" or "deadline:s"'
+        )

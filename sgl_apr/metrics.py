@@ -102,7 +102,7 @@ def measure(trajectory: Trajectory, convention: Convention = "causal") -> Metric
         branches=sum(len(b.branches) for b in trajectory.blocks),
         closers_decoded=origins.count("decoded"),
         closers_injected=origins.count("injected"),
-        engine_calls=len(trajectory.calls),
+        engine_calls=sum(1 + c.retries for c in trajectory.calls),
         wall_s=trajectory.wall_s,
         phases=_phases(trajectory),
     )
@@ -124,7 +124,7 @@ def _phases(trajectory: Trajectory) -> dict[str, PhaseCost]:
         costs[name] = PhaseCost(
             calls=len(calls),
             prompt_tokens=sum(c.prompt_tokens for c in calls),
-            cached_tokens=sum(c.cached_tokens for c in calls),
+            cached_tokens=sum(c.cached_tokens or 0 for c in calls),
             reprefilled_tokens=sum(c.reprefilled for c in calls),
             output_tokens=sum(c.output_tokens for c in calls),
             wall_s=_covered([(c.started, c.ended) for c in calls]),

@@ -13,10 +13,11 @@ from sgl_apr.errors import AprError, TraceError
 if TYPE_CHECKING:
     from sgl_apr.metrics import Convention, Metrics
 
-SCHEMA = "sgl_apr.trajectory/2"
+SCHEMA = "sgl_apr.trajectory/3"
 
 Origin = Literal["prompt", "decoded", "injected"]
-Finish = Literal["stop", "eos", "length", "cancelled", "malformed"]
+Finish = Literal["stop", "eos", "length", "aborted", "timeout", "failed", "malformed"]
+Outcome = Literal["ok", "eos", "length", "aborted", "timeout", "failed", "malformed"]
 Role = Literal[
     "prompt", "text", "fork", "lead", "header", "body", "closer", "wait", "result", "tail", "close"
 ]
@@ -60,17 +61,21 @@ class Call:
     """One engine request as the engine reported it. Times are seconds since the trajectory began.
 
     `new_tokens` is how much of the prompt no earlier call of this trajectory had computed, so
-    `prompt_tokens - new_tokens` is the prefix it shares with them.
+    `prompt_tokens - new_tokens` is the prefix it shares with them; `cached_tokens` is None where the request
+    was cut or failed before the engine said it. `seed` is that of its sampling (see `Trajectory.seeded`),
+    `retries` how often it was repeated after an error.
     """
 
     phase: str
     path: Path
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
     new_tokens: int
     output_tokens: int
     started: float
     ended: float
+    seed: int | None = None
+    retries: int = 0
 
     @property
     def shared_tokens(self) -> int:
@@ -79,8 +84,34 @@ class Call:
 
     @property
     def reprefilled(self) -> int:
-        """Shared tokens that were computed once more because the cache did not hold them."""
-        return max(0, self.shared_tokens - self.cached_tokens)
+        """Shared tokens that were computed once more because the cache did not hold them, as far as known."""
+        return 0 if self.cached_tokens is None else max(0, self.shared_tokens - self.cached_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A field of the budget, or "policy", that acted: it cut the strand at `path`, or took forks from it."""
+
+    limit: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How many of the branches of block `path` were run at once, and what was known when it was decided.
+
+    Counts are the engine's when it was asked; `step_s` are the seconds of one decoding step measured at
+    so many requests, None where none was measured yet.
+    """
+
+    path: Path
+    branches: int
+    at_once: int
+    running: int
+    waiting: int
+    free_tokens: int
+    step_s: float | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +134,16 @@ class Branch:
         """1-based, as written in its header."""
         return self.path[-1]
 
+    @property
+    def outcome(self) -> Outcome | None:
+        """`finish`, with "ok" for a branch that ended itself; None where a text was read."""
+        return outcome(self.finish)
+
+
+def outcome(finish: Finish | None) -> Outcome | None:
+    """How a branch has ended, from the finish of its last span."""
+    return "ok" if finish == "stop" else finish
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -117,6 +158,9 @@ class Block:
 class Trajectory:
     """Everything that happened in one answer, spans in the order in which they stand in the text.
 
+    `limits` and `decisions` say where the budget acted and how forks were paced. The seeds of the calls
+    are derived from `seed`; `seeded` says whether the engine honours them.
+
     >>> import sgl_apr as apr
     >>> t = apr.dialect("threadweaver").parse("six times seven is 42")
     >>> t.answer, t.blocks
@@ -127,6 +171,10 @@ class Trajectory:
     dialect: str
     calls: tuple[Call, ...] = ()
     wall_s: float = 0.0
+    limits: tuple[Limit, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    seed: int | None = None
+    seeded: bool = False
 
     @property
     def prompt(self) -> str:
@@ -268,23 +316,36 @@ class Trajectory:
             raise TraceError(1, 1, f"schema {found!r}", [f"schema {SCHEMA!r}"])
         try:
             trajectory = cls(
-                spans=tuple(_span(s) for s in data["spans"]),
+                spans=tuple(_span(s, i) for i, s in enumerate(data["spans"])),
                 dialect=str(data["dialect"]),
-                calls=tuple(Call(**{**c, "path": tuple(c["path"])}) for c in data["calls"]),
+                calls=tuple(Call(**_placed(c)) for c in data["calls"]),
                 wall_s=float(data["wall_s"]),
+                limits=tuple(Limit(**_placed(x)) for x in data["limits"]),
+                decisions=tuple(Decision(**_placed(d)) for d in data["decisions"]),
+                seed=data["seed"],
+                seeded=bool(data["seeded"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TraceError(1, 1, str(error), [f"the fields of {SCHEMA}"]) from None
         return trajectory
 
 
-def _span(data: Mapping[str, Any]) -> Span:
+def _placed(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {**data, "path": tuple(data["path"])}
+
+
+def _span(data: Mapping[str, Any], index: int) -> Span:
     """One span from its JSON; parents have to come first, which also keeps the graph acyclic."""
     names = {f.name for f in fields(Span)}
     if set(data) != names:
         raise ValueError(f"span fields {sorted(set(data) ^ names)}")
     if data["role"] not in get_args(Role) or data["origin"] not in get_args(Origin):
         raise ValueError(f"span role {data['role']!r}, origin {data['origin']!r}")
+    if data["finish"] not in (None, *get_args(Finish)):
+        raise ValueError(f"span finish {data['finish']!r}")
+    before = [*data["parents"], *data["after"]]
+    if not all(isinstance(p, int) and 0 <= p < index for p in before):
+        raise ValueError(f"span {index} follows {before}, expected spans before it")
     ids = data["token_ids"]
     return Span(
         **{

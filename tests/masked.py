@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 
 import llguidance.numpy as masks
 import numpy as np
@@ -48,10 +49,17 @@ class Masked:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
 
+@cache
+def masked(name: str, spelled: bool = False) -> Masked:
+    """The tokenizer of a dialect, with its tags as tokens or spelled out."""
+    return Masked(() if spelled else apr.dialect(name).tags)
+
+
 class SampledEngine:
     """Samples every request from its grammar's mask alone; `tag_weight` is how much likelier a tag is than a byte."""
 
     grammar_backend = "llguidance"
+    seeded = True
 
     def __init__(self, tokenizer: Masked, seed: int = 0, tag_weight: float = 30.0) -> None:
         self.tokenizer, self.random = tokenizer, random.Random(seed)

@@ -69,6 +69,7 @@ class SglangServer:
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/get_model_info", self._model_info)
         app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/health", self._health)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
         server = TestServer(app)
@@ -84,6 +85,9 @@ class SglangServer:
 
     async def _server_info(self, request: web.Request) -> web.Response:
         return web.json_response(self.info)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.add((await request.json())["rid"])

@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:Error 
 
 @sgl.function
 def program(s):
-    s += "Q: " + apr.reason("answer", budget=apr.Budget(tokens=400))
+    s += "Q: " + apr.reason(
+        "answer", budget=apr.Budget(tokens=400), failed="raise", retry=apr.Retry(wait=0.01)
+    )
     s += " So: " + sgl.gen("later", max_tokens=4)
 
 
@@ -61,6 +63,24 @@ def test_a_failed_branch_raises_wherever_the_program_is_read(failure, stream):
         assert state.text().startswith("Q: ")
         assert fake.rids["branch 2"] in fake.aborted
         until(lambda: not fake.live, 5)
+
+
+@sgl.function
+def lenient(s):
+    s += "Q: " + apr.reason("answer", budget=apr.Budget(tokens=400), retry=apr.Retry(wait=0.01))
+    s += " So."
+
+
+@pytest.mark.parametrize("failure", ["status 500", "dies", "reports an error"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_failed_branch_is_skipped_and_the_program_goes_on(failure, stream):
+    with served(SglangServer(branch_1=failure)) as endpoint, within(10):
+        state = lenient.run(backend=endpoint, stream=stream)
+        trajectory = state.get_meta_info("answer")["trajectory"]
+        assert [b.outcome for b in trajectory.blocks[0].branches] == ["failed", "ok"]
+        assert state["answer"] == "Done."
+        text = "".join(state.text_iter()) if stream else state.text()
+        assert text == "Q: " + trajectory.text + " So.", "what was heard of the failed branch is void"
 
 
 @pytest.mark.parametrize("variable", [None, "answer"])

@@ -67,7 +67,7 @@ def test_random_weights_follow_it(server: Server, name: str):
         assert any(len(block.path) > 1 for t in found for block in t.blocks), "some branch forked again"
     if dialect.policy == "first":
         finishes = [b.finish for t in found for b in t.blocks[0].branches]
-        assert "cancelled" in finishes, "the others were stopped where they were"
+        assert "aborted" in finishes, "the others were stopped where they were"
 
 
 @every
@@ -122,9 +122,9 @@ def test_a_policy_joins_before_all_have_ended(server: Server, policy: str):
     check(dialect, found)
     finishes = [[b.finish for b in block.branches] for t in found for block in t.blocks]
     for block in finishes:
-        cancelled = block.count("cancelled")
-        assert len(block) - cancelled >= min(1 if policy == "first" else 2, len(block))
-    assert any("cancelled" in block for block in finishes)
+        aborted = block.count("aborted")
+        assert len(block) - aborted >= min(1 if policy == "first" else 2, len(block))
+    assert any("aborted" in block for block in finishes)
 
 
 def test_the_server_names_the_dialect(tmp_path: Path):

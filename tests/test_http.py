@@ -38,7 +38,10 @@ def connect(url: str, **options) -> None:
 @pytest.mark.parametrize("incremental", [False, True], ids=["cumulative", "incremental"])
 def test_both_ways_of_streaming_give_the_same_ids(incremental):
     heard: list[str] = []
-    trajectory = reason(SglangServer(incremental=incremental), on_text=lambda path, text: heard.append(text))
+    trajectory = reason(
+        SglangServer(incremental=incremental),
+        on_event=lambda e: heard.append(e.text) if isinstance(e, apr.Delta) else None,
+    )
     apr.dialect("threadweaver").validate(trajectory.text)
     assert [b.outline for b in trajectory.blocks[0].branches] == ["left", "right"]
     assert trajectory.answer.strip() == "Done."
@@ -125,12 +128,25 @@ FAILURES = {
 }
 
 
+AT_ONCE = apr.Retry(wait=0)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_branch_that_fails_is_skipped(failure):
+    trajectory = reason(SglangServer(branch_1=failure), retry=AT_ONCE)
+    apr.dialect("threadweaver").validate(trajectory.text)
+    failed, whole = trajectory.blocks[0].branches
+    assert (failed.outcome, failed.text) == ("failed", " (failed)")
+    assert (whole.outcome, whole.text) == ("ok", " two is longer\n")
+    assert trajectory.answer.strip() == "Done."
+
+
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_branch_that_fails_ends_the_other(failure):
     fake = SglangServer(branch_1=failure, branch_2="is slow")
     began = time.monotonic()
     with pytest.raises(apr.BranchFailed, match=FAILURES[failure]) as raised:
-        reason(fake)
+        reason(fake, failed="raise", retry=AT_ONCE)
     assert raised.value.path == (1, 1)
     assert time.monotonic() - began < 5
     assert fake.rids["branch 2"] in fake.aborted
@@ -141,21 +157,23 @@ def test_a_branch_that_fails_ends_the_other(failure):
 @pytest.mark.parametrize("failure", ["status 500", "dies"])
 def test_every_phase_can_fail(phase, failure):
     with pytest.raises(apr.EngineError, match=FAILURES[failure]):
-        reason(SglangServer(**{phase: failure}))
+        reason(SglangServer(**{phase: failure}), retry=AT_ONCE)
 
 
 def test_silence_is_a_timeout():
     fake = SglangServer(branch_1="goes silent")
     with pytest.raises(apr.BranchFailed, match=r"did not answer within 0\.5 s") as raised:
-        reason(fake, timeout=0.5)
+        reason(fake, timeout=0.5, failed="raise")
     assert isinstance(raised.value.__cause__, apr.EngineTimeout)
     assert fake.rids["branch 1"] in fake.aborted
 
 
 def test_a_deadline_aborts_what_runs():
     fake = SglangServer(branch_1="is slow", branch_2="is slow")
-    with pytest.raises(apr.EngineTimeout, match=r"budget of 0\.5 s"):
-        reason(fake, budget=apr.Budget(seconds=0.5))
+    trajectory = reason(fake, budget=apr.Budget(seconds=2.0))
+    apr.dialect("threadweaver").validate(trajectory.text)
+    assert [b.outcome for b in trajectory.blocks[0].branches] == ["timeout", "timeout"]
+    assert trajectory.answer.strip() == "Done."
     assert fake.aborted >= {fake.rids["branch 1"], fake.rids["branch 2"]}
     assert not fake.live
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from sgl_apr.lowering import Backend
@@ -32,22 +33,57 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came back: the ids as sampled (a final stop token included) and the engine's own counts."""
+    """What came back: the ids as sampled (a final stop token included) and the engine's own counts.
+
+    `cached_tokens` is None of a request that was cut before the engine said it.
+    """
 
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is, in requests and KV tokens."""
+    """How busy the engine is, in requests and KV tokens.
+
+    used_tokens: those that running requests hold. Cached ones that no request uses are not among them.
+    slots: how many requests run at once at most, if the engine says.
+    steps: (requests running, seconds of a decoding step), ascending, as measured by this client: it counts
+        its own requests only.
+    """
 
     running: int
     waiting: int
     used_tokens: int
     max_tokens: int
+    slots: int | None = None
+    steps: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def free_tokens(self) -> int:
+        """KV tokens that another request could get, if need be by evicting what is only cached. What waits
+        comes before it, and what runs will still grow: neither is taken off."""
+        return max(0, self.max_tokens - self.used_tokens)
+
+    def step_s(self, running: int) -> float | None:
+        """Seconds of a decoding step with so many requests running, or None if too little was measured.
+
+        On the line between the two measured next to it; below the lowest as there; above the highest on
+        along the last line, if that rises, but at most in proportion to the requests.
+        """
+        if not self.steps or (len(self.steps) == 1 and running > 2 * self.steps[0][0]):
+            return None
+        (lowest, seconds), slope = self.steps[0], 0.0
+        if running <= lowest:
+            return seconds
+        for (low, before), (high, after) in pairwise(self.steps):
+            slope = (after - before) / (high - low)
+            if running <= high:
+                return before + slope * (running - low)
+        highest, seconds = self.steps[-1]
+        return seconds + min(max(slope, 0.0), seconds / highest) * (running - highest)
 
 
 class Engine(Protocol):
@@ -65,6 +101,11 @@ class Engine(Protocol):
     @property
     def grammar_backend(self) -> Backend:
         """What turns grammars into masks there."""
+        ...
+
+    @property
+    def seeded(self) -> bool:
+        """Whether `sampling_seed` among the sampling parameters makes sampling repeatable."""
         ...
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:

@@ -24,7 +24,9 @@ from sgl_apr.engine.ledger import KEY, Ledger, ledger_of
 from sgl_apr.engine.program import Decode, ProgramEngine
 from sgl_apr.errors import EngineError
 from sgl_apr.runtime.dsl import Reason
+from sgl_apr.runtime.events import Delta, Event, OnEvent, Retried
 from sgl_apr.runtime.loop import run_plan
+from sgl_apr.runtime.plan import Plan
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Path, Trajectory
 
@@ -129,7 +131,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
         match sampling_params.dtype:
             case Reason() as asked:
-                return self._finish(s, self._wait(self._reason(s, asked, sampling_params), s), s.text_)
+                running = self._reason(s, self._plan(asked, sampling_params), asked.on_event)
+                return self._finish(s, self._wait(running, s), s.text_)
             case Decode() as call:
                 return self._branch(s, call)
         if s.images_:
@@ -211,15 +214,12 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
 
     def _reason(
-        self,
-        s: StreamExecutor,
-        asked: Reason,
-        params: SglSamplingParams,
-        on_text: Any = None,
+        self, s: StreamExecutor, plan: Plan, on_event: OnEvent | None
     ) -> Coroutine[Any, Any, Trajectory]:
-        inherited = {name: getattr(params, name) for name in INHERITED}
-        plan = asked.plan(self.tokenizer, {**inherited, **asked.sampling})
-        return run_plan(ProgramEngine(self, s), self._ids(s), plan, on_text)
+        return run_plan(ProgramEngine(self, s), self._ids(s), plan, on_event)
+
+    def _plan(self, asked: Reason, params: SglSamplingParams) -> Plan:
+        return asked.plan(self.tokenizer, {name: getattr(params, name) for name in INHERITED})
 
     def _finish(self, s: StreamExecutor, trajectory: Trajectory, before: str) -> tuple[str, dict[str, Any]]:
         """Put the trace into the program but for the answer, which SGLang appends, and report."""
@@ -234,30 +234,38 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         """The program's text grows as the trunk is written, a block at a time where it forks.
 
         The variable gets the answer when it is known to be the answer: as it is written if the trunk
-        may not fork, else at the end.
+        may not fork, else at the end. Of an answer that is repeated after an error the stream has both.
         """
-        pieces: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
-        before = s.text_
-        streams = asked.options["mode"] == "sequential" or asked.options["max_blocks"] == 0
-        running = self._reason(s, asked, params, on_text=lambda path, text: pieces.put((path, text)))
-        future = self._start(running, s, lambda: pieces.put(None))
+        heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        before, plan = s.text_, self._plan(asked, params)
+
+        def hear(event: Event) -> None:
+            heard.put(event)
+            if asked.on_event:
+                asked.on_event(event)
+
+        future = self._start(self._reason(s, plan, hear), s, lambda: heard.put(None))
         branches: dict[Path, str] = {}
         answering = ""
-        while (piece := pieces.get()) is not None:
-            path, text = piece
-            if path:
-                branches[path] = branches.get(path, "") + text
-                continue
-            s.text_ += "".join(branches[p] for p in sorted(branches))
-            branches.clear()
-            if streams and (answering or text.strip()):
-                head = "" if answering else text[: len(text) - len(text.lstrip())]
-                s.text_ += head
-                answering += text[len(head) :]
-                yield text[len(head) :], {}
-            else:
-                s.text_ += text
-                s.stream_text_event.set()
+        while (event := heard.get()) is not None:
+            match event:
+                case Retried(path, chars) if path:
+                    branches = _voided(branches, path, chars)
+                case Retried(_, chars) if not answering:
+                    s.text_ = s.text_[: len(s.text_) - (chars or 0)]
+                case Delta(path, text) if path:
+                    branches[path] = branches.get(path, "") + text
+                case Delta(_, text):
+                    s.text_ += "".join(branches[p] for p in sorted(branches))
+                    branches.clear()
+                    if plan.max_blocks == 0 and (answering or text.strip()):
+                        head = "" if answering else text[: len(text) - len(text.lstrip())]
+                        s.text_ += head
+                        answering += text[len(head) :]
+                        yield text[len(head) :], {}
+                    else:
+                        s.text_ += text
+                        s.stream_text_event.set()
         trajectory = self._outcome(future)
         answer, meta = self._finish(s, trajectory, before)
         s.text_ += answer
@@ -311,6 +319,14 @@ def _meta(trajectory: Trajectory) -> dict[str, Any]:
         "cached_tokens": metrics.cached_tokens,
         "trajectory": trajectory,
     }
+
+
+def _voided(branches: dict[Path, str], path: Path, chars: int | None) -> dict[Path, str]:
+    """Without the last characters of the branch at `path`, or without it and what it forked (None)."""
+    if chars is None:
+        return {p: text for p, text in branches.items() if p[: len(path)] != path}
+    text = branches.get(path, "")
+    return {**branches, path: text[: len(text) - chars]}
 
 
 def _rid() -> str:

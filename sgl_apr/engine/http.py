@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, get_args
 
 import aiohttp
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.circuit import Circuit
+from sgl_apr.engine.meter import Meter
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
+
+PROBE_S = 5.0  # a healthy SGLang takes one: it decodes a token, and looks for it once a second
+ABORT_S = 5.0
+FRESH_S = 0.5  # how long an answer about the load is good
 
 
 class HttpEngine:
@@ -25,11 +32,17 @@ class HttpEngine:
     """
 
     def __init__(
-        self, url: str, session: aiohttp.ClientSession, tokenizer: Tokenizer, timeout: float
+        self, url: str, session: aiohttp.ClientSession, tokenizer: Tokenizer, timeout: float, patience: float
     ) -> None:
         self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
+        self._circuit, self._meter = Circuit(url, self._health, patience), Meter()
         self._live: set[str] = set()
+        self._open: set[aiohttp.ClientResponse] = set()
+        self._aborts: dict[str, asyncio.Task[None]] = {}
+        self._loading: asyncio.Task[Load] | None = None
+        self._stale = 0.0  # when the answer about the load is no longer good
         self.grammar_backend: Backend = "llguidance"
+        self.seeded = False
 
     @classmethod
     async def connect(
@@ -39,11 +52,13 @@ class HttpEngine:
         api_key: str | None = None,
         tokenizer: Tokenizer | None = None,
         timeout: float = 120.0,
+        patience: float = 0.0,
     ) -> HttpEngine:
         """Ask the server who it is, and load its tokenizer from the path or hub id that it names.
 
-        `timeout` is the longest silence, in seconds, between two pieces of an answer. Raises
-        `EngineError` if there is no SGLang server at `url`, and `UnsupportedEngine` if it can't be
+        `timeout` is the longest silence, in seconds, between two pieces of an answer. `patience` is how
+        long requests wait for a server that has gone down to come back (see `Circuit`). Raises
+        `EngineError` if there is no SGLang server at `url` now, and `UnsupportedEngine` if it can't be
         used: no such grammar backend, or a tokenizer that is not readable from here (then pass `tokenizer`).
         """
         url = url.rstrip("/")
@@ -57,7 +72,7 @@ class HttpEngine:
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             read_bufsize=1 << 20,
         )
-        engine = cls(url, session, tokenizer, timeout)  # type: ignore[arg-type]  # set below, before anyone sees it
+        engine = cls(url, session, tokenizer, timeout, patience)  # type: ignore[arg-type]  # set below, before anyone sees it
         try:
             info = await engine._get("/model_info")
             server = await engine._get("/server_info")
@@ -68,6 +83,7 @@ class HttpEngine:
                     "(`sgl-apr serve` sets it)"
                 )
             engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
+            engine.seeded = bool(server.get("enable_deterministic_inference"))
             engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
         except BaseException:
             await session.close()
@@ -75,8 +91,11 @@ class HttpEngine:
         return engine
 
     async def close(self) -> None:
-        """Abort what is under way and close the connections."""
+        """Abort what is under way, which then fails, and close the connections."""
+        await self._circuit.close()
         await self.abort("")
+        for response in self._open:  # closing the session alone would leave its readers waiting
+            response.close()
         await self._session.close()
 
     async def __aenter__(self) -> HttpEngine:
@@ -115,20 +134,52 @@ class HttpEngine:
 
     async def abort(self, rid: str) -> None:
         # The server takes whole ids only; it does nothing for one that has ended.
-        for live in [r for r in self._live if r.startswith(rid)]:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError, RuntimeError):
-                limit = aiohttp.ClientTimeout(total=5)
-                async with self._session.post(f"{self.url}/abort_request", json={"rid": live}, timeout=limit):
+        known = [r for r in self._live | self._aborts.keys() if r.startswith(rid)]
+        if known:
+            await asyncio.wait([self._abort_soon(r) for r in known])
+
+    def _abort_soon(self, rid: str) -> asyncio.Task[None]:
+        """The task that aborts one request, held until it is done: who gives a request up need not wait."""
+        task = self._aborts.get(rid)
+        if task is None or task.done():  # done and still there: it was cancelled
+            task = self._aborts[rid] = asyncio.create_task(self._abort(rid))
+        return task
+
+    async def _abort(self, rid: str) -> None:
+        # Where nobody listens nothing runs. One answer broken off doesn't say that of the others.
+        if not isinstance(self._circuit.error, aiohttp.ClientConnectorError):
+            post = self._session.post(
+                f"{self.url}/abort_request", json={"rid": rid}, timeout=aiohttp.ClientTimeout(total=ABORT_S)
+            )
+            with contextlib.suppress(EngineError, RuntimeError):  # RuntimeError: the session was closed
+                async with self._errors(), post:
                     pass
+        del self._aborts[rid]
 
     async def load(self) -> Load:
-        loads = (await self._get("/v1/loads"))["loads"]
-        return Load(
-            running=sum(x["num_running_reqs"] for x in loads),
-            waiting=sum(x["num_waiting_reqs"] for x in loads),
-            used_tokens=sum(x["num_used_tokens"] for x in loads),
-            max_tokens=sum(x["max_total_num_tokens"] for x in loads),
-        )
+        """How busy the server is, or was just now: however many ask, one request is under way."""
+        if self._loading is None or (self._loading.done() and time.monotonic() >= self._stale):
+            self._loading = asyncio.create_task(self._load())
+        return await asyncio.shield(self._loading)
+
+    async def _load(self) -> Load:
+        async with self._errors():
+            ranks = (await self._get("/v1/loads"))["loads"]
+            load = Load(
+                running=sum(x["num_running_reqs"] for x in ranks),
+                waiting=sum(x["num_waiting_reqs"] for x in ranks),
+                used_tokens=sum(x["num_used_tokens"] for x in ranks),
+                max_tokens=sum(x["max_total_num_tokens"] for x in ranks),
+                slots=sum(x.get("max_running_requests", 0) for x in ranks) or None,
+                steps=self._meter.steps,
+            )
+        self._stale = time.monotonic() + FRESH_S
+        return load
+
+    async def _health(self) -> None:
+        limit = aiohttp.ClientTimeout(total=PROBE_S)
+        async with self._session.get(f"{self.url}/health", timeout=limit) as response:
+            response.raise_for_status()
 
     async def _get(self, path: str) -> dict[str, Any]:
         async with self._errors(), self._session.get(self.url + path) as response:
@@ -139,13 +190,14 @@ class HttpEngine:
 
     async def post(self, body: Mapping[str, Any]) -> Any:
         """One `/generate` request as SGLang defines it, not streamed; its JSON answer."""
-        async with self._aborting(body.get("rid")), self._answer(body) as response:
+        async with self._answer(body) as response:
             return await response.json()
 
     async def events(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of one streamed `/generate` request; leaving early aborts it on the server."""
         meta: dict[str, Any] = {}
-        async with self._aborting(body["rid"]), self._answer({**body, "stream": True}) as response:
+        heard, at = 0, 0.0
+        async with self._answer({**body, "stream": True}) as response:
             async for line in response.content:
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
@@ -153,6 +205,11 @@ class HttpEngine:
                 if "error" in data:
                     raise EngineError(_message(line[6:].decode(), 500), data["error"].get("code"))
                 meta = data["meta_info"]
+                if (tokens := int(meta["completion_tokens"])) > heard:
+                    now = time.monotonic()
+                    if heard:
+                        self._meter.step(tokens - heard, now - at)
+                    heard, at = tokens, now
                 yield data
         reason = meta.get("finish_reason")
         if not isinstance(reason, dict):
@@ -186,14 +243,20 @@ class HttpEngine:
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         """The open answer to one `/generate` request, if it is one."""
-        async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
-            if response.status != 200:
-                raise EngineError(_message(await response.text(), response.status), response.status)
-            yield response
+        await self._circuit.ready()
+        with self._aborting(body.get("rid")), self._meter.running():
+            async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
+                if response.status != 200:
+                    raise EngineError(_message(await response.text(), response.status), response.status)
+                self._open.add(response)
+                try:
+                    yield response
+                finally:
+                    self._open.discard(response)
 
-    @contextlib.asynccontextmanager
-    async def _aborting(self, rid: str | None) -> AsyncIterator[None]:
-        """Abort the request on the server if it is not heard to its end."""
+    @contextlib.contextmanager
+    def _aborting(self, rid: str | None) -> Iterator[None]:
+        """Abort the request on the server, soon, if it is not heard to its end."""
         if rid is None:  # a batch, whose parts the server names: it notices a client that is gone
             yield
             return
@@ -201,23 +264,25 @@ class HttpEngine:
         try:
             yield
         except BaseException:
-            await asyncio.shield(self.abort(rid))
+            self._abort_soon(rid)
             raise
         finally:
             self._live.discard(rid)
 
     @contextlib.asynccontextmanager
     async def _errors(self) -> AsyncIterator[None]:
-        """Every exception of the HTTP library as ours."""
+        """Every exception of the HTTP library as ours; the circuit hears of failed connections."""
         try:
             yield
         except (aiohttp.ServerTimeoutError, TimeoutError) as error:
             raise EngineTimeout(f"{self.url} did not answer within {self._timeout:g} s ({error})") from error
         except aiohttp.ClientConnectorError as error:
+            self._circuit.failed(error)
             raise EngineError(f"no server at {self.url}: {error}") from error
-        except (aiohttp.ClientError, ConnectionError) as error:
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+            self._circuit.failed(error)
             raise EngineError(f"{self.url} broke off the answer: {error or type(error).__name__}") from error
-        except (json.JSONDecodeError, KeyError) as error:
+        except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
             raise EngineError(f"{self.url} does not answer like an SGLang server: {error!r}") from error
 
 

@@ -50,6 +50,10 @@ class ProgramEngine:
     def grammar_backend(self) -> Backend:
         return self.endpoint.http.grammar_backend
 
+    @property
+    def seeded(self) -> bool:
+        return self.endpoint.http.seeded
+
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         if self.state is None:
             return await self.endpoint.http.decode(request, on_tokens)

@@ -67,11 +67,15 @@ class ScriptedEngine:
 
     `cached_tokens` are counted as a radix cache would: the longest prefix that an earlier finished
     request left behind. `requests` and `commits` list what was asked, `aborted` the aborted prefixes,
-    and `active` the requests under way, so that a test can see that nothing was left running.
+    and `active` the requests under way, so that a test can see that nothing was left running. `loads`, if
+    set, is what `load` answers.
     """
 
-    def __init__(self, script: Script, tokenizer: ByteTokenizer | None = None) -> None:
-        self.script, self._tokenizer = script, tokenizer or ByteTokenizer()
+    def __init__(
+        self, script: Script, tokenizer: ByteTokenizer | None = None, *, seeded: bool = True
+    ) -> None:
+        self.script, self._tokenizer, self.seeded = script, tokenizer or ByteTokenizer(), seeded
+        self.loads: Load | None = None
         self.requests: list[Request] = []
         self.commits: list[tuple[int, ...]] = []
         self.aborted: list[str] = []
@@ -146,6 +150,6 @@ class ScriptedEngine:
         self.aborted.append(rid)
 
     async def load(self) -> Load:
-        return Load(
+        return self.loads or Load(
             running=len(self.active), waiting=0, used_tokens=sum(map(len, self._cache)), max_tokens=1 << 30
         )

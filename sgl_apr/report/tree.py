@@ -11,7 +11,14 @@ from rich.tree import Tree
 
 from sgl_apr.trajectory import Block, Trajectory
 
-MARKS = {"length": "cut at its limit", "eos": "ended early", "malformed": "left the dialect"}
+MARKS = {
+    "length": "cut at its limit",
+    "eos": "ended early",
+    "aborted": "cut when enough had ended",
+    "timeout": "cut at its deadline",
+    "failed": "failed",
+    "malformed": "left the dialect",
+}
 
 
 def tree(trajectory: Trajectory, title: str) -> Tree:

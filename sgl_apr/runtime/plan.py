@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sgl_apr.budget import Budget
 from sgl_apr.dialects import Dialect, dialect
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
-from sgl_apr.facts import POLICY
 from sgl_apr.presets import dialect_for
+from sgl_apr.runtime.joins import EXPECTED, Policy, valid
+from sgl_apr.runtime.pacing import Pace, Pacing
+from sgl_apr.runtime.retry import Retry
 from sgl_apr.tokenizer import Tokenizer
 
 DEFAULT = "threadweaver"  # for models without tags of their own
 Mode = Literal["auto", "sequential", "parallel"]
+Failed = Literal["skip", "retry", "raise"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,16 @@ class Plan:
     min_blocks, max_blocks: forks the trunk has to make, and may make (None: as many as the budget bears).
         The text before a fork that has to come is bounded and without `<`; where tokens run out, fewer come.
     min_width: branches that a fork has at least; None leaves it to the dialect.
-    join, policy: how branches join, and when: "all", "first", or "quorum:k" have ended; the others are cut
-        where they are. None takes what the dialect was published with, as far as it works here.
+    join: how branches join. policy: when: "all", "first" or "quorum:k" of them have ended, "deadline:s"
+        seconds have passed, or a function of the branches that have ended says so; a branch that failed does
+        not count. The others are cut where they are. None takes what the dialect was published with, as far
+        as it works here.
+    pacing: how many branches run at once (`Pacing`); None never asks the engine. narrow: a fork that is yet
+        to be written is bounded by that too, so that what is written depends on how busy the engine is.
+    retry: how often a request is repeated that failed in passing.
+    failed: what becomes of a branch whose requests fail for good: "skip" closes it with a note that the
+        model reads, "retry" begins it anew once and then skips it, "raise" gives the trajectory up.
+    seed: every request samples by a seed derived from it, if the engine honours them; None draws one.
     wrap: makes a prompt of the message of a branch that has a context of its own, as a chat template does.
     constrain: decode under the grammar; without it the text may leave the dialect.
     plain: keep `<` out of free text, for models too small to tell tags from text.
@@ -40,7 +51,12 @@ class Plan:
     min_blocks: int = 0
     max_blocks: int | None = None
     min_width: int | None = None
-    policy: str | None = None
+    policy: Policy | None = None
+    pacing: Pace | None = field(default_factory=Pacing)
+    narrow: bool = False
+    retry: Retry = field(default_factory=Retry)
+    failed: Failed = "skip"
+    seed: int | None = None
     wrap: Callable[[str], str] | None = None
     constrain: bool = True
     plain: bool = False
@@ -58,10 +74,10 @@ class Plan:
             self.width if self.dialect.seeded else self.min_width or min(self.dialect.min_width, self.width)
         )
 
-    def quorum(self, branches: int) -> int:
-        """How many of so many branches have to end before the join."""
-        kind, _, k = (self.policy or self.dialect.policy).partition(":")
-        return {"all": branches, "first": 1}.get(kind, min(int(k or 1), branches))
+    @property
+    def joins_when(self) -> Policy:
+        """The policy, or the dialect's own."""
+        return self.policy or self.dialect.policy
 
     def __post_init__(self) -> None:
         d, b = self.dialect, self.budget
@@ -78,11 +94,17 @@ class Plan:
             raise (KvJoinUnavailable if self.join == "kv" else AprError)(
                 f"{expected}, not join={self.join!r}"
             )
-        policy = self.policy or d.policy
-        if not POLICY.fullmatch(policy):
-            raise AprError(f'policy={policy!r}, expected "all", "first" or "quorum:k"')
-        if policy != "all" and (b.depth > 1 or d.asynchronous):
-            raise AprError(f'policy={policy!r} needs depth=1 and a dialect that joins all at once, or "all"')
+        policy = self.joins_when
+        if not valid(policy):
+            raise AprError(f"policy={policy!r}, expected {EXPECTED}")
+        if d.asynchronous and not (isinstance(policy, str) and policy.startswith(("all", "deadline"))):
+            raise AprError(
+                f'{d.name} joins when the model says so: policy={policy!r}, expected "all" or "deadline:s"'
+            )
+        if self.failed not in get_args(Failed):
+            raise AprError(f'failed={self.failed!r}, expected "skip", "retry" or "raise"')
+        if self.narrow and self.pacing is None:
+            raise AprError("narrow=True bounds a fork by its pacing, and there is none")
         if self.mode not in ("auto", "sequential", "parallel"):
             raise AprError(f'mode={self.mode!r}, expected "auto", "sequential" or "parallel"')
         if self.mode == "sequential" and self.min_blocks:

@@ -4,80 +4,144 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from sgl_apr.engine.base import Result
+from sgl_apr.engine.base import Load, Result
+from sgl_apr.runtime.events import Called, Delta, Done, Event, OnEvent, Retried, Wrote, rebuild
+from sgl_apr.runtime.purse import Purse
+from sgl_apr.runtime.scope import Scope
 from sgl_apr.runtime.steps import Step
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Call, Finish, Path, Role, Span, Trajectory
-
-OnText = Callable[[Path, str], None]
+from sgl_apr.trajectory import Branch, Call, Decision, Finish, Limit, Path, Role, Span, Trajectory
 
 
 @dataclass
 class Strand:
     """One line of thought as it grows: the trunk, or a branch.
 
-    `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `left`
-    is what it may still spend, `spent` what it and its branches have. `number` is as its header has it.
+    `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `purse`
+    is what it may still spend, `spent` the tokens that it and its branches have. `number` is as its header
+    has it; `requests` counts its own. `lenient`: where the engine fails it ends with a note instead of
+    an error.
     """
 
     path: Path
     context: tuple[int, ...]
     tip: tuple[int, ...]
-    left: int
+    purse: Purse
+    scope: Scope
     order: list[int] = field(default_factory=list)
     number: str = ""
     outline: str = ""
     after: tuple[int, ...] = ()
     blocks: int = 0
     spent: int = 0
+    requests: int = 0
+    lenient: bool = False
     ahead: Ahead | None = None
-    given_up: bool = False
 
     @property
     def depth(self) -> int:
         return len(self.path) // 2
 
+    @property
+    def name(self) -> str:
+        """Its path for people: "1.2"."""
+        return ".".join(map(str, self.path))
+
+    @property
+    def waiting(self) -> int:
+        """How many of its branches run while it goes on."""
+        return len(self.ahead.running) if self.ahead else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A branch that runs while its strand goes on, and what was set aside for it: `tokens` in all, of them
+    `chain` behind its end in the critical path, which it reaches at `end` at most. A result has at most
+    `most` tokens."""
+
+    branch: Strand
+    task: asyncio.Task[None]
+    tokens: int
+    chain: int
+    end: int
+    most: int
+
 
 @dataclass
 class Ahead:
     """Branches of a strand that run while it goes on: `forked` are all of its open block, `running` those
-    not joined, each with what was set aside for it."""
+    not joined, by their numbers."""
 
     forked: int = 0
-    running: dict[str, tuple[Strand, asyncio.Task[None], int]] = field(default_factory=dict)
+    running: dict[str, Aside] = field(default_factory=dict)
 
 
 class Record:
-    """Everything written so far, in the order in which it was written; `trajectory` puts it in that of the text."""
+    """Everything written so far, in the order in which it was written; `finish` puts it in that of the text."""
 
-    def __init__(self, tokenizer: Tokenizer, on_text: OnText) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
+    def __init__(self, tokenizer: Tokenizer, on_event: OnEvent | None) -> None:
+        self.tokenizer, self._on_event = tokenizer, on_event
         self.began = time.monotonic()
         self.spans: list[Span] = []
         self.calls: list[Call] = []
+        self.limits: dict[Limit, None] = {}
+        self.decisions: list[Decision] = []
+        self._chains: list[int] = []  # the longest chain that ends with each span, in tokens
 
-    def trunk(self, prompt_ids: tuple[int, ...], tokens: int) -> Strand:
-        """The trunk behind its prompt, with so many tokens to spend."""
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self.began
+
+    def tell(self, event: Event) -> None:
+        """Let the listener hear it."""
+        if self._on_event:
+            self._on_event(event)
+
+    def trunk(self, prompt_ids: tuple[int, ...], purse: Purse, scope: Scope) -> Strand:
+        """The trunk behind its prompt."""
         prompt = self._add(Span("prompt", "prompt", self.tokenizer.decode(prompt_ids), prompt_ids, ()))
-        return Strand((), prompt_ids, (prompt,), tokens, [prompt])
+        return Strand((), prompt_ids, (prompt,), purse, scope, [prompt])
 
-    def trajectory(self, trunk: Strand, dialect: str) -> Trajectory:
+    def finish(self, trunk: Strand, dialect: str, seed: int | None, seeded: bool) -> Trajectory:
         """All of it, once the trunk has ended."""
-        place = {old: new for new, old in enumerate(trunk.order)}
-
-        def moved(indices: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(place[i] for i in indices)
-
-        spans = (self.spans[i] for i in trunk.order)
-        ordered = tuple(replace(s, parents=moved(s.parents), after=moved(s.after)) for s in spans)
-        return Trajectory(ordered, dialect, tuple(self.calls), time.monotonic() - self.began)
+        limits, decisions = tuple(self.limits), tuple(self.decisions)
+        done = Done(tuple(trunk.order), dialect, self.seconds, limits, decisions, seed, seeded)
+        self.tell(done)
+        spans = (Wrote(i, s) for i, s in enumerate(self.spans))
+        return rebuild([*spans, *(Called(i, c) for i, c in enumerate(self.calls)), done])
 
     def of(self, strand: Strand) -> list[Span]:
         """The spans of a strand, its branches' included."""
         return [self.spans[i] for i in strand.order]
+
+    def finish_of(self, strand: Strand) -> Finish | None:
+        """How a strand has ended."""
+        own = (s for s in reversed(self.of(strand)) if s.path == strand.path)
+        return next((s.finish for s in own if s.finish), None)
+
+    def branch(self, strand: Strand) -> Branch:
+        """A branch as a join policy sees it; its spans have no place in the text yet."""
+        tags = ("header", "closer", "result")
+        text = "".join(s.text for s in self.of(strand) if s.path != strand.path or s.role not in tags)
+        return Branch(strand.path, strand.outline, text, "", self.finish_of(strand), ())
+
+    def reach(self, strand: Strand) -> int:
+        """Tokens of the longest chain up to the next span of a strand; branches that it will wait for
+        count as long as they may become."""
+        ends = [self._chains[i] for i in (*strand.tip, *strand.after)]
+        running = strand.ahead.running.values() if strand.ahead else ()
+        return max([*ends, *(aside.end for aside in running)], default=0)
+
+    def take(self, strand: Strand, branch: Strand) -> None:
+        """Put a branch that has ended into the strand that forked it, with what it did not spend."""
+        strand.order += branch.order
+        strand.spent += branch.spent
+        strand.purse.tokens -= branch.spent
+        strand.purse.calls += branch.purse.calls
+        strand.purse.blocks += branch.purse.blocks
 
     def unknown(self, strand: Strand) -> int:
         """How many tokens of a strand the engine has not computed: those injected since its last decode."""
@@ -103,11 +167,11 @@ class Record:
         first = role == "header" and not strand.context  # the first of a context of its own
         ids = tuple(self.tokenizer.encode(text, first=first))
         where = strand.path if path is None else path
+        self.tell(Delta(where, text))
         self._grow(
             strand,
             Span(role, "injected", text, ids, strand.tip, where, label, after=strand.after, outline=outline),
         )
-        self.on_text(where, text)
 
     def append(self, strand: Strand, step: Step, call: int | None) -> None:
         """Write what a phase came to."""
@@ -119,30 +183,57 @@ class Record:
             )  # fmt: skip
             self._grow(strand, span)
 
+    def void(self, strand: Strand, chars: int | None) -> None:
+        """What was heard of a strand is void: its last `chars`, or all of it (None)."""
+        if chars != 0:
+            self.tell(Retried(strand.path, chars))
+
+    def limit(self, name: str, strand: Strand) -> None:
+        """Note that a limit acted on a strand."""
+        self.limits[Limit(name, strand.path)] = None
+
+    def decide(
+        self, strand: Strand, block: int, branches: int, at_once: int, load: Load, reason: str
+    ) -> None:
+        """Note how a fork was paced, and what was known of the engine."""
+        self.decisions.append(
+            Decision(
+                (*strand.path, block), branches, at_once, load.running, load.waiting, load.free_tokens,
+                load.step_s(load.running + at_once), reason,
+            )
+        )  # fmt: skip
+
     def _grow(self, strand: Strand, span: Span) -> None:
         index = self._add(span)
         strand.order.append(index)
         strand.tip = (index,)
         strand.context += span.token_ids or ()
         strand.spent += span.tokens
-        strand.left -= span.tokens
+        strand.purse.tokens -= span.tokens
 
     def _add(self, span: Span) -> int:
+        chain = max((self._chains[i] for i in (*span.parents, *span.after)), default=0)
+        self._chains.append(chain + (0 if span.origin == "prompt" else span.tokens))
         self.spans.append(span)
+        self.tell(Wrote(len(self.spans) - 1, span))
         return len(self.spans) - 1
 
-    def call(self, phase: str, path: Path, result: Result, new: int, started: float) -> int:
-        """Note what the engine did. `started` is of the monotonic clock."""
-        self.calls.append(
-            Call(
-                phase=phase,
-                path=path,
-                prompt_tokens=result.prompt_tokens,
-                cached_tokens=result.cached_tokens,
-                new_tokens=new,
-                output_tokens=len(result.token_ids),
-                started=started - self.began,
-                ended=time.monotonic() - self.began,
-            )
+    def call(
+        self, phase: str, path: Path, result: Result, new: int, started: float, seed: int | None, retries: int
+    ) -> int:
+        """Note what the engine did, and return its place among the calls. `started` is of the monotonic clock."""
+        call = Call(
+            phase=phase,
+            path=path,
+            prompt_tokens=result.prompt_tokens,
+            cached_tokens=result.cached_tokens,
+            new_tokens=new,
+            output_tokens=len(result.token_ids),
+            started=started - self.began,
+            ended=time.monotonic() - self.began,
+            seed=seed,
+            retries=retries,
         )
+        self.calls.append(call)
+        self.tell(Called(len(self.calls) - 1, call))
         return len(self.calls) - 1

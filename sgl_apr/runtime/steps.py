@@ -12,6 +12,8 @@ from sgl_apr.segments import Outline, Segment
 from sgl_apr.tokenizer import Tokenizer, split_ids
 from sgl_apr.trajectory import Finish, Origin, Role
 
+FAILED = " (failed)"  # what the model reads in place of what a failed branch would have written
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -60,27 +62,29 @@ def interpret(
 ) -> Step:
     """Read what `phase` decoded behind `context`, and close by injection what was left open.
 
-    `cut` says what ended it from outside: the token limit, or another branch. Ids are only ever split,
-    never encoded again; a trailing end-of-text id is dropped, because whatever comes next writes its
-    own. Text that leaves the dialect (possible only without the grammar) becomes one `malformed` piece.
+    `cut` says what ended it from outside: a limit, another branch, or a failure, which is noted in the
+    text. Ids are only ever split, never encoded again; a trailing end-of-text id is dropped, because
+    whatever comes next writes its own. Text that leaves the dialect (possible only without the grammar)
+    becomes one `malformed` piece.
     """
     ended = bool(decoded) and decoded[-1] in tokenizer.eos_ids
     ids = decoded[:-1] if ended else decoded
     text = tokenizer.decode(ids, context)
     in_branch = phase in ("branch", "rejoin")
-    whole = _whole(dialect, phase, place, text)
-    closing = "" if whole is not None else dialect.completion(phase, text, place) or ""
-    found = whole if whole is not None else _whole(dialect, phase, place, text + closing)
+    closing, found = "", (None if cut == "failed" else _whole(dialect, phase, place, text))
+    itself = found is not None
+    for note in (FAILED, "") if cut == "failed" else ("",):
+        if found is None:
+            closing = note + (dialect.completion(phase, text + note, place) or "")
+            found = _whole(dialect, phase, place, text + closing)
     if found is None:
         return Step((Piece("body" if in_branch else "text", "decoded", text, ids),), "malformed")
     fork = next((s for s in found if s.role == "fork"), None)
     wait = next((s.number for s in found if s.role == "wait"), None)
     closes = bool(found) and found[-1].role in ("fork", "wait", "closer")
     # It closed itself, whichever token the engine ended on; where nothing closes a branch, its end does.
-    itself = whole is not None and (
-        closes or (in_branch and ended and not dialect.grammar.ending("body", "1"))
-    )
-    finish: Finish = "stop" if itself else cut or ("eos" if ended else "stop")
+    ends = closes or (in_branch and ended and not dialect.grammar.ending("body", "1"))
+    finish: Finish = "stop" if itself and ends else cut or ("eos" if ended else "stop")
     pieces = tuple(_pieces(found, text, ids, closing, tokenizer))
     return Step(pieces, finish, fork is not None, fork.outlines if fork else (), wait)
 
@@ -138,6 +142,7 @@ def overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
         else 0,
         branch=cost(grammar.written("header", deepest, FILLER) if dialect.sees == "prefix" else "")
         + cost(dialect.completion("branch", "", place))
+        + cost(FAILED)
         + cost(returned)
         + cost(grammar.ending("wait", number)),
         join=cost(grammar.written("lead"))

@@ -9,14 +9,24 @@ from sgl_apr.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Token chunks to text deltas; holds back an unfinished character and the end-of-text token."""
+    """Hears the token chunks of one request and emits text; holds back an unfinished character and the
+    end-of-text token. `heard` are the ids so far, `sent` the characters emitted."""
 
     def __init__(self, tokenizer: Tokenizer, context: tuple[int, ...], emit: Callable[[str], None]) -> None:
-        self.tokenizer, self.context, self.emit = tokenizer, context, emit
+        self.tokenizer, self.emit = tokenizer, emit
+        self._before, self.context = context, context
+        self.heard: list[int] = []
         self.pending: list[int] = []
         self.sent = 0
 
+    def void(self) -> int:
+        """Forget all of it: the request begins anew. Returns how many characters had been emitted."""
+        sent = self.sent
+        self.context, self.heard, self.pending, self.sent = self._before, [], [], 0
+        return sent
+
     def __call__(self, ids: Sequence[int]) -> None:
+        self.heard += ids
         self.pending += [i for i in ids if i not in self.tokenizer.eos_ids]
         text = self.tokenizer.decode(self.pending, self.context)
         if text and not text.endswith("\ufffd"):

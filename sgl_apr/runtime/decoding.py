@@ -1,0 +1,196 @@
+"""The requests of one trajectory: made, repeated, cut and noted; what is to be decoded is decided elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from typing import TypeVar
+
+from sgl_apr.budget import lead_chars
+from sgl_apr.dialects import Phase, Place
+from sgl_apr.engine.base import Engine, Load, Request, Result
+from sgl_apr.errors import EngineError
+from sgl_apr.lowering import Fork
+from sgl_apr.runtime.events import Delta
+from sgl_apr.runtime.plan import Plan
+from sgl_apr.runtime.record import Ahead, Record, Strand
+from sgl_apr.runtime.scope import Cut
+from sgl_apr.runtime.steps import Step, interpret
+from sgl_apr.runtime.stream import TextStream
+
+T = TypeVar("T")
+LOAD_S = 1.0  # how long a fork waits to hear how busy the engine is
+log = logging.getLogger(__name__)
+
+
+class Decoder:
+    """Asks engines on behalf of the strands of one trajectory; the ids of its requests begin with `rid`.
+
+    A strand whose scope is over is asked nothing more, and the scope of a lenient one ends when the engine
+    fails it.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, record: Record, rid: str, seed: int) -> None:
+        self.plan, self.record, self.rid, self.seed = plan, record, rid, seed
+        self.dialect, self.tokenizer = plan.dialect, engine.tokenizer
+        self.backend, self.seeded = engine.grammar_backend, engine.seeded
+
+    async def decode(
+        self,
+        engine: Engine | None,
+        strand: Strand,
+        phase: Phase,
+        new: int,
+        room: tuple[int, str],
+        shape: tuple[int, Fork],
+    ) -> tuple[Step, int | None]:
+        """What one phase came to, and the number of its call; no request where nothing may be decoded.
+
+        `new` tokens of its context are unknown to the engine yet; `room` is how many it may decode, and the
+        limit they come from; `shape` how wide a fork may be, and whether it has to come.
+        """
+        (tokens, limit), place, context = room, self.place(strand), strand.context
+        stream = TextStream(self.tokenizer, context, lambda text: self.record.tell(Delta(strand.path, text)))
+        result, call = None, None
+        if engine and tokens > 0 and not strand.scope.over:
+            request = self._request(strand, phase, place, tokens, shape)
+            result, call = await self._decoded(engine, strand, phase, new, request, stream)
+        cut = strand.scope.over if result is None else None
+        if cut is None and (result is None or result.finish == "length"):
+            cut = "length"
+        ids = tuple(stream.heard) if result is None else result.token_ids
+        step = interpret(self.dialect, phase, place, context, ids, cut, self.tokenizer)
+        if cut == "length":
+            self.record.limit(limit, strand)
+        elif cut in ("timeout", "aborted") and step.finish == cut:
+            self.record.limit(strand.scope.limit, strand)
+        stream.finish(step)
+        return step, call
+
+    async def _decoded(
+        self, engine: Engine, strand: Strand, phase: Phase, new: int, request: Request, stream: TextStream
+    ) -> tuple[Result | None, int]:
+        """What came back, or None if it was cut or failed, and the number of the call."""
+        seed = derived(self.seed, strand.path, strand.requests)
+        strand.requests += 1
+        sampling = {**request.sampling, "sampling_seed": seed} if self.seeded else request.sampling
+        request = replace(request, sampling=sampling)
+        started = time.monotonic()
+
+        async def attempt() -> Result:
+            self.record.void(strand, stream.void())
+            return await engine.decode(replace(request, rid=self.new_rid()), stream)
+
+        result, retries = await self._ask(strand, attempt)
+        if strand.scope.reason == "failed":
+            self.record.void(strand, stream.void())
+        known = result or Result(tuple(stream.heard), "length", len(request.input_ids), None)
+        name = "branch" if strand.path else phase
+        return result, self.record.call(name, strand.path, known, new, started, seed, retries)
+
+    async def fork(self, engine: Engine, strand: Strand, size: int) -> tuple[Sequence[Engine], Load | None]:
+        """An engine for each of `size` branches behind what `strand` has written, and how busy it is.
+
+        No engines where nothing may be asked any more: such branches can only be closed.
+        """
+        if strand.scope.over or strand.purse.calls < 1:
+            return (), None
+        new, started = self.record.unknown(strand), time.monotonic()
+        load = asyncio.create_task(self.load(engine, strand)) if self.plan.pacing and size > 1 else None
+        try:
+            forked, retries = await self._ask(
+                strand, lambda: engine.fork(self.new_rid(), strand.context, size)
+            )
+            committed, engines = forked or (Result((), "length", len(strand.context), None), ())
+            self.record.call("commit", strand.path, committed, new, started, None, retries)
+            return engines, await load if load and engines else None
+        finally:
+            if load:
+                load.cancel()
+
+    async def load(self, engine: Engine, strand: Strand) -> Load | None:
+        """How busy the engine is, or None if it does not say so in time."""
+        left = strand.scope.left()
+        try:
+            async with asyncio.timeout(LOAD_S if left is None else min(LOAD_S, left)):
+                return await engine.load()
+        except (EngineError, TimeoutError) as error:
+            log.info("%s: the load of the engine is not known (%r)", self.rid, error)
+            return None
+
+    async def _ask(self, strand: Strand, attempt: Callable[[], Awaitable[T]]) -> tuple[T | None, int]:
+        """What `attempt` returns, or None if it was cut or failed for good; and how often it was repeated."""
+        tries = 0
+
+        async def once() -> T:
+            nonlocal tries
+            tries += 1
+            strand.purse.calls -= 1
+            return await attempt()
+
+        try:
+            found = await strand.scope.within(self.plan.retry(once, lambda: strand.purse.calls > 0))
+        except Cut:
+            found = None
+        except EngineError as error:
+            if not strand.lenient:
+                raise
+            log.warning("%s: branch %s failed, and is skipped: %s", self.rid, strand.name, error)
+            strand.scope.stop("failed")
+            found = None
+        return found, max(0, tries - 1)
+
+    def place(self, strand: Strand) -> Place:
+        """Where the next phase of a strand decodes."""
+        if self.dialect.asynchronous and not strand.path:
+            ahead = strand.ahead or Ahead()
+            next_ = str(self.dialect.first + (ahead.forked if ahead.running else 0))
+            return Place(number=next_, waiting=tuple(ahead.running))
+        prefix = f"{strand.number}." if strand.path and self.dialect.hierarchical else ""
+        return Place(prefix=prefix, number=strand.number)
+
+    def _request(
+        self, strand: Strand, phase: Phase, place: Place, tokens: int, shape: tuple[int, Fork]
+    ) -> Request:
+        plan, dialect, grammar, (width, fork) = self.plan, self.dialect, None, shape
+        if plan.constrain:
+            grammar = dialect.lower(
+                phase,
+                self.tokenizer,
+                self.backend,
+                width=max(width, plan.least),
+                min_width=plan.least,
+                fork="auto" if dialect.rule_of(phase) == "body" else fork,
+                prefix=place.prefix,
+                number=place.number,
+                waiting=place.waiting,
+                lead_chars=lead_chars(tokens) if fork == "required" else None,
+                outline_chars=plan.budget.outline_chars,
+                plain=plan.plain,
+            )
+        stops = dialect.stops(phase, place)
+        special = [self.tokenizer.special(tag) for tag in stops]
+        return Request(
+            rid=self.rid,
+            input_ids=strand.context,
+            max_tokens=tokens,
+            sampling=plan.sampling,
+            grammar=grammar,
+            stop_ids=tuple(i for i in special if i is not None),
+            stop=tuple(t for t, i in zip(stops, special, strict=True) if i is None),
+        )
+
+    def new_rid(self) -> str:
+        """A request id of its own for every attempt, all of one length: the server aborts by prefix."""
+        return f"{self.rid}-{uuid.uuid4().hex[:12]}"
+
+
+def derived(seed: int, *where: object) -> int:
+    """The seed of a strand's n-th request, say: the same wherever and whenever that is made; 31 bits."""
+    digest = blake2b(" ".join(map(str, (seed, *where))).encode(), digest_size=4).digest()
+    return int.from_bytes(digest) & 0x7FFFFFFF

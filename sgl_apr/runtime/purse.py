@@ -1,0 +1,90 @@
+"""What one strand may still spend, and how a fork divides it before anything is decoded; pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sgl_apr.budget import Budget, Overhead
+
+NO_LIMIT = 1 << 60
+
+
+@dataclass
+class Purse:
+    """What is left to one strand, its branches included.
+
+    tokens: of everything it writes. cap: the length of the critical path that it may reach. Closing a
+    branch is in neither: it was set aside where the branch was forked off. `bound` names the limit that
+    `tokens` came from.
+    """
+
+    tokens: int
+    cap: int
+    blocks: int
+    calls: int
+    bound: str = "tokens"
+
+    @classmethod
+    def of(cls, budget: Budget) -> Purse:
+        """All of a budget, for the trunk."""
+        cap, blocks, calls = (
+            NO_LIMIT if limit is None else limit
+            for limit in (budget.critical_tokens, budget.blocks, budget.calls)
+        )
+        return cls(budget.tokens, cap, blocks, calls)
+
+
+@dataclass(frozen=True, slots=True)
+class Divider:
+    """How purses are divided under one budget. `returned`: branches join by a message that they return."""
+
+    budget: Budget
+    overhead: Overhead
+    returned: bool
+
+    def chain(self, branches: int) -> int:
+        """What closing a fork costs along the longest chain: results follow one another, branches do not."""
+        return self.overhead.of(branches if self.returned else min(branches, 1))
+
+    def hinders(self, purse: Purse, reach: int, branches: int) -> str | None:
+        """The limit that keeps a fork into so many from being written, or None.
+
+        Half of what is left has to be more than tags; the fork, its commit, each branch and the text
+        behind the join need a call.
+        """
+        if purse.blocks < 1:
+            return "blocks"
+        if purse.calls < branches + 3:
+            return "calls"
+        if 2 * self.overhead.of(branches) > purse.tokens:
+            return purse.bound
+        return "critical_tokens" if 2 * self.chain(branches) > purse.cap - reach else None
+
+    def room(self, purse: Purse, reach: int, branches: int | None) -> tuple[int, str]:
+        """Tokens that one request may decode, and the limit that they come from.
+
+        Even a fork into so many `branches` that is cut off at its end can be closed; None is for a branch
+        that may not fork, for which nothing is left to set aside.
+        """
+        if purse.calls < 1:
+            return 0, "calls"
+        tokens, chain = purse.tokens, purse.cap - reach
+        if branches is not None:
+            tokens, chain = tokens - self.overhead.of(branches), chain - self.chain(branches)
+        return (chain, "critical_tokens") if chain < tokens else (tokens, purse.bound)
+
+    def share(self, purse: Purse, reach: int, branches: int) -> Purse:
+        """The equal part that each of so many branches gets; its `cap` counts from where it begins.
+
+        Where a message comes back it may be as long as what its branch decoded. No tokens or calls are
+        left to branches that can only be closed.
+        """
+        keep, o, n = 1 - self.budget.reserve, self.overhead, branches
+        tokens = int((purse.tokens - n * o.branch - o.join) * keep) // (n * (1 + self.returned))
+        bound = purse.bound
+        if self.budget.branch_tokens is not None and self.budget.branch_tokens < tokens:
+            tokens, bound = self.budget.branch_tokens, "branch_tokens"
+        results = n if self.returned else 0
+        cap = int((purse.cap - reach - max(results, 1) * o.branch - o.join) * keep) // (1 + results)
+        calls = min(int(purse.calls * keep), purse.calls - 1) // n or int(purse.calls > n)
+        return Purse(max(0, tokens), max(0, cap), max(0, purse.blocks) // (n + 1), max(0, calls), bound)

@@ -1,0 +1,55 @@
+"""Which failures are worth another try, and how long to wait for it; what a failed branch costs is the loop's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import tenacity
+
+from sgl_apr.errors import AprError, EngineError, EngineTimeout
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+PASSING = frozenset({429, 500, 502, 503, 504})
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same request may do better later: the server broke off, was busy, or was not there.
+
+    Not silence: that has cost its whole timeout already. Requests have no effect but their answer, so all
+    are safe to repeat.
+    """
+    if isinstance(error, EngineTimeout) or not isinstance(error, EngineError):
+        return False
+    return error.status is None or error.status in PASSING
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Repeat a request up to `attempts` times, waiting a random time that doubles from `wait` to `longest` s."""
+
+    attempts: int = 3
+    wait: float = 0.1
+    longest: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or not 0 <= self.wait <= self.longest:
+            raise AprError(f"{self}: expected attempts >= 1 and 0 <= wait <= longest")
+
+    async def __call__(self, attempt: Callable[[], Awaitable[T]], allowed: Callable[[], bool]) -> T:
+        """What `attempt` returns, or the error of the last one, as long as another is `allowed`."""
+        tries = tenacity.AsyncRetrying(
+            stop=lambda state: state.attempt_number >= self.attempts or not allowed(),
+            wait=tenacity.wait_random_exponential(self.wait, self.longest),
+            retry=tenacity.retry_if_exception(passing),
+            before_sleep=lambda state: log.info("attempt %d: %s", state.attempt_number, _error(state)),
+            reraise=True,
+        )
+        return await tries(attempt)
+
+
+def _error(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None

@@ -1,0 +1,129 @@
+"""Budgets that hold whatever is decoded, on engines that sample from the masks alone and in time that is virtual."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+from masked import SampledEngine, masked
+
+import sgl_apr as apr
+from sgl_apr.runtime.steps import overhead
+from sgl_apr.trajectory import Trajectory
+
+SYNCHRONOUS = ["threadweaver", "multiverse", "npr", "parallel_r1", "parathinker", "apr", "spawn"]
+EVERY = [*SYNCHRONOUS, "asyncthink", "pasta"]
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Its clock jumps to whatever is due next, so that hours take no time and nothing depends on the machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        select = self._selector.select
+
+        def jump(timeout: float | None = None):
+            self.now += timeout or 0
+            return select(0 if timeout else timeout)
+
+        self._selector.select = jump
+
+    def time(self) -> float:
+        return self.now
+
+
+class TimedEngine(SampledEngine):
+    """Takes virtual time for every step, and counts what is asked of it."""
+
+    def __init__(self, tokenizer, seed: int, tag_weight: float, step: float) -> None:
+        super().__init__(tokenizer, seed, tag_weight)
+        self.step, self.calls = step, 0
+
+    async def decode(self, request, on_tokens=None):
+        self.calls += 1
+        heard: list[int] = []
+        result = await super().decode(request, heard.extend)
+        for token in result.token_ids:
+            await asyncio.sleep(self.step)
+            if on_tokens:
+                on_tokens([token])
+        return result
+
+    async def commit(self, rid, prefix):
+        self.calls += 1
+        await asyncio.sleep(self.step)
+        return await super().commit(rid, prefix)
+
+
+def random_case(name: str, rng: random.Random) -> tuple[apr.Budget, TimedEngine, dict]:
+    """A budget in which something is likely to run out, most of all within a branch."""
+    dialect, tokenizer = apr.dialect(name), masked(name)
+    width = rng.randint(2, min(4, dialect.max_width))
+    depth = rng.randint(1, min(3, dialect.max_depth))
+    closing = 2 * overhead(dialect, tokenizer).of(width) * (2 * depth - 1)
+    step = rng.uniform(0.01, 0.1)
+    budget = apr.Budget(
+        tokens=closing + rng.randint(10, 300),
+        critical_tokens=rng.choice([None, closing + rng.randint(5, 200)]),
+        branch_tokens=rng.choice([None, rng.randint(1, 60)]),
+        width=width,
+        depth=depth,
+        blocks=rng.choice([None, rng.randint(1, 4)]),
+        calls=rng.choice([None, rng.randint(width + 3, 30)]),
+        seconds=rng.choice([None, step * rng.randint(20, 300)]),
+        reserve=rng.choice([0.1, 0.25, 0.5]),
+        outline_chars=8,
+    )
+    # One that seldom closes what is open writes on until a limit cuts it.
+    engine = TimedEngine(tokenizer, rng.randrange(1 << 30), rng.choice([1.0, 1.0, 1.0, 20.0]), step)
+    policy = {"policy": "all"} if name == "parathinker" else {}  # its own cuts branches before a limit does
+    return budget, engine, policy | {"mode": rng.choice(["auto", "parallel", "parallel", "parallel"])}
+
+
+def run(name: str, budget: apr.Budget, engine: TimedEngine, **options) -> tuple[Trajectory, float]:
+    """The trajectory, and how long it took by the virtual clock."""
+
+    async def timed() -> tuple[Trajectory, float]:
+        trajectory = await apr.areason(engine, "Q: ", name, budget=budget, **options)
+        return trajectory, asyncio.get_running_loop().time()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(timed())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_limit_is_ever_exceeded(name: str):
+    dialect, rng, bound = apr.dialect(name), random.Random(name), Counter()
+    cases = 150
+    for _ in range(cases):
+        budget, engine, options = random_case(name, rng)
+        t, seconds = run(name, budget, engine, **options)
+        where = (budget, t.text)
+        dialect.validate(t.text)
+        assert t.finish != "malformed", where
+        assert all(b.finish != "malformed" for block in t.blocks for b in block.branches), where
+        metrics = t.metrics()
+        assert metrics.total <= budget.tokens, where
+        assert metrics.critical_path <= (budget.critical_tokens or budget.tokens), where
+        assert len(t.blocks) <= (len(t.blocks) if budget.blocks is None else budget.blocks), where
+        assert engine.calls == metrics.engine_calls <= (budget.calls or engine.calls), where
+        for block in t.blocks:
+            assert len(block.branches) <= (budget.width or 0), where
+            assert len(block.path) <= 2 * budget.depth - 1, where
+            for branch in block.branches:
+                decoded = sum(t.spans[i].tokens for i in branch.spans if t.spans[i].origin == "decoded")
+                assert decoded <= (budget.branch_tokens or decoded), where
+        if budget.seconds is not None:
+            assert seconds <= budget.seconds + engine.step * 1.001, where
+        bound.update({limit.limit for limit in t.limits})
+        cut = {b.outcome for block in t.blocks for b in block.branches} & {"length", "timeout"}
+        bound["within a branch"] += bool(cut)
+    print(name, dict(bound))
+    assert bound["within a branch"] >= cases / 2
+    assert bound["tokens"]
+    assert bound["branch_tokens"]
+    assert bound["seconds"]
+    assert bound["critical_tokens"]
