@@ -7,32 +7,14 @@ import random
 from collections import Counter
 
 import pytest
+import virtual
 from masked import SampledEngine, masked
 
 import sgl_apr as apr
 from sgl_apr.runtime.steps import overhead
-from sgl_apr.trajectory import Trajectory
 
 SYNCHRONOUS = ["threadweaver", "multiverse", "npr", "parallel_r1", "parathinker", "apr", "spawn"]
 EVERY = [*SYNCHRONOUS, "asyncthink", "pasta"]
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Its clock jumps to whatever is due next, so that hours take no time and nothing depends on the machine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        select = self._selector.select
-
-        def jump(timeout: float | None = None):
-            self.now += timeout or 0
-            return select(0 if timeout else timeout)
-
-        self._selector.select = jump
-
-    def time(self) -> float:
-        return self.now
 
 
 class TimedEngine(SampledEngine):
@@ -83,24 +65,13 @@ def random_case(name: str, rng: random.Random) -> tuple[apr.Budget, TimedEngine,
     return budget, engine, policy | {"mode": rng.choice(["auto", "parallel", "parallel", "parallel"])}
 
 
-def run(name: str, budget: apr.Budget, engine: TimedEngine, **options) -> tuple[Trajectory, float]:
-    """The trajectory, and how long it took by the virtual clock."""
-
-    async def timed() -> tuple[Trajectory, float]:
-        trajectory = await apr.areason(engine, "Q: ", name, budget=budget, **options)
-        return trajectory, asyncio.get_running_loop().time()
-
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(timed())
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_no_limit_is_ever_exceeded(name: str):
     dialect, rng, bound = apr.dialect(name), random.Random(name), Counter()
     cases = 150
     for _ in range(cases):
         budget, engine, options = random_case(name, rng)
-        t, seconds = run(name, budget, engine, **options)
+        t, seconds = virtual.run(apr.areason(engine, "Q: ", name, budget=budget, **options))
         where = (budget, t.text)
         dialect.validate(t.text)
         assert t.finish != "malformed", where

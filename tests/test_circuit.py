@@ -148,22 +148,48 @@ def test_the_probe_ends_with_the_last_who_waits():
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
-        # Whoever comes at this moment doesn't end up with the probe that is being given up.
-        probe.failures = probe.takes = 0
-        await circuit.ready()
-        assert probe.calls == 2
         await until(lambda: not others())
+        assert (probe.calls, probe.now) == (1, 0)
+
+    asyncio.run(once())
+
+
+def test_a_probe_that_is_being_given_up_is_not_waited_for():
+    calls = 0
+
+    async def probe() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(0.1)  # as closing a connection may take
+
+    async def once() -> None:
+        circuit = Circuit(URL, probe)
+        circuit.failed(ConnectionResetError())
+        first = asyncio.create_task(circuit.ready())
+        await until(lambda: calls == 1)
+        first.cancel()
+        await asyncio.wait([first])
+        assert others()
+        await circuit.ready()
+        assert calls == 2
 
     asyncio.run(once())
 
 
 def test_a_late_failure_does_not_turn_back_who_was_let_through():
     async def once() -> None:
-        circuit = down(Probe(failures=0, takes=0.01))
-        late = asyncio.create_task(circuit.ready())
-        await until(lambda: circuit.error is None)
-        circuit.failed(ConnectionResetError())
-        await late
+        circuit = down(probe := Probe(failures=0))
+
+        async def fail() -> None:
+            await circuit.ready()
+            circuit.failed(ConnectionResetError())
+
+        await asyncio.gather(fail(), circuit.ready())
+        assert probe.calls == 1
         assert circuit.error
 
     asyncio.run(once())

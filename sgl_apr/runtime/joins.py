@@ -14,7 +14,7 @@ EXPECTED = '"all", "first", "quorum:k", "deadline:s", or a function of the branc
 
 def valid(policy: Policy) -> bool:
     """Whether it is a policy at all."""
-    return callable(policy) or bool(POLICY.fullmatch(policy))
+    return callable(policy) or (isinstance(policy, str) and bool(POLICY.fullmatch(policy)))
 
 
 def enough(policy: Policy, branches: int) -> Enough:
