@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from sgl_apr.errors import BudgetExceeded
+
+REAL = ("seconds", "reserve")  # all other limits are whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,25 @@ class Budget:
             raise BudgetExceeded(f"budget seconds={self.seconds}, expected more than 0")
         if not 0 < self.reserve < 1:
             raise BudgetExceeded(f"budget reserve={self.reserve}, expected a share between 0 and 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """A budget from text, as on a command line; raises `BudgetExceeded` that lists the names.
+
+        >>> Budget.parse("tokens=1024,seconds=2.5")
+        Budget(tokens=1024, critical_tokens=None, branch_tokens=None, width=None, depth=1, blocks=None, calls=None, outline_chars=None, seconds=2.5, reserve=0.25)
+        """
+        kinds: dict[str, type[int | float]] = {f.name: int for f in fields(cls)} | dict.fromkeys(REAL, float)
+        limits: dict[str, Any] = {}
+        for item in filter(None, text.split(",")):
+            name, _, value = item.partition("=")
+            try:
+                limits[name] = kinds[name](value)
+            except (KeyError, ValueError):
+                raise BudgetExceeded(
+                    f"budget {item!r}, expected name=number with one of {', '.join(kinds)}"
+                ) from None
+        return cls(**limits)
 
 
 @dataclass(frozen=True, slots=True)

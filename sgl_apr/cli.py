@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sgl_apr.budget import Budget
 from sgl_apr.errors import AprError
 from sgl_apr.trace_commands import add_commands, show
+from sgl_apr.trajectory import Trajectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="let a served model answer one question",
-        epilog='example: sgl-apr run "Tell me about whales and eagles." --width 4 --temperature 0.5',
+        epilog='example: sgl-apr run "Tell me about whales and eagles." --budget width=4,seconds=20 --live',
     )
     run.add_argument("question")
     run.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
@@ -74,17 +76,33 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dialect", help="default: recognised by the tags of the server's tokenizer")
     run.add_argument("--mode", default="auto", choices=["auto", "sequential", "parallel"])
     run.add_argument(
-        "--tokens", type=int, default=4096, help="budget of the whole reply (default: %(default)s)"
+        "--budget",
+        type=_budget,
+        default=Budget(),
+        metavar="NAME=N,...",
+        help="limits: tokens (4096), critical_tokens, branch_tokens, width, depth (1), blocks, calls, seconds, "
+        "outline_chars, reserve",
     )
-    run.add_argument("--width", type=int, help="branches of a fork at most (default: the dialect's)")
-    run.add_argument("--depth", type=int, default=1, help="how deep forks may nest (default: %(default)s)")
+    run.add_argument(
+        "--policy",
+        help='when branches join: "all", "first", "quorum:k" or "deadline:s" (default: the dialect\'s)',
+    )
+    run.add_argument("--seed", type=int, help="sample by it, where the server honours seeds")
     run.add_argument("--temperature", type=float, default=1.0)
     run.add_argument("--raw", action="store_true", help="send the question as it is, without a chat template")
+    run.add_argument("--live", action="store_true", help="show the branches side by side as they are written")
     run.add_argument("--json", action="store_true", help="print the trajectory as JSON")
     run.set_defaults(command=_run)
 
     add_commands(commands)
     return parser
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return Budget.parse(text)
+    except AprError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _model(options: argparse.Namespace) -> int:
@@ -99,29 +117,45 @@ def _model(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     import sglang as sgl
+    from rich.console import Console
+    from rich.live import Live
 
-    from sgl_apr.budget import Budget
     from sgl_apr.engine.endpoint import Endpoint
+    from sgl_apr.report.live import LiveView
     from sgl_apr.runtime.dsl import reason
 
+    view = LiveView(options.question)
+    expression = reason(
+        "answer",
+        options.dialect,
+        mode=options.mode,
+        budget=options.budget,
+        policy=options.policy,
+        seed=options.seed,
+        on_event=view if options.live else None,
+    )
+
     def program(s: Any, question: str) -> None:
-        expression = reason(
-            "answer",
-            options.dialect,
-            mode=options.mode,
-            budget=Budget(tokens=options.tokens, width=options.width, depth=options.depth),
-        )
         if options.raw:
             s += question + expression
         else:
             s += sgl.user(question)
             s += sgl.assistant(expression)
 
-    with Endpoint(options.url, api_key=options.api_key) as endpoint:
-        state = sgl.function(program).run(
-            question=options.question, backend=endpoint, temperature=options.temperature
-        )
-        trajectory = state.get_meta_info("answer")["trajectory"]
+    def answered() -> Trajectory:
+        with Endpoint(options.url, api_key=options.api_key) as endpoint:
+            state = sgl.function(program).run(
+                question=options.question, backend=endpoint, temperature=options.temperature
+            )
+            trajectory: Trajectory = state.get_meta_info("answer")["trajectory"]
+            return trajectory
+
+    if options.live:  # on stderr, so that what is printed at the end can be piped
+        console = Console(stderr=True)
+        with Live(view, console=console, refresh_per_second=8, transient=console.is_terminal):
+            trajectory = answered()
+    else:
+        trajectory = answered()
     if options.json:
         print(trajectory.to_json())
     else:

@@ -47,7 +47,7 @@ def test_parse_says_where_a_trace_is_wrong(trace: Path, capsys: pytest.CaptureFi
         (["parse", "/nowhere/at.all"], "cannot read /nowhere/at.all"),
         (["parse", "-", "--dialect", "nope"], "no dialect 'nope'"),
         (["run", "hi", "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9"),
-        (["run", "hi", "--url", "http://127.0.0.1:9", "--width", "1"], "no server at"),
+        (["run", "hi", "--url", "http://127.0.0.1:9", "--policy", "some"], "no server at"),
         (["model", "smollm2", "--tags", "nope"], "no dialect 'nope'"),
     ],
 )
@@ -60,7 +60,17 @@ def test_errors_are_one_line_and_status_1(argv, message, capsys, monkeypatch):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [[], ["nope"], ["run"], ["run", "hi", "--mode", "both"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nope"],
+        ["run"],
+        ["run", "hi", "--mode", "both"],
+        ["run", "hi", "--budget", "tokens=0"],
+        ["run", "hi", "--budget", "size=1"],
+    ],
+)
 def test_wrong_usage_is_status_2(argv):
     with pytest.raises(SystemExit) as left:
         main(argv)
@@ -82,12 +92,16 @@ def test_serve_help(capsys):
 
 @pytest.mark.server
 def test_run_on_a_server(server, capsys):
-    argv = ["run", "What?", "--url", server.url, "--mode", "parallel", "--width", "3", "--tokens", "300"]
+    argv = ["run", "What?", "--url", server.url, "--mode", "parallel", "--budget", "width=3,tokens=300"]
     assert main([*argv, "--json"]) == 0
     trajectory = apr.Trajectory.from_json(capsys.readouterr().out)
     apr.dialect("threadweaver").validate(trajectory.text)
     assert main(argv) == 0
     assert "What the engine did" in capsys.readouterr().out
+    assert main([*argv, "--live", "--policy", "first", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert apr.Trajectory.from_json(out).blocks
+    assert "What?" in err
 
 
 @pytest.mark.server

@@ -19,7 +19,7 @@ from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
-PROBE_S = 5.0  # a healthy SGLang takes one: it decodes a token, and looks for it once a second
+PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whether anything was decoded
 ABORT_S = 5.0
 FRESH_S = 0.5  # how long an answer about the load is good
 

@@ -26,8 +26,9 @@ class Pacing:
     """The default pace: all branches at once, unless fewer at a time end sooner or all do not fit.
 
     speed: n branches, k at a time, take n/k rounds (rounded up) of steps with k more requests than run
-        now, by the step times that this client has measured (`Load.step_s`). Fewer are run where that ends
-        `gain` times sooner than all at once; where nothing was measured, all are.
+        now, by the step times that this client has measured (`Load.step_s`), under whatever load others put
+        on the engine meanwhile. Fewer are run where that ends `gain` times sooner than all at once; where
+        nothing was measured, all are.
     memory: no more than fit into the free KV tokens, if each writes `fill` of what it may (SGLang's own
         scheduler expects 0.7 at first, and less and less as it goes on).
     most: never more than so many.
