@@ -120,7 +120,7 @@ async def overhead_us(runs: int, chunk: int) -> float:
 
 @dataclass(frozen=True)
 class Tree:
-    """A trajectory known beforehand: what trunk, commit, branches and conclusion send, and what comes back."""
+    """A trajectory known beforehand: what trunk, commit, branches and conclusion send and get."""
 
     prompt: tuple[int, ...]
     requests: list[tuple[dict[str, Any], tuple[int, ...]]]
@@ -190,14 +190,14 @@ async def bare(url: str, trees: Sequence[Tree], at_once: bool) -> None:
         await asyncio.gather(*map(whole, trees))
 
 
-async def wall_s(arm: str, engine: ForcedEngine, trees: Sequence[Tree]) -> float:
-    """Seconds of one arm on a server that has neither prefixes nor grammars cached."""
+async def timed(arm: str, engine: ForcedEngine, trees: Sequence[Tree]) -> tuple[float, float]:
+    """Seconds of one arm, and those of this process's CPU; the server has no prefix and no grammar cached."""
     flush = f"{engine.url}/flush_cache?timeout=30"
     async with aiohttp.ClientSession(raise_for_status=True) as session, session.post(flush):
         pass
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     await (loop(engine, trees) if arm == "loop" else bare(engine.url, trees, at_once=arm == "bare"))
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -217,24 +217,27 @@ async def walls(url: str, pairs: int, console: Console) -> dict[str, Any]:
             for tree in trees
             for body, answer in tree.requests
         }
-        found: list[dict[str, float]] = []
+        found: list[dict[str, tuple[float, float]]] = []
         for i in track(range(-1, pairs), "pairs", console=console):  # the first warms up
             arms = ["loop", "bare", *["serial"] * (i % 4 == 0)]
-            found.append({arm: await wall_s(arm, engine, trees) for arm in arms[:: 1 if i % 2 else -1]})
+            found.append({arm: await timed(arm, engine, trees) for arm in arms[:: 1 if i % 2 else -1]})
     taken = {arm: [f[arm] for f in found[1:] if arm in f] for arm in ("loop", "bare", "serial")}
-    vs_bare, vs_serial = ([f["loop"] / f[arm] for f in found[1:] if arm in f] for arm in ("bare", "serial"))
+    vs_bare, vs_serial = ([f["loop"][0] / f[a][0] for f in found[1:] if a in f] for a in ("bare", "serial"))
+    walls, cpus = ({a: round(statistics.median(x[k] for x in taken[a]), 3) for a in taken} for k in (0, 1))
     return {
         "wall_ratio_vs_bare": round(statistics.median(vs_bare), 3),
         "wall_ratio_vs_bare_ci95": interval(vs_bare),
         "wall_ratio_vs_serial": round(statistics.median(vs_serial), 3),
-        "wall_s": {arm: round(statistics.median(seconds), 3) for arm, seconds in taken.items()},
+        "wall_s": walls,
+        "client_cpu_s": cpus,
         "wall_tokens": sum(len(ids) for tree in trees for _, ids in tree.requests),
         "pairs": pairs,
     }
 
 
 async def throughput(url: str, at_once: int) -> dict[str, Any]:
-    """Trajectories that decode freely: four rounds of few, one of many. `wall_s`: shortest, median, longest."""
+    """Trajectories that decode freely; `wall_s` are the shortest, the median and the longest."""
+    # Four rounds of few, one of many: each level takes seconds enough to be measured.
     problems = {str(i): f"Question {i}: " for i in range(max(at_once, min(4 * at_once, 128)))}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trajectories.jsonl"

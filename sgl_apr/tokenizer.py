@@ -75,15 +75,8 @@ def split_ids(
     ids: list[int] | tuple[int, ...], text: str, ends: list[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[int, ...]]:
     """Cut `ids`, whose text is `text`, at the offsets `ends`; a token belongs where its first character lies."""
-    starts: list[int] = []
-    offset, done = 0, 0
-    for i in range(len(ids)):
-        starts.append(offset)
-        piece = tokenizer.decode(ids[done : i + 1], ids[:done])
-        if not piece.endswith("\ufffd") or (text.startswith(piece, starts[done]) and i + 1 == len(ids)):
-            # A character is whole: bytes before it share its start.
-            offset = starts[done] + len(piece)
-            done = i + 1
+    starts = [0] * len(ids)
+    _place(starts, ids, 0, len(ids), 0, text, ends, tokenizer)
     at = 0
     for k, end in enumerate(ends):
         upto = at
@@ -91,6 +84,34 @@ def split_ids(
             upto += 1
         yield tuple(ids[at:upto])
         at = upto
+
+
+def _place(
+    starts: list[int],
+    ids: list[int] | tuple[int, ...],
+    low: int,
+    high: int,
+    offset: int,
+    text: str,
+    ends: list[int],
+    tokenizer: Tokenizer,
+) -> None:
+    """Say where the tokens from `low` to `high` start, whose text is `text`, as far as a cut depends on it.
+
+    They are halved until no cut is left inside, so that few have to be decoded apart from the others.
+    """
+    inside = any(offset < end < offset + len(text) for end in ends)
+    middle = (low + high) // 2
+    for cut in (*range(middle, high), *range(middle - 1, low, -1)) if inside else ():
+        if cut == low:
+            continue
+        piece = tokenizer.decode(ids[low:cut], ids[:low])
+        whole = not piece.endswith("\ufffd")  # half a character, unless the text itself has it there
+        if whole or piece + tokenizer.decode(ids[cut:high], ids[:cut]) == text:
+            _place(starts, ids, low, cut, offset, piece, ends, tokenizer)
+            _place(starts, ids, cut, high, offset + len(piece), text[len(piece) :], ends, tokenizer)
+            return
+    starts[low:high] = [offset] * (high - low)
 
 
 @lru_cache(maxsize=8)

@@ -210,7 +210,7 @@ def greedy(url: str, fault: tuple[int, ...] | None = None, **options) -> apr.Tra
             engine.decode = decode
             return await apr.areason(
                 engine, "A question: ", "threadweaver", mode="parallel", max_blocks=1, min_width=4, temperature=0.0,
-                budget=apr.Budget(tokens=400, width=4, branch_tokens=40), **options,
+                budget=apr.Budget(tokens=600, width=4, branch_tokens=40, outline_chars=8), **options,
             )  # fmt: skip
 
     trajectory = asyncio.run(once())

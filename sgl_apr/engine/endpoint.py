@@ -43,7 +43,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     text again. Where a program fails, reading its variables raises the error.
 
     Raises `EngineError` if no server answers at `base_url`, and `UnsupportedEngine` if it can't serve
-    (see `HttpEngine.connect`, also for `tokenizer` and `timeout`).
+    (see `HttpEngine.connect`, also for `tokenizer`, `timeout` and `patience`).
     """
 
     raises_errors = True
@@ -57,6 +57,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         *,
         tokenizer: Tokenizer | None = None,
         timeout: float = 120.0,
+        patience: float = 0.0,
     ) -> None:
         patch_frontend()
         base_url = base_url.rstrip("/")
@@ -70,7 +71,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         self._thread.start()
         try:
             self.http = self._wait(
-                HttpEngine.connect(base_url, api_key=api_key, tokenizer=tokenizer, timeout=timeout)
+                HttpEngine.connect(
+                    base_url, api_key=api_key, tokenizer=tokenizer, timeout=timeout, patience=patience
+                )
             )
             super().__init__(base_url, api_key, verify, chat_template_name)
         except BaseException:

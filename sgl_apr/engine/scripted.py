@@ -22,6 +22,7 @@ class ByteTokenizer:
 
     def __init__(self, tags: Sequence[str] = ()) -> None:
         self._tags = {tag: self.EOS + 1 + i for i, tag in enumerate(tags)}
+        self._bytes = [*(bytes([i]) for i in range(self.EOS)), b"", *(tag.encode() for tag in tags)]
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -36,10 +37,7 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        names = {i: tag.encode() for tag, i in self._tags.items()} | {self.EOS: b""}
-        return b"".join(names.get(i) or (b"" if i == self.EOS else bytes([i])) for i in ids).decode(
-            errors="replace"
-        )
+        return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
     def special(self, tag: str) -> int | None:
         return self._tags.get(tag)

@@ -32,7 +32,7 @@ class Branches:
         self.decoder, self.divider, self._think = decoder, divider, think
         self.plan, self.record = decoder.plan, decoder.record
         self.dialect, self.grammar = self.plan.dialect, self.plan.dialect.grammar
-        self.returned = self.dialect.sees == "message"
+        self.returned, self.anew = self.dialect.sees == "message", self.plan.failed == "retry"
 
     async def fork_and_join(self, engine: Engine | None, strand: Strand, outlines: Sequence[Outline]) -> int:
         """Run one branch per outline, and leave in the strand what comes of them. Returns its new tokens."""
@@ -149,11 +149,11 @@ class Branches:
 
     async def run(self, engine: Engine | None, branch: Strand, new: int) -> None:
         """One branch to its end. Where it fails for good it begins anew once, or raises `BranchFailed`."""
-        begun = replace(branch, order=list(branch.order), purse=replace(branch.purse))
+        begun = replace(branch, order=[*branch.order], purse=replace(branch.purse)) if self.anew else None
         try:
             await self._think(engine, branch, "branch", new)
         except EngineError as error:
-            if self.plan.failed == "raise":
+            if begun is None:
                 raise BranchFailed(f"branch {branch.name}: {error}", branch.path, error.status) from error
             log.warning("%s: branch %s failed, and begins anew: %s", self.decoder.rid, branch.name, error)
             self.record.void(branch, None)

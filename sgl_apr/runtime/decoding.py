@@ -79,12 +79,11 @@ class Decoder:
         seed = derived(self.seed, strand.path, strand.requests)
         strand.requests += 1
         sampling = {**request.sampling, "sampling_seed": seed} if self.seeded else request.sampling
-        request = replace(request, sampling=sampling)
         started = time.monotonic()
 
         async def attempt() -> Result:
             self.record.void(strand, stream.void())
-            return await engine.decode(replace(request, rid=self.new_rid()), stream)
+            return await engine.decode(replace(request, rid=self.new_rid(), sampling=sampling), stream)
 
         result, retries = await self._ask(strand, attempt)
         if strand.scope.reason == "failed":

@@ -113,8 +113,9 @@ def _assembled(spans: dict[int, Span], calls: dict[int, Call], done: Done) -> Tr
         return tuple(place[i] for i in indices)
 
     ordered = (spans[i] for i in done.order)
+    in_order = all(i == k for i, k in place.items())
     return Trajectory(
-        tuple(replace(s, parents=moved(s.parents), after=moved(s.after)) for s in ordered),
+        tuple(s if in_order else replace(s, parents=moved(s.parents), after=moved(s.after)) for s in ordered),
         done.dialect,
         tuple(calls[i] for i in range(len(calls))),
         done.wall_s,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,11 +43,18 @@ class Retry:
 
     async def __call__(self, attempt: Callable[[], Awaitable[T]], allowed: Callable[[], bool]) -> T:
         """What `attempt` returns, or the error of the last one, as long as another is `allowed`."""
+        try:  # nearly always it is the only one
+            return await attempt()
+        except EngineError as error:
+            if self.attempts == 1 or not passing(error) or not allowed():
+                raise
+            log.info("attempt 1: %s", error)
+        await asyncio.sleep(random.uniform(0, self.wait))
         tries = tenacity.AsyncRetrying(
-            stop=lambda state: state.attempt_number >= self.attempts or not allowed(),
-            wait=tenacity.wait_random_exponential(self.wait, self.longest),
+            stop=lambda state: state.attempt_number >= self.attempts - 1 or not allowed(),
+            wait=tenacity.wait_random_exponential(2 * self.wait, self.longest),
             retry=tenacity.retry_if_exception(passing),
-            before_sleep=lambda state: log.info("attempt %d: %s", state.attempt_number, _error(state)),
+            before_sleep=lambda state: log.info("attempt %d: %s", state.attempt_number + 1, _error(state)),
             reraise=True,
         )
         return await tries(attempt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sgl_apr.budget import Overhead
 from sgl_apr.completion import FILLER
@@ -120,6 +121,7 @@ def _pieces(
     ]
 
 
+@lru_cache(maxsize=256)
 def overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
     """What the runtime may have to inject, in tokens of this tokenizer, at the most."""
 

@@ -13,7 +13,7 @@ class TextStream:
     end-of-text token. `heard` are the ids so far, `sent` the characters emitted."""
 
     def __init__(self, tokenizer: Tokenizer, context: tuple[int, ...], emit: Callable[[str], None]) -> None:
-        self.tokenizer, self.emit = tokenizer, emit
+        self.tokenizer, self.emit, self._ends = tokenizer, emit, tokenizer.eos_ids
         self._before, self.context = context, context
         self.heard: list[int] = []
         self.pending: list[int] = []
@@ -27,7 +27,7 @@ class TextStream:
 
     def __call__(self, ids: Sequence[int]) -> None:
         self.heard += ids
-        self.pending += [i for i in ids if i not in self.tokenizer.eos_ids]
+        self.pending += [i for i in ids if i not in self._ends]
         text = self.tokenizer.decode(self.pending, self.context)
         if text and not text.endswith("\ufffd"):
             self.context = (*self.context[-4:], *self.pending)
