@@ -226,6 +226,17 @@ def test_greedy_runs_are_the_same(strict: Server):
     assert written(greedy(strict.url)) == written(greedy(strict.url))
 
 
+def test_the_same_model_thinks_either_way(strict: Server):
+    """Sequential, parallel or as it likes, call by call, on one server."""
+    budget = apr.Budget(tokens=200, width=3, outline_chars=8)
+    for mode, forks in {"sequential": {False}, "parallel": {True}, "auto": {False, True}}.items():
+        found = {
+            bool(apr.run(strict.url, f"Q{i}: ", mode=mode, budget=budget, temperature=1.0, seed=i).blocks)
+            for i in range(2)
+        }
+        assert found <= forks
+
+
 @pytest.mark.parametrize("failed", ["skip", "retry"])
 def test_a_fault_in_one_branch_changes_no_byte_of_the_others(strict: Server, failed: str):
     whole, faulty = greedy(strict.url), greedy(strict.url, (1, 2), failed=failed, retry=apr.Retry(wait=0.01))

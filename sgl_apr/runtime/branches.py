@@ -153,6 +153,8 @@ class Branches:
         try:
             await self._think(engine, branch, "branch", new)
         except EngineError as error:
+            if begun is None and isinstance(error, BranchFailed):  # of its own branches
+                raise
             if begun is None:
                 raise BranchFailed(f"branch {branch.name}: {error}", branch.path, error.status) from error
             log.warning("%s: branch %s failed, and begins anew: %s", self.decoder.rid, branch.name, error)

@@ -16,7 +16,6 @@ from sgl_apr.dialects import Phase, Place
 from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.errors import EngineError
 from sgl_apr.lowering import Fork
-from sgl_apr.runtime.events import Delta
 from sgl_apr.runtime.plan import Plan
 from sgl_apr.runtime.record import Ahead, Record, Strand
 from sgl_apr.runtime.scope import Cut
@@ -55,7 +54,7 @@ class Decoder:
         limit they come from; `shape` how wide a fork may be, and whether it has to come.
         """
         (tokens, limit), place, context = room, self.place(strand), strand.context
-        stream = TextStream(self.tokenizer, context, lambda text: self.record.tell(Delta(strand.path, text)))
+        stream = TextStream(self.tokenizer, context, self.record.writer(strand))
         result, call = None, None
         if engine and tokens > 0 and not strand.scope.over:
             request = self._request(strand, phase, place, tokens, shape)

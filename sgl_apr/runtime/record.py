@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sgl_apr.engine.base import Load, Result
@@ -99,6 +100,10 @@ class Record:
         """Let the listener hear it."""
         if self._on_event:
             self._on_event(event)
+
+    def writer(self, strand: Strand) -> Callable[[str], None] | None:
+        """What tells the listener of text as a strand writes it; None without a listener."""
+        return (lambda text: self.tell(Delta(strand.path, text))) if self._on_event else None
 
     def trunk(self, prompt_ids: tuple[int, ...], purse: Purse, scope: Scope) -> Strand:
         """The trunk behind its prompt."""

@@ -9,10 +9,12 @@ from sgl_apr.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Hears the token chunks of one request and emits text; holds back an unfinished character and the
-    end-of-text token. `heard` are the ids so far, `sent` the characters emitted."""
+    """Hears the token chunks of one request and emits text, if anybody listens; holds back an unfinished
+    character and the end-of-text token. `heard` are the ids so far, `sent` the characters emitted."""
 
-    def __init__(self, tokenizer: Tokenizer, context: tuple[int, ...], emit: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: tuple[int, ...], emit: Callable[[str], None] | None
+    ) -> None:
         self.tokenizer, self.emit, self._ends = tokenizer, emit, tokenizer.eos_ids
         self._before, self.context = context, context
         self.heard: list[int] = []
@@ -27,6 +29,8 @@ class TextStream:
 
     def __call__(self, ids: Sequence[int]) -> None:
         self.heard += ids
+        if self.emit is None:  # decoding text takes longer than all the rest
+            return
         self.pending += [i for i in ids if i not in self._ends]
         text = self.tokenizer.decode(self.pending, self.context)
         if text and not text.endswith("\ufffd"):
@@ -38,5 +42,5 @@ class TextStream:
     def finish(self, step: Step) -> None:
         """Emit what the chunks did not bring: a held-back end, and what was injected."""
         rest = "".join(piece.text for piece in step.pieces)[self.sent :]
-        if rest:
+        if rest and self.emit:
             self.emit(rest)
