@@ -63,7 +63,7 @@ def test_random_weights_follow_it(server: Server, name: str):
     dialect = apr.dialect(name)
     found = replies(server.url, dialect, 24)
     check(dialect, found)
-    if dialect.max_depth > 1:
+    if dialect.max_depth > 1 and dialect.grammar.ending("body", "1"):  # where nothing else ends a branch it just stops
         assert any(len(block.path) > 1 for t in found for block in t.blocks), "some branch forked again"
     if dialect.policy == "first":
         finishes = [b.finish for t in found for b in t.blocks[0].branches]
@@ -93,9 +93,9 @@ def test_in_a_program(server: Server, name: str):
 
 def test_a_branch_with_a_context_of_its_own_shares_nothing(server: Server):
     for t in replies(server.url, apr.dialect("spawn"), 8):
-        for call in t.calls:
-            if call.phase == "branch":
-                assert call.prompt_tokens < 24, "the message alone"
+        first = {call.path: call for call in reversed(t.calls) if call.path and call.phase == "branch"}
+        for call in first.values():
+            assert call.prompt_tokens < 24, "the message alone"
         headers = [i for i, s in enumerate(t.spans) if s.role == "header"]
         assert all(t.spans[i].parents == () and t.spans[i].after for i in headers)
         after = next(s for s in t.spans if s.role == "lead")

@@ -35,7 +35,6 @@ outcomes = apr.run_many(url, problems, path, concurrency=concurrency, mode="para
                         budget=apr.Budget(**json.loads(sys.argv[5])))
 print(json.dumps([len(outcomes.finished), len(outcomes.found), len(outcomes.failed)]))
 """
-CROWDS = [pytest.param(150, id="150"), pytest.param(1000, id="1000", marks=pytest.mark.slow)]
 
 
 def client(url: str, path: Path, count: int) -> subprocess.Popen:
@@ -60,9 +59,8 @@ def check(path: Path, count: int) -> list[apr.Trajectory]:
     return [trajectory for _, trajectory in found]
 
 
-@pytest.mark.parametrize("count", CROWDS)
-def test_a_crowd_whose_client_is_killed_midway(server: Server, tmp_path: Path, count: int):
-    path = tmp_path / "out.jsonl"
+def test_a_thousand_whose_client_is_killed_midway(server: Server, tmp_path: Path):
+    path, count = tmp_path / "out.jsonl", 1000
     first = client(server.url, path, count)
     until(lambda: lines(path) >= count // 4 or first.poll() is not None, 600)
     first.kill()
@@ -133,7 +131,7 @@ def test_a_server_that_is_killed_and_restarted_midway(model: Path, tmp_path: Pat
 
 def test_five_hundred_that_are_given_up(strict: Server):
     """Cancelled, out of time, cut off: the server is idle afterwards, whole, and answers."""
-    rng = random.Random(0)
+    rng, late = random.Random(0), list[float]()
 
     async def one(engine: apr.HttpEngine, kind: str) -> str:
         options = {"mode": "parallel", "temperature": 1.0, "budget": apr.Budget(tokens=400, width=4)}
@@ -151,6 +149,8 @@ def test_five_hundred_that_are_given_up(strict: Server):
         except asyncio.CancelledError:
             return "cancelled"
         apr.dialect("threadweaver").validate(trajectory.text)
+        if kind == "timeout":
+            late.append(trajectory.wall_s - options["budget"].seconds)
         cut = {b.outcome for block in trajectory.blocks for b in block.branches} | {trajectory.finish}
         return next((c for c in ("timeout", "aborted") if c in cut), "whole")
 
@@ -178,7 +178,8 @@ def test_five_hundred_that_are_given_up(strict: Server):
         return found
 
     found = asyncio.run(go())
-    print(f"\n{dict(found)}")
+    print(f"\n{dict(found)}; {max(late):.3f} s beyond the time limit at most")
+    assert max(late) < 2, "a step of the engine, of this client and of the machine; never an answer"
     assert found.total() == 500
     assert min(found[kind] for kind in ("cancelled", "timeout", "aborted", "disconnected")) >= 10
     until(lambda: idle(strict.url), 60)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,21 +41,25 @@ class Retry:
 
     async def __call__(self, attempt: Callable[[], Awaitable[T]], allowed: Callable[[], bool]) -> T:
         """What `attempt` returns, or the error of the last one, as long as another is `allowed`."""
-        try:  # nearly always it is the only one
+        try:
             return await attempt()
         except EngineError as error:
-            if self.attempts == 1 or not passing(error) or not allowed():
-                raise
-            log.info("attempt 1: %s", error)
-        await asyncio.sleep(random.uniform(0, self.wait))
+            failed: list[EngineError] = [error]
+
+        async def again() -> T:
+            if failed:
+                raise failed.pop()
+            return await attempt()
+
+        # Only now: setting this up takes longer than all else that the loop does for a request.
         tries = tenacity.AsyncRetrying(
-            stop=lambda state: state.attempt_number >= self.attempts - 1 or not allowed(),
-            wait=tenacity.wait_random_exponential(2 * self.wait, self.longest),
+            stop=lambda state: state.attempt_number >= self.attempts or not allowed(),
+            wait=tenacity.wait_random_exponential(self.wait, self.longest),
             retry=tenacity.retry_if_exception(passing),
-            before_sleep=lambda state: log.info("attempt %d: %s", state.attempt_number + 1, _error(state)),
+            before_sleep=lambda state: log.info("attempt %d: %s", state.attempt_number, _error(state)),
             reraise=True,
         )
-        return await tries(attempt)
+        return await tries(again)
 
 
 def _error(state: tenacity.RetryCallState) -> BaseException | None:
