@@ -63,7 +63,9 @@ def test_random_weights_follow_it(server: Server, name: str):
     dialect = apr.dialect(name)
     found = replies(server.url, dialect, 24)
     check(dialect, found)
-    if dialect.max_depth > 1 and dialect.grammar.ending("body", "1"):  # where nothing else ends a branch it just stops
+    if dialect.max_depth > 1 and dialect.grammar.ending(
+        "body", "1"
+    ):  # where nothing else ends a branch it just stops
         assert any(len(block.path) > 1 for t in found for block in t.blocks), "some branch forked again"
     if dialect.policy == "first":
         finishes = [b.finish for t in found for b in t.blocks[0].branches]
