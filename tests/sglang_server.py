@@ -42,7 +42,7 @@ class SglangServer:
         self.aborted: set[str] = set()
         self.live: set[str] = set()
         self.headers: list[str | None] = []
-        self.connections: set[str | None] = set()
+        self.connections: list[int] = []  # by the client's port
 
     @contextmanager
     def in_thread(self) -> Iterator[str]:
@@ -99,7 +99,7 @@ class SglangServer:
         phase = phase_of(TOKENIZER.decode(body["input_ids"])) if sampling["max_new_tokens"] else "commit"
         rid, failure = body["rid"], self.wrong.get(phase)
         self.rids[phase] = rid
-        self.connections.add(request.headers.get("Connection"))
+        self.connections.append(request.transport.get_extra_info("peername")[1])
         if failure == "status 500":
             return web.json_response({"error": {"message": "out of memory"}}, status=500)
         self.live.add(rid)

@@ -12,6 +12,7 @@ from sglang_server import TOKENIZER, SglangServer
 
 import sgl_apr as apr
 from sgl_apr.engine.base import Load
+from sgl_apr.engine.http import IDLE_S
 
 
 def reason(fake: SglangServer, *, timeout: float = 30.0, **options) -> apr.Trajectory:
@@ -108,11 +109,18 @@ def test_the_api_key_is_sent():
     assert asyncio.run(once()) == ["Bearer secret"]
 
 
-def test_no_idle_connection_is_used_again():
-    """The server may close one at the very moment."""
-    fake = SglangServer()
-    reason(fake)
-    assert fake.connections == {"close"}
+def test_an_idle_connection_is_used_again_only_long_before_the_server_closes_it():
+    async def once() -> list[int]:
+        fake = SglangServer()
+        async with fake.running() as url, await apr.HttpEngine.connect(url, tokenizer=TOKENIZER) as engine:
+            for pause in (0.0, 0.0, IDLE_S + 0.3):
+                await asyncio.sleep(pause)
+                await engine.commit(f"apr-{pause}", [1, 2, 3])
+        return fake.connections
+
+    first, soon, late = asyncio.run(once())
+    assert first == soon
+    assert late != first
 
 
 # Failing under way

@@ -21,6 +21,7 @@ from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whether anything was decoded
 ABORT_S = 5.0
+IDLE_S = 1.0  # SGLang closes an idle connection after 5 (SGLANG_TIMEOUT_KEEP_ALIVE)
 FRESH_S = 0.5  # how long an answer about the load is good
 
 
@@ -64,12 +65,12 @@ class HttpEngine:
         url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout)
-        # No limit on connections: a trajectory's branches must never wait for one another here. None is
-        # kept: the server closes an idle one when it likes, and what is just being sent on it is lost.
+        # No limit on connections: a trajectory's branches must never wait for one another here. An idle one is
+        # given up long before the server does so: what is being sent at that very moment would be lost.
         session = aiohttp.ClientSession(
             headers=headers,
             timeout=limits,
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             read_bufsize=1 << 20,
         )
         engine = cls(url, session, tokenizer, timeout, patience)  # type: ignore[arg-type]  # set below, before anyone sees it
