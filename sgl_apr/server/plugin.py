@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import secrets
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from sgl_apr.errors import LaunchError
 SUPPORTED = "0.5.23"
 LAUNCHED = "SGL_APR_LAUNCHED"
 BACKEND = "apr_cpu"
+CACHE = "apr"
+SECRET = "SGL_APR_SECRET"  # made by the first process of a server, for all of them
 
 _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
 _EXTEND = (*_DECODE, "extend_prefix_lens", "extend_seq_lens", "encoder_lens")
@@ -42,6 +45,7 @@ def activate() -> None:
         check_version()
         if platform() is not None:
             _register_attention()
+        _register_cache()
         if os.environ.get(LAUNCHED):
             _prepare_masks()
     except LaunchError as error:
@@ -88,6 +92,40 @@ def _prepare_masks() -> None:
 
     stock = seam("llguidance.hf:from_tokenizer", ["hf_tokenizer", "n_vocab", "eos_token", "slices"])
     import_module("llguidance.hf").from_tokenizer = functools.partial(stock, slices=list(SLICES))  # type: ignore[attr-defined]
+
+
+def _register_cache() -> None:
+    """The radix cache that joins branches (`--radix-cache-backend apr`), and the positions that go with it."""
+    register = seam("sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"])
+    hook = seam("sglang.srt.plugins.hook_registry:HookRegistry.register")
+    after = seam("sglang.srt.plugins.hook_registry:HookType.AFTER")
+    os.environ.setdefault(SECRET, secrets.token_hex(32))
+    register(CACHE, _make_cache)
+    hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", _after_batch, after)
+
+
+def _make_cache(context: Any) -> Any:
+    cache = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache"
+    for method, parameters in {
+        "match_prefix": ["params"],
+        "_match_tree": ["params"],
+        "insert": ["params"],
+        "prefix_device_indices": ["req"],
+        "path_device_indices": ["node"],
+        "lock": ["node_id", "skip_lock_components"],
+        "unlock": ["lock"],
+        "checkpoint": ["req", "up_to"],
+    }.items():
+        seam(f"{cache}.{method}", parameters)
+    from sgl_apr.server import kv_join
+
+    return kv_join.make(context)
+
+
+def _after_batch(batch: Any, *arguments: Any, **options: Any) -> None:
+    from sgl_apr.server.kv_join import shift_positions
+
+    shift_positions(batch, *arguments, **options)
 
 
 def _register_attention() -> None:
