@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import torch
-from test_kv_layout import size
+from test_kv_layout import random_layout, size
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.models import random_llama
@@ -91,8 +92,12 @@ async def generate(session, url: str, ids: list[int], new: int, layout: list | N
         return {"status": response.status, **(await response.json())}
 
 
+class Evicted(Exception):
+    """What a part is to be stitched to is no longer in the cache."""
+
+
 async def commit(session, url: str, layout: list, ids: list[int]) -> None:
-    """Leave every part of a prompt in the cache, each behind what it sees."""
+    """Leave every part of a prompt in the cache, each behind what it sees; raises `Evicted`."""
 
     async def walk(strand: list, at: int, before: list, seen: list[int]) -> int:
         for k, item in enumerate(strand):
@@ -102,6 +107,8 @@ async def commit(session, url: str, layout: list, ids: list[int]) -> None:
                 last = strand is layout and k == len(strand) - 1
                 if item and not last:
                     found = await generate(session, url, seen, 0, merged(before) if nested else None)
+                    if found["status"] == 409:
+                        raise Evicted
                     assert found["status"] == 200, found
                 continue
             begun = at
@@ -221,3 +228,64 @@ def test_a_branch_that_is_not_cached_is_a_conflict(joining: Server):
     found = asyncio.run(once())
     assert found["status"] == 409
     assert "are cached" in json.dumps(found)
+
+
+def scaled(layout: list, factor: int) -> list:
+    return [i * factor if isinstance(i, int) else [scaled(b, factor) for b in i] for i in layout]
+
+
+VARIANTS = {
+    "chunked prefill": ({"chunked_prefill_size": 8}, {}),
+    "no overlap": ({"disable_overlap_schedule": True}, {}),
+    "retraction": ({}, {"SGLANG_TEST_RETRACT": "1"}),
+    "eviction": ({"max_total_tokens": 700, "max_running_requests": 3}, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joins_are_the_same_whatever_the_server_does_to_them(
+    model: Path, reference, tmp_path: Path, variant: str
+):
+    """Many at once; what was evicted between commit and join is committed again."""
+    options, environment = VARIANTS[variant]
+    rng = random.Random(variant)
+    factor = 6 if variant == "eviction" else 1
+    made = (scaled(random_layout(rng), factor) for _ in range(200))
+    layouts = [x for x in made if len(x) > 1 and size(x) < 250][:24]
+    cases = [(layout, prompt(layout, k)) for k, layout in enumerate(layouts)]
+
+    async def one(
+        session, url: str, gate: asyncio.Semaphore, layout: list, ids: list[int]
+    ) -> tuple[dict, int]:
+        async with gate:
+            for misses in range(50):
+                with contextlib.suppress(Evicted):
+                    await commit(session, url, layout, ids)
+                    found = await generate(session, url, ids, NEW, layout)
+                    if found["status"] != 409:
+                        return found, misses
+        raise AssertionError("never cached all at once")
+
+    async def go(url: str) -> list[tuple[dict, int]]:
+        gate = asyncio.Semaphore(3 if variant == "eviction" else 6)
+        async with aiohttp.ClientSession() as session:
+            return await asyncio.gather(*(one(session, url, gate, *case) for case in cases))
+
+    checks = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (checks | environment).items():
+            patch.setenv(name, value)
+        flags = {"max_total_tokens": 4096, "context_length": 512, **options}
+        log = tmp_path / "log"
+        with Server(model, radix_cache_backend="apr", log_path=log, **flags) as server:
+            found = asyncio.run(go(server.url))
+            again = asyncio.run(go(server.url))
+    for (answer, _), (second, _), (layout, ids) in zip(found, again, cases, strict=True):
+        assert answer["output_ids"] == second["output_ids"] == expected(reference, layout, ids)[0]
+    missed = sum(m for _, m in [*found, *again])
+    assert variant != "retraction" or "retract" in log.read_text().lower()
+    assert variant != "eviction" or sum(map(size, layouts)) > 3 * flags["max_total_tokens"]
+    print(
+        f"\n{variant}: {sum(map(size, layouts))} tokens, {len(cases)} joins twice, {missed} committed again"
+    )
