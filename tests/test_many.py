@@ -42,6 +42,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, torn: bytes):
     run(path, half)
     before = path.read_bytes()
     path.write_bytes(before + torn)
+    assert sorted(name for name, _ in apr.read_many(path)) == sorted(half)
     second = engine()
     outcomes = run(path, engine=second)
     assert path.read_bytes().startswith(before)

@@ -27,7 +27,8 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Retried:
     """What was heard of a request that failed is void, and comes again: the last `chars` characters at `path`,
-    or, where a branch begins anew (None), all of it and of what it forked; the text of its header comes again, its span does not."""
+    or, where a branch begins anew (None), all of it and of what it forked; the text of its header comes
+    again, its span does not."""
 
     path: Path
     chars: int | None

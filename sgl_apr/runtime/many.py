@@ -75,8 +75,8 @@ async def arun_many(
     Each trajectory is appended to `path` the moment it ends: one line, `{"id": ..., "trajectory": ...}`
     (`read_many` reads them). What stands there already is not done again, whatever ended the run that wrote
     it, and half a line that it left is removed. Options are those of `areason`; a `seed` gives every
-    problem one of its own. Raises `AprError` for a file
-    of another run: other problems under the same ids, or a run that still writes to it.
+    problem one of its own. Raises `AprError` for a file of another run: other problems under the same ids,
+    or a run that still writes to it.
     """
     if concurrency < 1:
         raise AprError(f"concurrency={concurrency}, expected at least 1")
@@ -127,9 +127,9 @@ def read_many(path: str | Path) -> Iterator[tuple[str, Trajectory]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # half a line may end within a character
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):  # interrupted
+            if not line.endswith(b"\n"):  # interrupted
                 return
             try:
                 data = json.loads(line)
