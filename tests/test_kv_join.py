@@ -12,11 +12,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 import torch
-from test_kv_layout import random_layout, size
+from test_kv_layout import random_layout
 from transformers import AutoModelForCausalLM
 
+from sgl_apr.layout import positions, size, visible
 from sgl_apr.models import random_llama
-from sgl_apr.server.kv_layout import positions, visible
 from sgl_apr.server.launch import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]

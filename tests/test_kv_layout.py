@@ -7,13 +7,10 @@ import random
 
 import pytest
 
-from sgl_apr.server.kv_layout import LayoutError, parse, positions, resolve, visible
+from sgl_apr.layout import LayoutError, behind, commits, join, length, parse, positions, size, visible
+from sgl_apr.server.kv_layout import resolve
 
 EXAMPLE = [12, [[5], [7, [[2], [3]], 1]], 3]  # the one of the module's docstring
-
-
-def size(strand) -> int:
-    return sum(i if isinstance(i, int) else sum(map(size, i)) for i in strand)
 
 
 def random_layout(rng: random.Random, depth: int = 3) -> list:
@@ -67,6 +64,41 @@ def test_parts_cover_the_prompt_and_nothing_twice():
         assert all(p.namespace == "lora" or p.namespace.startswith("apr:") for p in found.parts)
         trees.add((found.namespace, json.dumps([layout[:-1], ids[: len(ids) - found.tail]])))
     assert len({name for name, _ in trees}) == len(trees), "another past, another tree"
+
+
+def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
+    rng = random.Random(3)
+    for _ in range(200):
+        layout = random_layout(rng)
+        ids = [rng.randrange(50) for _ in range(size(layout))]
+        cached: set[tuple] = set()  # (tree, key)
+
+        def keep(prompt: list[int], own, cached=cached) -> None:
+            found = resolve(own or [len(prompt)], prompt, None, b"secret")
+            assert all((p.namespace, tuple(p.key)) in cached for p in found.parts)
+            tail = prompt[len(prompt) - found.tail :]
+            cached.update((found.namespace, tuple(tail[:k])) for k in range(1, len(tail) + 1))
+
+        for ranges, own in commits(layout):
+            prompt = [i for first, last in ranges for i in ids[first:last]]
+            assert own is None or size(own) == len(prompt)
+            keep(prompt, own)
+        if len(layout) > 1:
+            keep(ids, layout)
+
+
+def test_a_join_of_what_was_joined():
+    """The example, as it comes to be: the second branch joins its own two first."""
+    inner = join((), 12 + 7, [((), 12 + 7 + 2), ((), 12 + 7 + 3)])
+    assert inner == (19, ((2,), (3,)))
+    assert behind(inner, 25) == (19, ((2,), (3,)), 1)
+    outer = join((), 12, [((), 12 + 5), (inner, 25)])
+    assert json.dumps(behind(outer, 33)) == json.dumps(EXAMPLE)
+    assert behind((), 33) is None
+    again = join(outer, 33, [(outer, 33 + 4), (outer, 33 + 2)])
+    assert behind(again, 40) == (*outer, 3, ((4,), (2,)), 1)
+    assert join(outer, 33, [((), 37), (outer, 35)]) is None, "one has forgotten what was joined"
+    assert length(EXAMPLE) == 26
 
 
 def test_a_tree_is_named_by_the_secret():

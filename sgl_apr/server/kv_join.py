@@ -1,7 +1,7 @@
 """A radix cache whose requests may see branches that were written side by side, joined without a second prefill.
 
 A joined request is an ordinary one whose prompt is prefix, branches and what follows, flat, with its layout
-(`kv_layout`) as JSON in `custom_params["apr_layout"]`. Its prefix is stitched from the slots of the branches:
+(`sgl_apr.layout`) as JSON in `custom_params["apr_layout"]`. Its prefix is stitched from the slots of the branches:
 nothing is copied, every slot keeps its one owner, all nodes are locked as one. Launch with
 `--radix-cache-backend apr`. It joins nothing by itself: branches have to be in the cache, or the answer is 409.
 """
@@ -20,8 +20,9 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from sgl_apr.layout import LayoutError, parse
 from sgl_apr.server import plugin
-from sgl_apr.server.kv_layout import LayoutError, parse, resolve
+from sgl_apr.server.kv_layout import resolve
 
 LAYOUT = "apr_layout"
 SECRET = bytes.fromhex(os.environ[plugin.SECRET])  # names the trees of joined prompts

@@ -1,0 +1,175 @@
+"""The layout of a joined prompt: which of its tokens were written side by side; pure, and no cache in here.
+
+A prompt is a strand: runs of tokens (how many) and blocks (one strand for each branch), in the order of the
+flat token ids. `[12, [[5], [7, [[2], [3]], 1]], 3]` is a prefix of 12 tokens, a block of two branches, of which
+the second forked again, and 3 tokens behind the join. Branches begin at the same position and never see one
+another; what follows a block begins behind its longest branch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from sgl_apr.errors import AprError
+
+MOST_DEPTH, MOST_ITEMS = 16, 4096
+
+Layout = Sequence["int | Sequence[Layout]"]
+
+
+class LayoutError(AprError):
+    """A layout that no prompt can have, or not this one."""
+
+
+def parse(text: str, tokens: int) -> Layout:
+    """The layout of a prompt of so many tokens, from JSON; raises `LayoutError` that says what was expected."""
+    try:
+        strand = json.loads(text)
+    except (ValueError, RecursionError):
+        raise LayoutError("the layout is no JSON") from None
+    left = [MOST_ITEMS]
+
+    def length(strand: object, depth: int) -> int:
+        if not isinstance(strand, list) or depth > MOST_DEPTH:
+            raise LayoutError(f"expected a list of runs and blocks, nested at most {MOST_DEPTH} deep")
+        total = 0
+        for item in strand:
+            left[0] -= 1
+            if left[0] < 0:
+                raise LayoutError(f"expected at most {MOST_ITEMS} runs, blocks and branches")
+            if isinstance(item, list):
+                if not item:
+                    raise LayoutError("expected a branch in every block")
+                left[0] -= len(item)
+                total += sum(length(branch, depth + 1) for branch in item)
+            elif type(item) is int and 0 <= item <= tokens:
+                total += item
+            else:
+                raise LayoutError(f"expected a run of 0 to {tokens} tokens, found {item!r:.40}")
+        return total
+
+    if (total := length(strand, 0)) != tokens:
+        raise LayoutError(f"the layout has {total} tokens, expected the {tokens} of the prompt")
+    if not strand or type(strand[-1]) is not int or strand[-1] < 1 or len(strand) < 2:
+        raise LayoutError("expected a block, and at least one token behind the last one")
+    return strand  # type: ignore[no-any-return]  # as checked
+
+
+def size(layout: Layout) -> int:
+    """How many tokens it has."""
+    return sum(i if isinstance(i, int) else sum(map(size, i)) for i in layout)
+
+
+def length(layout: Layout) -> int:
+    """How many tokens its longest chain has: the position of what follows it."""
+    return sum(i if isinstance(i, int) else max(map(length, i)) for i in layout)
+
+
+def behind(joined: Layout, tokens: int) -> Layout | None:
+    """The layout of a prompt of so many tokens of which the first are `joined`; None where nothing is."""
+    return (*joined, tokens - size(joined)) if joined else None
+
+
+def join(before: Layout, fork: int, branches: Sequence[tuple[Layout, int]]) -> Layout | None:
+    """What is joined behind a fork at token `fork` of a prompt that has joined `before` it.
+
+    Each branch has the layout of its own joins, from the beginning of the prompt, and the tokens of its
+    prompt. None if it has not kept what was joined before the fork.
+    """
+    strands: list[Layout] = []
+    run = fork - size(before)
+    for joined, tokens in branches:
+        if tuple(joined[: len(before)]) != tuple(before):
+            return None
+        own = behind(joined, tokens) or (tokens,)
+        first, *rest = own[len(before) :]
+        if not isinstance(first, int) or first < run:
+            return None
+        strands.append((first - run, *rest))
+    return (*before, run, tuple(strands))
+
+
+def positions(layout: Layout) -> Iterator[int]:
+    """The position of every token of a prompt: the length of its longest causal chain."""
+
+    def walk(strand: Layout, at: int) -> Iterator[int]:
+        for item in strand:
+            if isinstance(item, int):
+                yield from range(at, at + item)
+                at += item
+            else:
+                for branch in item:
+                    yield from walk(branch, at)
+                at += max(map(length, item))
+
+    return walk(layout, 0)
+
+
+def unseen(layout: Layout) -> Iterator[tuple[tuple[int, int], ...]]:
+    """For every token the ranges [first, last) of earlier tokens that it does not see: those of other branches.
+
+    There is at most one range for each block that the token stands in, outer before inner, none for what
+    stands in no block.
+    """
+
+    def walk(
+        strand: Layout, at: int, ranges: tuple[tuple[int, int], ...]
+    ) -> Iterator[tuple[tuple[int, int], ...]]:
+        for item in strand:
+            if isinstance(item, int):
+                yield from [ranges] * item
+                at += item
+                continue
+            begun = at
+            for branch in item:
+                yield from walk(branch, at, (*ranges, (begun, at)) if at > begun else ranges)
+                at += size(branch)
+
+    return walk(layout, 0, ())
+
+
+def visible(layout: Layout) -> list[list[bool]]:
+    """For every token which tokens it sees, itself included, as a dense matrix: for checks, in O(n^2)."""
+    hidden = list(unseen(layout))
+    return [
+        [j <= i and not any(first <= j < last for first, last in ranges) for j in range(len(hidden))]
+        for i, ranges in enumerate(hidden)
+    ]
+
+
+def commits(layout: Layout) -> Iterator[tuple[list[tuple[int, int]], Layout | None]]:
+    """The prompts that bring all branches of a prompt into a cache, in an order in which each finds its own.
+
+    Each is given as ranges [first, last) of the whole prompt, and the layout that it has.
+    """
+
+    def walk(
+        strand: Layout, at: int, ranges: list[tuple[int, int]], before: list[int | Sequence[Layout]]
+    ) -> Iterator[tuple[list[tuple[int, int]], Layout | None]]:
+        for item in strand:
+            begun = at
+            if isinstance(item, int):
+                at += item
+            else:
+                for branch in item:
+                    yield from walk(branch, at, ranges, before)
+                    end = at + size(branch)
+                    if end > at:
+                        own = _merged([*before, *branch])
+                        yield [*ranges, (at, end)], own if len(own) > 1 else None
+                    at = end
+            ranges, before = [*ranges, (begun, at)], [*before, item]
+
+    return walk(layout, 0, [], [])
+
+
+def _merged(layout: Sequence[int | Sequence[Layout]]) -> Layout:
+    """The same without runs that follow one another."""
+    merged: list[int | Sequence[Layout]] = []
+    for item in layout:
+        if isinstance(item, int) and merged and isinstance(last := merged[-1], int):
+            merged[-1] = last + item
+        else:
+            merged.append(item)
+    return merged
