@@ -87,13 +87,13 @@ class Scripted:
                 on_tokens(ids[k : k + self.chunk])
         return result
 
-    async def commit(self, rid: str, prefix: Sequence[int]) -> apr.Result:
+    async def commit(self, request: apr.Request) -> apr.Result:
         self.calls += 1
-        return apr.Result((), "length", len(prefix), 0)
+        return apr.Result((), "length", len(request.input_ids), 0)
 
-    async def fork(self, rid: str, prefix: Sequence[int], size: int) -> tuple[apr.Result, list[Scripted]]:
-        self.prefix = prefix
-        return await self.commit(rid, prefix), [self] * size
+    async def fork(self, request: apr.Request, size: int) -> tuple[apr.Result, list[Scripted]]:
+        self.prefix = request.input_ids
+        return await self.commit(request), [self] * size
 
     async def release(self) -> None: ...
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgl_apr.budget import Budget as Budget
+    from sgl_apr.causality import Causality as Causality
+    from sgl_apr.causality import causality as causality
     from sgl_apr.conversion import convert as convert
     from sgl_apr.dataset import from_dataset as from_dataset
     from sgl_apr.dataset import to_dataset as to_dataset
@@ -66,12 +68,14 @@ if TYPE_CHECKING:
     from sgl_apr.trajectory import Branch as Branch
     from sgl_apr.trajectory import Call as Call
     from sgl_apr.trajectory import Decision as Decision
+    from sgl_apr.trajectory import Join as Join
     from sgl_apr.trajectory import Limit as Limit
     from sgl_apr.trajectory import Span as Span
     from sgl_apr.trajectory import Trajectory as Trajectory
 
 _HOME = {
     "budget": ("Budget",),
+    "causality": ("Causality", "causality"),
     "conversion": ("convert",),
     "dataset": ("from_dataset", "to_dataset"),
     "dialects": ("Dialect", "dialect", "dialect_names"),
@@ -102,7 +106,7 @@ _HOME = {
     "runtime.pacing": ("Demand", "Pacing"),
     "runtime.retry": ("Retry",),
     "server.launch": ("Server",),
-    "trajectory": ("Block", "Branch", "Call", "Decision", "Limit", "Span", "Trajectory"),
+    "trajectory": ("Block", "Branch", "Call", "Decision", "Join", "Limit", "Span", "Trajectory"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]

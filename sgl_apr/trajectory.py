@@ -13,7 +13,7 @@ from sgl_apr.errors import AprError, TraceError
 if TYPE_CHECKING:
     from sgl_apr.metrics import Convention, Metrics
 
-SCHEMA = "sgl_apr.trajectory/3"
+SCHEMA = "sgl_apr.trajectory/4"
 
 Origin = Literal["prompt", "decoded", "injected"]
 Finish = Literal["stop", "eos", "length", "aborted", "timeout", "failed", "malformed"]
@@ -115,6 +115,20 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """How a block was joined, where more than one way was asked for: by "kv" (its branches side by side in
+    the cache) or by "text" (all read in a line), and why not otherwise.
+
+    With the path of a strand in place of a block's: the cache lost what that strand had joined, and it read
+    all of it in a line from there on.
+    """
+
+    path: Path
+    by: Literal["kv", "text"]
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Branch:
     """A view: one branch of a block.
 
@@ -158,8 +172,9 @@ class Block:
 class Trajectory:
     """Everything that happened in one answer, spans in the order in which they stand in the text.
 
-    `limits` and `decisions` say where the budget acted and how forks were paced. The seeds of the calls
-    are derived from `seed`; `seeded` says whether the engine honours them.
+    `limits` and `decisions` say where the budget acted and how forks were paced, `joins` what became of the
+    KV joins asked for, in the order in which it happened. The seeds of the calls are derived from `seed`;
+    `seeded` says whether the engine honours them.
 
     >>> import sgl_apr as apr
     >>> t = apr.dialect("threadweaver").parse("six times seven is 42")
@@ -173,6 +188,7 @@ class Trajectory:
     wall_s: float = 0.0
     limits: tuple[Limit, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    joins: tuple[Join, ...] = ()
     seed: int | None = None
     seeded: bool = False
 
@@ -322,6 +338,7 @@ class Trajectory:
                 wall_s=float(data["wall_s"]),
                 limits=tuple(Limit(**_placed(x)) for x in data["limits"]),
                 decisions=tuple(Decision(**_placed(d)) for d in data["decisions"]),
+                joins=tuple(Join(**_placed(j)) for j in data["joins"]),
                 seed=data["seed"],
                 seeded=bool(data["seeded"]),
             )

@@ -97,11 +97,11 @@ class SampledEngine:
             return apr.Result(tuple(ids), "length", len(request.input_ids), 0)
         return apr.Result(tuple(ids), "stop", len(request.input_ids), 0)
 
-    async def commit(self, rid: str, prefix: Sequence[int]) -> apr.Result:
-        return apr.Result((), "length", len(prefix), 0)
+    async def commit(self, request: apr.Request) -> apr.Result:
+        return apr.Result((), "length", len(request.input_ids), 0)
 
-    async def fork(self, rid: str, prefix: Sequence[int], size: int):
-        return await self.commit(rid, prefix), [self] * size
+    async def fork(self, request: apr.Request, size: int):
+        return await self.commit(request), [self] * size
 
     async def release(self) -> None:
         pass

@@ -34,10 +34,10 @@ class TimedEngine(SampledEngine):
                 on_tokens([token])
         return result
 
-    async def commit(self, rid, prefix):
+    async def commit(self, request):
         self.calls += 1
         await asyncio.sleep(self.step)
-        return await super().commit(rid, prefix)
+        return await super().commit(request)
 
 
 def random_case(name: str, rng: random.Random) -> tuple[apr.Budget, TimedEngine, dict]:

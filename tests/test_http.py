@@ -115,7 +115,7 @@ def test_an_idle_connection_is_used_again_only_long_before_the_server_closes_it(
         async with fake.running() as url, await apr.HttpEngine.connect(url, tokenizer=TOKENIZER) as engine:
             for pause in (0.0, 0.0, IDLE_S + 0.3):
                 await asyncio.sleep(pause)
-                await engine.commit(f"apr-{pause}", [1, 2, 3])
+                await engine.commit(apr.Request(f"apr-{pause}", (1, 2, 3)))
         return fake.connections
 
     first, soon, late = asyncio.run(once())

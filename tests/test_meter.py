@@ -182,7 +182,7 @@ def test_the_load_holds_what_decoding_measured():
             await asyncio.gather(
                 *(engine.decode(apr.Request(f"r{i}", p, 400)) for i, p in enumerate(prompts))
             )
-            await engine.commit("commit", prompts[0])
+            await engine.commit(apr.Request("commit", prompts[0]))
             slow.cancel()
             load = await engine.load()
             assert 1 < load.steps[-1][0] <= 3
@@ -195,7 +195,7 @@ def test_the_load_holds_what_decoding_measured():
 def test_the_first_tokens_measure_nothing():
     async def once() -> None:
         async with Busy(trunk="is slow").connected() as engine:
-            await engine.commit("commit", TOKENIZER.encode("Q: "))
+            await engine.commit(apr.Request("commit", tuple(TOKENIZER.encode("Q: "))))
             heard = asyncio.Event()
             request = apr.Request("r", tuple(TOKENIZER.encode("Q: ")), 400)
             task = asyncio.ensure_future(engine.decode(request, lambda ids: heard.set()))

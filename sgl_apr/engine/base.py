@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
+from sgl_apr.layout import Layout
 from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer
 
@@ -19,16 +20,20 @@ class Request:
 
     `grammar` is text for the engine's grammar backend or None; `stop_ids` and `stop` end decoding and stay in the output. Where a
     grammar ends at a `stop` by itself an engine may ignore it: a stop string can cut inside a token.
-    `sampling` holds further SGLang sampling parameters under SGLang's names.
+    `sampling` holds further SGLang sampling parameters, and `fields` further fields of the request (lora_path,
+    cache_salt, ...), under SGLang's names. `layout` says which of the ids were written side by side, None
+    that they stand in a line; an engine that does not join in its cache (`joins_kv`) is sent none.
     """
 
     rid: str
     input_ids: tuple[int, ...]
-    max_tokens: int
+    max_tokens: int = 0
     sampling: Mapping[str, Any] = field(default_factory=dict)
     grammar: str | None = None
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    layout: Layout | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,8 @@ class Engine(Protocol):
     """An engine, or a forked part of one: each branch decodes through the engine that its fork returned.
 
     Every method raises an `EngineError` if the engine fails, and `EngineTimeout` if it does not
-    answer in time. Cancelling a call aborts its request on the engine.
+    answer in time; its status is 409 where the cache has lost what a layout needs. Cancelling a call aborts
+    its request on the engine.
     """
 
     @property
@@ -108,16 +114,21 @@ class Engine(Protocol):
         """Whether `sampling_seed` among the sampling parameters makes sampling repeatable."""
         ...
 
+    @property
+    def joins_kv(self) -> bool:
+        """Whether requests may have a layout: branches join in the KV cache."""
+        ...
+
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         """Decode one request, passing on ids as they arrive."""
         ...
 
-    async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
-        """Prefill `prefix` and leave it in the cache; nothing is decoded."""
+    async def commit(self, request: Request) -> Result:
+        """Prefill the request's ids and leave them in the cache; nothing is decoded."""
         ...
 
-    async def fork(self, rid: str, prefix: Sequence[int], size: int) -> tuple[Result, Sequence[Engine]]:
-        """Commit `prefix` once and return one engine per branch."""
+    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Engine]]:
+        """Commit the request's ids once and return one engine per branch."""
         ...
 
     async def release(self) -> None:

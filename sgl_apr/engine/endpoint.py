@@ -17,7 +17,7 @@ from sglang.lang.global_config import global_config
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
-from sgl_apr.engine.base import Result
+from sgl_apr.engine.base import Request, Result
 from sgl_apr.engine.frontend import patch_frontend
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.ledger import KEY, Ledger, ledger_of
@@ -61,7 +61,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     ) -> None:
         patch_frontend()
         base_url = base_url.rstrip("/")
-        self.committed: dict[str, Result] = {}  # by program: what a native fork's commit came to
+        # By program: what a native fork of the loop commits, and what that came to.
+        self.committing: dict[str, Request] = {}
+        self.committed: dict[str, Result] = {}
         self._running: dict[str, Future[Any]] = {}
         self._loop = asyncio.new_event_loop()
         # A native fork waits in a thread, and thousands of programs may fork at once.
@@ -129,7 +131,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         if s.images_:
             super().commit_lazy_operations(s)
         else:
-            self.committed[s.sid] = self._wait(self.http.commit(_rid(), self._ids(s)), s)
+            request = self.committing.get(s.sid) or Request(_rid(), self._ids(s))
+            self.committed[s.sid] = self._wait(self.http.commit(request), s)
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
         match sampling_params.dtype:

@@ -16,6 +16,7 @@ from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit import Circuit
 from sgl_apr.engine.meter import Meter
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.layout import Layout
 from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
@@ -23,6 +24,7 @@ PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whe
 ABORT_S = 5.0
 IDLE_S = 1.0  # SGLang closes an idle connection after 5 (SGLANG_TIMEOUT_KEEP_ALIVE)
 FRESH_S = 0.5  # how long an answer about the load is good
+CACHE, LAYOUT = "apr", "apr_layout"  # the radix cache that joins, and the custom parameter that it reads
 
 
 class HttpEngine:
@@ -44,6 +46,7 @@ class HttpEngine:
         self._stale = 0.0  # when the answer about the load is no longer good
         self.grammar_backend: Backend = "llguidance"
         self.seeded = False
+        self.joins_kv = False
 
     @classmethod
     async def connect(
@@ -85,6 +88,7 @@ class HttpEngine:
                 )
             engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
             engine.seeded = bool(server.get("enable_deterministic_inference"))
+            engine.joins_kv = server.get("radix_cache_backend") == CACHE
             engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
         except BaseException:
             await session.close()
@@ -122,13 +126,13 @@ class HttpEngine:
             sampling["ebnf"] = request.grammar
         elif request.stop:
             sampling["stop"] = list(request.stop)
-        return await self._generate(request.rid, request.input_ids, sampling, on_tokens)
+        return await self._generate(request, sampling, on_tokens)
 
-    async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
-        return await self._generate(rid, prefix, {"max_new_tokens": 0}, None)
+    async def commit(self, request: Request) -> Result:
+        return await self._generate(request, {"max_new_tokens": 0}, None)
 
-    async def fork(self, rid: str, prefix: Sequence[int], size: int) -> tuple[Result, Sequence[HttpEngine]]:
-        return await self.commit(rid, prefix), [self] * size
+    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[HttpEngine]]:
+        return await self.commit(request), [self] * size
 
     async def release(self) -> None:
         """Nothing to give back: a fork is the server's cached prefix."""
@@ -221,10 +225,15 @@ class HttpEngine:
             )
 
     async def _generate(
-        self, rid: str, ids: Sequence[int], sampling: Mapping[str, Any], on_tokens: TokenSink | None
+        self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
         # Streaming even where nobody listens: the server then notices at once that a client is gone.
-        body = {"rid": rid, "input_ids": list(ids), "sampling_params": dict(sampling)}
+        body = {
+            **request.fields,
+            "rid": request.rid,
+            "input_ids": list(request.input_ids),
+            "sampling_params": with_layout(sampling, request.layout),
+        }
         received: list[int] = []
         meta: dict[str, Any] = {}
         async with contextlib.aclosing(self.events(body)) as events:
@@ -285,6 +294,14 @@ class HttpEngine:
             raise EngineError(f"{self.url} broke off the answer: {error or type(error).__name__}") from error
         except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
             raise EngineError(f"{self.url} does not answer like an SGLang server: {error!r}") from error
+
+
+def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str, Any]:
+    """The sampling parameters that carry a layout to the server's cache."""
+    if layout is None:
+        return dict(sampling)
+    custom = {**(sampling.get("custom_params") or {}), LAYOUT: json.dumps(layout)}
+    return {**sampling, "custom_params": custom}
 
 
 def _fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:

@@ -61,16 +61,18 @@ class ProgramEngine:
         self.state += SglGen("branch", dtype=call)
         return await call.done  # if this is cancelled, so is the future, and with it the request
 
-    async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
-        return await self.endpoint.http.commit(rid, prefix)
+    @property
+    def joins_kv(self) -> bool:
+        return self.endpoint.http.joins_kv
 
-    async def fork(
-        self, rid: str, prefix: Sequence[int], size: int
-    ) -> tuple[Result, Sequence[ProgramEngine]]:
-        return await asyncio.to_thread(self._fork, tuple(prefix), size)
+    async def commit(self, request: Request) -> Result:
+        return await self.endpoint.http.commit(request)
 
-    def _fork(self, prefix: tuple[int, ...], size: int) -> tuple[Result, Sequence[ProgramEngine]]:
-        source = self.executor
+    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
+        return await asyncio.to_thread(self._fork, request, size)
+
+    def _fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
+        source, prefix = self.executor, request.input_ids
         copy = StreamExecutor(
             source.backend, source.arguments, source.default_sampling_para, source.chat_template, stream=False
         )
@@ -79,6 +81,7 @@ class ProgramEngine:
             copy.variables = {**source.variables, KEY: Ledger(copy.text_, prefix)}
             copy.messages_, copy.cur_role = list(source.messages_), source.cur_role
             copy.cur_role_begin_pos = source.cur_role_begin_pos
+            self.endpoint.committing[copy.sid] = request
             if size == 1:  # SGLang commits before a fork into several only
                 copy.submit(SglCommitLazy())
             group = ProgramState(copy).fork(size)
@@ -89,6 +92,7 @@ class ProgramEngine:
                 raise EngineError("SGLang forked the program without committing its prefix")
         finally:
             copy.end()
+            self.endpoint.committing.pop(copy.sid, None)
         return committed, [ProgramEngine(self.endpoint, s.stream_executor, s) for s in group.states]
 
     async def release(self) -> None:

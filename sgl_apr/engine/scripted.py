@@ -73,6 +73,7 @@ class ScriptedEngine:
         self, script: Script, tokenizer: ByteTokenizer | None = None, *, seeded: bool = True
     ) -> None:
         self.script, self._tokenizer, self.seeded = script, tokenizer or ByteTokenizer(), seeded
+        self.joins_kv = False
         self.loads: Load | None = None
         self.requests: list[Request] = []
         self.commits: list[tuple[int, ...]] = []
@@ -128,18 +129,16 @@ class ScriptedEngine:
 
         return min(max(map(common, self._cache), default=0), len(ids) - 1)
 
-    async def commit(self, rid: str, prefix: Sequence[int]) -> Result:
-        ids = tuple(prefix)
+    async def commit(self, request: Request) -> Result:
+        ids = request.input_ids
         self.commits.append(ids)
         result = Result((), "length", len(ids), self._cached(ids))
         self._cache.append(ids)
         return result
 
-    async def fork(
-        self, rid: str, prefix: Sequence[int], size: int
-    ) -> tuple[Result, Sequence[ScriptedEngine]]:
+    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[ScriptedEngine]]:
         self.forks.append(size)
-        return await self.commit(rid, prefix), [self] * size
+        return await self.commit(request), [self] * size
 
     async def release(self) -> None:
         self.released += 1

@@ -33,6 +33,7 @@ class Branches:
         self.plan, self.record = decoder.plan, decoder.record
         self.dialect, self.grammar = self.plan.dialect, self.plan.dialect.grammar
         self.returned, self.anew = self.dialect.sees == "message", self.plan.failed == "retry"
+        self.kv = self.plan.join == "kv"
 
     async def fork_and_join(self, engine: Engine | None, strand: Strand, outlines: Sequence[Outline]) -> int:
         """Run one branch per outline, and leave in the strand what comes of them. Returns its new tokens."""
@@ -52,7 +53,8 @@ class Branches:
         branches = [self.begin(strand, k, o, share, (fork,), scope) for k, o in enumerate(outlines)]
         prefix = 0 if self.returned else len(strand.context)
         try:
-            await self._run(engines, branches, prefix, self._at_once(strand, size, share.tokens, load))
+            at_once = self._at_once(strand, size, share.tokens, load)
+            await self._run(strand, engines, branches, prefix, at_once)
         finally:
             scope.leave()
             for forked in engines:
@@ -65,13 +67,15 @@ class Branches:
             new = write_results(self.record, self.dialect, strand, branches, most)
             self.record.tell(joined)
             return new
+        stitched = self.kv and self.decoder.stitches.join(strand, prefix, branches)
         strand.tip = tuple(tip for b in branches for tip in b.tip)
         for branch in branches:
             strand.context += branch.context[prefix:]
         before = len(strand.context)
         self.record.inject(strand, "tail", self.grammar.written("tail"))
         self.record.tell(joined)
-        return len(strand.context) - before + sum(self.record.unknown(branch) for branch in branches)
+        unknown = 0 if stitched else sum(self.record.unknown(branch) for branch in branches)
+        return len(strand.context) - before + unknown
 
     def number(self, outline: Outline, k: int) -> str:
         """The number of branch `k` (from 0) of a fork, as its header has it."""
@@ -94,7 +98,7 @@ class Branches:
         reach = self.record.reach(strand)
         branch = Strand(
             path, *sees, replace(share), Scope(outer), number=number, outline=outline.text,
-            lenient=self.plan.failed == "skip",
+            lenient=self.plan.failed == "skip", joined=strand.joined,
         )  # fmt: skip
         if self.returned:  # what it is told comes out of its share
             branch.after = after
@@ -118,13 +122,23 @@ class Branches:
         return at_once
 
     async def _run(
-        self, engines: Sequence[Engine], branches: Sequence[Strand], prefix: int, at_once: int
+        self,
+        strand: Strand,
+        engines: Sequence[Engine],
+        branches: Sequence[Strand],
+        prefix: int,
+        at_once: int,
     ) -> None:
         """Until enough of them have ended; the others are cut where they are."""
         done, ended = enough(self.plan.joins_when, len(branches)), list[Strand]()
         gate = asyncio.Semaphore(at_once)
 
         async def run(engine: Engine | None, branch: Strand) -> None:
+            await think(engine, branch)
+            if engine and self.kv:  # while others still run
+                await self.decoder.commit(engine, strand, branch)
+
+        async def think(engine: Engine | None, branch: Strand) -> None:
             try:
                 await branch.scope.within(gate.acquire())
             except Cut:
@@ -160,7 +174,7 @@ class Branches:
             log.warning("%s: branch %s failed, and begins anew: %s", self.decoder.rid, branch.name, error)
             self.record.void(branch, None)
             calls = branch.purse.calls
-            for field in ("context", "tip", "order", "purse", "blocks", "spent"):
+            for field in ("context", "tip", "order", "purse", "blocks", "spent", "joined"):
                 setattr(branch, field, getattr(begun, field))
             branch.purse.calls, branch.lenient = calls, True
             self.record.tell(Delta(branch.path, self.record.of(branch)[0].text))

@@ -20,6 +20,7 @@ from sgl_apr.runtime.plan import Plan
 from sgl_apr.runtime.record import Ahead, Record, Strand
 from sgl_apr.runtime.scope import Cut
 from sgl_apr.runtime.steps import Step, interpret
+from sgl_apr.runtime.stitches import LOST, Stitches
 from sgl_apr.runtime.stream import TextStream
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Decoder:
         self.plan, self.record, self.rid, self.seed = plan, record, rid, seed
         self.dialect, self.tokenizer = plan.dialect, engine.tokenizer
         self.backend, self.seeded = engine.grammar_backend, engine.seeded
+        self.stitches = Stitches(record, self.new_rid)
 
     async def decode(
         self,
@@ -80,11 +82,13 @@ class Decoder:
         sampling = {**request.sampling, "sampling_seed": seed} if self.seeded else request.sampling
         started = time.monotonic()
 
-        async def attempt() -> Result:
-            self.record.void(strand, stream.void())
-            return await engine.decode(replace(request, rid=self.new_rid(), sampling=sampling), stream)
+        request = replace(request, sampling=sampling)
 
-        result, retries = await self._ask(strand, attempt)
+        async def once(request: Request) -> Result:
+            self.record.void(strand, stream.void())
+            return await engine.decode(request, stream)
+
+        result, retries = await self._ask(strand, lambda: self.stitches.send(engine, strand, request, once))
         if strand.scope.reason == "failed":
             self.record.void(strand, stream.void())
         known = result or Result(tuple(stream.heard), "length", len(request.input_ids), None)
@@ -101,8 +105,12 @@ class Decoder:
         new, started = self.record.unknown(strand), time.monotonic()
         load = asyncio.create_task(self.load(engine, strand)) if self.plan.pacing and size > 1 else None
         try:
+            prefix = self._prompt(strand)
             forked, retries = await self._ask(
-                strand, lambda: engine.fork(self.new_rid(), strand.context, size)
+                strand,
+                lambda: self.stitches.send(
+                    engine, strand, prefix, lambda request: engine.fork(request, size)
+                ),
             )
             committed, engines = forked or (Result((), "length", len(strand.context), None), ())
             self.record.call("commit", strand.path, committed, new, started, None, retries)
@@ -110,6 +118,26 @@ class Decoder:
         finally:
             if load:
                 load.cancel()
+
+    async def commit(self, engine: Engine, strand: Strand, branch: Strand) -> None:
+        """Bring all of a branch of `strand` that has ended into the cache, so that it can be joined there.
+
+        The strand pays. Where nothing may be asked, or the engine fails, the branch stays uncommitted.
+        """
+        if strand.scope.over or strand.purse.calls < 2:
+            return
+        new, started = max(1, self.record.unknown(branch)), time.monotonic()
+        prompt, purse = self._prompt(branch), branch.purse
+        branch.purse = strand.purse
+        try:
+            result, retries = await self._ask(
+                strand, lambda: self.stitches.send(engine, branch, prompt, engine.commit), lenient=True
+            )
+        finally:
+            branch.purse = purse
+        if result:
+            branch.committed = True
+            self.record.call("commit", branch.path, result, new, started, None, retries)
 
     async def load(self, engine: Engine, strand: Strand) -> Load | None:
         """How busy the engine is, or None if it does not say so in time."""
@@ -121,8 +149,13 @@ class Decoder:
             log.info("%s: the load of the engine is not known (%r)", self.rid, error)
             return None
 
-    async def _ask(self, strand: Strand, attempt: Callable[[], Awaitable[T]]) -> tuple[T | None, int]:
-        """What `attempt` returns, or None if it was cut or failed for good; and how often it was repeated."""
+    async def _ask(
+        self, strand: Strand, attempt: Callable[[], Awaitable[T]], lenient: bool = False
+    ) -> tuple[T | None, int]:
+        """What `attempt` returns, or None if it was cut or failed for good; and how often it was repeated.
+
+        lenient: a failure has no consequences here.
+        """
         tries = 0
 
         async def once() -> T:
@@ -136,6 +169,11 @@ class Decoder:
         except Cut:
             found = None
         except EngineError as error:
+            if error.status == LOST and strand.purse.calls < 1:  # it could be had again, with more calls
+                self.record.limit("calls", strand)
+            if lenient or (error.status == LOST and strand.purse.calls < 1):
+                log.info("%s: %s", self.rid, error)
+                return None, max(0, tries - 1)
             if not strand.lenient:
                 raise
             log.warning("%s: branch %s failed, and is skipped: %s", self.rid, strand.name, error)
@@ -173,15 +211,18 @@ class Decoder:
             )
         stops = dialect.stops(phase, place)
         special = [self.tokenizer.special(tag) for tag in stops]
-        return Request(
-            rid=self.rid,
-            input_ids=strand.context,
+        return replace(
+            self._prompt(strand),
             max_tokens=tokens,
             sampling=plan.sampling,
             grammar=grammar,
             stop_ids=tuple(i for i in special if i is not None),
             stop=tuple(t for t, i in zip(stops, special, strict=True) if i is None),
         )
+
+    def _prompt(self, strand: Strand) -> Request:
+        """A request for what a strand has so far; `stitches` gives it its layout."""
+        return Request(self.rid, strand.context, fields=self.plan.fields)
 
     def new_rid(self) -> str:
         """A request id of its own for every attempt, all of one length: the server aborts by prefix."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from sgl_apr.errors import AprError
-from sgl_apr.trajectory import Call, Decision, Limit, Outcome, Path, Span, Trajectory
+from sgl_apr.trajectory import Call, Decision, Join, Limit, Outcome, Path, Span, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ class Done:
     wall_s: float
     limits: tuple[Limit, ...]
     decisions: tuple[Decision, ...]
+    joins: tuple[Join, ...]
     seed: int | None
     seeded: bool
 
@@ -122,6 +123,7 @@ def _assembled(spans: dict[int, Span], calls: dict[int, Call], done: Done) -> Tr
         done.wall_s,
         done.limits,
         done.decisions,
+        done.joins,
         done.seed,
         done.seeded,
     )

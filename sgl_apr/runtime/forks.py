@@ -56,7 +56,7 @@ class Forks:
     def refuse(self, strand: Strand) -> None:
         """Raise what a fork that has to come lacks."""
         least, budget = self.plan.least, self.plan.budget
-        need = f"{2 * self.divider.overhead.of(least)} tokens and {least + 3} calls"
+        need = f"{2 * self.divider.overhead.of(least)} tokens and {least * (1 + self.divider.committed) + 3} calls"
         lacks = self._hinders(strand, least)
         raise BudgetExceeded(f"a fork needs at least {need} here: {lacks} of {budget} does not bear it")
 

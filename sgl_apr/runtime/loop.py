@@ -13,6 +13,7 @@ from typing import Any
 from sgl_apr import telemetry
 from sgl_apr.dialects import Dialect, Phase
 from sgl_apr.engine.base import Engine
+from sgl_apr.errors import KvJoinUnavailable
 from sgl_apr.runtime.ahead import Spawned
 from sgl_apr.runtime.branches import Branches, first
 from sgl_apr.runtime.decoding import Decoder
@@ -103,6 +104,11 @@ async def run_plan(
     engine: Engine, prompt_ids: tuple[int, ...], plan: Plan, on_event: OnEvent | None = None
 ) -> Trajectory:
     """`areason` for ids and a plan."""
+    if plan.join == "kv" and not engine.joins_kv:
+        raise KvJoinUnavailable(
+            'join="kv" needs an engine that joins in its KV cache: `sgl-apr serve` starts one where that '
+            "works, and says so where it does not"
+        )
     tasks = asyncio.TaskGroup()
     run = _Run(engine, plan, on_event, tasks)
     try:
@@ -130,7 +136,7 @@ class _Run:
         o = overhead(self.dialect, engine.tokenizer)
         if plan.wrap:
             o = replace(o, branch=o.branch + len(engine.tokenizer.encode(plan.wrap(""), first=True)))
-        self.divider = Divider(plan.budget, o, self.dialect.sees == "message")
+        self.divider = Divider(plan.budget, o, self.dialect.sees == "message", plan.join == "kv")
         self.decoder = Decoder(engine, plan, self.record, self.rid, self.seed)
         self.forks = Forks(plan, self.divider, self.record)
         self.branches = Branches(self.decoder, self.divider, self.think)

@@ -18,6 +18,7 @@ from sgl_apr.tokenizer import Tokenizer
 DEFAULT = "threadweaver"  # for models without tags of their own
 Mode = Literal["auto", "sequential", "parallel"]
 Failed = Literal["skip", "retry", "raise"]
+FIELDS = ("lora_path", "cache_salt", "extra_key", "priority")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Plan:
     constrain: decode under the grammar; without it the text may leave the dialect.
     plain: keep `<` out of free text, for models too small to tell tags from text.
     sampling: SGLang sampling parameters for every request (temperature, top_p, ...).
+    fields: further fields of every request, under SGLang's names (`FIELDS`): what is cached under one adapter
+        or salt is not found under another.
     """
 
     dialect: Dialect
@@ -61,6 +64,7 @@ class Plan:
     constrain: bool = True
     plain: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -124,13 +128,15 @@ class Plan:
 
 
 def plan(dialect_: Dialect | str | None, tokenizer: Tokenizer | None = None, **options: Any) -> Plan:
-    """A `Plan`, with the dialect by name or as it is; what is no field of it is a sampling parameter.
+    """A `Plan`, with the dialect by name or as it is; what is no field of it is one of `FIELDS`, or a
+    sampling parameter.
 
     Without a dialect it is the one whose tags the tokenizer has as tokens, else `DEFAULT`.
     """
     known = {f.name for f in fields(Plan)}
+    request = {**options.pop("fields", {}), **{k: options.pop(k) for k in FIELDS if k in options}}
     sampling = {**options.pop("sampling", {}), **{k: v for k, v in options.items() if k not in known}}
-    options = {k: v for k, v in options.items() if k in known}
+    options = {k: v for k, v in options.items() if k in known} | {"fields": request}
     if dialect_ is None:
         dialect_ = (dialect_for(tokenizer) if tokenizer else None) or DEFAULT
     return Plan(dialect(dialect_) if isinstance(dialect_, str) else dialect_, sampling=sampling, **options)

@@ -36,11 +36,15 @@ class Purse:
 
 @dataclass(frozen=True, slots=True)
 class Divider:
-    """How purses are divided under one budget. `returned`: branches join by a message that they return."""
+    """How purses are divided under one budget.
+
+    `returned`: branches join by a message that they return. `committed`: each takes one more call to be joined.
+    """
 
     budget: Budget
     overhead: Overhead
     returned: bool
+    committed: bool = False
 
     def chain(self, branches: int) -> int:
         """What closing a fork costs along the longest chain: results follow one another, branches do not."""
@@ -49,12 +53,12 @@ class Divider:
     def hinders(self, purse: Purse, reach: int, branches: int) -> str | None:
         """The limit that keeps a fork into so many from being written, or None.
 
-        Half of what is left has to be more than tags; the fork, its commit, each branch and the text
-        behind the join need a call.
+        Half of what is left has to be more than tags; the fork, its commit, each branch (and the commit of
+        each, in a join in the KV cache) and the text behind the join need a call.
         """
         if purse.blocks < 1:
             return "blocks"
-        if purse.calls < branches + 3:
+        if purse.calls < branches * (1 + self.committed) + 3:
             return "calls"
         if 2 * self.overhead.of(branches) > purse.tokens:
             return purse.bound
@@ -86,5 +90,6 @@ class Divider:
             tokens, bound = self.budget.branch_tokens, "branch_tokens"
         results = n if self.returned else 0
         cap = int((purse.cap - reach - max(results, 1) * o.branch - o.join) * keep) // (1 + results)
-        calls = min(int(purse.calls * keep), purse.calls - 1) // n or int(purse.calls > n)
+        left = purse.calls - n * self.committed
+        calls = min(int(left * keep), left - 1) // n or int(left > n)
         return Purse(max(0, tokens), max(0, cap), max(0, purse.blocks) // (n + 1), max(0, calls), bound)

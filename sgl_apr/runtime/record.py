@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sgl_apr.engine.base import Load, Result
+from sgl_apr.layout import Layout, behind
 from sgl_apr.runtime.events import Called, Delta, Done, Event, OnEvent, Retried, Wrote, rebuild
 from sgl_apr.runtime.purse import Purse
 from sgl_apr.runtime.scope import Scope
 from sgl_apr.runtime.steps import Step
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Branch, Call, Decision, Finish, Limit, Path, Role, Span, Trajectory
+from sgl_apr.trajectory import Branch, Call, Decision, Finish, Join, Limit, Path, Role, Span, Trajectory
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Strand:
     `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `purse`
     is what it may still spend, `spent` the tokens that it and its branches have. `number` is as its header
     has it; `requests` counts its own. `lenient`: where the engine fails it ends with a note instead of
-    an error.
+    an error. `joined` is the layout of its context up to the end of the last join in the KV cache;
+    `committed`: all of a branch that has ended is in the cache.
     """
 
     path: Path
@@ -40,6 +42,8 @@ class Strand:
     requests: int = 0
     lenient: bool = False
     ahead: Ahead | None = None
+    joined: Layout = ()
+    committed: bool = False
 
     @property
     def depth(self) -> int:
@@ -49,6 +53,11 @@ class Strand:
     def name(self) -> str:
         """Its path for people: "1.2"."""
         return ".".join(map(str, self.path))
+
+    @property
+    def layout(self) -> Layout | None:
+        """That of its context, None if it stands in a line."""
+        return behind(self.joined, len(self.context))
 
     @property
     def waiting(self) -> int:
@@ -89,6 +98,7 @@ class Record:
         self.calls: list[Call] = []
         self.limits: dict[Limit, None] = {}
         self.decisions: list[Decision] = []
+        self.joins: list[Join] = []
         self._chains: list[int] = []  # the longest chain that ends with each span, in tokens
 
     @property
@@ -112,8 +122,8 @@ class Record:
 
     def finish(self, trunk: Strand, dialect: str, seed: int | None, seeded: bool) -> Trajectory:
         """All of it, once the trunk has ended."""
-        limits, decisions = tuple(self.limits), tuple(self.decisions)
-        done = Done(tuple(trunk.order), dialect, self.seconds, limits, decisions, seed, seeded)
+        limits, decisions, joins = tuple(self.limits), tuple(self.decisions), tuple(self.joins)
+        done = Done(tuple(trunk.order), dialect, self.seconds, limits, decisions, joins, seed, seeded)
         self.tell(done)
         spans = (Wrote(i, s) for i, s in enumerate(self.spans))
         return rebuild([*spans, *(Called(i, c) for i, c in enumerate(self.calls)), done])
@@ -196,6 +206,15 @@ class Record:
     def limit(self, name: str, strand: Strand) -> None:
         """Note that a limit acted on a strand."""
         self.limits[Limit(name, strand.path)] = None
+
+    def join(self, block: Path, why: str) -> None:
+        """Note that a block was joined in the KV cache, or as text, and why."""
+        self.joins.append(Join(block, "text" if why else "kv", why))
+
+    def give_up(self, strand: Strand, why: str) -> None:
+        """Note that a strand is read as text from here on, and let it be."""
+        self.joins.append(Join(strand.path, "text", why))
+        strand.joined = ()
 
     def decide(
         self, strand: Strand, block: int, branches: int, at_once: int, load: Load, reason: str
