@@ -17,7 +17,7 @@ from traces import TAGS, TRACE, traces
 import sgl_apr as apr
 from sgl_apr import dataset
 from sgl_apr.dataset import from_dataset, to_dataset
-from sgl_apr.trajectory import Call, Decision, Limit, Span, Trajectory
+from sgl_apr.trajectory import Call, Decision, Join, Limit, Span, Trajectory
 
 DIALECT = apr.dialect("threadweaver")
 TOKENIZER = apr.ByteTokenizer(TAGS)
@@ -39,6 +39,7 @@ FULL = Trajectory(
     wall_s=1 / 3,
     limits=(Limit("tokens", (1, 2)), Limit("policy", ())),
     decisions=(Decision((1,), 4, 2, 1, 0, 99, 0.01, "full"), Decision((2,), 4, 2, 1, 0, 99, None, "")),
+    joins=(Join((1,), "kv"), Join((1, 2), "text", "lost")),
     seed=5,
     seeded=True,
 )
@@ -65,7 +66,7 @@ def values(value: Any) -> Iterator[Any]:
 def test_the_sample_leaves_no_default():
     """Else a field that is lost could pass for one that came back."""
     found = list(values(FULL))
-    assert {type(v) for v in found} == {Trajectory, Span, Call, Limit, Decision}
+    assert {type(v) for v in found} == {Trajectory, Span, Call, Limit, Decision, Join}
     for kind in map(type, found):
         for field in fields(kind):
             assert field.default is MISSING or any(
