@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sgl_apr.engine.base import Result as Result
     from sgl_apr.engine.endpoint import Endpoint as Endpoint
     from sgl_apr.engine.http import HttpEngine as HttpEngine
+    from sgl_apr.engine.local import LocalEngine as LocalEngine
     from sgl_apr.engine.scripted import ByteTokenizer as ByteTokenizer
     from sgl_apr.engine.scripted import Reply as Reply
     from sgl_apr.engine.scripted import ScriptedEngine as ScriptedEngine
@@ -82,6 +83,7 @@ _HOME = {
     "engine.base": ("Engine", "Load", "Request", "Result"),
     "engine.endpoint": ("Endpoint",),
     "engine.http": ("HttpEngine",),
+    "engine.local": ("LocalEngine",),
     "engine.scripted": ("ByteTokenizer", "Reply", "ScriptedEngine"),
     "errors": (
         "AprError",

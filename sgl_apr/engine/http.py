@@ -116,17 +116,7 @@ class HttpEngine:
         return self._tokenizer
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        sampling = {
-            "skip_special_tokens": False,
-            **request.sampling,
-            "max_new_tokens": request.max_tokens,
-            "stop_token_ids": list(request.stop_ids),
-        }
-        if request.grammar is not None:
-            sampling["ebnf"] = request.grammar
-        elif request.stop:
-            sampling["stop"] = list(request.stop)
-        return await self._generate(request, sampling, on_tokens)
+        return await self._generate(request, decoding(request), on_tokens)
 
     async def commit(self, request: Request) -> Result:
         return await self._generate(request, {"max_new_tokens": 0}, None)
@@ -239,10 +229,10 @@ class HttpEngine:
         async with contextlib.aclosing(self.events(body)) as events:
             async for data in events:
                 meta = data["meta_info"]
-                fresh = _fresh(data["output_ids"], len(received), meta)
-                received += fresh
-                if fresh and on_tokens:
-                    on_tokens(fresh)
+                new = fresh(data["output_ids"], len(received), meta)
+                received += new
+                if new and on_tokens:
+                    on_tokens(new)
         return Result(
             token_ids=tuple(received),
             finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
@@ -296,6 +286,21 @@ class HttpEngine:
             raise EngineError(f"{self.url} does not answer like an SGLang server: {error!r}") from error
 
 
+def decoding(request: Request) -> dict[str, Any]:
+    """The sampling parameters of a request that decodes, under SGLang's names."""
+    sampling = {
+        "skip_special_tokens": False,
+        **request.sampling,
+        "max_new_tokens": request.max_tokens,
+        "stop_token_ids": list(request.stop_ids),
+    }
+    if request.grammar is not None:
+        sampling["ebnf"] = request.grammar
+    elif request.stop:
+        sampling["stop"] = list(request.stop)
+    return sampling
+
+
 def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str, Any]:
     """The sampling parameters that carry a layout to the server's cache."""
     if layout is None:
@@ -304,7 +309,7 @@ def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str,
     return {**sampling, "custom_params": custom}
 
 
-def _fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
+def fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
     """The ids that are new in a chunk: SGLang sends all so far, or with incremental streaming the new ones only."""
     total = int(meta["completion_tokens"])
     return output_ids[known:] if len(output_ids) == total else output_ids
