@@ -140,7 +140,11 @@ def test_five_hundred_that_are_given_up(strict: Server):
             options["budget"] = apr.Budget(tokens=400, width=4, seconds=0.05 + patience)
         elif kind == "policy":
             # Four branches that end by themselves, one soon: the others are cut.
-            options |= {"policy": "first", "min_width": 4, "logit_bias": {str(engine.tokenizer.special("</Thread>")): 4.0}}
+            options |= {
+                "policy": "first",
+                "min_width": 4,
+                "logit_bias": {str(engine.tokenizer.special("</Thread>")): 4.0},
+            }
         task = asyncio.create_task(apr.areason(engine, f"Q{rng.randrange(20)}: ", "threadweaver", **options))
         if kind == "cancel":
             await asyncio.wait([task], timeout=patience)
