@@ -38,6 +38,12 @@ Defaults, which every flag you give overrides:
   without one     --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
                   --sampling-backend pytorch --sleep-on-idle, no CUDA graphs
 
+What requests to this server's own trajectories (`apr` in an OpenAI body, /apr/generate) may ask for at most;
+one that asks for more is refused, one that does not say gets no more:
+  --apr-max-width N, --apr-max-depth N      branches of a fork, nesting of forks
+  --apr-max-tokens N, --apr-max-seconds S   tokens and wall time of one trajectory
+  --apr-max-concurrent N                    trajectories at once (256); one more is answered 503
+
 python -m sglang.launch_server --help lists SGLang's flags.
 """
 

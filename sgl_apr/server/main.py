@@ -19,6 +19,7 @@ import urllib.request
 from typing import Any, NoReturn
 
 from sgl_apr.errors import LaunchError
+from sgl_apr.server.caps import Caps, read_caps
 from sgl_apr.server.flags import TOKENS, defaults, pool_tokens
 from sgl_apr.server.plugin import has_accelerator
 from sgl_apr.server.preflight import UsageError, local_config
@@ -31,7 +32,9 @@ PATIENCE = 600.0  # seconds for the warm-up request
 def main(argv: list[str]) -> None:
     launcher = _connect()
     try:
+        caps, argv = read_caps(argv)
         args = _server_args(argv)
+        _add_routes(caps)
     except LaunchError as error:
         _tell(launcher, error=str(error), usage=isinstance(error, UsageError))
         sys.exit(1)
@@ -53,6 +56,12 @@ def main(argv: list[str]) -> None:
         launch_server(args, launch_callback=ready)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _add_routes(caps: Caps) -> None:
+    from sgl_apr.server.routes import install  # only now: it imports SGLang, whose plugins come first
+
+    install(caps)
 
 
 def _connect() -> socket.socket:

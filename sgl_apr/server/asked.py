@@ -1,0 +1,127 @@
+"""What a request asks for, as JSON, made into a plan; every name and type is checked, nothing is evaluated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from sgl_apr.budget import Budget
+from sgl_apr.dialects import Dialect, dialect, dialect_names
+from sgl_apr.errors import AprError, GrammarError
+from sgl_apr.presets import dialect_for
+from sgl_apr.runtime.pacing import Pacing
+from sgl_apr.runtime.plan import DEFAULT, FIELDS, Plan
+from sgl_apr.runtime.retry import Retry
+from sgl_apr.server.caps import Caps
+from sgl_apr.tokenizer import Tokenizer
+
+T = TypeVar("T")
+ATTEMPTS = 10  # of one request, at most
+KINDS: Mapping[type, str] = {
+    str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
+}  # fmt: skip
+OPTIONS: Mapping[str, type] = {
+    "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
+    "narrow": bool, "failed": str, "seed": int, "constrain": bool, "plain": bool,
+}  # fmt: skip
+SAMPLING: Mapping[str, type] = {
+    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "frequency_penalty": float,
+    "presence_penalty": float, "repetition_penalty": float, "logit_bias": dict,
+}  # fmt: skip
+REQUEST: Mapping[str, type] = {name: int if name == "priority" else str for name in FIELDS}
+OBJECTS = ("budget", "pacing", "retry", "sampling")
+NAMES = ("dialect", *OBJECTS, *OPTIONS, *SAMPLING, *REQUEST)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What plans are made with here: the operator's caps, the served tokenizer and the context length."""
+
+    caps: Caps
+    tokenizer: Tokenizer
+    context: int
+
+    def plan(
+        self,
+        options: Mapping[str, Any],
+        prompt_tokens: int,
+        *,
+        most: int | None = None,
+        wrap: Callable[[str], str] | None = None,
+    ) -> Plan:
+        """The plan of these options (`NAMES`; null is as good as absent) behind a prompt of so many tokens.
+
+        most: tokens of the reply at most, beside what the budget says. Raises an `AprError` that says what
+        is wrong and what would be right.
+        """
+        options = given(options)
+        for name in options:
+            if name not in NAMES:
+                raise AprError(f"no option {name!r}, expected some of {', '.join(NAMES)}")
+        chosen = self._dialect(options.get("dialect"))
+        limits = _numbers(Budget, "budget", options.get("budget", {}))
+        if most is not None:
+            limits["tokens"] = min(most, limits.get("tokens", most))
+        retry = _made(Retry, "retry", options)
+        if retry.attempts > ATTEMPTS:
+            raise AprError(f"retry attempts={retry.attempts}, expected at most {ATTEMPTS}")
+        sampling = typed("sampling", options.get("sampling", {}), dict)
+        return Plan(
+            chosen,
+            self.caps.budget(limits, chosen, self.context - prompt_tokens - 1),
+            pacing=_made(Pacing, "pacing", options),
+            retry=retry,
+            wrap=wrap if chosen.sees == "message" else None,
+            sampling=_checked(sampling, SAMPLING, "sampling ") | _picked(options, SAMPLING),
+            fields=_picked(options, REQUEST),
+            **_picked(options, OPTIONS),
+        )
+
+    def _dialect(self, name: Any) -> Dialect:
+        if name is None:
+            return dialect_for(self.tokenizer) or dialect(DEFAULT)
+        if name not in dialect_names():  # and never a path
+            raise GrammarError(f"no dialect {_short(name)}, expected one of {', '.join(dialect_names())}")
+        return dialect(name)
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are null."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def typed(where: str, value: Any, kind: type[T]) -> T:
+    """The value, if it is of that kind; raises `AprError`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, kind) and (number or kind not in (int, float))
+    if not (fits or (kind is float and number)):
+        raise AprError(f"{where}={_short(value)}, expected {KINDS[kind]}")
+    return value  # type: ignore[no-any-return]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _checked(values: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:
+    for name in values:
+        if name not in kinds:
+            raise AprError(f"no {where}{_short(name)}, expected some of {', '.join(kinds)}")
+    return {name: typed(where + name, value, kinds[name]) for name, value in given(values).items()}
+
+
+def _picked(options: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    return _checked({name: value for name, value in options.items() if name in kinds}, kinds, "")
+
+
+def _numbers(kind: type, where: str, values: Any) -> dict[str, Any]:
+    """The fields of a dataclass of numbers."""
+    kinds: dict[str, type] = {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
+    return _checked(typed(where, values, dict), kinds, f"{where} ")
+
+
+def _made(kind: type[T], where: str, options: Mapping[str, Any]) -> T:
+    return kind(**_numbers(kind, where, options.get(where, {})))

@@ -1,0 +1,172 @@
+"""The routes that this package adds to SGLang's server, and `apr` in the bodies of OpenAI's; translation only.
+
+POST /v1/chat/completions, /v1/completions   with an object `apr` in the body; without, they are SGLang's alone
+POST /apr/generate                           a prompt in, a trajectory (or its events) out
+GET  /apr/dialects                           what a trajectory may be written in
+GET  /apr/stats                              what has run so far
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, FastAPI, Request, Response
+
+from sgl_apr.dialects import dialect, dialect_names
+from sgl_apr.errors import AprError, LaunchError
+from sgl_apr.presets import dialect_for
+from sgl_apr.runtime.plan import DEFAULT, Plan
+from sgl_apr.server.adapted import adapted, prompt_ids
+from sgl_apr.server.asked import given, typed
+from sgl_apr.server.caps import Caps
+from sgl_apr.server.envelope import Envelope
+from sgl_apr.server.plugin import seam
+from sgl_apr.server.responses import CLIENT_GONE, as_error, as_events, as_json, while_heard
+from sgl_apr.server.service import Service
+from sgl_apr.server.wire import write_event
+from sgl_apr.trajectory import Trajectory
+
+HANDLE = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.handle_request"
+FACTS = ("width", "min_width", "max_width", "max_depth", "first", "sees", "joins", "published", "policy")
+
+
+def install(caps: Caps) -> None:
+    """Add all of it to the server that this process is going to launch; raises `LaunchError`."""
+    server = "sglang.srt.entrypoints.http_server"
+    app, state = seam(f"{server}:app"), seam(f"{server}:get_global_state")
+    chat = seam("sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat")
+    completion = seam("sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion")
+    for serving in (chat, completion):
+        seam(
+            f"{serving.__module__}:{serving.__name__}._convert_to_internal_request",
+            ["request", "raw_request"],
+        )
+        seam(f"{serving.__module__}:{serving.__name__}._validate_request")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.apr = Service(state().tokenizer_manager, caps)
+        yield
+
+    async def handle(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
+        if raw_request is None or not isinstance(serving, chat | completion):
+            return await original(serving, request, raw_request)
+        options = (await raw_request.json()).get("apr")  # parsed once already, and kept
+        if options is None:
+            return await original(serving, request, raw_request)
+        return await _openai(serving, request, raw_request, options, isinstance(serving, chat))
+
+    registry = seam("sglang.srt.plugins.hook_registry:HookRegistry")
+    around = seam("sglang.srt.plugins.hook_registry:HookType.AROUND")
+    stock = seam(HANDLE, ["request", "raw_request"])
+    registry.register(HANDLE.replace(":", "."), handle, around)
+    registry.apply_hooks()
+    if seam(HANDLE) is stock:  # SGLang only logs what goes wrong there
+        raise LaunchError(f"{HANDLE} could not be wrapped")
+    app.include_router(_router(lifespan))
+
+
+def _router(lifespan: Callable[[FastAPI], Any]) -> APIRouter:
+    router = APIRouter(lifespan=lifespan)
+    router.add_api_route("/apr/generate", generate, methods=["POST"])
+    router.add_api_route("/apr/dialects", dialects, methods=["GET"])
+    router.add_api_route("/apr/stats", stats, methods=["GET"])
+    return router
+
+
+def _answered(route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The same route, with errors as answers."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await route(request)
+        except Exception as error:
+            return as_error(error)
+
+    answer.__doc__ = route.__doc__
+    return answer
+
+
+async def _openai(serving: Any, request: Any, raw_request: Request, options: Any, chat: bool) -> Response:
+    """The answer to a request with `apr`."""
+    service: Service = raw_request.app.state.apr
+    try:
+        desk = await service.desk()
+        asked = await adapted(desk, serving, request, raw_request, options, chat=chat)
+        envelope = Envelope(request.model, chat, asked.wish)
+        if request.stream:
+            heard = service.stream(asked.prompt, asked.plan)
+            return await as_events(raw_request.receive, envelope.chunks(heard))
+        return await _whole(raw_request, asked.prompt, asked.plan, envelope.answer)
+    except Exception as error:
+        return as_error(error)
+
+
+async def _whole(
+    request: Request, prompt: tuple[int, ...], plan: Plan, answer: Callable[[Trajectory], Any]
+) -> Response:
+    """Run a trajectory for a client that waits for all of it."""
+    service: Service = request.app.state.apr
+    trajectory = await while_heard(request.receive, service.run(prompt, plan))
+    return Response(status_code=CLIENT_GONE) if trajectory is None else as_json(answer(trajectory))
+
+
+@_answered
+async def generate(request: Request) -> Response:
+    """A trajectory of `prompt` (text) or `input_ids`, with the options of `apr` beside them.
+
+    Its JSON (`apr.Trajectory.from_json`), or with `"stream": true` its events (`sgl_apr.server.wire`).
+    """
+    service: Service = request.app.state.apr
+    try:
+        options = given(typed("the body", await request.json(), dict))
+    except ValueError as error:
+        raise AprError(f"the body is no JSON: {error}") from None
+    streamed = typed("stream", options.pop("stream", False), bool)
+    prompt, ids = options.pop("prompt", None), options.pop("input_ids", None)
+    desk = await service.desk()
+    if prompt is not None and ids is not None:
+        raise AprError("expected prompt or input_ids, not both")
+    found = prompt_ids(desk.tokenizer.encode(prompt, first=True) if isinstance(prompt, str) else ids)
+    plan = desk.plan(options, len(found))
+    if streamed:
+        return await as_events(request.receive, _events(service, found, plan))
+    return await _whole(request, found, plan, lambda trajectory: orjson.Fragment(trajectory.to_json()))
+
+
+async def _events(
+    service: Service, prompt: tuple[int, ...], plan: Plan
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(service.stream(prompt, plan)) as heard:
+        async for item in heard:
+            if not isinstance(item, Trajectory):
+                yield write_event(item)
+
+
+@_answered
+async def dialects(request: Request) -> Response:
+    """Every dialect with its tags and facts, and the one that is taken where none is named."""
+    service: Service = request.app.state.apr
+    usual = dialect_for((await service.engine()).tokenizer)
+    known = [dialect(name) for name in dialect_names()]
+    return as_json(
+        {
+            "default": usual.name if usual else DEFAULT,
+            "dialects": [
+                {"name": d.name, "tags": d.tags, **{fact: getattr(d, fact) for fact in FACTS}} for d in known
+            ],
+        }
+    )
+
+
+@_answered
+async def stats(request: Request) -> Response:
+    """Counts since the launch, the caps, and what the engine can do."""
+    service: Service = request.app.state.apr
+    engine = await service.engine()
+    can = {"joins_kv": engine.joins_kv, "grammar_backend": engine.grammar_backend, "seeded": engine.seeded}
+    return as_json({**service.tally.report(), "caps": asdict(service.caps), **can})

@@ -1,0 +1,54 @@
+"""Events of a trajectory as JSON objects and back; they are sent elsewhere.
+
+An object has the fields of its event (`sgl_apr.runtime.events`) under their names, and its kind:
+
+    {"event": "delta", "path": [1, 2], "text": "..."}
+    {"event": "retried", "path": [], "chars": 12}
+    {"event": "wrote", "index": 3, "span": {"role": "body", "origin": "decoded", "text": "...", ...}}
+    {"event": "called", "index": 1, "call": {"phase": "branch", "path": [1, 2], "prompt_tokens": 40, ...}}
+    {"event": "forked", "path": [1], "branches": [["1", "an outline"], ["2", "another"]], "first": 1}
+    {"event": "ended", "path": [1, 2], "outcome": "ok"}
+    {"event": "joined", "path": [1], "branches": [1, 2]}
+    {"event": "done", "order": [0, 1, ...], "dialect": "threadweaver", "wall_s": 2.5, "limits": [], ...}
+
+`apr.rebuild(map(read_event, objects))` is the trajectory, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sgl_apr.errors import AprError
+from sgl_apr.runtime.events import Called, Delta, Done, Ended, Event, Forked, Joined, Retried, Wrote
+from sgl_apr.trajectory import Call, Decision, Join, Limit, Span
+
+KINDS: Mapping[str, type[Event]] = {
+    kind.__name__.lower(): kind for kind in (Delta, Retried, Wrote, Called, Forked, Ended, Joined, Done)
+}
+PARTS: Mapping[str, Any] = {
+    "span": Span, "call": Call, "limits": Limit, "decisions": Decision, "joins": Join
+}  # fmt: skip
+
+
+def write_event(event: Event) -> dict[str, Any]:
+    """The object of an event, for a JSON encoder."""
+    return {"event": type(event).__name__.lower(), **asdict(event)}
+
+
+def read_event(data: Mapping[str, Any]) -> Event:
+    """The event of an object; raises `AprError` for anything else."""
+    try:
+        values = {name: _part(name, value) for name, value in data.items() if name != "event"}
+        return KINDS[data["event"]](**values)
+    except (KeyError, TypeError) as error:
+        raise AprError(f"not an event of a trajectory: {error!r}") from None
+
+
+def _part(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return PARTS[name](**{key: _part(key, item) for key, item in value.items()})
+    if isinstance(value, list):
+        return tuple(_part(name, item) for item in value)
+    return value
