@@ -87,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         "--policy",
         help='when branches join: "all", "first", "quorum:k" or "deadline:s" (default: the dialect\'s)',
     )
+    run.add_argument(
+        "--join",
+        choices=["text", "kv", "message"],
+        help="how branches join (default: the dialect's first way)",
+    )
     run.add_argument("--seed", type=int, help="sample by it, where the server honours seeds")
     run.add_argument("--temperature", type=float, default=1.0)
     run.add_argument("--raw", action="store_true", help="send the question as it is, without a chat template")
@@ -131,6 +136,7 @@ def _run(options: argparse.Namespace) -> int:
         mode=options.mode,
         budget=options.budget,
         policy=options.policy,
+        join=options.join,
         seed=options.seed,
         on_event=view if options.live else None,
     )

@@ -25,14 +25,11 @@ def tree(trajectory: Trajectory, title: str) -> Tree:
     """Trunk, branches side by side, conclusion and answer. Model text is shown as it is, never as markup."""
     root = Tree(Text(title, style="bold"))
     blocks = {block.path: block for block in trajectory.blocks}
-    count, answering = 0, _answer_spans(trajectory)
+    answering = _answer_spans(trajectory)
     for i, span in enumerate(trajectory.spans):
-        if span.path != () or span.origin == "prompt":
-            continue
-        if span.role == "lead":
-            count += 1
-            _add_block(root, blocks[(count,)])
-        if span.role == "text" and i not in answering and span.text.strip():
+        if block := blocks.pop(span.path[:1], None):
+            _add_block(root, block)
+        if span.path == () and span.role == "text" and i not in answering and span.text.strip():
             root.add(Text(span.text.strip()))
     root.add(Text.assemble(("answer  ", "bold green"), trajectory.answer.strip() or "(none)"))
     return root
