@@ -1,0 +1,183 @@
+"""Whether a server joins in its KV cache as the model would: identities that hold for any model; no second model.
+
+They are checked with random tokens over `/generate`:
+
+- *one branch*: the join of one branch, nested ones too, is the ordinary prompt of the same tokens;
+- *empty branch*: a branch without tokens changes nothing;
+- *order*: attention does not know the order of keys, so branches may be swapped, nested ones too;
+- *decoding*: what is decoded behind a join is what is read there, if the same tokens come with the prompt;
+- *reuse*: nothing of a joined prompt is computed again but what stands behind the join;
+- *positions*: all that would also hold if the tokens behind a join stood too far away. So a branch is joined with
+  k - 1 copies of itself: what follows stands right behind the first one, and sees each of its keys k times. As its
+  own key is the only one that it sees once, its log-probabilities are a smooth function of 1/k, nearly a straight
+  line, and for k = 1 the prompt is an ordinary one: those for k = 1, 3, 4 tell what those for k = 2 are.
+
+The same is measured over text, where branches read one another: it has to miss an identity by more than is allowed,
+else a model does not show what the identity says (`Check.blind`). Displacements that are the same for any number of
+branches are not seen; the tests have a transformers forward for them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, prod
+
+from sgl_apr.errors import EngineError, LaunchError
+from sgl_apr.layout import size
+from sgl_apr.server.probe import Ask, Prompt, Reply, Row, commit, send
+
+IDS = range(128, 256)  # ordinary tokens in any vocabulary
+NEW = 4  # tokens decoded behind a join
+COPIED = 16  # tokens of the branch that is copied
+EXACT, NOISY = 1e-3, 0.5  # nats: what is allowed however exact a server is, and however noisy
+NOISE = 8.0  # what is allowed in between, in multiples of what ordinary prompts differ by
+BENT = 0.25  # for copies: what is allowed of the bend that text has
+LOST, TRIES = 409, 3  # what was committed is gone: others are using the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One identity: by how much it is missed, how much is allowed, and by how much text misses it.
+
+    In nats of the likeliest tokens' log-probabilities; for "reuse" in tokens. `text` is inf where the same tokens
+    as text say nothing.
+    """
+
+    name: str
+    error: float
+    allowed: float
+    text: float = inf
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def blind(self) -> bool:
+        """Whether a server that reads everything as text would have passed."""
+        return self.text <= self.allowed
+
+    def __str__(self) -> str:
+        found = f"{self.name}: off by {self.error:.2g}, allowed {self.allowed:.2g}"
+        return f"{found} (as text {self.text:.2g})" if self.text < inf else found
+
+
+def check(ask: Ask, seed: int | None = None) -> list[Check]:
+    """Every identity on the server behind `ask`, by some 40 prompts of at most 65 tokens; nothing is raised
+    for one that is missed. `seed` says which tokens are used: those of an earlier check are cached already.
+    Raises EngineError where the server refuses to join.
+    """
+    rng = random.Random(seed)
+    for tries in range(1, TRIES + 1):
+        try:
+            return _check(ask, rng)
+        except EngineError as error:
+            if error.status != LOST or tries == TRIES:
+                raise
+    raise AssertionError("unreachable")
+
+
+def require(ask: Ask) -> None:
+    """Raises LaunchError, which says how to serve without joins, unless every identity holds."""
+    try:
+        missed = [str(c) for c in check(ask) if not c.ok]
+    except EngineError as error:
+        missed = [str(error)]
+    if missed:
+        raise LaunchError(
+            "this server joins branches in its KV cache otherwise than its model would "
+            f"({'; '.join(missed)}): serve it with --radix-cache-backend stock, and branches are joined as text"
+        )
+
+
+def _check(ask: Ask, rng: random.Random) -> list[Check]:
+    def draw(tokens: int) -> tuple[int, ...]:
+        return tuple(rng.choice(IDS) for _ in range(tokens))
+
+    p, a, b, c, d, e, h, copy, tail = map(draw, (8, 7, 3, 2, 4, 2, 3, COPIED, 1))
+    lines = [Prompt(ids) for ids in (p + a + b + h, p + b + a + h, p + a + h, p + a + c + e + h)]
+    copies = [Prompt(copy * k + tail) for k in (1, 2, 3, 4)]
+    joins = [
+        Prompt(p + a + b + h, (8, ((7,), (3,)), 3)),
+        Prompt(p + b + a + h, (8, ((3,), (7,)), 3)),
+        Prompt(p + a + b + h, (8, ((7,), (0,), (3,)), 3)),
+        Prompt(p + a + h, (8, ((7,),), 3)),
+        Prompt(p + a + c + e + h, (8, ((7, ((2,),), 2),), 3)),
+        Prompt(p + a + c + d + e + b + h, (8, ((7, ((2,), (4,)), 2), (3,)), 3)),
+        Prompt(p + b + a + d + c + e + h, (8, ((3,), (7, ((4,), (2,)), 2)), 3)),
+    ]
+    stacks = [Prompt(copy * k + tail, (0, ((COPIED,),) * k, 1)) for k in (2, 3, 4)]
+
+    fresh = send(ask, lines, NEW)
+    commit(ask, [*joins, *stacks])
+    every = send(ask, [*lines, *copies, *joins, *stacks], NEW)
+    line, text, joined, stack = every[:4], every[4:8], every[8:15], every[15:]
+    ab, ba = joined[:2]
+    read = send(ask, [_longer(joins[0], ab.tokens[:k]) for k in range(1, NEW)], 1)
+
+    noise = max(distance(one, two) for one, two in zip(fresh, line, strict=True))
+    allowed = min(NOISY, max(EXACT, NOISE * noise))
+    bend = _bend([r.rows[0] for r in text])
+    return [
+        Check("one branch", max(distance(joined[3], line[2]), distance(joined[4], line[3])), allowed),
+        Check("empty branch", distance(joined[2], ab), allowed),
+        Check(
+            "order",
+            max(distance(ab, ba), distance(joined[5], joined[6])),
+            allowed,
+            distance(line[0], line[1]),
+        ),
+        Check("decoding", max(apart(ab.rows[k], r.rows[0]) for k, r in enumerate(read, 1)), allowed),
+        Check("reuse", max(map(_again, [*joins, *stacks], [*joined, *stack])), 0),
+        Check("positions", _bend([r.rows[0] for r in (text[0], *stack)]), max(allowed, BENT * bend), bend),
+    ]
+
+
+def distance(one: Reply, two: Reply) -> float:
+    """How far the log-probabilities of two replies are apart, up to the first step at which they part."""
+    worst = 0.0
+    for k, (a, b) in enumerate(zip(one.rows, two.rows, strict=False)):
+        worst = max(worst, apart(a, b))
+        if one.tokens[k] != two.tokens[k]:
+            break
+    return worst
+
+
+def apart(one: Row, two: Row) -> float:
+    """The largest difference of a token's log-probabilities, as far as two rows tell: one that only one of them
+    has is no likelier in the other than the least likely one there."""
+
+    def beyond(a: Row, b: Row) -> float:
+        least = min(b.values())
+        return max(max(p - least, 0.0) if i not in b else abs(p - b[i]) for i, p in a.items())
+
+    return max(beyond(one, two), beyond(two, one))
+
+
+def _bend(rows: Sequence[Row]) -> float:
+    """How far log-probabilities for k = 2 are from the parabola in 1/k through those for k = 1, 3, 4."""
+    one, two, three, four = rows
+    nodes = {1.0: one, 1 / 3: three, 1 / 4: four}
+    weights = {
+        u: prod((0.5 - other) / (u - other) for other in nodes if other != u) for u in nodes
+    }  # Lagrange
+    shared = set(one) & set(two) & set(three) & set(four)
+    if not shared:
+        return inf
+    return max(abs(sum(w * nodes[u][i] for u, w in weights.items()) - two[i]) for i in shared)
+
+
+def _again(prompt: Prompt, reply: Reply) -> int:
+    """How many tokens before the last join were computed again."""
+    assert prompt.layout is not None
+    *before, _ = prompt.layout
+    return max(0, size(before) - reply.cached)
+
+
+def _longer(prompt: Prompt, tokens: tuple[int, ...]) -> Prompt:
+    assert prompt.layout is not None
+    *before, run = prompt.layout
+    assert isinstance(run, int)
+    return Prompt(prompt.ids + tokens, (*before, run + len(tokens)))
