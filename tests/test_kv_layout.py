@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 
 import pytest
 
 from sgl_apr.layout import LayoutError, behind, commits, join, length, parse, positions, size, visible
-from sgl_apr.server.kv_layout import resolve
+from sgl_apr.server.kv_layout import resolve, work
 
 EXAMPLE = [12, [[5], [7, [[2], [3]], 1]], 3]  # the one of the module's docstring
 
@@ -58,8 +59,10 @@ def test_parts_cover_the_prompt_and_nothing_twice():
             continue
         ids = [rng.randrange(50) for _ in range(size(layout))]
         found = resolve(layout, ids, "lora", b"secret")
-        flat = [token for part in found.parts for token in part.key[len(part.key) - part.size :]]
+        keys = [(part, list(part.key(array("q", ids)))) for part in found.parts]
+        flat = [token for part, key in keys for token in key[len(key) - part.size :]]
         assert flat + ids[len(ids) - found.tail :] == ids
+        assert sum(len(key) for _, key in keys) + found.tail <= work(layout)
         assert found.offset == list(positions(layout))[-1] - (len(ids) - 1)
         assert all(p.namespace == "lora" or p.namespace.startswith("apr:") for p in found.parts)
         trees.add((found.namespace, json.dumps([layout[:-1], ids[: len(ids) - found.tail]])))
@@ -75,7 +78,7 @@ def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
 
         def keep(prompt: list[int], own, cached=cached) -> None:
             found = resolve(own or [len(prompt)], prompt, None, b"secret")
-            assert all((p.namespace, tuple(p.key)) in cached for p in found.parts)
+            assert all((p.namespace, tuple(p.key(array("q", prompt)))) in cached for p in found.parts)
             tail = prompt[len(prompt) - found.tail :]
             cached.update((found.namespace, tuple(tail[:k])) for k in range(1, len(tail) + 1))
 

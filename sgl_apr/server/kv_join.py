@@ -3,28 +3,29 @@
 A joined request is an ordinary one whose prompt is prefix, branches and what follows, flat, with its layout
 (`sgl_apr.layout`) as JSON in `custom_params["apr_layout"]`. Its prefix is stitched from the slots of the branches:
 nothing is copied, every slot keeps its one owner, all nodes are locked as one. Launch with
-`--radix-cache-backend apr`. It joins nothing by itself: branches have to be in the cache, or the answer is 409.
+`--radix-cache-backend apr`. It joins nothing by itself: branches have to be in the cache, or the answer is 409,
+also in the middle of an answer, if the request had to make room for others and the branches went meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult, TreeLock
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sgl_apr.layout import LayoutError, parse
+from sgl_apr.layout import LayoutError
 from sgl_apr.server import plugin
-from sgl_apr.server.kv_layout import resolve
+from sgl_apr.server.kv_door import has_layout, layout_of
+from sgl_apr.server.kv_layout import Resolved, resolve
 
-LAYOUT = "apr_layout"
 SECRET = bytes.fromhex(os.environ[plugin.SECRET])  # names the trees of joined prompts
 
 
@@ -32,13 +33,15 @@ SECRET = bytes.fromhex(os.environ[plugin.SECRET])  # names the trees of joined p
 class Stitched:
     """In place of a tree node: slices of the paths to `parts` (node, first, last), then the path to `tail`.
 
-    `tail` is in the tree `namespace` of what follows the join, which begins `start` tokens into the prompt.
+    `tail` is in the tree `namespace` of what follows the join, which begins `start` tokens into the prompt;
+    the positions from there on are `offset` (0 or less) off their places in the prompt.
     """
 
     parts: tuple[tuple[Any, int, int], ...]
     tail: Any
     namespace: str
     start: int
+    offset: int
 
     @property
     def nodes(self) -> list[Any]:
@@ -50,33 +53,27 @@ class JoiningCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no ty
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         req = params.req
-        text = _layout(req)
-        if text is None:
+        if req is None or req.to_finish is not None or not has_layout(req):
             return super().match_prefix(params)
         try:
-            return self._stitch(req, params.key, text)
+            return self._stitch(req, params.key)
         except LayoutError as error:
             return self._refuse(req, params.key, str(error), HTTPStatus.BAD_REQUEST)
 
-    def _stitch(self, req: Any, key: RadixKey, text: str) -> MatchResult:
-        if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
-            raise LayoutError("a joined prompt is not computed again: expected no log-probabilities of it")
-        ids, new = key.token_ids, len(key.token_ids) - len(req.origin_input_ids)
-        layout = parse(text, len(ids) - new)
-        found = resolve(layout, ids, key.extra_key, SECRET)
-        start = len(ids) - new - found.tail
+    def _stitch(self, req: Any, key: RadixKey) -> MatchResult:
+        ids, found = key.token_ids, _resolved(req, key.extra_key)
         parts: list[tuple[Any, int, int]] = []
         for part in found.parts:
-            match = self._match(part.key, part.namespace, key)
-            last = len(part.key)
+            wanted = part.key(ids)
+            match, last = self._match(wanted, part.namespace, key), len(wanted)
             if match.device_prefix_len < last:
                 where = f"of {last} tokens up to a part of the prompt {match.device_prefix_len} are cached"
                 return self._refuse(req, key, where, HTTPStatus.CONFLICT)
             parts.append((match.last_device_node, last - part.size, last))
+        start = len(req.origin_input_ids) - found.tail
         limit = len(ids) if key.limit is None else min(key.limit, len(ids))
         tail = self._match(ids[start : max(limit, start)], found.namespace, key)
-        req.apr_offset = found.offset
-        node = Stitched(tuple(parts), tail.last_device_node, str(found.namespace), start)
+        node = Stitched(tuple(parts), tail.last_device_node, str(found.namespace), start, found.offset)
         return MatchResult(
             device_prefix_len=start + tail.device_prefix_len,
             last_device_node=node,
@@ -84,15 +81,15 @@ class JoiningCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no ty
             best_match_node=node,
         )
 
-    def _match(self, ids: Sequence[int], namespace: str | None, key: RadixKey) -> MatchResult:
-        found = RadixKey(type(key.token_ids)("q", ids), namespace, cache_salt=key.cache_salt)
-        return self._match_tree(MatchPrefixParams(key=found))
+    def _match(self, ids: array[int], namespace: str | None, key: RadixKey) -> MatchResult:
+        return self._match_tree(MatchPrefixParams(key=RadixKey(ids, namespace, cache_salt=key.cache_salt)))
 
     def _refuse(self, req: Any, key: RadixKey, why: str, status: HTTPStatus) -> MatchResult:
-        """End the request with an error, and match nothing: an exception here would end the server."""
-        req.to_finish = FINISH_ABORT(f"KV join: {why}", status, "AprJoin")
+        """Let the request end with an error, and match nothing: an exception here would end the server."""
+        req.set_finish_with_abort(f"KV join: {why}", status, "AprJoin")
+        req.refresh_fill_ids()  # now one token: what is left to compute before it ends
         req.skip_radix_cache_insert = True
-        return self._match((), key.extra_key, key)
+        return self._match(array("q"), key.extra_key, key)
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         node = req.last_node
@@ -100,6 +97,11 @@ class JoiningCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no ty
             return super().prefix_device_indices(req)
         slots = [self.path_device_indices(n)[first:last] for n, first, last in node.parts]
         return torch.cat([*slots, self.path_device_indices(node.tail)])[: req.prefix_len]
+
+    def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
+        return list(
+            super().dfs_weight_order([n.tail if isinstance(n, Stitched) else n for n in node_handles])
+        )
 
     def lock(self, node: Any, skip_lock_components: Sequence[Any] = ()) -> TreeLock | None:
         if not isinstance(node, Stitched):
@@ -120,7 +122,7 @@ class JoiningCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no ty
             super().checkpoint(req, up_to=up_to, **options)
             return
         ids = req.full_untruncated_fill_ids[node.start : up_to]
-        if self.disable or not len(ids):
+        if not len(ids):
             return
         kv, row = req.kv, self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         inserted = self.insert(
@@ -140,44 +142,50 @@ class JoiningCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no ty
         )
         kv.cache_inserted_len = max(kv.cache_inserted_len, end)
         self.unlock(req.lock)
-        req.last_node = Stitched(node.parts, inserted.last_device_node, node.namespace, node.start)
+        req.last_node = Stitched(
+            node.parts, inserted.last_device_node, node.namespace, node.start, node.offset
+        )
         req.lock = self.lock(req.last_node)
         kv.cache_protected_len = end
 
 
-def _layout(req: Any) -> str | None:
-    """The layout of a request that has one and goes on."""
-    if req is None or req.to_finish is not None:
-        return None
-    params = req.sampling_params.custom_params
-    text = params.get(LAYOUT) if isinstance(params, dict) else None
-    return text if text is None or isinstance(text, str) else "null"
+def _resolved(req: Any, root: str | None) -> Resolved:
+    """Where the parts of a request are, looked up once: it is matched anew whenever it is scheduled."""
+    found: Resolved | None = getattr(req, "apr_resolved", None)
+    if found is None:
+        ids = req.origin_input_ids
+        found = req.apr_resolved = resolve(layout_of(req, len(ids)), ids, root, SECRET)
+    return found
 
 
 def make(context: Any) -> Any:
-    """The factory behind `--radix-cache-backend apr`; raises ValueError for what it cannot join in."""
+    """The factory behind `--radix-cache-backend apr`; raises ValueError where it cannot join."""
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
 
-    page = context.params.page_size
-    for what, there in (
-        (f"page size {page}", page != 1),
-        ("a sliding window", context.is_hybrid_swa),
-        ("a state-space model", context.is_hybrid_ssm),
-        ("a hierarchical cache", context.enable_hierarchical_cache),
-    ):
-        if there:
-            raise ValueError(f"--radix-cache-backend apr does not work with {what}")
+    from sgl_apr.server.kv_support import obstacle
+
+    what = obstacle(resolving_view(context.server_args), context.model_config)
+    if context.is_hybrid_ssm:
+        what = "a model with recurrent state"
+    elif context.is_hybrid_swa or context.tp_worker.model_runner.sliding_window_size:
+        what = "a model with a sliding window"
+    elif context.disable_radix_cache:
+        what = "a disabled radix cache"
+    if what:
+        raise ValueError(f"--radix-cache-backend apr does not work with {what}")
     return create_unified_radix_cache(context, cache_class=JoiningCache)
 
 
 def shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
     """After `ForwardBatch.init_new`: a joined request goes on behind its longest branch."""
-    schedule = arguments[1] if len(arguments) > 1 else options["batch"]
-    offsets = [getattr(req, "apr_offset", 0) for req in schedule.reqs]
-    if not any(offsets) or batch.positions is None or not batch.positions.numel():
+    reqs = (arguments[1] if len(arguments) > 1 else options["batch"]).reqs
+    offsets = [req.last_node.offset if isinstance(req.last_node, Stitched) else 0 for req in reqs]
+    if not any(offsets):
         return
-    shift = torch.tensor(offsets, dtype=batch.positions.dtype, device=batch.positions.device)
+    positions = batch.positions
+    shift = torch.tensor(offsets, dtype=positions.dtype, device=positions.device)
     if not batch.forward_mode.is_decode():
-        sizes = torch.tensor(batch.extend_seq_lens_cpu, device=shift.device)
-        shift = torch.repeat_interleave(shift, sizes)
-    batch.positions = batch.positions + shift
+        shift = torch.repeat_interleave(shift, torch.tensor(batch.extend_seq_lens_cpu, device=shift.device))
+    # Rows behind those of the requests belong to beams, and no joined request has any.
+    batch.positions = positions + torch.nn.functional.pad(shift, (0, len(positions) - len(shift)))

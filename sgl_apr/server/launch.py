@@ -34,6 +34,8 @@ Ctrl-C or SIGTERM stops it. Status: 0 after a stop, 2 for wrong flags, 1 for any
 
 Defaults, which every flag you give overrides:
   everywhere      --grammar-backend llguidance --schedule-policy lpm
+                  --radix-cache-backend apr, which joins branches in the KV cache, where that works, and one
+                  line that says why not where it does not; --radix-cache-backend stock is SGLang's own
   with a GPU      --attention-backend flashinfer --page-size 1
   without one     --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
                   --sampling-backend pytorch --sleep-on-idle, no CUDA graphs

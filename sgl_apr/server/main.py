@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.caps import Caps, read_caps
 from sgl_apr.server.flags import TOKENS, defaults, pool_tokens
+from sgl_apr.server.kv_support import obstacle
 from sgl_apr.server.plugin import has_accelerator
 from sgl_apr.server.preflight import UsageError, local_config
 
@@ -100,7 +101,7 @@ def _server_args(argv: list[str]) -> Any:
         raise LaunchError(
             "SGLang did not load the plugin of sgl-apr: is it installed, and in SGLANG_PLUGINS?"
         )
-    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
     from sglang.srt.platforms import current_platform
     from sglang.srt.server_args import ServerArgs, prepare_server_args
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
@@ -116,8 +117,20 @@ def _server_args(argv: list[str]) -> Any:
     if not accelerator and type(current_platform).__name__ != "TorchCpuPlatform":
         raise LaunchError(f"SGLang runs on {current_platform!r} instead of the CPU platform of sgl-apr")
     tokens = TOKENS if accelerator else _affordable_tokens(wanted.model_path, wanted.revision)
-    args = prepare_server_args([*defaults(accelerator=accelerator, max_tokens=tokens), *merged])
+    given = [*defaults(accelerator=accelerator, max_tokens=tokens), *merged]
+    args = prepare_server_args(given)
     args.resolve_once()
+    cache = wanted.radix_cache_backend
+    if cache in (None, plugin.CACHE) and (what := obstacle(resolving_view(args), model_config_of(args))):
+        if cache:
+            raise UsageError(f"--radix-cache-backend {cache} does not work with {what}")
+        print(
+            f"sgl-apr: branches are not joined in the KV cache: that does not work with {what}",
+            file=sys.stderr,
+        )
+    elif cache is None:
+        args = prepare_server_args([*given, "--radix-cache-backend", plugin.CACHE])
+        args.resolve_once()
     view = resolving_view(args)
     for flag, refused in (
         ("--tokenizer-worker-num above 1", view.tokenizer_worker_num > 1),

@@ -21,7 +21,7 @@ from sgl_apr.errors import LaunchError
 SUPPORTED = "0.5.23"
 LAUNCHED = "SGL_APR_LAUNCHED"
 BACKEND = "apr_cpu"
-CACHE = "apr"
+CACHE, STOCK = "apr", "stock"  # radix caches: the one that joins, and SGLang's own
 SECRET = "SGL_APR_SECRET"  # made by the first process of a server, for all of them
 
 _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
@@ -95,13 +95,24 @@ def _prepare_masks() -> None:
 
 
 def _register_cache() -> None:
-    """The radix cache that joins branches (`--radix-cache-backend apr`), and the positions that go with it."""
+    """The radix cache that joins branches, the positions that go with it, and the door before both."""
     register = seam("sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"])
-    hook = seam("sglang.srt.plugins.hook_registry:HookRegistry.register")
-    after = seam("sglang.srt.plugins.hook_registry:HookType.AFTER")
+    stock = seam("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"])
     os.environ.setdefault(SECRET, secrets.token_hex(32))
     register(CACHE, _make_cache)
-    hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", _after_batch, after)
+    register(STOCK, stock)
+    hook = seam("sglang.srt.plugins.hook_registry:HookRegistry.register")
+    after = seam("sglang.srt.plugins.hook_registry:HookType.AFTER")
+    for path, parameters, what in (
+        ("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _after_batch),
+        (
+            "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
+            ["obj", "input_text", "input_ids"],
+            _after_tokenizing,
+        ),
+    ):
+        seam(path, parameters)
+        hook(path.replace(":", "."), what, after)
 
 
 def _make_cache(context: Any) -> Any:
@@ -126,6 +137,19 @@ def _after_batch(batch: Any, *arguments: Any, **options: Any) -> None:
     from sgl_apr.server.kv_join import shift_positions
 
     shift_positions(batch, *arguments, **options)
+
+
+def _after_tokenizing(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
+    """In the HTTP process: what SGLang answers a ValueError with is a 400."""
+    from sglang.srt.runtime_context import get_memory
+
+    from sgl_apr.layout import LayoutError
+    from sgl_apr.server.kv_door import check
+
+    try:
+        check(obj, request, joins=get_memory().radix_cache_backend == CACHE)
+    except LayoutError as error:
+        raise ValueError(f"KV join: {error}") from None
 
 
 def _register_attention() -> None:

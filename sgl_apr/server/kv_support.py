@@ -1,0 +1,83 @@
+"""Where branches cannot be joined in the KV cache, from SGLang's arguments and its model's configuration; pure.
+
+What it lets pass are the modes in which every rank has all of a prompt's keys and values, one slot for each
+token, attends to them by place, and takes its positions from `ForwardBatch.init_new`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+BACKENDS = frozenset({"apr_cpu", "torch_native", "flashinfer", "triton", "fa3", "fa4"})
+
+
+def obstacle(args: Any, model: Any) -> str | None:
+    """What keeps a server from joining, in words that go behind "does not work with"; None where it can.
+
+    `args` are resolved server arguments, `model` is SGLang's ModelConfig.
+    """
+    return next((what for what, there in _obstacles(args, model) if there), None)
+
+
+def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
+    text = model.hf_text_config
+    layers = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
+    yield "a model that does not generate", not model.is_generation
+    yield "an encoder-decoder model", model.is_encoder_decoder
+    yield "M-RoPE positions", model.model_is_mrope
+    yield "a model with recurrent state", _recurrent(model)
+    yield (
+        "a model with a sliding window",
+        (model.is_hybrid_swa or model.attention_chunk_size or layers - {"full_attention", "attention"}),
+    )
+    yield (
+        "a model whose attention is sparse",
+        any(hasattr(model.hf_config, name) for name in ("dual_chunk_attention_config", "index_topk")),
+    )
+    yield "embeddings of n-grams", model.use_ngram_embedding or model.use_engram
+
+    yield f"--page-size {args.page_size}", args.page_size != 1
+    yield f"--disaggregation-mode {args.disaggregation_mode}", args.disaggregation_mode != "null"
+    yield "--enable-pdmux", args.enable_pdmux
+    yield "--disable-radix-cache", args.disable_radix_cache
+    yield "--speculative-algorithm", args.speculative_algorithm
+    yield "--enable-hierarchical-cache", args.enable_hierarchical_cache
+    yield "--enable-lmcache", args.enable_lmcache
+    yield "--enable-flexkv", args.enable_flexkv
+    yield "--enable-unified-cache-external-linker", args.enable_unified_cache_external_linker
+    yield "--enable-hisparse", args.enable_hisparse
+    yield "--enable-unified-memory", args.enable_unified_memory
+    yield "--enable-session-radix-cache", args.enable_session_radix_cache
+    yield f"--dp-size {args.dp_size}: branches would be in several caches", args.dp_size > 1
+    yield f"--attn-dp-size {args.attn_dp_size}: branches would be in several caches", args.attn_dp_size > 1
+    yield f"--pp-size {args.pp_size}", args.pp_size > 1
+    yield f"--dcp-size {args.dcp_size}", args.dcp_size > 1
+    yield f"--attn-cp-size {args.attn_cp_size}", args.attn_cp_size > 1
+    yield "--enable-kv-cache-sharding", args.enable_kv_cache_sharding
+    yield "--enable-two-batch-overlap", args.enable_two_batch_overlap
+    yield "--dllm-algorithm", args.dllm_algorithm
+    yield "--enable-nvidia-megakernel", args.enable_nvidia_megakernel
+    yield "--kv-canary, which takes positions for places", args.kv_canary != "none"
+    yield "SGLANG_RADIX_FORCE_MISS", _misses()
+    for backend in _backends(args):
+        yield f"--attention-backend {backend}", backend not in BACKENDS
+
+
+def _recurrent(model: Any) -> bool:
+    from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+
+    return bool(uses_ssm_state(model))
+
+
+def _backends(args: Any) -> tuple[str, str]:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    prefill, decode = attention_backends_of(args)
+    return prefill, decode
+
+
+def _misses() -> bool:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_RADIX_FORCE_MISS.get())
