@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sgl_apr.budget import Budget
+from sgl_apr.doctor_commands import add_commands as add_doctor
 from sgl_apr.errors import AprError
 from sgl_apr.trace_commands import add_commands, show
 from sgl_apr.trajectory import Trajectory
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     add_commands(commands)
+    add_doctor(commands)
     return parser
 
 
