@@ -77,9 +77,9 @@ def wire(endpoint, monkeypatch) -> Wire:
         wire.received.append(result.token_ids)
         return result
 
-    async def on_commit(rid, prefix):
-        wire.committed.append(tuple(prefix))
-        return await commit(rid, prefix)
+    async def on_commit(request):
+        wire.committed.append(request.input_ids)
+        return await commit(request)
 
     async def on_post(body):
         wire.posted.append(tuple(body["input_ids"]))
