@@ -53,7 +53,9 @@ async def adapted(
     generate = await _generate_request(serving, request, raw_request)
     if any(getattr(generate, f"{kind}_data") for kind in ("image", "video", "audio")):
         raise AprError("images, video and audio cannot be had with apr")
-    prompt = _prompt(desk, generate)
+    given_as = generate.input_ids if generate.text is None else generate.text
+    alone = isinstance(given_as, list) and len(given_as) == 1 and not isinstance(given_as[0], int)
+    prompt = desk.prompt(given_as[0] if alone else given_as)
     named = {"seed": request.seed, **{name: getattr(generate, name) for name in FIELDS}}
     carried = {k: v for k, v in generate.sampling_params.items() if k in SAMPLING}
     sampling = {**given(carried), **typed("sampling", options.pop("sampling", {}), dict)}
@@ -93,24 +95,6 @@ async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any
     except ValueError as error:
         raise AprError(str(error)) from error
     return found
-
-
-def _prompt(desk: Desk, generate: Any) -> tuple[int, ...]:
-    text, ids = generate.text, generate.input_ids
-    found = text if text is not None else ids
-    if isinstance(found, list) and len(found) == 1 and not isinstance(found[0], int):
-        found = found[0]
-    if isinstance(found, str):
-        return tuple(desk.tokenizer.encode(found, first=True))
-    return prompt_ids(found)
-
-
-def prompt_ids(ids: Any) -> tuple[int, ...]:
-    """Ids of one prompt; raises `AprError` for anything else."""
-    whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-    if not (whole and ids):
-        raise AprError("expected one prompt: text, or a list of token ids")
-    return tuple(ids)
 
 
 def _wrap(serving: Any, request: Any) -> Callable[[str], str] | None:

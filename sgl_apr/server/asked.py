@@ -37,11 +37,12 @@ NAMES = ("dialect", *OBJECTS, *OPTIONS, *SAMPLING, *REQUEST)
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """What plans are made with here: the operator's caps, the served tokenizer and the context length."""
+    """What plans are made with here: the operator's caps, the served tokenizer, context length and vocabulary."""
 
     caps: Caps
     tokenizer: Tokenizer
     context: int
+    vocabulary: int
 
     def plan(
         self,
@@ -78,6 +79,17 @@ class Desk:
             fields=_picked(options, REQUEST),
             **_picked(options, OPTIONS),
         )
+
+    def prompt(self, prompt: Any) -> tuple[int, ...]:
+        """The ids of one prompt, text or ids; raises `AprError` for anything else, and for ids that the model
+        does not have: they would end the scheduler."""
+        ids = self.tokenizer.encode(prompt, first=True) if isinstance(prompt, str) else prompt
+        whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if not (whole and ids):
+            raise AprError("expected one prompt: text, or a list of token ids")
+        if not all(0 <= i < self.vocabulary for i in ids):
+            raise AprError(f"the prompt has token ids outside of the vocabulary: 0 to {self.vocabulary - 1}")
+        return tuple(ids)
 
     def _dialect(self, name: Any) -> Dialect:
         if name is None:

@@ -78,7 +78,7 @@ class Envelope:
                         yield self._chunk(self._text(""), note)
 
     def _last(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
-        shape = structure(trajectory, self.wish.trajectory)
+        shape = {"event": "done", **structure(trajectory, self.wish.trajectory)}
         yield self._chunk({} if self.chat else {"text": ""}, shape, finish_reason(trajectory))
         if self.wish.usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(trajectory)}

@@ -20,7 +20,7 @@ from sgl_apr.dialects import dialect, dialect_names
 from sgl_apr.errors import AprError, LaunchError
 from sgl_apr.presets import dialect_for
 from sgl_apr.runtime.plan import DEFAULT, Plan
-from sgl_apr.server.adapted import adapted, prompt_ids
+from sgl_apr.server.adapted import adapted
 from sgl_apr.server.asked import given, typed
 from sgl_apr.server.caps import Caps
 from sgl_apr.server.envelope import Envelope
@@ -131,7 +131,7 @@ async def generate(request: Request) -> Response:
     desk = await service.desk()
     if prompt is not None and ids is not None:
         raise AprError("expected prompt or input_ids, not both")
-    found = prompt_ids(desk.tokenizer.encode(prompt, first=True) if isinstance(prompt, str) else ids)
+    found = desk.prompt(ids if prompt is None else prompt)
     plan = desk.plan(options, len(found))
     if streamed:
         return await as_events(request.receive, _events(service, found, plan))

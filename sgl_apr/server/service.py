@@ -41,7 +41,8 @@ class Service:
     async def desk(self) -> Desk:
         """What makes plans for this server."""
         engine = await self.engine()
-        return Desk(self.caps, engine.tokenizer, int(self.manager.context_len))
+        config = self.manager.model_config
+        return Desk(self.caps, engine.tokenizer, int(config.context_len), int(config.vocab_size))
 
     async def run(self, prompt: tuple[int, ...], plan: Plan, on_event: OnEvent | None = None) -> Trajectory:
         """`run_plan`, counted; raises `Busy` at once where too many run."""
