@@ -22,8 +22,10 @@ from sgl_apr.errors import LaunchError
 from sgl_apr.server.caps import Caps, read_caps
 from sgl_apr.server.flags import TOKENS, defaults, pool_tokens
 from sgl_apr.server.kv_support import obstacle
-from sgl_apr.server.plugin import has_accelerator
+from sgl_apr.server.plugin import CACHE, has_accelerator
 from sgl_apr.server.preflight import UsageError, local_config
+from sgl_apr.server.probe import asker
+from sgl_apr.server.selfcheck import require
 
 # By grammar backend. They are small, but the first grammar of a process compiles a torch kernel.
 SMALLEST = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> None:
     def ready() -> None:
         try:
             _warm_up(args)
+            if resolving_view(args).radix_cache_backend == CACHE and not args.skip_server_warmup:
+                require(asker(args.url(), args.api_key))
         except LaunchError as error:
             _tell(launcher, error=str(error), usage=False)
         else:
