@@ -23,14 +23,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, prod
+from statistics import fmean
 
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.layout import size
 from sgl_apr.server.probe import Ask, Prompt, Reply, Row, commit, send
 
+Ids = tuple[int, ...]
+
 IDS = range(128, 256)  # ordinary tokens in any vocabulary
 NEW = 4  # tokens decoded behind a join
-COPIED = 16  # tokens of the branch that is copied
+COPIED, STACKS = 16, 3  # tokens of a branch that is copied, and how many such branches
 EXACT, NOISY = 1e-3, 0.5  # nats: what is allowed however exact a server is, and however noisy
 NOISE = 8.0  # what is allowed in between, in multiples of what ordinary prompts differ by
 BENT = 0.25  # for copies: what is allowed of the bend that text has
@@ -65,7 +68,7 @@ class Check:
 
 
 def check(ask: Ask, seed: int | None = None) -> list[Check]:
-    """Every identity on the server behind `ask`, by some 40 prompts of at most 65 tokens; nothing is raised
+    """Every identity on the server behind `ask`, by some 50 prompts of at most 65 tokens; nothing is raised
     for one that is missed. `seed` says which tokens are used: those of an earlier check are cached already.
     Raises EngineError where the server refuses to join.
     """
@@ -93,12 +96,11 @@ def require(ask: Ask) -> None:
 
 
 def _check(ask: Ask, rng: random.Random) -> list[Check]:
-    def draw(tokens: int) -> tuple[int, ...]:
+    def draw(tokens: int) -> Ids:
         return tuple(rng.choice(IDS) for _ in range(tokens))
 
-    p, a, b, c, d, e, h, copy, tail = map(draw, (8, 7, 3, 2, 4, 2, 3, COPIED, 1))
+    p, a, b, c, d, e, h = map(draw, (8, 7, 3, 2, 4, 2, 3))
     lines = [Prompt(ids) for ids in (p + a + b + h, p + b + a + h, p + a + h, p + a + c + e + h)]
-    copies = [Prompt(copy * k + tail) for k in (1, 2, 3, 4)]
     joins = [
         Prompt(p + a + b + h, (8, ((7,), (3,)), 3)),
         Prompt(p + b + a + h, (8, ((3,), (7,)), 3)),
@@ -108,31 +110,42 @@ def _check(ask: Ask, rng: random.Random) -> list[Check]:
         Prompt(p + a + c + d + e + b + h, (8, ((7, ((2,), (4,)), 2), (3,)), 3)),
         Prompt(p + b + a + d + c + e + h, (8, ((3,), (7, ((4,), (2,)), 2)), 3)),
     ]
-    stacks = [Prompt(copy * k + tail, (0, ((COPIED,),) * k, 1)) for k in (2, 3, 4)]
-
     fresh = send(ask, lines, NEW)
-    commit(ask, [*joins, *stacks])
-    every = send(ask, [*lines, *copies, *joins, *stacks], NEW)
-    line, text, joined, stack = every[:4], every[4:8], every[8:15], every[15:]
-    ab, ba = joined[:2]
+    commit(ask, joins)
+    line = send(ask, lines, NEW)
+    joined = send(ask, joins, NEW)
+    ab, ba, empty, one, one_nested, nested, nested_ba = joined
     read = send(ask, [_longer(joins[0], ab.tokens[:k]) for k in range(1, NEW)], 1)
 
-    noise = max(distance(one, two) for one, two in zip(fresh, line, strict=True))
+    noise = max(map(distance, fresh, line))
     allowed = min(NOISY, max(EXACT, NOISE * noise))
-    bend = _bend([r.rows[0] for r in text])
     return [
-        Check("one branch", max(distance(joined[3], line[2]), distance(joined[4], line[3])), allowed),
-        Check("empty branch", distance(joined[2], ab), allowed),
-        Check(
-            "order",
-            max(distance(ab, ba), distance(joined[5], joined[6])),
-            allowed,
-            distance(line[0], line[1]),
-        ),
+        Check("one branch", max(distance(one, line[2]), distance(one_nested, line[3])), allowed),
+        Check("empty branch", distance(empty, ab), allowed),
+        Check("order", max(distance(ab, ba), distance(nested, nested_ba)), allowed, distance(*line[:2])),
         Check("decoding", max(apart(ab.rows[k], r.rows[0]) for k, r in enumerate(read, 1)), allowed),
-        Check("reuse", max(map(_again, [*joins, *stacks], [*joined, *stack])), 0),
-        Check("positions", _bend([r.rows[0] for r in (text[0], *stack)]), max(allowed, BENT * bend), bend),
+        Check("reuse", max(map(_again, joins, joined)), 0),
+        _positions(ask, [(draw(COPIED), draw(1)) for _ in range(STACKS)], allowed),
     ]
+
+
+def _positions(ask: Ask, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> Check:
+    """On the average of several branches, each with what follows it: a single one may show little."""
+    ordinary = [Prompt(branch + tail) for branch, tail in stacks]
+    more = range(2, 5)
+    text = [Prompt(branch * k + tail) for branch, tail in stacks for k in more]
+    joins = [Prompt(branch * k + tail, (0, ((COPIED,),) * k, 1)) for branch, tail in stacks for k in more]
+    ones = [r.rows[0] for r in send(ask, ordinary, 1)]
+    commit(ask, joins)
+    wanted = [list(row) for row in ones for _ in more]
+    rows = [r.chosen[0] for r in send(ask, [*text, *joins], 1, tokens=wanted * 2)]
+
+    def bend(of: Sequence[Row]) -> float:
+        n = len(more)
+        return fmean(_bend(one, *of[n * k : n * k + n]) for k, one in enumerate(ones))
+
+    as_text = bend(rows[: len(text)])
+    return Check("positions", bend(rows[len(text) :]), max(allowed, BENT * as_text), as_text)
 
 
 def distance(one: Reply, two: Reply) -> float:
@@ -156,17 +169,11 @@ def apart(one: Row, two: Row) -> float:
     return max(beyond(one, two), beyond(two, one))
 
 
-def _bend(rows: Sequence[Row]) -> float:
+def _bend(one: Row, two: Row, three: Row, four: Row) -> float:
     """How far log-probabilities for k = 2 are from the parabola in 1/k through those for k = 1, 3, 4."""
-    one, two, three, four = rows
     nodes = {1.0: one, 1 / 3: three, 1 / 4: four}
-    weights = {
-        u: prod((0.5 - other) / (u - other) for other in nodes if other != u) for u in nodes
-    }  # Lagrange
-    shared = set(one) & set(two) & set(three) & set(four)
-    if not shared:
-        return inf
-    return max(abs(sum(w * nodes[u][i] for u, w in weights.items()) - two[i]) for i in shared)
+    weights = {u: prod((0.5 - v) / (u - v) for v in nodes if v != u) for u in nodes}  # Lagrange's
+    return max(abs(sum(w * nodes[u][i] for u, w in weights.items()) - p) for i, p in two.items())
 
 
 def _again(prompt: Prompt, reply: Reply) -> int:
