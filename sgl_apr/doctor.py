@@ -34,6 +34,7 @@ ENTRIES = {
 }
 OBEYED = re.compile(r"o?|ok[a-z]{0,4}")  # what SMALLEST lets through, cut anywhere
 PREFIX = 48  # tokens that forks share
+TEXT = "If x < y, then <b>\n\u00fc\u4e2d</b>."  # what a tokenizer has to read as it is
 
 State = Literal["ok", "missing", "failed"]
 
@@ -56,19 +57,22 @@ def healthy(findings: Sequence[Finding]) -> bool:
     return all(f.state != "failed" for f in findings)
 
 
+def _row(name: str, works: object, found: str, hint: str, otherwise: State = "failed") -> Finding:
+    return Finding(name, "ok", found) if works else Finding(name, otherwise, found, hint)
+
+
 def installation() -> Iterator[Finding]:
     """What can be seen without a server."""
     yield Finding("python", "ok", platform.python_version())
     yield _sglang()
     for name in NEEDED:
         found = _version(name)
-        yield Finding(name, "ok" if found else "failed", found or "not installed", f"pip install {name}")
+        yield _row(name, found, found or "not installed", f"pip install {name}")
     for name, what in OPTIONAL.items():
         found = _version(name)
-        yield Finding(name, "ok" if found else "missing", found or "not installed", what)
+        yield _row(name, found, found or "not installed", what, "missing")
     yield from map(_entry_point, ENTRIES)
-    accelerator = has_accelerator()
-    yield from _gpu() if accelerator else _cpu()
+    yield from _gpu() if has_accelerator() else _cpu()
     yield _memory()
 
 
@@ -90,53 +94,42 @@ def _sglang() -> Finding:
 
 def _entry_point(group: str) -> Finding:
     wanted = ENTRIES[group]
-    names = [e.name for e in entry_points(group=group) if e.value == wanted]
-    allowed = os.environ.get("SGLANG_PLUGINS")
+    names = {e.name for e in entry_points(group=group) if e.value == wanted}
     if not names:
-        return Finding(group, "failed", "SGLang would not find the plugin", "pip install sgl-apr")
-    if group == "sglang.srt.plugins" and allowed and not set(names) & set(map(str.strip, allowed.split(","))):
-        return Finding(group, "failed", f"SGLANG_PLUGINS={allowed}", f"add {names[0]} to it, or unset it")
-    return Finding(group, "ok", ", ".join(names))
+        return Finding(group, "failed", f"no {wanted}: SGLang would not load it", "pip install sgl-apr")
+    named = ", ".join(names)
+    allowed = os.environ.get("SGLANG_PLUGINS") if group == "sglang.srt.plugins" else None
+    if allowed and not names & set(map(str.strip, allowed.split(","))):
+        return Finding(group, "failed", f"SGLANG_PLUGINS={allowed}", f"add {named} to it, or unset it")
+    return Finding(group, "ok", named)
 
 
 def _gpu() -> Iterator[Finding]:
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "an accelerator"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA, but something else"
     yield Finding("accelerator", "ok", name)
     found = _version("flashinfer-python")
-    yield Finding(
-        "flashinfer",
-        "ok" if found else "failed",
-        found or "not installed",
-        "pip install flashinfer-python, or serve with another --attention-backend",
-    )
+    hint = "pip install flashinfer-python, or serve with another --attention-backend"
+    yield _row("flashinfer", found, found or "not installed", hint)
 
 
 def _cpu() -> Iterator[Finding]:
     yield Finding("accelerator", "missing", "none: models run on the CPU")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    yield Finding(
-        "C++ compiler",
-        "ok" if compiler else "failed",
-        compiler or "none",
-        "torch compiles a kernel of SGLang with it: install g++",
-    )
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    yield _row("C++ compiler", compiler, compiler or "none", "SGLang has a kernel compiled: install g++")
     kernel = decode_kernel()
-    yield Finding(
-        "decode kernel",
-        "ok" if kernel else "missing",
-        "compiled" if kernel else "could not be compiled",
-        "decoding is slower without it: install a C compiler with OpenMP",
-    )
+    found = "compiled" if kernel else "could not be compiled"
+    hint = "decoding is slower without it: install a C compiler with OpenMP"
+    yield _row("decode kernel", kernel, found, hint, "missing")
 
 
 def _memory() -> Finding:
     import psutil  # type: ignore[import-untyped]
 
     free = psutil.virtual_memory().available
-    state: State = "ok" if free >= LEAST_MEMORY else "failed"
-    return Finding("memory", state, f"{free / GIB:.1f} GiB free", "a server needs 2 GiB beside its model")
+    hint = f"a server takes {LEAST_MEMORY / GIB:g} GiB beside its model"
+    return _row("memory", free >= LEAST_MEMORY, f"{free / GIB:.1f} GiB free", hint)
 
 
 def serving(url: str, api_key: str | None = None) -> Iterator[Finding]:
@@ -155,8 +148,8 @@ def serving(url: str, api_key: str | None = None) -> Iterator[Finding]:
     if joins:
         yield _tried("KV join", lambda: _joins(ask))
     else:
-        hint = "branches join as text; serve with --radix-cache-backend apr for more"
-        yield Finding("KV join", "missing", "the server's cache cannot", hint)
+        hint = "branches are joined as text; sgl-apr serve says at start-up why"
+        yield Finding("KV join", "missing", "not in this server's cache", hint)
 
 
 async def _connected(url: str, api_key: str | None) -> tuple[Tokenizer, str, bool]:
@@ -172,11 +165,11 @@ def _tried(name: str, work: Callable[[], Finding]) -> Finding:
 
 
 def _reads(tokenizer: Tokenizer) -> Finding:
-    text = "If x < y, then <b>\n\u00fc\u4e2d</b>."
-    if (found := tokenizer.decode(tokenizer.encode(text))) != text:
-        return Finding("tokenizer", "failed", f"reads {text!r} as {found!r}", "a byte-level one is needed")
+    found = tokenizer.decode(tokenizer.encode(TEXT)).strip()
     eos = ", ".join(map(str, sorted(tokenizer.eos_ids)))
-    return Finding("tokenizer", "ok", f"a reply ends with {eos}" if eos else "no token ends a reply")
+    good = f"reads what it has written; a reply ends with {eos or 'no token'}"
+    bad = f"reads {TEXT!r} as {found!r}"
+    return _row("tokenizer", found == TEXT, good if found == TEXT else bad, "a byte-level one is needed")
 
 
 def _tags(tokenizer: Tokenizer) -> Finding:
@@ -185,18 +178,17 @@ def _tags(tokenizer: Tokenizer) -> Finding:
         for name in dialect_names()
         if (tags := dialect(name).tags) and all(tokenizer.special(t) is not None for t in tags)
     ]
+    if not whole:
+        return Finding("tags", "missing", "of no dialect as tokens", "they are spelled out; name a dialect=")
     default = dialect_for(tokenizer)
-    found = f"{', '.join(whole)} as tokens" if whole else "of no dialect as tokens"
-    hint = "" if default else "tags are spelled out, and dialect= has to be named"
-    return Finding("tags", "ok" if whole else "missing", found, hint)
+    said = f"{default.name} is the default" if default else "none is the default: name a dialect="
+    return Finding("tags", "ok", f"as tokens: {', '.join(whole)}; {said}")
 
 
 def _obeys(ask: Ask, grammar: str) -> Finding:
     answer = ask({"text": "a", "sampling_params": {"max_new_tokens": 8, "temperature": 1.0, "ebnf": grammar}})
     text = str(answer.get("text"))
-    if not OBEYED.fullmatch(text):
-        return Finding("grammar", "failed", f"{text!r} breaks {grammar!r}", "--grammar-backend llguidance")
-    return Finding("grammar", "ok", f"{text!r} obeys {grammar!r}")
+    return _row("grammar", OBEYED.fullmatch(text), f"{grammar} gave {text!r}", "--grammar-backend llguidance")
 
 
 def _reuses(ask: Ask) -> Finding:
@@ -204,9 +196,9 @@ def _reuses(ask: Ask) -> Finding:
     send(ask, [Prompt(prefix)], 0)
     cached = min(r.cached for r in send(ask, [Prompt((*prefix, i)) for i in IDS[:2]], 1))
     found = f"{cached} of {PREFIX} tokens before a fork are cached"
-    if cached < PREFIX - 1:
-        return Finding("fork", "failed", found, "serve without --disable-radix-cache, with --page-size 1")
-    return Finding("fork", "ok", found)
+    return _row(
+        "fork", cached >= PREFIX - 1, found, "serve without --disable-radix-cache, with --page-size 1"
+    )
 
 
 def _joins(ask: Ask) -> Finding:
@@ -215,6 +207,6 @@ def _joins(ask: Ask) -> Finding:
     if missed:
         hint = "serve with --radix-cache-backend stock: branches join as text then"
         return Finding("KV join", "failed", "; ".join(map(str, missed)), hint)
+    found = f"these hold: {', '.join(c.name for c in checks if not c.blind)}"
     blind = [c.name for c in checks if c.blind]
-    found = f"{len(checks) - len(blind)} identities hold: {', '.join(c.name for c in checks if not c.blind)}"
-    return Finding("KV join", "ok", found, f"say nothing on this model: {', '.join(blind)}" if blind else "")
+    return Finding("KV join", "ok", f"{found}; not to be seen: {', '.join(blind)}" if blind else found)

@@ -70,6 +70,7 @@ def _server(options: argparse.Namespace) -> Iterator[str | None]:
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sgl_apr.doctor import Finding, healthy, installation, serving
 
@@ -83,17 +84,12 @@ def _doctor(options: argparse.Namespace) -> int:
     if getattr(options, "json", False):
         print(json.dumps({"ok": healthy(findings), "findings": [asdict(f) for f in findings]}))
     else:
-        table = Table("", "", "found", "hint")
+        table = Table("", "", "found")
         for f in findings:
-            table.add_row(f.name, STATES[f.state], _plain(f.found), "" if f.state == "ok" else _plain(f.hint))
+            hint = f"\n{f.hint}" if f.hint else ""
+            table.add_row(f.name, STATES[f.state], Text.assemble(f.found, (hint, "dim")))
         Console().print(table)
     return int(not healthy(findings))
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
 
 
 def _join(options: argparse.Namespace) -> int:
@@ -132,13 +128,19 @@ def _join(options: argparse.Namespace) -> int:
 def _show(measured: list[Any], said: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("sample", "tokens")
-    for head in ("KL", "likeliest stays", "reversed text: KL", "likeliest stays"):
+    table = Table()
+    table.add_column("sample", overflow="ellipsis", no_wrap=True)
+    for head in ("tokens", "KV: KL", "same token", "reversed: KL", "same token"):
         table.add_column(head, justify="right")
     for m in measured:
         shifts = [x for s in (m.kv, m.reversed) for x in (f"{s.kl:.3f}", f"{s.agreement:.0%}")]
-        table.add_row(_plain(m.name), str(m.steps), *shifts, end_section=m is measured[-2])
+        table.add_row(Text(m.name), str(m.steps), *shifts, end_section=m is measured[-2])
     console = Console()
     console.print(table)
+    console.print(
+        "Next tokens behind a KV join, and behind text with the branches reversed, beside those behind text: "
+        "divergence in nats, and how often the likeliest is the same."
+    )
     console.print(said)

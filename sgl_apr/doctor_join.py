@@ -23,7 +23,7 @@ from sgl_apr.tokenizer import Tokenizer
 
 STEPS = 16  # tokens of a continuation
 TOP = 200  # the likeliest tokens that a divergence is over; all others count as one
-FLOOR = 0.02  # nats: a smaller divergence is none
+FLOOR = 0.05  # nats: what is smaller counts as this, since few tokens are looked at
 TOLERATED, BROKEN = 2.0, 10.0  # divergences, in multiples of that of reversed text
 AGREEMENT = 0.1  # by how much less often the likeliest token may be the same
 WRITTEN, IDEAS = 40, 3  # tokens of a branch that the model writes, and how many branches

@@ -42,13 +42,13 @@ class Reply:
 
 def asker(url: str, api_key: str | None = None) -> Ask:
     """Over HTTP; it raises EngineError for any answer but 200, and where none comes."""
-    headers = {"Content-Type": "application/json"}
+    url, headers = url.rstrip("/"), {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
 
     def ask(body: Mapping[str, Any]) -> Any:
-        request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
         try:
+            request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
