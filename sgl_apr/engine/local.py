@@ -106,11 +106,10 @@ class ManagerEngine:
                     received += new
                     if on_tokens:
                         on_tokens(new)
-        reason = meta.get("finish_reason")
-        if not reason or reason["type"] == "abort":
-            message = reason.get("message") if reason else "it ended without a finish reason"
+        reason = meta.get("finish_reason") or {"type": "abort", "message": "it ended without a finish reason"}
+        if reason["type"] == "abort":
             raise EngineError(
-                f"the engine aborted the request: {message}", reason and reason.get("status_code")
+                f"the engine aborted the request: {reason.get('message')}", reason.get("status_code")
             )
         return Result(
             token_ids=tuple(received),

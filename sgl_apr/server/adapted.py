@@ -104,14 +104,10 @@ def _wrap(serving: Any, request: Any) -> Callable[[str], str] | None:
         return None
 
     def wrap(message: str) -> str:
-        text = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}],
-                tokenize=False,
-                add_generation_prompt=True,
-                **(request.chat_template_kwargs or {}),
-            )
-        )
+        kind = {**serving.default_chat_template_kwargs, **(request.chat_template_kwargs or {})}
+        turn = {"conversation": [{"role": "user", "content": message}], "add_generation_prompt": True}
+        text = str(tokenizer.apply_chat_template(**{**kind, **turn, "tokenize": False}))
+        # What encodes it begins every prompt with a BOS, if this tokenizer has it so.
         return text.removeprefix(tokenizer.bos_token or "") if serving._tokenizer_auto_adds_specials else text
 
     return wrap

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 import orjson
@@ -72,17 +71,18 @@ async def _left(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, one for each object; closes its source as soon as the client leaves."""
+    """Server-sent events, one for each object; closes their source as soon as the client leaves."""
 
-    def __init__(self, objects: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(objects, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._objects = objects
+    def __init__(self, first: Any, rest: AsyncGenerator[Any, None]) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(_lines(first, rest), media_type="text/event-stream", headers=headers)
+        self._source = rest
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
         try:
             await while_heard(receive, self.stream_response(send))
         finally:
-            await self._objects.aclose()
+            await self._source.aclose()
 
 
 async def as_events(receive: Receive, objects: AsyncGenerator[Any, None]) -> Response:
@@ -91,18 +91,17 @@ async def as_events(receive: Receive, objects: AsyncGenerator[Any, None]) -> Res
     if first is None:
         await objects.aclose()
         return Response(status_code=CLIENT_GONE)
-    return EventStream(_lines(first, objects))
+    return EventStream(first, objects)
 
 
 async def _lines(first: Any, rest: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        try:
-            yield _line(first)
-            async for item in rest:
-                yield _line(item)
-        except Exception as error:
-            yield _line(described(error)[0])
-        yield b"data: [DONE]\n\n"
+    try:
+        yield _line(first)
+        async for item in rest:
+            yield _line(item)
+    except Exception as error:
+        yield _line(described(error)[0])
+    yield b"data: [DONE]\n\n"
 
 
 def _line(item: Any) -> bytes:

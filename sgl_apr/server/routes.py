@@ -123,9 +123,12 @@ async def generate(request: Request) -> Response:
     """
     service: Service = request.app.state.apr
     try:
-        options = given(typed("the body", await request.json(), dict))
+        body = orjson.loads(
+            await request.body()
+        )  # unlike the standard library, neither NaN nor half a character
     except ValueError as error:
         raise AprError(f"the body is no JSON: {error}") from None
+    options = given(typed("the body", body, dict))
     streamed = typed("stream", options.pop("stream", False), bool)
     prompt, ids = options.pop("prompt", None), options.pop("input_ids", None)
     desk = await service.desk()

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from sgl_apr.engine.local import ManagerEngine
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.loop import run_plan
 from sgl_apr.runtime.plan import Plan
@@ -58,8 +58,9 @@ class Service:
         except asyncio.CancelledError:
             self.tally.ended("cancelled")
             raise
-        except Exception:
-            self.tally.ended("failed")
+        except Exception as error:
+            asked_too_much = isinstance(error, AprError) and not isinstance(error, EngineError)
+            self.tally.ended("refused" if asked_too_much else "failed")
             raise
         finally:
             self.tally.running -= 1
