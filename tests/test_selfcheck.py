@@ -43,15 +43,16 @@ def break_(what: str, directory: Path) -> Path:
 
 
 def test_how_far_rows_are_apart():
-    assert apart({1: -1.0, 2: -3.0}, {1: -1.5, 2: -3.0}) == 0.5
-    assert apart({1: -1.0, 2: -3.0}, {2: -3.0, 3: -3.5}) == 2.5, "1 is no likelier than 3 there"
+    assert apart({1: -1.0, 2: -3.0}, {1: -1.5, 2: -3.0}) == 0.25
+    assert apart({1: -1.0, 2: -3.0}, {2: -3.0, 3: -3.5}) == 2.5 / 4, "1 is no likelier than 3 there"
     assert apart({1: -1.0}, {2: -1.0}) == 0, "they may be as likely as one another"
 
 
 def test_replies_are_compared_until_they_part():
-    rows = ({7: -0.7, 8: -0.7}, {9: -0.1, 5: -4.0})
-    assert distance(Reply((7, 9), rows, (), 0), Reply((7, 5), ({7: -0.7, 8: -0.7}, {9: -4.0}), (), 0)) > 3
-    assert distance(Reply((7, 9), rows, (), 0), Reply((8, 5), ({7: -0.7, 8: -0.7}, {9: -4.0}), (), 0)) == 0
+    near, far = {7: -0.7, 8: -0.7}, {7: -4.7, 8: -4.7}
+    same = Reply((7, 7), (near, near), (), 0)
+    assert distance(same, Reply((7, 8), (near, far), (), 0)) == 2, "what led to the parting counts"
+    assert distance(same, Reply((8, 7), (near, far), (), 0)) == 0, "what comes behind it does not"
 
 
 def test_the_bend_of_copies():

@@ -35,7 +35,7 @@ IDS = range(128, 256)  # ordinary tokens in any vocabulary
 NEW = 4  # tokens decoded behind a join
 COPIED, STACKS = 16, 3  # tokens of a branch that is copied, and how many such branches
 EXACT, NOISY = 1e-3, 0.5  # nats: what is allowed however exact a server is, and however noisy
-NOISE = 8.0  # what is allowed in between, in multiples of what ordinary prompts differ by
+NOISE = 5.0  # what is allowed in between, in multiples of what ordinary prompts differ by
 BENT = 0.25  # for copies: what is allowed of the bend that text has
 LOST, TRIES = 409, 3  # what was committed is gone: others are using the cache
 
@@ -44,7 +44,7 @@ LOST, TRIES = 409, 3  # what was committed is gone: others are using the cache
 class Check:
     """One identity: by how much it is missed, how much is allowed, and by how much text misses it.
 
-    In nats of the likeliest tokens' log-probabilities; for "reuse" in tokens. `text` is inf where the same tokens
+    In nats, on the average of the likeliest tokens' log-probabilities; for "reuse" in tokens. `text` is inf where the same tokens
     as text say nothing.
     """
 
@@ -90,8 +90,8 @@ def require(ask: Ask) -> None:
         missed = [str(error)]
     if missed:
         raise LaunchError(
-            "this server joins branches in its KV cache otherwise than its model would "
-            f"({'; '.join(missed)}): serve it with --radix-cache-backend stock, and branches are joined as text"
+            f"the KV joins of this server are not what its model computes, or none ({'; '.join(missed)}): "
+            "with --radix-cache-backend stock it serves, and branches are joined as text"
         )
 
 
@@ -149,31 +149,28 @@ def _positions(ask: Ask, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> C
 
 
 def distance(one: Reply, two: Reply) -> float:
-    """How far the log-probabilities of two replies are apart, up to the first step at which they part."""
-    worst = 0.0
-    for k, (a, b) in enumerate(zip(one.rows, two.rows, strict=False)):
-        worst = max(worst, apart(a, b))
-        if one.tokens[k] != two.tokens[k]:
-            break
-    return worst
+    """How far the log-probabilities of two replies are apart, on the average of the steps up to where they part."""
+    parted = (k for k, (a, b) in enumerate(zip(one.tokens, two.tokens, strict=False), 1) if a != b)
+    steps = slice(next(parted, None))
+    return fmean(map(apart, one.rows[steps], two.rows[steps]))
 
 
 def apart(one: Row, two: Row) -> float:
-    """The largest difference of a token's log-probabilities, as far as two rows tell: one that only one of them
+    """The average difference of a token's log-probabilities, as far as two rows tell: one that only one of them
     has is no likelier in the other than the least likely one there."""
 
-    def beyond(a: Row, b: Row) -> float:
+    def beyond(a: Row, b: Row) -> list[float]:
         least = min(b.values())
-        return max(max(p - least, 0.0) if i not in b else abs(p - b[i]) for i, p in a.items())
+        return [max(p - least, 0.0) if i not in b else abs(p - b[i]) for i, p in a.items()]
 
-    return max(beyond(one, two), beyond(two, one))
+    return fmean(beyond(one, two) + beyond(two, one))
 
 
 def _bend(one: Row, two: Row, three: Row, four: Row) -> float:
-    """How far log-probabilities for k = 2 are from the parabola in 1/k through those for k = 1, 3, 4."""
+    """How far log-probabilities for k = 2 are from the parabola in 1/k through those for k = 1, 3, 4, on average."""
     nodes = {1.0: one, 1 / 3: three, 1 / 4: four}
     weights = {u: prod((0.5 - v) / (u - v) for v in nodes if v != u) for u in nodes}  # Lagrange's
-    return max(abs(sum(w * nodes[u][i] for u, w in weights.items()) - p) for i, p in two.items())
+    return fmean(abs(sum(w * nodes[u][i] for u, w in weights.items()) - p) for i, p in two.items())
 
 
 def _again(prompt: Prompt, reply: Reply) -> int:
