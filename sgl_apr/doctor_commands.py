@@ -131,9 +131,9 @@ def _show(measured: list[Any], said: str) -> None:
     from rich.text import Text
 
     table = Table()
-    table.add_column("sample", overflow="ellipsis", no_wrap=True)
-    for head in ("tokens", "KV: KL", "same token", "reversed: KL", "same token"):
-        table.add_column(head, justify="right")
+    table.add_column("sample", overflow="ellipsis", no_wrap=True, max_width=28)
+    for head in ("tokens", "KV KL", "same", "text KL", "same"):
+        table.add_column(head, justify="right", no_wrap=True)
     for m in measured:
         shifts = [x for s in (m.kv, m.reversed) for x in (f"{s.kl:.3f}", f"{s.agreement:.0%}")]
         table.add_row(Text(m.name), str(m.steps), *shifts, end_section=m is measured[-2])

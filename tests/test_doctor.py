@@ -173,7 +173,9 @@ def test_the_model_writes_branches_itself(server, tmp_path: Path, capsys):
     path = tmp_path / "questions"
     path.write_text("What is more than y?\n")
     assert main(["doctor", "join", "--url", server.url, "--prompts", str(path)]) == 0
-    assert "What is more than y?" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "What is more than y?" in shown
+    assert shown.count("%") == 4, "two rows, two shares in each"
     sample = written(asker(server.url), load_tokenizer(server_model(server)), "What?")
     assert [b.split(":")[0] for b in sample.branches] == ["Idea 1", "Idea 2", "Idea 3"]
     assert all(b.endswith("\n") and b.count("\n") >= 1 for b in sample.branches)
