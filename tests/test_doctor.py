@@ -171,14 +171,14 @@ def test_one_branch_that_is_all_is_measured_as_nothing(server):
 @pytest.mark.server
 def test_the_model_writes_branches_itself(server, tmp_path: Path, capsys):
     path = tmp_path / "questions"
-    path.write_text("What is more than y?\n")
+    path.write_text("What is y?\n")
     assert main(["doctor", "join", "--url", server.url, "--prompts", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "What is more than y?" in shown
+    assert "What is y?" in shown
     assert shown.count("%") == 4, "two rows, two shares in each"
     sample = written(asker(server.url), load_tokenizer(server_model(server)), "What?")
     assert [b.split(":")[0] for b in sample.branches] == ["Idea 1", "Idea 2", "Idea 3"]
-    assert all(b.endswith("\n") and b.count("\n") >= 1 for b in sample.branches)
+    assert all(b.endswith("\n") for b in sample.branches)
 
 
 def server_model(server) -> str:
