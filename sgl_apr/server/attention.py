@@ -8,6 +8,7 @@ and encoder attention, and a cache in another type than the queries.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,20 +17,31 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from torch.nn.functional import scaled_dot_product_attention
 
 from sgl_apr.server.attention_plan import Group, Plan, Slots, Span, plan_decode, plan_extend
+from sgl_apr.server.decode_pieces import Pieces, plan_pieces
 from sgl_apr.server.native import decode_kernel
+
+# "0" in the environment: when decoding, every request reads all of its keys and values by itself.
+SHARED_PREFIX = "SGL_APR_SHARED_PREFIX"
 
 
 class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
-    """Overrides the two methods of `torch_native` that run attention on gathered keys and values."""
+    """Overrides the two methods of `torch_native` that run attention on gathered keys and values.
 
-    def __init__(self, model_runner: Any) -> None:
+    Where decoding requests begin with the same slots, as the branches of a fork do, these are read once for all;
+    not so without `share`, for comparisons. By default the environment says so (`SHARED_PREFIX`).
+    """
+
+    def __init__(self, model_runner: Any, *, share: bool | None = None) -> None:
         super().__init__(model_runner)
-        self._plans: dict[int, Plan] = {}  # by number of key heads, for the current forward pass
+        self._share = os.environ.get(SHARED_PREFIX) != "0" if share is None else share
+        self._pieces: Pieces | None = None  # for the current forward pass, as are
+        self._plans: dict[int, Plan] = {}  # by number of key heads
         self._scratch = Scratch()
         decode_kernel()  # compiled now rather than at the first token
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
+        self._pieces = None
         self._plans.clear()
 
     def _run_sdpa_forward_decode(
@@ -51,10 +63,16 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         if kernel is not None and kernel.takes(query, output, k_cache, v_cache, slots=req_to_token):
             scaling = options.get("scaling")
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            rows = (req_to_token, req_pool_indices.long(), seq_lens.long())
-            return kernel(query, output, k_cache, v_cache, *rows, scale)
+            if self._pieces is None:
+                self._pieces = plan_pieces(
+                    req_to_token, req_pool_indices, seq_lens.tolist(), share=self._share
+                )
+            return kernel(query, output, k_cache, v_cache, req_to_token, self._pieces, scale)
         plan = self._plan(
-            k_cache, lambda heads: plan_decode(req_to_token, req_pool_indices, seq_lens.tolist(), heads)
+            k_cache,
+            lambda heads: plan_decode(
+                req_to_token, req_pool_indices, seq_lens.tolist(), heads, share=self._share
+            ),
         )
         return attend(plan, query, output, k_cache, v_cache, options.get("scaling"), self._scratch)
 

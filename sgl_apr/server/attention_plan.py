@@ -1,4 +1,4 @@
-"""Which query rows to attend together, decided once per forward pass; no keys or values are touched here.
+"""Which query rows torch attends together, decided once per forward pass; no keys or values are touched here.
 
 A row is one query token: a request that decodes is one row, and a short extension is one row per new token.
 Rows whose first slots are the same (branches of one fork) form a family: their common prefix is read once
@@ -13,6 +13,8 @@ from itertools import accumulate
 from typing import TypeAlias
 
 import torch
+
+from sgl_apr.server.prefix_tree import Node, forest, leaves
 
 SHORT = 16  # an extension of up to so many tokens is taken apart into rows
 BLOCK = 512  # queries per call for longer ones after a prefix: bounds the mask, skips keys to come
@@ -54,9 +56,15 @@ class Plan:
     spans: tuple[Span, ...] = ()
 
 
-def plan_decode(slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int) -> Plan:
-    """`slots` [requests, context] is SGLang's req_to_token, `requests` [b] the batch's places in it."""
-    order, groups = _groups(slots, requests, lengths, heads)
+def plan_decode(
+    slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int, *, share: bool = True
+) -> Plan:
+    """`slots` [requests, context] is SGLang's req_to_token, `requests` [b] the batch's places in it.
+
+    Without `share` no two requests have a prefix in common.
+    """
+    trees = forest(slots, requests, lengths) if share else leaves(lengths)
+    order, groups = _groups(slots, requests, lengths, heads, trees)
     in_order = order == list(range(len(lengths)))
     return Plan(None if in_order else torch.tensor(order), groups)
 
@@ -80,12 +88,13 @@ def plan_extend(
             last = min(first + BLOCK, stop) if prefix else stop
             before = prefix + first - start
             spans.append(Span(first, last, before, _slots(slots[requests[i], : before + last - first])))
-    order, groups = _groups(slots, requests[torch.tensor(owners, dtype=torch.long)], lengths, heads)
+    owned = requests[torch.tensor(owners, dtype=torch.long)]
+    order, groups = _groups(slots, owned, lengths, heads, forest(slots, owned, lengths))
     return Plan(torch.tensor([places[row] for row in order], dtype=torch.long), groups, tuple(spans))
 
 
 def _groups(
-    slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int
+    slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int, trees: Sequence[Node]
 ) -> tuple[list[int], tuple[Group, ...]]:
     """The rows in the order in which the groups take them, and the groups."""
     if not lengths:
@@ -93,7 +102,7 @@ def _groups(
     table = slots[requests, : max(lengths)]
     order: list[int] = []
     groups: list[Group] = []
-    for family, prefix in _families(table, lengths):
+    for family, prefix in _families(trees, lengths):
         for rows in _alike(family, [lengths[row] - prefix for row in family], GROUP_COST + prefix):
             ends = torch.tensor([lengths[row] - prefix for row in rows])
             longest = int(ends.max())
@@ -113,20 +122,17 @@ def _slots(slots: torch.Tensor) -> Slots:
     return slice(int(slots[0]), int(slots[-1]) + 1)
 
 
-def _families(table: torch.Tensor, lengths: Sequence[int]) -> list[Family]:
-    """Splits the rows so that reading every common prefix once saves most; what shares little comes last."""
+def _families(trees: Sequence[Node], lengths: Sequence[int]) -> list[Family]:
+    """Cuts the trees so that reading every common prefix once saves most; what shares little comes last."""
 
-    def split(rows: list[int], known: int) -> tuple[int, list[Family], list[int]]:
-        """(tokens saved, families, rows left over) for rows that agree on their first `known` slots."""
-        if len(rows) == 1:
-            return 0, [], rows
-        end = min(lengths[row] for row in rows) - 1  # at least one slot stays a row's own
-        same = (table[rows, known:end] == table[rows[0], known:end]).all(0)
-        prefix = known + int(same.long().cumprod(0).sum())
+    def split(node: Node) -> tuple[int, list[Family], list[int]]:
+        """(tokens saved, families, rows left over)"""
+        rows = list(node.rows)
+        prefix = min(node.common, min(lengths[row] for row in rows) - 1)  # a slot at least stays a row's own
         together = prefix * (len(rows) - 1) - GROUP_COST
         apart, parts, left = 0, list[Family](), list[int]()
-        for child in _by_slot(table, rows, prefix) if prefix < end else ():
-            saved, inner, lonely = split(child, prefix + 1)
+        for child in node.children:
+            saved, inner, lonely = split(child)
             apart, parts, left = apart + saved, parts + inner, left + lonely
         if together > 0 and together >= apart:
             return together, [(rows, prefix)], []
@@ -134,18 +140,11 @@ def _families(table: torch.Tensor, lengths: Sequence[int]) -> list[Family]:
 
     families: list[Family] = []
     alone: list[int] = []
-    for rows in _by_slot(table, range(len(lengths)), 0):
-        _, parts, left = split(rows, 0)
+    for tree in trees:
+        _, parts, left = split(tree)
         families += parts
         alone += left
     return families + ([(sorted(alone), 0)] if alone else [])
-
-
-def _by_slot(table: torch.Tensor, rows: Sequence[int], place: int) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
-    for row, slot in zip(rows, table[rows, place].tolist(), strict=True):
-        found.setdefault(slot, []).append(row)
-    return list(found.values())
 
 
 def _alike(rows: list[int], lengths: Sequence[int], cost: int) -> list[list[int]]:

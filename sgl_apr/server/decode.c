@@ -1,50 +1,171 @@
 // Decode attention on a CPU: one query token per row, keys and values read where they lie in the cache.
 // Nothing is gathered first: with scattered slots that copy costs more than the attention itself.
+//
+// The work comes in pieces: up to PIECE slots of a request, and the rows that see them. A piece leaves a part for each
+// query of these rows: the sum of the weighted values, the greatest score, the sum of the weights. The parts of a
+// query are merged at the end, by their greatest scores.
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 
-#define AHEAD 8 // tokens: slots are scattered, so the processor cannot guess the next one
+#define TILE 8     // sums that are kept in registers at once; divides PIECE
+#define AHEAD 8    // tokens: slots are scattered, so the processor cannot guess the next one
+#define NARROW 3   // up to so many queries most of the lanes would idle
+#define MANY 65536 // numbers to merge that are worth waking the other threads
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
 
-int apr_threads(void) { return omp_get_max_threads(); }
+typedef float lanes __attribute__((vector_size(4 * LANES))); // a number for each of so many queries
+
+typedef struct {
+  int64_t request, first, last; // the slots from `first` to `last` of a request, which all these rows have in common
+  int64_t member, rows, part;   // members[member], ... are the rows; their parts are `part`, `part + 1`, ...
+} Piece;
+
+typedef struct {
+  const float *query, *keys, *values;
+  const int32_t *slots;
+  float *parts;
+  const int64_t *members;
+  int64_t stride, heads, group, dim, vdim;
+  float scale;
+} Batch;
+
+static const float *query_of(const Batch *b, const Piece *p, int64_t head, int64_t i) {
+  const int64_t row = b->members[p->member + i / b->group];
+  return b->query + ((row * b->heads + head) * b->group + i % b->group) * b->dim;
+}
+
+static float *part_of(const Batch *b, const Piece *p, int64_t head, int64_t i) {
+  const int64_t part = p->part + i / b->group;
+  return b->parts + ((part * b->heads + head) * b->group + i % b->group) * (b->vdim + 2);
+}
+
+static void prefetch(const float *row, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(row + i); // a cache line
+}
+
+// One key at a time, for each query in turn: the lanes run over the numbers of a key.
+static void narrow(const Batch *b, const Piece *p, int64_t head) {
+  const int64_t n = p->last - p->first, queries = p->rows * b->group, dim = b->dim, vdim = b->vdim;
+  const int32_t *slot = b->slots + p->request * b->stride + p->first;
+  const float *keys = b->keys + head * dim, *values = b->values + head * vdim, *query[NARROW];
+  float weights[NARROW][PIECE], *part[NARROW];
+  for (int64_t i = 0; i < queries; i++) query[i] = query_of(b, p, head, i), part[i] = part_of(b, p, head, i);
+
+  for (int64_t t = 0; t < n; t++) {
+    const float *key = keys + slot[t] * b->heads * dim;
+    if (t + AHEAD < n) prefetch(keys + slot[t + AHEAD] * b->heads * dim, dim);
+    prefetch(values + slot[t] * b->heads * vdim, vdim);
+    for (int64_t i = 0; i < queries; i++) {
+      float sum = 0;
+      for (int64_t d = 0; d < dim; d++) sum += query[i][d] * key[d];
+      weights[i][t] = sum * b->scale;
+    }
+  }
+  for (int64_t i = 0; i < queries; i++) {
+    float *w = weights[i], most = w[0], sum = 0;
+    for (int64_t t = 1; t < n; t++) most = w[t] > most ? w[t] : most;
+    for (int64_t t = 0; t < n; t++) sum += w[t] = expf(w[t] - most);
+    for (int64_t v = 0; v < vdim; v++) part[i][v] = 0;
+    part[i][vdim] = most, part[i][vdim + 1] = sum;
+  }
+  for (int64_t t = 0; t < n; t++) {
+    const float *value = values + slot[t] * b->heads * vdim;
+    for (int64_t i = 0; i < queries; i++)
+      for (int64_t v = 0; v < vdim; v++) part[i][v] += weights[i][t] * value[v];
+  }
+}
+
+// `count` numbers of each value, from `column` on; inlined, so that `count` is known and the sums are registers.
+static inline __attribute__((always_inline)) void weigh(const lanes *weights, const float **value, int64_t n,
+                                                        int64_t column, int count, float **part, int64_t queries) {
+  lanes sum[TILE] = {0};
+  for (int64_t t = 0; t < n; t++)
+    for (int i = 0; i < count; i++) sum[i] += value[t][column + i] * weights[t];
+  for (int64_t l = 0; l < queries; l++)
+    for (int i = 0; i < count; i++) part[l][column + i] = sum[i][l];
+}
+
+// The lanes run over the queries from `first` on: each number of a key or value that is read serves them all.
+static void wide(const Batch *b, const Piece *p, int64_t head, int64_t first) {
+  const int64_t n = p->last - p->first, left = p->rows * b->group - first, dim = b->dim, vdim = b->vdim;
+  const int64_t queries = left < LANES ? left : LANES;
+  const int32_t *slot = b->slots + p->request * b->stride + p->first;
+  const float *key[PIECE + TILE], *value[PIECE];
+  lanes query[dim], weights[PIECE], most, sum = {0};
+  float *part[LANES];
+  for (int64_t l = 0; l < LANES; l++) { // an idle lane repeats the first query
+    const int64_t i = first + (l < queries ? l : 0);
+    const float *from = query_of(b, p, head, i);
+    part[l] = part_of(b, p, head, i);
+    for (int64_t d = 0; d < dim; d++) query[d][l] = from[d] * b->scale;
+  }
+  for (int64_t t = 0; t < n; t++) {
+    key[t] = b->keys + (slot[t] * b->heads + head) * dim;
+    value[t] = b->values + (slot[t] * b->heads + head) * vdim;
+  }
+  for (int64_t t = n; t < n + TILE; t++) key[t] = key[n - 1]; // fills the last tile
+
+  for (int64_t t = 0; t < n; t += TILE) {
+    lanes score[TILE] = {0};
+    for (int64_t i = t; i < t + TILE && i < n; i++) {
+      if (i + TILE < n) prefetch(key[i + TILE], dim);
+      prefetch(value[i], vdim);
+    }
+    for (int64_t d = 0; d < dim; d++)
+      for (int i = 0; i < TILE; i++) score[i] += key[t + i][d] * query[d];
+    for (int i = 0; i < TILE; i++) weights[t + i] = score[i];
+  }
+  most = weights[0];
+  for (int64_t t = 1; t < n; t++)
+    for (int l = 0; l < LANES; l++) most[l] = weights[t][l] > most[l] ? weights[t][l] : most[l];
+  for (int64_t t = 0; t < n; t++) weights[t] -= most;
+  for (float *w = (float *)weights, *end = (float *)(weights + n); w < end; w++) *w = expf(*w);
+  for (int64_t t = 0; t < n; t++) sum += weights[t];
+
+  int64_t column = 0;
+  for (; column + TILE <= vdim; column += TILE) weigh(weights, value, n, column, TILE, part, queries);
+  for (; column < vdim; column++) weigh(weights, value, n, column, 1, part, queries);
+  for (int64_t l = 0; l < queries; l++) part[l][vdim] = most[l], part[l][vdim + 1] = sum[l];
+}
+
+// `parts` are those of the same head, the next one `size` further; `found` says which are this row's.
+static void merge(const float *parts, int64_t size, const int64_t *found, int64_t count, int64_t vdim, float *out) {
+  float most = parts[found[0] * size + vdim], sum = 0;
+  for (int64_t i = 1; i < count; i++) {
+    const float other = parts[found[i] * size + vdim];
+    most = other > most ? other : most;
+  }
+  for (int64_t v = 0; v < vdim; v++) out[v] = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const float *part = parts + found[i] * size, weight = expf(part[vdim] - most);
+    sum += weight * part[vdim + 1];
+    for (int64_t v = 0; v < vdim; v++) out[v] += weight * part[v];
+  }
+  for (int64_t v = 0; v < vdim; v++) out[v] /= sum;
+}
 
 // query, out: [rows, heads, group, dim | vdim]; keys, values: [slots, heads, dim | vdim]; slots: [requests, stride].
-// scratch: threads * group * longest floats.
+// parts: [begin[rows], heads, group, vdim + 2]; those of row r are found[begin[r]], ..., found[begin[r + 1] - 1].
 void apr_decode(const float *query, float *out, const float *keys, const float *values, const int32_t *slots,
-                int64_t stride, const int64_t *requests, const int64_t *lengths, int64_t rows, int64_t heads,
-                int64_t group, int64_t dim, int64_t vdim, float scale, float *scratch, int64_t longest) {
+                float *parts, const Piece *pieces, const int64_t *members, const int64_t *found, const int64_t *begin,
+                int64_t stride, int64_t count, int64_t rows, int64_t heads, int64_t group, int64_t dim, int64_t vdim,
+                float scale) {
+  const Batch b = {query, keys, values, slots, parts, members, stride, heads, group, dim, vdim, scale};
+  const int64_t each = heads * group;
 #pragma omp parallel for collapse(2) schedule(dynamic)
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t h = 0; h < heads; h++) {
-      const int32_t *slot = slots + requests[r] * stride;
-      const int64_t n = lengths[r];
-      const float *q = query + (r * heads + h) * group * dim;
-      float *o = out + (r * heads + h) * group * vdim;
-      float *weights = scratch + omp_get_thread_num() * group * longest;
+  for (int64_t p = 0; p < count; p++)
+    for (int64_t h = 0; h < heads; h++)
+      if (pieces[p].rows * group <= NARROW) narrow(&b, pieces + p, h);
+      else
+        for (int64_t i = 0; i < pieces[p].rows * group; i += LANES) wide(&b, pieces + p, h, i);
 
-      for (int64_t t = 0; t < n; t++) {
-        const float *key = keys + ((int64_t)slot[t] * heads + h) * dim;
-        if (t + AHEAD < n) __builtin_prefetch(keys + ((int64_t)slot[t + AHEAD] * heads + h) * dim);
-        for (int64_t g = 0; g < group; g++) {
-          float sum = 0;
-          for (int64_t d = 0; d < dim; d++) sum += q[g * dim + d] * key[d];
-          weights[g * longest + t] = sum * scale;
-        }
-      }
-      for (int64_t g = 0; g < group; g++) {
-        float *w = weights + g * longest, most = w[0], sum = 0;
-        for (int64_t t = 1; t < n; t++) most = w[t] > most ? w[t] : most;
-        for (int64_t t = 0; t < n; t++) sum += w[t] = expf(w[t] - most);
-        for (int64_t t = 0; t < n; t++) w[t] /= sum;
-      }
-      for (int64_t i = 0; i < group * vdim; i++) o[i] = 0;
-      for (int64_t t = 0; t < n; t++) {
-        const float *value = values + ((int64_t)slot[t] * heads + h) * vdim;
-        if (t + AHEAD < n) __builtin_prefetch(values + ((int64_t)slot[t + AHEAD] * heads + h) * vdim);
-        for (int64_t g = 0; g < group; g++) {
-          const float w = weights[g * longest + t];
-          for (int64_t d = 0; d < vdim; d++) o[g * vdim + d] += w * value[d];
-        }
-      }
-    }
+#pragma omp parallel for collapse(2) if (begin[rows] * each * vdim > MANY)
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < each; i++)
+      merge(parts + i * (vdim + 2), each * (vdim + 2), found + begin[r], begin[r + 1] - begin[r], vdim,
+            out + (r * each + i) * vdim);
 }

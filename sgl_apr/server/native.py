@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_dir
 
+from sgl_apr.server.decode_pieces import PIECE, Pieces
+
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.c")
 # -ffast-math only while compiling: a linker that sees it makes the whole process flush denormals.
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", f"-DPIECE={PIECE}", "-c")
 TIMEOUT = 60.0  # seconds; it takes a fraction of one
 
 
@@ -27,12 +29,10 @@ class DecodeKernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._decode, self._threads = library.apr_decode, library.apr_threads
+        self._decode = library.apr_decode
         self._decode.restype = None
-        self._decode.argtypes = [
-            *[pointer] * 5, number, pointer, pointer, *[number] * 5, ctypes.c_float, pointer, number
-        ]  # fmt: skip
-        self._scratch = torch.empty(0)
+        self._decode.argtypes = [*[pointer] * 10, *[number] * 7, ctypes.c_float]
+        self._parts = torch.empty(0)
 
     def __call__(
         self,
@@ -41,25 +41,23 @@ class DecodeKernel:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         slots: torch.Tensor,
-        requests: torch.Tensor,
-        lengths: torch.Tensor,
+        work: Pieces,
         scale: float,
     ) -> torch.Tensor:
         """Fills `output` [rows, heads, v_dim]; `query` [rows, heads, dim], caches [slots, kv_heads, ...].
 
-        `slots` [requests, n] int32 says where the tokens of a request lie, `requests` and `lengths`
-        [rows] int64 which request a row belongs to and how many tokens it sees.
+        `slots` [requests, n] int32 says where the tokens of a request lie, and `work` what each row sees.
         """
         rows, heads, dim = query.shape
-        kv_heads, longest = k_cache.shape[1], int(lengths.max())
-        size = self._threads() * (heads // kv_heads) * longest
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size)
-        self._decode(
-            query.data_ptr(), output.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(),
-            slots.stride(0), requests.data_ptr(), lengths.data_ptr(), rows, kv_heads, heads // kv_heads, dim,
-            v_cache.shape[2], scale, self._scratch.data_ptr(), longest,
+        kv_heads, v_dim = v_cache.shape[1:]
+        size = work.found.numel() * heads * (v_dim + 2)
+        if self._parts.numel() < size:
+            self._parts = torch.empty(size)
+        tensors = (
+            query, output, k_cache, v_cache, slots, self._parts, work.pieces, work.members, work.found, work.begin
         )  # fmt: skip
+        sizes = (slots.stride(0), len(work.pieces), rows, kv_heads, heads // kv_heads, dim, v_dim)
+        self._decode(*(tensor.data_ptr() for tensor in tensors), *sizes, scale)
         return output
 
     @staticmethod
