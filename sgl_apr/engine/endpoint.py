@@ -22,6 +22,7 @@ from sgl_apr.engine.frontend import patch_frontend
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.ledger import KEY, Ledger, ledger_of
 from sgl_apr.engine.program import Decode, ProgramEngine
+from sgl_apr.engine.replicas import FIELD
 from sgl_apr.errors import EngineError
 from sgl_apr.runtime.dsl import Reason
 from sgl_apr.runtime.events import Delta, Event, OnEvent, Retried
@@ -32,6 +33,7 @@ from sgl_apr.trajectory import Path, Trajectory
 
 T = TypeVar("T")
 INHERITED = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
+ROUTE = "__apr_route__"
 LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
 
 
@@ -131,7 +133,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         if s.images_:
             super().commit_lazy_operations(s)
         else:
-            request = self.committing.get(s.sid) or Request(_rid(), self._ids(s))
+            fields = {FIELD: self.route(s)}
+            request = self.committing.get(s.sid) or Request(_rid(), self._ids(s), fields=fields)
             self.committed[s.sid] = self._wait(self.http.commit(request), s)
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
@@ -172,6 +175,10 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     # How it is done.
 
+    def route(self, s: StreamExecutor) -> str:
+        """The key by which a program and its forks keep to one replica; forks copy variables."""
+        return str(s.variables.setdefault(ROUTE, uuid.uuid4().hex))
+
     def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
         return ledger_of(s.text_, s.variables, self.tokenizer).ids
 
@@ -184,6 +191,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         self._handle_dtype_to_regex(params)
         body = {
             "input_ids": list(self._ids(s)),
+            FIELD: self.route(s),
             "sampling_params": {
                 "skip_special_tokens": global_config.skip_special_tokens_in_output,
                 "spaces_between_special_tokens": global_config.spaces_between_special_tokens_in_out,

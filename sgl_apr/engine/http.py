@@ -15,6 +15,7 @@ import aiohttp
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit import Circuit
 from sgl_apr.engine.meter import Meter
+from sgl_apr.engine.replicas import FIELD, HEADER, key_of, rank_of
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.layout import Layout
 from sgl_apr.lowering import Backend
@@ -39,6 +40,8 @@ class HttpEngine:
     ) -> None:
         self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
         self._circuit, self._meter = Circuit(url, self._health, patience), Meter()
+        self._replicas: list[str] = []  # those of a router
+        self._ranks = 1
         self._live: set[str] = set()
         self._open: set[aiohttp.ClientResponse] = set()
         self._aborts: dict[str, asyncio.Task[None]] = {}
@@ -78,8 +81,7 @@ class HttpEngine:
         )
         engine = cls(url, session, tokenizer, timeout, patience)  # type: ignore[arg-type]  # set below, before anyone sees it
         try:
-            info = await engine._get("/model_info")
-            server = await engine._get("/server_info")
+            info, server = await engine._who()
             backend = server.get("grammar_backend")
             if backend not in get_args(Backend):
                 raise UnsupportedEngine(
@@ -94,6 +96,26 @@ class HttpEngine:
             await session.close()
             raise
         return engine
+
+    async def _who(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the server says of its model and of itself; a router's replicas are asked themselves."""
+        try:
+            info, server = await self._get("/model_info"), await self._get("/server_info")
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            info = await self._get("/get_model_info")
+            self._replicas = [str(w["url"]).rstrip("/") for w in (await self._get("/workers"))["workers"]]
+            try:
+                each = [await self._get("/server_info", replica) for replica in self._replicas]
+            except EngineError as error:
+                raise UnsupportedEngine(
+                    f"{self.url} is a router, and its replicas have to be reachable from here too: {error}"
+                ) from error
+            # A router leaves the layouts out of what it sends on: joined prompts would be read in a line.
+            server = {**each[0], "radix_cache_backend": None, "dp_size": 1}
+        self._ranks = int(server.get("dp_size") or 1)
+        return info, server
 
     async def close(self) -> None:
         """Abort what is under way, which then fails, and close the connections."""
@@ -143,12 +165,14 @@ class HttpEngine:
     async def _abort(self, rid: str) -> None:
         # Where nobody listens nothing runs. One answer broken off doesn't say that of the others.
         if not isinstance(self._circuit.error, aiohttp.ClientConnectorError):
-            post = self._session.post(
-                f"{self.url}/abort_request", json={"rid": rid}, timeout=aiohttp.ClientTimeout(total=ABORT_S)
-            )
-            with contextlib.suppress(EngineError, RuntimeError):  # RuntimeError: the session was closed
-                async with self._errors(), post:
-                    pass
+            limit = aiohttp.ClientTimeout(total=ABORT_S)
+            for url in self._replicas or [
+                self.url
+            ]:  # a router aborts nothing; who does not know it ignores it
+                post = self._session.post(f"{url}/abort_request", json={"rid": rid}, timeout=limit)
+                with contextlib.suppress(EngineError, RuntimeError, aiohttp.ClientError, TimeoutError):
+                    async with self._unnoted() if self._replicas else self._errors(), post:
+                        pass
         del self._aborts[rid]
 
     async def load(self) -> Load:
@@ -159,7 +183,9 @@ class HttpEngine:
 
     async def _load(self) -> Load:
         async with self._errors():
-            ranks = (await self._get("/v1/loads"))["loads"]
+            ranks = [x for url in self._replicas or [self.url] for x in await self._loads(url)]
+            if not ranks:
+                raise EngineError(f"no replica of {self.url} says how busy it is")
             load = Load(
                 running=sum(x["num_running_reqs"] for x in ranks),
                 waiting=sum(x["num_waiting_reqs"] for x in ranks),
@@ -171,15 +197,28 @@ class HttpEngine:
         self._stale = time.monotonic() + FRESH_S
         return load
 
+    async def _loads(self, url: str) -> list[dict[str, Any]]:
+        """Of each rank of one server; none of a replica that is not there."""
+        try:
+            found: list[dict[str, Any]] = (await self._get("/v1/loads", url))["loads"]
+        except EngineError:
+            if not self._replicas:
+                raise
+            return []
+        return found
+
     async def _health(self) -> None:
         limit = aiohttp.ClientTimeout(total=PROBE_S)
         async with self._session.get(f"{self.url}/health", timeout=limit) as response:
             response.raise_for_status()
 
-    async def _get(self, path: str) -> dict[str, Any]:
-        async with self._errors(), self._session.get(self.url + path) as response:
+    async def _get(self, path: str, replica: str = "") -> dict[str, Any]:
+        """From the server, or from one replica behind it, whose failure says nothing of the server."""
+        url = replica or self.url
+        noting = replica and replica != self.url
+        async with self._unnoted() if noting else self._errors(), self._session.get(url + path) as response:
             if response.status != 200:
-                raise EngineError(f"{self.url}{path} answered {response.status}", response.status)
+                raise EngineError(f"{url}{path} answered {response.status}", response.status)
             data: dict[str, Any] = await response.json()
             return data
 
@@ -245,7 +284,9 @@ class HttpEngine:
         """The open answer to one `/generate` request, if it is one."""
         await self._circuit.ready()
         with self._aborting(body.get("rid")), self._meter.running():
-            async with self._errors(), self._session.post(f"{self.url}/generate", json=body) as response:
+            body, headers = self._routed(body)
+            post = self._session.post(f"{self.url}/generate", json=body, headers=headers)
+            async with self._errors(), post as response:
                 if response.status != 200:
                     raise EngineError(_message(await response.text(), response.status), response.status)
                 self._open.add(response)
@@ -253,6 +294,14 @@ class HttpEngine:
                     yield response
                 finally:
                     self._open.discard(response)
+
+    def _routed(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The body and the headers that bring a request to where the others of its trajectory are."""
+        body = dict(body)
+        key = body.pop(FIELD, None) or key_of(str(body.get("rid") or ""))
+        if self._ranks > 1 and key:
+            body.setdefault("routed_dp_rank", rank_of(key, self._ranks))
+        return body, {HEADER: key} if key else {}
 
     @contextlib.contextmanager
     def _aborting(self, rid: str | None) -> Iterator[None]:
@@ -268,6 +317,14 @@ class HttpEngine:
             raise
         finally:
             self._live.discard(rid)
+
+    @contextlib.asynccontextmanager
+    async def _unnoted(self) -> AsyncIterator[None]:
+        """Exceptions as ours, of a replica behind a router."""
+        try:
+            yield
+        except (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+            raise EngineError(f"a replica of {self.url} does not answer: {error!r}") from error
 
     @contextlib.asynccontextmanager
     async def _errors(self) -> AsyncIterator[None]:

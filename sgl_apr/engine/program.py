@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sglang.lang.interpreter import ProgramState, StreamExecutor
@@ -12,6 +12,7 @@ from sglang.lang.ir import SglCommitLazy, SglGen
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.ledger import KEY, Ledger
+from sgl_apr.engine.replicas import FIELD
 from sgl_apr.errors import EngineError
 from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class ProgramEngine:
         return self.endpoint.http.seeded
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
+        request = self._routed(request)
         if self.state is None:
             return await self.endpoint.http.decode(request, on_tokens)
         call = Decode(request, on_tokens)
@@ -66,10 +68,14 @@ class ProgramEngine:
         return self.endpoint.http.joins_kv
 
     async def commit(self, request: Request) -> Result:
-        return await self.endpoint.http.commit(request)
+        return await self.endpoint.http.commit(self._routed(request))
 
     async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
-        return await asyncio.to_thread(self._fork, request, size)
+        return await asyncio.to_thread(self._fork, self._routed(request), size)
+
+    def _routed(self, request: Request) -> Request:
+        """With the key of the program: its prompt is where the rest of it is."""
+        return replace(request, fields={FIELD: self.endpoint.route(self.executor), **request.fields})
 
     def _fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
         source, prefix = self.executor, request.input_ids
