@@ -1,4 +1,4 @@
-"""Where branches cannot be joined in the KV cache, from SGLang's arguments and its model's configuration; pure.
+"""Where branches cannot be joined in the KV cache, from SGLang's arguments and its model's configuration.
 
 What it lets pass are the modes in which every rank has all of a prompt's keys and values, one slot for each
 token, attends to them by place, and takes its positions from `ForwardBatch.init_new`.
@@ -6,8 +6,11 @@ token, attends to them by place, and takes its positions from `ForwardBatch.init
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
+
+from sgl_apr.server.plugin import JOINS
 
 BACKENDS = frozenset({"apr_cpu", "torch_native", "flashinfer", "triton", "fa3", "fa4"})
 
@@ -51,7 +54,6 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "--enable-session-radix-cache", args.enable_session_radix_cache
     yield f"--dp-size {args.dp_size}: branches would be in several caches", args.dp_size > 1
     yield f"--attn-dp-size {args.attn_dp_size}: branches would be in several caches", args.attn_dp_size > 1
-    yield f"--pp-size {args.pp_size}", args.pp_size > 1
     yield f"--dcp-size {args.dcp_size}", args.dcp_size > 1
     yield f"--attn-cp-size {args.attn_cp_size}", args.attn_cp_size > 1
     yield "--enable-kv-cache-sharding", args.enable_kv_cache_sharding
@@ -60,6 +62,7 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "--enable-nvidia-megakernel", args.enable_nvidia_megakernel
     yield "--kv-canary, which takes positions for places", args.kv_canary != "none"
     yield "SGLANG_RADIX_FORCE_MISS", _misses()
+    yield f"{JOINS}=0", os.environ.get(JOINS) == "0"
     for backend in _backends(args):
         yield f"--attention-backend {backend}", backend not in BACKENDS
 

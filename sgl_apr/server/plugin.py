@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +23,9 @@ LAUNCHED = "SGL_APR_LAUNCHED"
 BACKEND = "apr_cpu"
 CACHE, STOCK = "apr", "stock"  # radix caches: the one that joins, and SGLang's own
 SECRET = "SGL_APR_SECRET"  # made by the first process of a server, for all of them
+JOINS = "SGL_APR_KV_JOIN"  # 0: SGLang's cache and positions are left alone
 
+_TOKENIZED = ("obj", "input_text", "input_ids", "input_embeds", "mm_inputs")
 _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
 _EXTEND = (*_DECODE, "extend_prefix_lens", "extend_seq_lens", "encoder_lens")
 _OPTIONS = ("scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size")
@@ -96,23 +98,23 @@ def _prepare_masks() -> None:
 
 def _register_cache() -> None:
     """The radix cache that joins branches, the positions that go with it, and the door before both."""
+    _after(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object", _TOKENIZED, _check
+    )
     register = seam("sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"])
-    stock = seam("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"])
+    register(STOCK, seam("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"]))
+    if os.environ.get(JOINS) == "0":
+        return
     os.environ.setdefault(SECRET, secrets.token_hex(32))
     register(CACHE, _make_cache)
-    register(STOCK, stock)
-    hook = seam("sglang.srt.plugins.hook_registry:HookRegistry.register")
-    after = seam("sglang.srt.plugins.hook_registry:HookType.AFTER")
-    for path, parameters, what in (
-        ("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _after_batch),
-        (
-            "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
-            ["obj", "input_text", "input_ids"],
-            _after_tokenizing,
-        ),
-    ):
-        seam(path, parameters)
-        hook(path.replace(":", "."), what, after)
+    _after("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift)
+
+
+def _after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
+    """Call `hook` with what a function of SGLang returned, and with what it was given."""
+    seam(path, parameters)
+    register = seam("sglang.srt.plugins.hook_registry:HookRegistry.register", ["target", "hook", "hook_type"])
+    register(path.replace(":", "."), hook, seam("sglang.srt.plugins.hook_registry:HookType.AFTER"))
 
 
 def _make_cache(context: Any) -> Any:
@@ -133,13 +135,13 @@ def _make_cache(context: Any) -> Any:
     return kv_join.make(context)
 
 
-def _after_batch(batch: Any, *arguments: Any, **options: Any) -> None:
+def _shift(batch: Any, *arguments: Any, **options: Any) -> None:
     from sgl_apr.server.kv_join import shift_positions
 
     shift_positions(batch, *arguments, **options)
 
 
-def _after_tokenizing(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
+def _check(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
     """In the HTTP process: what SGLang answers a ValueError with is a 400."""
     from sglang.srt.runtime_context import get_memory
 
