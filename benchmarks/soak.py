@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "SGLANG_TEST_RETRACT_INTERVAL": "29",
 }
 VIOLATION = re.compile(r"Traceback|leak|invariant|AssertionError|CRITICAL", re.IGNORECASE)
+RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 LONGEST = 400  # tokens of a prompt: what grows longer is forgotten
 VOCABULARY = range(10, 400)
 NEAR = 1e-3  # by how much a logit may be below the highest one, where both round
@@ -377,9 +378,9 @@ def soaked(options: argparse.Namespace) -> dict[str, Any]:
             except apr.EngineError as error:
                 tokens = -1
                 soak.wrong.append(f"at the end: {error}")
-        lines = log.read_text(errors="replace").splitlines()
-        violations = [line for line in lines if VIOLATION.search(line)]
+        said = log.read_text(errors="replace")
         total, behind_joins, differ = compared(directory, soak.answers, options.sample, options.seed)
+    violations = [line for line in said.splitlines() if VIOLATION.search(line)]
     steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(soak.marks)]
     walls, works = ([step[0] / step[k] for step in steps] for k in (1, 2))
     return {
@@ -388,7 +389,7 @@ def soaked(options: argparse.Namespace) -> dict[str, Any]:
         "outcomes": dict(sorted(soak.outcomes.items())),
         "computed_tokens": soak.computed,
         "pool_tokens": options.pool,
-        "retractions": sum("#retracted_reqs" in line for line in lines),
+        "retractions": sum(int(n) for n in RETRACTED.findall(said)),
         "wrong": dict(Counter(soak.wrong).most_common(10)),
         "violations": violations[:10],
         "held_when_idle": tokens,

@@ -176,6 +176,36 @@ def test_a_text_join_is_another_thing(joining: Server, reference):
     assert heard[0] != pytest.approx(logprobs[0], abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["unequal", "in sequence", "nested"])
+@pytest.mark.parametrize("line_first", [True, False])
+def test_a_join_and_the_same_text_in_a_line_share_only_what_is_alike(
+    joining: Server, reference, name: str, line_first: bool
+):
+    """Whichever was there first, and with what was decoded behind it: the other finds the first branch at most."""
+    layout = LAYOUTS[name]
+    ids = prompt(layout, 70 + 2 * list(LAYOUTS).index(name) + line_first)
+    alike = layout[0] + layout[1][0][0]  # the prefix, and the first run of the first branch
+
+    def line() -> dict:
+        async def once() -> dict:
+            async with aiohttp.ClientSession() as session:
+                return await generate(session, joining.url, ids, NEW)
+
+        return asyncio.run(once())
+
+    first = line() if line_first else None
+    stitched = joined(joining.url, layout, ids)
+    assert stitched["output_ids"] == expected(reference, layout, ids)[0]
+    assert stitched["meta_info"]["cached_tokens"] == len(ids) - layout[-1], (
+        "the end of the line is not its end"
+    )
+    read = first or line()
+    assert read["output_ids"] == expected(reference, [len(ids)], ids)[0]
+    assert read["meta_info"]["cached_tokens"] <= alike
+    assert joined(joining.url, layout, ids)["output_ids"] == stitched["output_ids"]
+    assert line()["output_ids"] == read["output_ids"]
+
+
 def test_what_is_decoded_behind_a_join_is_cached_there_and_only_there(joining: Server, reference):
     layout = LAYOUTS["one"]
     ids = prompt(layout, 11)
@@ -236,7 +266,10 @@ def scaled(layout: list, factor: int) -> list:
 
 VARIANTS = {
     "chunked prefill": ({"chunked_prefill_size": 8}, {}),
+    "chunks and decoding mixed": ({"chunked_prefill_size": 16, "enable_mixed_chunk": True}, {}),
     "no overlap": ({"disable_overlap_schedule": True}, {}),
+    "another order": ({"schedule_policy": "dfs-weight"}, {}),
+    "the tree in Python": ({}, {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}),
     "retraction": ({}, {"SGLANG_TEST_RETRACT": "1"}),
     "eviction": ({"max_total_tokens": 700, "max_running_requests": 3}, {}),
 }

@@ -1,0 +1,38 @@
+"""KV joins for a long time: forks, joins, aborts, evictions and retractions at random on a server that checks itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+
+SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+FEWEST = 4  # of each operation that succeeds, in 400
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_soak(count: int):
+    argv = [sys.executable, str(SOAK), "--json", "--count", str(count), "--seed", "0"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.stdout, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    print("\n", found)
+    wrong = {name: found[name] for name in ("wrong", "violations", "held_when_idle")}
+    assert wrong == {"wrong": {}, "violations": [], "held_when_idle": 0}
+    assert found["compared"]["differ"] == 0
+    assert (found["ok"], found["operations"], done.returncode) == (True, count, 0)
+    # It was what it says that it is.
+    enough = count // 400 * FEWEST
+    assert min(found["compared"]["answers"], found["compared"]["behind_joins"]) >= 5 * enough
+    assert found["computed_tokens"] > 3 * found["pool_tokens"]
+    assert found["retractions"] >= enough
+    for what in ("fork", "commit", "join_as_it_is", "join_what_was_kept", "nest", "go_on", "read_in_a_line"):
+        assert found["outcomes"][f"{what} done"] >= enough
+    for what in ("join_what_never_was", "join_with_another_salt", "give_up"):
+        assert found["outcomes"][f"{what} done"] >= enough // 2
+    assert found["outcomes"]["join_as_it_is lost"] >= enough
