@@ -1,4 +1,4 @@
-"""apr_cpu equals SGLang's torch_native, whatever the batch; its plan covers every token once."""
+"""apr_cpu equals SGLang's torch_native and plain torch, whatever the batch; its plans cover every token once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from sgl_apr.server.attention_plan import SHORT, plan_decode, plan_extend
+from sgl_apr.server.decode_pieces import PIECE, SHORTEST, plan_pieces
 
-HEADS = [(9, 3, 64), (4, 4, 16), (4, 2, 32), (8, 1, 8)]
+HEADS = [(9, 3, 64), (4, 4, 16), (4, 2, 32), (8, 1, 8), (5, 1, 20)]
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Batch:
         return SimpleNamespace(query=query, key=key, value=value, table=table, places=places)
 
 
-def backend(kind: str):
+def backend(kind: str, **options):
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     from sgl_apr.server.attention import AprCpuAttention
 
     runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
-    return (AprCpuAttention if kind == "apr_cpu" else TorchNativeAttnBackend)(runner)
+    return (AprCpuAttention if kind == "apr_cpu" else TorchNativeAttnBackend)(runner, **options)
 
 
 def decode(kind: str, batch: Batch, **options) -> torch.Tensor:
@@ -184,6 +186,164 @@ def test_plan_covers_every_token_once(new):
     assert len(tokens) == sum(group.size for group in plan.groups)
     tokens += [token for span in plan.spans for token in range(span.start, span.stop)]
     assert sorted(tokens) == list(range(2 * new + 2))
+
+
+@dataclass(frozen=True)
+class Forks:
+    """Requests as they came to be: each begins with the first slots of an earlier one and goes on with its own.
+
+    `steps` has (which one, how many of its slots, how many of its own). Slots are strewn, as behind a KV join.
+    """
+
+    steps: tuple[tuple[int, int, int], ...]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        size = sum(own for _, _, own in self.steps)
+        free = iter((torch.randperm(size, generator=torch.Generator().manual_seed(size)) + 1).tolist())
+        rows: list[list[int]] = []
+        for parent, taken, own in self.steps:
+            rows.append((rows[parent][:taken] if rows else []) + [next(free) for _ in range(own)])
+        return rows
+
+
+FORKS = {
+    "one": Forks(((0, 0, 1),)),
+    "a fork of 8": Forks(((0, 0, 1056), *[(0, 1024, own) for own in (1, 2, 17, 31, 32, 33, 300)])),
+    "two forks and a stranger": Forks(
+        ((0, 0, 420), (0, 400, 30), (0, 400, 1), (0, 0, 50), (0, 0, 300), (4, 290, 9), (4, 299, 40))
+    ),
+    "nested": Forks(
+        ((0, 0, 340), (0, 320, 100), (1, 400, 5), (1, 410, 5), (0, 320, 60), (4, 370, 20), (0, 330, 9))
+    ),
+    "a chain, as ahead of a trunk that goes on": Forks(
+        ((0, 0, 200), *[(i, 150 + 20 * i, 30) for i in range(7)])
+    ),
+    "in common less than is worth it": Forks(((0, 0, 40), (0, SHORTEST - 1, 20), (1, SHORTEST + 3, 20))),
+    "a piece to the slot": Forks(((0, 0, PIECE), (0, PIECE - 1, 1), (0, PIECE - 1, PIECE + 1))),
+    "one ends where others go on": Forks(((0, 0, 300), (0, 300, 1), (0, 300, 40))),
+}
+
+
+def any_forks() -> st.SearchStrategy[Forks]:
+    step = st.tuples(st.integers(0, 11), st.integers(0, 400), st.integers(1, 200))
+    steps = st.lists(step, min_size=1, max_size=12)
+    return steps.map(
+        lambda s: Forks(tuple((parent % max(i, 1), *rest) for i, (parent, *rest) in enumerate(s)))
+    )
+
+
+class Pool:
+    """Keys and values of one layer, the rows of requests, and a backend that decodes for them."""
+
+    def __init__(self, size: int, heads: tuple[int, int, int], **options) -> None:
+        torch.manual_seed(size)
+        self.heads = heads
+        self.key, self.value = (torch.full((size, heads[1], heads[2]), float("nan")) for _ in "kv")
+        self.table = torch.randint(0, size, (15, 2000), dtype=torch.int32)  # behind a row's end is anything
+        self.backend = backend("apr_cpu", **options)
+
+    def decode(
+        self, rows: list[list[int]], places: list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step as SGLang does it, and the same in plain torch; both [rows, heads, dim]."""
+        places = list(range(len(rows) - 1, -1, -1)) if places is None else places
+        self.key.fill_(float("nan"))  # nobody's slots: reading one would show
+        self.value.fill_(float("nan"))
+        for place, row in zip(places, rows, strict=True):
+            slots = torch.tensor(row)
+            self.table[place, : len(row)] = slots.int()
+            self.key[slots], self.value[slots] = (torch.randn(len(row), *self.key.shape[1:]) for _ in "kv")
+        query = torch.randn(len(rows), self.heads[0], self.heads[2])
+        lengths = torch.tensor([len(row) for row in rows])
+        self.backend.init_forward_metadata(SimpleNamespace(out_cache_loc=None))
+        arguments = (self.key, self.value, self.table, torch.tensor(places), lengths)
+        output = self.backend._run_sdpa_forward_decode(query, torch.empty_like(query), *arguments)
+        return output, torch.stack([self._plain(*pair) for pair in zip(query, rows, strict=True)])
+
+    def _plain(self, query: torch.Tensor, row: list[int]) -> torch.Tensor:
+        times = self.heads[0] // self.heads[1]
+        key, value = (x[row].repeat_interleave(times, 1).transpose(0, 1) for x in (self.key, self.value))
+        return scaled_dot_product_attention(query[:, None], key, value)[:, 0]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", FORKS)
+def test_forks(way, name, heads, share):
+    rows = FORKS[name].rows
+    same(*Pool(2000, heads, share=share).decode(rows))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(forks=any_forks(), heads=st.sampled_from(HEADS))
+def test_any_forks(way, forks, heads):
+    same(*Pool(2500, heads).decode(forks.rows))
+
+
+def test_slots_that_another_request_got(way):
+    """Same places, same lengths and the same slots, but no longer in common."""
+    pool = Pool(2000, (9, 3, 64))
+    rows = Forks(((0, 0, 620), (0, 600, 20), (0, 600, 20), (0, 0, 620))).rows
+    same(*pool.decode(rows))
+    before = [row.copy() for row in rows]
+    rows[1], rows[3] = before[3], before[1]  # two that change places
+    same(*pool.decode(rows))
+    rows[2] = [*before[2][:599], 1999, *before[2][600:]]  # one slot, the last that was in common
+    same(*pool.decode(rows))
+    rows = [row[::-1] for row in rows]  # all of them freed and given out again
+    same(*pool.decode(rows))
+
+
+def test_grows_slot_by_slot(way):
+    pool, rows = Pool(2000, (4, 2, 32)), FORKS["a fork of 8"].rows
+    free = iter(sorted(set(range(1, 2000)) - {slot for row in rows for slot in row}))
+    for _ in range(5):
+        same(*pool.decode(rows))
+        rows = [[*row, next(free)] for row in rows]
+    same(*pool.decode(rows[2:5], [4, 3, 2]))  # and goes on with less
+    same(*pool.decode([rows[6]]))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@given(forks=any_forks())
+@settings(deadline=None)
+def test_pieces_cover_every_slot_of_every_row_once(share, forks):
+    rows = forks.rows
+    table = torch.zeros(len(rows), 2500, dtype=torch.int32)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = torch.tensor(row)
+    work = plan_pieces(table, torch.arange(len(rows)), [len(row) for row in rows], share=share)
+    parts = {}
+    for request, first, last, member, size, part in work.pieces.tolist():
+        assert 0 < last - first <= PIECE
+        for i, row in enumerate(work.members[member : member + size].tolist()):
+            parts[part + i] = row, (first, last)
+            assert rows[row][first:last] == rows[request][first:last]
+    assert len(parts) == len(work.found)
+    for i, row in enumerate(rows):
+        mine = [parts[part] for part in work.found[work.begin[i] : work.begin[i + 1]].tolist()]
+        ends = sorted(end for _, end in mine)
+        assert {owner for owner, _ in mine} == {i}
+        assert [0, *(last for _, last in ends)] == [*(first for first, _ in ends), len(row)]
+
+
+def read(forks: Forks, **options) -> int:
+    """How many slots a step reads."""
+    pool = Pool(2000, (4, 2, 32), **options)
+    pool.decode(forks.rows)
+    return sum(last - first for _, first, last, *_ in pool.backend._pieces.pieces.tolist())
+
+
+def test_nested_forks_are_read_once_at_every_level(monkeypatch):
+    forks = FORKS["nested"]
+    alone, once = sum(map(len, forks.rows)), len({slot for row in forks.rows for slot in row})
+    assert once < read(forks) < once + SHORTEST * len(forks.rows)
+    assert read(forks, share=False) == alone
+    monkeypatch.setenv("SGL_APR_SHARED_PREFIX", "0")
+    assert read(forks) == alone
+    monkeypatch.setenv("SGL_APR_SHARED_PREFIX", "1")
+    assert read(forks) < alone
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch, caplog):
