@@ -34,7 +34,8 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
     def __init__(self, model_runner: Any, *, share: bool | None = None) -> None:
         super().__init__(model_runner)
         self._share = os.environ.get(SHARED_PREFIX) != "0" if share is None else share
-        self._pieces: Pieces | None = None  # for the current forward pass, as are
+        # For the current forward pass, and never for another: by then a slot may be another request's.
+        self._pieces: Pieces | None = None
         self._plans: dict[int, Plan] = {}  # by number of key heads
         self._scratch = Scratch()
         decode_kernel()  # compiled now rather than at the first token
