@@ -15,7 +15,7 @@ import aiohttp
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit import Circuit
 from sgl_apr.engine.meter import Meter
-from sgl_apr.engine.replicas import FIELD, HEADER, key_of, rank_of
+from sgl_apr.engine.replicas import FIELD, HEADER, addresses, key_of, lost, rank_of
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.layout import Layout
 from sgl_apr.lowering import Backend
@@ -40,7 +40,7 @@ class HttpEngine:
     ) -> None:
         self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
         self._circuit, self._meter = Circuit(url, self._health, patience), Meter()
-        self._replicas: list[str] = []  # those of a router
+        self._replicas: list[str] | None = None  # those behind a router, if it is one
         self._ranks = 1
         self._live: set[str] = set()
         self._open: set[aiohttp.ClientResponse] = set()
@@ -98,24 +98,27 @@ class HttpEngine:
         return engine
 
     async def _who(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the server says of its model and of itself; a router's replicas are asked themselves."""
+        """What the server says of its model and of itself; a router says neither, but its replicas do."""
         try:
-            info, server = await self._get("/model_info"), await self._get("/server_info")
+            info, server = await self._said(self.url)
         except EngineError as error:
             if error.status != 404:
                 raise
-            info = await self._get("/get_model_info")
-            self._replicas = [str(w["url"]).rstrip("/") for w in (await self._get("/workers"))["workers"]]
-            try:
-                each = [await self._get("/server_info", replica) for replica in self._replicas]
-            except EngineError as error:
+            self._replicas = addresses(await self._get("/workers"))
+            said = await asyncio.gather(*map(self._said, self._replicas), return_exceptions=True)
+            found = [answer for answer in said if not isinstance(answer, BaseException)]
+            if not found:
+                why = said[0] if said else "none of them is well"
                 raise UnsupportedEngine(
-                    f"{self.url} is a router, and its replicas have to be reachable from here too: {error}"
+                    f"{self.url} is a router, and its replicas have to be reachable from here too: {why}"
                 ) from error
-            # A router leaves the layouts out of what it sends on: joined prompts would be read in a line.
-            server = {**each[0], "radix_cache_backend": None, "dp_size": 1}
-        self._ranks = int(server.get("dp_size") or 1)
+            info, server = found[0]  # they are alike
+            server["radix_cache_backend"] = None  # layouts are `lost`: joined prompts would be read in a line
+        self._ranks = int(server.get("dp_size") or 1) * int(server.get("attn_dp_size") or 1)
         return info, server
+
+    async def _said(self, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        return await self._get("/model_info", url), await self._get("/server_info", url)
 
     async def close(self) -> None:
         """Abort what is under way, which then fails, and close the connections."""
@@ -165,15 +168,20 @@ class HttpEngine:
     async def _abort(self, rid: str) -> None:
         # Where nobody listens nothing runs. One answer broken off doesn't say that of the others.
         if not isinstance(self._circuit.error, aiohttp.ClientConnectorError):
-            limit = aiohttp.ClientTimeout(total=ABORT_S)
-            for url in self._replicas or [
-                self.url
-            ]:  # a router aborts nothing; who does not know it ignores it
-                post = self._session.post(f"{url}/abort_request", json={"rid": rid}, timeout=limit)
-                with contextlib.suppress(EngineError, RuntimeError, aiohttp.ClientError, TimeoutError):
-                    async with self._unnoted() if self._replicas else self._errors(), post:
-                        pass
+            # A router passes no abort on; a replica ignores what it does not know.
+            await asyncio.gather(*(self._abort_at(url, rid) for url in self._servers()))
         del self._aborts[rid]
+
+    async def _abort_at(self, url: str, rid: str) -> None:
+        limit = aiohttp.ClientTimeout(total=ABORT_S)
+        post = self._session.post(f"{url}/abort_request", json={"rid": rid}, timeout=limit)
+        with contextlib.suppress(EngineError, RuntimeError):  # RuntimeError: the session was closed
+            async with self._errors(url), post:
+                pass
+
+    def _servers(self) -> list[str]:
+        """Whom to ask what a router does not pass on."""
+        return [self.url] if self._replicas is None else self._replicas
 
     async def load(self) -> Load:
         """How busy the server is, or was just now: however many ask, one request is under way."""
@@ -183,8 +191,10 @@ class HttpEngine:
 
     async def _load(self) -> Load:
         async with self._errors():
-            ranks = [x for url in self._replicas or [self.url] for x in await self._loads(url)]
-            if not ranks:
+            if self._replicas is not None:  # some may have gone, or come
+                self._replicas = addresses(await self._get("/workers"))
+            loads = await asyncio.gather(*map(self._loads, self._servers()))
+            if not (ranks := [rank for found in loads for rank in found]):
                 raise EngineError(f"no replica of {self.url} says how busy it is")
             load = Load(
                 running=sum(x["num_running_reqs"] for x in ranks),
@@ -202,7 +212,7 @@ class HttpEngine:
         try:
             found: list[dict[str, Any]] = (await self._get("/v1/loads", url))["loads"]
         except EngineError:
-            if not self._replicas:
+            if self._replicas is None:
                 raise
             return []
         return found
@@ -212,11 +222,9 @@ class HttpEngine:
         async with self._session.get(f"{self.url}/health", timeout=limit) as response:
             response.raise_for_status()
 
-    async def _get(self, path: str, replica: str = "") -> dict[str, Any]:
-        """From the server, or from one replica behind it, whose failure says nothing of the server."""
-        url = replica or self.url
-        noting = replica and replica != self.url
-        async with self._unnoted() if noting else self._errors(), self._session.get(url + path) as response:
+    async def _get(self, path: str, url: str = "") -> dict[str, Any]:
+        url = url or self.url
+        async with self._errors(url), self._session.get(url + path) as response:
             if response.status != 200:
                 raise EngineError(f"{url}{path} answered {response.status}", response.status)
             data: dict[str, Any] = await response.json()
@@ -283,8 +291,8 @@ class HttpEngine:
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         """The open answer to one `/generate` request, if it is one."""
         await self._circuit.ready()
+        body, headers = self._routed(body)
         with self._aborting(body.get("rid")), self._meter.running():
-            body, headers = self._routed(body)
             post = self._session.post(f"{self.url}/generate", json=body, headers=headers)
             async with self._errors(), post as response:
                 if response.status != 200:
@@ -297,10 +305,13 @@ class HttpEngine:
 
     def _routed(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """The body and the headers that bring a request to where the others of its trajectory are."""
-        body = dict(body)
+        body, direct = dict(body), self._replicas is None
         key = body.pop(FIELD, None) or key_of(str(body.get("rid") or ""))
+        if not direct and (names := lost(body)):
+            raise UnsupportedEngine(f"{self.url} is a router, which does not pass on {', '.join(names)}")
         if self._ranks > 1 and key:
-            body.setdefault("routed_dp_rank", rank_of(key, self._ranks))
+            name = "routed_dp_rank" if direct else "data_parallel_rank"  # a router knows the older name only
+            body.setdefault(name, rank_of(key, self._ranks))
         return body, {HEADER: key} if key else {}
 
     @contextlib.contextmanager
@@ -319,28 +330,24 @@ class HttpEngine:
             self._live.discard(rid)
 
     @contextlib.asynccontextmanager
-    async def _unnoted(self) -> AsyncIterator[None]:
-        """Exceptions as ours, of a replica behind a router."""
-        try:
-            yield
-        except (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
-            raise EngineError(f"a replica of {self.url} does not answer: {error!r}") from error
-
-    @contextlib.asynccontextmanager
-    async def _errors(self) -> AsyncIterator[None]:
-        """Every exception of the HTTP library as ours; the circuit hears of failed connections."""
+    async def _errors(self, url: str = "") -> AsyncIterator[None]:
+        """Every exception of the HTTP library as ours; the circuit hears of failed connections to the server,
+        not of those to a replica behind it."""
+        url, noted = url or self.url, url in ("", self.url)
         try:
             yield
         except (aiohttp.ServerTimeoutError, TimeoutError) as error:
-            raise EngineTimeout(f"{self.url} did not answer within {self._timeout:g} s ({error})") from error
+            raise EngineTimeout(f"{url} did not answer within {self._timeout:g} s ({error})") from error
         except aiohttp.ClientConnectorError as error:
-            self._circuit.failed(error)
-            raise EngineError(f"no server at {self.url}: {error}") from error
+            if noted:
+                self._circuit.failed(error)
+            raise EngineError(f"no server at {url}: {error}") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
-            self._circuit.failed(error)
-            raise EngineError(f"{self.url} broke off the answer: {error or type(error).__name__}") from error
+            if noted:
+                self._circuit.failed(error)
+            raise EngineError(f"{url} broke off the answer: {error or type(error).__name__}") from error
         except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
-            raise EngineError(f"{self.url} does not answer like an SGLang server: {error!r}") from error
+            raise EngineError(f"{url} does not answer like an SGLang server: {error!r}") from error
 
 
 def decoding(request: Request) -> dict[str, Any]:
