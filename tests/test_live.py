@@ -79,7 +79,7 @@ def crowd(size: int, words: int = 1) -> list[Event]:
 
 
 def finished(*limits: Limit) -> Done:
-    return Done((), "threadweaver", 3.21, limits, (), None, False)
+    return Done((), "threadweaver", 3.21, limits, (), (), None, False)
 
 
 def test_branches_stand_side_by_side_below_the_trunk():
