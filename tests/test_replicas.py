@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from sgl_apr.models import random_llama
 from sgl_apr.server import preflight
 from sgl_apr.server.launch import Server
 
+SMALL = {"max_total_tokens": 8192, "context_length": 1024}
 BUDGET = apr.Budget(tokens=500, width=3, outline_chars=8)
 ASKED = {"mode": "parallel", "temperature": 1.0, "budget": BUDGET, "retry": apr.Retry(8, 0.2)}
 
@@ -66,24 +67,32 @@ def model(tmp_path_factory) -> Path:
     return random_llama(directory, tags=apr.dialect("multiverse").tags, tag_bias=3.0)
 
 
-@pytest.fixture(scope="module")
-def fleet(model: Path) -> Iterator[Fleet]:
-    options = {"max_total_tokens": 8192, "context_length": 1024}
-    with ExitStack() as stack:
-        logs = (model / "0.log", model / "1.log")
-        replicas = [stack.enter_context(Server(model, log_path=log, **options)) for log in logs]
-        port, metrics = preflight.free_port(), preflight.free_port()
-        argv = ["--worker-urls", *(r.url for r in replicas), "--policy", "manual"]
-        argv += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
-        argv += ["--prometheus-port", str(metrics), "--health-check-interval-secs", "2"]
-        out = stack.enter_context((model / "router.log").open("wb"))
-        router = subprocess.Popen(
+@contextmanager
+def router(log: Path, servers: Sequence[str], *more: str) -> Iterator[str]:
+    """SGLang's router in front of some servers: its URL."""
+    port, metrics = preflight.free_port(), preflight.free_port()
+    argv = ["--worker-urls", *servers, "--policy", "manual", "--health-check-interval-secs", "2", *more]
+    argv += ["--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
             [sys.executable, "-m", "sglang_router.launch_router", *argv], stdout=out, stderr=out
         )
-        stack.callback(router.wait, 30)
-        stack.callback(router.terminate)
-        url = f"http://127.0.0.1:{port}"
-        until(lambda: registered(url) == 2, 120)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            until(lambda: registered(url) >= len(servers), 120)
+            yield url
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def fleet(model: Path) -> Iterator[Fleet]:
+    with ExitStack() as stack:
+        logs = (model / "0.log", model / "1.log")
+        replicas = [stack.enter_context(Server(model, log_path=log, **SMALL)) for log in logs]
+        url = stack.enter_context(router(model / "router.log", [r.url for r in replicas]))
         yield Fleet(url, (replicas[0], replicas[1]), logs)
 
 
@@ -137,12 +146,16 @@ def test_all_requests_of_a_trajectory_reach_one_rank(model: Path, monkeypatch: p
     """Before the fleet is started."""
     cores = 2 * sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
-    with Server(
-        model, dp_size=2, max_total_tokens=8192, context_length=1024, log_path=model / "dp.log"
-    ) as server:
+    with Server(model, dp_size=2, log_path=model / "dp.log", **SMALL) as server:
         assert not missed(asyncio.run(ask(server.url, 12)))
         log = (model / "dp.log").read_text(errors="replace")
         assert all(f"DP{rank}] Prefill batch" in log for rank in (0, 1)), "both had work"
+        with router(model / "plain.log", [server.url]) as url:
+            assert not missed(asyncio.run(ask(url, 12)))
+        with router(model / "aware.log", [server.url], "--dp-aware") as url:
+            assert not missed(asyncio.run(ask(url, 12)))
+            with pytest.raises(apr.EngineError, match="does not say what its model is"):
+                apr.Endpoint(url)
         scattered(monkeypatch)
         assert missed(asyncio.run(ask(server.url, 12)))
 

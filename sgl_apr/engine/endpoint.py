@@ -79,7 +79,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
                     base_url, api_key=api_key, tokenizer=tokenizer, timeout=timeout, patience=patience
                 )
             )
-            super().__init__(base_url, api_key, verify, chat_template_name)
+            try:
+                super().__init__(base_url, api_key, verify, chat_template_name)
+            except (RuntimeError, OSError) as error:  # a router with --dp-aware knows no model
+                self._wait(self.http.close())
+                raise EngineError(f"{base_url} does not say what its model is: {error}") from error
         except BaseException:
             self._stop()
             raise
