@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     "SGLANG_TEST_RETRACT": "1",  # requests have to make room and begin anew, every so many steps
-    "SGLANG_TEST_RETRACT_INTERVAL": "29",
+    "SGLANG_TEST_RETRACT_INTERVAL": "11",
 }
 VIOLATION = re.compile(r"Traceback|leak|invariant|AssertionError|CRITICAL", re.IGNORECASE)
 RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
@@ -142,7 +142,7 @@ class Soak:
         strand = fork.stitched().grown(some(rng, 1, 4))
         if kept:
             await self.keep(strand)
-        answer = await self.send(strand, rng.randint(0, 8))
+        answer = await self.send(strand, rng.randint(0, 8), **extras(rng))
         before = len(strand.ids) - answer.cached
         if before > (behind(strand.joined, len(strand.ids)) or (0,))[-1]:
             raise Wrong("a joined prompt was computed again")
@@ -193,7 +193,7 @@ async def nest(soak: Soak, rng: random.Random) -> None:
 
 async def go_on(soak: Soak, rng: random.Random) -> None:
     strand = rng.choice(soak.strands).grown(some(rng, 1, 6))
-    answer = await soak.send(strand, rng.randint(1, 8))
+    answer = await soak.send(strand, rng.randint(1, 8), **extras(rng))
     soak.answers.append(answer)
     soak.remember(strand.grown(answer.ids))
 
@@ -250,18 +250,26 @@ def begins(joined: Layout) -> int:
 async def give_up(soak: Soak, rng: random.Random) -> None:
     """Abort, or just go, at any time of the answer."""
     fork = rng.choice(soak.forks)
-    strand = rng.choice([fork.stitched(), fork.trunk, *fork.branches]).grown(some(rng, 1, 40))
+    stitched = fork.stitched().grown(some(rng, 1, 40))
+    strand = rng.choice([stitched, stitched, fork.trunk, rng.choice(fork.branches)])
     rid = f"{rng.getrandbits(64):016x}"
-    task = asyncio.create_task(soak.send(strand, 200, rid=rid, stream=rng.random() < 0.5))
+    task = asyncio.create_task(soak.send(strand, 200, rid=rid, stream=rng.random() < 0.5, **extras(rng)))
     await asyncio.wait([task], timeout=rng.uniform(0, 0.3))
     if rng.random() < 0.5:
         async with soak.session.post(f"{soak.url}/abort_request", json={"rid": rid}) as response:
             await response.read()
     else:
         task.cancel()
-    found = (await asyncio.gather(task, return_exceptions=True))[0]
+    (found,) = await asyncio.gather(task, return_exceptions=True)
+    if strand is stitched:
+        soak.unread.append(strand)
     if isinstance(found, Lost):
         raise found
+
+
+def extras(rng: random.Random) -> dict[str, Any]:
+    """What has to be returned besides, now and then."""
+    return rng.choice([{}, {}, {"return_logprob": True, "top_logprobs_num": 2}])
 
 
 async def is_malformed(soak: Soak, rng: random.Random) -> None:
@@ -291,7 +299,7 @@ async def one(soak: Soak, number: int, seed: int) -> None:
         outcome = "lost"
     except (Wrong, TimeoutError, aiohttp.ClientError) as error:
         outcome = "wrong"
-        soak.wrong.append(f"{operation.__name__}: {error!r}")
+        soak.wrong.append(f"{operation.__name__}: {error!r:.120}")
     soak.outcomes[f"{operation.__name__} {outcome}"] += 1
 
 
@@ -365,6 +373,11 @@ def compared(directory: Path, answers: Sequence[Answer], sample: int, seed: int)
     return len(some), sum(bool(a.strand.joined) for a in some), sum(unlike(model, a) for a in some)
 
 
+def per(count: float, what: float) -> float:
+    """Zero where there was nothing: a server that died does not work."""
+    return count / what if what else 0.0
+
+
 def soaked(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         directory, log = Path(name), options.log or Path(name) / "log"
@@ -382,7 +395,7 @@ def soaked(options: argparse.Namespace) -> dict[str, Any]:
         total, behind_joins, differ = compared(directory, soak.answers, options.sample, options.seed)
     violations = [line for line in said.splitlines() if VIOLATION.search(line)]
     steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(soak.marks)]
-    walls, works = ([step[0] / step[k] for step in steps] for k in (1, 2))
+    walls, works = ([per(step[0], step[k]) for step in steps] for k in (1, 2))
     return {
         "ok": not (soak.wrong or violations or tokens or differ),
         "operations": soak.outcomes.total(),
@@ -395,9 +408,9 @@ def soaked(options: argparse.Namespace) -> dict[str, Any]:
         "held_when_idle": tokens,
         "compared": {"answers": total, "behind_joins": behind_joins, "differ": differ},
         "per_second": [round(rate, 1) for rate in walls],
-        "last_to_first": round(walls[-1] / walls[0], 3),
+        "last_to_first": round(per(walls[-1], walls[0]), 3),
         "per_processor_second": [round(rate, 1) for rate in works],
-        "last_to_first_per_processor_second": round(works[-1] / works[0], 3),
+        "last_to_first_per_processor_second": round(per(works[-1], works[0]), 3),
     }
 
 

@@ -53,8 +53,10 @@ class JoiningCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no ty
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         req = params.req
-        if req is None or req.to_finish is not None or not has_layout(req):
+        if req is None or not has_layout(req):
             return super().match_prefix(params)
+        if req.to_finish is not None:  # refused before, or aborted while it had to make room for others
+            return self._nothing(req, params.key)
         try:
             return self._stitch(req, params.key)
         except LayoutError as error:
@@ -85,9 +87,13 @@ class JoiningCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no ty
         return self._match_tree(MatchPrefixParams(key=RadixKey(ids, namespace, cache_salt=key.cache_salt)))
 
     def _refuse(self, req: Any, key: RadixKey, why: str, status: HTTPStatus) -> MatchResult:
-        """Let the request end with an error, and match nothing: an exception here would end the server."""
+        """Let the request end with an error: an exception here would end the server."""
         req.set_finish_with_abort(f"KV join: {why}", status, "AprJoin")
         req.refresh_fill_ids()  # now one token: what is left to compute before it ends
+        return self._nothing(req, key)
+
+    def _nothing(self, req: Any, key: RadixKey) -> MatchResult:
+        """For a request that only has to end: it finds nothing, and leaves nothing."""
         req.skip_radix_cache_insert = True
         return self._match(array("q"), key.extra_key, key)
 
