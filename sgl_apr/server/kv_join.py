@@ -179,7 +179,7 @@ def make(context: Any) -> Any:
     elif context.disable_radix_cache:
         what = "a disabled radix cache"
     if what:
-        raise ValueError(f"--radix-cache-backend apr does not work with {what}")
+        raise ValueError(f"--radix-cache-backend apr does not work with {what}: stock does")
     return create_unified_radix_cache(context, cache_class=JoiningCache)
 
 
