@@ -22,6 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from attention import (
+    fork_attention_speedup,
+)  # before anything that loads torch: it sets the threads' spinning
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -226,8 +229,6 @@ def main() -> int:
     if "stock" in options.parts:
         found |= patched_over_stock(options.pairs)
     if "attention" in options.parts:
-        from attention import fork_attention_speedup
-
         found["fork_attention_speedup"] = fork_attention_speedup()["speedup"]
     found |= surroundings()
     print(json.dumps(found)) if options.json else show(found)
