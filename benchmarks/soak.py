@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ ENVIRONMENT = {
 VIOLATION = re.compile(r"Traceback|leak|invariant|AssertionError|CRITICAL", re.IGNORECASE)
 RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 LONGEST = 400  # tokens of a prompt: what grows longer is forgotten
+YOUNG = 200  # operations that are not counted, while there are only short prompts
 VOCABULARY = range(10, 400)
 NEAR = 1e-3  # by how much a logit may be below the highest one, where both round
 
@@ -89,21 +90,23 @@ class Wrong(Exception):
 
 @dataclass(slots=True)
 class Soak:
+    """What the operations have left, for others to go on from, and what came of them.
+
+    `unread` was joined and never sent in a line, `lines` was; `marks` are operations begun, wall seconds and
+    processor seconds of the server, five times; `computed` counts tokens that were not found in the cache.
+    """
+
     session: aiohttp.ClientSession
     url: str
     strands: deque[Strand] = field(default_factory=lambda: deque(maxlen=24))
     forks: deque[Fork] = field(default_factory=lambda: deque(maxlen=24))
-    unread: deque[Strand] = field(
-        default_factory=lambda: deque(maxlen=24)
-    )  # joined, and never sent in a line
-    lines: list[tuple[int, ...]] = field(default_factory=list)  # what was sent in a line
+    unread: deque[Strand] = field(default_factory=lambda: deque(maxlen=24))
+    lines: list[tuple[int, ...]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
-    marks: list[tuple[int, float, float]] = field(
-        default_factory=list
-    )  # operations, wall and processor seconds
-    computed: int = 0  # tokens that were not found in the cache
     wrong: list[str] = field(default_factory=list)
+    marks: list[tuple[int, float, float]] = field(default_factory=list)
+    computed: int = 0
 
     async def send(self, strand: Strand, new: int, **fields: Any) -> Answer:
         """Raises `Lost`, or `Wrong` for any other error."""
@@ -232,9 +235,7 @@ async def read_in_a_line(soak: Soak, rng: random.Random) -> None:
 
 def same(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
-    return next(
-        (k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def begins(joined: Layout) -> int:
@@ -273,11 +274,8 @@ def extras(rng: random.Random) -> dict[str, Any]:
 
 
 async def is_malformed(soak: Soak, rng: random.Random) -> None:
-    ids, bad = (
-        some(rng, 20, 40),
-        rng.choice(["[", "7", "[1e9, [[1]], 3]", "[-1, [[1]], 3]", "[1, [[1]], 9999]"]),
-    )
-    body = {"input_ids": ids, "sampling_params": {"custom_params": {"apr_layout": bad}}}
+    bad = rng.choice(["[", "7", "[1e9, [[1]], 3]", "[-1, [[1]], 3]", "[1, [[1]], 9999]"])
+    body = {"input_ids": some(rng, 20, 40), "sampling_params": {"custom_params": {"apr_layout": bad}}}
     async with soak.session.post(f"{soak.url}/generate", json=body) as response:
         if response.status != 400:
             raise Wrong(f"{response.status} for {bad}")
@@ -310,15 +308,16 @@ async def run(server: apr.Server, count: int, seed: int, at_once: int) -> Soak:
         for number in range(8):
             await prefix(soak, random.Random(f"{seed} first {number}"))
             await fork(soak, random.Random(f"{seed} first {number}"))
-        numbers = iter(range(count))
 
-        async def work() -> None:
+        async def work(numbers: Iterator[int]) -> None:
             for number in numbers:
                 if number * 5 // count == len(soak.marks):
                     soak.marks.append((number, time.perf_counter(), worked(server.pid)))
                 await one(soak, number, seed)
 
-        await asyncio.gather(*(work() for _ in range(at_once)))
+        for numbers in (iter(range(-YOUNG, 0)), iter(range(count))):
+            soak.outcomes.clear()
+            await asyncio.gather(*(work(numbers) for _ in range(at_once)))
         soak.marks.append((count, time.perf_counter(), worked(server.pid)))
     return soak
 
