@@ -553,4 +553,4 @@ def test_the_example_runs(server: Server):
     assert done.returncode == 0, done.stderr
     assert "fork into" in done.stdout
     assert "forked [1]" in done.stdout
-    assert "1.1 '<Thread>" in done.stdout
+    assert re.search(r"""1\.1 ['"]<Thread>""", done.stdout), "quoted as what was sampled wants it"

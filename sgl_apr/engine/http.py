@@ -161,7 +161,7 @@ class HttpEngine:
     def _abort_soon(self, rid: str) -> asyncio.Task[None]:
         """The task that aborts one request, held until it is done: who gives a request up need not wait."""
         task = self._aborts.get(rid)
-        if task is None or task.done():  # done and still there: it was cancelled
+        if task is None or task.done() or task.cancelling():  # done and still there: it was cancelled
             task = self._aborts[rid] = asyncio.create_task(self._abort(rid))
         return task
 
