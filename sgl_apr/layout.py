@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from sgl_apr.errors import AprError
 
 MOST_DEPTH, MOST_ITEMS = 16, 4096
+PARAMETER = "apr_layout"  # the custom parameter of a request that holds its layout, as JSON
 
 Layout = Sequence["int | Sequence[Layout]"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -207,7 +206,6 @@ def test_without_apr_it_is_sglangs_answer(server: Server):
 # curl
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl")
 def test_curl(server: Server):
     body = json.dumps({"model": "m", "messages": MESSAGES, "max_tokens": 200, "apr": FORKS})
     command = [

@@ -294,13 +294,13 @@ import contextlib, io, json, os, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.arg_groups.overrides import resolving_view
-from sgl_apr.server.main import _server_args
+from sgl_apr.server.main import server_args
 for environment, argv in json.loads(sys.argv[1]):
     said = io.StringIO()
     os.environ |= environment
     try:
         with contextlib.redirect_stderr(said):
-            found = {"cache": resolving_view(_server_args(argv)).radix_cache_backend}
+            found = {"cache": resolving_view(server_args(argv)).radix_cache_backend}
     except Exception as error:
         found = {"error": type(error).__name__, "why": str(error)}
     for name in environment:

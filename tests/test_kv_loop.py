@@ -161,6 +161,8 @@ def test_what_the_cache_keeps_losing_is_read_as_text(joining: Server):
     assert (block.path, block.by) == ((1,), "kv")
     assert (strand.path, strand.by) == ((), "text")
     assert "forgotten" in strand.why
+    again = [c for c in trajectory.calls if c.phase == "recommit"]
+    assert len(again) == sum(len(b.branches) for b in trajectory.blocks), "each once"
     with pytest.raises(apr.AprError, match="forgotten"):
         apr.causality(trajectory)
 

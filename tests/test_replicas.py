@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -110,6 +110,17 @@ async def ask(url: str, count: int, **options) -> list[apr.Trajectory]:
         return await asyncio.gather(*asked)
 
 
+async def ask_the_server(url: str, count: int) -> list[apr.Trajectory]:
+    """The same of the loop inside the server, which sends no HTTP."""
+
+    def one(i: int) -> apr.Trajectory:
+        asked = {"dialect": "multiverse", "mode": "parallel", "temperature": 1.0, "budget": asdict(BUDGET)}
+        answer = requests.post(f"{url}/apr/generate", json={"prompt": f"Inside {i}: " * 9, **asked}, timeout=300)
+        return apr.Trajectory.from_json(answer.text)
+
+    return await asyncio.gather(*(asyncio.to_thread(one, i) for i in range(count)))
+
+
 def missed(trajectories: Sequence[apr.Trajectory]) -> list[apr.Call]:
     """The calls for which the cache did not hold what earlier ones had computed.
 
@@ -148,6 +159,7 @@ def test_all_requests_of_a_trajectory_reach_one_rank(model: Path, monkeypatch: p
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
     with Server(model, dp_size=2, log_path=model / "dp.log", **SMALL) as server:
         assert not missed(asyncio.run(ask(server.url, 12)))
+        assert not missed(asyncio.run(ask_the_server(server.url, 12)))
         log = (model / "dp.log").read_text(errors="replace")
         assert all(f"DP{rank}] Prefill batch" in log for rank in (0, 1)), "both had work"
         with router(model / "plain.log", [server.url]) as url:

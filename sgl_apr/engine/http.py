@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, get_args
 
@@ -16,19 +16,19 @@ from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit import Circuit
 from sgl_apr.engine.meter import Meter
 from sgl_apr.engine.replicas import FIELD, HEADER, addresses, key_of, lost, rank_of
+from sgl_apr.engine.served import ServedEngine, fresh, with_layout
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
-from sgl_apr.layout import Layout
 from sgl_apr.lowering import Backend
+from sgl_apr.server.plugin import CACHE
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whether anything was decoded
 ABORT_S = 5.0
 IDLE_S = 1.0  # SGLang closes an idle connection after 5 (SGLANG_TIMEOUT_KEEP_ALIVE)
 FRESH_S = 0.5  # how long an answer about the load is good
-CACHE, LAYOUT = "apr", "apr_layout"  # the radix cache that joins, and the custom parameter that it reads
 
 
-class HttpEngine:
+class HttpEngine(ServedEngine):
     """A running SGLang server. Belongs to the event loop in which it was connected.
 
     >>> async with await HttpEngine.connect("http://127.0.0.1:30000") as engine:  # doctest: +SKIP
@@ -67,6 +67,7 @@ class HttpEngine:
         long requests wait for a server that has gone down to come back (see `Circuit`). Raises
         `EngineError` if there is no SGLang server at `url` now, and `UnsupportedEngine` if it can't be
         used: no such grammar backend, or a tokenizer that is not readable from here (then pass `tokenizer`).
+        `url` may be that of SGLang's router, whose replicas have to be reachable from here too.
         """
         url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -135,22 +136,6 @@ class HttpEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        return await self._generate(request, decoding(request), on_tokens)
-
-    async def commit(self, request: Request) -> Result:
-        return await self._generate(request, {"max_new_tokens": 0}, None)
-
-    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[HttpEngine]]:
-        return await self.commit(request), [self] * size
-
-    async def release(self) -> None:
-        """Nothing to give back: a fork is the server's cached prefix."""
 
     async def abort(self, rid: str) -> None:
         # The server takes whole ids only; it does nothing for one that has ended.
@@ -348,35 +333,6 @@ class HttpEngine:
             raise EngineError(f"{url} broke off the answer: {error or type(error).__name__}") from error
         except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
             raise EngineError(f"{url} does not answer like an SGLang server: {error!r}") from error
-
-
-def decoding(request: Request) -> dict[str, Any]:
-    """The sampling parameters of a request that decodes, under SGLang's names."""
-    sampling = {
-        "skip_special_tokens": False,
-        **request.sampling,
-        "max_new_tokens": request.max_tokens,
-        "stop_token_ids": list(request.stop_ids),
-    }
-    if request.grammar is not None:
-        sampling["ebnf"] = request.grammar
-    elif request.stop:
-        sampling["stop"] = list(request.stop)
-    return sampling
-
-
-def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str, Any]:
-    """The sampling parameters that carry a layout to the server's cache."""
-    if layout is None:
-        return dict(sampling)
-    custom = {**(sampling.get("custom_params") or {}), LAYOUT: json.dumps(layout)}
-    return {**sampling, "custom_params": custom}
-
-
-def fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
-    """The ids that are new in a chunk: SGLang sends all so far, or with incremental streaming the new ones only."""
-    total = int(meta["completion_tokens"])
-    return output_ids[known:] if len(output_ids) == total else output_ids
 
 
 def _message(text: str, status: int) -> str:

@@ -17,12 +17,14 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.engine.http import CACHE, decoding, fresh, with_layout
 from sgl_apr.engine.meter import Meter
+from sgl_apr.engine.replicas import key_of, rank_of
+from sgl_apr.engine.served import ServedEngine, fresh, with_layout
 from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.lowering import Backend
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.loop import areason
+from sgl_apr.server.plugin import CACHE
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 from sgl_apr.trajectory import Trajectory
 
@@ -30,7 +32,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class ManagerEngine:
+class ManagerEngine(ServedEngine):
     """The engine behind a TokenizerManager of SGLang, in the event loop that the manager runs in.
 
     `timeout` is the longest silence, in seconds, between two pieces of an answer. Raises `UnsupportedEngine`
@@ -47,24 +49,9 @@ class ManagerEngine:
             )
         self.grammar_backend: Backend = backend
         self.seeded = bool(manager.config_value("enable_deterministic_inference"))
+        self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
         self.joins_kv = manager.config_value("radix_cache_backend") == CACHE
         self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        return await self._generate(request, decoding(request), on_tokens)
-
-    async def commit(self, request: Request) -> Result:
-        return await self._generate(request, {"max_new_tokens": 0}, None)
-
-    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Self]]:
-        return await self.commit(request), [self] * size
-
-    async def release(self) -> None:
-        """Nothing to give back: a fork is the engine's cached prefix."""
 
     async def abort(self, rid: str) -> None:
         for live in [r for r in self._live if r.startswith(rid)]:
@@ -123,9 +110,10 @@ class ManagerEngine:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What the manager yields for one request; leaving early makes it abort the request."""
         self._live.add(request.rid)
+        rank = rank_of(key_of(request.rid), self._ranks) if self._ranks > 1 else None
         try:
             asked = GenerateReqInput(
-                **request.fields,
+                **{"routed_dp_rank": rank, **request.fields},
                 rid=request.rid,
                 input_ids=list(request.input_ids),
                 sampling_params=with_layout(sampling, request.layout),
@@ -191,10 +179,10 @@ class LocalEngine(ManagerEngine):
         import sglang as sgl
 
         from sgl_apr.server.flags import as_flags
-        from sgl_apr.server.main import _server_args
+        from sgl_apr.server.main import server_args
         from sgl_apr.server.plugin import LAUNCHED
 
-        args = _server_args(as_flags({"model": model, "log_level": "error"} | sglang_flags))
+        args = server_args(as_flags({"model": model, "log_level": "error"} | sglang_flags))
         before = os.environ.get(LAUNCHED)
         os.environ[LAUNCHED] = "1"  # its processes end at once, rather than run without the plugin
         try:

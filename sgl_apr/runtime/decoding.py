@@ -88,7 +88,9 @@ class Decoder:
             self.record.void(strand, stream.void())
             return await engine.decode(request, stream)
 
-        result, retries = await self._ask(strand, lambda: self.stitches.send(engine, strand, request, once))
+        result, retries = await self._ask(
+            strand, lambda: self.stitches.send(engine, strand, strand.purse, request, once)
+        )
         if strand.scope.reason == "failed":
             self.record.void(strand, stream.void())
         known = result or Result(tuple(stream.heard), "length", len(request.input_ids), None)
@@ -106,11 +108,12 @@ class Decoder:
         load = asyncio.create_task(self.load(engine, strand)) if self.plan.pacing and size > 1 else None
         try:
             prefix = self._prompt(strand)
+
+            async def once(request: Request) -> tuple[Result, Sequence[Engine]]:
+                return await engine.fork(request, size)
+
             forked, retries = await self._ask(
-                strand,
-                lambda: self.stitches.send(
-                    engine, strand, prefix, lambda request: engine.fork(request, size)
-                ),
+                strand, lambda: self.stitches.send(engine, strand, strand.purse, prefix, once)
             )
             committed, engines = forked or (Result((), "length", len(strand.context), None), ())
             self.record.call("commit", strand.path, committed, new, started, None, retries)
@@ -127,14 +130,12 @@ class Decoder:
         if strand.scope.over or strand.purse.calls < 2:
             return
         new, started = max(1, self.record.unknown(branch)), time.monotonic()
-        prompt, purse = self._prompt(branch), branch.purse
-        branch.purse = strand.purse
-        try:
-            result, retries = await self._ask(
-                strand, lambda: self.stitches.send(engine, branch, prompt, engine.commit), lenient=True
-            )
-        finally:
-            branch.purse = purse
+        prompt = self._prompt(branch)
+        result, retries = await self._ask(
+            strand,
+            lambda: self.stitches.send(engine, branch, strand.purse, prompt, engine.commit),
+            lenient=True,
+        )
         if result:
             branch.committed = True
             self.record.call("commit", branch.path, result, new, started, None, retries)
@@ -169,9 +170,10 @@ class Decoder:
         except Cut:
             found = None
         except EngineError as error:
-            if error.status == LOST and strand.purse.calls < 1:  # it could be had again, with more calls
+            spent = error.status == LOST and strand.purse.calls < 1  # it could be had again, with more calls
+            if spent:
                 self.record.limit("calls", strand)
-            if lenient or (error.status == LOST and strand.purse.calls < 1):
+            if spent or lenient:
                 log.info("%s: %s", self.rid, error)
                 return None, max(0, tries - 1)
             if not strand.lenient:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from sgl_apr.engine.base import Engine, Request
 from sgl_apr.errors import EngineError
 from sgl_apr.layout import commits, join
+from sgl_apr.runtime.purse import Purse
 from sgl_apr.runtime.record import Record, Strand
 
 T = TypeVar("T")
@@ -35,35 +36,48 @@ class Stitches:
         return not why
 
     async def send(
-        self, engine: Engine, strand: Strand, request: Request, send: Callable[[Request], Awaitable[T]]
+        self,
+        engine: Engine,
+        strand: Strand,
+        purse: Purse,
+        request: Request,
+        send: Callable[[Request], Awaitable[T]],
     ) -> T:
         """What `send` returns for a request with the layout of `strand`, whatever the cache has lost of it.
 
         What is lost is committed again, once; if that does not help, the strand is read as text from now on.
+        Further calls are taken from `purse`.
         """
-        for _ in range(2 if strand.joined else 0):
+
+        async def once() -> T:
+            return await send(replace(request, rid=self.new_rid(), layout=strand.layout))
+
+        try:
+            return await once()
+        except EngineError as error:
+            if error.status != LOST or not strand.joined:
+                raise
+            lost = error
+        if await self._bring_back(engine, strand, purse, request):
             try:
-                return await send(replace(request, rid=self.new_rid(), layout=strand.layout))
+                return await once()
             except EngineError as error:
                 if error.status != LOST:
                     raise
                 lost = error
-            if not await self._bring_back(engine, strand, request):
-                break
-        if strand.joined:
-            if strand.purse.calls < 1:
-                raise lost
-            log.info("%s is read as text: %s", request.rid, lost)
-            self.record.give_up(strand, str(lost))
-            strand.purse.calls -= 1
-        return await send(replace(request, rid=self.new_rid()))
+        if purse.calls < 1:
+            raise lost
+        log.info("%s is read as text: %s", request.rid, lost)
+        self.record.give_up(strand, str(lost))
+        purse.calls -= 1
+        return await once()
 
-    async def _bring_back(self, engine: Engine, strand: Strand, request: Request) -> bool:
+    async def _bring_back(self, engine: Engine, strand: Strand, purse: Purse, request: Request) -> bool:
         """Commit all that a strand has joined; False if that cannot be done."""
         wanted = list(commits(strand.layout or ()))
-        if strand.purse.calls < len(wanted) + 2:  # this one again, and once more as text
+        if purse.calls < len(wanted) + 2:  # this one again, and once more as text
             return False
-        strand.purse.calls -= len(wanted) + 1
+        purse.calls -= len(wanted) + 1
         for ranges, layout in wanted:
             ids = tuple(i for first, last in ranges for i in strand.context[first:last])
             started = time.monotonic()

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_apr.layout import Layout, LayoutError, parse
+from sgl_apr.layout import PARAMETER, Layout, LayoutError, parse
 from sgl_apr.server.kv_layout import RESERVED, work
 
-LAYOUT = "apr_layout"  # the custom parameter that holds a layout, as JSON
 MOST_CHARS = 1 << 16  # of the JSON
 MOST_WORK = 1 << 23  # tokens looked at to find all parts of one prompt, in a tenth of a second
 
@@ -32,7 +31,7 @@ UNFIT = {
 def has_layout(request: Any) -> bool:
     """Whether a tokenized request, or one of the scheduler, asks for a join."""
     params = request.sampling_params.custom_params
-    return isinstance(params, dict) and LAYOUT in params
+    return isinstance(params, dict) and PARAMETER in params
 
 
 def layout_of(request: Any, tokens: int) -> Layout:
@@ -44,7 +43,7 @@ def layout_of(request: Any, tokens: int) -> Layout:
         raise LayoutError("a joined prompt cannot be searched with beams")
     if request.return_logprob and 0 <= request.logprob_start_len < tokens:
         raise LayoutError("a joined prompt is not computed again: expected no log-probabilities of it")
-    text = request.sampling_params.custom_params[LAYOUT]
+    text = request.sampling_params.custom_params[PARAMETER]
     if not isinstance(text, str) or len(text) > MOST_CHARS:
         raise LayoutError(f"expected the layout as JSON in a string of at most {MOST_CHARS} characters")
     layout = parse(text, tokens)

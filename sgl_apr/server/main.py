@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     launcher = _connect()
     try:
         caps, argv = read_caps(argv)
-        args = _server_args(argv)
+        args = server_args(argv)
         _add_routes(caps)
     except LaunchError as error:
         _tell(launcher, error=str(error), usage=isinstance(error, UsageError))
@@ -94,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _server_args(argv: list[str]) -> Any:
+def server_args(argv: list[str]) -> Any:
     """SGLang's ServerArgs of the user's flags after our defaults; LaunchError if they cannot work."""
     from sglang.srt.plugins import load_plugins
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_apr.engine.http import with_layout
+from sgl_apr.engine.served import with_layout
 from sgl_apr.errors import EngineError
 from sgl_apr.layout import Layout, commits
 

@@ -60,11 +60,11 @@ def install(caps: Caps) -> None:
             return await original(serving, request, raw_request)
         return await _openai(serving, request, raw_request, options, isinstance(serving, chat))
 
-    registry = seam("sglang.srt.plugins.hook_registry:HookRegistry")
+    hooks = seam("sglang.srt.plugins.hook_registry:HookRegistry")
     around = seam("sglang.srt.plugins.hook_registry:HookType.AROUND")
     stock = seam(HANDLE, ["request", "raw_request"])
-    registry.register(HANDLE.replace(":", "."), handle, around)
-    registry.apply_hooks()
+    hooks.register(HANDLE.replace(":", "."), handle, around)
+    hooks.apply_hooks()
     if seam(HANDLE) is stock:  # SGLang only logs what goes wrong there
         raise LaunchError(f"{HANDLE} could not be wrapped")
     app.include_router(_router(lifespan))
