@@ -12,6 +12,7 @@ from sgl_apr.budget import Budget
 from sgl_apr.doctor_commands import add_commands as add_doctor
 from sgl_apr.errors import AprError
 from sgl_apr.trace_commands import add_commands, show
+from sgl_apr.train_commands import add_commands as add_train
 from sgl_apr.trajectory import Trajectory
 
 
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(commands)
     add_doctor(commands)
+    add_train(commands)
     return parser
 
 

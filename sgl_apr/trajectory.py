@@ -13,7 +13,7 @@ from sgl_apr.errors import AprError, TraceError
 if TYPE_CHECKING:
     from sgl_apr.metrics import Convention, Metrics
 
-SCHEMA = "sgl_apr.trajectory/4"
+SCHEMA = "sgl_apr.trajectory/5"
 
 Origin = Literal["prompt", "decoded", "injected"]
 Finish = Literal["stop", "eos", "length", "aborted", "timeout", "failed", "malformed"]
@@ -63,7 +63,9 @@ class Call:
     `new_tokens` is how much of the prompt no earlier call of this trajectory had computed, so
     `prompt_tokens - new_tokens` is the prefix it shares with them; `cached_tokens` is None where the request
     was cut or failed before the engine said it. `seed` is that of its sampling (see `Trajectory.seeded`),
-    `retries` how often it was repeated after an error.
+    `retries` how often it was repeated after an error. `logprobs` are those of all output tokens, an end of
+    text included, under the grammar's mask and the temperature, where they were asked for; `weights` is what
+    the engine calls the weights that it used.
     """
 
     phase: str
@@ -76,6 +78,8 @@ class Call:
     ended: float
     seed: int | None = None
     retries: int = 0
+    logprobs: tuple[float, ...] | None = None
+    weights: str | None = None
 
     @property
     def shared_tokens(self) -> int:
@@ -334,7 +338,7 @@ class Trajectory:
             trajectory = cls(
                 spans=tuple(_span(s, i) for i, s in enumerate(data["spans"])),
                 dialect=str(data["dialect"]),
-                calls=tuple(Call(**_placed(c)) for c in data["calls"]),
+                calls=tuple(_call(c) for c in data["calls"]),
                 wall_s=float(data["wall_s"]),
                 limits=tuple(Limit(**_placed(x)) for x in data["limits"]),
                 decisions=tuple(Decision(**_placed(d)) for d in data["decisions"]),
@@ -349,6 +353,11 @@ class Trajectory:
 
 def _placed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "path": tuple(data["path"])}
+
+
+def _call(data: Mapping[str, Any]) -> Call:
+    logprobs = data["logprobs"]
+    return Call(**{**_placed(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))})
 
 
 def _span(data: Mapping[str, Any], index: int) -> Span:

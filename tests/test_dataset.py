@@ -33,7 +33,7 @@ FULL = Trajectory(
     ),
     dialect="threadweaver",
     calls=(
-        Call("trunk", (), 1, 2, 3, 4, 0.1, 1e-300, HIGHEST, 2),
+        Call("trunk", (), 1, 2, 3, 4, 0.1, 1e-300, HIGHEST, 2, (-0.5, -1e-300), "step 3"),
         Call("branch", (1, 2), 1, None, 3, 4, 0.1 + 0.2, 5.0, -1, 3),
     ),
     wall_s=1 / 3,

@@ -115,7 +115,9 @@ async def ask_the_server(url: str, count: int) -> list[apr.Trajectory]:
 
     def one(i: int) -> apr.Trajectory:
         asked = {"dialect": "multiverse", "mode": "parallel", "temperature": 1.0, "budget": asdict(BUDGET)}
-        answer = requests.post(f"{url}/apr/generate", json={"prompt": f"Inside {i}: " * 9, **asked}, timeout=300)
+        answer = requests.post(
+            f"{url}/apr/generate", json={"prompt": f"Inside {i}: " * 9, **asked}, timeout=300
+        )
         return apr.Trajectory.from_json(answer.text)
 
     return await asyncio.gather(*(asyncio.to_thread(one, i) for i in range(count)))

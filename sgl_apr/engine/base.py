@@ -22,7 +22,8 @@ class Request:
     grammar ends at a `stop` by itself an engine may ignore it: a stop string can cut inside a token.
     `sampling` holds further SGLang sampling parameters, and `fields` further fields of the request (lora_path,
     cache_salt, ...), under SGLang's names. `layout` says which of the ids were written side by side, None
-    that they stand in a line; an engine that does not join in its cache (`joins_kv`) is sent none.
+    that they stand in a line; an engine that does not join in its cache (`joins_kv`) is sent none. `logprobs`
+    asks for the log-probabilities of what is decoded.
     """
 
     rid: str
@@ -33,6 +34,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     layout: Layout | None = None
+    logprobs: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -40,13 +42,16 @@ class Request:
 class Result:
     """What came back: the ids as sampled (a final stop token included) and the engine's own counts.
 
-    `cached_tokens` is None of a request that was cut before the engine said it.
+    `cached_tokens` is None of a request that was cut before the engine said it. `logprobs` are those of
+    `token_ids`, if they were asked for; `weights` is what the engine calls the weights that it used.
     """
 
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
     prompt_tokens: int
     cached_tokens: int | None
+    logprobs: tuple[float, ...] | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit import Circuit
 from sgl_apr.engine.meter import Meter
 from sgl_apr.engine.replicas import FIELD, HEADER, addresses, key_of, lost, rank_of
-from sgl_apr.engine.served import ServedEngine, fresh, with_layout
+from sgl_apr.engine.served import ServedEngine, answered, fresh, fresh_logprobs, with_layout
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.lowering import Backend
 from sgl_apr.server.plugin import CACHE
@@ -255,22 +255,19 @@ class HttpEngine(ServedEngine):
             "rid": request.rid,
             "input_ids": list(request.input_ids),
             "sampling_params": with_layout(sampling, request.layout),
+            **({"return_logprob": True} if request.logprobs else {}),
         }
-        received: list[int] = []
+        received, logprobs = list[int](), list[float]()
         meta: dict[str, Any] = {}
         async with contextlib.aclosing(self.events(body)) as events:
             async for data in events:
                 meta = data["meta_info"]
                 new = fresh(data["output_ids"], len(received), meta)
                 received += new
+                logprobs += fresh_logprobs(len(logprobs), meta)
                 if new and on_tokens:
                     on_tokens(new)
-        return Result(
-            token_ids=tuple(received),
-            finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
-            prompt_tokens=int(meta["prompt_tokens"]),
-            cached_tokens=int(meta["cached_tokens"]),
-        )
+        return answered(received, logprobs, meta, request)
 
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:

@@ -19,7 +19,7 @@ from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.meter import Meter
 from sgl_apr.engine.replicas import key_of, rank_of
-from sgl_apr.engine.served import ServedEngine, fresh, with_layout
+from sgl_apr.engine.served import ServedEngine, answered, fresh, fresh_logprobs, with_layout
 from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.lowering import Backend
 from sgl_apr.runtime.events import OnEvent
@@ -78,13 +78,14 @@ class ManagerEngine(ServedEngine):
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
         self._check_loop()
-        received: list[int] = []
+        received, logprobs = list[int](), list[float]()
         meta: dict[str, Any] = {}
         at = 0.0
         async with contextlib.aclosing(self._chunks(request, sampling)) as chunks:
             async for data in chunks:
                 meta = data["meta_info"]
                 new = fresh(data["output_ids"], len(received), meta)
+                logprobs += fresh_logprobs(len(logprobs), meta)
                 if new:
                     now = time.monotonic()
                     if received:
@@ -98,12 +99,7 @@ class ManagerEngine(ServedEngine):
             raise EngineError(
                 f"the engine aborted the request: {reason.get('message')}", reason.get("status_code")
             )
-        return Result(
-            token_ids=tuple(received),
-            finish="length" if reason["type"] == "length" else "stop",
-            prompt_tokens=int(meta["prompt_tokens"]),
-            cached_tokens=int(meta["cached_tokens"]),
-        )
+        return answered(received, logprobs, meta, request)
 
     async def _chunks(
         self, request: Request, sampling: Mapping[str, Any]
@@ -117,6 +113,7 @@ class ManagerEngine(ServedEngine):
                 rid=request.rid,
                 input_ids=list(request.input_ids),
                 sampling_params=with_layout(sampling, request.layout),
+                return_logprob=request.logprobs,
                 stream=True,
             )
             now = asyncio.get_running_loop().time

@@ -9,6 +9,7 @@ from typing import Literal
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.lowering import Backend
+from sgl_apr.tokenizer import Tokenizer
 
 
 class ByteTokenizer:
@@ -69,10 +70,9 @@ class ScriptedEngine:
     set, is what `load` answers.
     """
 
-    def __init__(
-        self, script: Script, tokenizer: ByteTokenizer | None = None, *, seeded: bool = True
-    ) -> None:
-        self.script, self._tokenizer, self.seeded = script, tokenizer or ByteTokenizer(), seeded
+    def __init__(self, script: Script, tokenizer: Tokenizer | None = None, *, seeded: bool = True) -> None:
+        self.script, self.seeded = script, seeded
+        self._tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.joins_kv = False
         self.loads: Load | None = None
         self.requests: list[Request] = []
@@ -84,7 +84,7 @@ class ScriptedEngine:
         self._cache: list[tuple[int, ...]] = []
 
     @property
-    def tokenizer(self) -> ByteTokenizer:
+    def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
     @property
@@ -114,11 +114,13 @@ class ScriptedEngine:
         ids: list[int] = []
         for i in self._tokenizer.encode(reply.text):
             ids.append(i)
-            if i in request.stop_ids or self._tokenizer.decode(ids).endswith(tuple(request.stop) or ("\0",)):
+            if i in request.stop_ids or (
+                request.stop and self._tokenizer.decode(ids).endswith(tuple(request.stop))
+            ):
                 return tuple(ids), "stop"
             if len(ids) == request.max_tokens:
                 return tuple(ids), "length"
-        return (*ids, *([ByteTokenizer.EOS] if reply.end else [])), "stop"
+        return (*ids, *([min(self._tokenizer.eos_ids)] if reply.end else [])), "stop"
 
     def _cached(self, ids: tuple[int, ...]) -> int:
         def common(known: tuple[int, ...]) -> int:

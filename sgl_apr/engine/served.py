@@ -62,6 +62,28 @@ def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str,
     return {**sampling, "custom_params": custom}
 
 
+def answered(
+    ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], asked: Request
+) -> Result:
+    """What came back, from all ids and log-probabilities of the chunks and the last one's `meta_info`."""
+    version = meta.get("weight_version")
+    return Result(
+        token_ids=tuple(ids),
+        finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
+        prompt_tokens=int(meta["prompt_tokens"]),
+        cached_tokens=int(meta["cached_tokens"]),
+        logprobs=tuple(logprobs) if asked.logprobs else None,
+        weights=None if version is None else str(version),
+    )
+
+
+def fresh_logprobs(known: int, meta: Mapping[str, Any]) -> list[float]:
+    """The log-probabilities that are new in a chunk, where SGLang was asked for them."""
+    found: list[Any] = meta.get("output_token_logprobs") or []
+    new = found[known:] if len(found) == int(meta["completion_tokens"]) else found
+    return [float(entry[0]) for entry in new]
+
+
 def fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
     """The ids that are new in a chunk: SGLang sends all so far, or with incremental streaming the new ones only."""
     total = int(meta["completion_tokens"])

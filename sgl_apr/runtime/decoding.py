@@ -217,6 +217,7 @@ class Decoder:
             self._prompt(strand),
             max_tokens=tokens,
             sampling=plan.sampling,
+            logprobs=plan.logprobs,
             grammar=grammar,
             stop_ids=tuple(i for i in special if i is not None),
             stop=tuple(t for t, i in zip(stops, special, strict=True) if i is None),

@@ -42,6 +42,7 @@ class Plan:
     wrap: makes a prompt of the message of a branch that has a context of its own, as a chat template does.
     constrain: decode under the grammar; without it the text may leave the dialect.
     plain: keep `<` out of free text, for models too small to tell tags from text.
+    logprobs: note the log-probability of every decoded token, in `trajectory.calls`.
     sampling: SGLang sampling parameters for every request (temperature, top_p, ...).
     fields: further fields of every request, under SGLang's names (`FIELDS`): what is cached under one adapter
         or salt is not found under another.
@@ -63,6 +64,7 @@ class Plan:
     wrap: Callable[[str], str] | None = None
     constrain: bool = True
     plain: bool = False
+    logprobs: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
 

@@ -257,6 +257,8 @@ class Record:
             ended=time.monotonic() - self.began,
             seed=seed,
             retries=retries,
+            logprobs=result.logprobs,
+            weights=result.weights,
         )
         self.calls.append(call)
         self.tell(Called(len(self.calls) - 1, call))

@@ -25,6 +25,7 @@ KINDS: Mapping[type, str] = {
 OPTIONS: Mapping[str, type] = {
     "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
     "narrow": bool, "failed": str, "seed": int, "constrain": bool, "plain": bool,
+    "logprobs": bool,
 }  # fmt: skip
 SAMPLING: Mapping[str, type] = {
     "temperature": float, "top_p": float, "top_k": int, "min_p": float, "frequency_penalty": float,

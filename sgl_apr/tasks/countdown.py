@@ -1,0 +1,160 @@
+"""Countdown: reach a target from all of some numbers; problems by seed, and an exact verifier that evaluates no text."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from sgl_apr.errors import AprError
+
+MOST = 99  # no number on the way is larger: each is one token of a small vocabulary
+LARGEST, TARGETS = 25, (10, 99)  # of the numbers given, and where targets lie
+RARE = 20_000  # tries without a new problem, behind which there are hardly any left
+WAYS = 6  # most ways that a problem has: with more of them the first that comes to mind is one
+STEP = re.compile(r" (\d{1,4})([-+*/]) (\d{1,4})= (\d{1,4})")
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation. `a` is the larger of two that are subtracted or divided, the smaller of others."""
+
+    a: int
+    sign: str
+    b: int
+    result: int
+
+    @property
+    def text(self) -> str:
+        """
+        >>> Step(12, "-", 8, 4).text
+        ' 12- 8= 4'
+        """
+        return f" {self.a}{self.sign} {self.b}= {self.result}"
+
+    @property
+    def right(self) -> bool:
+        """Whether it says what comes of it, a whole number above zero."""
+        a, b = self.a, self.b
+        whole = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else 0}
+        return self.result == whole[self.sign] > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Numbers, ascending, and what is to be made of all of them."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    @property
+    def text(self) -> str:
+        """As a model is asked.
+
+        >>> Problem((3, 7, 8, 12), 24).text
+        '24: 3 7 8 12'
+        """
+        return f"{self.target}:" + "".join(f" {n}" for n in self.numbers)
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """The problem that such a text begins with; raises `AprError` for another."""
+        found = re.match(r"(\d{1,4}):((?: \d{1,4})+)(?!\d)", text)
+        if not found:
+            raise AprError(f"expected a problem like '24: 3 7 8 12', found {text[:40]!r}")
+        return cls(tuple(sorted(map(int, found[2].split()))), int(found[1]))
+
+    @property
+    def split(self) -> Split:
+        """Which part it belongs to, by its content: one problem in ten is for testing, whoever makes it."""
+        digest = hashlib.sha256(self.text.encode()).digest()
+        return "test" if digest[0] < 26 else "train"
+
+
+def steps(numbers: Sequence[int]) -> list[Step]:
+    """Every operation on two of the numbers, in a fixed order; those that give a number from 1 to 99.
+
+    Multiplying or dividing by one is left out: it only loses the one, as nothing else can.
+    """
+    found: dict[Step, None] = {}
+    for i, a in enumerate(numbers):
+        for b in numbers[i + 1 :]:
+            low, high = min(a, b), max(a, b)
+            if low + high <= MOST:
+                found[Step(low, "+", high, low + high)] = None
+            if high > low:
+                found[Step(high, "-", low, high - low)] = None
+            if low > 1 and low * high <= MOST:
+                found[Step(low, "*", high, low * high)] = None
+            if low > 1 and high % low == 0:
+                found[Step(high, "/", low, high // low)] = None
+    return list(found)
+
+
+def after(numbers: Sequence[int], step: Step) -> tuple[int, ...]:
+    """What is left of the numbers behind a step, ascending."""
+    left = list(numbers)
+    left.remove(step.a)
+    left.remove(step.b)
+    return tuple(sorted([*left, step.result]))
+
+
+def read(text: str) -> list[Step] | None:
+    """The steps of a solution like ' 3+ 7= 10, 8+ 10= 18'; None for any other text."""
+    found = [STEP.fullmatch(part) for part in text.split(",")]
+    return [Step(int(m[1]), m[2], int(m[3]), int(m[4])) for m in found if m] if all(found) else None
+
+
+def solves(problem: Problem, text: str) -> bool:
+    """Whether a text (white space around it aside) is a solution: right steps that use up all numbers and end at the target.
+
+    >>> solves(Problem((3, 7, 8), 18), " 3+ 7= 10, 8+ 10= 18")
+    True
+    """
+    taken = read(" " + text.strip())
+    left = problem.numbers
+    for step in taken or ():
+        if not step.right or Counter([step.a, step.b]) - Counter(left):
+            return False
+        left = after(left, step)
+    return left == (problem.target,)
+
+
+@lru_cache(maxsize=1 << 18)
+def _ways(numbers: tuple[int, ...], target: int) -> int:
+    if len(numbers) == 1:
+        return int(numbers[0] == target)
+    return sum(_ways(after(numbers, step), target) for step in steps(numbers))
+
+
+def ways(problem: Problem) -> int:
+    """In how many ways, as sequences of steps, it can be solved: the fewer, the harder."""
+    return _ways(problem.numbers, problem.target)
+
+
+def problems(
+    count: int, split: Split, *, seed: int = 0, numbers: Sequence[int] = (3, 4, 4, 4)
+) -> Iterator[Problem]:
+    """Different problems with 1 to `WAYS` solutions, the same for the same arguments.
+
+    `numbers`: how many each has, one in turn. Raises `AprError` if there are not so many.
+    """
+    rng, seen, tries = random.Random(f"countdown {split} {seed}"), set[Problem](), 0
+    while len(seen) < count:
+        tries += 1
+        if tries > RARE:
+            raise AprError(f"expected at most about {len(seen)} problems with {sorted(set(numbers))} numbers")
+        size = numbers[len(seen) % len(numbers)]
+        given = tuple(sorted(rng.randint(1, LARGEST) for _ in range(size)))
+        problem = Problem(given, rng.randint(*TARGETS))
+        if problem in seen or problem.split != split or not 1 <= ways(problem) <= WAYS:
+            continue
+        seen.add(problem)
+        tries = 0
+        yield problem

@@ -1,0 +1,100 @@
+"""The symbolic search as a model that an engine is asked for: it makes trajectories to learn from; it learns nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sgl_apr.budget import Budget
+from sgl_apr.dialects import Dialect, dialect
+from sgl_apr.engine.base import Request
+from sgl_apr.engine.scripted import ScriptedEngine
+from sgl_apr.runtime.loop import areason
+from sgl_apr.tasks.countdown import Problem, Step, after, read, steps
+from sgl_apr.tasks.search import ANSWER, conclusion, low, sequential
+from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory import Trajectory
+
+BRANCH = 42  # tokens of the longest message and its result, tags included
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """How the search goes about it; what it does by chance is for a model to find better ways in.
+
+    window: tokens that one context may have. forks: how often it forks, by how many numbers there are.
+    width: the fewest and the most branches of a fork. again: how often it forks once more where all of
+    them have failed.
+    """
+
+    window: int = 512
+    forks: Mapping[int, float] = field(default_factory=lambda: {3: 0.1, 4: 0.9})
+    width: tuple[int, int] = (2, 8)
+    again: float = 0.8
+
+
+class Expert:
+    """Answers the requests of one trajectory, in a dialect whose branches get a message."""
+
+    def __init__(self, problem: Problem, rng: random.Random, habits: Habits, to: Dialect) -> None:
+        self.problem, self.rng, self.habits, self.to = problem, rng, habits, to
+        self.left: list[Step] = []  # first steps not tried yet, the next at the end
+        self.tried: list[Step] = []
+
+    def __call__(self, request: Request, prompt: str) -> str:
+        if (given := Problem.parse(prompt)) != self.problem:
+            return self.branch(given, prompt)
+        if self.left or self.tried:
+            return self.behind(len(request.input_ids))
+        if self.rng.random() >= self.habits.forks.get(len(given.numbers), 0):
+            return sequential(given, self.rng, self.habits.window)
+        self.left = steps(given.numbers)
+        self.rng.shuffle(self.left)
+        return self.fork(self.room(len(request.input_ids)))
+
+    def room(self, context: int) -> int:
+        """How many branches the window has room for."""
+        return (self.habits.window - context - ANSWER) // BRANCH
+
+    def fork(self, room: int) -> str:
+        width = min(self.rng.randint(*self.habits.width), len(self.left), room)
+        self.tried = [self.left.pop() for _ in range(width)]
+        messages = [self.message(step) for step in self.tried]
+        first = self.to.first
+        return self.to.grammar.written("fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)])
+
+    def message(self, step: Step) -> str:
+        """What a branch is told: a problem of one number less, and how that came about."""
+        left = Problem(after(self.problem.numbers, step), self.problem.target)
+        return f"{left.text};{step.text}"
+
+    def branch(self, given: Problem, prompt: str) -> str:
+        before = read(prompt.partition(";")[2]) or []
+        found = low(given.numbers, given.target)
+        solution = None if found.solution is None else [*before, *found.solution]
+        return f"\n{found.text}{self.to.grammar.written('closer', text=conclusion(solution))}"
+
+    def behind(self, context: int) -> str:
+        """The first solution that came back, another fork, or none."""
+        for step in self.tried:
+            found = low(after(self.problem.numbers, step), self.problem.target)
+            if found.solution is not None:
+                return conclusion([step, *found.solution])
+        room = self.room(context) if self.left and self.rng.random() < self.habits.again else 0
+        return self.fork(room) if room > 0 else conclusion(None)
+
+
+async def shown(
+    problem: Problem,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    habits: Habits | None = None,
+    to: Dialect | str = "spawn",
+) -> Trajectory:
+    """A trajectory of the search of a problem, just as the loop records it."""
+    target = dialect(to) if isinstance(to, str) else to
+    expert = Expert(problem, random.Random(f"{seed} {problem.text}"), habits or Habits(), target)
+    budget = Budget(tokens=1 << 20)
+    return await areason(ScriptedEngine(expert, tokenizer), problem.text, target, budget=budget, pacing=None)

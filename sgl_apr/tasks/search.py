@@ -1,0 +1,88 @@
+"""A symbolic search of Countdown, written out as a model is to write it: in a line, or with sub searches."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sgl_apr.tasks.countdown import Problem, Step, after, steps
+
+TOKEN = re.compile(r" ?\d+|.", re.DOTALL)
+ANSWER = 20  # tokens of the longest conclusion
+FOUND, NONE = "!", "?"  # what a solution begins with, and what stands for none
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Lines of a search, and the steps that reach the target, if they did."""
+
+    text: str
+    solution: tuple[Step, ...] | None
+
+
+def conclusion(solution: Sequence[Step] | None) -> str:
+    """
+    >>> conclusion([Step(3, "+", 7, 10), Step(8, "+", 10, 18)])
+    '! 3+ 7= 10, 8+ 10= 18'
+    """
+    return NONE if solution is None else FOUND + ",".join(step.text for step in solution)
+
+
+def last(numbers: Sequence[int], target: int) -> Found:
+    """The results of all steps on the last two numbers, up to the target.
+
+    >>> last((10, 12), 22).text
+    ' 22'
+    """
+    text = ""
+    for step in steps(numbers):
+        text += f" {step.result}"
+        if step.result == target:
+            return Found(text, (step,))
+    return Found(text, None)
+
+
+def low(numbers: Sequence[int], target: int) -> Found:
+    """All of a search from two or three numbers, in a fixed order, up to the first solution."""
+    if len(numbers) == 2:
+        found = last(numbers, target)
+        return Found(f"{found.text}\n", found.solution)
+    text = ""
+    for step in steps(numbers):
+        found = last(left := after(numbers, step), target)
+        rest = list(left)
+        rest.remove(step.result)
+        text += f"{step.text}, {rest[0]}:{found.text}\n"
+        if found.solution:
+            return Found(text, (step, *found.solution))
+    return Found(text, None)
+
+
+def tokens(text: str) -> int:
+    """How many a text has where every number is one, and so is every other character."""
+    return len(TOKEN.findall(text))
+
+
+def sequential(problem: Problem, rng: random.Random, most: int) -> str:
+    """The whole reply of a search in a line, in at most so many tokens: it gives up where its next part has no room.
+
+    Of four numbers the first step is taken at random, among those not taken yet.
+    """
+    text, solution = "\n", None
+    if len(problem.numbers) < 4:
+        found = low(problem.numbers, problem.target)
+        text, solution = text + found.text, found.solution
+    else:
+        for step in rng.sample(every := steps(problem.numbers), len(every)):
+            left = after(problem.numbers, step)
+            found = low(left, problem.target)
+            part = f"{step.text};{''.join(f' {n}' for n in left)}\n{found.text}"
+            if tokens(text + part) > most - ANSWER:
+                break
+            text += part
+            if found.solution:
+                solution = (step, *found.solution)
+                break
+    return text + conclusion(solution)

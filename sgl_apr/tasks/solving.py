@@ -1,0 +1,59 @@
+"""A served model on Countdown: trajectories of many problems at once, and what became of them; nothing is trained."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgl_apr.dialects import Dialect
+from sgl_apr.engine.base import Engine
+from sgl_apr.runtime.loop import areason
+from sgl_apr.tasks.countdown import Problem, solves
+from sgl_apr.tasks.search import FOUND
+from sgl_apr.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A problem and what a model did with it."""
+
+    problem: Problem
+    trajectory: Trajectory
+
+    @property
+    def correct(self) -> bool:
+        """Whether it ends with a right solution."""
+        return solves(self.problem, answer(self.trajectory))
+
+
+def answer(trajectory: Trajectory) -> str:
+    """The solution that a reply ends with; empty if it ends with none."""
+    line = trajectory.answer.rstrip().rpartition("\n")[2]
+    return line[len(FOUND) :] if line.startswith(FOUND) else ""
+
+
+async def attempts(
+    engine: Engine,
+    problems: Sequence[Problem],
+    dialect: Dialect | str,
+    *,
+    at_once: int = 256,
+    on_attempt: Callable[[Attempt], None] | None = None,
+    **options: Any,
+) -> list[Attempt]:
+    """One attempt at each of the problems, in their order; options are those of `areason`."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(problem: Problem) -> Attempt:
+        async with gate:
+            attempt = Attempt(problem, await areason(engine, problem.text, dialect, **options))
+        if on_attempt:
+            on_attempt(attempt)
+        return attempt
+
+    tasks: list[Awaitable[Attempt]] = []
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(problem)) for problem in problems]
+    return [await task for task in tasks]

@@ -1,0 +1,47 @@
+"""Rewards to advantages: how much better each reply of a group was than the group; pure, and no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+EPS = 1e-6
+
+
+def grpo(rewards: Sequence[float], eps: float = EPS) -> list[float]:
+    """`(r - mean) / (std + eps)` within a group of replies to one prompt (DeepSeekMath, arXiv 2402.03300).
+
+    A group of one has nothing to be compared with: its advantage is 0.
+
+    >>> grpo([1.0, 0.0])
+    [0.999998000004, -0.999998000004]
+    """
+    if len(rewards) < 2:
+        return [0.0] * len(rewards)
+    mean, std = fmean(rewards), pstdev(rewards)
+    return [(r - mean) / (std + eps) for r in rewards]
+
+
+def mean_only(rewards: Sequence[float]) -> list[float]:
+    """`r - mean`: ThreadWeaver's P-GRPO (arXiv 2512.07843), given to every call of the reply.
+
+    >>> mean_only([1.0, 0.0])
+    [0.5, -0.5]
+    """
+    mean = fmean(rewards) if len(rewards) > 1 else None
+    return [0.0 if mean is None else r - mean for r in rewards]
+
+
+def papo(groups: Sequence[Sequence[float | None]], eps: float = EPS) -> list[list[float]]:
+    """NPR's PAPO: the mean of the group, the standard deviation of the batch.
+
+    None is a malformed reply: it counts in neither, and has advantage 0.
+    """
+    kept = [[r for r in group if r is not None] for group in groups]
+    every = [r for group in kept for r in group]
+    std = pstdev(every) if len(every) > 1 else 0.0
+    found = []
+    for group, known in zip(groups, kept, strict=True):
+        mean = fmean(known) if len(known) > 1 else None
+        found.append([0.0 if r is None or mean is None else (r - mean) / (std + eps) for r in group])
+    return found

@@ -1,0 +1,38 @@
+"""Trees of a chunk as batches of about the same length, in an order of their own; no model is asked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from sgl_apr.errors import AprError
+from sgl_apr.training.examples import Examples
+from sgl_apr.training.structure import Structure
+
+
+def batches(trees: Sequence[Structure], most: int, rng: random.Random) -> list[list[Structure]]:
+    """Trees of like length together, so that little is padding, in batches of at most so many tokens."""
+    made: list[list[Structure]] = []
+    longest = 0
+    for tree in sorted((t for t in trees if len(t.sources)), key=lambda t: t.tokens):
+        if tree.tokens > most:
+            raise AprError(f"a tree of {tree.tokens} tokens does not fit into a batch of {most}")
+        longest = max(longest, tree.tokens)
+        if not made or longest * (len(made[-1]) + 1) > most:
+            made.append([])
+            longest = tree.tokens
+        made[-1].append(tree)
+    rng.shuffle(made)
+    return made
+
+
+def stream(examples: Examples, most: int, seed: int, done: int = 0) -> Iterator[list[Structure]]:
+    """Batches without end; the first `done` are left out, as of a run that goes on."""
+    number = 0
+    while True:
+        made = batches(examples.chunk(number), most, random.Random(f"{seed} {number}"))
+        if not made:
+            raise AprError("nothing to learn from: no trajectory has a decoded token")
+        yield from made[done:]
+        done = max(0, done - len(made))
+        number += 1

@@ -1,0 +1,62 @@
+"""The directory of a training run: whose it is, its last checkpoint, and the model that comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgl_apr.errors import AprError
+
+LOG, CHECKPOINT, CONFIG = "log.jsonl", "checkpoint.pt", "run.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def begin(config: Any, start: Path, out: Path) -> Path:
+    """`start`, the checkpoint that a run begins with, with `out` made or found to be of the same run.
+
+    Raises `AprError` where it belongs to a run with another configuration, or `start` is no checkpoint.
+    """
+    if not (start / "config.json").is_file():
+        raise AprError(f"{start} is no checkpoint: it has no config.json")
+    out.mkdir(parents=True, exist_ok=True)
+    known, asked = out / CONFIG, json.dumps(asdict(config), indent=1) + "\n"
+    if known.exists() and known.read_text(encoding="utf-8") != asked:
+        raise AprError(f"{out} holds a run with another configuration: choose another directory")
+    known.write_text(asked, encoding="utf-8")
+    return start
+
+
+def save(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, tokens: int) -> None:
+    """A checkpoint, whole or not at all."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tokens": tokens}
+    partial = out / f"{CHECKPOINT}.partial"
+    torch.save(state, partial)
+    os.replace(partial, out / CHECKPOINT)
+
+
+def resume(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """(steps, tokens) that are done; lines of the log behind the checkpoint are dropped."""
+    if not (out / CHECKPOINT).exists():
+        (out / LOG).unlink(missing_ok=True)
+        return 0, 0
+    state = torch.load(out / CHECKPOINT, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    lines = (out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+    (out / LOG).write_text("".join(lines[: state["step"]]), encoding="utf-8")
+    return state["step"], state["tokens"]
+
+
+def finish(target: Path, model: Any, start: Path) -> Path:
+    """The model, with the tokenizer of where it began, as a checkpoint that a server loads."""
+    model.save_pretrained(target)
+    for name in TOKENIZER:
+        if (start / name).exists():
+            shutil.copyfile(start / name, target / name)
+    return target

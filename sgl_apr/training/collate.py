@@ -1,0 +1,103 @@
+"""Structures to batches for a Hugging Face model, and the loss over one; it trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgl_apr.errors import AprError
+from sgl_apr.training.masks import Visibility
+from sgl_apr.training.structure import Structure
+
+
+def packed(structures: Iterable[Structure], length: int) -> Iterator[list[Structure]]:
+    """Structures in rows of at most so many tokens, first fit, in the order given; `AprError` for one that is longer."""
+    rows: list[list[Structure]] = []
+    for one in structures:
+        if one.tokens > length:
+            raise AprError(f"a structure of {one.tokens} tokens does not fit into a row of {length}")
+        row = next((r for r in rows if sum(s.tokens for s in r) + one.tokens <= length), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(one)
+    yield from rows
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of structures as one batch.
+
+    A batch has `input_ids` and `position_ids` (rows, length), `attention_mask`, and of every loss `rows`,
+    `sources`, `targets` (token ids) and `weights` (1, unless the structures come with their own). `attention`
+    is "dense", a matrix that any model takes with `attn_implementation="sdpa"` or "eager", or "flex", a
+    `BlockMask` for "flex_attention", whose memory is linear. `multiple` rounds lengths up.
+    """
+
+    pad: int = 0
+    attention: Literal["dense", "flex"] = "dense"
+    multiple: int = 1
+
+    def __call__(
+        self,
+        rows: Sequence[Structure | Sequence[Structure]],
+        weights: Sequence[Sequence[np.ndarray[Any, Any]]] | None = None,
+    ) -> dict[str, Any]:
+        """`weights`: for every structure of every row one for each of its losses."""
+        packs = [[row] if isinstance(row, Structure) else list(row) for row in rows]
+        longest = max(sum(s.tokens for s in pack) for pack in packs)
+        length = -(-longest // self.multiple) * self.multiple
+        ids = np.full((len(packs), length), self.pad, dtype=np.int64)
+        positions = np.zeros((len(packs), length), dtype=np.int64)
+        trees, of, sources, targets = [], [], [], []
+        for k, pack in enumerate(packs):
+            at = 0
+            shifted = []
+            for one in pack:
+                tree = one.tree.shifted(at)
+                ids[k, at : at + one.tokens] = tree.token_ids
+                positions[k, at : at + one.tokens] = tree.positions
+                of.append(np.full(len(one.sources), k, dtype=np.int64))
+                sources.append(one.sources.astype(np.int64) + at)
+                targets.append(one.targets.astype(np.int64))
+                shifted.append(tree)
+                at += one.tokens
+            trees.append(shifted[0].beside(shifted[1:]))
+        sight = Visibility.of(trees, length)
+        total = sum(len(s) for s in sources)
+        given = [w for row in weights or () for w in row]
+        if weights is not None and [len(w) for w in given] != [len(s) for s in sources]:
+            raise AprError("expected one weight for every loss of every structure")
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "position_ids": torch.from_numpy(positions),
+            "attention_mask": sight.dense() if self.attention == "dense" else sight.blocks(),
+            "rows": torch.from_numpy(np.concatenate(of)),
+            "sources": torch.from_numpy(np.concatenate(sources)),
+            "targets": torch.from_numpy(np.concatenate(targets)),
+            "weights": torch.from_numpy(np.concatenate(given).astype(np.float32))
+            if weights is not None
+            else torch.ones(total),
+        }
+
+
+def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Of every target of a batch, (m,), under a Hugging Face causal language model."""
+    hidden = model.model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+    ).last_hidden_state
+    logits = model.lm_head(hidden[batch["rows"], batch["sources"]]).float()  # of those that predict only
+    return logits.log_softmax(-1).gather(-1, batch["targets"].unsqueeze(-1)).squeeze(-1)
+
+
+def loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The weighted mean of the negative log-probabilities."""
+    weights = batch["weights"]
+    return -(weights * log_probabilities(model, batch)).sum() / weights.abs().sum().clamp_min(1e-8)

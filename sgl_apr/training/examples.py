@@ -1,0 +1,116 @@
+"""Where the structures of a training run come from: the symbolic expert, or lines of trajectories; the same for a seed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from sgl_apr.dialects import dialect
+from sgl_apr.errors import AprError
+from sgl_apr.tasks.countdown import Problem, problems
+from sgl_apr.tasks.expert import Habits, shown
+from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.training.config import Data
+from sgl_apr.training.structure import Structure, structure
+from sgl_apr.trajectory import Trajectory
+
+CHUNK = 256  # trajectories that are made, cut into trees, and put in order of length at once
+
+
+class Examples(Protocol):
+    """What a run learns from, in chunks; the n-th is the same whenever it is asked for."""
+
+    def chunk(self, number: int) -> list[Structure]:
+        """Trees of the trajectories of one chunk."""
+        ...
+
+
+class CountdownExamples:
+    """The expert on training problems; it goes about a problem in another way each time it comes to it."""
+
+    def __init__(self, data: Data, tokenizer: Tokenizer) -> None:
+        self.data, self.tokenizer, self.eos = data, tokenizer, min(tokenizer.eos_ids)
+        forks = {int(size): share for size, share in data.forks.items()} if data.kind == "parallel" else {}
+        if len(data.width) != 2:
+            raise AprError(f"width = {list(data.width)}, expected the fewest and the most branches")
+        self.habits = Habits(data.window, forks, (data.width[0], data.width[1]), data.again)
+        self.problems: Sequence[Problem] = list(
+            problems(data.problems, "train", seed=data.seed, numbers=data.numbers)
+        )
+        self.to = dialect(data.dialect)
+
+    def chunk(self, number: int) -> list[Structure]:
+        first = number * CHUNK
+        made = asyncio.run(self._shown(range(first, first + CHUNK)))
+        return [tree for one in made for tree in structure([one], eos=self.eos, apart=True).split()]
+
+    async def _shown(self, numbers: range) -> list[Trajectory]:
+        size = len(self.problems)
+        return [
+            await shown(
+                self.problems[n % size], self.tokenizer, seed=n // size, habits=self.habits, to=self.to
+            )
+            for n in numbers
+        ]
+
+
+class FileExamples:
+    """Trajectories from lines of JSON, in an order that changes with every pass over them."""
+
+    def __init__(self, data: Data, tokenizer: Tokenizer) -> None:
+        self.data, self.eos, self.path = data, min(tokenizer.eos_ids), Path(data.path)
+        self.lines = list(_lines(self.path))
+        if not self.lines:
+            raise AprError(f"{self.path} is empty, expected a trajectory in every line")
+        for text in islice(self._texts(0), 8):
+            _same_tokenizer(Trajectory.from_json(text), tokenizer, self.path)
+
+    def chunk(self, number: int) -> list[Structure]:
+        made = map(Trajectory.from_json, self._texts(number))
+        join = self.data.join or None
+        return [
+            tree for one in made for tree in structure([one], eos=self.eos, join=join, apart=True).split()
+        ]
+
+    def _texts(self, number: int) -> Iterator[str]:
+        with self.path.open("rb") as file:
+            for k in range(number * CHUNK, (number + 1) * CHUNK):
+                turn, at = divmod(k, len(self.lines))
+                order = random.Random(f"{self.data.seed} {turn}")
+                file.seek(self.lines[order.sample(range(len(self.lines)), len(self.lines))[at]])
+                yield file.readline().decode("utf-8")
+
+
+def _lines(path: Path) -> Iterator[int]:
+    """Where the lines begin."""
+    try:
+        with path.open("rb") as file:
+            at = 0
+            for line in file:
+                if line.strip():
+                    yield at
+                at += len(line)
+    except OSError as error:
+        raise AprError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _same_tokenizer(trajectory: Trajectory, tokenizer: Tokenizer, path: Path) -> None:
+    for span in trajectory.spans:
+        if (
+            span.token_ids is not None
+            and tokenizer.decode(span.token_ids) != span.text
+            and span.text.isascii()
+        ):
+            raise AprError(
+                f"{path} was made with another tokenizer: its ids {list(span.token_ids[:8])} "
+                f"do not say {span.text[:40]!r} in that of the model"
+            )
+
+
+def examples(data: Data, tokenizer: Tokenizer) -> Examples:
+    """Those that a configuration asks for."""
+    return FileExamples(data, tokenizer) if data.path else CountdownExamples(data, tokenizer)

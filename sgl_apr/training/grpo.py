@@ -1,0 +1,241 @@
+"""Learning from rewards: replies by a real server through the runtime, one update, new weights to the server, again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import aiohttp
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from sgl_apr.budget import Budget
+from sgl_apr.engine.http import HttpEngine
+from sgl_apr.errors import AprError, EngineError
+from sgl_apr.server.launch import Server
+from sgl_apr.tasks.countdown import Problem, problems
+from sgl_apr.tasks.solving import Attempt, attempts
+from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.advantages import grpo, mean_only, papo
+from sgl_apr.training.batches import batches
+from sgl_apr.training.checkpoint import begin, finish, resume, save
+from sgl_apr.training.collate import Collator, log_probabilities
+from sgl_apr.training.config import GrpoConfig, Rollouts
+from sgl_apr.training.rewards import gated, npr, parallel_r1, reward
+from sgl_apr.training.structure import Structure, structure
+from sgl_apr.trajectory import Trajectory
+
+POOL = 20_000  # training problems that prompts are drawn from
+WEIGHTS = "weights"  # what the server loads
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one step came to; a line of the log. Means over its replies.
+
+    weights: what the server called those that it answered with. forked: share of the replies that forked,
+    forked_3, forked_4: of those to problems of so many numbers. sample_s, learn_s: seconds.
+    """
+
+    step: int
+    weights: str
+    reward: float
+    accuracy: float
+    total: float
+    critical_path: float
+    forked: float
+    forked_3: float
+    forked_4: float
+    width: float
+    norm: float
+    sample_s: float
+    learn_s: float
+
+
+def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | None = None) -> Path:
+    """Train as configured, into the directory `out`; the checkpoint that a server loads is returned.
+
+    Where a run with the same configuration was interrupted it goes on behind its last checkpoint. Problems
+    are drawn anew in every step, by its number. Raises `AprError` for what cannot be run.
+    """
+    start = begin(config, Path(config.model.path), out)
+    torch.manual_seed(config.updates.seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.updates.rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    step, _ = resume(out, model, optimizer)
+    pool = list(problems(POOL, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers))
+    finish(out / WEIGHTS, model, start)
+    with (
+        Server(
+            out / WEIGHTS, log_path=out / "server.log", context_length=2048, max_total_tokens=131072
+        ) as server,
+        (out / "log.jsonl").open("a", encoding="utf-8") as log,
+    ):
+        while step < config.updates.steps:
+            update = asyncio.run(_step(config, step, server.url, model, optimizer, pool, out, start))
+            step += 1
+            log.write(json.dumps(asdict(update)) + "\n")
+            log.flush()
+            if on_update:
+                on_update(update)
+            if step % config.updates.checkpoint == 0 or step == config.updates.steps:
+                save(out, model, optimizer, step, 0)
+    return finish(out / "model", model, start)
+
+
+async def _step(
+    config: GrpoConfig,
+    step: int,
+    url: str,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    pool: Sequence[Problem],
+    out: Path,
+    start: Path,
+) -> Update:
+    began = time.monotonic()
+    drawn = random.Random(f"{config.rollouts.seed} {step}").sample(pool, config.rollouts.problems)
+    async with await HttpEngine.connect(url, timeout=600) as engine:
+        made = await sample(engine, drawn, config)  # all of them have ended: no weight changes within a reply
+        sampled = time.monotonic()
+        rewards = [_rewarded(config.rollouts, attempt, step) for attempt in made]
+        advantages = _advantages(config.rollouts, rewards)
+        eos = min(HfTokenizer(start).eos_ids)
+        norm = learn(model, optimizer, [a.trajectory for a in made], advantages, eos, config)
+        finish(out / WEIGHTS, model, start)
+        await load_weights(url, out / WEIGHTS, f"{step + 1}")
+    return _update(step, made, rewards, norm, sampled - began, time.monotonic() - sampled)
+
+
+async def sample(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfig) -> list[Attempt]:
+    """A group of attempts at each problem, one behind another."""
+    rollouts = config.rollouts
+    budget = Budget(
+        tokens=rollouts.tokens,
+        branch_tokens=rollouts.branch_tokens,
+        width=rollouts.width,
+        blocks=rollouts.blocks,
+    )
+    every = [problem for problem in drawn for _ in range(rollouts.group)]
+    return await attempts(
+        engine, every, config.dialect, budget=budget, mode=rollouts.mode, temperature=rollouts.temperature,
+        pacing=None,
+    )  # fmt: skip
+
+
+def learn(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[float],
+    eos: int,
+    config: GrpoConfig,
+) -> float:
+    """One update: every decoded token's log-probability, weighted by its reply's advantage; the gradient's norm.
+
+    The replies come from these very weights, so that ratios of new to old policy are 1 and clip nothing
+    (on-policy GRPO without a KL term). What the grammar's mask takes from the policy is not replayed.
+    """
+    trees: list[Structure] = []
+    weights: dict[int, float] = {}
+    losses = 0
+    for trajectory, advantage in zip(trajectories, advantages, strict=True):
+        made = structure([trajectory], eos=eos, apart=True).split()
+        losses += sum(len(tree.sources) for tree in made)
+        if advantage:
+            trees += made
+            weights |= dict.fromkeys(map(id, made), advantage)
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    collate = Collator(pad=eos)
+    for rows in batches(trees, config.updates.batch, random.Random(0)):
+        given = [[np.full(len(tree.sources), weights[id(tree)])] for tree in rows]
+        batch = collate(rows, given)
+        (-(batch["weights"] * log_probabilities(model, batch)).sum() / losses).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.updates.clip))
+    if trees:
+        optimizer.step()
+    return norm
+
+
+def _rewarded(rollouts: Rollouts, attempt: Attempt, step: int) -> float | None:
+    trajectory, correct = attempt.trajectory, attempt.correct
+    if rollouts.reward == "gated":
+        return gated(trajectory, correct, parallel=rollouts.parallel)
+    if rollouts.reward == "parallel_r1":
+        return parallel_r1(trajectory, correct, step=step)
+    return (
+        npr(trajectory, correct) if rollouts.reward == "npr" else reward(rollouts.reward)(trajectory, correct)
+    )
+
+
+def _advantages(rollouts: Rollouts, rewards: Sequence[float | None]) -> list[float]:
+    rest = iter(rewards)
+    groups = [list(islice(rest, rollouts.group)) for _ in range(rollouts.problems)]
+    if rollouts.advantage == "papo":
+        return [a for group in papo(groups) for a in group]
+    known = [[r if r is not None else 0.0 for r in group] for group in groups]
+    one = mean_only if rollouts.advantage == "mean" else partial(grpo)
+    return [a for group in known for a in one(group)]
+
+
+async def load_weights(url: str, path: Path, version: str) -> None:
+    """Let the server load a checkpoint in place; its cache, which the old weights have made, is dropped.
+
+    A weight update waits for requests, not for trajectories: drain those first. Raises `EngineError`.
+    """
+    body = {"model_path": str(path.resolve()), "weight_version": version, "flush_cache": True}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/update_weights_from_disk", json=body) as response,
+    ):
+        said = await response.json()
+        if response.status != 200 or not said.get("success"):
+            raise EngineError(f"the server did not load {path}: {said.get('message', said)}", response.status)
+
+
+def _update(
+    step: int,
+    made: Sequence[Attempt],
+    rewards: Sequence[float | None],
+    norm: float,
+    sample_s: float,
+    learn_s: float,
+) -> Update:
+    def mean(values: Sequence[float]) -> float:
+        return round(fmean(values), 4) if values else 0.0
+
+    metrics = [a.trajectory.metrics() for a in made]
+    forked = {
+        n: [float(bool(a.trajectory.blocks)) for a in made if len(a.problem.numbers) == n] for n in (3, 4)
+    }
+    versions = {c.weights for a in made for c in a.trajectory.calls if c.weights}
+    if len(versions) > 1:
+        raise AprError(f"replies of one step came from several weights: {sorted(versions)}")
+    return Update(
+        step=step,
+        weights=next(iter(versions), ""),
+        reward=mean([r for r in rewards if r is not None]),
+        accuracy=mean([float(a.correct) for a in made]),
+        total=mean([m.total for m in metrics]),
+        critical_path=mean([m.critical_path for m in metrics]),
+        forked=mean([float(bool(a.trajectory.blocks)) for a in made]),
+        forked_3=mean(forked[3]),
+        forked_4=mean(forked[4]),
+        width=mean([float(len(b.branches)) for a in made for b in a.trajectory.blocks]),
+        norm=round(norm, 4),
+        sample_s=round(sample_s, 2),
+        learn_s=round(learn_s, 2),
+    )

@@ -1,0 +1,124 @@
+"""What a reply is worth, as pure functions of a trajectory and of whether its answer is right; nothing is judged here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sgl_apr.dialects import dialect
+from sgl_apr.errors import AprError
+from sgl_apr.reading import Reading
+from sgl_apr.trajectory import Trajectory
+
+Reward = Callable[[Trajectory, bool], float]
+
+STRUCTURE, STRAY_TEXT, ADJACENCY, NO_BLOCK = -1.0, -0.4, -0.2, -1.5  # NPR's penalties
+LOWEST = -1.9  # of all of them together: the format penalty lies in (-2, 0]
+
+
+def well_formed(trajectory: Trajectory) -> bool:
+    """Whether it forked at least once, and nothing of it left the dialect."""
+    return bool(trajectory.blocks) and all(s.finish != "malformed" for s in trajectory.spans)
+
+
+def accuracy(trajectory: Trajectory, correct: bool) -> float:
+    """1 for a right answer, else 0: the outcome alone."""
+    return float(correct)
+
+
+def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0) -> float:
+    """`R = R_correct + 1[correct] * parallel * (1 - L_critical / L_total)`: a wrong answer never earns anything.
+
+    The accuracy gate on ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5), unbounded by a cap.
+    """
+    return 1 + parallel * trajectory.metrics().acceleration if correct else 0.0
+
+
+def threadweaver(
+    trajectory: Trajectory, correct: bool, *, wrong: float = -1.0, weight: float = 0.5, most: float = 0.2
+) -> float:
+    """ThreadWeaver as released (arXiv 2512.07843): 1 and a bonus of `weight * min(acceleration, most)`, or `wrong`.
+
+    Their code says -1 for a wrong answer, their text 0.
+    """
+    return 1 + weight * min(trajectory.metrics().acceleration, most) if correct else wrong
+
+
+def parallel_r1(trajectory: Trajectory, correct: bool, *, step: int) -> float:
+    """Parallel-R1's alternating schedule (arXiv 2509.07980): accuracy in 8 of every 10 steps, structure in 2.
+
+    In the former 1 or -1; in the latter 1.2 for a right answer with a well-formed block, 1 for one without a
+    block, else -1. `step` counts the training steps from 0.
+    """
+    if step % 10 < 8 or not correct:
+        return 1.0 if correct else -1.0
+    if not trajectory.blocks:
+        return 1.0
+    return 1.2 if well_formed(trajectory) else -1.0
+
+
+def parallel_r1_product(trajectory: Trajectory, correct: bool) -> float:
+    """Parallel-R1's other reward: accuracy times format times parallel, each 0 or 1."""
+    return float(correct and well_formed(trajectory))
+
+
+def npr_format(reading: Reading) -> float:
+    """NPR's format penalty of stage 1, from 0 for a clean reply with a block down to `LOWEST`.
+
+    Each kind of defect counts once: -1 for wrong counts, missing or stray tags; -0.4 for text among the
+    plans; -0.2 for text between tags that follow one another; -1.5 where there is no block at all.
+    """
+    trajectory = reading.trajectory
+    if not trajectory.blocks:
+        return NO_BLOCK
+    text, grammar = trajectory.text, dialect(trajectory.dialect).grammar
+    opening, ending = grammar.opening("fork"), grammar.ending("fork")
+    found = set[float]()
+    for defect in reading.defects:
+        if defect.name == "text where none belongs":
+            before = text[: defect.offset]
+            found.add(STRAY_TEXT if before.rfind(opening) > before.rfind(ending) else ADJACENCY)
+        elif defect.name == "missing white space":
+            found.add(ADJACENCY)
+        else:
+            found.add(STRUCTURE)
+    return max(LOWEST, sum(found))
+
+
+def npr(trajectory: Trajectory, correct: bool) -> float | None:
+    """NPR's stage 2: accuracy; None for a malformed rollout, which is dropped before PAPO's advantages."""
+    return float(correct) if well_formed(trajectory) or not trajectory.blocks else None
+
+
+def apr(trajectory: Trajectory, correct: bool, *, length: float = 0.0, threads: float = 0.0) -> float:
+    """APR's reward (arXiv 2504.15466): the outcome, with optional terms for a short critical path and for threads.
+
+    `length` is taken off for each 1,000 tokens of the critical path, `threads` is paid for each branch; both
+    are 0 there.
+    """
+    metrics = trajectory.metrics()
+    return float(correct) - length * metrics.critical_path / 1000 + threads * metrics.branches
+
+
+def naive_threads(trajectory: Trajectory, correct: bool, *, each: float = 0.1) -> float:
+    """A reward that is gamed, kept as a warning: each branch is paid for, whatever it is good for.
+
+    Empty branches behind a wrong answer earn more than a right one; see the tests.
+    """
+    return float(correct) + each * trajectory.metrics().branches
+
+
+REWARDS: dict[str, Reward] = {
+    "accuracy": accuracy,
+    "gated": gated,
+    "threadweaver": threadweaver,
+    "parallel_r1_product": parallel_r1_product,
+    "apr": apr,
+    "naive_threads": naive_threads,
+}
+
+
+def reward(name: str) -> Reward:
+    """The reward of that name; raises `AprError` that lists the names."""
+    if name not in REWARDS:
+        raise AprError(f"no reward {name!r}, expected one of {', '.join(REWARDS)}")
+    return REWARDS[name]

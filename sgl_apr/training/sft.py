@@ -1,0 +1,104 @@
+"""Learning from demonstrations: a plain loop over batches of trees, which a killed run takes up where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sgl_apr.dialects import dialect
+from sgl_apr.models.countdown import countdown_llama
+from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.batches import stream
+from sgl_apr.training.checkpoint import LOG, begin, finish, resume, save
+from sgl_apr.training.collate import Collator, log_probabilities
+from sgl_apr.training.config import SftConfig, Steps
+from sgl_apr.training.examples import examples
+
+MODEL, BEGIN = "model", "begin"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step came to; a line of the log. loss: mean of the negative log-probabilities of `losses` tokens."""
+
+    step: int
+    tokens: int
+    losses: int
+    loss: float
+    rate: float
+    norm: float
+    seconds: float
+
+
+def rate(steps: Steps, step: int, done: float) -> float:
+    """The learning rate of a step (from 0) where a share of the tokens is `done`."""
+    warm = min(1.0, (step + 1) / max(1, steps.warmup))
+    return steps.rate * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None = None) -> Path:
+    """Train as configured, into the directory `out`; the checkpoint that a server loads is returned.
+
+    `out` holds the log, the last checkpoint, and at the end the model. Where a run with the same configuration
+    was interrupted it goes on, to the same losses. Raises `AprError` if `out` belongs to another one.
+    """
+    start = begin(config, _start(config, out), out)
+    torch.manual_seed(config.steps.seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    optimizer = torch.optim.AdamW(_groups(model, config.steps.weight_decay), lr=0.0, betas=(0.9, 0.95))
+    step, tokens = resume(out, model, optimizer)
+    tokenizer = HfTokenizer(start)
+    collate = Collator(pad=min(tokenizer.eos_ids))
+    model.train()
+    with (out / LOG).open("a", encoding="utf-8") as log:
+        for trees in stream(examples(config.data, tokenizer), config.steps.batch, config.steps.seed, step):
+            if tokens >= config.steps.tokens:
+                break
+            began = time.monotonic()
+            now = rate(config.steps, step, tokens / config.steps.tokens)
+            for group in optimizer.param_groups:
+                group["lr"] = now
+            batch = collate(trees)
+            loss = -log_probabilities(model, batch).mean()
+            loss.backward()
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.steps.clip))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += sum(tree.tokens for tree in trees)
+            step += 1
+            done = Step(step, tokens, len(batch["targets"]), loss.item(), now, norm, time.monotonic() - began)
+            log.write(json.dumps(asdict(done)) + "\n")
+            if on_step:
+                on_step(done)
+            if step % config.steps.checkpoint == 0:
+                log.flush()
+                save(out, model, optimizer, step, tokens)
+    save(out, model, optimizer, step, tokens)
+    return finish(out / MODEL, model, start)
+
+
+def _start(config: SftConfig, out: Path) -> Path:
+    """The checkpoint that the run begins with, made first if it is to have fresh weights."""
+    if config.model.path:
+        return Path(config.model.path)
+    if not (out / BEGIN / "config.json").is_file():
+        size = {"layers": config.model.layers, "hidden": config.model.hidden, "seed": config.model.seed}
+        countdown_llama(out / BEGIN, dialect(config.data.dialect).tags, **size)
+    return out / BEGIN
+
+
+def _groups(model: torch.nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Norms are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]

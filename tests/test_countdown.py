@@ -1,0 +1,131 @@
+"""Countdown: what is a solution, which problems there are, and the expert that shows how to search."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from itertools import permutations, product
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.models.countdown import countdown_tokenizer
+from sgl_apr.tasks.countdown import MOST, WAYS, Problem, problems, read, solves, steps, ways
+from sgl_apr.tasks.expert import Habits, shown
+from sgl_apr.tasks.search import conclusion, sequential, tokens
+from sgl_apr.tasks.solving import Attempt, answer
+from sgl_apr.tokenizer import HfTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> HfTokenizer:
+    directory = tmp_path_factory.mktemp("countdown")
+    countdown_tokenizer(apr.dialect("spawn").tags).save_pretrained(directory)
+    return HfTokenizer(directory, [0])
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" 3+ 7= 10, 8+ 10= 18", True),
+        ("3+ 7= 10, 8+ 10= 18\n", True),
+        (" 7+ 3= 10, 10+ 8= 18", True),
+        (" 3+ 7= 10, 8+ 10= 19", False),
+        (" 3+ 7= 10", False),
+        (" 8+ 10= 18", False),
+        (" 3+ 7= 10, 8+ 10= 18, 18* 1= 18", False),
+        (" 3+ 7= 10, 3+ 7= 10, 8+ 10= 18", False),
+        (" 7/ 3= 2, 2+ 8= 10", False),
+        ("18", False),
+        ("", False),
+        ("__import__('os')", False),
+    ],
+)
+def test_what_solves(text: str, right: bool):
+    assert solves(Problem((3, 7, 8), 18), text) is right
+
+
+def test_every_way_is_found():
+    """By brute force over orders of numbers and signs, left to right and in pairs."""
+    rng = random.Random(0)
+    for _ in range(60):
+        numbers = tuple(sorted(rng.randint(1, 25) for _ in range(3)))
+        reached = set()
+        for (a, b, c), (s, t) in product(permutations(numbers), product("+-*/", repeat=2)):
+            for x, y in ((a, b), (b, a)):
+                first = {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[s]
+                if first != int(first) or not 0 < first <= MOST or (s in "*/" and min(x, y) == 1):
+                    continue
+                for u, v in ((first, c), (c, first)):
+                    last = {"+": u + v, "-": u - v, "*": u * v, "/": u / v}[t]
+                    if last == int(last) and 0 < last <= MOST and not (t in "*/" and min(u, v) == 1):
+                        reached.add(int(last))
+        assert {t for t in range(1, MOST + 1) if ways(Problem(numbers, t))} == reached
+
+
+def test_problems_are_the_same_for_a_seed_and_split_by_content():
+    made = list(problems(200, "train", seed=3))
+    assert made == list(problems(200, "train", seed=3))
+    assert len(set(made)) == 200
+    assert all(1 <= ways(p) <= WAYS and p.split == "train" for p in made)
+    assert not set(made) & set(problems(200, "test", seed=3))
+    assert {len(p.numbers) for p in made} == {3, 4}
+    with pytest.raises(apr.AprError, match="at most about"):
+        list(problems(10**6, "test", numbers=(2,)))
+
+
+def test_a_problem_is_read_as_it_is_written():
+    for problem in problems(50, "test"):
+        assert Problem.parse(problem.text + "\n") == problem
+    with pytest.raises(apr.AprError, match="24: 3 7 8 12"):
+        Problem.parse("what is 3 + 4?")
+
+
+def test_numbers_and_tags_are_single_tokens(tokenizer: HfTokenizer):
+    for number in range(MOST + 1):
+        assert len(tokenizer.encode(f" {number}")) == 1
+    assert len({tuple(tokenizer.encode(f" {n}")) for n in range(MOST + 1)}) == MOST + 1
+    assert all(len(tokenizer.encode(tag)) == 1 for tag in apr.dialect("spawn").tags)
+    for text in ("24: 3 17 8 12\n 3+ 17= 20; 8 12 20\n", "any text, « at all » 1024 0"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_search_in_a_line_fits_its_window_and_solves(tokenizer: HfTokenizer):
+    rng, solved = random.Random(0), 0
+    for problem in problems(60, "train", numbers=(4,)):
+        text = sequential(problem, rng, 256)
+        assert len(tokenizer.encode(text)) == tokens(text) <= 256
+        line = text.rpartition("\n")[2]
+        solved += line.startswith("!")
+        assert line == "?" or solves(problem, line[1:])
+    assert 10 < solved < 60
+    assert all(solves(p, sequential(p, rng, 10**6).rpartition("\n")[2][1:]) for p in problems(20, "train"))
+
+
+def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
+    habits = Habits(forks={3: 0.0, 4: 1.0}, width=(12, 12), again=1.0)
+    for problem in problems(12, "train", numbers=(3, 4)):
+        attempt = Attempt(problem, asyncio.run(shown(problem, tokenizer, seed=1, habits=habits)))
+        trajectory = attempt.trajectory
+        apr.dialect("spawn").validate(trajectory.text)
+        assert bool(trajectory.blocks) == (len(problem.numbers) == 4)
+        assert attempt.correct
+        assert answer(trajectory)
+        assert trajectory.metrics().longest_context <= habits.window
+        if trajectory.blocks:
+            first = trajectory.blocks[0].branches
+            assert len(first) == min(11, len(steps(problem.numbers))), "as many as fit the window"
+            told = [Problem.parse(b.outline) for b in first]
+            assert all(len(t.numbers) == 3 and t.target == problem.target for t in told)
+
+
+def test_the_same_seed_shows_the_same(tokenizer: HfTokenizer):
+    problem = next(problems(1, "train", numbers=(4,)))
+    texts = [asyncio.run(shown(problem, tokenizer, seed=seed)).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_conclusion_is_read_back():
+    way = steps((3, 7))[:1]
+    assert read(conclusion(way)[1:]) == way
+    assert conclusion(None) == "?"
