@@ -11,6 +11,7 @@ from typing import Any
 from sgl_apr.budget import Budget
 from sgl_apr.doctor_commands import add_commands as add_doctor
 from sgl_apr.errors import AprError
+from sgl_apr.eval_commands import add_commands as add_eval
 from sgl_apr.trace_commands import add_commands, show
 from sgl_apr.train_commands import add_commands as add_train
 from sgl_apr.trajectory import Trajectory
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands)
     add_doctor(commands)
     add_train(commands)
+    add_eval(commands)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sgl_apr.dialects import Dialect, dialect
@@ -13,11 +14,11 @@ from sgl_apr.trajectory import Path, Trajectory
 
 
 @dataclass
-class _Block:
+class Draft:
     """A block apart from any format. `results` are the messages that came back."""
 
     outlines: list[str] = field(default_factory=list)
-    branches: list[list[str | _Block]] = field(default_factory=list)
+    branches: list[list[str | Draft]] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
     conclusion: str = ""
 
@@ -37,7 +38,7 @@ def convert(trajectory: Trajectory, to: Dialect | str, tokenizer: Tokenizer | No
     if trajectory.blocks and not kept and (asynchronous or target.asynchronous or sees != target.sees):
         raise ConversionError(f"{where}: their branches see something else, or join at another time")
     try:
-        text = trajectory.text if kept else _Writer(target).strand(_read(trajectory, ()), "", 0)
+        text = trajectory.text if kept else write(_read(trajectory, ()), target)
         made = target.parse(text, tokenizer)
     except (TraceError, ConversionError) as error:
         raise ConversionError(f"{where}: {error}") from None
@@ -47,6 +48,11 @@ def convert(trajectory: Trajectory, to: Dialect | str, tokenizer: Tokenizer | No
     return made.behind(trajectory.prompt, prompts[0].token_ids) if prompts else made
 
 
+def write(items: Sequence[str | Draft], to: Dialect) -> str:
+    """Texts and blocks as a reply in a dialect; raises `ConversionError` for what it has no place for."""
+    return _Writer(to).strand(items, "", 0)
+
+
 def _structure(trajectory: Trajectory) -> list[object]:
     return [
         (block.path, block.conclusion, [(b.path, b.outline, b.result) for b in block.branches])
@@ -54,10 +60,10 @@ def _structure(trajectory: Trajectory) -> list[object]:
     ]
 
 
-def _read(trajectory: Trajectory, path: Path) -> list[str | _Block]:
+def _read(trajectory: Trajectory, path: Path) -> list[str | Draft]:
     """Texts and blocks of one strand, in order."""
     views = {block.path: block for block in trajectory.blocks}
-    items: list[str | _Block] = []
+    items: list[str | Draft] = []
     ended = 0
     for span in trajectory.document:
         if span.path == path and span.role in ("text", "body"):
@@ -66,7 +72,7 @@ def _read(trajectory: Trajectory, path: Path) -> list[str | _Block]:
             ended += 1
             view = views[(*path, ended)]
             items.append(
-                _Block(
+                Draft(
                     outlines=[b.outline for b in view.branches],
                     branches=[_read(trajectory, b.path) for b in view.branches],
                     results=[b.result for b in view.branches],
@@ -82,10 +88,10 @@ class _Writer:
     def __init__(self, target: Dialect) -> None:
         self.target, self.grammar = target, target.grammar
 
-    def strand(self, items: list[str | _Block], prefix: str, depth: int) -> str:
+    def strand(self, items: Sequence[str | Draft], prefix: str, depth: int) -> str:
         return "".join(i if isinstance(i, str) else self.block(i, prefix, depth) for i in items)
 
-    def block(self, block: _Block, prefix: str, depth: int) -> str:
+    def block(self, block: Draft, prefix: str, depth: int) -> str:
         target, grammar = self.target, self.grammar
         if depth >= target.max_depth:
             raise ConversionError(f"{target.name} nests at most {target.max_depth} deep")
@@ -94,7 +100,7 @@ class _Writer:
             raise ConversionError(f"{target.name} has no outlines, and {block.outlines[0]!r} would be lost")
         if "outline" in grammar.rules and not all(block.outlines):
             raise ConversionError(f"{target.name} wants an outline for each branch")
-        concluded, wanted = _concludes(grammar)
+        concluded, wanted = concludes(grammar)
         if block.conclusion and not concluded:
             raise ConversionError(f"{target.name} has no conclusions, and {block.conclusion!r} would be lost")
         if wanted and not block.conclusion:
@@ -142,7 +148,7 @@ def _bare(grammar: Grammar) -> bool:
     return isinstance(close, Seq) and close.items[0] == Name(TEXT)
 
 
-def _concludes(grammar: Grammar) -> tuple[bool, bool]:
+def concludes(grammar: Grammar) -> tuple[bool, bool]:
     """Whether a block can have a conclusion, and whether it has to."""
 
     def find(expr: object, optional: bool) -> tuple[bool, bool]:

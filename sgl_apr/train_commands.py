@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sgl_apr.training.grpo import Update
     from sgl_apr.training.sft import Step
 
 
@@ -27,6 +28,11 @@ def add_commands(commands: Any) -> None:
     sft.add_argument("-o", "--out", type=Path, required=True, help="log, checkpoints and model go there")
     sft.add_argument("--json", action="store_true", help="print one JSON object at the end")
     sft.set_defaults(command=_sft)
+    grpo = kinds.add_parser("grpo", help="learn from rewards, on replies of a server that this starts")
+    grpo.add_argument("config", type=Path, help="a TOML file: see configs/ and sgl_apr/training/config.py")
+    grpo.add_argument("-o", "--out", type=Path, required=True, help="log, checkpoints and model go there")
+    grpo.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    grpo.set_defaults(command=_grpo)
 
 
 def _sft(options: argparse.Namespace) -> int:
@@ -53,5 +59,28 @@ def _sft(options: argparse.Namespace) -> int:
 
         model = train(config, options.out, on_step)
     found = {"model": str(model)} | ({"step": last[0].step, "loss": last[0].loss} if last else {})
+    print(json.dumps(found) if options.json else model)
+    return 0
+
+
+def _grpo(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgl_apr.training.config import GrpoConfig, load
+    from sgl_apr.training.grpo import train
+
+    config = load(GrpoConfig, options.config)
+    last: list[Update] = []
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("grpo", total=config.updates.steps)
+
+        def on_update(update: Update) -> None:
+            last[:] = [update]
+            said = f"reward {update.reward:.3f}, accuracy {update.accuracy:.1%}, critical path {update.critical_path:.0f}"
+            progress.update(bar, completed=update.step + 1, description=f"grpo: {said}")
+
+        model = train(config, options.out, on_update)
+    found = {"model": str(model)} | ({"step": last[0].step, "accuracy": last[0].accuracy} if last else {})
     print(json.dumps(found) if options.json else model)
     return 0

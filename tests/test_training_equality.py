@@ -20,13 +20,16 @@ from sgl_apr.training.structure import Structure, logprobs, structure
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
-CASES = [
-    *((name, "text", 1) for name in apr.dialect_names() if "text" in apr.dialect(name).joins),
-    *((name, "kv", 1) for name in apr.dialect_names() if "kv" in apr.dialect(name).joins),
-    *((name, "message", 1) for name in apr.dialect_names() if "message" in apr.dialect(name).joins),
-    ("multiverse", "text", 3),
+FEW = [
+    ("threadweaver", "text", 1),
     ("multiverse", "kv", 3),
+    ("parallel_r1", "kv", 1),
     ("spawn", "message", 2),
+]
+CASES = [
+    *((name, join, 1) for name in apr.dialect_names() for join in sorted(apr.dialect(name).joins)),
+    ("multiverse", "text", 3),
+    *FEW,
 ]
 
 
@@ -95,7 +98,10 @@ def masked(model, found: Structure, rows: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, batch["targets"][:, None])[:, 0]
 
 
-@pytest.mark.parametrize(("name", "join", "depth"), CASES)
+@pytest.mark.parametrize(
+    ("name", "join", "depth"),
+    [pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in dict.fromkeys(CASES)],
+)
 def test_it_is_what_the_server_said(server, path: str, model, name: str, join: str, depth: int):
     trajectory, noted = asyncio.run(sampled(server.url, name, join, depth, 0))
     assert trajectory.blocks

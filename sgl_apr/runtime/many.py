@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
+from sgl_apr.journal import appending
 from sgl_apr.runtime.decoding import derived
 from sgl_apr.runtime.loop import run_plan
 from sgl_apr.runtime.plan import plan
@@ -85,7 +84,7 @@ async def arun_many(
     def ids(prompt: Prompt) -> tuple[int, ...]:
         return tuple(engine.tokenizer.encode(prompt, first=True) if isinstance(prompt, str) else prompt)
 
-    with _appending(Path(path)) as file:
+    with appending(Path(path)) as file:
         found = _found(Path(path), problems)
         todo = iter([name for name in problems if name not in found])
         finished, failed = list[str](), dict[str, AprError]()
@@ -154,30 +153,6 @@ def _found(path: Path, problems: Mapping[str, Prompt]) -> dict[str, None]:
             raise AprError(f"{path} holds {name!r} twice")
         found[name] = None
     return found
-
-
-@contextmanager
-def _appending(path: Path) -> Iterator[int]:
-    """The file, for whole lines at its end and for nobody else meanwhile."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise AprError(f"another run writes to {path}") from None
-        os.ftruncate(file, _whole(path))
-        yield file
-    finally:
-        os.close(file)
-
-
-def _whole(path: Path) -> int:
-    """The length of a file without half a line at its end."""
-    length = 0
-    with open(path, "rb") as file:
-        for line in file:
-            length += len(line) if line.endswith(b"\n") else 0
-    return length
 
 
 def _bar(total: int, done: int) -> Any:

@@ -37,7 +37,7 @@ def answer(trajectory: Trajectory) -> str:
 async def attempts(
     engine: Engine,
     problems: Sequence[Problem],
-    dialect: Dialect | str,
+    dialect: Dialect | str | None,
     *,
     at_once: int = 256,
     on_attempt: Callable[[Attempt], None] | None = None,

@@ -1,0 +1,123 @@
+"""What attempts come to: accuracy with its confidence, within windows, by tokens and critical path; nothing is run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import comb
+from statistics import fmean
+
+from sgl_apr.metrics import Metrics
+from sgl_apr.tasks.solving import Attempt
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One attempt, without its text. tokens, critical_path, context: of the reply, its longest chain, and the
+    longest context that any of its tokens was decoded in (prompt included)."""
+
+    problem: str
+    size: int
+    correct: bool
+    tokens: int
+    critical_path: int
+    context: int
+    branches: int
+    forks: int
+
+    @classmethod
+    def of(cls, attempt: Attempt) -> Measured:
+        """That of one attempt."""
+        m: Metrics = attempt.trajectory.metrics()
+        return cls(
+            attempt.problem.text, len(attempt.problem.numbers), attempt.correct, m.total, m.critical_path,
+            m.longest_context, m.branches, m.blocks,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on many problems. Means are over all of them."""
+
+    method: str
+    attempts: Sequence[Measured]
+    wall_s: float = 0.0
+    seed: int = field(default=0, compare=False)
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Share of the problems that were solved."""
+        return fmean(a.correct for a in self.attempts)
+
+    @cached_property
+    def ci95(self) -> tuple[float, float]:
+        """Bootstrap interval of the accuracy."""
+        return interval([float(a.correct) for a in self.attempts], self.seed)
+
+    def within(self, limit: int, of: Callable[[Measured], int]) -> float:
+        """Share that was solved with no more than `limit` of something, as of tokens."""
+        return fmean(a.correct and of(a) <= limit for a in self.attempts)
+
+    def mean(self, of: Callable[[Measured], float]) -> float:
+        """The mean of something."""
+        return fmean(map(of, self.attempts))
+
+    def as_json(self, windows: Sequence[int]) -> Mapping[str, object]:
+        """For machines."""
+        forked = [a for a in self.attempts if a.forks]
+        sizes = sorted({a.size for a in self.attempts})
+        return {
+            "method": self.method,
+            "problems": len(self.attempts),
+            "accuracy": round(self.accuracy, 4),
+            "ci95": [round(x, 4) for x in self.ci95],
+            "total_tokens": round(self.mean(lambda a: a.tokens), 1),
+            "critical_path": round(self.mean(lambda a: a.critical_path), 1),
+            "fork_rate": round(len(forked) / len(self.attempts), 4),
+            "wall_s": round(self.wall_s, 2),
+            "by_numbers": {
+                n: {
+                    "accuracy": round(fmean(a.correct for a in own), 4),
+                    "fork_rate": round(fmean(bool(a.forks) for a in own), 4),
+                    "branches": round(fmean(a.branches for a in own), 2),
+                }
+                for n in sizes
+                if (own := [a for a in self.attempts if a.size == n])
+            },
+            "within_context": {w: round(self.within(w, lambda a: a.context), 4) for w in windows},
+            "within_tokens": {w: round(self.within(w, lambda a: a.tokens), 4) for w in windows},
+            "within_critical_path": {w: round(self.within(w, lambda a: a.critical_path), 4) for w in windows},
+        }
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of a mean."""
+    rng = random.Random(seed)
+    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return means[RESAMPLES // 40], means[-RESAMPLES // 40 - 1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods on the same problems. difference: of the accuracies, the second's over the first's, with its
+    interval; p: of McNemar's exact test on the problems that only one of them solved."""
+
+    difference: float
+    ci95: tuple[float, float]
+    p: float
+
+
+def compare(first: Row, second: Row, seed: int = 0) -> Comparison:
+    """A paired comparison; raises `ValueError` unless both tried the same problems in the same order."""
+    pairs = list(zip(first.attempts, second.attempts, strict=True))
+    if any(a.problem != b.problem for a, b in pairs):
+        raise ValueError("the methods were not tried on the same problems")
+    differences = [float(b.correct) - float(a.correct) for a, b in pairs]
+    up, down = differences.count(1.0), differences.count(-1.0)
+    fewer, n = min(up, down), up + down
+    p = min(1.0, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n) if n else 1.0
+    return Comparison(fmean(differences), interval(differences, seed), p)
