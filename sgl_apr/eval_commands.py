@@ -43,7 +43,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
     parser.add_argument(
-        "--budget", type=Budget.parse, default=Budget(tokens=4096), metavar="NAME=N,...", help="of each reply"
+        "--budget",
+        type=Budget.parse,
+        default=Budget(tokens=4096, width=16),
+        metavar="NAME=N,...",
+        help="of each reply",
     )
     parser.add_argument("--at-once", type=int, default=256, help="replies under way (default: %(default)s)")
     parser.add_argument("-o", "--out", type=Path, help="a directory for run.jsonl and summary.json")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sgl_apr.trajectory import Span, Trajectory
+from sgl_apr.spans import Span
+from sgl_apr.trajectory import Trajectory
 
 Convention = Literal["causal", "threadweaver", "multiverse"]
 

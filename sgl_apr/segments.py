@@ -13,7 +13,7 @@ from lark.lexer import PatternStr
 
 from sgl_apr.errors import TraceError
 from sgl_apr.grammar import NUMBER, TEXT, Grammar
-from sgl_apr.trajectory import Role
+from sgl_apr.spans import Role
 
 BRANCH_RULES = ("body", "branch", "rejoin")  # text in them is the text of a branch
 

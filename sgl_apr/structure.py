@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from sgl_apr.facts import Facts
 from sgl_apr.segments import Outline, Segment
-from sgl_apr.trajectory import Path, Span
+from sgl_apr.spans import Path, Span
 
 # Hears of what is wrong: its name, where it stands (start and end offsets), and what was expected.
 Report = Callable[[str, int, int, str], None]

@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from sgl_apr.errors import AprError, TraceError
+from sgl_apr.blocks import Block, blocks
+from sgl_apr.errors import TraceError
+from sgl_apr.spans import Finish, Path, Span, read_span
 
 if TYPE_CHECKING:
     from sgl_apr.metrics import Convention, Metrics
 
 SCHEMA = "sgl_apr.trajectory/5"
-
-Origin = Literal["prompt", "decoded", "injected"]
-Finish = Literal["stop", "eos", "length", "aborted", "timeout", "failed", "malformed"]
-Outcome = Literal["ok", "eos", "length", "aborted", "timeout", "failed", "malformed"]
-Role = Literal[
-    "prompt", "text", "fork", "lead", "header", "body", "closer", "wait", "result", "tail", "close"
-]
-Path = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A run of tokens with one origin and one meaning.
-
-    `parents` are indices of the spans it directly follows, so ancestors are what it was conditioned on;
-    `after` are those that it waited for without seeing them, as a join by message does. `path` says where it stands: `()` is the trunk, `(1, 2)` branch 2 of the first
-    block, and so on inside. `label` is what the grammar names in it: the outline (header), the
-    conclusion (close), the message that a branch returned (closer, result);
-    `outline` is that of the branch whose result it is. `token_ids` is None where a text was read without a tokenizer. A token that
-    straddles two spans belongs to the one in which it begins.
-    """
-
-    role: Role
-    origin: Origin
-    text: str
-    token_ids: tuple[int, ...] | None
-    parents: tuple[int, ...]
-    path: Path = ()
-    label: str = ""
-    finish: Finish | None = None
-    call: int | None = None
-    after: tuple[int, ...] = ()
-    outline: str = ""
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens; raises `AprError` if they are unknown."""
-        if self.token_ids is None:
-            raise AprError("this trajectory was read from text: parse it with tokenizer= to count its tokens")
-        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,46 +92,6 @@ class Join:
     path: Path
     by: Literal["kv", "text"]
     why: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """A view: one branch of a block.
-
-    `text` is what it wrote, without header and closer; `result` is the message that came back from it,
-    empty where branches join otherwise.
-    """
-
-    path: Path
-    outline: str
-    text: str
-    result: str
-    finish: Finish | None
-    spans: tuple[int, ...]
-
-    @property
-    def number(self) -> int:
-        """1-based, as written in its header."""
-        return self.path[-1]
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """`finish`, with "ok" for a branch that ended itself; None where a text was read."""
-        return outcome(self.finish)
-
-
-def outcome(finish: Finish | None) -> Outcome | None:
-    """How a branch has ended, from the finish of its last span."""
-    return "ok" if finish == "stop" else finish
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A view: one fork with its branches and what the join concluded (empty if nothing)."""
-
-    path: Path
-    branches: tuple[Branch, ...]
-    conclusion: str
 
 
 @dataclass(frozen=True)
@@ -274,45 +196,7 @@ class Trajectory:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """Every block, outer before inner, in the order of the text."""
-        return tuple(self._blocks())
-
-    def _blocks(self) -> Iterator[Block]:
-        forks: dict[Path, dict[Path, list[int]]] = {}
-        for i, span in enumerate(self.spans):
-            for depth in range(2, len(span.path) + 1, 2):
-                branch = span.path[:depth]
-                forks.setdefault(branch[:-1], {}).setdefault(branch, []).append(i)
-        for path, branches in forks.items():
-            yield Block(
-                path=path,
-                branches=tuple(self._branch(p, tuple(branches[p])) for p in sorted(branches)),
-                conclusion=self._conclusion(path),
-            )
-
-    def _branch(self, path: Path, ids: tuple[int, ...]) -> Branch:
-        own = [self.spans[i] for i in ids]
-        return Branch(
-            path=path,
-            outline=next(
-                (s.outline or s.label for s in own if s.role in ("header", "result") and s.path == path), ""
-            ),
-            text="".join(
-                s.text for s in own if s.path != path or s.role not in ("header", "closer", "result")
-            ),
-            result="".join(s.label for s in own if s.path == path and s.role == "result"),
-            finish=next((s.finish for s in reversed(own) if s.path == path and s.finish), None),
-            spans=ids,
-        )
-
-    def _conclusion(self, block: Path) -> str:
-        """The label of what closes the block: the n-th tail of its strand ends block n."""
-        ended = 0
-        for span in self.spans:
-            if span.path == block[:-1]:
-                ended += span.role == "tail"
-                if span.role == "close" and ended == block[-1]:
-                    return span.label
-        return ""
+        return tuple(blocks(self.spans))
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
         """Tokens, critical path, parallelism and what the engine did: see `sgl_apr.metrics`."""
@@ -336,7 +220,7 @@ class Trajectory:
             raise TraceError(1, 1, f"schema {found!r}", [f"schema {SCHEMA!r}"])
         try:
             trajectory = cls(
-                spans=tuple(_span(s, i) for i, s in enumerate(data["spans"])),
+                spans=tuple(read_span(s, i) for i, s in enumerate(data["spans"])),
                 dialect=str(data["dialect"]),
                 calls=tuple(_call(c) for c in data["calls"]),
                 wall_s=float(data["wall_s"]),
@@ -358,27 +242,3 @@ def _placed(data: Mapping[str, Any]) -> dict[str, Any]:
 def _call(data: Mapping[str, Any]) -> Call:
     logprobs = data["logprobs"]
     return Call(**{**_placed(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))})
-
-
-def _span(data: Mapping[str, Any], index: int) -> Span:
-    """One span from its JSON; parents have to come first, which also keeps the graph acyclic."""
-    names = {f.name for f in fields(Span)}
-    if set(data) != names:
-        raise ValueError(f"span fields {sorted(set(data) ^ names)}")
-    if data["role"] not in get_args(Role) or data["origin"] not in get_args(Origin):
-        raise ValueError(f"span role {data['role']!r}, origin {data['origin']!r}")
-    if data["finish"] not in (None, *get_args(Finish)):
-        raise ValueError(f"span finish {data['finish']!r}")
-    before = [*data["parents"], *data["after"]]
-    if not all(isinstance(p, int) and 0 <= p < index for p in before):
-        raise ValueError(f"span {index} follows {before}, expected spans before it")
-    ids = data["token_ids"]
-    return Span(
-        **{
-            **data,
-            "token_ids": None if ids is None else tuple(int(i) for i in ids),
-            "parents": tuple(int(p) for p in data["parents"]),
-            "path": tuple(int(p) for p in data["path"]),
-            "after": tuple(int(p) for p in data["after"]),
-        }
-    )

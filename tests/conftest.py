@@ -1,8 +1,9 @@
-"""The one server that a test run starts."""
+"""The servers that a test run starts once: one for all, and one that checks its memory at every step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +20,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     random_llama(directory, tags=list(tags), tag_bias=5.0)
     with Server(directory, log_path=directory / "server.log") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def untagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model without tags, for `checked`."""
+    return random_llama(tmp_path_factory.mktemp("checked"), seed=3)
+
+
+@pytest.fixture(scope="session")
+def checked(untagged: Path) -> Iterator[Server]:
+    """A small pool, and checks of it at every step: its log says what was wrong."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
+        patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
+        options = {"max_total_tokens": 4096, "context_length": 1024, "enable_custom_logit_processor": True}
+        with Server(untagged, log_path=untagged / "log", **options) as server:
+            yield server

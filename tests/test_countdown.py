@@ -77,7 +77,7 @@ def test_problems_are_the_same_for_a_seed_and_split_by_content():
 def test_a_problem_is_read_as_it_is_written():
     for problem in problems(50, "test"):
         assert Problem.parse(problem.text + "\n") == problem
-    with pytest.raises(apr.AprError, match="24: 3 7 8 12"):
+    with pytest.raises(apr.AprError, match=" 24: 3 7 8 12"):
         Problem.parse("what is 3 + 4?")
 
 
@@ -86,7 +86,7 @@ def test_numbers_and_tags_are_single_tokens(tokenizer: HfTokenizer):
         assert len(tokenizer.encode(f" {number}")) == 1
     assert len({tuple(tokenizer.encode(f" {n}")) for n in range(MOST + 1)}) == MOST + 1
     assert all(len(tokenizer.encode(tag)) == 1 for tag in apr.dialect("spawn").tags)
-    for text in ("24: 3 17 8 12\n 3+ 17= 20; 8 12 20\n", "any text, « at all » 1024 0"):
+    for text in (" 24: 3 17 8 12\n 3+ 17= 20; 8 12 20\n", "any text, « at all » 1024 0"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -115,7 +115,7 @@ def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
         if trajectory.blocks:
             first = trajectory.blocks[0].branches
             assert len(first) == min(11, len(steps(problem.numbers))), "as many as fit the window"
-            told = [Problem.parse(b.outline) for b in first]
+            told = [Problem.parse(b.outline.partition(";")[2]) for b in first]
             assert all(len(t.numbers) == 3 and t.target == problem.target for t in told)
 
 

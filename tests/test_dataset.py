@@ -17,7 +17,8 @@ from traces import TAGS, TRACE, traces
 import sgl_apr as apr
 from sgl_apr import dataset
 from sgl_apr.dataset import from_dataset, to_dataset
-from sgl_apr.trajectory import Call, Decision, Join, Limit, Span, Trajectory
+from sgl_apr.spans import Span
+from sgl_apr.trajectory import Call, Decision, Join, Limit, Trajectory
 
 DIALECT = apr.dialect("threadweaver")
 TOKENIZER = apr.ByteTokenizer(TAGS)

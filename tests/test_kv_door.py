@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ from test_stress import idle
 from transformers import AutoModelForCausalLM, FalconH1Config, Gemma2Config
 
 from sgl_apr.layout import LayoutError
-from sgl_apr.models import random_llama
 from sgl_apr.server.kv_door import MOST_WORK, layout_of
 from sgl_apr.server.kv_layout import work
 from sgl_apr.server.launch import Server
@@ -34,8 +32,8 @@ NEW = 8
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return random_llama(tmp_path_factory.mktemp("door"), seed=3)
+def model(untagged: Path) -> Path:
+    return untagged
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +44,9 @@ def reference(model: Path):
 
 
 @pytest.fixture(scope="module")
-def door(model: Path) -> Iterator[Server]:
-    """As it is served by default; checks its memory at every step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
-        patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
-        options = {"max_total_tokens": 4096, "context_length": 1024, "enable_custom_logit_processor": True}
-        with Server(model, log_path=model / "log", **options) as server:
-            yield server
+def door(checked: Server) -> Server:
+    """As it is served by default."""
+    return checked
 
 
 async def post(session, url: str, path: str, body: dict) -> tuple[int, str]:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -16,7 +15,6 @@ from test_kv_layout import random_layout
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.layout import positions, size, visible
-from sgl_apr.models import random_llama
 from sgl_apr.server.launch import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
@@ -36,24 +34,13 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return random_llama(tmp_path_factory.mktemp("joined"), seed=3)
+def model(untagged: Path) -> Path:
+    return untagged
 
 
 @pytest.fixture(scope="module")
-def joining(model: Path) -> Iterator[Server]:
-    """Checks its memory at every step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
-        patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
-        with Server(
-            model,
-            radix_cache_backend="apr",
-            max_total_tokens=4096,
-            context_length=1024,
-            log_path=model / "log",
-        ) as server:
-            yield server
+def joining(checked: Server) -> Server:
+    return checked
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
+from sgl_apr.blocks import Outcome
 from sgl_apr.report.live import LiveView
 from sgl_apr.runtime.events import Delta, Done, Ended, Event, Forked, Joined, Retried, Wrote
-from sgl_apr.trajectory import Finish, Limit, Outcome, Path, Role, Span
+from sgl_apr.spans import Finish, Path, Role, Span
+from sgl_apr.trajectory import Limit
 
 WORDS = {
     "ok": "done",

@@ -28,8 +28,9 @@ from sgl_apr.runtime.dsl import Reason
 from sgl_apr.runtime.events import Delta, Event, OnEvent, Retried
 from sgl_apr.runtime.loop import run_plan
 from sgl_apr.runtime.plan import Plan
+from sgl_apr.spans import Path
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Path, Trajectory
+from sgl_apr.trajectory import Trajectory
 
 T = TypeVar("T")
 INHERITED = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")

@@ -14,8 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from sgl_apr.blocks import Outcome
 from sgl_apr.runtime.events import Delta, Done, Ended, Event, Forked, Joined, Retried, Wrote
-from sgl_apr.trajectory import Outcome, Path, Span
+from sgl_apr.spans import Path, Span
 
 STATES: dict[Outcome | None, tuple[str, str]] = {
     None: ("running", "blue"),

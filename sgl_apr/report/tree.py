@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from sgl_apr.trajectory import Block, Trajectory
+from sgl_apr.blocks import Block
+from sgl_apr.trajectory import Trajectory
 
 MARKS = {
     "length": "cut at its limit",

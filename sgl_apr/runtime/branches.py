@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
+from sgl_apr.blocks import outcome
 from sgl_apr.dialects import Phase
 from sgl_apr.engine.base import Engine, Load
 from sgl_apr.errors import BranchFailed, EngineError
@@ -19,7 +20,6 @@ from sgl_apr.runtime.record import Strand
 from sgl_apr.runtime.results import drop_call, told, write_results
 from sgl_apr.runtime.scope import Cut, Scope
 from sgl_apr.segments import Outline
-from sgl_apr.trajectory import outcome
 
 Think = Callable[[Engine | None, Strand, Phase, int], Awaitable[None]]
 log = logging.getLogger(__name__)

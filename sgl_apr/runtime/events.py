@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from sgl_apr.blocks import Outcome
 from sgl_apr.errors import AprError
-from sgl_apr.trajectory import Call, Decision, Join, Limit, Outcome, Path, Span, Trajectory
+from sgl_apr.spans import Path, Span
+from sgl_apr.trajectory import Call, Decision, Join, Limit, Trajectory
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sgl_apr.blocks import Branch
 from sgl_apr.facts import POLICY
-from sgl_apr.trajectory import Branch
 
 Enough = Callable[[Sequence[Branch]], bool]
 Policy = str | Enough

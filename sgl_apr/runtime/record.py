@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sgl_apr.blocks import Branch
 from sgl_apr.engine.base import Load, Result
 from sgl_apr.layout import Layout, behind
 from sgl_apr.runtime.events import Called, Delta, Done, Event, OnEvent, Retried, Wrote, rebuild
 from sgl_apr.runtime.purse import Purse
 from sgl_apr.runtime.scope import Scope
 from sgl_apr.runtime.steps import Step
+from sgl_apr.spans import Finish, Path, Role, Span
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Branch, Call, Decision, Finish, Join, Limit, Path, Role, Span, Trajectory
+from sgl_apr.trajectory import Call, Decision, Join, Limit, Trajectory
 
 
 @dataclass

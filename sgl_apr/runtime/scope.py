@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from sgl_apr.trajectory import Finish
+from sgl_apr.spans import Finish
 
 T = TypeVar("T")
 

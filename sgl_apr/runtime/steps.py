@@ -10,8 +10,8 @@ from sgl_apr.completion import FILLER
 from sgl_apr.dialects import Dialect, Phase, Place
 from sgl_apr.errors import TraceError
 from sgl_apr.segments import Outline, Segment
+from sgl_apr.spans import Finish, Origin, Role
 from sgl_apr.tokenizer import Tokenizer, split_ids
-from sgl_apr.trajectory import Finish, Origin, Role
 
 FAILED = " (failed)"  # what the model reads in place of what a failed branch would have written
 

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sgl_apr.trajectory import Block, Trajectory
+from sgl_apr.blocks import Block
+from sgl_apr.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.events import Called, Delta, Done, Ended, Event, Forked, Joined, Retried, Wrote
-from sgl_apr.trajectory import Call, Decision, Join, Limit, Span
+from sgl_apr.spans import Span
+from sgl_apr.trajectory import Call, Decision, Join, Limit
 
 KINDS: Mapping[str, type[Event]] = {
     kind.__name__.lower(): kind for kind in (Delta, Retried, Wrote, Called, Forked, Ended, Joined, Done)

@@ -58,16 +58,16 @@ class Problem:
         """As a model is asked.
 
         >>> Problem((3, 7, 8, 12), 24).text
-        '24: 3 7 8 12'
+        ' 24: 3 7 8 12'
         """
-        return f"{self.target}:" + "".join(f" {n}" for n in self.numbers)
+        return f" {self.target}:" + "".join(f" {n}" for n in self.numbers)
 
     @classmethod
     def parse(cls, text: str) -> Problem:
         """The problem that such a text begins with; raises `AprError` for another."""
-        found = re.match(r"(\d{1,4}):((?: \d{1,4})+)(?!\d)", text)
+        found = re.match(r" (\d{1,4}):((?: \d{1,4})+)(?!\d)", text)
         if not found:
-            raise AprError(f"expected a problem like '24: 3 7 8 12', found {text[:40]!r}")
+            raise AprError(f"expected a problem like ' 24: 3 7 8 12', found {text[:40]!r}")
         return cls(tuple(sorted(map(int, found[2].split()))), int(found[1]))
 
     @property

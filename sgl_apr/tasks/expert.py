@@ -43,13 +43,13 @@ class Expert:
         self.tried: list[Step] = []
 
     def __call__(self, request: Request, prompt: str) -> str:
-        if (given := Problem.parse(prompt)) != self.problem:
-            return self.branch(given, prompt)
+        if not prompt.startswith(self.problem.text):
+            return self.branch(prompt)
         if self.left or self.tried:
             return self.behind(len(request.input_ids))
-        if self.rng.random() >= self.habits.forks.get(len(given.numbers), 0):
-            return sequential(given, self.rng, self.habits.window)
-        self.left = steps(given.numbers)
+        if self.rng.random() >= self.habits.forks.get(len(self.problem.numbers), 0):
+            return sequential(self.problem, self.rng, self.habits.window)
+        self.left = steps(self.problem.numbers)
         self.rng.shuffle(self.left)
         return self.fork(self.room(len(request.input_ids)))
 
@@ -65,14 +65,15 @@ class Expert:
         return self.to.grammar.written("fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)])
 
     def message(self, step: Step) -> str:
-        """What a branch is told: a problem of one number less, and how that came about."""
+        """What a branch is told: a first step, and the problem of one number less that it leads to."""
         left = Problem(after(self.problem.numbers, step), self.problem.target)
-        return f"{left.text};{step.text}"
+        return f"{step.text.strip()};{left.text}"
 
-    def branch(self, given: Problem, prompt: str) -> str:
-        before = read(prompt.partition(";")[2]) or []
+    def branch(self, prompt: str) -> str:
+        step, _, rest = prompt.partition(";")
+        given = Problem.parse(rest)
         found = low(given.numbers, given.target)
-        solution = None if found.solution is None else [*before, *found.solution]
+        solution = None if found.solution is None else [*(read(f" {step}") or []), *found.solution]
         return f"\n{found.text}{self.to.grammar.written('closer', text=conclusion(solution))}"
 
     def behind(self, context: int) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sgl_apr.errors import AprError
+from sgl_apr.spans import Path
 from sgl_apr.training.trie import ROOT, Cursor, Flat, Ints, Trie
-from sgl_apr.trajectory import Path, Trajectory
+from sgl_apr.trajectory import Trajectory
 
 Floats = npt.NDArray[np.float32]
 
