@@ -39,6 +39,7 @@ def _sft(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from sgl_apr.report.curves import draw_log
     from sgl_apr.training.config import SftConfig, load
     from sgl_apr.training.sft import train
 
@@ -58,6 +59,7 @@ def _sft(options: argparse.Namespace) -> int:
             )
 
         model = train(config, options.out, on_step)
+    draw_log(options.out / "log.jsonl", options.out / "log.png", ("loss", "rate", "norm"))
     found = {"model": str(model)} | ({"step": last[0].step, "loss": last[0].loss} if last else {})
     print(json.dumps(found) if options.json else model)
     return 0
@@ -67,6 +69,7 @@ def _grpo(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from sgl_apr.report.curves import draw_log
     from sgl_apr.training.config import GrpoConfig, load
     from sgl_apr.training.grpo import train
 
@@ -81,6 +84,8 @@ def _grpo(options: argparse.Namespace) -> int:
             progress.update(bar, completed=update.step + 1, description=f"grpo: {said}")
 
         model = train(config, options.out, on_update)
+    shown = ("reward", "accuracy", "critical_path", "total", "forked_3", "forked_4", "width")
+    draw_log(options.out / "log.jsonl", options.out / "log.png", shown)
     found = {"model": str(model)} | ({"step": last[0].step, "accuracy": last[0].accuracy} if last else {})
     print(json.dumps(found) if options.json else model)
     return 0

@@ -119,6 +119,7 @@ def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture)
     found = json.loads(capsys.readouterr().out)
     assert Path(found["model"], "model.safetensors").exists()
     assert found["step"] == len(losses(tmp_path / "out"))
+    assert (tmp_path / "out" / "log.png").read_bytes().startswith(b"\x89PNG")
 
     other = apr.ByteTokenizer(apr.dialect("threadweaver").tags)
     lines.write_text(apr.dialect("threadweaver").parse("six times seven is 42", other).to_json() + "\n")

@@ -1,12 +1,12 @@
-"""Accuracy against what it cost, as a picture: within a context, within tokens, within a critical path."""
+"""Pictures: accuracy within a context, within tokens, within a critical path; and how a training run went."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgl_apr.errors import AprError
 from sgl_apr.tasks.evaluation import Measured, Row
 
 AXES: tuple[tuple[str, Callable[[Measured], int]], ...] = (
@@ -23,11 +23,9 @@ def curve(row: Row, of: Callable[[Measured], int]) -> tuple[list[int], list[floa
 
 
 def draw(rows: Sequence[Row], path: Path, title: str = "") -> None:
-    """One panel for each cost, one line for each row, into a PNG, SVG or PDF; raises `AprError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AprError("a picture needs matplotlib: pip install matplotlib") from None
+    """One panel for each cost, one line for each row, into a PNG, SVG or PDF."""
+    from matplotlib.figure import Figure
+
     figure: Any = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (name, of) in zip(figure.subplots(1, len(AXES), sharey=True), AXES, strict=True):
         for row in rows:
@@ -39,4 +37,18 @@ def draw(rows: Sequence[Row], path: Path, title: str = "") -> None:
     figure.axes[0].set_ylabel("solved")
     figure.axes[-1].legend(loc="lower right", fontsize="small")
     figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def draw_log(log: Path, path: Path, names: Sequence[str]) -> None:
+    """Some numbers of a training log, one panel each, by step."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure: Any = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines])
+        axes.set_xlabel("step")
+        axes.set_title(name.replace("_", " "))
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -26,13 +26,18 @@ def batches(trees: Sequence[Structure], most: int, rng: random.Random) -> list[l
     return made
 
 
-def stream(examples: Examples, most: int, seed: int, done: int = 0) -> Iterator[list[Structure]]:
-    """Batches without end; the first `done` are left out, as of a run that goes on."""
-    number = 0
+Place = tuple[int, int]  # the number of a chunk, and of a batch in it
+
+
+def stream(
+    examples: Examples, most: int, seed: int, begin: Place = (0, 0)
+) -> Iterator[tuple[list[Structure], Place]]:
+    """Batches without end, each with the place of the one behind it, where a run that is taken up begins."""
+    number, first = begin
     while True:
         made = batches(examples.chunk(number), most, random.Random(f"{seed} {number}"))
         if not made:
             raise AprError("nothing to learn from: no trajectory has a decoded token")
-        yield from made[done:]
-        done = max(0, done - len(made))
-        number += 1
+        for k in range(first, len(made)):
+            yield made[k], (number, k + 1)
+        number, first = number + 1, 0

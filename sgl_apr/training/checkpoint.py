@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,35 @@ def begin(config: Any, start: Path, out: Path) -> Path:
     return start
 
 
-def save(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, tokens: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What of a run is done: steps, tokens, and the place in its examples where it goes on."""
+
+    step: int = 0
+    tokens: int = 0
+    place: tuple[int, int] = (0, 0)
+
+
+def save(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, done: Progress) -> None:
     """A checkpoint, whole or not at all."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tokens": tokens}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": asdict(done)}
     partial = out / f"{CHECKPOINT}.partial"
     torch.save(state, partial)
     os.replace(partial, out / CHECKPOINT)
 
 
-def resume(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """(steps, tokens) that are done; lines of the log behind the checkpoint are dropped."""
+def resume(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """What is done, with model and optimizer as they were then; lines of the log behind that are dropped."""
     if not (out / CHECKPOINT).exists():
         (out / LOG).unlink(missing_ok=True)
-        return 0, 0
+        return Progress()
     state = torch.load(out / CHECKPOINT, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    done = Progress(**state["done"])
     lines = (out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
-    (out / LOG).write_text("".join(lines[: state["step"]]), encoding="utf-8")
-    return state["step"], state["tokens"]
+    (out / LOG).write_text("".join(lines[: done.step]), encoding="utf-8")
+    return done
 
 
 def finish(target: Path, model: Any, start: Path) -> Path:

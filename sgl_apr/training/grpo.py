@@ -28,7 +28,7 @@ from sgl_apr.tasks.solving import Attempt, attempts
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.advantages import grpo, mean_only, papo
 from sgl_apr.training.batches import batches
-from sgl_apr.training.checkpoint import begin, finish, resume, save
+from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, save
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.config import GrpoConfig, Rollouts
 from sgl_apr.training.rewards import gated, npr, parallel_r1, reward
@@ -74,24 +74,23 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.updates.rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    step, _ = resume(out, model, optimizer)
+    step = resume(out, model, optimizer).step
     pool = list(problems(POOL, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers))
     finish(out / WEIGHTS, model, start)
     with (
         Server(
             out / WEIGHTS, log_path=out / "server.log", context_length=2048, max_total_tokens=131072
         ) as server,
-        (out / "log.jsonl").open("a", encoding="utf-8") as log,
+        (out / LOG).open("a", buffering=1, encoding="utf-8") as log,
     ):
         while step < config.updates.steps:
             update = asyncio.run(_step(config, step, server.url, model, optimizer, pool, out, start))
             step += 1
             log.write(json.dumps(asdict(update)) + "\n")
-            log.flush()
             if on_update:
                 on_update(update)
             if step % config.updates.checkpoint == 0 or step == config.updates.steps:
-                save(out, model, optimizer, step, 0)
+                save(out, model, optimizer, Progress(step))
     return finish(out / "model", model, start)
 
 

@@ -17,7 +17,7 @@ from sgl_apr.dialects import dialect
 from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.batches import stream
-from sgl_apr.training.checkpoint import LOG, begin, finish, resume, save
+from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, save
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.config import SftConfig, Steps
 from sgl_apr.training.examples import examples
@@ -54,14 +54,15 @@ def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None =
     torch.manual_seed(config.steps.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(_groups(model, config.steps.weight_decay), lr=0.0, betas=(0.9, 0.95))
-    step, tokens = resume(out, model, optimizer)
+    done = resume(out, model, optimizer)
+    step, tokens, place = done.step, done.tokens, done.place
     tokenizer = HfTokenizer(start)
     collate = Collator(pad=min(tokenizer.eos_ids))
     model.train()
-    with (out / LOG).open("a", encoding="utf-8") as log:
-        for trees in stream(examples(config.data, tokenizer), config.steps.batch, config.steps.seed, step):
-            if tokens >= config.steps.tokens:
-                break
+    with (out / LOG).open("a", buffering=1, encoding="utf-8") as log:
+        batches = stream(examples(config.data, tokenizer), config.steps.batch, config.steps.seed, place)
+        while tokens < config.steps.tokens:
+            trees, place = next(batches)
             began = time.monotonic()
             now = rate(config.steps, step, tokens / config.steps.tokens)
             for group in optimizer.param_groups:
@@ -74,14 +75,14 @@ def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None =
             optimizer.zero_grad(set_to_none=True)
             tokens += sum(tree.tokens for tree in trees)
             step += 1
-            done = Step(step, tokens, len(batch["targets"]), loss.item(), now, norm, time.monotonic() - began)
-            log.write(json.dumps(asdict(done)) + "\n")
+            seconds = time.monotonic() - began
+            made = Step(step, tokens, len(batch["targets"]), loss.item(), now, norm, seconds)
+            log.write(json.dumps(asdict(made)) + "\n")
             if on_step:
-                on_step(done)
+                on_step(made)
             if step % config.steps.checkpoint == 0:
-                log.flush()
-                save(out, model, optimizer, step, tokens)
-    save(out, model, optimizer, step, tokens)
+                save(out, model, optimizer, Progress(step, tokens, place))
+    save(out, model, optimizer, Progress(step, tokens, place))
     return finish(out / MODEL, model, start)
 
 

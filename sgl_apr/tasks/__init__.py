@@ -1,0 +1,1 @@
+"""Tasks with exact verifiers, and what models do with them; nothing is trained here."""

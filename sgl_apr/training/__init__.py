@@ -1,0 +1,1 @@
+"""From trajectories to trained models: structures, rewards and the loops; inference is elsewhere."""

@@ -1,0 +1,62 @@
+"""What attempts come to: shares, intervals and paired comparisons against ones that were computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from sgl_apr.report.curves import curve, draw
+from sgl_apr.tasks.evaluation import Measured, Row, compare, interval
+
+ONE = Measured("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
+
+
+def row(name: str, rights: list[bool], **more) -> Row:
+    made = [replace(ONE, problem=f"p{k}", correct=right, **more) for k, right in enumerate(rights)]
+    return Row(name, made, 2.0)
+
+
+def test_within_a_limit_only_what_is_right_and_small_counts():
+    attempts = [ONE, replace(ONE, context=41), replace(ONE, correct=False), replace(ONE, context=400)]
+    found = Row("apr", attempts)
+    assert found.accuracy == 0.75
+    assert [found.within(w, lambda a: a.context) for w in (39, 40, 41, 1000)] == [0, 0.25, 0.5, 0.75]
+    assert curve(found, lambda a: a.context) == ([40, 41, 400], [0.25, 0.5, 0.75])
+
+
+def test_the_interval_holds_the_mean_and_narrows():
+    values = [1.0] * 60 + [0.0] * 40
+    low, high = interval(values)
+    assert low < 0.6 < high
+    assert 0.15 < high - low < 0.25, "about 2 * 1.96 * sqrt(0.24 / 100)"
+    low, high = interval(values * 25)
+    assert high - low < 0.05
+
+
+def test_a_paired_comparison():
+    rights = [Random(k).random() < 0.5 for k in range(40)]
+    same = compare(row("a", rights), row("b", rights))
+    assert (same.difference, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))
+    found = compare(row("a", [False] * 10), row("b", [True] * 8 + [False] * 2))
+    assert found.difference == 0.8
+    assert found.p == pytest.approx(2 / 2**8)
+    found = compare(row("a", [True] * 3 + [False] * 5), row("b", [False] * 3 + [True] * 5))
+    assert found.p == pytest.approx(2 * (1 + 8 + 28 + 56) / 2**8)
+    with pytest.raises(ValueError, match="same problems"):
+        compare(row("a", [True, True]), Row("b", [ONE, ONE]))
+
+
+def test_for_machines():
+    found = row("apr", [True, False]).as_json((32, 64))
+    assert found["accuracy"] == 0.5
+    assert found["fork_rate"] == 1.0
+    assert found["by_numbers"] == {4: {"accuracy": 0.5, "fork_rate": 1.0, "branches": 3}}
+    assert found["within_context"] == {32: 0.0, 64: 0.5}
+
+
+def test_a_picture(tmp_path: Path):
+    draw([row("a", [True] * 5), row("b", [False] * 5)], tmp_path / "curves.png", "two")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
