@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--budget",
         type=Budget.parse,
-        default=Budget(tokens=4096, width=16),
+        default=Budget(tokens=2000, width=16),
         metavar="NAME=N,...",
         help="of each reply",
     )
@@ -64,7 +64,7 @@ def _eval(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         url = options.url
         if url is None:
-            url = stack.enter_context(Server(options.model, context_length=4096, max_total_tokens=131072)).url
+            url = stack.enter_context(Server(options.model, max_total_tokens=131072)).url
         rows = [asyncio.run(_row(options, url, method)) for method in methods]
     summary = {"task": options.task, "rows": [row.as_json(WINDOWS) for row in rows]}
     if options.out:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
+from sgl_apr.runtime.branches import first
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tasks.countdown import Problem, solves
 from sgl_apr.tasks.search import FOUND
@@ -43,7 +44,7 @@ async def attempts(
     on_attempt: Callable[[Attempt], None] | None = None,
     **options: Any,
 ) -> list[Attempt]:
-    """One attempt at each of the problems, in their order; options are those of `areason`."""
+    """One attempt at each of the problems, in their order; options are those of `areason`, and so are errors."""
     gate = asyncio.Semaphore(at_once)
 
     async def one(problem: Problem) -> Attempt:
@@ -53,7 +54,9 @@ async def attempts(
             on_attempt(attempt)
         return attempt
 
-    tasks: list[Awaitable[Attempt]] = []
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(problem)) for problem in problems]
-    return [await task for task in tasks]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(problem)) for problem in problems]
+    except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
+        raise first(failed) from None
+    return [task.result() for task in tasks]

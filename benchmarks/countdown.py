@@ -1,0 +1,138 @@
+"""The Countdown twins side by side: accuracy within contexts, tokens and critical paths, paired; and a picture.
+
+python benchmarks/countdown.py SEQUENTIAL PARALLEL [RL] [--json] [--check] [-o docs/countdown.png]
+
+Each is a directory that `sgl-apr eval countdown -o DIRECTORY` has written, all for the same problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sgl_apr.report.curves import draw
+from sgl_apr.tasks.evaluation import Measured, Row, compare
+
+WINDOWS = (64, 128, 256, 512, 1024, 2048)
+FLAT = 0.01  # a window is flat if doubling it adds less
+POINTS, SHORTER, BETTER, CHEAPER = 0.10, 1.5, 0.03, 0.10
+
+
+def read(directory: Path) -> Row:
+    """The first method of a directory, under its name."""
+    lines = [json.loads(line) for line in (directory / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = [line for line in lines if line["method"] == lines[0]["method"]]
+    made = [Measured(**{k: v for k, v in line.items() if k != "method"}) for line in first]
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    return Row(directory.name, made, summary["rows"][0]["wall_s"])
+
+
+def flattened(row: Row) -> int:
+    """The smallest window of which the double adds less than `FLAT`."""
+
+    def within(window: int) -> float:
+        return row.within(window, lambda a: a.context)
+
+    return next((w for w in WINDOWS if within(2 * w) - within(w) < FLAT and within(w) > 0.05), WINDOWS[-1])
+
+
+def needed(row: Row, accuracy: float, of: Callable[[Measured], int]) -> int | None:
+    """The limit within which a share of the problems is solved; None if it never is."""
+    solved = sorted(of(a) for a in row.attempts if a.correct)
+    count = -int(-accuracy * len(row.attempts) // 1)
+    return solved[count - 1] if 0 < count <= len(solved) else None
+
+
+def report(sequential: Row, parallel: Row, rl: Row | None) -> dict[str, Any]:
+    """Every figure."""
+    window = flattened(sequential)
+
+    def cut(row: Row) -> Row:
+        kept = [Measured(**{**asdict(a), "correct": a.correct and a.context <= window}) for a in row.attempts]
+        return Row(row.method, kept)
+
+    gap = compare(cut(sequential), cut(parallel))
+    reached = min(sequential.accuracy, parallel.accuracy)
+    chains = [needed(row, reached, lambda a: a.critical_path) for row in (sequential, parallel)]
+    found: dict[str, Any] = {
+        "rows": [row.as_json(WINDOWS) for row in (sequential, parallel, *([rl] if rl else []))],
+        "window": window,
+        "gap_at_window": asdict(gap),
+        "equal_accuracy": reached,
+        "critical_path_at_equal_accuracy": chains,
+        "shorter": chains[0] / chains[1] if chains[0] and chains[1] else None,
+    }
+    if rl:
+        found["rl"] = asdict(compare(parallel, rl)) | {
+            "critical_path": rl.mean(lambda a: a.critical_path) / parallel.mean(lambda a: a.critical_path)
+        }
+    return found
+
+
+def missed(found: dict[str, Any]) -> list[str]:
+    """Which bars are not met."""
+    wrong = []
+    if found["gap_at_window"]["difference"] < POINTS:
+        wrong.append(
+            f"{found['gap_at_window']['difference']:.1%} above at {found['window']}, expected {POINTS:.0%}"
+        )
+    if (found["shorter"] or 0) < SHORTER:
+        wrong.append(f"critical path {found['shorter']} times shorter, expected {SHORTER}")
+    if (rl := found.get("rl")) and rl["difference"] < BETTER:
+        cheaper = rl["critical_path"] <= 1 - CHEAPER and rl["ci95"][1] >= 0
+        if not cheaper:
+            wrong.append(
+                f"RL: {rl['difference']:+.1%}, critical path {rl['critical_path']:.2f} of what it was"
+            )
+    return wrong
+
+
+def show(found: dict[str, Any]) -> None:
+    console = Console(width=140)
+    names = ("accuracy", "ci95", "total_tokens", "critical_path", "fork_rate", "wall_s")
+    table = Table("model", *names, *(f"within {w}" for w in WINDOWS))
+    for row in found["rows"]:
+        table.add_row(
+            row["method"],
+            *(str(row[n]) for n in names),
+            *(f"{row['within_context'][w]:.3f}" for w in WINDOWS),
+        )
+    console.print(table)
+    for name, value in found.items():
+        if name != "rows":
+            console.print(f"{name}: {value}")
+
+
+def main() -> int:
+    """Print tables, or JSON; with --check, status 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("sequential", type=Path)
+    add("parallel", type=Path)
+    add("rl", type=Path, nargs="?")
+    add("-o", "--out", type=Path, help="a picture")
+    add("--json", action="store_true", help="one JSON object on stdout instead of tables")
+    add("--check", action="store_true", help="exit with 1 if a bar is missed")
+    options = parser.parse_args()
+    rows = [read(d) for d in (options.sequential, options.parallel, options.rl) if d]
+    found = report(rows[0], rows[1], rows[2] if len(rows) > 2 else None)
+    if options.out:
+        draw(rows, options.out, "Countdown, the same held-out problems")
+    print(json.dumps(found)) if options.json else show(found)
+    for bar in missed(found):
+        Console(stderr=True).print(f"[red]missed: {bar}")
+    return int(options.check and bool(missed(found)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
