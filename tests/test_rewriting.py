@@ -83,7 +83,7 @@ def test_a_fork_begins_where_independence_does():
     assert trajectory.answer.strip() == TRACE.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr", "parallel_r1"])
+@pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr"])
 def test_in_every_dialect_that_can_say_it(name: str):
     dialect = apr.dialect(name)
     trajectory = made(name, tokenizer=apr.ByteTokenizer(dialect.tags))
@@ -150,6 +150,7 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_through_a_real_endpoint(server, tmp_path: Path):
     """Random weights under the schemas: every answer follows its schema as far as its length allows, all are counted."""
     traces = [Record(f"{k}", TRACE) for k in range(8)]
