@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from hardware import hardware
 from rich.console import Console
 from rich.table import Table
 
@@ -196,15 +195,8 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def hardware() -> dict[str, str | int]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+def surroundings() -> dict[str, Any]:
+    return hardware() | {"torch_threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def table_of(timings: list[Timing]) -> Table:
@@ -232,7 +224,12 @@ def main() -> int:
     timings = [measure(case, options.repeats) for case in cases()]
     if options.json:
         rows = [asdict(t) | {"passed": t.passed} for t in timings]
-        found = {"hardware": hardware(), "repeats": options.repeats, "fork": fork, "timings": rows}
+        found = {
+            "hardware": surroundings(),
+            "repeats": options.repeats,
+            "fork": fork,
+            "timings": rows,
+        }
         print(json.dumps(found, indent=1))
     else:
         console = Console()
@@ -241,7 +238,7 @@ def main() -> int:
             "{branches} branches after {prefix} tokens, {own} of their own: {with_ms:.2f} ms a layer where the prefix is "
             "read once, {without_ms:.2f} ms where each reads it: {speedup:.1f}x (bar {bar:g}x)".format(**fork)
         )
-        console.print(", ".join(f"{key} {value}" for key, value in hardware().items()))
+        console.print(", ".join(f"{key} {value}" for key, value in surroundings().items()))
     return int(options.check and not (fork["passed"] and all(t.passed for t in timings)))
 
 

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -18,13 +17,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from attention import (
     fork_attention_speedup,
 )  # before anything that loads torch: it sets the threads' spinning
+from hardware import hardware, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -186,15 +185,7 @@ def missed(found: dict[str, Any]) -> list[str]:
 
 
 def surroundings() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "hardware": {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count() or 0},
-        "versions": {
-            "python": platform.python_version(),
-            **{n: version(n) for n in ("sgl-apr", "sglang", "torch")},
-        },
-    }
+    return {"hardware": hardware(), "versions": versions("sgl-apr", "sglang", "torch")}
 
 
 def show(found: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import os
-import platform
 import random
 import resource
 import statistics
@@ -16,11 +14,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from hardware import hardware, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -290,13 +288,10 @@ def missed(found: dict[str, Any]) -> list[str]:
 
 
 def surroundings() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ("sgl-apr", "sglang", "torch", "aiohttp")
     return {
         "peak_rss_mb": peak_rss_mb(),
-        "hardware": {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count() or 0},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "hardware": hardware(),
+        "versions": versions("sgl-apr", "sglang", "torch", "aiohttp"),
     }
 
 

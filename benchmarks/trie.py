@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import string
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
+from hardware import hardware
 from rich.console import Console
 
 import sgl_apr as apr
@@ -83,9 +81,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help=f"exit with 1 above {SECONDS} s")
     options = parser.parse_args()
     found = measured(options.reps)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    found["hardware"] = {"cpu": cpu or platform.processor(), "cores": os.cpu_count()}
+    found["hardware"] = hardware()
     if options.json:
         print(json.dumps(found))
     else:

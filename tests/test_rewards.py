@@ -129,7 +129,10 @@ def test_apr():
 
 
 def test_an_unknown_name_lists_those_there_are():
-    assert rewards.reward("gated") is rewards.gated
+    assert rewards.reward("gated", parallel=0.5)(PARALLEL, True) == rewards.gated(
+        PARALLEL, True, parallel=0.5
+    )
+    assert rewards.reward("parallel_r1", step=9)(PARALLEL, True) == 1.2
     with pytest.raises(apr.AprError, match="naive_threads"):
         rewards.reward("best")
 

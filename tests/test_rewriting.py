@@ -83,7 +83,7 @@ def test_a_fork_begins_where_independence_does():
     assert trajectory.answer.strip() == TRACE.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr"])
+@pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr", "parallel_r1"])
 def test_in_every_dialect_that_can_say_it(name: str):
     dialect = apr.dialect(name)
     trajectory = made(name, tokenizer=apr.ByteTokenizer(dialect.tags))

@@ -6,7 +6,9 @@ import asyncio
 from collections import Counter
 
 import pytest
+import torch
 from masked import SampledEngine, masked
+from torch.nn.attention.flex_attention import flex_attention
 
 import sgl_apr as apr
 from sgl_apr.layout import positions
@@ -132,3 +134,15 @@ def test_contexts_of_their_own_are_taken_apart(name: str):
     assert len(parts) == len(roots)
     assert (len(parts) > 1) == (name != "multiverse")
     assert sum((read(part) for part in parts), Counter()) == read(whole)
+
+
+@pytest.mark.parametrize("join", ["text", "kv"])
+def test_flex_attention_sees_the_same(join: str):
+    torch.manual_seed(0)
+    rows = [structure([sampled("multiverse", seed, join=join)[0]]).tree for seed in (1, 2)]
+    sight = Visibility.of(rows)
+    heads = [torch.randn(2, 2, sight.ends.shape[1], 16) for _ in range(3)]
+    found = flex_attention(*heads, block_mask=sight.blocks(BLOCK_SIZE=16))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=sight.dense())
+    for k, row in enumerate(rows):
+        torch.testing.assert_close(found[k, :, : len(row.ends)], expected[k, :, : len(row.ends)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from sgl_apr.layout import PARAMETER, Layout
 from sgl_apr.tokenizer import Tokenizer
 
 
-class ServedEngine:
+class ServedEngine(ABC):
     """Decodes, commits and forks by `_generate`: a fork is the server's cached prefix."""
 
     _tokenizer: Tokenizer
@@ -29,14 +30,14 @@ class ServedEngine:
     async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Self]]:
         return await self.commit(request), [self] * size
 
-    async def release(self) -> None:
+    async def release(self) -> None:  # noqa: B027  # it is whole
         """Nothing to give back."""
 
+    @abstractmethod
     async def _generate(
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
         """What came back for a request with these sampling parameters."""
-        raise NotImplementedError
 
 
 def decoding(request: Request) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 from statistics import fmean
@@ -46,7 +46,6 @@ class Row:
     method: str
     attempts: Sequence[Measured]
     wall_s: float = 0.0
-    seed: int = field(default=0, compare=False)
 
     @cached_property
     def accuracy(self) -> float:
@@ -56,7 +55,7 @@ class Row:
     @cached_property
     def ci95(self) -> tuple[float, float]:
         """Bootstrap interval of the accuracy."""
-        return interval([float(a.correct) for a in self.attempts], self.seed)
+        return interval([float(a.correct) for a in self.attempts])
 
     def within(self, limit: int, of: Callable[[Measured], int]) -> float:
         """Share that was solved with no more than `limit` of something, as of tokens."""
@@ -94,9 +93,9 @@ class Row:
         }
 
 
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """95% bootstrap interval of a mean."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return means[RESAMPLES // 40], means[-RESAMPLES // 40 - 1]
 
@@ -111,7 +110,7 @@ class Comparison:
     p: float
 
 
-def compare(first: Row, second: Row, seed: int = 0) -> Comparison:
+def compare(first: Row, second: Row) -> Comparison:
     """A paired comparison; raises `ValueError` unless both tried the same problems in the same order."""
     pairs = list(zip(first.attempts, second.attempts, strict=True))
     if any(a.problem != b.problem for a, b in pairs):
@@ -120,4 +119,4 @@ def compare(first: Row, second: Row, seed: int = 0) -> Comparison:
     up, down = differences.count(1.0), differences.count(-1.0)
     fewer, n = min(up, down), up + down
     p = min(1.0, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n) if n else 1.0
-    return Comparison(fmean(differences), interval(differences, seed), p)
+    return Comparison(fmean(differences), interval(differences), p)

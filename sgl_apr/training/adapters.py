@@ -57,7 +57,8 @@ def _paid(
     reward: Reward, correct: Judge, text: str, truth: Any, tokenizer: Tokenizer, dialect: Dialect | str | None
 ) -> float:
     trajectory = read(text, dialect, tokenizer=tokenizer).trajectory
-    return reward(trajectory, correct(trajectory.answer, truth))
+    paid = reward(trajectory, correct(trajectory.answer, truth))
+    return 0.0 if paid is None else paid
 
 
 def _text(completion: Any) -> str:

@@ -1,4 +1,4 @@
-"""Structures to batches for a Hugging Face model, and the loss over one; it trains nothing."""
+"""Structures to batches for a Hugging Face model, and what a model says of their targets; it trains nothing."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ class Collator:
     A batch has `input_ids` and `position_ids` (rows, length), `attention_mask`, and of every loss `rows`,
     `sources`, `targets` (token ids) and `weights` (1, unless the structures come with their own). `attention`
     is "dense", a matrix that any model takes with `attn_implementation="sdpa"` or "eager", or "flex", a
-    `BlockMask` for "flex_attention", whose memory is linear. `multiple` rounds lengths up.
+    `BlockMask` for "flex_attention", whose memory is linear.
     """
 
     pad: int = 0
     attention: Literal["dense", "flex"] = "dense"
-    multiple: int = 1
 
     def __call__(
         self,
@@ -49,8 +48,7 @@ class Collator:
     ) -> dict[str, Any]:
         """`weights`: for every structure of every row one for each of its losses."""
         packs = [[row] if isinstance(row, Structure) else list(row) for row in rows]
-        longest = max(sum(s.tokens for s in pack) for pack in packs)
-        length = -(-longest // self.multiple) * self.multiple
+        length = max(sum(s.tokens for s in pack) for pack in packs)
         ids = np.full((len(packs), length), self.pad, dtype=np.int64)
         positions = np.zeros((len(packs), length), dtype=np.int64)
         trees, of, sources, targets = [], [], [], []
@@ -95,9 +93,3 @@ def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
     ).last_hidden_state
     logits = model.lm_head(hidden[batch["rows"], batch["sources"]]).float()  # of those that predict only
     return logits.log_softmax(-1).gather(-1, batch["targets"].unsqueeze(-1)).squeeze(-1)
-
-
-def loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The weighted mean of the negative log-probabilities."""
-    weights = batch["weights"]
-    return -(weights * log_probabilities(model, batch)).sum() / weights.abs().sum().clamp_min(1e-8)

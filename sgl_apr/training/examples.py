@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -76,12 +77,16 @@ class FileExamples:
             tree for one in made for tree in structure([one], eos=self.eos, join=join, apart=True).split()
         ]
 
+    @lru_cache(maxsize=2)  # noqa: B019  # of the one that a run has
+    def _order(self, turn: int) -> list[int]:
+        """Where the lines begin, as they come in one pass."""
+        return random.Random(f"{self.data.seed} {turn}").sample(self.lines, len(self.lines))
+
     def _texts(self, number: int) -> Iterator[str]:
         with self.path.open("rb") as file:
             for k in range(number * CHUNK, (number + 1) * CHUNK):
                 turn, at = divmod(k, len(self.lines))
-                order = random.Random(f"{self.data.seed} {turn}")
-                file.seek(self.lines[order.sample(range(len(self.lines)), len(self.lines))[at]])
+                file.seek(self._order(turn)[at])
                 yield file.readline().decode("utf-8")
 
 

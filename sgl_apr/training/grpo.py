@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +30,7 @@ from sgl_apr.training.batches import batches
 from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, save
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.config import GrpoConfig, Rollouts
-from sgl_apr.training.rewards import gated, npr, parallel_r1, reward
+from sgl_apr.training.rewards import reward
 from sgl_apr.training.structure import Structure, structure
 from sgl_apr.trajectory import Trajectory
 
@@ -68,6 +67,9 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
     Where a run with the same configuration was interrupted it goes on behind its last checkpoint. Problems
     are drawn anew in every step, by its number. Raises `AprError` for what cannot be run.
     """
+    reward(config.rollouts.reward)  # an unknown one is an error before anything is run
+    if config.rollouts.reward == "npr" and config.rollouts.advantage != "papo":
+        raise AprError('reward = "npr" drops malformed replies, expected advantage = "papo"')
     start = begin(config, Path(config.model.path), out)
     torch.manual_seed(config.updates.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
@@ -109,7 +111,8 @@ async def _step(
     async with await HttpEngine.connect(url, timeout=600) as engine:
         made = await sample(engine, drawn, config)  # all of them have ended: no weight changes within a reply
         sampled = time.monotonic()
-        rewards = [_rewarded(config.rollouts, attempt, step) for attempt in made]
+        paid = reward(config.rollouts.reward, step=step, parallel=config.rollouts.parallel)
+        rewards = [paid(attempt.trajectory, attempt.correct) for attempt in made]
         advantages = _advantages(config.rollouts, rewards)
         eos = min(HfTokenizer(start).eos_ids)
         norm = learn(model, optimizer, [a.trajectory for a in made], advantages, eos, config)
@@ -169,25 +172,13 @@ def learn(
     return norm
 
 
-def _rewarded(rollouts: Rollouts, attempt: Attempt, step: int) -> float | None:
-    trajectory, correct = attempt.trajectory, attempt.correct
-    if rollouts.reward == "gated":
-        return gated(trajectory, correct, parallel=rollouts.parallel)
-    if rollouts.reward == "parallel_r1":
-        return parallel_r1(trajectory, correct, step=step)
-    return (
-        npr(trajectory, correct) if rollouts.reward == "npr" else reward(rollouts.reward)(trajectory, correct)
-    )
-
-
 def _advantages(rollouts: Rollouts, rewards: Sequence[float | None]) -> list[float]:
     rest = iter(rewards)
     groups = [list(islice(rest, rollouts.group)) for _ in range(rollouts.problems)]
     if rollouts.advantage == "papo":
         return [a for group in papo(groups) for a in group]
-    known = [[r if r is not None else 0.0 for r in group] for group in groups]
-    one = mean_only if rollouts.advantage == "mean" else partial(grpo)
-    return [a for group in known for a in one(group)]
+    one = mean_only if rollouts.advantage == "mean" else grpo
+    return [a for group in groups for a in one([r for r in group if r is not None])]
 
 
 async def load_weights(url: str, path: Path, version: str) -> None:

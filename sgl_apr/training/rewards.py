@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from sgl_apr.dialects import dialect
 from sgl_apr.errors import AprError
 from sgl_apr.reading import Reading
 from sgl_apr.trajectory import Trajectory
 
-Reward = Callable[[Trajectory, bool], float]
+Reward = Callable[[Trajectory, bool], float | None]  # None: the reply does not count
 
 STRUCTURE, STRAY_TEXT, ADJACENCY, NO_BLOCK = -1.0, -0.4, -0.2, -1.5  # NPR's penalties
 LOWEST = -1.9  # of all of them together: the format penalty lies in (-2, 0]
@@ -107,18 +108,21 @@ def naive_threads(trajectory: Trajectory, correct: bool, *, each: float = 0.1) -
     return float(correct) + each * trajectory.metrics().branches
 
 
-REWARDS: dict[str, Reward] = {
-    "accuracy": accuracy,
-    "gated": gated,
-    "threadweaver": threadweaver,
-    "parallel_r1_product": parallel_r1_product,
-    "apr": apr,
-    "naive_threads": naive_threads,
-}
+def reward(name: str, *, step: int = 0, parallel: float = 1.0) -> Reward:
+    """The reward of that name, in a training step, with the weight of the parallel term where it has one.
 
-
-def reward(name: str) -> Reward:
-    """The reward of that name; raises `AprError` that lists the names."""
-    if name not in REWARDS:
-        raise AprError(f"no reward {name!r}, expected one of {', '.join(REWARDS)}")
-    return REWARDS[name]
+    Raises `AprError` that lists the names.
+    """
+    known: dict[str, Reward] = {
+        "accuracy": accuracy,
+        "gated": partial(gated, parallel=parallel),
+        "threadweaver": threadweaver,
+        "parallel_r1": partial(parallel_r1, step=step),
+        "parallel_r1_product": parallel_r1_product,
+        "npr": npr,
+        "apr": apr,
+        "naive_threads": naive_threads,
+    }
+    if name not in known:
+        raise AprError(f"no reward {name!r}, expected one of {', '.join(known)}")
+    return known[name]

@@ -179,7 +179,7 @@ async def parallel(
             Draft(
                 outlines=[" ".join((await _said(ask, ASK_OUTLINE + text, OUTLINE)).split()) for text in texts]
                 if "outline" in to.grammar.rules
-                else [],
+                else [""] * len(texts),
                 branches=[["\n" + await _said(ask, ASK_TEXT + text, TEXT) + "\n"] for text in texts],
                 conclusion=await _said(ask, ASK_CONCLUSION + "\n".join(texts), TEXT)
                 if concludes(to.grammar)[1]

@@ -71,8 +71,8 @@ def structure(
     With `apart`, contexts of their own (of branches that got a message, of other trajectories) share nothing,
     so that `Structure.split` takes them from one another: rows are shorter, and a few tokens are computed again.
     With `eos`, the id of the end-of-text token, there is a loss for it too, wherever it was decoded; of a text
-    that was read it is taken to end the trunk. Raises `AprError` for a trajectory
-    without token ids, and for one that lost a KV join in its middle.
+    that was read it is taken to end the trunk. Raises `AprError` for a trajectory without token ids, and for
+    one that lost a KV join in its middle.
     """
     trie, losses = Trie(), _Losses([], [], [], [])
     for k, trajectory in enumerate(trajectories):

@@ -1,0 +1,64 @@
+"""Countdown problems for a model that has learned when to fork, with the trees that it chose.
+
+python examples/countdown.py --model runs/parallel/model [--count 6] [--seed 0]     # see docs/training.md
+python examples/countdown.py --url URL
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from contextlib import ExitStack
+
+from rich.console import Console
+
+import sgl_apr as apr
+from sgl_apr.report.tree import summary, tree
+from sgl_apr.tasks.countdown import Problem, problems
+from sgl_apr.tasks.solving import Attempt, attempts
+
+
+async def solve(url: str, given: list[Problem]) -> list[Attempt]:
+    """All of them at once, greedily; the model decides whether it forks, and into how many."""
+    async with await apr.HttpEngine.connect(url) as engine:
+        budget = apr.Budget(tokens=2048, width=16)
+        return await attempts(engine, given, None, budget=budget, temperature=0.0)
+
+
+def main() -> None:
+    """Ask, show the trees and the figures, and print one JSON object last."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="a checkpoint, served for the time being")
+    which.add_argument("--url", help="a running server")
+    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    console = Console(width=125)
+    with ExitStack() as stack:
+        url = options.url or stack.enter_context(apr.Server(options.model)).url
+        made = asyncio.run(solve(url, list(problems(options.count, "test", seed=options.seed))))
+    for attempt in made:
+        said = "solved" if attempt.correct else "not solved"
+        console.print(
+            tree(attempt.trajectory, f"make {attempt.problem.target} of {attempt.problem.numbers}: {said}")
+        )
+    console.print(summary({a.problem.text: a.trajectory for a in made}))
+    metrics = [a.trajectory.metrics() for a in made]
+    figures = {
+        "ok": all(apr.dialect(a.trajectory.dialect).is_valid(a.trajectory.text) for a in made),
+        "problems": len(made),
+        "solved": sum(a.correct for a in made),
+        "forked": sum(m.blocks > 0 for m in metrics),
+        "branches": sum(m.branches for m in metrics),
+        "total_tokens": sum(m.total for m in metrics),
+        "critical_path": sum(m.critical_path for m in metrics),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
