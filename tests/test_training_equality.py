@@ -60,7 +60,7 @@ async def sampled(url: str, name: str, join: str, depth: int, seed: int) -> tupl
         budget = apr.Budget(tokens=600, width=3, branch_tokens=60, outline_chars=8, depth=depth)
         trajectory = await apr.areason(
             engine, f"Question {seed}: ", name, join=join, budget=budget, logprobs=True, temperature=1.0,
-            mode="auto" if name == "parathinker" else "parallel",
+            mode="auto" if name == "parathinker" else "parallel", policy="all",
         )  # fmt: skip
         return trajectory, engine.noted
 
@@ -118,6 +118,24 @@ def test_it_is_what_the_server_said(server, path: str, model, name: str, join: s
         theirs = log_probabilities(model, Collator()([other])).detach().numpy()
         ours = log_probabilities(model, Collator()([found])).detach().numpy()
         assert np.abs(theirs - ours)[behind].max() > 1e-2
+
+
+def test_what_was_cut_has_none(server):
+    """The first branch that ends cuts the others: what they had written is there, and nothing was said of it."""
+    options = {
+        "budget": apr.Budget(tokens=600, width=3, branch_tokens=60),
+        "logprobs": True,
+        "temperature": 1.0,
+    }
+    for seed in range(20):
+        trajectory = apr.run(server.url, f"Question {seed}: ", "parathinker", **options)
+        cut = {i for i, c in enumerate(trajectory.calls) if c.logprobs is None and c.output_tokens}
+        if any(s.call in cut and s.tokens for s in trajectory.spans):
+            break
+    found = structure([trajectory])
+    said = logprobs(found, [trajectory])
+    assert np.isnan(said).any()
+    assert [trajectory.spans[s].call in cut for s in found.spans] == np.isnan(said).tolist()
 
 
 def test_one_that_was_made_without_them_is_an_error(server):

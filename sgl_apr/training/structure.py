@@ -89,19 +89,22 @@ def structure(
 def logprobs(found: Structure, trajectories: Sequence[Trajectory]) -> Floats:
     """(m,), what the engine said of every token with a loss when it decoded it; the same trajectories in the same order.
 
-    They are of the policy that it was sampled from: under the grammar's mask and the temperature. Raises
-    `AprError` for a trajectory that was made without `logprobs=True`.
+    They are of the policy that it was sampled from: under the grammar's mask and the temperature; NaN where a
+    request was cut before the engine said them. Raises `AprError` for a trajectory made without `logprobs=True`.
     """
     known: list[float] = []
     for k, trajectory in enumerate(trajectories):
+        if all(call.logprobs is None for call in trajectory.calls):
+            raise AprError("this trajectory has no log-probabilities: make it with logprobs=True")
         at = Counter[int]()
         for span, count in Counter(found.spans[found.trajectories == k].tolist()).items():
             call = trajectory.spans[span].call
             said = None if call is None else trajectory.calls[call].logprobs
             if call is None or said is None:
-                raise AprError("this trajectory has no log-probabilities: make it with logprobs=True")
-            known += said[at[call] : at[call] + count]
-            at[call] += count
+                known += [np.nan] * count
+            else:
+                known += said[at[call] : at[call] + count]
+                at[call] += count
     return np.asarray(known, dtype=np.float32)
 
 
