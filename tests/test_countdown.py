@@ -96,10 +96,10 @@ def test_a_search_in_a_line_fits_its_window_and_solves(tokenizer: HfTokenizer):
         text = sequential(problem, rng, 256)
         assert len(tokenizer.encode(text)) == tokens(text) <= 256
         line = text.rpartition("\n")[2]
-        solved += line.startswith("!")
-        assert line == "?" or solves(problem, line[1:])
+        solved += "!" in line
+        assert line == "?" or solves(problem, line.partition("!")[2])
     assert 10 < solved < 60
-    assert all(solves(p, sequential(p, rng, 10**6).rpartition("\n")[2][1:]) for p in problems(20, "train"))
+    assert all(solves(p, sequential(p, rng, 10**6).partition("!")[2]) for p in problems(20, "train"))
 
 
 def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):

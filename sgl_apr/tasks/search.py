@@ -45,18 +45,26 @@ def last(numbers: Sequence[int], target: int) -> Found:
 
 
 def low(numbers: Sequence[int], target: int) -> Found:
-    """All of a search from two or three numbers, in a fixed order, up to the first solution."""
+    """All of a search from two or three numbers, in a fixed order, up to the first solution.
+
+    A line says a step, the number it leaves, and what the two of them give. Only a target is written before a
+    colon, so that a small model finds it by that, and its text ends with it where it is reached.
+
+    >>> low((4, 5, 19), 20).text
+    ' 4+ 5= 9, 19> 28 10\\n 5- 4= 1, 19> 20'
+    """
     if len(numbers) == 2:
         found = last(numbers, target)
-        return Found(f"{found.text}\n", found.solution)
+        return Found(found.text if found.solution else f"{found.text}\n", found.solution)
     text = ""
     for step in steps(numbers):
         found = last(left := after(numbers, step), target)
         rest = list(left)
         rest.remove(step.result)
-        text += f"{step.text}, {rest[0]}:{found.text}\n"
+        text += f"{step.text}, {rest[0]}>{found.text}"
         if found.solution:
             return Found(text, (step, *found.solution))
+        text += "\n"
     return Found(text, None)
 
 

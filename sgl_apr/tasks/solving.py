@@ -31,8 +31,7 @@ class Attempt:
 
 def answer(trajectory: Trajectory) -> str:
     """The solution that a reply ends with; empty if it ends with none."""
-    line = trajectory.answer.rstrip().rpartition("\n")[2]
-    return line[len(FOUND) :] if line.startswith(FOUND) else ""
+    return trajectory.answer.rstrip().rpartition("\n")[2].partition(FOUND)[2]
 
 
 async def attempts(
