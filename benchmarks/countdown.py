@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_apr.report.curves import draw
+from sgl_apr.tasks.evaluated import read
 from sgl_apr.tasks.evaluation import Measured, Row, compare
 
 WINDOWS = (64, 128, 256, 512, 1024, 2048)
@@ -26,13 +27,10 @@ FLAT = 0.01  # a window is flat if doubling it adds less
 POINTS, SHORTER, BETTER, CHEAPER = 0.10, 1.5, 0.03, 0.10
 
 
-def read(directory: Path) -> Row:
-    """The first method of a directory, under its name."""
-    lines = [json.loads(line) for line in (directory / "run.jsonl").read_text(encoding="utf-8").splitlines()]
-    first = [line for line in lines if line["method"] == lines[0]["method"]]
-    made = [Measured(**{k: v for k, v in line.items() if k != "method"}) for line in first]
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    return Row(directory.name, made, summary["rows"][0]["wall_s"])
+def first(directory: Path) -> Row:
+    """The first method of a directory, under the directory's name."""
+    row = read(directory)[0]
+    return Row(directory.name, row.attempts, row.wall_s)
 
 
 def flattened(row: Row) -> int:
@@ -124,7 +122,7 @@ def main() -> int:
     add("--json", action="store_true", help="one JSON object on stdout instead of tables")
     add("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
-    rows = [read(d) for d in (options.sequential, options.parallel, options.rl) if d]
+    rows = [first(d) for d in (options.sequential, options.parallel, options.rl) if d]
     found = report(rows[0], rows[1], rows[2] if len(rows) > 2 else None)
     if options.out:
         draw(rows, options.out, "Countdown, the same held-out problems")

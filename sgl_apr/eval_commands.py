@@ -7,6 +7,7 @@ import asyncio
 import json
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from sgl_apr.budget import Budget
 from sgl_apr.errors import AprError
 
 if TYPE_CHECKING:
+    from sgl_apr.tasks.evaluated import Evaluated
     from sgl_apr.tasks.evaluation import Row
 
 METHODS = {"apr": "auto", "sequential": "sequential", "parallel": "parallel"}
@@ -26,13 +28,16 @@ def add_commands(commands: Any) -> None:
         "eval",
         help="how well a model solves a task, and at what cost",
         epilog="examples:\n"
-        "  sgl-apr eval countdown --model runs/parallel/model --limit 200\n"
+        "  sgl-apr eval countdown --model builtin --json\n"
+        "  sgl-apr eval countdown --model runs/parallel/model --limit 200 -o out    # again: goes on where it was\n"
         "  sgl-apr eval countdown --url http://127.0.0.1:30000 --methods apr,sequential --json -o out",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=["countdown"])
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help="a checkpoint, served for the time being")
+    which.add_argument(
+        "--model", help="a checkpoint, served for the time being; builtin: the one that comes with sgl_apr"
+    )
     which.add_argument("--url", help="a running server")
     parser.add_argument(
         "--methods",
@@ -50,25 +55,37 @@ def add_commands(commands: Any) -> None:
         help="of each reply",
     )
     parser.add_argument("--at-once", type=int, default=256, help="replies under way (default: %(default)s)")
-    parser.add_argument("-o", "--out", type=Path, help="a directory for run.jsonl and summary.json")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="a directory for run.jsonl, a line as each ends, and summary.json"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(command=_eval)
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from sgl_apr.models import located
     from sgl_apr.server.launch import Server
+    from sgl_apr.tasks.evaluated import evaluated
 
     methods = options.methods.split(",")
     if unknown := [m for m in methods if m not in METHODS]:
         raise AprError(f"no method {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+    asked = {
+        "task": options.task, "model": options.model or options.url, "limit": options.limit, "seed": options.seed,
+        "temperature": options.temperature, "budget": asdict(options.budget), "at_once": options.at_once,
+    }  # fmt: skip
     with ExitStack() as stack:
+        found = stack.enter_context(evaluated(options.out, asked))
         url = options.url
         if url is None:
-            url = stack.enter_context(Server(options.model, max_total_tokens=131072)).url
-        rows = [asyncio.run(_row(options, url, method)) for method in methods]
+            path = located(options.model)
+            url = stack.enter_context(Server(path, max_total_tokens=131072)).url
+        for method in methods:
+            asyncio.run(_run(options, url, method, found))
+    rows = [found.row(method) for method in methods]
     summary = {"task": options.task, "rows": [row.as_json(WINDOWS) for row in rows]}
     if options.out:
-        _write(options.out, rows, summary)
+        (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(summary))
     else:
@@ -76,36 +93,33 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _row(options: argparse.Namespace, url: str, method: str) -> Row:
+async def _run(options: argparse.Namespace, url: str, method: str, found: Evaluated) -> None:
+    """The attempts of one method that are not there yet."""
     from rich.console import Console
     from rich.progress import Progress
 
     from sgl_apr.engine.http import HttpEngine
     from sgl_apr.tasks.countdown import problems
-    from sgl_apr.tasks.evaluation import Measured, Row
-    from sgl_apr.tasks.solving import attempts
+    from sgl_apr.tasks.evaluation import Measured
+    from sgl_apr.tasks.solving import Attempt, attempts
 
-    given = list(problems(options.limit, "test", seed=options.seed))
-    began = time.monotonic()
+    numbers = {p: n for n, p in enumerate(problems(options.limit, "test", seed=options.seed))}
+    done = found.attempts.get(method, {})
+    left = [p for p, n in numbers.items() if n not in done]
+    began = time.monotonic() - found.seconds.get(method, 0.0)
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task(method, total=len(given))
+        bar = progress.add_task(method, total=len(numbers), completed=len(done))
+
+        def on_attempt(attempt: Attempt) -> None:
+            measured = Measured.of(attempt)
+            found.add(method, numbers[attempt.problem], measured, time.monotonic() - began)
+            progress.advance(bar)
+
         async with await HttpEngine.connect(url, timeout=600) as engine:
-            made = await attempts(
-                engine, given, None, at_once=options.at_once, on_attempt=lambda _: progress.advance(bar),
-                mode=METHODS[method], temperature=options.temperature, budget=options.budget, pacing=None,
+            await attempts(
+                engine, left, None, at_once=options.at_once, on_attempt=on_attempt, mode=METHODS[method],
+                temperature=options.temperature, budget=options.budget, pacing=None,
             )  # fmt: skip
-    return Row(method, [Measured.of(attempt) for attempt in made], time.monotonic() - began)
-
-
-def _write(out: Path, rows: list[Row], summary: dict[str, Any]) -> None:
-    from dataclasses import asdict
-
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "run.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            for measured in row.attempts:
-                file.write(json.dumps({"method": row.method, **asdict(measured)}) + "\n")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def _show(rows: list[Row]) -> None:

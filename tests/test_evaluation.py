@@ -8,7 +8,9 @@ from random import Random
 
 import pytest
 
+import sgl_apr as apr
 from sgl_apr.report.curves import curve, draw
+from sgl_apr.tasks.evaluated import RUN, evaluated, read
 from sgl_apr.tasks.evaluation import Measured, Row, compare, interval
 
 ONE = Measured("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
@@ -60,3 +62,34 @@ def test_for_machines():
 def test_a_picture(tmp_path: Path):
     draw([row("a", [True] * 5), row("b", [False] * 5)], tmp_path / "curves.png", "two")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_interrupted_goes_on_behind_its_last_whole_line(tmp_path: Path):
+    asked = {"task": "countdown", "budget": {"tokens": 100}}
+    with pytest.raises(KeyboardInterrupt), evaluated(tmp_path, asked) as found:
+        found.add("apr", 1, ONE, 0.5)
+        found.add("apr", 0, replace(ONE, problem="q"), 1.5)
+        raise KeyboardInterrupt
+    with (tmp_path / RUN).open("a") as file:
+        file.write('{"method": "apr", "num')
+    with evaluated(tmp_path, asked) as found:
+        assert sorted(found.attempts["apr"]) == [0, 1]
+        assert found.seconds == {"apr": 1.5}
+        found.add("apr", 2, ONE, 2.0)
+    (row,) = read(tmp_path)
+    assert (row.method, [a.problem for a in row.attempts], row.wall_s) == ("apr", ["q", "p", "p"], 2.0)
+
+
+def test_another_evaluation_is_not_mixed_in(tmp_path: Path):
+    with evaluated(tmp_path, {"seed": 0}) as found:
+        found.add("apr", 0, ONE, 0.5)
+    with pytest.raises(apr.AprError, match="of another evaluation"), evaluated(tmp_path, {"seed": 1}):
+        pass
+    with (
+        evaluated(tmp_path, {"seed": 0}),
+        pytest.raises(apr.AprError, match="another run"),
+        evaluated(tmp_path, {"seed": 0}),
+    ):
+        pass
+    with pytest.raises(apr.AprError, match="holds no evaluation"):
+        read(tmp_path / "nothing")

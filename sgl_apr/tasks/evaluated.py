@@ -1,0 +1,84 @@
+"""The file of an evaluation: a line for every attempt as it ends, and a run that was interrupted goes on behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sgl_apr.errors import AprError
+from sgl_apr.journal import appending
+from sgl_apr.tasks.evaluation import Measured, Row
+
+RUN = "run.jsonl"
+
+
+class Evaluated:
+    """Attempts by method and by the number of the problem; `file` gets a line for each that is added."""
+
+    def __init__(self, file: int | None = None) -> None:
+        self.file = file
+        self.attempts: dict[str, dict[int, Measured]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, method: str, number: int, measured: Measured, seconds: float) -> None:
+        """One attempt, and for how long its method had been running by then."""
+        if self.file is not None:
+            line = {"method": method, "number": number, "seconds": round(seconds, 2), **asdict(measured)}
+            os.write(self.file, json.dumps(line).encode() + b"\n")
+        self._keep(method, number, measured, seconds)
+
+    def row(self, method: str) -> Row:
+        """What a method has come to so far, in the order of the problems."""
+        made = self.attempts.get(method, {})
+        return Row(method, [made[number] for number in sorted(made)], self.seconds.get(method, 0.0))
+
+    def load(self, lines: list[dict[str, Any]]) -> None:
+        """Attempts from lines of such a file."""
+        for line in lines:
+            method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
+            self._keep(method, number, Measured(**line), seconds)
+
+    def _keep(self, method: str, number: int, measured: Measured, seconds: float) -> None:
+        self.attempts.setdefault(method, {})[number] = measured
+        self.seconds[method] = max(seconds, self.seconds.get(method, 0.0))
+
+
+@contextmanager
+def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[Evaluated]:
+    """The evaluation in a directory, with what is there already; without one it is kept nowhere.
+
+    `asked` is what all attempts have in common. Raises `AprError` if the directory holds those of another.
+    """
+    if directory is None:
+        yield Evaluated()
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    path, given = directory / RUN, json.loads(json.dumps(asked))
+    with appending(path) as file:
+        found = Evaluated(file)
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if lines and lines[0] != given:
+            raise AprError(f"{path} is of another evaluation: {lines[0]}, expected {given}")
+        if not lines:
+            os.write(file, json.dumps(given).encode() + b"\n")
+        found.load(lines[1:])
+        yield found
+
+
+def read(directory: Path) -> list[Row]:
+    """The rows of an evaluation; raises `AprError` for a directory without one."""
+    found = Evaluated()
+    try:
+        found.load(
+            [json.loads(line) for line in (directory / RUN).read_text(encoding="utf-8").splitlines()[1:]]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AprError(
+            f"{directory} holds no evaluation (`sgl-apr eval ... -o {directory}`): {error}"
+        ) from None
+    return [found.row(method) for method in found.attempts]
