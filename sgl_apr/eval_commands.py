@@ -66,6 +66,7 @@ def _eval(options: argparse.Namespace) -> int:
     from sgl_apr.models import located
     from sgl_apr.server.launch import Server
     from sgl_apr.tasks.evaluated import evaluated
+    from sgl_apr.tasks.solving import SERVER
 
     methods = options.methods.split(",")
     if unknown := [m for m in methods if m not in METHODS]:
@@ -79,7 +80,7 @@ def _eval(options: argparse.Namespace) -> int:
         url = options.url
         if url is None:
             path = located(options.model)
-            url = stack.enter_context(Server(path, max_total_tokens=131072)).url
+            url = stack.enter_context(Server(path, **SERVER)).url
         for method in methods:
             asyncio.run(_run(options, url, method, found))
     rows = [found.row(method) for method in methods]

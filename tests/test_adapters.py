@@ -23,6 +23,12 @@ def test_trl():
     assert expected > 1
 
 
+def test_trl_leaves_special_tokens_out_of_its_texts():
+    paid = for_trl(gated, right, TOKENIZER)
+    ids = [*TOKENIZER.encode(FORKED), min(TOKENIZER.eos_ids)]
+    assert paid(completions=["42"], completion_ids=[ids], answer=["42"]) == [gated(PARALLEL, True)]
+
+
 def test_verl():
     score = for_verl(gated, right, TOKENIZER, "threadweaver")
     assert score("math", FORKED, "42", {"index": 1}) == gated(PARALLEL, True)

@@ -66,10 +66,9 @@ def test_a_picture(tmp_path: Path):
 
 def test_what_was_interrupted_goes_on_behind_its_last_whole_line(tmp_path: Path):
     asked = {"task": "countdown", "budget": {"tokens": 100}}
-    with pytest.raises(KeyboardInterrupt), evaluated(tmp_path, asked) as found:
+    with evaluated(tmp_path, asked) as found:
         found.add("apr", 1, ONE, 0.5)
         found.add("apr", 0, replace(ONE, problem="q"), 1.5)
-        raise KeyboardInterrupt
     with (tmp_path / RUN).open("a") as file:
         file.write('{"method": "apr", "num')
     with evaluated(tmp_path, asked) as found:

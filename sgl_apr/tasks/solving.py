@@ -15,6 +15,10 @@ from sgl_apr.tasks.countdown import Problem, solves
 from sgl_apr.tasks.search import FOUND
 from sgl_apr.trajectory import Trajectory
 
+# How a server is started that answers many at once while nobody reads along: room for what they hold, and few words
+# for many tokens, which is half of the processor time of its front and of ours.
+SERVER: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32}
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -31,7 +35,16 @@ class Attempt:
 
 def answer(trajectory: Trajectory) -> str:
     """The solution that a reply ends with; empty if it ends with none."""
-    return trajectory.answer.rstrip().rpartition("\n")[2].partition(FOUND)[2]
+    return solution(trajectory.answer)
+
+
+def solution(text: str) -> str:
+    """That of a text behind the last join.
+
+    >>> solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
+    ' 5- 4= 1, 1+ 19= 20'
+    """
+    return text.rstrip().rpartition("\n")[2].partition(FOUND)[2]
 
 
 async def attempts(

@@ -23,7 +23,7 @@ from sgl_apr.engine.http import HttpEngine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.countdown import Problem, problems
-from sgl_apr.tasks.solving import Attempt, attempts
+from sgl_apr.tasks.solving import SERVER, Attempt, attempts
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.advantages import grpo, mean_only, papo
 from sgl_apr.training.batches import batches
@@ -80,9 +80,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
     pool = list(problems(POOL, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers))
     finish(out / WEIGHTS, model, start)
     with (
-        Server(
-            out / WEIGHTS, log_path=out / "server.log", context_length=2048, max_total_tokens=131072
-        ) as server,
+        Server(out / WEIGHTS, log_path=out / "server.log", context_length=2048, **SERVER) as server,
         (out / LOG).open("a", buffering=1, encoding="utf-8") as log,
     ):
         while step < config.updates.steps:

@@ -1,0 +1,36 @@
+"""A reward of this package for verl, as its configuration names one.
+
+custom_reward_function.path=examples/verl_reward.py custom_reward_function.name=compute_score
+
+python examples/verl_reward.py     # without verl: what some replies earn
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sgl_apr.models import builtin
+from sgl_apr.tasks.countdown import Problem, solves
+from sgl_apr.tasks.solving import solution
+from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.adapters import for_verl
+from sgl_apr.training.rewards import gated
+
+
+def correct(answer: str, problem: str) -> bool:
+    """Whether the text behind the last join solves the problem."""
+    return solves(Problem.parse(problem), solution(answer))
+
+
+compute_score = for_verl(partial(gated, parallel=0.3), correct, HfTokenizer(builtin()), "spawn")
+
+REPLIES = (
+    "\n 4+ 5= 9, 19> 28 10\n 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20",
+    "<Spawn>\n<Message>1: 5- 4= 1; 20: 1 19</Message>\n<Message>2: 4+ 5= 9; 20: 9 19</Message>\n</Spawn><Join>\n"
+    "<Result>1:! 1+ 19= 20</Result>\n<Result>2:?</Result>\n</Join>\n! 5- 4= 1, 1+ 19= 20",
+    "\n 4+ 5= 9, 19> 28 10! 4+ 5= 9, 9+ 19= 20",
+)
+
+if __name__ == "__main__":
+    for reply in REPLIES:
+        print(f"{compute_score('countdown', reply, ' 20: 4 5 19', None):.3f}  {reply[:60]!r}")
