@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +53,7 @@ def add_commands(commands: Any) -> None:
         metavar="NAME=N,...",
         help="of each reply",
     )
-    parser.add_argument("--at-once", type=int, default=256, help="replies under way (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, default=512, help="replies under way (default: %(default)s)")
     parser.add_argument(
         "-o", "--out", type=Path, help="a directory for run.jsonl, a line as each ends, and summary.json"
     )
@@ -81,9 +80,7 @@ def _eval(options: argparse.Namespace) -> int:
         if url is None:
             path = located(options.model)
             url = stack.enter_context(Server(path, **SERVER)).url
-        for method in methods:
-            asyncio.run(_run(options, url, method, found))
-    rows = [found.row(method) for method in methods]
+        rows = [asyncio.run(_run(options, url, method, found)) for method in methods]
     summary = {"task": options.task, "rows": [row.as_json(WINDOWS) for row in rows]}
     if options.out:
         (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -94,33 +91,20 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _run(options: argparse.Namespace, url: str, method: str, found: Evaluated) -> None:
-    """The attempts of one method that are not there yet."""
+async def _run(options: argparse.Namespace, url: str, method: str, found: Evaluated) -> Row:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.engine.http import HttpEngine
     from sgl_apr.tasks.countdown import problems
-    from sgl_apr.tasks.evaluation import Measured
-    from sgl_apr.tasks.solving import Attempt, attempts
+    from sgl_apr.tasks.evaluated import evaluate
 
-    numbers = {p: n for n, p in enumerate(problems(options.limit, "test", seed=options.seed))}
-    done = found.attempts.get(method, {})
-    left = [p for p, n in numbers.items() if n not in done]
-    began = time.monotonic() - found.seconds.get(method, 0.0)
+    given = list(problems(options.limit, "test", seed=options.seed))
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task(method, total=len(numbers), completed=len(done))
-
-        def on_attempt(attempt: Attempt) -> None:
-            measured = Measured.of(attempt)
-            found.add(method, numbers[attempt.problem], measured, time.monotonic() - began)
-            progress.advance(bar)
-
-        async with await HttpEngine.connect(url, timeout=600) as engine:
-            await attempts(
-                engine, left, None, at_once=options.at_once, on_attempt=on_attempt, mode=METHODS[method],
-                temperature=options.temperature, budget=options.budget, pacing=None,
-            )  # fmt: skip
+        bar = progress.add_task(method, total=len(given), completed=len(found.attempts.get(method, ())))
+        return await evaluate(
+            url, given, method, found, on_attempt=lambda: progress.advance(bar), at_once=options.at_once,
+            mode=METHODS[method], temperature=options.temperature, budget=options.budget,
+        )  # fmt: skip
 
 
 def _show(rows: list[Row]) -> None:

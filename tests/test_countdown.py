@@ -125,6 +125,19 @@ def test_the_same_seed_shows_the_same(tokenizer: HfTokenizer):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_stated_width_is_that_of_all_forks(tokenizer: HfTokenizer):
+    widths = set()
+    for problem in problems(8, "train", numbers=(4,)):
+        habits = Habits(forks={4: 1.0}, again=1.0)
+        made = asyncio.run(shown(problem, tokenizer, seed=1, habits=habits, state_width=True))
+        asked, _, stated = made.prompt.rpartition("; ")
+        assert asked == problem.text
+        assert len(made.blocks[0].branches) == int(stated)
+        assert all(len(block.branches) <= int(stated) for block in made.blocks), "the last has what is left"
+        widths.add(stated)
+    assert len(widths) > 2
+
+
 def test_a_conclusion_is_read_back():
     way = steps((3, 7))[:1]
     assert read(conclusion(way)[1:]) == way

@@ -55,12 +55,19 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """As a model is asked.
-
+        """
         >>> Problem((3, 7, 8, 12), 24).text
         ' 24: 3 7 8 12'
         """
         return f" {self.target}:" + "".join(f" {n}" for n in self.numbers)
+
+    def asked(self, width: int | None = None) -> str:
+        """What a model is asked; with a width, how many branches each of its forks is to have.
+
+        >>> Problem((3, 7, 8, 12), 24).asked(width=4)
+        ' 24: 3 7 8 12; 4'
+        """
+        return self.text if width is None else f"{self.text}; {width}"
 
     @classmethod
     def parse(cls, text: str) -> Problem:

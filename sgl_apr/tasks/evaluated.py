@@ -1,18 +1,22 @@
-"""The file of an evaluation: a line for every attempt as it ends, and a run that was interrupted goes on behind them."""
+"""An evaluation and its file: a line for every attempt as it ends; a run that was interrupted goes on behind them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sgl_apr.engine.http import HttpEngine
 from sgl_apr.errors import AprError
 from sgl_apr.journal import appending
+from sgl_apr.tasks.countdown import Problem
 from sgl_apr.tasks.evaluation import Measured, Row
+from sgl_apr.tasks.solving import Attempt, attempts
 
 RUN = "run.jsonl"
 
@@ -82,3 +86,31 @@ def read(directory: Path) -> list[Row]:
             f"{directory} holds no evaluation (`sgl-apr eval ... -o {directory}`): {error}"
         ) from None
     return [found.row(method) for method in found.attempts]
+
+
+async def evaluate(
+    url: str,
+    problems: Sequence[Problem],
+    method: str,
+    found: Evaluated,
+    *,
+    on_attempt: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Row:
+    """What a server makes of the problems that are not among the attempts of this method yet, and of the others.
+
+    Options are those of `attempts`.
+    """
+    done = found.attempts.get(method, {})
+    numbers = {problem: number for number, problem in enumerate(problems)}
+    left = [problem for problem, number in numbers.items() if number not in done]
+    began = time.monotonic() - found.seconds.get(method, 0.0)
+
+    def ended(attempt: Attempt) -> None:
+        found.add(method, numbers[attempt.problem], Measured.of(attempt), time.monotonic() - began)
+        on_attempt()
+
+    if left:
+        async with await HttpEngine.connect(url, timeout=600) as engine:
+            await attempts(engine, left, None, on_attempt=ended, pacing=None, **options)
+    return found.row(method)

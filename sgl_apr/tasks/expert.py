@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sgl_apr.budget import Budget
 from sgl_apr.dialects import Dialect, dialect
@@ -93,9 +93,17 @@ async def shown(
     seed: int,
     habits: Habits | None = None,
     to: Dialect | str = "spawn",
+    state_width: bool = False,
 ) -> Trajectory:
-    """A trajectory of the search of a problem, just as the loop records it."""
+    """A trajectory of the search of a problem, just as the loop records it.
+
+    `state_width`: all of its forks have one width, drawn from those of its habits, which the prompt says.
+    """
     target = dialect(to) if isinstance(to, str) else to
-    expert = Expert(problem, random.Random(f"{seed} {problem.text}"), habits or Habits(), target)
+    rng, habits, stated = random.Random(f"{seed} {problem.text}"), habits or Habits(), None
+    if state_width:
+        stated = rng.randint(*habits.width)
+        habits = replace(habits, width=(stated, stated))
+    engine = ScriptedEngine(Expert(problem, rng, habits, target), tokenizer)
     budget = Budget(tokens=1 << 20)
-    return await areason(ScriptedEngine(expert, tokenizer), problem.text, target, budget=budget, pacing=None)
+    return await areason(engine, problem.asked(stated), target, budget=budget, pacing=None)

@@ -52,16 +52,20 @@ async def attempts(
     problems: Sequence[Problem],
     dialect: Dialect | str | None,
     *,
-    at_once: int = 256,
+    at_once: int = 512,
+    width: int | None = None,
     on_attempt: Callable[[Attempt], None] | None = None,
     **options: Any,
 ) -> list[Attempt]:
-    """One attempt at each of the problems, in their order; options are those of `areason`, and so are errors."""
+    """One attempt at each of the problems, in their order; options are those of `areason`, and so are errors.
+
+    `width` is stated in the prompts, for a model that has learned to heed it.
+    """
     gate = asyncio.Semaphore(at_once)
 
     async def one(problem: Problem) -> Attempt:
         async with gate:
-            attempt = Attempt(problem, await areason(engine, problem.text, dialect, **options))
+            attempt = Attempt(problem, await areason(engine, problem.asked(width), dialect, **options))
         if on_attempt:
             on_attempt(attempt)
         return attempt

@@ -31,6 +31,7 @@ class Data:
     kind: "sequential" searches in a line, "parallel" forks. window: tokens of the longest context.
     problems: how many different ones. numbers: how many each has, one in turn. forks: how often a problem of
     so many numbers is forked. width: fewest and most branches. again: how often a fork follows one that failed.
+    state_width: the prompt says how many branches all forks of a reply have.
     join: how blocks are joined in the training structure, where not as they were.
     """
 
@@ -43,6 +44,7 @@ class Data:
     forks: dict[str, float] = field(default_factory=lambda: {"3": 0.1, "4": 0.9})
     width: tuple[int, ...] = (2, 8)
     again: float = 0.8
+    state_width: bool = False
     join: Literal["kv", "text", ""] = ""
     seed: int = 0
 

@@ -53,7 +53,12 @@ class CountdownExamples:
         size = len(self.problems)
         return [
             await shown(
-                self.problems[n % size], self.tokenizer, seed=n // size, habits=self.habits, to=self.to
+                self.problems[n % size],
+                self.tokenizer,
+                seed=n // size,
+                habits=self.habits,
+                to=self.to,
+                state_width=self.data.state_width,
             )
             for n in numbers
         ]
