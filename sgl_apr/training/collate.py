@@ -34,12 +34,13 @@ class Collator:
 
     A batch has `input_ids` and `position_ids` (rows, length), `attention_mask`, and of every loss `rows`,
     `sources`, `targets` (token ids) and `weights` (1, unless the structures come with their own). `attention`
-    is "dense", a matrix that any model takes with `attn_implementation="sdpa"` or "eager", or "flex", a
-    `BlockMask` for "flex_attention", whose memory is linear.
+    is "dense", a matrix that any model takes with `attn_implementation="sdpa"` or "eager"; "flex", a
+    `BlockMask` for "flex_attention", whose memory is linear; or "later", for trainers that move a batch to a
+    device: it has `ends` and `joined` (see `Visibility`) instead, of which `log_probabilities` makes a `BlockMask` there.
     """
 
     pad: int = 0
-    attention: Literal["dense", "flex"] = "dense"
+    attention: Literal["dense", "flex", "later"] = "dense"
 
     def __call__(
         self,
@@ -73,7 +74,7 @@ class Collator:
         return {
             "input_ids": torch.from_numpy(ids),
             "position_ids": torch.from_numpy(positions),
-            "attention_mask": sight.dense() if self.attention == "dense" else sight.blocks(),
+            **self._attention(sight),
             "rows": torch.from_numpy(np.concatenate(of)),
             "sources": torch.from_numpy(np.concatenate(sources)),
             "targets": torch.from_numpy(np.concatenate(targets)),
@@ -82,14 +83,28 @@ class Collator:
             else torch.ones(total),
         }
 
+    def _attention(self, sight: Visibility) -> dict[str, Any]:
+        if self.attention == "later":
+            return {"ends": sight.ends, "joined": sight.joined}
+        return {"attention_mask": sight.dense() if self.attention == "dense" else sight.blocks()}
+
 
 def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Of every target of a batch, (m,), under a Hugging Face causal language model."""
-    hidden = model.model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-    ).last_hidden_state
-    logits = model.lm_head(hidden[batch["rows"], batch["sources"]]).float()  # of those that predict only
-    return logits.log_softmax(-1).gather(-1, batch["targets"].unsqueeze(-1)).squeeze(-1)
+    """Of every target of a batch, (m,), under a Hugging Face causal language model.
+
+    A batch of one row goes through the model's own `forward`, as what shards a model (FSDP) needs it.
+    """
+    made = "attention_mask" in batch
+    sight = batch["attention_mask"] if made else Visibility(batch["ends"], batch["joined"]).blocks()
+    given = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "attention_mask": sight,
+        "use_cache": False,
+    }
+    if len(batch["input_ids"]) == 1:
+        logits = model(**given, logits_to_keep=batch["sources"]).logits[0]
+    else:
+        hidden = model.model(**given).last_hidden_state
+        logits = model.lm_head(hidden[batch["rows"], batch["sources"]])  # of those that predict only
+    return logits.float().log_softmax(-1).gather(-1, batch["targets"].unsqueeze(-1)).squeeze(-1)
