@@ -13,16 +13,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from hardware import hardware
 from rich.console import Console
 from rich.table import Table
 
 from sgl_apr.report.curves import draw
+from sgl_apr.tasks.countdown import Problem, ways
 from sgl_apr.tasks.evaluated import read
 from sgl_apr.tasks.evaluation import Measured, Row, compare
 
 WINDOWS = (64, 128, 256, 512, 1024, 2048)
+WAYS = {"1-2": 2, "3-4": 4, "5-6": 6}
 FLAT = 0.01  # a window is flat if doubling it adds less
 POINTS, SHORTER, BETTER, CHEAPER = 0.10, 1.5, 0.03, 0.10
 
@@ -61,11 +65,13 @@ def report(sequential: Row, parallel: Row, rl: Row | None) -> dict[str, Any]:
     reached = min(sequential.accuracy, parallel.accuracy)
     chains = [needed(row, reached, lambda a: a.critical_path) for row in (sequential, parallel)]
     found: dict[str, Any] = {
+        "hardware": hardware(),
         "rows": [row.as_json(WINDOWS) for row in (sequential, parallel, *([rl] if rl else []))],
         "window": window,
         "gap_at_window": asdict(gap),
         "equal_accuracy": reached,
         "critical_path_at_equal_accuracy": chains,
+        "by_difficulty": {row.method: by_difficulty(row) for row in (parallel, *([rl] if rl else []))},
         "shorter": chains[0] / chains[1] if chains[0] and chains[1] else None,
     }
     if rl:
@@ -73,6 +79,29 @@ def report(sequential: Row, parallel: Row, rl: Row | None) -> dict[str, Any]:
             "critical_path": rl.mean(lambda a: a.critical_path) / parallel.mean(lambda a: a.critical_path)
         }
     return found
+
+
+def by_difficulty(row: Row) -> list[dict[str, Any]]:
+    """How a model goes about problems of like difficulty: so many numbers, so many ways to solve them."""
+    kinds: dict[tuple[int, str], list[Measured]] = {}
+    for attempt in row.attempts:
+        problem = Problem.parse(attempt.problem)
+        found = ways(problem)
+        name = next(name for name, most in WAYS.items() if found <= most)
+        kinds.setdefault((len(problem.numbers), name), []).append(attempt)
+    return [
+        {
+            "numbers": numbers,
+            "ways": name,
+            "problems": len(own),
+            "accuracy": round(fmean(a.correct for a in own), 3),
+            "fork_rate": round(fmean(bool(a.forks) for a in own), 3),
+            "branches": round(fmean(a.branches for a in own), 2),
+            "total_tokens": round(fmean(a.tokens for a in own), 1),
+            "critical_path": round(fmean(a.critical_path for a in own), 1),
+        }
+        for (numbers, name), own in sorted(kinds.items())
+    ]
 
 
 def missed(found: dict[str, Any]) -> list[str]:
@@ -104,8 +133,13 @@ def show(found: dict[str, Any]) -> None:
             *(f"{row['within_context'][w]:.3f}" for w in WINDOWS),
         )
     console.print(table)
+    for method, lines in found["by_difficulty"].items():
+        by = Table(*lines[0], title=f"{method}, by difficulty")
+        for line in lines:
+            by.add_row(*map(str, line.values()))
+        console.print(by)
     for name, value in found.items():
-        if name != "rows":
+        if name not in ("rows", "by_difficulty"):
             console.print(f"{name}: {value}")
 
 
