@@ -48,10 +48,6 @@ def countdown_llama(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        # Whether a number is the target, hundreds of tokens before, is told by the parts of a head that hardly turn
-        # over such a distance: with 32 and a base of 10,000 they are 12, here 36, and it is learned much sooner.
-        head_dim=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,

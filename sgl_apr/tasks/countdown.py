@@ -145,6 +145,14 @@ def ways(problem: Problem) -> int:
     return _ways(problem.numbers, problem.target)
 
 
+def pairs(split: Split) -> list[Problem]:
+    """All problems of two numbers, in a fixed order."""
+    every = [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1)]
+    reached = [(pair, step.result) for pair in every for step in steps(pair)]
+    found = dict.fromkeys(Problem(pair, n) for pair, n in reached if TARGETS[0] <= n <= TARGETS[1])
+    return [problem for problem in found if problem.split == split]
+
+
 def problems(
     count: int, split: Split, *, seed: int = 0, numbers: Sequence[int] = (3, 4, 4, 4)
 ) -> Iterator[Problem]:

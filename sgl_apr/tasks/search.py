@@ -55,7 +55,7 @@ def low(numbers: Sequence[int], target: int) -> Found:
     """
     if len(numbers) == 2:
         found = last(numbers, target)
-        return Found(found.text if found.solution else f"{found.text}\n", found.solution)
+        return Found(f">{found.text}" if found.solution else f">{found.text}\n", found.solution)
     text = ""
     for step in steps(numbers):
         found = last(left := after(numbers, step), target)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Protocol
 
 from sgl_apr.dialects import dialect
 from sgl_apr.errors import AprError
-from sgl_apr.tasks.countdown import Problem, problems
+from sgl_apr.tasks.countdown import Problem, pairs, problems
 from sgl_apr.tasks.expert import Habits, shown
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.config import Data
@@ -39,9 +40,7 @@ class CountdownExamples:
         if len(data.width) != 2:
             raise AprError(f"width = {list(data.width)}, expected the fewest and the most branches")
         self.habits = Habits(data.window, forks, (data.width[0], data.width[1]), data.again)
-        self.problems: Sequence[Problem] = list(
-            problems(data.problems, "train", seed=data.seed, numbers=data.numbers)
-        )
+        self.problems: Sequence[Problem] = list(_given(data))
         self.to = dialect(data.dialect)
 
     def chunk(self, number: int) -> list[Structure]:
@@ -62,6 +61,20 @@ class CountdownExamples:
             )
             for n in numbers
         ]
+
+
+def _given(data: Data) -> Iterator[Problem]:
+    """As many problems as asked for, their sizes in turn. Those of two numbers are few, and come again."""
+    sizes = list(islice(cycle(data.numbers), data.problems))
+    pools: dict[int, Iterator[Problem]] = {
+        size: iter(list(problems(count, "train", seed=data.seed, numbers=(size,))))
+        for size, count in Counter(sizes).items()
+        if size > 2
+    }
+    few = pairs("train")
+    pools[2] = cycle(random.Random(data.seed).sample(few, len(few)))
+    for size in sizes:
+        yield next(pools[size])
 
 
 class FileExamples:
