@@ -44,6 +44,12 @@ def add_commands(commands: Any) -> None:
         help=f"some of {', '.join(METHODS)}: the model decides, may not fork, has to (default: %(default)s)",
     )
     parser.add_argument("--limit", type=int, default=2000, help="problems (default: %(default)s)")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=["test", "train"],
+        help="train: to choose settings by (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
     parser.add_argument(
@@ -71,7 +77,7 @@ def _eval(options: argparse.Namespace) -> int:
     if unknown := [m for m in methods if m not in METHODS]:
         raise AprError(f"no method {unknown[0]!r}, expected some of {', '.join(METHODS)}")
     asked = {
-        "task": options.task, "model": options.model or options.url, "limit": options.limit, "seed": options.seed,
+        "task": options.task, "model": options.model or options.url, "limit": options.limit, "split": options.split, "seed": options.seed,
         "temperature": options.temperature, "budget": asdict(options.budget), "at_once": options.at_once,
     }  # fmt: skip
     with ExitStack() as stack:
@@ -98,7 +104,7 @@ async def _run(options: argparse.Namespace, url: str, method: str, found: Evalua
     from sgl_apr.tasks.countdown import problems
     from sgl_apr.tasks.evaluated import evaluate
 
-    given = list(problems(options.limit, "test", seed=options.seed))
+    given = list(problems(options.limit, options.split, seed=options.seed))
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(method, total=len(given), completed=len(found.attempts.get(method, ())))
         return await evaluate(
