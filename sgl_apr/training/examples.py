@@ -46,7 +46,17 @@ class CountdownExamples:
     def chunk(self, number: int) -> list[Structure]:
         first = number * CHUNK
         made = asyncio.run(self._shown(range(first, first + CHUNK)))
-        return [tree for one in made for tree in structure([one], eos=self.eos, apart=True).split()]
+        rng = random.Random(f"{self.data.seed} {number}")
+        return [tree for one in made for tree in self._some(one, rng)]
+
+    def _some(self, trajectory: Trajectory, rng: random.Random) -> list[Structure]:
+        """The tree of the trunk, and those of some of its branches."""
+        trees = structure([trajectory], eos=self.eos, apart=True).split()
+        if not self.data.branches:
+            return trees
+        trunk = [t for t in trees if any(not trajectory.spans[k].path for k in t.spans)]
+        rest = [t for t in trees if all(trajectory.spans[k].path for k in t.spans)]
+        return trunk + rng.sample(rest, min(len(rest), self.data.branches))
 
     async def _shown(self, numbers: range) -> list[Trajectory]:
         size = len(self.problems)
