@@ -35,7 +35,7 @@ from sgl_apr.tasks.solving import SERVER
 from sgl_apr.training import grpo, sft
 from sgl_apr.training.config import Data, GrpoConfig, Model, Rollouts, SftConfig, Steps, Updates
 
-BUDGET = apr.Budget(tokens=1900, width=16)
+BUDGET = apr.Budget(tokens=6000, width=16, branch_tokens=160)
 REWARDS = {
     "accuracy": "accuracy alone",
     "naive_threads": "a bonus for each branch",

@@ -17,13 +17,13 @@ import sgl_apr as apr
 from sgl_apr.models import located
 from sgl_apr.report.tree import summary, tree
 from sgl_apr.tasks.countdown import Problem, problems
-from sgl_apr.tasks.solving import Attempt, attempts
+from sgl_apr.tasks.solving import SERVER, Attempt, attempts
 
 
 async def solve(url: str, given: list[Problem]) -> list[Attempt]:
     """All of them at once, greedily; the model decides whether it forks, and into how many."""
     async with await apr.HttpEngine.connect(url) as engine:
-        budget = apr.Budget(tokens=2048, width=16)
+        budget = apr.Budget(tokens=6000, width=16, branch_tokens=160)
         return await attempts(engine, given, None, budget=budget, temperature=0.0)
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=125)
     with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(located(options.model), context_length=2048)).url
+        url = options.url or stack.enter_context(apr.Server(located(options.model), **SERVER)).url
         made = asyncio.run(solve(url, list(problems(options.count, "test", seed=options.seed))))
     for attempt in made:
         said = "solved" if attempt.correct else "not solved"

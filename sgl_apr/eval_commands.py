@@ -55,7 +55,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--budget",
         type=Budget.parse,
-        default=Budget(tokens=2000, width=16),
+        default=Budget(tokens=6000, width=16, branch_tokens=160),
         metavar="NAME=N,...",
         help="of each reply",
     )

@@ -14,6 +14,7 @@ from sgl_apr.cli import main
 from sgl_apr.models import builtin, describe, located
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.evaluated import RUN
+from sgl_apr.tasks.solving import SERVER
 
 LIMIT = 40
 
@@ -21,7 +22,7 @@ LIMIT = 40
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("builtin") / "log"
-    with Server(located("builtin"), context_length=2048, log_path=log) as server:
+    with Server(located("builtin"), log_path=log, **SERVER) as server:
         yield server.url
 
 

@@ -92,7 +92,7 @@ class Rollouts:
     group: int = 8
     numbers: tuple[int, ...] = (3, 4, 4, 4)
     temperature: float = 1.0
-    tokens: int = 2000  # with the prompt no more than the small model's context
+    tokens: int = 6000
     branch_tokens: int = 160
     width: int = 16
     blocks: int = 4
