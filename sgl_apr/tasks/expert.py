@@ -16,7 +16,8 @@ from sgl_apr.tasks.search import ANSWER, conclusion, low, sequential
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
 
-BRANCH = 42  # tokens of the longest message and its result, tags included
+BRANCH = 43  # tokens of the longest message and its result, tags included
+TOLD = ">"  # what a message begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +66,18 @@ class Expert:
         return self.to.grammar.written("fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)])
 
     def message(self, step: Step) -> str:
-        """What a branch is told: a first step, and the problem of one number less that it leads to."""
+        """What a branch is told: a first step, and the problem of one number less that it leads to.
+
+        A message loses white space around it, and a number without the space before it is another token.
+        """
         left = Problem(after(self.problem.numbers, step), self.problem.target)
-        return f"{step.text.strip()};{left.text}"
+        return f"{TOLD}{step.text};{left.text}"
 
     def branch(self, prompt: str) -> str:
         step, _, rest = prompt.partition(";")
         given = Problem.parse(rest)
         found = low(given.numbers, given.target)
-        solution = None if found.solution is None else [*(read(f" {step}") or []), *found.solution]
+        solution = None if found.solution is None else [*(read(step.removeprefix(TOLD)) or []), *found.solution]
         return f"\n{found.text}{self.to.grammar.written('closer', text=conclusion(solution))}"
 
     def behind(self, context: int) -> str:
