@@ -49,9 +49,8 @@ class Expert:
         if self.left or self.tried:
             return self.behind(len(request.input_ids))
         if self.rng.random() >= self.habits.forks.get(len(self.problem.numbers), 0):
-            return sequential(self.problem, self.rng, self.habits.window)
-        self.left = steps(self.problem.numbers)
-        self.rng.shuffle(self.left)
+            return sequential(self.problem, self.habits.window)
+        self.left = steps(self.problem.numbers)[::-1]
         return self.fork(self.room(len(request.input_ids)))
 
     def room(self, context: int) -> int:
@@ -77,7 +76,9 @@ class Expert:
         step, _, rest = prompt.partition(";")
         given = Problem.parse(rest)
         found = low(given.numbers, given.target)
-        solution = None if found.solution is None else [*(read(step.removeprefix(TOLD)) or []), *found.solution]
+        solution = (
+            None if found.solution is None else [*(read(step.removeprefix(TOLD)) or []), *found.solution]
+        )
         return f"\n{found.text}{self.to.grammar.written('closer', text=conclusion(solution))}"
 
     def behind(self, context: int) -> str:
