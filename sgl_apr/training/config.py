@@ -31,8 +31,8 @@ class Data:
     kind: "sequential" searches in a line, "parallel" forks. window: tokens of the longest context.
     problems: how many different ones. numbers: how many each has, one in turn. forks: how often a problem of
     so many numbers is forked. width: fewest and most branches. again: how often a fork follows one that failed.
-    branches: of how many branches of a trajectory, by chance, it is learned from, where each has a context of its
-    own; 0 is all of them. They are alike, and most of the tokens, so that a few leave more for what forks them.
+    branches: of how many branches of a trajectory it is learned from, first those that found a solution; 0 is
+    all. They are alike, and most of the tokens, so that a few leave more for what forks them.
     state_width: the prompt says how many branches all forks of a reply have.
     join: how blocks are joined in the training structure, where not as they were.
     """

@@ -13,8 +13,10 @@ from typing import Protocol
 
 from sgl_apr.dialects import dialect
 from sgl_apr.errors import AprError
+from sgl_apr.spans import Span
 from sgl_apr.tasks.countdown import Problem, pairs, problems
 from sgl_apr.tasks.expert import Habits, shown
+from sgl_apr.tasks.search import FOUND
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.config import Data
 from sgl_apr.training.structure import Structure, structure
@@ -50,13 +52,20 @@ class CountdownExamples:
         return [tree for one in made for tree in self._some(one, rng)]
 
     def _some(self, trajectory: Trajectory, rng: random.Random) -> list[Structure]:
-        """The tree of the trunk, and those of some of its branches."""
+        """The tree of the trunk, and those of some of its branches by chance, but first of those that found a solution:
+        most did not."""
         trees = structure([trajectory], eos=self.eos, apart=True).split()
         if not self.data.branches:
             return trees
-        trunk = [t for t in trees if any(not trajectory.spans[k].path for k in t.spans)]
-        rest = [t for t in trees if all(trajectory.spans[k].path for k in t.spans)]
-        return trunk + rng.sample(rest, min(len(rest), self.data.branches))
+
+        def spans(tree: Structure) -> list[Span]:
+            return [trajectory.spans[k] for k in dict.fromkeys(tree.spans.tolist())]
+
+        trunk = [t for t in trees if any(not span.path for span in spans(t))]
+        rest = [t for t in trees if all(span.path for span in spans(t))]
+        rng.shuffle(rest)
+        rest.sort(key=lambda tree: not any(FOUND in span.text for span in spans(tree)))
+        return trunk + rest[: self.data.branches]
 
     async def _shown(self, numbers: range) -> list[Trajectory]:
         size = len(self.problems)
