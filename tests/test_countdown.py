@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from itertools import permutations, product
 
 import pytest
 
 import sgl_apr as apr
 from sgl_apr.models.countdown import countdown_tokenizer
-from sgl_apr.tasks.countdown import MOST, WAYS, Problem, problems, read, solves, steps, ways
+from sgl_apr.tasks.countdown import MOST, WAYS, Problem, pairs, problems, read, solves, steps, ways
 from sgl_apr.tasks.expert import Habits, shown
 from sgl_apr.tasks.search import conclusion, sequential, tokens
 from sgl_apr.tasks.solving import Attempt, answer
 from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.config import Data
+from sgl_apr.training.examples import CHUNK, CountdownExamples
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +145,26 @@ def test_a_conclusion_is_read_back():
     way = steps((3, 7))[:1]
     assert read(conclusion(way)[1:]) == way
     assert conclusion(None) == "?"
+
+
+def test_all_pairs_are_problems_of_two_numbers():
+    found = pairs("train")
+    assert len(found) == len(set(found)) > 400
+    assert all(p.split == "train" and ways(p) >= 1 for p in found)
+    assert set(problems(50, "train", numbers=(2,))) <= set(found)
+
+
+def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenizer):
+    data = Data(problems=8, numbers=(2, 4), forks={"4": 1.0}, branches=1)
+    few = CountdownExamples(data, tokenizer).chunk(0)
+    every = CountdownExamples(replace(data, branches=0), tokenizer).chunk(0)
+    texts = [tokenizer.decode(tree.tree.token_ids) for tree in few]
+    assert {t.tobytes() for t in (tree.tree.token_ids for tree in few)} <= {
+        t.tobytes() for t in (tree.tree.token_ids for tree in every)
+    }
+    told = [text for text in texts if text.startswith(">")]
+    assert len(told) == CHUNK // 2, "one of every fork"
+    assert len(texts) - len(told) == CHUNK, "all trunks"
+    assert sum("!" in text for text in told) > 0.6 * len(told)
+    whole = [text for tree in every if (text := tokenizer.decode(tree.tree.token_ids)).startswith(">")]
+    assert sum("!" in text for text in whole) < 0.3 * len(whole)
