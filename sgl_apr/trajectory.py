@@ -56,7 +56,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A field of the budget, or "policy", that acted: it cut the strand at `path`, or took forks from it."""
+    """A field of the budget, "context" (the engine's), or "policy", that acted: it cut the strand at `path`, or took forks from it."""
 
     limit: str
     path: Path

@@ -60,6 +60,7 @@ class SampledEngine:
 
     grammar_backend = "llguidance"
     seeded = True
+    context: int | None = None
 
     def __init__(self, tokenizer: Masked, seed: int = 0, tag_weight: float = 30.0) -> None:
         self.tokenizer, self.random = tokenizer, random.Random(seed)

@@ -98,3 +98,42 @@ def test_no_limit_is_ever_exceeded(name: str):
     assert bound["branch_tokens"]
     assert bound["seconds"]
     assert bound["critical_tokens"]
+
+
+class Bounded(TimedEngine):
+    """Refuses what its context does not hold, as SGLang does."""
+
+    async def decode(self, request, on_tokens=None):
+        self.check(len(request.input_ids) + request.max_tokens)
+        return await super().decode(request, on_tokens)
+
+    async def commit(self, request):
+        self.check(len(request.input_ids) + 1)
+        return await super().commit(request)
+
+    def check(self, tokens: int) -> None:
+        if tokens > self.context:
+            raise apr.EngineError(f"{tokens} tokens exceed a context of {self.context}", 400)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_budget_above_the_context_is_cut_to_it(name: str):
+    dialect, tokenizer, rng, bound = apr.dialect(name), masked(name), random.Random(name), Counter()
+    prompt = "Q: " + "?" * 20
+    for _ in range(60):
+        width = rng.randint(2, min(4, dialect.max_width))
+        engine = Bounded(tokenizer, rng.randrange(1 << 30), rng.choice([1.0, 20.0]), 0.01)
+        engine.context = len(prompt) + 2 * overhead(dialect, tokenizer).of(width) + rng.randint(10, 400)
+        budget = apr.Budget(tokens=8000, width=width, outline_chars=8)
+        policy = {"policy": "all"} if name == "parathinker" else {}
+        t, _ = virtual.run(
+            apr.areason(engine, prompt, name, budget=budget, retry=apr.Retry(attempts=1), **policy)
+        )
+        dialect.validate(t.text)
+        bound.update({limit.limit for limit in t.limits})
+        bound["forked"] += bool(t.blocks)
+    assert bound["context"] >= 3, "messages leave more room than branches"
+    assert bound["forked"] > 10
+    engine.context = len(prompt)
+    with pytest.raises(apr.BudgetExceeded, match=f"the prompt has {len(prompt)} tokens"):
+        virtual.run(apr.areason(engine, prompt, name))

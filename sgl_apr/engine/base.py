@@ -120,6 +120,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def context(self) -> int | None:
+        """How many tokens a prompt and what is decoded behind it may have together, if the engine says."""
+        ...
+
+    @property
     def joins_kv(self) -> bool:
         """Whether requests may have a layout: branches join in the KV cache."""
         ...

@@ -50,6 +50,7 @@ class HttpEngine(ServedEngine):
         self.grammar_backend: Backend = "llguidance"
         self.seeded = False
         self.joins_kv = False
+        self.context: int | None = None
 
     @classmethod
     async def connect(
@@ -92,6 +93,7 @@ class HttpEngine(ServedEngine):
             engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
             engine.seeded = bool(server.get("enable_deterministic_inference"))
             engine.joins_kv = server.get("radix_cache_backend") == CACHE
+            engine.context = await engine._context()
             engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
         except BaseException:
             await session.close()
@@ -120,6 +122,14 @@ class HttpEngine(ServedEngine):
 
     async def _said(self, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return await self._get("/model_info", url), await self._get("/server_info", url)
+
+    async def _context(self) -> int | None:
+        """The model's, which SGLang says among what OpenAI's clients ask for."""
+        try:
+            (model, *_) = (await self._get("/v1/models", (self._replicas or [self.url])[0]))["data"]
+            return int(model["max_model_len"])
+        except (EngineError, KeyError, TypeError, ValueError):
+            return None
 
     async def close(self) -> None:
         """Abort what is under way, which then fails, and close the connections."""

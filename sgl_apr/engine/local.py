@@ -51,6 +51,7 @@ class ManagerEngine(ServedEngine):
         self.seeded = bool(manager.config_value("enable_deterministic_inference"))
         self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
         self.joins_kv = manager.config_value("radix_cache_backend") == CACHE
+        self.context: int | None = int(manager.model_config.context_len)
         self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))
 
     async def abort(self, rid: str) -> None:

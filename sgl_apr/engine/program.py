@@ -64,6 +64,10 @@ class ProgramEngine:
         return await call.done  # if this is cancelled, so is the future, and with it the request
 
     @property
+    def context(self) -> int | None:
+        return self.endpoint.http.context
+
+    @property
     def joins_kv(self) -> bool:
         return self.endpoint.http.joins_kv
 

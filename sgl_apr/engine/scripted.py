@@ -74,6 +74,7 @@ class ScriptedEngine:
         self.script, self.seeded = script, seeded
         self._tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.joins_kv = False
+        self.context: int | None = None
         self.loads: Load | None = None
         self.requests: list[Request] = []
         self.commits: list[tuple[int, ...]] = []

@@ -13,7 +13,7 @@ from typing import Any
 from sgl_apr import telemetry
 from sgl_apr.dialects import Dialect, Phase
 from sgl_apr.engine.base import Engine
-from sgl_apr.errors import KvJoinUnavailable
+from sgl_apr.errors import BudgetExceeded, KvJoinUnavailable
 from sgl_apr.runtime.ahead import Spawned
 from sgl_apr.runtime.branches import Branches, first
 from sgl_apr.runtime.decoding import Decoder
@@ -129,7 +129,7 @@ class _Run:
     def __init__(
         self, engine: Engine, plan: Plan, on_event: OnEvent | None, tasks: asyncio.TaskGroup
     ) -> None:
-        self.plan, self.dialect = plan, plan.dialect
+        self.plan, self.dialect, self.context = plan, plan.dialect, engine.context
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.seed = plan.seed if plan.seed is not None else random.getrandbits(31)
         self.record = Record(engine.tokenizer, on_event)
@@ -147,12 +147,35 @@ class _Run:
         seconds = self.plan.budget.seconds
         deadline = asyncio.get_running_loop().time() + seconds if seconds is not None else None
         scope = Scope(None, deadline, "seconds")
-        trunk = self.record.trunk(prompt_ids, Purse.of(self.plan.budget), scope)
+        trunk = self.record.trunk(prompt_ids, self.purse(len(prompt_ids)), scope)
         try:
             await self.think(engine, trunk, "trunk", len(prompt_ids))
         finally:
             await self.spawned.release()
         return self.record.finish(trunk, self.dialect.name, self.seed, self.decoder.seeded)
+
+    def purse(self, prompt: int) -> Purse:
+        """All of the budget, or what the engine's context leaves of it where all that is written ends up in one."""
+        purse = Purse.of(self.plan.budget)
+        if self.context is None:
+            return purse
+        if (left := self.context - prompt) < 1:
+            raise BudgetExceeded(
+                f"the prompt has {prompt} tokens, expected fewer than the {self.context} of the engine's context"
+            )
+        if left < purse.tokens and not self.divider.returned:
+            purse.tokens, purse.bound = left, "context"
+        return purse
+
+    def room(self, strand: Strand, width: int, phase: Phase) -> tuple[int, str]:
+        """Tokens that the next request may decode, and the limit that they come from."""
+        tokens, limit = self.forks.room(strand, width, phase)
+        if self.context is not None:
+            close = self.divider.overhead.of(width + strand.waiting)
+            left = self.context - len(strand.context) - close
+            if left < tokens:
+                return left, "context"
+        return tokens, limit
 
     async def think(self, engine: Engine | None, strand: Strand, phase: Phase, new: int) -> None:
         """Decode, fork and join until the strand ends; `new` prompt tokens are unknown to the engine yet."""
@@ -166,7 +189,7 @@ class _Run:
             width, fork = self.forks.allowed(strand)
             if engine and self.plan.narrow and width > self.plan.least and not strand.waiting:
                 width = await self._narrowed(engine, strand, width)
-            room = self.forks.room(strand, width, phase)
+            room = self.room(strand, width, phase)
             step, call = await self.decoder.decode(engine, strand, phase, new, room, (width, fork))
             if step.forked and fork == "forbidden" and not self.forks.bears(strand, step):
                 step = replace(step, finish="malformed", forked=False)

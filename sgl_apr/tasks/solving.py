@@ -17,8 +17,7 @@ from sgl_apr.trajectory import Trajectory
 
 # How a server is started that answers many at once while nobody reads along: room for what they hold, and few words
 # for many tokens, which is half of the processor time of its front and of ours.
-# A reply that would outgrow the context of a small model ends there.
-SERVER: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32, "allow_auto_truncate": True}
+SERVER: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32}
 
 
 @dataclass(frozen=True, slots=True)
