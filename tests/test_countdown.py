@@ -168,3 +168,11 @@ def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenize
     assert sum("!" in text for text in told) > 0.6 * len(told)
     whole = [text for tree in every if (text := tokenizer.decode(tree.tree.token_ids)).startswith(">")]
     assert sum("!" in text for text in whole) < 0.3 * len(whole)
+
+
+def test_a_lucky_fork_holds_a_solution_among_few(tokenizer: HfTokenizer):
+    habits = Habits(forks={4: 1.0}, width=(2, 3), lucky=1.0)
+    for problem in problems(8, "train", numbers=(4,)):
+        made = asyncio.run(shown(problem, tokenizer, seed=2, habits=habits))
+        assert Attempt(problem, made).correct
+        assert sum(len(block.branches) for block in made.blocks) <= 3

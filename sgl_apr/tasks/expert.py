@@ -11,7 +11,7 @@ from sgl_apr.dialects import Dialect, dialect
 from sgl_apr.engine.base import Request
 from sgl_apr.engine.scripted import ScriptedEngine
 from sgl_apr.runtime.loop import areason
-from sgl_apr.tasks.countdown import Problem, Step, after, read, steps
+from sgl_apr.tasks.countdown import Problem, Step, after, read, steps, ways
 from sgl_apr.tasks.search import ANSWER, conclusion, low, sequential
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
@@ -26,13 +26,14 @@ class Habits:
 
     window: tokens that one context may have. forks: how often it forks, by how many numbers there are.
     width: the fewest and the most branches of a fork. again: how often it forks once more where all of
-    them have failed.
+    them have failed. lucky: how often the first fork has a step among its few that leads to a solution.
     """
 
     window: int = 512
     forks: Mapping[int, float] = field(default_factory=lambda: {3: 0.1, 4: 0.9})
     width: tuple[int, int] = (2, 8)
     again: float = 0.8
+    lucky: float = 0.0
 
 
 class Expert:
@@ -51,7 +52,16 @@ class Expert:
         if self.rng.random() >= self.habits.forks.get(len(self.problem.numbers), 0):
             return sequential(self.problem, self.habits.window)
         self.left = steps(self.problem.numbers)[::-1]
+        if self.rng.random() < self.habits.lucky:
+            self.left = self.few()
         return self.fork(self.room(len(request.input_ids)))
+
+    def few(self) -> list[Step]:
+        """Some of the first steps, one that leads to a solution among them, in their order."""
+        every, most = self.left, self.rng.randint(*self.habits.width)
+        leading = [s for s in every if ways(Problem(after(self.problem.numbers, s), self.problem.target))]
+        chosen = {self.rng.choice(leading), *self.rng.sample(every, min(most - 1, len(every)))}
+        return [step for step in every if step in chosen]
 
     def room(self, context: int) -> int:
         """How many branches the window has room for."""

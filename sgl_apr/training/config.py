@@ -31,6 +31,7 @@ class Data:
     kind: "sequential" searches in a line, "parallel" forks. window: tokens of the longest context.
     problems: how many different ones. numbers: how many each has, one in turn. forks: how often a problem of
     so many numbers is forked. width: fewest and most branches. again: how often a fork follows one that failed.
+    lucky: how often the first fork has a step among its few that leads to a solution.
     branches: of how many branches of a trajectory it is learned from, first those that found a solution; 0 is
     all. They are alike, and most of the tokens, so that a few leave more for what forks them.
     state_width: the prompt says how many branches all forks of a reply have.
@@ -46,6 +47,7 @@ class Data:
     forks: dict[str, float] = field(default_factory=lambda: {"3": 0.1, "4": 0.9})
     width: tuple[int, ...] = (2, 8)
     again: float = 0.8
+    lucky: float = 0.0
     branches: int = 0
     state_width: bool = False
     join: Literal["kv", "text", ""] = ""

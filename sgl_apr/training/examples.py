@@ -41,7 +41,7 @@ class CountdownExamples:
         forks = {int(size): share for size, share in data.forks.items()} if data.kind == "parallel" else {}
         if len(data.width) != 2:
             raise AprError(f"width = {list(data.width)}, expected the fewest and the most branches")
-        self.habits = Habits(data.window, forks, (data.width[0], data.width[1]), data.again)
+        self.habits = Habits(data.window, forks, (data.width[0], data.width[1]), data.again, data.lucky)
         self.problems: Sequence[Problem] = list(_given(data))
         self.to = dialect(data.dialect)
 
