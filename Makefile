@@ -4,12 +4,9 @@ PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
 
-.PHONY: demo demo-smollm2 test test-all lint serve bench clean
+.PHONY: demo test test-all lint serve bench clean
 
-demo: $(READY)            ## a small trained model decides for itself when to fork, on real problems
-	$(PYTHON) examples/countdown.py
-
-demo-smollm2: $(READY)    ## a language model forks and joins its own reasoning
+demo: $(READY)            ## a real model forks and joins its own reasoning
 	$(PYTHON) examples/quickstart.py
 
 test: $(READY)            ## every test but the slow ones, on a real server

@@ -1,6 +1,6 @@
 """Countdown problems for a model that has learned when to fork, with the trees that it chose.
 
-python examples/countdown.py [--model runs/rl/model] [--count 6] [--seed 0]     # see docs/countdown.md
+python examples/countdown.py [--model runs/rl/model] [--count 6] [--seed 0]     # see docs/training.md
 python examples/countdown.py --url URL
 """
 

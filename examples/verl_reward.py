@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from sgl_apr.models import builtin
+import sgl_apr as apr
 from sgl_apr.tasks.countdown import Problem, solves
 from sgl_apr.tasks.solving import solution
-from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.adapters import for_verl
 from sgl_apr.training.rewards import gated
 
@@ -22,7 +21,8 @@ def correct(answer: str, problem: str) -> bool:
     return solves(Problem.parse(problem), solution(answer))
 
 
-compute_score = for_verl(partial(gated, parallel=0.3), correct, HfTokenizer(builtin()), "spawn")
+SPAWN = apr.dialect("spawn")
+compute_score = for_verl(partial(gated, parallel=0.3), correct, apr.ByteTokenizer(SPAWN.tags), SPAWN)
 
 REPLIES = (
     "\n 4+ 5= 9, 19> 28 10\n 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20",

@@ -18,8 +18,8 @@ def add_commands(commands: Any) -> None:
         "train",
         help="train a model on trajectories",
         epilog="examples:\n"
-        "  sgl-apr train sft configs/countdown-parallel.toml -o runs/parallel\n"
-        "  sgl-apr train sft configs/countdown-parallel.toml -o runs/parallel    # again: goes on where it was",
+        "  sgl-apr train sft configs/countdown-short.toml -o runs/short\n"
+        "  sgl-apr train sft configs/countdown-short.toml -o runs/short    # again: goes on where it was",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = train.add_subparsers(required=True, metavar="KIND")

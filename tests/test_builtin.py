@@ -12,11 +12,13 @@ import pytest
 
 from sgl_apr.cli import main
 from sgl_apr.models import builtin, describe, located
+from sgl_apr.models.builtin import PATH
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.evaluated import RUN
 from sgl_apr.tasks.solving import SERVER
 
 LIMIT = 40
+pytestmark = pytest.mark.skipif(not PATH.is_dir(), reason="this version comes without a trained model")
 
 
 @pytest.fixture(scope="module")

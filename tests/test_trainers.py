@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
-from sgl_apr.models import builtin
+from sgl_apr.models.builtin import PATH
 from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tasks.countdown import problems
 from sgl_apr.tasks.expert import shown
@@ -78,6 +78,7 @@ def test_hugging_face(tmp_path: Path):
     assert after > before
 
 
+@pytest.mark.skipif(not PATH.is_dir(), reason="this version comes without a trained model")
 def test_trl():
     pytest.importorskip("trl", reason="pip install 'sgl-apr[trl]'")
     found = json.loads(ran(EXAMPLES / "trl_grpo.py", "--steps", 2, "--json").splitlines()[-1])
@@ -96,4 +97,3 @@ def test_verl():
 def test_what_the_reward_of_an_example_pays():
     lines = ran(EXAMPLES / "verl_reward.py").splitlines()
     assert [line.split()[0] for line in lines] == ["1.000", "1.150", "0.000"]
-    assert builtin().is_dir()

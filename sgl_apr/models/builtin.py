@@ -7,14 +7,14 @@ from pathlib import Path
 from sgl_apr.errors import AprError
 
 NAME = "builtin"
+PATH = Path(__file__).parent / "countdown-spawn"
 
 
 def builtin() -> Path:
-    """Its checkpoint; docs/countdown.md says how it was trained and what it can do. Raises `AprError` if it is missing."""
-    path = Path(__file__).parent / "countdown-spawn"
-    if not (path / "model.safetensors").is_file():
-        raise AprError(f"{path} is missing; install the package again")
-    return path
+    """Its checkpoint; raises `AprError` in versions without one."""
+    if not (PATH / "model.safetensors").is_file():
+        raise AprError("no trained model comes with this version yet: docs/training.md says how to train one")
+    return PATH
 
 
 def located(model: str) -> str:
