@@ -38,9 +38,9 @@ def main(asked: dict[str, Any]) -> None:
             for name, value in {
                 "warmth": 1,
                 "lora_path": "nobody",
-                "budget": apr.Budget(tokens=10**6),
             }.items()
         }
+        seen["overlong"] = failure(lambda: engine.run("Q: " * 50_000, "threadweaver"))
         seen["cancelled"] = engine.wait(cancelled(engine))
         seen["silence"] = engine.wait(silence(engine))
         kind, _, message = failure(lambda: asyncio.run(apr.areason(engine, "Q: ")))

@@ -72,11 +72,17 @@ def test_many_at_once(report: dict, by_http: list[apr.Trajectory]):
     assert {name: t.text for name, t in found.items()} == {str(i): t.text for i, t in enumerate(by_http)}
 
 
-@pytest.mark.parametrize("what", ["warmth", "lora_path", "budget"])
+@pytest.mark.parametrize("what", ["warmth", "lora_path"])
 def test_what_the_engine_refuses(report: dict, what: str):
     name, status, message = report["refused"][what]
     assert (name, status) == ("EngineError", 400)
-    assert {"warmth": "warmth", "lora_path": "nobody", "budget": "context length"}[what] in message
+    assert {"warmth": "warmth", "lora_path": "nobody"}[what] in message
+
+
+def test_a_prompt_that_its_context_does_not_hold(report: dict):
+    name, _, message = report["overlong"]
+    assert name == "BudgetExceeded"
+    assert "the prompt has 150000 tokens" in message
 
 
 def test_a_cancelled_trajectory_leaves_nothing(report: dict):
