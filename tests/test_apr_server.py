@@ -314,7 +314,6 @@ WRONG = [
     (CHAT, {"apr": {}, "response_format": {"type": "json_object"}}, "apr_error", "response_format"),
     (CHAT, {"apr": {}, "tools": [{"type": "function", "function": {"name": "f"}}]}, "apr_error", "tools"),
     (CHAT, {"apr": {}, "messages": []}, "apr_error", "[Mm]essages"),
-    (CHAT, {"apr": {"budget": {"tokens": 10**6}}}, "engine_error", "context length"),
     (CHAT, {"apr": {"lora_path": "nobody"}}, "engine_error", "[Ll]o[Rr][Aa]"),
     (CHAT, {"apr": {}, "top_p": 7, "stream": True}, "engine_error", "top_p"),
     (TEXT, {"apr": {}, "echo": True}, "apr_error", "echo"),
