@@ -26,8 +26,8 @@ compute_score = for_verl(partial(gated, parallel=0.3), correct, apr.ByteTokenize
 
 REPLIES = (
     "\n 4+ 5= 9, 19> 28 10\n 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20",
-    "<Spawn>\n<Message>1: 5- 4= 1; 20: 1 19</Message>\n<Message>2: 4+ 5= 9; 20: 9 19</Message>\n</Spawn><Join>\n"
-    "<Result>1:! 1+ 19= 20</Result>\n<Result>2:?</Result>\n</Join>\n! 5- 4= 1, 1+ 19= 20",
+    "<Spawn>\n<Message>1:> 4+ 5= 9; 20: 9 19</Message>\n<Message>2:> 5- 4= 1; 20: 1 19</Message>\n</Spawn><Join>\n"
+    "<Result>1:?</Result>\n<Result>2:! 5- 4= 1, 1+ 19= 20</Result>\n</Join>\n! 5- 4= 1, 1+ 19= 20",
     "\n 4+ 5= 9, 19> 28 10! 4+ 5= 9, 9+ 19= 20",
 )
 

@@ -176,3 +176,11 @@ def test_a_lucky_fork_holds_a_solution_among_few(tokenizer: HfTokenizer):
         made = asyncio.run(shown(problem, tokenizer, seed=2, habits=habits))
         assert Attempt(problem, made).correct
         assert sum(len(block.branches) for block in made.blocks) <= 3
+    made = asyncio.run(shown(Problem((1, 1, 1, 1), 99), tokenizer, seed=2, habits=habits))
+    assert made.answer.strip() == "?"
+
+
+@pytest.mark.parametrize("wrong", [{"numbers": ()}, {"numbers": (3, 1)}, {"problems": 0}])
+def test_examples_of_nothing_are_an_error(tokenizer: HfTokenizer, wrong: dict):
+    with pytest.raises(apr.AprError, match="expected some, with at least 2 each"):
+        CountdownExamples(replace(Data(problems=8), **wrong), tokenizer)

@@ -90,5 +90,13 @@ def test_another_evaluation_is_not_mixed_in(tmp_path: Path):
         evaluated(tmp_path, {"seed": 0}),
     ):
         pass
-    with pytest.raises(apr.AprError, match="holds no evaluation"):
+    with pytest.raises(apr.AprError, match="is no file that"):
         read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ['{"seed": 0}\n{"method": "apr"}\n', "not JSON\n", '{"seed": 0}\n[1]\n'])
+def test_a_file_of_something_else_is_a_clear_error(tmp_path: Path, text: str):
+    (tmp_path / RUN).write_text(text)
+    for reading in (lambda: read(tmp_path), lambda: evaluated(tmp_path, {"seed": 0}).__enter__()):
+        with pytest.raises(apr.AprError, match="is no file that"):
+            reading()

@@ -95,5 +95,6 @@ def test_verl():
 
 
 def test_what_the_reward_of_an_example_pays():
-    lines = ran(EXAMPLES / "verl_reward.py").splitlines()
-    assert [line.split()[0] for line in lines] == ["1.000", "1.145", "0.000"]
+    line, forked, wrong = (float(row.split()[0]) for row in ran(EXAMPLES / "verl_reward.py").splitlines())
+    assert (line, wrong) == (1.0, 0.0)
+    assert 1.0 < forked < 1.3

@@ -46,7 +46,8 @@ async def areason(
     `on_event` hears what happens as it happens (see `sgl_apr.runtime.events`).
     Raises an `EngineError` when the engine fails for good where no branch can be blamed, or where a failed
     branch is to raise, with every other request of the trajectory aborted; and `BudgetExceeded` for a
-    budget in which nothing fits.
+    budget in which nothing fits, or a prompt that the engine's context does not hold. A budget above that
+    context is cut to it.
     """
     tokenizer = engine.tokenizer
     ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)

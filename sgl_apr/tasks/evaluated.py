@@ -41,11 +41,18 @@ class Evaluated:
         made = self.attempts.get(method, {})
         return Row(method, [made[number] for number in sorted(made)], self.seconds.get(method, 0.0))
 
-    def load(self, lines: list[dict[str, Any]]) -> None:
-        """Attempts from lines of such a file."""
-        for line in lines:
-            method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
-            self._keep(method, number, Measured(**line), seconds)
+    def load(self, path: Path) -> dict[str, Any] | None:
+        """Attempts from such a file, and what all of them have in common; None for an empty one. Raises `AprError`."""
+        try:
+            read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            asked, *lines = read or [None]
+            for line in lines:
+                method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
+                self._keep(method, number, Measured(**line), seconds)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AprError(f"{path} is no file that `sgl-apr eval ... -o` has written: {error!r}") from None
+        found: dict[str, Any] | None = asked
+        return found
 
     def _keep(self, method: str, number: int, measured: Measured, seconds: float) -> None:
         self.attempts.setdefault(method, {})[number] = measured
@@ -65,26 +72,18 @@ def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[Eval
     path, given = directory / RUN, json.loads(json.dumps(asked))
     with appending(path) as file:
         found = Evaluated(file)
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if lines and lines[0] != given:
-            raise AprError(f"{path} is of another evaluation: {lines[0]}, expected {given}")
-        if not lines:
+        before = found.load(path)
+        if before is None:
             os.write(file, json.dumps(given).encode() + b"\n")
-        found.load(lines[1:])
+        elif before != given:
+            raise AprError(f"{path} is of another evaluation: {before}, expected {given}")
         yield found
 
 
 def read(directory: Path) -> list[Row]:
     """The rows of an evaluation; raises `AprError` for a directory without one."""
     found = Evaluated()
-    try:
-        found.load(
-            [json.loads(line) for line in (directory / RUN).read_text(encoding="utf-8").splitlines()[1:]]
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AprError(
-            f"{directory} holds no evaluation (`sgl-apr eval ... -o {directory}`): {error}"
-        ) from None
+    found.load(directory / RUN)
     return [found.row(method) for method in found.attempts]
 
 

@@ -57,10 +57,13 @@ class Expert:
         return self.fork(self.room(len(request.input_ids)))
 
     def few(self) -> list[Step]:
-        """Some of the first steps, one that leads to a solution among them, in their order."""
+        """Some of the first steps, one that leads to a solution among them if there is one, in their order."""
         every, most = self.left, self.rng.randint(*self.habits.width)
         leading = [s for s in every if ways(Problem(after(self.problem.numbers, s), self.problem.target))]
-        chosen = {self.rng.choice(leading), *self.rng.sample(every, min(most - 1, len(every)))}
+        chosen = {
+            *self.rng.sample(leading, min(1, len(leading))),
+            *self.rng.sample(every, min(most - 1, len(every))),
+        }
         return [step for step in every if step in chosen]
 
     def room(self, context: int) -> int:

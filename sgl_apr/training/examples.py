@@ -13,7 +13,6 @@ from typing import Protocol
 
 from sgl_apr.dialects import dialect
 from sgl_apr.errors import AprError
-from sgl_apr.spans import Span
 from sgl_apr.tasks.countdown import Problem, pairs, problems
 from sgl_apr.tasks.expert import Habits, shown
 from sgl_apr.tasks.search import FOUND
@@ -54,17 +53,14 @@ class CountdownExamples:
     def _some(self, trajectory: Trajectory, rng: random.Random) -> list[Structure]:
         """The tree of the trunk, and those of some of its branches by chance, but first of those that found a solution:
         most did not."""
-        trees = structure([trajectory], eos=self.eos, apart=True).split()
+        trees = [t for t in structure([trajectory], eos=self.eos, apart=True).split() if len(t.spans)]
         if not self.data.branches:
             return trees
-
-        def spans(tree: Structure) -> list[Span]:
-            return [trajectory.spans[k] for k in dict.fromkeys(tree.spans.tolist())]
-
-        trunk = [t for t in trees if any(not span.path for span in spans(t))]
-        rest = [t for t in trees if all(span.path for span in spans(t))]
+        spans = trajectory.spans
+        trunk = [t for t in trees if not spans[t.spans[0]].path]
+        rest = [t for t in trees if spans[t.spans[0]].path]
         rng.shuffle(rest)
-        rest.sort(key=lambda tree: not any(FOUND in span.text for span in spans(tree)))
+        rest.sort(key=lambda t: not any(FOUND in spans[k].text for k in set(t.spans.tolist())))
         return trunk + rest[: self.data.branches]
 
     async def _shown(self, numbers: range) -> list[Trajectory]:
@@ -84,6 +80,10 @@ class CountdownExamples:
 
 def _given(data: Data) -> Iterator[Problem]:
     """As many problems as asked for, their sizes in turn. Those of two numbers are few, and come again."""
+    if data.problems < 1 or not data.numbers or min(data.numbers) < 2:
+        raise AprError(
+            f"problems = {data.problems} with numbers = {list(data.numbers)}, expected some, with at least 2 each"
+        )
     sizes = list(islice(cycle(data.numbers), data.problems))
     pools: dict[int, Iterator[Problem]] = {
         size: iter(list(problems(count, "train", seed=data.seed, numbers=(size,))))
