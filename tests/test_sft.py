@@ -155,7 +155,7 @@ def test_fifty_steps_of_the_recipe(tmp_path: Path):
     recipe = load(SftConfig, Path("configs/countdown-parallel.toml"))
     config = replace(
         recipe,
-        model=replace(recipe.model, layers=2, hidden=64),
+        model=replace(recipe.model, path="", layers=2, hidden=64),
         data=replace(recipe.data, problems=300),
         steps=replace(recipe.steps, tokens=50 * 4096, batch=4096, warmup=10, rate=3e-3),
     )

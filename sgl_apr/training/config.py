@@ -56,7 +56,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How it is learned: AdamW, a linear warm-up, then a cosine down to a tenth of the rate.
+    """How it is learned: Muon, a linear warm-up, then a cosine down to a tenth of the rate.
 
     tokens: computed in all, each prefix once. batch: tokens of one step, padding included.
     checkpoint: steps between checkpoints.

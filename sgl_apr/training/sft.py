@@ -21,6 +21,7 @@ from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, sa
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.config import SftConfig, Steps
 from sgl_apr.training.examples import examples
+from sgl_apr.training.muon import Muon
 
 MODEL, BEGIN = "model", "begin"
 
@@ -53,7 +54,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None =
     start = begin(config, _start(config, out), out)
     torch.manual_seed(config.steps.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
-    optimizer = torch.optim.AdamW(_groups(model, config.steps.weight_decay), lr=0.0, betas=(0.9, 0.95))
+    optimizer = Muon(_groups(model, config.steps.weight_decay))
     done = resume(out, model, optimizer)
     step, tokens, place = done.step, done.tokens, done.place
     tokenizer = HfTokenizer(start)
@@ -96,10 +97,18 @@ def _start(config: SftConfig, out: Path) -> Path:
     return out / BEGIN
 
 
-def _groups(model: torch.nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Norms are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def _groups(model: Any, decay: float) -> list[dict[str, Any]]:
+    """The matrices of the layers, embeddings and heads, and norms, which are not decayed."""
+    ends = {
+        id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    }
+    every = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in every if p.dim() == 2 and id(p) not in ends],
+            "weight_decay": decay,
+            "matrices": True,
+        },
+        {"params": [p for p in every if id(p) in ends], "weight_decay": decay},
+        {"params": [p for p in every if p.dim() != 2], "weight_decay": 0.0},
     ]

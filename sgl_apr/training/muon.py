@@ -1,0 +1,82 @@
+"""Muon for the matrices of a model and Adam for the rest of it; PyTorch's own computes in bfloat16, which few CPUs have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TERMS = (3.4445, -4.7750, 2.0315)  # of the iteration, which takes singular values between about 0.7 and 1.2
+ITERATIONS = 5
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearly orthogonal matrices of the same row and column spaces; (n, rows, columns), by Newton-Schulz iterations.
+
+    As in "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024).
+    """
+    a, b, c = TERMS
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of like size for each parameter, so that one rate does for all.
+
+    Two dimensional parameters of groups with `matrices=True` take orthogonal steps, scaled to the size of Adam's
+    (0.2 x the root of the larger side, "Muon is Scalable for LLM Training", 2.2); all others are Adam's.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float = 0.0, momentum: float = 0.95, beta: float = 0.95
+    ) -> None:
+        super().__init__(
+            groups, {"lr": lr, "momentum": momentum, "beta": beta, "weight_decay": 0.0, "matrices": False}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step, of all parameters with a gradient."""
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p.grad is not None]
+            for p in own:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            if not group["matrices"]:
+                for p in own:
+                    p.sub_(self._adam(p, group), alpha=group["lr"])
+                continue
+            for shape in {p.shape for p in own}:  # at once, since one by one they are too small for a CPU
+                alike = [p for p in own if p.shape == shape]
+                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
+                for p, update in zip(alike, updates, strict=True):
+                    p.sub_(update, alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
+
+    def _momentum(self, p: Tensor, share: float) -> Tensor:
+        """Nesterov's."""
+        state, grad = self.state[p], p.grad
+        assert grad is not None
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(grad, 1 - share)
+        return grad.lerp(state["momentum"], share)
+
+    def _adam(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        state, grad, first, second = self.state[p], p.grad, 0.9, group["beta"]
+        assert grad is not None
+        if "steps" not in state:
+            state.update(steps=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        state["steps"] += 1
+        state["mean"].lerp_(grad, 1 - first)
+        state["square"].lerp_(grad.square(), 1 - second)
+        mean, square = (
+            state["mean"] / (1 - first ** state["steps"]),
+            state["square"] / (1 - second ** state["steps"]),
+        )
+        update: Tensor = mean / (square.sqrt() + 1e-8)
+        return update

@@ -1,0 +1,51 @@
+"""The optimizer of training runs against PyTorch's own, which computes the matrices in bfloat16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from sgl_apr.training.muon import Muon, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (1, 24, 8)])
+def test_what_is_orthogonal(shape: tuple[int, int, int]):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    found = torch.linalg.svdvals(orthogonal(matrices))
+    assert found.min() > 0.4
+    assert found.max() < 1.3
+
+
+def test_as_pytorch_does_it():
+    """Ten steps on a matrix and a vector: as far from where they began, and nearly at the same place."""
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(32, 16)
+    theirs, begun = copy.deepcopy(ours), copy.deepcopy(ours)
+    groups = [
+        {"params": [ours.weight], "weight_decay": 0.1, "matrices": True},
+        {"params": [ours.bias], "weight_decay": 0.1},
+    ]
+    optimizers = [
+        Muon(groups, lr=0.01),
+        torch.optim.Muon([theirs.weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([theirs.bias], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)),
+    ]
+    x, y = torch.randn(64, 32), torch.randn(64, 16)
+    for _ in range(10):
+        for model in (ours, theirs):
+            (model(x) - y).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    moved = (theirs.weight - begun.weight).norm()
+    assert (ours.weight - theirs.weight).norm() < 0.05 * moved
+    torch.testing.assert_close(ours.bias, theirs.bias, rtol=0, atol=1e-3)
+
+
+def test_what_has_no_gradient_stays():
+    still = torch.nn.Parameter(torch.ones(2, 2))
+    Muon([{"params": [still], "weight_decay": 0.5, "matrices": True}], lr=0.1).step()
+    assert torch.equal(still, torch.ones(2, 2))
