@@ -26,7 +26,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer):  # type: ignore[misc]  # untyped there
     """Steps of like size for each parameter, so that one rate does for all.
 
     Two dimensional parameters of groups with `matrices=True` take orthogonal steps, scaled to the size of Adam's
@@ -40,22 +40,24 @@ class Muon(torch.optim.Optimizer):
             groups, {"lr": lr, "momentum": momentum, "beta": beta, "weight_decay": 0.0, "matrices": False}
         )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """One step, of all parameters with a gradient."""
-        for group in self.param_groups:
-            own = [p for p in group["params"] if p.grad is not None]
+        with torch.no_grad():
+            for group in self.param_groups:
+                self._step(group, [p for p in group["params"] if p.grad is not None])
+
+    def _step(self, group: dict[str, Any], own: list[Tensor]) -> None:
+        for p in own:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        if not group["matrices"]:
             for p in own:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-            if not group["matrices"]:
-                for p in own:
-                    p.sub_(self._adam(p, group), alpha=group["lr"])
-                continue
-            for shape in {p.shape for p in own}:  # at once, since one by one they are too small for a CPU
-                alike = [p for p in own if p.shape == shape]
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
-                for p, update in zip(alike, updates, strict=True):
-                    p.sub_(update, alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
+                p.sub_(self._adam(p, group), alpha=group["lr"])
+            return
+        for shape in {p.shape for p in own}:  # at once, since one by one they are too small for a CPU
+            alike = [p for p in own if p.shape == shape]
+            updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
+            for p, update in zip(alike, updates, strict=True):
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
 
     def _momentum(self, p: Tensor, share: float) -> Tensor:
         """Nesterov's."""
