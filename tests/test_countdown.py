@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import random
 from dataclasses import replace
 from itertools import permutations, product
@@ -120,6 +121,18 @@ def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
             assert len(first) == min(11, len(steps(problem.numbers))), "as many as fit the window"
             told = [Problem.parse(b.outline.partition(";")[2]) for b in first]
             assert all(len(t.numbers) == 3 and t.target == problem.target for t in told)
+
+
+def test_a_branch_without_a_solution_says_what_it_tried(tokenizer: HfTokenizer):
+    habits = Habits(forks={4: 1.0}, width=(3, 3), again=1.0)
+    failed = 0
+    for problem in problems(6, "train", numbers=(4,)):
+        made = asyncio.run(shown(problem, tokenizer, seed=1, habits=habits))
+        told = re.findall(r"<Message>\d+:>(.*?)=", made.text)
+        said = re.findall(r"<Result>\d+:(.*?)</Result>", made.text)
+        assert all(result in (f"?{step}", f"!{result[1:]}") for step, result in zip(told, said, strict=True))
+        failed += sum(result[0] == "?" for result in said)
+    assert failed > 20
 
 
 def test_the_same_seed_shows_the_same(tokenizer: HfTokenizer):

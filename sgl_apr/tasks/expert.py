@@ -12,7 +12,7 @@ from sgl_apr.engine.base import Request
 from sgl_apr.engine.scripted import ScriptedEngine
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tasks.countdown import Problem, Step, after, read, steps, ways
-from sgl_apr.tasks.search import ANSWER, conclusion, low, sequential
+from sgl_apr.tasks.search import ANSWER, NONE, conclusion, low, sequential
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
 
@@ -86,13 +86,14 @@ class Expert:
         return f"{TOLD}{step.text};{left.text}"
 
     def branch(self, prompt: str) -> str:
-        step, _, rest = prompt.partition(";")
+        told, _, rest = prompt.removeprefix(TOLD).partition(";")
         given = Problem.parse(rest)
         found = low(given.numbers, given.target)
-        solution = (
-            None if found.solution is None else [*(read(step.removeprefix(TOLD)) or []), *found.solution]
-        )
-        return f"\n{found.text}{self.to.grammar.written('closer', text=conclusion(solution))}"
+        if found.solution is None:  # and which step it was: who forked it does not see its message any more
+            said = NONE + told.partition("=")[0]
+        else:
+            said = conclusion([*(read(told) or []), *found.solution])
+        return f"\n{found.text}{self.to.grammar.written('closer', text=said)}"
 
     def behind(self, context: int) -> str:
         """The first solution that came back, another fork, or none."""
