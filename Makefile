@@ -4,13 +4,16 @@ PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
 
-.PHONY: demo test test-all lint serve bench clean
+.PHONY: demo demo-smollm2 test test-all lint serve bench clean
 
-demo: $(READY)            ## a real model forks and joins its own reasoning
+demo: $(READY)            ## a small trained model decides for itself when to fork, on real problems
+	$(PYTHON) examples/countdown.py
+
+demo-smollm2: $(READY)    ## a language model forks and joins its own reasoning
 	$(PYTHON) examples/quickstart.py
 
 test: $(READY)            ## every test but the slow ones, on a real server
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) -m pytest -q -m "not slow" --durations=40
 
 test-all: $(READY)        ## the slow ones too
 	$(PYTHON) -m pytest -q

@@ -1,6 +1,6 @@
 """Countdown problems for a model that has learned when to fork, with the trees that it chose.
 
-python examples/countdown.py --model runs/rl/model [--count 6] [--seed 0]     # see docs/training.md
+python examples/countdown.py [--model runs/rl/model] [--count 6] [--seed 0]     # see docs/training.md
 python examples/countdown.py --url URL
 """
 
@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from rich.console import Console
 
 import sgl_apr as apr
+from sgl_apr.models import located
 from sgl_apr.report.tree import summary, tree
 from sgl_apr.tasks.countdown import Problem, problems
 from sgl_apr.tasks.solving import SERVER, Attempt, attempts
@@ -31,15 +32,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help="a checkpoint, served for the time being")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default="builtin", help="a checkpoint, served for the time being")
     which.add_argument("--url", help="a running server")
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     console = Console(width=125)
     with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(options.model, **SERVER)).url
+        url = options.url or stack.enter_context(apr.Server(located(options.model), **SERVER)).url
         made = asyncio.run(solve(url, list(problems(options.count, "test", seed=options.seed))))
     for attempt in made:
         said = "solved" if attempt.correct else "not solved"

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer with a reward of this package, on Countdown problems: `pip install 'sgl-apr[trl]'` first.
 
-python examples/trl_grpo.py --model runs/parallel/model [--steps 4] [--json]
+python examples/trl_grpo.py [--model builtin] [--steps 4] [--json]
 
 TRL samples in a line and without a grammar, so the reward first reads what came of it; a reply that forks gets no branches
 there. `sgl-apr train grpo` samples through the runtime instead, and learns from every branch.
@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from sgl_apr.models import located
 from sgl_apr.tasks.countdown import Problem, problems, solves
 from sgl_apr.tasks.solving import solution
 from sgl_apr.tokenizer import HfTokenizer
@@ -34,11 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a checkpoint with the tags of a dialect")
+    parser.add_argument("--model", default="builtin")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    model = options.model
+    model = located(options.model)
     texts = [p.text for p in problems(8 * options.steps, "train", numbers=(3,))]
     paid = for_trl(partial(gated, parallel=0.3), correct, HfTokenizer(model), column="problem")
     with tempfile.TemporaryDirectory() as out:

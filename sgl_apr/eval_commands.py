@@ -27,13 +27,16 @@ def add_commands(commands: Any) -> None:
         "eval",
         help="how well a model solves a task, and at what cost",
         epilog="examples:\n"
+        "  sgl-apr eval countdown --model builtin --json\n"
         "  sgl-apr eval countdown --model runs/parallel/model --limit 200 -o out    # again: goes on where it was\n"
         "  sgl-apr eval countdown --url http://127.0.0.1:30000 --methods apr,sequential --json -o out",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=["countdown"])
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help="a checkpoint, served for the time being")
+    which.add_argument(
+        "--model", help="a checkpoint, served for the time being; builtin: the one that comes with sgl_apr"
+    )
     which.add_argument("--url", help="a running server")
     parser.add_argument(
         "--methods",
@@ -65,6 +68,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from sgl_apr.models import located
     from sgl_apr.server.launch import Server
     from sgl_apr.tasks.evaluated import evaluated
     from sgl_apr.tasks.solving import SERVER
@@ -80,7 +84,8 @@ def _eval(options: argparse.Namespace) -> int:
         found = stack.enter_context(evaluated(options.out, asked))
         url = options.url
         if url is None:
-            url = stack.enter_context(Server(options.model, **SERVER)).url
+            path = located(options.model)
+            url = stack.enter_context(Server(path, **SERVER)).url
         rows = [asyncio.run(_run(options, url, method, found)) for method in methods]
     summary = {"task": options.task, "rows": [row.as_json(WINDOWS) for row in rows]}
     if options.out:

@@ -77,13 +77,11 @@ def test_hugging_face(tmp_path: Path):
     assert after > before
 
 
-def test_trl(tmp_path: Path):
+def test_trl():
     pytest.importorskip("trl", reason="pip install 'sgl-apr[trl]'")
-    model = countdown_llama(tmp_path / "model", apr.dialect("spawn").tags, layers=2, hidden=64)
-    printed = ran(EXAMPLES / "trl_grpo.py", "--model", model, "--steps", 2, "--json").splitlines()[-1]
-    found = json.loads(printed)
-    assert found["steps"] == len(found["rewards"]) == 2
-    assert all(0 <= reward <= 1.3 for reward in found["rewards"])
+    found = json.loads(ran(EXAMPLES / "trl_grpo.py", "--steps", 2, "--json").splitlines()[-1])
+    assert found["steps"] == 2
+    assert all(0 < reward <= 1.3 for reward in found["rewards"]), "the built-in model solves some"
 
 
 def test_verl():

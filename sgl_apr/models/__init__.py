@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sgl_apr.models.builtin import builtin, located
 from sgl_apr.models.description import Description, describe
 from sgl_apr.models.pretrained import smollm2
 from sgl_apr.models.tiny import random_llama
 
-__all__ = ["Description", "describe", "random_llama", "smollm2"]
+__all__ = ["Description", "builtin", "describe", "located", "random_llama", "smollm2"]
