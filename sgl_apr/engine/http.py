@@ -72,7 +72,8 @@ class HttpEngine(ServedEngine):
         """
         url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout)
+        # Connecting takes a server no time, but a loop that starts hundreds of replies at once may come to it late.
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=max(10.0, timeout / 10), sock_read=timeout)
         # No limit on connections: a trajectory's branches must never wait for one another here. An idle one is
         # given up long before the server does so: what is being sent at that very moment would be lost.
         session = aiohttp.ClientSession(
@@ -328,6 +329,8 @@ class HttpEngine(ServedEngine):
         url, noted = url or self.url, url in ("", self.url)
         try:
             yield
+        except aiohttp.ConnectionTimeoutError as error:
+            raise EngineTimeout(f"{url} took no connection in time ({error})") from error
         except (aiohttp.ServerTimeoutError, TimeoutError) as error:
             raise EngineTimeout(f"{url} did not answer within {self._timeout:g} s ({error})") from error
         except aiohttp.ClientConnectorError as error:
