@@ -85,7 +85,7 @@ class SftConfig:
 class Rollouts:
     """What a step of reinforcement is learned from: so many replies to each of so many problems, by a real server.
 
-    tokens, critical_tokens, branch_tokens, width, blocks: of the budget of each reply; 0 critical tokens are no limit.
+    tokens, branch_tokens, width, blocks: of the budget of each reply.
     reward: one of `sgl_apr.training.rewards`; `parallel` weighs the parallel term of "gated".
     advantage: "mean" (ThreadWeaver's P-GRPO), "grpo" or "papo".
     """
@@ -95,7 +95,6 @@ class Rollouts:
     numbers: tuple[int, ...] = (3, 4, 4, 4)
     temperature: float = 1.0
     tokens: int = 6000
-    critical_tokens: int = 0
     branch_tokens: int = 160
     width: int = 16
     blocks: int = 4

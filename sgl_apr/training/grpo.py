@@ -124,7 +124,6 @@ async def sample(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfi
     rollouts = config.rollouts
     budget = Budget(
         tokens=rollouts.tokens,
-        critical_tokens=rollouts.critical_tokens or None,
         branch_tokens=rollouts.branch_tokens,
         width=rollouts.width,
         blocks=rollouts.blocks,
