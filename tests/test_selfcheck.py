@@ -9,6 +9,7 @@ import pytest
 
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.models import random_llama
+from sgl_apr.server import selfcheck
 from sgl_apr.server.launch import Server
 from sgl_apr.server.probe import Prompt, Reply, asker, commit, send
 from sgl_apr.server.selfcheck import NEW, Check, _bend, apart, check, distance
@@ -68,6 +69,28 @@ def test_a_check_that_text_passes_says_nothing():
     assert not Check("order", 0.1, 0.2, 0.3).blind
     assert not Check("reuse", 0, 0).blind
     assert str(Check("order", 0.5, 0.001, 0.25)) == "order: off by 0.5, allowed 0.001 (as text 0.25)"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "starts"),
+    [
+        ([()], True),
+        ([("positions",), ()], True),
+        ([("positions",), ("order",)], True),
+        ([("positions", "order"), ("order",), ("order", "positions")], False),
+    ],
+)
+def test_what_is_missed_with_some_tokens_only_is_no_fault(
+    rounds: list[tuple[str, ...]], starts: bool, monkeypatch: pytest.MonkeyPatch
+):
+    found = iter([[Check(n, 1.0 * (n in bad), 0.1) for n in ("positions", "order")] for bad in rounds])
+    monkeypatch.setattr(selfcheck, "check", lambda ask: next(found))
+    if starts:
+        selfcheck.require(lambda body: None)
+    else:
+        with pytest.raises(LaunchError, match=r"none \(order: off by 1, allowed 0.1\)"):
+            selfcheck.require(lambda body: None)
+    assert not list(found), "every round was needed"
 
 
 @pytest.mark.server

@@ -37,7 +37,7 @@ COPIED, STACKS = 16, 3  # tokens of a branch that is copied, and how many such b
 EXACT, NOISY = 1e-3, 0.5  # nats: what is allowed however exact a server is, and however noisy
 NOISE = 5.0  # what is allowed in between, in multiples of what ordinary prompts differ by
 BENT = 0.25  # for copies: what is allowed of the bend that text has
-LOST, TRIES = 409, 3  # what was committed is gone: others are using the cache
+LOST, TRIES = 409, 3  # what was committed is gone: others are using the cache; how often it is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,24 @@ def check(ask: Ask, seed: int | None = None) -> list[Check]:
 
 
 def require(ask: Ask) -> None:
-    """Raises LaunchError, which says how to serve without joins, unless every identity holds."""
+    """Raises LaunchError, which says how to serve without joins, unless every identity holds, for some tokens at least.
+
+    What a server does wrong it does wrong with any tokens. But there are some for which a small model that was trained
+    on few others is so far from smooth that it seems to.
+    """
+    missed: dict[str, str] = {}
     try:
-        missed = [str(c) for c in check(ask) if not c.ok]
+        for tries in range(TRIES):
+            found = {c.name: str(c) for c in check(ask) if not c.ok}
+            missed = found if tries == 0 else {name: said for name, said in found.items() if name in missed}
+            if not missed:
+                return
     except EngineError as error:
-        missed = [str(error)]
-    if missed:
-        raise LaunchError(
-            f"the KV joins of this server are not what its model computes, or none ({'; '.join(missed)}): "
-            "with --radix-cache-backend stock it serves, and branches are joined as text"
-        )
+        missed = {"": str(error)}
+    raise LaunchError(
+        f"the KV joins of this server are not what its model computes, or none ({'; '.join(missed.values())}): "
+        "with --radix-cache-backend stock it serves, and branches are joined as text"
+    )
 
 
 def _check(ask: Ask, rng: random.Random) -> list[Check]:
