@@ -61,7 +61,7 @@ def check(dialect: apr.Dialect, found: list[apr.Trajectory], tokens: int | None 
 @every
 def test_random_weights_follow_it(server: Server, name: str):
     dialect = apr.dialect(name)
-    found = replies(server.url, dialect, 24)
+    found = replies(server.url, dialect, 12)
     check(dialect, found)
     if dialect.max_depth > 1 and dialect.grammar.ending(
         "body", "1"
@@ -84,7 +84,7 @@ def test_in_a_program(server: Server, name: str):
 
     with apr.Endpoint(server.url) as endpoint:
         states = program.run_batch(
-            [{"question": f"Q{i}: "} for i in range(6)], backend=endpoint, num_threads=6
+            [{"question": f"Q{i}: "} for i in range(3)], backend=endpoint, num_threads=3
         )
         for state in states:
             trajectory = state.get_meta_info("thought")["trajectory"]

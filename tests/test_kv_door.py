@@ -266,6 +266,7 @@ def test_the_work_of_a_layout_is_bounded():
         layout_of(SimpleNamespace(return_logprob=False, sampling_params=params), 101_005)
 
 
+@pytest.mark.slow
 def test_a_server_without_the_cache_refuses_layouts(model: Path):
     log = model / "stock.log"
     with Server(model, log_path=log, disable_radix_cache=True, context_length=512) as server:

@@ -15,7 +15,9 @@ SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 FEWEST = 4  # of each operation that succeeds, in 400
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", [400, 5000])
 def test_a_soak(count: int):
     argv = [sys.executable, str(SOAK), "--json", "--count", str(count), "--seed", "0"]
     done = subprocess.run(argv, capture_output=True, text=True)
