@@ -330,7 +330,8 @@ class HttpEngine(ServedEngine):
         try:
             yield
         except aiohttp.ConnectionTimeoutError as error:
-            raise EngineTimeout(f"{url} took no connection in time ({error})") from error
+            limit = self._session.timeout.sock_connect
+            raise EngineTimeout(f"{url} took no connection within {limit:g} s") from error
         except (aiohttp.ServerTimeoutError, TimeoutError) as error:
             raise EngineTimeout(f"{url} did not answer within {self._timeout:g} s ({error})") from error
         except aiohttp.ClientConnectorError as error:
