@@ -86,7 +86,8 @@ class Rollouts:
     """What a step of reinforcement is learned from: so many replies to each of so many problems, by a real server.
 
     tokens, branch_tokens, width, blocks: of the budget of each reply.
-    reward: one of `sgl_apr.training.rewards`; `parallel` weighs the parallel term of "gated".
+    reward: one of `sgl_apr.training.rewards`; `parallel` weighs the parallel term of "gated", `length` what
+    "gated" and "apr" take off for 1,000 tokens of the critical path.
     advantage: "mean" (ThreadWeaver's P-GRPO), "grpo" or "papo".
     """
 
@@ -101,6 +102,7 @@ class Rollouts:
     mode: Literal["auto", "sequential", "parallel"] = "auto"
     reward: str = "gated"
     parallel: float = 0.3
+    length: float = 0.0
     advantage: Literal["mean", "grpo", "papo"] = "mean"
     seed: int = 0
 

@@ -109,9 +109,10 @@ async def _step(
     async with await HttpEngine.connect(url, timeout=600) as engine:
         made = await sample(engine, drawn, config)  # all of them have ended: no weight changes within a reply
         sampled = time.monotonic()
-        paid = reward(config.rollouts.reward, step=step, parallel=config.rollouts.parallel)
+        rollouts = config.rollouts
+        paid = reward(rollouts.reward, step=step, parallel=rollouts.parallel, length=rollouts.length)
         rewards = [paid(attempt.trajectory, attempt.correct) for attempt in made]
-        advantages = _advantages(config.rollouts, rewards)
+        advantages = _advantages(rollouts, rewards)
         eos = min(HfTokenizer(start).eos_ids)
         norm = learn(model, optimizer, [a.trajectory for a in made], advantages, eos, config)
         finish(out / WEIGHTS, model, start)

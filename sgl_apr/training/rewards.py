@@ -26,12 +26,17 @@ def accuracy(trajectory: Trajectory, correct: bool) -> float:
     return float(correct)
 
 
-def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0) -> float:
-    """`R = R_correct + 1[correct] * parallel * (1 - L_critical / L_total)`: a wrong answer never earns anything.
+def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0, length: float = 0.0) -> float:
+    """`R = 1[correct] * (1 + parallel * (1 - L_critical / L_total) - length * L_critical / 1000)`.
 
-    The accuracy gate on ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5), unbounded by a cap.
+    The accuracy gate on ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5), unbounded by a cap, and
+    on the length of the critical path, since the ratio alone also rises with what is written in vain. A wrong
+    answer never earns anything, and a right one at least 0.
     """
-    return 1 + parallel * trajectory.metrics().acceleration if correct else 0.0
+    if not correct:
+        return 0.0
+    metrics = trajectory.metrics()
+    return max(0.0, 1 + parallel * metrics.acceleration - length * metrics.critical_path / 1000)
 
 
 def threadweaver(
@@ -108,19 +113,20 @@ def naive_threads(trajectory: Trajectory, correct: bool, *, each: float = 0.1) -
     return float(correct) + each * trajectory.metrics().branches
 
 
-def reward(name: str, *, step: int = 0, parallel: float = 1.0) -> Reward:
-    """The reward of that name, in a training step, with the weight of the parallel term where it has one.
+def reward(name: str, *, step: int = 0, parallel: float = 1.0, length: float = 0.0) -> Reward:
+    """The reward of that name, in a training step, with the weights of its terms where it has them: of what runs
+    in parallel ("gated"), and of the critical path ("gated", "apr").
 
     Raises `AprError` that lists the names.
     """
     known: dict[str, Reward] = {
         "accuracy": accuracy,
-        "gated": partial(gated, parallel=parallel),
+        "gated": partial(gated, parallel=parallel, length=length),
         "threadweaver": threadweaver,
         "parallel_r1": partial(parallel_r1, step=step),
         "parallel_r1_product": parallel_r1_product,
         "npr": npr,
-        "apr": apr,
+        "apr": partial(apr, length=length),
         "naive_threads": naive_threads,
     }
     if name not in known:
