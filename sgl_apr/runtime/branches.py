@@ -9,12 +9,11 @@ from dataclasses import replace
 
 from sgl_apr.blocks import outcome
 from sgl_apr.dialects import Phase
-from sgl_apr.engine.base import Engine, Load
+from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BranchFailed, EngineError
 from sgl_apr.runtime.decoding import Decoder
 from sgl_apr.runtime.events import Delta, Ended, Forked, Joined
 from sgl_apr.runtime.joins import enough, seconds
-from sgl_apr.runtime.pacing import Demand
 from sgl_apr.runtime.purse import Divider, Purse
 from sgl_apr.runtime.record import Strand
 from sgl_apr.runtime.results import drop_call, told, write_results
@@ -53,7 +52,7 @@ class Branches:
         branches = [self.begin(strand, k, o, share, (fork,), scope) for k, o in enumerate(outlines)]
         prefix = 0 if self.returned else len(strand.context)
         try:
-            at_once = self._at_once(strand, size, share.tokens, load)
+            at_once = self.decoder.at_once(strand, size, share.tokens, load)
             await self._run(strand, engines, branches, prefix, at_once)
         finally:
             scope.leave()
@@ -111,15 +110,6 @@ class Branches:
             branch.purse.tokens, reach = share.tokens, self.record.reach(branch)
         branch.purse.cap, branch.after = reach + share.cap, ()
         return branch
-
-    def _at_once(self, strand: Strand, size: int, tokens: int, load: Load | None) -> int:
-        """How many branches run at once; why is noted with the trajectory."""
-        if self.plan.pacing is None or load is None:
-            return size
-        at_once, reason = self.plan.pacing(Demand(size, tokens), load)
-        at_once = max(1, min(size, at_once))
-        self.record.decide(strand, strand.blocks, size, at_once, load, reason)
-        return at_once
 
     async def _run(
         self,

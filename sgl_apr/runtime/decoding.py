@@ -16,6 +16,7 @@ from sgl_apr.dialects import Phase, Place
 from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.errors import EngineError
 from sgl_apr.lowering import Fork
+from sgl_apr.runtime.pacing import Demand
 from sgl_apr.runtime.plan import Plan
 from sgl_apr.runtime.record import Ahead, Record, Strand
 from sgl_apr.runtime.scope import Cut
@@ -60,7 +61,7 @@ class Decoder:
         result, call = None, None
         if engine and tokens > 0 and not strand.scope.over:
             request = self._request(strand, phase, place, tokens, shape)
-            result, call = await self._decoded(engine, strand, phase, new, request, stream)
+            result, call = await self.ask(engine, strand, phase, new, request, stream)
         cut = strand.scope.over if result is None else None
         if cut is None and (result is None or result.finish == "length"):
             cut = "length"
@@ -73,10 +74,10 @@ class Decoder:
         stream.finish(step)
         return step, call
 
-    async def _decoded(
-        self, engine: Engine, strand: Strand, phase: Phase, new: int, request: Request, stream: TextStream
+    async def ask(
+        self, engine: Engine, strand: Strand, phase: str, new: int, request: Request, stream: TextStream
     ) -> tuple[Result | None, int]:
-        """What came back, or None if it was cut or failed, and the number of the call."""
+        """What came back, or None if it was cut or failed, and the number of the call, which is noted as of `phase`."""
         seed = derived(self.seed, strand.path, strand.requests)
         strand.requests += 1
         sampling = {**request.sampling, "sampling_seed": seed} if self.seeded else request.sampling
@@ -88,7 +89,7 @@ class Decoder:
             self.record.void(strand, stream.void())
             return await engine.decode(request, stream)
 
-        result, retries = await self._ask(
+        result, retries = await self._within(
             strand, lambda: self.stitches.send(engine, strand, strand.purse, request, once)
         )
         if strand.scope.reason == "failed":
@@ -97,14 +98,17 @@ class Decoder:
         name = "branch" if strand.path else phase
         return result, self.record.call(name, strand.path, known, new, started, seed, retries)
 
-    async def fork(self, engine: Engine, strand: Strand, size: int) -> tuple[Sequence[Engine], Load | None]:
+    async def fork(
+        self, engine: Engine, strand: Strand, size: int, new: int | None = None
+    ) -> tuple[Sequence[Engine], Load | None]:
         """An engine for each of `size` branches behind what `strand` has written, and how busy it is.
 
-        No engines where nothing may be asked any more: such branches can only be closed.
+        `new` tokens of that are unknown to the engine yet, None: those injected last. No engines where nothing may
+        be asked any more: such branches can only be closed.
         """
         if strand.scope.over or strand.purse.calls < 1:
             return (), None
-        new, started = self.record.unknown(strand), time.monotonic()
+        new, started = self.record.unknown(strand) if new is None else new, time.monotonic()
         load = asyncio.create_task(self.load(engine, strand)) if self.plan.pacing and size > 1 else None
         try:
             prefix = self._prompt(strand)
@@ -112,7 +116,7 @@ class Decoder:
             async def once(request: Request) -> tuple[Result, Sequence[Engine]]:
                 return await engine.fork(request, size)
 
-            forked, retries = await self._ask(
+            forked, retries = await self._within(
                 strand, lambda: self.stitches.send(engine, strand, strand.purse, prefix, once)
             )
             committed, engines = forked or (Result((), "length", len(strand.context), None), ())
@@ -121,6 +125,15 @@ class Decoder:
         finally:
             if load:
                 load.cancel()
+
+    def at_once(self, strand: Strand, size: int, tokens: int, load: Load | None) -> int:
+        """How many branches of so many tokens run at once; why is noted with the trajectory."""
+        if self.plan.pacing is None or load is None:
+            return size
+        at_once, reason = self.plan.pacing(Demand(size, tokens), load)
+        at_once = max(1, min(size, at_once))
+        self.record.decide(strand, strand.blocks, size, at_once, load, reason)
+        return at_once
 
     async def commit(self, engine: Engine, strand: Strand, branch: Strand) -> None:
         """Bring all of a branch of `strand` that has ended into the cache, so that it can be joined there.
@@ -131,7 +144,7 @@ class Decoder:
             return
         new, started = max(1, self.record.unknown(branch)), time.monotonic()
         prompt = self._prompt(branch)
-        result, retries = await self._ask(
+        result, retries = await self._within(
             strand,
             lambda: self.stitches.send(engine, branch, strand.purse, prompt, engine.commit),
             lenient=True,
@@ -150,7 +163,7 @@ class Decoder:
             log.info("%s: the load of the engine is not known (%r)", self.rid, error)
             return None
 
-    async def _ask(
+    async def _within(
         self, strand: Strand, attempt: Callable[[], Awaitable[T]], lenient: bool = False
     ) -> tuple[T | None, int]:
         """What `attempt` returns, or None if it was cut or failed for good; and how often it was repeated.
