@@ -66,7 +66,7 @@ def test_a_tree_stands_in_the_order_of_its_forks():
 def test_thoughts_apart_see_nothing_else_but_come_later():
     async def program(t: Thoughts):
         found = await t.fork(t.root, ["long", "s"])
-        return await t.apart([Ask("same: 1"), Ask("same: 2")], after=found)
+        return await t.apart([Ask(f"same: {k}", after=tuple(found)) for k in (1, 2)])
 
     found, trajectory, engine = run(lambda request, prompt: "ok", program)
     assert [t.text for t in found] == ["ok", "ok"]
@@ -186,7 +186,7 @@ def test_its_events_tell_all_of_it():
 
     async def program(t: Thoughts):
         found = await t.fork(t.root, [Ask("1", name="one"), "2"])
-        await t.apart(["3"], after=found)
+        await t.apart([Ask("3", after=tuple(found))])
 
     _, trajectory, _ = run(lambda request, prompt: "some text", program, on_event=events.append)
     assert apr.rebuild(events) == trajectory

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from sgl_apr.blocks import outcome
 from sgl_apr.budget import Budget
@@ -28,13 +28,19 @@ from sgl_apr.runtime.stream import TextStream
 from sgl_apr.spans import Finish, Role
 from sgl_apr.trajectory import Trajectory
 
+T = TypeVar("T")
+Begun = tuple[
+    tuple[int, ...], tuple[int, ...], tuple[int, ...], "Ask"
+]  # context, tip, after, and what is asked
+
 
 @dataclass(frozen=True)
 class Ask:
     """What one thought is asked: `text` is written first, then the model goes on.
 
     tokens: decoded at most; None leaves it to the budget. grammar: for the engine's grammar backend. stop: texts
-    that end it, and stay in it. sampling: SGLang's parameters, over those of the run. name: for people.
+    that end it, and stay in it. sampling: SGLang's parameters, over those of the run. name: for people. after: what
+    it comes behind without seeing it, where it has a context of its own.
     """
 
     text: str = ""
@@ -43,6 +49,12 @@ class Ask:
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    after: tuple[Thought, ...] = ()
+
+    @property
+    def behind(self) -> Ask:
+        """The same where the text is there already."""
+        return replace(self, text="")
 
 
 @dataclass(frozen=True)
@@ -105,58 +117,56 @@ class Thoughts:
         deadline = asyncio.get_running_loop().time() + seconds if seconds is not None else None
         self.root = Thought(self.record.trunk(ids, self.purse, Scope(None, deadline, "seconds")), engine)
 
-    async def follow(self, thought: Thought, ask: Ask | str = "", *, of: float = 1.0) -> Thought:
-        """Let a thought go on: it is asked in its own context. `of`: the share of what is left that this may take."""
+    async def follow(self, thought: Thought, ask: Ask | str = "") -> Thought:
+        """Let a thought go on: it is asked in its own context."""
         ask = self._ask(ask)
         self._write(thought.strand, ask.text)
-        tokens = self._share(1, of)
-        self.reserved += tokens
+        (tokens,) = self._reserve([ask])
         return await self._decode(thought.engine, thought.strand, ask, tokens)
 
     async def fork(
-        self,
-        thought: Thought,
-        asks: Sequence[Ask | str],
-        *,
-        of: float = 1.0,
-        policy: Policy = "all",
+        self, thought: Thought, asks: Sequence[Ask | str], *, of: float = 1.0, policy: Policy = "all"
     ) -> list[Thought]:
         """Thoughts that follow one, at once, each in a context of its own behind it; in their order.
 
-        Those that `policy` cuts are there too, as they were, and those that failed, with no text.
+        `of` is the share of what is left of the budget that they may take. Those that `policy` cuts are there too,
+        as they were, and those that failed, with no text.
         """
         strand = thought.strand
-        return await self._at_once(
-            thought.engine,
-            strand,
-            [(strand.context, strand.tip, (), self._ask(a)) for a in asks],
-            of,
-            policy,
-        )
+        begun = self._begin(strand, [(strand.context, strand.tip, (), self._ask(ask)) for ask in asks])
+        return await self._run(thought, begun, of, policy)
 
     async def apart(
-        self,
-        asks: Sequence[Ask | str],
-        *,
-        after: Sequence[Thought] = (),
-        of: float = 1.0,
-        policy: Policy = "all",
+        self, asks: Sequence[Ask | str], *, of: float = 1.0, policy: Policy = "all"
     ) -> list[Thought]:
-        """Thoughts that see nothing but what each is asked, at once, behind the end of others."""
-        ends = tuple(dict.fromkeys(t for a in after or [self.root] for t in a.strand.tip))
-        return await self._at_once(
-            self.engine, self.root.strand, [((), (), ends, self._ask(a)) for a in asks], of, policy
-        )
+        """Thoughts that see nothing but what each is asked, at once."""
+        return await self._run(self.root, self._begin(self.root.strand, self._apart(asks)), of, policy)
+
+    async def open(self, asks: Sequence[Ask | str]) -> list[Thought]:
+        """Contexts of their own with what each is asked, behind which nothing is decoded yet: to fork there."""
+        begun = self._begin(self.root.strand, self._apart(asks))
+        engines, _ = await self._forks(self.root, begun, 0)
+        opened = [Thought(branch, engines[k] if engines else None) for k, (branch, _) in enumerate(begun)]
+        self._joined(begun, opened)
+        return opened
+
+    async def samples(self, asks: Sequence[Ask], n: int, *, of: float = 1.0) -> list[list[Thought]]:
+        """`n` thoughts behind each of several contexts of their own, all at once; by context, in their order."""
+        opened = await self.open(asks)
+        share = int((self.purse.tokens - self.reserved) * of) // max(1, len(asks) * n)
+        every = [replace(a.behind, tokens=share if a.tokens is None else min(share, a.tokens)) for a in asks]
+        forks = (self.fork(one, [ask] * n) for one, ask in zip(opened, every, strict=True))
+        return await together(forks)
 
     async def seeing(
         self, contexts: Sequence[tuple[str, Sequence[Thought], Ask]], *, of: float = 1.0
     ) -> list[Thought]:
         """Thoughts behind any text, at once, each with the thoughts that the text shows, whose copies are not counted."""
-        begun = []
-        for text, shown, ask in contexts:
-            tips = tuple(dict.fromkeys(t for s in shown or [self.root] for t in s.strand.tip))
-            begun.append((tuple(self.tokenizer.encode(text, first=True)), tips, (), ask))
-        return await self._at_once(self.engine, self.root.strand, begun, of, "all")
+        found = [
+            (tuple(self.tokenizer.encode(text, first=True)), self._tips(shown), (), ask)
+            for text, shown, ask in contexts
+        ]
+        return await self._run(self.root, self._begin(self.root.strand, found), of, "all")
 
     def width(self, wanted: int, need: int = 1, of: float = 1.0) -> int:
         """How many of so many wanted thoughts the budget bears, if each is to get `need` tokens; at least one."""
@@ -187,6 +197,12 @@ class Thoughts:
     def _ask(self, ask: Ask | str) -> Ask:
         return Ask(ask) if isinstance(ask, str) else ask
 
+    def _tips(self, thoughts: Sequence[Thought]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(t for thought in thoughts or [self.root] for t in thought.strand.tip))
+
+    def _apart(self, asks: Sequence[Ask | str]) -> list[Begun]:
+        return [((), (), self._tips(ask.after), ask) for ask in map(self._ask, asks)]
+
     def _order(self, strand: Strand) -> Sequence[int]:
         """The spans of a strand with those of its branches where they were forked: parents come first."""
         inside, found, at = self._within.get(id(strand), []), list[int](), 0
@@ -196,8 +212,12 @@ class Thoughts:
             at = before
         return [*found, *strand.order[at:]]
 
-    def _share(self, n: int, of: float) -> int:
-        return max(0, int((self.purse.tokens - self.reserved) * of) // n)
+    def _reserve(self, asks: Sequence[Ask], of: float = 1.0) -> list[int]:
+        """An equal share of what is left for each, no more than it asks for, set aside until `_decode` gives it back."""
+        share = max(0, int((self.purse.tokens - self.reserved) * of) // len(asks))
+        tokens = [share if ask.tokens is None else min(share, ask.tokens) for ask in asks]
+        self.reserved += sum(tokens)
+        return tokens
 
     def _write(self, strand: Strand, text: str) -> None:
         """What a thought is asked, if there is room for it: else nothing can be decoded behind it either."""
@@ -207,74 +227,74 @@ class Thoughts:
         elif text:
             strand.scope.stop("length", "tokens")
 
-    async def _at_once(
-        self,
-        engine: Engine | None,
-        strand: Strand,
-        begun: Sequence[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Ask]],
-        of: float,
-        policy: Policy,
-    ) -> list[Thought]:
+    def _begin(self, strand: Strand, begun: Sequence[Begun]) -> list[tuple[Strand, Ask]]:
+        """The branches of a fork of `strand`, with what each is asked."""
         if not begun:
             return []
         strand.blocks += 1
-        block, size = (*strand.path, strand.blocks), len(begun)
-        self.record.tell(Forked(block, tuple((f"{k + 1}", ask.name) for k, (*_, ask) in enumerate(begun))))
-        scope = Scope(strand.scope)
-        branches = []
-        for k, (context, tip, after, ask) in enumerate(begun):
+        block = (*strand.path, strand.blocks)
+        self.record.tell(Forked(block, tuple((f"{k}", ask.name) for k, (*_, ask) in enumerate(begun, 1))))
+        outer, branches = Scope(strand.scope), list[tuple[Strand, Ask]]()
+        for k, (context, tip, after, ask) in enumerate(begun, 1):
             branch = Strand(
-                (*block, k + 1), context, tip, self.purse, Scope(scope), number=f"{k + 1}", outline=ask.name,
-                after=after, lenient=self.plan.failed != "raise",
+                (*block, k), context, tip, self.purse, Scope(outer), number=f"{k}", outline=ask.name, after=after,
+                lenient=self.plan.failed != "raise",
             )  # fmt: skip
             self._within.setdefault(id(strand), []).append((len(strand.order), branch))
-            branches.append(branch)
             self._write(branch, ask.text)
             branch.after = () if branch.order else after
-        tokens = self._share(size, of)
-        self.reserved += size * tokens
-        prefix = common([b.context for b in branches])
-        engines, at_once = await self._forks(engine, strand, prefix, size, tokens)
-        gate, ended, done = asyncio.Semaphore(at_once), list[Thought](), enough(policy, size)
+            branches.append((branch, ask))
+        return branches
+
+    async def _run(
+        self, thought: Thought, begun: Sequence[tuple[Strand, Ask]], of: float, policy: Policy
+    ) -> list[Thought]:
+        """Let branches decode, at once or as paced, until enough of them have ended; the others are cut."""
+        if not begun:
+            return []
+        tokens = self._reserve([ask for _, ask in begun], of)
+        engines, at_once = await self._forks(thought, begun, max(tokens))
+        gate, ended, done = asyncio.Semaphore(at_once), list[Thought](), enough(policy, len(begun))
 
         async def run(k: int, branch: Strand, ask: Ask) -> Thought:
             async with gate:
-                thought = await self._decode(engines[k] if engines else None, branch, ask, tokens)
-            self.record.tell(Ended(branch.path, outcome(thought.finish) or "ok"))
-            if thought.finish != "failed":
-                ended.append(thought)
-            if len(ended) < size and done([self.record.branch(t.strand) for t in ended]):
-                for other in branches:
+                found = await self._decode(engines[k] if engines else None, branch, ask, tokens[k])
+            if found.finish != "failed":
+                ended.append(found)
+            if len(ended) < len(begun) and done([self.record.branch(t.strand) for t in ended]):
+                for other, _ in begun:
                     if all(t.strand is not other for t in ended):
                         other.scope.stop("aborted", "policy")
-            return thought
+            return found
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(run(k, branch, ask))
-                    for k, (branch, (*_, ask)) in enumerate(zip(branches, begun, strict=True))
-                ]
-        except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
-            raise first(failed) from first(failed).__cause__
-        finally:
-            scope.leave()
-        self.record.tell(Joined(block, tuple(b.path[-1] for b in branches)))
-        return [task.result() for task in tasks]
+        found = await together(run(k, branch, ask) for k, (branch, ask) in enumerate(begun))
+        self._joined(begun, found)
+        return found
+
+    def _joined(self, begun: Sequence[tuple[Strand, Ask]], found: Sequence[Thought]) -> None:
+        for thought in found:
+            self.record.tell(Ended(thought.strand.path, outcome(thought.finish) or "ok"))
+        if begun:
+            block = begun[0][0].path[:-1]
+            self.record.tell(Joined(block, tuple(branch.path[-1] for branch, _ in begun)))
 
     async def _forks(
-        self, engine: Engine | None, strand: Strand, prefix: tuple[int, ...], size: int, tokens: int
+        self, thought: Thought, begun: Sequence[tuple[Strand, Ask]], tokens: int
     ) -> tuple[Sequence[Engine], int]:
-        """An engine for each behind what all have in common, which is committed first."""
-        if engine is None:
+        """An engine for each, behind what all have in common. That is committed first; where it is not what one thought
+        has come to, only if it is not known yet."""
+        engine, size = thought.engine, len(begun)
+        if engine is None or not begun:
             return (), size
-        if size == 1 or not prefix:
+        prefix = common([branch.context for branch, _ in begun])
+        new = self._new(prefix) if prefix else 0
+        if size == 1 or not prefix or (new <= 1 and prefix != thought.strand.context):
             return [engine] * size, size
-        shared = replace(strand, context=prefix, order=[], joined=())
-        engines, load = await self.decoder.fork(engine, shared, size, self._new(prefix))
+        shared = replace(thought.strand, context=prefix, order=[], joined=())
+        engines, load = await self.decoder.fork(engine, shared, size, new)
         self._known.append(prefix)
         self._forked += engines
-        return engines, self.decoder.at_once(strand, size, tokens, load)
+        return engines, self.decoder.at_once(thought.strand, size, tokens, load)
 
     async def _decode(self, engine: Engine | None, strand: Strand, ask: Ask, tokens: int) -> Thought:
         """One request, of at most the `tokens` reserved for it, which are given back."""
@@ -352,6 +372,16 @@ class Thoughts:
         return len(ids) - max((len(common([ids, known])) for known in self._known), default=0)
 
 
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What several come to that run at once; the first failure cancels the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
+        raise first(failed) from first(failed).__cause__
+    return [task.result() for task in tasks]
+
+
 def common(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What all of them begin with.
 
@@ -370,12 +400,10 @@ async def thinking(
     engine: Engine,
     prompt: str | Sequence[int],
     method: str,
-    *,
-    begin: Callable[..., Thoughts] = Thoughts,
     **options: Any,
 ) -> AsyncIterator[Thoughts]:
     """Thoughts whose requests are aborted if anything fails, and whose forks are given back."""
-    run = begin(engine, prompt, method, **options)
+    run = Thoughts(engine, prompt, method, **options)
     try:
         yield run
     except BaseException:

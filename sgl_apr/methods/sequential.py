@@ -1,0 +1,21 @@
+"""One chain of thought from beginning to end: what every other method is measured against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_apr.engine.base import Engine
+from sgl_apr.methods.result import Result
+from sgl_apr.methods.task import Task
+from sgl_apr.methods.thoughts import thinking
+
+
+async def sequential(engine: Engine, problem: Any, *, task: Task[Any, Any], **options: Any) -> Result:
+    """Ask once, and read the answer (chain of thought: Wei 2022, arXiv 2201.11903).
+
+    Options are those of `Thoughts`: budget, on_event, and sampling parameters.
+    """
+    ask = task.ask(problem)
+    async with thinking(engine, ask.text, "sequential", **options) as thoughts:
+        thought = await thoughts.follow(thoughts.root, ask.behind)
+        return Result("sequential", task.answer(thought.text), thoughts.finish())

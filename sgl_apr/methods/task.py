@@ -1,0 +1,118 @@
+"""What methods ask of a task, and nothing of how they use it: to say a problem, steps, scores; to read and to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
+
+from sgl_apr.engine.base import Engine
+from sgl_apr.errors import AprError
+from sgl_apr.methods.thoughts import Ask, Thought
+
+P = TypeVar("P")  # a problem
+S = TypeVar("S")  # how far a solution of it has come
+
+
+class Inapplicable(AprError):
+    """A method asks for what a task, or the model, cannot express."""
+
+
+class Task(Generic[P, S]):
+    """A kind of problem, as a model behind an engine is asked about it. What is not overridden cannot be expressed.
+
+    need, step: tokens that a whole attempt takes, and one step of a search. thoughts: how many steps lead to an
+    answer at most.
+    """
+
+    name = "task"
+    need = 256
+    step = 64
+    thoughts = 3
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    # Every method.
+
+    def ask(self, problem: P) -> Ask:
+        """What a model is asked that is to solve all of it."""
+        self._cannot("be asked")
+
+    def answer(self, text: str) -> str:
+        """The answer that a reply ends with, empty if there is none."""
+        self._cannot("read an answer")
+
+    def key(self, answer: str) -> Hashable:
+        """What is counted in a vote: equal for answers that say the same."""
+        return " ".join(answer.split())
+
+    def verify(self, problem: P, answer: str) -> bool | None:
+        """Whether an answer is right; None if nothing but a person can tell."""
+        return None
+
+    # Searches.
+
+    def begin(self, problem: P) -> S:
+        """Where a search begins."""
+        self._cannot("be solved step by step")
+
+    def propose(self, state: S) -> Ask:
+        """What a model is asked that is to say the next step."""
+        self._cannot("be solved step by step")
+
+    def expand(self, state: S, text: str) -> Sequence[S]:
+        """What such a reply leads to; nothing if it is no step."""
+        self._cannot("be solved step by step")
+
+    def solved(self, state: S) -> str | None:
+        """The answer that a state has come to, None if it has not."""
+        self._cannot("be solved step by step")
+
+    def evaluate(self, state: S) -> Ask | float:
+        """What a model is asked that is to say how good a state is; or that itself, where it is known."""
+        self._cannot("judge a step")
+
+    def value(self, state: S, thought: Thought) -> float:
+        """What it said, as a number: the more the better, 0 for what leads nowhere."""
+        self._cannot("judge a step")
+
+    def show(self, state: S) -> str:
+        """A state as a text to choose among."""
+        self._cannot("choose among texts")
+
+    def vote(self, problem: P, texts: Sequence[str]) -> Ask:
+        """What a model is asked that is to choose one of several texts."""
+        self._cannot("choose among texts")
+
+    def choice(self, text: str, count: int) -> int | None:
+        """Which of so many it chose, from 0."""
+        self._cannot("choose among texts")
+
+    # Single methods, which say more of what they need.
+
+    def skeleton(self, problem: P) -> Ask:
+        """Asks for the points of an answer, without what they say."""
+        self._cannot("be answered point by point")
+
+    def points(self, text: str) -> Sequence[str]:
+        """Those that such a reply has."""
+        self._cannot("be answered point by point")
+
+    def point(self, problem: P, skeleton: str, number: int, point: str) -> Ask:
+        """Asks for one of the points, from 0, written out."""
+        self._cannot("be answered point by point")
+
+    def together(self, problem: P, own: str, others: Sequence[str]) -> tuple[str, Ask]:
+        """What one of several thinkers sees that read each other as they write, and how it goes on."""
+        self._cannot("be thought about together")
+
+    def graph(self, problem: P) -> Any:
+        """A graph of operations, as `sgl_apr.methods.graph_of_thoughts` runs it."""
+        self._cannot("be cut into a graph of operations")
+
+    def program(self, problem: P) -> tuple[str, str]:
+        """A question, and the text that it is about, for a model that writes programs to read it."""
+        self._cannot("be answered by a program")
+
+    def _cannot(self, what: str) -> NoReturn:
+        raise Inapplicable(f"{self.name} cannot {what}")

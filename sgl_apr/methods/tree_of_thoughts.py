@@ -1,0 +1,133 @@
+"""A search among steps that a model proposes and judges: breadth first or depth first, by value or by vote."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+from sgl_apr.engine.base import Engine
+from sgl_apr.errors import AprError
+from sgl_apr.methods.result import Result
+from sgl_apr.methods.task import Task
+from sgl_apr.methods.thoughts import Ask, Thought, Thoughts, thinking
+
+Search = Literal["bfs", "dfs"]
+Select = Literal["value", "vote"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A state, what had been thought by then, and what it is worth."""
+
+    state: Any
+    after: tuple[Thought, ...] = ()
+    value: float = 0.0
+
+
+async def tree_of_thoughts(
+    engine: Engine,
+    problem: Any,
+    *,
+    task: Task[Any, Any],
+    search: Search = "bfs",
+    select: Select = "value",
+    breadth: int = 5,
+    proposals: int = 3,
+    evaluations: int = 3,
+    threshold: float = 0.0,
+    temperature: float = 0.7,
+    **options: Any,
+) -> Result:
+    """Tree of Thoughts (Yao 2023, arXiv 2305.10601, section 3, algorithms 1 and 2).
+
+    breadth: states kept at each level (b = 5 for the Game of 24, section 4.1). proposals: samples of the next step
+    from each; a sample may name several. evaluations: samples of the value of each state (3 there, at T = 0.7), whose
+    mean is its value; with "vote" as many votes over all states of a level. threshold: depth first goes no further
+    into a state of this value or less. The states of a level are thought about at once, where the paper's code asks
+    for one after another; depth first the proposals of a state are, and their values.
+    """
+    if search not in get_args(Search) or select not in get_args(Select):
+        raise AprError(f"search={search!r}, select={select!r}, expected bfs or dfs, value or vote")
+    if search == "dfs" and select == "vote":
+        raise AprError('select="vote" compares the states of a level, expected search="bfs"')
+    begin = Node(task.begin(problem))
+    options = {**options, "temperature": temperature}
+    async with thinking(engine, "", "tree_of_thoughts", **options) as thoughts:
+        tree = _Tree(thoughts, task, problem, select, breadth, proposals, evaluations)
+        best = await (tree.bfs(begin) if search == "bfs" else tree.dfs(begin, threshold))
+        answer = task.solved(best.state) if best else None
+        return Result("tree_of_thoughts", answer or "", thoughts.finish(), best.value if best else None)
+
+
+@dataclass
+class _Tree:
+    thoughts: Thoughts
+    task: Task[Any, Any]
+    problem: Any
+    select: Select
+    breadth: int
+    proposals: int
+    evaluations: int
+
+    async def bfs(self, begin: Node) -> Node | None:
+        """Algorithm 1: all proposals of a level, of which the best go on. It ends early where one is a solution."""
+        level = [begin]
+        for _ in range(self.task.thoughts):
+            candidates = await self.grown(level)
+            valued = await (self.voted(candidates) if self.select == "vote" else self.valued(candidates))
+            level = sorted(valued, key=lambda node: -node.value)[: self.breadth]
+            if not level or self.task.solved(level[0].state) is not None:
+                break
+        done = [node for node in level if self.task.solved(node.state) is not None]
+        return next(iter(done), None)
+
+    async def dfs(self, node: Node, threshold: float, depth: int = 0) -> Node | None:
+        """Algorithm 2: the best proposal first, back where none is worth more than the threshold."""
+        if self.task.solved(node.state) is not None or depth == self.task.thoughts:
+            return node if self.task.solved(node.state) is not None else None
+        children = await self.valued(await self.grown([node]))
+        for child in sorted(children, key=lambda child: -child.value):
+            if child.value > threshold and (found := await self.dfs(child, threshold, depth + 1)):
+                return found
+        return None
+
+    async def grown(self, level: Sequence[Node]) -> list[Node]:
+        """What the steps proposed from each of them lead to, each state once."""
+        width = self.thoughts.width(len(level) * self.proposals, self.task.step)
+        level = level[:width]
+        asks = [replace(self.task.propose(node.state), after=node.after) for node in level]
+        said = await self.thoughts.samples(asks, width // len(level))
+        found: dict[Any, Node] = {}
+        for node, thoughts in zip(level, said, strict=True):
+            for thought in thoughts:
+                for state in self.task.expand(node.state, thought.text):
+                    found.setdefault(state, Node(state, (thought,)))
+        return list(found.values())
+
+    async def valued(self, nodes: Sequence[Node]) -> list[Node]:
+        """With the mean of the values that the model gives each of them."""
+        wanted = [(node, self.task.evaluate(node.state)) for node in nodes]
+        asks = [replace(ask, after=node.after) for node, ask in wanted if isinstance(ask, Ask)]
+        said = iter(await self.thoughts.samples(asks, self.evaluations))
+        valued = list[Node]()
+        for node, ask in wanted:
+            if not isinstance(ask, Ask):
+                valued.append(replace(node, value=ask))
+                continue
+            thoughts = next(said)
+            value = fmean(self.task.value(node.state, thought) for thought in thoughts)
+            valued.append(replace(node, after=tuple(thoughts), value=value))
+        return valued
+
+    async def voted(self, nodes: Sequence[Node]) -> list[Node]:
+        """With their shares of the votes of the model, which sees all of them."""
+        if not nodes:
+            return []
+        ask = self.task.vote(self.problem, [self.task.show(node.state) for node in nodes])
+        after = tuple(t for node in nodes for t in node.after)
+        (said,) = await self.thoughts.samples([replace(ask, after=after)], self.evaluations)
+        votes = Counter(self.task.choice(thought.text, len(nodes)) for thought in said)
+        return [replace(node, after=tuple(said), value=votes[k] / len(said)) for k, node in enumerate(nodes)]

@@ -1,0 +1,161 @@
+"""Countdown as methods ask for it, in the words of a model trained on it: whole searches, first steps, sub problems."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from sgl_apr.dialects import Dialect
+from sgl_apr.engine.base import Engine
+from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.thoughts import Ask, Thought
+from sgl_apr.presets import dialect_for
+from sgl_apr.tasks.countdown import Problem, Step, after, read, solves, steps
+from sgl_apr.tasks.expert import TOLD
+from sgl_apr.tasks.search import FOUND
+from sgl_apr.tasks.solving import solution
+
+STEP = r" \d{1,2}[-+*\/] \d{1,2}= \d{1,2}"
+TOLD_STEP = re.compile(rf">({STEP});")
+WIDTH = 8  # steps that one proposal names at most
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How far a solution has come: the steps so far, and the numbers that they leave."""
+
+    problem: Problem
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def left(self) -> Problem:
+        """The problem that is left."""
+        numbers = self.problem.numbers
+        for step in self.steps:
+            numbers = after(numbers, step)
+        return Problem(numbers, self.problem.target)
+
+    @property
+    def text(self) -> str:
+        """Its steps, as a solution says them."""
+        return ",".join(step.text for step in self.steps)
+
+    def then(self, step: Step) -> Way | None:
+        """One step further; None if the numbers that are left do not allow it."""
+        return Way(self.problem, (*self.steps, step)) if step in steps(self.left.numbers) else None
+
+
+class CountdownTask(Task[Problem, Way]):
+    """For models that write sub searches as `sgl_apr.tasks.expert` does; raises `Inapplicable` for others."""
+
+    name = "countdown"
+    need = 320  # of the longest search in a line, most are shorter
+    step = 180  # of a proposal of `WIDTH` steps
+    thoughts = 3
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        found = dialect_for(engine.tokenizer)
+        if found is None or found.sees != "message":
+            raise Inapplicable(
+                "countdown needs a model trained on it, whose dialect joins by message: --model builtin"
+            )
+        self.dialect: Dialect = found
+
+    def ask(self, problem: Problem) -> Ask:
+        return Ask(problem.text, grammar=self._alone)
+
+    def answer(self, text: str) -> str:
+        return solution(text).strip()
+
+    def verify(self, problem: Problem, answer: str) -> bool:
+        return solves(problem, answer)
+
+    def begin(self, problem: Problem) -> Way:
+        return Way(problem)
+
+    def propose(self, state: Way) -> Ask:
+        """First steps, as the messages of a fork; of the last two numbers, what they give."""
+        if len(state.left.numbers) > 2:
+            return Ask(
+                f"{state.left.text}{self._opening}",
+                grammar=self._fork,
+                stop=(self._ending,),
+                tokens=self.step,
+            )
+        return Ask(f"{self._told(state)}\n>", grammar="start: R\nR: /( [0-9]{1,2}){1,4}/\n", tokens=6)
+
+    def expand(self, state: Way, text: str) -> Sequence[Way]:
+        if len(state.left.numbers) > 2:
+            named = [step for found in TOLD_STEP.findall(text) for step in read(found) or ()]
+        else:
+            results = set(map(int, re.findall(r"\d+", text)))
+            named = [step for step in steps(state.left.numbers) if step.result in results]
+        return [way for step in dict.fromkeys(named) if (way := state.then(step))]
+
+    def solved(self, state: Way) -> str | None:
+        return state.text.strip() if state.left.numbers == (state.problem.target,) else None
+
+    def evaluate(self, state: Way) -> Ask | float:
+        """A sub search of what is left; a state without a step left is right or wrong."""
+        if len(state.left.numbers) == 1:
+            return float(self.solved(state) is not None)
+        return Ask(self._told(state), grammar=self._body, stop=(self._return,), tokens=100)
+
+    def value(self, state: Way, thought: Thought) -> float:
+        return float(FOUND in thought.text)
+
+    def together(self, problem: Problem, own: str, others: Sequence[str]) -> tuple[str, Ask]:
+        """The searches of the others stand above its own, as if it had written them."""
+        return "".join([problem.text, *(f"\n{text}" for text in others if text), "\n", own]), self.ask(
+            problem
+        ).behind
+
+    def _told(self, state: Way) -> str:
+        last = state.steps[-1].text if state.steps else ""
+        return f"{TOLD}{last};{state.left.text}" if last else state.left.text
+
+    @cached_property
+    def _alone(self) -> str:
+        return self._lowered("trunk")
+
+    @cached_property
+    def _body(self) -> str:
+        return self._lowered("branch")
+
+    def _lowered(self, phase: str) -> str:
+        tokenizer, backend = self.engine.tokenizer, self.engine.grammar_backend
+        return self.dialect.lower(phase, tokenizer, backend, fork="forbidden", number="1")
+
+    @cached_property
+    def _tags(self) -> tuple[str, str, str, str]:
+        """What a fork opens with, one of its messages, what closes that, and the fork."""
+        grammar = self.dialect.grammar
+        written = grammar.written("fork", each=[("1", "|")])
+        opening, ending = grammar.opening("fork"), grammar.ending("fork")
+        return (
+            opening,
+            grammar.opening("outline"),
+            written.partition("|")[2].removesuffix(ending).strip(),
+            ending,
+        )
+
+    @property
+    def _return(self) -> str:
+        return self.dialect.grammar.ending("body", "1")
+
+    @cached_property
+    def _fork(self) -> str:
+        """A fork behind its opening tag, each of whose messages is a step and what it leaves."""
+        _, told, end, ending = (self._tag(tag) for tag in self._tags)
+        return (
+            f'start: "\\n" m{{1,{WIDTH}}} {ending}\n'
+            f'm: {told} N ":>" STEP ";" LEFT {end} "\\n"\n'
+            f"N: /[1-9]/\nSTEP: /{STEP}/\nLEFT: / [0-9]{{1,2}}:( [0-9]{{1,2}})+/\n"
+        )
+
+    def _tag(self, tag: str) -> str:
+        found = self.engine.tokenizer.special(tag)
+        return f'"{tag}"' if found is None else f"<[{found}]>"
