@@ -80,9 +80,9 @@ class CountdownTask(Task[Problem, Way]):
         """First steps, as the messages of a fork; of the last two numbers, what they give."""
         if len(state.left.numbers) > 2:
             return Ask(
-                f"{state.left.text}{self._opening}",
+                f"{state.left.text}{self._tags[0]}",
                 grammar=self._fork,
-                stop=(self._ending,),
+                stop=(self._tags[3],),
                 tokens=self.step,
             )
         return Ask(f"{self._told(state)}\n>", grammar="start: R\nR: /( [0-9]{1,2}){1,4}/\n", tokens=6)
