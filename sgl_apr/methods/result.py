@@ -11,11 +11,12 @@ from sgl_apr.errors import AprError
 from sgl_apr.metrics import Metrics
 from sgl_apr.trajectory import Trajectory
 
-NAMES = (
+_OWN = (
     "sequential", "self_consistency", "best_of_n", "skeleton_of_thought", "tree_of_thoughts", "graph_of_thoughts",
-    "mcts", "parathinker", "group_think", "hogwild", "recursive", "threadweaver", "multiverse", "npr", "parallel_r1",
-    "apr",
+    "mcts", "group_think", "hogwild", "recursive",
 )  # fmt: skip
+_ADAPTIVE = ("parathinker", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
+MODULES = {name: name for name in _OWN} | dict.fromkeys(_ADAPTIVE, "adaptive")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ Method = Callable[..., Awaitable[Result]]
 
 def method(name: str) -> Method:
     """The method of that name; raises `AprError` that lists them."""
-    if name not in NAMES:
-        raise AprError(f"no method {name!r}, expected one of {', '.join(NAMES)}")
-    found: Mapping[str, Any] = vars(import_module(f"sgl_apr.methods.{name}"))
+    if name not in MODULES:
+        raise AprError(f"no method {name!r}, expected one of {', '.join(MODULES)}")
+    found: Mapping[str, Any] = vars(import_module(f"sgl_apr.methods.{MODULES[name]}"))
     run: Method = found[name]
     return run

@@ -38,6 +38,10 @@ class Task(Generic[P, S]):
         """What a model is asked that is to solve all of it."""
         self._cannot("be asked")
 
+    def prompt(self, problem: P, instruction: str = "") -> str:
+        """The same for a model that forks by itself, with what it has to be told for that."""
+        return self.ask(problem).text
+
     def answer(self, text: str) -> str:
         """The answer that a reply ends with, empty if there is none."""
         self._cannot("read an answer")
