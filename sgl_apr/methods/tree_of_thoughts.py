@@ -118,7 +118,7 @@ class _Tree:
                 valued.append(replace(node, value=ask))
                 continue
             thoughts = next(said)
-            value = fmean(self.task.value(node.state, thought) for thought in thoughts)
+            value = fmean(self.task.value(node.state, t) if t.text else 0.0 for t in thoughts)
             valued.append(replace(node, after=tuple(thoughts), value=value))
         return valued
 
