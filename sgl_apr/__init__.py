@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from sgl_apr.reading import detect as detect
     from sgl_apr.reading import read as read
     from sgl_apr.runtime.dsl import reason as reason
+    from sgl_apr.runtime.dsl import solve as solve
     from sgl_apr.runtime.events import Called as Called
     from sgl_apr.runtime.events import Delta as Delta
     from sgl_apr.runtime.events import Done as Done
@@ -102,7 +103,7 @@ _HOME = {
     "metrics": ("Metrics",),
     "presets": ("Preset", "dialect_for", "preset"),
     "reading": ("Defect", "Reading", "detect", "read"),
-    "runtime.dsl": ("reason",),
+    "runtime.dsl": ("reason", "solve"),
     "runtime.events": ("Called", "Delta", "Done", "Ended", "Forked", "Joined", "Retried", "Wrote", "rebuild"),
     "runtime.loop": ("areason", "run", "stream"),
     "runtime.many": ("Outcomes", "arun_many", "read_many", "run_many"),

@@ -24,7 +24,7 @@ from sgl_apr.engine.ledger import KEY, Ledger, ledger_of
 from sgl_apr.engine.program import Decode, ProgramEngine
 from sgl_apr.engine.replicas import FIELD
 from sgl_apr.errors import EngineError
-from sgl_apr.runtime.dsl import Reason
+from sgl_apr.runtime.dsl import Reason, Solve
 from sgl_apr.runtime.events import Delta, Event, OnEvent, Retried
 from sgl_apr.runtime.loop import run_plan
 from sgl_apr.runtime.plan import Plan
@@ -42,7 +42,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     """A running SGLang server as the backend of `@sgl.function` programs.
 
     Everything that works on SGLang's own `RuntimeEndpoint` works here (gen, select, fork, roles,
-    streaming, batches), and `apr.reason` besides. A program sends the ids that it received, never its
+    streaming, batches), and `apr.reason` and `apr.solve` besides. A program sends the ids that it received, never its
     text again. Where a program fails, reading its variables raises the error.
 
     Raises `EngineError` if no server answers at `base_url`, and `UnsupportedEngine` if it can't serve
@@ -147,6 +147,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             case Reason() as asked:
                 running = self._reason(s, self._plan(asked, sampling_params), asked.on_event)
                 return self._finish(s, self._wait(running, s), s.text_)
+            case Solve() as asked:
+                solved = self._wait(asked.run(ProgramEngine(self, s)), s)
+                return solved.answer, {**_meta(solved.trajectory), "result": solved}
             case Decode() as call:
                 return self._branch(s, call)
         if s.images_:
@@ -163,6 +166,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(sampling_params.dtype, Reason):
             yield from self._stream_reason(s, sampling_params.dtype, sampling_params)
+            return
+        if isinstance(sampling_params.dtype, Solve):
+            yield self.generate(s, sampling_params)
             return
         if s.images_:
             yield from super().generate_stream(s, sampling_params)
