@@ -6,18 +6,21 @@ import argparse
 import asyncio
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgl_apr.budget import Budget
 from sgl_apr.errors import AprError
+from sgl_apr.methods.result import MODULES
 
 if TYPE_CHECKING:
     from sgl_apr.tasks.evaluated import Evaluated
     from sgl_apr.tasks.evaluation import Row
 
-METHODS = {"apr": "auto", "sequential": "sequential", "parallel": "parallel"}
+ALONE = 2  # problems on which a method is timed against itself, one request at a time
+# Those that a single reply of the model is the answer of: greedy, unless asked otherwise.
+ONE_REPLY = ("sequential", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
 WINDOWS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 
 
@@ -29,7 +32,8 @@ def add_commands(commands: Any) -> None:
         epilog="examples:\n"
         "  sgl-apr eval countdown --model builtin --json\n"
         "  sgl-apr eval countdown --model runs/parallel/model --limit 200 -o out    # again: goes on where it was\n"
-        "  sgl-apr eval countdown --url http://127.0.0.1:30000 --methods apr,sequential --json -o out",
+        "  sgl-apr eval countdown --url http://127.0.0.1:30000 --methods apr,sequential --json -o out\n"
+        "  sgl-apr eval countdown --model builtin --methods all --limit 10 --budget tokens=1024",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=["countdown"])
@@ -41,7 +45,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--methods",
         default="apr",
-        help=f"some of {', '.join(METHODS)}: the model decides, may not fork, has to (default: %(default)s)",
+        help=f"some of {', '.join(MODULES)}, or all (default: %(default)s). With several, each is also timed on "
+        f"{ALONE} problems against itself with one request at a time",
     )
     parser.add_argument("--limit", type=int, default=2000, help="problems (default: %(default)s)")
     parser.add_argument(
@@ -51,7 +56,11 @@ def add_commands(commands: Any) -> None:
         help="train: to choose settings by (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="default: what a method's paper says, and 0 for those that ask for one reply",
+    )
     parser.add_argument(
         "--budget",
         type=Budget.parse,
@@ -73,12 +82,12 @@ def _eval(options: argparse.Namespace) -> int:
     from sgl_apr.tasks.evaluated import evaluated
     from sgl_apr.tasks.solving import SERVER
 
-    methods = options.methods.split(",")
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise AprError(f"no method {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+    methods = list(MODULES) if options.methods == "all" else options.methods.split(",")
+    if unknown := [m for m in methods if m not in MODULES]:
+        raise AprError(f"no method {unknown[0]!r}, expected all, or some of {', '.join(MODULES)}")
     asked = {
         "task": options.task, "model": options.model or options.url, "limit": options.limit, "split": options.split, "seed": options.seed,
-        "temperature": options.temperature, "budget": asdict(options.budget), "at_once": options.at_once,
+        "temperature": options.temperature or 0.0, "budget": asdict(options.budget), "at_once": options.at_once,
     }  # fmt: skip
     with ExitStack() as stack:
         found = stack.enter_context(evaluated(options.out, asked))
@@ -86,7 +95,7 @@ def _eval(options: argparse.Namespace) -> int:
         if url is None:
             path = located(options.model)
             url = stack.enter_context(Server(path, **SERVER)).url
-        rows = [asyncio.run(_run(options, url, method, found)) for method in methods]
+        rows = [asyncio.run(_run(options, url, method, found, len(methods) > 1)) for method in methods]
     summary = {"task": options.task, "rows": [row.as_json(WINDOWS) for row in rows]}
     if options.out:
         (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -94,35 +103,48 @@ def _eval(options: argparse.Namespace) -> int:
         print(json.dumps(summary))
     else:
         _show(rows)
-    return 0
+    return int(not any(row.attempts for row in rows))
 
 
-async def _run(options: argparse.Namespace, url: str, method: str, found: Evaluated) -> Row:
+async def _run(options: argparse.Namespace, url: str, method: str, found: Evaluated, several: bool) -> Row:
     from rich.console import Console
     from rich.progress import Progress
 
     from sgl_apr.tasks.countdown import problems
-    from sgl_apr.tasks.evaluated import evaluate
+    from sgl_apr.tasks.evaluated import alone, evaluate
 
     given = list(problems(options.limit, options.split, seed=options.seed))
+    asked: dict[str, Any] = {"by": method, "budget": options.budget}
+    if options.temperature is not None or method in ONE_REPLY:
+        asked["temperature"] = options.temperature or 0.0
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(method, total=len(given), completed=len(found.attempts.get(method, ())))
-        return await evaluate(
-            url, given, method, found, on_attempt=lambda: progress.advance(bar), at_once=options.at_once,
-            mode=METHODS[method], temperature=options.temperature, budget=options.budget,
+        row = await evaluate(
+            url, given, method, found, on_attempt=lambda: progress.advance(bar), at_once=options.at_once, **asked
         )  # fmt: skip
+        if several and row.attempts:
+            progress.update(bar, description=f"{method}, one request at a time")
+            row = replace(row, alone=await alone(url, given[:ALONE], **asked))
+    return row
 
 
 def _show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "accuracy", "95% CI", "total tokens", "critical path", "forked", "wall s")
+    table = Table(
+        "method", "accuracy", "95% CI", "total tokens", "critical path", "forked", "calls", "cached", "wall s",
+        "one by one", "label",
+    )  # fmt: skip
     for row in rows:
+        if not row.attempts:
+            table.add_row(row.method, *["-"] * 9, row.reason)
+            continue
         low, high = row.ci95
         table.add_row(
             row.method, f"{row.accuracy:.1%}", f"{low:.1%} - {high:.1%}", f"{row.mean(lambda a: a.tokens):.0f}",
             f"{row.mean(lambda a: a.critical_path):.0f}", f"{row.mean(lambda a: bool(a.forks)):.0%}",
-            f"{row.wall_s:.1f}",
+            f"{row.mean(lambda a: a.calls):.1f}", f"{row.cached_share:.0%}", f"{row.wall_s:.1f}",
+            f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-", row.label,
         )  # fmt: skip
     Console().print(table)

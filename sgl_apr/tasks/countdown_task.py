@@ -14,8 +14,7 @@ from sgl_apr.methods.thoughts import Ask, Thought
 from sgl_apr.presets import dialect_for
 from sgl_apr.tasks.countdown import Problem, Step, after, read, solves, steps
 from sgl_apr.tasks.expert import TOLD
-from sgl_apr.tasks.search import FOUND
-from sgl_apr.tasks.solving import solution
+from sgl_apr.tasks.search import FOUND, solution
 
 STEP = r" \d{1,2}[-+*\/] \d{1,2}= \d{1,2}"
 TOLD_STEP = re.compile(rf">({STEP});")

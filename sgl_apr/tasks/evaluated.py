@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from sgl_apr.engine.base import Engine
 from sgl_apr.engine.http import HttpEngine
-from sgl_apr.errors import AprError
+from sgl_apr.engine.serial import OneByOne
+from sgl_apr.errors import AprError, BudgetExceeded, GrammarError
 from sgl_apr.journal import appending
+from sgl_apr.methods.task import Inapplicable
 from sgl_apr.tasks.countdown import Problem
 from sgl_apr.tasks.evaluation import Measured, Row
 from sgl_apr.tasks.solving import Attempt, attempts
@@ -98,7 +101,7 @@ async def evaluate(
 ) -> Row:
     """What a server makes of the problems that are not among the attempts of this method yet, and of the others.
 
-    Options are those of `attempts`.
+    Options are those of `attempts`. A method that cannot be asked has a row that says why.
     """
     done = found.attempts.get(method, {})
     numbers = {problem: number for number, problem in enumerate(problems)}
@@ -111,5 +114,19 @@ async def evaluate(
 
     if left:
         async with await HttpEngine.connect(url, timeout=600) as engine:
-            await attempts(engine, left, None, on_attempt=ended, pacing=None, **options)
+            try:
+                await attempts(engine, left, None, on_attempt=ended, **{"pacing": None, **options})
+            except (Inapplicable, BudgetExceeded, GrammarError) as error:
+                return Row(method, (), reason=str(error))
     return found.row(method)
+
+
+async def alone(url: str, problems: Sequence[Problem], **options: Any) -> tuple[float, float]:
+    """Seconds for problems one after another: with all that a method asks at once, and with one request at a time."""
+    seconds = list[float]()
+    async with await HttpEngine.connect(url, timeout=600) as engine:
+        for asked in (engine, cast(Engine, OneByOne(engine))):
+            began = time.monotonic()
+            await attempts(asked, problems, None, at_once=1, **{"pacing": None, **options})
+            seconds.append(time.monotonic() - began)
+    return seconds[0], seconds[1]

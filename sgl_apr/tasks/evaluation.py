@@ -13,12 +13,17 @@ from sgl_apr.metrics import Metrics
 from sgl_apr.tasks.solving import Attempt
 
 RESAMPLES = 2000
+FIGURES = (
+    "accuracy", "ci95", "total_tokens", "critical_path", "fork_rate", "wall_s", "cached_share", "engine_calls", "label",
+    "alone_s", "one_by_one_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
     """One attempt, without its text. tokens, critical_path, context: of the reply, its longest chain, and the
-    longest context that any of its tokens was decoded in (prompt included)."""
+    longest context that any of its tokens was decoded in (prompt included). calls, prompt_tokens, cached_tokens: of
+    the engine. label: of the method."""
 
     problem: str
     size: int
@@ -28,6 +33,10 @@ class Measured:
     context: int
     branches: int
     forks: int
+    calls: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    label: str = ""
 
     @classmethod
     def of(cls, attempt: Attempt) -> Measured:
@@ -35,17 +44,23 @@ class Measured:
         m: Metrics = attempt.trajectory.metrics()
         return cls(
             attempt.problem.text, len(attempt.problem.numbers), attempt.correct, m.total, m.critical_path,
-            m.longest_context, m.branches, m.blocks,
+            m.longest_context, m.branches, m.blocks, m.engine_calls, m.prompt_tokens, m.cached_tokens,
+            attempt.result.label if attempt.result else "",
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method on many problems. Means are over all of them."""
+    """A method on many problems. Means are over all of them. reason: why it has none.
+
+    alone: seconds for some of the problems one after another, as it is, and with one request at a time.
+    """
 
     method: str
     attempts: Sequence[Measured]
     wall_s: float = 0.0
+    reason: str = ""
+    alone: tuple[float, float] | None = None
 
     @cached_property
     def accuracy(self) -> float:
@@ -57,6 +72,18 @@ class Row:
         """Bootstrap interval of the accuracy."""
         return interval([float(a.correct) for a in self.attempts])
 
+    @property
+    def cached_share(self) -> float:
+        """How much of all prompts came from the cache."""
+        return sum(a.cached_tokens for a in self.attempts) / max(
+            1, sum(a.prompt_tokens for a in self.attempts)
+        )
+
+    @property
+    def label(self) -> str:
+        """What was run, as the method says."""
+        return ", ".join(sorted({a.label for a in self.attempts if a.label}))
+
     def within(self, limit: int, of: Callable[[Measured], int]) -> float:
         """Share that was solved with no more than `limit` of something, as of tokens."""
         return fmean(a.correct and of(a) <= limit for a in self.attempts)
@@ -66,7 +93,9 @@ class Row:
         return fmean(map(of, self.attempts))
 
     def as_json(self, windows: Sequence[int]) -> Mapping[str, object]:
-        """For machines."""
+        """For machines; no figure of a method that could not be asked."""
+        if not self.attempts:
+            return {"method": self.method, "problems": 0, **dict.fromkeys(FIGURES), "reason": self.reason}
         forked = [a for a in self.attempts if a.forks]
         sizes = sorted({a.size for a in self.attempts})
         return {
@@ -78,6 +107,11 @@ class Row:
             "critical_path": round(self.mean(lambda a: a.critical_path), 1),
             "fork_rate": round(len(forked) / len(self.attempts), 4),
             "wall_s": round(self.wall_s, 2),
+            "cached_share": round(self.cached_share, 4),
+            "engine_calls": round(self.mean(lambda a: a.calls), 1),
+            "label": self.label,
+            "alone_s": self.alone and round(self.alone[0], 2),
+            "one_by_one_s": self.alone and round(self.alone[1], 2),
             "by_numbers": {
                 n: {
                     "accuracy": round(fmean(a.correct for a in own), 4),

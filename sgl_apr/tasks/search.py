@@ -29,6 +29,15 @@ def conclusion(solution: Sequence[Step] | None) -> str:
     return NONE if solution is None else FOUND + ",".join(step.text for step in solution)
 
 
+def solution(text: str) -> str:
+    """That of a text behind the last join.
+
+    >>> solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
+    ' 5- 4= 1, 1+ 19= 20'
+    """
+    return text.rstrip().rpartition("\n")[2].partition(FOUND)[2]
+
+
 def last(numbers: Sequence[int], target: int) -> Found:
     """The results of all steps on the last two numbers, up to the target.
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
+from sgl_apr.methods.result import Result, method
 from sgl_apr.runtime.branches import first
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tasks.countdown import Problem, solves
-from sgl_apr.tasks.search import FOUND
+from sgl_apr.tasks.countdown_task import CountdownTask
+from sgl_apr.tasks.search import solution
 from sgl_apr.trajectory import Trajectory
 
 # How a server is started that answers many at once while nobody reads along: room for what they hold, and few words
@@ -22,29 +24,21 @@ SERVER: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32}
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A problem and what a model did with it."""
+    """A problem and what a model did with it; by a method, which reads the answer, if there is a `result`."""
 
     problem: Problem
     trajectory: Trajectory
+    result: Result | None = None
 
     @property
     def correct(self) -> bool:
         """Whether it ends with a right solution."""
-        return solves(self.problem, answer(self.trajectory))
+        return solves(self.problem, self.result.answer if self.result else answer(self.trajectory))
 
 
 def answer(trajectory: Trajectory) -> str:
     """The solution that a reply ends with; empty if it ends with none."""
     return solution(trajectory.answer)
-
-
-def solution(text: str) -> str:
-    """That of a text behind the last join.
-
-    >>> solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
-    ' 5- 4= 1, 1+ 19= 20'
-    """
-    return text.rstrip().rpartition("\n")[2].partition(FOUND)[2]
 
 
 async def attempts(
@@ -54,18 +48,25 @@ async def attempts(
     *,
     at_once: int = 512,
     width: int | None = None,
+    by: str | None = None,
     on_attempt: Callable[[Attempt], None] | None = None,
     **options: Any,
 ) -> list[Attempt]:
     """One attempt at each of the problems, in their order; options are those of `areason`, and so are errors.
 
-    `width` is stated in the prompts, for a model that has learned to heed it.
+    `width` is stated in the prompts, for a model that has learned to heed it. `by`: a method of `sgl_apr.methods` in
+    place of `areason`; raises `Inapplicable` for one that Countdown cannot be solved by.
     """
     gate = asyncio.Semaphore(at_once)
+    task, run = (CountdownTask(engine), method(by)) if by else (None, None)
 
     async def one(problem: Problem) -> Attempt:
         async with gate:
-            attempt = Attempt(problem, await areason(engine, problem.asked(width), dialect, **options))
+            if run:
+                result = await run(engine, problem, task=task, **options)
+                attempt = Attempt(problem, result.trajectory, result)
+            else:
+                attempt = Attempt(problem, await areason(engine, problem.asked(width), dialect, **options))
         if on_attempt:
             on_attempt(attempt)
         return attempt
