@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -9,6 +10,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.thoughts import Ask, Thought
 
+WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
+SENTENCE = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
 P = TypeVar("P")  # a problem
 S = TypeVar("S")  # how far a solution of it has come
 
@@ -21,13 +24,16 @@ class Task(Generic[P, S]):
     """A kind of problem, as a model behind an engine is asked about it. What is not overridden cannot be expressed.
 
     need, step: tokens that a whole attempt takes, and one step of a search. thoughts: how many steps lead to an
-    answer at most.
+    answer at most. verifiable: whether `verify` needs nothing but the problem, so that a method may ask it.
     """
 
     name = "task"
     need = 256
     step = 64
     thoughts = 3
+    verifiable = False
+    check = "Wait, am I doing redundant work? (yes/no): "  # what a worker is asked now and then
+    pause = "\n\n"  # what ends a paragraph of it
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -94,6 +100,14 @@ class Task(Generic[P, S]):
 
     # Single methods, which say more of what they need.
 
+    def judge(self, problem: P) -> Ask:
+        """Asks whether the reply that it stands behind is right."""
+        self._cannot("judge an answer")
+
+    def judged(self, thought: Thought) -> float:
+        """What it said, as a number from 0 to 1."""
+        self._cannot("judge an answer")
+
     def skeleton(self, problem: P) -> Ask:
         """Asks for the points of an answer, without what they say."""
         self._cannot("be answered point by point")
@@ -102,13 +116,27 @@ class Task(Generic[P, S]):
         """Those that such a reply has."""
         self._cannot("be answered point by point")
 
-    def point(self, problem: P, skeleton: str, number: int, point: str) -> Ask:
-        """Asks for one of the points, from 0, written out."""
+    def point(self, problem: P, skeleton: str | None, number: int, point: str) -> Ask:
+        """Asks for one of the points, from 1, written out: what comes goes on behind "1. " and the point.
+
+        skeleton: the reply with all of them; None where it is asked behind that.
+        """
         self._cannot("be answered point by point")
 
-    def together(self, problem: P, own: str, others: Sequence[str]) -> tuple[str, Ask]:
-        """What one of several thinkers sees that read each other as they write, and how it goes on."""
+    def together(self, problem: P, own: str, others: Sequence[str], past: str = "") -> tuple[str, Ask]:
+        """What one of several thinkers sees that read each other as they write, and how it goes on.
+
+        own, others: what they are writing. past: what they have finished together, where they keep that (Hogwild!).
+        """
         self._cannot("be thought about together")
+
+    def opening(self, worker: int, number: int) -> str:
+        """What a step of one of the workers begins with (Hogwild!, section 3.2); both from 1."""
+        return f"**{WORKERS[(worker - 1) % len(WORKERS)]} [{number}]:** "
+
+    def paused(self, text: str) -> bool:
+        """Whether a step of theirs ends here: a sentence, and a paragraph, but not within code (appendix C)."""
+        return bool(SENTENCE.search(text)) and text.count("```") % 2 == 0
 
     def graph(self, problem: P) -> Any:
         """A graph of operations, as `sgl_apr.methods.graph_of_thoughts` runs it."""
@@ -117,6 +145,10 @@ class Task(Generic[P, S]):
     def program(self, problem: P) -> tuple[str, str]:
         """A question, and the text that it is about, for a model that writes programs to read it."""
         self._cannot("be answered by a program")
+
+    def turn(self, text: str, *, first: bool = True) -> str:
+        """What a user says as the model knows it, up to where its reply begins; `first`: nothing stands before it."""
+        return text if first else f"\n\n{text}\n\n"
 
     def _cannot(self, what: str) -> NoReturn:
         raise Inapplicable(f"{self.name} cannot {what}")

@@ -22,7 +22,7 @@ from sgl_apr.runtime.joins import Policy, enough
 from sgl_apr.runtime.plan import plan
 from sgl_apr.runtime.purse import Purse
 from sgl_apr.runtime.record import Record, Strand
-from sgl_apr.runtime.scope import Scope
+from sgl_apr.runtime.scope import Cut, Scope
 from sgl_apr.runtime.steps import Piece, Step
 from sgl_apr.runtime.stream import TextStream
 from sgl_apr.spans import Finish, Role
@@ -168,15 +168,22 @@ class Thoughts:
         ]
         return await self._run(self.root, self._begin(self.root.strand, found), of, "all")
 
-    def width(self, wanted: int, need: int = 1, of: float = 1.0) -> int:
-        """How many of so many wanted thoughts the budget bears, if each is to get `need` tokens; at least one."""
+    async def within(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What something else than the engine comes to; None if the time is up before."""
+        try:
+            return await self.root.strand.scope.within(work)
+        except Cut:
+            return None
+
+    def width(self, wanted: int, need: int = 1, of: float = 1.0, calls: int = 1) -> int:
+        """How many of so many wanted thoughts the budget bears, if each is to get so many tokens and calls; at least one."""
         bears = [wanted, max(1, int((self.purse.tokens - self.reserved) * of) // max(1, need))]
         limits = ["", "tokens"]
         if self.budget.width is not None:
             bears.append(self.budget.width)
             limits.append("width")
         if self.budget.calls is not None:
-            bears.append(max(1, self.purse.calls - 1))
+            bears.append(max(1, (self.purse.calls - 1) // calls))
             limits.append("calls")
         least = min(bears)
         if least < wanted:

@@ -53,6 +53,9 @@ class CountdownTask(Task[Problem, Way]):
     need = 320  # of the longest search in a line, most are shorter
     step = 180  # of a proposal of `WIDTH` steps
     thoughts = 3
+    verifiable = True
+    check = ""  # there are no words in its vocabulary
+    pause = "\n"
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
@@ -106,11 +109,16 @@ class CountdownTask(Task[Problem, Way]):
     def value(self, state: Way, thought: Thought) -> float:
         return float(FOUND in thought.text)
 
-    def together(self, problem: Problem, own: str, others: Sequence[str]) -> tuple[str, Ask]:
-        """The searches of the others stand above its own, as if it had written them."""
-        return "".join([problem.text, *(f"\n{text}" for text in others if text), "\n", own]), self.ask(
-            problem
-        ).behind
+    def together(self, problem: Problem, own: str, others: Sequence[str], past: str = "") -> tuple[str, Ask]:
+        """What the others write stands above its own, as if it had written that; a step is a line, and has no name."""
+        above = (text.strip("\n") for text in (past, *others))
+        return "\n".join([problem.text, *filter(None, above), own]), self.ask(problem).behind
+
+    def opening(self, worker: int, number: int) -> str:
+        return ""
+
+    def paused(self, text: str) -> bool:
+        return text.endswith(self.pause)
 
     def _told(self, state: Way) -> str:
         last = state.steps[-1].text if state.steps else ""
