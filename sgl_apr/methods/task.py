@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -11,8 +10,6 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.thoughts import Ask, Thought
 
-WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
-SENTENCE = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
 WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
 SENTENCE = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
 P = TypeVar("P")  # a problem
@@ -35,8 +32,6 @@ class Task(Generic[P, S]):
     step = 64
     thoughts = 3
     verifiable = False
-    check = "Wait, am I doing redundant work? (yes/no): "  # what a worker is asked now and then
-    pause = "\n\n"  # what ends a paragraph of it
     check = "Wait, am I doing redundant work? (yes/no): "  # what a worker is asked now and then
     pause = "\n\n"  # what ends a paragraph of it
 

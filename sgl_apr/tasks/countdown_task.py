@@ -56,8 +56,6 @@ class CountdownTask(Task[Problem, Way]):
     verifiable = True
     check = ""  # there are no words in its vocabulary
     pause = "\n"
-    check = ""  # there are no words in its vocabulary
-    pause = "\n"
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
