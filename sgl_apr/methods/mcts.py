@@ -1,0 +1,188 @@
+"""Monte Carlo tree search, several leaves at once. The tree is TreeQuest's; what a step is, and its worth, the task's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from sgl_apr.engine.base import Engine
+from sgl_apr.errors import AprError
+from sgl_apr.methods.result import Result
+from sgl_apr.methods.task import Task
+from sgl_apr.methods.thoughts import Ask, Thought, Thoughts, thinking
+
+if TYPE_CHECKING:
+    from treequest.algos.standard_mcts import MCTSState
+    from treequest.algos.tree import Node
+
+ACTION = "step"  # there is one kind of them
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A state, what had been thought by then, and its value: from 0 to 1."""
+
+    state: Any
+    after: tuple[Thought, ...] = ()
+    value: float = 0.0
+
+
+async def mcts(
+    engine: Engine,
+    problem: Any,
+    *,
+    task: Task[Any, Any],
+    simulations: int = 10,
+    leaves: int = 4,
+    proposals: int = 1,
+    evaluations: int = 1,
+    exploration: float = sqrt(2),
+    temperature: float = 0.7,
+    **options: Any,
+) -> Result:
+    """UCT (Kocsis 2006) over steps that a model proposes, with values that it gives (RAP: Hao 2023, arXiv 2305.14992).
+
+    simulations: leaves that are selected in all (10 in RAP, section 4.1). leaves: how many at once at most; a leaf
+    that was selected counts as visited and worth nothing until the others are (virtual loss: Chaslot 2008, section
+    3.3). proposals: samples of the next step from each; a sample may name several, and every step becomes a child.
+    evaluations: samples of the value of a child (a rollout, or a judgement, as its task has it), whose mean, cut to
+    0..1, is backed up. exploration: the weight of UCB1 (sqrt 2: Auer 2002), by TreeQuest's formula, which weighs it by
+    the softmax of the values of siblings. It ends where a state is an answer of value 1, and at the budget.
+    """
+    for name, value in (("simulations", simulations), ("leaves", leaves), ("proposals", proposals)):
+        if value < 1:
+            raise AprError(f"{name}={value}, expected at least 1")
+    options = {**options, "temperature": temperature}
+    begin = Reached(task.begin(problem))
+    async with thinking(engine, "", "mcts", **options) as thoughts:
+        search = _Search(thoughts, task, begin, leaves, proposals, evaluations, exploration)
+        best = await search.run(simulations)
+        answer = task.solved(best.state) if best else None
+        return Result("mcts", answer or "", thoughts.finish(), best.value if best else None)
+
+
+class _Search:
+    def __init__(
+        self,
+        thoughts: Thoughts,
+        task: Task[Any, Any],
+        begin: Reached,
+        leaves: int,
+        proposals: int,
+        evaluations: int,
+        exploration: float,
+    ) -> None:
+        from treequest import StandardMCTS
+
+        self.thoughts, self.task, self.begin = thoughts, task, begin
+        self.most, self.proposals, self.evaluations = leaves, proposals, evaluations
+        self.algorithm: StandardMCTS[Reached] = StandardMCTS(
+            samples_per_action=1, exploration_weight=exploration
+        )
+        self.tree: MCTSState[Reached] = self.algorithm.init_tree()
+        self.barren = set[int]()  # leaves from which no step leads on
+
+    async def run(self, simulations: int) -> Reached | None:
+        """The best answer that any state came to."""
+        while simulations > 0:
+            selected = self.selected(min(simulations, self.most))
+            simulations -= len(selected)
+            open_ = [leaf for leaf in selected if not self.ended(leaf)]
+            for leaf in (leaf for leaf in selected if self.ended(leaf)):
+                back_up(self.tree, leaf, 1, self.reached(leaf).value if self.solved(leaf) else 0.0)
+            if not open_:
+                continue
+            width = self.thoughts.width(len(open_) * self.proposals, self.task.step)
+            open_ = open_[:width]
+            said, children = await self.grown(open_, width // len(open_))
+            for leaf, found in zip(open_, await self.valued(children), strict=True):
+                self.told(leaf, found)
+            cut = all(thought.finish in ("length", "timeout") and not thought.text for thought in said)
+            if cut or any(child.value >= 1 for child in self.answers()):
+                break
+        return max(self.answers(), key=lambda child: child.value, default=None)
+
+    def selected(self, most: int) -> list[Node[Reached]]:
+        """Leaves by UCT, each once; less than `most` where it comes to the same again."""
+        found = dict[int, Any]()
+        visited = list[Any]()
+        for _ in range(most):
+            _, (trial,) = self.algorithm.ask_batch(self.tree, 1, [ACTION])
+            self.tree.trial_store.next_nodes.clear()  # else it would go on asking for this one
+            leaf = self.tree.tree.get_node(trial.node_to_expand)
+            found[leaf.expand_idx] = leaf
+            visited.append(leaf)
+            back_up(self.tree, leaf, 1, 0.0)
+        for leaf in visited:
+            back_up(self.tree, leaf, -1, 0.0)
+        return list(found.values())
+
+    def reached(self, leaf: Node[Reached]) -> Reached:
+        return leaf.state or self.begin
+
+    def solved(self, leaf: Node[Reached]) -> bool:
+        return self.task.solved(self.reached(leaf).state) is not None
+
+    def ended(self, leaf: Node[Reached]) -> bool:
+        """Whether nothing is to be asked about it."""
+        return leaf.expand_idx in self.barren or leaf.depth >= self.task.thoughts or self.solved(leaf)
+
+    def answers(self) -> list[Reached]:
+        pairs = self.algorithm.get_state_score_pairs(self.tree)
+        return [child for child, _ in pairs if self.task.solved(child.state) is not None]
+
+    async def grown(
+        self, leaves: Sequence[Node[Reached]], each: int
+    ) -> tuple[list[Thought], list[list[Reached]]]:
+        """What was proposed, and the states that this leads to from each of them."""
+        asks = [replace(self.task.propose(at.state), after=at.after) for at in map(self.reached, leaves)]
+        said = await self.thoughts.samples(asks, each)
+        found = list[list[Reached]]()
+        for leaf, thoughts in zip(leaves, said, strict=True):
+            states = dict[Any, Reached]()
+            for thought in thoughts:
+                for state in self.task.expand(self.reached(leaf).state, thought.text):
+                    states.setdefault(state, Reached(state, (thought,)))
+            found.append(list(states.values()))
+        return [thought for thoughts in said for thought in thoughts], found
+
+    async def valued(self, families: Sequence[Sequence[Reached]]) -> list[list[Reached]]:
+        """With their values, which the model gives to all of them at once."""
+        wanted = [[(child, self.task.evaluate(child.state)) for child in children] for children in families]
+        asks = [
+            replace(ask, after=child.after)
+            for children in wanted
+            for child, ask in children
+            if isinstance(ask, Ask)
+        ]
+        said = iter(await self.thoughts.samples(asks, self.evaluations))
+        return [[self._valued(child, ask, said) for child, ask in children] for children in wanted]
+
+    def _valued(self, child: Reached, ask: Ask | float, said: Any) -> Reached:
+        if not isinstance(ask, Ask):
+            return replace(child, value=min(1.0, max(0.0, ask)))
+        thoughts = next(said)
+        value = fmean(self.task.value(child.state, thought) for thought in thoughts)
+        return replace(child, after=tuple(thoughts), value=min(1.0, max(0.0, value)))
+
+    def told(self, leaf: Node[Reached], children: Sequence[Reached]) -> None:
+        """Grow the tree by them, and back up what they are worth; a leaf without any is worth nothing."""
+        if not children:
+            self.barren.add(leaf.expand_idx)
+            back_up(self.tree, leaf, 1, 0.0)
+        self.tree.trial_store.fill_nodes_queue([(leaf, ACTION)] * len(children))
+        trials = self.tree.trial_store.get_batch_from_queue(len(children))
+        for trial, child in zip(trials, children, strict=True):
+            self.algorithm.tell(self.tree, trial.trial_id, (child, child.value))
+
+
+def back_up(tree: MCTSState[Any], leaf: Node[Any], visits: int, value: float) -> None:
+    """Count visits of a leaf, and of all that it stands under, which came to `value` in all."""
+    node: Node[Any] | None = leaf
+    while node is not None:
+        tree.visit_counts[node.expand_idx] = tree.visit_counts.get(node.expand_idx, 0) + visits
+        tree.value_sums[node.expand_idx] = tree.value_sums.get(node.expand_idx, 0.0) + value
+        node = node.parent
