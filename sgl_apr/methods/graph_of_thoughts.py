@@ -89,11 +89,10 @@ class _Run:
                 whole = Node([node.state for node in nodes], tuple(t for node in nodes for t in node.after))
                 ((_, said),) = await self.asked([(whole, every(whole.state))], k)
                 return _led(whole, said or (), read_all)
-            case Refine(ask=ask, read=better):
+            case Refine(ask=ask, read=read):
                 refined = list[Node]()
                 for node, said in await self.asked([(node, ask(node.state)) for node in nodes], 1):
-                    state = better(node.state, said[0].text) if said else None
-                    refined.append(node if state is None else Node(state, tuple(said or ())))
+                    refined += _led(node, said or (), read)[:1] or [node]
                 return refined
             case Score():
                 return await self.scored(operation, nodes)

@@ -42,10 +42,10 @@ class Aggregate(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Refine(Operation):
-    """A better state in the place of each, if there is something to ask and its reply can be read."""
+    """The first state that a reply about each leads to in its place, if there is something to ask and one to read."""
 
     ask: Callable[[Any], Ask | None]
-    read: Callable[[Any, str], Any | None]
+    read: Callable[[Any, str], Sequence[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
