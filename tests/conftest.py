@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from sgl_apr.dialects import dialect, dialect_names
-from sgl_apr.models import random_llama
+from sgl_apr.models import located, random_llama
 from sgl_apr.server.launch import Server
+from sgl_apr.tasks.solving import SERVER
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tags = dict.fromkeys(tag for name in dialect_names() for tag in dialect(name).tags)
     random_llama(directory, tags=list(tags), tag_bias=5.0)
     with Server(directory, log_path=directory / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def solver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves the model that comes with the package, which solves Countdown."""
+    with Server(located("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER) as server:
         yield server
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,13 @@ from sgl_apr.cli import main
 from sgl_apr.models import builtin, describe, located
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.evaluated import RUN
-from sgl_apr.tasks.solving import SERVER
 
 LIMIT = 40
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("builtin") / "log"
-    with Server(located("builtin"), log_path=log, **SERVER) as server:
-        yield server.url
+def url(solver: Server) -> str:
+    return solver.url
 
 
 def test_it_is_small_and_has_its_tags(capsys: pytest.CaptureFixture[str]):

@@ -61,7 +61,7 @@ def check(dialect: apr.Dialect, found: list[apr.Trajectory], tokens: int | None 
 @every
 def test_random_weights_follow_it(server: Server, name: str):
     dialect = apr.dialect(name)
-    found = replies(server.url, dialect, 12)
+    found = replies(server.url, dialect, 6)
     check(dialect, found)
     if dialect.max_depth > 1 and dialect.grammar.ending(
         "body", "1"
@@ -84,7 +84,7 @@ def test_in_a_program(server: Server, name: str):
 
     with apr.Endpoint(server.url) as endpoint:
         states = program.run_batch(
-            [{"question": f"Q{i}: "} for i in range(3)], backend=endpoint, num_threads=3
+            [{"question": f"Q{i}: "} for i in range(2)], backend=endpoint, num_threads=2
         )
         for state in states:
             trajectory = state.get_meta_info("thought")["trajectory"]
@@ -94,7 +94,7 @@ def test_in_a_program(server: Server, name: str):
 
 
 def test_a_branch_with_a_context_of_its_own_shares_nothing(server: Server):
-    for t in replies(server.url, apr.dialect("spawn"), 8):
+    for t in replies(server.url, apr.dialect("spawn"), 4):
         first = {call.path: call for call in reversed(t.calls) if call.path and call.phase == "branch"}
         for call in first.values():
             assert call.prompt_tokens < 24, "the message alone"
@@ -108,19 +108,19 @@ def test_a_branch_with_a_context_of_its_own_shares_nothing(server: Server):
 
 
 def test_the_trunk_goes_on_while_its_branches_run(server: Server):
-    found = replies(server.url, apr.dialect("asyncthink"), 24)
+    found = replies(server.url, apr.dialect("asyncthink"), 12)
     overlaps = 0
     for t in found:
         branches = [c for c in t.calls if c.phase == "branch"]
         trunk = [c for c in t.calls if c.phase == "after"]
         overlaps += any(a.started < b.ended and b.started < a.ended for a in branches for b in trunk)
-    assert overlaps >= 12
+    assert overlaps >= 6
 
 
 @pytest.mark.parametrize("policy", ["first", "quorum:2"])
 def test_a_policy_joins_before_all_have_ended(server: Server, policy: str):
     dialect = apr.dialect("threadweaver")
-    found = replies(server.url, dialect, 16, policy=policy, min_width=3)
+    found = replies(server.url, dialect, 8, policy=policy, min_width=3)
     check(dialect, found)
     finishes = [[b.finish for b in block.branches] for t in found for block in t.blocks]
     for block in finishes:

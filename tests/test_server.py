@@ -78,6 +78,7 @@ def test_serve_prints_one_line_and_stops_cleanly(model):
     assert not in_session(child.pid)
 
 
+@pytest.mark.slow
 def test_the_context_manager_leaves_nothing_when_its_body_raises(model):
     server = Server(model, context_length=512, max_total_tokens=2048)
 

@@ -113,6 +113,7 @@ def strict(model: Path) -> Iterator[Server]:
             yield server
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_restarted_midway(model: Path, tmp_path: Path):
     path, count, port = tmp_path / "out.jsonl", 150, preflight.free_port()
     options = {"max_total_tokens": 16384, "context_length": 1024}

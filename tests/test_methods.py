@@ -1,0 +1,145 @@
+"""Every method on Countdown, with the model that comes with the package on a real server: what it asks, and at what cost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.cli import main
+from sgl_apr.methods.result import MODULES, Result, method
+from sgl_apr.methods.task import Inapplicable
+from sgl_apr.server.launch import Server
+from sgl_apr.tasks.countdown import problems, solves
+from sgl_apr.tasks.countdown_task import CountdownTask
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+NULL = {
+    "skeleton_of_thought": "point by point",
+    "recursive": "answered by a program",
+}
+BUDGET = apr.Budget(tokens=1024)
+GIVEN = list(problems(4, "test", seed=0))
+
+
+@pytest.fixture(scope="module")
+def results(solver: Server) -> Mapping[str, list[Result]]:
+    """What each method that Countdown has words for makes of a few problems."""
+
+    async def all_of_them() -> dict[str, list[Result]]:
+        async with await apr.HttpEngine.connect(solver.url) as engine:
+            task = CountdownTask(engine)
+            return {
+                name: [await method(name)(engine, p, task=task, budget=BUDGET, seed=0) for p in GIVEN]
+                for name in MODULES
+                if name not in NULL
+            }
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in NULL])
+def test_it_is_honest(results: Mapping[str, list[Result]], name: str):
+    """Within its budget, from the cache what the cache has, and an answer that its trajectory holds."""
+    for problem, result in zip(GIVEN, results[name], strict=True):
+        metrics = result.metrics
+        assert result.method == name
+        assert metrics.total <= BUDGET.tokens
+        assert 0 < metrics.critical_path <= metrics.total
+        assert metrics.engine_calls == sum(1 + c.retries for c in result.trajectory.calls) > 0
+        for call in result.trajectory.calls:
+            assert call.cached_tokens is None or call.cached_tokens >= call.shared_tokens - 1, call
+        assert apr.Trajectory.from_json(result.trajectory.to_json()) == result.trajectory
+        if solves(problem, result.answer):
+            assert result.answer.rsplit("= ", 1)[-1] == str(problem.target)
+
+
+def test_some_are_right(results: Mapping[str, list[Result]]):
+    right = {
+        name: sum(solves(p, r.answer) for p, r in zip(GIVEN, found, strict=True))
+        for name, found in results.items()
+    }
+    assert right["apr"] == len(GIVEN), right
+    assert right["tree_of_thoughts"] >= 1, right
+    assert right["self_consistency"] >= 1, right
+
+
+def test_branches_run_at_once(results: Mapping[str, list[Result]]):
+    for name in ("self_consistency", "tree_of_thoughts"):
+        for result in results[name]:
+            spans = sorted((c.started, c.ended) for c in result.trajectory.calls if c.output_tokens)
+            assert any(later < ended for (_, ended), (later, _) in pairwise(spans)), name
+
+
+def test_how_much_is_asked(results: Mapping[str, list[Result]]):
+    """Branches and calls of each row: those of the papers' structures."""
+    for result in results["sequential"]:
+        assert (result.metrics.branches, result.metrics.engine_calls) == (0, 1)
+    for result in results["self_consistency"]:
+        paths = result.metrics.branches
+        assert paths == BUDGET.tokens // CountdownTask.need
+        assert result.metrics.engine_calls == paths + 1
+        assert result.score in {k / paths for k in range(paths + 1)}
+    for result in results["tree_of_thoughts"]:
+        assert result.metrics.blocks >= 2
+        assert result.metrics.engine_calls >= result.metrics.blocks
+
+
+@pytest.mark.parametrize("name", NULL)
+def test_what_countdown_has_no_words_for(solver: Server, name: str):
+    async def asked() -> None:
+        async with await apr.HttpEngine.connect(solver.url) as engine:
+            options = {"allow_code": True} if name == "recursive" else {}
+            await method(name)(engine, GIVEN[0], task=CountdownTask(engine), **options)
+
+    with pytest.raises(Inapplicable, match=NULL[name]):
+        asyncio.run(asked())
+
+
+def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
+    names = "sequential,skeleton_of_thought,self_consistency"
+    words = [
+        "eval",
+        "countdown",
+        "--url",
+        solver.url,
+        "--methods",
+        names,
+        "--limit",
+        "3",
+        "--budget",
+        "tokens=1024",
+    ]
+    assert main([*words, "--json"]) == 0
+    first, second, third = json.loads(capsys.readouterr().out)["rows"]
+    assert (second["accuracy"], second["problems"]) == (None, 0)
+    assert NULL["skeleton_of_thought"] in second["reason"]
+    for row in (first, third):
+        assert row["label"] == "exact"
+        assert 0 <= row["accuracy"] <= 1
+        assert row["one_by_one_s"] > 0
+        assert row["alone_s"] > 0
+    assert first["engine_calls"] == 1
+    assert third["engine_calls"] == 1024 // CountdownTask.need + 1
+    assert 0 < third["cached_share"] < 1
+    assert main(words) == 0
+    assert "point by point" in capsys.readouterr().out
+
+
+def test_a_model_without_the_words(server: Server):
+    async def asked() -> None:
+        async with await apr.HttpEngine.connect(server.url) as engine:
+            CountdownTask(engine)
+
+    with pytest.raises(Inapplicable, match="needs a model trained on it"):
+        asyncio.run(asked())
+
+
+def test_no_such_method(capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", "countdown", "--url", "http://127.0.0.1:9", "--methods", "guess"]) == 1
+    assert "no method 'guess', expected all, or some of sequential" in capsys.readouterr().err
