@@ -9,6 +9,7 @@ from functools import cached_property
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
+from sgl_apr.methods.operations import Generate, Graph, KeepBest, Score
 from sgl_apr.methods.task import Inapplicable, Task
 from sgl_apr.methods.thoughts import Ask, Thought
 from sgl_apr.presets import dialect_for
@@ -119,6 +120,27 @@ class CountdownTask(Task[Problem, Way]):
 
     def paused(self, text: str) -> bool:
         return text.endswith(self.pause)
+
+    def graph(self, problem: Problem) -> Graph:
+        """First steps, a sub search behind each, and what solves the problem."""
+        return {
+            "propose": Generate(ask=self.propose, read=self.expand),
+            "search": Generate(ask=self._sub_search, read=self._searched, after=("propose",)),
+            "score": Score(score=lambda way: float(self.solved(way) is not None), after=("search",)),
+            "best": KeepBest(after=("score",)),
+        }
+
+    def _sub_search(self, state: Way) -> Ask | None:
+        asked = self.evaluate(state)
+        return asked if isinstance(asked, Ask) else None
+
+    def _searched(self, state: Way, text: str) -> Sequence[Way]:
+        """The solution that a sub search has found, which begins with the step that it was told."""
+        said = solution(text.removesuffix(self._return)).strip()
+        way: Way | None = Way(state.problem, state.steps[:-1])
+        for step in read(f" {said}") or ():
+            way = way and way.then(step)
+        return [way] if way and said else []
 
     def _told(self, state: Way) -> str:
         last = state.steps[-1].text if state.steps else ""
