@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable
 from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
 from sgl_apr.methods.thoughts import thinking
+from sgl_apr.methods.voting import vote
 
 
 async def self_consistency(
@@ -31,11 +30,5 @@ async def self_consistency(
     async with thinking(engine, ask.text, "self_consistency", **options) as thoughts:
         paths = thoughts.width(n, task.need)
         found = await thoughts.fork(thoughts.root, [ask.behind] * paths)
-        answers: dict[Hashable, str] = {}
-        votes = Counter[Hashable]()
-        for answer in filter(None, (task.answer(t.text) for t in found)):
-            votes[task.key(answer)] += 1
-            answers.setdefault(task.key(answer), answer)
-        best = max(votes, key=votes.__getitem__, default=None)
-        share = votes[best] / paths if best is not None else 0.0
-        return Result("self_consistency", answers.get(best, ""), thoughts.finish(), share)
+        answer, share = vote(task, [task.answer(t.text) for t in found])
+        return Result("self_consistency", answer, thoughts.finish(), share)

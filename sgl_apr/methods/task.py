@@ -138,6 +138,10 @@ class Task(Generic[P, S]):
         """Whether a step of theirs ends here: a sentence, and a paragraph, but not within code (appendix C)."""
         return bool(SENTENCE.search(text)) and text.count("```") % 2 == 0
 
+    def concludes(self, text: str) -> bool:
+        """Whether a step of theirs says the answer."""
+        return bool(self.answer(text))
+
     def graph(self, problem: P) -> Any:
         """A graph of operations, as `sgl_apr.methods.graph_of_thoughts` runs it."""
         self._cannot("be cut into a graph of operations")
