@@ -1,0 +1,82 @@
+"""Tree of Thoughts on the Game of 24: make 24 of four cards, with the model that comes with the package.
+
+python examples/tot_game24.py [--count 5] [--search bfs|dfs] [--url URL]
+
+The steps are proposed by the model, and judged by sub searches of its own; what it answers is checked exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.progress import track
+
+import sgl_apr as apr
+from sgl_apr.methods.result import Result
+from sgl_apr.methods.tree_of_thoughts import tree_of_thoughts
+from sgl_apr.models import located
+from sgl_apr.report.tree import summary
+from sgl_apr.tasks.countdown import Problem, solves, ways
+from sgl_apr.tasks.countdown_task import CountdownTask
+from sgl_apr.tasks.solving import SERVER
+
+
+def games(count: int, seed: int) -> Iterator[Problem]:
+    """Four cards from 1 to 13 that can make 24."""
+    rng = random.Random(seed)
+    while count:
+        game = Problem(tuple(sorted(rng.randint(1, 13) for _ in range(4))), 24)
+        if ways(game):
+            count -= 1
+            yield game
+
+
+async def play(url: str, given: list[Problem], search: str) -> list[Result]:
+    """One game after another; what belongs to one is thought at once."""
+    found = list[Result]()
+    async with await apr.HttpEngine.connect(url) as engine:
+        task = CountdownTask(engine)
+        for game in track(given, "games", console=Console(stderr=True)):
+            budget = apr.Budget(tokens=6000)
+            found.append(await tree_of_thoughts(engine, game, task=task, search=search, budget=budget))
+    return found
+
+
+def main() -> None:
+    """Play, show the answers and the figures, and print one JSON object last."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default="builtin", help="a checkpoint, served for the time being")
+    which.add_argument("--url", help="a running server")
+    parser.add_argument("--count", type=int, default=5)
+    parser.add_argument("--search", choices=["bfs", "dfs"], default="bfs")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    given, console = list(games(options.count, options.seed)), Console(width=125)
+    with ExitStack() as stack:
+        url = options.url or stack.enter_context(apr.Server(located(options.model), **SERVER)).url
+        found = asyncio.run(play(url, given, options.search))
+    solved = 0
+    for game, result in zip(given, found, strict=True):
+        right = solves(game, result.answer)
+        solved += right
+        console.print(
+            f"{game.text.strip()}  {result.answer or '-'}  {'right' if right else 'wrong'}", markup=False
+        )
+    console.print(summary({g.text: r.trajectory for g, r in zip(given, found, strict=True)}))
+    tokens = sum(r.metrics.total for r in found)
+    print(
+        json.dumps({"games": len(given), "solved": solved, "search": options.search, "total_tokens": tokens})
+    )
+
+
+if __name__ == "__main__":
+    main()
