@@ -120,6 +120,7 @@ class Thoughts:
     async def follow(self, thought: Thought, ask: Ask | str = "") -> Thought:
         """Let a thought go on: it is asked in its own context."""
         ask = self._ask(ask)
+        thought.strand.after = self._tips(ask.after) if ask.after else ()
         self._write(thought.strand, ask.text)
         (tokens,) = self._reserve([ask])
         return await self._decode(thought.engine, thought.strand, ask, tokens)
@@ -137,15 +138,22 @@ class Thoughts:
         return await self._run(thought, begun, of, policy)
 
     async def apart(
-        self, asks: Sequence[Ask | str], *, of: float = 1.0, policy: Policy = "all"
+        self,
+        asks: Sequence[Ask | str],
+        *,
+        of: float = 1.0,
+        policy: Policy = "all",
+        at: Thought | None = None,
     ) -> list[Thought]:
-        """Thoughts that see nothing but what each is asked, at once."""
-        return await self._run(self.root, self._begin(self.root.strand, self._apart(asks)), of, policy)
+        """Thoughts that see nothing but what each is asked, at once. `at`: the thought that goes on behind them."""
+        at = at or self.root
+        return await self._run(at, self._begin(at.strand, self._apart(asks)), of, policy)
 
-    async def open(self, asks: Sequence[Ask | str]) -> list[Thought]:
-        """Contexts of their own with what each is asked, behind which nothing is decoded yet: to fork there."""
-        begun = self._begin(self.root.strand, self._apart(asks))
-        engines, _ = await self._forks(self.root, begun, 0)
+    async def open(self, asks: Sequence[Ask | str], *, at: Thought | None = None) -> list[Thought]:
+        """Contexts of their own with what each is asked, behind which nothing is decoded yet: to go on there."""
+        at = at or self.root
+        begun = self._begin(at.strand, self._apart(asks))
+        engines, _ = await self._forks(at, begun, 0)
         opened = [Thought(branch, engines[k] if engines else None) for k, (branch, _) in enumerate(begun)]
         self._joined(begun, opened)
         return opened
