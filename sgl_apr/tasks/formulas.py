@@ -10,6 +10,7 @@ import json
 import logging
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -48,10 +49,11 @@ def main() -> None:
     logging.disable()  # of what cannot be read, which is no surprise
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     print("ready", flush=True)
+    functions: dict[str, Callable[..., Any]] = {"found": found, "equal": equal}
     for line in sys.stdin:
         name, *texts = json.loads(line)
         try:
-            said: Any = {"found": found, "equal": equal}[name](*texts)
+            said = functions[name](*texts)
         except (MemoryError, RecursionError, ValueError):
             said = None
         print(json.dumps(said), flush=True)
