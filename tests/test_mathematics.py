@@ -67,6 +67,11 @@ def test_what_is_right(task: MathTask):
     assert not task.verifiable  # by a method: it would have to know the answer
 
 
+def test_when_workers_have_an_answer(task: MathTask):
+    steps = ("so $x = 3$", "It is \\boxed{3}.", "Answer: 3")
+    assert [task.concludes(text) for text in steps] == [False, True, True]
+
+
 REPLIES = ("\\boxed{1}", "\\boxed{0.5}", "so $\\frac12$", "none", "\\boxed{\\frac{2}{4}}", "\\boxed{1}")
 
 

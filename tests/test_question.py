@@ -148,6 +148,18 @@ def test_an_answer_is_drafted_in_two_steps(task: QuestionTask):
     assert task.expand(begin, "  ") == []
 
 
+def test_what_thinkers_see_of_each_other_and_when_they_are_done(task: QuestionTask):
+    alone, _ = task.together("Q", "", ["", ""])
+    assert alone == task.prompt("Q", alone.split("\n")[3].removesuffix("<|im_end|>"))
+    seen, ask = task.together("Q", "mine so", ["one", "", "two"], "done.\n\n")
+    assert (
+        seen
+        == f"{alone}### Past steps\n\ndone.\n\n### Work of others\n\none\n\ntwo\n\n### Own work\n\nmine so"
+    )
+    assert ask.text == ""
+    assert [task.concludes(text) for text in ("I think.\n\n", "So.\nAnswer: 42\n\n")] == [False, True]
+
+
 def script(request: apr.Request, prompt: str) -> str:
     """A model that follows each of the instructions."""
     asked = prompt.rpartition("<|im_start|>user\n")[2]
@@ -184,6 +196,9 @@ def script(request: apr.Request, prompt: str) -> str:
         ("tree_of_thoughts", {}, "42", 0.8),
         ("tree_of_thoughts", {"select": "vote"}, "42", 1.0),
         ("graph_of_thoughts", {}, "42", None),
+        ("mcts", {"simulations": 3}, "42", 0.8),
+        ("group_think", {"thinkers": 2}, "42", 1.0),
+        ("hogwild", {}, "42", 1.0),
     ],
 )
 def test_methods_on_open_questions(name: str, options: dict[str, Any], answer: str, score: float | None):

@@ -40,6 +40,9 @@ class MathTask(QuestionTask):
         named = ANSWER.findall(text)
         return str(FORMULAS.ask("found", text) or (named[-1] if named else ""))
 
+    def concludes(self, text: str) -> bool:
+        return "\\boxed{" in text or super().concludes(text)
+
     def key(self, answer: str) -> Hashable:
         return Said(answer)
 

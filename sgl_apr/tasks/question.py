@@ -151,6 +151,21 @@ class QuestionTask(Task[str, Draft]):
         found = CHOICE.findall(text)
         return int(found[-1]) - 1 if found and 1 <= int(found[-1]) <= count else None
 
+    # Thinkers that read each other: past first, then the others, then its own (Rodionov 2025, arXiv 2504.06261, 3.2).
+
+    def together(self, problem: str, own: str, others: Sequence[str], past: str = "") -> tuple[str, Ask]:
+        told = (
+            "Several of you work on this at once, and each sees what the others have written so far. Share the work, use "
+            "what another has found, and leave what another is doing. Any of you may say the answer, for all."
+        )
+        shown = {"Past steps": past, "Work of others": "\n\n".join(filter(None, others))}
+        parts = [f"### {name}\n\n{text.strip()}\n\n" for name, text in shown.items() if text.strip()]
+        heading = ["### Own work\n\n"] if parts else []
+        return "".join([self.prompt(problem, told), *parts, *heading, own]), Ask()
+
+    def concludes(self, text: str) -> bool:
+        return bool(ANSWER.search(text))
+
     # Graph of Thoughts, as in merging documents (Besta 2023, arXiv 2308.09687, section 5.4).
 
     def graph(self, problem: str) -> Graph:
