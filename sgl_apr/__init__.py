@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from sgl_apr.errors import AprError as AprError
     from sgl_apr.errors import BranchFailed as BranchFailed
     from sgl_apr.errors import BudgetExceeded as BudgetExceeded
+    from sgl_apr.errors import CodeForbidden as CodeForbidden
     from sgl_apr.errors import ConversionError as ConversionError
     from sgl_apr.errors import EngineError as EngineError
     from sgl_apr.errors import EngineTimeout as EngineTimeout
     from sgl_apr.errors import GrammarError as GrammarError
     from sgl_apr.errors import KvJoinUnavailable as KvJoinUnavailable
     from sgl_apr.errors import LaunchError as LaunchError
+    from sgl_apr.errors import SandboxUnavailable as SandboxUnavailable
     from sgl_apr.errors import TraceError as TraceError
     from sgl_apr.errors import UnsupportedEngine as UnsupportedEngine
     from sgl_apr.metrics import Metrics as Metrics
@@ -91,12 +93,14 @@ _HOME = {
         "AprError",
         "BranchFailed",
         "BudgetExceeded",
+        "CodeForbidden",
         "ConversionError",
         "EngineError",
         "EngineTimeout",
         "GrammarError",
         "KvJoinUnavailable",
         "LaunchError",
+        "SandboxUnavailable",
         "TraceError",
         "UnsupportedEngine",
     ),

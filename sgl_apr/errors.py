@@ -8,6 +8,8 @@ AprError
 ├── LaunchError           a server could not be started
 ├── UnsupportedEngine     the engine or model lacks something that was asked for
 ├── KvJoinUnavailable     a KV join was asked for and cannot be done
+├── CodeForbidden         a method runs programs that a model writes, and was not allowed to
+├── SandboxUnavailable    such programs cannot be shut in on this machine
 └── EngineError           the engine failed while it worked
     ├── EngineTimeout     it did not answer in time
     └── BranchFailed      one branch failed, and the trajectory with it
@@ -57,6 +59,14 @@ class UnsupportedEngine(AprError):
 
 class KvJoinUnavailable(AprError):
     """Branches cannot be joined in the KV cache here."""
+
+
+class CodeForbidden(AprError):
+    """A method runs programs that a model writes, and nobody has said that it may."""
+
+
+class SandboxUnavailable(AprError):
+    """Programs that a model writes cannot be shut in on this machine; they are not run."""
 
 
 class EngineError(AprError):
