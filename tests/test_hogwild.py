@@ -13,6 +13,9 @@ import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
 from sgl_apr.methods.thoughts import Ask
+from sgl_apr.tasks.countdown import Problem
+from sgl_apr.tasks.countdown_task import CountdownTask
+from sgl_apr.tasks.search import sequential
 
 
 class Talk(Task[str, str]):
@@ -171,3 +174,23 @@ def test_what_cannot_be_asked():
 
     with pytest.raises(Inapplicable, match="plain cannot be thought about together"):
         work(speaker(""), Plain)
+
+
+def test_countdown_has_lines_for_steps_and_no_words():
+    problem = Problem((3, 7, 8), 18)
+    tokenizer = apr.ByteTokenizer(apr.dialect("spawn").tags)
+    lines = sequential(problem, 500).removeprefix("\n").splitlines(keepends=True)
+    said = iter(lines * 2)
+
+    def script(request: apr.Request, prompt: str) -> str:
+        assert request.stop == ("\n",)
+        return next(said)
+
+    engine = apr.ScriptedEngine(script, tokenizer)
+    task = CountdownTask(engine)
+    found = asyncio.run(method("hogwild")(engine, problem, task=task, workers=1, chunk=99, every=1))
+    assert task.verify(problem, found.answer)
+    prompts = [tokenizer.decode(r.input_ids) for r in engine.requests]
+    assert prompts == [problem.text + "\n" + "".join(lines[:k]) for k in range(len(lines))]
+    seen, _ = task.together(problem, " 7- 3", [" 8- 7= 1,", ""], " 3+ 7= 10, 8> 18 2\n")
+    assert seen == problem.text + "\n 3+ 7= 10, 8> 18 2\n 8- 7= 1,\n 7- 3"

@@ -12,6 +12,7 @@ import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
 from sgl_apr.sandbox.process import Limits
+from sgl_apr.tasks.question import QuestionTask
 
 TEXT = "one\ntwo\nthree\n" * 100
 QUICK = Limits(seconds=5.0)
@@ -249,3 +250,14 @@ def test_what_cannot_be_asked():
     engine = apr.ScriptedEngine(writer(""))
     with pytest.raises(Inapplicable, match="plain cannot be answered by a program"):
         asyncio.run(method("recursive")(engine, "?", task=Plain(engine), allow_code=True))
+
+
+def test_a_question_stands_behind_its_text():
+    engine = apr.ScriptedEngine(writer(block("FINAL(context[:5])")))
+    task = QuestionTask(engine)
+    problem = "Once upon a time.\n\nThey lived.\n\nHow does it begin?"
+    found = asyncio.run(method("recursive")(engine, problem, task=task, allow_code=True))
+    assert found.answer == "Once"
+    prompt = bytes(engine.requests[0].input_ids).decode()
+    assert prompt.endswith("Question: How does it begin?\n\n")
+    assert task.program("Why?") == ("Why?", "Why?")

@@ -166,6 +166,15 @@ class QuestionTask(Task[str, Draft]):
     def concludes(self, text: str) -> bool:
         return bool(ANSWER.search(text))
 
+    def program(self, problem: str) -> tuple[str, str]:
+        """What stands behind the last blank line is the question, about all before it; of one paragraph, about itself.
+
+        >>> QuestionTask.program(None, "A long story.\\n\\nIt ends.\\n\\nHow?")
+        ('How?', 'A long story.\\n\\nIt ends.')
+        """
+        text, _, question = problem.strip().rpartition("\n\n")
+        return question, text or question
+
     # Graph of Thoughts, as in merging documents (Besta 2023, arXiv 2308.09687, section 5.4).
 
     def graph(self, problem: str) -> Graph:
