@@ -206,6 +206,8 @@ def test_the_system_calls_of_another_architecture_end_it():
         ("import os\nwhile True: os.write(1, b'x' * 4096)", "wrote what is no message"),
         ("import os\nos.write(1, b'[' * 100_000 + b'\\n')", "wrote what is no message"),
         ("import os\nos.write(1, b'3\\n')", "wrote what is no message"),
+        ("import os\nos.write(1, b'{\"query\": [1]}\\n')", "wrote what is no message"),
+        ("llm_query_batched('x' * 10_001)", "asked about more than 10000 texts"),
         ("import os\nos.close(0)\nos.close(1)", "it ended"),
         ("import os\nos.read(0, 1)", "it took more than 1 s"),
     ],
@@ -258,7 +260,6 @@ def test_messages_of_its_own_are_no_more_than_questions():
     assert found.output == "{'answers': ['FORGED']}\n"
     (found,) = ran("""
         import os
-        os.write(1, b'{"query": [1, {}], "deep": 0}\\n')
         os.write(1, b'{"output": 5, "chars": "many", "final": ["' + b"x" * 100 + b'"]}\\n')
     """)
     assert found == Ran("5", f"['{'x' * 100}']")
@@ -315,6 +316,19 @@ def test_nothing_is_left_of_what_is_cancelled():
         return found
 
     assert gone(asyncio.run(once()))
+
+
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.1])
+def test_nothing_is_left_of_what_is_cancelled_as_it_starts(after: float):
+    before = family(os.getpid())
+
+    async def once() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(after), Sandbox({}, upper, Limits(seconds=60)) as sandbox:
+                await sandbox.run("while True: pass")
+
+    asyncio.run(once())
+    assert gone([pid for pid in family(os.getpid()) if pid not in before])
 
 
 def test_it_dies_with_its_parent():

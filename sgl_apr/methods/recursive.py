@@ -148,6 +148,8 @@ class _Run:
         found = list[str]()
         for k in range(0, len(texts), self.at_once):
             part, after = texts[k : k + self.at_once][: self.queries], (at, *asked)
+            if not part:
+                break
             self.queries -= len(part)
             if depth > 1:
                 said = await together(self.deeper(at, after, text, depth - 1) for text in part)

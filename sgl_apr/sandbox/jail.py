@@ -12,7 +12,7 @@ import os
 import platform
 import resource
 import signal
-import sys
+import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,13 +20,12 @@ from sgl_apr.sandbox import seccomp
 from sgl_apr.sandbox.repl import Repl
 
 NEW_USER = 0x10000000
-NEW = (
-    0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-)  # mount cgroup uts ipc pid net
+NEW = {"mount": 1 << 17, "cgroup": 1 << 25, "uts": 1 << 26, "ipc": 1 << 27, "pid": 1 << 29, "net": 1 << 30}
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 KEPT = {0x2: NO_SUID, 0x4: NO_DEV, 0x8: NO_EXEC, 0x400: 1024, 0x800: 2048, 0x1000: 1 << 21}  # statvfs: mount
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-DETACH, PARENT_DIES, DROP = 2, 1, 65534  # umount2, prctl, and a user that owns nothing
+DETACH, PARENT_DIES, CAPABILITIES = 2, 1, 0x20080522  # of umount2, of prctl, the version of capset
+DROP = 65534  # a user that owns nothing
 ROOT = "/tmp"  # covered, in a namespace of its own
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -58,13 +57,10 @@ def outer(parent: int, walls: Walls) -> NoReturn:
     if machine not in PIVOT_ROOT:
         raise OSError(f"no list of system calls for {machine}, only for {', '.join(PIVOT_ROOT)}")
     user, group = os.geteuid(), os.getegid()
-    _check("unshare", LIBC.unshare(NEW | (NEW_USER if user else 0)))
+    _check("unshare", LIBC.unshare(sum(NEW.values()) | (NEW_USER if user else 0)))
     if user:
-        for name, text in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{DROP} {user} 1"),
-            ("gid_map", f"{DROP} {group} 1"),
-        ):
+        maps = {"setgroups": "deny", "uid_map": f"{DROP} {user} 1", "gid_map": f"{DROP} {group} 1"}
+        for name, text in maps.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     _wait(_fork(lambda: init(machine, not user, walls)))
@@ -78,13 +74,8 @@ def init(machine: str, drop: bool, walls: Walls) -> NoReturn:
         os.setgroups([])
         os.setresgid(DROP, DROP, DROP)
         os.setresuid(DROP, DROP, DROP)
-    header, none = (
-        ctypes.create_string_buffer(b"\x22\x05\x08\x20" + bytes(4)),
-        ctypes.create_string_buffer(24),
-    )
-    if sys.byteorder != "little":
-        raise OSError("expected a little-endian machine")
-    _check("capset", LIBC.capset(header, none))
+    header = struct.pack("=IiIIIIII", CAPABILITIES, 0, 0, 0, 0, 0, 0, 0)
+    _check("capset", LIBC.capset(header[:8], header[8:]))
     _with_parent()  # anew, as it is forgotten where rights change
     _wait(_fork(lambda: inner(machine, walls)))
 

@@ -17,9 +17,8 @@ from sgl_apr.errors import SandboxUnavailable
 
 LINE = 8 << 20  # bytes of the longest message that is read
 START_S, END_S = 20.0, 10.0
-Answer = Callable[
-    [list[str], bool], Awaitable[list[str]]
-]  # texts for a model; whether each is to be a run of its own
+MOST = 10_000  # texts that a program asks about at once
+Answer = Callable[[list[str], bool], Awaitable[list[str]]]  # whether each is for one that writes programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,11 @@ class Sandbox:
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Sandbox:
-        await self._started()
+        try:
+            await self._started()
+        except BaseException:
+            await asyncio.shield(self.end())
+            raise
         return self
 
     async def __aexit__(
@@ -76,7 +79,7 @@ class Sandbox:
             said = await self._exchange({"run": code})
         except Lost as lost:
             return Ran(f"{lost}; its variables are lost")
-        output, chars, final = said.get("output"), said.get("chars"), said.get("final")
+        output, chars, final = said.get("output", ""), said.get("chars"), said.get("final")
         text = _clean(output)[: self.limits.output]
         if isinstance(chars, int) and chars > len(text):
             text += f"... + [{chars - len(text)} chars...]"
@@ -148,18 +151,14 @@ class Sandbox:
             began = clock()
             try:
                 said = await self._said(process, left, message)
-                if "error" in said:
-                    raise Lost("it ended")
+                texts = _texts(said)
             except Lost:
                 await self.end()
                 raise
             left -= clock() - began
-            if "query" not in said:
+            if texts is None:
                 return said
-            texts = said["query"]
-            known = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-            answers = await self.answer([*map(_clean, texts)], bool(said.get("deep"))) if known else []
-            message = {"answers": answers}
+            message = {"answers": await self.answer(texts, bool(said.get("deep")))}
 
     async def _said(
         self, process: asyncio.subprocess.Process, seconds: float, message: dict[str, Any] | None = None
@@ -182,6 +181,20 @@ class Sandbox:
         if not isinstance(said, dict):
             raise Lost("it ended" if said is None else "stopped: it wrote what is no message")
         return said
+
+
+def _texts(said: dict[str, Any]) -> list[str] | None:
+    """Those that a model is asked about; None if it is not. Raises `Lost` where that cannot be."""
+    if "error" in said:
+        raise Lost("it ended")
+    texts = said.get("query")
+    if texts is None:
+        return None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise Lost("stopped: it wrote what is no message")
+    if len(texts) > MOST:
+        raise Lost(f"stopped: it asked about more than {MOST} texts at once")
+    return [*map(_clean, texts)]
 
 
 def _clean(text: object) -> str:
