@@ -27,10 +27,10 @@ async def group_think(
 
     There every token sees all tokens of the others so far, whose keys and values are shared. Here all thinkers write
     `chunk` tokens at once, then each goes on behind the text of the others up to there and its own: it is at most
-    `chunk` tokens behind, and what it sees is computed again. thinkers: up to 4, as there. The paper asks how much of
-    a list the thinkers cover together, and has no rule for one answer; this one is ours: it ends when `enough` of
-    them have ended with an answer (None: more than half), when all have ended, or at the budget, and those that have ended vote; all
-    of them, where none has.
+    `chunk` tokens behind, and what it sees is computed again. The paper measures how much of a list the thinkers cover
+    together; how many there are here, and when they are done, is ours: it ends when `enough` of them have ended with
+    an answer (None: more than half), when all have ended, or at the budget. Those that have ended with one vote; where
+    none has, all do.
     """
     for name, value in (("thinkers", thinkers), ("chunk", chunk)):
         if value < 1:

@@ -45,9 +45,9 @@ async def mcts(
 ) -> Result:
     """UCT (Kocsis 2006) over steps that a model proposes, with values that it gives (RAP: Hao 2023, arXiv 2305.14992).
 
-    simulations: leaves that are selected in all (10 in RAP, section 4.1). leaves: how many at once at most; a leaf
-    that was selected counts as visited and worth nothing until the others are (virtual loss: Chaslot 2008, section
-    3.3). proposals: samples of the next step from each; a sample may name several, and every step becomes a child.
+    simulations: leaves that are selected in all (10 in RAP's published code). leaves: how many at once at most; a
+    leaf that was selected counts as visited and worth nothing until the others are (virtual loss: Chaslot 2008,
+    parallel tree search). proposals: samples of the next step from each; a sample may name several, and every step becomes a child.
     evaluations: samples of the value of a child (a rollout, or a judgement, as its task has it), whose mean, cut to
     0..1, is backed up. exploration: the weight of UCB1 (sqrt 2: Auer 2002), by TreeQuest's formula, which weighs it by
     the softmax of the values of siblings. It ends where a state is an answer of value 1, and at the budget.
