@@ -60,7 +60,7 @@ class Arms:
         if model.is_dir():
             return model
         rollouts = Rollouts(problems=self.options.problems, tokens=BUDGET.tokens, reward=reward)
-        updates = Updates(steps=self.options.steps, rate=self.options.rate)
+        updates = Updates(steps=self.options.steps, rate=self.options.rate, branches=0.0)
         steps = iter(track(range(updates.steps), name, console=Console(stderr=True)))
         config = GrpoConfig(Model(path=str(start)), rollouts=rollouts, updates=updates)
         return grpo.train(config, self.out / name, lambda _: next(steps, None))
@@ -150,9 +150,9 @@ def main() -> None:
     add("--twin", type=Path, required=True, help="trained on demonstrations in a line")
     add("--rl", type=Path, help="--model after reinforcement, for scaffold")
     add("--parts", default=",".join(PARTS), help="default: %(default)s")
-    add("--steps", type=int, default=10, help="of reinforcement in each arm (default: %(default)s)")
-    add("--problems", type=int, default=8, help="of each step, 8 replies each (default: %(default)s)")
-    add("--rate", type=float, default=4e-4, help="of learning (default: %(default)s)")
+    add("--steps", type=int, default=5, help="of reinforcement in each arm (default: %(default)s)")
+    add("--problems", type=int, default=16, help="of each step, 8 replies each (default: %(default)s)")
+    add("--rate", type=float, default=0.06, help="of learning (default: %(default)s)")
     add(
         "--tokens", type=int, default=2_000_000, help="of learning with a stated width (default: %(default)s)"
     )

@@ -49,7 +49,9 @@ def test_what_was_better_than_its_group_becomes_likelier(begin: Path):
 
     before = likelihoods()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    assert grpo.learn(model, optimizer, made, [1.0, -1.0, 0.0], eos, config(begin)) > 0
+    norm, agreement = grpo.learn(model, optimizer, made, [1.0, -1.0, 0.0], eos, config(begin))
+    assert norm > 0
+    assert -1 <= agreement <= 1
     after = likelihoods()
     better, worse = (now - then for now, then in zip(after[:2], before[:2], strict=True))
     assert better - worse > 0.01
@@ -61,7 +63,7 @@ def test_nothing_is_learned_where_all_are_alike(begin: Path):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     made = [asyncio.run(shown(p, tokenizer, seed=0)) for p in problems(2, "train")]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    assert grpo.learn(model, optimizer, made, [0.0, 0.0], min(tokenizer.eos_ids), config(begin)) == 0
+    assert grpo.learn(model, optimizer, made, [0.0, 0.0], min(tokenizer.eos_ids), config(begin)) == (0, 0)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 

@@ -58,7 +58,9 @@ def test_gated():
     assert rewards.gated(SEQUENTIAL, True) == 1
     path = PARALLEL.metrics().critical_path
     assert rewards.gated(PARALLEL, True, parallel=0, length=2) == pytest.approx(1 - path / 500)
-    assert rewards.gated(PARALLEL, True, length=1e6) == 0, "a right answer is never worth less than a wrong one"
+    assert rewards.gated(PARALLEL, True, length=1e6) == 0, (
+        "a right answer is never worth less than a wrong one"
+    )
     assert rewards.gated(PARALLEL, False, length=-1) == 0
     named = rewards.reward("gated", parallel=0.5, length=2)
     assert named(PARALLEL, True) == pytest.approx(1 + ratio / 2 - path / 500)

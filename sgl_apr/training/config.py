@@ -109,13 +109,16 @@ class Rollouts:
 
 @dataclass(frozen=True, slots=True)
 class Updates:
-    """How it is learned: AdamW at a constant rate, one update for all replies of a step.
+    """How it is learned: plain steps along the gradient, one for all replies of a step, `rate` long where its norm is
+    `clip` or more, and shorter in proportion where it is less.
 
-    batch: tokens that go through the model at once.
+    branches: the weight of what branches decode, against 1 of what the trunk does: how good a reply is says little of
+    each of its branches. batch: tokens that go through the model at once.
     """
 
     steps: int = 30
-    rate: float = 2e-4
+    rate: float = 0.05
+    branches: float = 1.0
     batch: int = 16_384
     clip: float = 1.0
     checkpoint: int = 1

@@ -31,7 +31,7 @@ from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, sa
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.config import GrpoConfig, Rollouts
 from sgl_apr.training.rewards import reward
-from sgl_apr.training.structure import Structure, structure
+from sgl_apr.training.structure import Floats, Structure, structure
 from sgl_apr.trajectory import Trajectory
 
 POOL = 20_000  # training problems that prompts are drawn from
@@ -43,7 +43,7 @@ class Update:
     """What one step came to; a line of the log. Means over its replies.
 
     weights: what the server called those that it answered with. forked: share of the replies that forked,
-    forked_3, forked_4: of those to problems of so many numbers. sample_s, learn_s: seconds.
+    forked_3, forked_4: of those to problems of so many numbers. norm, agreement: see `learn`. sample_s, learn_s: seconds.
     """
 
     step: int
@@ -57,6 +57,7 @@ class Update:
     forked_4: float
     width: float
     norm: float
+    agreement: float
     sample_s: float
     learn_s: float
 
@@ -73,9 +74,8 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
     start = begin(config, Path(config.model.path), out)
     torch.manual_seed(config.updates.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.updates.rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    # Not Adam: it makes all coordinates of a gradient alike, of which most are chance with a few hundred replies.
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.updates.rate)
     step = resume(out, model, optimizer).step
     pool = list(problems(POOL, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers))
     finish(out / WEIGHTS, model, start)
@@ -114,10 +114,10 @@ async def _step(
         rewards = [paid(attempt.trajectory, attempt.correct) for attempt in made]
         advantages = _advantages(rollouts, rewards)
         eos = min(HfTokenizer(start).eos_ids)
-        norm = learn(model, optimizer, [a.trajectory for a in made], advantages, eos, config)
+        norm, agreement = learn(model, optimizer, [a.trajectory for a in made], advantages, eos, config)
         finish(out / WEIGHTS, model, start)
         await load_weights(url, out / WEIGHTS, f"{step + 1}")
-    return _update(step, made, rewards, norm, sampled - began, time.monotonic() - sampled)
+    return _update(step, made, rewards, norm, agreement, sampled - began, time.monotonic() - sampled)
 
 
 async def sample(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfig) -> list[Attempt]:
@@ -143,32 +143,53 @@ def learn(
     advantages: Sequence[float],
     eos: int,
     config: GrpoConfig,
-) -> float:
-    """One update: every decoded token's log-probability, weighted by its reply's advantage; the gradient's norm.
+) -> tuple[float, float]:
+    """One step: the log-probabilities of a reply's decoded tokens, summed, weighted by its advantage; mean over replies.
 
-    The replies come from these very weights, so that ratios of new to old policy are 1 and clip nothing
-    (on-policy GRPO without a KL term). What the grammar's mask takes from the policy is not replayed.
+    No division by length (Dr. GRPO: Liu 2025, arXiv 2503.20783, section 3). The replies come from these very weights,
+    so that ratios of new to old policy are 1 and clip nothing (on-policy, without a KL term). What the grammar's mask
+    takes from the policy is not replayed. Returned are the gradient's norm, and the cosine between those of the two
+    halves of the replies, which says how much of it is not chance; 0 if there is none.
     """
-    trees: list[Structure] = []
-    weights: dict[int, float] = {}
-    losses = 0
-    for trajectory, advantage in zip(trajectories, advantages, strict=True):
-        made = structure([trajectory], eos=eos, apart=True).split()
-        losses += sum(len(tree.sources) for tree in made)
-        if advantage:
-            trees += made
-            weights |= dict.fromkeys(map(id, made), advantage)
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    collate = Collator(pad=eos)
-    for rows in batches(trees, config.updates.batch, random.Random(0)):
-        given = [[np.full(len(tree.sources), weights[id(tree)])] for tree in rows]
-        batch = collate(rows, given)
-        (-(batch["weights"] * log_probabilities(model, batch)).sum() / losses).backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.updates.clip))
-    if trees:
+    half, halves = len(trajectories) // 2, list[torch.Tensor]()
+    for part in (slice(half), slice(half, None)):
+        trees = _weighted(trajectories[part], advantages[part], eos, config.updates.branches)
+        collate = Collator(pad=eos)
+        for rows in batches([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
+            own = {id(tree): weights for tree, weights in trees}
+            batch = collate(rows, [[own[id(tree)]] for tree in rows])
+            (-(batch["weights"] * log_probabilities(model, batch)).sum() / len(trajectories)).backward()
+        halves.append(_gradient(model))
+    first, second = halves[0], halves[1] - halves[0]
+    norm = (
+        float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.updates.clip))
+        if halves[1].any()
+        else 0.0
+    )
+    if norm:
         optimizer.step()
-    return norm
+    return norm, float(torch.cosine_similarity(first, second, dim=0))
+
+
+def _weighted(
+    trajectories: Sequence[Trajectory], advantages: Sequence[float], eos: int, branches: float
+) -> list[tuple[Structure, Floats]]:
+    """The trees that something is learned from, and the weight of each of their losses."""
+    found = list[tuple[Structure, Floats]]()
+    for trajectory, advantage in zip(trajectories, advantages, strict=True):
+        for tree in structure([trajectory], eos=eos, apart=True).split():
+            inside = np.array([bool(trajectory.spans[k].path) for k in tree.spans], dtype=bool)
+            weights = (advantage * np.where(inside, branches, 1.0)).astype(np.float32)
+            if weights.any():
+                found.append((tree, weights))
+    return found
+
+
+def _gradient(model: Any) -> torch.Tensor:
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([part.detach().flatten() for part in parts])
 
 
 def _advantages(rollouts: Rollouts, rewards: Sequence[float | None]) -> list[float]:
@@ -200,6 +221,7 @@ def _update(
     made: Sequence[Attempt],
     rewards: Sequence[float | None],
     norm: float,
+    agreement: float,
     sample_s: float,
     learn_s: float,
 ) -> Update:
@@ -225,6 +247,7 @@ def _update(
         forked_4=mean(forked[4]),
         width=mean([float(len(b.branches)) for a in made for b in a.trajectory.blocks]),
         norm=round(norm, 4),
+        agreement=round(agreement, 4),
         sample_s=round(sample_s, 2),
         learn_s=round(learn_s, 2),
     )
