@@ -57,6 +57,36 @@ def test_what_was_better_than_its_group_becomes_likelier(begin: Path):
     assert better - worse > 0.01
 
 
+def test_branches_weigh_what_is_asked(begin: Path):
+    """At 0 a step is that of the trunks alone, and a rate is its length."""
+    tokenizer = HfTokenizer(begin)
+    eos = min(tokenizer.eos_ids)
+    problem = next(problems(1, "train", numbers=(4,)))
+    made = [asyncio.run(shown(problem, tokenizer, seed=seed)) for seed in (1, 2)]
+
+    def step(branches: float) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
+        before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        asked = replace(config(begin), updates=Updates(branches=branches, batch=4096))
+        grpo.learn(model, optimizer, made, [1.0, -1.0], eos, asked)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+    model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
+    for trajectory, advantage in zip(made, (1.0, -1.0), strict=True):
+        trunk = next(
+            t
+            for t in structure([trajectory], eos=eos, apart=True).split()
+            if not trajectory.spans[t.spans[0]].path
+        )
+        (-advantage * log_probabilities(model, Collator()([trunk])).sum()).backward()
+    expected = -torch.cat([p.grad.flatten() for p in model.parameters()])
+    trunks, whole = step(0.0), step(1.0)
+    assert torch.nn.functional.cosine_similarity(trunks, expected, dim=0) > 0.9999
+    assert trunks.norm() == pytest.approx(0.1, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(trunks, whole, dim=0) < 0.99
+
+
 def test_nothing_is_learned_where_all_are_alike(begin: Path):
     tokenizer = HfTokenizer(begin)
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
