@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sgl_apr import methods as methods
     from sgl_apr.blocks import Block as Block
     from sgl_apr.blocks import Branch as Branch
     from sgl_apr.budget import Budget as Budget
@@ -118,11 +119,13 @@ _HOME = {
     "trajectory": ("Call", "Decision", "Join", "Limit", "Trajectory"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_MODULE, "methods"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first used (PEP 562)."""
+    if name == "methods":
+        return import_module("sgl_apr.methods")
     if name not in _MODULE:
         raise AttributeError(f"module 'sgl_apr' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"sgl_apr.{_MODULE[name]}"), name)

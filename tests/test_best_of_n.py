@@ -14,7 +14,7 @@ from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.reward import RewardModel
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thoughts import Ask, Thought
+from sgl_apr.methods.thought import Ask, Thought
 
 REPLIES = ("so 1", "so 2", "hm 2", "so 3", "none")  # in turn
 SURE = {"1": "5", "2": "4", "3": "7"}

@@ -26,7 +26,7 @@ from sgl_apr.methods.operations import (
 )
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thoughts import Ask, Thought
+from sgl_apr.methods.thought import Ask, Thought
 from sgl_apr.tasks.countdown import Problem, solves
 from sgl_apr.tasks.countdown_task import CountdownTask
 from sgl_apr.tasks.expert import Expert, Habits

@@ -12,7 +12,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thoughts import Ask
+from sgl_apr.methods.thought import Ask
 
 
 class Talk(Task[str, str]):

@@ -11,7 +11,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.engine.scripted import ByteTokenizer
 from sgl_apr.methods.result import Result, method
-from sgl_apr.methods.thoughts import Thought
+from sgl_apr.methods.thought import Thought
 from sgl_apr.tasks.chat import CHATML, PLAIN, Chat, chat_of
 from sgl_apr.tasks.question import Draft, QuestionTask
 

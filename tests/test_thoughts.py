@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.methods.thoughts import Ask, Thoughts, common, thinking
+from sgl_apr.methods.requests import common
+from sgl_apr.methods.thought import Ask
+from sgl_apr.methods.thoughts import Thoughts, thinking
 
 ENGINE = apr.ScriptedEngine
 

@@ -12,7 +12,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thoughts import Ask, Thought
+from sgl_apr.methods.thought import Ask, Thought
 
 WORTH = {"a": 1, "b": 3, "c": 2, "ba": 0, "bb": 5, "ca": 4, "aa": 1, "bbx": 1, "cax": 7}
 

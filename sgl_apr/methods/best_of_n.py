@@ -11,7 +11,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Ask, Thought, Thoughts, thinking, together
+from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thoughts import Thoughts, thinking, together
 
 Verifier = Callable[[Any, str], float | Awaitable[float]]
 Select = Literal["argmax", "weighted"]
@@ -102,7 +103,7 @@ async def _scored(
             said = verifier(problem, text)
             return float(await said if isawaitable(said) else said)
         except EngineError as error:
-            if thoughts.plan.failed == "raise":
+            if thoughts.requests.plan.failed == "raise":
                 raise
             errors.append(error)
             return None

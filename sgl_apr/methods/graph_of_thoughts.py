@@ -21,7 +21,8 @@ from sgl_apr.methods.operations import (
 )
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Ask, Thought, Thoughts, thinking, together
+from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thoughts import Thoughts, thinking, together
 
 
 @dataclass(frozen=True)

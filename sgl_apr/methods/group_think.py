@@ -9,7 +9,8 @@ from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
 from sgl_apr.methods.thinkers import Thinker, write
-from sgl_apr.methods.thoughts import Ask, thinking
+from sgl_apr.methods.thought import Ask
+from sgl_apr.methods.thoughts import thinking
 from sgl_apr.methods.voting import vote
 
 

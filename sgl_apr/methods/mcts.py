@@ -12,7 +12,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Ask, Thought, Thoughts, thinking
+from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thoughts import Thoughts, thinking
 
 if TYPE_CHECKING:
     from treequest.algos.standard_mcts import MCTSState

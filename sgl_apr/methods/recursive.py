@@ -11,7 +11,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, CodeForbidden
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Ask, Thought, Thoughts, thinking, together
+from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thoughts import Thoughts, thinking, together
 from sgl_apr.sandbox.process import Limits, Sandbox
 
 BLOCK = re.compile(r"```repl[ \t]*\n(.*?)\n?```", re.DOTALL)
@@ -124,7 +125,7 @@ class _Run:
     @property
     def tokens(self) -> int:
         """Of one reply, so that those who write at the same time have as much."""
-        left = self.thoughts.purse.tokens - self.thoughts.reserved
+        left = self.thoughts.requests.left
         return max(1, min(self.turn, left // max(1, self.running)))
 
     async def ran(self, sandbox: Sandbox, reply: str) -> tuple[str, str | None]:

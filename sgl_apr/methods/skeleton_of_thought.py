@@ -9,7 +9,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Thought, thinking
+from sgl_apr.methods.thought import Thought
+from sgl_apr.methods.thoughts import thinking
 
 Mode = Literal["prompt", "fork"]
 LABELS = {"prompt": "exact", "fork": "fork-of-skeleton"}

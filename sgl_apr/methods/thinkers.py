@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from sgl_apr.methods.thoughts import Ask, Thought, Thoughts
+from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thoughts import Thoughts
 
 
 @dataclass

@@ -11,7 +11,7 @@ from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.operations import Generate, Graph, KeepBest, Score
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thoughts import Ask, Thought
+from sgl_apr.methods.thought import Ask, Thought
 from sgl_apr.presets import dialect_for
 from sgl_apr.tasks.countdown import Problem, Step, after, read, solves, steps
 from sgl_apr.tasks.expert import TOLD

@@ -14,7 +14,7 @@ from typing import Literal
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.operations import Aggregate, Generate, Graph, KeepBest, Operation, Refine, Score
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Ask
+from sgl_apr.methods.thought import Ask
 from sgl_apr.tasks.chat import Chat, chat_of
 
 Kind = Literal["sort", "intersect"]

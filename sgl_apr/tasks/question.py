@@ -10,7 +10,7 @@ from math import exp
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.operations import Aggregate, Generate, Graph, KeepBest, Refine, Score
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Ask, Thought
+from sgl_apr.methods.thought import Ask, Thought
 from sgl_apr.tasks.chat import Chat, chat_of
 
 ANSWER = re.compile(r"^\W*answer\W*:[\s*]*(\S.*?)[\s*.]*$", re.IGNORECASE | re.MULTILINE)

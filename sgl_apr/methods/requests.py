@@ -1,0 +1,179 @@
+"""The requests of one run of a method: within its budget, behind prefixes that are known; what is asked is not decided here."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from bisect import bisect, insort
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from sgl_apr.budget import Budget
+from sgl_apr.engine.base import Engine, Request
+from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.runtime.decoding import Decoder
+from sgl_apr.runtime.events import OnEvent
+from sgl_apr.runtime.plan import plan
+from sgl_apr.runtime.purse import Purse
+from sgl_apr.runtime.record import Record, Strand
+from sgl_apr.runtime.steps import Piece, Step
+from sgl_apr.runtime.stream import TextStream
+from sgl_apr.spans import Finish, Role
+
+
+class Requests:
+    """All strands pay from one purse; what a request may write is reserved before it is sent.
+
+    Options are those of a `Plan` that concern requests.
+    """
+
+    def __init__(
+        self, engine: Engine, budget: Budget | None, on_event: OnEvent | None, options: dict[str, Any]
+    ) -> None:
+        self.engine, self.tokenizer = engine, engine.tokenizer
+        self.budget = budget or Budget()
+        self.plan = plan(None, self.tokenizer, budget=self.budget, **{"logprobs": True, **options})
+        self.record = Record(self.tokenizer, on_event)
+        self.rid = f"apr-{uuid.uuid4().hex}"
+        self.seed = self.plan.seed if self.plan.seed is not None else random.getrandbits(31)
+        self.decoder = Decoder(engine, self.plan, self.record, self.rid, self.seed)
+        self.purse = Purse.of(self.budget)
+        self._reserved = 0
+        self._known = list[tuple[int, ...]]()  # what the engine has computed, in order
+        self._forked = list[Engine]()
+
+    @property
+    def left(self) -> int:
+        """Tokens that nobody has reserved."""
+        return self.purse.tokens - self._reserved
+
+    def reserve(self, asks: Sequence[Ask], of: float = 1.0) -> list[int]:
+        """An equal share of what is left for each, no more than it asks for, set aside until `decode` gives it back."""
+        share = max(0, int((self.left) * of) // len(asks))
+        tokens = [share if ask.tokens is None else min(share, ask.tokens) for ask in asks]
+        self._reserved += sum(tokens)
+        return tokens
+
+    def write(self, strand: Strand, text: str) -> None:
+        """What a thought is asked, if there is room for it: else nothing can be decoded behind it either."""
+        if len(self.tokenizer.encode(text)) < self.left:
+            role: Role = "text" if not strand.path else "body" if strand.order else "header"
+            self.record.inject(strand, role, text, label=strand.outline if role == "header" else "")
+        elif text:
+            strand.scope.stop("length", "tokens")
+
+    async def forks(
+        self, thought: Thought, branches: Sequence[Strand], tokens: int
+    ) -> tuple[Sequence[Engine], int]:
+        """An engine for each, behind what all have in common. That is committed first; where it is not what one thought
+        has come to, only if it is not known yet."""
+        engine, size = thought.engine, len(branches)
+        if engine is None or not branches:
+            return (), size
+        prefix = common([branch.context for branch in branches])
+        new = self._new(prefix) if prefix else 0
+        if size == 1 or not prefix or (new <= 1 and prefix != thought.strand.context):
+            return [engine] * size, size
+        shared = replace(thought.strand, context=prefix, order=[], joined=())
+        engines, load = await self.decoder.fork(engine, shared, size, new)
+        insort(self._known, prefix)
+        self._forked += engines
+        return engines, self.decoder.at_once(thought.strand, size, tokens, load)
+
+    async def decode(self, engine: Engine | None, strand: Strand, ask: Ask, tokens: int) -> Thought:
+        """One request, of at most the `tokens` reserved for it, which are given back."""
+        limits = {"tokens": tokens}
+        if ask.tokens is not None:
+            limits["asked"] = ask.tokens
+        if strand.path and self.budget.branch_tokens is not None:
+            limits["branch_tokens"] = self.budget.branch_tokens
+        limits["critical_tokens"] = self.purse.cap - self.record.reach(strand)
+        if self.engine.context is not None:
+            limits["context"] = self.engine.context - len(strand.context)
+        limit = min(limits, key=limits.__getitem__)
+        most = limits[limit]
+        try:
+            if self.purse.calls < 1:
+                limit, most = "calls", 0
+            if engine is None or most < 1 or strand.scope.over:
+                return self._cut(strand, engine, limit if most < 1 else strand.scope.limit)
+            return await self._asked(engine, strand, ask, most, limit)
+        finally:
+            self._reserved -= tokens
+
+    def _cut(self, strand: Strand, engine: Engine | None, limit: str) -> Thought:
+        self.record.limit(limit, strand)
+        finish: Finish = strand.scope.over or "length"
+        self.record.append(strand, Step((Piece(self._role(strand), "decoded", "", ()),), finish), None)
+        return Thought(strand, engine, "", finish)
+
+    def _role(self, strand: Strand) -> Role:
+        return "body" if strand.path else "text"
+
+    async def _asked(self, engine: Engine, strand: Strand, ask: Ask, most: int, limit: str) -> Thought:
+        special = [self.tokenizer.special(tag) for tag in ask.stop]
+        request = Request(
+            self.rid,
+            strand.context,
+            most,
+            {**self.plan.sampling, **ask.sampling},
+            ask.grammar,
+            tuple(i for i in special if i is not None),
+            tuple(t for t, i in zip(ask.stop, special, strict=True) if i is None),
+            logprobs=self.plan.logprobs,
+            fields=self.plan.fields,
+        )
+        stream = TextStream(self.tokenizer, strand.context, self.record.writer(strand))
+        result, call = await self.decoder.ask(
+            engine, strand, "ask", self._new(strand.context), request, stream
+        )
+        ids = result.token_ids if result else tuple(stream.heard)
+        ended = bool(ids) and ids[-1] in self.tokenizer.eos_ids
+        own = ids[:-1] if ended else ids
+        finish: Finish = "stop"
+        if result is None:
+            finish = strand.scope.over or "aborted"
+            if finish != "failed":
+                self.record.limit(strand.scope.limit, strand)
+        elif result.finish == "length":
+            finish = "length"
+            if limit != "asked":
+                self.record.limit(limit, strand)
+        elif ended:
+            finish = "eos"
+        if finish == "failed":
+            own = ()
+        insort(self._known, (*strand.context, *own[:-1]))
+        text = self.tokenizer.decode(own, strand.context)
+        step = Step((Piece(self._role(strand), "decoded", text, own),), finish)
+        self.record.append(strand, step, call)
+        stream.finish(step)
+        logprobs = result.logprobs if result else None
+        return Thought(strand, engine, text, finish, fmean(logprobs) if logprobs else None)
+
+    def _new(self, ids: tuple[int, ...]) -> int:
+        """How many of these no request has computed yet; the last is always computed again."""
+        at = bisect(self._known, ids)  # in order, those next to it share most with it
+        return len(ids) - max(
+            (len(common([ids, known])) for known in self._known[max(0, at - 1) : at + 1]), default=0
+        )
+
+    async def release(self) -> None:
+        """Give the engine back what was forked."""
+        for engine in self._forked:
+            await engine.release()
+
+
+def common(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all of them begin with.
+
+    >>> common([(1, 2, 3), (1, 2), (1, 2, 4)])
+    (1, 2)
+    """
+    low, high = min(sequences), max(sequences)  # all others lie between, and share what these do
+    same = next(
+        (k for k, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
+    )
+    return low[:same]
