@@ -134,17 +134,23 @@ def _show(rows: list[Row]) -> None:
 
     table = Table(
         "method", "accuracy", "95% CI", "total tokens", "critical path", "forked", "calls", "cached", "wall s",
-        "one by one", "label",
+        "one by one",
     )  # fmt: skip
+    notes = dict[str, list[str]]()
     for row in rows:
+        notes.setdefault(row.label or row.reason, []).append(row.method)
         if not row.attempts:
-            table.add_row(row.method, *["-"] * 9, row.reason)
+            table.add_row(row.method, *["-"] * 9)
             continue
         low, high = row.ci95
         table.add_row(
             row.method, f"{row.accuracy:.1%}", f"{low:.1%} - {high:.1%}", f"{row.mean(lambda a: a.tokens):.0f}",
             f"{row.mean(lambda a: a.critical_path):.0f}", f"{row.mean(lambda a: bool(a.forks)):.0%}",
             f"{row.mean(lambda a: a.calls):.1f}", f"{row.cached_share:.0%}", f"{row.wall_s:.1f}",
-            f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-", row.label,
+            f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-",
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for note, methods in notes.items():
+        if note != "exact":
+            console.print(f"{', '.join(methods)}: {note}", markup=False, highlight=False, soft_wrap=True)

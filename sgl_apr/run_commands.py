@@ -47,6 +47,11 @@ def add_commands(commands: Any) -> None:
         "--task", default="question", choices=TASKS, help="how a method asks (default: %(default)s)"
     )
     parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the method recursive run Python that the model writes, in a sandbox",
+    )
+    parser.add_argument(
         "--budget",
         type=_budget,
         default=Budget(),
@@ -148,11 +153,15 @@ def _reasoned(options: argparse.Namespace, hear: OnEvent | None) -> Any:
 def _solved(options: argparse.Namespace, hear: OnEvent | None) -> Any:
     from sgl_apr.runtime.dsl import solve
 
+    if options.allow_code and options.method != "recursive":
+        raise AprError("--allow-code is for --method recursive")
     wrong = [name for name in ("dialect", "policy", "join", "raw") if getattr(options, name)]
     if wrong or options.mode != "auto":
         raise AprError(f"--method has a structure of its own, expected no --{(wrong or ['mode'])[0]}")
     task, problem = _task(options.task, options.question)
-    more = {"temperature": options.temperature} if options.temperature is not None else {}
+    more: dict[str, Any] = {"temperature": options.temperature} if options.temperature is not None else {}
+    if options.allow_code:
+        more["allow_code"] = True
     return solve(
         "answer", problem, method=options.method, task=task, budget=options.budget, seed=options.seed, on_event=hear,
         **more,

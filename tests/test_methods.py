@@ -59,14 +59,21 @@ def test_it_is_honest(results: Mapping[str, list[Result]], name: str):
             assert result.answer.rsplit("= ", 1)[-1] == str(problem.target)
 
 
-def test_some_are_right(results: Mapping[str, list[Result]]):
+def test_some_are_right(solver: Server, results: Mapping[str, list[Result]]):
     right = {
         name: sum(solves(p, r.answer) for p, r in zip(GIVEN, found, strict=True))
         for name, found in results.items()
     }
-    assert right["apr"] == len(GIVEN), right
-    assert right["tree_of_thoughts"] >= 1, right
-    assert right["self_consistency"] >= 1, right
+    assert min(right[name] for name in ("sequential", "self_consistency", "tree_of_thoughts", "apr")) >= 1, (
+        right
+    )
+
+    async def with_room() -> list[Result]:
+        async with await apr.HttpEngine.connect(solver.url) as engine:
+            task, budget = CountdownTask(engine), apr.Budget(tokens=6000)
+            return [await method("apr")(engine, p, task=task, budget=budget, temperature=0.0) for p in GIVEN]
+
+    assert sum(solves(p, r.answer) for p, r in zip(GIVEN, asyncio.run(with_room()), strict=True)) >= 3
 
 
 def test_branches_run_at_once(results: Mapping[str, list[Result]]):
@@ -94,8 +101,7 @@ def test_how_much_is_asked(results: Mapping[str, list[Result]]):
 def test_what_countdown_has_no_words_for(solver: Server, name: str):
     async def asked() -> None:
         async with await apr.HttpEngine.connect(solver.url) as engine:
-            options = {"allow_code": True} if name == "recursive" else {}
-            await method(name)(engine, GIVEN[0], task=CountdownTask(engine), **options)
+            await method(name)(engine, GIVEN[0], task=CountdownTask(engine))
 
     with pytest.raises(Inapplicable, match=NULL[name]):
         asyncio.run(asked())

@@ -65,6 +65,7 @@ async def recursive(
     iterations: replies of each at most (30: published code). queries: to models in all, at_once: of those together,
     turn: tokens of one reply; these three are ours. limits: of the programs.
     """
+    question, text = task.program(problem)
     if not allow_code:
         raise CodeForbidden(
             "recursive runs Python that the model writes: pass allow_code=True, and a sandbox runs it"
@@ -72,7 +73,6 @@ async def recursive(
     for name, value, least in (("depth", depth, 0), ("iterations", iterations, 1), ("at_once", at_once, 1)):
         if value < least:
             raise AprError(f"{name}={value}, expected at least {least}")
-    question, text = task.program(problem)
     limits = limits or Limits()
     prompt = task.turn(_rules(question, text, depth, limits))
     async with thinking(engine, prompt, "recursive", **options) as thoughts:

@@ -34,8 +34,13 @@ class Branches:
         self.returned, self.anew = self.dialect.sees == "message", self.plan.failed == "retry"
         self.kv = self.plan.join == "kv"
 
-    async def fork_and_join(self, engine: Engine | None, strand: Strand, outlines: Sequence[Outline]) -> int:
-        """Run one branch per outline, and leave in the strand what comes of them. Returns its new tokens."""
+    async def fork_and_join(
+        self, engine: Engine | None, strand: Strand, outlines: Sequence[Outline], new: int | None = None
+    ) -> int:
+        """Run one branch per outline, and leave in the strand what comes of them. Returns its new tokens.
+
+        `new` tokens of it are unknown to the engine yet, None: those injected last alone.
+        """
         strand.blocks += 1
         strand.purse.blocks -= 1
         block, fork, size = (*strand.path, strand.blocks), strand.order[-1], len(outlines)
@@ -44,7 +49,8 @@ class Branches:
             drop_call(self.record, strand)
         else:
             self.record.inject(strand, "lead", self.grammar.written("lead"))
-        engines, load = await self.decoder.fork(engine, strand, size) if engine else ((), None)
+            new = new if new is None else new + self.record.unknown(strand)
+        engines, load = await self.decoder.fork(engine, strand, size, new) if engine else ((), None)
         share = self.divider.share(strand.purse, self.record.reach(strand), size)
         strand.purse.calls -= size * share.calls
         strand.purse.blocks -= size * share.blocks
@@ -63,9 +69,9 @@ class Branches:
         joined = Joined(block, tuple(b.path[-1] for b in branches))
         if self.returned:
             most = min(share.tokens, share.cap)
-            new = write_results(self.record, self.dialect, strand, branches, most)
+            written = write_results(self.record, self.dialect, strand, branches, most)
             self.record.tell(joined)
-            return new
+            return written
         stitched = self.kv and self.decoder.stitches.join(strand, prefix, branches)
         strand.tip = tuple(tip for b in branches for tip in b.tip)
         for branch in branches:

@@ -185,7 +185,7 @@ class _Run:
             if not (width := self.forks.width(strand)):
                 self.forks.refuse(strand)
             outlines = self.forks.outlines(width)
-            new, phase = await self.branches.fork_and_join(engine, strand, outlines), behind
+            new, phase = await self.branches.fork_and_join(engine, strand, outlines, new), behind
         while True:
             width, fork = self.forks.allowed(strand)
             if engine and self.plan.narrow and width > self.plan.least and not strand.waiting:
