@@ -6,16 +6,19 @@ import asyncio
 import json
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import sglang as sgl
 
 import sgl_apr as apr
 from sgl_apr.cli import main
 from sgl_apr.methods.result import MODULES, Result, method
-from sgl_apr.methods.task import Inapplicable
+from sgl_apr.methods.task import Inapplicable, Task
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.countdown import problems, solves
 from sgl_apr.tasks.countdown_task import CountdownTask
+from sgl_apr.tasks.question import QuestionTask
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -105,6 +108,45 @@ def test_what_countdown_has_no_words_for(solver: Server, name: str):
 
     with pytest.raises(Inapplicable, match=NULL[name]):
         asyncio.run(asked())
+
+
+@pytest.mark.parametrize("name", NULL)
+def test_they_run_on_open_questions(server: Server, name: str):
+    """A random model says nothing to the point, and every method comes to its end; SmolLM2 does in the slow tests."""
+
+    async def asked() -> Result:
+        async with await apr.HttpEngine.connect(server.url) as engine:
+            options = {"allow_code": True, "iterations": 2, "turn": 20} if name == "recursive" else {}
+            return await method(name)(
+                engine, "What is it?", task=QuestionTask(engine), budget=apr.Budget(tokens=2000), **options
+            )
+
+    result = asyncio.run(asked())
+    assert result.metrics.engine_calls == (
+        3 if name == "recursive" else 1 + bool(result.metrics.branches) + result.metrics.branches
+    )
+
+
+def test_a_program_solves(solver: Server):
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "Answer:" + apr.solve(
+            "answer", GIVEN[0], method="self_consistency", task=CountdownTask, n=2, seed=0, budget=BUDGET
+        )
+        s += sgl.gen("rest", max_tokens=4)
+
+    with apr.Endpoint(solver.url) as endpoint:
+        state = program.run(backend=endpoint)
+        result = state.get_meta_info("answer")["result"]
+        assert state["answer"] == result.answer
+        assert state.text().startswith(f"Answer:{result.answer}")
+        assert result.metrics.branches == 2
+        assert result.trajectory == state.get_meta_info("answer")["trajectory"]
+        assert state["rest"] is not None
+        wrong = sgl.function(lambda s: s.__iadd__(apr.solve("x", "why?", method="mcts", task=Task)))
+        failed = wrong.run(backend=endpoint)
+        with pytest.raises(Inapplicable, match="step by step"):
+            failed["x"]
 
 
 def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
