@@ -128,9 +128,8 @@ def test_they_run_on_open_questions(server: Server, name: str):
             )
 
     result = asyncio.run(asked())
-    assert result.metrics.engine_calls == (
-        3 if name == "recursive" else 1 + bool(result.metrics.branches) + result.metrics.branches
-    )
+    assert result.metrics.engine_calls >= 1 + result.metrics.branches
+    assert result.metrics.total <= 2000
 
 
 def test_a_program_solves(solver: Server):
