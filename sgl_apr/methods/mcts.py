@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from math import sqrt
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
+from sgl_apr.methods.search import Node as Reached
+from sgl_apr.methods.search import Steps
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Ask, Thought
 from sgl_apr.methods.thoughts import Thoughts, thinking
 
 if TYPE_CHECKING:
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
     from treequest.algos.tree import Node
 
 ACTION = "step"  # there is one kind of them
-
-
-@dataclass(frozen=True)
-class Reached:
-    """A state, what had been thought by then, and its value: from 0 to 1."""
-
-    state: Any
-    after: tuple[Thought, ...] = ()
-    value: float = 0.0
 
 
 async def mcts(
@@ -79,6 +71,7 @@ class _Search:
         from treequest import StandardMCTS
 
         self.thoughts, self.task, self.begin = thoughts, task, begin
+        self.steps = Steps(thoughts, task)
         self.most, self.proposals, self.evaluations = leaves, proposals, evaluations
         self.algorithm: StandardMCTS[Reached] = StandardMCTS(
             samples_per_action=1, exploration_weight=exploration
@@ -98,10 +91,13 @@ class _Search:
                 continue
             width = self.thoughts.width(len(open_) * self.proposals, self.task.step)
             open_ = open_[:width]
-            said, children = await self.grown(open_, width // len(open_))
+            said = await self.steps.proposed([self.reached(leaf) for leaf in open_], width // len(open_))
+            children = [
+                self.steps.led(self.reached(leaf), own) for leaf, own in zip(open_, said, strict=True)
+            ]
             for leaf, found in zip(open_, await self.valued(children), strict=True):
                 self.told(leaf, found)
-            cut = all(thought.finish in ("length", "timeout") and not thought.text for thought in said)
+            cut = all(t.finish in ("length", "timeout") and not t.text for own in said for t in own)
             if cut or any(child.value >= 1 for child in self.answers()):
                 break
         return max(self.answers(), key=lambda child: child.value, default=None)
@@ -135,39 +131,12 @@ class _Search:
         pairs = self.algorithm.get_state_score_pairs(self.tree)
         return [child for child, _ in pairs if self.task.solved(child.state) is not None]
 
-    async def grown(
-        self, leaves: Sequence[Node[Reached]], each: int
-    ) -> tuple[list[Thought], list[list[Reached]]]:
-        """What was proposed, and the states that this leads to from each of them."""
-        asks = [replace(self.task.propose(at.state), after=at.after) for at in map(self.reached, leaves)]
-        said = await self.thoughts.samples(asks, each)
-        found = list[list[Reached]]()
-        for leaf, thoughts in zip(leaves, said, strict=True):
-            states = dict[Any, Reached]()
-            for thought in thoughts:
-                for state in self.task.expand(self.reached(leaf).state, thought.text):
-                    states.setdefault(state, Reached(state, (thought,)))
-            found.append(list(states.values()))
-        return [thought for thoughts in said for thought in thoughts], found
-
     async def valued(self, families: Sequence[Sequence[Reached]]) -> list[list[Reached]]:
-        """With their values, which the model gives to all of them at once."""
-        wanted = [[(child, self.task.evaluate(child.state)) for child in children] for children in families]
-        asks = [
-            replace(ask, after=child.after)
-            for children in wanted
-            for child, ask in children
-            if isinstance(ask, Ask)
-        ]
-        said = iter(await self.thoughts.samples(asks, self.evaluations))
-        return [[self._valued(child, ask, said) for child, ask in children] for children in wanted]
-
-    def _valued(self, child: Reached, ask: Ask | float, said: Any) -> Reached:
-        if not isinstance(ask, Ask):
-            return replace(child, value=min(1.0, max(0.0, ask)))
-        thoughts = next(said)
-        value = fmean(self.task.value(child.state, thought) for thought in thoughts)
-        return replace(child, after=tuple(thoughts), value=min(1.0, max(0.0, value)))
+        """With their values, cut to 0..1, which the model gives to all of them at once."""
+        flat = [child for children in families for child in children]
+        said = iter(await self.steps.valued(flat, self.evaluations))
+        cut = (replace(child, value=min(1.0, max(0.0, child.value))) for child in said)
+        return [list(islice(cut, len(children))) for children in families]
 
     def told(self, leaf: Node[Reached], children: Sequence[Reached]) -> None:
         """Grow the tree by them, and back up what they are worth; a leaf without any is worth nothing."""

@@ -5,27 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any, Literal, get_args
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
+from sgl_apr.methods.search import Node, Steps
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Ask, Thought
 from sgl_apr.methods.thoughts import Thoughts, thinking
 
 Search = Literal["bfs", "dfs"]
 Select = Literal["value", "vote"]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A state, what had been thought by then, and what it is worth."""
-
-    state: Any
-    after: tuple[Thought, ...] = ()
-    value: float = 0.0
 
 
 async def tree_of_thoughts(
@@ -73,23 +63,31 @@ class _Tree:
     proposals: int
     evaluations: int
 
+    @property
+    def steps(self) -> Steps:
+        return Steps(self.thoughts, self.task)
+
     async def bfs(self, begin: Node) -> Node | None:
         """Algorithm 1: all proposals of a level, of which the best go on. It ends early where one is a solution."""
         level = [begin]
         for _ in range(self.task.thoughts):
             candidates = await self.grown(level)
-            valued = await (self.voted(candidates) if self.select == "vote" else self.valued(candidates))
+            if self.select == "vote":
+                valued = await self.voted(candidates)
+            else:
+                valued = await self.steps.valued(candidates, self.evaluations)
             level = sorted(valued, key=lambda node: -node.value)[: self.breadth]
             if not level or self.task.solved(level[0].state) is not None:
                 break
-        done = [node for node in level if self.task.solved(node.state) is not None]
-        return next(iter(done), None)
+        return next((node for node in level if self.task.solved(node.state) is not None), None)
 
     async def dfs(self, node: Node, threshold: float, depth: int = 0) -> Node | None:
         """Algorithm 2: the best proposal first, back where none is worth more than the threshold."""
-        if self.task.solved(node.state) is not None or depth == self.task.thoughts:
-            return node if self.task.solved(node.state) is not None else None
-        children = await self.valued(await self.grown([node]))
+        if self.task.solved(node.state) is not None:
+            return node
+        if depth == self.task.thoughts:
+            return None
+        children = await self.steps.valued(await self.grown([node]), self.evaluations)
         for child in sorted(children, key=lambda child: -child.value):
             if child.value > threshold and (found := await self.dfs(child, threshold, depth + 1)):
                 return found
@@ -99,29 +97,12 @@ class _Tree:
         """What the steps proposed from each of them lead to, each state once."""
         width = self.thoughts.width(len(level) * self.proposals, self.task.step)
         level = level[:width]
-        asks = [replace(self.task.propose(node.state), after=node.after) for node in level]
-        said = await self.thoughts.samples(asks, width // len(level))
+        said = await self.steps.proposed(level, width // len(level))
         found: dict[Any, Node] = {}
         for node, thoughts in zip(level, said, strict=True):
-            for thought in thoughts:
-                for state in self.task.expand(node.state, thought.text):
-                    found.setdefault(state, Node(state, (thought,)))
+            for child in self.steps.led(node, thoughts):
+                found.setdefault(child.state, child)
         return list(found.values())
-
-    async def valued(self, nodes: Sequence[Node]) -> list[Node]:
-        """With the mean of the values that the model gives each of them."""
-        wanted = [(node, self.task.evaluate(node.state)) for node in nodes]
-        asks = [replace(ask, after=node.after) for node, ask in wanted if isinstance(ask, Ask)]
-        said = iter(await self.thoughts.samples(asks, self.evaluations))
-        valued = list[Node]()
-        for node, ask in wanted:
-            if not isinstance(ask, Ask):
-                valued.append(replace(node, value=ask))
-                continue
-            thoughts = next(said)
-            value = fmean(self.task.value(node.state, t) if t.text else 0.0 for t in thoughts)
-            valued.append(replace(node, after=tuple(thoughts), value=value))
-        return valued
 
     async def voted(self, nodes: Sequence[Node]) -> list[Node]:
         """With their shares of the votes of the model, which sees all of them."""

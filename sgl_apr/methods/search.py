@@ -1,0 +1,56 @@
+"""Steps that a model proposes and judges, asked about many states at once; which of them go on is a search's to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from sgl_apr.methods.task import Task
+from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thoughts import Thoughts
+
+
+@dataclass(frozen=True)
+class Node:
+    """A state, what had been thought by then, and what it is worth."""
+
+    state: Any
+    after: tuple[Thought, ...] = ()
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Those of one task in one run."""
+
+    thoughts: Thoughts
+    task: Task[Any, Any]
+
+    async def proposed(self, nodes: Sequence[Node], each: int) -> list[list[Thought]]:
+        """`each` samples of what comes next behind every one of them."""
+        asks = [replace(self.task.propose(node.state), after=node.after) for node in nodes]
+        return await self.thoughts.samples(asks, each)
+
+    def led(self, node: Node, said: Sequence[Thought]) -> list[Node]:
+        """What those behind one lead to, each state once."""
+        found: dict[Any, Node] = {}
+        for thought in said:
+            for state in self.task.expand(node.state, thought.text):
+                found.setdefault(state, Node(state, (thought,)))
+        return list(found.values())
+
+    async def valued(self, nodes: Sequence[Node], each: int) -> list[Node]:
+        """With the mean of `each` values that the model gives; what was cut gives 0."""
+        wanted = [(node, self.task.evaluate(node.state)) for node in nodes]
+        asks = [replace(ask, after=node.after) for node, ask in wanted if isinstance(ask, Ask)]
+        said = iter(await self.thoughts.samples(asks, each))
+        return [
+            self._mean(node, next(said)) if isinstance(ask, Ask) else replace(node, value=ask)
+            for node, ask in wanted
+        ]
+
+    def _mean(self, node: Node, said: Sequence[Thought]) -> Node:
+        value = fmean(self.task.value(node.state, thought) if thought.text else 0.0 for thought in said)
+        return replace(node, after=tuple(said), value=value)
