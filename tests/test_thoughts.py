@@ -46,6 +46,7 @@ def test_forks_share_a_committed_prefix():
     assert metrics.critical_path == len("first < >xyz") + 7
     assert metrics.reprefilled_tokens <= len(trajectory.calls)
     assert engine.released == 3
+    assert trajectory.limits == (), "three tokens were asked for, and three granted"
     assert apr.Trajectory.from_json(trajectory.to_json()) == trajectory
 
 

@@ -49,9 +49,11 @@ class Requests:
         """Tokens that nobody has reserved."""
         return self.purse.tokens - self._reserved
 
-    def reserve(self, asks: Sequence[Ask], of: float = 1.0) -> list[int]:
-        """An equal share of what is left for each, no more than it asks for, set aside until `decode` gives it back."""
-        share = max(0, int((self.left) * of) // len(asks))
+    def reserve(self, asks: Sequence[Ask], of: float = 1.0, most: int | None = None) -> list[int]:
+        """An equal share of what is left for each, `most` at most, and no more than it asks for; set aside until
+        `decode` gives it back."""
+        share = max(0, int(self.left * of) // len(asks))
+        share = share if most is None else min(share, most)
         tokens = [share if ask.tokens is None else min(share, ask.tokens) for ask in asks]
         self._reserved += sum(tokens)
         return tokens
@@ -84,9 +86,10 @@ class Requests:
 
     async def decode(self, engine: Engine | None, strand: Strand, ask: Ask, tokens: int) -> Thought:
         """One request, of at most the `tokens` reserved for it, which are given back."""
-        limits = {"tokens": tokens}
-        if ask.tokens is not None:
-            limits["asked"] = ask.tokens
+        limits = (
+            {} if ask.tokens is None else {"asked": ask.tokens}
+        )  # first: where all is granted, nothing acts
+        limits["tokens"] = tokens
         if strand.path and self.budget.branch_tokens is not None:
             limits["branch_tokens"] = self.budget.branch_tokens
         limits["critical_tokens"] = self.purse.cap - self.record.reach(strand)

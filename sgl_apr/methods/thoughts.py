@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from sgl_apr.blocks import outcome
@@ -108,9 +107,13 @@ class Thoughts:
         """`n` thoughts behind each of several contexts of their own, all at once; by context, in their order."""
         opened = await self.open(asks)
         share = int(self.requests.left * of) // max(1, len(asks) * n)
-        every = [replace(a.behind, tokens=share if a.tokens is None else min(share, a.tokens)) for a in asks]
-        forks = (self.fork(one, [ask] * n) for one, ask in zip(opened, every, strict=True))
-        return await together(forks)
+
+        def behind(one: Thought, ask: Ask) -> Coroutine[Any, Any, list[Thought]]:
+            strand = one.strand
+            begun = self._begin(strand, [(strand.context, strand.tip, (), ask.behind)] * n)
+            return self._run(one, begun, 1.0, "all", share)
+
+        return await together([behind(one, ask) for one, ask in zip(opened, asks, strict=True)])
 
     async def seeing(
         self, contexts: Sequence[tuple[str, Sequence[Thought], Ask]], *, of: float = 1.0
@@ -188,12 +191,17 @@ class Thoughts:
         return branches
 
     async def _run(
-        self, thought: Thought, begun: Sequence[tuple[Strand, Ask]], of: float, policy: Policy
+        self,
+        thought: Thought,
+        begun: Sequence[tuple[Strand, Ask]],
+        of: float,
+        policy: Policy,
+        most: int | None = None,
     ) -> list[Thought]:
         """Let branches decode, at once or as paced, until enough of them have ended; the others are cut."""
         if not begun:
             return []
-        tokens = self.requests.reserve([ask for _, ask in begun], of)
+        tokens = self.requests.reserve([ask for _, ask in begun], of, most)
         engines, at_once = await self.requests.forks(thought, [branch for branch, _ in begun], max(tokens))
         gate, ended, done = asyncio.Semaphore(at_once), list[Thought](), enough(policy, len(begun))
 

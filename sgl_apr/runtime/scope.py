@@ -30,7 +30,8 @@ class Scope:
         self._running = set[asyncio.Timeout]()
         if outer:
             outer._inner.append(self)
-            self.reason = outer.reason
+            if outer.reason is not None:
+                self.reason, self.limit = outer.reason, outer.limit
             if outer.deadline is not None and (deadline is None or outer.deadline <= deadline):
                 self.deadline, self.limit = outer.deadline, outer.limit
 
