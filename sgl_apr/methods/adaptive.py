@@ -52,8 +52,8 @@ async def _answered(
 ) -> Result:
     written = dialect(by)
     join: Join = options.get("join") or written.published
-    if join not in written.joins or (join == "kv" and not engine.joins_kv):
-        join = "text"
+    if not options.get("join") and (join not in written.joins or (join == "kv" and not engine.joins_kv)):
+        join = "text"  # the model's own way is not to be had here, and the label says so; what is asked for is an error
     prompt = task.prompt(problem, _instruction(name))
     trajectory = await areason(engine, prompt, written, **{**options, "join": join})
     return Result(name, task.answer(trajectory.answer), trajectory, label=_label(name, by, join, engine))
