@@ -87,7 +87,7 @@ def _eval(options: argparse.Namespace) -> int:
         raise AprError(f"no method {unknown[0]!r}, expected all, or some of {', '.join(MODULES)}")
     asked = {
         "task": options.task, "model": options.model or options.url, "limit": options.limit, "split": options.split, "seed": options.seed,
-        "temperature": options.temperature or 0.0, "budget": asdict(options.budget), "at_once": options.at_once,
+        "temperature": options.temperature, "budget": asdict(options.budget), "at_once": options.at_once,
     }  # fmt: skip
     with ExitStack() as stack:
         found = stack.enter_context(evaluated(options.out, asked))

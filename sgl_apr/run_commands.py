@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from sgl_apr.trace_commands import show
 
 if TYPE_CHECKING:
     from sgl_apr.engine.base import Engine
+    from sgl_apr.methods.result import Result
     from sgl_apr.methods.task import Task
     from sgl_apr.runtime.events import OnEvent
     from sgl_apr.trajectory import Trajectory
@@ -76,7 +78,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--live", action="store_true", help="show the branches side by side as they are written"
     )
-    parser.add_argument("--json", action="store_true", help="print the trajectory as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print the trajectory as JSON, with the answer of a method"
+    )
     parser.set_defaults(command=_run)
 
 
@@ -108,13 +112,19 @@ def _run(options: argparse.Namespace) -> int:
             )
         meta = _answered(options, hear)
     trajectory: Trajectory = meta["trajectory"]
+    result: Result | None = meta.get("result")
     if options.json:
-        print(trajectory.to_json())
+        print(_described(result) if result else trajectory.to_json())
         return 0
     show(trajectory, options.question)
-    if result := meta.get("result"):
+    if result:
         Console().print(f"{result.method} ({result.label}): {result.answer or '(no answer)'}", markup=False)
     return 0
+
+
+def _described(result: Result) -> str:
+    said = {"method": result.method, "answer": result.answer, "score": result.score, "label": result.label}
+    return json.dumps({**said, "trajectory": json.loads(result.trajectory.to_json())}, ensure_ascii=False)
 
 
 def _answered(options: argparse.Namespace, hear: OnEvent | None) -> dict[str, Any]:

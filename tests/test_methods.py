@@ -132,6 +132,7 @@ def test_they_run_on_open_questions(server: Server, name: str):
     assert result.metrics.total <= 2000
 
 
+@pytest.mark.filterwarnings("ignore:Error in stream_executor")
 def test_a_program_solves(solver: Server):
     @sgl.function
     def program(s: Any) -> None:
@@ -180,7 +181,8 @@ def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
     assert first["engine_calls"] == 1
     assert third["engine_calls"] == 1024 // CountdownTask.need + 1
     assert 0 < third["cached_share"] < 1
-    assert main(words) == 0
+    words[words.index(names)] = "skeleton_of_thought"
+    assert main(words) == 1, "there is no figure"
     assert "point by point" in capsys.readouterr().out
 
 

@@ -115,7 +115,7 @@ async def evaluate(
     if left:
         async with await HttpEngine.connect(url, timeout=600) as engine:
             try:
-                await attempts(engine, left, None, on_attempt=ended, **{"pacing": None, **options})
+                await attempts(engine, left, None, on_attempt=ended, pacing=None, **options)
             except (Inapplicable, BudgetExceeded, GrammarError) as error:
                 return Row(method, (), reason=str(error))
     return found.row(method)
@@ -127,6 +127,6 @@ async def alone(url: str, problems: Sequence[Problem], **options: Any) -> tuple[
     async with await HttpEngine.connect(url, timeout=600) as engine:
         for asked in (engine, cast(Engine, OneByOne(engine))):
             began = time.monotonic()
-            await attempts(asked, problems, None, at_once=1, **{"pacing": None, **options})
+            await attempts(asked, problems, None, at_once=1, pacing=None, **options)
             seconds.append(time.monotonic() - began)
     return seconds[0], seconds[1]

@@ -156,9 +156,8 @@ def learn(
     half, halves = len(trajectories) // 2, list[torch.Tensor]()
     for part in (slice(half), slice(half, None)):
         trees = _weighted(trajectories[part], advantages[part], eos, config.updates.branches)
-        collate = Collator(pad=eos)
+        own, collate = {id(tree): weights for tree, weights in trees}, Collator(pad=eos)
         for rows in batches([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
-            own = {id(tree): weights for tree, weights in trees}
             batch = collate(rows, [[own[id(tree)]] for tree in rows])
             (-(batch["weights"] * log_probabilities(model, batch)).sum() / len(trajectories)).backward()
         halves.append(_gradient(model))
