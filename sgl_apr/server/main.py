@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.caps import Caps, read_caps
 from sgl_apr.server.flags import TOKENS, defaults, pool_tokens
+from sgl_apr.server.forked import fork_children
 from sgl_apr.server.kv_support import obstacle
 from sgl_apr.server.plugin import CACHE, has_accelerator
 from sgl_apr.server.preflight import UsageError, local_config
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> None:
         caps, argv = read_caps(argv)
         args = server_args(argv)
         _add_routes(caps)
+        if not has_accelerator():
+            fork_children(launcher)
     except LaunchError as error:
         _tell(launcher, error=str(error), usage=isinstance(error, UsageError))
         sys.exit(1)

@@ -98,7 +98,7 @@ def _prepare_masks() -> None:
 
 def _register_cache() -> None:
     """The radix cache that joins branches, the positions that go with it, and the door before both."""
-    _after(
+    after(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object", _TOKENIZED, _check
     )
     register = seam("sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"])
@@ -107,10 +107,10 @@ def _register_cache() -> None:
         return
     os.environ.setdefault(SECRET, secrets.token_hex(32))
     register(CACHE, _make_cache)
-    _after("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift)
+    after("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift)
 
 
-def _after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
+def after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
     """Call `hook` with what a function of SGLang returned, and with what it was given."""
     seam(path, parameters)
     register = seam("sglang.srt.plugins.hook_registry:HookRegistry.register", ["target", "hook", "hook_type"])
