@@ -1,4 +1,4 @@
-"""The servers that a test run starts once: one for all, and one that checks its memory at every step."""
+"""The servers that a test run starts once, and how they start in seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm import Nursery
 
 from sgl_apr.dialects import dialect, dialect_names
 from sgl_apr.models import located, random_llama
@@ -14,19 +15,31 @@ from sgl_apr.tasks.solving import SERVER
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Serves a random model that likes tags; those of all dialects are its tokens. Starting it takes 20-90 s."""
+def warm() -> Iterator[type[Server]]:
+    """Starts servers that need not import SGLang first."""
+    nursery = Nursery()
+
+    class Warm(Server):
+        popen = staticmethod(nursery.popen)
+
+    yield Warm
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def server(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves a random model that likes tags; those of all dialects are its tokens."""
     directory = tmp_path_factory.mktemp("served")
     tags = dict.fromkeys(tag for name in dialect_names() for tag in dialect(name).tags)
     random_llama(directory, tags=list(tags), tag_bias=5.0)
-    with Server(directory, log_path=directory / "server.log") as server:
+    with warm(directory, log_path=directory / "server.log") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def solver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def solver(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serves the model that comes with the package, which solves Countdown."""
-    with Server(located("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER) as server:
+    with warm(located("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER) as server:
         yield server
 
 
@@ -37,11 +50,11 @@ def untagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checked(untagged: Path) -> Iterator[Server]:
+def checked(warm: type[Server], untagged: Path) -> Iterator[Server]:
     """A small pool, and checks of it at every step: its log says what was wrong."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
         patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
         options = {"max_total_tokens": 4096, "context_length": 1024, "enable_custom_logit_processor": True}
-        with Server(untagged, log_path=untagged / "log", **options) as server:
+        with warm(untagged, log_path=untagged / "log", **options) as server:
             yield server

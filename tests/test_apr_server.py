@@ -402,7 +402,7 @@ def test_many_at_once(server: Server):
 
 
 @pytest.fixture(scope="module")
-def guarded(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def guarded(warm: type[Server], server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same model behind a key, with caps and metrics."""
     log = tmp_path_factory.mktemp("guarded") / "log"
     flags = {
@@ -419,7 +419,7 @@ def guarded(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "apr_max_seconds": 60,
         "apr_max_concurrent": 2,
     }
-    with Server(get(server, "/model_info")["model_path"], log_path=log, **flags, **caps) as guarded:
+    with warm(get(server, "/model_info")["model_path"], log_path=log, **flags, **caps) as guarded:
         yield guarded
 
 

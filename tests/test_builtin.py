@@ -14,7 +14,7 @@ from sgl_apr.models import builtin, describe, located
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.evaluated import RUN
 
-LIMIT = 40
+LIMIT = 24
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def test_it_solves_and_an_evaluation_goes_on_where_it_was(
     run = tmp_path / RUN
     lines = run.read_text().splitlines(keepends=True)
     assert len(lines) == LIMIT + 1
-    run.write_text("".join(lines[:30]) + lines[30][:50])  # as a kill leaves it
+    run.write_text("".join(lines[:18]) + lines[18][:50])  # as a kill leaves it
     assert main(words) == 0
     again = run.read_text().splitlines(keepends=True)
-    assert again[:30] == lines[:30]
+    assert again[:18] == lines[:18]
     assert sorted(json.loads(line)["number"] for line in again[1:]) == list(range(LIMIT))
     assert main([*words, "--seed", "1"]) == 1
     assert "of another evaluation" in capsys.readouterr().err

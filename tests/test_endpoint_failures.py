@@ -17,7 +17,6 @@ from sglang_server import TOKENIZER, SglangServer
 
 import sgl_apr as apr
 from sgl_apr.models import random_llama
-from sgl_apr.server.launch import Server
 
 # SGLang's front end warns with a traceback whenever a program fails.
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:Error in stream_executor")]
@@ -186,10 +185,10 @@ def test_cancelling_frees_the_server(server):
 
 @pytest.mark.server
 @pytest.mark.timeout(300)
-def test_a_server_that_is_killed_mid_branch(tmp_path):
+def test_a_server_that_is_killed_mid_branch(warm, tmp_path):
     model = random_llama(tmp_path, tags=apr.dialect("threadweaver").tags, tag_bias=5.0)
     with (
-        Server(model, context_length=8192, max_total_tokens=8192) as server,
+        warm(model, context_length=8192, max_total_tokens=8192) as server,
         apr.Endpoint(server.url) as endpoint,
     ):
         pid = server.pid

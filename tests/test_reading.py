@@ -185,7 +185,7 @@ def test_valid_traces_are_clean(text: str):
     assert check(text, "threadweaver").clean
 
 
-MEGABYTE = 1 << 20
+SIZE = 1 << 18
 SMALL = (
     "<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>\n"
     "<Thread>\n1: x</Thread><Thread>\n2: y</Thread>\n</Parallel>z"
@@ -204,11 +204,11 @@ LARGE = {
 
 
 @pytest.mark.parametrize("case", LARGE)
-def test_a_megabyte_takes_no_time(case: str):
+def test_a_large_document_takes_no_time(case: str):
     name, unit = LARGE[case]
-    text = unit * (MEGABYTE // len(unit))
+    text = unit * (SIZE // len(unit))
     began = time.monotonic()
     reading = read(text, name)
-    # It is under 2 s on an idle machine; anything but linear would take minutes.
-    assert time.monotonic() - began < 20
+    # It is under 1 s on an idle machine; anything but linear would take minutes.
+    assert time.monotonic() - began < 10
     assert kept(reading) == text

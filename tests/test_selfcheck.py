@@ -121,7 +121,8 @@ def test_no_server_is_an_error():
 
 @pytest.mark.server
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("what", [pytest.param("positions", marks=pytest.mark.slow), "order"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["positions", "order"])
 def test_a_server_that_joins_wrongly_does_not_start(what: str, tmp_path: Path, monkeypatch):
     """Tokens behind a join that stand where they would in a line; layouts that are not looked at."""
     monkeypatch.setenv("PYTHONPATH", str(break_(what, tmp_path)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, NoReturn, Self
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server import preflight
@@ -61,6 +62,8 @@ class Server:
     to `log_path`, else to a temporary file that is kept if the server fails.
     """
 
+    popen: Callable[..., Any] = staticmethod(subprocess.Popen)  # how its first process begins
+
     def __init__(
         self,
         model: str | Path,
@@ -93,7 +96,7 @@ class Server:
         """Blocks until the server is ready; raises LaunchError, and leaves nothing behind then."""
         environment = preflight.check(preflight.read(self._argv))
         log = self._open_log()
-        process = ServerProcess(self._argv, environment, log)
+        process = ServerProcess(self._argv, environment, log, self.popen)
         self._running = process, log
         try:
             self._url = process.wait_ready(self._timeout, _Progress(log.name)).url

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.flags import ENVIRONMENT
@@ -45,11 +45,17 @@ class Ready:
 class ServerProcess:
     """Starts at once; `sink` gets the server's output, which goes nowhere else."""
 
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], sink: BinaryIO) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        sink: BinaryIO,
+        popen: Callable[..., Any] = subprocess.Popen,
+    ) -> None:
         self._link, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "sgl_apr.server.main", *argv]
         with theirs:
-            self._child: subprocess.Popen[bytes] = subprocess.Popen(
+            self._child: subprocess.Popen[bytes] = popen(
                 command,
                 stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,

@@ -1,0 +1,106 @@
+"""Servers as forks of one process that has imported SGLang: the same code, without half a minute of imports each.
+
+`test_server` and `test_launch` start theirs as users do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from sgl_apr.server.flags import ENVIRONMENT
+from sgl_apr.server.plugin import LAUNCHED, SECRET
+
+LIMIT = 1 << 20  # bytes of a message
+
+
+class Nursery:
+    """The process that forks; it imports while the tests go on that need no server yet."""
+
+    def __init__(self) -> None:
+        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-P", __file__]
+        environment = ENVIRONMENT | dict(os.environ) | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
+        with theirs:
+            self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
+
+    def popen(self, command: Sequence[str], *, stdin: int, env: Mapping[str, str], **_: Any) -> Forked:
+        """As `subprocess.Popen` for a command of `ServerProcess`, whose other options are always the same."""
+        begin = command.index("sgl_apr.server.main") + 1
+        ours, theirs = os.pipe()
+        message = json.dumps([list(command[begin:]), dict(env)]).encode()
+        socket.send_fds(self._link, [message], [stdin, theirs])
+        os.close(theirs)
+        return Forked(int(self._link.recv(64)), os.fdopen(ours, "rb"))
+
+    def close(self) -> None:
+        self._link.close()
+        self._process.wait()
+
+
+class Forked:
+    """What a `subprocess.Popen` is to its child; how it ended only the nursery could know."""
+
+    returncode = None
+
+    def __init__(self, pid: int, stdout: IO[bytes]) -> None:
+        self.pid, self.stdout = pid, stdout
+        self._process = os.pidfd_open(pid)
+
+    def wait(self, timeout: float | None = None) -> None:
+        gone = select.poll()
+        gone.register(self._process, select.POLLIN)
+        if not gone.poll(None if timeout is None else timeout * 1000):
+            raise subprocess.TimeoutExpired("a server", timeout or 0.0)
+
+    def send_signal(self, number: int) -> None:
+        signal.pidfd_send_signal(self._process, number)
+
+
+def main() -> None:
+    link = socket.socket(fileno=os.dup(0))
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+    import sgl_apr.server.main
+    import sgl_apr.server.routes
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(link, LIMIT, 2)
+        if not message:
+            return
+        if (pid := os.fork()) == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            link.close()
+            argv, environment = json.loads(message)
+            _become(environment, *descriptors)
+            sgl_apr.server.main.main(argv)
+            os._exit(0)
+        link.send(str(pid).encode())
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become(environment: dict[str, str], stdin: int, stdout: int) -> None:
+    """The process that `ServerProcess` would have started."""
+    os.setsid()
+    for descriptor, number in ((stdin, 0), (stdout, 1), (stdout, 2)):
+        os.dup2(descriptor, number)
+    os.close(stdin)
+    os.close(stdout)
+    secret = os.environ[SECRET]  # the plugin has it from here
+    os.environ.clear()
+    os.environ.update(environment | {SECRET: secret})
+
+
+if __name__ == "__main__":
+    main()
