@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from sgl_apr.doctor_commands import add_commands as add_doctor
 from sgl_apr.errors import AprError
 from sgl_apr.eval_commands import add_commands as add_eval
+from sgl_apr.plot_commands import add_commands as add_plot
 from sgl_apr.run_commands import add_commands as add_run
 from sgl_apr.trace_commands import add_commands
 from sgl_apr.train_commands import add_commands as add_train
@@ -45,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         '  sgl-apr run "Tell me about whales and eagles." --url http://127.0.0.1:30000\n'
         "  sgl-apr parse trace.txt --json\n"
         "  sgl-apr validate replies.jsonl\n"
-        "  sgl-apr convert replies.jsonl --to multiverse",
+        "  sgl-apr convert replies.jsonl --to multiverse\n"
+        "  sgl-apr plot out -o figure.pdf",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor(commands)
     add_train(commands)
     add_eval(commands)
+    add_plot(commands)
     return parser
 
 

@@ -1,19 +1,73 @@
-"""Pictures: accuracy within a context, within tokens, within a critical path; and how a training run went."""
+"""Pictures: the share that is solved within a context, tokens, a critical path, seconds; and how a training run went."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from sgl_apr.tasks.evaluation import Measured, Row
+from sgl_apr.errors import AprError
+from sgl_apr.tasks.evaluated import RUN, read
+from sgl_apr.tasks.evaluation import RESAMPLES, Measured, Row
 
-AXES: tuple[tuple[str, Callable[[Measured], int]], ...] = (
-    ("longest context, tokens", lambda a: a.context),
-    ("total tokens", lambda a: a.tokens),
-    ("critical path, tokens", lambda a: a.critical_path),
-)
+LABELS = {
+    "context": "longest context (tokens)",
+    "tokens": "total tokens",
+    "critical_path": "critical path (tokens)",
+    "wall": "wall time (s)",
+}
+SUFFIXES = (".pdf", ".svg", ".png")
+# Told apart by the colour-blind and, by their strokes, in print without colours.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STROKES = ("solid", "dashed", "dashdot", "dotted")
+# As a paper takes it: the size of its captions, a face like its text's, and fonts that are embedded as fonts.
+PAPER = {
+    "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9, "legend.fontsize": 8, "axes.linewidth": 0.6,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "pdf.fonttype": 42, "svg.hashsalt": "sgl_apr",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method in the picture: what it came to, and the seconds of each attempt; `seconds` is empty if they are not known."""
+
+    row: Row
+    seconds: Sequence[float] = ()
+
+    def costs(self, axis: str) -> Sequence[float]:
+        """What each attempt cost, in the order of the attempts; empty if that is not known."""
+        if axis == "wall":
+            return self.seconds
+        return [getattr(attempt, axis) for attempt in self.row.attempts]
+
+
+def lines(directories: Sequence[Path]) -> list[Line]:
+    """The methods of some evaluations; of several, each has the name of its directory. Raises `AprError` for one without attempts."""
+    found = list[Line]()
+    for directory in directories:
+        if not (rows := read(directory)):
+            raise AprError(f"{directory / RUN} holds no attempt, expected at least one")
+        taken = walls(directory)
+        for row in rows:
+            name = directory.name if len(rows) == 1 else f"{directory.name}, {row.method}"
+            seconds = taken.get(row.method, ())
+            row = replace(row, method=name) if len(directories) > 1 else row
+            found.append(Line(row, seconds if len(seconds) == len(row.attempts) else ()))
+    return found
+
+
+def walls(directory: Path) -> Mapping[str, Sequence[float]]:
+    """Seconds of the attempts of each method whose trajectories were kept, in the order of the problems."""
+    taken: dict[str, dict[int, float]] = {}
+    with (directory / RUN).open(encoding="utf-8") as file:
+        next(file, None)
+        for line in map(json.loads, file):
+            if trajectory := line.get("trajectory"):
+                taken.setdefault(line["method"], {})[line["number"]] = float(trajectory["wall_s"])
+    return {method: [seconds[n] for n in sorted(seconds)] for method, seconds in taken.items()}
 
 
 def curve(row: Row, of: Callable[[Measured], int]) -> tuple[list[int], list[float]]:
@@ -22,22 +76,81 @@ def curve(row: Row, of: Callable[[Measured], int]) -> tuple[list[int], list[floa
     return limits, [(k + 1) / len(row.attempts) for k in range(len(limits))]
 
 
-def draw(rows: Sequence[Row], path: Path, title: str = "") -> None:
-    """One panel for each cost, one line for each row, into a PNG, SVG or PDF."""
+def band(solved: int, attempts: int) -> tuple[Sequence[float], Sequence[float]]:
+    """95% bootstrap bounds of a curve behind none of its steps, behind one, ..., each for itself.
+
+    Every solved one of the attempts is a step.
+    """
+    import numpy as np
+
+    odds = [1 / attempts] * solved + [1 - solved / attempts]  # what was not solved never counts
+    drawn = np.random.default_rng(0).multinomial(attempts, odds, size=RESAMPLES)[:, :solved]
+    low, high = np.quantile(drawn.cumsum(axis=1) / attempts, (0.025, 0.975), axis=0)
+    return [0.0, *low.tolist()], [0.0, *high.tolist()]
+
+
+def draw(rows: Sequence[Row | Line], path: Path, title: str = "", axes: Sequence[str] = ()) -> None:
+    """One panel for each cost, one line with its band for each row, into a PDF, SVG or PNG.
+
+    axes: some of `LABELS`; by default those that are known of every row. Raises `AprError` for one that is not, for
+    rows without attempts, and for another suffix.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (name, of) in zip(figure.subplots(1, len(AXES), sharey=True), AXES, strict=True):
-        for row in rows:
-            axes.step(*curve(row, of), where="post", label=f"{row.method} ({row.accuracy:.1%})")
-        axes.set_xlabel(f"at most so many tokens: {name.removesuffix(', tokens')}")
-        axes.set_xlim(left=0)
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("solved")
-    figure.axes[-1].legend(loc="lower right", fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    drawn = [row if isinstance(row, Line) else Line(row) for row in rows]
+    if path.suffix not in SUFFIXES:
+        raise AprError(
+            f"cannot draw a {path.suffix or 'file without a suffix'}, expected {', '.join(SUFFIXES)}"
+        )
+    if not drawn or not all(line.row.attempts for line in drawn):
+        raise AprError("nothing to draw, expected attempts of every method")
+    panels = axes or [axis for axis in LABELS if not unknown(drawn, axis)]
+    for axis in panels:
+        if missing := unknown(drawn, axis):
+            raise AprError(f"{axis} is not known of {', '.join(missing)}, whose trajectories were not kept")
+    with rc_context(PAPER):
+        figure: Any = Figure(figsize=(2.35 * len(panels) + 0.4, 2.5), layout="constrained")
+        for panel, axis in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+        ):
+            _panel(panel, drawn, axis)
+        figure.axes[0].set_ylabel("solved within it")
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def unknown(drawn: Sequence[Line], axis: str) -> list[str]:
+    """The methods of which a cost is not known."""
+    return [line.row.method for line in drawn if not line.costs(axis)]
+
+
+def _panel(panel: Any, drawn: Sequence[Line], axis: str) -> None:
+    known = [line.costs(axis) for line in drawn]
+    solved = [
+        sorted(c for c, a in zip(k, line.row.attempts, strict=True) if a.correct)
+        for k, line in zip(known, drawn, strict=True)
+    ]
+    end = max(map(max, filter(None, solved)), default=max(map(max, known)))  # behind it all lines are flat
+    for line, steps, colour, stroke in zip(drawn, solved, cycle(COLOURS), cycle(STROKES), strict=False):
+        row, attempts = line.row, len(line.row.attempts)
+        behind = {0: 0} | {cost: k for k, cost in enumerate(steps, 1)} | {end: len(steps)}
+        low, high = band(len(steps), attempts)
+        panel.fill_between(
+            [*behind], [low[k] for k in behind.values()], [high[k] for k in behind.values()], step="post", color=colour,
+            alpha=0.2, linewidth=0,
+        )  # fmt: skip
+        shares = [k / attempts for k in behind.values()]
+        label = f"{row.method} ({row.accuracy:.1%})"
+        panel.step(
+            [*behind], shares, where="post", color=colour, linestyle=stroke, label=label, linewidth=1.2
+        )
+    panel.set_xlabel(LABELS[axis])
+    panel.set_xlim(0, 1.02 * end or 1)
+    panel.set_ylim(0, 1)
+    panel.grid(alpha=0.25, linewidth=0.5)
 
 
 def draw_log(log: Path, path: Path, names: Sequence[str]) -> None:
