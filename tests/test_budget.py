@@ -68,7 +68,7 @@ def random_case(name: str, rng: random.Random) -> tuple[apr.Budget, TimedEngine,
 @pytest.mark.parametrize("name", EVERY)
 def test_no_limit_is_ever_exceeded(name: str):
     dialect, rng, bound = apr.dialect(name), random.Random(name), Counter()
-    cases = 60
+    cases = 110
     for _ in range(cases):
         budget, engine, options = random_case(name, rng)
         t, seconds = virtual.run(apr.areason(engine, "Q: ", name, budget=budget, **options))
