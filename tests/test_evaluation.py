@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
+from traces import TRACE
 
 import sgl_apr as apr
 from sgl_apr.report.curves import curve, draw
@@ -77,6 +79,18 @@ def test_what_was_interrupted_goes_on_behind_its_last_whole_line(tmp_path: Path)
         found.add("apr", 2, ONE, 2.0)
     (row,) = read(tmp_path)
     assert (row.method, [a.problem for a in row.attempts], row.wall_s) == ("apr", ["q", "p", "p"], 2.0)
+
+
+def test_how_an_answer_came_about_is_written_and_not_kept(tmp_path: Path):
+    trajectory = apr.dialect("threadweaver").parse(TRACE + "\u2028\x85", tokenizer=apr.ByteTokenizer())
+    with evaluated(tmp_path, {}) as found:
+        found.add("apr", 0, ONE, 0.5, "4", trajectory)
+        found.add("apr", 1, ONE, 0.5)
+    _, first, second = map(json.loads, (tmp_path / RUN).read_text().split("\n")[:-1])
+    assert (first["answer"], second["answer"], "trajectory" in second) == ("4", "", False)
+    assert apr.Trajectory.from_json(json.dumps(first["trajectory"])) == trajectory
+    (row,) = read(tmp_path)
+    assert row.attempts == [ONE, ONE]
 
 
 def test_another_evaluation_is_not_mixed_in(tmp_path: Path):

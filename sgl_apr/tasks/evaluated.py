@@ -19,9 +19,11 @@ from sgl_apr.journal import appending
 from sgl_apr.methods.task import Inapplicable
 from sgl_apr.tasks.countdown import Problem
 from sgl_apr.tasks.evaluation import Measured, Row
-from sgl_apr.tasks.solving import Attempt, attempts
+from sgl_apr.tasks.solving import Attempt, answer, attempts
+from sgl_apr.trajectory import Trajectory
 
 RUN = "run.jsonl"
+WRITTEN = ("answer", "trajectory")  # of an attempt, and not kept: there are thousands
 
 
 class Evaluated:
@@ -32,11 +34,22 @@ class Evaluated:
         self.attempts: dict[str, dict[int, Measured]] = {}
         self.seconds: dict[str, float] = {}
 
-    def add(self, method: str, number: int, measured: Measured, seconds: float) -> None:
-        """One attempt, and for how long its method had been running by then."""
+    def add(
+        self,
+        method: str,
+        number: int,
+        measured: Measured,
+        seconds: float,
+        answer: str = "",
+        trajectory: Trajectory | None = None,
+    ) -> None:
+        """One attempt, and for how long its method had been running by then; how it came about is only written."""
         if self.file is not None:
             line = {"method": method, "number": number, "seconds": round(seconds, 2), **asdict(measured)}
-            os.write(self.file, json.dumps(line).encode() + b"\n")
+            text = json.dumps({**line, "answer": answer})
+            if trajectory is not None:
+                text = f'{text[:-1]}, "trajectory": {trajectory.to_json()}}}'
+            os.write(self.file, text.encode() + b"\n")
         self._keep(method, number, measured, seconds)
 
     def row(self, method: str) -> Row:
@@ -47,11 +60,14 @@ class Evaluated:
     def load(self, path: Path) -> dict[str, Any] | None:
         """Attempts from such a file, and what all of them have in common; None for an empty one. Raises `AprError`."""
         try:
-            read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            asked, *lines = read or [None]
-            for line in lines:
-                method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
-                self._keep(method, number, Measured(**line), seconds)
+            with path.open(encoding="utf-8") as file:
+                asked = json.loads(next(file, "null"))
+                for text in file:
+                    line = json.loads(text)
+                    method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
+                    for name in WRITTEN:
+                        line.pop(name, None)
+                    self._keep(method, number, Measured(**line), seconds)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AprError(f"{path} is no file that `sgl-apr eval ... -o` has written: {error!r}") from None
         found: dict[str, Any] | None = asked
@@ -109,7 +125,9 @@ async def evaluate(
     began = time.monotonic() - found.seconds.get(method, 0.0)
 
     def ended(attempt: Attempt) -> None:
-        found.add(method, numbers[attempt.problem], Measured.of(attempt), time.monotonic() - began)
+        said = attempt.result.answer if attempt.result else answer(attempt.trajectory)
+        number, seconds = numbers[attempt.problem], time.monotonic() - began
+        found.add(method, number, Measured.of(attempt), seconds, said, attempt.trajectory)
         on_attempt()
 
     if left:
