@@ -17,7 +17,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.self_consistency import self_consistency
-from sgl_apr.tasks import mathematics
+from sgl_apr.tasks.asking import LONGEST_S
 from sgl_apr.tasks.mathematics import FORMULAS, Formulas, MathTask, Said
 
 
@@ -129,10 +129,10 @@ def test_a_process_that_is_gone_or_hangs_is_begun_anew(monkeypatch: pytest.Monke
     formulas._process.wait()
     assert formulas.ask("found", "$2$") == "2"
     os.kill(formulas._process.pid, signal.SIGSTOP)
-    monkeypatch.setattr(mathematics, "LONGEST_S", 0.3)
+    formulas.seconds = 0.3
     assert formulas.ask("found", "$3$") is None
     assert formulas._process is None
-    monkeypatch.setattr(mathematics, "LONGEST_S", 10.0)
+    formulas.seconds = LONGEST_S
     assert formulas.ask("found", "$4$") == "4"
     formulas.end()
     monkeypatch.setattr(sys, "executable", "/bin/false")

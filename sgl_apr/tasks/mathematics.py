@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from select import select
-from threading import Lock
-from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.errors import AprError
+from sgl_apr.tasks.asking import Asked
 from sgl_apr.tasks.chat import Chat
 from sgl_apr.tasks.question import ANSWER, QuestionTask
-
-START_S, LONGEST_S = 120.0, 10.0
 
 
 class MathTask(QuestionTask):
@@ -64,53 +56,11 @@ class Said:
         return 0  # what says the same may look like anything
 
 
-class Formulas:
-    """The process that runs `sgl_apr.tasks.formulas`, begun when it is first asked, and anew where it was ended."""
+class Formulas(Asked):
+    """The process that runs `sgl_apr.tasks.formulas`."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = Lock()
-
-    def ask(self, name: str, *texts: str) -> Any:
-        """What a function there says; None if it does not come to an end, or needs too much memory."""
-        with self._lock:
-            process = self._running()
-            assert process.stdin
-            try:
-                process.stdin.write(json.dumps([name, *texts]) + "\n")
-                process.stdin.flush()
-                return json.loads(self._line(process, LONGEST_S) or "null")
-            except BaseException as error:  # an answer that was not read would be taken for the next one
-                self.end()
-                if isinstance(error, BrokenPipeError):
-                    return None
-                raise
-
-    def end(self) -> None:
-        """End it."""
-        if self._process:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self.end()
-            command = [sys.executable, "-m", "sgl_apr.tasks.formulas"]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            if not self._line(self._process, START_S):
-                raise AprError("the process that reads formulas with math-verify did not start")
-        return self._process
-
-    def _line(self, process: subprocess.Popen[str], seconds: float) -> str:
-        """Its next line; empty, and it is ended, if none comes."""
-        assert process.stdout
-        line = process.stdout.readline() if select([process.stdout], [], [], seconds)[0] else ""
-        if not line:
-            self.end()
-        return line
+        super().__init__("sgl_apr.tasks.formulas")
 
 
 FORMULAS = Formulas()
