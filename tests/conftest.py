@@ -14,6 +14,13 @@ from sgl_apr.server.launch import Server
 from sgl_apr.tasks.solving import SERVER
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes one has all tests that ask a server, so that each is started once."""
+    for item in items:
+        if item.get_closest_marker("server") or {"warm", "untagged"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("servers"))
+
+
 @pytest.fixture(scope="session")
 def warm() -> Iterator[type[Server]]:
     """Starts servers that need not import SGLang first."""

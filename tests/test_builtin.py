@@ -36,6 +36,7 @@ def test_it_solves_and_an_evaluation_goes_on_where_it_was(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["eval", "countdown", "--url", url, "--limit", str(LIMIT), "-o", str(tmp_path), "--json"]
+    words += ["--budget", "tokens=2500,width=16,branch_tokens=160"]
     assert main(words) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["accuracy"] > 0.6
