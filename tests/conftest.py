@@ -14,6 +14,7 @@ from sgl_apr.server.launch import Server
 from sgl_apr.tasks.solving import SERVER
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several processes one has all tests that ask a server, so that each is started once."""
     for item in items:
