@@ -11,6 +11,7 @@ from sgl_apr.doctor_commands import add_commands as add_doctor
 from sgl_apr.errors import AprError
 from sgl_apr.eval_commands import add_commands as add_eval
 from sgl_apr.plot_commands import add_commands as add_plot
+from sgl_apr.report_commands import add_commands as add_report
 from sgl_apr.run_commands import add_commands as add_run
 from sgl_apr.trace_commands import add_commands
 from sgl_apr.train_commands import add_commands as add_train
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "  sgl-apr parse trace.txt --json\n"
         "  sgl-apr validate replies.jsonl\n"
         "  sgl-apr convert replies.jsonl --to multiverse\n"
-        "  sgl-apr plot out -o figure.pdf",
+        "  sgl-apr plot out -o figure.pdf\n"
+        "  sgl-apr report out -o report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_eval(commands)
     add_plot(commands)
+    add_report(commands)
     return parser
 
 
