@@ -13,7 +13,7 @@ demo-smollm2: $(READY)    ## a language model forks and joins its own reasoning
 	$(PYTHON) examples/quickstart.py
 
 test: $(READY)            ## every test but the slow ones, on a real server
-	$(PYTHON) -m pytest -q -m "not slow" -n 2 --dist loadgroup --durations=40
+	$(PYTHON) -m pytest -q -m "not slow" -n 2 --durations=40
 
 test-all: $(READY)        ## the slow ones too
 	$(PYTHON) -m pytest -q

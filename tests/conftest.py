@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from warm import Nursery
@@ -13,13 +14,27 @@ from sgl_apr.models import located, random_llama
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.solving import SERVER
 
+SERVED = "pytest.mark.server"
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one has all files with tests that ask a server, so that each is started once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "servers" if SERVED in (config.rootpath / file).read_text(encoding="utf-8") else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes one has all tests that ask a server, so that each is started once."""
+    """What asks a server says so."""
     for item in items:
-        if item.get_closest_marker("server") or {"warm", "untagged"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("servers"))
+        if "warm" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("server"):
+            raise pytest.UsageError(f"{item.nodeid} asks a server, expected @{SERVED}")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from sgl_apr.models import builtin, describe, located
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.evaluated import RUN
 
+pytestmark = pytest.mark.server
 LIMIT = 24
 
 

@@ -13,6 +13,7 @@ from sgl_apr.models import random_llama, smollm2
 from sgl_apr.server.launch import Server
 from sgl_apr.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.server
 every = pytest.mark.parametrize("name", apr.dialect_names())
 
 
