@@ -17,6 +17,8 @@ import argparse
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,9 +30,12 @@ from rich.table import Table
 
 import sgl_apr as apr
 from sgl_apr.server.launch import Server
-from sgl_apr.tasks.countdown import problems
-from sgl_apr.tasks.evaluated import evaluate, evaluated
+from sgl_apr.tasks.countdown import Problem
+from sgl_apr.tasks.countdown_task import CountdownTask
+from sgl_apr.tasks.evaluated import evaluated
+from sgl_apr.tasks.evaluating import evaluate
 from sgl_apr.tasks.evaluation import Row
+from sgl_apr.tasks.games import countdown
 from sgl_apr.tasks.solving import SERVER
 from sgl_apr.training import grpo, sft
 from sgl_apr.training.config import Data, GrpoConfig, Model, Rollouts, SftConfig, Steps, Updates
@@ -47,12 +52,23 @@ RELAXED = ("naive_threads", "parallel_r1_product", "gated")
 WIDTHS = (2, 4, 6, 8)
 
 
+class Told(CountdownTask):
+    """Says in the prompt how many branches each fork is to have."""
+
+    def __init__(self, engine: apr.Engine, width: int) -> None:
+        super().__init__(engine)
+        self.width = width
+
+    def prompt(self, problem: Problem, instruction: str = "") -> str:
+        return problem.asked(self.width)
+
+
 class Arms:
     """Runs and evaluations in one directory."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out
-        self.given = list(problems(options.limit, "test", seed=1))
+        self.given = countdown(options.limit, "test", seed=1)
 
     def learned(self, name: str, start: Path, reward: str) -> Path:
         """The model behind some steps of reinforcement."""
@@ -65,17 +81,20 @@ class Arms:
         config = GrpoConfig(Model(path=str(start)), rollouts=rollouts, updates=updates)
         return grpo.train(config, self.out / name, lambda _: next(steps, None))
 
-    def measured(self, name: str, model: Path, **options: Any) -> Row:
-        """What a model makes of the problems."""
-        directory = self.out / "eval" / name.replace(" ", "-")
-        asked = {"model": str(model), "limit": len(self.given)} | {k: str(v) for k, v in options.items()}
+    def measured(self, name: str, model: Path, width: int | None = None, **options: Any) -> Row:
+        """What a model makes of the problems; with a width, told so."""
+        directory, given = self.out / "eval" / name.replace(" ", "-"), self.given
+        told = options if width is None else {**options, "width": width}
+        asked = {"model": str(model), "limit": len(given.cases)} | {k: str(v) for k, v in told.items()}
+        if width is not None:
+            given = replace(given, task=partial(Told, width=width))
         options = {"mode": "auto", "temperature": 1.0, "budget": BUDGET} | options
         with evaluated(directory, asked) as found:
-            if len(found.attempts.get(name, ())) == len(self.given):
+            if len(found.attempts.get(name, ())) == len(given.cases):
                 return found.row(name)
             log = self.out / "server.log"
             with Server(model, log_path=log, context_length=2048, **SERVER) as server:
-                return asyncio.run(evaluate(server.url, self.given, name, found, **options))
+                return asyncio.run(evaluate(server.url, given, name, found, by="apr", **options))
 
 
 def rewards(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
-from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 
 from rich.console import Console
 from rich.progress import track
@@ -22,19 +21,10 @@ from sgl_apr.methods.result import Result
 from sgl_apr.methods.tree_of_thoughts import tree_of_thoughts
 from sgl_apr.models import located
 from sgl_apr.report.tree import summary
-from sgl_apr.tasks.countdown import Problem, solves, ways
+from sgl_apr.tasks.countdown import Problem, solves
 from sgl_apr.tasks.countdown_task import CountdownTask
+from sgl_apr.tasks.games import cards
 from sgl_apr.tasks.solving import SERVER
-
-
-def games(count: int, seed: int) -> Iterator[Problem]:
-    """Four cards from 1 to 13 that can make 24."""
-    rng = random.Random(seed)
-    while count:
-        game = Problem(tuple(sorted(rng.randint(1, 13) for _ in range(4))), 24)
-        if ways(game):
-            count -= 1
-            yield game
 
 
 async def play(url: str, given: list[Problem], search: str) -> list[Result]:
@@ -60,7 +50,7 @@ def main() -> None:
     parser.add_argument("--search", choices=["bfs", "dfs"], default="bfs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    given, console = list(games(options.count, options.seed)), Console(width=125)
+    given, console = list(islice(cards(options.seed), options.count)), Console(width=125)
     with ExitStack() as stack:
         url = options.url or stack.enter_context(apr.Server(located(options.model), **SERVER)).url
         found = asyncio.run(play(url, given, options.search))

@@ -114,3 +114,64 @@ def test_a_file_of_something_else_is_a_clear_error(tmp_path: Path, text: str):
     for reading in (lambda: read(tmp_path), lambda: evaluated(tmp_path, {"seed": 0}).__enter__()):
         with pytest.raises(apr.AprError, match="is no file that"):
             reading()
+
+
+def test_what_else_a_row_says():
+    attempts = [
+        replace(ONE, context=40, redundancy=0.5, diversity=1.0, took_s=2.0, sequential_s=3.0, parallel_s=1.0),
+        replace(ONE, context=60, redundancy=None, took_s=4.0),
+    ]
+    found = Row("apr", attempts).as_json(())
+    assert (found["context_mean"], found["context_max"]) == (50.0, 60)
+    assert (found["redundancy"], found["diversity"]) == (0.5, 1.0)
+    assert (found["took_s"], found["predicted_sequential_s"], found["predicted_parallel_s"]) == (
+        3.0,
+        3.0,
+        1.0,
+    )
+    none = Row("apr", (), reason="why").as_json(())
+    assert none == {name: None for name in none} | {"method": "apr", "problems": 0, "reason": "why"}
+    assert set(none) - {"reason"} == {n for n in found if not n.startswith(("by_", "within_"))}
+
+
+def test_what_a_fork_is_by_size():
+    small = [
+        replace(ONE, size=3, branches=4, forks=2),
+        replace(ONE, size=3, branches=0, forks=0, correct=False),
+    ]
+    found = Row("apr", [*small, replace(ONE, redundancy=0.25)]).as_json(())["by_size"]
+    assert found[3] == {
+        "problems": 2, "accuracy": 0.5, "fork_rate": 0.5, "branches": 2, "width": 2, "redundancy": None,
+    }  # fmt: skip
+    assert (found[4]["width"], found[4]["redundancy"]) == (3, 0.25)
+
+
+def test_many_sizes_are_few_groups_of_like_sizes():
+    sizes = [k * k for k in range(100)]
+    groups = Row("apr", [replace(ONE, size=size) for size in sizes]).by_size
+    assert len(groups) == 8
+    assert sum(map(len, groups.values())) == 100
+    assert {len(own) for own in groups.values()} <= {12, 13}
+    low = -1
+    for largest, own in groups.items():
+        assert low < min(a.size for a in own) <= max(a.size for a in own) <= largest
+        low = largest
+    assert {*Row("apr", [replace(ONE, size=s) for s in (1, 1, 1, *range(9))]).by_size} <= {*range(9)}
+
+
+def test_files_from_before_are_read(tmp_path: Path):
+    kept = {
+        "problem": "p",
+        "size": 4,
+        "correct": True,
+        "tokens": 9,
+        "critical_path": 5,
+        "context": 7,
+        "branches": 0,
+        "forks": 0,
+    }
+    line = {"method": "apr", "number": 0, "seconds": 0.5, **kept}
+    (tmp_path / RUN).write_text(json.dumps({"task": "countdown"}) + "\n" + json.dumps(line) + "\n")
+    (found,) = read(tmp_path)
+    assert found.attempts == [Measured(**kept)]
+    assert found.as_json((8,))["redundancy"] is None

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from sgl_apr.engine.base import Engine
-from sgl_apr.engine.http import HttpEngine
-from sgl_apr.engine.serial import OneByOne
-from sgl_apr.errors import AprError, BudgetExceeded, GrammarError
+from sgl_apr.errors import AprError
 from sgl_apr.journal import appending
-from sgl_apr.methods.task import Inapplicable
-from sgl_apr.tasks.countdown import Problem
 from sgl_apr.tasks.evaluation import Measured, Row
-from sgl_apr.tasks.solving import Attempt, answer, attempts
 from sgl_apr.trajectory import Trajectory
 
-RUN = "run.jsonl"
+RUN, SUMMARY = "run.jsonl", "summary.json"
 WRITTEN = ("answer", "trajectory")  # of an attempt, and not kept: there are thousands
 
 
@@ -104,47 +97,3 @@ def read(directory: Path) -> list[Row]:
     found = Evaluated()
     found.load(directory / RUN)
     return [found.row(method) for method in found.attempts]
-
-
-async def evaluate(
-    url: str,
-    problems: Sequence[Problem],
-    method: str,
-    found: Evaluated,
-    *,
-    on_attempt: Callable[[], None] = lambda: None,
-    **options: Any,
-) -> Row:
-    """What a server makes of the problems that are not among the attempts of this method yet, and of the others.
-
-    Options are those of `attempts`. A method that cannot be asked has a row that says why.
-    """
-    done = found.attempts.get(method, {})
-    numbers = {problem: number for number, problem in enumerate(problems)}
-    left = [problem for problem, number in numbers.items() if number not in done]
-    began = time.monotonic() - found.seconds.get(method, 0.0)
-
-    def ended(attempt: Attempt) -> None:
-        said = attempt.result.answer if attempt.result else answer(attempt.trajectory)
-        number, seconds = numbers[attempt.problem], time.monotonic() - began
-        found.add(method, number, Measured.of(attempt), seconds, said, attempt.trajectory)
-        on_attempt()
-
-    if left:
-        async with await HttpEngine.connect(url, timeout=600) as engine:
-            try:
-                await attempts(engine, left, None, on_attempt=ended, pacing=None, **options)
-            except (Inapplicable, BudgetExceeded, GrammarError) as error:
-                return Row(method, (), reason=str(error))
-    return found.row(method)
-
-
-async def alone(url: str, problems: Sequence[Problem], **options: Any) -> tuple[float, float]:
-    """Seconds for problems one after another: with all that a method asks at once, and with one request at a time."""
-    seconds = list[float]()
-    async with await HttpEngine.connect(url, timeout=600) as engine:
-        for asked in (engine, cast(Engine, OneByOne(engine))):
-            began = time.monotonic()
-            await attempts(asked, problems, None, at_once=1, pacing=None, **options)
-            seconds.append(time.monotonic() - began)
-    return seconds[0], seconds[1]

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import comb
-from statistics import fmean
+from statistics import fmean, quantiles
 
-from sgl_apr.metrics import Metrics
-from sgl_apr.tasks.solving import Attempt
+from sgl_apr.methods.result import Result
+from sgl_apr.tasks.benchmark import Case
+from sgl_apr.tasks.cost import Cost, gain
+from sgl_apr.tasks.variety import diversity, redundancy
 
 RESAMPLES = 2000
+SIZES = 8  # groups of problems at most, by their size
+NUMBERS = ("accuracy", "fork_rate", "branches")  # of a group, by numbers, as Countdown calls its size
 FIGURES = (
-    "accuracy", "ci95", "total_tokens", "critical_path", "fork_rate", "wall_s", "cached_share", "engine_calls", "label",
-    "alone_s", "one_by_one_s",
+    "accuracy", "ci95", "total_tokens", "critical_path", "fork_rate", "wall_s", "context_mean", "context_max", "redundancy",
+    "diversity", "cached_share", "engine_calls", "label", "alone_s", "one_by_one_s", "took_s", "predicted_sequential_s",
+    "predicted_parallel_s",
 )  # fmt: skip
 
 
@@ -23,7 +29,8 @@ FIGURES = (
 class Measured:
     """One attempt, without its text. tokens, critical_path, context: of the reply, its longest chain, and the
     longest context that any of its tokens was decoded in (prompt included). calls, prompt_tokens, cached_tokens: of
-    the engine. label: of the method."""
+    the engine. label: of the method. redundancy, diversity: of its branches, see `sgl_apr.tasks.variety`. took_s: seconds
+    of the trajectory. sequential_s, parallel_s: what `sgl_apr.tasks.cost` says of it, where a cost is known."""
 
     problem: str
     size: int
@@ -37,15 +44,28 @@ class Measured:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     label: str = ""
+    redundancy: float | None = None
+    diversity: float | None = None
+    took_s: float | None = None
+    sequential_s: float | None = None
+    parallel_s: float | None = None
 
     @classmethod
-    def of(cls, attempt: Attempt) -> Measured:
-        """That of one attempt."""
-        m: Metrics = attempt.trajectory.metrics()
+    def of(
+        cls,
+        case: Case,
+        result: Result,
+        correct: bool,
+        read: Callable[[str], Hashable | None],
+        cost: Cost | None = None,
+    ) -> Measured:
+        """That of one attempt; `read` is what the answer of a text is counted as."""
+        m, made = result.metrics, result.trajectory
+        gained = gain(made, cost) if cost else None
         return cls(
-            attempt.problem.text, len(attempt.problem.numbers), attempt.correct, m.total, m.critical_path,
-            m.longest_context, m.branches, m.blocks, m.engine_calls, m.prompt_tokens, m.cached_tokens,
-            attempt.result.label if attempt.result else "",
+            case.name, case.size, correct, m.total, m.critical_path, m.longest_context, m.branches, m.blocks,
+            m.engine_calls, m.prompt_tokens, m.cached_tokens, result.label, redundancy(made), diversity(made, read),
+            made.wall_s, gained.sequential_s if gained else None, gained.parallel_s if gained else None,
         )  # fmt: skip
 
 
@@ -92,12 +112,29 @@ class Row:
         """The mean of something."""
         return fmean(map(of, self.attempts))
 
+    def known(self, of: Callable[[Measured], float | None]) -> float | None:
+        """The mean of something over the attempts of which it is known; None if it is of none."""
+        return _rounded([x for x in map(of, self.attempts) if x is not None])
+
+    @property
+    def by_size(self) -> Mapping[int, Sequence[Measured]]:
+        """Attempts by the size of their problems; by about as many groups of like sizes, under the largest of each,
+        where there are more than `SIZES`."""
+        sizes = sorted({a.size for a in self.attempts})
+        if len(sizes) > SIZES:
+            cuts = quantiles([a.size for a in self.attempts], n=SIZES, method="inclusive")
+            sizes = sorted({*(int(cut) for cut in cuts), sizes[-1]})
+        found: dict[int, list[Measured]] = {size: [] for size in sizes}
+        for attempt in self.attempts:
+            found[sizes[bisect_left(sizes, attempt.size)]].append(attempt)
+        return {size: own for size, own in found.items() if own}
+
     def as_json(self, windows: Sequence[int]) -> Mapping[str, object]:
         """For machines; no figure of a method that could not be asked."""
         if not self.attempts:
             return {"method": self.method, "problems": 0, **dict.fromkeys(FIGURES), "reason": self.reason}
         forked = [a for a in self.attempts if a.forks]
-        sizes = sorted({a.size for a in self.attempts})
+        groups = {size: _group(own) for size, own in self.by_size.items()}
         return {
             "method": self.method,
             "problems": len(self.attempts),
@@ -107,24 +144,40 @@ class Row:
             "critical_path": round(self.mean(lambda a: a.critical_path), 1),
             "fork_rate": round(len(forked) / len(self.attempts), 4),
             "wall_s": round(self.wall_s, 2),
+            "context_mean": round(self.mean(lambda a: a.context), 1),
+            "context_max": max(a.context for a in self.attempts),
+            "redundancy": self.known(lambda a: a.redundancy),
+            "diversity": self.known(lambda a: a.diversity),
             "cached_share": round(self.cached_share, 4),
             "engine_calls": round(self.mean(lambda a: a.calls), 1),
             "label": self.label,
             "alone_s": self.alone and round(self.alone[0], 2),
             "one_by_one_s": self.alone and round(self.alone[1], 2),
-            "by_numbers": {
-                n: {
-                    "accuracy": round(fmean(a.correct for a in own), 4),
-                    "fork_rate": round(fmean(bool(a.forks) for a in own), 4),
-                    "branches": round(fmean(a.branches for a in own), 2),
-                }
-                for n in sizes
-                if (own := [a for a in self.attempts if a.size == n])
-            },
+            "took_s": self.known(lambda a: a.took_s),
+            "predicted_sequential_s": self.known(lambda a: a.sequential_s),
+            "predicted_parallel_s": self.known(lambda a: a.parallel_s),
+            "by_size": groups,
+            "by_numbers": {size: {name: group[name] for name in NUMBERS} for size, group in groups.items()},
             "within_context": {w: round(self.within(w, lambda a: a.context), 4) for w in windows},
             "within_tokens": {w: round(self.within(w, lambda a: a.tokens), 4) for w in windows},
             "within_critical_path": {w: round(self.within(w, lambda a: a.critical_path), 4) for w in windows},
         }
+
+
+def _group(own: Sequence[Measured]) -> dict[str, float | None]:
+    """What problems of like size came to. width: branches of a fork, by the attempts that fork."""
+    return {
+        "problems": len(own),
+        "accuracy": round(fmean(a.correct for a in own), 4),
+        "fork_rate": round(fmean(bool(a.forks) for a in own), 4),
+        "branches": round(fmean(a.branches for a in own), 2),
+        "width": _rounded([a.branches / a.forks for a in own if a.forks]),
+        "redundancy": _rounded([a.redundancy for a in own if a.redundancy is not None]),
+    }
+
+
+def _rounded(values: Sequence[float]) -> float | None:
+    return round(fmean(values), 4) if values else None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

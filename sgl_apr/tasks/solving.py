@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
-from sgl_apr.methods.result import Result, method
-from sgl_apr.runtime.branches import first
+from sgl_apr.methods.thoughts import together
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tasks.countdown import Problem, solves
-from sgl_apr.tasks.countdown_task import CountdownTask
 from sgl_apr.tasks.search import solution
 from sgl_apr.trajectory import Trajectory
 
@@ -24,16 +22,15 @@ SERVER: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32}
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A problem and what a model did with it; by a method, which reads the answer, if there is a `result`."""
+    """A problem and what a model did with it."""
 
     problem: Problem
     trajectory: Trajectory
-    result: Result | None = None
 
     @property
     def correct(self) -> bool:
         """Whether it ends with a right solution."""
-        return solves(self.problem, self.result.answer if self.result else answer(self.trajectory))
+        return solves(self.problem, answer(self.trajectory))
 
 
 def answer(trajectory: Trajectory) -> str:
@@ -48,32 +45,16 @@ async def attempts(
     *,
     at_once: int = 512,
     width: int | None = None,
-    by: str | None = None,
-    on_attempt: Callable[[Attempt], None] | None = None,
     **options: Any,
 ) -> list[Attempt]:
     """One attempt at each of the problems, in their order; options are those of `areason`, and so are errors.
 
-    `width` is stated in the prompts, for a model that has learned to heed it. `by`: a method of `sgl_apr.methods` in
-    place of `areason`; raises `Inapplicable` for one that Countdown cannot be solved by.
+    `width` is stated in the prompts, for a model that has learned to heed it.
     """
     gate = asyncio.Semaphore(at_once)
-    task, run = (CountdownTask(engine), method(by)) if by else (None, None)
 
     async def one(problem: Problem) -> Attempt:
         async with gate:
-            if run:
-                result = await run(engine, problem, task=task, **options)
-                attempt = Attempt(problem, result.trajectory, result)
-            else:
-                attempt = Attempt(problem, await areason(engine, problem.asked(width), dialect, **options))
-        if on_attempt:
-            on_attempt(attempt)
-        return attempt
+            return Attempt(problem, await areason(engine, problem.asked(width), dialect, **options))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(problem)) for problem in problems]
-    except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
-        raise first(failed) from None
-    return [task.result() for task in tasks]
+    return await together(map(one, problems))
