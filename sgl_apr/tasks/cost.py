@@ -99,7 +99,8 @@ def _computed(call: Call) -> int:
 
 
 def _needs(trajectory: Trajectory) -> list[set[int]]:
-    """Calls that have to end before each: those that wrote what it sees or waited for, and commits of its strand."""
+    """Calls that have to end before each: those that wrote what it sees or waited for. No span says what a commit sees:
+    it stands between the calls of its strand, and those of its branches."""
     calls = trajectory.calls
     needs: list[set[int]] = [set() for _ in calls]
     last = list[set[int]]()  # behind each span: the calls that end last
@@ -112,13 +113,10 @@ def _needs(trajectory: Trajectory) -> list[set[int]]:
             last.append({span.call})
     for i, call in enumerate(calls):
         for j, other in enumerate(calls[:i]):
-            if call.phase == "commit":
-                needs[i] |= {j} if other.path == call.path else set()
-            elif other.phase == "commit" and _related(call.path, other.path):
+            if "commit" in (call.phase, other.phase) and _related(call.path, other.path):
                 needs[i].add(j)
-    return [
-        {j for j in found if j < i} for i, found in enumerate(needs)
-    ]  # calls are in the order of their ends
+    # Calls are in the order of their ends.
+    return [{j for j in found if j < i} for i, found in enumerate(needs)]
 
 
 def _related(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

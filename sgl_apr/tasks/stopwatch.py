@@ -16,7 +16,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHORT, LONG = 16, 512  # tokens of prompts
 FEWEST, MOST = 4, 64  # steps of a request
 TIMES, EACH_S = 3, 0.2  # how often it is timed (the middle one counts), and for about how long
-LONGEST_S = 5.0  # behind that no larger number of requests is begun
+LONGEST_S = 5.0  # of steps, behind which no larger number of requests is begun
 
 
 class Stopwatch:
@@ -30,15 +30,12 @@ class Stopwatch:
 
     async def cost(self) -> Cost:
         """All of it; steps of one request and of two at least."""
-        began = _now()
         prompt = self.ids(SHORT)
         await self.decoding(prompt, 1, FEWEST)  # what is done for the first request only
-        short, long = (
-            await self.middle(lambda: self.prompt(SHORT)),
-            await self.middle(lambda: self.prompt(self.long)),
-        )
+        short = await self.middle(lambda: self.prompt(SHORT))
+        long = await self.middle(lambda: self.prompt(self.long))
         prefill_s = max(0.0, long - short) / (self.long - SHORT)
-        step_s = await self.decoding(prompt, 1, FEWEST) / FEWEST
+        step_s, began = await self.decoding(prompt, 1, FEWEST) / FEWEST, _now()
         steps = list[tuple[float, float]]()
         for size in SIZES:
             if len(steps) < 2 or _now() - began < LONGEST_S:
@@ -75,7 +72,7 @@ class Stopwatch:
         """A text of that length, which no other begins like."""
         text = ""
         while len(ids := self.engine.tokenizer.encode(text, first=True)) < tokens:
-            text += f" {self.random.random()}"
+            text += f"{self.random.getrandbits(64)} "
         return tuple(ids[:tokens])
 
     def rid(self) -> str:
