@@ -136,6 +136,7 @@ function lanesOf(t) {
     }
   });
   t.calls.forEach((call, c) => lane(call.path).calls.push(c));
+  t.forks?.forEach(({ path, outline }) => (lane(path).outline ||= outline)); // of what has written nothing yet
   return [...lanes.values()].sort(byPath);
 }
 
@@ -242,7 +243,7 @@ const SORTS = {
   wall: "wall time",
   size: "size",
 };
-const list = { shown: [], at: 0, height: 64 };
+const list = { shown: [], at: 0, height: 64 }; // a row is as high as the style has it
 
 function setUpList() {
   for (const [value, name] of Object.entries(SORTS)) $("sort").append(el("option", { value }, name));
@@ -268,6 +269,7 @@ function offerChoices() {
   );
   $("method").value = methods.includes(chosen) ? chosen : "";
   $("method").parentElement.hidden = methods.length < 2;
+  $("filters").hidden = !entries.length;
   $("verdict").parentElement.hidden = !entries.some((e) => e.correct !== null);
   for (const option of $("sort").options)
     if (option.value === "size") option.hidden = !entries.some((e) => e.size !== null);
@@ -400,7 +402,7 @@ function moveTo(k) {
 
 /* ---- One trajectory ------------------------------------------------------------------------------------------- */
 
-const view = { entry: null, t: null, lanes: [], lane: "trunk", axis: "tokens", live: false };
+const view = { entry: null, t: null, lanes: [], lane: "trunk", axis: "tokens" };
 
 /** Show a trajectory, and with `focus` go to its timeline. */
 async function open(entry, { focus = false, quietly = false, lane = "trunk" } = {}) {
@@ -413,7 +415,7 @@ async function open(entry, { focus = false, quietly = false, lane = "trunk" } = 
 }
 
 function show(entry, t, lane) {
-  Object.assign(view, { entry, t, lanes: lanesOf(t), live: false });
+  Object.assign(view, { entry, t, lanes: lanesOf(t) });
   view.lane = view.lanes.some((l) => l.key === lane) ? lane : "trunk";
   if (!t.calls.length) view.axis = "tokens";
   const k = list.shown.indexOf(entry);
@@ -765,6 +767,7 @@ function strip(l, call, c) {
   const [left, middle, right] = l.axis === "time" ? readByTime(l, call) : readByTokens(l, call, c);
   const rect = (kind, from, to, thick) =>
     to - from > 0.2 && svg("rect", { class: kind, x: from, y, width: to - from, height: thick, rx: 1 });
+  if (!call.prompt_tokens) return [];
   if (call.cached_tokens === null) return [rect("unknown", left, right, high)].filter(Boolean);
   return [rect("cached", left, middle, high), rect("prefilled", middle, right, high * 1.6)].filter(Boolean);
 }
@@ -1067,6 +1070,8 @@ function branchLinks(block) {
 const PLOT = { width: 460, height: 280, left: 52, right: 14, top: 14, bottom: 44 };
 
 function drawOverview() {
+  if (!known.entries.length)
+    return $("overview").replaceChildren(el("p", { class: "card notice" }, "No trajectory yet."));
   PLOT.width = isWide() ? 460 : 340;
   const groups = known.methods.map((method, k) => ({
     method,

@@ -38,10 +38,12 @@ def facts(paths: Sequence[Path]) -> str:
 
 
 def count(paths: Sequence[Path]) -> int:
-    """How many lines there are to read, the last one of each file included if it is whole."""
-    return sum(1 for path in map(located, paths) for _ in _whole_lines(path)) - sum(
-        not _is_trajectory(_head(path)) for path in map(located, paths)
-    )
+    """How many trajectories there are to read, if they are."""
+    found = 0
+    for path in map(located, paths):
+        lines = sum(1 for _ in _whole_lines(path))
+        found += lines - (lines > 0 and not _is_trajectory(_head(path)))
+    return found
 
 
 def located(path: Path) -> Path:

@@ -4,6 +4,7 @@ POST /v1/chat/completions, /v1/completions   with an object `apr` in the body; w
 POST /apr/generate                           a prompt in, a trajectory (or its events) out
 GET  /apr/dialects                           what a trajectory may be written in
 GET  /apr/stats                              what has run so far
+GET  /apr/ui                                 a page to ask in, and to watch what is written; it needs no key to be opened
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from sgl_apr.dialects import dialect, dialect_names
 from sgl_apr.errors import AprError, LaunchError
 from sgl_apr.presets import dialect_for
+from sgl_apr.report.page import live_page
 from sgl_apr.runtime.plan import DEFAULT, Plan
 from sgl_apr.server.adapted import adapted
 from sgl_apr.server.asked import given, typed
@@ -30,7 +32,9 @@ from sgl_apr.server.service import Service
 from sgl_apr.server.wire import write_event
 from sgl_apr.trajectory import Trajectory
 
+UI = "/apr/ui"
 HANDLE = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.handle_request"
+AUTH = "sglang.srt.utils.auth:decide_request_auth"
 FACTS = ("width", "min_width", "max_width", "max_depth", "first", "sees", "joins", "published", "policy")
 
 
@@ -63,11 +67,22 @@ def install(caps: Caps) -> None:
     hooks = seam("sglang.srt.plugins.hook_registry:HookRegistry")
     around = seam("sglang.srt.plugins.hook_registry:HookType.AROUND")
     stock = seam(HANDLE, ["request", "raw_request"])
+    wall = seam(AUTH, ["method", "path"])
     hooks.register(HANDLE.replace(":", "."), handle, around)
+    hooks.register(AUTH.replace(":", "."), open_page, around)
     hooks.apply_hooks()
-    if seam(HANDLE) is stock:  # SGLang only logs what goes wrong there
-        raise LaunchError(f"{HANDLE} could not be wrapped")
+    for path, before in ((HANDLE, stock), (AUTH, wall)):
+        if seam(path) is before:  # SGLang only logs what goes wrong there
+            raise LaunchError(f"{path} could not be wrapped")
     app.include_router(_router(lifespan))
+
+
+def open_page(decide: Callable[..., Any], **request: Any) -> Any:
+    """SGLang's decision whether a request may pass, but for the page of `/apr/ui`: a browser cannot send the key
+    before there is a field for it. The page holds nothing, and all that it asks for takes the key."""
+    if request["method"] == "GET" and request["path"] == UI:
+        return seam("sglang.srt.utils.auth:AuthDecision")(allowed=True)
+    return decide(**request)
 
 
 def _router(lifespan: Callable[[FastAPI], Any]) -> APIRouter:
@@ -75,6 +90,7 @@ def _router(lifespan: Callable[[FastAPI], Any]) -> APIRouter:
     router.add_api_route("/apr/generate", generate, methods=["POST"])
     router.add_api_route("/apr/dialects", dialects, methods=["GET"])
     router.add_api_route("/apr/stats", stats, methods=["GET"])
+    router.add_api_route(UI, ui, methods=["GET"])
     return router
 
 
@@ -173,3 +189,11 @@ async def stats(request: Request) -> Response:
     engine = await service.engine()
     can = {"joins_kv": engine.joins_kv, "grammar_backend": engine.grammar_backend, "seeded": engine.seeded}
     return as_json({**service.tally.report(), "caps": asdict(service.caps), **can})
+
+
+async def ui(request: Request) -> Response:
+    """A page that asks `/apr/generate`, and draws the trajectory while it is written."""
+    headers = {
+        "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "frame-ancestors 'none'",
+    }  # fmt: skip
+    return Response(live_page(), headers=headers, media_type="text/html")
