@@ -130,7 +130,6 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from sgl_apr.server.launch import Server
     from sgl_apr.tasks.benchmark import benchmark
     from sgl_apr.tasks.evaluated import SUMMARY, evaluated
-    from sgl_apr.tasks.solving import SERVER
 
     methods = list(MODULES) if options.methods == "all" else options.methods.split(",")
     if unknown := [m for m in methods if m not in MODULES]:
@@ -146,7 +145,8 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         ]
         url = options.url
         if url is None:
-            url = stack.enter_context(Server(located(options.model), **SERVER)).url
+            flags = {name: value for task in given for name, value in task.flags.items()}
+            url = stack.enter_context(Server(located(options.model), **flags)).url
         cost = asyncio.run(_cost(url, options.out)) if options.cost_model else None
         for task, place, found in zip(given, places, files, strict=True):
             rows = [asyncio.run(_run(options, url, task, m, found, len(methods) > 1, cost)) for m in methods]

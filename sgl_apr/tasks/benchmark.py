@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +28,14 @@ class Case:
 @dataclass(frozen=True)
 class Benchmark:
     """task: what asks a model behind an engine. right: whether an answer to a case is. budget: of a reply, unless asked
-    otherwise."""
+    otherwise. flags: of a server that is started for it."""
 
     name: str
     cases: Sequence[Case]
     task: Callable[[Engine], Task[Any, Any]]
     right: Callable[[Case, str], bool]
     budget: Budget = field(default_factory=Budget)
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.cases:

@@ -10,6 +10,7 @@ from sgl_apr.budget import Budget
 from sgl_apr.tasks.benchmark import Benchmark, Case
 from sgl_apr.tasks.countdown import RARE, Problem, Split, problems, solves, ways
 from sgl_apr.tasks.countdown_task import CountdownTask
+from sgl_apr.tasks.solving import SERVER
 
 BUDGET = Budget(tokens=6000, width=16, branch_tokens=160)
 TARGET, CARDS, HIGHEST = 24, 4, 13
@@ -44,4 +45,6 @@ def game24(limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
 
 
 def _benchmark(name: str, cases: list[Case]) -> Benchmark:
-    return Benchmark(name, cases, CountdownTask, lambda case, answer: solves(case.problem, answer), BUDGET)
+    return Benchmark(
+        name, cases, CountdownTask, lambda case, answer: solves(case.problem, answer), BUDGET, SERVER
+    )

@@ -56,4 +56,6 @@ def gym(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmar
 def _right(made: tuple[str, int, int], case: Case, answer: str) -> bool:
     """Whether the dataset gives an answer all of its points; parts of them are for what is near."""
     score = JUDGE.ask("score", *made, int(case.name.rpartition("-")[2]), answer)
-    return isinstance(score, float) and score >= 1
+    if not isinstance(score, float):
+        raise AprError(f"the judge of gym:{made[0]} has ended: {score}")
+    return score >= 1

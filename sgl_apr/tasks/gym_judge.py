@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
-from functools import lru_cache
+from functools import cache
 from select import select
 from typing import Any
 
@@ -44,16 +44,20 @@ class Judge:
         for entry in self.entries:  # what judging needs is imported meanwhile; later that is not possible
             with suppress(Exception):
                 self.dataset.score_answer(entry["answer"], entry)
-        if self.score(0, "") is None:
-            raise ValueError(f"answers cannot be judged here, where nothing shuts in what they run: {name}")
+        if self.judged(0, "") is None:
+            raise ValueError("answers cannot be judged here: nothing shuts in what they run")
 
     @property
     def problems(self) -> list[tuple[str, int]]:
         """Questions, and how hard each is."""
         return [(str(entry["question"]), size(entry)) for entry in self.entries]
 
-    def score(self, number: int, answer: str) -> float | None:
-        """What the dataset says to an answer, from 0 to 1; None if it came to no end."""
+    def score(self, number: int, answer: str) -> float:
+        """What the dataset says to an answer, from 0 to 1; 0 if it comes to no end."""
+        return self.judged(number, answer) or 0.0
+
+    def judged(self, number: int, answer: str) -> float | None:
+        """The same; None if it comes to no end."""
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
@@ -107,7 +111,7 @@ def size(entry: Mapping[str, Any]) -> int:
 
 def main() -> None:
     """Answer each line, in order: what is wanted of which dataset, seed and size; a number and an answer, for a score."""
-    judge = lru_cache(maxsize=1)(Judge)
+    judge = cache(Judge)
     print("ready", flush=True)
     for line in sys.stdin:
         _, name, seed, size, *asked = json.loads(line)
