@@ -15,7 +15,6 @@ function begin(prompt) {
     entry: null,
     started: performance.now(),
     skew: Infinity,
-    drawn: 0,
     stopping: new AbortController(),
     done: null,
     spans: [],
@@ -233,6 +232,7 @@ async function ask(event) {
   event.preventDefault();
   if (live.run || !$("prompt").value) return;
   const run = (live.run = begin($("prompt").value));
+  const drawing = setInterval(() => run.entry && drawRun(run), OFTEN);
   say("Asked …");
   try {
     const response = await request("generate", {
@@ -243,13 +243,14 @@ async function ask(event) {
     for await (const heard of eventsOf(response)) {
       if (heard.error) throw new Error(heard.error.message);
       HEARD[heard.event]?.(run, heard);
-      if (performance.now() - run.drawn > OFTEN) drawRun(run);
+      if (!run.entry) drawRun(run);
     }
     finish(run);
   } catch (error) {
-    if (run.drawn) drawRun(run);
+    if (run.entry) drawRun(run);
     say(run.stopping.signal.aborted ? "Stopped." : plain(String(error.message)), !run.stopping.signal.aborted);
   } finally {
+    clearInterval(drawing);
     live.run = null;
     $("now")?.remove();
     showButtons();
@@ -285,7 +286,6 @@ function finish(run) {
 /* ---- Drawing what runs -------------------------------------------------------------------------------------------- */
 
 function drawRun(run) {
-  run.drawn = performance.now();
   const t = soFar(run),
     row = rowFor(run, t),
     first = !run.entry;
