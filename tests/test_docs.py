@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "dialects.md").read_text()
 
 
 def block(language: str) -> str:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)[0]
+    return re.findall(rf"```{language}[^\n]*\n(.*?)```", PAGE, re.DOTALL)[0]
 
 
 @pytest.fixture

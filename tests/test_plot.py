@@ -12,7 +12,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.cli import main
-from sgl_apr.report.curves import LABELS, Line, band, draw, lines, walls
+from sgl_apr.report.curves import LABELS, band, cost, draw, rows
 from sgl_apr.tasks.evaluated import RUN
 from sgl_apr.tasks.evaluation import Measured, Row, interval
 
@@ -26,8 +26,8 @@ def kept(directory: Path, *methods: str, seconds: bool = False) -> Path:
     written: list[dict] = [{"task": "countdown"}]
     for method in methods:
         for number, attempt in reversed([*enumerate(SOME)]):
-            more = {"answer": "", "trajectory": {"wall_s": 1 + number}} if seconds else {}
-            written.append({"method": method, "number": number, "seconds": 9.0, **asdict(attempt), **more})
+            attempt = replace(attempt, took_s=1.0 + number if seconds else None)
+            written.append({"method": method, "number": number, "seconds": 9.0, **asdict(attempt)})
     (directory / RUN).write_text("".join(json.dumps(line) + "\n" for line in written))
     return directory
 
@@ -49,16 +49,21 @@ def test_a_band_of_few_or_all(solved: int):
     assert low[-1] == high[-1] if solved in (0, 10) else low[-1] < high[-1]
 
 
-def test_seconds_are_those_of_the_trajectories_in_the_order_of_the_problems(tmp_path: Path):
-    with_seconds = kept(tmp_path / "a", "apr", seconds=True)
-    assert walls(with_seconds) == {"apr": [1 + k for k in range(30)]}
-    assert walls(kept(tmp_path / "b", "apr")) == {}
+def test_what_attempts_cost_is_in_the_order_of_the_problems(tmp_path: Path):
+    (row,) = rows([kept(tmp_path / "a", "apr", seconds=True)])
+    assert [*map(cost("wall"), row.attempts)] == [1 + k for k in range(30)]
+    assert [*map(cost("tokens"), row.attempts)][:2] == [50, 60]
+    (old,) = rows([kept(tmp_path / "b", "apr")])
+    assert {*map(cost("wall"), old.attempts)} == {None}
 
 
 def test_lines_have_names_that_tell_them_apart(tmp_path: Path):
     one, two = kept(tmp_path / "one", "apr"), kept(tmp_path / "two", "apr", "mcts")
-    assert [line.row.method for line in lines([two])] == ["apr", "mcts"]
-    assert [line.row.method for line in lines([one, two])] == ["one", "two, apr", "two, mcts"]
+    assert [row.method for row in rows([two])] == ["apr", "mcts"]
+    assert [row.method for row in rows([one, two])] == ["one", "two, apr", "two, mcts"]
+    (tmp_path / "other").mkdir()
+    same = kept(tmp_path / "other" / "one", "apr")
+    assert [row.method for row in rows([one, same])] == [str(one), str(same)]
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
@@ -71,12 +76,13 @@ def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], s
     assert found["panels"] == ["context", "tokens", "critical_path"]
     assert [(line["name"], line["attempts"]) for line in found["lines"]] == [("apr", 30), ("mcts", 30)]
     assert found["lines"][0]["accuracy"] == pytest.approx(2 / 3)
-    assert err == "no panel for wall: the trajectories of apr, mcts were not kept\n"
+    assert err == "no panel for wall: older versions evaluated apr, mcts\n"
 
 
 def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
-    made = Random(0)
-    drawn = [Line(Row(name, SOME), [made.random() for _ in SOME]) for name in ("one <b>", "two & three")]
+    random = Random(0)
+    timed = [replace(attempt, took_s=random.random()) for attempt in SOME]
+    drawn = [Row(name, timed) for name in ("one <b>", "two & three")]
     draw(drawn, tmp_path / "figure.svg", axes=["wall", "tokens"])
     assert (tmp_path / "figure.svg").stat().st_size > 10_000
     draw(drawn, tmp_path / "again.svg", axes=["wall", "tokens"])
@@ -96,7 +102,7 @@ def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
             ["-o", "figure.pdf", "--x", "size"],
             "--x 'size', expected some of context, tokens, critical_path, wall",
         ),
-        (["-o", "figure.pdf", "--x", "wall"], "wall is not known of apr, whose trajectories were not kept"),
+        (["-o", "figure.pdf", "--x", "wall"], "wall is not known of apr, which older versions evaluated"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys, argv: list[str], message: str):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ LABELS = {
     "critical_path": "critical path (tokens)",
     "wall": "wall time (s)",
 }
+FIELDS = {"wall": "took_s"}  # of an attempt, where an axis has another name
 SUFFIXES = (".pdf", ".svg", ".png")
 # Told apart by the colour-blind and, by their strokes, in print without colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,47 +32,25 @@ PAPER = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Line:
-    """A method in the picture: what it came to, and the seconds of each attempt; `seconds` is empty if they are not known."""
-
-    row: Row
-    seconds: Sequence[float] = ()
-
-    def costs(self, axis: str) -> Sequence[float]:
-        """What each attempt cost, in the order of the attempts; empty if that is not known."""
-        if axis == "wall":
-            return self.seconds
-        return [getattr(attempt, axis) for attempt in self.row.attempts]
-
-
-def lines(directories: Sequence[Path]) -> list[Line]:
+def rows(directories: Sequence[Path]) -> list[Row]:
     """The methods of some evaluations; of several, each has the name of its directory. Raises `AprError` for one without attempts."""
-    found = list[Line]()
+    found, names = list[Row](), [directory.name for directory in directories]
     for directory in directories:
-        if not (rows := read(directory)):
+        if not (own := read(directory)):
             raise AprError(f"{directory / RUN} holds no attempt, expected at least one")
-        taken = walls(directory)
-        for row in rows:
-            name = directory.name if len(rows) == 1 else f"{directory.name}, {row.method}"
-            seconds = taken.get(row.method, ())
-            row = replace(row, method=name) if len(directories) > 1 else row
-            found.append(Line(row, seconds if len(seconds) == len(row.attempts) else ()))
+        place = directory.name if names.count(directory.name) == 1 else directory
+        for row in own:
+            name = f"{place}" if len(own) == 1 else f"{place}, {row.method}"
+            found.append(replace(row, method=name) if len(directories) > 1 else row)
     return found
 
 
-def walls(directory: Path) -> Mapping[str, Sequence[float]]:
-    """Seconds of the attempts of each method whose trajectories were kept, in the order of the problems."""
-    taken: dict[str, dict[int, float]] = {}
-    with (directory / RUN).open(encoding="utf-8") as file:
-        next(file, None)
-        for line in map(json.loads, file):
-            if trajectory := line.get("trajectory"):
-                taken.setdefault(line["method"], {})[line["number"]] = float(trajectory["wall_s"])
-    return {method: [seconds[n] for n in sorted(seconds)] for method, seconds in taken.items()}
+def cost(axis: str) -> Callable[[Measured], Any]:
+    """What an attempt cost; None where that is not known."""
+    return attrgetter(FIELDS.get(axis, axis))
 
 
-def curve(row: Row, of: Callable[[Measured], int]) -> tuple[list[int], list[float]]:
+def curve(row: Row, of: Callable[[Measured], Any]) -> tuple[list[Any], list[float]]:
     """(limit, share solved within it), a step at every solved problem."""
     limits = sorted(of(a) for a in row.attempts if a.correct)
     return limits, [(k + 1) / len(row.attempts) for k in range(len(limits))]
@@ -89,7 +69,7 @@ def band(solved: int, attempts: int) -> tuple[Sequence[float], Sequence[float]]:
     return [0.0, *low.tolist()], [0.0, *high.tolist()]
 
 
-def draw(rows: Sequence[Row | Line], path: Path, title: str = "", axes: Sequence[str] = ()) -> None:
+def draw(rows: Sequence[Row], path: Path, title: str = "", axes: Sequence[str] = ()) -> None:
     """One panel for each cost, one line with its band for each row, into a PDF, SVG or PNG.
 
     axes: some of `LABELS`; by default those that are known of every row. Raises `AprError` for one that is not, for
@@ -98,23 +78,22 @@ def draw(rows: Sequence[Row | Line], path: Path, title: str = "", axes: Sequence
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    drawn = [row if isinstance(row, Line) else Line(row) for row in rows]
     if path.suffix not in SUFFIXES:
         raise AprError(
             f"cannot draw a {path.suffix or 'file without a suffix'}, expected {', '.join(SUFFIXES)}"
         )
-    if not drawn or not all(line.row.attempts for line in drawn):
+    if not rows or not all(row.attempts for row in rows):
         raise AprError("nothing to draw, expected attempts of every method")
-    panels = axes or [axis for axis in LABELS if not unknown(drawn, axis)]
+    panels = axes or [axis for axis in LABELS if not unknown(rows, axis)]
     for axis in panels:
-        if missing := unknown(drawn, axis):
-            raise AprError(f"{axis} is not known of {', '.join(missing)}, whose trajectories were not kept")
+        if missing := unknown(rows, axis):
+            raise AprError(f"{axis} is not known of {', '.join(missing)}, which older versions evaluated")
     with rc_context(PAPER):
         figure: Any = Figure(figsize=(2.35 * len(panels) + 0.4, 2.5), layout="constrained")
         for panel, axis in zip(
             figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
         ):
-            _panel(panel, drawn, axis)
+            _panel(panel, rows, axis)
         figure.axes[0].set_ylabel("solved within it")
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
@@ -122,20 +101,18 @@ def draw(rows: Sequence[Row | Line], path: Path, title: str = "", axes: Sequence
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def unknown(drawn: Sequence[Line], axis: str) -> list[str]:
+def unknown(rows: Sequence[Row], axis: str) -> list[str]:
     """The methods of which a cost is not known."""
-    return [line.row.method for line in drawn if not line.costs(axis)]
+    return [row.method for row in rows if None in map(cost(axis), row.attempts)]
 
 
-def _panel(panel: Any, drawn: Sequence[Line], axis: str) -> None:
-    known = [line.costs(axis) for line in drawn]
-    solved = [
-        sorted(c for c, a in zip(k, line.row.attempts, strict=True) if a.correct)
-        for k, line in zip(known, drawn, strict=True)
-    ]
-    end = max(map(max, filter(None, solved)), default=max(map(max, known)))  # behind it all lines are flat
-    for line, steps, colour, stroke in zip(drawn, solved, cycle(COLOURS), cycle(STROKES), strict=False):
-        row, attempts = line.row, len(line.row.attempts)
+def _panel(panel: Any, rows: Sequence[Row], axis: str) -> None:
+    of = cost(axis)
+    solved = [curve(row, of)[0] for row in rows]
+    most = max(of(a) for row in rows for a in row.attempts)
+    end = max(map(max, filter(None, solved)), default=most)  # behind it all lines are flat
+    for row, steps, colour, stroke in zip(rows, solved, cycle(COLOURS), cycle(STROKES), strict=False):
+        attempts = len(row.attempts)
         behind = {0: 0} | {cost: k for k, cost in enumerate(steps, 1)} | {end: len(steps)}
         low, high = band(len(steps), attempts)
         panel.fill_between(

@@ -1,0 +1,21 @@
+"""The pages of the documentation that talk to a server, as they stand: what they show runs, and prints what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pages import PAGES, name, run, server_of
+
+import sgl_apr as apr
+
+SERVED = [page for page in PAGES if server_of(page)]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("page", SERVED, ids=name)
+def test_what_a_page_shows_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, warm
+):
+    monkeypatch.setattr(apr, "Server", warm)  # what it starts is the same, sooner
+    run(page, tmp_path, request.getfixturevalue(server_of(page)).url, monkeypatch)
