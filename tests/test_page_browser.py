@@ -337,6 +337,18 @@ def test_plots_have_axes_and_words(browser, judged: Path, scheme: str, viewport:
     assert shown.complaints == []
 
 
+def test_a_method_stands_out_and_its_attempts_are_listed(browser, judged: Path):
+    shown = opened(browser, judged)
+    shown.page.hover("#overview tbody tr:nth-child(2) button")
+    faint = "[...document.querySelectorAll('#overview .line')].map(n => n.classList.contains('faint'))"
+    assert shown.page.evaluate(faint) == [True, False] * 4
+    shown.page.locator("#overview tbody tr:nth-child(2) button").press("Enter")
+    assert all(name.startswith("sequential") for name in names(shown))
+    assert shown.page.evaluate("document.activeElement.id") == "rows"
+    shown.page.mouse.move(1, 1)
+    assert not any(shown.page.evaluate(faint))
+
+
 def test_nothing_is_wider_than_a_phone(browser, judged: Path):
     for entry in (None, 1):
         shown = opened(browser, judged, entry, viewport=PHONE)

@@ -118,6 +118,11 @@ def ask(browser: Any, url: str, prompt: str = "Q: ", **options: Any) -> Tab:
     return shown
 
 
+def also(shown: Tab, options: dict) -> None:
+    """Have the page ask for more than it has fields for."""
+    shown.page.evaluate(f"asked = (old => () => ({{ ...old(), ...{json.dumps(options)} }}))(asked)")
+
+
 def check(shown: Tab, t: apr.Trajectory) -> None:
     """What the page ends with is this trajectory, text for text, with the figures of its metrics."""
     m = t.metrics()
@@ -190,11 +195,14 @@ def test_every_dialect_ends_as_the_server_has_it(browser):
             assert service.made[-1].dialect == name
 
 
-def test_what_is_retried_is_void(browser):
-    """A branch that fails when it has written something begins anew, and nothing of it is left over."""
+@pytest.mark.parametrize(
+    "options", [{}, {"failed": "retry", "retry": {"attempts": 1}}], ids=["again", "anew"]
+)
+def test_what_is_retried_is_void(browser, options: dict):
+    """Of a branch that fails when it has written something, and begins again or anew, nothing is left over."""
     failures = [apr.EngineError("boom", 503)]
-    engine = slow(branch_1=apr.Reply(" one, and more of it\n</Thread>", delay=SLOW))
-    script = engine.script
+    engine = slow()
+    script, gate = engine.script, held(engine)
 
     def fails_once(request: apr.Request, prompt: str) -> apr.Reply:
         said = script(request, prompt)
@@ -205,7 +213,15 @@ def test_what_is_retried_is_void(browser):
 
     engine.script = fails_once
     with serving(engine) as (url, service):
-        shown = ask(browser, url)
+        shown = tab(browser)
+        shown.go(url + UI)
+        also(shown, options)
+        shown.page.fill("#prompt", "Q: ")
+        shown.page.click("#run")
+        shown.until(
+            "document.querySelector('[data-branch=\"1.1\"] .tail')?.textContent === ' one\\n</Thread>'"
+        )
+        gate.set()
         shown.until("!live.run && known.entries.length")
         check(shown, service.made[0])
         assert "void" not in service.made[0].text
@@ -258,8 +274,7 @@ def test_what_goes_wrong_is_said(browser, replies: dict, more: dict, said: str):
     with serving(slow(**replies)) as (url, _):
         shown = tab(browser)
         shown.go(url + UI)
-        options = json.dumps({"retry": {"attempts": 1}} | more)
-        shown.page.evaluate(f"asked = (old => () => ({{ ...old(), ...{options} }}))(asked)")
+        also(shown, {"retry": {"attempts": 1}} | more)
         shown.page.fill("#prompt", "Q: ")
         shown.page.click("#run")
         shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")

@@ -129,7 +129,8 @@ function lanesOf(t) {
     const own = lane(laneOf(span));
     own.spans.push(i);
     own.tokens += isPrompt(span) ? 0 : span.tokens;
-    own.finish = span.finish ?? own.finish;
+    const goesOn = span.finish === "stop" && (span.role === "fork" || span.role === "wait");
+    if (!goesOn) own.finish = span.finish ?? own.finish;
     if (span.role === "header" || span.role === "result") {
       const branch = lane(span.path);
       branch.outline ||= span.outline || span.label;
@@ -313,7 +314,7 @@ function drawRows() {
   const rows = [];
   for (let k = first; k < last; k++) rows.push(rowOf(shown[k], k));
   $("pad").replaceChildren(...rows);
-  if (shown.length) box.setAttribute("aria-activedescendant", `row-${shown[list.at].id}`);
+  if (list.at >= first && list.at < last) box.setAttribute("aria-activedescendant", `row-${shown[list.at].id}`);
   else box.removeAttribute("aria-activedescendant");
 }
 
@@ -417,7 +418,7 @@ async function open(entry, { focus = false, quietly = false, lane = "trunk" } = 
 function show(entry, t, lane) {
   Object.assign(view, { entry, t, lanes: lanesOf(t) });
   view.lane = view.lanes.some((l) => l.key === lane) ? lane : "trunk";
-  if (!t.calls.length) view.axis = "tokens";
+  if (!hasTimes(t)) view.axis = "tokens";
   const k = list.shown.indexOf(entry);
   if (k >= 0 && k !== list.at) moveTo(k);
   $("detail").replaceChildren(
@@ -433,13 +434,15 @@ function show(entry, t, lane) {
   drawReader();
 }
 
+const hasTimes = (t) => t.calls.length > 0 || t.running === true;
+
 function headOf(entry) {
-  const step = (by, label, d) =>
-    el(
-      "button",
-      { type: "button", "aria-label": label, onclick: () => (moveTo(list.at + by), open(list.shown[list.at])) },
-      icon(d),
-    );
+  const go = (by) => {
+    if (!list.shown[list.at + by]) return;
+    moveTo(list.at + by);
+    open(list.shown[list.at]);
+  };
+  const step = (by, label, d) => el("button", { type: "button", "aria-label": label, onclick: () => go(by) }, icon(d));
   return el(
     "header",
     { class: "head" },
@@ -469,7 +472,7 @@ function tilesOf(entry) {
       "div",
       { "data-figure": key },
       el("dt", {}, name),
-      el("dd", {}, el("b", {}, value), more && el("small", {}, more)),
+      el("dd", {}, el("b", {}, value), more ? el("small", {}, more) : null),
     );
   return el(
     "dl",
@@ -548,6 +551,11 @@ const LEGEND = [
   ["join", "join"],
   ["critical", "critical path"],
 ];
+const CAPTION = {
+  tokens:
+    "Thick: what was written, behind the longest chain of what it follows. Thin: what each request had read before it wrote.",
+  time: "Thick: requests while they decoded. Thin: which share of its prompt each of them had from the cache.",
+};
 const HEAD = 62; // height of what stands above the lanes
 const STUB = 26; // width of the prompt, which is not part of any chain
 
@@ -561,7 +569,7 @@ function timelineCard() {
         name: "axis",
         value,
         checked: view.axis === value,
-        disabled: value === "time" && !view.t.calls.length,
+        disabled: value === "time" && !hasTimes(view.t),
         onchange: () => ((view.axis = value), drawTimeline()),
       }),
       el("span", {}, name),
@@ -599,6 +607,7 @@ function timelineCard() {
       }),
       el("div", { id: "tip", hidden: true, "aria-hidden": "true" }),
     ),
+    el("p", { id: "caption" }),
   );
 }
 
@@ -643,6 +652,7 @@ function drawTimeline() {
   const chain = chainOf(l.t.spans, l.ends),
     on = new Set(chain);
   $("lanes-head").replaceChildren(drawHead(l));
+  $("caption").textContent = CAPTION[l.axis];
   $("lanes").replaceChildren(drawing(l, chain, on), ...l.lanes.map((lane) => laneRow(lane, on)));
   chooseLane(view.lane);
 }
@@ -1070,8 +1080,7 @@ function branchLinks(block) {
 const PLOT = { width: 460, height: 280, left: 52, right: 14, top: 14, bottom: 44 };
 
 function drawOverview() {
-  if (!known.entries.length)
-    return $("overview").replaceChildren(el("p", { class: "card notice" }, "No trajectory yet."));
+  if (!known.entries.length) return $("overview").replaceChildren(el("p", { class: "nothing" }, "Nothing here yet."));
   PLOT.width = isWide() ? 460 : 340;
   const groups = known.methods.map((method, k) => ({
     method,
@@ -1111,8 +1120,13 @@ function methodTable(groups, judged) {
   const line = (group) =>
     el(
       "tr",
-      {},
-      el("th", { scope: "row" }, key(group), el("bdi", {}, short(group.method, 60))),
+      {
+        onpointerenter: () => single(group.k),
+        onpointerleave: () => single(null),
+        onfocusin: () => single(group.k),
+        onfocusout: () => single(null),
+      },
+      el("th", { scope: "row" }, methodButton(group)),
       columns.map(([, value]) => el("td", {}, value(group))),
     );
   return el(
@@ -1137,19 +1151,31 @@ function methodTable(groups, judged) {
   );
 }
 
-/** How a method is drawn. */
-const key = (group) =>
-  svg(
+/** The name of a method, which lists its attempts. */
+function methodButton(group) {
+  const choose = () => {
+    $("method").value = group.method;
+    refilter();
+    if (!isWide()) goTo("list", "#");
+    $("rows").focus();
+  };
+  const key = svg(
     "svg",
-    { viewBox: "0 0 26 8", class: `key hue-${group.k % 8}${group.k >= 8 ? " dashed" : ""}`, "aria-hidden": "true" },
+    { viewBox: "0 0 26 8", "aria-hidden": "true", ...drawn(group.k, "key") },
     svg("path", { d: "M1 4H25" }),
   );
-const lineOf = (group, d) =>
-  svg(
-    "path",
-    { class: `line hue-${group.k % 8}${group.k >= 8 ? " dashed" : ""}`, d },
-    svg("title", {}, plain(group.method)),
-  );
+  return el("button", { type: "button", class: "bare", onclick: choose }, key, el("bdi", {}, short(group.method, 60)));
+}
+
+/** How a method is drawn. */
+const drawn = (k, kind) => ({ class: `${kind} hue-${k % 8}${k >= 8 ? " dashed" : ""}`, "data-method": k });
+const lineOf = ({ k, method }, d) => svg("path", { d, ...drawn(k, "line") }, svg("title", {}, plain(method)));
+
+/** Let all methods but one step back in the plots; none with null. */
+function single(k) {
+  for (const node of document.querySelectorAll("#overview figure [data-method]"))
+    node.classList.toggle("faint", k !== null && node.dataset.method !== String(k));
+}
 
 /** A plot with its axes. `draw` gets the scales and returns what is drawn in it; `said` says the same in words. */
 function plot(title, x, y, said, draw) {
@@ -1254,7 +1280,7 @@ function widthPlot(groups) {
   return plot("Width against size", x, linear(most, "branches, mean"), said, (sx, sy) =>
     lines.flatMap((l) => [
       lineOf(l, l.points.map(([s, n], k) => `${k ? "L" : "M"}${sx(s)} ${sy(n)}`).join("")),
-      ...l.points.map(([s, n]) => svg("circle", { class: `point hue-${l.k % 8}`, cx: sx(s), cy: sy(n), r: 4 })),
+      ...l.points.map(([s, n]) => svg("circle", { cx: sx(s), cy: sy(n), r: 4, ...drawn(l.k, "point") })),
     ]),
   );
 }
@@ -1290,7 +1316,7 @@ function parallelismPlot(groups) {
     filled.flatMap((f) => {
       let d = `M${sx(1)} ${sy(0)}`;
       f.counts.forEach((share, b) => (d += `V${sy(share)}H${sx(1 + (b + 1) * wide)}`));
-      return [svg("path", { class: `area hue-${f.k % 8}`, d: `${d}V${sy(0)}Z` }), lineOf(f, `${d}V${sy(0)}`)];
+      return [svg("path", { d: `${d}V${sy(0)}Z`, ...drawn(f.k, "area") }), lineOf(f, `${d}V${sy(0)}`)];
     }),
   );
 }
@@ -1317,7 +1343,14 @@ function scatterPlot(groups) {
       svg("path", { class: "axis", d: `M${sx(0)} ${sy(0)}L${sx(most)} ${sy(most)}` }),
       ...known.entries
         .filter((e) => e.id % every === 0)
-        .map((e) => svg("circle", { class: `point hue-${e.hue}`, cx: sx(e.tokens), cy: sy(e.critical), r: 3.2 })),
+        .map((e) =>
+          svg("circle", {
+            cx: sx(e.tokens),
+            cy: sy(e.critical),
+            r: 3.2,
+            ...drawn(known.methods.indexOf(e.method), "point"),
+          }),
+        ),
     ],
   );
 }

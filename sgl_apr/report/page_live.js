@@ -131,7 +131,7 @@ function soFar(run) {
     };
     spans.push({ ...open, parents: tip < 0 ? [] : [tip], after: [], call: calls.push(call) - 1 });
   }
-  return { ...common(run), spans, calls, forks: [...run.forks.values()] };
+  return { ...common(run), running: true, spans, calls, forks: [...run.forks.values()] };
 }
 
 function common({ done, ...run }) {
@@ -332,9 +332,8 @@ function drawCards(run, t) {
           "p",
           {},
           el("b", {}, key),
-          " ",
           el("bdi", {}, short(outline, 60)),
-          el("span", { class: "soft" }, outcome ? ` ${outcome}` : " writes"),
+          el("span", { class: "soft" }, outcome ? FINISH[outcome === "ok" ? "stop" : outcome] : "writes"),
         ),
         el("div", { class: "tail" }, el("bdi", {}, plain(text(key).slice(-TAIL)))),
       ),
