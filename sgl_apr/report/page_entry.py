@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sgl_apr.metrics import longest_paths
@@ -10,6 +10,8 @@ from sgl_apr.spans import Path, Span
 from sgl_apr.trajectory import Call, Trajectory
 
 LANES = 12  # of a trajectory in the list
+SPAN = [f.name for f in fields(Span) if f.name != "token_ids"]
+CALL = [f.name for f in fields(Call) if f.name not in ("logprobs", "seed")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +91,9 @@ def _lane(span: Span) -> Path:
 
 
 def _span(span: Span) -> dict[str, Any]:
-    fields = asdict(span)
-    del fields["token_ids"]
-    return {**fields, "tokens": span.tokens}
+    return {**{name: getattr(span, name) for name in SPAN}, "tokens": span.tokens}
 
 
 def _call(call: Call) -> dict[str, Any]:
-    fields = asdict(call)
-    del fields["logprobs"], fields["seed"]
-    return {**fields, "started": round(call.started, 4), "ended": round(call.ended, 4)}
+    made = {name: getattr(call, name) for name in CALL}
+    return {**made, "started": round(call.started, 4), "ended": round(call.ended, 4)}
