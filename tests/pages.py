@@ -83,7 +83,7 @@ def blocks(path: Path) -> list[Block]:
 
 def name(page: Path) -> str:
     """As a test is called by it."""
-    return str(page.relative_to(DOCS))
+    return str(page.relative_to(DOCS if page.is_relative_to(DOCS) else ROOT))
 
 
 def server_of(path: Path) -> str | None:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import yaml
 from pages import DOCS, PAGES, ROOT, blocks, name, run, server_of
 
 import sgl_apr as apr
 
 ALONE = [page for page in PAGES if blocks(page) and not server_of(page)]
+COMMANDS = (
+    "serve",
+    "report",
+    "eval",
+    "plot",
+    "train",
+    "doctor",
+)  # those that are more than a function's front
+OTHERS = [ROOT / "CONTRIBUTING.md"]
 
 
-@pytest.mark.parametrize("page", ALONE, ids=name)
+@pytest.mark.parametrize("page", [*ALONE, *OTHERS], ids=name)
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run(page, tmp_path, None, monkeypatch)
 
@@ -60,3 +71,19 @@ def test_every_public_name_is_in_the_reference():
     assert [
         n for n in apr.__all__ if n != "methods" and not re.search(rf"^::: [\w.]+\.{n}$", told, re.MULTILINE)
     ] == []
+
+
+def test_how_to_cite_it_says_what_the_package_is():
+    told = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (told["version"], told["license"]) == (project["version"], project["license"])
+    cited = {found["identifiers"][0]["value"].removeprefix("arXiv:") for found in told["references"]}
+    related = (DOCS / "related.md").read_text()
+    assert all(number in related for number in cited - {"2312.07104"}), "SGLang's own is no related format"
+
+
+def test_what_users_notice_is_in_the_changelog():
+    told = (ROOT / "CHANGELOG.md").read_text()
+    assert told.index("## [Unreleased]") < told.index("### Added")
+    missing = [command for command in COMMANDS if f"sgl-apr {command}" not in told]
+    assert missing == []
