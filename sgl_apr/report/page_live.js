@@ -33,9 +33,9 @@ const inside = (path, outer) => path.length >= outer.length && outer.every((p, k
 /** What each kind of event changes. */
 const HEARD = {
   delta(run, { path, text }) {
-    const key = nameOf(path),
-      own = run.spans.filter((span) => span && nameOf(span.path) === key);
+    const key = nameOf(path);
     if (!run.writing.has(key)) {
+      const own = run.spans.filter((span) => span && nameOf(span.path) === key);
       if (own.length === 1 && own[0].role === "header" && own[0].text === text) return; // it begins anew, its header does not
       run.writing.set(key, { path, text: "", since: clock(run) });
     }
@@ -43,9 +43,9 @@ const HEARD = {
   },
   retried(run, { path, chars }) {
     const key = nameOf(path),
-      written = run.writing.get(key)?.text ?? "";
+      written = [...(run.writing.get(key)?.text ?? "")]; // characters are counted as Python does
     if (chars === null) forget(run, path);
-    else if (written.length > chars) run.writing.get(key).text = written.slice(0, written.length - chars);
+    else if (written.length > chars) run.writing.get(key).text = written.slice(0, written.length - chars).join("");
     else run.writing.delete(key);
   },
   wrote(run, { index, span }) {
