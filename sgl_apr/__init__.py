@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from sgl_apr.blocks import Block as Block
     from sgl_apr.blocks import Branch as Branch
     from sgl_apr.budget import Budget as Budget
-    from sgl_apr.causality import Causality as Causality
-    from sgl_apr.causality import causality as causality
+    from sgl_apr.causal import Causality as Causality
+    from sgl_apr.causal import causality as causality
     from sgl_apr.conversion import convert as convert
     from sgl_apr.dataset import from_dataset as from_dataset
     from sgl_apr.dataset import to_dataset as to_dataset
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
 _HOME = {
     "blocks": ("Block", "Branch"),
     "budget": ("Budget",),
-    "causality": ("Causality", "causality"),
+    "causal": ("Causality", "causality"),
     "conversion": ("convert",),
     "dataset": ("from_dataset", "to_dataset"),
     "dialects": ("Dialect", "dialect", "dialect_names"),

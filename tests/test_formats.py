@@ -20,10 +20,10 @@ every = pytest.mark.parametrize("name", apr.dialect_names())
 def budget(dialect: apr.Dialect) -> apr.Budget:
     nests = dialect.max_depth > 1
     return apr.Budget(
-        tokens=700 if nests else 400,
+        tokens=1000 if nests else 400,
         width=min(3, dialect.max_width),
         depth=2 if nests else 1,
-        branch_tokens=160 if nests else 40,
+        branch_tokens=240 if nests else 40,
         outline_chars=8,
     )
 
@@ -62,7 +62,7 @@ def check(dialect: apr.Dialect, found: list[apr.Trajectory], tokens: int | None 
 @every
 def test_random_weights_follow_it(server: Server, name: str):
     dialect = apr.dialect(name)
-    found = replies(server.url, dialect, 5)
+    found = replies(server.url, dialect, 6)
     check(dialect, found)
     if dialect.max_depth > 1 and dialect.grammar.ending(
         "body", "1"
