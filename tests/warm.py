@@ -35,7 +35,7 @@ class Nursery:
         """As `subprocess.Popen` for a command of `ServerProcess`, whose other options are always the same."""
         begin = command.index("sgl_apr.server.main") + 1
         ours, theirs = os.pipe()
-        message = json.dumps([list(command[begin:]), dict(env)]).encode()
+        message = json.dumps([list(command[begin:]), dict(env), os.getcwd()]).encode()
         socket.send_fds(self._link, [message], [stdin, theirs])
         os.close(theirs)
         return Forked(int(self._link.recv(64)), os.fdopen(ours, "rb"))
@@ -81,7 +81,8 @@ def main() -> None:
         if (pid := os.fork()) == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             link.close()
-            argv, environment = json.loads(message)
+            argv, environment, directory = json.loads(message)
+            os.chdir(directory)
             _become(environment, *descriptors)
             sgl_apr.server.main.main(argv)
             os._exit(0)
