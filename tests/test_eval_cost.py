@@ -151,6 +151,7 @@ def test_calls_that_say_nothing_of_the_cache_or_come_from_elsewhere():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = [
@@ -160,7 +161,7 @@ def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: py
         "--url",
         solver.url,
         "--limit",
-        "4",
+        "1",
         "--methods",
         "apr,self_consistency",
     ]

@@ -208,7 +208,9 @@ def test_what_is_retried_is_void(browser, options: dict):
         said = script(request, prompt)
         assert isinstance(said, apr.Reply)
         return (
-            replace(said, text=" void 😀", error=failures.pop()) if prompt.endswith("1:") and failures else said
+            replace(said, text=" void 😀", error=failures.pop())
+            if prompt.endswith("1:") and failures
+            else said
         )
 
     engine.script = fails_once
