@@ -10,7 +10,7 @@ import pytest
 
 import sgl_apr as apr
 
-inspect_ai = pytest.importorskip("inspect_ai")
+inspect_ai = pytest.importorskip("inspect_ai", reason="pip install 'sgl-apr[inspect]'")
 from inspect_ai.dataset import Sample  # noqa: E402
 from inspect_ai.scorer import match  # noqa: E402
 from inspect_ai.solver import Solver, prompt_template, solver  # noqa: E402

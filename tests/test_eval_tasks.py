@@ -118,7 +118,7 @@ def test_what_there_is_not(tmp_path: Path, file: Path):
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Asked]:
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="pip install 'sgl-apr[gym]'")
     from sgl_apr.tasks.gym import JUDGE
 
     yield JUDGE

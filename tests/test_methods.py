@@ -122,16 +122,18 @@ def test_how_much_is_asked(results: Mapping[str, list[Result]], name: str):
         case "tree_of_thoughts":  # three proposals, three values of each state that they lead to, and so on
             assert (outer[0], inner[0]) == (1, 3)
             assert inner[1 : 1 + outer[1]] == [3] * outer[1]
-            assert called["branch"] == sum(inner) >= 3 + 3 * outer[1]
+            assert 3 + outer[1] <= called["branch"] <= sum(inner)  # what the budget cuts is not asked
         case "graph_of_thoughts":  # a proposal, and a search behind each step that it names
             assert (outer, inner) == ([1, outer[1]], [1] * (1 + outer[1]))
             assert called == {"branch": 1 + outer[1]}
         case "mcts":  # a proposal, a value of each child, then the leaves that are selected
             assert (outer[0], inner[: 1 + outer[1]]) == (1, [1] * (1 + outer[1]))
-            assert called["branch"] == sum(inner)
+            assert 1 + outer[1] <= called["branch"] <= sum(inner)
         case "group_think" | "hogwild":  # rounds, in which all that have not ended write
-            assert set(outer) == {4 if name == "group_think" else 2}
-            assert (inner, called["branch"]) == ([], sum(outer))
+            assert outer[0] == (4 if name == "group_think" else 2)
+            assert outer == sorted(outer, reverse=True)
+            assert inner == []
+            assert outer[0] <= called["branch"] <= sum(outer)
             assert called["commit"] <= len(outer)
         case "parathinker":  # all that have written are read again
             assert (outer, inner, called) == ([8], [], {"commit": 9, "branch": 8, "after": 1})

@@ -69,6 +69,10 @@ def test_serve_prints_one_line_and_stops_cleanly(model):
         line = launcher.stdout.readline()
         (child,) = psutil.Process(launcher.pid).children()
         assert len(in_session(child.pid)) >= 3
+        commands = [" ".join(process.cmdline()) for process in child.children(recursive=True)]
+        assert not [c for c in commands if "multiprocessing" in c], (
+            "they are forks: none imported SGLang again"
+        )
         assert ask(f"http://127.0.0.1:{port}", "/server_info")["max_total_tokens"] == 2048
         launcher.send_signal(signal.SIGTERM)
         rest, log = launcher.communicate(timeout=60)
