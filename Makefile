@@ -26,13 +26,8 @@ lint: $(READY)            ## style and types
 serve: $(READY)           ## make serve MODEL=directory-or-hub-id
 	$(VENV)/bin/sgl-apr serve --model $(MODEL)
 
-bench: $(READY)           ## the figures of the README
-	$(PYTHON) benchmarks/attention.py
-	$(PYTHON) benchmarks/validity.py
-	$(PYTHON) benchmarks/grammar.py
-	$(PYTHON) benchmarks/runtime.py
-	$(PYTHON) benchmarks/join.py
-	$(PYTHON) benchmarks/trie.py
+bench: $(READY)           ## every benchmark, into runs/benchmarks
+	$(PYTHON) benchmarks/all.py
 
 docs: $(READY)            ## the documentation, into site/: open site/index.html, or for its search python -m http.server -d site
 	$(VENV)/bin/mkdocs build --quiet

@@ -8,13 +8,16 @@ import html
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgl_apr.report.page_entry import Entry, row, whole
 
-HERE = Path(__file__).parent
+WEB = Path(__file__).parent / "web"
+# Scripts, in the order in which they need one another while they are read.
+PAGE = ["words", "entries", "graph", "list", "detail", "drawing", "timeline", "reader", "plots", "overview", "main"]  # fmt: skip
+LIVE = [*PAGE, "run", "live"]
 SLOT = re.compile(r"{{(\w+)}}")
 # What could end a script element, or begin a comment in it; and what is no line break in JSON but was one in scripts.
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -42,15 +45,15 @@ def page(entries: Iterable[Entry], title: str = "Trajectories", facts: str = "")
             f'<script type="text/plain" id="t{len(packed)}">{_packed(whole(entry.trajectory))}</script>'
         )
     return _filled(
-        ["page.js"], {}, title=html.escape(title), facts=html.escape(facts), data="\n".join(packed), index=_index(rows), live=""
+        PAGE, {}, title=html.escape(title), facts=html.escape(facts), data="\n".join(packed), index=_index(rows), live=""
     )  # fmt: skip
 
 
 def live_page() -> str:
     """The page that a server serves: it asks that server, and nobody else, for trajectories as they are written."""
     return _filled(
-        ["page.js", "page_live.js"], {"connect-src": "'self'"},
-        title="Live trajectories", facts="", data="", index=_index([]), live=_read("page_live.html"),
+        LIVE, {"connect-src": "'self'"},
+        title="Live trajectories", facts="", data="", index=_index([]), live=_read("live.html"),
     )  # fmt: skip
 
 
@@ -74,9 +77,9 @@ def _packed(value: Any) -> str:
     return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)).decode()
 
 
-def _filled(scripts: list[str], policy: Mapping[str, str], **parts: str) -> str:
+def _filled(scripts: Sequence[str], policy: Mapping[str, str], **parts: str) -> str:
     """The page with its style and scripts, which are all that its policy lets run, by their hashes."""
-    style, script = _read("page.css"), "\n".join(map(_read, scripts))
+    style, script = _read("page.css"), "\n".join(_read(f"{name}.js") for name in scripts)
     allowed = {**POLICY, "script-src": _hash(script), "style-src": _hash(style), **policy}
     parts |= {"policy": "; ".join(map(" ".join, allowed.items())), "style": style, "script": script}
     return SLOT.sub(lambda slot: parts[slot[1]], _read("page.html"))  # in one pass: parts are not looked into
@@ -87,4 +90,4 @@ def _hash(text: str) -> str:
 
 
 def _read(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
+    return (WEB / name).read_text(encoding="utf-8")
