@@ -1,0 +1,99 @@
+// All trajectories: a table of methods, and their plots.
+
+function drawOverview() {
+  if (!known.entries.length) return $("overview").replaceChildren(el("p", { class: "nothing" }, "Nothing here yet."));
+  PLOT.width = isWide() ? 460 : 340;
+  const groups = known.methods.map((method, k) => ({
+    method,
+    k,
+    own: known.entries.filter((e) => e.method === method),
+  }));
+  const judged = known.entries.some((e) => e.correct !== null),
+    sized = known.entries.some((e) => e.size !== null);
+  $("overview").replaceChildren(
+    el("h2", {}, "Overview"),
+    methodTable(groups, judged),
+    el(
+      "div",
+      { class: "plots" },
+      judged && solvedPlot(groups, "tokens", "Accuracy against tokens", "tokens, at most"),
+      judged &&
+        solvedPlot(groups, "critical", "Accuracy against the critical path", "tokens of the critical path, at most"),
+      !judged && scatterPlot(groups),
+      sized && widthPlot(groups),
+      parallelismPlot(groups),
+    ),
+  );
+}
+
+function methodTable(groups, judged) {
+  const columns = [
+    ["attempts", ({ own }) => count(own.length)],
+    judged && ["right", ({ own }) => percent(mean(own.map((e) => Number(e.correct))))],
+    ["tokens", ({ own }) => count(mean(own.map((e) => e.tokens)))],
+    ["critical path", ({ own }) => count(mean(own.map((e) => e.critical)))],
+    ["parallelism", ({ own }) => times(mean(own.map((e) => e.parallelism)))],
+    ["forked", ({ own }) => percent(mean(own.map((e) => Number(e.blocks > 0))))],
+    ["branches", ({ own }) => mean(own.map((e) => e.branches)).toFixed(1)],
+    ["wall time", ({ own }) => seconds(mean(own.map((e) => e.wall)))],
+    ["cached", ({ own }) => percent(sum(own.map((e) => e.cached)) / Math.max(1, sum(own.map((e) => e.prompt))))],
+  ].filter(Boolean);
+  const line = (group) =>
+    el(
+      "tr",
+      {
+        onpointerenter: () => single(group.k),
+        onpointerleave: () => single(null),
+        onfocusin: () => single(group.k),
+        onfocusout: () => single(null),
+      },
+      el("th", { scope: "row" }, methodButton(group)),
+      columns.map(([, value]) => el("td", {}, value(group))),
+    );
+  return el(
+    "div",
+    { class: "card table" },
+    el(
+      "table",
+      {},
+      el("caption", { class: "unseen" }, "Methods, means over their attempts"),
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          el("th", { scope: "col" }, "method"),
+          columns.map(([name]) => el("th", { scope: "col" }, name)),
+        ),
+      ),
+      el("tbody", {}, groups.map(line)),
+    ),
+  );
+}
+
+/** The name of a method, which lists its attempts. */
+function methodButton(group) {
+  const choose = () => {
+    $("method").value = group.method;
+    refilter();
+    if (!isWide()) goTo("list", "#");
+    $("rows").focus();
+  };
+  const key = svg(
+    "svg",
+    { viewBox: "0 0 26 8", "aria-hidden": "true", ...drawn(group.k, "key") },
+    svg("path", { d: "M1 4H25" }),
+  );
+  return el("button", { type: "button", class: "bare", onclick: choose }, key, el("bdi", {}, short(group.method, 60)));
+}
+
+/** How a method is drawn. */
+const drawn = (k, kind) => ({ class: `${kind} hue-${k % 8}${k >= 8 ? " dashed" : ""}`, "data-method": k });
+const lineOf = ({ k, method }, d) => svg("path", { d, ...drawn(k, "line") }, svg("title", {}, plain(method)));
+
+/** Let all methods but one step back in the plots; none with null. */
+function single(k) {
+  for (const node of document.querySelectorAll("#overview figure [data-method]"))
+    node.classList.toggle("faint", k !== null && node.dataset.method !== String(k));
+}

@@ -1,0 +1,187 @@
+// The timeline of a trajectory as a card: its lanes, how one is chosen, and what is said where a pointer is.
+
+const LEGEND = [
+  ["decoded", "decoded"],
+  ["injected", "injected by the runtime"],
+  ["cached", "read from the cache"],
+  ["prefilled", "prefilled"],
+  ["fork", "fork"],
+  ["join", "join"],
+  ["critical", "critical path"],
+];
+const CAPTION = {
+  tokens:
+    "Thick: what was written, behind the longest chain of what it follows. Thin: what each request had read before it wrote.",
+  time: "Thick: requests while they decoded. Thin: which share of its prompt each of them had from the cache.",
+};
+function timelineCard() {
+  const radio = (value, name) =>
+    el(
+      "label",
+      {},
+      el("input", {
+        type: "radio",
+        name: "axis",
+        value,
+        checked: view.axis === value,
+        disabled: value === "time" && !hasTimes(view.t),
+        onchange: () => ((view.axis = value), drawTimeline()),
+      }),
+      el("span", {}, name),
+    );
+  return el(
+    "section",
+    { class: "card timeline", "aria-label": "Timeline" },
+    el(
+      "div",
+      { class: "timeline-head" },
+      el(
+        "ul",
+        { class: "legend", "aria-label": "Legend" },
+        LEGEND.map(([key, name]) => el("li", { class: key }, name)),
+      ),
+      el(
+        "fieldset",
+        { class: "switch" },
+        el("legend", { class: "unseen" }, "Axis"),
+        radio("tokens", "Tokens"),
+        radio("time", "Time"),
+      ),
+    ),
+    el(
+      "div",
+      { class: "lanes-box", onpointermove: onPoint, onpointerleave: unpoint },
+      el("div", { id: "lanes-head", "aria-hidden": "true" }),
+      el("div", {
+        id: "lanes",
+        role: "listbox",
+        tabindex: "0",
+        "aria-label": "Branches: arrows to choose, Enter to read, Escape to go back",
+        onkeydown: onLaneKey,
+        onclick: onLaneClick,
+      }),
+      el("div", { id: "tip", hidden: true, "aria-hidden": "true" }),
+    ),
+    el("p", { id: "caption" }),
+  );
+}
+
+function drawTimeline() {
+  if (!$("lanes")) return;
+  const l = (view.layout = layout());
+  $("lanes").style.setProperty("--label", `${l.label}px`);
+  $("lanes").style.setProperty("--row", `${l.row}px`);
+  const chain = chainOf(l.t.spans, l.ends),
+    on = new Set(chain);
+  $("lanes-head").replaceChildren(drawHead(l));
+  $("caption").textContent = CAPTION[l.axis];
+  $("lanes").replaceChildren(drawing(l, chain, on), ...l.lanes.map((lane) => laneRow(lane, on)));
+  chooseLane(view.lane);
+}
+
+function laneRow(lane, on) {
+  const critical = lane.spans.some((i) => on.has(i) && !isPrompt(view.t.spans[i]));
+  const said = [
+    lane.path.length ? `Branch ${lane.key}` : "Trunk",
+    lane.outline && short(lane.outline, 120),
+    many(lane.tokens, "token"),
+    FINISH[lane.finish],
+    critical && "on the critical path",
+  ].filter(Boolean);
+  const name = el(
+    "span",
+    { class: "lane-name" },
+    el("b", {}, nameOf(lane.path)),
+    el("bdi", { class: "outline" }, short(lane.outline, 80)),
+    BRIEF[lane.finish] && el("span", { class: `end ${lane.finish}` }, BRIEF[lane.finish]),
+    el("span", { class: "tokens" }, count(lane.tokens)),
+  );
+  name.style.paddingInlineStart = `${8 + Math.max(0, lane.depth - 1) * (isWide() ? 14 : 5)}px`;
+  return el(
+    "div",
+    { role: "option", class: "lane", id: `lane-${lane.key}`, "data-lane": lane.key, "aria-label": said.join(", ") },
+    name,
+  );
+}
+
+function onPoint(event) {
+  const l = view.layout,
+    box = $("lanes").getBoundingClientRect(),
+    at = event.clientX - box.left - l.label;
+  const lane = l.lanes[Math.floor((event.clientY - box.top) / l.row)];
+  if (!lane || at < 0 || at > l.width) return unpoint();
+  $("lanes").querySelector(".hair").setAttribute("d", `M${at} 0V${l.height}`);
+  const value = at < l.stub ? null : ((at - l.stub) / (l.width - l.stub)) * l.most;
+  $("tip").replaceChildren(...told(l, lane, value).map((line) => el("span", {}, line)));
+  $("tip").hidden = false;
+  const outer = $("tip").parentElement.getBoundingClientRect(),
+    wide = $("tip").offsetWidth;
+  $("tip").style.left = `${Math.min(event.clientX - outer.left + 14, outer.width - wide - 4)}px`;
+  $("tip").style.top = `${event.clientY - outer.top + $("tip").parentElement.scrollTop + 18}px`;
+}
+
+function unpoint() {
+  $("tip").hidden = true;
+  $("lanes").querySelector(".hair")?.setAttribute("d", "");
+}
+
+/** What there is at a place of a lane. */
+function told(l, lane, value) {
+  if (value === null) return [`prompt: ${many(l.prompt, "token")}`];
+  const i = lane.spans.findLast((s) => l.starts[s] <= value && value < l.ends[s]),
+    span = l.t.spans[i];
+  const step = widths(l.lanes, l.t.spans, l).findLast(([x]) => x <= value);
+  const lines = [`${l.axis === "time" ? `at ${seconds(value)}` : `token ${count(value)}`}: ${step?.[1] ?? 0} at once`];
+  if (!span) return [...lines, `${nameOf(lane.path)} waits, or is not there`];
+  lines.push(
+    `${nameOf(lane.path)}: ${span.role}, ${span.open ? "about " : ""}${many(span.tokens, "token")} ${span.origin}`,
+  );
+  const call = l.t.calls[span.call];
+  if (call?.prompt_tokens)
+    lines.push(
+      `read ${many(call.prompt_tokens, "token")}, ${call.cached_tokens === null ? "unknown how many" : count(call.cached_tokens)} from the cache`,
+    );
+  if (call)
+    lines.push(
+      `${seconds(call.started)} to ${seconds(call.ended)}${call.retries ? `, after ${many(call.retries, "failure")}` : ""}`,
+    );
+  return lines;
+}
+
+function onLaneClick(event) {
+  const row = event.target.closest("[data-lane]");
+  if (!row) return;
+  chooseLane(row.dataset.lane);
+  if (!isWide()) $("reader").scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
+}
+
+function onLaneKey(event) {
+  const k = view.lanes.findIndex((lane) => lane.key === view.lane),
+    { path } = view.lanes[k];
+  const to = {
+    ArrowDown: k + 1,
+    ArrowUp: k - 1,
+    Home: 0,
+    End: view.lanes.length - 1,
+    ArrowLeft: view.lanes.findIndex((lane) => path.length && lane.key === nameOf(path.slice(0, -2))),
+    ArrowRight: view.lanes.findIndex(
+      (lane) => lane.path.length === path.length + 2 && path.every((p, j) => lane.path[j] === p),
+    ),
+  }[event.key];
+  if (to !== undefined) chooseLane(view.lanes[to]?.key ?? view.lane);
+  else if (event.key === "Enter" || event.key === " ") $("reader").focus();
+  else return;
+  event.preventDefault();
+}
+
+function chooseLane(key) {
+  const changed = view.lane !== key;
+  view.lane = key;
+  for (const row of $("lanes").querySelectorAll("[data-lane]"))
+    row.setAttribute("aria-selected", String(row.dataset.lane === key));
+  $("lanes").setAttribute("aria-activedescendant", `lane-${key}`);
+  if (changed) {
+    document.getElementById(`lane-${key}`).scrollIntoView({ block: "nearest" });
+    drawReader();
+  }
+}
