@@ -142,7 +142,7 @@ def test_flex_attention_sees_the_same(join: str):
     rows = [structure([sampled("multiverse", seed, join=join)[0]]).tree for seed in (1, 2)]
     sight = Visibility.of(rows)
     heads = [torch.randn(2, 2, sight.ends.shape[1], 16) for _ in range(3)]
-    found = flex_attention(*heads, block_mask=sight.blocks(BLOCK_SIZE=16))
+    found = flex_attention(*heads, block_mask=sight.blocks(16))
     expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=sight.dense())
     for k, row in enumerate(rows):
         torch.testing.assert_close(found[k, :, : len(row.ends)], expected[k, :, : len(row.ends)])

@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
 from sgl_apr.training.masks import Visibility
 from sgl_apr.training.trie import ROOT, Cursor, Trie
 
@@ -104,3 +107,26 @@ def test_rows_do_not_see_one_another():
         here = slice(begin, begin + len(flat.ends))
         alone = Visibility.of([flat]).dense()[0, 0].numpy()
         assert (dense[k // 2, here, here] == alone).all()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_blocks_are_those_that_flex_attention_counts(joins: bool):
+    """The same ones are looked at, with the same function; a full one may be taken for a partial one."""
+    full = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        sight = Visibility.of([grown(rng, joins)[0].flat()[0] for _ in range(2)])
+        found, size = sight.blocks(8), sight.ends.shape[1]
+        counted = create_block_mask(sight.mask_mod, 2, None, size, size, device="cpu", BLOCK_SIZE=8)
+        assert torch.equal(found.to_dense(), counted.to_dense())
+        mine, theirs = (_full(mask) for mask in (found, counted))
+        assert not (mine & ~theirs).any()
+        full += int(mine.sum())
+    assert full
+
+
+def _full(mask) -> torch.Tensor:
+    """(rows, queries, keys) of the blocks that are full."""
+    numbers, which = mask.full_kv_num_blocks[:, 0], mask.full_kv_indices[:, 0].long()
+    chosen = torch.arange(which.shape[-1]) < numbers.unsqueeze(-1)
+    return torch.zeros(which.shape, dtype=torch.bool).scatter(-1, which, chosen)

@@ -54,7 +54,7 @@ def resume(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     if not (out / CHECKPOINT).exists():
         (out / LOG).unlink(missing_ok=True)
         return Progress()
-    state = torch.load(out / CHECKPOINT, weights_only=True)
+    state = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     done = Progress(**state["done"])

@@ -89,6 +89,13 @@ class Collator:
         return {"attention_mask": sight.dense() if self.attention == "dense" else sight.blocks()}
 
 
+def on(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A batch on another device; `AprError` for a `BlockMask`, whose function holds the tensors that it was made of."""
+    if not all(isinstance(value, Tensor) for value in batch.values()):
+        raise AprError('attention="flex" stays where it was made, expected "later" or "dense"')
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Of every target of a batch, (m,), under a Hugging Face causal language model.
 

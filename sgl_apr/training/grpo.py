@@ -28,8 +28,9 @@ from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.advantages import grpo, mean_only, papo
 from sgl_apr.training.batches import batches
 from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, save
-from sgl_apr.training.collate import Collator, log_probabilities
+from sgl_apr.training.collate import Collator, log_probabilities, on
 from sgl_apr.training.config import GrpoConfig, Rollouts
+from sgl_apr.training.device import device
 from sgl_apr.training.rewards import reward
 from sgl_apr.training.structure import Floats, Structure, structure
 from sgl_apr.trajectory import Trajectory
@@ -74,6 +75,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
     start = begin(config, Path(config.model.path), out)
     torch.manual_seed(config.updates.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    model.to(device())
     # Not Adam: it makes all coordinates of a gradient alike, of which most are chance with a few hundred replies.
     optimizer = torch.optim.SGD(model.parameters(), lr=config.updates.rate)
     step = resume(out, model, optimizer).step
@@ -158,7 +160,7 @@ def learn(
         trees = _weighted(trajectories[part], advantages[part], eos, config.updates.branches)
         own, collate = {id(tree): weights for tree, weights in trees}, Collator(pad=eos)
         for rows in batches([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
-            batch = collate(rows, [[own[id(tree)]] for tree in rows])
+            batch = on(collate(rows, [[own[id(tree)]] for tree in rows]), model.device)
             (-(batch["weights"] * log_probabilities(model, batch)).sum() / len(trajectories)).backward()
         halves.append(_gradient(model))
     first, second = halves[0], halves[1] - halves[0]

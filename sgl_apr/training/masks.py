@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,14 +56,41 @@ class Visibility:
 
         return sees
 
-    def blocks(self, **options: Any) -> Any:
-        """A `BlockMask` of all rows; options are those of `create_block_mask` (BLOCK_SIZE, _compile)."""
-        from torch.nn.attention.flex_attention import create_block_mask
+    def blocks(self, size: int = 128) -> Any:
+        """A `BlockMask` of all rows for FlexAttention, in blocks of `size` tokens.
+
+        Its own `create_block_mask` computes the whole matrix to count what is seen in each block (gigabytes for
+        28,000 tokens); intervals say the same of a block and one key at a time. A block counts as full only where
+        each key is seen by all of it in one interval: as partial it is no less right.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
 
         rows, length = self.ends.shape
-        return create_block_mask(
-            self.mask_mod, rows, None, length, length, device=str(self.ends.device), **options
+        number = -(-length // size)
+        first = torch.arange(number, device=self.ends.device).unsqueeze(1) * size  # of the queries of a block
+        last = (first + size).clamp(max=length)
+        shape = (rows, number, number * size)
+        touched = torch.zeros(shape, dtype=torch.bool, device=self.ends.device)
+        filled = touched.clone()
+        for begin, end in self._intervals():
+            begin, end = begin.unsqueeze(1), end.unsqueeze(1)
+            touched[..., :length] |= (begin < last) & (end > first) & (begin < end)
+            filled[..., :length] |= (begin <= first) & (end >= first + size)
+        some = touched.view(rows, number, number, size).any(-1)
+        full = filled.view(rows, number, number, size).all(-1)
+        return BlockMask.from_kv_blocks(
+            *_ordered(some & ~full),
+            *_ordered(full),
+            BLOCK_SIZE=size,
+            mask_mod=self.mask_mod,
+            seq_lengths=(length, length),
         )
+
+    def _intervals(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(first, last) of the queries that see each key, (rows, length) each."""
+        yield torch.arange(self.ends.shape[1], device=self.ends.device).unsqueeze(0), self.ends
+        for j in range(self.joined.shape[1]):
+            yield self.joined[:, j, :, 0], self.joined[:, j, :, 1]
 
     def dense(self) -> Tensor:
         """(rows, 1, length, length), True where a query (third axis) sees a key; memory is quadratic."""
@@ -82,3 +109,9 @@ def _places(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     places = np.empty(len(tokens), dtype=np.int64)
     places[order] = np.arange(len(ordered)) - firsts
     return places
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, n, n) as FlexAttention has it, for all heads: how many blocks of keys each block of queries has, and which."""
+    which = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), which.int().unsqueeze(1)

@@ -18,8 +18,9 @@ from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.batches import stream
 from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, save
-from sgl_apr.training.collate import Collator, log_probabilities
+from sgl_apr.training.collate import Collator, log_probabilities, on
 from sgl_apr.training.config import SftConfig, Steps
+from sgl_apr.training.device import device
 from sgl_apr.training.examples import examples
 from sgl_apr.training.muon import Muon
 
@@ -54,6 +55,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None =
     start = begin(config, _start(config, out), out)
     torch.manual_seed(config.steps.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    model.to(device())
     optimizer = Muon(_groups(model, config.steps.weight_decay))
     done = resume(out, model, optimizer)
     step, tokens, place = done.step, done.tokens, done.place
@@ -68,7 +70,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None =
             now = rate(config.steps, step, tokens / config.steps.tokens)
             for group in optimizer.param_groups:
                 group["lr"] = now
-            batch = collate(trees)
+            batch = on(collate(trees), model.device)
             loss = -log_probabilities(model, batch).mean()
             loss.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.steps.clip))
