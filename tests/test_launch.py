@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "num_hidden_layers": 4}
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     (tmp_path / "config.json").write_text("{}")
@@ -65,6 +68,21 @@ def test_flags_of_the_user_win(parser, given, name, value):
 
 
 @pytest.mark.parametrize(
+    ("config", "backend"),
+    [
+        (LLAMA, "flashinfer"),
+        (LLAMA | {"head_dim": 128}, "flashinfer"),
+        (LLAMA | {"head_dim": 32}, "triton"),
+        ({"text_config": LLAMA | {"hidden_size": 768}}, "triton"),
+        ({}, "flashinfer"),
+    ],
+)
+def test_attention_on_a_gpu_is_one_that_has_heads_of_that_size(parser, config, backend):
+    found = parser.parse_args([*defaults(accelerator=True, config=config), "--model", "m"])
+    assert found.attention_backend == backend
+
+
+@pytest.mark.parametrize(
     ("options", "flags"),
     [
         ({"context_length": 4096}, ["--context-length", "4096"]),
@@ -75,9 +93,6 @@ def test_flags_of_the_user_win(parser, given, name, value):
 )
 def test_keywords_are_flags(options, flags):
     assert as_flags(options) == flags
-
-
-LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "num_hidden_layers": 4}
 
 
 @pytest.mark.parametrize(

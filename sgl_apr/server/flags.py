@@ -18,6 +18,7 @@ ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 # lpm: a branch whose prefix is cached goes first, and of several with the same uncached prefix one prefills.
 COMMON = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
 GPU = {"--attention-backend": "flashinfer", "--page-size": "1"}
+HEADS = 64  # flashinfer's prefill has heads of a multiple of so many dimensions; Triton's has any
 CPU = {
     "--device": "cpu",
     "--attention-backend": "apr_cpu",
@@ -29,9 +30,13 @@ CPU = {
 }
 
 
-def defaults(*, accelerator: bool, max_tokens: int = TOKENS) -> list[str]:
-    """The flags to put before the user's."""
+def defaults(
+    *, accelerator: bool, max_tokens: int = TOKENS, config: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The flags to put before the user's. `config` is the model's config.json, where it is known."""
     flags = COMMON | (GPU if accelerator else CPU | {"--max-total-tokens": str(max_tokens)})
+    if accelerator and (head_dim(config or {}) or HEADS) % HEADS:
+        flags |= {"--attention-backend": "triton"}
     return [word for pair in flags.items() for word in pair if word is not None]
 
 
@@ -40,14 +45,22 @@ def pool_tokens(config: Mapping[str, Any], available: int) -> int:
 
     `config` is the model's config.json. A model that does not say its sizes there gets `TOKENS`.
     """
-    config = config.get("text_config") or config
+    dim, config = head_dim(config), config.get("text_config") or config
     try:
-        heads = config["num_attention_heads"]
-        dim = config.get("head_dim") or config["hidden_size"] // heads
-        per_token = 2 * 4 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * dim
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        per_token = 2 * 4 * config["num_hidden_layers"] * heads * (dim or 0)
     except KeyError:
         return TOKENS
+    if not per_token:
+        return TOKENS
     return int(min(TOKENS, max(1024, available // 2 // per_token)))
+
+
+def head_dim(config: Mapping[str, Any]) -> int | None:
+    """Of a model by its config.json; None where that does not say it."""
+    config = config.get("text_config") or config
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    return config.get("head_dim") or (hidden // heads if hidden and heads else None)
 
 
 def as_flags(options: Mapping[str, object]) -> list[str]:

@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from sgl_apr.errors import LaunchError
@@ -123,8 +124,9 @@ def server_args(argv: list[str]) -> Any:
     accelerator = has_accelerator()
     if not accelerator and type(current_platform).__name__ != "TorchCpuPlatform":
         raise LaunchError(f"SGLang runs on {current_platform!r} instead of the CPU platform of sgl-apr")
-    tokens = TOKENS if accelerator else _affordable_tokens(wanted.model_path, wanted.revision)
-    given = [*defaults(accelerator=accelerator, max_tokens=tokens), *merged]
+    config = _config(wanted.model_path, wanted.revision)
+    tokens = TOKENS if accelerator else _affordable_tokens(config)
+    given = [*defaults(accelerator=accelerator, max_tokens=tokens, config=config), *merged]
     args = prepare_server_args(given)
     args.resolve_once()
     cache = wanted.radix_cache_backend
@@ -151,13 +153,17 @@ def server_args(argv: list[str]) -> Any:
     return args
 
 
-def _affordable_tokens(model: str, revision: str | None) -> int:
+def _config(model: str, revision: str | None) -> dict[str, Any]:
+    """What config.json of a model says, as far as it is on this machine."""
+    path = local_config(model, revision or "main")
+    found: dict[str, Any] = {} if path is None else json.loads(path.read_text())
+    return found
+
+
+def _affordable_tokens(config: Mapping[str, Any]) -> int:
     import psutil  # type: ignore[import-untyped]
 
-    path = local_config(model, revision or "main")
-    if path is None:
-        return TOKENS
-    return pool_tokens(json.loads(path.read_text()), psutil.virtual_memory().available)
+    return pool_tokens(config, psutil.virtual_memory().available)
 
 
 def _warm_up(args: Any) -> None:
