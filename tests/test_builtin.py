@@ -15,7 +15,7 @@ from sgl_apr.server.launch import Server
 from sgl_apr.tasks.evaluated import RUN
 
 pytestmark = pytest.mark.server
-LIMIT = 24
+LIMIT = 12
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,10 @@ def test_it_solves_and_an_evaluation_goes_on_where_it_was(
     run = tmp_path / RUN
     lines = run.read_text().splitlines(keepends=True)
     assert len(lines) == LIMIT + 1
-    run.write_text("".join(lines[:18]) + lines[18][:50])  # as a kill leaves it
+    run.write_text("".join(lines[:9]) + lines[9][:50])  # as a kill leaves it
     assert main(words) == 0
     again = run.read_text().splitlines(keepends=True)
-    assert again[:18] == lines[:18]
+    assert again[:9] == lines[:9]
     assert sorted(json.loads(line)["number"] for line in again[1:]) == list(range(LIMIT))
     assert main([*words, "--seed", "1"]) == 1
     assert "of another evaluation" in capsys.readouterr().err

@@ -105,6 +105,7 @@ def test_run_on_a_server(server, capsys):
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_the_quickstart_runs_as_it_is(server):
     """On a random model: nothing sensible, but every step, and the figures on the last line."""
     script = Path(__file__).parents[1] / "examples" / "quickstart.py"

@@ -351,7 +351,7 @@ MODES = {
 @pytest.mark.parametrize(("name", "depth"), DEPTHS)
 @pytest.mark.parametrize("mode", MODES)
 def test_trajectories_are_valid_whatever_is_sampled(name: str, depth: int, mode: str):
-    assert trajectories(name, depth, mode, 10)["forked"] >= (10 if mode != "auto" else 1)
+    assert trajectories(name, depth, mode, 5)["forked"] >= (5 if mode != "auto" else 1)
 
 
 @pytest.mark.slow

@@ -9,11 +9,16 @@ from pages import PAGES, name, run, server_of
 
 import sgl_apr as apr
 
-SERVED = [page for page in PAGES if server_of(page)]
+SLOW = ("evaluating.md",)  # it evaluates, and so do other tests
+SERVED = [
+    pytest.param(page, marks=pytest.mark.slow if name(page) in SLOW else (), id=name(page))
+    for page in PAGES
+    if server_of(page)
+]
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("page", SERVED, ids=name)
+@pytest.mark.parametrize("page", SERVED)
 def test_what_a_page_shows_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, warm
 ):

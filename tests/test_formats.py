@@ -62,7 +62,7 @@ def check(dialect: apr.Dialect, found: list[apr.Trajectory], tokens: int | None 
 @every
 def test_random_weights_follow_it(server: Server, name: str):
     dialect = apr.dialect(name)
-    found = replies(server.url, dialect, 6)
+    found = replies(server.url, dialect, 4)
     check(dialect, found)
     if dialect.max_depth > 1 and dialect.grammar.ending(
         "body", "1"

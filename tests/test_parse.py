@@ -14,7 +14,7 @@ from sgl_apr.tokenizer import split_ids
 DIALECT = apr.dialect("threadweaver")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=traces(), spelled=st.booleans())
 def test_render_inverts_parse(text: str, spelled: bool):
     tokenizer = apr.ByteTokenizer(() if spelled else TAGS)
@@ -74,7 +74,7 @@ def test_more_branches_than_the_format_has():
         DIALECT.validate(f"<Parallel>\n<Outlines>\n{fork}</Outlines>\n{threads}\n</Parallel>")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_every_prefix_of_a_phase_can_be_completed(data: st.DataObject):
     """Wherever the token limit cuts, what is open is closed, and what was written stays."""

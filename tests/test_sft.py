@@ -157,7 +157,7 @@ def test_fifty_steps_of_the_recipe(tmp_path: Path):
         recipe,
         model=replace(recipe.model, path="", layers=2, hidden=64),
         data=replace(recipe.data, problems=300),
-        steps=replace(recipe.steps, tokens=50 * 4096, batch=4096, warmup=10, rate=3e-3),
+        steps=replace(recipe.steps, tokens=50 * 1024, batch=1024, warmup=10, rate=3e-3),
     )
     train(config, tmp_path)
     found = losses(tmp_path)
