@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from warm import Nursery
+from warm import Nursery, share
 
 from sgl_apr.dialects import dialect, dialect_names
 from sgl_apr.models import located, random_llama
@@ -34,8 +33,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_finish() -> None:
     """Of several processes each computes on its share of the cores: threads beyond that wait for one another."""
-    if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    if threads := share():
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,6 +21,12 @@ from sgl_apr.server.plugin import LAUNCHED, SECRET
 LIMIT = 1 << 20  # bytes of a message
 
 
+def share() -> int | None:
+    """How many cores this process and its servers have, if tests run in several."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+    return max(1, len(os.sched_getaffinity(0)) // processes) if processes else None
+
+
 class Nursery:
     """The process that forks; it imports while the tests go on that need no server yet."""
 
@@ -28,6 +34,8 @@ class Nursery:
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", __file__]
         environment = ENVIRONMENT | dict(os.environ) | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
+        if threads := share():
+            environment["OMP_NUM_THREADS"] = str(threads)
         with theirs:
             self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
 
