@@ -18,7 +18,7 @@ from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tasks.countdown import problems
 from sgl_apr.tasks.expert import shown
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.collate import Collator, log_probabilities, packed
+from sgl_apr.training.collate import Collator, log_probabilities, on, packed
 from sgl_apr.training.config import Data, Model, SftConfig, Steps, load
 from sgl_apr.training.sft import Step, train
 from sgl_apr.training.structure import structure
@@ -36,8 +36,9 @@ def tiny(tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["threadweaver", "npr", "pasta", "spawn"])
-def test_the_gradient_is_that_of_separate_sequences(tiny, name: str):
+def test_the_gradient_is_that_of_separate_sequences(tiny, name: str, device: str):
     """Of the requests, each run by itself with a causal mask, in double precision."""
     engine = SampledEngine(masked(name), seed=4)
     sent: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -53,13 +54,13 @@ def test_the_gradient_is_that_of_separate_sequences(tiny, name: str):
     made = [asyncio.run(apr.areason(engine, "Q: ", name, budget=budget, mode="parallel")) for _ in range(2)]
     structures = [structure([t], eos=256) for t in made]
     (row,) = packed(structures, 10_000)
-    tiny.zero_grad()
-    (-log_probabilities(tiny, Collator()([row])).sum()).backward()
+    tiny.to(device).zero_grad()
+    (-log_probabilities(tiny, on(Collator()([row]), device)).sum()).backward()
     packed_gradient = [p.grad.clone() for p in tiny.parameters()]
 
     tiny.zero_grad()
     for prompt, decoded in sent:
-        ids = torch.tensor([[*prompt, *decoded]])
+        ids = torch.tensor([[*prompt, *decoded]], device=device)
         logits = tiny(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :].float()
         (-logits.log_softmax(-1)[torch.arange(len(decoded)), list(decoded)].sum()).backward()
     for mine, theirs in zip(packed_gradient, (p.grad for p in tiny.parameters()), strict=True):

@@ -51,7 +51,14 @@ def test_one_row_through_the_models_own_forward(tmp_path: Path, attention: str):
     assert float((row - rows).abs().max()) < 1e-4
 
 
-def test_hugging_face(tmp_path: Path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--attention", "dense", "--use_cpu"),
+        pytest.param(("--attention", "later"), marks=pytest.mark.gpu),
+    ],
+)
+def test_hugging_face(tmp_path: Path, words: tuple[str, ...]):
     pytest.importorskip("accelerate", reason="pip install 'sgl-apr[trainer]'")
     model = countdown_llama(tmp_path / "model", apr.dialect("spawn").tags, layers=2, hidden=64)
     tokenizer = HfTokenizer(model)
@@ -61,7 +68,7 @@ def test_hugging_face(tmp_path: Path):
     out = tmp_path / "out"
     ran(
         EXAMPLES / "hf_trainer.py", "--model", model, "--data", data, "--output_dir", out, "--max_steps", 2,
-        "--length", 2048, "--attention", "dense", "--use_cpu", "--logging_steps", 1, "--report_to", "none",
+        "--length", 2048, *words, "--logging_steps", 1, "--report_to", "none",
         "--save_strategy", "steps", "--save_steps", 2, "--learning_rate", "1e-3",
     )  # fmt: skip
     logged = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
