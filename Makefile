@@ -26,7 +26,7 @@ lint: $(READY)            ## style and types
 serve: $(READY)           ## make serve MODEL=directory-or-hub-id
 	$(VENV)/bin/sgl-apr serve --model $(MODEL)
 
-bench: $(READY)           ## every benchmark, into runs/benchmarks
+bench: $(READY)           ## every benchmark, into runs/benchmarks; benchmarks/figures.py writes the pages from it
 	$(PYTHON) benchmarks/all.py
 
 docs: $(READY)            ## the documentation, into site/: open site/index.html, or for its search python -m http.server -d site

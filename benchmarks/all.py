@@ -4,6 +4,7 @@ python benchmarks/all.py [-o DIR] [--only trie grammar] [--again] [--list]
 
 Each runs as a command of its own with --json; what it says meanwhile is in DIR/NAME.log. One that fails is named, and the
 others run. Run again, it goes on: what is there already for this state of the repository is not measured again.
+`python benchmarks/figures.py DIR/benchmarks.json` writes what was found into README and docs.
 """
 
 from __future__ import annotations
@@ -32,21 +33,25 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from tables import table
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("sgl-apr", "sglang", "torch", "transformers", "llguidance", "lark", "xgrammar")
 RUNS = "runs/eval/"
 # Some judge themselves if they are asked to, and some compare models that have to be trained first (docs/countdown.md).
-ARGUMENTS = dict.fromkeys(("attention", "join", "runtime", "trie"), ("--check",)) | {
+ARGUMENTS = dict.fromkeys(("attention", "join", "trie"), ("--check",)) | {
     "countdown": (
         f"{RUNS}sequential", f"{RUNS}parallel", f"{RUNS}rl", "--sampled", f"{RUNS}parallel-sampled", f"{RUNS}rl-sampled",
         "--check",
     ),
+    "grammar": ("--runs", "200"),
+    "runtime": ("--check", "--pairs", "40"),
     "questions": (
         "--model", "runs/parallel/model", "--twin", "runs/sequential/model", "--rl", "runs/rl/model", "-o",
         "runs/questions",
     ),
 }  # fmt: skip
+NONE = ("all.py", "figures.py")  # programs, but no benchmarks
 MADE = ("runs/questions",)  # all else in runs/ has to be there
 
 
@@ -107,7 +112,7 @@ class Benchmark:
 
 def benchmarks(where: Path) -> list[Benchmark]:
     """The scripts of a directory that are programs, but this one."""
-    programs = [p for p in sorted(where.glob("*.py")) if p.name != "all.py" and "__main__" in p.read_text()]
+    programs = [p for p in sorted(where.glob("*.py")) if p.name not in NONE and "__main__" in p.read_text()]
     return [Benchmark(p, ARGUMENTS.get(p.stem, ())) for p in programs]
 
 
@@ -168,21 +173,6 @@ def shown(found: Mapping[str, Any]) -> list[str]:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         parts += [f"**{name}**\n", table(columns, [[row.get(c, "") for c in columns] for row in rows]), ""]
     return parts
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Of Markdown."""
-
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(cell(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
-
-    return "\n".join([line(columns), "|" + "---|" * len(columns), *map(line, rows)])
-
-
-def cell(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def write(path: Path, text: str) -> None:

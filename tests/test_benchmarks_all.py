@@ -115,12 +115,12 @@ def test_every_benchmark_is_known_and_prints_json(everything, capsys):
     assert everything.main(["--list"]) == 0
     commands = capsys.readouterr().out.splitlines()
     names = {Path(command.split()[1]).stem for command in commands}
-    assert names == {p.stem for p in BENCHMARKS.glob("*.py")} - {"all", "hardware"}
+    assert names == {p.stem for p in BENCHMARKS.glob("*.py")} - {"all", "figures", "hardware", "tables"}
     assert set(everything.ARGUMENTS) <= names
     for command in commands:
         text = (BENCHMARKS.parent / command.split()[1]).read_text()
         for flag in (word for word in command.split() if word.startswith("--")):
-            assert f'"{flag}"' in text, (command, flag)
+            assert flag in text, (command, flag)
 
 
 def test_nothing_of_that_name(everything, where: Path, capsys):

@@ -1,0 +1,244 @@
+"""Figures of README and docs, written from what benchmarks/all.py has kept; nothing is measured here.
+
+python benchmarks/figures.py runs/benchmarks/benchmarks.json     # keeps it as docs/benchmarks.json, and writes the pages anew
+python benchmarks/figures.py --check                             # status 1 if a page says something else
+
+What stands in a page between `<!-- figures: NAME -->` and `<!-- end of figures -->` is the section NAME below; NAME_short is of
+the same benchmark. A section of a benchmark that was not run stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tables import table
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "benchmarks.json"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+Found = Mapping[str, Any]
+
+
+def spread(values: Sequence[float]) -> str:
+    """From the least to the most, as factors."""
+    least, most = (f"{x:.1f}" for x in (min(values), max(values)))
+    return f"{least}x" if least == most else f"{least}-{most}x"
+
+
+def trie(found: Found) -> str:
+    return (
+        f"The training structure of {found['sequences']} sequences, {found['flat_tokens']:,} tokens in a line, takes "
+        f"{1000 * found['seconds']:.0f} ms and {found['peak_mb']:.1f} MB at the most."
+    )
+
+
+def validity(found: Found) -> str:
+    columns = ["tags", "grammar", "valid", "valid and forked", "closers written", "closers injected"]
+    rows = [
+        [
+            {"tokens": "tokens", "text": "spelled out"}[r["tags"]], "on" if r["grammar"] else "off",
+            f"{r['valid']} of {r['replies']}", r["valid_and_forked"], r["closers_decoded"], r["closers_injected"],
+        ]
+        for r in found["rows"]
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def grammar(found: Found) -> str:
+    columns = [
+        "dialect", "valid", "forked", "valid and forked, grammar off", "closers written / injected", "mask p50 / p99",
+        "xgrammar", "tags spelled out",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"`{name}`", f"{r['valid']} of {r['runs']}", r["forked"], r["valid_grammar_off"],
+            f"{r['closers_decoded']} / {r['closers_injected']}",
+            *(f"{r[f'{how}mask_us_p50']} / {r[f'{how}mask_us_p99']}" for how in ("", "xgrammar_", "text_mode_")),
+        ]
+        for name, r in found["dialects"].items()
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+# Of benchmarks/attention.py: a line, and the cases in it.
+CASES: tuple[tuple[str, Callable[[Found], bool]], ...] = (
+    ("decode, 1-4 requests", lambda c: c["name"] == "decode" and c["requests"] <= 4),
+    ("decode, 8-16 requests", lambda c: c["name"] == "decode" and 8 <= c["requests"] <= 16),
+    ("decode, 32-64 requests", lambda c: c["name"] == "decode" and c["requests"] >= 32),
+    ("decode, 8-64 branches of a fork", lambda c: c["name"].startswith("decode, fork")),
+    ("extend, 2 new over 2,304 cached", lambda c: c["name"].startswith("extend") and c["new"] == 2),
+    ("extend, 8 branches of 10 new over 500 cached", lambda c: c["name"] == "extend, fork of 8"),
+    ("prefill, 1,000", lambda c: c["name"] == "prefill"),
+)
+
+
+def attention(found: Found) -> str:
+    shapes = {"smollm2": "SmolLM2-135M's shape"} | {
+        t["case"]["shape"]: "the tests' tiny Llama"
+        for t in found["timings"]
+        if t["case"]["shape"] != "smollm2"
+    }
+    rows = [
+        [
+            line,
+            *(
+                spread(
+                    [
+                        t["speedup"]
+                        for t in found["timings"]
+                        if t["case"]["shape"] == shape and member(t["case"])
+                    ]
+                )
+                for shape in shapes
+            ),
+        ]
+        for line, member in CASES
+    ]
+    differ = max(t["max_difference"] for t in found["timings"])
+    fork = found["fork"]
+    return (
+        table(["", *shapes.values()], rows)
+        + f"\n\nLargest difference in the outputs: {differ:.0e} (fp32). Of the decoding of {fork['branches']} branches over a "
+        f"prefix of {fork['prefix']:,} tokens, {fork['speedup']:.1f}x comes from reading the prefix once."
+    )
+
+
+def join(found: Found) -> str:
+    columns = [
+        "branches x tokens", "computed again, text join", "KV join", "text join, s", "KV join, s", "KV join is",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{r['branches']} x {r['tokens']}", f"{r['text_reprefilled']:,}", r["kv_reprefilled"], f"{r['text_s']:.2f}",
+            f"{r['kv_s']:.2f}", f"{r['speedup']:.1f}x",
+        ]
+        for r in found["rows"]
+    ]  # fmt: skip
+    low, high = found["interval"]
+    return (
+        table(columns, rows)
+        + "\n\nA server that could join, and is not asked to, takes "
+        + f"{found['patched_over_stock']:.3f} of the time that one without the cache and the hook takes (95% CI {low:.3f} to "
+        f"{high:.3f}, {found['pairs']} interleaved pairs)."
+    )
+
+
+def soak(found: Found) -> str:
+    compared = found["compared"]
+    return (
+        f"{found['operations']:,} random forks, joins, aborts and evictions in a pool of {found['pool_tokens']:,} tokens, checks "
+        f"on at every step: {len(found['violations'])} violations, {found['held_when_idle']} tokens held when idle, "
+        f"{compared['answers'] - compared['differ']} of {compared['answers']} sampled answers as transformers writes them, the last "
+        f"fifth {found['last_to_first']:.2f} as fast as the first."
+    )
+
+
+def runtime(found: Found) -> str:
+    low, high = found["wall_ratio_vs_bare_ci95"]
+    figures = [
+        [
+            "the loop, per engine call, without the engine",
+            f"{found['loop_overhead_us']:.0f} us",
+            "200 us",
+        ],
+        [
+            "wall time over a bare client that sends the same requests and knows the tree beforehand",
+            f"{found['wall_ratio_vs_bare']:.3f} (95% CI {low:.3f} to {high:.3f})",
+            "1.05",
+        ],
+        [
+            "wall time over the same tokens, one branch after another",
+            f"{found['wall_ratio_vs_serial']:.3f}",
+            "",
+        ],
+    ]
+    levels = found["levels"]
+    walls = [" / ".join(f"{s:.1f}" for s in x["wall_s"]) for x in levels.values()]
+    many = [
+        ["output tokens/s", *(f"{x['tokens_per_s']:,.0f}" for x in levels.values())],
+        ["wall seconds of one, shortest / median / longest", *walls],
+        ["peak memory of the client, MB", *(f"{x['peak_rss_mb']:.0f}" for x in levels.values())],
+    ]
+    at_once = [f"{int(n):,}" for n in levels]
+    return table(["", "figure", "bar"], figures) + "\n\n" + table(["trajectories at once", *at_once], many)
+
+
+def methods(found: Found) -> str:
+    columns = [
+        "method", "solved", "total tokens", "critical path", "calls", "cached", "wall s", "one request at a time", "label",
+    ]  # fmt: skip
+    return table(columns, [_method(row) for row in found["rows"]])
+
+
+def _method(row: Found) -> list[object]:
+    if row["accuracy"] is None:
+        return [f"`{row['method']}`", f"none: {row['reason']}", *[""] * 7]
+    return [
+        f"`{row['method']}`", f"{row['accuracy']:.0%}", f"{row['total_tokens']:,.0f}", f"{row['critical_path']:,.0f}",
+        f"{row['engine_calls']:.1f}", f"{row['cached_share']:.0%}", f"{row['wall_s']:.1f}",
+        f"{row['one_by_one_s'] / row['alone_s']:.1f}x", row["label"],
+    ]  # fmt: skip
+
+
+def methods_short(found: Found) -> str:
+    """Those that could be asked, with what matters most."""
+    asked = [row for row in found["rows"] if row["accuracy"] is not None]
+    columns = ["method", "solved", "total tokens", "critical path", "wall s", "one request at a time"]
+    return table(columns, [[_method(row)[k] for k in (0, 1, 2, 3, 6, 7)] for row in asked])
+
+
+SECTIONS: dict[str, Callable[[Found], str]] = {
+    f.__name__: f for f in (trie, validity, grammar, attention, join, soak, runtime, methods, methods_short)
+}
+
+
+def written(page: str, kept: Mapping[str, Found]) -> str:
+    """A page with the sections of what was kept; raises ValueError for a section that nobody knows."""
+
+    def section(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in SECTIONS:
+            raise ValueError(f"no section {name!r}, expected one of {', '.join(SECTIONS)}")
+        entry = kept.get(name.removesuffix("_short"))
+        if entry is None:
+            return match[0]
+        machine = entry["hardware"]
+        source = (
+            f"<!-- {entry['date'][:10]}, commit {entry['commit']}, {machine['cores']} x {machine['cpu']} -->"
+        )
+        return f"{begin}{source}\n{SECTIONS[name](entry['found'])}\n{end}"
+
+    return SECTION.sub(section, page)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Keep what was measured, and write the pages; with --check, only say which differ."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measured", nargs="?", type=Path, help="what benchmarks/all.py has written")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    kept: dict[str, Found] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    if options.measured:
+        new = json.loads(options.measured.read_text())
+        kept |= {name: entry for name, entry in new.items() if entry["ok"]}
+    different = [page for page in PAGES if written(text := page.read_text(), kept) != text]
+    if not options.check:
+        for page in different:
+            page.write_text(written(page.read_text(), kept))
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    for page in different:
+        print(page.relative_to(ROOT))
+    return int(options.check and bool(different))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
