@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -10,8 +13,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from sgl_apr.blocks import Block
-from sgl_apr.trajectory import Trajectory
+from sgl_apr.trajectory import Call, Trajectory
 
+FEW = 4  # shares of the cache that are shown
 MARKS = {
     "length": "cut at its limit",
     "eos": "ended early",
@@ -81,7 +85,6 @@ def summary(trajectories: dict[str, Trajectory]) -> Table:
         table.add_column(name, justify="right")
     for title, t in trajectories.items():
         m = t.metrics()
-        cached = ", ".join(f"{c.cached_tokens}/{c.shared_tokens}" for c in t.calls if c.phase == "branch")
         table.add_row(
             Text(title),
             str(m.blocks),
@@ -89,10 +92,19 @@ def summary(trajectories: dict[str, Trajectory]) -> Table:
             str(m.total),
             str(m.critical_path),
             f"{m.acceleration:.0%}",
-            cached,
+            _cached(t.calls),
             f"{m.wall_s:.1f}",
         )
     return table
+
+
+def _cached(calls: Sequence[Call]) -> str:
+    """How much of what branches share came from the cache: of each, or of how many where they are many."""
+    found = Counter(f"{c.cached_tokens}/{c.shared_tokens}" for c in calls if c.phase == "branch")
+    if found.total() <= FEW:
+        return ", ".join(found.elements())
+    shown = [f"{branches} x {share}" for share, branches in found.most_common(FEW)]
+    return ", ".join(shown) + (", ..." if len(found) > FEW else "")
 
 
 def page(trajectory: Trajectory, title: str) -> RenderableType:
