@@ -45,8 +45,8 @@ REWARDS = {
     "accuracy": "accuracy alone",
     "naive_threads": "a bonus for each branch",
     "parallel_r1_product": "accuracy x structure, binary",
-    "parallel_r1": "alternating, 8 steps of 10 accuracy",
-    "gated": "accuracy x (1 + critical-path ratio)",
+    "parallel_r1": "alternating, 8 steps of 10 accuracy alone",
+    "gated": "accuracy x (1 + 0.3 x critical-path ratio)",
 }
 RELAXED = ("naive_threads", "gated")  # what pays for branches most, and least
 WIDTHS = (2, 4, 6, 8)
@@ -76,10 +76,12 @@ class Arms:
         if model.is_dir():
             return model
         rollouts = Rollouts(problems=self.options.problems, tokens=BUDGET.tokens, reward=reward)
-        updates = Updates(steps=self.options.steps, rate=self.options.rate, branches=0.0)
-        steps = iter(track(range(updates.steps), name, console=Console(stderr=True)))
+        # The schedule pays for structure in the last two of ten.
+        steps = self.options.steps * (2 if reward == "parallel_r1" else 1)
+        updates = Updates(steps=steps, rate=self.options.rate, branches=0.0)
+        shown = iter(track(range(updates.steps), name, console=Console(stderr=True)))
         config = GrpoConfig(Model(path=str(start)), rollouts=rollouts, updates=updates)
-        return grpo.train(config, self.out / name, lambda _: next(steps, None))
+        return grpo.train(config, self.out / name, lambda _: next(shown, None))
 
     def measured(self, name: str, model: Path, width: int | None = None, **options: Any) -> Row:
         """What a model makes of the problems; with a width, told so."""
