@@ -178,8 +178,8 @@ def large() -> Iterator[str]:
         config = json.loads((directory / "config.json").read_text())
         shape = LARGE | {"dtype": "bfloat16", "max_position_embeddings": 32768}
         (directory / "config.json").write_text(json.dumps(config | shape))
-        options = {"load_format": "dummy", "skip_server_warmup": True, "context_length": 16384}
-        with apr.Server(directory, **options) as server:
+        options: dict[str, Any] = {"load_format": "dummy", "skip_server_warmup": True}
+        with apr.Server(directory, context_length=16384, max_total_tokens=65536, **options) as server:
             yield server.url
 
 
@@ -273,18 +273,23 @@ def main() -> int:
         print(json.dumps(found | {"skipped": "no GPU"})) if options.json else None
         return 0
     found["hardware"] |= {"gpu": torch.cuda.get_device_name()}
+
+    def note(part: str, came_to: Any) -> None:
+        found[part] = came_to
+        print(json.dumps({part: came_to}), file=sys.stderr, flush=True)
+
     for name, measure in (("attention", attention), ("model", model)):
         if name in options.parts:
-            found[name] = measure(options.reps)
+            note(name, measure(options.reps))
     if "sft" in options.parts:
-        found["sft"] = sft()
+        note("sft", sft())
     if {"forks", "joins"} & set(options.parts):
         torch.cuda.empty_cache()
         with large() as url:
             if "forks" in options.parts:
-                found["forks"] = asyncio.run(forks(url, options.reps))
+                note("forks", asyncio.run(forks(url, options.reps)))
             if "joins" in options.parts:
-                found["joins"] = asyncio.run(joins(url, options.reps))
+                note("joins", asyncio.run(joins(url, options.reps)))
     print(json.dumps(found)) if options.json else show(found)
     for bar in missed(found):
         Console(stderr=True).print(f"[red]missed: {bar}")

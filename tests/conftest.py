@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,6 @@ from sgl_apr.tasks.solving import SERVER
 
 SERVED = "pytest.mark.server"
 GPU = has_accelerator()
-# What is compared with transformers is compared in single precision, which flashinfer has not.
-EXACT: dict[str, Any] = {"dtype": "float32", "attention_backend": "triton"} if GPU else {}
-os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # else its products are of 10 bits there
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -54,10 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def warm() -> Iterator[type[Server]]:
-    """Starts servers that need not import SGLang first; on a GPU, whose state no fork survives, as users do."""
-    if GPU:
-        yield Server
-        return
+    """Starts servers that need not import SGLang first, on the CPU."""
     nursery = Nursery()
 
     class Warm(Server):
@@ -73,16 +66,14 @@ def server(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iter
     directory = tmp_path_factory.mktemp("served")
     tags = dict.fromkeys(tag for name in dialect_names() for tag in dialect(name).tags)
     random_llama(directory, tags=list(tags), tag_bias=5.0)
-    with warm(directory, log_path=directory / "server.log", **EXACT) as server:
+    with warm(directory, log_path=directory / "server.log") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def solver(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serves the model that comes with the package, which solves Countdown."""
-    with warm(
-        located("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER | EXACT
-    ) as server:
+    with warm(located("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER) as server:
         yield server
 
 
@@ -99,5 +90,5 @@ def checked(warm: type[Server], untagged: Path) -> Iterator[Server]:
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
         patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
         options = {"max_total_tokens": 4096, "context_length": 1024, "enable_custom_logit_processor": True}
-        with warm(untagged, log_path=untagged / "log", **options | EXACT) as server:
+        with warm(untagged, log_path=untagged / "log", **options) as server:
             yield server

@@ -23,13 +23,13 @@ OPTIONS = {"max_total_tokens": 16384, "context_length": 1024}
 
 
 @pytest.fixture(scope="module", params=HIDDEN)
-def served(request, warm: type[Server], tmp_path_factory) -> Iterator[tuple[Server, Any]]:
+def served(request, tmp_path_factory) -> Iterator[tuple[Server, Any]]:
     """A server, and its model in single precision with the same, rounded, weights."""
     directory = tmp_path_factory.mktemp(request.param)
     random_llama(directory, hidden=HIDDEN[request.param], seed=3)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     model = model.to(getattr(torch, request.param)).float().to("cuda").eval()
-    with warm(directory, log_path=directory / "log", dtype=request.param, **OPTIONS) as server:
+    with Server(directory, log_path=directory / "log", dtype=request.param, **OPTIONS) as server:
         yield server, model
 
 

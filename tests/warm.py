@@ -1,6 +1,7 @@
 """Servers as forks of one process that has imported SGLang: the same code, without half a minute of imports each.
 
-`test_server` and `test_launch` start theirs as users do.
+They see no GPU: no fork keeps the state of one, and what they say is compared in single precision, for which SGLang has no
+kernels there. `test_server` and `test_launch` start theirs as users do, and so does `test_gpu_server`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sgl_apr.server.flags import ENVIRONMENT
 from sgl_apr.server.plugin import LAUNCHED, SECRET
 
 LIMIT = 1 << 20  # bytes of a message
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def share() -> int | None:
@@ -33,7 +35,7 @@ class Nursery:
     def __init__(self) -> None:
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", __file__]
-        environment = ENVIRONMENT | dict(os.environ) | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
+        environment = ENVIRONMENT | dict(os.environ) | HIDDEN | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
         if threads := share():
             environment["OMP_NUM_THREADS"] = str(threads)
         with theirs:
@@ -43,7 +45,7 @@ class Nursery:
         """As `subprocess.Popen` for a command of `ServerProcess`, whose other options are always the same."""
         begin = command.index("sgl_apr.server.main") + 1
         ours, theirs = os.pipe()
-        message = json.dumps([list(command[begin:]), dict(env), os.getcwd()]).encode()
+        message = json.dumps([list(command[begin:]), dict(env) | HIDDEN, os.getcwd()]).encode()
         socket.send_fds(self._link, [message], [stdin, theirs])
         os.close(theirs)
         return Forked(int(self._link.recv(64)), os.fdopen(ours, "rb"))

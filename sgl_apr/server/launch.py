@@ -37,7 +37,8 @@ Defaults, which every flag you give overrides:
   everywhere      --grammar-backend llguidance --schedule-policy lpm
                   --radix-cache-backend apr, which joins branches in the KV cache, where that works, and one
                   line that says why not where it does not; --radix-cache-backend stock is SGLang's own
-  with a GPU      --attention-backend flashinfer --page-size 1
+  with a GPU      --attention-backend flashinfer --page-size 1; triton for a model whose heads are
+                  no multiple of 64 dimensions
   without one     --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
                   --sampling-backend pytorch --sleep-on-idle, no CUDA graphs
 
