@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from sgl_apr.errors import LaunchError
 from sgl_apr.server import plugin, preflight
 from sgl_apr.server.flags import CPU, GPU, TOKENS, as_flags, defaults, pool_tokens
 from sgl_apr.server.launch import HELP, Server, serve
-from sgl_apr.server.process import reason
+from sgl_apr.server.process import ServerProcess, reason
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,40 @@ def test_taken_port(model, capfd):
         port = taken.getsockname()[1]
         status, error = failure(["--model", model, "--port", str(port)], capfd)
     assert (status, error.split(": ")[0]) == (1, f"cannot listen on 127.0.0.1:{port}")
+
+
+def test_a_port_is_held_for_the_server_alone():
+    wanted = preflight.Wanted(None, "main", "127.0.0.1", preflight.free_port())
+    with preflight.hold(wanted):
+        with (
+            socket.create_server((wanted.host, wanted.port)),
+            pytest.raises(LaunchError, match="cannot listen"),
+        ):
+            preflight.hold(wanted)
+        others = [socket.socket() for _ in range(200)]
+        for other in others:
+            other.bind((wanted.host, 0))
+        assert wanted.port not in {other.getsockname()[1] for other in others}
+        for other in others:
+            other.close()
+
+
+def test_a_server_that_cannot_listen_is_not_waited_for():
+    """SGLang's does not end then: it asks whoever listens there whether it is ready."""
+    line = "[2026-01-02 03:04:05] ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1): taken"
+    program = f"print({line!r}, flush=True); import time; time.sleep(100)"
+
+    def popen(command, **options):
+        return subprocess.Popen([sys.executable, "-c", program], **options)
+
+    process = ServerProcess([], {}, io.BytesIO(), popen)
+    try:
+        with pytest.raises(
+            LaunchError, match=r"^the server cannot listen: \[Errno 98\] error while .*: taken$"
+        ):
+            process.wait_ready(60)
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "a/b/c"])

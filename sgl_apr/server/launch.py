@@ -95,12 +95,14 @@ class Server:
 
     def start(self) -> Self:
         """Blocks until the server is ready; raises LaunchError, and leaves nothing behind then."""
-        environment = preflight.check(preflight.read(self._argv))
-        log = self._open_log()
+        wanted = preflight.read(self._argv)
+        environment = preflight.check(wanted)
+        held, log = preflight.hold(wanted), self._open_log()
         process = ServerProcess(self._argv, environment, log, self.popen)
         self._running = process, log
         try:
-            self._url = process.wait_ready(self._timeout, _Progress(log.name)).url
+            with held:
+                self._url = process.wait_ready(self._timeout, _Progress(log.name)).url
         except BaseException as error:
             process.kill()
             log.close()
@@ -157,9 +159,12 @@ def serve(argv: Sequence[str]) -> int:
 
 def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
     wanted = preflight.read(argv)
-    process = ServerProcess(argv, preflight.check(wanted), log)
+    environment = preflight.check(wanted)
+    held = preflight.hold(wanted)
+    process = ServerProcess(argv, environment, log)
     try:
-        ready = process.wait_ready(TIMEOUT)
+        with held:
+            ready = process.wait_ready(TIMEOUT)
         model = wanted.model or "of the configuration file"
         line = f"sgl-apr ready: {ready.url} (model {model}, {ready.device}, {ready.attention})"
         print(line, flush=True)

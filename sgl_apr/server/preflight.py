@@ -51,8 +51,24 @@ def read(argv: Sequence[str]) -> Wanted:
 def check(wanted: Wanted) -> dict[str, str]:
     """Raises LaunchError where a launch would fail; returns what the server's environment needs."""
     check_version()
-    _check_port(wanted.host, wanted.port)
+    hold(wanted).close()
     return {} if wanted.model is None else _check_model(wanted.model, wanted.revision)
+
+
+def hold(wanted: Wanted) -> socket.socket:
+    """Has the port until it is closed, so that nobody else gets it while SGLang starts, who may all the same.
+
+    Two sockets may be bound to one port if both allow it and one listens at the most. Raises LaunchError.
+    """
+    host, port = wanted.host, wanted.port
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+    except (OSError, OverflowError) as error:
+        held.close()
+        raise LaunchError(f"cannot listen on {host}:{port}: {error}") from error
+    return held
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -74,16 +90,6 @@ def local_config(model: str, revision: str = "main") -> Path | None:
     except HFValidationError:
         return None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: ignore TIME_WAIT
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise LaunchError(f"cannot listen on {host}:{port}: {error}") from error
 
 
 def _check_model(model: str, revision: str) -> dict[str, str]:

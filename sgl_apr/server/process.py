@@ -30,6 +30,7 @@ GRACE = 15.0  # seconds to stop in, before everything is killed
 TAIL = 500  # lines kept for an error message
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b.*")
 _OWN = re.compile(r"sgl-apr: error: (.*)")
+_DEAF = re.compile(r"^.*ERROR: +(\[Errno \d+\] error while attempting to bind .*)")
 _ECHO = ("Rank 0 scheduler", "EOFError")  # how the parent words the death of the child that knew why
 
 
@@ -67,6 +68,7 @@ class ServerProcess:
                 | dict(environment),
             )
         self._lines: deque[str] = deque(maxlen=TAIL)
+        self._deaf = ""
         self._pump = threading.Thread(target=self._copy_output, args=(sink,), daemon=True)
         self._pump.start()
 
@@ -84,6 +86,8 @@ class ServerProcess:
             try:
                 chunk = self._link.recv(65536)
             except TimeoutError:
+                if self._deaf:
+                    raise LaunchError(self._deaf) from None
                 on_wait(waited)
                 continue
             if not chunk:
@@ -118,7 +122,9 @@ class ServerProcess:
         output = self._child.stdout
         assert output is not None
         for line in output:
-            self._lines.append(line.decode(errors="replace").rstrip())
+            self._lines.append(text := line.decode(errors="replace").rstrip())
+            if found := _DEAF.search(text):  # it does not end then: its warm-up asks whoever listens there
+                self._deaf = f"the server cannot listen: {found[1]}"
             with contextlib.suppress(OSError, ValueError):  # a closed sink must not block the server
                 sink.write(line)
                 sink.flush()
