@@ -49,8 +49,6 @@ def test_a_failed_branch_raises_wherever_the_program_is_read(failure, stream):
     fake = SglangServer(branch_1=failure, branch_2="is slow")
     with served(fake) as endpoint, within(10):
         state = program.run(backend=endpoint, stream=stream)
-        # A streamed program begins in a thread of its own; what it has not named yet SGLang does not know.
-        until(lambda: "answer" in state.stream_executor.variable_event)
         for read in (
             lambda: state["answer"],
             lambda: state["later"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from sgl_apr.errors import UnsupportedEngine
 
 SGLANG = "0.5.23"
+BEGIN = 5.0  # seconds for a program to begin in, behind which a name that it does not know is an error
 
 
 def check_sglang() -> None:
@@ -88,6 +90,12 @@ def _ours(executor: Any) -> bool:
 
 def _settled(executor: Any, name: str) -> bool:
     """Wait until `name` is there (True) or its worker has failed without it (False)."""
+    # A streamed program begins in a thread of its own: for a moment nobody knows what it will write.
+    deadline = time.monotonic() + (BEGIN if executor.stream_text_event else 0.0)
+    while name not in executor.variable_event and name not in executor.variables:
+        if not executor.worker.is_alive() or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
     event = executor.variable_event.get(name)
     while event is not None and not event.wait(0.2):
         if not executor.worker.is_alive():
