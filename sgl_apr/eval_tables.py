@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.table import Table
 
 from sgl_apr.tasks.comparison import Pair
 from sgl_apr.tasks.evaluation import Row
+
+WIDE = 150  # columns
 
 
 def show(task: str, rows: Sequence[Row], several: bool) -> None:
@@ -32,7 +35,7 @@ def show(task: str, rows: Sequence[Row], several: bool) -> None:
             f"{row.mean(lambda a: bool(a.forks)):.0%}", _share(alike), _share(answers), f"{row.mean(lambda a: a.calls):.1f}",
             f"{row.cached_share:.0%}", f"{row.wall_s:.1f}", f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-",
         )  # fmt: skip
-    console = Console()
+    console = _console()
     console.print(table)
     for row in rows:
         line, side = (
@@ -64,8 +67,14 @@ def show_pairs(pairs: Sequence[Pair]) -> None:
                 pair.shift(lambda a: a.tokens), pair.shift(lambda a: a.critical_path)
             )),
         )  # fmt: skip
-    Console().print(table)
+    _console().print(table)
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
+
+
+def _console() -> Console:
+    """A file or a pipe is as wide as it takes to read the table, unless COLUMNS says how wide it is."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)

@@ -1,0 +1,19 @@
+"""Tables of evaluations: what is printed into a file or a pipe can be read there."""
+
+from __future__ import annotations
+
+import pytest
+
+from sgl_apr.eval_tables import show
+from sgl_apr.tasks.evaluation import Row
+
+
+@pytest.mark.parametrize(("columns", "whole"), [(None, True), ("60", False)])
+def test_a_pipe_is_wide_enough(columns, whole, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    show("countdown", [Row("self_consistency", [], 0.0, reason="it has no words for it")], several=False)
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("self_consistency", "critical path", "one by one")) is whole
+    assert "it has no words for it" in out
