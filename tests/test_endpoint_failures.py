@@ -65,6 +65,21 @@ def test_a_failed_branch_raises_wherever_the_program_is_read(failure, stream):
 
 
 @sgl.function
+def late(s):
+    time.sleep(0.5)
+    s += "Q: " + apr.reason("answer", budget=apr.Budget(tokens=400))
+
+
+def test_a_streamed_program_is_read_once_it_has_begun():
+    """It begins in a thread of its own: SGLang's front end says KeyError until then."""
+    with served(SglangServer()) as endpoint, within(10):
+        state = late.run(backend=endpoint, stream=True)
+        assert state.get_meta_info("answer")["trajectory"].answer == state["answer"]
+        with pytest.raises(KeyError):
+            late.run(backend=endpoint, stream=True)["another"]
+
+
+@sgl.function
 def lenient(s):
     s += "Q: " + apr.reason("answer", budget=apr.Budget(tokens=400), retry=apr.Retry(wait=0.01))
     s += " So."

@@ -6,9 +6,6 @@ import random
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 

@@ -1,4 +1,4 @@
-"""The one patch of SGLang's front end: a program whose worker died raises instead of hanging; nothing else changes."""
+"""The one patch of SGLang's front end: a program whose worker died raises, and hangs nobody; one that streams is read once it has begun."""
 
 from __future__ import annotations
 
