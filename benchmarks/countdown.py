@@ -9,7 +9,6 @@ more, at `--temperature 1`: the policy that reinforcement improves is one that s
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ending import ended
 from hardware import hardware
 from rich.console import Console
 from rich.table import Table
@@ -179,10 +179,7 @@ def main() -> int:
         found["rl_sampled"] = reinforced(*map(first, options.sampled))
     if options.out:
         draw(rows, options.out, "Countdown, the same held-out problems")
-    print(json.dumps(found)) if options.json else show(found)
-    for bar in missed(found):
-        Console(stderr=True).print(f"[red]missed: {bar}")
-    return int(options.check and bool(missed(found)))
+    return ended(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import ended
 from hardware import hardware, versions
 from rich.console import Console
 from rich.table import Table
@@ -290,10 +291,7 @@ def main() -> int:
                 note("forks", asyncio.run(forks(url, options.reps)))
             if "joins" in options.parts:
                 note("joins", asyncio.run(joins(url, options.reps)))
-    print(json.dumps(found)) if options.json else show(found)
-    for bar in missed(found):
-        Console(stderr=True).print(f"[red]missed: {bar}")
-    return int(options.check and bool(missed(found)))
+    return ended(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

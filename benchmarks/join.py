@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 from attention import (
     fork_attention_speedup,
 )  # before anything that loads torch: it sets the threads' spinning
+from ending import ended
 from hardware import hardware, versions
 from rich.console import Console
 from rich.progress import track
@@ -223,10 +223,7 @@ def main() -> int:
     if "attention" in options.parts:
         found["fork_attention_speedup"] = fork_attention_speedup()["speedup"]
     found |= surroundings()
-    print(json.dumps(found)) if options.json else show(found)
-    for bar in missed(found):
-        Console(stderr=True).print(f"[red]missed: {bar}")
-    return int(options.check and bool(missed(found)))
+    return ended(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

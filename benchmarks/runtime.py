@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from ending import ended
 from hardware import hardware, versions
 from rich.console import Console
 from rich.progress import track
@@ -295,17 +296,18 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def tables(found: dict[str, Any]) -> Iterator[Table]:
+def show(found: dict[str, Any]) -> None:
+    console = Console(width=150)
     table = Table("figure", "value", title="The loop")
     for name, value in found.items():
         if name not in ("levels", "throughput"):
             table.add_row(name, json.dumps(value))
-    yield table
+    console.print(table)
     if levels := found.get("levels"):
         table = Table("at once", *next(iter(levels.values())), title="Trajectories that decode freely")
         for n, level in levels.items():
             table.add_row(n, *map(json.dumps, level.values()))
-        yield table
+        console.print(table)
 
 
 def main() -> int:
@@ -329,14 +331,7 @@ def main() -> int:
     if options.parts != ["overhead"]:
         found |= on_server(options, console)
     found |= surroundings()
-    if options.json:
-        print(json.dumps(found))
-    else:
-        for table in tables(found):
-            Console(width=150).print(table)
-    for bar in missed(found):
-        console.print(f"[red]missed: {bar}")
-    return int(options.check and bool(missed(found)))
+    return ended(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

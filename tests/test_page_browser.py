@@ -322,7 +322,8 @@ def test_plots_have_axes_and_words(browser, judged: Path, scheme: str, viewport:
     shown.go(f"{url(judged)}#all")
     titles = shown.page.locator("#overview figcaption").all_inner_texts()
     assert titles == [
-        "Accuracy against tokens", "Accuracy against the critical path", "Width against size", "Distribution of parallelism",
+        "Accuracy against tokens", "Accuracy against the critical path", "Accuracy against wall time", "Width against size",
+        "Distribution of parallelism",
     ]  # fmt: skip
     for figure in shown.page.locator("#overview figure").all():
         assert figure.locator("text.label").count() == 2
@@ -337,11 +338,33 @@ def test_plots_have_axes_and_words(browser, judged: Path, scheme: str, viewport:
     assert shown.complaints == []
 
 
+def test_shares_have_wilson_bounds(browser, judged: Path):
+    shown = opened(browser, judged)
+    for (right, attempts), bounds in {
+        (0, 10): (0, 0.2775),
+        (50, 200): (0.1950, 0.3143),
+        (10, 10): (0.7225, 1),
+    }.items():
+        assert shown.page.evaluate(f"bounds({right}, {attempts})") == pytest.approx(bounds, abs=1e-4)
+    assert shown.page.locator("#overview figure:nth-child(1) path.area").count() == 2
+    assert shown.page.evaluate("within(50, 200)") == "25% (20% to 31%)"
+
+
+def test_of_many_methods_one_has_its_bounds(browser, tmp_path: Path):
+    tried = [(forked(), True), (forked(), False)]
+    shown = opened(browser, written(evaluation(tmp_path, {f"method {k}": tried for k in range(6)})))
+    bands = shown.page.locator("#overview figure:nth-child(1) path.area:visible")
+    assert bands.count() == 0
+    shown.page.hover("#overview tbody tr:nth-child(3) button")
+    assert bands.count() == 1
+    assert bands.get_attribute("data-method") == "2"
+
+
 def test_a_method_stands_out_and_its_attempts_are_listed(browser, judged: Path):
     shown = opened(browser, judged)
     shown.page.hover("#overview tbody tr:nth-child(2) button")
     faint = "[...document.querySelectorAll('#overview .line')].map(n => n.classList.contains('faint'))"
-    assert shown.page.evaluate(faint) == [True, False] * 4
+    assert shown.page.evaluate(faint) == [True, False] * 5
     shown.page.locator("#overview tbody tr:nth-child(2) button").press("Enter")
     assert all(name.startswith("sequential") for name in names(shown))
     assert shown.page.evaluate("document.activeElement.id") == "rows"

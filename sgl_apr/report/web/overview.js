@@ -19,6 +19,7 @@ function drawOverview() {
       judged && solvedPlot(groups, "tokens", "Accuracy against tokens", "tokens, at most"),
       judged &&
         solvedPlot(groups, "critical", "Accuracy against the critical path", "tokens of the critical path, at most"),
+      judged && solvedPlot(groups, "wall", "Accuracy against wall time", "seconds, at most", String),
       !judged && scatterPlot(groups),
       sized && widthPlot(groups),
       parallelismPlot(groups),
@@ -29,7 +30,7 @@ function drawOverview() {
 function methodTable(groups, judged) {
   const columns = [
     ["attempts", ({ own }) => count(own.length)],
-    judged && ["right", ({ own }) => percent(mean(own.map((e) => Number(e.correct))))],
+    judged && ["right, 95% interval", ({ own }) => within(own.filter((e) => e.correct).length, own.length)],
     ["tokens", ({ own }) => count(mean(own.map((e) => e.tokens)))],
     ["critical path", ({ own }) => count(mean(own.map((e) => e.critical)))],
     ["parallelism", ({ own }) => times(mean(own.map((e) => e.parallelism)))],
@@ -92,8 +93,12 @@ function methodButton(group) {
 const drawn = (k, kind) => ({ class: `${kind} hue-${k % 8}${k >= 8 ? " dashed" : ""}`, "data-method": k });
 const lineOf = ({ k, method }, d) => svg("path", { d, ...drawn(k, "line") }, svg("title", {}, plain(method)));
 
-/** Let all methods but one step back in the plots; none with null. */
+/** Let all methods but one step back in the plots; none with null. Of many, only that one has its bounds. */
 function single(k) {
   for (const node of document.querySelectorAll("#overview figure [data-method]"))
-    node.classList.toggle("faint", k !== null && node.dataset.method !== String(k));
+    for (const [name, is] of [
+      ["faint", k !== null && node.dataset.method !== String(k)],
+      ["lit", node.dataset.method === String(k)],
+    ])
+      node.classList.toggle(name, is);
 }

@@ -49,8 +49,23 @@ function logarithmic(least, most, label) {
   };
 }
 
-/** The share of all problems that a method solves within so many tokens. */
-function solvedPlot(groups, of, title, label) {
+/** 95% bounds of a share, k of n: Wilson's score interval. */
+function bounds(k, n) {
+  const z2 = 1.96 ** 2,
+    middle = k + z2 / 2,
+    off = 1.96 * Math.sqrt((k * (n - k)) / n + z2 / 4);
+  return [Math.max(0, (middle - off) / (n + z2)), Math.min(1, (middle + off) / (n + z2))];
+}
+
+/** Such a share with its bounds, in words. */
+function within(k, n) {
+  if (!n) return "none";
+  const [low, high] = bounds(k, n).map(percent);
+  return `${percent(k / n)} (${low} to ${high})`;
+}
+
+/** The share of all attempts of a method that are right and cost no more than so much, with its bounds. */
+function solvedPlot(groups, of, title, label, format = WHOLE.format) {
   const curves = groups.map((g) => ({
     ...g,
     limits: g.own
@@ -59,23 +74,36 @@ function solvedPlot(groups, of, title, label) {
       .sort((a, b) => a - b),
   }));
   const all = curves.flatMap((c) => c.limits).sort((a, b) => a - b),
-    most = all.at(-1) ?? 1,
+    most = all.at(-1) || 1,
     least = Math.max(1, all[0] ?? 1);
-  const far = most / (all[Math.floor(all.length / 10)] || 1) > 12;
+  const far = most / (all[Math.floor(all.length / 10)] || 1) > 12 && most > 12 * least;
   const said = curves
-    .map((c) => `${plain(c.method)}: ${percent(c.limits.length / Math.max(1, c.own.length))} in all`)
+    .map((c) => `${plain(c.method)}: ${within(c.limits.length, c.own.length)} in all`)
     .join("; ");
   return plot(
     title,
-    far ? logarithmic(least, most * 1.05, label) : linear(most * 1.02, label),
+    far ? logarithmic(least, most * 1.05, label) : linear(most * 1.02, label, 5, format),
     shares("solved"),
     said,
-    (sx, sy) =>
-      curves.map((c) => {
-        let d = `M${sx(far ? least : 0)} ${sy(0)}`;
-        c.limits.forEach((limit, k) => (d += `H${sx(limit).toFixed(1)}V${sy((k + 1) / c.own.length).toFixed(1)}`));
-        return lineOf(c, `${d}H${PLOT.width - PLOT.right}`);
-      }),
+    (sx, sy) => {
+      const end = PLOT.width - PLOT.right;
+      const steps = (c, height) =>
+        c.limits.map((limit, k) => `H${sx(limit).toFixed(1)}V${sy(height(k + 1)).toFixed(1)}`).join("") + `H${end}`;
+      const back = (c) =>
+        c.limits
+          .map((limit, k) => `V${sy(bounds(k + 1, c.own.length)[0]).toFixed(1)}H${sx(limit).toFixed(1)}`)
+          .reverse()
+          .join("");
+      const from = sx(far ? least : 0);
+      const band = (c) =>
+        `M${from} ${sy(0)}V${sy(bounds(0, c.own.length)[1])}${steps(c, (k) => bounds(k, c.own.length)[1])}${back(c)}V${sy(0)}Z`;
+      return [
+        ...curves
+          .filter((c) => c.own.length)
+          .map((c) => svg("path", { d: band(c), ...drawn(c.k, curves.length > 4 ? "area crowded" : "area") })),
+        ...curves.map((c) => lineOf(c, `M${from} ${sy(0)}${steps(c, (k) => k / c.own.length)}`)),
+      ];
+    },
   );
 }
 
