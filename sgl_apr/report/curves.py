@@ -120,7 +120,7 @@ def _panel(panel: Any, rows: Sequence[Row], axis: str) -> None:
             alpha=0.2, linewidth=0,
         )  # fmt: skip
         shares = [k / attempts for k in behind.values()]
-        label = f"{row.method} ({row.accuracy:.1%})"
+        label = f"{row.method} ({row.accuracy + 1e-9:.1%})"  # a half is rounded up, as people do
         panel.step(
             [*behind], shares, where="post", color=colour, linestyle=stroke, label=label, linewidth=1.2
         )
