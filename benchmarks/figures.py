@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,12 @@ def grammar(found: Found) -> str:
         ]
         for name, r in found["dialects"].items()
     ]  # fmt: skip
-    return table(columns, rows)
+    nested = [
+        f"Of `{name}`'s replies {r['nested']} forked again inside a branch."
+        for name, r in found["dialects"].items()
+        if r["nested"]
+    ]
+    return "\n\n".join([table(columns, rows), *nested])
 
 
 # Of benchmarks/attention.py: a line, and the cases in it.
@@ -170,6 +175,51 @@ def runtime(found: Found) -> str:
     return table(["", "figure", "bar"], figures) + "\n\n" + table(["trajectories at once", *at_once], many)
 
 
+def countdown(found: Found) -> str:
+    """The models beside each other: in a line, may fork, reinforced."""
+    models = found["rows"]
+
+    def line(said: str, of: Callable[[Found], Iterable[str]]) -> list[str]:
+        return [said, *(", ".join(of(row)) for row in models)]
+
+    def shares(said: str, name: str, limits: Sequence[str]) -> list[str]:
+        return line(said, lambda row: (percent(row[name][limit]) for limit in limits))
+
+    return table(
+        ["", "in a line", "may fork", "may fork, reinforced"],
+        [
+            line(
+                "solved (95% interval)",
+                lambda r: [f"{percent(r['accuracy'])} ({' to '.join(percent(x)[:-1] for x in r['ci95'])})"],
+            ),
+            line("three numbers, four", lambda r: [percent(r["by_size"][n]["accuracy"]) for n in "34"]),
+            shares("with no context over 128 tokens, 256, 512", "within_context", ("128", "256", "512")),
+            shares(
+                "within a critical path of 128, 256, 512, 1,024", "within_critical_path", ("128", "256", "512", "1024")
+            ),
+            shares("within 256 tokens in all, 512, 1,024, 2,048", "within_tokens", ("256", "512", "1024", "2048")),
+            line(
+                "mean tokens in all, on the critical path",
+                lambda r: [f"{r[name]:.0f}" for name in ("total_tokens", "critical_path")],
+            ),
+            line("replies that fork", lambda r: [f"{r['fork_rate']:.0%}"]),
+        ],
+    )  # fmt: skip
+
+
+def countdown_short(found: Found) -> str:
+    sequential, _, reinforced = found["rows"]
+    return (
+        f"On {reinforced['problems']:,} held-out problems it solves {percent(reinforced['accuracy'])}, and its twin, which "
+        f"searches in a line and has learned from as\nmany tokens of demonstrations, {percent(sequential['accuracy'])}."
+    )
+
+
+def percent(share: float) -> str:
+    """With one decimal, a half rounded up."""
+    return f"{100 * share + 1e-9:.1f}%"
+
+
 def methods(found: Found) -> str:
     columns = [
         "method", "solved", "total tokens", "critical path", "calls", "cached", "wall s", "one request at a time", "label",
@@ -195,7 +245,20 @@ def methods_short(found: Found) -> str:
 
 
 SECTIONS: dict[str, Callable[[Found], str]] = {
-    f.__name__: f for f in (trie, validity, grammar, attention, join, soak, runtime, methods, methods_short)
+    f.__name__: f
+    for f in (
+        trie,
+        validity,
+        grammar,
+        attention,
+        join,
+        soak,
+        runtime,
+        countdown,
+        countdown_short,
+        methods,
+        methods_short,
+    )
 }
 
 
