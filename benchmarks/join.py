@@ -35,7 +35,7 @@ from sgl_apr.models import random_llama, smollm2
 BRANCHES, TOKENS = (2, 4, 8), (64, 256, 512, 1024)
 PREFIX, HEADER = 64, 12
 PARTS = ("joins", "stock", "attention")
-STOCK = {"SGL_APR_KV_JOIN": "0"}  # the plugin leaves SGLang's cache and positions alone
+STOCK = {"SGLANG_APR_KV_JOIN": "0"}  # the plugin leaves SGLang's cache and positions alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -340,9 +340,9 @@ def test_nested_forks_are_read_once_at_every_level(monkeypatch):
     alone, once = sum(map(len, forks.rows)), len({slot for row in forks.rows for slot in row})
     assert once < read(forks) < once + SHORTEST * len(forks.rows)
     assert read(forks, share=False) == alone
-    monkeypatch.setenv("SGL_APR_SHARED_PREFIX", "0")
+    monkeypatch.setenv("SGLANG_APR_SHARED_PREFIX", "0")
     assert read(forks) == alone
-    monkeypatch.setenv("SGL_APR_SHARED_PREFIX", "1")
+    monkeypatch.setenv("SGLANG_APR_SHARED_PREFIX", "1")
     assert read(forks) < alone
 
 

@@ -1,18 +1,18 @@
-"""The pages of the documentation that talk to a server, as they stand: what they show runs, and prints what they say."""
+"""README and the pages of the documentation that talk to a server, as they stand: what they show runs, and prints what they say."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from pages import PAGES, name, run, server_of
+from pages import PAGES, ROOT, name, run, server_of
 
 import sgl_apr as apr
 
 SLOW = ("evaluating.md",)  # it evaluates, and so do other tests
 SERVED = [
     pytest.param(page, marks=pytest.mark.slow if name(page) in SLOW else (), id=name(page))
-    for page in PAGES
+    for page in (ROOT / "README.md", *PAGES)
     if server_of(page)
 ]
 

@@ -81,7 +81,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool],
             cases[name, asked] = {}, ["--model", str(directory), *OF_MAMBA, *flag]
         argv = ["--model", str(model), *flag]
         cases["SGLANG_RADIX_FORCE_MISS", asked] = {"SGLANG_RADIX_FORCE_MISS": "1"}, argv
-        cases["SGL_APR_KV_JOIN=0", asked] = {"SGL_APR_KV_JOIN": "0"}, argv
+        cases["SGLANG_APR_KV_JOIN=0", asked] = {"SGLANG_APR_KV_JOIN": "0"}, argv
     cases["stock", True] = {}, ["--model", str(model), "--radix-cache-backend", "stock", "--page-size", "16"]
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE, json.dumps(list(cases.values()))], capture_output=True, text=True
@@ -91,7 +91,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool],
     return dict(zip(cases, found, strict=True))
 
 
-CANNOT = [*FLAGS, *MODELS, "SGLANG_RADIX_FORCE_MISS", "SGL_APR_KV_JOIN=0"]
+CANNOT = [*FLAGS, *MODELS, "SGLANG_RADIX_FORCE_MISS", "SGLANG_APR_KV_JOIN=0"]
 
 
 @pytest.mark.parametrize("name", CANNOT)

@@ -21,7 +21,7 @@ from sgl_apr.server.decode_pieces import Pieces, plan_pieces
 from sgl_apr.server.native import decode_kernel
 
 # "0" in the environment: when decoding, every request reads all of its keys and values by itself.
-SHARED_PREFIX = "SGL_APR_SHARED_PREFIX"
+SHARED_PREFIX = "SGLANG_APR_SHARED_PREFIX"
 
 
 class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types

@@ -19,11 +19,11 @@ from typing import Any
 from sgl_apr.errors import LaunchError
 
 SUPPORTED = "0.5.23"
-LAUNCHED = "SGL_APR_LAUNCHED"
+LAUNCHED = "SGLANG_APR_LAUNCHED"
 BACKEND = "apr_cpu"
 CACHE, STOCK = "apr", "stock"  # radix caches: the one that joins, and SGLang's own
-SECRET = "SGL_APR_SECRET"  # made by the first process of a server, for all of them
-JOINS = "SGL_APR_KV_JOIN"  # 0: SGLang's cache and positions are left alone
+SECRET = "SGLANG_APR_SECRET"  # made by the first process of a server, for all of them
+JOINS = "SGLANG_APR_KV_JOIN"  # 0: SGLang's cache and positions are left alone
 
 _TOKENIZED = ("obj", "input_text", "input_ids", "input_embeds", "mm_inputs")
 _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
