@@ -16,7 +16,7 @@ test: $(READY)            ## every test but the slow ones, on a real server
 	$(PYTHON) -m pytest -q -m "not slow" -n 2 --durations=40
 
 test-all: $(READY)        ## the slow ones too
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --durations=40
 
 lint: $(READY)            ## style and types
 	$(VENV)/bin/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import llguidance.numpy as masks
 import numpy as np
@@ -35,6 +35,12 @@ class Masked:
         dialect = options.pop("dialect", apr.dialect("threadweaver"))
         matcher = LLMatcher(self.guide, dialect.llguidance(phase, self, **options))
         assert not matcher.is_error(), matcher.get_error()
+        return matcher
+
+    @lru_cache(maxsize=4096)  # compiling is most of what a reply costs here  # noqa: B019
+    def compiled(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self.guide, grammar)
+        assert not matcher.is_error(), (matcher.get_error(), grammar)
         return matcher
 
     def accepts(self, phase: str, text: str, **options) -> bool:
@@ -79,8 +85,7 @@ class SampledEngine:
 
     async def decode(self, request: apr.Request, on_tokens=None) -> apr.Result:
         self.requests.append(request)
-        matcher = LLMatcher(self.tokenizer.guide, request.grammar)
-        assert not matcher.is_error(), (matcher.get_error(), request.grammar)
+        matcher = self.tokenizer.compiled(request.grammar).deep_copy()
         bits = masks.allocate_token_bitmask(1, self.size)
         ids: list[int] = []
         while len(ids) < request.max_tokens:
