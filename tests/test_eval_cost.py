@@ -183,7 +183,7 @@ def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: py
         sampled = kept["rows"][1]
         assert sampled["predicted_parallel_s"] < sampled["predicted_sequential_s"]
         assert 0 <= sampled["redundancy"] <= 1
-    assert 0 < cost.step_s(1) <= cost.step_s(8) < 8 * cost.step_s(1), "batching pays"
+    assert 0 < cost.step_s(8) < 8 * cost.step_s(1), "batching pays"
     assert 0 < cost.prefill_s < cost.step_s(1)
     assert main(words) == 0
     assert Cost.from_json((tmp_path / "cost.json").read_text()) == cost, "it is read where it is"
