@@ -137,16 +137,15 @@ def test_the_server_names_the_dialect(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["xgrammar tokens", "llguidance tokens", "llguidance text"])
-def test_two_hundred_of_two_hundred(tmp_path: Path, kind: str):
+def test_forty_of_forty(tmp_path: Path, kind: str):
+    """Two hundred of them are what benchmarks/grammar.py asks for."""
     backend, mode = kind.split()
     tags = tuple(dict.fromkeys(t for n in apr.dialect_names() for t in apr.dialect(n).tags))
     model = random_llama(tmp_path / "model", tags=tags if mode == "tokens" else (), tag_bias=5.0)
     with Server(model, grammar_backend=backend) as server:
         for name in apr.dialect_names():
-            count, small = (200, budget(apr.dialect(name))) if mode == "tokens" else (50, SPELLED)
-            check(
-                apr.dialect(name), replies(server.url, apr.dialect(name), count, budget=small), small.tokens
-            )
+            small = budget(apr.dialect(name)) if mode == "tokens" else SPELLED
+            check(apr.dialect(name), replies(server.url, apr.dialect(name), 40, budget=small), small.tokens)
         if backend == "xgrammar":
             plain = random_llama(tmp_path / "plain")
             tokenizer = load_tokenizer(str(plain))
@@ -161,7 +160,7 @@ def test_smollm2_follows_every_dialect():
     with Server(smollm2(tags, label="every-dialect"), max_total_tokens=16384) as server:
         for name in apr.dialect_names():
             small = apr.Budget(tokens=400, width=2, branch_tokens=12, outline_chars=16)
-            found = replies(server.url, apr.dialect(name), 20, temperature=1.0, budget=small, max_blocks=1)
+            found = replies(server.url, apr.dialect(name), 8, temperature=1.0, budget=small, max_blocks=1)
             check(apr.dialect(name), found)
             metrics = [t.metrics() for t in found]
             closers = sum(m.closers_decoded for m in metrics), sum(m.closers_injected for m in metrics)

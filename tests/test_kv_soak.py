@@ -12,13 +12,15 @@ import pytest
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
-FEWEST = 4  # of each operation that succeeds, in 400
+COUNT, FEWEST = (
+    400,
+    4,
+)  # operations, and of each kind that succeed at the least; left to itself, the program does 5,000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [400, 5000])
-def test_a_soak(count: int):
-    argv = [sys.executable, str(SOAK), "--json", "--count", str(count), "--seed", "0"]
+def test_a_soak():
+    argv = [sys.executable, str(SOAK), "--json", "--count", str(COUNT), "--seed", "0"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.stdout, done.stderr[-2000:]
     found = json.loads(done.stdout)
@@ -26,14 +28,13 @@ def test_a_soak(count: int):
     wrong = {name: found[name] for name in ("wrong", "violations", "held_when_idle")}
     assert wrong == {"wrong": {}, "violations": [], "held_when_idle": 0}
     assert found["compared"]["differ"] == 0
-    assert (found["ok"], found["operations"], done.returncode) == (True, count, 0)
+    assert (found["ok"], found["operations"], done.returncode) == (True, COUNT, 0)
     # It was what it says that it is.
-    enough = count // 400 * FEWEST
     assert found["compared"]["behind_joins"] >= 20
     assert found["computed_tokens"] > 3 * found["pool_tokens"]
-    assert found["retractions"] >= enough
+    assert found["retractions"] >= FEWEST
     for what in ("fork", "commit", "join_as_it_is", "join_what_was_kept", "nest", "go_on", "read_in_a_line"):
-        assert found["outcomes"][f"{what} done"] >= enough
+        assert found["outcomes"][f"{what} done"] >= FEWEST
     for what in ("join_what_never_was", "join_with_another_salt", "give_up"):
-        assert found["outcomes"][f"{what} done"] >= enough // 2
-    assert found["outcomes"]["join_as_it_is lost"] >= enough
+        assert found["outcomes"][f"{what} done"] >= FEWEST // 2
+    assert found["outcomes"]["join_as_it_is lost"] >= FEWEST
