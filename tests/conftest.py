@@ -22,12 +22,17 @@ GPU = has_accelerator()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes one has all files with tests that ask a server, so that each is started once."""
+    """Of several processes one has all files with tests that ask a server, so that each is started once.
+
+    With the slow ones that one would have most of the work, and files are taken as they come.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
+            if "not slow" not in config.option.markexpr:
+                return file
             return "servers" if SERVED in (config.rootpath / file).read_text(encoding="utf-8") else file
 
     return Scheduling(config, log)
