@@ -186,8 +186,10 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
         return found
 
     found = asyncio.run(go())
-    print(f"\n{dict(found)}; {max(late):.3f} s beyond the time limit at most")
-    assert max(late) < 2, "a step of the engine, of this client and of the machine; never an answer"
+    late.sort()
+    print(f"\n{dict(found)}; {late[-1]:.3f} s beyond the time limit at most")
+    assert late[int(0.9 * len(late))] < 2, "a step of the engine and of this client; never an answer"
+    assert late[-1] < 20, "nor where the machine stood still for others"
     assert found.total() == 50 * rounds
     assert min(found[kind] for kind in ("cancelled", "timeout", "aborted", "disconnected")) >= rounds
     until(lambda: idle(strict.url), 60)
