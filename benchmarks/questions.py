@@ -129,8 +129,7 @@ def ability(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
 
 def width(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
     """A model that learned with its width in the prompt, told several."""
-    # A branch of each fork is enough: what is to be learned stands in the trunk.
-    data = Data(numbers=(3, 4), problems=16_000, branches=1, state_width=True)
+    data = Data(numbers=(3, 4), problems=8000, state_width=True)
     steps = Steps(tokens=options.tokens, batch=4096, rate=1e-3)
     model = arms.out / "width" / "model"
     if not model.is_dir():
@@ -176,7 +175,7 @@ def main() -> None:
     add("--problems", type=int, default=16, help="of each step, 8 replies each (default: %(default)s)")
     add("--rate", type=float, default=0.06, help="of learning (default: %(default)s)")
     add(
-        "--tokens", type=int, default=4_000_000, help="of learning with a stated width (default: %(default)s)"
+        "--tokens", type=int, default=2_000_000, help="of learning with a stated width (default: %(default)s)"
     )
     add("--limit", type=int, default=200, help="held-out problems of each evaluation (default: %(default)s)")
     add("-o", "--out", type=Path, required=True)

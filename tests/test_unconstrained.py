@@ -29,3 +29,19 @@ def test_anything_may_come(name: str):
         assert apr.read(t.text, dialect).clean == dialect.is_valid(t.text)
         if dialect.is_valid(t.text):
             assert apr.Trajectory.from_json(t.to_json()) == t
+
+
+def test_a_fork_that_just_fits():
+    """Twice its tags have to fit for a fork to be offered; once is enough for one that comes by itself."""
+    tokenizer, widths = apr.ByteTokenizer(apr.dialect("parallel_r1").tags), set[int]()
+
+    def script(request: apr.Request, prompt: str) -> apr.Reply:
+        return apr.Reply("" if "<Path>" in prompt else "<Parallel>")
+
+    for tokens in range(4, 120):
+        budget = apr.Budget(tokens=tokens, width=4)
+        engine = apr.ScriptedEngine(script, tokenizer)
+        t = asyncio.run(apr.areason(engine, "Q: ", "parallel_r1", budget=budget, constrain=False))
+        assert t.metrics().total <= tokens
+        widths |= {len(block.branches) for block in t.blocks}
+    assert widths == {4}, "the model says no number"
