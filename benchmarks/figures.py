@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from tables import table
@@ -32,8 +33,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{least}x" if least == most else f"{least}-{most}x"
 
 
+def prose(text: str) -> str:
+    """In lines as long as the pages have them."""
+    return fill(text, 118, break_on_hyphens=False)
+
+
 def trie(found: Found) -> str:
-    return (
+    return prose(
         f"The training structure of {found['sequences']} sequences, {found['flat_tokens']:,} tokens in a line, takes "
         f"{1000 * found['seconds']:.0f} ms and {found['peak_mb']:.1f} MB at the most."
     )
@@ -110,8 +116,11 @@ def attention(found: Found) -> str:
     fork = found["fork"]
     return (
         table(["", *shapes.values()], rows)
-        + f"\n\nLargest difference in the outputs: {differ:.0e} (fp32). Of the decoding of {fork['branches']} branches over a "
-        f"prefix of {fork['prefix']:,} tokens, {fork['speedup']:.1f}x comes from reading the prefix once."
+        + "\n\n"
+        + prose(
+            f"Largest difference in the outputs: {differ:.0e} (fp32). Of the decoding of {fork['branches']} branches over a "
+            f"prefix of {fork['prefix']:,} tokens, {fork['speedup']:.1f}x comes from reading the prefix once."
+        )
     )
 
 
@@ -129,15 +138,18 @@ def join(found: Found) -> str:
     low, high = found["interval"]
     return (
         table(columns, rows)
-        + "\n\nA server that could join, and is not asked to, takes "
-        + f"{found['patched_over_stock']:.3f} of the time that one without the cache and the hook takes (95% CI {low:.3f} to "
-        f"{high:.3f}, {found['pairs']} interleaved pairs)."
+        + "\n\n"
+        + prose(
+            "A server that could join, and is not asked to, takes "
+            + f"{found['patched_over_stock']:.3f} of the time that one without the cache and the hook takes (95% CI {low:.3f} to "
+            f"{high:.3f}, {found['pairs']} interleaved pairs)."
+        )
     )
 
 
 def soak(found: Found) -> str:
     compared = found["compared"]
-    return (
+    return prose(
         f"{found['operations']:,} random forks, joins, aborts and evictions in a pool of {found['pool_tokens']:,} tokens, checks "
         f"on at every step: {len(found['violations'])} violations, {found['held_when_idle']} tokens held when idle, "
         f"{compared['answers'] - compared['differ']} of {compared['answers']} sampled answers as transformers writes them, the last "
@@ -209,9 +221,9 @@ def countdown(found: Found) -> str:
 
 def countdown_short(found: Found) -> str:
     sequential, _, reinforced = found["rows"]
-    return (
+    return prose(
         f"On {reinforced['problems']:,} held-out problems it solves {percent(reinforced['accuracy'])}, and its twin, which "
-        f"searches in a line and has learned from as\nmany tokens of demonstrations, {percent(sequential['accuracy'])}."
+        f"searches in a line and has learned from as many tokens of demonstrations, {percent(sequential['accuracy'])}."
     )
 
 
