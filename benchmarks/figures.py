@@ -38,6 +38,11 @@ def prose(text: str) -> str:
     return fill(text, 118, break_on_hyphens=False)
 
 
+def percent(share: float) -> str:
+    """With one decimal, a half rounded up."""
+    return f"{100 * share + 1e-9:.1f}%"
+
+
 def trie(found: Found) -> str:
     return prose(
         f"The training structure of {found['sequences']} sequences, {found['flat_tokens']:,} tokens in a line, takes "
@@ -227,11 +232,6 @@ def countdown_short(found: Found) -> str:
     )
 
 
-def percent(share: float) -> str:
-    """With one decimal, a half rounded up."""
-    return f"{100 * share + 1e-9:.1f}%"
-
-
 def methods(found: Found) -> str:
     columns = [
         "method", "solved", "total tokens", "critical path", "calls", "cached", "wall s", "one request at a time", "label",
@@ -259,19 +259,9 @@ def methods_short(found: Found) -> str:
 SECTIONS: dict[str, Callable[[Found], str]] = {
     f.__name__: f
     for f in (
-        trie,
-        validity,
-        grammar,
-        attention,
-        join,
-        soak,
-        runtime,
-        countdown,
-        countdown_short,
-        methods,
-        methods_short,
+        trie, validity, grammar, attention, join, soak, runtime, countdown, countdown_short, methods, methods_short,
     )
-}
+}  # fmt: skip
 
 
 def written(page: str, kept: Mapping[str, Found]) -> str:

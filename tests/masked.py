@@ -37,7 +37,7 @@ class Masked:
         assert not matcher.is_error(), matcher.get_error()
         return matcher
 
-    @lru_cache(maxsize=4096)  # compiling is most of what a reply costs here  # noqa: B019
+    @lru_cache(maxsize=4096)  # noqa: B019  # compiling is most of what a reply costs here
     def compiled(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self.guide, grammar)
         assert not matcher.is_error(), (matcher.get_error(), grammar)

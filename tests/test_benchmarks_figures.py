@@ -97,3 +97,9 @@ def test_tables(figures):
     assert figures.methods_short({"rows": [none, some]}).splitlines()[2:] == [
         "| `apr` | 30% | 1,650 | 383 | 9.5 | 1.2x |"
     ]
+
+
+def test_shares_are_rounded_as_people_do(figures):
+    assert figures.percent(0.5825) == "58.3%"
+    kept = json.loads(figures.KEPT.read_text())
+    assert figures.countdown_short(kept["countdown"]["found"]).endswith("58.3%.")

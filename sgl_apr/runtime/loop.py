@@ -202,9 +202,11 @@ class _Run:
             elif self.dialect.asynchronous:
                 new = await self.spawned.spawn(engine, strand, step.outlines[0])
             else:
-                # Unconstrained, a fork may have come where none was allowed: `Forks.bears` has seen to the least.
-                seeded = self.forks.outlines(width or self.plan.least)
-                outlines = seeded if self.dialect.seeded else step.outlines
+                outlines = step.outlines
+                if (
+                    self.dialect.seeded
+                ):  # unconstrained, also where none was allowed: `Forks.bears` saw to the least
+                    outlines = self.forks.outlines(width or self.plan.least)
                 new = await self.branches.fork_and_join(engine, strand, outlines)
             phase = behind
         await self.spawned.join_rest(strand)
