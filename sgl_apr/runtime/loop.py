@@ -203,9 +203,7 @@ class _Run:
                 new = await self.spawned.spawn(engine, strand, step.outlines[0])
             else:
                 outlines = step.outlines
-                if (
-                    self.dialect.seeded
-                ):  # unconstrained, also where none was allowed: `Forks.bears` saw to the least
+                if self.dialect.seeded:  # unconstrained, also where none was allowed: `Forks.bears` saw to it
                     outlines = self.forks.outlines(width or self.plan.least)
                 new = await self.branches.fork_and_join(engine, strand, outlines)
             phase = behind
