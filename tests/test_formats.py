@@ -159,7 +159,7 @@ def test_smollm2_follows_every_dialect():
     tags = tuple(dict.fromkeys(t for n in apr.dialect_names() for t in apr.dialect(n).tags))
     with Server(smollm2(tags, label="every-dialect"), max_total_tokens=16384) as server:
         for name in apr.dialect_names():
-            small = apr.Budget(tokens=200, width=2, branch_tokens=12, outline_chars=16)
+            small = apr.Budget(tokens=260, width=2, branch_tokens=12, outline_chars=16)
             found = replies(server.url, apr.dialect(name), 4, temperature=1.0, budget=small, max_blocks=1)
             check(apr.dialect(name), found)
             metrics = [t.metrics() for t in found]
