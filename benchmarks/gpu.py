@@ -84,7 +84,8 @@ def attention(reps: int) -> dict[str, Any]:
         return out
 
     def dense() -> torch.Tensor:
-        out: torch.Tensor = scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
+        q, k, v = heads
+        out: torch.Tensor = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out
 
     def both(forward: Callable[[], torch.Tensor]) -> None:

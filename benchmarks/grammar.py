@@ -94,7 +94,9 @@ class Vocabulary:
             backend.add_special_tokens(list(TAGS))
         self.tags = set(TAGS) if tags else set[str]()
         self.size = backend.get_vocab_size()
-        self.eos = backend.token_to_id("<|im_end|>")
+        eos = backend.token_to_id("<|im_end|>")
+        assert eos is not None
+        self.eos: int = eos
         self.guide = LLTokenizer(backend.to_str(), eos_token=self.eos, slices=list(SLICES))
 
     def special(self, tag: str) -> int | None:
@@ -130,8 +132,9 @@ def walk(
 
 def llguidance_cost(dialect: apr.Dialect, vocabulary: Vocabulary) -> tuple[list[float], list[float]]:
     """Milliseconds to compile each phase, and microseconds of each mask."""
-    compiles, costs = [], []
-    bits = masks.allocate_token_bitmask(1, vocabulary.size)
+    compiles: list[float] = []
+    costs: list[float] = []
+    bits: np.ndarray = masks.allocate_token_bitmask(1, vocabulary.size)
     for text in phases(dialect, vocabulary, dialect.llguidance):
         for seed in range(WALKS):
             began = time.perf_counter()
@@ -151,6 +154,7 @@ def xgrammar_cost(dialect: apr.Dialect, vocabulary: Vocabulary, compiler: Any) -
     """The same for xgrammar."""
     costs: list[float] = []
     bits = xgrammar.allocate_token_bitmask(1, vocabulary.size)
+    view: np.ndarray = bits.numpy()
     for text in phases(dialect, vocabulary, dialect.xgrammar):
         compiled = compiler.compile_grammar(text)
         for seed in range(WALKS):
@@ -158,7 +162,7 @@ def xgrammar_cost(dialect: apr.Dialect, vocabulary: Vocabulary, compiler: Any) -
 
             def fill(matcher: Any = matcher) -> np.ndarray:
                 matcher.fill_next_token_bitmask(bits)
-                return bits.numpy()
+                return view
 
             costs += walk(fill, matcher.accept_token, vocabulary, random.Random(seed))
     return costs

@@ -81,7 +81,11 @@ class Arms:
         updates = Updates(steps=steps, rate=self.options.rate, branches=0.0)
         shown = iter(track(range(updates.steps), name, console=Console(stderr=True)))
         config = GrpoConfig(Model(path=str(start)), rollouts=rollouts, updates=updates)
-        return grpo.train(config, self.out / name, lambda _: next(shown, None))
+
+        def advance(_: grpo.Update) -> None:
+            next(shown, None)
+
+        return grpo.train(config, self.out / name, advance)
 
     def measured(self, name: str, model: Path, width: int | None = None, **options: Any) -> Row:
         """What a model makes of the problems; with a width, told so."""

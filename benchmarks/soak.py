@@ -147,7 +147,9 @@ class Soak:
             await self.keep(strand)
         answer = await self.send(strand, rng.randint(0, 8), **extras(rng))
         before = len(strand.ids) - answer.cached
-        if before > (behind(strand.joined, len(strand.ids)) or (0,))[-1]:
+        tail = (behind(strand.joined, len(strand.ids)) or (0,))[-1]
+        assert isinstance(tail, int), "what follows a join is in a line"
+        if before > tail:
             raise Wrong("a joined prompt was computed again")
         self.answers.append(answer)
         self.unread.append(strand)
@@ -326,7 +328,7 @@ def worked(pid: int) -> float:
     """Processor seconds of a process and all below it: other load on the machine does not count."""
     process = psutil.Process(pid)
     times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+    return float(sum(t.user + t.system for t in times))
 
 
 async def held(url: str, patience: float = 30.0) -> int:

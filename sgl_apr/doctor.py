@@ -125,7 +125,7 @@ def _cpu() -> Iterator[Finding]:
 
 
 def _memory() -> Finding:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     free = psutil.virtual_memory().available
     hint = f"a server takes {LEAST_MEMORY / GIB:g} GiB beside its model"

@@ -161,7 +161,7 @@ def _config(model: str, revision: str | None) -> dict[str, Any]:
 
 
 def _affordable_tokens(config: Mapping[str, Any]) -> int:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return pool_tokens(config, psutil.virtual_memory().available)
 
