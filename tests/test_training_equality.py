@@ -60,7 +60,7 @@ async def sampled(url: str, name: str, join: str, depth: int, seed: int) -> tupl
         budget = apr.Budget(tokens=600, width=3, branch_tokens=60, outline_chars=8, depth=depth)
         trajectory = await apr.areason(
             engine, f"Question {seed}: ", name, join=join, budget=budget, logprobs=True, temperature=1.0,
-            mode="auto" if name == "parathinker" else "parallel", policy="all",
+            mode="auto" if name == "parathinker" else "parallel", policy="all", min_width=2,
         )  # fmt: skip
         return trajectory, engine.noted
 
