@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -191,18 +191,7 @@ class Grammar:
 
     def ending(self, rule: str, number: str = "") -> str:
         """What a rule always ends with, which is where decoding of it stops; empty if that is free text."""
-        if rule not in self.rules:
-            return ""
-        ends = {self._ending(expr, number) for expr in _options(self.rules[rule])}
-        if len(ends) > 1:
-            raise GrammarError(f"{self.name}: rule {rule!r} has to end with the same tag every time")
-        return ends.pop()
-
-    def _ending(self, expr: Expr, number: str) -> str:
-        last = join_tags(expr.items if isinstance(expr, Seq) else (expr,), number)[-1]
-        if isinstance(last, Name) and last.name in self.rules:
-            return self.ending(last.name, number)
-        return last.text if isinstance(last, Literal) else ""
+        return _ending(self, rule, number)
 
     def is_break(self, expr: Expr) -> bool:
         """Whether an item is a line break."""
@@ -244,7 +233,6 @@ class Grammar:
                     parser="lalr",
                     start=start,
                     keep_all_tokens=True,
-                    propagate_positions=True,
                     maybe_placeholders=False,
                     edit_terminals=self._exclude_tags,
                 )
@@ -256,6 +244,20 @@ class Grammar:
         if terminal.name == TEXT:
             tags = "|".join(re.escape(t) for t in sorted(self.marks, key=len, reverse=True))
             terminal.pattern = PatternRE(rf"(?:(?!{tags})[\s\S])+" if tags else r"[\s\S]+")
+
+
+@lru_cache(maxsize=1024)  # asked several times for every request
+def _ending(grammar: Grammar, rule: str, number: str) -> str:
+    ends: set[str] = set()
+    for expr in _options(grammar.rules[rule]) if rule in grammar.rules else ():
+        last = join_tags(expr.items if isinstance(expr, Seq) else (expr,), number)[-1]
+        if isinstance(last, Name) and last.name in grammar.rules:
+            ends.add(_ending(grammar, last.name, number))
+        else:
+            ends.add(last.text if isinstance(last, Literal) else "")
+    if len(ends) > 1:
+        raise GrammarError(f"{grammar.name}: rule {rule!r} has to end with the same tag every time")
+    return ends.pop() if ends else ""
 
 
 def _facts(source: str, name: str) -> Iterator[tuple[str, str]]:

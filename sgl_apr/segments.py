@@ -68,33 +68,44 @@ def walk(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = False) -> It
                 role: Role = "closer" if node.type != TEXT else "body" if in_branch else "text"
                 yield Segment(role, start, end)
             continue
-        if node.meta.empty:
-            continue
         rule = str(node.data)
-        if rule == "fork":
-            outlines = tuple(_outlines(grammar, node))
-            yield Segment("fork", node.meta.start_pos, node.meta.end_pos, outlines=outlines)
-        elif rule in _WHOLE_ROLES:
-            yield _whole(grammar, node, _WHOLE_ROLES[rule])
+        if rule in _WHOLE_ROLES:
+            if found := _whole(grammar, node, _WHOLE_ROLES[rule]):
+                yield found
         else:
             in_branch = in_branch or rule in BRANCH_RULES
             stack += [(child, in_branch) for child in reversed(node.children)]
 
 
-def _whole(grammar: Grammar, node: Tree[Token], role: Role) -> Segment:
+def _whole(grammar: Grammar, node: Tree[Token], role: Role) -> Segment | None:
+    first, last = _edge(node, first=True), _edge(node, first=False)
+    if first is None or last is None:  # it is empty
+        return None
+    start, end = first.start_pos or 0, last.end_pos or 0
+    if role == "fork":
+        return Segment(role, start, end, outlines=tuple(_outlines(grammar, node)))
     found = _tokens(grammar, node)
     return Segment(
         role,
-        node.meta.start_pos,
-        node.meta.end_pos,
+        start,
+        end,
         number=str(found.get(NUMBER, "")),
         name=str(found.get("", "")),
         label=str(found.get(TEXT, "")).strip(),
     )
 
 
+def _edge(node: Tree[Token], *, first: bool) -> Token | None:
+    """The first or last token of a tree, if it has any."""
+    for child in node.children if first else reversed(node.children):
+        token = child if isinstance(child, Token) else _edge(child, first=first)
+        if token is not None:
+            return token
+    return None
+
+
 # Rules that are one segment each.
-_WHOLE_ROLES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("prompt", "text", "fork", "body")}
+_WHOLE_ROLES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("prompt", "text", "body")}
 _WHOLE_ROLES["failure"] = "result"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -75,15 +77,16 @@ def split_ids(
     ids: list[int] | tuple[int, ...], text: str, ends: list[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[int, ...]]:
     """Cut `ids`, whose text is `text`, at the offsets `ends`; a token belongs where its first character lies."""
-    starts = [0] * len(ids)
-    _place(starts, ids, 0, len(ids), 0, text, ends, tokenizer)
-    at = 0
-    for k, end in enumerate(ends):
-        upto = at
-        while upto < len(ids) and (starts[upto] < end or k == len(ends) - 1):
-            upto += 1
-        yield tuple(ids[at:upto])
-        at = upto
+    starts, high = [0] * len(ids), len(ids)
+    cut = ends[-2] if len(ends) > 1 else 0
+    # Most end with a tag that is one token. Of a half character nobody can say whether it is whole.
+    if 0 < cut < len(text) and text[cut - 1] != "\ufffd" and tokenizer.decode(ids[:-1]) == text[:cut]:
+        high, starts[-1], text = high - 1, cut, text[:cut]
+    _place(starts, ids, 0, high, 0, text, ends, tokenizer)
+    cuts = [0, *(bisect_left(starts, end) for end in ends)]
+    cuts[-1] = len(ids)
+    for first, last in pairwise(cuts):
+        yield tuple(ids[first:last])
 
 
 def _place(

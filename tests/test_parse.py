@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,6 +129,15 @@ def test_ids_are_split_where_their_first_character_lies():
     assert list(split_ids(ids, text, [1, 2, 3, 4], tokenizer)) == [
         tuple(b"a"), tuple("é".encode()), tuple("\U0001f600".encode()), tuple(b"b")
     ]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.text("a<é\U0001f600\ufffd", max_size=4) | st.sampled_from(DIALECT.tags)))
+def test_ids_are_split_as_pieces_were_encoded(pieces: list[str]):
+    tokenizer = apr.ByteTokenizer(DIALECT.tags)
+    text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
+    found = list(split_ids(tokenizer.encode(text), text, ends, tokenizer))
+    assert found == [tuple(tokenizer.encode(piece)) for piece in pieces]
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,9 @@ class Decoder:
         """What came back, or None if it was cut or failed, and the number of the call, which is noted as of `phase`."""
         seed = derived(self.seed, strand.path, strand.requests)
         strand.requests += 1
-        sampling = {**request.sampling, "sampling_seed": seed} if self.seeded else request.sampling
+        if self.seeded:
+            request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
         started = time.monotonic()
-
-        request = replace(request, sampling=sampling)
 
         async def once(request: Request) -> Result:
             self.record.void(strand, stream.void())
@@ -226,8 +225,10 @@ class Decoder:
             )
         stops = dialect.stops(phase, place)
         special = [self.tokenizer.special(tag) for tag in stops]
-        return replace(
-            self._prompt(strand),
+        return Request(
+            self.rid,
+            strand.context,
+            fields=plan.fields,
             max_tokens=tokens,
             sampling=plan.sampling,
             logprobs=plan.logprobs,

@@ -9,7 +9,7 @@ interleaved as it happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sgl_apr.blocks import Outcome
@@ -106,22 +106,24 @@ def rebuild(events: Iterable[Event]) -> Trajectory:
         elif isinstance(event, Called):
             calls[event.index] = event.call
         elif isinstance(event, Done):
-            return _assembled(spans, calls, event)
+            return assembled(spans, [calls[i] for i in range(len(calls))], event)
     raise AprError("the events end before the trajectory does: Done is missing")
 
 
-def _assembled(spans: dict[int, Span], calls: dict[int, Call], done: Done) -> Trajectory:
+def assembled(spans: Mapping[int, Span] | Sequence[Span], calls: Sequence[Call], done: Done) -> Trajectory:
+    """Spans and calls, each in the order in which they came, as a trajectory."""
     place = {old: new for new, old in enumerate(done.order)}
 
-    def moved(indices: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(place[i] for i in indices)
+    def moved(span: Span) -> Span:
+        if all(place[i] == i for i in (*span.parents, *span.after)):
+            return span
+        parents, after = (tuple(place[i] for i in indices) for indices in (span.parents, span.after))
+        return replace(span, parents=parents, after=after)
 
-    ordered = (spans[i] for i in done.order)
-    in_order = all(i == k for i, k in place.items())
     return Trajectory(
-        tuple(s if in_order else replace(s, parents=moved(s.parents), after=moved(s.after)) for s in ordered),
+        tuple(moved(spans[i]) for i in done.order),
         done.dialect,
-        tuple(calls[i] for i in range(len(calls))),
+        tuple(calls),
         done.wall_s,
         done.limits,
         done.decisions,

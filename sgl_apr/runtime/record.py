@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sgl_apr.blocks import Branch
 from sgl_apr.engine.base import Load, Result
 from sgl_apr.layout import Layout, behind
-from sgl_apr.runtime.events import Called, Delta, Done, Event, OnEvent, Retried, Wrote, rebuild
+from sgl_apr.runtime.events import Called, Delta, Done, Event, OnEvent, Retried, Wrote, assembled
 from sgl_apr.runtime.purse import Purse
 from sgl_apr.runtime.scope import Scope
 from sgl_apr.runtime.steps import Step
@@ -127,8 +127,7 @@ class Record:
         limits, decisions, joins = tuple(self.limits), tuple(self.decisions), tuple(self.joins)
         done = Done(tuple(trunk.order), dialect, self.seconds, limits, decisions, joins, seed, seeded)
         self.tell(done)
-        spans = (Wrote(i, s) for i, s in enumerate(self.spans))
-        return rebuild([*spans, *(Called(i, c) for i, c in enumerate(self.calls)), done])
+        return assembled(self.spans, self.calls, done)
 
     def of(self, strand: Strand) -> list[Span]:
         """The spans of a strand, its branches' included."""
@@ -241,7 +240,8 @@ class Record:
         chain = max((self._chains[i] for i in (*span.parents, *span.after)), default=0)
         self._chains.append(chain + (0 if span.origin == "prompt" else span.tokens))
         self.spans.append(span)
-        self.tell(Wrote(len(self.spans) - 1, span))
+        if self._on_event:
+            self.tell(Wrote(len(self.spans) - 1, span))
         return len(self.spans) - 1
 
     def call(
