@@ -106,7 +106,8 @@ class Benchmark:
             found["ok"] = False
         if not found["ok"]:
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-            found["why"] = f"status {process.returncode}: {last[0]}"
+            bars = "; ".join(found.get("found", {}).get("missed", ()))
+            found["why"] = f"missed: {bars}" if bars else f"status {process.returncode}: {last[0]}"
         return found
 
 
@@ -164,7 +165,7 @@ def shown(found: Mapping[str, Any]) -> list[str]:
     single = [[k, v] for k, v in found.items() if not isinstance(v, (dict, list))]
     parts = [table(["", "figure"], single), ""] if single else []
     for name, value in found.items():
-        if name == "hardware" or not isinstance(value, (dict, list)):
+        if name == "hardware" or not value or not isinstance(value, (dict, list)):
             continue
         rows: list[dict[str, Any]] = []
         for key, row in value.items() if isinstance(value, dict) else enumerate(value):

@@ -17,6 +17,7 @@ def ended(
     options: argparse.Namespace,
 ) -> int:
     """With --json one object, else what `show` prints; status 1 if --check and a bar is missed."""
+    found = found | {"missed": list(missed)}
     print(json.dumps(found)) if options.json else show(found)
     for bar in missed:
         Console(stderr=True).print(f"[red]missed: {bar}")

@@ -4,7 +4,7 @@ python benchmarks/figures.py runs/benchmarks/benchmarks.json     # keeps it as d
 python benchmarks/figures.py --check                             # status 1 if a page says something else
 
 What stands in a page between `<!-- figures: NAME -->` and `<!-- end of figures -->` is the section NAME below; NAME_short is of
-the same benchmark. A section of a benchmark that was not run stays as it is.
+the same benchmark. A section of a benchmark that was not run, or failed, stays as it is; one that missed a bar says so.
 """
 
 from __future__ import annotations
@@ -278,7 +278,9 @@ def written(page: str, kept: Mapping[str, Found]) -> str:
         source = (
             f"<!-- {entry['date'][:10]}, commit {entry['commit']}, {machine['cores']} x {machine['cpu']} -->"
         )
-        return f"{begin}{source}\n{SECTIONS[name](entry['found'])}\n{end}"
+        bars = "; ".join(entry["found"].get("missed", ()))
+        said = SECTIONS[name](entry["found"]) + (f"\n\nNot met: {bars}." if bars else "")
+        return f"{begin}{source}\n{said}\n{end}"
 
     return SECTION.sub(section, page)
 
@@ -294,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept: dict[str, Found] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if options.measured:
         new = json.loads(options.measured.read_text())
-        kept |= {name: entry for name, entry in new.items() if entry["ok"]}
+        kept |= {name: e for name, e in new.items() if e["ok"] or e.get("found", {}).get("missed")}
     different = [page for page in PAGES if written(text := page.read_text(), kept) != text]
     if not options.check:
         for page in different:

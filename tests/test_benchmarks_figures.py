@@ -50,12 +50,14 @@ def test_what_was_measured_is_kept_and_what_failed_is_not(figures, tmp_path: Pat
     monkeypatch.setattr(figures, "PAGES", [page])
     page.write_text("<!-- figures: trie -->\n<!-- end of figures -->\n")
     measured = tmp_path / "measured.json"
-    measured.write_text(json.dumps({"trie": KEPT | {"ok": True}, "soak": KEPT | {"ok": False}}))
+    missed = {"ok": False, "found": KEPT["found"] | {"missed": ["12 ms, expected 10"]}}
+    measured.write_text(json.dumps({"trie": KEPT | missed, "soak": KEPT | {"ok": False}}))
     assert figures.main([str(measured), "--check"]) == 1
     assert not (tmp_path / "kept.json").exists()
     assert figures.main([str(measured)]) == 0
     assert json.loads((tmp_path / "kept.json").read_text()).keys() == {"trie"}
     assert "28,236" in page.read_text()
+    assert "\n\nNot met: 12 ms, expected 10.\n<!-- end" in page.read_text()
     assert figures.main(["--check"]) == 0
     assert capsys.readouterr().out == "page.md\npage.md\n"
 
