@@ -47,6 +47,7 @@ def activate() -> None:
         check_version()
         if platform() is not None:
             _register_attention()
+            _register_products()
         _register_cache()
         if os.environ.get(LAUNCHED):
             _prepare_masks()
@@ -112,9 +113,18 @@ def _register_cache() -> None:
 
 def after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
     """Call `hook` with what a function of SGLang returned, and with what it was given."""
+    _hook("AFTER", path, parameters, hook)
+
+
+def around(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
+    """Call `hook` in place of a function of SGLang, with that function and what it was given."""
+    _hook("AROUND", path, parameters, hook)
+
+
+def _hook(kind: str, path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
     seam(path, parameters)
     register = seam("sglang.srt.plugins.hook_registry:HookRegistry.register", ["target", "hook", "hook_type"])
-    register(path.replace(":", "."), hook, seam("sglang.srt.plugins.hook_registry:HookType.AFTER"))
+    register(path.replace(":", "."), hook, seam(f"sglang.srt.plugins.hook_registry:HookType.{kind}"))
 
 
 def _make_cache(context: Any) -> Any:
@@ -158,6 +168,15 @@ def _register_attention() -> None:
     register = seam("sglang.srt.layers.attention.attention_registry:register_attention_backend", ["name"])
     seam("sglang.srt.server_args:add_attention_backend_choices")([BACKEND])
     register(BACKEND)(_make_attention)
+
+
+def _register_products() -> None:
+    from sgl_apr.server import few_rows
+
+    linear = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply"
+    around(linear, ["layer", "x", "bias"], few_rows.apply)
+    head = "sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head"
+    around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], few_rows.logits)
 
 
 def _make_attention(runner: Any) -> Any:
