@@ -42,7 +42,7 @@ ENVIRONMENT = {
 VIOLATION = re.compile(r"Traceback|leak|invariant|AssertionError|CRITICAL", re.IGNORECASE)
 RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 LONGEST = 400  # tokens of a prompt: what grows longer is forgotten
-YOUNG = 200  # operations that are not counted, while there are only short prompts
+YOUNG = 1000  # operations that are not counted, while there are only short prompts
 VOCABULARY = range(10, 400)
 NEAR = 1e-3  # by how much a logit may be below the highest one, where both round
 
