@@ -147,7 +147,7 @@ def join(found: Found) -> str:
         + prose(
             "A server that could join, and is not asked to, takes "
             + f"{found['patched_over_stock']:.3f} of the time that one without the cache and the hook takes (95% CI {low:.3f} to "
-            f"{high:.3f}, {found['pairs']} interleaved pairs)."
+            f"{high:.3f}, {found['pairs']} interleaved pairs of requests to one process each; others differ by some percent)."
         )
     )
 
