@@ -1,7 +1,7 @@
 """Products of two or three rows with a weight on a CPU, made as products of four, which take less time.
 
-What multiplies matrices for torch there packs the weight anew for each product of two or more rows, and is at its worst
-with few: two rows take longer than four, and three take longer still. Two or three branches of a fork are as many rows.
+Two or three branches of a fork are as many rows. In float32 on two cores, all weights of a model of 135M parameters
+took torch 46 ms with one row, 86 with two, 109 with three, 71 with four and 72 with eight.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ def apply(
 
 
 def logits(
-    original: Callable[..., torch.Tensor], processor: Any, hidden: torch.Tensor, *arguments: Any, **options: Any
+    original: Callable[..., torch.Tensor],
+    processor: Any,
+    hidden: torch.Tensor,
+    *arguments: Any,
+    **options: Any,
 ) -> torch.Tensor:
     """Around `LogitsProcessor._compute_lm_head`; what is to be written into a buffer stays as it is."""
     x = hidden if options.get("out") is not None else padded(hidden)
