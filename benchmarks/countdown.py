@@ -24,7 +24,7 @@ from rich.table import Table
 from sgl_apr.report.curves import draw
 from sgl_apr.tasks.countdown import Problem, ways
 from sgl_apr.tasks.evaluated import read
-from sgl_apr.tasks.evaluation import Measured, Row, compare
+from sgl_apr.tasks.evaluation import AttemptMetrics, MethodResults, compare
 
 WINDOWS = (64, 128, 256, 512, 1024, 2048)
 WAYS = {"1-2": 2, "3-4": 4, "5-6": 6}
@@ -32,13 +32,13 @@ FLAT = 0.01  # a window is flat if doubling it adds less
 POINTS, SHORTER, BETTER, CHEAPER = 0.10, 1.5, 0.03, 0.10
 
 
-def first(directory: Path) -> Row:
+def first(directory: Path) -> MethodResults:
     """The first method of a directory, under the directory's name."""
     row = read(directory)[0]
-    return Row(directory.name, row.attempts, row.wall_s)
+    return MethodResults(directory.name, row.attempts, row.wall_s)
 
 
-def flattened(row: Row) -> int:
+def flattened(row: MethodResults) -> int:
     """The smallest window of which the double adds less than `FLAT`."""
 
     def within(window: int) -> float:
@@ -47,20 +47,23 @@ def flattened(row: Row) -> int:
     return next((w for w in WINDOWS if within(2 * w) - within(w) < FLAT and within(w) > 0.05), WINDOWS[-1])
 
 
-def needed(row: Row, accuracy: float, of: Callable[[Measured], int]) -> int | None:
+def needed(row: MethodResults, accuracy: float, of: Callable[[AttemptMetrics], int]) -> int | None:
     """The limit within which a share of the problems is solved; None if it never is."""
     solved = sorted(of(a) for a in row.attempts if a.correct)
     count = -int(-accuracy * len(row.attempts) // 1)
     return solved[count - 1] if 0 < count <= len(solved) else None
 
 
-def report(sequential: Row, parallel: Row, rl: Row | None) -> dict[str, Any]:
+def report(sequential: MethodResults, parallel: MethodResults, rl: MethodResults | None) -> dict[str, Any]:
     """Every figure."""
     window = flattened(sequential)
 
-    def cut(row: Row) -> Row:
-        kept = [Measured(**{**asdict(a), "correct": a.correct and a.context <= window}) for a in row.attempts]
-        return Row(row.method, kept)
+    def cut(row: MethodResults) -> MethodResults:
+        kept = [
+            AttemptMetrics(**{**asdict(a), "correct": a.correct and a.context <= window})
+            for a in row.attempts
+        ]
+        return MethodResults(row.method, kept)
 
     gap = compare(cut(sequential), cut(parallel))
     reached = min(sequential.accuracy, parallel.accuracy)
@@ -80,10 +83,10 @@ def report(sequential: Row, parallel: Row, rl: Row | None) -> dict[str, Any]:
     return found
 
 
-def reinforced(before: Row, after: Row) -> dict[str, Any]:
+def reinforced(before: MethodResults, after: MethodResults) -> dict[str, Any]:
     """What reinforcement came to."""
 
-    def both(of: Callable[[Measured], float]) -> list[float]:
+    def both(of: Callable[[AttemptMetrics], float]) -> list[float]:
         return [round(row.mean(of), 4) for row in (before, after)]
 
     return asdict(compare(before, after)) | {
@@ -94,9 +97,9 @@ def reinforced(before: Row, after: Row) -> dict[str, Any]:
     }
 
 
-def by_difficulty(row: Row) -> list[dict[str, Any]]:
+def by_difficulty(row: MethodResults) -> list[dict[str, Any]]:
     """How a model goes about problems of like difficulty: so many numbers, so many ways to solve them."""
-    kinds: dict[tuple[int, str], list[Measured]] = {}
+    kinds: dict[tuple[int, str], list[AttemptMetrics]] = {}
     for attempt in row.attempts:
         problem = Problem.parse(attempt.problem)
         found = ways(problem)

@@ -34,7 +34,7 @@ from trie import made, reply
 
 import sgl_apr as apr
 from sgl_apr.models import random_llama
-from sgl_apr.training.collate import Collator, log_probabilities, on
+from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, load
 from sgl_apr.training.masks import Visibility
 from sgl_apr.training.sft import train
@@ -116,7 +116,7 @@ def model(reps: int) -> dict[str, Any]:
     found, _ = made(reply(random.Random(0)))
     tree, rng = found.tree, torch.Generator().manual_seed(0)
     lengths = [int(p) + 1 for k, p in enumerate(tree.positions) if tree.ends[k] == k + 1]
-    batch = on(Collator(attention="later")([found]), "cuda")
+    batch = to_device(Collator(attention="later")([found]), "cuda")
     paths = [torch.randint(1000, (1, n), generator=rng).to("cuda") for n in lengths]
 
     def fresh(kind: str) -> Any:

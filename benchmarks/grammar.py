@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import sgl_apr as apr
-from sgl_apr.lowering_llguidance import SLICES
+from sgl_apr.lowering_llguidance import LLGUIDANCE_SLICES
 from sgl_apr.models import random_llama, smollm2
 
 TAGS = tuple(dict.fromkeys(tag for name in apr.dialect_names() for tag in apr.dialect(name).tags))
@@ -97,7 +97,7 @@ class Vocabulary:
         eos = backend.token_to_id("<|im_end|>")
         assert eos is not None
         self.eos: int = eos
-        self.guide = LLTokenizer(backend.to_str(), eos_token=self.eos, slices=list(SLICES))
+        self.guide = LLTokenizer(backend.to_str(), eos_token=self.eos, slices=list(LLGUIDANCE_SLICES))
 
     def special(self, tag: str) -> int | None:
         return self.backend.token_to_id(tag) if tag in self.tags else None
@@ -105,11 +105,11 @@ class Vocabulary:
 
 def phases(dialect: apr.Dialect, vocabulary: Vocabulary, lower: Callable[..., str]) -> Iterator[str]:
     """The grammars of what one request decodes."""
-    place = {"number": str(dialect.first), "width": min(8, dialect.max_width)}
+    place = {"number": str(dialect.first_number), "width": min(8, dialect.max_width)}
     if dialect.asynchronous:
-        place["waiting"] = (str(dialect.first),)
+        place["waiting"] = (str(dialect.first_number),)
     for phase in ("trunk", "after", "branch", "rejoin"):
-        if dialect.rule_of(phase) in dialect.grammar.rules:
+        if dialect.rule_for_phase(phase) in dialect.grammar.rules:
             yield lower(phase, vocabulary, **place)
 
 

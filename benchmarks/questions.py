@@ -34,7 +34,7 @@ from sgl_apr.tasks.countdown import Problem
 from sgl_apr.tasks.countdown_task import CountdownTask
 from sgl_apr.tasks.evaluated import evaluated
 from sgl_apr.tasks.evaluating import evaluate
-from sgl_apr.tasks.evaluation import Row
+from sgl_apr.tasks.evaluation import MethodResults
 from sgl_apr.tasks.games import countdown
 from sgl_apr.tasks.solving import SERVER
 from sgl_apr.training import grpo, sft
@@ -82,12 +82,12 @@ class Arms:
         shown = iter(track(range(updates.steps), name, console=Console(stderr=True)))
         config = GrpoConfig(Model(path=str(start)), rollouts=rollouts, updates=updates)
 
-        def advance(_: grpo.Update) -> None:
+        def advance(_: grpo.GrpoStepLog) -> None:
             next(shown, None)
 
         return grpo.train(config, self.out / name, advance)
 
-    def measured(self, name: str, model: Path, width: int | None = None, **options: Any) -> Row:
+    def measured(self, name: str, model: Path, width: int | None = None, **options: Any) -> MethodResults:
         """What a model makes of the problems; with a width, told so."""
         directory, given = self.out / "eval" / name.replace(" ", "-"), self.given
         told = options if width is None else {**options, "width": width}
@@ -103,7 +103,7 @@ class Arms:
                 return asyncio.run(evaluate(server.url, given, name, found, by="apr", **options))
 
 
-def rewards(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
+def rewards(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
     """Each reward, and what becomes of some when only accuracy is paid for."""
     yield arms.measured("before", options.model)
     for reward in REWARDS:
@@ -115,7 +115,7 @@ def rewards(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
             )
 
 
-def scaffold(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
+def scaffold(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
     """Before and after reinforcement, free and without forks; and the twin."""
     for name, model in (("before", options.model), ("after", options.rl)):
         yield arms.measured(f"{name} free", model)
@@ -123,7 +123,7 @@ def scaffold(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
     yield arms.measured("twin no forks", options.twin, mode="sequential")
 
 
-def ability(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
+def ability(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
     """Forks by grammar, by training, by both."""
     yield arms.measured("trained grammar", options.model)
     yield arms.measured("trained no grammar", options.model, constrain=False)
@@ -131,7 +131,7 @@ def ability(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
     yield arms.measured("twin grammar forks", options.twin, mode="parallel")
 
 
-def width(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
+def width(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
     """A model that learned with its width in the prompt, told several."""
     data = Data(numbers=(3, 4), problems=8000, state_width=True)
     steps = Steps(tokens=options.tokens, batch=4096, rate=1e-3)
@@ -147,7 +147,7 @@ def width(arms: Arms, options: argparse.Namespace) -> Iterator[Row]:
 PARTS = {"rewards": rewards, "scaffold": scaffold, "ability": ability, "width": width}
 
 
-def line(row: Row) -> dict[str, Any]:
+def line(row: MethodResults) -> dict[str, Any]:
     """The figures of one arm."""
     low, high = row.ci95
     four = [a for a in row.attempts if a.size == 4]

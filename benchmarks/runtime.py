@@ -65,7 +65,7 @@ class Scripted:
     """
 
     grammar_backend: Backend = "llguidance"
-    seeded, context, joins_kv, chunk = False, None, False, WHOLE
+    supports_seeds, context, joins_kv, chunk = False, None, False, WHOLE
 
     def __init__(self, tokenizer: Tokenizer, answers: Iterator[tuple[int, ...]]) -> None:
         self.tokenizer, self._script, self.calls, self.seconds = tokenizer, answers, 0, 0.0

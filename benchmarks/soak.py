@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sgl_apr as apr
-from sgl_apr.layout import Layout, behind, commits, join, positions, visible
+from sgl_apr.layout import Layout, commit_prompts, dense_mask, extend_layout, join, positions
 from sgl_apr.models import random_llama
 
 ENVIRONMENT = {
@@ -48,34 +48,34 @@ NEAR = 1e-3  # by how much a logit may be below the highest one, where both roun
 
 
 @dataclass(frozen=True, slots=True)
-class Strand:
+class SoakSequence:
     """Tokens that are or were in the cache; what of them was joined, as a layout without its tail."""
 
     ids: tuple[int, ...]
     joined: Layout = ()
 
-    def grown(self, more: Sequence[int]) -> Strand:
-        return Strand((*self.ids, *more), self.joined)
+    def grown(self, more: Sequence[int]) -> SoakSequence:
+        return SoakSequence((*self.ids, *more), self.joined)
 
 
 @dataclass(slots=True)
 class Fork:
-    trunk: Strand
-    branches: list[Strand]
+    trunk: SoakSequence
+    branches: list[SoakSequence]
 
-    def stitched(self) -> Strand:
+    def joined(self) -> SoakSequence:
         """Both with all branches behind one another."""
         trunk = self.trunk
         layout = join(trunk.joined, len(trunk.ids), [(b.joined, len(b.ids)) for b in self.branches])
         assert layout is not None, "every branch begins with its trunk"
-        return Strand(trunk.ids + sum((b.ids[len(trunk.ids) :] for b in self.branches), ()), layout)
+        return SoakSequence(trunk.ids + sum((b.ids[len(trunk.ids) :] for b in self.branches), ()), layout)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """To `strand`: `ids` were decoded greedily, of whose prompt `cached` tokens were found."""
+    """To `sequence`: `ids` were decoded greedily, of whose prompt `cached` tokens were found."""
 
-    strand: Strand
+    sequence: SoakSequence
     ids: tuple[int, ...]
     cached: int
 
@@ -98,9 +98,9 @@ class Soak:
 
     session: aiohttp.ClientSession
     url: str
-    strands: deque[Strand] = field(default_factory=lambda: deque(maxlen=24))
+    sequences: deque[SoakSequence] = field(default_factory=lambda: deque(maxlen=24))
     forks: deque[Fork] = field(default_factory=lambda: deque(maxlen=24))
-    unread: deque[Strand] = field(default_factory=lambda: deque(maxlen=24))
+    unread: deque[SoakSequence] = field(default_factory=lambda: deque(maxlen=24))
     lines: list[tuple[int, ...]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -108,56 +108,56 @@ class Soak:
     marks: list[tuple[int, float, float]] = field(default_factory=list)
     computed: int = 0
 
-    async def send(self, strand: Strand, new: int, **fields: Any) -> Answer:
+    async def send(self, sequence: SoakSequence, new: int, **fields: Any) -> Answer:
         """Raises `Lost`, or `Wrong` for any other error."""
         sampling: dict[str, Any] = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
-        if layout := behind(strand.joined, len(strand.ids)):
+        if layout := extend_layout(sequence.joined, len(sequence.ids)):
             sampling["custom_params"] = {"apr_layout": json.dumps(layout)}
-        body = {"input_ids": strand.ids, "sampling_params": sampling, **fields}
+        body = {"input_ids": sequence.ids, "sampling_params": sampling, **fields}
         async with self.session.post(f"{self.url}/generate", json=body) as response:
-            if response.status == 409 and strand.joined:
+            if response.status == 409 and sequence.joined:
                 raise Lost
             if response.status != 200:
                 raise Wrong(f"{response.status}: {(await response.text())[:200]}")
             found = await response.json()
         ids, meta = tuple(found["output_ids"]), found["meta_info"]
-        if len(ids) != new or meta["prompt_tokens"] != len(strand.ids):
+        if len(ids) != new or meta["prompt_tokens"] != len(sequence.ids):
             raise Wrong(
-                f"{len(ids)} tokens of {new}, prompt of {meta['prompt_tokens']}, not {len(strand.ids)}"
+                f"{len(ids)} tokens of {new}, prompt of {meta['prompt_tokens']}, not {len(sequence.ids)}"
             )
-        self.computed += len(strand.ids) - meta["cached_tokens"] + new
-        return Answer(strand, ids, meta["cached_tokens"])
+        self.computed += len(sequence.ids) - meta["cached_tokens"] + new
+        return Answer(sequence, ids, meta["cached_tokens"])
 
-    async def keep(self, strand: Strand) -> None:
-        """Commit all branches that a strand has joined, each behind those that it needs."""
-        for ranges, layout in commits(behind(strand.joined, len(strand.ids)) or ()):
-            ids = sum((strand.ids[first:last] for first, last in ranges), ())
-            await self.send(Strand(ids, layout[:-1] if layout else ()), 0)
+    async def keep(self, sequence: SoakSequence) -> None:
+        """Commit all branches that a sequence has joined, each behind those that it needs."""
+        for ranges, layout in commit_prompts(extend_layout(sequence.joined, len(sequence.ids)) or ()):
+            ids = sum((sequence.ids[first:last] for first, last in ranges), ())
+            await self.send(SoakSequence(ids, layout[:-1] if layout else ()), 0)
 
-    async def forked(self, trunk: Strand, rng: random.Random) -> Fork:
+    async def forked(self, trunk: SoakSequence, rng: random.Random) -> Fork:
         """Branches that were decoded at once, each behind a header of its own."""
         heads = [trunk.grown(some(rng, 1, 3)) for _ in range(rng.randint(1, 5))]
         answers = await asyncio.gather(*(self.send(head, rng.randint(1, 12)) for head in heads))
-        return Fork(trunk, [a.strand.grown(a.ids) for a in answers])
+        return Fork(trunk, [a.sequence.grown(a.ids) for a in answers])
 
-    async def joined(self, fork: Fork, rng: random.Random, *, kept: bool) -> Strand:
+    async def joined(self, fork: Fork, rng: random.Random, *, kept: bool) -> SoakSequence:
         """What goes on behind the branches, which are committed first if they are to be `kept`."""
-        strand = fork.stitched().grown(some(rng, 1, 4))
+        sequence = fork.joined().grown(some(rng, 1, 4))
         if kept:
-            await self.keep(strand)
-        answer = await self.send(strand, rng.randint(0, 8), **extras(rng))
-        before = len(strand.ids) - answer.cached
-        tail = (behind(strand.joined, len(strand.ids)) or (0,))[-1]
+            await self.keep(sequence)
+        answer = await self.send(sequence, rng.randint(0, 8), **extras(rng))
+        before = len(sequence.ids) - answer.cached
+        tail = (extend_layout(sequence.joined, len(sequence.ids)) or (0,))[-1]
         assert isinstance(tail, int), "what follows a join is in a line"
         if before > tail:
             raise Wrong("a joined prompt was computed again")
         self.answers.append(answer)
-        self.unread.append(strand)
-        return strand.grown(answer.ids)
+        self.unread.append(sequence)
+        return sequence.grown(answer.ids)
 
-    def remember(self, strand: Strand) -> None:
-        if len(strand.ids) < LONGEST:
-            self.strands.append(strand)
+    def remember(self, sequence: SoakSequence) -> None:
+        if len(sequence.ids) < LONGEST:
+            self.sequences.append(sequence)
 
 
 def some(rng: random.Random, fewest: int, most: int) -> tuple[int, ...]:
@@ -165,13 +165,13 @@ def some(rng: random.Random, fewest: int, most: int) -> tuple[int, ...]:
 
 
 async def prefix(soak: Soak, rng: random.Random) -> None:
-    strand = Strand(some(rng, 8, 60))
-    await soak.send(strand, 0)
-    soak.remember(strand)
+    sequence = SoakSequence(some(rng, 8, 60))
+    await soak.send(sequence, 0)
+    soak.remember(sequence)
 
 
 async def fork(soak: Soak, rng: random.Random) -> None:
-    soak.forks.append(await soak.forked(rng.choice(soak.strands), rng))
+    soak.forks.append(await soak.forked(rng.choice(soak.sequences), rng))
 
 
 async def commit(soak: Soak, rng: random.Random) -> None:
@@ -197,26 +197,26 @@ async def nest(soak: Soak, rng: random.Random) -> None:
 
 
 async def go_on(soak: Soak, rng: random.Random) -> None:
-    strand = rng.choice(soak.strands).grown(some(rng, 1, 6))
-    answer = await soak.send(strand, rng.randint(1, 8), **extras(rng))
+    sequence = rng.choice(soak.sequences).grown(some(rng, 1, 6))
+    answer = await soak.send(sequence, rng.randint(1, 8), **extras(rng))
     soak.answers.append(answer)
-    soak.remember(strand.grown(answer.ids))
+    soak.remember(sequence.grown(answer.ids))
 
 
 async def join_what_never_was(soak: Soak, rng: random.Random) -> None:
-    trunk = rng.choice(soak.strands)
+    trunk = rng.choice(soak.sequences)
     await must_be_lost(
-        soak, Fork(trunk, [trunk.grown(some(rng, 2, 9)) for _ in range(3)]).stitched().grown((9,))
+        soak, Fork(trunk, [trunk.grown(some(rng, 2, 9)) for _ in range(3)]).joined().grown((9,))
     )
 
 
 async def join_with_another_salt(soak: Soak, rng: random.Random) -> None:
-    await must_be_lost(soak, rng.choice(soak.forks).stitched().grown((9,)), cache_salt=str(rng.random()))
+    await must_be_lost(soak, rng.choice(soak.forks).joined().grown((9,)), cache_salt=str(rng.random()))
 
 
-async def must_be_lost(soak: Soak, strand: Strand, **fields: Any) -> None:
+async def must_be_lost(soak: Soak, sequence: SoakSequence, **fields: Any) -> None:
     try:
-        await soak.send(strand, 1, **fields)
+        await soak.send(sequence, 1, **fields)
     except Lost:
         return
     raise Wrong("branches that nobody computed were joined")
@@ -226,13 +226,13 @@ async def read_in_a_line(soak: Soak, rng: random.Random) -> None:
     """The same tokens without the layout: of a join at most its first branch is a prefix of them."""
     if not soak.unread:
         return
-    strand = soak.unread.popleft()
-    known = max(begins(strand.joined), *(same(line, strand.ids) for line in soak.lines), 0)
-    soak.lines.append(strand.ids)
-    answer = await soak.send(Strand(strand.ids), rng.randint(1, 4))
+    sequence = soak.unread.popleft()
+    known = max(begins(sequence.joined), *(same(line, sequence.ids) for line in soak.lines), 0)
+    soak.lines.append(sequence.ids)
+    answer = await soak.send(SoakSequence(sequence.ids), rng.randint(1, 4))
     soak.answers.append(answer)
     if answer.cached > known + 2:  # two tokens may be the same by chance
-        raise Wrong(f"{answer.cached} tokens in a line were found of what was joined, {strand.joined}")
+        raise Wrong(f"{answer.cached} tokens in a line were found of what was joined, {sequence.joined}")
 
 
 def same(one: Sequence[int], other: Sequence[int]) -> int:
@@ -253,10 +253,10 @@ def begins(joined: Layout) -> int:
 async def give_up(soak: Soak, rng: random.Random) -> None:
     """Abort, or just go, at any time of the answer."""
     fork = rng.choice(soak.forks)
-    stitched = fork.stitched().grown(some(rng, 1, 40))
-    strand = rng.choice([stitched, stitched, fork.trunk, rng.choice(fork.branches)])
+    joined = fork.joined().grown(some(rng, 1, 40))
+    sequence = rng.choice([joined, joined, fork.trunk, rng.choice(fork.branches)])
     rid = f"{rng.getrandbits(64):016x}"
-    task = asyncio.create_task(soak.send(strand, 200, rid=rid, stream=rng.random() < 0.5, **extras(rng)))
+    task = asyncio.create_task(soak.send(sequence, 200, rid=rid, stream=rng.random() < 0.5, **extras(rng)))
     await asyncio.wait([task], timeout=rng.uniform(0, 0.3))
     if rng.random() < 0.5:
         async with soak.session.post(f"{soak.url}/abort_request", json={"rid": rid}) as response:
@@ -264,8 +264,8 @@ async def give_up(soak: Soak, rng: random.Random) -> None:
     else:
         task.cancel()
     (found,) = await asyncio.gather(task, return_exceptions=True)
-    if strand is stitched:
-        soak.unread.append(strand)
+    if sequence is joined:
+        soak.unread.append(sequence)
     if isinstance(found, Lost):
         raise found
 
@@ -331,9 +331,9 @@ def worked(pid: int) -> float:
     return float(sum(t.user + t.system for t in times))
 
 
-async def held(url: str, patience: float = 30.0) -> int:
+async def held(url: str, reconnect_timeout: float = 30.0) -> int:
     """Tokens that something holds when nothing runs."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + reconnect_timeout
     async with await apr.HttpEngine.connect(url) as engine:
         while True:
             load = await engine.load()
@@ -346,9 +346,9 @@ def unlike(model: Any, answer: Answer) -> bool:
     """Whether a token is not the likeliest one of a forward pass under an explicit mask, with explicit positions."""
     import torch
 
-    ids, new = [*answer.strand.ids, *answer.ids], len(answer.ids)
-    layout = behind(answer.strand.joined, len(ids)) or (len(ids),)
-    sees = torch.tensor(visible(layout))
+    ids, new = [*answer.sequence.ids, *answer.ids], len(answer.ids)
+    layout = extend_layout(answer.sequence.joined, len(ids)) or (len(ids),)
+    sees = torch.tensor(dense_mask(layout))
     mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
     with torch.no_grad():
         logits = model(
@@ -371,7 +371,7 @@ def compared(directory: Path, answers: Sequence[Answer], sample: int, seed: int)
     ).eval()
     some = [a for a in answers if a.ids]
     some = random.Random(seed).sample(some, min(sample, len(some)))
-    return len(some), sum(bool(a.strand.joined) for a in some), sum(unlike(model, a) for a in some)
+    return len(some), sum(bool(a.sequence.joined) for a in some), sum(unlike(model, a) for a in some)
 
 
 def per(count: float, what: float) -> float:

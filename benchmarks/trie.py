@@ -23,7 +23,7 @@ from rich.console import Console
 
 import sgl_apr as apr
 from sgl_apr.training.masks import Visibility
-from sgl_apr.training.structure import Structure, structure
+from sgl_apr.training.structure import TrainingTree, build_training_tree
 
 FORKS, WIDTH, BRANCH, TRUNK = 3, 4, 1290, 180
 SECONDS = 0.1
@@ -41,11 +41,11 @@ def reply(rng: random.Random) -> apr.Trajectory:
         threads = "".join(f"<Thread>\n{k}:{words(BRANCH)}</Thread>" for k in range(1, WIDTH + 1))
         text += f"<Parallel>\n<Outlines>\n{outlines}</Outlines>\n{threads}\n</Parallel>{words(TRUNK)}"
     dialect = apr.dialect("threadweaver")
-    return dialect.parse(text, apr.ByteTokenizer(dialect.tags)).behind("Q: ", tuple(b"Q: "))
+    return dialect.parse(text, apr.ByteTokenizer(dialect.tags)).with_prompt("Q: ", tuple(b"Q: "))
 
 
-def made(trajectory: apr.Trajectory) -> tuple[Structure, Visibility]:
-    found = structure([trajectory])
+def made(trajectory: apr.Trajectory) -> tuple[TrainingTree, Visibility]:
+    found = build_training_tree([trajectory])
     return found, Visibility.of([found.tree])
 
 

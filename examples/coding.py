@@ -22,7 +22,7 @@ import sgl_apr as apr
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Ask
+from sgl_apr.methods.thought import Prompt
 from sgl_apr.models import located, smollm2
 from sgl_apr.report.tree import summary
 from sgl_apr.sandbox.process import Limits, Sandbox
@@ -64,11 +64,11 @@ class CodingTask(Task[Exercise, Any]):
     name = "coding"
     need = 64
 
-    def ask(self, problem: Exercise) -> Ask:
+    def ask(self, problem: Exercise) -> Prompt:
         chat = chat_of(self.engine.tokenizer)
         shown, body = SHOWN
         begun = chat.turn(shown.asked) + self.head(shown) + body + FENCE
-        return Ask(
+        return Prompt(
             begun + chat.turn(problem.asked, first=False) + self.head(problem),
             tokens=self.need,
             stop=(FENCE,),

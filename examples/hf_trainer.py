@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.collate import Collator, log_probabilities, packed
-from sgl_apr.training.structure import Structure, structure
+from sgl_apr.training.collate import Collator, log_probabilities, pack_rows
+from sgl_apr.training.structure import TrainingTree, build_training_tree
 from sgl_apr.trajectory import Trajectory
 
 
@@ -49,16 +49,18 @@ class StructuredTrainer(Trainer):
         return -log_probabilities(model, inputs).mean()
 
 
-def rows(path: Path, eos: int, length: int, join: Literal["text", "kv"]) -> list[list[Structure]]:
+def rows(path: Path, eos: int, length: int, join: Literal["text", "kv"]) -> list[list[TrainingTree]]:
     """The structures of a file, packed."""
     with path.open(encoding="utf-8") as file:
         made = [
             one
             for line in file
-            for one in structure([Trajectory.from_json(line)], eos=eos, join=join, apart=True).split()
+            for one in build_training_tree(
+                [Trajectory.from_json(line)], eos=eos, join=join, separate_contexts=True
+            ).split()
             if len(one.sources)
         ]
-    return list(packed(made, length))
+    return list(pack_rows(made, length))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ APR = {
     "dialect": "threadweaver",
     "mode": "parallel",
     "budget": {"width": 4, "outline_chars": 40},
-    "plain": True,
+    "forbid_angle_brackets": True,
 }
 
 

@@ -71,7 +71,9 @@ def solve(s, question):
     s += sgl.user(question)
     budget = apr.Budget(tokens=300, width=4, branch_tokens=40, outline_chars=32)
     s += sgl.assistant(
-        apr.reason("answer", budget=budget, min_blocks=1, max_blocks=1, min_width=3, plain=True)
+        apr.reason(
+            "answer", budget=budget, min_blocks=1, max_blocks=1, min_width=3, forbid_angle_brackets=True
+        )
     )
 
 

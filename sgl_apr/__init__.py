@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from sgl_apr.reading import read as read
     from sgl_apr.runtime.dsl import reason as reason
     from sgl_apr.runtime.dsl import solve as solve
-    from sgl_apr.runtime.events import Called as Called
+    from sgl_apr.runtime.events import BranchEnded as BranchEnded
     from sgl_apr.runtime.events import Delta as Delta
     from sgl_apr.runtime.events import Done as Done
-    from sgl_apr.runtime.events import Ended as Ended
     from sgl_apr.runtime.events import Forked as Forked
     from sgl_apr.runtime.events import Joined as Joined
-    from sgl_apr.runtime.events import Retried as Retried
-    from sgl_apr.runtime.events import Wrote as Wrote
+    from sgl_apr.runtime.events import RequestFinished as RequestFinished
+    from sgl_apr.runtime.events import SpanFinished as SpanFinished
+    from sgl_apr.runtime.events import TextRetracted as TextRetracted
     from sgl_apr.runtime.events import rebuild as rebuild
     from sgl_apr.runtime.loop import areason as areason
     from sgl_apr.runtime.loop import run as run
@@ -73,9 +73,9 @@ if TYPE_CHECKING:
     from sgl_apr.server.launch import Server as Server
     from sgl_apr.spans import Span as Span
     from sgl_apr.trajectory import Call as Call
-    from sgl_apr.trajectory import Decision as Decision
-    from sgl_apr.trajectory import Join as Join
-    from sgl_apr.trajectory import Limit as Limit
+    from sgl_apr.trajectory import JoinRecord as JoinRecord
+    from sgl_apr.trajectory import LimitHit as LimitHit
+    from sgl_apr.trajectory import PacingDecision as PacingDecision
     from sgl_apr.trajectory import Trajectory as Trajectory
 
 _HOME = {

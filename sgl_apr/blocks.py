@@ -81,7 +81,7 @@ def _branch(spans: Sequence[Span], path: Path, ids: tuple[int, ...]) -> Branch:
 
 
 def _conclusion(spans: Sequence[Span], block: Path) -> str:
-    """The label of what closes the block: the n-th tail of its strand ends block n."""
+    """The label of what closes the block: the n-th tail of its sequence ends block n."""
     ended = 0
     for span in spans:
         if span.path == block[:-1]:

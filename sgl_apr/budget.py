@@ -1,4 +1,4 @@
-"""What a trajectory may spend, as asked for; `runtime.purse` divides it before anything is decoded."""
+"""What a trajectory may spend, as asked for; `runtime.allowance` divides it before anything is decoded."""
 
 from __future__ import annotations
 

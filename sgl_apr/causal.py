@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Literal
 
 from sgl_apr.errors import AprError
-from sgl_apr.layout import Layout, positions, size, unseen
+from sgl_apr.layout import Layout, masked_ranges, positions, size
 from sgl_apr.trajectory import Trajectory
 
 
@@ -33,7 +33,7 @@ class Causality:
     @cached_property
     def unseen(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """For every token the ranges [first, last) of earlier tokens that it does not see, outer blocks first."""
-        return tuple(unseen(self.layout))
+        return tuple(masked_ranges(self.layout))
 
 
 def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None) -> Causality:
@@ -49,8 +49,8 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
         raise AprError(f"in the middle of this trajectory a join was lost: {lost[0].why}")
     joined = {j.path for j in trajectory.joins if j.by == "kv"}
 
-    def strand(indices: Iterable[int], depth: int, tips: tuple[int, ...]) -> tuple[Layout, tuple[int, ...]]:
-        """The layout of the spans of one strand, which follows `tips`, and what follows it in turn."""
+    def sequence(indices: Iterable[int], depth: int, tips: tuple[int, ...]) -> tuple[Layout, tuple[int, ...]]:
+        """The layout of the spans of one sequence, which follows `tips`, and what follows it in turn."""
         items: list[int | tuple[Layout, ...]] = []
         run = 0
         for block, group in groupby(indices, key=lambda i: spans[i].path[: depth + 1]):
@@ -62,7 +62,7 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
                     run, tips = run + spans[i].tokens, (i,)
                 continue
             own = groupby(group, key=lambda i: spans[i].path[: depth + 2])
-            branches, ends = zip(*(strand(members, depth + 2, tips) for _, members in own), strict=True)
+            branches, ends = zip(*(sequence(members, depth + 2, tips) for _, members in own), strict=True)
             tips = tuple(i for end in ends for i in end)
             if join == "kv" or (join is None and block in joined):
                 items += [run, branches]
@@ -71,5 +71,5 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
                 run += sum(map(size, branches))
         return (*items, run), tips
 
-    layout, _ = strand(range(len(spans)), 0, ())
+    layout, _ = sequence(range(len(spans)), 0, ())
     return Causality(tuple(t for s in spans for t in s.token_ids or ()), layout)

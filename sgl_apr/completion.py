@@ -12,7 +12,7 @@ from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from sgl_apr.grammar import NUMBER, TEXT, Grammar
 
-FILLER = "..."  # what stands where the grammar wants text and none was written
+PLACEHOLDER = "..."  # what stands where the grammar wants text and none was written
 MOST_STEPS = 200
 
 # The number that belongs where so many have been written, behind this fixed text.
@@ -47,7 +47,7 @@ def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str
             added = filler
         else:
             return None
-    avoid = {grammar.opening(rule) for rule in ("fork", "wait")}
+    avoid = {grammar.opening_literal(rule) for rule in ("fork", "wait")}
     if not added and "$END" not in interactive.accepts():
         closing = [t for t in _fixed(grammar, start, interactive) if str(t) not in avoid]
         for begun in _begun(closing, text):
@@ -67,7 +67,7 @@ def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str
             if name == NUMBER:
                 steps.append(Token(NUMBER, number(count, last)))
             elif name == TEXT and not steps:
-                steps.append(Token(TEXT, FILLER))
+                steps.append(Token(TEXT, PLACEHOLDER))
             elif name != TEXT and (filler := _filler(grammar, name)):
                 steps.append(Token(name, filler))
         for token in steps:
@@ -88,7 +88,7 @@ def _begun(options: list[Token], text: str) -> Iterator[str]:
 def _filler(grammar: Grammar, name: str, begun: str = "") -> str | None:
     """What makes a terminal of `begun` that is a regular expression."""
     pattern = grammar.terminals.get(name)
-    fillers = (FILLER, "0", "x") if isinstance(pattern, str) else ()
+    fillers = (PLACEHOLDER, "0", "x") if isinstance(pattern, str) else ()
     return next((f for f in fillers if re.fullmatch(str(pattern), begun + f)), None)
 
 

@@ -14,11 +14,11 @@ from sgl_apr import completion as complete
 from sgl_apr import structure
 from sgl_apr.document import lower_document
 from sgl_apr.errors import GrammarError, TraceError
-from sgl_apr.facts import Facts, check_facts, read_facts
+from sgl_apr.facts import FormatOptions, check_facts, read_facts
 from sgl_apr.grammar import NUMBER, Grammar, grammar_path
-from sgl_apr.lowering import Backend, Shape, lower
+from sgl_apr.lowering import Backend, MaskOptions, lower
 from sgl_apr.segments import Outline, Segment, error_at, segments
-from sgl_apr.structure import OpenBlock, Strand, Structure
+from sgl_apr.structure import OpenBlock, ParserFrame, SpanGraphBuilder
 from sgl_apr.tokenizer import Tokenizer, split_ids
 from sgl_apr.trajectory import Trajectory
 
@@ -27,7 +27,7 @@ ENTRY_POINTS = "sgl_apr.dialects"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BranchNumbering:
     """Where a phase decodes, as far as its numbers depend on it.
 
     `prefix` is that of the numbers of a fork (`3.` in branch 3); `number` that of the branch itself, or
@@ -40,7 +40,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Dialect(Facts):
+class Dialect(FormatOptions):
     """One trajectory format: make one with `from_file` or `from_source`.
 
     Rules with a meaning to the runtime: `trace` is a whole reply; `trunk` and `after` (of the trunk, first
@@ -74,7 +74,7 @@ class Dialect(Facts):
         made = cls(name=name, source=source, **{**read_facts(grammar.facts, where), **facts})
         check_facts(made, where)
         needed = ["trace", "body", "after"]
-        needed += ["result"] if made.sees == "message" else []
+        needed += ["result"] if made.branch_context == "message" else []
         needed += ["branch", "rejoin"] if made.max_depth > 1 else []
         for rule in needed:
             grammar.rule(rule)
@@ -89,7 +89,7 @@ class Dialect(Facts):
     @property
     def tags(self) -> tuple[str, ...]:
         """Every tag that a tokenizer may have as one token; numbered ones up to `max_width`."""
-        return self.grammar.tags([str(self.first + k) for k in range(self.max_width)])
+        return self.grammar.tags([str(self.first_number + k) for k in range(self.max_width)])
 
     @property
     def asynchronous(self) -> bool:
@@ -97,20 +97,20 @@ class Dialect(Facts):
         return "wait" in self.grammar.rules
 
     @property
-    def hierarchical(self) -> bool:
+    def nested_numbering(self) -> bool:
         """Whether the branches of branch 3 are 3.1, 3.2, ...; otherwise each fork counts anew."""
         pattern = self.grammar.terminals.get(NUMBER)
         return isinstance(pattern, str) and re.fullmatch(pattern, "1.1") is not None
 
     @property
-    def seeded(self) -> bool:
+    def unlabelled_branches(self) -> bool:
         """Whether a fork says nothing of its branches, so that they differ by chance alone."""
         return "outline" not in self.grammar.rules and not self.asynchronous
 
     @property
-    def drops_calls(self) -> bool:
+    def removes_call_from_context(self) -> bool:
         """Whether a join takes the fork out of what the trunk goes on from."""
-        return self.sees == "message" and not self.asynchronous
+        return self.branch_context == "message" and not self.asynchronous
 
     def parse(self, text: str, tokenizer: Tokenizer | None = None) -> Trajectory:
         """A finished reply as a trajectory; raises `TraceError`. With a tokenizer it has token ids."""
@@ -118,12 +118,14 @@ class Dialect(Facts):
         ids: list[tuple[int, ...] | None] = [None] * len(found)
         if tokenizer is not None:
             ids = list(split_ids(tokenizer.encode(text), text, [s.end for s in found], tokenizer))
-        spans = structure.build(found, text, ids, self.structure(_raiser(text)))
+        spans = structure.build_spans(found, text, ids, self.structure(_raise_on_defect(text)))
         return Trajectory(tuple(spans), self.name)
 
-    def structure(self, report: structure.Report, start: Strand | None = None) -> Structure:
+    def structure(
+        self, report: structure.DefectReporter, start: ParserFrame | None = None
+    ) -> SpanGraphBuilder:
         """What places the segments of a text; `report` hears what is wrong."""
-        return Structure(self, report, asynchronous=self.asynchronous, start=start)
+        return SpanGraphBuilder(self, report, asynchronous=self.asynchronous, start=start)
 
     def render(self, trajectory: Trajectory) -> str:
         """The text of a trajectory: `render(parse(x)) == x`."""
@@ -132,7 +134,7 @@ class Dialect(Facts):
     def validate(self, text: str) -> None:
         """Raise `TraceError` if `text` is not a whole, rightly numbered reply of this dialect."""
         found = segments(self.grammar, "trace", text)
-        structure.build(found, text, [None] * len(found), self.structure(_raiser(text)))
+        structure.build_spans(found, text, [None] * len(found), self.structure(_raise_on_defect(text)))
 
     def is_valid(self, text: str) -> bool:
         """Whether `validate` passes."""
@@ -156,30 +158,32 @@ class Dialect(Facts):
 
     def lower(self, phase: str, tokenizer: Tokenizer, backend: Backend, **shape: Any) -> str:
         """The mask of one phase for a grammar backend."""
-        wanted = Shape(**{"first": self.first, "width": self.width, "min_width": self.min_width, **shape})
+        wanted = MaskOptions(
+            **{"first_number": self.first_number, "width": self.width, "min_width": self.min_width, **shape}
+        )
         if not 1 <= wanted.min_width <= wanted.width <= self.max_width:
             raise GrammarError(
                 f"{self.name}: width {wanted.min_width} to {wanted.width}, expected within 1 to {self.max_width}"
             )
         if not 1 <= wanted.depth <= self.max_depth:
             raise GrammarError(f"{self.name}: depth {wanted.depth}, expected within 1 to {self.max_depth}")
-        return _lowered(self, self.rule_of(phase), tokenizer, wanted, backend)
+        return _lowered(self, self.rule_for_phase(phase), tokenizer, wanted, backend)
 
-    def rule_of(self, phase: str) -> str:
+    def rule_for_phase(self, phase: str) -> str:
         """The rule of a phase: `body` is the phase of a branch where branches don't nest."""
         return "body" if phase == "branch" and phase not in self.grammar.rules else phase
 
-    def stops(self, phase: Phase, place: Place = Place()) -> tuple[str, ...]:
+    def stop_strings(self, phase: Phase, place: BranchNumbering = BranchNumbering()) -> tuple[str, ...]:
         """Where decoding of a phase stops: behind a fork, a wait, or the end of a branch."""
-        found = [self.grammar.ending("body", place.number)] if phase in ("branch", "rejoin") else []
-        if self.rule_of(phase) != "body":
-            found.append(self.grammar.ending("fork", place.number))
-            found += [self.grammar.ending("wait", n) for n in place.waiting]
+        found = [self.grammar.closing_literal("body", place.number)] if phase in ("branch", "rejoin") else []
+        if self.rule_for_phase(phase) != "body":
+            found.append(self.grammar.closing_literal("fork", place.number))
+            found += [self.grammar.closing_literal("wait", n) for n in place.waiting]
         return tuple(dict.fromkeys(s for s in found if s))
 
-    def segments(self, phase: Phase, text: str, place: Place = Place()) -> list[Segment]:
+    def segments(self, phase: Phase, text: str, place: BranchNumbering = BranchNumbering()) -> list[Segment]:
         """What a finished phase wrote, cut by role; raises `TraceError`."""
-        *rules, last = self._whole(phase)
+        *rules, last = self._candidate_rules(phase)
         for rule in rules:
             try:
                 return self._checked(segments(self.grammar, rule, text), text, place)
@@ -189,42 +193,44 @@ class Dialect(Facts):
             return []
         return self._checked(segments(self.grammar, last, text), text, place)
 
-    def _checked(self, found: list[Segment], text: str, place: Place) -> list[Segment]:
-        strand = Strand(prefix=place.prefix, number=place.number)
+    def _checked(self, found: list[Segment], text: str, place: BranchNumbering) -> list[Segment]:
+        sequence = ParserFrame(prefix=place.prefix, number=place.number)
         if self.asynchronous and place.number:
-            ahead = [Outline(str(n), "", 0) for n in range(self.first, int(place.number))]
+            ahead = [Outline(str(n), "", 0) for n in range(self.first_number, int(place.number))]
             waiting = [o for o in ahead if o.number in place.waiting]
-            strand.block = OpenBlock(1, ahead, waiting) if waiting else None
-        known = self.structure(_raiser(text), strand)
+            sequence.block = OpenBlock(1, ahead, waiting) if waiting else None
+        known = self.structure(_raise_on_defect(text), sequence)
         for index, segment in enumerate(found):
             known.place(segment, index)
         return found
 
-    def completion(self, phase: Phase, text: str, place: Place = Place()) -> str | None:
+    def completion(self, phase: Phase, text: str, place: BranchNumbering = BranchNumbering()) -> str | None:
         """What closes a phase that was cut off, or None if `text` is beyond repair."""
 
         def number(count: int, behind: str) -> str:
-            if behind and behind == self.grammar.opening("wait"):
-                return place.waiting[0] if place.waiting else str(self.first)
-            outlined = self.grammar.repeats("fork") and behind != self.grammar.opening("closer")
-            return (not outlined and place.number) or f"{place.prefix}{self.first + count}"
+            if behind and behind == self.grammar.opening_literal("wait"):
+                return place.waiting[0] if place.waiting else str(self.first_number)
+            outlined = self.grammar.repeats("fork") and behind != self.grammar.opening_literal("closer")
+            return (not outlined and place.number) or f"{place.prefix}{self.first_number + count}"
 
         if not text and self._may_be_empty(phase):
             return ""
-        options = (complete.completion(self.grammar, rule, text, number) for rule in self._whole(phase))
+        options = (
+            complete.completion(self.grammar, rule, text, number) for rule in self._candidate_rules(phase)
+        )
         return next((o for o in options if o is not None), None)
 
     def _may_be_empty(self, phase: Phase) -> bool:
         """Whether a reply may end with the join; one that began with its branches has to say something."""
         return phase == "after" and "trunk" in self.grammar.rules and "close" not in self.grammar.rules
 
-    def _whole(self, phase: Phase) -> tuple[str, ...]:
+    def _candidate_rules(self, phase: Phase) -> tuple[str, ...]:
         """Where decoding was cut, each of these rules is tried as the whole of what that phase wrote."""
-        rule = self.rule_of(phase)
+        rule = self.rule_for_phase(phase)
         return ("close", rule) if phase == "after" and "close" in self.grammar.rules else (rule,)
 
 
-def _raiser(text: str) -> structure.Report:
+def _raise_on_defect(text: str) -> structure.DefectReporter:
     def raise_(name: str, start: int, end: int, expected: str) -> NoReturn:
         raise error_at(text, start, text[start:end], [expected])
 
@@ -232,7 +238,7 @@ def _raiser(text: str) -> structure.Report:
 
 
 @lru_cache(maxsize=256)
-def _lowered(dialect: Dialect, rule: str, tokenizer: Tokenizer, shape: Shape, backend: Backend) -> str:
+def _lowered(dialect: Dialect, rule: str, tokenizer: Tokenizer, shape: MaskOptions, backend: Backend) -> str:
     if rule == "trace":
         return lower_document(dialect.grammar, rule, tokenizer, shape, backend)
     return lower(dialect.grammar, rule, tokenizer, shape, backend)

@@ -17,10 +17,10 @@ from sgl_apr.dialects import dialect, dialect_names
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.errors import AprError, EngineError, LaunchError
 from sgl_apr.presets import dialect_for
-from sgl_apr.server.main import SMALLEST
+from sgl_apr.server.main import WARMUP_GRAMMARS
 from sgl_apr.server.native import decode_kernel
-from sgl_apr.server.plugin import SUPPORTED, check_version, has_accelerator
-from sgl_apr.server.probe import Ask, Prompt, asker, send
+from sgl_apr.server.plugin import SUPPORTED_SGLANG, check_version, has_accelerator
+from sgl_apr.server.probe import Ask, Prompt, make_client, send
 from sgl_apr.server.selfcheck import IDS, check
 from sgl_apr.tokenizer import Tokenizer
 
@@ -88,7 +88,9 @@ def _sglang() -> Finding:
     try:
         check_version()
     except (LaunchError, PackageNotFoundError):
-        return Finding("sglang", "failed", found or "not installed", f"pip install sglang=={SUPPORTED}")
+        return Finding(
+            "sglang", "failed", found or "not installed", f"pip install sglang=={SUPPORTED_SGLANG}"
+        )
     return Finding("sglang", "ok", found)
 
 
@@ -142,8 +144,8 @@ def serving(url: str, api_key: str | None = None) -> Iterator[Finding]:
     yield Finding("server", "ok", f"{url}, grammars by {backend}")
     yield _reads(tokenizer)
     yield _tags(tokenizer)
-    ask = asker(url, api_key)
-    yield _tried("grammar", lambda: _obeys(ask, SMALLEST[backend]))
+    ask = make_client(url, api_key)
+    yield _tried("grammar", lambda: _obeys(ask, WARMUP_GRAMMARS[backend]))
     yield _tried("fork", lambda: _reuses(ask))
     if joins:
         yield _tried("KV join", lambda: _joins(ask))
@@ -207,6 +209,6 @@ def _joins(ask: Ask) -> Finding:
     if missed:
         hint = "serve with --radix-cache-backend stock: branches join as text then"
         return Finding("KV join", "failed", "; ".join(map(str, missed)), hint)
-    found = f"these hold: {', '.join(c.name for c in checks if not c.blind)}"
-    blind = [c.name for c in checks if c.blind]
+    found = f"these hold: {', '.join(c.name for c in checks if not c.is_uninformative)}"
+    blind = [c.name for c in checks if c.is_uninformative]
     return Finding("KV join", "ok", f"{found}; not to be seen: {', '.join(blind)}" if blind else found)

@@ -95,7 +95,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _join(options: argparse.Namespace) -> int:
     from sgl_apr import doctor_join
     from sgl_apr.engine.http import HttpEngine
-    from sgl_apr.server.probe import asker
+    from sgl_apr.server.probe import make_client
 
     path: Path | None = options.prompts
     given = doctor_join.samples(path) if path else doctor_join.SAMPLES
@@ -111,10 +111,12 @@ def _join(options: argparse.Namespace) -> int:
         engine = asyncio.run(connected(url))
         if not engine.joins_kv:
             raise UnsupportedEngine(f"{url} does not join in its cache: serve with --radix-cache-backend apr")
-        ask = asker(url, key)
+        ask = make_client(url, key)
         found = []
         for one in given:
-            sample = doctor_join.written(ask, engine.tokenizer, one) if isinstance(one, str) else one
+            sample = (
+                doctor_join.sample_from_model(ask, engine.tokenizer, one) if isinstance(one, str) else one
+            )
             found.append(doctor_join.measure(ask, engine.tokenizer, sample))
     every = doctor_join.overall(found)
     said = doctor_join.verdict(every.kv, every.reversed)

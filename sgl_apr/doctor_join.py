@@ -1,6 +1,6 @@
 """Whether a model bears KV joins: its next tokens behind one, beside those behind a text join; the server is right.
 
-A stitched cache has positions and a visibility that an ordinary model never saw in training. So the greedy continuation
+A joined cache has positions and a visibility that an ordinary model never saw in training. So the greedy continuation
 of a text join is scored token by token (teacher forcing) behind three prompts of the same text: joined as text, joined
 in the cache, and joined as text with the branches in reversed order. What that harmless change does to a model is the
 measure of what the KV join does to it.
@@ -18,7 +18,7 @@ from typing import Literal
 
 from sgl_apr.errors import AprError
 from sgl_apr.layout import Layout
-from sgl_apr.server.probe import Ask, Prompt, Reply, Row, commit, send
+from sgl_apr.server.probe import Ask, LogprobRow, Prompt, Reply, commit, send
 from sgl_apr.tokenizer import Tokenizer
 
 STEPS = 16  # tokens of a continuation
@@ -86,7 +86,7 @@ SAMPLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Shift:
+class DistributionShift:
     """How the next tokens of a continuation change: divergence in nats, and how often the likeliest stays."""
 
     kl: float
@@ -99,8 +99,8 @@ class Measured:
 
     name: str
     steps: int
-    kv: Shift
-    reversed: Shift
+    kv: DistributionShift
+    reversed: DistributionShift
 
 
 def samples(path: Path) -> list[Sample | str]:
@@ -133,7 +133,7 @@ def _sample(line: str, where: str) -> Sample | str:
     return sample
 
 
-def written(ask: Ask, tokenizer: Tokenizer, question: str) -> Sample:
+def sample_from_model(ask: Ask, tokenizer: Tokenizer, question: str) -> Sample:
     """A sample whose branches the served model writes itself, each without seeing the others."""
     prefix = f"Question: {question}\n\n"
     begun = [f"Idea {k}:" for k in range(1, IDEAS + 1)]
@@ -169,8 +169,8 @@ def measure(ask: Ask, tokenizer: Tokenizer, sample: Sample, steps: int = STEPS) 
         tokens=[list(row) for row in text.rows] * 2,
     )
 
-    def shift(replies: Sequence[Reply]) -> Shift:
-        return Shift(
+    def shift(replies: Sequence[Reply]) -> DistributionShift:
+        return DistributionShift(
             fmean(divergence(row, r.chosen[0]) for row, r in zip(text.rows, replies, strict=True)),
             fmean(t == r.tokens[0] for t, r in zip(text.tokens, replies, strict=True)),
         )
@@ -179,7 +179,7 @@ def measure(ask: Ask, tokenizer: Tokenizer, sample: Sample, steps: int = STEPS) 
     return Measured(name, len(forced), shift(scored[: len(forced)]), shift(scored[len(forced) :]))
 
 
-def divergence(reference: Row, other: Row) -> float:
+def divergence(reference: LogprobRow, other: LogprobRow) -> float:
     """KL(reference || other) in nats over the tokens of `reference`; all other tokens count as one.
 
     That is at most the divergence over the whole vocabulary. `other` has to have the same tokens.
@@ -194,9 +194,9 @@ def overall(measured: Iterable[Measured]) -> Measured:
     every = list(measured)
     steps = sum(m.steps for m in every)
 
-    def mean(shifts: Sequence[Shift]) -> Shift:
+    def mean(shifts: Sequence[DistributionShift]) -> DistributionShift:
         weights = [m.steps / steps for m in every]
-        return Shift(
+        return DistributionShift(
             sum(w * s.kl for w, s in zip(weights, shifts, strict=True)),
             sum(w * s.agreement for w, s in zip(weights, shifts, strict=True)),
         )
@@ -204,7 +204,7 @@ def overall(measured: Iterable[Measured]) -> Measured:
     return Measured("all", steps, mean([m.kv for m in every]), mean([m.reversed for m in every]))
 
 
-def verdict(kv: Shift, reversed: Shift) -> Verdict:
+def verdict(kv: DistributionShift, reversed: DistributionShift) -> Verdict:
     """A model tolerates KV joins if they change it at most twice as much as reversed branches do, and its likeliest
     tokens at most a tenth more often; it breaks if they change it ten times as much, or half of its likeliest
     tokens that reversed branches leave alone."""

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.budget import Budget
 from sgl_apr.errors import AprError
-from sgl_apr.methods.result import MODULES
+from sgl_apr.methods.result import METHOD_MODULES
 
 if TYPE_CHECKING:
     from sgl_apr.tasks.benchmark import Benchmark
     from sgl_apr.tasks.cost import Cost
-    from sgl_apr.tasks.evaluated import Evaluated
-    from sgl_apr.tasks.evaluation import Row
+    from sgl_apr.tasks.evaluated import ResultStore
+    from sgl_apr.tasks.evaluation import MethodResults
 
 ALONE = 2  # problems on which a method is timed against itself, one request at a time
 # Those that a single reply of the model is the answer of: greedy, unless asked otherwise.
@@ -64,7 +64,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--methods",
         default="apr",
-        help=f"some of {', '.join(MODULES)}, or all (default: %(default)s). With several, each is also timed on "
+        help=f"some of {', '.join(METHOD_MODULES)}, or all (default: %(default)s). With several, each is also timed on "
         f"{ALONE} problems against itself with one request at a time",
     )
     parser.add_argument(
@@ -131,13 +131,13 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from sgl_apr.tasks.benchmark import benchmark
     from sgl_apr.tasks.evaluated import SUMMARY, evaluated
 
-    methods = list(MODULES) if options.methods == "all" else options.methods.split(",")
-    if unknown := [m for m in methods if m not in MODULES]:
-        raise AprError(f"no method {unknown[0]!r}, expected all, or some of {', '.join(MODULES)}")
+    methods = list(METHOD_MODULES) if options.methods == "all" else options.methods.split(",")
+    if unknown := [m for m in methods if m not in METHOD_MODULES]:
+        raise AprError(f"no method {unknown[0]!r}, expected all, or some of {', '.join(METHOD_MODULES)}")
     given = [benchmark(name, options.limit, options.split, options.seed) for name in options.tasks]
     places = _places(options.out, given)
     summaries: list[dict[str, Any]] = []
-    shown: list[tuple[str, list[Row]]] = []
+    shown: list[tuple[str, list[MethodResults]]] = []
     with ExitStack() as stack:
         files = [
             stack.enter_context(evaluated(place, _asked(options, task)))
@@ -190,12 +190,12 @@ def _places(out: Path | None, given: Sequence[Benchmark]) -> list[Path | None]:
 async def _cost(url: str, out: Path | None) -> Cost:
     from sgl_apr.engine.http import HttpEngine
     from sgl_apr.tasks.cost import Cost
-    from sgl_apr.tasks.stopwatch import Stopwatch
+    from sgl_apr.tasks.stopwatch import EngineTimer
 
     if out and (path := out / COST).exists():
         return Cost.from_json(path.read_text(encoding="utf-8"))
     async with await HttpEngine.connect(url) as engine:
-        cost = await Stopwatch(engine).cost()
+        cost = await EngineTimer(engine).cost()
     if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / COST).write_text(cost.to_json() + "\n", encoding="utf-8")
@@ -207,14 +207,14 @@ async def _run(
     url: str,
     task: Benchmark,
     method: str,
-    found: Evaluated,
+    found: ResultStore,
     several: bool,
     cost: Cost | None,
-) -> Row:
+) -> MethodResults:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.tasks.evaluating import alone, evaluate
+    from sgl_apr.tasks.evaluating import evaluate, time_alone
 
     asked: dict[str, Any] = {"budget": options.budget or task.budget}
     if options.temperature is not None or method in ONE_REPLY:
@@ -230,7 +230,7 @@ async def _run(
         )  # fmt: skip
         if several and row.attempts:
             progress.update(bar, description=f"{task.name}, {method}, one request at a time")
-            row = replace(row, alone=await alone(url, task, ALONE, method, **asked))
+            row = replace(row, alone=await time_alone(url, task, ALONE, method, **asked))
     return row
 
 

@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from sgl_apr.tasks.comparison import Pair
-from sgl_apr.tasks.evaluation import Row
+from sgl_apr.tasks.evaluation import MethodResults
 
 WIDE = 150  # columns
 
 
-def show(task: str, rows: Sequence[Row], several: bool) -> None:
+def show(task: str, rows: Sequence[MethodResults], several: bool) -> None:
     """A line for each method; notes below, as what keeps one from being asked. The task has a title among several."""
     table = Table(
         "method", "accuracy", "95% CI", "total tokens", "critical path", "context", "forked", "alike", "answers", "calls",

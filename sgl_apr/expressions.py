@@ -12,7 +12,7 @@ from sgl_apr.errors import GrammarError
 
 
 @dataclass(frozen=True, slots=True)
-class Literal:
+class StringLiteral:
     """Fixed text."""
 
     text: str
@@ -24,14 +24,14 @@ class Literal:
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class SymbolRef:
     """A reference to a rule (lower case) or to a terminal (upper case)."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Seq:
+class SequenceExpr:
     """Items one after another."""
 
     items: tuple[Expr, ...]
@@ -53,7 +53,7 @@ class Repeat:
     many: bool
 
 
-Expr = Literal | Name | Seq | Alt | Repeat
+Expr = StringLiteral | SymbolRef | SequenceExpr | Alt | Repeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ class Regex:
     pattern: str
 
 
-class ReadItems(Transformer[Token, Expr]):
+class ExpressionTransformer(Transformer[Token, Expr]):
     """Lark's own syntax tree of a file to expressions."""
 
     def literal(self, children: list[Token]) -> Expr | Regex:
         token = children[0]
         if token.startswith('"') and token.endswith('"'):
-            return Literal(_unescape(str(token)[1:-1]))
+            return StringLiteral(_unescape(str(token)[1:-1]))
         if token.startswith("/") and token.endswith("/"):
             if re.search(r"\(\?[=!<]", token):
                 raise GrammarError(f"look-around in {token} is outside the shared subset")
@@ -77,7 +77,7 @@ class ReadItems(Transformer[Token, Expr]):
         raise GrammarError(f"flags in {token} are outside the shared subset")
 
     def name(self, children: list[Token]) -> Expr:
-        return Name(str(children[0]))
+        return SymbolRef(str(children[0]))
 
     def value(self, children: list[Expr]) -> Expr:
         return children[0]
@@ -95,7 +95,7 @@ class ReadItems(Transformer[Token, Expr]):
 
     def expansion(self, children: list[Expr]) -> Expr:
         items = tuple(c for c in children if c is not None)
-        return items[0] if len(items) == 1 else Seq(items)
+        return items[0] if len(items) == 1 else SequenceExpr(items)
 
     def alias(self, children: list[Expr | None]) -> Expr:
         if len(children) > 1 and children[1] is not None:
@@ -115,7 +115,7 @@ def is_present(child: Tree[Token] | Token | None) -> bool:
 
 
 def _expr(item: object) -> Expr:
-    if isinstance(item, (Literal, Name, Seq, Alt, Repeat, Regex)):
+    if isinstance(item, (StringLiteral, SymbolRef, SequenceExpr, Alt, Repeat, Regex)):
         return item  # type: ignore[return-value]  # a Regex is only ever the whole of a terminal
     raise GrammarError(f"{item} is outside the shared subset")
 
@@ -125,6 +125,6 @@ def _unescape(text: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def file_parser() -> Lark:
+def lark_meta_parser() -> Lark:
     """Lark's own grammar of its grammar files."""
     return Lark.open_from_package("lark", "lark.lark", ["grammars"], parser="lalr", propagate_positions=True)

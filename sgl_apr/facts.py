@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.messages import brief
+from sgl_apr.messages import branch_prompt
 
 Sees = Literal["prefix", "message"]
 Join = Literal["text", "kv", "message"]
@@ -16,16 +16,16 @@ POLICY = re.compile(r"all|first|quorum:[1-9][0-9]*|deadline:(?:[0-9]*[.])?[0-9]+
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class FormatOptions:
     """Declared in the grammar file as `//@ key value, key value`, or given to `Dialect.from_file`.
 
     max_width, max_depth: branches of a block, and nesting of blocks, that the format has at most.
     width, min_width: branches of a fork where a budget names no width, and at least; a fork without
         outlines always gets as many as its width.
-    first: the number of the first branch.
-    sees: what a branch is conditioned on: "prefix", all before the fork, or "message", its message alone.
-    brief: how that message is made, a name in `sgl_apr.messages`.
-    joins: the joins that work with it, the default first. published: the one it was published with.
+    first_number: the number of the first branch.
+    branch_context: what a branch is conditioned on: "prefix", all before the fork, or "message", its message alone.
+    branch_prompt: how that message is made, a name in `sgl_apr.messages`.
+    joins: the joins that work with it, the default first. published_join: the one it was published with.
     policy: when a join happens: "all", "first", or "quorum:k" branches have ended, or after "deadline:s".
     """
 
@@ -33,17 +33,17 @@ class Facts:
     max_depth: int = 1
     width: int = 8
     min_width: int = 2
-    first: int = 1
-    sees: Sees = "prefix"
-    brief: str = "outline"
+    first_number: int = 1
+    branch_context: Sees = "prefix"
+    branch_prompt: str = "outline"
     joins: tuple[Join, ...] = ("text",)
-    published: Join = "text"
+    published_join: Join = "text"
     policy: str = "all"
 
 
 def read_facts(declared: Mapping[str, str], where: str) -> dict[str, Any]:
     """The facts of a file as keyword arguments of `Facts`; raises `GrammarError` for what is none."""
-    kinds = {f.name: f.default for f in fields(Facts)}
+    kinds = {f.name: f.default for f in fields(FormatOptions)}
     found: dict[str, Any] = {}
     for key, value in declared.items():
         if key not in kinds:
@@ -57,7 +57,7 @@ def read_facts(declared: Mapping[str, str], where: str) -> dict[str, Any]:
     return found
 
 
-def check_facts(facts: Facts, where: str) -> None:
+def check_facts(facts: FormatOptions, where: str) -> None:
     """Raise `GrammarError` where facts contradict one another or name what there is not."""
     if not 1 <= facts.min_width <= facts.width <= facts.max_width:
         raise GrammarError(
@@ -66,15 +66,17 @@ def check_facts(facts: Facts, where: str) -> None:
         )
     if facts.max_depth < 1:
         raise GrammarError(f"{where}: max_depth {facts.max_depth}, expected 1 or more")
-    if facts.sees not in get_args(Sees):
-        raise GrammarError(f"{where}: sees {facts.sees}, expected {' or '.join(get_args(Sees))}")
-    if not facts.joins or not {*facts.joins, facts.published} <= set(get_args(Join)):
+    if facts.branch_context not in get_args(Sees):
+        raise GrammarError(
+            f"{where}: branch_context {facts.branch_context}, expected {' or '.join(get_args(Sees))}"
+        )
+    if not facts.joins or not {*facts.joins, facts.published_join} <= set(get_args(Join)):
         raise GrammarError(
             f"{where}: joins {' '.join(facts.joins)}, expected some of {', '.join(get_args(Join))}"
         )
-    if ("message" in facts.joins) != (facts.sees == "message"):
+    if ("message" in facts.joins) != (facts.branch_context == "message"):
         raise GrammarError(f"{where}: branches that see a message join by message, and no others do")
-    brief(facts.brief)
+    branch_prompt(facts.branch_prompt)
     if not POLICY.fullmatch(facts.policy):
         raise GrammarError(
             f'{where}: policy {facts.policy}, expected "all", "first", "quorum:k" or "deadline:s"'

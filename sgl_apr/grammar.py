@@ -17,14 +17,14 @@ from sgl_apr.errors import GrammarError
 from sgl_apr.expressions import (
     Alt,
     Expr,
-    Literal,
-    Name,
-    ReadItems,
+    ExpressionTransformer,
     Regex,
     Repeat,
-    Seq,
-    file_parser,
+    SequenceExpr,
+    StringLiteral,
+    SymbolRef,
     is_present,
+    lark_meta_parser,
 )
 
 TEXT = "TEXT"  # the terminal that stands for whatever the model wants to write
@@ -32,14 +32,14 @@ NUMBER = "NUMBER"  # the terminal that numbers repeated items 1..n
 T = TypeVar("T")
 
 
-def join_tags(items: Sequence[T], number: str) -> list[T]:
+def merge_tag_parts(items: Sequence[T], number: str) -> list[T]:
     """Items with the number put in, so that `<FORK-` NUMBER `>` is the one tag `<FORK-2>`."""
     done: list[Any] = []
     for item in items:
         last = done[-1] if done else None
-        fixed = Literal(number) if item == Name(NUMBER) else item
-        if isinstance(last, Literal) and isinstance(fixed, Literal) and _is_open(last.text):
-            done[-1] = Literal(last.text + fixed.text)
+        fixed = StringLiteral(number) if item == SymbolRef(NUMBER) else item
+        if isinstance(last, StringLiteral) and isinstance(fixed, StringLiteral) and _is_open(last.text):
+            done[-1] = StringLiteral(last.text + fixed.text)
         else:
             done.append(fixed)
     return done
@@ -49,8 +49,8 @@ def _is_open(text: str) -> bool:
     return text.startswith("<") and text.count(">") < text.count("<") and text != "<"
 
 
-def _is_tag(item: object) -> TypeGuard[Literal]:
-    return isinstance(item, Literal) and item.is_tag
+def _is_tag(item: object) -> TypeGuard[StringLiteral]:
+    return isinstance(item, StringLiteral) and item.is_tag
 
 
 def _options(expr: Expr) -> tuple[Expr, ...]:
@@ -69,9 +69,9 @@ class Grammar:
         self.source, self.name = source, name
         self.facts = dict(_facts(source, name))
         self.rules: dict[str, Expr] = {}
-        self.terminals: dict[str, Literal | str] = {}  # a fixed text, or a regular expression
+        self.terminals: dict[str, StringLiteral | str] = {}  # a fixed text, or a regular expression
         try:
-            tree = file_parser().parse(source if source.endswith("\n") else source + "\n")
+            tree = lark_meta_parser().parse(source if source.endswith("\n") else source + "\n")
         except UnexpectedInput as error:
             line = source.splitlines()[error.line - 1] if 0 < error.line <= source.count("\n") + 1 else ""
             raise GrammarError(f"{name}, line {error.line}: not Lark syntax: {line.strip()!r}") from None
@@ -89,7 +89,7 @@ class Grammar:
                 f"{self.name}, line {line}: {what} is outside the shared subset: rules and terminals only"
             )
         try:
-            key, expr = str(item.children[0]), ReadItems().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
+            key, expr = str(item.children[0]), ExpressionTransformer().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
         except LarkError as error:
             cause = error.__context__ if isinstance(error.__context__, GrammarError) else error
             raise GrammarError(f"{self.name}, line {line}: {cause}") from None
@@ -99,15 +99,15 @@ class Grammar:
             )
         if item.data == "rule":
             self.rules[key] = expr
-        elif isinstance(expr, (Literal, Regex)):
-            self.terminals[key] = expr if isinstance(expr, Literal) else expr.pattern
+        elif isinstance(expr, (StringLiteral, Regex)):
+            self.terminals[key] = expr if isinstance(expr, StringLiteral) else expr.pattern
         else:
             raise GrammarError(
                 f"{self.name}, line {line}: terminal {key} is not one string or one regular expression"
             )
 
     @cached_property
-    def marks(self) -> tuple[str, ...]:
+    def tag_literals(self) -> tuple[str, ...]:
         """What free text may not hold: every tag, or how it begins where it holds a number or a name."""
         return tuple(dict.fromkeys(i.text for seq in self._sequences() for i in seq if _is_tag(i)))
 
@@ -116,9 +116,11 @@ class Grammar:
         found: dict[str, None] = {}
         for seq in self._sequences():
             for n in numbers or ("",):
-                tags = [i.text for i in join_tags(seq, n) if _is_tag(i)]
+                tags = [i.text for i in merge_tag_parts(seq, n) if _is_tag(i)]
                 found |= dict.fromkeys(
-                    t for t in tags if not _is_open(t) or (t in self.marks and Name(NUMBER) not in seq)
+                    t
+                    for t in tags
+                    if not _is_open(t) or (t in self.tag_literals and SymbolRef(NUMBER) not in seq)
                 )
         return tuple(found)
 
@@ -127,10 +129,10 @@ class Grammar:
 
         def visit(expr: Expr) -> Iterator[tuple[Expr, ...]]:
             match expr:
-                case Seq(items):
+                case SequenceExpr(items):
                     yield items
                     for item in items:
-                        if not isinstance(item, (Literal, Name)):
+                        if not isinstance(item, (StringLiteral, SymbolRef)):
                             yield from visit(item)
                 case Alt(options):
                     for option in options:
@@ -151,7 +153,7 @@ class Grammar:
             )
         return self.rules[name]
 
-    def written(
+    def render_rule(
         self,
         rule: str,
         number: str = "",
@@ -167,61 +169,65 @@ class Grammar:
 
         def write(expr: Expr) -> str:
             match expr:
-                case Literal(value):
+                case StringLiteral(value):
                     return value
-                case Name(key) if key == NUMBER and number:
+                case SymbolRef(key) if key == NUMBER and number:
                     return number
-                case Name(key) if key == TEXT and text:
+                case SymbolRef(key) if key == TEXT and text:
                     return text
-                case Name(key) if isinstance(terminal := self.terminals.get(key), Literal):
+                case SymbolRef(key) if isinstance(terminal := self.terminals.get(key), StringLiteral):
                     return terminal.text
-                case Name(key) if key in self.rules:
+                case SymbolRef(key) if key in self.rules:
                     return write(self.rules[key])
-                case Name(key) if key not in (NUMBER, TEXT) and name:
+                case SymbolRef(key) if key not in (NUMBER, TEXT) and name:
                     return name
                 case Repeat(item, many=False):
                     return write(item) if text else ""
-                case Repeat(Name(key), many=True) if each:
-                    return "".join(self.written(key, n, t, t) for n, t in each)
-                case Seq(items):
+                case Repeat(SymbolRef(key), many=True) if each:
+                    return "".join(self.render_rule(key, n, t, t) for n, t in each)
+                case SequenceExpr(items):
                     return "".join(map(write, items))
             raise GrammarError(f"{self.name}: rule {rule!r} holds what cannot be written: {expr}")
 
         return write(self.rules[rule]) if rule in self.rules else ""
 
-    def ending(self, rule: str, number: str = "") -> str:
+    def closing_literal(self, rule: str, number: str = "") -> str:
         """What a rule always ends with, which is where decoding of it stops; empty if that is free text."""
         return _ending(self, rule, number)
 
     def is_break(self, expr: Expr) -> bool:
         """Whether an item is a line break."""
-        terminal = self.terminals.get(expr.name) if isinstance(expr, Name) else expr
-        return terminal == Literal("\n")
+        terminal = self.terminals.get(expr.name) if isinstance(expr, SymbolRef) else expr
+        return terminal == StringLiteral("\n")
 
     def repeats(self, rule: str) -> bool:
         """Whether a rule repeats another, as a fork does its outlines."""
         expr = self.rules.get(rule)
-        return any(isinstance(i, Repeat) and i.many for i in (expr.items if isinstance(expr, Seq) else ()))
+        return any(
+            isinstance(i, Repeat) and i.many for i in (expr.items if isinstance(expr, SequenceExpr) else ())
+        )
 
     def longest_name(self, rule: str) -> int:
         """Characters that the terminal of a rule which is neither TEXT nor NUMBER may have, at most."""
         widths = {t.name: t.pattern.max_width for t in self.parser("trace").terminals}
-        names = [i.name for seq in self._sequences([self.rule(rule)]) for i in seq if isinstance(i, Name)]
+        names = [
+            i.name for seq in self._sequences([self.rule(rule)]) for i in seq if isinstance(i, SymbolRef)
+        ]
         own = [n for n in names if n not in (TEXT, NUMBER) and isinstance(self.terminals.get(n), str)]
         return min(max((widths.get(n, 0) for n in own), default=0), 256)
 
-    def marks_of(self, rule: str) -> tuple[str, ...]:
+    def tags_in_rule(self, rule: str) -> tuple[str, ...]:
         """The marks that a rule itself holds."""
         found = self._sequences([self.rules[rule]] if rule in self.rules else [])
         return tuple(i.text for seq in found for i in seq if _is_tag(i))
 
-    def opening(self, rule: str) -> str:
+    def opening_literal(self, rule: str) -> str:
         """The fixed text that a rule begins with; empty if there is none."""
         expr = self.rules.get(rule)
-        first = expr.items[0] if isinstance(expr, Seq) else expr
-        if isinstance(first, Name) and first.name in self.rules:
-            return self.opening(first.name)
-        return first.text if isinstance(first, Literal) else ""
+        first = expr.items[0] if isinstance(expr, SequenceExpr) else expr
+        if isinstance(first, SymbolRef) and first.name in self.rules:
+            return self.opening_literal(first.name)
+        return first.text if isinstance(first, StringLiteral) else ""
 
     def parser(self, start: str) -> Lark:
         """The Lark parser (LALR, contextual lexer) that begins at rule `start`; TEXT ends where a tag begins."""
@@ -242,7 +248,7 @@ class Grammar:
 
     def _exclude_tags(self, terminal: TerminalDef) -> None:
         if terminal.name == TEXT:
-            tags = "|".join(re.escape(t) for t in sorted(self.marks, key=len, reverse=True))
+            tags = "|".join(re.escape(t) for t in sorted(self.tag_literals, key=len, reverse=True))
             terminal.pattern = PatternRE(rf"(?:(?!{tags})[\s\S])+" if tags else r"[\s\S]+")
 
 
@@ -250,11 +256,11 @@ class Grammar:
 def _ending(grammar: Grammar, rule: str, number: str) -> str:
     ends: set[str] = set()
     for expr in _options(grammar.rules[rule]) if rule in grammar.rules else ():
-        last = join_tags(expr.items if isinstance(expr, Seq) else (expr,), number)[-1]
-        if isinstance(last, Name) and last.name in grammar.rules:
+        last = merge_tag_parts(expr.items if isinstance(expr, SequenceExpr) else (expr,), number)[-1]
+        if isinstance(last, SymbolRef) and last.name in grammar.rules:
             ends.add(_ending(grammar, last.name, number))
         else:
-            ends.add(last.text if isinstance(last, Literal) else "")
+            ends.add(last.text if isinstance(last, StringLiteral) else "")
     if len(ends) > 1:
         raise GrammarError(f"{grammar.name}: rule {rule!r} has to end with the same tag every time")
     return ends.pop() if ends else ""

@@ -12,7 +12,7 @@ from sgl_apr.errors import AprError
 
 
 @contextmanager
-def appending(path: Path) -> Iterator[int]:
+def open_for_append(path: Path) -> Iterator[int]:
     """The file, for whole lines at its end and for nobody else meanwhile."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:

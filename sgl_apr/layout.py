@@ -1,6 +1,6 @@
 """The layout of a joined prompt: which of its tokens were written side by side; pure, and no cache in here.
 
-A prompt is a strand: runs of tokens (how many) and blocks (one strand for each branch), in the order of the
+A prompt is a sequence: runs of tokens (how many) and blocks (one sequence for each branch), in the order of the
 flat token ids. `[12, [[5], [7, [[2], [3]], 1]], 3]` is a prefix of 12 tokens, a block of two branches, of which
 the second forked again, and 3 tokens behind the join. Branches begin at the same position and never see one
 another; what follows a block begins behind its longest branch.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from sgl_apr.errors import AprError
 
 MOST_DEPTH, MOST_ITEMS = 16, 4096
-PARAMETER = "apr_layout"  # the custom parameter of a request that holds its layout, as JSON
+LAYOUT_PARAM = "apr_layout"  # the custom parameter of a request that holds its layout, as JSON
 
 Layout = Sequence["int | Sequence[Layout]"]
 
@@ -26,16 +26,16 @@ class LayoutError(AprError):
 def parse(text: str, tokens: int) -> Layout:
     """The layout of a prompt of so many tokens, from JSON; raises `LayoutError` that says what was expected."""
     try:
-        strand = json.loads(text)
+        sequence = json.loads(text)
     except (ValueError, RecursionError):
         raise LayoutError("the layout is no JSON") from None
     left = [MOST_ITEMS]
 
-    def length(strand: object, depth: int) -> int:
-        if not isinstance(strand, list) or depth > MOST_DEPTH:
+    def length(sequence: object, depth: int) -> int:
+        if not isinstance(sequence, list) or depth > MOST_DEPTH:
             raise LayoutError(f"expected a list of runs and blocks, nested at most {MOST_DEPTH} deep")
         total = 0
-        for item in strand:
+        for item in sequence:
             left[0] -= 1
             if left[0] < 0:
                 raise LayoutError(f"expected at most {MOST_ITEMS} runs, blocks and branches")
@@ -50,11 +50,11 @@ def parse(text: str, tokens: int) -> Layout:
                 raise LayoutError(f"expected a run of 0 to {tokens} tokens, found {item!r:.40}")
         return total
 
-    if (total := length(strand, 0)) != tokens:
+    if (total := length(sequence, 0)) != tokens:
         raise LayoutError(f"the layout has {total} tokens, expected the {tokens} of the prompt")
-    if not strand or type(strand[-1]) is not int or strand[-1] < 1 or len(strand) < 2:
+    if not sequence or type(sequence[-1]) is not int or sequence[-1] < 1 or len(sequence) < 2:
         raise LayoutError("expected a block, and at least one token behind the last one")
-    return strand  # type: ignore[no-any-return]  # as checked
+    return sequence  # type: ignore[no-any-return]  # as checked
 
 
 def size(layout: Layout) -> int:
@@ -67,7 +67,7 @@ def length(layout: Layout) -> int:
     return sum(i if isinstance(i, int) else max(map(length, i)) for i in layout)
 
 
-def behind(joined: Layout, tokens: int) -> Layout | None:
+def extend_layout(joined: Layout, tokens: int) -> Layout | None:
     """The layout of a prompt of so many tokens of which the first are `joined`; None where nothing is."""
     return (*joined, tokens - size(joined)) if joined else None
 
@@ -78,24 +78,24 @@ def join(before: Layout, fork: int, branches: Sequence[tuple[Layout, int]]) -> L
     Each branch has the layout of its own joins, from the beginning of the prompt, and the tokens of its
     prompt. None if it has not kept what was joined before the fork.
     """
-    strands: list[Layout] = []
+    sequences: list[Layout] = []
     run = fork - size(before)
     for joined, tokens in branches:
         if tuple(joined[: len(before)]) != tuple(before):
             return None
-        own = behind(joined, tokens) or (tokens,)
+        own = extend_layout(joined, tokens) or (tokens,)
         first, *rest = own[len(before) :]
         if not isinstance(first, int) or first < run:
             return None
-        strands.append((first - run, *rest))
-    return (*before, run, tuple(strands))
+        sequences.append((first - run, *rest))
+    return (*before, run, tuple(sequences))
 
 
 def positions(layout: Layout) -> Iterator[int]:
     """The position of every token of a prompt: the length of its longest causal chain."""
 
-    def walk(strand: Layout, at: int) -> Iterator[int]:
-        for item in strand:
+    def walk(sequence: Layout, at: int) -> Iterator[int]:
+        for item in sequence:
             if isinstance(item, int):
                 yield from range(at, at + item)
                 at += item
@@ -107,7 +107,7 @@ def positions(layout: Layout) -> Iterator[int]:
     return walk(layout, 0)
 
 
-def unseen(layout: Layout) -> Iterator[tuple[tuple[int, int], ...]]:
+def masked_ranges(layout: Layout) -> Iterator[tuple[tuple[int, int], ...]]:
     """For every token the ranges [first, last) of earlier tokens that it does not see: those of other branches.
 
     There is at most one range for each block that the token stands in, outer before inner, none for what
@@ -115,9 +115,9 @@ def unseen(layout: Layout) -> Iterator[tuple[tuple[int, int], ...]]:
     """
 
     def walk(
-        strand: Layout, at: int, ranges: tuple[tuple[int, int], ...]
+        sequence: Layout, at: int, ranges: tuple[tuple[int, int], ...]
     ) -> Iterator[tuple[tuple[int, int], ...]]:
-        for item in strand:
+        for item in sequence:
             if isinstance(item, int):
                 yield from [ranges] * item
                 at += item
@@ -130,25 +130,25 @@ def unseen(layout: Layout) -> Iterator[tuple[tuple[int, int], ...]]:
     return walk(layout, 0, ())
 
 
-def visible(layout: Layout) -> list[list[bool]]:
+def dense_mask(layout: Layout) -> list[list[bool]]:
     """For every token which tokens it sees, itself included, as a dense matrix: for checks, in O(n^2)."""
-    hidden = list(unseen(layout))
+    hidden = list(masked_ranges(layout))
     return [
         [j <= i and not any(first <= j < last for first, last in ranges) for j in range(len(hidden))]
         for i, ranges in enumerate(hidden)
     ]
 
 
-def commits(layout: Layout) -> Iterator[tuple[list[tuple[int, int]], Layout | None]]:
+def commit_prompts(layout: Layout) -> Iterator[tuple[list[tuple[int, int]], Layout | None]]:
     """The prompts that bring all branches of a prompt into a cache, in an order in which each finds its own.
 
     Each is given as ranges [first, last) of the whole prompt, and the layout that it has.
     """
 
     def walk(
-        strand: Layout, at: int, ranges: list[tuple[int, int]], before: list[int | Sequence[Layout]]
+        sequence: Layout, at: int, ranges: list[tuple[int, int]], before: list[int | Sequence[Layout]]
     ) -> Iterator[tuple[list[tuple[int, int]], Layout | None]]:
-        for item in strand:
+        for item in sequence:
             begun = at
             if isinstance(item, int):
                 at += item

@@ -9,14 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.expressions import Literal
+from sgl_apr.expressions import StringLiteral
 from sgl_apr.grammar import TEXT
-from sgl_apr.lowering import Item, Mark, Writer
+from sgl_apr.lowering import GrammarWriter, Item, RuleMarker
 
 ANY_TEXT = r"(.|\n)+"
 # What llguidance is to prepare for: sets of tokens that are allowed as a whole in most places. Its own begin
 # with text for JSON; without `<` in them they fit free text, which is what tags begin with.
-SLICES = (
+LLGUIDANCE_SLICES = (
     r'[^"\\\x00-\x1F\x7F<]{1,10}',
     r'[^"\\\x00-\x1F\x7F<]{1,30}',
     r'[^"\\\x00-\x1F\x7F<]+',
@@ -24,10 +24,10 @@ SLICES = (
 )
 
 
-class LlguidanceWriter(Writer):
+class LlguidanceWriter(GrammarWriter):
     """Lowering in both tag modes."""
 
-    def fixed(self, text: str) -> str:
+    def literal(self, text: str) -> str:
         token = self.token(text)
         return json.dumps(text, ensure_ascii=False) if token is None else f"<[{token}]>"
 
@@ -42,16 +42,20 @@ class LlguidanceWriter(Writer):
 
         A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it.
         """
-        following = next((i for i in rest if not isinstance(i, Mark)), None)
-        if most or self.shape.plain:  # without `<` in it, text ends by itself where a tag begins
+        following = next((i for i in rest if not isinstance(i, RuleMarker)), None)
+        if (
+            most or self.shape.forbid_angle_brackets
+        ):  # without `<` in it, text ends by itself where a tag begins
             name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
             character = "[^<\\n]" if most and line else "[^<]"
             self.lines[name] = f"/{character}{f'{{1,{most}}}' if most else '+'}/{self.only}"
             return name + "?" * optional
-        if following is None or (isinstance(following, Literal) and self.token(following.text) is not None):
+        if following is None or (
+            isinstance(following, StringLiteral) and self.token(following.text) is not None
+        ):
             self.lines[TEXT] = f"/{self.free}/{self.only}"
             return TEXT + "?" * optional
-        if not (isinstance(following, Literal) and following.is_tag):
+        if not (isinstance(following, StringLiteral) and following.is_tag):
             raise GrammarError(
                 f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
             )
@@ -74,10 +78,10 @@ class LlguidanceWriter(Writer):
     @cached_property
     def free(self) -> str:
         """A regular expression for text without a tag or what would pass for one (`names`, in any case)."""
-        return outside(self.names)
+        return text_excluding(self.tag_names)
 
 
-def outside(names: Sequence[str]) -> str:
+def text_excluding(names: Sequence[str]) -> str:
     r"""A regular expression for text in which no `<` or `</` has one of `names` behind it.
 
     Text is one character or more, and not just beginnings of tags, which would say nothing. Said positively: behind `<`, text goes along the names and leaves them, or another `<` follows, or it ends.

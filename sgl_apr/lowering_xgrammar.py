@@ -6,13 +6,13 @@ import json
 import re
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.expressions import Literal
+from sgl_apr.expressions import StringLiteral
 from sgl_apr.grammar import TEXT
-from sgl_apr.lowering import Item, Mark, Writer
-from sgl_apr.lowering_llguidance import ANY_TEXT, outside
+from sgl_apr.lowering import GrammarWriter, Item, RuleMarker
+from sgl_apr.lowering_llguidance import ANY_TEXT, text_excluding
 
 
-class XgrammarWriter(Writer):
+class XgrammarWriter(GrammarWriter):
     """Lowering for tokenizers that have every tag of the dialect as one token.
 
     xgrammar matches an added token by its spelling, so text without the spelling of a tag is without the tag.
@@ -21,9 +21,9 @@ class XgrammarWriter(Writer):
     DEFINES = " ::= "
     START = "root"
 
-    def fixed(self, text: str) -> str:
+    def literal(self, text: str) -> str:
         token = self.token(text)
-        if token is None and Literal(text).is_tag:
+        if token is None and StringLiteral(text).is_tag:
             raise GrammarError(
                 f"{self.grammar.name}: {text} is not one token of this tokenizer, which xgrammar needs to end free "
                 "text at it; expected a tokenizer with the dialect's tags, or --grammar-backend llguidance"
@@ -43,10 +43,10 @@ class XgrammarWriter(Writer):
     def text(
         self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
     ) -> str:
-        following = next((i for i in rest if not isinstance(i, Mark)), None)
-        if isinstance(following, Literal):
-            self.fixed(following.text)
-        if most or self.shape.plain:
+        following = next((i for i in rest if not isinstance(i, RuleMarker)), None)
+        if isinstance(following, StringLiteral):
+            self.literal(following.text)
+        if most or self.shape.forbid_angle_brackets:
             name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
             character = "[^<\\n]" if most and line else "[^<]"
             self.lines[name] = f"{character}{f'{{1,{most}}}' if most else '+'}"
@@ -54,7 +54,9 @@ class XgrammarWriter(Writer):
         if self.grammar.terminals[TEXT] != ANY_TEXT:
             raise GrammarError(f"{self.grammar.name}: xgrammar takes a TEXT of /{ANY_TEXT}/ only")
         # With the control tokens of chat models, `<|...`, which it would match by their spelling as well.
-        self.lines["TEXT"] = f"Regex({json.dumps(outside([*self.names, '|']), ensure_ascii=False)})"
+        self.lines["TEXT"] = (
+            f"Regex({json.dumps(text_excluding([*self.tag_names, '|']), ensure_ascii=False)})"
+        )
         return "TEXT" + "?" * optional
 
 

@@ -10,14 +10,14 @@ from sgl_apr.errors import GrammarError
 
 
 @dataclass(frozen=True, slots=True)
-class Brief:
+class BranchPrompt:
     """How messages pass: `tell(context, outline)` makes the branch's whole prompt of what the parent has
     written and of the call; `answer(body)` what its text says to the parent, empty for no result. `answer`
     is asked only where the grammar has no closer that holds the answer.
     """
 
-    tell: Callable[[str, str], str]
-    answer: Callable[[str], str]
+    make_prompt: Callable[[str, str], str]
+    extract_result: Callable[[str], str]
 
 
 def _countdown_state(context: str, node: str) -> str:
@@ -50,14 +50,14 @@ def _countdown_answer(body: str) -> str:
     return path.strip() + "\n" if reached and path.strip() else ""
 
 
-BRIEFS = {
-    "outline": Brief(lambda context, outline: outline, lambda body: body.strip()),
-    "countdown": Brief(_countdown_state, _countdown_answer),
+BRANCH_PROMPTS = {
+    "outline": BranchPrompt(lambda context, outline: outline, lambda body: body.strip()),
+    "countdown": BranchPrompt(_countdown_state, _countdown_answer),
 }
 
 
-def brief(name: str) -> Brief:
+def branch_prompt(name: str) -> BranchPrompt:
     """The brief of that name; raises `GrammarError` that lists the names."""
-    if name not in BRIEFS:
-        raise GrammarError(f"no brief {name!r}, expected one of {', '.join(BRIEFS)}")
-    return BRIEFS[name]
+    if name not in BRANCH_PROMPTS:
+        raise GrammarError(f"no brief {name!r}, expected one of {', '.join(BRANCH_PROMPTS)}")
+    return BRANCH_PROMPTS[name]

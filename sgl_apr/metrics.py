@@ -30,7 +30,7 @@ class Metrics:
 
     total: int
     critical_path: int
-    in_branches: int
+    branch_tokens: int
     longest_context: int
     blocks: int
     branches: int
@@ -53,7 +53,7 @@ class Metrics:
     @property
     def genuine_parallelism(self) -> float:
         """Share of the tokens that stand inside branches (NPR)."""
-        return self.in_branches / self.total if self.total else 0.0
+        return self.branch_tokens / self.total if self.total else 0.0
 
     @property
     def prompt_tokens(self) -> int:
@@ -71,7 +71,7 @@ class Metrics:
         return sum(p.reprefilled_tokens for p in self.phases.values())
 
 
-def measure(trajectory: Trajectory, convention: Convention = "causal") -> Metrics:
+def compute_metrics(trajectory: Trajectory, convention: Convention = "causal") -> Metrics:
     """All metrics of `trajectory`.
 
     `convention` decides what of a branch counts as parallel. "causal", the default, follows the
@@ -95,7 +95,7 @@ def measure(trajectory: Trajectory, convention: Convention = "causal") -> Metric
     return Metrics(
         total=sum(s.tokens for s in spans if s.origin != "prompt"),
         critical_path=sequential + max(longest_paths(spans, weights), default=0),
-        in_branches=sum(w for w, s in zip(weights, spans, strict=True) if s.path),
+        branch_tokens=sum(w for w, s in zip(weights, spans, strict=True) if s.path),
         longest_context=max(
             (sum(spans[a].tokens for a in trajectory.ancestors(i)) for i in range(len(spans))), default=0
         ),
@@ -113,7 +113,7 @@ def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]:
     """For every span the weight of the heaviest chain that ends with it (parents come before children)."""
     ends: list[int] = []
     for span, weight in zip(spans, weights, strict=True):
-        ends.append(weight + max((ends[p] for p in (*span.parents, *span.after)), default=0))
+        ends.append(weight + max((ends[p] for p in (*span.parents, *span.waits_for)), default=0))
     return ends
 
 
@@ -128,12 +128,12 @@ def _phases(trajectory: Trajectory) -> dict[str, PhaseCost]:
             cached_tokens=sum(c.cached_tokens or 0 for c in calls),
             reprefilled_tokens=sum(c.reprefilled for c in calls),
             output_tokens=sum(c.output_tokens for c in calls),
-            wall_s=_covered([(c.started, c.ended) for c in calls]),
+            wall_s=_union_length([(c.started, c.ended) for c in calls]),
         )
     return costs
 
 
-def _covered(intervals: list[tuple[float, float]]) -> float:
+def _union_length(intervals: list[tuple[float, float]]) -> float:
     """Length of the union: branches that ran at once count once."""
     total, edge = 0.0, float("-inf")
     for start, end in sorted(intervals):

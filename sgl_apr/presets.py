@@ -36,7 +36,7 @@ class Preset:
     @property
     def join(self) -> Join:
         """How branches joined when it was trained."""
-        return self.dialect.published
+        return self.dialect.published_join
 
     def ask(self, question: str) -> str:
         """The text of the user's turn."""
@@ -117,7 +117,7 @@ def dialect_for(tokenizer: Tokenizer) -> Dialect | None:
     for name in dialect_names():
         known = dialect(name)
         grammar = known.grammar
-        needed = set(grammar.tags([str(known.first)])) - set(grammar.marks_of("conclusion"))
+        needed = set(grammar.tags([str(known.first_number)])) - set(grammar.tags_in_rule("conclusion"))
         if needed and all(tokenizer.special(tag) is not None for tag in needed):
             whole[name] = needed
     best = max(whole, key=lambda name: len(whole[name]), default=None)

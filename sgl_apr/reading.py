@@ -14,9 +14,9 @@ from lark import Token, Tree, UnexpectedInput
 from sgl_apr.dialects import Dialect, dialect, dialect_names
 from sgl_apr.errors import TraceError
 from sgl_apr.grammar import NUMBER, TEXT, Grammar
-from sgl_apr.recovery import Recovery, Repair
-from sgl_apr.segments import Segment, walk
-from sgl_apr.structure import build
+from sgl_apr.recovery import ErrorRecoveringParser, Repair
+from sgl_apr.segments import Segment, iter_segments
+from sgl_apr.structure import build_spans
 from sgl_apr.tokenizer import Tokenizer, split_ids
 from sgl_apr.trajectory import Trajectory
 
@@ -47,7 +47,7 @@ class Reading:
     defects: tuple[Defect, ...] = ()
 
     @property
-    def clean(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether strict parsing accepts it."""
         return not self.defects
 
@@ -66,7 +66,7 @@ def read(
     either is a defect.
     """
     known = _dialect(dialect or detect(text) or FALLBACK)
-    with _no_collection():
+    with _gc_paused():
         try:
             reading = Reading(known.parse(text, tokenizer))
         except TraceError:
@@ -74,7 +74,7 @@ def read(
     if not prompt:
         return reading
     ids = tuple(tokenizer.encode(prompt, first=True)) if tokenizer else None
-    return Reading(reading.trajectory.behind(prompt, ids), reading.defects)
+    return Reading(reading.trajectory.with_prompt(prompt, ids), reading.defects)
 
 
 def detect(text: str) -> str | None:
@@ -82,7 +82,7 @@ def detect(text: str) -> str | None:
 
     The most of its tags decide, then whether it parses, then how few of the dialect's own tags are absent.
     """
-    counts = {name: [text.count(m) for m in dialect(name).grammar.marks] for name in dialect_names()}
+    counts = {name: [text.count(m) for m in dialect(name).grammar.tag_literals] for name in dialect_names()}
     most = max(map(sum, counts.values()))
     tied = [name for name, found in counts.items() if sum(found) == most > 0]
     if len(tied) < 2:
@@ -94,7 +94,7 @@ def detect(text: str) -> str | None:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """A megabyte makes a million objects and no cycles: looking for some would take as long as reading."""
     was = gc.isenabled()
     gc.disable()
@@ -110,7 +110,7 @@ def _dialect(which: Dialect | str) -> Dialect:
 
 
 def _recovered(text: str, known: Dialect, tokenizer: Tokenizer | None) -> Reading:
-    recovery = Recovery(known.grammar, text, known.max_depth)
+    recovery = ErrorRecoveringParser(known.grammar, text, known.max_depth)
     recovery.run()
     lines = [0, *(i + 1 for i, c in enumerate(text) if c == "\n")]
     found: dict[tuple[str, int], Defect] = {}
@@ -134,7 +134,7 @@ def _recovered(text: str, known: Dialect, tokenizer: Tokenizer | None) -> Readin
     ids: list[tuple[int, ...] | None] = [None] * len(pieces)
     if tokenizer is not None:
         ids = list(split_ids(tokenizer.encode(text), text, [p.end for p in pieces], tokenizer))
-    spans = build(pieces, text, ids, known.structure(note))
+    spans = build_spans(pieces, text, ids, known.structure(note))
     if not found:  # the grammar's parser and this one disagree: strictness decides
         note("not valid", 0, 0, f"a reply of {known.name}")
     defects = tuple(sorted(found.values(), key=lambda d: d.offset))
@@ -146,7 +146,7 @@ def _segments(grammar: Grammar, tokens: list[Token]) -> list[Segment]:
     for token in tokens:
         interactive.feed_token(token)
     tree: Tree[Token] = interactive.feed_eof()
-    return list(walk(grammar, tree, keep_empty=True))
+    return list(iter_segments(grammar, tree, keep_empty=True))
 
 
 def _contiguous(found: list[Segment], size: int) -> list[Segment]:
@@ -161,7 +161,7 @@ def _contiguous(found: list[Segment], size: int) -> list[Segment]:
 def _roles(known: Dialect) -> dict[str, str]:
     """What it means that a tag is missing, by the tag."""
     grammar = known.grammar
-    closing = grammar.ending("body") or grammar.ending("body", "1")
+    closing = grammar.closing_literal("body") or grammar.closing_literal("body", "1")
     places = [
         ("fork", "unopened block", "unclosed list of outlines"),
         ("outline", "missing outline", "unclosed outline"),
@@ -174,18 +174,21 @@ def _roles(known: Dialect) -> dict[str, str]:
         ("tail", "block never closed", "block never closed"),
         ("close", "missing conclusion", "block never closed"),
     ]
-    found = {mark: "unclosed branch" for mark in grammar.marks if closing.startswith(mark)}
+    found = {mark: "unclosed branch" for mark in grammar.tag_literals if closing.startswith(mark)}
     for rule, opening, ending in places:
-        for which, name in ((grammar.opening(rule), opening), (grammar.ending(rule), ending)):
-            for mark in grammar.marks:
+        for which, name in (
+            (grammar.opening_literal(rule), opening),
+            (grammar.closing_literal(rule), ending),
+        ):
+            for mark in grammar.tag_literals:
                 if which.startswith(mark):
                     found.setdefault(mark, name)
-        for mark in grammar.marks_of(rule):
+        for mark in grammar.tags_in_rule(rule):
             found.setdefault(mark, ending)
     return found
 
 
-def _named(repair: Repair, recovery: Recovery, roles: dict[str, str]) -> list[tuple[str, str]]:
+def _named(repair: Repair, recovery: ErrorRecoveringParser, roles: dict[str, str]) -> list[tuple[str, str]]:
     """What a repair says of the text: names with what was expected."""
     if not repair.inserted:
         return [_misplaced(repair, recovery, roles)]
@@ -202,7 +205,7 @@ def _named(repair: Repair, recovery: Recovery, roles: dict[str, str]) -> list[tu
     return [("missing white space", " ".join(repr(recovery.fixed.get(n, n)) for n in repair.inserted))]
 
 
-def _misplaced(repair: Repair, recovery: Recovery, roles: dict[str, str]) -> tuple[str, str]:
+def _misplaced(repair: Repair, recovery: ErrorRecoveringParser, roles: dict[str, str]) -> tuple[str, str]:
     role = next((r for mark, r in roles.items() if recovery.text.startswith(mark, repair.at)), None)
     if role is None:
         return "text where none belongs", "a tag"

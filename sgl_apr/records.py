@@ -22,7 +22,7 @@ BATCH = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class TextRecord:
     """One trace: where it comes from, its text and prompt, and the JSON object around it, if there is one."""
 
     source: str
@@ -32,7 +32,7 @@ class Record:
     key: str = ""
 
 
-def records(paths: Sequence[str], key: str | None = None) -> Iterator[Record]:
+def records(paths: Sequence[str], key: str | None = None) -> Iterator[TextRecord]:
     """The traces of files, `-` for stdin, in order. A `.jsonl` file has one JSON object a line, any other is one text.
 
     The text of an object is under `key`, or the first of `TEXT_KEYS` that it has; a string under
@@ -49,12 +49,12 @@ def records(paths: Sequence[str], key: str | None = None) -> Iterator[Record]:
             raise AprError(f"cannot read {path}: {error}") from None
 
 
-def _read(file: TextIO, name: str, lines: bool | None, key: str | None) -> Iterator[Record]:
+def _read(file: TextIO, name: str, lines: bool | None, key: str | None) -> Iterator[TextRecord]:
     first = file.readline()
     if lines is None:  # stdin has no name to go by
         lines = first.lstrip().startswith("{") and _object(first) is not None
     if not lines:
-        yield Record(name, first + file.read())
+        yield TextRecord(name, first + file.read())
         return
     for number, line in enumerate(chain([first], file), 1):
         if not line.strip():
@@ -68,7 +68,7 @@ def _read(file: TextIO, name: str, lines: bool | None, key: str | None) -> Itera
             wanted = key or ", ".join(TEXT_KEYS)
             raise AprError(f"{where}: no text, expected a string under {wanted} (name the key with --key)")
         prompt = fields.get("prompt")
-        yield Record(where, fields[found], prompt if isinstance(prompt, str) else "", fields, found)
+        yield TextRecord(where, fields[found], prompt if isinstance(prompt, str) else "", fields, found)
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -79,7 +79,9 @@ def _object(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def over_cores(work: Callable[[Record], T], found: Iterable[Record], jobs: int | None = None) -> Iterator[T]:
+def parallel_map(
+    work: Callable[[TextRecord], T], found: Iterable[TextRecord], jobs: int | None = None
+) -> Iterator[T]:
     """`work` on every record, in order, in `jobs` processes (None: one a core), with its progress on stderr.
 
     `work` has to be a function of a module, or a partial of one.

@@ -17,7 +17,7 @@ from sgl_apr.grammar import NUMBER, TEXT, Grammar
 
 END = "$END"
 TAGS, TOKENS, TRIED = 3, 14, 400  # how far one repair may go: tags and tokens put in, states looked at
-AT_THE_END = 99, 60, 4000  # the same for closing what is open at the end
+END_LIMITS = 99, 60, 4000  # the same for closing what is open at the end
 LOOK_AHEAD = 5  # tags behind a repair that it is judged by
 Stack = tuple[int, ...]
 
@@ -33,7 +33,7 @@ class Repair:
 
 
 @dataclass
-class Recovery:
+class ErrorRecoveringParser:
     """Reads one text by one grammar. `tokens` is what the grammar takes, `repairs` what was done to it.
 
     Every decision is remembered by the parser's stack and what comes next, so that a defect that repeats
@@ -58,7 +58,7 @@ class Recovery:
                 self.fixed[terminal.name] = terminal.pattern.value
             elif terminal.name != TEXT:
                 self.patterns[terminal.name] = re.compile(terminal.pattern.to_regexp())
-        marks = set(self.grammar.marks)
+        marks = set(self.grammar.tag_literals)
         self.fixed |= {
             mark: mark for mark in marks - set(self.fixed.values())
         }  # of branches apart from the text
@@ -68,15 +68,15 @@ class Recovery:
         longest = "|".join(re.escape(m) for m in sorted(marks, key=len, reverse=True))
         found = [(m.start(), self.by_text[m[0]]) for m in re.finditer(longest, self.text)] if marks else []
         self.at = [start for start, _ in found]
-        self.kinds = [kind for _, kind in found]
-        closing = self.grammar.ending("body") or self.grammar.ending("body", "1")
+        self.tag_kinds = [kind for _, kind in found]
+        closing = self.grammar.closing_literal("body") or self.grammar.closing_literal("body", "1")
         self.closer = next((n for t, n in self.by_text.items() if closing.startswith(t)), "")
-        self.forks = self.by_text.get(self.grammar.opening("fork"), "")
-        ends = [self.grammar.ending(rule) for rule in ("close", "tail")]
+        self.forks = self.by_text.get(self.grammar.opening_literal("fork"), "")
+        ends = [self.grammar.closing_literal(rule) for rule in ("close", "tail")]
         self.ends = next((self.by_text[e] for e in ends if e in self.by_text), "")
         self.partner: dict[int, int] = {}  # by the tag that opens a block, the one that closes it
         opened: list[int] = []
-        for i, kind in enumerate(self.kinds):
+        for i, kind in enumerate(self.tag_kinds):
             if kind == self.forks:
                 opened.append(i)
             elif kind == self.ends and opened:
@@ -93,16 +93,16 @@ class Recovery:
         while at < size:
             token = self.token(stack, at)
             if token is not None:
-                stack = self.shifted(stack, token.type)
+                stack = self.shift(stack, token.type)
                 self.tokens.append(token)
                 at = token.end_pos or size
                 continue
             stack, at = self.repaired(stack, at)
-        while self.moved(stack, END) is None:  # close what is open, from the inside
+        while self.try_shift(stack, END) is None:  # close what is open, from the inside
             inserted = self.closing(stack)
             if inserted is None:  # nothing completes it
                 return
-            stack = self.put_in(stack, inserted, size)
+            stack = self.insert(stack, inserted, size)
 
     def token(self, stack: Stack, at: int) -> Token | None:
         """What the grammar takes at an offset, if anything."""
@@ -110,7 +110,7 @@ class Recovery:
             end = self.end_of(name, at)
             if name == self.forks and len(stack) > self.most_states:
                 continue
-            if end > at and self.moved(stack, name) is not None:
+            if end > at and self.try_shift(stack, name) is not None:
                 return _token(name, self.text, at, end)
         return None
 
@@ -132,7 +132,7 @@ class Recovery:
         match = self.patterns[name].match(self.text, at)
         return match.end() if match else at
 
-    def moved(self, stack: Stack, name: str) -> Stack | None:
+    def try_shift(self, stack: Stack, name: str) -> Stack | None:
         """The stack behind a terminal, None if the grammar does not take it there (LALR, states only)."""
         key = (stack, name)
         if key not in self.known_moves:
@@ -155,8 +155,8 @@ class Recovery:
             if name == END and states[-1] == self.final:
                 return tuple(states)
 
-    def shifted(self, stack: Stack, name: str) -> Stack:
-        moved = self.moved(stack, name)
+    def shift(self, stack: Stack, name: str) -> Stack:
+        moved = self.try_shift(stack, name)
         assert moved is not None
         return moved
 
@@ -165,18 +165,18 @@ class Recovery:
         i = bisect_left(self.at, at)
         is_tag = i < len(self.at) and self.at[i] == at
         if not is_tag and self.tokens and self.tokens[-1].type == TEXT and self.in_text(stack):
-            return self.taken_for_text(stack, at, self.end_of(TEXT, at))
+            return self.treat_as_text(stack, at, self.end_of(TEXT, at))
         if is_tag and (end := self.nested_end(stack, i)) is not None:
-            return self.taken_for_text(stack, at, end)
-        found = frozenset({self.kinds[i]}) if is_tag else self.matching(at)
-        key = (stack, found, tuple(self.kinds[i : i + LOOK_AHEAD + 1]))
+            return self.treat_as_text(stack, at, end)
+        found = frozenset({self.tag_kinds[i]}) if is_tag else self.matching(at)
+        key = (stack, found, tuple(self.tag_kinds[i : i + LOOK_AHEAD + 1]))
         if key not in self.known_repairs:
             self.known_repairs[key] = self.decide(stack, at, found)
         inserted = self.known_repairs[key]
         if inserted is not None and self.follows(stack, inserted, at):
-            return self.put_in(stack, inserted, at), at
-        end = at + len(self.fixed[self.kinds[i]]) if is_tag else self.end_of(TEXT, at)
-        return self.taken_for_text(stack, at, end)
+            return self.insert(stack, inserted, at), at
+        end = at + len(self.fixed[self.tag_kinds[i]]) if is_tag else self.end_of(TEXT, at)
+        return self.treat_as_text(stack, at, end)
 
     def matching(self, at: int) -> frozenset[str]:
         """Every terminal that could begin at an offset where no tag does."""
@@ -187,15 +187,15 @@ class Recovery:
         """What to put in, or None to take what is there for text: whichever lets more of the tags behind be read."""
         i = bisect_left(self.at, at)
         is_tag = i < len(self.at) and self.at[i] == at
-        skipped = at + len(self.fixed[self.kinds[i]]) if is_tag else self.end_of(TEXT, at)
+        skipped = at + len(self.fixed[self.tag_kinds[i]]) if is_tag else self.end_of(TEXT, at)
         best: tuple[str, ...] | None = None
         best_score = self.read_ahead(stack, skipped) - 1.5
         if is_tag and self.is_pair(i):
-            behind_pair = self.at[i + 1] + len(self.fixed[self.kinds[i + 1]])
+            behind_pair = self.at[i + 1] + len(self.fixed[self.tag_kinds[i + 1]])
             best_score = max(best_score, self.read_ahead(stack, behind_pair) - 2.0)
         if len(stack) > self.most_states:
             return None
-        for inserted in self.inserts(stack, found):
+        for inserted in self.insertion_candidates(stack, found):
             behind = self.after(stack, inserted)
             score = self.read_ahead(behind, at) - sum(0.6 for n in inserted if n in self.tags)
             if score > best_score:
@@ -204,15 +204,15 @@ class Recovery:
 
     def is_pair(self, i: int) -> bool:
         """Whether the tag behind tag `i` closes it."""
-        closing = self.fixed[self.kinds[i]].replace("<", "</", 1)
-        return i + 1 < len(self.kinds) and self.fixed[self.kinds[i + 1]] == closing
+        closing = self.fixed[self.tag_kinds[i]].replace("<", "</", 1)
+        return i + 1 < len(self.tag_kinds) and self.fixed[self.tag_kinds[i + 1]] == closing
 
     def nested_end(self, stack: Stack, i: int) -> int | None:
         """Where a block ends that begins with tag `i` inside a branch, if the branch goes on behind it."""
         j = self.partner.get(i)
         if j is None or not self.closes_here(stack):
             return None
-        goes_on = j + 1 < len(self.kinds) and self.kinds[j + 1] == self.closer
+        goes_on = j + 1 < len(self.tag_kinds) and self.tag_kinds[j + 1] == self.closer
         return self.at[j] + len(self.fixed[self.ends]) if goes_on else None
 
     def read_ahead(self, stack: Stack, at: int) -> int:
@@ -220,14 +220,14 @@ class Recovery:
         read = 0
         while read < LOOK_AHEAD:
             if at >= len(self.text):
-                return LOOK_AHEAD if self.moved(stack, END) else read
+                return LOOK_AHEAD if self.try_shift(stack, END) else read
             token = self.token(stack, at)
             if token is None:
                 if self.in_text(stack) and self.end_of(TEXT, at) > at:  # text behind text
                     at = self.end_of(TEXT, at)
                     continue
                 return read
-            stack, at = self.shifted(stack, token.type), token.end_pos or len(self.text)
+            stack, at = self.shift(stack, token.type), token.end_pos or len(self.text)
             read += token.type in self.tags
         return read
 
@@ -237,22 +237,22 @@ class Recovery:
             argument == stack[-1] for _, argument in [self.states[s].get(TEXT, (0, -1)) for s in stack[-2:-1]]
         )
 
-    def inserts(self, stack: Stack, found: frozenset[str]) -> list[tuple[str, ...]]:
+    def insertion_candidates(self, stack: Stack, found: frozenset[str]) -> list[tuple[str, ...]]:
         """Sequences of terminals that, put in, let one of `found` follow; fewest tags first."""
         key = (stack, found)
         if key not in self.known_inserts:
             reached = (
                 i
                 for i, here in self.reachable(stack, TAGS, TOKENS, TRIED)
-                if any(self.moved(here, n) for n in found)
+                if any(self.try_shift(here, n) for n in found)
             )
             self.known_inserts[key] = list(islice(reached, 3))
         return self.known_inserts[key]
 
     def closing(self, stack: Stack) -> tuple[str, ...] | None:
         """What closes the innermost of what is open."""
-        reached = self.reachable(stack, *AT_THE_END)
-        return next((i for i, here in reached if self.moved(here, END) or len(here) < len(stack)), None)
+        reached = self.reachable(stack, *END_LIMITS)
+        return next((i for i, here in reached if self.try_shift(here, END) or len(here) < len(stack)), None)
 
     def reachable(
         self, stack: Stack, tags: int, tokens: int, tried: int
@@ -269,7 +269,7 @@ class Recovery:
             if cost >= tags or length >= tokens or len(here) > self.most_states + tokens:
                 continue
             for name in self.offered(here[-1]):
-                behind = self.moved(here, name)
+                behind = self.try_shift(here, name)
                 if behind is not None and behind not in seen:
                     seen.add(behind)
                     order += 1
@@ -278,20 +278,20 @@ class Recovery:
 
     def after(self, stack: Stack, inserted: tuple[str, ...]) -> Stack:
         for name in inserted:
-            stack = self.shifted(stack, name)
+            stack = self.shift(stack, name)
         return stack
 
     def follows(self, stack: Stack, inserted: tuple[str, ...], at: int) -> bool:
         """Whether the text goes on behind what is put in; a remembered decision may have met other text."""
         return self.token(self.after(stack, inserted), at) is not None
 
-    def put_in(self, stack: Stack, inserted: tuple[str, ...], at: int) -> Stack:
+    def insert(self, stack: Stack, inserted: tuple[str, ...], at: int) -> Stack:
         self.repairs.append(Repair(at, inserted, at, self.closes_here(stack)))
         for name in inserted:
             self.tokens.append(_token(name, "", at, at))
         return self.after(stack, inserted)
 
-    def taken_for_text(self, stack: Stack, at: int, end: int) -> tuple[Stack, int]:
+    def treat_as_text(self, stack: Stack, at: int, end: int) -> tuple[Stack, int]:
         """What has no place there is text of what stands before it, if that can be."""
         last = self.tokens[-1] if self.tokens else None
         behind = last is not None and last.type == TEXT and (last.end_pos or 0) > (last.start_pos or 0)
@@ -300,7 +300,7 @@ class Recovery:
         if last is not None and behind:
             last.end_pos = end
             return stack, end
-        moved = self.moved(stack, TEXT)
+        moved = self.try_shift(stack, TEXT)
         if moved is not None:
             self.tokens.append(_token(TEXT, self.text, at, end))
             return moved, end
@@ -313,7 +313,7 @@ class Recovery:
 
     def closes_here(self, stack: Stack) -> bool:
         """Whether a branch could end here: its text is being read."""
-        return bool(self.closer) and self.moved(stack, self.closer) is not None
+        return bool(self.closer) and self.try_shift(stack, self.closer) is not None
 
 
 def _token(name: str, text: str, start: int, end: int) -> Token:

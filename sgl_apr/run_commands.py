@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.budget import Budget
 from sgl_apr.errors import AprError
-from sgl_apr.methods.result import MODULES
+from sgl_apr.methods.result import METHOD_MODULES
 from sgl_apr.trace_commands import show
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--method",
         metavar="NAME",
-        help=f"solve it by one of {', '.join(MODULES)}; its options are those of the paper",
+        help=f"solve it by one of {', '.join(METHOD_MODULES)}; its options are those of the paper",
     )
     parser.add_argument(
         "--task", default="question", choices=TASKS, help="how a method asks (default: %(default)s)"

@@ -45,10 +45,10 @@ class Segment:
 
 def segments(grammar: Grammar, start: str, text: str) -> list[Segment]:
     """`text` cut into segments, which cover it without gaps; raises `TraceError` where it breaks the grammar."""
-    return list(walk(grammar, read(grammar, start, text)))
+    return list(iter_segments(grammar, parse_tree(grammar, start, text)))
 
 
-def read(grammar: Grammar, start: str, text: str) -> Tree[Token]:
+def parse_tree(grammar: Grammar, start: str, text: str) -> Tree[Token]:
     """Lark's tree of `text`, read as rule `start`."""
     parser = grammar.parser(start)
     try:
@@ -57,7 +57,7 @@ def read(grammar: Grammar, start: str, text: str) -> Tree[Token]:
         raise _trace_error(parser, error, text) from None
 
 
-def walk(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = False) -> Iterator[Segment]:
+def iter_segments(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = False) -> Iterator[Segment]:
     """The segments of a tree, in the order of the text; empty ones only where something was put in."""
     stack: list[tuple[Tree[Token] | Token, bool]] = [(tree, False)]
     while stack:
@@ -78,7 +78,7 @@ def walk(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = False) -> It
 
 
 def _whole(grammar: Grammar, node: Tree[Token], role: Role) -> Segment | None:
-    first, last = _edge(node, first=True), _edge(node, first=False)
+    first, last = _boundary_token(node, first=True), _boundary_token(node, first=False)
     if first is None or last is None:  # it is empty
         return None
     start, end = first.start_pos or 0, last.end_pos or 0
@@ -95,10 +95,10 @@ def _whole(grammar: Grammar, node: Tree[Token], role: Role) -> Segment | None:
     )
 
 
-def _edge(node: Tree[Token], *, first: bool) -> Token | None:
+def _boundary_token(node: Tree[Token], *, first: bool) -> Token | None:
     """The first or last token of a tree, if it has any."""
     for child in node.children if first else reversed(node.children):
-        token = child if isinstance(child, Token) else _edge(child, first=first)
+        token = child if isinstance(child, Token) else _boundary_token(child, first=first)
         if token is not None:
             return token
     return None

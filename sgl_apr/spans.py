@@ -37,7 +37,7 @@ class Span:
     label: str = ""
     finish: Finish | None = None
     call: int | None = None
-    after: tuple[int, ...] = ()
+    waits_for: tuple[int, ...] = ()
     outline: str = ""
 
     @property
@@ -57,7 +57,7 @@ def read_span(data: Mapping[str, Any], index: int) -> Span:
         raise ValueError(f"span role {data['role']!r}, origin {data['origin']!r}")
     if data["finish"] not in (None, *get_args(Finish)):
         raise ValueError(f"span finish {data['finish']!r}")
-    before = [*data["parents"], *data["after"]]
+    before = [*data["parents"], *data["waits_for"]]
     if not all(isinstance(p, int) and 0 <= p < index for p in before):
         raise ValueError(f"span {index} follows {before}, expected spans before it")
     ids = data["token_ids"]
@@ -67,6 +67,6 @@ def read_span(data: Mapping[str, Any], index: int) -> Span:
             "token_ids": None if ids is None else tuple(int(i) for i in ids),
             "parents": tuple(int(p) for p in data["parents"]),
             "path": tuple(int(p) for p in data["path"]),
-            "after": tuple(int(p) for p in data["after"]),
+            "waits_for": tuple(int(p) for p in data["waits_for"]),
         }
     )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from sgl_apr.facts import Facts
+from sgl_apr.facts import FormatOptions
 from sgl_apr.segments import Outline, Segment
 from sgl_apr.spans import Path, Span
 
 # Hears of what is wrong: its name, where it stands (start and end offsets), and what was expected.
-Report = Callable[[str, int, int, str], None]
+DefectReporter = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class SpanPlacement:
     """Where a segment belongs: what its span gets besides its text."""
 
     path: Path
@@ -29,89 +29,96 @@ class OpenBlock:
 
     number: int
     outlines: list[Outline]
-    unread: list[Outline]
+    pending: list[Outline]
     forks: list[tuple[int, ...]] = field(default_factory=list)  # where each branch starts from
     ends: list[int] = field(default_factory=list)
     read: int = 0
 
 
 @dataclass
-class Strand:
+class ParserFrame:
     """The trunk or a branch, as far as it has been read. `tip` are the spans that its next span follows."""
 
     path: Path = ()
     prefix: str = ""
     number: str = ""
-    tip: tuple[int, ...] = ()
+    frontier: tuple[int, ...] = ()
     blocks: int = 0
     block: OpenBlock | None = None
 
 
-class Structure:
+class SpanGraphBuilder:
     """Takes segments in order and knows where each belongs; ask `place` for the path and parents of the next.
 
     `asynchronous` dialects fork one branch at a time and wait for it later.
     """
 
     def __init__(
-        self, facts: Facts, report: Report, *, asynchronous: bool, start: Strand | None = None
+        self,
+        facts: FormatOptions,
+        report: DefectReporter,
+        *,
+        asynchronous: bool,
+        start: ParserFrame | None = None,
     ) -> None:
         self.facts, self.report, self.asynchronous = facts, report, asynchronous
-        self.strands = [start or Strand()]
+        self.sequences = [start or ParserFrame()]
         # A join by message takes the call out of what the trunk goes on from.
-        self.keeps_calls = asynchronous or facts.sees == "prefix"
+        self.keeps_calls = asynchronous or facts.branch_context == "prefix"
 
-    def place(self, segment: Segment, index: int) -> Placed:
+    def place(self, segment: Segment, index: int) -> SpanPlacement:
         """Where the segment that becomes span `index` belongs; reports what does not fit."""
-        strand = self.strands[-1]
-        placed = Placed(strand.path, strand.tip, segment.label)
+        sequence = self.sequences[-1]
+        placed = SpanPlacement(sequence.path, sequence.frontier, segment.label)
         if segment.role in ("text", "body", "fork", "wait"):
-            self._all_kept(strand, segment)
+            self._check_all_branches_present(sequence, segment)
         match segment.role:
             case "fork":
-                self._fork(strand, segment, index)
+                self._fork(sequence, segment, index)
             case "header":
-                placed = self._header(strand, segment)
-                strand = self.strands[-1]
+                placed = self._header(sequence, segment)
+                sequence = self.sequences[-1]
             case "closer":
-                self._closer(strand, segment, index)
-            case "lead" if strand.block:
-                strand.block.forks = [(index,)] * len(strand.block.forks)
+                self._closer(sequence, segment, index)
+            case "lead" if sequence.block:
+                sequence.block.forks = [(index,)] * len(sequence.block.forks)
             case "result":
-                placed = self._result(strand, segment)
+                placed = self._result(sequence, segment)
             case "wait":
-                self._wait(strand, segment, index)
+                self._wait(sequence, segment, index)
             case "tail":
-                placed = replace(placed, parents=self._tail(strand, segment))
-        if segment.role != "fork" and not (segment.role == "closer" and strand.path != self.strands[0].path):
-            strand.tip = (index,)
+                placed = replace(placed, parents=self._tail(sequence, segment))
+        if segment.role != "fork" and not (
+            segment.role == "closer" and sequence.path != self.sequences[0].path
+        ):
+            sequence.frontier = (index,)
         return placed
 
     def end(self, at: int) -> None:
         """The text ends at offset `at`: nothing may be open."""
-        block = self.strands[0].block
-        if block and block.unread:
-            missing = block.unread[0].number or "the next one"
+        block = self.sequences[0].block
+        if block and block.pending:
+            missing = block.pending[0].number or "the next one"
             self.report("block never closed", at, at, f"branch {missing}, which was forked off")
 
-    def _all_kept(self, strand: Strand, segment: Segment) -> None:
+    def _check_all_branches_present(self, sequence: ParserFrame, segment: Segment) -> None:
         """Where branches stand behind the wait for them, all do."""
-        block = strand.block
-        if block and block.ends and block.unread:
+        block = sequence.block
+        if block and block.ends and block.pending:
             self.report("missing branch", segment.start, segment.start, "a branch for every fork")
-            strand.tip, strand.block = (*strand.tip, *block.ends), None
+            sequence.frontier, sequence.block = (*sequence.frontier, *block.ends), None
 
-    def _fork(self, strand: Strand, segment: Segment, index: int) -> None:
-        block, facts = strand.block, self.facts
-        if block is None or not (self.asynchronous and block.unread):
-            strand.blocks += 1
-            block = strand.block = OpenBlock(strand.blocks, [], [])
-            if len(strand.path) // 2 >= facts.max_depth:
+    def _fork(self, sequence: ParserFrame, segment: Segment, index: int) -> None:
+        block, facts = sequence.block, self.facts
+        if block is None or not (self.asynchronous and block.pending):
+            sequence.blocks += 1
+            block = sequence.block = OpenBlock(sequence.blocks, [], [])
+            if len(sequence.path) // 2 >= facts.max_depth:
                 self.report(
                     "nested too deep", segment.start, segment.end, f"at most {facts.max_depth} levels"
                 )
         for outline in segment.outlines:
-            want = f"{strand.prefix}{facts.first + len(block.outlines)}"
+            want = f"{sequence.prefix}{facts.first_number + len(block.outlines)}"
             if outline.number and outline.number != want:
                 known = any(o.number == outline.number for o in block.outlines)
                 self.report(
@@ -130,22 +137,22 @@ class Structure:
             if not outline.number and len(segment.outlines) > 1:  # put in where it was missing
                 outline = outline._replace(number=want)
             block.outlines.append(outline)
-            block.unread.append(outline)
+            block.pending.append(outline)
             block.forks.append((index,))
         if not segment.outlines:
             block.forks = [(index,)]
         if self.keeps_calls:
-            strand.tip = (index,)
+            sequence.frontier = (index,)
 
-    def _header(self, strand: Strand, segment: Segment) -> Placed:
-        block, facts = strand.block, self.facts
+    def _header(self, sequence: ParserFrame, segment: Segment) -> SpanPlacement:
+        block, facts = sequence.block, self.facts
         if block is None:  # a format whose reply begins with its branches
             if self.asynchronous:
                 self.report("branch without a fork", segment.start, segment.end, "one branch for every fork")
-            strand.blocks += 1
-            block = strand.block = OpenBlock(strand.blocks, [], [], [strand.tip])
+            sequence.blocks += 1
+            block = sequence.block = OpenBlock(sequence.blocks, [], [], [sequence.frontier])
         block.read += 1
-        outline = block.unread.pop(0) if block.unread else None
+        outline = block.pending.pop(0) if block.pending else None
         label = outline.text if outline else ""
         if block.outlines:
             if outline is None or (segment.number and segment.number != outline.number):
@@ -160,76 +167,78 @@ class Structure:
                     segment.end,
                     "the branch that is next in the outlines",
                 )
-        elif segment.number and segment.number != f"{strand.prefix}{facts.first + block.read - 1}":
-            self.report("missing number", segment.start, segment.end, f'"{facts.first + block.read - 1}"')
+        elif segment.number and segment.number != f"{sequence.prefix}{facts.first_number + block.read - 1}":
+            self.report(
+                "missing number", segment.start, segment.end, f'"{facts.first_number + block.read - 1}"'
+            )
         if block.read > facts.max_width:
             self.report(
                 "too many branches", segment.start, segment.end, f"at most {facts.max_width} branches"
             )
-        start = block.forks[min(block.read, len(block.forks)) - 1] if block.forks else strand.tip
-        path = (*strand.path, block.number, block.read)
+        start = block.forks[min(block.read, len(block.forks)) - 1] if block.forks else sequence.frontier
+        path = (*sequence.path, block.number, block.read)
         prefix = f"{segment.number}." if segment.number else ""
-        self.strands.append(Strand(path, prefix, segment.number))
-        return Placed(path, start, label)
+        self.sequences.append(ParserFrame(path, prefix, segment.number))
+        return SpanPlacement(path, start, label)
 
-    def _closer(self, strand: Strand, segment: Segment, index: int) -> None:
-        if segment.number and strand.number and segment.number != strand.number:
-            self.report("number of the closer", segment.start, segment.end, f'"{strand.number}"')
-        if len(self.strands) < 2:
+    def _closer(self, sequence: ParserFrame, segment: Segment, index: int) -> None:
+        if segment.number and sequence.number and segment.number != sequence.number:
+            self.report("number of the closer", segment.start, segment.end, f'"{sequence.number}"')
+        if len(self.sequences) < 2:
             return
-        self.strands.pop()
-        outer = self.strands[-1]
+        self.sequences.pop()
+        outer = self.sequences[-1]
         if outer.block is not None:
             outer.block.ends.append(index)
-            if self.asynchronous and not outer.block.unread:
-                outer.tip = (*outer.tip, *outer.block.ends)
+            if self.asynchronous and not outer.block.pending:
+                outer.frontier = (*outer.frontier, *outer.block.ends)
                 outer.block = None
 
-    def _result(self, strand: Strand, segment: Segment) -> Placed:
-        block = strand.block
-        open_ = block.unread if block else []
+    def _result(self, sequence: ParserFrame, segment: Segment) -> SpanPlacement:
+        block = sequence.block
+        open_ = block.pending if block else []
         wanted = next((o for o in open_ if o.number == segment.number), None)
         if block is None or wanted is None or (not self.asynchronous and wanted is not open_[0]):
             self.report("missing number", segment.start, segment.end, "the branch that is next in the call")
-            path = (*strand.path, strand.blocks, (block.read if block else 0) + 1)
-            return Placed(path, strand.tip, segment.label)
+            path = (*sequence.path, sequence.blocks, (block.read if block else 0) + 1)
+            return SpanPlacement(path, sequence.frontier, segment.label)
         if segment.name and segment.name != wanted.text:
             self.report("result of another branch", segment.start, segment.end, wanted.text)
         open_.remove(wanted)
         block.read += 1
-        path = (*strand.path, block.number, block.outlines.index(wanted) + 1)
+        path = (*sequence.path, block.number, block.outlines.index(wanted) + 1)
         if self.asynchronous and not open_:
-            strand.block = None
-        return Placed(path, strand.tip, segment.label, wanted.text)
+            sequence.block = None
+        return SpanPlacement(path, sequence.frontier, segment.label, wanted.text)
 
-    def _wait(self, strand: Strand, segment: Segment, index: int) -> None:
-        unread = strand.block.unread if strand.block else []
+    def _wait(self, sequence: ParserFrame, segment: Segment, index: int) -> None:
+        unread = sequence.block.pending if sequence.block else []
         known = [o.number for o in unread]
         if not unread or (segment.number and segment.number not in known):
             self.report(
                 "join without a fork", segment.start, segment.end, f"one of {', '.join(known) or 'none'}"
             )
 
-    def _tail(self, strand: Strand, segment: Segment) -> tuple[int, ...]:
-        block = strand.block
+    def _tail(self, sequence: ParserFrame, segment: Segment) -> tuple[int, ...]:
+        block = sequence.block
         if block is None:
-            return strand.tip
-        if block.unread:
+            return sequence.frontier
+        if block.pending:
             self.report(
                 "missing branch",
                 segment.start,
                 segment.start,
-                f"branch {block.unread[0].number}, which has an outline",
+                f"branch {block.pending[0].number}, which has an outline",
             )
-        strand.block = None
-        return tuple(block.ends) if block.ends else strand.tip
+        sequence.block = None
+        return tuple(block.ends) if block.ends else sequence.frontier
 
 
-def build(
+def build_spans(
     found: Sequence[Segment],
     text: str,
     ids: Sequence[tuple[int, ...] | None],
-    structure: Structure,
+    structure: SpanGraphBuilder,
 ) -> list[Span]:
     """Spans of a whole text, all of it counted as decoded; the structure reports what is wrong."""
     spans: list[Span] = []

@@ -15,7 +15,7 @@ from sgl_apr.conversion import convert
 from sgl_apr.dialects import dialect
 from sgl_apr.errors import ConversionError
 from sgl_apr.reading import Reading, read
-from sgl_apr.records import Record, over_cores, records
+from sgl_apr.records import TextRecord, parallel_map, records
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 from sgl_apr.trajectory import Trajectory
 
@@ -24,7 +24,7 @@ from sgl_apr.trajectory import Trajectory
 class Converted:
     """A record in its new dialect, or why it is not."""
 
-    record: Record
+    record: TextRecord
     text: str
     error: str = ""
 
@@ -71,24 +71,26 @@ def _command(commands: Any, name: str, help_: str, example: str) -> argparse.Arg
     return parser
 
 
-def _read(record: Record, dialect: str | None, tokenizer: str | None = None) -> tuple[Record, Reading]:
+def _read(
+    record: TextRecord, dialect: str | None, tokenizer: str | None = None
+) -> tuple[TextRecord, Reading]:
     loaded: Tokenizer | None = load_tokenizer(tokenizer) if tokenizer else None
     return record, read(record.text, dialect, prompt=record.prompt, tokenizer=loaded)
 
 
 def _readings(
     options: argparse.Namespace, files: list[str], tokenizer: str | None = None
-) -> Iterator[tuple[Record, Reading]]:
+) -> Iterator[tuple[TextRecord, Reading]]:
     if options.dialect:
         dialect(options.dialect)  # a wrong name is wrong before any file is
     work = partial(_read, dialect=options.dialect, tokenizer=tokenizer)
-    return over_cores(work, records(files, options.key), options.jobs)
+    return parallel_map(work, records(files, options.key), options.jobs)
 
 
 def _parse(options: argparse.Namespace) -> int:
     clean = True
     for record, reading in _readings(options, [options.file], options.tokenizer):
-        clean = clean and reading.clean
+        clean = clean and reading.is_valid
         if options.json:
             print(json.dumps(_described(record, reading), ensure_ascii=False))
         else:
@@ -99,13 +101,13 @@ def _parse(options: argparse.Namespace) -> int:
     return int(not clean)
 
 
-def _described(record: Record, reading: Reading) -> dict[str, Any]:
+def _described(record: TextRecord, reading: Reading) -> dict[str, Any]:
     trajectory = reading.trajectory
     counted = all(s.token_ids is not None for s in trajectory.spans)
     return {
         **json.loads(trajectory.to_json()),
         "source": record.source,
-        "valid": reading.clean,
+        "valid": reading.is_valid,
         "defects": [asdict(d) for d in reading.defects],
         "metrics": asdict(trajectory.metrics()) if counted else None,
     }
@@ -126,7 +128,7 @@ def _validate(options: argparse.Namespace) -> int:
     defects: Counter[str] = Counter()
     for _, reading in _readings(options, options.files):
         dialects[reading.trajectory.dialect] += 1
-        valid[reading.trajectory.dialect] += reading.clean
+        valid[reading.trajectory.dialect] += reading.is_valid
         defects.update(d.name for d in reading.defects)
     total, good = dialects.total(), valid.total()
     if options.json:
@@ -165,7 +167,7 @@ def _convert(options: argparse.Namespace) -> int:
     dialect(options.to)
     work = partial(_converted, dialect=options.dialect, to=options.to)
     failed = 0
-    for done in over_cores(work, records([options.file], options.key), options.jobs):
+    for done in parallel_map(work, records([options.file], options.key), options.jobs):
         if done.error:
             failed += 1
             print(f"sgl-apr: error: {done.record.source}: {done.error}", file=sys.stderr)
@@ -176,9 +178,9 @@ def _convert(options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def _converted(record: Record, dialect: str | None, to: str) -> Converted:
+def _converted(record: TextRecord, dialect: str | None, to: str) -> Converted:
     reading = read(record.text, dialect)
-    if not reading.clean:
+    if not reading.is_valid:
         return Converted(record, "", f"{reading.trajectory.dialect}: {reading.defects[0]}")
     try:
         return Converted(record, convert(reading.trajectory, to).text)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgl_apr.training.grpo import Update
-    from sgl_apr.training.sft import Step
+    from sgl_apr.training.grpo import GrpoStepLog
+    from sgl_apr.training.sft import SftStepLog
 
 
 def add_commands(commands: Any) -> None:
@@ -44,12 +44,12 @@ def _sft(options: argparse.Namespace) -> int:
     from sgl_apr.training.sft import train
 
     config = load(SftConfig, options.config)
-    last: list[Step] = []
+    last: list[SftStepLog] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("sft", total=config.steps.tokens)
 
-        def on_step(step: Step) -> None:
+        def on_step(step: SftStepLog) -> None:
             last[:] = [step]
             speed = f"{step.tokens // max(1, step.step):,} tokens a step"
             progress.update(
@@ -74,11 +74,11 @@ def _grpo(options: argparse.Namespace) -> int:
     from sgl_apr.training.grpo import train
 
     config = load(GrpoConfig, options.config)
-    last: list[Update] = []
+    last: list[GrpoStepLog] = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("grpo", total=config.updates.steps)
 
-        def on_update(update: Update) -> None:
+        def on_update(update: GrpoStepLog) -> None:
             last[:] = [update]
             said = f"reward {update.reward:.3f}, accuracy {update.accuracy:.1%}, critical path {update.critical_path:.0f}"
             progress.update(bar, completed=update.step + 1, description=f"grpo: {said}")

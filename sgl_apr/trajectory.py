@@ -15,7 +15,7 @@ from sgl_apr.spans import Finish, Path, Span, read_span
 if TYPE_CHECKING:
     from sgl_apr.metrics import Convention, Metrics
 
-SCHEMA = "sgl_apr.trajectory/5"
+SCHEMA = "sgl_apr.trajectory/6"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Call:
 
     `new_tokens` is how much of the prompt no earlier call of this trajectory had computed, so
     `prompt_tokens - new_tokens` is the prefix it shares with them; `cached_tokens` is None where the request
-    was cut or failed before the engine said it. `seed` is that of its sampling (see `Trajectory.seeded`),
+    was cut or failed before the engine said it. `seed` is that of its sampling (see `Trajectory.seeds_honoured`),
     `retries` how often it was repeated after an error. `logprobs` are those of all output tokens, an end of
     text included, under the grammar's mask and the temperature, where they were asked for; `weights` is what
     the engine calls the weights that it used.
@@ -41,7 +41,7 @@ class Call:
     seed: int | None = None
     retries: int = 0
     logprobs: tuple[float, ...] | None = None
-    weights: str | None = None
+    weight_version: str | None = None
 
     @property
     def shared_tokens(self) -> int:
@@ -55,15 +55,15 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """A field of the budget, "context" (the engine's), or "policy", that acted: it cut the strand at `path`, or took forks from it."""
+class LimitHit:
+    """A field of the budget, "context" (the engine's), or "policy", that acted: it cut the sequence at `path`, or took forks from it."""
 
     limit: str
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PacingDecision:
     """How many of the branches of block `path` were run at once, and what was known when it was decided.
 
     Counts are the engine's when it was asked; `step_s` are the seconds of one decoding step measured at
@@ -72,7 +72,7 @@ class Decision:
 
     path: Path
     branches: int
-    at_once: int
+    parallelism: int
     running: int
     waiting: int
     free_tokens: int
@@ -81,11 +81,11 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class JoinRecord:
     """How a block was joined, where more than one way was asked for: by "kv" (its branches side by side in
     the cache) or by "text" (all read in a line), and why not otherwise.
 
-    With the path of a strand in place of a block's: the cache lost what that strand had joined, and it read
+    With the path of a sequence in place of a block's: the cache lost what that sequence had joined, and it read
     all of it in a line from there on.
     """
 
@@ -100,7 +100,7 @@ class Trajectory:
 
     `limits` and `decisions` say where the budget acted and how forks were paced, `joins` what became of the
     KV joins asked for, in the order in which it happened. The seeds of the calls are derived from `seed`;
-    `seeded` says whether the engine honours them.
+    `seeds_honoured` says whether the engine honours them.
 
     >>> import sgl_apr as apr
     >>> t = apr.dialect("threadweaver").parse("six times seven is 42")
@@ -112,11 +112,11 @@ class Trajectory:
     dialect: str
     calls: tuple[Call, ...] = ()
     wall_s: float = 0.0
-    limits: tuple[Limit, ...] = ()
-    decisions: tuple[Decision, ...] = ()
-    joins: tuple[Join, ...] = ()
+    limits: tuple[LimitHit, ...] = ()
+    decisions: tuple[PacingDecision, ...] = ()
+    joins: tuple[JoinRecord, ...] = ()
     seed: int | None = None
-    seeded: bool = False
+    seeds_honoured: bool = False
 
     @property
     def prompt(self) -> str:
@@ -129,25 +129,25 @@ class Trajectory:
 
         Of a branch that saw nothing but a message it holds the result alone, as the trunk does.
         """
-        return "".join(s.text for s in self.document)
+        return "".join(s.text for s in self.reply_spans)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The ids of `text`, in order, just as the engine was sent and returned them."""
-        return tuple(i for s in self.document if s.tokens for i in s.token_ids or ())
+        return tuple(i for s in self.reply_spans if s.tokens for i in s.token_ids or ())
 
     @property
-    def document(self) -> tuple[Span, ...]:
+    def reply_spans(self) -> tuple[Span, ...]:
         """The spans of `text`: the reply without branches that had a context of their own."""
         apart: list[bool] = []
         for span in self.spans:
-            apart.append(all(apart[p] for p in span.parents) if span.parents else bool(span.after))
+            apart.append(all(apart[p] for p in span.parents) if span.parents else bool(span.waits_for))
         return tuple(s for s, own in zip(self.spans, apart, strict=True) if not own and s.origin != "prompt")
 
     @property
     def context_ids(self) -> tuple[int, ...]:
         """The ids that whatever comes next is conditioned on, prompt included: `text` without dropped calls."""
-        document = set(map(id, self.document))
+        document = set(map(id, self.reply_spans))
         last = max((i for i, s in enumerate(self.spans) if id(s) in document), default=len(self.spans) - 1)
         return tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
 
@@ -165,7 +165,7 @@ class Trajectory:
         """Every span but the prompt."""
         return tuple(s for s in self.spans if s.origin != "prompt")
 
-    def behind(self, prompt: str, token_ids: tuple[int, ...] | None = None) -> Trajectory:
+    def with_prompt(self, prompt: str, token_ids: tuple[int, ...] | None = None) -> Trajectory:
         """The same reply behind a prompt; for a trajectory that has none."""
 
         def moved(indices: tuple[int, ...]) -> tuple[int, ...]:
@@ -173,7 +173,9 @@ class Trajectory:
 
         first = Span("prompt", "prompt", prompt, token_ids, ())
         spans = (
-            replace(s, parents=moved(s.parents) or (() if s.after else (0,)), after=moved(s.after))
+            replace(
+                s, parents=moved(s.parents) or (() if s.waits_for else (0,)), waits_for=moved(s.waits_for)
+            )
             for s in self.spans
         )
         return replace(self, spans=(first, *spans))
@@ -200,9 +202,9 @@ class Trajectory:
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
         """Tokens, critical path, parallelism and what the engine did: see `sgl_apr.metrics`."""
-        from sgl_apr.metrics import measure
+        from sgl_apr.metrics import compute_metrics
 
-        return measure(self, convention)
+        return compute_metrics(self, convention)
 
     def to_json(self) -> str:
         """One JSON object with its schema version, read back by `from_json` without loss."""
@@ -224,21 +226,23 @@ class Trajectory:
                 dialect=str(data["dialect"]),
                 calls=tuple(_call(c) for c in data["calls"]),
                 wall_s=float(data["wall_s"]),
-                limits=tuple(Limit(**_placed(x)) for x in data["limits"]),
-                decisions=tuple(Decision(**_placed(d)) for d in data["decisions"]),
-                joins=tuple(Join(**_placed(j)) for j in data["joins"]),
+                limits=tuple(LimitHit(**_with_path_tuple(x)) for x in data["limits"]),
+                decisions=tuple(PacingDecision(**_with_path_tuple(d)) for d in data["decisions"]),
+                joins=tuple(JoinRecord(**_with_path_tuple(j)) for j in data["joins"]),
                 seed=data["seed"],
-                seeded=bool(data["seeded"]),
+                seeds_honoured=bool(data["seeds_honoured"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TraceError(1, 1, str(error), [f"the fields of {SCHEMA}"]) from None
         return trajectory
 
 
-def _placed(data: Mapping[str, Any]) -> dict[str, Any]:
+def _with_path_tuple(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "path": tuple(data["path"])}
 
 
 def _call(data: Mapping[str, Any]) -> Call:
     logprobs = data["logprobs"]
-    return Call(**{**_placed(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))})
+    return Call(
+        **{**_with_path_tuple(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))}
+    )

@@ -11,9 +11,9 @@ from itertools import pairwise
 from hypothesis import strategies as st
 
 import sgl_apr as apr
-from sgl_apr.document import counts, leads
-from sgl_apr.expressions import Alt, Expr, Literal, Name, Repeat, Seq
-from sgl_apr.grammar import NUMBER, TEXT, Grammar, join_tags
+from sgl_apr.document import has_per_branch_items, starts_block
+from sgl_apr.expressions import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
+from sgl_apr.grammar import NUMBER, TEXT, Grammar, merge_tag_parts
 
 PIECES = (
     "<",
@@ -44,8 +44,8 @@ def documents(dialect: apr.Dialect, width: int = 3, depth: int = 2) -> st.Search
 
 def document(dialect: apr.Dialect, rng: random.Random, width: int = 3, depth: int = 2) -> str:
     """One of them: blocks of at most `width` branches, nested at most `depth` deep if the dialect nests."""
-    author = _Author(dialect.grammar, rng, min(width, dialect.max_width), dialect.first)
-    return author.write(Name("trace"), _At(min(depth, dialect.max_depth)))
+    author = _Author(dialect.grammar, rng, min(width, dialect.max_width), dialect.first_number)
+    return author.write(SymbolRef("trace"), _At(min(depth, dialect.max_depth)))
 
 
 def tags(dialect: apr.Dialect, text: str, *, named: bool = False) -> list[re.Match[str]]:
@@ -53,7 +53,7 @@ def tags(dialect: apr.Dialect, text: str, *, named: bool = False) -> list[re.Mat
 
     `<promise topic="` is such a tag, and the topic is what it says; with `named` it is all up to `>`.
     """
-    found = {t.text for seq in dialect.grammar._sequences() for t in join_tags(seq, "\0") if _is_tag(t)}
+    found = {t.text for seq in dialect.grammar._sequences() for t in merge_tag_parts(seq, "\0") if _is_tag(t)}
     patterns = (re.escape(t).replace("\0", r"[0-9.]+") for t in sorted(found, key=len, reverse=True))
     return list(
         re.finditer("|".join(p if not named or p.endswith(">") else p + "[^<>]*>" for p in patterns), text)
@@ -78,7 +78,7 @@ def with_tags_swapped(dialect: apr.Dialect, text: str, *, named: bool = False) -
 
 def free_text(grammar: Grammar, rng: random.Random) -> str:
     """Anything a model may write that is no tag, does not pass for one, and is not just the beginnings of tags."""
-    marks = [mark.strip("</>") for mark in grammar.marks]
+    marks = [mark.strip("</>") for mark in grammar.tag_literals]
     names = "|".join(map(re.escape, marks))
     begun = "|".join(
         sorted({re.escape(m[:k]) for m in marks for k in range(1, len(m) + 1)}, key=len, reverse=True)
@@ -86,7 +86,7 @@ def free_text(grammar: Grammar, rng: random.Random) -> str:
     while True:
         pieces = [rng.choice(PIECES) for _ in range(rng.randint(1, 4))]
         if rng.random() < 0.3:
-            mark = rng.choice(grammar.marks)
+            mark = rng.choice(grammar.tag_literals)
             pieces.append(mark[: rng.randint(1, len(mark) - 1)])
         if rng.random() < 0.3:
             pieces.append(chr(rng.randint(0x20, 0xD7FF)))
@@ -122,7 +122,7 @@ class _Author:
 
     def open(self, expr: Expr, at: _At) -> str:
         """`expr` in which a new block may have its branches."""
-        if not counts(self.grammar, expr):
+        if not has_per_branch_items(self.grammar, expr):
             return self.write(expr, at)
         low = self._least(expr)
         return self.write(expr, replace(at, branches=self.rng.randint(low, max(low, self.width)), names={}))
@@ -130,28 +130,28 @@ class _Author:
     def write(self, expr: Expr, at: _At) -> str:
         rules, rng = self.grammar.rules, self.rng
         match expr:
-            case Literal(text):
+            case StringLiteral(text):
                 return text
-            case Name(name) if name == NUMBER:
+            case SymbolRef(name) if name == NUMBER:
                 return at.number
-            case Name(name) if name == TEXT:
+            case SymbolRef(name) if name == TEXT:
                 return free_text(self.grammar, rng)
-            case Name(name) if name in rules:
+            case SymbolRef(name) if name in rules:
                 return (self.open if name == "trace" else self.write)(rules[name], at)
-            case Name(name):
+            case SymbolRef(name):
                 terminal = self.grammar.terminals[name]
-                if isinstance(terminal, Literal):
+                if isinstance(terminal, StringLiteral):
                     return terminal.text
                 fitting = [n for n in NAMES if re.fullmatch(terminal, n)]
                 return at.names.setdefault(at.number, rng.choice(fitting))
-            case Seq(items):
+            case SequenceExpr(items):
                 return self.in_order(items, at)
             case Alt(options):
-                wanted = [o for o in options if at.move and leads(self.grammar, o, (at.move,))]
+                wanted = [o for o in options if at.move and starts_block(self.grammar, o, (at.move,))]
                 return self.write(rng.choice(wanted or [o for o in options if self._fits(o, at)]), at)
             case Repeat(item, low, many=False):
                 return self.write(item, at) if low or rng.random() < 0.6 else ""
-            case Repeat(item, low) if leads(self.grammar, item):
+            case Repeat(item, low) if starts_block(self.grammar, item):
                 return self.blocks(item, low, at)
             case Repeat():
                 return self.in_order((expr,), at)
@@ -195,7 +195,7 @@ class _Author:
         return written
 
     def _wait(self, item: Expr, waiting: list[str], at: _At) -> str:
-        if counts(self.grammar, item):
+        if has_per_branch_items(self.grammar, item):
             at = replace(at, branches=len(waiting), move="wait")
             waiting.clear()
             return self.write(item, at)
@@ -203,14 +203,18 @@ class _Author:
         return self.write(item, replace(at, number=number, move="wait"))
 
     def _counted(self, items: tuple[Expr, ...]) -> set[Expr]:
-        return {i.item for i in items if isinstance(i, Repeat) and i.many and not leads(self.grammar, i.item)}
+        return {
+            i.item
+            for i in items
+            if isinstance(i, Repeat) and i.many and not starts_block(self.grammar, i.item)
+        }
 
     def _least(self, expr: Expr) -> int:
         """The fewest branches with which `expr` can be written."""
         match expr:
-            case Name(name) if name in self.grammar.rules:
+            case SymbolRef(name) if name in self.grammar.rules:
                 return self._least(self.grammar.rules[name])
-            case Seq(items):
+            case SequenceExpr(items):
                 counted = self._counted(items)
                 own = sum(
                     i in counted or (isinstance(i, Repeat) and i.item in counted and i.low) for i in items
@@ -219,16 +223,18 @@ class _Author:
             case Alt(options):
                 return max(map(self._least, options))
             case Repeat(item, low, many):
-                return low if many and not leads(self.grammar, item) else 0 if many else self._least(item)
+                return (
+                    low if many and not starts_block(self.grammar, item) else 0 if many else self._least(item)
+                )
         return 0
 
     def _fits(self, expr: Expr, at: _At) -> bool:
         """Whether it can be written with the levels that are left."""
-        items = expr.items if isinstance(expr, Seq) else (expr,)
+        items = expr.items if isinstance(expr, SequenceExpr) else (expr,)
         return at.depth > 0 or not any(
-            isinstance(i, Repeat) and i.low and i.many and leads(self.grammar, i.item) for i in items
+            isinstance(i, Repeat) and i.low and i.many and starts_block(self.grammar, i.item) for i in items
         )
 
 
 def _is_tag(item: object) -> bool:
-    return isinstance(item, Literal) and item.is_tag
+    return isinstance(item, StringLiteral) and item.is_tag

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 import sgl_apr as apr
-from sgl_apr.engine.local import ManagerEngine
+from sgl_apr.engine.local import InProcessEngine
 
 
 def main(asked: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ async def cancelled(engine: apr.LocalEngine) -> dict[str, int]:
 
 async def silence(engine: apr.LocalEngine) -> list[Any]:
     """An engine that takes longer than the timeout."""
-    hasty = ManagerEngine(engine.manager, timeout=0.0001)
+    hasty = InProcessEngine(engine.manager, timeout=0.0001)
     try:
         await hasty.decode(apr.Request("apr-silence", (1, 2, 3), 500))
     except apr.EngineError as error:

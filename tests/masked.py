@@ -65,7 +65,7 @@ class SampledEngine:
     """Samples every request from its grammar's mask alone; `tag_weight` is how much likelier a tag is than a byte."""
 
     grammar_backend = "llguidance"
-    seeded = True
+    supports_seeds = True
     context: int | None = None
 
     def __init__(self, tokenizer: Masked, seed: int = 0, tag_weight: float = 30.0) -> None:

@@ -36,7 +36,7 @@ def test_it_is_asked_as_its_authors_say_and_labelled_by_what_was_run(name: str):
     instruction = apr.preset(name).instruction if name not in ("parathinker", "apr") else ""
     assert instruction in prompts[0]
     style = ["parathinker-style"] if name == "parathinker" else []
-    joined = ["joined by text"] if dialect.published == "kv" else []  # which this engine does not do
+    joined = ["joined by text"] if dialect.published_join == "kv" else []  # which this engine does not do
     assert result.label == (", ".join(style + joined) or "exact")
 
 

@@ -12,46 +12,46 @@ from test_loop import AT_ONCE, BOOM, scripted
 
 import sgl_apr as apr
 from sgl_apr.dialects import dialect_names
-from sgl_apr.server.asked import Desk
-from sgl_apr.server.caps import Caps, read_caps
-from sgl_apr.server.envelope import Envelope, Wish
+from sgl_apr.server.asked import RequestParser
+from sgl_apr.server.caps import RequestLimits, read_caps
+from sgl_apr.server.envelope import OpenAIResponseBuilder, ResponseOptions
 from sgl_apr.server.preflight import UsageError
-from sgl_apr.server.wire import read_event, write_event
+from sgl_apr.server.wire import event_from_json, event_to_json
 
-FREE = Caps()
-CAPS = Caps(width=4, depth=2, tokens=900, seconds=30)
+FREE = RequestLimits()
+CAPS = RequestLimits(width=4, depth=2, tokens=900, seconds=30)
 
 
-def plan(options: dict, caps: Caps = FREE, context: int = 2000, prompt: int = 100, **more):
-    return Desk(caps, apr.ByteTokenizer(), context, 300).plan(options, prompt, **more)
+def plan(options: dict, caps: RequestLimits = FREE, context: int = 2000, prompt: int = 100, **more):
+    return RequestParser(caps, apr.ByteTokenizer(), context, 300).plan(options, prompt, **more)
 
 
 def test_every_kind_of_option_is_taken():
     made = plan(
         {
             "dialect": "multiverse", "budget": {"tokens": 500, "seconds": 2, "depth": 2}, "join": "text",
-            "policy": "quorum:2", "mode": "parallel", "min_width": 2, "failed": "raise", "seed": 7,
+            "policy": "quorum:2", "mode": "parallel", "min_width": 2, "on_branch_failure": "raise", "seed": 7,
             "retry": {"attempts": 1}, "pacing": {"most": 2}, "temperature": 0, "sampling": {"top_p": 0.5},
-            "cache_salt": "s", "priority": 3, "plain": True, "max_blocks": None,
+            "cache_salt": "s", "priority": 3, "forbid_angle_brackets": True, "max_blocks": None,
         }
     )  # fmt: skip
     assert made.dialect.name == "multiverse"
     assert made.budget == apr.Budget(tokens=500, seconds=2, depth=2)
-    assert (made.policy, made.mode, made.failed, made.seed, made.plain) == (
+    assert (made.policy, made.mode, made.on_branch_failure, made.seed, made.forbid_angle_brackets) == (
         "quorum:2",
         "parallel",
         "raise",
         7,
         True,
     )
-    assert (made.retry, made.pacing) == (apr.Retry(attempts=1), apr.Pacing(most=2))
+    assert (made.retry, made.pacing) == (apr.Retry(attempts=1), apr.Pacing(max_parallel=2))
     assert made.sampling == {"temperature": 0, "top_p": 0.5}
-    assert made.fields == {"cache_salt": "s", "priority": 3}
+    assert made.request_fields == {"cache_salt": "s", "priority": 3}
 
 
 WRONG = [
     ({"widht": 3}, apr.AprError, "no option 'widht'"),
-    ({"wrap": "str.upper"}, apr.AprError, "no option 'wrap'"),
+    ({"branch_prompt_template": "str.upper"}, apr.AprError, "no option 'branch_prompt_template'"),
     ({"max_new_tokens": 5}, apr.AprError, "no option 'max_new_tokens'"),
     ({"custom_params": {"apr_layout": "[1]"}}, apr.AprError, "no option 'custom_params'"),
     ({"sampling": {"ebnf": "x"}}, apr.AprError, "no sampling 'ebnf'"),
@@ -97,7 +97,7 @@ def test_a_cap_can_be_lowered_and_not_raised(name: str):
 def test_who_asks_for_nothing_gets_the_cap():
     budget = plan({}, CAPS).budget
     assert (budget.width, budget.depth, budget.tokens, budget.seconds) == (4, 1, 900, 30)
-    assert plan({}, Caps(width=20)).budget.width == apr.dialect("threadweaver").width
+    assert plan({}, RequestLimits(width=20)).budget.width == apr.dialect("threadweaver").width
 
 
 def test_a_reply_fits_the_context_if_nothing_is_said():
@@ -124,8 +124,11 @@ def test_caps_are_read_from_the_command_line():
         "--apr-max-concurrent",
         "3",
     ]
-    assert read_caps(argv) == (Caps(width=4, seconds=1.5, concurrent=3), ["--model", "m", "--tp=2"])
-    assert read_caps(["--apr-max-heat", "4"]) == (Caps(), ["--apr-max-heat", "4"])  # for SGLang to refuse
+    assert read_caps(argv) == (RequestLimits(width=4, seconds=1.5, concurrent=3), ["--model", "m", "--tp=2"])
+    assert read_caps(["--apr-max-heat", "4"]) == (
+        RequestLimits(),
+        ["--apr-max-heat", "4"],
+    )  # for SGLang to refuse
     for wrong in (
         ["--apr-max-width", "1"],
         ["--apr-max-tokens", "many"],
@@ -150,27 +153,30 @@ def test_events_come_back_from_json(name: str):
     heard = events_of(
         SampledEngine(masked(name), seed=1), dialect=name, mode="parallel", budget=apr.Budget(tokens=900)
     )
-    sent = [json.loads(json.dumps(write_event(event))) for event in heard]
-    assert [read_event(data) for data in sent] == heard
-    assert apr.rebuild(map(read_event, sent)) == apr.rebuild(heard)
+    sent = [json.loads(json.dumps(event_to_json(event))) for event in heard]
+    assert [event_from_json(data) for data in sent] == heard
+    assert apr.rebuild(map(event_from_json, sent)) == apr.rebuild(heard)
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"event": "delta"}, {"event": "x"}, {"event": "ended", "path": [], "spam": 1}]
+    "data", [{}, {"event": "delta"}, {"event": "x"}, {"event": "branch_ended", "path": [], "spam": 1}]
 )
 def test_what_is_no_event_is_refused(data):
     with pytest.raises(apr.AprError, match="not an event"):
-        read_event(data)
+        event_from_json(data)
 
 
-def chunks_of(heard: list, *, chat: bool = True, **wish) -> list[dict]:
+def chunks_of(heard: list, *, chat: bool = True, **options_) -> list[dict]:
     async def source():
         for event in heard:
             yield event
         yield apr.rebuild(heard)
 
     async def collect() -> list[dict]:
-        return [chunk async for chunk in Envelope("m", chat, Wish(**wish)).chunks(source())]
+        return [
+            chunk
+            async for chunk in OpenAIResponseBuilder("m", chat, ResponseOptions(**options_)).chunks(source())
+        ]
 
     return asyncio.run(collect())
 
@@ -178,18 +184,18 @@ def chunks_of(heard: list, *, chat: bool = True, **wish) -> list[dict]:
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("failed", ["skip", "retry"])
 def test_what_is_void_can_be_taken_back(chat: bool, failed: str):
-    heard = events_of(scripted(branch_1=BOOM), retry=AT_ONCE, failed=failed)
+    heard = events_of(scripted(branch_1=BOOM), retry=AT_ONCE, on_branch_failure=failed)
     texts: dict = defaultdict(str)
     for chunk in chunks_of(heard, chat=chat):
         (choice,) = chunk["choices"]
         note, text = chunk["apr"], (choice["delta"].get("content", "") if chat else choice["text"])
-        if note.get("event") == "retried":
+        if note.get("event") == "text_retracted":
             kept = texts[note["path"]]
             texts[note["path"]] = "" if note["chars"] is None else kept[: len(kept) - note["chars"]]
         elif text:
             texts[note["path"]] += text
     trajectory = apr.rebuild(heard)
-    assert any(isinstance(event, apr.Retried) for event in heard)
+    assert any(isinstance(event, apr.TextRetracted) for event in heard)
     assert texts == {p: "".join(s.text for s in trajectory.reply if s.path == p) for p in texts}
     assert "".join(texts.values()).count("(failed)") == 1
 

@@ -21,7 +21,7 @@ from processes import until
 
 import sgl_apr as apr
 from sgl_apr.server.launch import Server
-from sgl_apr.server.wire import read_event
+from sgl_apr.server.wire import event_from_json
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 MESSAGES: Any = [{"role": "user", "content": "Why do cats purr?"}]
@@ -153,7 +153,7 @@ def test_a_stream_is_tagged_by_branch(server: Server):
     events = [c.apr["event"] for c in chunks if "event" in c.apr]
     branches = [b for x in trajectory.blocks for b in x.branches]
     assert events.count("forked") == events.count("joined") == len(trajectory.blocks) > 0
-    assert events.count("ended") == len(branches)
+    assert events.count("branch_ended") == len(branches)
     assert last.choices[0].finish_reason in ("stop", "length")
     assert usage.choices == []
     assert usage.usage.completion_tokens == trajectory.metrics().total
@@ -253,7 +253,7 @@ def test_a_stream_of_events_is_the_trajectory(server: Server):
         assert lines.pop() == b"data: [DONE]"
         yield from (json.loads(line.removeprefix(b"data: ")) for line in lines)
 
-    events = [read_event(data) for data in objects()]
+    events = [event_from_json(data) for data in objects()]
     rebuilt = apr.rebuild(events)
     whole = apr.Trajectory.from_json(post(server, "/apr/generate", {**NATIVE, "seed": 1}).text)
     assert (rebuilt.limits, rebuilt.seed) == (whole.limits, 1)
@@ -304,7 +304,7 @@ WRONG = [
     (CHAT, {"apr": {"join": "message"}}, "apr_error", "joins by"),
     (CHAT, {"apr": {"join": "kv", "dialect": "spawn"}}, "kv_join_unavailable", "spawn joins by"),
     (CHAT, {"apr": {"widht": 2}}, "apr_error", "no option 'widht'"),
-    (CHAT, {"apr": {"wrap": "str"}}, "apr_error", "no option 'wrap'"),
+    (CHAT, {"apr": {"branch_prompt_template": "str"}}, "apr_error", "no option 'branch_prompt_template'"),
     (CHAT, {"apr": "yes"}, "apr_error", "expected an object"),
     (CHAT, {"apr": {"stream": "branches"}}, "apr_error", "all"),
     (CHAT, {"apr": {"separate": True}, "stream": True}, "apr_error", "separate"),
@@ -480,15 +480,15 @@ def test_no_more_at_once_than_allowed(guarded: Server):
 
 
 def test_a_join_in_the_cache(server: Server, guarded: Server):
-    wish = {"join": "kv", "dialect": "multiverse", "mode": "parallel", "budget": {"tokens": 400}}
+    options_ = {"join": "kv", "dialect": "multiverse", "mode": "parallel", "budget": {"tokens": 400}}
     before = get(server, "/apr/stats")
-    trajectory = apr.Trajectory.from_json(post(server, OWN, {**BASE[OWN], **wish}).text)
+    trajectory = apr.Trajectory.from_json(post(server, OWN, {**BASE[OWN], **options_}).text)
     after = get(server, "/apr/stats")
     assert before["joins_kv"]
     assert {join.by for join in trajectory.joins} == {"kv"}
     assert after["joins"]["kv"] - before["joins"]["kv"] == len(trajectory.joins) > 0
     assert after["text_fallbacks"] == before["text_fallbacks"]
-    answer = keyed(guarded, wish)
+    answer = keyed(guarded, options_)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "kv_join_unavailable")
 
 

@@ -320,9 +320,9 @@ def test_pieces_cover_every_slot_of_every_row_once(share, forks):
         for i, row in enumerate(work.members[member : member + size].tolist()):
             parts[part + i] = row, (first, last)
             assert rows[row][first:last] == rows[request][first:last]
-    assert len(parts) == len(work.found)
+    assert len(parts) == len(work.part_indices)
     for i, row in enumerate(rows):
-        mine = [parts[part] for part in work.found[work.begin[i] : work.begin[i + 1]].tolist()]
+        mine = [parts[part] for part in work.part_indices[work.begin[i] : work.begin[i + 1]].tolist()]
         ends = sorted(end for _, end in mine)
         assert {owner for owner, _ in mine} == {i}
         assert [0, *(last for _, last in ends)] == [*(first for first, _ in ends), len(row)]

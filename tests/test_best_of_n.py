@@ -14,7 +14,7 @@ from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.reward import RewardModel
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thought import Completion, Prompt
 
 REPLIES = ("so 1", "so 2", "hm 2", "so 3", "none")  # in turn
 SURE = {"1": "5", "2": "4", "3": "7"}
@@ -25,8 +25,8 @@ class Digits(Task[str, Any]):
 
     name, need, step = "digits", 10, 4
 
-    def ask(self, problem: str) -> Ask:
-        return Ask(f"{problem}?")
+    def ask(self, problem: str) -> Prompt:
+        return Prompt(f"{problem}?")
 
     def answer(self, text: str) -> str:
         return text[-1:] if text[-1:].isdigit() else ""
@@ -34,10 +34,10 @@ class Digits(Task[str, Any]):
     def verify(self, problem: str, answer: str) -> bool:
         return answer == "2"
 
-    def judge(self, problem: str) -> Ask:
-        return Ask(" sure?", tokens=2)
+    def judge(self, problem: str) -> Prompt:
+        return Prompt(" sure?", tokens=2)
 
-    def judged(self, thought: Thought) -> float:
+    def judge_score(self, thought: Completion) -> float:
         return int(thought.text[0]) / 10
 
 
@@ -140,7 +140,7 @@ def test_a_judge_or_verifier_that_fails_costs_its_reply():
     found, _ = best(verifier=down)
     assert (found.answer, found.score) == ("2", 0.1)
     with pytest.raises(apr.EngineError, match="down"):
-        best(verifier=down, failed="raise")
+        best(verifier=down, on_branch_failure="raise")
 
     def gone(problem: str, text: str) -> float:
         raise apr.EngineError("gone")

@@ -11,7 +11,7 @@ import virtual
 from masked import SampledEngine, masked
 
 import sgl_apr as apr
-from sgl_apr.runtime.steps import overhead
+from sgl_apr.runtime.steps import closing_overhead
 
 SYNCHRONOUS = ["threadweaver", "multiverse", "npr", "parallel_r1", "parathinker", "apr", "spawn"]
 EVERY = [*SYNCHRONOUS, "asyncthink", "pasta"]
@@ -45,7 +45,7 @@ def random_case(name: str, rng: random.Random) -> tuple[apr.Budget, TimedEngine,
     dialect, tokenizer = apr.dialect(name), masked(name)
     width = rng.randint(2, min(4, dialect.max_width))
     depth = rng.randint(1, min(3, dialect.max_depth))
-    closing = 2 * overhead(dialect, tokenizer).of(width) * (2 * depth - 1)
+    closing = 2 * closing_overhead(dialect, tokenizer).of(width) * (2 * depth - 1)
     step = rng.uniform(0.01, 0.1)
     budget = apr.Budget(
         tokens=closing + rng.randint(10, 300),
@@ -123,7 +123,9 @@ def test_a_budget_above_the_context_is_cut_to_it(name: str):
     for _ in range(60):
         width = rng.randint(2, min(4, dialect.max_width))
         engine = Bounded(tokenizer, rng.randrange(1 << 30), rng.choice([1.0, 20.0]), 0.01)
-        engine.context = len(prompt) + 2 * overhead(dialect, tokenizer).of(width) + rng.randint(10, 400)
+        engine.context = (
+            len(prompt) + 2 * closing_overhead(dialect, tokenizer).of(width) + rng.randint(10, 400)
+        )
         budget = apr.Budget(tokens=8000, width=width, outline_chars=8)
         policy = {"policy": "all"} if name == "parathinker" else {}
         t, _ = virtual.run(

@@ -8,7 +8,7 @@ import pytest
 from masked import SampledEngine, masked
 
 import sgl_apr as apr
-from sgl_apr.layout import visible
+from sgl_apr.layout import dense_mask
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
 
@@ -44,7 +44,7 @@ def test_it_is_the_longest_chain_and_the_ancestors(name: str):
         found = apr.causality(trajectory, "kv")
         at, sees = graph(trajectory)
         assert list(found.positions) == at
-        assert visible(found.layout) == sees
+        assert dense_mask(found.layout) == sees
         assert found.token_ids == tuple(t for s in trajectory.spans for t in s.token_ids)
         deep = max(deep, *(len(b.path) // 2 for b in trajectory.blocks), 0)
         flat = apr.causality(trajectory)
@@ -65,4 +65,4 @@ def test_a_text_that_was_read_has_one_too():
     read = dialect.parse(sampled("multiverse", 1).text, apr.ByteTokenizer(dialect.tags))
     found, (at, sees) = apr.causality(read, "kv"), graph(read)
     assert list(found.positions) == at
-    assert visible(found.layout) == sees
+    assert dense_mask(found.layout) == sees

@@ -15,7 +15,7 @@ from sglang_server import TOKENIZER, SglangServer
 
 import sgl_apr as apr
 from sgl_apr.engine import circuit as module
-from sgl_apr.engine.circuit import Circuit
+from sgl_apr.engine.circuit import CircuitBreaker
 
 URL = "http://server"
 
@@ -39,9 +39,9 @@ class Probe:
             raise ConnectionRefusedError("refused")
 
 
-def down(probe: Probe, patience: float = 0.0) -> Circuit:
-    circuit = Circuit(URL, probe, patience)
-    circuit.failed(ConnectionResetError("reset"))
+def down(probe: Probe, reconnect_timeout: float = 0.0) -> CircuitBreaker:
+    circuit = CircuitBreaker(URL, probe, reconnect_timeout)
+    circuit.record_failure(ConnectionResetError("reset"))
     return circuit
 
 
@@ -60,7 +60,7 @@ def others() -> set[asyncio.Task]:
 
 def test_up_asks_nobody():
     probe = Probe()
-    asyncio.run(Circuit(URL, probe).ready())
+    asyncio.run(CircuitBreaker(URL, probe).wait_until_up())
     assert probe.calls == 0
 
 
@@ -69,12 +69,12 @@ def test_no_patience_is_one_probe_each_time():
         circuit = down(probe := Probe(failures=2))
         for calls in (1, 2):
             with pytest.raises(apr.EngineError, match=f"no server at {URL} for 0 s: refused") as raised:
-                await circuit.ready()
+                await circuit.wait_until_up()
             assert raised.value.status is None
             assert isinstance(raised.value.__cause__, ConnectionRefusedError)
             assert probe.calls == calls
-        await circuit.ready()
-        await circuit.ready()
+        await circuit.wait_until_up()
+        await circuit.wait_until_up()
         assert probe.calls == 3
 
     asyncio.run(once())
@@ -82,8 +82,8 @@ def test_no_patience_is_one_probe_each_time():
 
 def test_all_who_wait_share_one_probe():
     async def once() -> None:
-        circuit = down(probe := Probe(failures=2, takes=0.05), patience=60)
-        await asyncio.gather(*(circuit.ready() for _ in range(500)))
+        circuit = down(probe := Probe(failures=2, takes=0.05), reconnect_timeout=60)
+        await asyncio.gather(*(circuit.wait_until_up() for _ in range(500)))
         assert (probe.calls, probe.most) == (3, 1)
         assert not others()
 
@@ -108,39 +108,39 @@ async def refused() -> None:
 
 
 def test_probes_back_off_until_patience_ends(clock):
-    circuit = Circuit(URL, refused, patience=9.0)
-    circuit.failed(ConnectionResetError())
+    circuit = CircuitBreaker(URL, refused, reconnect_timeout=9.0)
+    circuit.record_failure(ConnectionResetError())
     with pytest.raises(apr.EngineError, match="for 9 s"):
-        asyncio.run(circuit.ready())
+        asyncio.run(circuit.wait_until_up())
     assert clock == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 1.9])
 
 
 def test_patience_counts_from_when_the_server_was_found_down(clock):
-    circuit = Circuit(URL, refused, patience=9.0)
-    circuit.failed(ConnectionResetError())
+    circuit = CircuitBreaker(URL, refused, reconnect_timeout=9.0)
+    circuit.record_failure(ConnectionResetError())
     clock.append(20.0)
-    circuit.failed(ConnectionResetError())  # found again, not anew
+    circuit.record_failure(ConnectionResetError())  # found again, not anew
     with pytest.raises(apr.EngineError, match="for 20 s"):
-        asyncio.run(circuit.ready())
+        asyncio.run(circuit.wait_until_up())
     assert clock == [20.0]
 
 
 def test_a_second_outage_is_waited_for_anew(clock):
     probe = Probe(failures=1)
-    circuit = down(probe, patience=9.0)
-    asyncio.run(circuit.ready())
+    circuit = down(probe, reconnect_timeout=9.0)
+    asyncio.run(circuit.wait_until_up())
     clock.append(100.0)
     probe.failures, before = 5, len(clock)
-    circuit.failed(ConnectionResetError())
-    asyncio.run(circuit.ready())
+    circuit.record_failure(ConnectionResetError())
+    asyncio.run(circuit.wait_until_up())
     assert probe.calls == 6
     assert len(clock) > before
 
 
 def test_the_probe_ends_with_the_last_who_waits():
     async def once() -> None:
-        circuit = down(probe := Probe(takes=3600), patience=60)
-        waiting = [asyncio.create_task(circuit.ready()) for _ in range(3)]
+        circuit = down(probe := Probe(takes=3600), reconnect_timeout=60)
+        waiting = [asyncio.create_task(circuit.wait_until_up()) for _ in range(3)]
         await until(lambda: probe.now == 1)
         waiting[0].cancel()
         await asyncio.wait(waiting[:1])
@@ -167,14 +167,14 @@ def test_a_probe_that_is_being_given_up_is_not_waited_for():
                 await asyncio.sleep(0.1)  # as closing a connection may take
 
     async def once() -> None:
-        circuit = Circuit(URL, probe)
-        circuit.failed(ConnectionResetError())
-        first = asyncio.create_task(circuit.ready())
+        circuit = CircuitBreaker(URL, probe)
+        circuit.record_failure(ConnectionResetError())
+        first = asyncio.create_task(circuit.wait_until_up())
         await until(lambda: calls == 1)
         first.cancel()
         await asyncio.wait([first])
         assert others()
-        await circuit.ready()
+        await circuit.wait_until_up()
         assert calls == 2
 
     asyncio.run(once())
@@ -185,10 +185,10 @@ def test_a_late_failure_does_not_turn_back_who_was_let_through():
         circuit = down(probe := Probe(failures=0))
 
         async def fail() -> None:
-            await circuit.ready()
-            circuit.failed(ConnectionResetError())
+            await circuit.wait_until_up()
+            circuit.record_failure(ConnectionResetError())
 
-        await asyncio.gather(fail(), circuit.ready())
+        await asyncio.gather(fail(), circuit.wait_until_up())
         assert probe.calls == 1
         assert circuit.error
 
@@ -197,8 +197,8 @@ def test_a_late_failure_does_not_turn_back_who_was_let_through():
 
 def test_closing_fails_who_waits():
     async def once() -> None:
-        circuit = down(probe := Probe(takes=3600), patience=60)
-        waiting = asyncio.create_task(circuit.ready())
+        circuit = down(probe := Probe(takes=3600), reconnect_timeout=60)
+        waiting = asyncio.create_task(circuit.wait_until_up())
         await until(lambda: probe.now == 1)
         await circuit.close()
         assert probe.now == 0
@@ -292,7 +292,7 @@ async def fails(engine: apr.HttpEngine, message: str, prompt: str = "Q: ") -> ap
 def test_requests_wait_for_a_server_that_comes_back():
     async def once() -> None:
         fake = Restartable(unwell=2)
-        async with connected(fake, patience=60) as engine:
+        async with connected(fake, reconnect_timeout=60) as engine:
             await decode(engine)
             assert fake.health.calls == 0
             await fake.stop()
@@ -328,7 +328,7 @@ def test_without_patience_requests_fail_at_once_until_the_server_is_back():
 def test_closing_does_not_wait_for_the_server():
     async def once() -> None:
         fake = Restartable()
-        async with connected(fake, patience=3600) as engine:
+        async with connected(fake, reconnect_timeout=3600) as engine:
             await fake.stop()
             await fails(engine, GONE)
             waiting = asyncio.ensure_future(decode(engine))
@@ -393,7 +393,7 @@ def test_who_gives_up_does_not_wait_for_the_abort():
         with pytest.raises(apr.EngineError):
             await kept
         await until(lambda: not others())
-        assert not engine._live
+        assert not engine._active_rids
         assert not engine._aborts
 
     asyncio.run(once())

@@ -90,6 +90,6 @@ def test_text_that_holds_tags_of_the_target_is_refused():
 
 
 def test_the_prompt_stays():
-    there = apr.convert(parsed("threadweaver").behind("Q: "), "npr")
+    there = apr.convert(parsed("threadweaver").with_prompt("Q: "), "npr")
     assert (there.prompt, there.spans[1].parents) == ("Q: ", (0,))
     assert apr.Trajectory.from_json(there.to_json()) == there

@@ -13,7 +13,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.models.countdown import countdown_tokenizer
 from sgl_apr.tasks.countdown import MOST, WAYS, Problem, pairs, problems, read, solves, steps, ways
-from sgl_apr.tasks.expert import Habits, shown
+from sgl_apr.tasks.expert import SearchStyle, demonstration
 from sgl_apr.tasks.search import conclusion, sequential, tokens
 from sgl_apr.tasks.solving import Attempt, answer
 from sgl_apr.tokenizer import HfTokenizer
@@ -107,9 +107,9 @@ def test_a_search_in_a_line_fits_its_window_and_solves(tokenizer: HfTokenizer):
 
 
 def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
-    habits = Habits(forks={3: 0.0, 4: 1.0}, width=(12, 12), again=1.0)
+    habits = SearchStyle(forks={3: 0.0, 4: 1.0}, width=(12, 12), revisit_rate=1.0)
     for problem in problems(12, "train", numbers=(3, 4)):
-        attempt = Attempt(problem, asyncio.run(shown(problem, tokenizer, seed=1, habits=habits)))
+        attempt = Attempt(problem, asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits)))
         trajectory = attempt.trajectory
         apr.dialect("spawn").validate(trajectory.text)
         assert bool(trajectory.blocks) == (len(problem.numbers) == 4)
@@ -124,10 +124,10 @@ def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
 
 
 def test_a_branch_without_a_solution_says_what_it_tried(tokenizer: HfTokenizer):
-    habits = Habits(forks={4: 1.0}, width=(3, 3), again=1.0)
+    habits = SearchStyle(forks={4: 1.0}, width=(3, 3), revisit_rate=1.0)
     failed = 0
     for problem in problems(6, "train", numbers=(4,)):
-        made = asyncio.run(shown(problem, tokenizer, seed=1, habits=habits))
+        made = asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits))
         told = re.findall(r"<Message>\d+:>(.*?)=", made.text)
         said = re.findall(r"<Result>\d+:(.*?)</Result>", made.text)
         assert all(result in (f"?{step}", f"!{result[1:]}") for step, result in zip(told, said, strict=True))
@@ -137,15 +137,15 @@ def test_a_branch_without_a_solution_says_what_it_tried(tokenizer: HfTokenizer):
 
 def test_the_same_seed_shows_the_same(tokenizer: HfTokenizer):
     problem = next(problems(1, "train", numbers=(4,)))
-    texts = [asyncio.run(shown(problem, tokenizer, seed=seed)).text for seed in (1, 1, 2)]
+    texts = [asyncio.run(demonstration(problem, tokenizer, seed=seed)).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_stated_width_is_that_of_all_forks(tokenizer: HfTokenizer):
     widths = set()
     for problem in problems(8, "train", numbers=(4,)):
-        habits = Habits(forks={4: 1.0}, again=1.0)
-        made = asyncio.run(shown(problem, tokenizer, seed=1, habits=habits, state_width=True))
+        habits = SearchStyle(forks={4: 1.0}, revisit_rate=1.0)
+        made = asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits, state_width=True))
         asked, _, stated = made.prompt.rpartition("; ")
         assert asked == problem.text
         assert len(made.blocks[0].branches) == int(stated)
@@ -184,12 +184,12 @@ def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenize
 
 
 def test_a_lucky_fork_holds_a_solution_among_few(tokenizer: HfTokenizer):
-    habits = Habits(forks={4: 1.0}, width=(2, 3), lucky=1.0)
+    habits = SearchStyle(forks={4: 1.0}, width=(2, 3), hint_rate=1.0)
     for problem in problems(8, "train", numbers=(4,)):
-        made = asyncio.run(shown(problem, tokenizer, seed=2, habits=habits))
+        made = asyncio.run(demonstration(problem, tokenizer, seed=2, habits=habits))
         assert Attempt(problem, made).correct
         assert sum(len(block.branches) for block in made.blocks) <= 3
-    made = asyncio.run(shown(Problem((1, 1, 1, 1), 99), tokenizer, seed=2, habits=habits))
+    made = asyncio.run(demonstration(Problem((1, 1, 1, 1), 99), tokenizer, seed=2, habits=habits))
     assert made.answer.strip() == "?"
 
 

@@ -18,7 +18,7 @@ import sgl_apr as apr
 from sgl_apr import dataset
 from sgl_apr.dataset import from_dataset, to_dataset
 from sgl_apr.spans import Span
-from sgl_apr.trajectory import Call, Decision, Join, Limit, Trajectory
+from sgl_apr.trajectory import Call, JoinRecord, LimitHit, PacingDecision, Trajectory
 
 DIALECT = apr.dialect("threadweaver")
 TOKENIZER = apr.ByteTokenizer(TAGS)
@@ -38,17 +38,20 @@ FULL = Trajectory(
         Call("branch", (1, 2), 1, None, 3, 4, 0.1 + 0.2, 5.0, -1, 3),
     ),
     wall_s=1 / 3,
-    limits=(Limit("tokens", (1, 2)), Limit("policy", ())),
-    decisions=(Decision((1,), 4, 2, 1, 0, 99, 0.01, "full"), Decision((2,), 4, 2, 1, 0, 99, None, "")),
-    joins=(Join((1,), "kv"), Join((1, 2), "text", "lost")),
+    limits=(LimitHit("tokens", (1, 2)), LimitHit("policy", ())),
+    decisions=(
+        PacingDecision((1,), 4, 2, 1, 0, 99, 0.01, "full"),
+        PacingDecision((2,), 4, 2, 1, 0, 99, None, ""),
+    ),
+    joins=(JoinRecord((1,), "kv"), JoinRecord((1, 2), "text", "lost")),
     seed=5,
-    seeded=True,
+    seeds_honoured=True,
 )
 BARE = Trajectory((), "")
 SAMPLES = [
     FULL,
     BARE,
-    DIALECT.parse(TRACE, TOKENIZER).behind("Q: "),
+    DIALECT.parse(TRACE, TOKENIZER).with_prompt("Q: "),
     DIALECT.parse(TRACE),
     replace(FULL, seed=None),
 ]
@@ -67,7 +70,7 @@ def values(value: Any) -> Iterator[Any]:
 def test_the_sample_leaves_no_default():
     """Else a field that is lost could pass for one that came back."""
     found = list(values(FULL))
-    assert {type(v) for v in found} == {Trajectory, Span, Call, Limit, Decision, Join}
+    assert {type(v) for v in found} == {Trajectory, Span, Call, LimitHit, PacingDecision, JoinRecord}
     for kind in map(type, found):
         for field in fields(kind):
             assert field.default is MISSING or any(
@@ -78,11 +81,11 @@ def test_the_sample_leaves_no_default():
 def test_every_field_has_a_column():
     features = to_dataset([]).features
     assert {f.name for f in fields(Trajectory)} < set(features)
-    for name, kind in {"spans": Span, "calls": Call, "limits": Limit, "decisions": Decision}.items():
+    for name, kind in {"spans": Span, "calls": Call, "limits": LimitHit, "decisions": PacingDecision}.items():
         assert list(features[name].feature) == [f.name for f in fields(kind)]
     assert features["spans"].feature["token_ids"] == List(Value("int64"))
     assert features["decisions"].feature["step_s"] == Value("float64")
-    assert features["seeded"] == Value("bool")
+    assert features["seeds_honoured"] == Value("bool")
 
 
 @pytest.mark.parametrize("samples", [SAMPLES, [BARE]], ids=["all", "bare"])

@@ -23,8 +23,8 @@ from llguidance import LLMatcher
 from masked import Masked, SampledEngine, masked
 
 import sgl_apr as apr
-from sgl_apr.dialects import Place, dialect_names
-from sgl_apr.runtime.steps import overhead
+from sgl_apr.dialects import BranchNumbering, dialect_names
+from sgl_apr.runtime.steps import closing_overhead
 
 every_dialect = pytest.mark.parametrize("name", dialect_names())
 both_modes = pytest.mark.parametrize("spelled", [False, True], ids=["tokens", "text"])
@@ -99,7 +99,9 @@ def test_width_and_depth_bound_a_document(name: str, width: int):
         ids = masked(name).encode(text)
         assert (taken.try_consume_tokens(ids) == len(ids) and taken.is_accepting()) == fits, text
         seen.add(fits)
-    nests = depth > 1 and dialect.sees == "prefix"  # a document holds no more of a child than its result
+    nests = (
+        depth > 1 and dialect.branch_context == "prefix"
+    )  # a document holds no more of a child than its result
     assert seen == ({True, False} if width < 4 or nests else {True})
 
 
@@ -128,11 +130,11 @@ class Case:
     """A phase where the runtime would decode it."""
 
     phase: str
-    place: Place = field(default_factory=Place)
+    place: BranchNumbering = field(default_factory=BranchNumbering)
 
     def lowered(self, dialect: apr.Dialect, tokenizer: Masked, **shape) -> str | None:
         """Its mask, or None if the shape leaves nothing of it. Branches that do not nest cannot fork."""
-        if dialect.rule_of(self.phase) == "body":
+        if dialect.rule_for_phase(self.phase) == "body":
             shape["fork"] = "auto"
         shape = {"width": min(WIDTH, dialect.max_width), "min_width": 1} | shape
         place = self.place
@@ -153,17 +155,17 @@ class Case:
 
 def cases(dialect: apr.Dialect) -> Iterator[Case]:
     """Every phase of a dialect, with other branches forked off and not."""
-    one, two, three = (str(dialect.first + k) for k in range(3))
+    one, two, three = (str(dialect.first_number + k) for k in range(3))
     if dialect.asynchronous:
-        yield Case("trunk", Place(number=one))
-        yield Case("after", Place(number=one))
-        yield Case("after", Place(number=two, waiting=(one,)))
-        yield Case("after", Place(number=three, waiting=(one, two)))
-        yield Case("after", Place(number=three, waiting=(two,)))
+        yield Case("trunk", BranchNumbering(number=one))
+        yield Case("after", BranchNumbering(number=one))
+        yield Case("after", BranchNumbering(number=two, waiting=(one,)))
+        yield Case("after", BranchNumbering(number=three, waiting=(one, two)))
+        yield Case("after", BranchNumbering(number=three, waiting=(two,)))
     else:
         yield from (Case(phase) for phase in ("trunk", "after") if phase in dialect.grammar.rules)
-    for number in (two, str(dialect.first + dialect.max_width - 1)):
-        place = Place(prefix=f"{number}." if dialect.hierarchical else "", number=number)
+    for number in (two, str(dialect.first_number + dialect.max_width - 1)):
+        place = BranchNumbering(prefix=f"{number}." if dialect.nested_numbering else "", number=number)
         yield Case("branch", place)
         if "rejoin" in dialect.grammar.rules:
             yield Case("rejoin", place)
@@ -174,7 +176,7 @@ SHAPES = [
     {"fork": "required", "lead_chars": 8},
     {"fork": "forbidden"},
     {"outline_chars": 12},
-    {"plain": True},
+    {"forbid_angle_brackets": True},
 ]
 
 
@@ -321,13 +323,13 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
 def test_what_is_cut_within_a_tag_a_number_or_a_name(
     name: str, phase: str, number: str, cut: str, added: str
 ):
-    place = Place(prefix=f"{number}." if phase == "branch" else "", number=number)
+    place = BranchNumbering(prefix=f"{number}." if phase == "branch" else "", number=number)
     assert apr.dialect(name).completion(phase, cut, place) == added
 
 
 async def decoded(engine: SampledEngine, dialect: apr.Dialect, case: Case, lowered: str) -> tuple[str, bool]:
     """What an engine that samples from the mask alone decodes of a phase, and whether it came to its end."""
-    stops = dialect.stops(case.phase, case.place)
+    stops = dialect.stop_strings(case.phase, case.place)
     ids = [engine.tokenizer.special(tag) for tag in stops]
     result = await engine.decode(
         apr.Request("r", (), 200, grammar=lowered, stop_ids=tuple(i for i in ids if i is not None))
@@ -369,7 +371,7 @@ def trajectories(name: str, depth: int, mode: str, count: int) -> dict[str, int]
     spelled, options = MODES[mode]
     # One that soon closes what is open, and one that seldom does: the runtime has to.
     engines = [SampledEngine(masked(name, spelled), seed=depth, tag_weight=w) for w in (30.0, 2.0)]
-    closing = overhead(dialect, engines[0].tokenizer).of(WIDTH)
+    closing = closing_overhead(dialect, engines[0].tokenizer).of(WIDTH)
     budget = apr.Budget(
         tokens=2 * closing * (2 * depth - 1) + 120,
         width=WIDTH,
@@ -393,7 +395,7 @@ def trajectories(name: str, depth: int, mode: str, count: int) -> dict[str, int]
 
     asyncio.run(run())
     assert found["nested"] > 0 or depth == 1 or spelled
-    assert found["decoded"] + found["injected"] > 0 or not dialect.grammar.ending("body", "1")
+    assert found["decoded"] + found["injected"] > 0 or not dialect.grammar.closing_literal("body", "1")
     return found
 
 
@@ -406,7 +408,7 @@ def check(
     assert tokenizer.decode(trajectory.token_ids) == text
     assert metrics.total <= budget.tokens
     for index, span in enumerate(trajectory.spans):
-        assert all(parent < index for parent in (*span.parents, *span.after))
+        assert all(parent < index for parent in (*span.parents, *span.waits_for))
     for block in trajectory.blocks:
         assert [b.number for b in block.branches] == list(range(1, len(block.branches) + 1))
         assert len(block.branches) <= (budget.width or dialect.max_width)

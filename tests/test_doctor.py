@@ -14,19 +14,19 @@ from sgl_apr.cli import main
 from sgl_apr.doctor import Finding, healthy, installation
 from sgl_apr.doctor_join import (
     SAMPLES,
+    DistributionShift,
     Measured,
     Sample,
-    Shift,
     divergence,
     measure,
     overall,
+    sample_from_model,
     samples,
     verdict,
-    written,
 )
 from sgl_apr.errors import AprError
 from sgl_apr.server import plugin
-from sgl_apr.server.probe import asker
+from sgl_apr.server.probe import make_client
 from sgl_apr.tokenizer import load_tokenizer
 
 
@@ -101,26 +101,34 @@ def test_a_divergence_by_hand():
 @pytest.mark.parametrize(
     ("kv", "turned", "said"),
     [
-        (Shift(0.15, 0.85), Shift(0.1, 0.9), "tolerates"),
-        (Shift(0.09, 1.0), Shift(0.0, 1.0), "tolerates"),  # next to nothing, whatever reversed text does
-        (Shift(0.15, 0.7), Shift(0.1, 0.9), "is disturbed by"),  # other tokens
-        (Shift(0.5, 0.9), Shift(0.1, 0.9), "is disturbed by"),
-        (Shift(1.5, 0.9), Shift(0.1, 0.9), "breaks under"),
-        (Shift(0.5, 0.4), Shift(0.1, 0.9), "breaks under"),
+        (DistributionShift(0.15, 0.85), DistributionShift(0.1, 0.9), "tolerates"),
+        (
+            DistributionShift(0.09, 1.0),
+            DistributionShift(0.0, 1.0),
+            "tolerates",
+        ),  # next to nothing, whatever reversed text does
+        (DistributionShift(0.15, 0.7), DistributionShift(0.1, 0.9), "is disturbed by"),  # other tokens
+        (DistributionShift(0.5, 0.9), DistributionShift(0.1, 0.9), "is disturbed by"),
+        (DistributionShift(1.5, 0.9), DistributionShift(0.1, 0.9), "breaks under"),
+        (DistributionShift(0.5, 0.4), DistributionShift(0.1, 0.9), "breaks under"),
     ],
 )
-def test_verdicts(kv: Shift, turned: Shift, said: str):
+def test_verdicts(kv: DistributionShift, turned: DistributionShift, said: str):
     assert verdict(kv, turned) == said
 
 
 def test_every_token_counts_once():
     found = overall(
         [
-            Measured("a", 1, Shift(4.0, 0.0), Shift(0.0, 1.0)),
-            Measured("b", 3, Shift(0.0, 1.0), Shift(4.0, 0.0)),
+            Measured("a", 1, DistributionShift(4.0, 0.0), DistributionShift(0.0, 1.0)),
+            Measured("b", 3, DistributionShift(0.0, 1.0), DistributionShift(4.0, 0.0)),
         ]
     )
-    assert (found.steps, found.kv, found.reversed) == (4, Shift(1.0, 0.75), Shift(3.0, 0.25))
+    assert (found.steps, found.kv, found.reversed) == (
+        4,
+        DistributionShift(1.0, 0.75),
+        DistributionShift(3.0, 0.25),
+    )
 
 
 def test_samples_of_a_file(tmp_path: Path):
@@ -155,7 +163,9 @@ def test_a_join_is_measured(server, capsys):
     assert main(["doctor", "join", "--url", server.url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["samples"]) == len(SAMPLES)
-    assert found["verdict"] == verdict(Shift(**found["overall"]["kv"]), Shift(**found["overall"]["reversed"]))
+    assert found["verdict"] == verdict(
+        DistributionShift(**found["overall"]["kv"]), DistributionShift(**found["overall"]["reversed"])
+    )
     assert all(m["kv"]["kl"] > 0 and m["steps"] > 0 for m in found["samples"])
 
 
@@ -163,7 +173,7 @@ def test_a_join_is_measured(server, capsys):
 def test_one_branch_that_is_all_is_measured_as_nothing(server):
     """Without a second branch that has tokens of its own, text and cache are the same prompt."""
     tokenizer = load_tokenizer(server_model(server))
-    found = measure(asker(server.url), tokenizer, Sample("The numbers: ", ("one two three",), " end"))
+    found = measure(make_client(server.url), tokenizer, Sample("The numbers: ", ("one two three",), " end"))
     assert found.kv.kl < 1e-6
     assert found.kv.agreement == found.reversed.agreement == 1
 
@@ -176,7 +186,7 @@ def test_the_model_writes_branches_itself(server, tmp_path: Path, capsys):
     shown = capsys.readouterr().out
     assert "What is y?" in shown
     assert shown.count("%") == 4, "two rows, two shares in each"
-    sample = written(asker(server.url), load_tokenizer(server_model(server)), "What?")
+    sample = sample_from_model(make_client(server.url), load_tokenizer(server_model(server)), "What?")
     assert [b.split(":")[0] for b in sample.branches] == ["Idea 1", "Idea 2", "Idea 3"]
     assert all(b.endswith("\n") for b in sample.branches)
 

@@ -15,7 +15,7 @@ from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 
 import sgl_apr as apr
-from sgl_apr.engine.ledger import KEY
+from sgl_apr.engine.ledger import TOKENS_VARIABLE
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(200)]
 
@@ -175,7 +175,7 @@ def test_what_was_decoded_is_never_tokenized_again(endpoint, wire, tmp_path):
     assert wire.sent[-1] == whole[: trajectory.calls[-1].prompt_tokens]
     (posted,) = wire.posted
     assert posted == (*whole, *tokenizer.encode(" So: "))
-    assert state.stream_executor.variables[KEY].ids[: len(posted)] == posted
+    assert state.stream_executor.variables[TOKENS_VARIABLE].ids[: len(posted)] == posted
 
 
 def test_gen_may_follow_and_reason_may_come_twice(endpoint):

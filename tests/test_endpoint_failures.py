@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:Error 
 @sgl.function
 def program(s):
     s += "Q: " + apr.reason(
-        "answer", budget=apr.Budget(tokens=400), failed="raise", retry=apr.Retry(wait=0.01)
+        "answer", budget=apr.Budget(tokens=400), on_branch_failure="raise", retry=apr.Retry(wait=0.01)
     )
     s += " So: " + sgl.gen("later", max_tokens=4)
 

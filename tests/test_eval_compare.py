@@ -12,9 +12,9 @@ import sgl_apr as apr
 from sgl_apr.cli import main
 from sgl_apr.tasks.comparison import pairs
 from sgl_apr.tasks.evaluated import RUN, SUMMARY, evaluated
-from sgl_apr.tasks.evaluation import Measured
+from sgl_apr.tasks.evaluation import AttemptMetrics
 
-ONE = Measured("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
+ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
 
 
 def kept(directory: Path, rights: dict[str, list[bool]], first: int = 0, **more: int | str) -> Path:

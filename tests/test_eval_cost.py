@@ -19,10 +19,10 @@ from sgl_apr.cli import main
 from sgl_apr.engine.scripted import ScriptedEngine
 from sgl_apr.methods.result import method
 from sgl_apr.server.launch import Server
-from sgl_apr.tasks.cost import Cost, gain
+from sgl_apr.tasks.cost import Cost, predict_speedup
 from sgl_apr.tasks.evaluated import SUMMARY
 from sgl_apr.tasks.question import QuestionTask
-from sgl_apr.tasks.stopwatch import SIZES, Stopwatch
+from sgl_apr.tasks.stopwatch import SIZES, EngineTimer
 from sgl_apr.trajectory import Call
 
 KNOWN = Cost(
@@ -63,7 +63,7 @@ class Timed(ScriptedEngine):
 
 
 def test_a_stopwatch_reads_a_known_cost():
-    watch = Stopwatch(Timed(lambda request, prompt: "x" * 100))
+    watch = EngineTimer(Timed(lambda request, prompt: "x" * 100))
     watch.random = random.Random(0)  # texts of letters as tokens now and then begin alike
     cost, took = virtual.run(watch.cost())
     assert cost.prefill_s == pytest.approx(KNOWN.prefill_s, rel=0.02)
@@ -76,7 +76,7 @@ def test_a_stopwatch_reads_a_known_cost():
 
 def test_a_slow_engine_is_asked_no_more_than_it_needs():
     slow = Cost(0.004, 0.0005, tuple((running, 50 * seconds) for running, seconds in KNOWN.steps))
-    cost, _ = virtual.run(Stopwatch(Timed(lambda request, prompt: "x" * 100, cost=slow)).cost())
+    cost, _ = virtual.run(EngineTimer(Timed(lambda request, prompt: "x" * 100, cost=slow)).cost())
     assert 2 <= len(cost.steps) < len(SIZES)
     assert dict(cost.steps) == pytest.approx(dict(slow.steps[: len(cost.steps)]), rel=0.02)
 
@@ -85,7 +85,7 @@ def test_a_context_that_is_too_short_to_be_timed():
     engine = ScriptedEngine(lambda request, prompt: "")
     engine.context = 32
     with pytest.raises(apr.AprError, match="a context of 32 tokens, expected more than 80"):
-        Stopwatch(engine)
+        EngineTimer(engine)
 
 
 def test_a_cost_is_kept_as_json():
@@ -115,7 +115,7 @@ def test_forks_take_what_their_cost_says():
     engine = Timed(thinks, apr.ByteTokenizer(apr.dialect("threadweaver").tags))
     made, took = virtual.run(apr.areason(engine, "How many?", "threadweaver", pacing=None))
     assert len(made.blocks[0].branches) == 3
-    found = gain(made, KNOWN)
+    found = predict_speedup(made, KNOWN)
     assert found.parallel_s == pytest.approx(took, rel=0.03)
     assert found.took_s == made.wall_s
     tokens, prompts = sum(c.output_tokens for c in made.calls), sum(c.new_tokens for c in made.calls)
@@ -135,12 +135,12 @@ def test_so_do_methods(name: str):
         engine, "How many?", task=QuestionTask(engine), budget=apr.Budget(tokens=3000), pacing=None
     )
     result, took = virtual.run(work)
-    assert gain(result.trajectory, KNOWN).parallel_s == pytest.approx(took, rel=0.1)
+    assert predict_speedup(result.trajectory, KNOWN).parallel_s == pytest.approx(took, rel=0.1)
 
 
 def test_nothing_was_asked_of_a_text():
     made = apr.dialect("threadweaver").parse(TRACE, tokenizer=apr.ByteTokenizer())
-    found = gain(made, KNOWN)
+    found = predict_speedup(made, KNOWN)
     assert (found.sequential_s, found.parallel_s, found.took_s) == (0.0, 0.0, 0.0)
 
 
@@ -148,7 +148,7 @@ def test_calls_that_say_nothing_of_the_cache_or_come_from_elsewhere():
     call = Call("trunk", (), 100, None, 100, 10, 0.0, 1.0)
     (span,) = apr.dialect("threadweaver").parse("x", tokenizer=apr.ByteTokenizer()).spans
     made = apr.Trajectory((replace(span, call=7),), "threadweaver", (call, replace(call, cached_tokens=90)))
-    found = gain(made, KNOWN)
+    found = predict_speedup(made, KNOWN)
     assert 2 * 0.004 + 110 * 0.0005 + 10 * 0.01 < found.parallel_s < 0.2, (
         "nothing says that one waits for the other"
     )

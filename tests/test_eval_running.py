@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.methods.result import MODULES, Result
+from sgl_apr.methods.result import METHOD_MODULES, Result
 from sgl_apr.tasks.benchmark import Benchmark, Case, benchmark
 from sgl_apr.tasks.countdown import Problem
-from sgl_apr.tasks.evaluated import RUN, Evaluated, evaluated, read
+from sgl_apr.tasks.evaluated import RUN, ResultStore, evaluated, read
 from sgl_apr.tasks.evaluating import attempted, evaluate, measure
-from sgl_apr.tasks.evaluation import Row
+from sgl_apr.tasks.evaluation import MethodResults
 from sgl_apr.tasks.question import QuestionTask
 from sgl_apr.tasks.search import sequential
 
@@ -39,8 +39,8 @@ def adds(request: apr.Request, prompt: str) -> str:
 
 
 def ran(
-    engine: apr.ScriptedEngine, found: Evaluated, method: str, given: Benchmark = SUMS, **options: Any
-) -> Row:
+    engine: apr.ScriptedEngine, found: ResultStore, method: str, given: Benchmark = SUMS, **options: Any
+) -> MethodResults:
     options = {"budget": given.budget, "temperature": 0.0, **options}
     return asyncio.run(attempted(engine, given, method, found, **options))
 
@@ -124,7 +124,7 @@ def test_trajectories_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest
     [("graph_of_thoughts", ""), ("recursive", "pass allow_code=True"), ("tree_of_thoughts", "")],
 )
 def test_a_method_that_cannot_be_asked_has_a_row_that_says_why(method: str, why: str):
-    row = ran(apr.ScriptedEngine(adds), Evaluated(), method)
+    row = ran(apr.ScriptedEngine(adds), ResultStore(), method)
     assert why in row.reason
     assert bool(row.attempts) == (not why)
     figures = row.as_json((64,))
@@ -133,9 +133,9 @@ def test_a_method_that_cannot_be_asked_has_a_row_that_says_why(method: str, why:
 
 
 def test_a_model_without_the_words_has_a_row_too():
-    row = ran(apr.ScriptedEngine(adds), Evaluated(), "sequential", benchmark("countdown", 3))
+    row = ran(apr.ScriptedEngine(adds), ResultStore(), "sequential", benchmark("countdown", 3))
     assert "needs a model trained on it" in row.reason
-    row = ran(apr.ScriptedEngine(adds), Evaluated(), "sequential", budget=apr.Budget(tokens=1, width=2))
+    row = ran(apr.ScriptedEngine(adds), ResultStore(), "sequential", budget=apr.Budget(tokens=1, width=2))
     assert row.attempts
     assert not any(a.correct for a in row.attempts), "there is no room for an answer"
 
@@ -147,7 +147,7 @@ def test_games_by_a_search_in_place_of_a_model(name: str):
 
     given = benchmark(name, 6)
     engine = apr.ScriptedEngine(searched, apr.ByteTokenizer(apr.dialect("spawn").tags))
-    row = ran(engine, Evaluated(), "apr", given, budget=apr.Budget(tokens=1 << 16))
+    row = ran(engine, ResultStore(), "apr", given, budget=apr.Budget(tokens=1 << 16))
     assert row.accuracy == 1.0
     assert [a.problem for a in row.attempts] == [case.name for case in given.cases]
     assert {a.forks for a in row.attempts} == {0}
@@ -155,14 +155,14 @@ def test_games_by_a_search_in_place_of_a_model(name: str):
 
 
 def test_every_method_is_asked_a_text_task_or_says_why_not():
-    for method in MODULES:
-        row = ran(apr.ScriptedEngine(adds), Evaluated(), method, replace(SUMS, cases=SUMS.cases[:1]))
+    for method in METHOD_MODULES:
+        row = ran(apr.ScriptedEngine(adds), ResultStore(), method, replace(SUMS, cases=SUMS.cases[:1]))
         assert row.attempts or row.reason, method
         assert bool(row.attempts) == (method != "recursive"), (method, row.reason)
 
 
 def test_attempts_at_other_problems_are_an_error():
-    found = Evaluated()
+    found = ResultStore()
     ran(apr.ScriptedEngine(adds), found, "sequential")
     other = replace(SUMS, cases=[replace(SUMS.cases[0], name="sum x"), *SUMS.cases[1:]])
     with pytest.raises(apr.AprError, match="was asked 'sum 0', which sums has not"):

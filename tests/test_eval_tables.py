@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sgl_apr.eval_tables import show
-from sgl_apr.tasks.evaluation import Row
+from sgl_apr.tasks.evaluation import MethodResults
 
 
 @pytest.mark.parametrize(("columns", "whole"), [(None, True), ("60", False)])
@@ -13,7 +13,11 @@ def test_a_pipe_is_wide_enough(columns, whole, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    show("countdown", [Row("self_consistency", [], 0.0, reason="it has no words for it")], several=False)
+    show(
+        "countdown",
+        [MethodResults("self_consistency", [], 0.0, reason="it has no words for it")],
+        several=False,
+    )
     out = capsys.readouterr().out
     assert all(word in out for word in ("self_consistency", "critical path", "one by one")) is whole
     assert "it has no words for it" in out

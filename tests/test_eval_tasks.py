@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.tasks.asking import Asked
+from sgl_apr.tasks.asking import JsonWorker
 from sgl_apr.tasks.benchmark import Benchmark, Case, benchmark
 from sgl_apr.tasks.countdown import Problem, problems, ways
 from sgl_apr.tasks.countdown_task import CountdownTask
@@ -51,10 +51,10 @@ def test_games_of_24():
         assert len(case.problem.numbers) == 4
         assert 1 <= min(case.problem.numbers) <= max(case.problem.numbers) <= 13
         assert case.size == {1: 4, 2: 3, 3: 2}.get(ways(case.problem).bit_length(), 1)
-        assert not found.right(case, "")
+        assert not found.is_correct(case, "")
     four = Case("", Problem((4, 6, 10, 10), 24))
-    assert found.right(four, " 10- 10= 0, 4* 6= 24") is False, "zero is no number on the way"
-    assert found.right(Case("", Problem((1, 2, 3, 4), 24)), " 1* 2= 2, 2* 3= 6, 4* 6= 24")
+    assert found.is_correct(four, " 10- 10= 0, 4* 6= 24") is False, "zero is no number on the way"
+    assert found.is_correct(Case("", Problem((1, 2, 3, 4), 24)), " 1* 2= 2, 2* 3= 6, 4* 6= 24")
     first = list(islice(cards(0), 5))
     assert len({*first}) == 5
     assert first == list(islice(cards(0), 5))
@@ -83,8 +83,8 @@ def test_a_file_of_problems(file: Path):
     assert names(benchmark(str(file), 2)) == names(found)[:2]
     right = [(first, "0.5"), (first, "\\frac{2}{4}"), (second, "42"), (third, "1 + x")]
     wrong = [(first, "2"), (first, ""), (second, ""), (third, "x")]
-    assert [found.right(*said) for said in right] == [True] * 4
-    assert [found.right(*said) for said in wrong] == [False] * 4
+    assert [found.is_correct(*said) for said in right] == [True] * 4
+    assert [found.is_correct(*said) for said in wrong] == [False] * 4
     assert found.task is MathTask
     FORMULAS.end()
 
@@ -117,7 +117,7 @@ def test_what_there_is_not(tmp_path: Path, file: Path):
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Asked]:
+def judge() -> Iterator[JsonWorker]:
     pytest.importorskip("reasoning_gym", reason="pip install 'sgl-apr[gym]'")
     from sgl_apr.tasks.gym import JUDGE
 
@@ -125,7 +125,7 @@ def judge() -> Iterator[Asked]:
     JUDGE.end()
 
 
-def test_a_dataset_of_the_gym_judges_answers_itself(judge: Asked):
+def test_a_dataset_of_the_gym_judges_answers_itself(judge: JsonWorker):
     import reasoning_gym
 
     found = benchmark("gym:leg_counting", 6)
@@ -134,14 +134,14 @@ def test_a_dataset_of_the_gym_judges_answers_itself(judge: Asked):
     assert [case.size for case in found.cases] == [entry["metadata"]["num_animals"] for entry in entries]
     judge.end()  # it is begun anew, and makes them again
     for case, entry in zip(found.cases, entries, strict=True):
-        assert found.right(case, entry["answer"])
-        assert not found.right(case, entry["answer"] + "1")
-        assert not found.right(case, "")
+        assert found.is_correct(case, entry["answer"])
+        assert not found.is_correct(case, entry["answer"] + "1")
+        assert not found.is_correct(case, "")
     assert found.cases[0].problem != benchmark("gym:leg_counting", 6, "train").cases[0].problem
     assert found.directory == "gym-leg_counting"
 
 
-def test_answers_that_are_programs_reach_nothing(judge: Asked, tmp_path: Path):
+def test_answers_that_are_programs_reach_nothing(judge: JsonWorker, tmp_path: Path):
     """This dataset reads an answer with `eval`."""
     found, mark = benchmark("gym:spiral_matrix", 2), tmp_path / "mark"
     kept = tmp_path / "kept"
@@ -153,26 +153,26 @@ def test_answers_that_are_programs_reach_nothing(judge: Asked, tmp_path: Path):
         "exit()", "print('0')", "[0] * 10**11", "__import__('sys').stdin.read()", "__import__('os').write(1, b'{}')",
     ]  # fmt: skip
     began = time.monotonic()
-    assert not any(found.right(case, program) for case in found.cases for program in programs)
+    assert not any(found.is_correct(case, program) for case in found.cases for program in programs)
     assert time.monotonic() - began < 20
     assert (mark.exists(), kept.read_text()) == (False, "as it was")
     case = found.cases[0]
     grid = [line.split() for line in case.problem.rpartition("?\n")[2].splitlines()]
-    assert found.right(case, " ".join(spiral(grid))), "and it goes on judging"
+    assert found.is_correct(case, " ".join(spiral(grid))), "and it goes on judging"
 
 
 def spiral(grid: list[list[str]]) -> list[str]:
     return grid[0] + spiral([list(row) for row in zip(*grid[1:], strict=True)][::-1]) if grid else []
 
 
-def test_an_answer_that_takes_long_is_wrong(judge: Asked):
+def test_an_answer_that_takes_long_is_wrong(judge: JsonWorker):
     found = benchmark("gym:spiral_matrix", 1)
     began = time.monotonic()
-    assert not found.right(found.cases[0], "[9**9**9]")
+    assert not found.is_correct(found.cases[0], "[9**9**9]")
     assert time.monotonic() - began < 25
 
 
-def test_no_such_dataset(judge: Asked, monkeypatch: pytest.MonkeyPatch):
+def test_no_such_dataset(judge: JsonWorker, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(apr.AprError, match="no dataset 'chess' in reasoning-gym, expected one of ab, acre"):
         benchmark("gym:chess", 2)
     monkeypatch.setattr("sgl_apr.tasks.gym.find_spec", lambda name: None)
@@ -187,7 +187,7 @@ def test_how_a_dataset_is_asked():
     assert "<answer>" in task.ask("Why?").text
     assert task.answer("<answer>1</answer>, no: <answer>\n2 3\n4 5\n</answer> it is") == "2 3\n4 5"
     assert task.answer("I think.\nAnswer: 42") == "42"
-    assert [task.concludes(text) for text in ("so 1", "<answer>1</answer>", "Answer: 1")] == [
+    assert [task.has_answer(text) for text in ("so 1", "<answer>1</answer>", "Answer: 1")] == [
         False,
         True,
         True,

@@ -13,19 +13,19 @@ from traces import TRACE
 import sgl_apr as apr
 from sgl_apr.report.curves import curve, draw
 from sgl_apr.tasks.evaluated import RUN, evaluated, read
-from sgl_apr.tasks.evaluation import Measured, Row, compare, interval
+from sgl_apr.tasks.evaluation import AttemptMetrics, MethodResults, compare, interval
 
-ONE = Measured("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
+ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
 
 
-def row(name: str, rights: list[bool], **more) -> Row:
+def row(name: str, rights: list[bool], **more) -> MethodResults:
     made = [replace(ONE, problem=f"p{k}", correct=right, **more) for k, right in enumerate(rights)]
-    return Row(name, made, 2.0)
+    return MethodResults(name, made, 2.0)
 
 
 def test_within_a_limit_only_what_is_right_and_small_counts():
     attempts = [ONE, replace(ONE, context=41), replace(ONE, correct=False), replace(ONE, context=400)]
-    found = Row("apr", attempts)
+    found = MethodResults("apr", attempts)
     assert found.accuracy == 0.75
     assert [found.within(w, lambda a: a.context) for w in (39, 40, 41, 1000)] == [0, 0.25, 0.5, 0.75]
     assert curve(found, lambda a: a.context) == ([40, 41, 400], [0.25, 0.5, 0.75])
@@ -50,7 +50,7 @@ def test_a_paired_comparison():
     found = compare(row("a", [True] * 3 + [False] * 5), row("b", [False] * 3 + [True] * 5))
     assert found.p == pytest.approx(2 * (1 + 8 + 28 + 56) / 2**8)
     with pytest.raises(ValueError, match="same problems"):
-        compare(row("a", [True, True]), Row("b", [ONE, ONE]))
+        compare(row("a", [True, True]), MethodResults("b", [ONE, ONE]))
 
 
 def test_for_machines():
@@ -121,7 +121,7 @@ def test_what_else_a_row_says():
         replace(ONE, context=40, redundancy=0.5, diversity=1.0, took_s=2.0, sequential_s=3.0, parallel_s=1.0),
         replace(ONE, context=60, redundancy=None, took_s=4.0),
     ]
-    found = Row("apr", attempts).as_json(())
+    found = MethodResults("apr", attempts).as_json(())
     assert (found["context_mean"], found["context_max"]) == (50.0, 60)
     assert (found["redundancy"], found["diversity"]) == (0.5, 1.0)
     assert (found["took_s"], found["predicted_sequential_s"], found["predicted_parallel_s"]) == (
@@ -129,7 +129,7 @@ def test_what_else_a_row_says():
         3.0,
         1.0,
     )
-    none = Row("apr", (), reason="why").as_json(())
+    none = MethodResults("apr", (), reason="why").as_json(())
     assert none == {name: None for name in none} | {"method": "apr", "problems": 0, "reason": "why"}
     assert set(none) - {"reason"} == {n for n in found if not n.startswith(("by_", "within_"))}
 
@@ -139,7 +139,7 @@ def test_what_a_fork_is_by_size():
         replace(ONE, size=3, branches=4, forks=2),
         replace(ONE, size=3, branches=0, forks=0, correct=False),
     ]
-    found = Row("apr", [*small, replace(ONE, redundancy=0.25)]).as_json(())["by_size"]
+    found = MethodResults("apr", [*small, replace(ONE, redundancy=0.25)]).as_json(())["by_size"]
     assert found[3] == {
         "problems": 2, "accuracy": 0.5, "fork_rate": 0.5, "branches": 2, "width": 2, "redundancy": None,
     }  # fmt: skip
@@ -148,7 +148,7 @@ def test_what_a_fork_is_by_size():
 
 def test_many_sizes_are_few_groups_of_like_sizes():
     sizes = [k * k for k in range(100)]
-    groups = Row("apr", [replace(ONE, size=size) for size in sizes]).by_size
+    groups = MethodResults("apr", [replace(ONE, size=size) for size in sizes]).by_size
     assert len(groups) == 8
     assert sum(map(len, groups.values())) == 100
     assert {len(own) for own in groups.values()} <= {12, 13}
@@ -156,7 +156,9 @@ def test_many_sizes_are_few_groups_of_like_sizes():
     for largest, own in groups.items():
         assert low < min(a.size for a in own) <= max(a.size for a in own) <= largest
         low = largest
-    assert {*Row("apr", [replace(ONE, size=s) for s in (1, 1, 1, *range(9))]).by_size} <= {*range(9)}
+    assert {*MethodResults("apr", [replace(ONE, size=s) for s in (1, 1, 1, *range(9))]).by_size} <= {
+        *range(9)
+    }
 
 
 def test_files_from_before_are_read(tmp_path: Path):
@@ -173,5 +175,5 @@ def test_files_from_before_are_read(tmp_path: Path):
     line = {"method": "apr", "number": 0, "seconds": 0.5, **kept}
     (tmp_path / RUN).write_text(json.dumps({"task": "countdown"}) + "\n" + json.dumps(line) + "\n")
     (found,) = read(tmp_path)
-    assert found.attempts == [Measured(**kept)]
+    assert found.attempts == [AttemptMetrics(**kept)]
     assert found.as_json((8,))["redundancy"] is None

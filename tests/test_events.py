@@ -42,7 +42,7 @@ def check_order(trajectory: apr.Trajectory, events: list) -> None:
     forked, ended, joined = set(), set(), set()
     heard: dict = defaultdict(str)
     written: dict = defaultdict(str)
-    assert isinstance(events[0], apr.Wrote)
+    assert isinstance(events[0], apr.SpanFinished)
     assert events[0].span.role == "prompt"
     assert isinstance(events[-1], apr.Done)
     assert sum(isinstance(e, apr.Done) for e in events) == 1
@@ -54,12 +54,12 @@ def check_order(trajectory: apr.Trajectory, events: list) -> None:
                 assert not path or path in forked
                 assert path not in joined
                 heard[path] += text
-            case apr.Wrote(_, span):
+            case apr.SpanFinished(_, span):
                 assert not span.path or span.path in forked
                 assert span.path not in ended or span.role == "result"
                 written[span.path] += span.text
                 assert heard[span.path].startswith(written[span.path])
-            case apr.Ended(path, outcome):
+            case apr.BranchEnded(path, outcome):
                 assert path not in ended
                 ended.add(path)
                 assert outcome == next(
@@ -76,16 +76,16 @@ def check_order(trajectory: apr.Trajectory, events: list) -> None:
 
 def test_what_is_retried_is_void():
     for failed in ("skip", "retry"):
-        _, events = listen(scripted(branch_1=BOOM), retry=AT_ONCE, failed=failed)
+        _, events = listen(scripted(branch_1=BOOM), retry=AT_ONCE, on_branch_failure=failed)
         heard: dict = defaultdict(str)
         for event in events:
             if isinstance(event, apr.Delta):
                 heard[event.path] += event.text
-            if isinstance(event, apr.Retried):
+            if isinstance(event, apr.TextRetracted):
                 text = heard[event.path]
                 heard[event.path] = "" if event.chars is None else text[: len(text) - event.chars]
         assert heard[(1, 1)] == "<Thread>\n1: (failed)</Thread>"
-        assert any(isinstance(e, apr.Retried) for e in events)
+        assert any(isinstance(e, apr.TextRetracted) for e in events)
 
 
 def test_a_stream_is_its_events():

@@ -55,7 +55,7 @@ def check(dialect: apr.Dialect, found: list[apr.Trajectory], tokens: int | None 
         assert t.metrics().total <= (tokens or budget(dialect).tokens)
         assert t.token_ids is not None
         for i, span in enumerate(t.spans):
-            assert all(p < i for p in (*span.parents, *span.after))
+            assert all(p < i for p in (*span.parents, *span.waits_for))
     assert sum(bool(t.blocks) for t in found) >= 0.9 * len(found)
 
 
@@ -64,7 +64,7 @@ def test_random_weights_follow_it(server: Server, name: str):
     dialect = apr.dialect(name)
     found = replies(server.url, dialect, 4)
     check(dialect, found)
-    if dialect.max_depth > 1 and dialect.grammar.ending(
+    if dialect.max_depth > 1 and dialect.grammar.closing_literal(
         "body", "1"
     ):  # where nothing else ends a branch it just stops
         assert any(len(block.path) > 1 for t in found for block in t.blocks), "some branch forked again"
@@ -98,7 +98,7 @@ def test_a_branch_with_a_context_of_its_own_shares_nothing(server: Server):
         for call in first.values():
             assert call.prompt_tokens < 24, "the message alone"
         headers = [i for i, s in enumerate(t.spans) if s.role == "header"]
-        assert all(t.spans[i].parents == () and t.spans[i].after for i in headers)
+        assert all(t.spans[i].parents == () and t.spans[i].waits_for for i in headers)
         after = next(s for s in t.spans if s.role == "lead")
         fork = next(i for i, s in enumerate(t.spans) if s.role == "fork")
         assert fork not in t.ancestors(t.spans.index(after)), (

@@ -13,7 +13,7 @@ import torch
 from test_kv_join import LAYOUTS, NEW, commit, generate, prompt
 from transformers import AutoModelForCausalLM
 
-from sgl_apr.layout import positions, size, visible
+from sgl_apr.layout import dense_mask, positions, size
 from sgl_apr.models import random_llama
 from sgl_apr.server.launch import Server
 
@@ -40,7 +40,7 @@ def said(answer: dict) -> tuple[list[int], list[float]]:
 
 def meant(model: Any, layout: list, ids: list[int]) -> list[float]:
     """Log-probabilities of the last `NEW` ids."""
-    sees = torch.tensor(visible(layout), device="cuda")
+    sees = torch.tensor(dense_mask(layout), device="cuda")
     mask = torch.zeros(sees.shape, device="cuda").masked_fill(~sees, torch.finfo(torch.float32).min)
     with torch.no_grad():
         logits = model(

@@ -19,18 +19,18 @@ import sgl_apr as apr
 from sgl_apr.errors import AprError
 from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tasks.countdown import problems
-from sgl_apr.tasks.expert import shown
+from sgl_apr.tasks.expert import demonstration
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.collate import Collator, log_probabilities, on
+from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.masks import Visibility
 from sgl_apr.training.sft import train
-from sgl_apr.training.structure import Structure, structure
-from sgl_apr.training.trie import Flat
+from sgl_apr.training.structure import TrainingTree, build_training_tree
+from sgl_apr.training.trie import FlatTree
 
 LENGTH = 700  # a block, in part full, and a last one that is cut
 
 
-def trees(joins: bool) -> list[Flat]:
+def trees(joins: bool) -> list[FlatTree]:
     """Two rows of a hundred tokens or more, padded."""
     rng = random.Random(1)
     rows = []
@@ -41,7 +41,7 @@ def trees(joins: bool) -> list[Flat]:
         for tree in others:
             placed.append(tree.shifted(at))
             at += len(tree.ends)
-        rows.append(row.beside(placed))
+        rows.append(row.concatenate(placed))
     return rows
 
 
@@ -67,10 +67,10 @@ def test_flex_attention_is_attention_under_the_dense_mask(dtype: torch.dtype, jo
         assert float((one.double() - other).norm() / other.norm()) < allowed
 
 
-def searches(model: Path) -> list[Structure]:
+def searches(model: Path) -> list[TrainingTree]:
     problem = next(problems(1, "train", numbers=(4,)))
-    trajectory = asyncio.run(shown(problem, HfTokenizer(model), seed=0))
-    return structure([trajectory], apart=True).split()
+    trajectory = asyncio.run(demonstration(problem, HfTokenizer(model), seed=0))
+    return build_training_tree([trajectory], separate_contexts=True).split()
 
 
 @pytest.mark.gpu
@@ -80,7 +80,7 @@ def test_a_row_under_flex_attention_has_the_gradient_of_a_dense_one(tmp_path: Pa
     gradients, said = [], []
     for attention, kind in (("dense", "sdpa"), ("later", "flex_attention")):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=kind)
-        batch = on(Collator(attention=attention)([made]), "cuda")
+        batch = to_device(Collator(attention=attention)([made]), "cuda")
         found = log_probabilities(model.to("cuda"), batch)
         found.sum().backward()
         said.append(found.detach())
@@ -106,4 +106,4 @@ def test_a_run_goes_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_block_mask_stays_where_it_is(tmp_path: Path):
     made = searches(countdown_llama(tmp_path, apr.dialect("spawn").tags, layers=1, hidden=32))
     with pytest.raises(AprError, match="later"):
-        on(Collator(attention="flex")([made]), "cpu")
+        to_device(Collator(attention="flex")([made]), "cpu")

@@ -14,9 +14,9 @@ SOURCE = grammar_path("threadweaver").read_text()
 def test_the_file_is_short_and_holds_every_tag():
     grammar = Grammar(SOURCE)
     assert len(grammar.tags()) == 10
-    assert grammar.written("header", "3") == "<Thread>\n3:"
-    assert grammar.written("lead") == grammar.written("tail") == "\n"
-    assert grammar.ending("fork") == "</Outlines>"
+    assert grammar.render_rule("header", "3") == "<Thread>\n3:"
+    assert grammar.render_rule("lead") == grammar.render_rule("tail") == "\n"
+    assert grammar.closing_literal("fork") == "</Outlines>"
 
 
 def test_no_module_spells_a_tag():

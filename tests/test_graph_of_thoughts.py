@@ -22,14 +22,14 @@ from sgl_apr.methods.operations import (
     KeepBest,
     Refine,
     Score,
-    checked,
+    validate_graph,
 )
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thought import Completion, Prompt
 from sgl_apr.tasks.countdown import Problem, solves
 from sgl_apr.tasks.countdown_task import CountdownTask
-from sgl_apr.tasks.expert import Expert, Habits
+from sgl_apr.tasks.expert import Expert, SearchStyle
 
 # What the model says to each prompt, in turn.
 REPLIES = {
@@ -60,19 +60,19 @@ class Sorting(Task[str, str]):
         half = len(problem) // 2
         graph: dict[str, Any] = {}
         for name, part in {"left": slice(half), "right": slice(half, None)}.items():
-            graph[name] = Generate(ask=lambda word, part=part: Ask(f"sort {word[part]}: "), read=read, k=2)
-            graph[f"score {name}"] = Score(score=order, after=(name,))
-            graph[f"best {name}"] = KeepBest(after=(f"score {name}",))
+            graph[name] = Generate(ask=lambda word, part=part: Prompt(f"sort {word[part]}: "), read=read, k=2)
+            graph[f"score {name}"] = Score(score=order, depends_on=(name,))
+            graph[f"best {name}"] = KeepBest(depends_on=(f"score {name}",))
         return graph | {
             "merge": Aggregate(
-                ask=lambda words: Ask(f"merge {' '.join(words)}: "),
+                ask=lambda words: Prompt(f"merge {' '.join(words)}: "),
                 read=read,
                 k=3,
-                after=("best left", "best right"),
+                depends_on=("best left", "best right"),
             ),
-            "score": Score(score=order, after=("merge",)),
-            "best": KeepBest(after=("score",)),
-            "fix": Refine(ask=lambda word: Ask(f"fix {word}: "), read=read, after=("best",)),
+            "score": Score(score=order, depends_on=("merge",)),
+            "best": KeepBest(depends_on=("score",)),
+            "fix": Refine(ask=lambda word: Prompt(f"fix {word}: "), read=read, depends_on=("best",)),
         }
 
 
@@ -107,7 +107,7 @@ def test_an_aggregate_comes_behind_all_of_its_parents():
     found, _, _ = run()
     spans = found.trajectory.spans
     merge = next(i for i, s in enumerate(spans) if s.text.startswith("merge"))
-    before = {spans[i].text for i in spans[merge].after}
+    before = {spans[i].text for i in spans[merge].waits_for}
     assert before == {"ac", "bd"}  # those that were kept
     chain = [len("sort ca: ac"), len("merge ac bd: abcd"), len("fix abcd: abcd.")]
     assert found.metrics.critical_path == sum(chain)
@@ -125,10 +125,10 @@ def test_ready_operations_run_at_once_and_wait_for_no_other():
         def graph(self, problem: str) -> Graph:
             graph = dict(super().graph(problem))
             graph["fix right"] = Refine(
-                ask=lambda word: Ask(f"fix {word}: "), read=read, after=("best right",)
+                ask=lambda word: Prompt(f"fix {word}: "), read=read, depends_on=("best right",)
             )
             return graph | {"merge": Aggregate(
-                ask=graph["merge"].ask, read=read, k=3, after=("best left", "fix right")
+                ask=graph["merge"].ask, read=read, k=3, depends_on=("best left", "fix right")
             )}  # fmt: skip
 
     said = replies(REPLIES | {"fix bd: ": ["bd"]})
@@ -140,27 +140,27 @@ def test_ready_operations_run_at_once_and_wait_for_no_other():
 
 
 def test_only_the_best_are_kept_in_the_order_of_their_scores():
-    letters = Generate(ask=lambda _: Ask("letters: "), read=lambda _, text: list(text))
+    letters = Generate(ask=lambda _: Prompt("letters: "), read=lambda _, text: list(text))
     graph = {
         "letters": letters,
-        "score": Score(score=lambda letter: float(ord(letter)), after=("letters",)),
-        "best": KeepBest(n=2, after=("score",)),
-        "say": Aggregate(ask=lambda states: Ask(f"say {states}: "), read=read, after=("best",)),
+        "score": Score(score=lambda letter: float(ord(letter)), depends_on=("letters",)),
+        "best": KeepBest(n=2, depends_on=("score",)),
+        "say": Aggregate(ask=lambda states: Prompt(f"say {states}: "), read=read, depends_on=("best",)),
     }
     _, asked, _ = run(graph, lambda request, prompt: "xbzay" if prompt == "letters: " else "ok")
     assert asked == {"letters: ": 1, "say ['z', 'y']: ": 1}
 
 
 def test_a_model_scores_by_the_mean_of_its_replies():
-    def value(state: str, thought: Thought) -> float:
+    def value(state: str, thought: Completion) -> float:
         return float(thought.text)
 
     graph = {
-        "letters": Generate(ask=lambda _: Ask("letters: "), read=lambda _, text: list(text)),
+        "letters": Generate(ask=lambda _: Prompt("letters: "), read=lambda _, text: list(text)),
         "score": Score(
-            score=lambda letter: Ask(f"{letter}? ", tokens=2), read=value, k=2, after=("letters",)
+            score=lambda letter: Prompt(f"{letter}? ", tokens=2), read=value, k=2, depends_on=("letters",)
         ),
-        "best": KeepBest(after=("score",)),
+        "best": KeepBest(depends_on=("score",)),
     }
     found, asked, _ = run(graph, replies({"letters: ": ["ab"], "a? ": ["9", "1"], "b? ": ["6", "6"]}))
     assert asked == {"letters: ": 1, "a? ": 2, "b? ": 2}
@@ -169,17 +169,21 @@ def test_a_model_scores_by_the_mean_of_its_replies():
 
 def test_what_is_asked_nothing_goes_on_as_it_is():
     graph = {
-        "letters": Generate(ask=lambda _: Ask("letters: "), read=lambda _, text: list(text)),
+        "letters": Generate(ask=lambda _: Prompt("letters: "), read=lambda _, text: list(text)),
         "twice": Generate(
-            ask=lambda letter: None if letter == "a" else Ask(f"{letter}: "),
+            ask=lambda letter: None if letter == "a" else Prompt(f"{letter}: "),
             read=read,
             k=2,
-            after=("letters",),
+            depends_on=("letters",),
         ),
         "fix": Refine(
-            ask=lambda word: Ask(f"fix {word}: ") if len(word) > 1 else None, read=read, after=("twice",)
+            ask=lambda word: Prompt(f"fix {word}: ") if len(word) > 1 else None,
+            read=read,
+            depends_on=("twice",),
         ),
-        "say": Aggregate(ask=lambda states: Ask(f"say {' '.join(states)}: "), read=read, after=("fix",)),
+        "say": Aggregate(
+            ask=lambda states: Prompt(f"say {' '.join(states)}: "), read=read, depends_on=("fix",)
+        ),
     }
     said = {
         "letters: ": ["ab"],
@@ -205,7 +209,7 @@ def test_a_reply_that_fails_is_missed_by_its_operation_only():
     assert found.answer == "abcd"
     said.clear()
     with pytest.raises(apr.EngineError, match="broken"):
-        run(script=broken, failed="raise")
+        run(script=broken, on_branch_failure="raise")
 
 
 def test_nothing_is_left():
@@ -232,24 +236,24 @@ def test_calls_are_limited():
     assert sum(asked.values()) <= 6
 
 
-SAY = {"ask": lambda state: Ask("say: "), "read": read}
+SAY = {"ask": lambda state: Prompt("say: "), "read": read}
 
 
 @pytest.mark.parametrize(
     ("graph", "error"),
     [
-        ({"a": Generate(**SAY, after=("b",))}, "'a' comes after 'b', expected one of a"),
+        ({"a": Generate(**SAY, depends_on=("b",))}, "'a' comes after 'b', expected one of a"),
         (
             {
-                "a": Generate(**SAY, after=("b",)),
-                "b": Refine(**SAY, after=("a",)),
-                "c": Refine(**SAY, after=("b",)),
+                "a": Generate(**SAY, depends_on=("b",)),
+                "b": Refine(**SAY, depends_on=("a",)),
+                "c": Refine(**SAY, depends_on=("b",)),
             },
             "has no cycle: . -> . -> .",
         ),
-        ({"a": Generate(**SAY, after=("a",))}, "has no cycle: a -> a"),
+        ({"a": Generate(**SAY, depends_on=("a",))}, "has no cycle: a -> a"),
         (
-            {"a": Generate(**SAY), "b": KeepBest(after=("a",))},
+            {"a": Generate(**SAY), "b": KeepBest(depends_on=("a",))},
             "'b' keeps the best of 'a', which says no score",
         ),
         ({"b": KeepBest()}, "'b' keeps the best of nothing"),
@@ -269,7 +273,7 @@ def test_what_cannot_be_asked():
         asyncio.run(method("graph_of_thoughts")(engine, "X", task=Task[str, str](engine)))
     assert issubclass(GraphError, apr.AprError)
     graph = Sorting(engine).graph("cadb")
-    assert checked(graph) is graph
+    assert validate_graph(graph) is graph
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_countdown_searches_behind_each_first_step(problem: Problem, proposed: S
                 + "</Spawn>"
             )
         return (
-            Expert(problem, random.Random(0), Habits(), task.dialect).branch(prompt)
+            Expert(problem, random.Random(0), SearchStyle(), task.dialect).branch(prompt)
             if ";" in prompt
             else " 11"
         )

@@ -12,7 +12,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask
+from sgl_apr.methods.thought import Prompt
 
 
 class Talk(Task[str, str]):
@@ -20,8 +20,10 @@ class Talk(Task[str, str]):
 
     name, need = "talk", 20
 
-    def together(self, problem: str, own: str, others: Sequence[str], past: str = "") -> tuple[str, Ask]:
-        return f"{problem}[{'/'.join(others)}][{own}>", Ask()
+    def shared_context_prompt(
+        self, problem: str, own: str, others: Sequence[str], past: str = ""
+    ) -> tuple[str, Prompt]:
+        return f"{problem}[{'/'.join(others)}][{own}>", Prompt()
 
     def answer(self, text: str) -> str:
         return text.partition("=")[2]

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 import sgl_apr as apr
 from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tasks.countdown import problems
-from sgl_apr.tasks.expert import shown
+from sgl_apr.tasks.expert import demonstration
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training import grpo
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.config import GrpoConfig, Model, Rollouts, Updates
-from sgl_apr.training.structure import structure
+from sgl_apr.training.structure import build_training_tree
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -40,11 +40,11 @@ def test_what_was_better_than_its_group_becomes_likelier(begin: Path):
     eos = min(tokenizer.eos_ids)
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
     problem = next(problems(1, "train", numbers=(4,)))
-    made = [asyncio.run(shown(problem, tokenizer, seed=seed)) for seed in (1, 2, 3)]
+    made = [asyncio.run(demonstration(problem, tokenizer, seed=seed)) for seed in (1, 2, 3)]
 
     def likelihoods() -> list[float]:
         with torch.no_grad():
-            batches = (Collator()([structure([t], eos=eos)]) for t in made)
+            batches = (Collator()([build_training_tree([t], eos=eos)]) for t in made)
             return [float(log_probabilities(model, batch).sum()) for batch in batches]
 
     before = likelihoods()
@@ -62,7 +62,7 @@ def test_branches_weigh_what_is_asked(begin: Path):
     tokenizer = HfTokenizer(begin)
     eos = min(tokenizer.eos_ids)
     problem = next(problems(1, "train", numbers=(4,)))
-    made = [asyncio.run(shown(problem, tokenizer, seed=seed)) for seed in (1, 2)]
+    made = [asyncio.run(demonstration(problem, tokenizer, seed=seed)) for seed in (1, 2)]
 
     def step(branches: float) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
@@ -76,7 +76,7 @@ def test_branches_weigh_what_is_asked(begin: Path):
     for trajectory, advantage in zip(made, (1.0, -1.0), strict=True):
         trunk = next(
             t
-            for t in structure([trajectory], eos=eos, apart=True).split()
+            for t in build_training_tree([trajectory], eos=eos, separate_contexts=True).split()
             if not trajectory.spans[t.spans[0]].path
         )
         (-advantage * log_probabilities(model, Collator()([trunk])).sum()).backward()
@@ -91,7 +91,7 @@ def test_nothing_is_learned_where_all_are_alike(begin: Path):
     tokenizer = HfTokenizer(begin)
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    made = [asyncio.run(shown(p, tokenizer, seed=0)) for p in problems(2, "train")]
+    made = [asyncio.run(demonstration(p, tokenizer, seed=0)) for p in problems(2, "train")]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     assert grpo.learn(model, optimizer, made, [0.0, 0.0], min(tokenizer.eos_ids), config(begin)) == (0, 0)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
@@ -112,7 +112,7 @@ def test_the_server_answers_with_the_weights_of_the_step(
 
     def compared(model, optimizer, trajectories, advantages, eos, config):
         for trajectory in trajectories:
-            found = structure([trajectory], eos=eos)
+            found = build_training_tree([trajectory], eos=eos)
             said = [x for c in trajectory.calls for x in c.logprobs or ()]
             with torch.no_grad():
                 mine = log_probabilities(model, Collator()([found])).numpy()
@@ -143,7 +143,7 @@ def test_the_server_answers_with_the_weights_of_the_step(
 @pytest.mark.server
 @pytest.mark.slow
 def test_a_killed_run_goes_on(begin: Path, tmp_path: Path):
-    def kill(update: grpo.Update) -> None:
+    def kill(update: grpo.GrpoStepLog) -> None:
         raise Killed
 
     with pytest.raises(Killed):

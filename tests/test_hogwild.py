@@ -12,7 +12,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask
+from sgl_apr.methods.thought import Prompt
 from sgl_apr.tasks.countdown import Problem
 from sgl_apr.tasks.countdown_task import CountdownTask
 from sgl_apr.tasks.search import sequential
@@ -23,8 +23,10 @@ class Talk(Task[str, str]):
 
     name, need, check = "talk", 20, "?"
 
-    def together(self, problem: str, own: str, others: Sequence[str], past: str = "") -> tuple[str, Ask]:
-        return f"{problem}{{{past}}}[{'/'.join(others)}]{own}", Ask()
+    def shared_context_prompt(
+        self, problem: str, own: str, others: Sequence[str], past: str = ""
+    ) -> tuple[str, Prompt]:
+        return f"{problem}{{{past}}}[{'/'.join(others)}]{own}", Prompt()
 
     def opening(self, worker: int, number: int) -> str:
         return f"{worker}.{number}:"
@@ -192,5 +194,5 @@ def test_countdown_has_lines_for_steps_and_no_words():
     assert task.verify(problem, found.answer)
     prompts = [tokenizer.decode(r.input_ids) for r in engine.requests]
     assert prompts == [problem.text + "\n" + "".join(lines[:k]) for k in range(len(lines))]
-    seen, _ = task.together(problem, " 7- 3", [" 8- 7= 1,", ""], " 3+ 7= 10, 8> 18 2\n")
+    seen, _ = task.shared_context_prompt(problem, " 7- 3", [" 8- 7= 1,", ""], " 3+ 7= 10, 8> 18 2\n")
     assert seen == problem.text + "\n 3+ 7= 10, 8> 18 2\n 8- 7= 1,\n 7- 3"

@@ -12,7 +12,7 @@ from sglang_server import TOKENIZER, SglangServer
 
 import sgl_apr as apr
 from sgl_apr.engine.base import Load
-from sgl_apr.engine.http import IDLE_S
+from sgl_apr.engine.http import KEEPALIVE_S
 
 
 def reason(fake: SglangServer, *, timeout: float = 30.0, **options) -> apr.Trajectory:
@@ -113,7 +113,7 @@ def test_an_idle_connection_is_used_again_only_long_before_the_server_closes_it(
     async def once() -> list[int]:
         fake = SglangServer()
         async with fake.running() as url, await apr.HttpEngine.connect(url, tokenizer=TOKENIZER) as engine:
-            for pause in (0.0, 0.0, IDLE_S + 0.3):
+            for pause in (0.0, 0.0, KEEPALIVE_S + 0.3):
                 await asyncio.sleep(pause)
                 await engine.commit(apr.Request(f"apr-{pause}", (1, 2, 3)))
         return fake.connections
@@ -154,7 +154,7 @@ def test_a_branch_that_fails_ends_the_other(failure):
     fake = SglangServer(branch_1=failure, branch_2="is slow")
     began = time.monotonic()
     with pytest.raises(apr.BranchFailed, match=FAILURES[failure]) as raised:
-        reason(fake, failed="raise", retry=AT_ONCE)
+        reason(fake, on_branch_failure="raise", retry=AT_ONCE)
     assert raised.value.path == (1, 1)
     assert time.monotonic() - began < 5
     assert fake.rids["branch 2"] in fake.aborted
@@ -171,7 +171,7 @@ def test_every_phase_can_fail(phase, failure):
 def test_silence_is_a_timeout():
     fake = SglangServer(branch_1="goes silent")
     with pytest.raises(apr.BranchFailed, match=r"did not answer within 0\.5 s") as raised:
-        reason(fake, timeout=0.5, failed="raise")
+        reason(fake, timeout=0.5, on_branch_failure="raise")
     assert isinstance(raised.value.__cause__, apr.EngineTimeout)
     assert fake.rids["branch 1"] in fake.aborted
 

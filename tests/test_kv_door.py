@@ -17,8 +17,8 @@ from test_stress import idle
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.layout import LayoutError
-from sgl_apr.server.kv_door import MOST_WORK, layout_of
-from sgl_apr.server.kv_layout import work
+from sgl_apr.server.kv_door import MOST_WORK, parse_layout
+from sgl_apr.server.kv_layout import lookup_cost
 from sgl_apr.server.launch import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
@@ -257,11 +257,11 @@ def test_nothing_is_left_of_all_that(door: Server, model: Path):
 def test_the_work_of_a_layout_is_bounded():
     """Every branch has all before the fork as its key: what is short to write may be long to look up."""
     layout = [100_000, [[1]] * 1000, 5]
-    assert work(layout) > MOST_WORK
+    assert lookup_cost(layout) > MOST_WORK
 
     params = SimpleNamespace(beam_width=None, custom_params={"apr_layout": json.dumps(layout)})
     with pytest.raises(LayoutError, match="expected at most"):
-        layout_of(SimpleNamespace(return_logprob=False, sampling_params=params), 101_005)
+        parse_layout(SimpleNamespace(return_logprob=False, sampling_params=params), 101_005)
 
 
 @pytest.mark.slow

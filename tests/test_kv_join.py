@@ -14,7 +14,7 @@ import torch
 from test_kv_layout import random_layout
 from transformers import AutoModelForCausalLM
 
-from sgl_apr.layout import positions, size, visible
+from sgl_apr.layout import dense_mask, positions, size
 from sgl_apr.server.launch import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
@@ -56,7 +56,7 @@ def expected(reference, layout: list, ids: list[int], new: int = NEW) -> tuple[l
     logprobs: list[float] = []
     for k in range(new):
         grown = [*layout[:-1], layout[-1] + k]
-        sees = torch.tensor(visible(grown))
+        sees = torch.tensor(dense_mask(grown))
         mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
         with torch.no_grad():
             logits = reference(
@@ -80,18 +80,18 @@ async def generate(session, url: str, ids: list[int], new: int, layout: list | N
 
 
 class Evicted(Exception):
-    """What a part is to be stitched to is no longer in the cache."""
+    """What a part is to be joined to is no longer in the cache."""
 
 
 async def commit(session, url: str, layout: list, ids: list[int]) -> None:
     """Leave every part of a prompt in the cache, each behind what it sees; raises `Evicted`."""
 
-    async def walk(strand: list, at: int, before: list, seen: list[int]) -> int:
-        for k, item in enumerate(strand):
+    async def walk(sequence: list, at: int, before: list, seen: list[int]) -> int:
+        for k, item in enumerate(sequence):
             if isinstance(item, int):
                 seen, at, before = [*seen, *ids[at : at + item]], at + item, [*before, item]
                 nested = any(not isinstance(i, int) for i in before)
-                last = strand is layout and k == len(strand) - 1
+                last = sequence is layout and k == len(sequence) - 1
                 if item and not last:
                     found = await generate(session, url, seen, 0, merged(before) if nested else None)
                     if found["status"] == 409:
@@ -107,10 +107,10 @@ async def commit(session, url: str, layout: list, ids: list[int]) -> None:
     await walk(layout, 0, [], [])
 
 
-def merged(strand: list) -> list:
+def merged(sequence: list) -> list:
     """Runs that follow one another as one, as a request of its own has them."""
     out: list = []
-    for item in strand:
+    for item in sequence:
         if isinstance(item, int) and out and isinstance(out[-1], int):
             out[-1] += item
         else:
@@ -155,11 +155,11 @@ def test_a_text_join_is_another_thing(joining: Server, reference):
         async with aiohttp.ClientSession() as session:
             return await generate(session, joining.url, ids, NEW, return_logprob=True)
 
-    before, stitched, after = asyncio.run(plain()), joined(joining.url, layout, ids), asyncio.run(plain())
+    before, reply, after = asyncio.run(plain()), joined(joining.url, layout, ids), asyncio.run(plain())
     assert before["output_ids"] == after["output_ids"]
     linear, logprobs = expected(reference, [len(ids)], ids)
-    assert after["output_ids"] == linear, "an ordinary prompt never sees stitched keys and values"
-    heard = [p for p, *_ in stitched["meta_info"]["output_token_logprobs"]]
+    assert after["output_ids"] == linear, "an ordinary prompt never sees joined keys and values"
+    heard = [p for p, *_ in reply["meta_info"]["output_token_logprobs"]]
     assert heard[0] != pytest.approx(logprobs[0], abs=1e-4)
 
 
@@ -181,15 +181,13 @@ def test_a_join_and_the_same_text_in_a_line_share_only_what_is_alike(
         return asyncio.run(once())
 
     first = line() if line_first else None
-    stitched = joined(joining.url, layout, ids)
-    assert stitched["output_ids"] == expected(reference, layout, ids)[0]
-    assert stitched["meta_info"]["cached_tokens"] == len(ids) - layout[-1], (
-        "the end of the line is not its end"
-    )
+    reply = joined(joining.url, layout, ids)
+    assert reply["output_ids"] == expected(reference, layout, ids)[0]
+    assert reply["meta_info"]["cached_tokens"] == len(ids) - layout[-1], "the end of the line is not its end"
     read = first or line()
     assert read["output_ids"] == expected(reference, [len(ids)], ids)[0]
     assert read["meta_info"]["cached_tokens"] <= alike
-    assert joined(joining.url, layout, ids)["output_ids"] == stitched["output_ids"]
+    assert joined(joining.url, layout, ids)["output_ids"] == reply["output_ids"]
     assert line()["output_ids"] == read["output_ids"]
 
 

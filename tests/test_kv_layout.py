@@ -8,18 +8,28 @@ from array import array
 
 import pytest
 
-from sgl_apr.layout import LayoutError, behind, commits, join, length, parse, positions, size, visible
-from sgl_apr.server.kv_layout import resolve, work
+from sgl_apr.layout import (
+    LayoutError,
+    commit_prompts,
+    dense_mask,
+    extend_layout,
+    join,
+    length,
+    parse,
+    positions,
+    size,
+)
+from sgl_apr.server.kv_layout import lookup_cost, resolve
 
 EXAMPLE = [12, [[5], [7, [[2], [3]], 1]], 3]  # the one of the module's docstring
 
 
 def random_layout(rng: random.Random, depth: int = 3) -> list:
-    strand: list = [rng.randint(1, 4)]
+    sequence: list = [rng.randint(1, 4)]
     for _ in range(rng.randint(0, 2) if depth else 0):
-        strand.append([random_layout(rng, depth - 1) for _ in range(rng.randint(1, 3))])
-        strand.append(rng.randint(1, 3))
-    return strand
+        sequence.append([random_layout(rng, depth - 1) for _ in range(rng.randint(1, 3))])
+        sequence.append(rng.randint(1, 3))
+    return sequence
 
 
 def test_the_example():
@@ -30,7 +40,7 @@ def test_the_example():
     assert at[17:24] == list(range(12, 19)), "branch 2 begins where branch 1 does"
     assert (at[24:26], at[26:29], at[29]) == ([19, 20], [19, 20, 21], 22)
     assert at[30:] == [23, 24, 25], "behind the longest branch"
-    sees = visible(EXAMPLE)
+    sees = dense_mask(EXAMPLE)
     assert not any(sees[17][12:17]), "branch 2 does not see branch 1"
     assert not any(sees[26][24:26])
     assert all(sees[29][17:30])
@@ -43,7 +53,7 @@ def test_a_position_is_the_length_of_the_longest_chain():
     rng = random.Random(1)
     for _ in range(100):
         layout = random_layout(rng)
-        sees, at = visible(layout), list(positions(layout))
+        sees, at = dense_mask(layout), list(positions(layout))
         n = size(layout)
         chain = [0] * n
         for i in range(n):
@@ -62,7 +72,7 @@ def test_parts_cover_the_prompt_and_nothing_twice():
         keys = [(part, list(part.key(array("q", ids)))) for part in found.parts]
         flat = [token for part, key in keys for token in key[len(key) - part.size :]]
         assert flat + ids[len(ids) - found.tail :] == ids
-        assert sum(len(key) for _, key in keys) + found.tail <= work(layout)
+        assert sum(len(key) for _, key in keys) + found.tail <= lookup_cost(layout)
         assert found.offset == list(positions(layout))[-1] - (len(ids) - 1)
         assert all(p.namespace == "lora" or p.namespace.startswith("apr:") for p in found.parts)
         trees.add((found.namespace, json.dumps([layout[:-1], ids[: len(ids) - found.tail]])))
@@ -82,7 +92,7 @@ def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
             tail = prompt[len(prompt) - found.tail :]
             cached.update((found.namespace, tuple(tail[:k])) for k in range(1, len(tail) + 1))
 
-        for ranges, own in commits(layout):
+        for ranges, own in commit_prompts(layout):
             prompt = [i for first, last in ranges for i in ids[first:last]]
             assert own is None or size(own) == len(prompt)
             keep(prompt, own)
@@ -94,12 +104,12 @@ def test_a_join_of_what_was_joined():
     """The example, as it comes to be: the second branch joins its own two first."""
     inner = join((), 12 + 7, [((), 12 + 7 + 2), ((), 12 + 7 + 3)])
     assert inner == (19, ((2,), (3,)))
-    assert behind(inner, 25) == (19, ((2,), (3,)), 1)
+    assert extend_layout(inner, 25) == (19, ((2,), (3,)), 1)
     outer = join((), 12, [((), 12 + 5), (inner, 25)])
-    assert json.dumps(behind(outer, 33)) == json.dumps(EXAMPLE)
-    assert behind((), 33) is None
+    assert json.dumps(extend_layout(outer, 33)) == json.dumps(EXAMPLE)
+    assert extend_layout((), 33) is None
     again = join(outer, 33, [(outer, 33 + 4), (outer, 33 + 2)])
-    assert behind(again, 40) == (*outer, 3, ((4,), (2,)), 1)
+    assert extend_layout(again, 40) == (*outer, 3, ((4,), (2,)), 1)
     assert join(outer, 33, [((), 37), (outer, 35)]) is None, "one has forgotten what was joined"
     assert length(EXAMPLE) == 26
 

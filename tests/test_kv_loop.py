@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
-from sgl_apr.layout import commits, positions, visible
+from sgl_apr.layout import commit_prompts, dense_mask, positions
 from sgl_apr.models import random_llama
 from sgl_apr.server.launch import Server
 
@@ -63,7 +63,7 @@ def plain(tokenizer, vocabulary: int) -> torch.Tensor:
 
 def regret(reference, trajectory: apr.Trajectory, found: apr.Causality, letters: torch.Tensor) -> list[float]:
     """By how much the best letter beats each letter that was decoded, in the reference's log-probabilities."""
-    sees = torch.tensor(visible(found.layout))
+    sees = torch.tensor(dense_mask(found.layout))
     with torch.no_grad():
         logprobs = (
             reference(
@@ -80,7 +80,7 @@ def regret(reference, trajectory: apr.Trajectory, found: apr.Causality, letters:
     known, at, out = set(letters.tolist()), 0, []
     for span in trajectory.spans:
         for k, token in enumerate(span.token_ids):
-            # The token before it in its strand is the one before it in the text, but for the first of a span.
+            # The token before it in its sequence is the one before it in the text, but for the first of a span.
             if span.origin == "decoded" and k and token in known:
                 row = logprobs[at + k - 1]
                 out.append(float(row[letters].max() - row[token]))
@@ -159,10 +159,10 @@ def test_what_the_cache_lost_once_is_committed_again(joining: Server):
 def test_what_the_cache_keeps_losing_is_read_as_text(joining: Server):
     trajectory = with_forgetful(joining.url, lambda request: True)
     apr.dialect("multiverse").validate(trajectory.text)
-    (block, strand) = trajectory.joins[:2]
+    (block, sequence) = trajectory.joins[:2]
     assert (block.path, block.by) == ((1,), "kv")
-    assert (strand.path, strand.by) == ((), "text")
-    assert "forgotten" in strand.why
+    assert (sequence.path, sequence.by) == ((), "text")
+    assert "forgotten" in sequence.why
     again = [c for c in trajectory.calls if c.phase == "recommit"]
     assert len(again) == sum(len(b.branches) for b in trajectory.blocks), "each once"
     with pytest.raises(apr.AprError, match="forgotten"):
@@ -221,5 +221,5 @@ def test_an_engine_that_cannot_says_so():
 def test_commits_are_of_the_trajectory(joining: Server):
     trajectory = apr.run(joining.url, "Q: ", "multiverse", **options("multiverse", 3))
     found = apr.causality(trajectory)
-    assert len(list(commits(found.layout))) == sum(len(b.branches) for b in trajectory.blocks)
+    assert len(list(commit_prompts(found.layout))) == sum(len(b.branches) for b in trajectory.blocks)
     assert sum(c.phase == "commit" and len(c.path) > 0 for c in trajectory.calls)

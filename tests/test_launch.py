@@ -17,9 +17,9 @@ from processes import SERVE, in_session, until
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server import plugin, preflight
-from sgl_apr.server.flags import CPU, GPU, TOKENS, as_flags, defaults, pool_tokens
+from sgl_apr.server.flags import CPU, DEFAULT_POOL_TOKENS, GPU, as_flags, defaults, pool_tokens
 from sgl_apr.server.launch import HELP, Server, serve
-from sgl_apr.server.process import ServerProcess, reason
+from sgl_apr.server.process import ServerProcess, failure_reason
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +100,12 @@ def test_keywords_are_flags(options, flags):
 @pytest.mark.parametrize(
     ("config", "available", "tokens"),
     [
-        (LLAMA, 10**12, TOKENS),
+        (LLAMA, 10**12, DEFAULT_POOL_TOKENS),
         (LLAMA, 2 * 10_000 * (2 * 4 * 4 * 2 * 64), 10_000),
         ({"text_config": LLAMA}, 2 * 10_000 * (2 * 4 * 4 * 2 * 64), 10_000),
         (LLAMA | {"head_dim": 128}, 2 * 10_000 * (2 * 4 * 4 * 2 * 64), 5_000),
         (LLAMA, 1, 1024),
-        ({}, 1, TOKENS),
+        ({}, 1, DEFAULT_POOL_TOKENS),
     ],
 )
 def test_the_pool_fits_into_memory(config, available, tokens):
@@ -127,7 +127,7 @@ def test_the_pool_fits_into_memory(config, available, tokens):
     ],
 )
 def test_reason(log, why):
-    assert reason(log) == why
+    assert failure_reason(log) == why
 
 
 def failure(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -162,13 +162,13 @@ def test_taken_port(model, capfd):
 
 
 def test_a_port_is_held_for_the_server_alone():
-    wanted = preflight.Wanted(None, "main", "127.0.0.1", preflight.free_port())
-    with preflight.hold(wanted):
+    wanted = preflight.LaunchRequest(None, "main", "127.0.0.1", preflight.free_port())
+    with preflight.reserve_port(wanted):
         with (
             socket.create_server((wanted.host, wanted.port)),
             pytest.raises(LaunchError, match="cannot listen"),
         ):
-            preflight.hold(wanted)
+            preflight.reserve_port(wanted)
         others = [socket.socket() for _ in range(200)]
         for other in others:
             other.bind((wanted.host, 0))
@@ -227,10 +227,10 @@ def test_wrong_version(model, monkeypatch, capfd):
 
 def test_a_failing_plugin_ends_only_processes_we_launched(monkeypatch):
     monkeypatch.setattr(plugin, "version", lambda name: "0.5.22")
-    monkeypatch.delenv(plugin.LAUNCHED, raising=False)
+    monkeypatch.delenv(plugin.LAUNCHED_ENV, raising=False)
     with pytest.raises(LaunchError, match=r"0\.5\.22"):
         plugin.activate()
-    monkeypatch.setenv(plugin.LAUNCHED, "1")
+    monkeypatch.setenv(plugin.LAUNCHED_ENV, "1")
     with pytest.raises(SystemExit, match=r"sgl-apr: error: SGLang 0\.5\.22"):
         plugin.activate()
 
@@ -245,7 +245,7 @@ def test_a_failing_plugin_ends_only_processes_we_launched(monkeypatch):
 )
 def test_a_moved_seam_is_named(path, parameters, message):
     with pytest.raises(LaunchError, match=message):
-        plugin.seam(path, parameters)
+        plugin.require_sglang(path, parameters)
 
 
 def test_no_cpu_platform_beside_another(monkeypatch):

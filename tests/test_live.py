@@ -14,9 +14,18 @@ from rich.live import Live
 
 from sgl_apr.blocks import Outcome
 from sgl_apr.report.live import LiveView
-from sgl_apr.runtime.events import Delta, Done, Ended, Event, Forked, Joined, Retried, Wrote
+from sgl_apr.runtime.events import (
+    BranchEnded,
+    Delta,
+    Done,
+    Event,
+    Forked,
+    Joined,
+    SpanFinished,
+    TextRetracted,
+)
 from sgl_apr.spans import Finish, Path, Role, Span
-from sgl_apr.trajectory import Limit
+from sgl_apr.trajectory import LimitHit
 
 WORDS = {
     "ok": "done",
@@ -29,7 +38,7 @@ WORDS = {
 }
 FORK = Forked((1,), (("1", "count"), ("2", "guess")))
 BOTH = (Delta((1, 1), "one two three"), Delta((1, 2), "perhaps five"))
-JOIN = (Ended((1, 1), "ok"), Ended((1, 2), "failed"), Joined((1,), (1, 2)))
+JOIN = (BranchEnded((1, 1), "ok"), BranchEnded((1, 2), "failed"), Joined((1,), (1, 2)))
 
 
 def view_of(*events: Event) -> LiveView:
@@ -69,7 +78,7 @@ def said(lines: list[str], words: str) -> bool:
 
 def wrote(role: Role, text: str, path: Path = (), finish: Finish | None = None) -> tuple[Event, Event]:
     """Text and then its span."""
-    return Delta(path, text), Wrote(0, Span(role, "decoded", text, None, (), path, finish=finish))
+    return Delta(path, text), SpanFinished(0, Span(role, "decoded", text, None, (), path, finish=finish))
 
 
 def crowd(size: int, words: int = 1) -> list[Event]:
@@ -80,7 +89,7 @@ def crowd(size: int, words: int = 1) -> list[Event]:
     return events
 
 
-def finished(*limits: Limit) -> Done:
+def finished(*limits: LimitHit) -> Done:
     return Done((), "threadweaver", 3.21, limits, (), (), None, False)
 
 
@@ -102,10 +111,10 @@ def test_many_panels_wrap_to_rows():
 
 @pytest.mark.parametrize("outcome", get_args(Outcome))
 def test_an_outcome_is_said_in_words(outcome):
-    lines = see(FORK, *BOTH, Ended((1, 1), outcome))
+    lines = see(FORK, *BOTH, BranchEnded((1, 1), outcome))
     assert WORDS[outcome] in lines[-1].split("╯")[0]
     assert "running" in lines[-1].split("╯")[1]
-    joined = see(FORK, *BOTH, Ended((1, 1), outcome), Ended((1, 2), "ok"), Joined((1,), (1, 2)))
+    joined = see(FORK, *BOTH, BranchEnded((1, 1), outcome), BranchEnded((1, 2), "ok"), Joined((1,), (1, 2)))
     assert WORDS[outcome] in joined[line_of(joined, "1: count")]
 
 
@@ -134,7 +143,7 @@ def test_the_next_block_stands_below_the_first():
 
 
 def test_a_branch_that_a_join_left_out_is_folded_too():
-    cut = (Ended((1, 2), "aborted"), Ended((1, 1), "ok"), Joined((1,), (1,)))
+    cut = (BranchEnded((1, 2), "aborted"), BranchEnded((1, 1), "ok"), Joined((1,), (1,)))
     lines = see(FORK, *BOTH, *cut, Delta((), "So it is three."))
     assert lines[1:] == [
         "1: count  done  one two three",
@@ -144,7 +153,14 @@ def test_a_branch_that_a_join_left_out_is_folded_too():
 
 
 def test_text_that_comes_again_is_shown_once():
-    lines = see(Delta((), "I think so"), Retried((), 3), Delta((), " not"), FORK, *BOTH, Retried((1, 2), 4))
+    lines = see(
+        Delta((), "I think so"),
+        TextRetracted((), 3),
+        Delta((), " not"),
+        FORK,
+        *BOTH,
+        TextRetracted((1, 2), 4),
+    )
     assert said(lines, "I think not")
     assert said(lines, "perhaps ")
     assert not said(lines, "five")
@@ -153,9 +169,9 @@ def test_text_that_comes_again_is_shown_once():
 
 def test_a_branch_that_begins_anew_has_nothing_of_before():
     inner = (Forked((1, 2, 1), (("2.1", "low"), ("2.2", "high"))), Delta((1, 2, 1, 1), "deep"))
-    events = (FORK, *BOTH, *inner, Ended((1, 2), "failed"))
+    events = (FORK, *BOTH, *inner, BranchEnded((1, 2), "failed"))
     assert said(see(*events), "2.1")
-    lines = see(*events, Retried((1, 2), None), Delta((1, 2), "seven"))
+    lines = see(*events, TextRetracted((1, 2), None), Delta((1, 2), "seven"))
     assert not any(said(lines, gone) for gone in ("perhaps", "2.1", "deep", "failed"))
     assert line_of(lines, "seven") == line_of(lines, "one two three")
     assert lines[-1].count("running") == 2
@@ -176,7 +192,11 @@ def test_nested_branches_stand_in_the_panel_of_theirs():
     assert "2.2: high  running  upwards" in right
     assert not left.strip("│ ")
     assert "down there" in lines[order[-2]]
-    ended = (Ended((1, 2, 1, 1, 1, 1), "ok"), Ended((1, 2, 1, 1), "length"), Ended((1, 2, 1, 2), "ok"))
+    ended = (
+        BranchEnded((1, 2, 1, 1, 1, 1), "ok"),
+        BranchEnded((1, 2, 1, 1), "length"),
+        BranchEnded((1, 2, 1, 2), "ok"),
+    )
     lines = see(*events, *ended, Joined((1, 2, 1), (1, 2)), Delta((1, 2), "between them"))
     assert "cut at its limit" in lines[line_of(lines, "2.1: low")]
     assert line_of(lines, "2.2: high  done  upwards") < line_of(lines, "between them")
@@ -185,7 +205,7 @@ def test_nested_branches_stand_in_the_panel_of_theirs():
 
 def test_nested_branches_have_a_line_each_in_a_narrow_panel():
     inner = Forked((1, 3, 1), (("3.1", "low"), ("3.2", "high")))
-    ended = (Ended((1, 3, 1, 1), "length"), Ended((1, 3, 1, 2), "malformed"))
+    ended = (BranchEnded((1, 3, 1, 1), "length"), BranchEnded((1, 3, 1, 2), "malformed"))
     view = view_of(*crowd(3), inner, *(Delta((1, 3, 1, k), "a few words") for k in (1, 2)), *ended)
     lines = screen(view, width=80)
     first = line_of(lines, "3.1")
@@ -196,18 +216,18 @@ def test_nested_branches_have_a_line_each_in_a_narrow_panel():
 
 def test_a_trunk_may_go_on_beside_its_branches():
     events: list[Event] = [Delta((), "first "), Forked((1,), (("1", "count"),)), Delta((), "second ")]
-    events += [Forked((1,), (("2", "guess"),), first=2), Delta((), "third"), *BOTH]
+    events += [Forked((1,), (("2", "guess"),), first_number=2), Delta((), "third"), *BOTH]
     lines = see(*events)
     assert line_of(lines, "third") < line_of(lines, "1: count") == line_of(lines, "2: guess")
     assert line_of(lines, "one two three") == line_of(lines, "perhaps five")
-    lines = see(*events, Ended((1, 1), "ok"), Joined((1,), (1,)), Delta((), "fourth"))
+    lines = see(*events, BranchEnded((1, 1), "ok"), Joined((1,), (1,)), Delta((), "fourth"))
     order = [line_of(lines, w) for w in ("third", "1: count  done  one two three", "fourth", "2: guess")]
     assert order == sorted(set(order))
     late = (
-        Ended((1, 2), "ok"),
+        BranchEnded((1, 2), "ok"),
         Joined((1,), (2,)),
         Delta((), "fourth"),
-        Ended((1, 1), "ok"),
+        BranchEnded((1, 1), "ok"),
         Joined((1,), (1,)),
     )
     lines = see(*events, *late, Delta((), "fifth"))
@@ -218,7 +238,12 @@ def test_a_trunk_may_go_on_beside_its_branches():
 
 
 def test_what_was_never_forked_is_shown_all_the_same():
-    lines = see(Delta((1, 2), "out of nowhere"), Ended((1, 3), "ok"), Retried((2, 1), 5), Joined((3,), (1,)))
+    lines = see(
+        Delta((1, 2), "out of nowhere"),
+        BranchEnded((1, 3), "ok"),
+        TextRetracted((2, 1), 5),
+        Joined((3,), (1,)),
+    )
     assert said(lines, "out of nowhere")
     assert lines[-1].count("done") == 1
     assert screen(LiveView("Why?")) == ["Why?"]
@@ -229,11 +254,11 @@ def test_tags_are_left_out():
     header, result = wrote("header", "<Thread>1:", (1, 1)), wrote("result", "<Result>three</Result>", (1, 1))
     before = (Delta((), "Let me think."), *fork, FORK, *header, *BOTH)
     assert not any(said(see(*before), tag) for tag in ("<Parallel>", "<Thread>"))
-    after = see(*before, Ended((1, 1), "ok"), *result, *JOIN[1:], *wrote("tail", "<Tail>"))
+    after = see(*before, BranchEnded((1, 1), "ok"), *result, *JOIN[1:], *wrote("tail", "<Tail>"))
     assert not any("<" in line for line in after)
     assert said(after, "Let me think.")
     assert said(after, "one two three")
-    anew = see(*before, Retried((1, 1), None), Delta((1, 1), "<Thread>1:"), Delta((1, 1), "four"))
+    anew = see(*before, TextRetracted((1, 1), None), Delta((1, 1), "<Thread>1:"), Delta((1, 1), "four"))
     assert line_of(anew, "four") == line_of(anew, "perhaps five")
     assert not said(anew, "<Thread>")
 
@@ -253,7 +278,7 @@ def test_model_text_is_no_markup():
     running = screen(view)
     assert running[0] == odd
     assert all(said(running, shown) for shown in ("T" + odd, "[i]1: " + odd, "B" + odd))
-    for event in (Ended((1, 1), "ok"), Joined((1,), (1,))):
+    for event in (BranchEnded((1, 1), "ok"), Joined((1,), (1,))):
         view(event)
     assert said(screen(view), f"B{odd}")
 
@@ -263,7 +288,13 @@ def test_a_model_does_not_drive_the_terminal():
     view = LiveView(odd)
     events: list[Event] = [Delta((), odd), Forked((1,), ((odd, odd),)), Delta((1, 1), odd)]
     events += [Forked((1, 1, 1), ((odd, odd),)), Delta((1, 1, 1, 1), odd)]
-    for event in (*events, Ended((1, 1), "ok"), Joined((1,), (1,)), Delta((), odd), finished(Limit(odd, ()))):
+    for event in (
+        *events,
+        BranchEnded((1, 1), "ok"),
+        Joined((1,), (1,)),
+        Delta((), odd),
+        finished(LimitHit(odd, ())),
+    ):
         view(event)
         lines = screen(view)
         assert all(c.isprintable() for line in lines for c in line)
@@ -275,7 +306,7 @@ def test_a_model_does_not_drive_the_terminal():
 
 @pytest.mark.parametrize(("width", "height"), [(100, 30), (80, 24), (200, 60)])
 def test_fifty_branches_fit(width, height):
-    view = view_of(Delta((), "before " * 500), *crowd(50, words=40), Ended((1, 7), "malformed"))
+    view = view_of(Delta((), "before " * 500), *crowd(50, words=40), BranchEnded((1, 7), "malformed"))
     shown = "\n".join(screen(view, width, height))
     assert "before" in shown
     assert shown.count("running") == 49
@@ -283,7 +314,7 @@ def test_fifty_branches_fit(width, height):
     followed = [k for k in range(1, 51) if k != 7 and f"of{k} " in shown.replace("│", " ")]
     assert len(followed) == 49, "the last words of each are in view"
     for k in range(1, 51):
-        view(Ended((1, k), "ok"))
+        view(BranchEnded((1, k), "ok"))
     for event in (Joined((1,), tuple(range(1, 51))), Delta((), "behind"), finished()):
         view(event)
     lines = screen(view, width, height)
@@ -320,7 +351,7 @@ def test_lines_stay_as_they_broke_while_text_grows():
 
 
 def test_the_end_says_what_it_took():
-    limits = (Limit("branch_tokens", (1, 1)), Limit("branch_tokens", (1, 2)), Limit("seconds", ()))
+    limits = (LimitHit("branch_tokens", (1, 1)), LimitHit("branch_tokens", (1, 2)), LimitHit("seconds", ()))
     inner = Forked((1, 2, 1), (("2.1", "low"), ("2.2", "high")))
     lines = see(FORK, *BOTH, inner, *JOIN, finished(*limits))
     assert lines[-1] == "branches: 4 · limits that acted: branch_tokens, seconds · 3.2 s"
@@ -339,7 +370,7 @@ def test_it_listens_to_any_thread_while_two_show_it(request):
     def write(k: int) -> None:
         for i in range(3000):
             view(Delta((1, k), f"{i} "))
-        view(Retried((1, k), 5))
+        view(TextRetracted((1, k), 5))
         view(Delta((1, k), f"end{k}"))
 
     console = Console(file=file, force_terminal=True, width=100, height=30)

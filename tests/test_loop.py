@@ -231,13 +231,13 @@ def test_a_failed_branch_can_begin_anew():
     engine.script = lambda request, prompt, old=engine.script: (
         next(replies) if phase_of(prompt) == "branch 1" else old(request, prompt)
     )
-    t = reason(engine, failed="retry")
+    t = reason(engine, on_branch_failure="retry")
     assert [b.outcome for b in t.blocks[0].branches] == ["ok", "ok"]
     assert t.blocks[0].branches[0].text == " better\n"
 
 
 def test_begun_anew_it_is_skipped_at_last():
-    t = reason(scripted(branch_1=BOOM), failed="retry", retry=AT_ONCE)
+    t = reason(scripted(branch_1=BOOM), on_branch_failure="retry", retry=AT_ONCE)
     assert [b.outcome for b in t.blocks[0].branches] == ["failed", "ok"]
 
 
@@ -265,7 +265,7 @@ def test_a_failing_branch_may_take_the_others_with_it():
     engine = scripted(branch_1=BOOM, branch_2=slow)
     began = time.monotonic()
     with pytest.raises(apr.BranchFailed, match=r"branch 1\.1: boom") as error:
-        reason(engine, failed="raise", retry=AT_ONCE)
+        reason(engine, on_branch_failure="raise", retry=AT_ONCE)
     assert error.value.path == (1, 1)
     assert error.value.status == 500
     assert time.monotonic() - began < 5
@@ -294,7 +294,7 @@ def test_the_time_budget_ends_it():
     engine = scripted(trunk=apr.Reply("x" * 1000, delay=0.05))
     t = reason(engine, budget=Budget(seconds=0.3))
     assert 0 < len(t.text) < 1000
-    assert (t.finish, t.limits) == ("timeout", (apr.Limit("seconds", ()),))
+    assert (t.finish, t.limits) == ("timeout", (apr.LimitHit("seconds", ()),))
     assert t.wall_s < 2
     assert not engine.active
 
@@ -306,7 +306,7 @@ def test_branches_that_run_out_of_time_leave_some_for_the_conclusion():
     assert [b.outcome for b in t.blocks[0].branches] == ["ok", "timeout"]
     assert t.blocks[0].branches[1].text.startswith(" forever")
     assert (t.answer, t.finish) == ("Done.", "eos")
-    assert t.limits == (apr.Limit("seconds", (1, 2)),)
+    assert t.limits == (apr.LimitHit("seconds", (1, 2)),)
     assert 1.4 < t.wall_s < 2
 
 

@@ -73,11 +73,13 @@ def test_outlines_can_be_bounded(masked: Masked):
 
 @both
 def test_plain_text_has_no_angle_bracket(masked: Masked):
-    assert masked.accepts("body", " a > b & c\n</Thread>", plain=True)
-    assert not masked.accepts("body", " a < b\n</Thread>", plain=True)
-    assert masked.accepts("after", "<Conclusion>c</Conclusion>\n</Parallel>\nDone", plain=True)
-    assert masked.accepts("trunk", "Text " + FORK, plain=True)
-    assert masked.accepts("trunk", FORK, plain=True)
+    assert masked.accepts("body", " a > b & c\n</Thread>", forbid_angle_brackets=True)
+    assert not masked.accepts("body", " a < b\n</Thread>", forbid_angle_brackets=True)
+    assert masked.accepts(
+        "after", "<Conclusion>c</Conclusion>\n</Parallel>\nDone", forbid_angle_brackets=True
+    )
+    assert masked.accepts("trunk", "Text " + FORK, forbid_angle_brackets=True)
+    assert masked.accepts("trunk", FORK, forbid_angle_brackets=True)
 
 
 @both
@@ -113,7 +115,7 @@ def test_the_file_is_what_counts(masked: Masked, tmp_path):
         .replace('NUMBER ":" TEXT', 'NUMBER ")" TEXT')
     )
     mine = apr.Dialect.from_file(copy)
-    assert mine.grammar.written("header", "1") == "<Worker>\n1:"
+    assert mine.grammar.render_rule("header", "1") == "<Worker>\n1:"
     assert masked.accepts("trunk", FORK.replace(": ", ") "), dialect=mine)
     assert not masked.accepts("trunk", FORK, dialect=mine)
     # In it </Thread> is ordinary text, unless the tokenizer has it as a token of its own.

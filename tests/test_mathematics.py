@@ -18,7 +18,7 @@ import sgl_apr as apr
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.self_consistency import self_consistency
 from sgl_apr.tasks.asking import LONGEST_S
-from sgl_apr.tasks.mathematics import FORMULAS, Formulas, MathTask, Said
+from sgl_apr.tasks.mathematics import FORMULAS, Formulas, MathAnswer, MathTask
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def test_answers(task: MathTask, text: str, answer: str):
     ],
 )  # fmt: skip
 def test_answers_that_say_the_same_have_one_key(task: MathTask, one: str, other: str, same: bool):
-    assert (task.key(one) == task.key(other)) == same
-    assert (task.key(other) == task.key(one)) == same
-    assert len(Counter(map(task.key, (one, other)))) == (1 if same else 2)
+    assert (task.vote_key(one) == task.vote_key(other)) == same
+    assert (task.vote_key(other) == task.vote_key(one)) == same
+    assert len(Counter(map(task.vote_key, (one, other)))) == (1 if same else 2)
 
 
 def test_what_is_right(task: MathTask):
@@ -69,7 +69,7 @@ def test_what_is_right(task: MathTask):
 
 def test_when_workers_have_an_answer(task: MathTask):
     steps = ("so $x = 3$", "It is \\boxed{3}.", "Answer: 3")
-    assert [task.concludes(text) for text in steps] == [False, True, True]
+    assert [task.has_answer(text) for text in steps] == [False, True, True]
 
 
 REPLIES = ("\\boxed{1}", "\\boxed{0.5}", "so $\\frac12$", "none", "\\boxed{\\frac{2}{4}}", "\\boxed{1}")
@@ -93,7 +93,7 @@ def test_votes_are_counted_by_what_answers_say():
     engine = apr.ScriptedEngine(script())
     found = asyncio.run(best_of_n(engine, "half?", task=MathTask(engine), n=6, select="weighted"))
     assert found.score == 2.0
-    assert Said(found.answer) == Said("1/2")
+    assert MathAnswer(found.answer) == MathAnswer("1/2")
 
 
 def test_a_method_does_not_see_the_right_answer():
@@ -108,14 +108,14 @@ def test_a_method_does_not_see_the_right_answer():
 )
 def test_no_formula_takes_long(text: str):
     began = time.monotonic()
-    assert Said(text) != Said("3")
+    assert MathAnswer(text) != MathAnswer("3")
     assert time.monotonic() - began < 15
-    assert Said("1/2") == Said("0.5")
+    assert MathAnswer("1/2") == MathAnswer("0.5")
 
 
 def test_from_another_thread():
     said = list[bool]()
-    thread = Thread(target=lambda: said.append(Said("0.25") == Said("1/4")))
+    thread = Thread(target=lambda: said.append(MathAnswer("0.25") == MathAnswer("1/4")))
     thread.start()
     thread.join(60)
     assert said == [True]

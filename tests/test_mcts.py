@@ -13,7 +13,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thought import Completion, Prompt
 
 
 def worth(word: str) -> float:
@@ -29,8 +29,8 @@ class Words(Task[str, str]):
     def begin(self, problem: str) -> str:
         return ""
 
-    def propose(self, state: str) -> Ask:
-        return Ask(f"next of {state!r}: ", tokens=self.step)
+    def propose(self, state: str) -> Prompt:
+        return Prompt(f"next of {state!r}: ", tokens=self.step)
 
     def expand(self, state: str, text: str) -> Sequence[str]:
         return [state + letter for letter in text if letter.isalpha()]
@@ -38,10 +38,10 @@ class Words(Task[str, str]):
     def solved(self, state: str) -> str | None:
         return state if state == self.goal else None
 
-    def evaluate(self, state: str) -> Ask | float:
-        return 1.0 if state == self.goal else Ask(f"worth of {state!r}: ", tokens=5)
+    def evaluate(self, state: str) -> Prompt | float:
+        return 1.0 if state == self.goal else Prompt(f"worth of {state!r}: ", tokens=5)
 
-    def value(self, state: str, thought: Thought) -> float:
+    def value(self, state: str, thought: Completion) -> float:
         return float(thought.text or 0)
 
 
@@ -130,8 +130,8 @@ def test_an_answer_of_less_is_kept_until_the_end():
     class Unsure(Words):
         goal = "a"
 
-        def evaluate(self, state: str) -> Ask | float:
-            return 0.5 if state == "a" else Ask(f"worth of {state!r}: ", tokens=5)
+        def evaluate(self, state: str) -> Prompt | float:
+            return 0.5 if state == "a" else Prompt(f"worth of {state!r}: ", tokens=5)
 
     found, expanded, _ = search(Unsure, simulations=8, leaves=1)
     assert (found.answer, found.score) == ("a", 0.5)

@@ -15,14 +15,14 @@ from sglang_server import TOKENIZER, SglangServer
 import sgl_apr as apr
 from sgl_apr.engine import http
 from sgl_apr.engine.base import Load
-from sgl_apr.engine.meter import BUCKETS, MEMORY, Meter
+from sgl_apr.engine.meter import AVERAGING_WINDOW, BUCKETS, StepTimer
 
 
 def measured(*pairs: tuple[float, float]) -> Load:
     return Load(running=0, waiting=0, used_tokens=0, max_tokens=0, steps=pairs)
 
 
-def at(meter: Meter, running: int, *chunks: tuple[int, float]) -> None:
+def at(meter: StepTimer, running: int, *chunks: tuple[int, float]) -> None:
     """Chunks (tokens, seconds) heard while so many requests run."""
     with ExitStack() as stack:
         for _ in range(running):
@@ -35,13 +35,13 @@ def at(meter: Meter, running: int, *chunks: tuple[int, float]) -> None:
 
 
 def test_nothing_is_known_before_anything_was_heard():
-    meter = Meter()
+    meter = StepTimer()
     at(meter, 3)
     assert meter.steps == ()
 
 
 def test_buckets_are_powers_of_two_with_the_mean_of_what_was_in_them():
-    meter = Meter()
+    meter = StepTimer()
     for running in (1, 2, 3, 4, 7, 8, 1023, 1024, 3000):
         at(meter, running, (1, running / 1000))
     expected = [(1, 0.001), (2.5, 0.0025), (5.5, 0.0055), (8, 0.008), (1023, 1.023), (2012, 2.012)]
@@ -49,13 +49,13 @@ def test_buckets_are_powers_of_two_with_the_mean_of_what_was_in_them():
 
 
 def test_a_chunk_of_several_tokens_is_several_steps():
-    meter = Meter()
+    meter = StepTimer()
     at(meter, 1, (4, 1.0))
     assert meter.steps == ((1.0, 0.25),)
 
 
 def test_a_request_that_failed_runs_no_longer():
-    meter = Meter()
+    meter = StepTimer()
     with pytest.raises(ValueError, match="failed"), meter.running():
         raise ValueError("failed")
     at(meter, 1, (1, 0.5))
@@ -63,29 +63,29 @@ def test_a_request_that_failed_runs_no_longer():
 
 
 def test_a_plain_mean_at_first():
-    meter = Meter()
-    seconds = [random.Random(0).random() for _ in range(MEMORY)]
+    meter = StepTimer()
+    seconds = [random.Random(0).random() for _ in range(AVERAGING_WINDOW)]
     at(meter, 1, *((1, s) for s in seconds))
-    assert meter.steps[0][1] == pytest.approx(sum(seconds) / MEMORY)
+    assert meter.steps[0][1] == pytest.approx(sum(seconds) / AVERAGING_WINDOW)
 
 
 @pytest.mark.parametrize("running", [1, 64])
 def test_then_what_is_older_counts_less(running):
     """After `MEMORY` more steps, each heard by every request, 1/e of the old mean is left."""
-    meter = Meter()
-    at(meter, running, *[(1, 1.0)] * (MEMORY * running * 10))
-    at(meter, running, *[(1, 0.0)] * (MEMORY * running))
+    meter = StepTimer()
+    at(meter, running, *[(1, 1.0)] * (AVERAGING_WINDOW * running * 10))
+    at(meter, running, *[(1, 0.0)] * (AVERAGING_WINDOW * running))
     assert meter.steps[0][1] == pytest.approx(0.36, abs=0.01)
 
 
 def test_one_slow_step_of_many_requests_does_not_become_the_mean():
-    meter = Meter()
-    at(meter, 512, *[(1, 0.01)] * (512 * MEMORY), *[(1, 1.0)] * 512)
+    meter = StepTimer()
+    at(meter, 512, *[(1, 0.01)] * (512 * AVERAGING_WINDOW), *[(1, 1.0)] * 512)
     assert meter.steps[0][1] < 0.05
 
 
 def test_pairs_ascend_whatever_was_heard():
-    meter, rng = Meter(), random.Random(1)
+    meter, rng = StepTimer(), random.Random(1)
     for _ in range(300):
         at(meter, int(2 ** rng.uniform(0, 11)), (rng.randint(1, 5), rng.random()))
     centres = [running for running, _ in meter.steps]
@@ -230,7 +230,7 @@ def test_an_answer_is_good_for_a_while(monkeypatch):
             monkeypatch.setattr(http, "FRESH_S", 60.0)
             assert await engine.load() is await engine.load()
             assert fake.asked == 1
-            engine._stale = 0.0
+            engine._load_expires_at = 0.0
             monkeypatch.setattr(http, "FRESH_S", 0.0)
             await engine.load()
             await engine.load()
@@ -257,14 +257,14 @@ def test_a_failure_is_not_kept():
 def test_whether_the_server_honours_seeds(seeded):
     async def once() -> bool:
         async with Busy(info={"enable_deterministic_inference": seeded}).connected() as engine:
-            return engine.seeded
+            return engine.supports_seeds
 
     assert asyncio.run(once()) is seeded
 
 
 def test_a_scripted_engine_says_what_it_is_told():
-    engine = apr.ScriptedEngine(lambda request, prompt: "", seeded=False)
-    assert not engine.seeded
+    engine = apr.ScriptedEngine(lambda request, prompt: "", supports_seeds=False)
+    assert not engine.supports_seeds
     engine.loads = measured((1.0, 0.01))
     assert asyncio.run(engine.load()) is engine.loads
-    assert apr.ScriptedEngine(lambda request, prompt: "").seeded
+    assert apr.ScriptedEngine(lambda request, prompt: "").supports_seeds

@@ -15,7 +15,7 @@ import sglang as sgl
 import sgl_apr as apr
 from sgl_apr.cli import main
 from sgl_apr.eval_commands import ONE_REPLY
-from sgl_apr.methods.result import MODULES, Result, method
+from sgl_apr.methods.result import METHOD_MODULES, Result, method
 from sgl_apr.methods.task import Inapplicable, Task
 from sgl_apr.server.launch import Server
 from sgl_apr.tasks.countdown import problems, solves
@@ -46,14 +46,14 @@ def results(solver: Server) -> Mapping[str, list[Result]]:
             task = CountdownTask(engine)
             return {
                 name: [await method(name)(engine, p, task=task, budget=BUDGET, **greedy(name)) for p in GIVEN]
-                for name in MODULES
+                for name in METHOD_MODULES
                 if name not in NULL
             }
 
     return asyncio.run(all_of_them())
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in NULL])
+@pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
 def test_it_is_honest(results: Mapping[str, list[Result]], name: str):
     """Within its budget, from the cache what the cache has, and an answer that its trajectory holds."""
     for problem, result in zip(GIVEN, results[name], strict=True):
@@ -103,7 +103,7 @@ def test_branches_run_at_once(results: Mapping[str, list[Result]]):
             assert any(later < ended for (_, ended), (later, _) in pairwise(spans)), name
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in NULL])
+@pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
 def test_how_much_is_asked(results: Mapping[str, list[Result]], name: str):
     """Branches and calls of each row: those of the papers' structures, where the model has no say."""
     (result,) = results[name]

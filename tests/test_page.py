@@ -24,10 +24,10 @@ import sgl_apr as apr
 from sgl_apr.cli import main
 from sgl_apr.dialects import dialect_names
 from sgl_apr.report.page import live_page, page, safe_json
-from sgl_apr.report.page_entry import Entry, row, shape
+from sgl_apr.report.page_entry import Entry, lane_extents, row
 from sgl_apr.report.page_files import count, entries, facts
 from sgl_apr.tasks.evaluated import evaluated
-from sgl_apr.tasks.evaluation import Measured
+from sgl_apr.tasks.evaluation import AttemptMetrics
 
 HOSTILE = (
     "</script><script>window.pwned = 1</script>", "<!--<script>", "]]>--></style><img src=x onerror=alert(1)>",
@@ -70,7 +70,7 @@ def evaluation(directory: Path, attempts: dict[str, list[tuple[apr.Trajectory, b
             for number, (t, right) in enumerate(tried):
                 m = t.metrics()
                 figures = (m.total, m.critical_path, m.longest_context, m.branches, m.blocks)
-                measured = Measured(f"problem {number}", 3 + number % 2, right, *figures, label="exact")
+                measured = AttemptMetrics(f"problem {number}", 3 + number % 2, right, *figures, label="exact")
                 found.add(method, number, measured, 1.0, t.answer, t)
     return directory
 
@@ -212,9 +212,9 @@ def test_figures_are_those_of_the_metrics(name: str):
     m, found = t.metrics(), row(Entry("p", t, "method"))
     assert found == {
         "name": "p", "method": "method", "label": "", "answer": t.answer, "correct": None, "size": None, "tokens": m.total,
-        "critical": m.critical_path, "context": m.longest_context, "inside": m.in_branches, "blocks": m.blocks,
+        "critical": m.critical_path, "context": m.longest_context, "inside": m.branch_tokens, "blocks": m.blocks,
         "branches": m.branches, "wall": round(m.wall_s, 3), "calls": m.engine_calls, "prompt": m.prompt_tokens,
-        "cached": m.cached_tokens, "again": m.reprefilled_tokens, "shape": shape(t),
+        "cached": m.cached_tokens, "again": m.reprefilled_tokens, "shape": lane_extents(t),
     }  # fmt: skip
 
 
@@ -236,10 +236,10 @@ def test_a_thinghas_the_trunk_and_its_branches():
         apr.Span("fork", "decoded", "", (0,) * 10, (0,)),
         apr.Span("body", "decoded", "", (0,) * 20, (1,), (1, 1)),
         apr.Span("body", "decoded", "", (0,) * 40, (1,), (1, 2)),
-        apr.Span("result", "injected", "", (0,) * 10, (1,), (1, 1), after=(2,)),
+        apr.Span("result", "injected", "", (0,) * 10, (1,), (1, 1), waits_for=(2,)),
         apr.Span("text", "decoded", "", (0,) * 20, (4, 3)),
     )
-    assert shape(apr.Trajectory(spans, "x")) == [0, 100, 14, 43, 14, 71], "in percent of 70 tokens"
+    assert lane_extents(apr.Trajectory(spans, "x")) == [0, 100, 14, 43, 14, 71], "in percent of 70 tokens"
 
 
 def test_a_text_without_tokens_is_refused():

@@ -26,9 +26,9 @@ from test_page_browser import READ, lane_of, named, number, plain
 
 import sgl_apr as apr
 from sgl_apr.dialects import dialect_names
-from sgl_apr.server.caps import Caps
-from sgl_apr.server.routes import UI, _router, open_page
-from sgl_apr.server.service import Service
+from sgl_apr.server.caps import RequestLimits
+from sgl_apr.server.routes import UI, _router, allow_ui_without_key
+from sgl_apr.server.service import TrajectoryService
 
 KEY = "sesame"
 SLOW = 0.004  # seconds a token
@@ -44,13 +44,14 @@ def browser() -> Iterator[Any]:
     yield from launched()
 
 
-class Kept(Service):
+class Kept(TrajectoryService):
     """Keeps what it ran, on an engine of the test."""
 
     def __init__(self, engine: Any) -> None:
         model = SimpleNamespace(context_len=100_000, vocab_size=1000)
         super().__init__(
-            SimpleNamespace(served_model_name="m", config_value=lambda _: False, model_config=model), Caps()
+            SimpleNamespace(served_model_name="m", config_value=lambda _: False, model_config=model),
+            RequestLimits(),
         )
         self._engine, self.made = engine, list[apr.Trajectory]()
 
@@ -73,7 +74,9 @@ def serving(engine: Any, key: str | None = None) -> Iterator[tuple[str, Kept]]:
     app.include_router(_router(lifespan))
     with pytest.MonkeyPatch.context() as patch:
         if key:
-            patch.setattr(auth, "decide_request_auth", partial(open_page, auth.decide_request_auth))
+            patch.setattr(
+                auth, "decide_request_auth", partial(allow_ui_without_key, auth.decide_request_auth)
+            )
             auth.add_api_key_middleware(app, api_key=key, admin_api_key=None)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
         thread = threading.Thread(target=server.run)
@@ -128,7 +131,7 @@ def check(shown: Tab, t: apr.Trajectory) -> None:
     shown.until("!live.run && view.entry?.id !== 'running'")
     figures = shown.page.evaluate("figures(view.t)")
     assert figures == {
-        "tokens": m.total, "critical": m.critical_path, "inside": m.in_branches, "blocks": m.blocks, "branches": m.branches,
+        "tokens": m.total, "critical": m.critical_path, "inside": m.branch_tokens, "blocks": m.blocks, "branches": m.branches,
         "wall": m.wall_s, "calls": m.engine_calls, "prompt": m.prompt_tokens, "cached": m.cached_tokens,
         "again": m.reprefilled_tokens,
     }  # fmt: skip
@@ -193,7 +196,7 @@ def test_every_dialect_ends_as_the_server_has_it(browser):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"failed": "retry", "retry": {"attempts": 1}}], ids=["again", "anew"]
+    "options", [{}, {"on_branch_failure": "retry", "retry": {"attempts": 1}}], ids=["again", "anew"]
 )
 def test_what_is_retried_is_void(browser, options: dict):
     """Of a branch that fails when it has written something, and begins again or anew, nothing is left over."""
@@ -236,9 +239,9 @@ def test_stopping_cancels(browser):
         shown.until("!live.run")
         assert shown.text("#state") == "Stopped."
         deadline = time.monotonic() + 10
-        while service.tally.running and time.monotonic() < deadline:
+        while service.counters.running and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert (service.tally.running, engine.active, service.made) == (0, set(), [])
+        assert (service.counters.running, engine.active, service.made) == (0, set(), [])
 
 
 def test_another_is_looked_at_meanwhile(browser):

@@ -14,9 +14,9 @@ import sgl_apr as apr
 from sgl_apr.cli import main
 from sgl_apr.report.curves import LABELS, band, cost, draw, rows
 from sgl_apr.tasks.evaluated import RUN
-from sgl_apr.tasks.evaluation import Measured, Row, interval
+from sgl_apr.tasks.evaluation import AttemptMetrics, MethodResults, interval
 
-ONE = Measured("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
+ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
 SOME = [replace(ONE, problem=f"p{k}", correct=k % 3 > 0, tokens=50 + 10 * k) for k in range(30)]
 
 
@@ -82,7 +82,7 @@ def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], s
 def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
     random = Random(0)
     timed = [replace(attempt, took_s=random.random()) for attempt in SOME]
-    drawn = [Row(name, timed) for name in ("one <b>", "two & three")]
+    drawn = [MethodResults(name, timed) for name in ("one <b>", "two & three")]
     draw(drawn, tmp_path / "figure.svg", axes=["wall", "tokens"])
     assert (tmp_path / "figure.svg").stat().st_size > 10_000
     draw(drawn, tmp_path / "again.svg", axes=["wall", "tokens"])
@@ -117,7 +117,7 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path, capsys):
     assert main(["plot", str(tmp_path / "nothing"), "-o", str(tmp_path / "figure.pdf")]) == 1
     assert "is no file that `sgl-apr eval" in capsys.readouterr().err
     with pytest.raises(apr.AprError, match="expected attempts of every method"):
-        draw([Row("apr", SOME), Row("mcts", ())], tmp_path / "figure.pdf")
+        draw([MethodResults("apr", SOME), MethodResults("mcts", ())], tmp_path / "figure.pdf")
 
 
 def test_every_axis_of_the_command_can_be_drawn():

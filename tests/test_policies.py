@@ -9,7 +9,7 @@ import virtual
 from traces import TAGS
 
 import sgl_apr as apr
-from sgl_apr.runtime.decoding import derived
+from sgl_apr.runtime.decoding import derive_seed
 
 WIDTH = 4
 OUTLINES = "".join(f"<Outline>{k}: way {k}</Outline>\n" for k in range(1, WIDTH + 1))
@@ -65,7 +65,7 @@ def test_a_policy_says_when_to_join(policy, expected, seconds):
     assert outcomes(trajectory) == expected
     assert took == pytest.approx(seconds, abs=0.01)
     cut = [b for b in trajectory.blocks[0].branches if b.outcome != "ok"]
-    assert trajectory.limits == tuple(apr.Limit("policy", b.path) for b in cut)
+    assert trajectory.limits == tuple(apr.LimitHit("policy", b.path) for b in cut)
     for branch in cut:
         assert branch.text == "x" * int(seconds), "what it had written is kept"
         assert trajectory.spans[branch.spans[-1]].origin == "injected", "and closed"
@@ -116,13 +116,13 @@ def load(running: int = 0, free: int = 1 << 20, steps=STEPS) -> apr.Load:
     [
         (apr.Pacing(), (4, 100), load(), 4, "all at once"),
         (apr.Pacing(), (8, 100), load(), 4, "4 at a time end 2.31x sooner"),
-        (apr.Pacing(gain=3.0), (8, 100), load(), 8, "all at once"),
+        (apr.Pacing(min_speedup=3.0), (8, 100), load(), 8, "all at once"),
         (apr.Pacing(), (8, 100), load(steps=()), 8, "all at once"),
         (apr.Pacing(), (8, 100), load(steps=((1.0, 0.01),)), 8, "all at once"),
         (apr.Pacing(), (8, 1000), load(steps=(), free=1000), 3, "1000 KV tokens are free"),
         (apr.Pacing(), (8, 1000), load(steps=(), free=0), 1, "0 KV tokens are free"),
-        (apr.Pacing(fill=1.0), (8, 1000), load(steps=(), free=2500), 2, "2500 KV tokens are free"),
-        (apr.Pacing(most=3), (8, 1), load(steps=()), 3, "at most 3"),
+        (apr.Pacing(expected_fill=1.0), (8, 1000), load(steps=(), free=2500), 2, "2500 KV tokens are free"),
+        (apr.Pacing(max_parallel=3), (8, 1), load(steps=()), 3, "at most 3"),
     ],
 )
 def test_the_default_pace(pacing, demand, known, at_once, why):
@@ -145,13 +145,13 @@ def test_branches_run_as_paced_and_the_decision_is_kept():
     assert script.most == 2
     assert took == pytest.approx(62, abs=0.01), "4 begins when 2 has ended, after 21 s"
     (decision,) = trajectory.decisions
-    assert (decision.path, decision.branches, decision.at_once) == ((1,), 4, 2)
+    assert (decision.path, decision.branches, decision.parallelism) == ((1,), 4, 2)
     assert (decision.running, decision.free_tokens, decision.reason) == (7, 10_000, "4 on 7")
     assert decision.step_s == load().step_s(9)
 
 
 def test_a_branch_that_still_waits_is_cut_too():
-    trajectory, took = Script().run(pacing=apr.Pacing(most=1), policy="first")
+    trajectory, took = Script().run(pacing=apr.Pacing(max_parallel=1), policy="first")
     assert outcomes(trajectory) == ["ok", "aborted", "aborted", "aborted"]
     assert [b.text for b in trajectory.blocks[0].branches][1:] == ["..."] * 3
     assert took == pytest.approx(11, abs=0.01)
@@ -160,13 +160,13 @@ def test_a_branch_that_still_waits_is_cut_too():
 def test_a_fork_may_be_narrowed_before_it_is_written():
     script = Script()
     script.engine.loads = load(steps=(), free=0)
-    trajectory, _ = script.run(narrow=True, budget=apr.Budget(width=8), mode="parallel")
+    trajectory, _ = script.run(cap_width_by_load=True, budget=apr.Budget(width=8), mode="parallel")
     trunk = script.engine.requests[0].grammar
     assert "outline_2" in trunk
     assert "outline_3" not in trunk, "the mask has two branches at the most, the fewest of the dialect"
     assert trajectory.decisions[0].reason == "narrowed: 0 KV tokens are free"
-    with pytest.raises(apr.AprError, match="narrow=True"):
-        script.run(narrow=True, pacing=None)
+    with pytest.raises(apr.AprError, match="cap_width_by_load=True"):
+        script.run(cap_width_by_load=True, pacing=None)
 
 
 def test_an_engine_that_does_not_say_how_busy_it_is_runs_all():
@@ -191,8 +191,8 @@ def test_every_request_has_a_seed_of_its_own_that_can_be_derived_again():
         sent = [r.sampling["sampling_seed"] for r in script.engine.requests]
         noted = {c.path: c.seed for c in trajectory.calls if c.phase == "branch"}
         assert len(set(sent)) == len(sent)
-        assert noted == {(1, k): derived(7, (1, k), 0) for k in range(1, 5)}
-        assert (trajectory.seed, trajectory.seeded) == (7, True)
+        assert noted == {(1, k): derive_seed(7, (1, k), 0) for k in range(1, 5)}
+        assert (trajectory.seed, trajectory.seeds_honoured) == (7, True)
 
 
 def test_a_request_is_repeated_with_its_seed():
@@ -208,7 +208,7 @@ def test_a_request_is_repeated_with_its_seed():
 
 def test_an_engine_that_honours_no_seeds_is_sent_none():
     script = Script()
-    script.engine.seeded = False
+    script.engine.supports_seeds = False
     trajectory, _ = script.run()
     assert not any("sampling_seed" in r.sampling for r in script.engine.requests)
-    assert (trajectory.seeded, trajectory.seed is None) == (False, False)
+    assert (trajectory.seeds_honoured, trajectory.seed is None) == (False, False)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_apr.server.prefix_tree import Node, forest, leaves
+from sgl_apr.server.prefix_tree import Node, build_prefix_trees, leaves
 
 ROWS = st.lists(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 2), min_size=1, max_size=6), max_size=8)
 
@@ -17,7 +17,7 @@ def trees_of(rows: list[list[int]]) -> list[Node]:
     table = torch.full((len(rows), 8), 7, dtype=torch.int32)  # what is behind a row's end is the same for all
     for i, row in enumerate(rows):
         table[len(rows) - 1 - i, : len(row)] = torch.tensor(row)
-    return forest(table, torch.arange(len(rows)).flip(0), [len(row) for row in rows])
+    return build_prefix_trees(table, torch.arange(len(rows)).flip(0), [len(row) for row in rows])
 
 
 def in_common(left: list[int], right: list[int]) -> int:
@@ -31,11 +31,11 @@ def test_every_two_rows_part_where_the_tree_says(rows):
     def walk(node: Node, above: int) -> None:
         below = [row for child in node.children for row in child.rows]
         assert sorted(below) == sorted(node.rows) if node.children else len(node.rows) == 1
-        assert node.common >= above
+        assert node.shared_length >= above
         for one, other in combinations(node.children, 2):
-            found.update({frozenset((i, j)): node.common for i in one.rows for j in other.rows})
+            found.update({frozenset((i, j)): node.shared_length for i in one.rows for j in other.rows})
         for child in node.children:
-            walk(child, node.common + 1 if child.children else node.common)
+            walk(child, node.shared_length + 1 if child.children else node.shared_length)
 
     trees = trees_of(rows)
     for tree in trees:

@@ -11,16 +11,16 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.engine.scripted import ByteTokenizer
 from sgl_apr.methods.result import Result, method
-from sgl_apr.methods.thought import Thought
-from sgl_apr.tasks.chat import CHATML, PLAIN, Chat, chat_of
+from sgl_apr.methods.thought import Completion
+from sgl_apr.tasks.chat import CHATML, PLAIN, ChatTemplate, chat_of
 from sgl_apr.tasks.question import Draft, QuestionTask
 
 TAGS = ["<|im_start|>", "<|im_end|>"]
-LLAMA = Chat("<user>", "</user><model>", "</model>")
+LLAMA = ChatTemplate("<user>", "</user><model>", "</model>")
 
 
-def said(text: str, logprob: float | None = None) -> Thought:
-    return Thought(None, None, text, "eos", logprob)  # type: ignore[arg-type]
+def said(text: str, logprob: float | None = None) -> Completion:
+    return Completion(None, None, text, "eos", logprob)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -104,8 +104,8 @@ def test_point_prompts_share_all_but_the_point(task: QuestionTask):
         (said("No"), 0.0),
     ],
 )  # fmt: skip
-def test_a_judge_says_how_likely_yes_is(task: QuestionTask, thought: Thought, score: float):
-    assert task.judged(thought) == pytest.approx(score)
+def test_a_judge_says_how_likely_yes_is(task: QuestionTask, thought: Completion, score: float):
+    assert task.judge_score(thought) == pytest.approx(score)
     ask = task.judge("Q")
     assert (ask.tokens, ask.sampling) == (1, {"temperature": 1.0})
     assert ask.grammar == 'start: "Yes" | "No"\n'
@@ -149,15 +149,15 @@ def test_an_answer_is_drafted_in_two_steps(task: QuestionTask):
 
 
 def test_what_thinkers_see_of_each_other_and_when_they_are_done(task: QuestionTask):
-    alone, _ = task.together("Q", "", ["", ""])
+    alone, _ = task.shared_context_prompt("Q", "", ["", ""])
     assert alone == task.prompt("Q", alone.split("\n")[3].removesuffix("<|im_end|>"))
-    seen, ask = task.together("Q", "mine so", ["one", "", "two"], "done.\n\n")
+    seen, ask = task.shared_context_prompt("Q", "mine so", ["one", "", "two"], "done.\n\n")
     assert (
         seen
         == f"{alone}### Past steps\n\ndone.\n\n### Work of others\n\none\n\ntwo\n\n### Own work\n\nmine so"
     )
     assert ask.text == ""
-    assert [task.concludes(text) for text in ("I think.\n\n", "So.\nAnswer: 42\n\n")] == [False, True]
+    assert [task.has_answer(text) for text in ("I think.\n\n", "So.\nAnswer: 42\n\n")] == [False, True]
 
 
 def script(request: apr.Request, prompt: str) -> str:

@@ -24,14 +24,14 @@ def kept(reading: apr.Reading) -> str:
 
 def pieces(name: str, text: str) -> list[str]:
     """A document cut at its tags, tags included."""
-    marks = sorted(map(re.escape, apr.dialect(name).grammar.marks), key=len, reverse=True)
+    marks = sorted(map(re.escape, apr.dialect(name).grammar.tag_literals), key=len, reverse=True)
     return [p for p in re.split(f"({'|'.join(marks)})", text) if p]
 
 
 @every
 def test_a_valid_document_has_no_defects(name: str):
     reading = read(DOCUMENTS[name], name)
-    assert reading.clean
+    assert reading.is_valid
     assert reading.trajectory == apr.dialect(name).parse(DOCUMENTS[name])
     assert [len(b.branches) for b in reading.trajectory.blocks] == BRANCHES[name]
 
@@ -44,7 +44,7 @@ def test_detect_names_the_dialect(name: str):
 
 def test_text_without_tags_is_of_no_dialect():
     assert apr.detect("x < y and <b>bold</b>") is None
-    assert read("x < y and <b>bold</b>").clean
+    assert read("x < y and <b>bold</b>").is_valid
 
 
 SEEDED = [
@@ -115,7 +115,7 @@ def test_what_is_right_around_a_defect_is_read():
 
 def test_tags_in_the_prompt_are_not_structure():
     reading = read(TRACE, prompt="Write <Parallel> and </Thread>: ")
-    assert reading.clean
+    assert reading.is_valid
     assert len(reading.trajectory.blocks) == 1
     assert reading.trajectory.text == TRACE
     assert reading.trajectory.prompt.startswith("Write <Parallel>")
@@ -124,7 +124,7 @@ def test_tags_in_the_prompt_are_not_structure():
 def mutated(name: str, rng: random.Random) -> str:
     """A document with a few tags or characters deleted, swapped, doubled or put in."""
     parts = pieces(name, DOCUMENTS[name] * rng.randint(1, 2))
-    marks = [m for other in (name, name, "multiverse") for m in apr.dialect(other).grammar.marks]
+    marks = [m for other in (name, name, "multiverse") for m in apr.dialect(other).grammar.tag_literals]
     for _ in range(rng.randint(1, 4)):
         i = rng.randrange(len(parts))
         change = rng.randrange(5)
@@ -147,7 +147,7 @@ def mutated(name: str, rng: random.Random) -> str:
 def check(text: str, name: str | None) -> apr.Reading:
     reading = read(text, name)
     assert kept(reading) == text
-    assert reading.clean == apr.dialect(reading.trajectory.dialect).is_valid(text)
+    assert reading.is_valid == apr.dialect(reading.trajectory.dialect).is_valid(text)
     for i, span in enumerate(reading.trajectory.spans):
         assert all(p < i for p in span.parents)
     assert apr.Trajectory.from_json(reading.trajectory.to_json()) == reading.trajectory
@@ -182,7 +182,7 @@ def test_any_text_is_read(text: str):
 @settings(max_examples=100, deadline=None)
 @given(text=traces())
 def test_valid_traces_are_clean(text: str):
-    assert check(text, "threadweaver").clean
+    assert check(text, "threadweaver").is_valid
 
 
 SIZE = 1 << 18

@@ -27,7 +27,7 @@ class Reading(Task[str, str]):
     def answer(self, text: str) -> str:
         return text.strip()
 
-    def turn(self, text: str, *, first: bool = True) -> str:
+    def chat_turn(self, text: str, *, first: bool = True) -> str:
         return f"{'' if first else chr(10)}<{text}>"
 
 
@@ -127,7 +127,7 @@ def test_programs_ask_models_that_see_nothing_else():
     assert found.metrics.critical_path == own + len("<three>THREE") + len("<last>LAST"), (
         "one behind the other"
     )
-    assert len(told.after) == 4, "what follows waits for all of them"
+    assert len(told.waits_for) == 4, "what follows waits for all of them"
     assert apr.Trajectory.from_json(found.trajectory.to_json()) == found.trajectory
 
 

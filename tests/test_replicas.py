@@ -20,7 +20,7 @@ from processes import in_session, until
 
 import sgl_apr as apr
 from sgl_apr.engine import http
-from sgl_apr.engine.replicas import addresses, key_of, lost, rank_of
+from sgl_apr.engine.replicas import dp_rank, dropped_by_router, healthy_worker_urls, routing_key
 from sgl_apr.models import random_llama
 from sgl_apr.server import preflight
 from sgl_apr.server.launch import Server
@@ -31,23 +31,27 @@ ASKED = {"mode": "parallel", "temperature": 1.0, "budget": BUDGET, "retry": apr.
 
 
 def test_one_key_for_a_trajectory():
-    assert key_of("apr-abc-0001") == key_of("apr-abc-0002") == "apr-abc"
-    assert {rank_of(f"apr-{i}", 4) for i in range(50)} == {0, 1, 2, 3}
-    assert rank_of("apr-abc", 4) == 1, "the same in every process"
+    assert routing_key("apr-abc-0001") == routing_key("apr-abc-0002") == "apr-abc"
+    assert {dp_rank(f"apr-{i}", 4) for i in range(50)} == {0, 1, 2, 3}
+    assert dp_rank("apr-abc", 4) == 1, "the same in every process"
 
 
 def test_what_a_router_loses_is_named():
-    assert lost({"cache_salt": "a", "extra_key": "b", "sampling_params": {"logit_bias": {"5": 1.0}}}) == [
+    assert dropped_by_router(
+        {"cache_salt": "a", "extra_key": "b", "sampling_params": {"logit_bias": {"5": 1.0}}}
+    ) == [
         "cache_salt",
         "logit_bias",
     ]
-    assert not lost({"cache_salt": None, "sampling_params": {"stop_regex": (), "temperature": 1.0}})
+    assert not dropped_by_router(
+        {"cache_salt": None, "sampling_params": {"stop_regex": (), "temperature": 1.0}}
+    )
 
 
 def test_where_replicas_are():
     urls = {"http://one:1@0": True, "http://one:1@1": True, "http://two:2/": True, "http://three:3": False}
     workers = [{"url": url, "is_healthy": well} for url, well in urls.items()]
-    assert addresses({"workers": workers}) == ["http://one:1", "http://two:2"]
+    assert healthy_worker_urls({"workers": workers}) == ["http://one:1", "http://two:2"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def registered(url: str) -> int:
 
 
 async def ask(url: str, count: int, **options) -> list[apr.Trajectory]:
-    async with await apr.HttpEngine.connect(url, patience=60) as engine:
+    async with await apr.HttpEngine.connect(url, reconnect_timeout=60) as engine:
         prompts = (f"Question {uuid.uuid4()}: " for _ in range(count))
         asked = (apr.areason(engine, p, "multiverse", **{**ASKED, **options}) for p in prompts)
         return await asyncio.gather(*asked)
@@ -228,14 +232,14 @@ def test_the_requests_of_who_gives_up_are_aborted_on_the_replicas(fleet: Fleet):
             )
             for _ in range(100):
                 await asyncio.sleep(0.1)
-                engine._stale = 0.0
+                engine._load_expires_at = 0.0
                 if (await engine.load()).running:
                     break
             assert not task.done()
             task.cancel()
             for _ in range(50):
                 await asyncio.sleep(0.1)
-                engine._stale = 0.0
+                engine._load_expires_at = 0.0
                 load = await engine.load()
                 if not load.running:
                     break

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.records import Record
+from sgl_apr.records import TextRecord
 from sgl_apr.training import rewriting
 from sgl_apr.training.pipeline import ChatAsker, Statistics, rewrite, statistics, trajectories
-from sgl_apr.training.rewriting import Part, Unusable, forks, parallel
+from sgl_apr.training.rewriting import ReasoningStep, RejectedTrace, forks, parallel
 
 TRACE = """\
 We need the area of the yard.
@@ -65,7 +65,7 @@ def made(
     ],
 )
 def test_what_is_independent_forks(needs, plan):
-    steps = [Part(f"{k}", frozenset(own)) for k, own in enumerate(needs)]
+    steps = [ReasoningStep(f"{k}", frozenset(own)) for k, own in enumerate(needs)]
     assert forks(steps) == plan
 
 
@@ -105,15 +105,15 @@ def test_in_every_dialect_that_can_say_it(name: str):
     ],
 )
 def test_what_is_unusable_has_a_reason(ask: Scripted, reason: str):
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(RejectedTrace) as caught:
         made(ask=ask)
     assert caught.value.reason == reason
 
 
 def test_too_wide_and_too_short():
-    with pytest.raises(Unusable, match="too wide"):
+    with pytest.raises(RejectedTrace, match="too wide"):
         made(width=2)
-    with pytest.raises(Unusable, match="lines"):
+    with pytest.raises(RejectedTrace, match="lines"):
         made(trace="One line.")
     with pytest.raises(apr.AprError, match="awaited"):
         made("spawn")
@@ -128,8 +128,8 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
                 return json.dumps({"needs": [[], [1], [2], [3], [4], [5]]})
             return await super().__call__(prompt, schema)
 
-    traces = [Record("a", TRACE, "How large is it? "), Record("b", TRACE.replace("yard", "chain"))]
-    traces += [Record("c", TRACE.replace("yard", "broken"))]
+    traces = [TextRecord("a", TRACE, "How large is it? "), TextRecord("b", TRACE.replace("yard", "chain"))]
+    traces += [TextRecord("c", TRACE.replace("yard", "broken"))]
     dialect, out, ask = apr.dialect("npr"), tmp_path / "out.jsonl", Sometimes()
     tokenizer = apr.ByteTokenizer(dialect.tags)
     with pytest.raises(apr.EngineError, match="down"):
@@ -141,7 +141,7 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
     asked = len(ask.asked)
     with out.open("a") as file:
         file.write('{"id": "half')
-    traces[2] = Record("c", TRACE)
+    traces[2] = TextRecord("c", TRACE)
     assert asyncio.run(rewrite(traces, ask, dialect, out, tokenizer=tokenizer)).kept == 2
     assert 0 < len(ask.asked) - asked < asked
     first = next(trajectories(out))
@@ -153,7 +153,7 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
 @pytest.mark.slow
 def test_through_a_real_endpoint(server, tmp_path: Path):
     """Random weights under the schemas: every answer follows its schema as far as its length allows, all are counted."""
-    traces = [Record(f"{k}", TRACE) for k in range(8)]
+    traces = [TextRecord(f"{k}", TRACE) for k in range(8)]
     ask = ChatAsker(f"{server.url}/v1", max_tokens=700, temperature=1.0)
     out = tmp_path / "out.jsonl"
     found = asyncio.run(rewrite(traces, ask, apr.dialect("threadweaver"), out))
@@ -171,4 +171,4 @@ def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path):
     ask = ChatAsker("http://127.0.0.1:9/v1")
     ask.client = ask.client.with_options(max_retries=0)
     with pytest.raises(apr.EngineError, match="did not answer"):
-        asyncio.run(rewrite([Record("a", TRACE)], ask, apr.dialect("npr"), tmp_path / "out.jsonl"))
+        asyncio.run(rewrite([TextRecord("a", TRACE)], ask, apr.dialect("npr"), tmp_path / "out.jsonl"))

@@ -18,7 +18,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.sandbox import process, seccomp
-from sgl_apr.sandbox.process import Limits, Ran, Sandbox
+from sgl_apr.sandbox.process import Limits, RunResult, Sandbox
 
 QUICK = Limits(seconds=5.0)
 
@@ -27,10 +27,10 @@ async def upper(texts: list[str], deep: bool) -> list[str]:
     return [f"{text.upper()}{'!' * deep}" for text in texts]
 
 
-def ran(*blocks: str, limits: Limits = QUICK, answer: Any = upper, **variables: str) -> list[Ran]:
+def ran(*blocks: str, limits: Limits = QUICK, answer: Any = upper, **variables: str) -> list[RunResult]:
     """What each block comes to, in one sandbox."""
 
-    async def all_of_them() -> list[Ran]:
+    async def all_of_them() -> list[RunResult]:
         async with Sandbox(variables, answer, limits) as sandbox:
             return [await sandbox.run(textwrap.dedent(block)) for block in blocks]
 
@@ -44,7 +44,7 @@ def printed(block: str, **options: Any) -> str:
 
 def test_blocks_share_what_they_make():
     one, two, three = ran("n = len(context)\nprint(n)", "FINAL(n + 1)", "FINAL_VAR('n')", context="abc")
-    assert (one, two, three) == (Ran("3\n"), Ran("", "4"), Ran("", "3"))
+    assert (one, two, three) == (RunResult("3\n"), RunResult("", "4"), RunResult("", "3"))
 
 
 def test_values_are_read_by_their_names():
@@ -262,12 +262,12 @@ def test_messages_of_its_own_are_no_more_than_questions():
         import os
         os.write(1, b'{"output": 5, "chars": "many", "final": ["' + b"x" * 100 + b'"]}\\n')
     """)
-    assert found == Ran("5", f"['{'x' * 100}']")
+    assert found == RunResult("5", f"['{'x' * 100}']")
 
 
 def test_text_that_is_none_is_replaced():
     (found,) = ran("print('\\ud800')\nFINAL('\\udfff')")
-    assert found == Ran("?\n", "?")
+    assert found == RunResult("?\n", "?")
 
 
 def family(pid: int) -> list[int]:

@@ -11,8 +11,8 @@ from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.models import random_llama
 from sgl_apr.server import selfcheck
 from sgl_apr.server.launch import Server
-from sgl_apr.server.probe import Prompt, Reply, asker, commit, send
-from sgl_apr.server.selfcheck import NEW, Check, _bend, apart, check, distance
+from sgl_apr.server.probe import Prompt, Reply, commit, make_client, send
+from sgl_apr.server.selfcheck import NEW, IdentityCheck, _curvature, check, distance, mean_logprob_difference
 
 JOIN = Prompt((*range(130, 142),), (5, ((3,), (2,)), 2))
 
@@ -44,9 +44,11 @@ def break_(what: str, directory: Path) -> Path:
 
 
 def test_how_far_rows_are_apart():
-    assert apart({1: -1.0, 2: -3.0}, {1: -1.5, 2: -3.0}) == 0.25
-    assert apart({1: -1.0, 2: -3.0}, {2: -3.0, 3: -3.5}) == 2.5 / 4, "1 is no likelier than 3 there"
-    assert apart({1: -1.0}, {2: -1.0}) == 0, "they may be as likely as one another"
+    assert mean_logprob_difference({1: -1.0, 2: -3.0}, {1: -1.5, 2: -3.0}) == 0.25
+    assert mean_logprob_difference({1: -1.0, 2: -3.0}, {2: -3.0, 3: -3.5}) == 2.5 / 4, (
+        "1 is no likelier than 3 there"
+    )
+    assert mean_logprob_difference({1: -1.0}, {2: -1.0}) == 0, "they may be as likely as one another"
 
 
 def test_replies_are_compared_until_they_part():
@@ -59,16 +61,18 @@ def test_replies_are_compared_until_they_part():
 def test_the_bend_of_copies():
     """Attention to one other key: its weight is k / (k + 1), which is no parabola in 1/k, but nearly."""
     straight = [{1: 3.0 + 2.0 / k} for k in (1, 2, 3, 4)]
-    assert _bend(*straight) == pytest.approx(0)
-    assert 1e-4 < _bend(*({1: log(k / (k + 1))} for k in (1, 2, 3, 4))) < 0.03
-    assert _bend(*({1: 3.0 + 2.0 / k + k} for k in (1, 2, 3, 4))) > 0.2, "each copy moves what follows on"
+    assert _curvature(*straight) == pytest.approx(0)
+    assert 1e-4 < _curvature(*({1: log(k / (k + 1))} for k in (1, 2, 3, 4))) < 0.03
+    assert _curvature(*({1: 3.0 + 2.0 / k + k} for k in (1, 2, 3, 4))) > 0.2, (
+        "each copy moves what follows on"
+    )
 
 
 def test_a_check_that_text_passes_says_nothing():
-    assert Check("order", 0.1, 0.2, 0.1).blind
-    assert not Check("order", 0.1, 0.2, 0.3).blind
-    assert not Check("reuse", 0, 0).blind
-    assert str(Check("order", 0.5, 0.001, 0.25)) == "order: off by 0.5, allowed 0.001 (as text 0.25)"
+    assert IdentityCheck("order", 0.1, 0.2, 0.1).is_uninformative
+    assert not IdentityCheck("order", 0.1, 0.2, 0.3).is_uninformative
+    assert not IdentityCheck("reuse", 0, 0).is_uninformative
+    assert str(IdentityCheck("order", 0.5, 0.001, 0.25)) == "order: off by 0.5, allowed 0.001 (as text 0.25)"
 
 
 @pytest.mark.parametrize(
@@ -83,27 +87,29 @@ def test_a_check_that_text_passes_says_nothing():
 def test_what_is_missed_with_some_tokens_only_is_no_fault(
     rounds: list[tuple[str, ...]], starts: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    found = iter([[Check(n, 1.0 * (n in bad), 0.1) for n in ("positions", "order")] for bad in rounds])
+    found = iter(
+        [[IdentityCheck(n, 1.0 * (n in bad), 0.1) for n in ("positions", "order")] for bad in rounds]
+    )
     monkeypatch.setattr(selfcheck, "check", lambda ask: next(found))
     if starts:
-        selfcheck.require(lambda body: None)
+        selfcheck.assert_joins_correct(lambda body: None)
     else:
         with pytest.raises(LaunchError, match=r"none \(order: off by 1, allowed 0.1\)"):
-            selfcheck.require(lambda body: None)
+            selfcheck.assert_joins_correct(lambda body: None)
     assert not list(found), "every round was needed"
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("seed", range(3))
 def test_every_identity_holds_on_a_sound_server(server, seed: int):
-    for found in check(asker(server.url), seed):
+    for found in check(make_client(server.url), seed):
         assert found.ok, str(found)
-        assert not found.blind, str(found)
+        assert not found.is_uninformative, str(found)
 
 
 @pytest.mark.server
 def test_a_join_needs_its_branches(server):
-    ask = asker(server.url)
+    ask = make_client(server.url)
     with pytest.raises(EngineError, match="are cached") as lost:
         send(ask, [JOIN], NEW)
     assert lost.value.status == 409
@@ -116,7 +122,7 @@ def test_a_join_needs_its_branches(server):
 
 def test_no_server_is_an_error():
     with pytest.raises(EngineError, match=r"no answer from http://127\.0\.0\.1:9"):
-        check(asker("http://127.0.0.1:9"))
+        check(make_client("http://127.0.0.1:9"))
 
 
 @pytest.mark.server

@@ -16,12 +16,12 @@ import sgl_apr as apr
 from sgl_apr.cli import main
 from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tasks.countdown import problems
-from sgl_apr.tasks.expert import shown
+from sgl_apr.tasks.expert import demonstration
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.collate import Collator, log_probabilities, on, packed
+from sgl_apr.training.collate import Collator, log_probabilities, pack_rows, to_device
 from sgl_apr.training.config import Data, Model, SftConfig, Steps, load
-from sgl_apr.training.sft import Step, train
-from sgl_apr.training.structure import structure
+from sgl_apr.training.sft import SftStepLog, train
+from sgl_apr.training.structure import build_training_tree
 
 SMALL = SftConfig(
     Model(layers=1, hidden=32),
@@ -52,10 +52,10 @@ def test_the_gradient_is_that_of_separate_sequences(tiny, name: str, device: str
     engine.decode = noted
     budget = apr.Budget(tokens=300, width=3)
     made = [asyncio.run(apr.areason(engine, "Q: ", name, budget=budget, mode="parallel")) for _ in range(2)]
-    structures = [structure([t], eos=256) for t in made]
-    (row,) = packed(structures, 10_000)
+    structures = [build_training_tree([t], eos=256) for t in made]
+    (row,) = pack_rows(structures, 10_000)
     tiny.to(device).zero_grad()
-    (-log_probabilities(tiny, on(Collator()([row]), device)).sum()).backward()
+    (-log_probabilities(tiny, to_device(Collator()([row]), device)).sum()).backward()
     packed_gradient = [p.grad.clone() for p in tiny.parameters()]
 
     tiny.zero_grad()
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path):
 
     for at in (2, 7):  # before the first checkpoint, and between two
 
-        def kill(step: Step, at: int = at) -> None:
+        def kill(step: SftStepLog, at: int = at) -> None:
             if step.step == at:
                 raise Killed
 
@@ -109,7 +109,7 @@ def test_the_directory_of_another_run_is_left_alone(tmp_path: Path):
 def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):
     model = countdown_llama(tmp_path / "model", apr.dialect("spawn").tags, layers=1, hidden=32)
     tokenizer = HfTokenizer(model)
-    made = [asyncio.run(shown(p, tokenizer, seed=0)) for p in problems(6, "train")]
+    made = [asyncio.run(demonstration(p, tokenizer, seed=0)) for p in problems(6, "train")]
     lines = tmp_path / "made.jsonl"
     lines.write_text("".join(t.to_json() + "\n" for t in made))
     config = tmp_path / "sft.toml"

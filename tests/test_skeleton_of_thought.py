@@ -12,7 +12,7 @@ import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.skeleton_of_thought import skeleton_of_thought
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask
+from sgl_apr.methods.thought import Prompt
 
 
 class Letters(Task[str, Any]):
@@ -23,15 +23,15 @@ class Letters(Task[str, Any]):
     def answer(self, text: str) -> str:
         return text
 
-    def skeleton(self, problem: str) -> Ask:
-        return Ask(f"outline {problem}: ")
+    def skeleton(self, problem: str) -> Prompt:
+        return Prompt(f"outline {problem}: ")
 
     def points(self, text: str) -> Sequence[str]:
         return text.split()
 
-    def point(self, problem: str, skeleton: str | None, number: int, point: str) -> Ask:
+    def point(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
         shown = "; " if skeleton is None else f"{problem} in {skeleton}, "
-        return Ask(f"{shown}point {number}. {point}", name=point)
+        return Prompt(f"{shown}point {number}. {point}", name=point)
 
 
 def script(request: apr.Request, prompt: str) -> Any:
@@ -122,7 +122,7 @@ def test_a_point_that_fails_leaves_its_heading():
     found, _ = written(broken)
     assert found.answer == "1. a=a!\n2. b\n3. c=c!"
     with pytest.raises(apr.EngineError, match="broken"):
-        written(broken, failed="raise")
+        written(broken, on_branch_failure="raise")
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 30, 50, 90])

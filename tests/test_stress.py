@@ -138,9 +138,9 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
 
     async def one(engine: apr.HttpEngine, kind: str) -> str:
         options = {"mode": "parallel", "temperature": 1.0, "budget": apr.Budget(tokens=400, width=4)}
-        patience = rng.uniform(0.0, 1.5)
+        reconnect_timeout = rng.uniform(0.0, 1.5)
         if kind == "timeout":
-            options["budget"] = apr.Budget(tokens=400, width=4, seconds=0.05 + patience)
+            options["budget"] = apr.Budget(tokens=400, width=4, seconds=0.05 + reconnect_timeout)
         elif kind == "policy":
             # Four branches that end by themselves, one soon: the others are cut.
             options |= {
@@ -150,7 +150,7 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
             }
         task = asyncio.create_task(apr.areason(engine, f"Q{rng.randrange(20)}: ", "threadweaver", **options))
         if kind == "cancel":
-            await asyncio.wait([task], timeout=patience)
+            await asyncio.wait([task], timeout=reconnect_timeout)
             task.cancel()
         try:
             trajectory = await task
@@ -250,7 +250,10 @@ def test_the_same_model_thinks_either_way(strict: Server):
 
 @pytest.mark.parametrize("failed", ["skip", "retry"])
 def test_a_fault_in_one_branch_changes_no_byte_of_the_others(strict: Server, failed: str):
-    whole, faulty = greedy(strict.url), greedy(strict.url, (1, 2), failed=failed, retry=apr.Retry(wait=0.01))
+    whole, faulty = (
+        greedy(strict.url),
+        greedy(strict.url, (1, 2), on_branch_failure=failed, retry=apr.Retry(wait=0.01)),
+    )
     assert [b.outcome for b in faulty.blocks[0].branches][1] == "failed"
     assert all(b.outcome != "failed" for k, b in enumerate(faulty.blocks[0].branches) if k != 1)
     for k in (1, 3, 4):

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import sgl_apr as apr
 from sgl_apr.layout import positions
 from sgl_apr.training.masks import Visibility
-from sgl_apr.training.structure import Structure, structure
+from sgl_apr.training.structure import TrainingTree, build_training_tree
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
 
@@ -40,7 +40,7 @@ def sampled(name: str, seed: int, **more) -> tuple[apr.Trajectory, Noted]:
     return asyncio.run(apr.areason(engine, "Q: ", name, **more)), engine
 
 
-def read(found: Structure) -> Counter:
+def read(found: TrainingTree) -> Counter:
     """(what is seen, positions, the token that is to follow) of every loss."""
     dense = Visibility.of([found.tree]).dense()[0, 0].numpy()
     ids, at = found.tree.token_ids, found.tree.positions
@@ -67,7 +67,7 @@ def test_each_decoded_token_has_one_loss_behind_what_it_had_read(name: str):
     blocks = 0
     for seed in range(6):
         trajectory, engine = sampled(name, seed)
-        found = structure([trajectory], eos=apr.ByteTokenizer.EOS)
+        found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
         assert read(found) == asked(engine)
         blocks += len(trajectory.blocks)
     assert blocks >= 6
@@ -78,7 +78,7 @@ def test_joined_in_the_cache_too(name: str):
     for seed in range(6):
         trajectory, engine = sampled(name, seed, join="kv")
         assert all(join.by == "kv" for join in trajectory.joins)
-        found = structure([trajectory], eos=apr.ByteTokenizer.EOS)
+        found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
         assert read(found) == asked(engine)
         whole = apr.causality(trajectory)
         assert found.tree.token_ids.tolist() == list(whole.token_ids), "each token once"
@@ -93,18 +93,20 @@ def test_joined_in_the_cache_too(name: str):
 @pytest.mark.parametrize("name", KV)
 def test_a_text_join_may_be_trained_as_a_kv_join(name: str):
     trajectory, _ = sampled(name, 1, join="text")
-    assert len(structure([trajectory]).tree.token_ids) > trajectory.metrics().total, "read again"
-    as_kv, whole = structure([trajectory], join="kv"), apr.causality(trajectory, "kv")
+    assert len(build_training_tree([trajectory]).tree.token_ids) > trajectory.metrics().total, "read again"
+    as_kv, whole = build_training_tree([trajectory], join="kv"), apr.causality(trajectory, "kv")
     assert as_kv.tree.token_ids.tolist() == list(whole.token_ids)
     assert as_kv.tree.positions.tolist() == list(whole.positions)
     back, _ = sampled(name, 1, join="kv")
-    assert read(structure([back], join="text")) == read(structure([trajectory])), "and the reverse"
+    assert read(build_training_tree([back], join="text")) == read(build_training_tree([trajectory])), (
+        "and the reverse"
+    )
 
 
 def test_trajectories_share_what_they_have_in_common():
     made = [sampled("threadweaver", seed) for seed in range(4)]
-    together = structure([t for t, _ in made], eos=apr.ByteTokenizer.EOS)
-    apart = [structure([t], eos=apr.ByteTokenizer.EOS) for t, _ in made]
+    together = build_training_tree([t for t, _ in made], eos=apr.ByteTokenizer.EOS)
+    apart = [build_training_tree([t], eos=apr.ByteTokenizer.EOS) for t, _ in made]
     assert read(together) == sum((read(s) for s in apart), Counter())
     assert together.tokens <= sum(s.tokens for s in apart) - 3 * len("Q: ")
     assert Counter(together.trajectories.tolist()) == {k: len(s.sources) for k, s in enumerate(apart)}
@@ -113,23 +115,23 @@ def test_trajectories_share_what_they_have_in_common():
 def test_a_trajectory_without_ids_is_an_error():
     trajectory = apr.dialect("threadweaver").parse("six times seven is 42")
     with pytest.raises(apr.AprError, match="tokenizer="):
-        structure([trajectory])
+        build_training_tree([trajectory])
 
 
 def test_one_that_lost_a_join_in_its_middle_is_an_error():
     trajectory, _ = sampled("multiverse", 2, join="kv")
-    lost = apr.Join((), "text", "forgotten")
+    lost = apr.JoinRecord((), "text", "forgotten")
     from dataclasses import replace
 
     with pytest.raises(apr.AprError, match="forgotten"):
-        structure([replace(trajectory, joins=(*trajectory.joins, lost))])
+        build_training_tree([replace(trajectory, joins=(*trajectory.joins, lost))])
 
 
 @pytest.mark.parametrize("name", ["apr", "spawn", "multiverse"])
 def test_contexts_of_their_own_are_taken_apart(name: str):
     trajectory, _ = sampled(name, 3)
-    whole = structure([trajectory], eos=apr.ByteTokenizer.EOS)
-    parts = structure([trajectory], eos=apr.ByteTokenizer.EOS, apart=True).split()
+    whole = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
+    parts = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS, separate_contexts=True).split()
     roots = [s for s in trajectory.spans if not s.parents]
     assert len(parts) == len(roots)
     assert (len(parts) > 1) == (name != "multiverse")
@@ -139,7 +141,7 @@ def test_contexts_of_their_own_are_taken_apart(name: str):
 @pytest.mark.parametrize("join", ["text", "kv"])
 def test_flex_attention_sees_the_same(join: str):
     torch.manual_seed(0)
-    rows = [structure([sampled("multiverse", seed, join=join)[0]]).tree for seed in (1, 2)]
+    rows = [build_training_tree([sampled("multiverse", seed, join=join)[0]]).tree for seed in (1, 2)]
     sight = Visibility.of(rows)
     heads = [torch.randn(2, 2, sight.ends.shape[1], 16) for _ in range(3)]
     found = flex_attention(*heads, block_mask=sight.blocks(16))

@@ -10,18 +10,18 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.requests import common
-from sgl_apr.methods.thought import Ask
-from sgl_apr.methods.thoughts import Thoughts, thinking
+from sgl_apr.methods.thought import Prompt
+from sgl_apr.methods.thoughts import MethodSession, method_session
 
 ENGINE = apr.ScriptedEngine
 
 
-def run(script: Callable[..., Any], program: Callable[[Thoughts], Any], **options: Any):
+def run(script: Callable[..., Any], program: Callable[[MethodSession], Any], **options: Any):
     """What a program returns, its trajectory, and the engine."""
     engine = ENGINE(script)
 
     async def once():
-        async with thinking(engine, "Q: ", "test", seed=0, **options) as thoughts:
+        async with method_session(engine, "Q: ", "test", seed=0, **options) as thoughts:
             found = await program(thoughts)
             return found, thoughts.finish(), engine
 
@@ -29,9 +29,9 @@ def run(script: Callable[..., Any], program: Callable[[Thoughts], Any], **option
 
 
 def test_forks_share_a_committed_prefix():
-    async def program(t: Thoughts):
-        begun = await t.follow(t.root, "first ")
-        return await t.fork(begun, ["a", "b", Ask("c", tokens=3)])
+    async def program(t: MethodSession):
+        begun = await t.continue_from(t.root, "first ")
+        return await t.fork(begun, ["a", "b", Prompt("c", tokens=3)])
 
     found, trajectory, engine = run(lambda request, prompt: f"<{prompt[-1]}>xyz", program)
     assert [t.text for t in found] == ["<a>xyz", "<b>xyz", "<c>"]
@@ -51,11 +51,11 @@ def test_forks_share_a_committed_prefix():
 
 
 def test_a_tree_stands_in_the_order_of_its_forks():
-    async def program(t: Thoughts):
+    async def program(t: MethodSession):
         one, two = await t.fork(t.root, ["1", "2"])
         await t.fork(two, ["3", "4"])
         await t.fork(one, ["5"])
-        await t.follow(t.root, "end")
+        await t.continue_from(t.root, "end")
 
     _, trajectory, _ = run(lambda request, prompt: "", program)
     paths = list(dict.fromkeys(s.path for s in trajectory.spans))
@@ -67,9 +67,9 @@ def test_a_tree_stands_in_the_order_of_its_forks():
 
 
 def test_thoughts_apart_see_nothing_else_but_come_later():
-    async def program(t: Thoughts):
+    async def program(t: MethodSession):
         found = await t.fork(t.root, ["long", "s"])
-        return await t.apart([Ask(f"same: {k}", after=tuple(found)) for k in (1, 2)])
+        return await t.sample_independent([Prompt(f"same: {k}", depends_on=tuple(found)) for k in (1, 2)])
 
     found, trajectory, engine = run(lambda request, prompt: "ok", program)
     assert [t.text for t in found] == ["ok", "ok"]
@@ -80,9 +80,9 @@ def test_thoughts_apart_see_nothing_else_but_come_later():
 
 
 def test_what_is_shown_is_a_parent_and_is_not_counted_again():
-    async def program(t: Thoughts):
+    async def program(t: MethodSession):
         first = await t.fork(t.root, ["", ""])
-        return await t.seeing([("Q: seen", first, Ask()), ("Q: seen", first[:1], Ask())])
+        return await t.sample_with_context([("Q: seen", first, Prompt()), ("Q: seen", first[:1], Prompt())])
 
     _, trajectory, engine = run(lambda request, prompt: "abc", program)
     assert bytes(engine.requests[-1].input_ids) == b"Q: seen"
@@ -93,9 +93,9 @@ def test_what_is_shown_is_a_parent_and_is_not_counted_again():
 
 @pytest.mark.parametrize("tokens", [1, 5, 20, 61])
 def test_a_budget_is_never_exceeded(tokens: int):
-    async def program(t: Thoughts):
+    async def program(t: MethodSession):
         found = await t.fork(t.root, ["ab"] * 3, of=0.5)
-        await asyncio.gather(t.fork(found[0], ["cd"] * 2), t.follow(t.root, "ef"))
+        await asyncio.gather(t.fork(found[0], ["cd"] * 2), t.continue_from(t.root, "ef"))
 
     _, trajectory, engine = run(lambda request, prompt: "x" * 50, program, budget=apr.Budget(tokens=tokens))
     assert trajectory.metrics().total <= tokens
@@ -104,9 +104,9 @@ def test_a_budget_is_never_exceeded(tokens: int):
 
 
 def test_other_limits():
-    async def program(t: Thoughts):
-        assert t.width(9) == 2
-        assert t.width(9, need=30, of=0.5) == 1
+    async def program(t: MethodSession):
+        assert t.affordable_width(9) == 2
+        assert t.affordable_width(9, need=30, of=0.5) == 1
         for _ in range(3):
             await t.fork(t.root, ["a", "b"])
 
@@ -118,7 +118,7 @@ def test_other_limits():
 
 
 def test_the_critical_path_is_limited():
-    async def program(t: Thoughts):
+    async def program(t: MethodSession):
         found = await t.fork(t.root, ["a", "b"])
         await t.fork(found[0], ["c", "d"])
 
@@ -131,14 +131,14 @@ def test_the_first_to_end_stops_the_others_and_time_stops_all():
     def script(request: apr.Request, prompt: str):
         return apr.Reply("x" * (2 if prompt.endswith("a") else 1000), delay=0.01)
 
-    async def program(t: Thoughts):
+    async def program(t: MethodSession):
         return await t.fork(t.root, ["a", "b"], policy="first")
 
     found, trajectory, _ = run(script, program)
     assert [t.finish for t in found] == ["eos", "aborted"]
     assert [b.outcome for b in trajectory.blocks[0].branches] == ["eos", "aborted"]
 
-    async def late(t: Thoughts):
+    async def late(t: MethodSession):
         return await t.fork(t.root, ["b", "b"])
 
     found, trajectory, _ = run(script, late, budget=apr.Budget(seconds=0.2))
@@ -152,12 +152,12 @@ def test_a_failure_stays_with_its_thought(failed: str):
     def script(request: apr.Request, prompt: str):
         return apr.Reply("half", error=apr.EngineError("broken", 400)) if prompt.endswith("b") else "whole"
 
-    async def program(t: Thoughts):
+    async def program(t: MethodSession):
         return await t.fork(t.root, ["a", "b", "c"])
 
     if failed == "raise":
         with pytest.raises(apr.EngineError, match="broken"):
-            run(script, program, failed=failed)
+            run(script, program, on_branch_failure=failed)
         return
     found, trajectory, _ = run(script, program)
     assert [(t.text, t.finish) for t in found] == [("whole", "eos"), ("", "failed"), ("whole", "eos")]
@@ -168,7 +168,7 @@ def test_cancelling_aborts_everything():
     engine = ENGINE(lambda request, prompt: apr.Reply("x" * 1000, delay=0.01))
 
     async def once():
-        async with thinking(engine, "Q: ", "test") as t:
+        async with method_session(engine, "Q: ", "test") as t:
             await t.fork(t.root, ["a", "b"])
 
     async def cancelled():
@@ -187,9 +187,9 @@ def test_cancelling_aborts_everything():
 def test_its_events_tell_all_of_it():
     events: list[apr.Event] = []
 
-    async def program(t: Thoughts):
-        found = await t.fork(t.root, [Ask("1", name="one"), "2"])
-        await t.apart([Ask("3", after=tuple(found))])
+    async def program(t: MethodSession):
+        found = await t.fork(t.root, [Prompt("1", name="one"), "2"])
+        await t.sample_independent([Prompt("3", depends_on=tuple(found))])
 
     _, trajectory, _ = run(lambda request, prompt: "some text", program, on_event=events.append)
     assert apr.rebuild(events) == trajectory
@@ -206,7 +206,7 @@ def test_a_prompt_that_the_context_does_not_hold():
     engine.context = 3
 
     async def once():
-        async with thinking(engine, "Q: ", "test"):
+        async with method_session(engine, "Q: ", "test"):
             pass
 
     with pytest.raises(apr.BudgetExceeded, match="the prompt has 3 tokens"):

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import sgl_apr as apr
 from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tasks.countdown import problems
-from sgl_apr.tasks.expert import shown
+from sgl_apr.tasks.expert import demonstration
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.collate import Collator, log_probabilities
-from sgl_apr.training.structure import structure
+from sgl_apr.training.structure import build_training_tree
 from sgl_apr.trajectory import Trajectory
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -40,7 +40,9 @@ def test_one_row_through_the_models_own_forward(tmp_path: Path, attention: str):
     model = countdown_llama(tmp_path, apr.dialect("spawn").tags, layers=2, hidden=64)
     tokenizer = HfTokenizer(model)
     problem = next(problems(1, "train", numbers=(4,)))
-    made = structure([asyncio.run(shown(problem, tokenizer, seed=0))], apart=True).split()
+    made = build_training_tree(
+        [asyncio.run(demonstration(problem, tokenizer, seed=0))], separate_contexts=True
+    ).split()
     kind = "sdpa" if attention == "dense" else "flex_attention"
     ours = AutoModelForCausalLM.from_pretrained(model, attn_implementation=kind).eval()
     plain = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa").eval()
@@ -62,7 +64,9 @@ def test_hugging_face(tmp_path: Path, words: tuple[str, ...]):
     pytest.importorskip("accelerate", reason="pip install 'sgl-apr[trainer]'")
     model = countdown_llama(tmp_path / "model", apr.dialect("spawn").tags, layers=2, hidden=64)
     tokenizer = HfTokenizer(model)
-    texts = [asyncio.run(shown(problem, tokenizer, seed=0)).to_json() for problem in problems(6, "train")]
+    texts = [
+        asyncio.run(demonstration(problem, tokenizer, seed=0)).to_json() for problem in problems(6, "train")
+    ]
     data = tmp_path / "trajectories.jsonl"
     data.write_text("\n".join(texts) + "\n")
     out = tmp_path / "out"
@@ -75,7 +79,9 @@ def test_hugging_face(tmp_path: Path, words: tuple[str, ...]):
     assert logged[1]["loss"] < logged[0]["loss"]
     eos = min(tokenizer.eos_ids)
     trees = [
-        t for text in texts for t in structure([Trajectory.from_json(text)], eos=eos, apart=True).split()
+        t
+        for text in texts
+        for t in build_training_tree([Trajectory.from_json(text)], eos=eos, separate_contexts=True).split()
     ]
     before, after = (
         log_probabilities(AutoModelForCausalLM.from_pretrained(path).eval(), Collator(pad=eos)(trees)).mean()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sgl_apr as apr
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.masks import Visibility
-from sgl_apr.training.structure import Structure, logprobs, structure
+from sgl_apr.training.structure import TrainingTree, build_training_tree, logprobs
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -65,7 +65,7 @@ async def sampled(url: str, name: str, join: str, depth: int, seed: int) -> tupl
         return trajectory, engine.noted
 
 
-def allowed(path: str, found: Structure, trajectory: apr.Trajectory, noted: dict) -> torch.Tensor:
+def allowed(path: str, found: TrainingTree, trajectory: apr.Trajectory, noted: dict) -> torch.Tensor:
     """(m, vocabulary), which tokens the mask allowed in place of each that was decoded."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     guide, size = from_tokenizer(tokenizer, n_vocab=len(tokenizer)), len(tokenizer)
@@ -87,7 +87,7 @@ def allowed(path: str, found: Structure, trajectory: apr.Trajectory, noted: dict
     return rows
 
 
-def masked(model, found: Structure, rows: torch.Tensor) -> torch.Tensor:
+def masked(model, found: TrainingTree, rows: torch.Tensor) -> torch.Tensor:
     batch = Collator()([found])
     with torch.no_grad():
         hidden = model.model(
@@ -106,14 +106,14 @@ def test_it_is_what_the_server_said(server, path: str, model, name: str, join: s
     trajectory, noted = asyncio.run(sampled(server.url, name, join, depth, 0))
     assert trajectory.blocks
     assert all(j.by == "kv" for j in trajectory.joins)
-    assert {c.weights for c in trajectory.calls} != {None}
-    found = structure([trajectory], eos=model.config.eos_token_id)
+    assert {c.weight_version for c in trajectory.calls} != {None}
+    found = build_training_tree([trajectory], eos=model.config.eos_token_id)
     assert len(found.sources) == sum(c.output_tokens for c in trajectory.calls) > 20
     said = logprobs(found, [trajectory])
     mine = masked(model, found, allowed(path, found, trajectory, noted)).numpy()
     assert np.abs(said - mine).max() < 1e-3
     if join == "kv":  # the reverse has to differ: what is behind the join sees something else
-        other = structure([trajectory], eos=model.config.eos_token_id, join="text")
+        other = build_training_tree([trajectory], eos=model.config.eos_token_id, join="text")
         behind = np.array([trajectory.spans[s].path == () for s in found.spans])
         theirs = log_probabilities(model, Collator()([other])).detach().numpy()
         ours = log_probabilities(model, Collator()([found])).detach().numpy()
@@ -132,7 +132,7 @@ def test_what_was_cut_has_none(server):
         cut = {i for i, c in enumerate(trajectory.calls) if c.logprobs is None and c.output_tokens}
         if any(s.call in cut and s.tokens for s in trajectory.spans):
             break
-    found = structure([trajectory])
+    found = build_training_tree([trajectory])
     said = logprobs(found, [trajectory])
     assert np.isnan(said).any()
     assert [trajectory.spans[s].call in cut for s in found.spans] == np.isnan(said).tolist()
@@ -141,4 +141,4 @@ def test_what_was_cut_has_none(server):
 def test_one_that_was_made_without_them_is_an_error(server):
     trajectory = apr.run(server.url, "Question: ", "npr", budget=apr.Budget(tokens=60))
     with pytest.raises(apr.AprError, match="logprobs=True"):
-        logprobs(structure([trajectory]), [trajectory])
+        logprobs(build_training_tree([trajectory]), [trajectory])

@@ -12,7 +12,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.result import Result, method
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thought import Completion, Prompt
 
 WORTH = {"a": 1, "b": 3, "c": 2, "ba": 0, "bb": 5, "ca": 4, "aa": 1, "bbx": 1, "cax": 7}
 
@@ -25,8 +25,8 @@ class Letters(Task[str, str]):
     def begin(self, problem: str) -> str:
         return ""
 
-    def propose(self, state: str) -> Ask:
-        return Ask(f"next of {state!r}: ", tokens=self.step)
+    def propose(self, state: str) -> Prompt:
+        return Prompt(f"next of {state!r}: ", tokens=self.step)
 
     def expand(self, state: str, text: str) -> Sequence[str]:
         return [state + letter for letter in text if letter.isalpha()]
@@ -34,17 +34,17 @@ class Letters(Task[str, str]):
     def solved(self, state: str) -> str | None:
         return state if state.endswith("x") else None
 
-    def evaluate(self, state: str) -> Ask | float:
-        return Ask(f"worth of {state!r}: ", tokens=2) if len(state) < 3 else float(WORTH.get(state, 0))
+    def evaluate(self, state: str) -> Prompt | float:
+        return Prompt(f"worth of {state!r}: ", tokens=2) if len(state) < 3 else float(WORTH.get(state, 0))
 
-    def value(self, state: str, thought: Thought) -> float:
+    def value(self, state: str, thought: Completion) -> float:
         return float(thought.text)
 
     def show(self, state: str) -> str:
         return state
 
-    def vote(self, problem: str, texts: Sequence[str]) -> Ask:
-        return Ask(f"best of {' '.join(texts)}: ", tokens=2)
+    def vote(self, problem: str, texts: Sequence[str]) -> Prompt:
+        return Prompt(f"best of {' '.join(texts)}: ", tokens=2)
 
     def choice(self, text: str, count: int) -> int | None:
         return int(text) if text.isdigit() and int(text) < count else None
@@ -147,7 +147,7 @@ def test_the_answer_comes_behind_all_that_led_to_it():
     while waited:
         i = waited.pop()
         seen.add(i)
-        waited += [*spans[i].parents, *spans[i].after]
+        waited += [*spans[i].parents, *spans[i].waits_for]
     texts = [spans[i].text for i in sorted(seen)]
     assert "worth of 'ca': " in texts
     assert "next of 'c': " in texts

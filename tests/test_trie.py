@@ -72,20 +72,20 @@ def test_it_is_the_ancestors_and_the_depth(joins: bool):
 def test_the_same_tokens_are_the_same_nodes():
     trie = Trie()
     long = list(range(50))
-    _, first = trie.put(ROOT, long)
-    cursor, _ = trie.put(ROOT, long[:20])
-    _, again = trie.put(cursor, long[20:])
+    _, first = trie.insert(ROOT, long)
+    cursor, _ = trie.insert(ROOT, long[:20])
+    _, again = trie.insert(cursor, long[20:])
     assert again.tolist() == first[20:].tolist()
     assert len(trie) == 50
-    trie.put(cursor, [99])
+    trie.insert(cursor, [99])
     assert len(trie) == 51
 
 
 def test_what_predicts_a_token():
     trie = Trie()
-    cursor, _ = trie.put(ROOT, [1, 2])
-    ends = [trie.put(cursor, [3])[0], trie.put(cursor, [4, 5])[0]]
-    trie.put(trie.join(cursor, ends), [6, 7])
+    cursor, _ = trie.insert(ROOT, [1, 2])
+    ends = [trie.insert(cursor, [3])[0], trie.insert(cursor, [4, 5])[0]]
+    trie.insert(trie.join(cursor, ends), [6, 7])
     flat, _ = trie.flat()
     assert flat.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert flat.positions.tolist() == [0, 1, 2, 2, 3, 4, 5]
@@ -95,7 +95,7 @@ def test_what_predicts_a_token():
 def test_rows_do_not_see_one_another():
     rng = random.Random(5)
     flats = [grown(rng, True)[0].flat()[0] for _ in range(3)]
-    row = flats[0].beside([flats[1].shifted(len(flats[0].ends))])
+    row = flats[0].concatenate([flats[1].shifted(len(flats[0].ends))])
     dense = Visibility.of([row, flats[2]]).dense()[:, 0].numpy()
     size = len(flats[0].ends)
     assert not dense[0, size:, :size].any()

@@ -66,7 +66,7 @@ def test_options():
     ]  # fmt: skip
     assert not accepts("trunk", "an answer", fork="required")
     assert not accepts("trunk", test_lowering.FORK, fork="forbidden")
-    assert not accepts("body", " a < b\n</Thread>", plain=True)
+    assert not accepts("body", " a < b\n</Thread>", forbid_angle_brackets=True)
 
 
 def test_no_tag_in_free_text():
@@ -94,6 +94,6 @@ def test_spelled_tags_are_refused():
 def test_every_phase_compiles(name: str):
     dialect = apr.dialect(name)
     for phase in ("trunk", "after", "branch", "rejoin"):
-        if dialect.rule_of(phase) in dialect.grammar.rules:
+        if dialect.rule_for_phase(phase) in dialect.grammar.rules:
             waiting = ("1",) if dialect.asynchronous and phase in ("trunk", "after") else ()
             assert not matcher(phase, name, number="2", waiting=waiting).is_terminated()

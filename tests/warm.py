@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from sgl_apr.server.flags import ENVIRONMENT
-from sgl_apr.server.plugin import LAUNCHED, SECRET
+from sgl_apr.server.plugin import CACHE_SECRET_ENV, LAUNCHED_ENV
 
 LIMIT = 1 << 20  # bytes of a message
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
@@ -35,7 +35,7 @@ class Nursery:
     def __init__(self) -> None:
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", __file__]
-        environment = ENVIRONMENT | dict(os.environ) | HIDDEN | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
+        environment = ENVIRONMENT | dict(os.environ) | HIDDEN | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
         if threads := share():
             environment["OMP_NUM_THREADS"] = str(threads)
         with theirs:
@@ -108,9 +108,9 @@ def _become(environment: dict[str, str], stdin: int, stdout: int) -> None:
         os.dup2(descriptor, number)
     os.close(stdin)
     os.close(stdout)
-    secret = os.environ[SECRET]  # the plugin has it from here
+    secret = os.environ[CACHE_SECRET_ENV]  # the plugin has it from here
     os.environ.clear()
-    os.environ.update(environment | {SECRET: secret})
+    os.environ.update(environment | {CACHE_SECRET_ENV: secret})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Result:
     prompt_tokens: int
     cached_tokens: int | None
     logprobs: tuple[float, ...] | None = None
-    weights: str | None = None
+    weight_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Load:
     waiting: int
     used_tokens: int
     max_tokens: int
-    slots: int | None = None
+    max_running_requests: int | None = None
     steps: tuple[tuple[float, float], ...] = ()
 
     @property
@@ -115,7 +115,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def seeded(self) -> bool:
+    def supports_seeds(self) -> bool:
         """Whether `sampling_seed` among the sampling parameters makes sampling repeatable."""
         ...
 

@@ -9,31 +9,31 @@ from collections.abc import Awaitable, Callable
 from sgl_apr.errors import EngineError
 
 Probe = Callable[[], Awaitable[None]]  # raises unless the server is well
-PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between two probes, doubling
+PROBE_BACKOFF_S, LONGEST_PAUSE = 0.1, 2.0  # seconds between two probes, doubling
 
 
-class Circuit:
+class CircuitBreaker:
     """Up until a connection fails, then down until a probe succeeds.
 
     However many wait in `ready`, one probe is under way, and none once nobody waits. They wait until
-    `patience` seconds after the server was found down; whoever comes later waits for a single probe.
+    `reconnect_timeout` seconds after the server was found down; whoever comes later waits for a single probe.
     """
 
-    def __init__(self, url: str, probe: Probe, patience: float = 0.0) -> None:
-        self.url, self.patience, self._probe = url, patience, probe
+    def __init__(self, url: str, probe: Probe, reconnect_timeout: float = 0.0) -> None:
+        self.url, self.reconnect_timeout, self._probe = url, reconnect_timeout, probe
         self.error: Exception | None = None  # why the server is held to be down; None while it is up
         self._since = 0.0
         self._waiting = 0
         self._check: asyncio.Task[bool] | None = None
 
-    def failed(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         """A connection failed: the circuit is down."""
         if self.error is None:
             self._since = time.monotonic()
         self.error = error
 
-    async def ready(self) -> None:
-        """Return once the circuit is up; raises `EngineError` if patience ends first."""
+    async def wait_until_up(self) -> None:
+        """Return once the circuit is up; raises `EngineError` if reconnect_timeout ends first."""
         if self.error is None:
             return
         if self._check is None or self._check.done():
@@ -64,17 +64,17 @@ class Circuit:
         return check
 
     async def _recovers(self) -> bool:
-        """Probe until the server is up or patience is at its end, but once at least."""
-        pause = PAUSE
+        """Probe until the server is up or reconnect_timeout is at its end, but once at least."""
+        pause = PROBE_BACKOFF_S
         while True:
             try:
                 await self._probe()
             except Exception as error:  # whatever it is, no server was found
-                self.failed(error)
+                self.record_failure(error)
             else:
                 self.error = None
                 return True
-            left = self._since + self.patience - time.monotonic()
+            left = self._since + self.reconnect_timeout - time.monotonic()
             if left <= 0:
                 return False
             await asyncio.sleep(min(pause, left))

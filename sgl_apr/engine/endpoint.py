@@ -20,20 +20,20 @@ from sglang.lang.ir import SglSamplingParams
 from sgl_apr.engine.base import Request, Result
 from sgl_apr.engine.frontend import patch_frontend
 from sgl_apr.engine.http import HttpEngine
-from sgl_apr.engine.ledger import KEY, Ledger, ledger_of
-from sgl_apr.engine.program import Decode, ProgramEngine
-from sgl_apr.engine.replicas import FIELD
+from sgl_apr.engine.ledger import TOKENS_VARIABLE, ProgramTokens, ledger_of
+from sgl_apr.engine.program import DecodeCall, ProgramEngine
+from sgl_apr.engine.replicas import ROUTING_KEY_FIELD
 from sgl_apr.errors import EngineError
 from sgl_apr.runtime.dsl import Reason, Solve
-from sgl_apr.runtime.events import Delta, Event, OnEvent, Retried
+from sgl_apr.runtime.events import Delta, Event, OnEvent, TextRetracted
 from sgl_apr.runtime.loop import run_plan
-from sgl_apr.runtime.plan import Plan
+from sgl_apr.runtime.plan import ReasonOptions
 from sgl_apr.spans import Path
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
 
 T = TypeVar("T")
-INHERITED = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
+PROGRAM_SAMPLING_PARAMS = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
 ROUTE = "__apr_route__"
 LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
 
@@ -46,7 +46,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     text again. Where a program fails, reading its variables raises the error.
 
     Raises `EngineError` if no server answers at `base_url`, and `UnsupportedEngine` if it can't serve
-    (see `HttpEngine.connect`, also for `tokenizer`, `timeout` and `patience`).
+    (see `HttpEngine.connect`, also for `tokenizer`, `timeout` and `reconnect_timeout`).
     """
 
     raises_errors = True
@@ -60,13 +60,13 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         *,
         tokenizer: Tokenizer | None = None,
         timeout: float = 120.0,
-        patience: float = 0.0,
+        reconnect_timeout: float = 0.0,
     ) -> None:
         patch_frontend()
         base_url = base_url.rstrip("/")
         # By program: what a native fork of the loop commits, and what that came to.
-        self.committing: dict[str, Request] = {}
-        self.committed: dict[str, Result] = {}
+        self.pending_commits: dict[str, Request] = {}
+        self.commit_results: dict[str, Result] = {}
         self._running: dict[str, Future[Any]] = {}
         self._loop = asyncio.new_event_loop()
         # A native fork waits in a thread, and thousands of programs may fork at once.
@@ -77,7 +77,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         try:
             self.http = self._wait(
                 HttpEngine.connect(
-                    base_url, api_key=api_key, tokenizer=tokenizer, timeout=timeout, patience=patience
+                    base_url,
+                    api_key=api_key,
+                    tokenizer=tokenizer,
+                    timeout=timeout,
+                    reconnect_timeout=reconnect_timeout,
                 )
             )
             try:
@@ -138,9 +142,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         if s.images_:
             super().commit_lazy_operations(s)
         else:
-            fields = {FIELD: self.route(s)}
-            request = self.committing.get(s.sid) or Request(_rid(), self._ids(s), fields=fields)
-            self.committed[s.sid] = self._wait(self.http.commit(request), s)
+            fields = {ROUTING_KEY_FIELD: self.route(s)}
+            request = self.pending_commits.get(s.sid) or Request(_rid(), self._ids(s), fields=fields)
+            self.commit_results[s.sid] = self._wait(self.http.commit(request), s)
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
         match sampling_params.dtype:
@@ -150,15 +154,15 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             case Solve() as asked:
                 solved = self._wait(asked.run(ProgramEngine(self, s)), s)
                 return solved.answer, {**_meta(solved.trajectory), "result": solved}
-            case Decode() as call:
+            case DecodeCall() as call:
                 return self._branch(s, call)
         if s.images_:
             return super().generate(s, sampling_params)  # type: ignore[no-any-return]
         answer = self._wait(self.http.post(self._body(s, sampling_params)), s)
         if isinstance(answer, list):  # n > 1: the program goes on from the first, as SGLang defines it
-            self._keep(s, s.text_, answer[0])
+            self._record_answer(s, s.text_, answer[0])
             return [a["text"] for a in answer], answer[0]["meta_info"]
-        self._keep(s, s.text_, answer)
+        self._record_answer(s, s.text_, answer)
         return answer["text"], answer["meta_info"]
 
     def generate_stream(
@@ -174,7 +178,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             yield from super().generate_stream(s, sampling_params)
             return
         chunks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        future = self._start(self._relay(self._body(s, sampling_params), chunks), s, lambda: chunks.put(None))
+        future = self._start(
+            self._forward_chunks(self._body(s, sampling_params), chunks), s, lambda: chunks.put(None)
+        )
         before, sent = s.text_, 0
         ids: list[int] = []
         while (chunk := chunks.get()) is not None:
@@ -182,7 +188,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             ids = chunk["output_ids"] if len(chunk["output_ids"]) > len(ids) else [*ids, *chunk["output_ids"]]
             yield text, chunk["meta_info"]
         self._outcome(future)
-        self._keep(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
+        self._record_answer(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
 
     # How it is done.
 
@@ -193,16 +199,18 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
         return ledger_of(s.text_, s.variables, self.tokenizer).ids
 
-    def _keep(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
+    def _record_answer(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
         """Enter an answer into the ledger; SGLang appends its text to the program afterwards."""
         ledger = ledger_of(before, s.variables, self.tokenizer)
-        s.variables[KEY] = ledger.decoded(answer["text"], answer["output_ids"], self.tokenizer)
+        s.variables[TOKENS_VARIABLE] = ledger.with_decoded(
+            answer["text"], answer["output_ids"], self.tokenizer
+        )
 
     def _body(self, s: StreamExecutor, params: SglSamplingParams) -> dict[str, Any]:
         self._handle_dtype_to_regex(params)
         body = {
             "input_ids": list(self._ids(s)),
-            FIELD: self.route(s),
+            ROUTING_KEY_FIELD: self.route(s),
             "sampling_params": {
                 "skip_special_tokens": global_config.skip_special_tokens_in_output,
                 "spaces_between_special_tokens": global_config.spaces_between_special_tokens_in_out,
@@ -212,11 +220,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         }
         return body if params.n > 1 else {"rid": _rid(), **body}  # SGLang names the parts of a batch itself
 
-    async def _relay(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
+    async def _forward_chunks(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
         async for chunk in self.http.events(body):
             chunks.put(chunk)
 
-    def _branch(self, s: StreamExecutor, call: Decode) -> tuple[str, dict[str, Any]]:
+    def _branch(self, s: StreamExecutor, call: DecodeCall) -> tuple[str, dict[str, Any]]:
         """A gen inside a native fork: it decodes what the loop asked for, and tells the loop."""
         known = ledger_of(s.text_, s.variables, self.tokenizer)
         context = call.request.input_ids
@@ -224,32 +232,34 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             s.text_ += self.tokenizer.decode(context[len(known.ids) :], known.ids)  # what the loop injected
         else:  # a branch with a context of its own
             s.text_ = self.tokenizer.decode(context)
-        s.variables[KEY] = Ledger(s.text_, context)
+        s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_, context)
         future = asyncio.run_coroutine_threadsafe(self.http.decode(call.request, call.on_tokens), self._loop)
         # A branch that the loop has given up on is aborted; the future of an ended loop is never awaited.
-        self._tell(call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None)
+        self._call_in_loop(
+            call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
+        )
         try:
             result = future.result()
         except BaseException as error:
-            self._tell(_settle, call.done, None, error)
+            self._call_in_loop(_resolve_future, call.done, None, error)
             return "", {}
         text = self.tokenizer.decode(result.token_ids, context)
-        s.variables[KEY] = Ledger(s.text_ + text, (*context, *result.token_ids))
-        self._tell(_settle, call.done, result, None)
+        s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_ + text, (*context, *result.token_ids))
+        self._call_in_loop(_resolve_future, call.done, result, None)
         return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
 
     def _reason(
-        self, s: StreamExecutor, plan: Plan, on_event: OnEvent | None
+        self, s: StreamExecutor, plan: ReasonOptions, on_event: OnEvent | None
     ) -> Coroutine[Any, Any, Trajectory]:
         return run_plan(ProgramEngine(self, s), self._ids(s), plan, on_event)
 
-    def _plan(self, asked: Reason, params: SglSamplingParams) -> Plan:
-        return asked.plan(self.tokenizer, {name: getattr(params, name) for name in INHERITED})
+    def _plan(self, asked: Reason, params: SglSamplingParams) -> ReasonOptions:
+        return asked.plan(self.tokenizer, {name: getattr(params, name) for name in PROGRAM_SAMPLING_PARAMS})
 
     def _finish(self, s: StreamExecutor, trajectory: Trajectory, before: str) -> tuple[str, dict[str, Any]]:
         """Put the trace into the program but for the answer, which SGLang appends, and report."""
         trace, answer = trajectory.text, trajectory.answer
-        s.variables[KEY] = Ledger(before + trace, trajectory.context_ids)
+        s.variables[TOKENS_VARIABLE] = ProgramTokens(before + trace, trajectory.context_ids)
         s.text_ = before + trace[: len(trace) - len(answer)]
         return answer, _meta(trajectory)
 
@@ -261,22 +271,22 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         The variable gets the answer when it is known to be the answer: as it is written if the trunk
         may not fork, else at the end. Of an answer that is repeated after an error the stream has both.
         """
-        heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         before, plan = s.text_, self._plan(asked, params)
 
         def hear(event: Event) -> None:
-            heard.put(event)
+            events.put(event)
             if asked.on_event:
                 asked.on_event(event)
 
-        future = self._start(self._reason(s, plan, hear), s, lambda: heard.put(None))
+        future = self._start(self._reason(s, plan, hear), s, lambda: events.put(None))
         branches: dict[Path, str] = {}
         answering = ""
-        while (event := heard.get()) is not None:
+        while (event := events.get()) is not None:
             match event:
-                case Retried(path, chars) if path:
-                    branches = _voided(branches, path, chars)
-                case Retried(_, chars) if not answering:
+                case TextRetracted(path, chars) if path:
+                    branches = _retract_branch_text(branches, path, chars)
+                case TextRetracted(_, chars) if not answering:
                     s.text_ = s.text_[: len(s.text_) - (chars or 0)]
                 case Delta(path, text) if path:
                     branches[path] = branches.get(path, "") + text
@@ -297,7 +307,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         s.variables[asked.name] = answer
         yield "", meta
 
-    def _tell(self, callback: Callable[..., object], *arguments: Any) -> None:
+    def _call_in_loop(self, callback: Callable[..., object], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the endpoint was closed meanwhile: nobody waits
             self._loop.call_soon_threadsafe(callback, *arguments)
 
@@ -324,7 +334,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             raise EngineError("the program was cancelled, and its requests were aborted") from None
 
 
-def _settle(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
+def _resolve_future(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
     if done.done():
         return
     if error is not None:
@@ -346,7 +356,7 @@ def _meta(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def _voided(branches: dict[Path, str], path: Path, chars: int | None) -> dict[Path, str]:
+def _retract_branch_text(branches: dict[Path, str], path: Path, chars: int | None) -> dict[Path, str]:
     """Without the last characters of the branch at `path`, or without it and what it forked (None)."""
     if chars is None:
         return {p: text for p, text in branches.items() if p[: len(path)] != path}

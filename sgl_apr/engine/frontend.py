@@ -9,8 +9,10 @@ from typing import Any
 
 from sgl_apr.errors import UnsupportedEngine
 
-SGLANG = "0.5.23"
-BEGIN = 5.0  # seconds for a program to begin in, behind which a name that it does not know is an error
+SUPPORTED_SGLANG = "0.5.23"
+START_TIMEOUT_S = (
+    5.0  # seconds for a program to begin in, behind which a name that it does not know is an error
+)
 
 
 def check_sglang() -> None:
@@ -19,8 +21,8 @@ def check_sglang() -> None:
         found = version("sglang")
     except PackageNotFoundError:
         found = "none"
-    if found != SGLANG:
-        raise UnsupportedEngine(f"sglang {found} is installed, expected sglang=={SGLANG}")
+    if found != SUPPORTED_SGLANG:
+        raise UnsupportedEngine(f"sglang {found} is installed, expected sglang=={SUPPORTED_SGLANG}")
 
 
 def patch_frontend() -> None:
@@ -44,12 +46,12 @@ def patch_frontend() -> None:
     stock_worker = StreamExecutor._thread_worker_func
 
     def get_var(self: Any, name: str) -> Any:
-        if _ours(self) and not _settled(self, name):
+        if _ours(self) and not _wait_for_variable(self, name):
             raise self.error_
         return stock_get_var(self, name)
 
     def get_meta_info(self: Any, name: str, timeout: float | None = None) -> Any:
-        if _ours(self) and timeout is None and not _settled(self, name):
+        if _ours(self) and timeout is None and not _wait_for_variable(self, name):
             raise self.error_
         return stock_meta(self, name, timeout)
 
@@ -88,10 +90,10 @@ def _ours(executor: Any) -> bool:
     return bool(executor.use_thread and getattr(executor.backend, "raises_errors", False))
 
 
-def _settled(executor: Any, name: str) -> bool:
+def _wait_for_variable(executor: Any, name: str) -> bool:
     """Wait until `name` is there (True) or its worker has failed without it (False)."""
     # A streamed program begins in a thread of its own: for a moment nobody knows what it will write.
-    deadline = time.monotonic() + (BEGIN if executor.stream_text_event else 0.0)
+    deadline = time.monotonic() + (START_TIMEOUT_S if executor.stream_text_event else 0.0)
     while name not in executor.variable_event and name not in executor.variables:
         if not executor.worker.is_alive() or time.monotonic() > deadline:
             break

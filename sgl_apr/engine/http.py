@@ -13,10 +13,17 @@ from typing import Any, get_args
 import aiohttp
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.engine.circuit import Circuit
-from sgl_apr.engine.meter import Meter
-from sgl_apr.engine.replicas import FIELD, HEADER, addresses, key_of, lost, rank_of
-from sgl_apr.engine.served import ServedEngine, answered, fresh, fresh_logprobs, with_layout
+from sgl_apr.engine.circuit import CircuitBreaker
+from sgl_apr.engine.meter import StepTimer
+from sgl_apr.engine.replicas import (
+    HEADER,
+    ROUTING_KEY_FIELD,
+    dp_rank,
+    dropped_by_router,
+    healthy_worker_urls,
+    routing_key,
+)
+from sgl_apr.engine.served import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.lowering import Backend
 from sgl_apr.server.plugin import CACHE
@@ -24,11 +31,11 @@ from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whether anything was decoded
 ABORT_S = 5.0
-IDLE_S = 1.0  # SGLang closes an idle connection after 5 (SGLANG_TIMEOUT_KEEP_ALIVE)
-FRESH_S = 0.5  # how long an answer about the load is good
+KEEPALIVE_S = 1.0  # SGLang closes an idle connection after 5 (SGLANG_TIMEOUT_KEEP_ALIVE)
+LOAD_TTL_S = 0.5  # how long an answer about the load is good
 
 
-class HttpEngine(ServedEngine):
+class HttpEngine(SGLangEngine):
     """A running SGLang server. Belongs to the event loop in which it was connected.
 
     >>> async with await HttpEngine.connect("http://127.0.0.1:30000") as engine:  # doctest: +SKIP
@@ -36,19 +43,24 @@ class HttpEngine(ServedEngine):
     """
 
     def __init__(
-        self, url: str, session: aiohttp.ClientSession, tokenizer: Tokenizer, timeout: float, patience: float
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        tokenizer: Tokenizer,
+        timeout: float,
+        reconnect_timeout: float,
     ) -> None:
         self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
-        self._circuit, self._meter = Circuit(url, self._health, patience), Meter()
+        self._circuit, self._meter = CircuitBreaker(url, self._health, reconnect_timeout), StepTimer()
         self._replicas: list[str] | None = None  # those behind a router, if it is one
         self._ranks = 1
-        self._live: set[str] = set()
+        self._active_rids: set[str] = set()
         self._open: set[aiohttp.ClientResponse] = set()
         self._aborts: dict[str, asyncio.Task[None]] = {}
         self._loading: asyncio.Task[Load] | None = None
-        self._stale = 0.0  # when the answer about the load is no longer good
+        self._load_expires_at = 0.0  # when the answer about the load is no longer good
         self.grammar_backend: Backend = "llguidance"
-        self.seeded = False
+        self.supports_seeds = False
         self.joins_kv = False
         self.context: int | None = None
 
@@ -60,11 +72,11 @@ class HttpEngine(ServedEngine):
         api_key: str | None = None,
         tokenizer: Tokenizer | None = None,
         timeout: float = 120.0,
-        patience: float = 0.0,
+        reconnect_timeout: float = 0.0,
     ) -> HttpEngine:
         """Ask the server who it is, and load its tokenizer from the path or hub id that it names.
 
-        `timeout` is the longest silence, in seconds, between two pieces of an answer. `patience` is how
+        `timeout` is the longest silence, in seconds, between two pieces of an answer. `reconnect_timeout` is how
         long requests wait for a server that has gone down to come back (see `Circuit`). Raises
         `EngineError` if there is no SGLang server at `url` now, and `UnsupportedEngine` if it can't be
         used: no such grammar backend, or a tokenizer that is not readable from here (then pass `tokenizer`).
@@ -79,12 +91,12 @@ class HttpEngine(ServedEngine):
         session = aiohttp.ClientSession(
             headers=headers,
             timeout=limits,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             read_bufsize=1 << 20,
         )
-        engine = cls(url, session, tokenizer, timeout, patience)  # type: ignore[arg-type]  # set below, before anyone sees it
+        engine = cls(url, session, tokenizer, timeout, reconnect_timeout)  # type: ignore[arg-type]  # set below, before anyone sees it
         try:
-            info, server = await engine._who()
+            info, server = await engine._fetch_server_info()
             backend = server.get("grammar_backend")
             if backend not in get_args(Backend):
                 raise UnsupportedEngine(
@@ -92,7 +104,7 @@ class HttpEngine(ServedEngine):
                     "(`sgl-apr serve` sets it)"
                 )
             engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
-            engine.seeded = bool(server.get("enable_deterministic_inference"))
+            engine.supports_seeds = bool(server.get("enable_deterministic_inference"))
             engine.joins_kv = server.get("radix_cache_backend") == CACHE
             engine.context = await engine._context()
             engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
@@ -101,15 +113,15 @@ class HttpEngine(ServedEngine):
             raise
         return engine
 
-    async def _who(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _fetch_server_info(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the server says of its model and of itself; a router says neither, but its replicas do."""
         try:
-            info, server = await self._said(self.url)
+            info, server = await self._describe_server(self.url)
         except EngineError as error:
             if error.status != 404:
                 raise
-            self._replicas = addresses(await self._get("/workers"))
-            said = await asyncio.gather(*map(self._said, self._replicas), return_exceptions=True)
+            self._replicas = healthy_worker_urls(await self._get("/workers"))
+            said = await asyncio.gather(*map(self._describe_server, self._replicas), return_exceptions=True)
             found = [answer for answer in said if not isinstance(answer, BaseException)]
             if not found:
                 why = said[0] if said else "none of them is well"
@@ -121,7 +133,7 @@ class HttpEngine(ServedEngine):
         self._ranks = int(server.get("dp_size") or 1) * int(server.get("attn_dp_size") or 1)
         return info, server
 
-    async def _said(self, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _describe_server(self, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return await self._get("/model_info", url), await self._get("/server_info", url)
 
     async def _context(self) -> int | None:
@@ -150,7 +162,7 @@ class HttpEngine(ServedEngine):
 
     async def abort(self, rid: str) -> None:
         # The server takes whole ids only; it does nothing for one that has ended.
-        known = [r for r in self._live | self._aborts.keys() if r.startswith(rid)]
+        known = [r for r in self._active_rids | self._aborts.keys() if r.startswith(rid)]
         if known:
             await asyncio.wait([self._abort_soon(r) for r in known])
 
@@ -181,14 +193,14 @@ class HttpEngine(ServedEngine):
 
     async def load(self) -> Load:
         """How busy the server is, or was just now: however many ask, one request is under way."""
-        if self._loading is None or (self._loading.done() and time.monotonic() >= self._stale):
+        if self._loading is None or (self._loading.done() and time.monotonic() >= self._load_expires_at):
             self._loading = asyncio.create_task(self._load())
         return await asyncio.shield(self._loading)
 
     async def _load(self) -> Load:
         async with self._errors():
             if self._replicas is not None:  # some may have gone, or come
-                self._replicas = addresses(await self._get("/workers"))
+                self._replicas = healthy_worker_urls(await self._get("/workers"))
             loads = await asyncio.gather(*map(self._loads, self._servers()))
             if not (ranks := [rank for found in loads for rank in found]):
                 raise EngineError(f"no replica of {self.url} says how busy it is")
@@ -197,10 +209,10 @@ class HttpEngine(ServedEngine):
                 waiting=sum(x["num_waiting_reqs"] for x in ranks),
                 used_tokens=sum(x["num_used_tokens"] for x in ranks),
                 max_tokens=sum(x["max_total_num_tokens"] for x in ranks),
-                slots=sum(x.get("max_running_requests", 0) for x in ranks) or None,
+                max_running_requests=sum(x.get("max_running_requests", 0) for x in ranks) or None,
                 steps=self._meter.steps,
             )
-        self._stale = time.monotonic() + FRESH_S
+        self._load_expires_at = time.monotonic() + LOAD_TTL_S
         return load
 
     async def _loads(self, url: str) -> list[dict[str, Any]]:
@@ -273,19 +285,19 @@ class HttpEngine(ServedEngine):
         async with contextlib.aclosing(self.events(body)) as events:
             async for data in events:
                 meta = data["meta_info"]
-                new = fresh(data["output_ids"], len(received), meta)
+                new = new_token_ids(data["output_ids"], len(received), meta)
                 received += new
-                logprobs += fresh_logprobs(len(logprobs), meta)
+                logprobs += new_logprobs(len(logprobs), meta)
                 if new and on_tokens:
                     on_tokens(new)
-        return answered(received, logprobs, meta, request)
+        return make_result(received, logprobs, meta, request)
 
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         """The open answer to one `/generate` request, if it is one."""
-        await self._circuit.ready()
-        body, headers = self._routed(body)
-        with self._aborting(body.get("rid")), self._meter.running():
+        await self._circuit.wait_until_up()
+        body, headers = self._with_routing(body)
+        with self._abort_on_error(body.get("rid")), self._meter.running():
             post = self._session.post(f"{self.url}/generate", json=body, headers=headers)
             async with self._errors(), post as response:
                 if response.status != 200:
@@ -296,31 +308,31 @@ class HttpEngine(ServedEngine):
                 finally:
                     self._open.discard(response)
 
-    def _routed(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    def _with_routing(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """The body and the headers that bring a request to where the others of its trajectory are."""
         body, direct = dict(body), self._replicas is None
-        key = body.pop(FIELD, None) or key_of(str(body.get("rid") or ""))
-        if not direct and (names := lost(body)):
+        key = body.pop(ROUTING_KEY_FIELD, None) or routing_key(str(body.get("rid") or ""))
+        if not direct and (names := dropped_by_router(body)):
             raise UnsupportedEngine(f"{self.url} is a router, which does not pass on {', '.join(names)}")
         if self._ranks > 1 and key:
             name = "routed_dp_rank" if direct else "data_parallel_rank"  # a router knows the older name only
-            body.setdefault(name, rank_of(key, self._ranks))
+            body.setdefault(name, dp_rank(key, self._ranks))
         return body, {HEADER: key} if key else {}
 
     @contextlib.contextmanager
-    def _aborting(self, rid: str | None) -> Iterator[None]:
+    def _abort_on_error(self, rid: str | None) -> Iterator[None]:
         """Abort the request on the server, soon, if it is not heard to its end."""
         if rid is None:  # a batch, whose parts the server names: it notices a client that is gone
             yield
             return
-        self._live.add(rid)
+        self._active_rids.add(rid)
         try:
             yield
         except BaseException:
             self._abort_soon(rid)
             raise
         finally:
-            self._live.discard(rid)
+            self._active_rids.discard(rid)
 
     @contextlib.asynccontextmanager
     async def _errors(self, url: str = "") -> AsyncIterator[None]:
@@ -336,11 +348,11 @@ class HttpEngine(ServedEngine):
             raise EngineTimeout(f"{url} did not answer within {self._timeout:g} s ({error})") from error
         except aiohttp.ClientConnectorError as error:
             if noted:
-                self._circuit.failed(error)
+                self._circuit.record_failure(error)
             raise EngineError(f"no server at {url}: {error}") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
             if noted:
-                self._circuit.failed(error)
+                self._circuit.record_failure(error)
             raise EngineError(f"{url} broke off the answer: {error or type(error).__name__}") from error
         except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
             raise EngineError(f"{url} does not answer like an SGLang server: {error!r}") from error

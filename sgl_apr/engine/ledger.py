@@ -9,24 +9,24 @@ from typing import Any
 from sgl_apr.tokenizer import Tokenizer
 
 # Native forks copy a program's variables and nothing else of a backend's, so the ledger is one of them.
-KEY = "__apr_ledger__"
+TOKENS_VARIABLE = "__apr_ledger__"
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class ProgramTokens:
     """A program's text so far, and its ids."""
 
     text: str = ""
     ids: tuple[int, ...] = ()
 
-    def upto(self, text: str, tokenizer: Tokenizer) -> Ledger:
+    def extended_to(self, text: str, tokenizer: Tokenizer) -> ProgramTokens:
         """The ledger of `text`. Where text was rewritten rather than added to, it starts anew."""
         if not text.startswith(self.text):
-            return Ledger().upto(text, tokenizer)
+            return ProgramTokens().extended_to(text, tokenizer)
         rest = text[len(self.text) :]
-        return Ledger(text, (*self.ids, *tokenizer.encode(rest, first=not self.ids))) if rest else self
+        return ProgramTokens(text, (*self.ids, *tokenizer.encode(rest, first=not self.ids))) if rest else self
 
-    def decoded(self, text: str, ids: Sequence[int], tokenizer: Tokenizer) -> Ledger:
+    def with_decoded(self, text: str, ids: Sequence[int], tokenizer: Tokenizer) -> ProgramTokens:
         """With `ids` decoded behind it, of which the program keeps `text`.
 
         They differ by a final end-of-text token, by a stop string that was cut off, and by special tokens
@@ -36,13 +36,13 @@ class Ledger:
         kept = [*ids[:-1], *kept]
         while kept and not text.startswith(tokenizer.decode(kept, self.ids)):
             kept.pop()
-        known = Ledger(self.text + tokenizer.decode(kept, self.ids), (*self.ids, *kept))
-        return known.upto(self.text + text, tokenizer)
+        known = ProgramTokens(self.text + tokenizer.decode(kept, self.ids), (*self.ids, *kept))
+        return known.extended_to(self.text + text, tokenizer)
 
 
-def ledger_of(text: str, variables: MutableMapping[str, Any], tokenizer: Tokenizer) -> Ledger:
+def ledger_of(text: str, variables: MutableMapping[str, Any], tokenizer: Tokenizer) -> ProgramTokens:
     """The ledger of a program, brought up to its text and stored with its variables."""
-    known = variables.get(KEY)
-    ledger = (known if isinstance(known, Ledger) else Ledger()).upto(text, tokenizer)
-    variables[KEY] = ledger
+    known = variables.get(TOKENS_VARIABLE)
+    ledger = (known if isinstance(known, ProgramTokens) else ProgramTokens()).extended_to(text, tokenizer)
+    variables[TOKENS_VARIABLE] = ledger
     return ledger

@@ -17,9 +17,9 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.engine.meter import Meter
-from sgl_apr.engine.replicas import key_of, rank_of
-from sgl_apr.engine.served import ServedEngine, answered, fresh, fresh_logprobs, with_layout
+from sgl_apr.engine.meter import StepTimer
+from sgl_apr.engine.replicas import dp_rank, routing_key
+from sgl_apr.engine.served import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
 from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.lowering import Backend
 from sgl_apr.runtime.events import OnEvent
@@ -32,7 +32,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class ManagerEngine(ServedEngine):
+class InProcessEngine(SGLangEngine):
     """The engine behind a TokenizerManager of SGLang, in the event loop that the manager runs in.
 
     `timeout` is the longest silence, in seconds, between two pieces of an answer. Raises `UnsupportedEngine`
@@ -40,7 +40,7 @@ class ManagerEngine(ServedEngine):
     """
 
     def __init__(self, manager: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
-        self.manager, self._timeout, self._meter = manager, timeout, Meter()
+        self.manager, self._timeout, self._meter = manager, timeout, StepTimer()
         self._live: set[str] = set()
         backend = manager.config_value("grammar_backend")
         if backend not in get_args(Backend):
@@ -48,7 +48,7 @@ class ManagerEngine(ServedEngine):
                 f"the engine runs grammar_backend={backend!r}, expected {' or '.join(get_args(Backend))}"
             )
         self.grammar_backend: Backend = backend
-        self.seeded = bool(manager.config_value("enable_deterministic_inference"))
+        self.supports_seeds = bool(manager.config_value("enable_deterministic_inference"))
         self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
         self.joins_kv = manager.config_value("radix_cache_backend") == CACHE
         self.context: int | None = int(manager.model_config.context_len)
@@ -71,7 +71,7 @@ class ManagerEngine(ServedEngine):
             waiting=sum(x.num_waiting_reqs for x in ranks),
             used_tokens=sum(x.num_used_tokens for x in ranks),
             max_tokens=sum(x.max_total_num_tokens for x in ranks),
-            slots=sum(x.max_running_requests for x in ranks) or None,
+            max_running_requests=sum(x.max_running_requests for x in ranks) or None,
             steps=self._meter.steps,
         )
 
@@ -85,8 +85,8 @@ class ManagerEngine(ServedEngine):
         async with contextlib.aclosing(self._chunks(request, sampling)) as chunks:
             async for data in chunks:
                 meta = data["meta_info"]
-                new = fresh(data["output_ids"], len(received), meta)
-                logprobs += fresh_logprobs(len(logprobs), meta)
+                new = new_token_ids(data["output_ids"], len(received), meta)
+                logprobs += new_logprobs(len(logprobs), meta)
                 if new:
                     now = time.monotonic()
                     if received:
@@ -100,14 +100,14 @@ class ManagerEngine(ServedEngine):
             raise EngineError(
                 f"the engine aborted the request: {reason.get('message')}", reason.get("status_code")
             )
-        return answered(received, logprobs, meta, request)
+        return make_result(received, logprobs, meta, request)
 
     async def _chunks(
         self, request: Request, sampling: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What the manager yields for one request; leaving early makes it abort the request."""
         self._live.add(request.rid)
-        rank = rank_of(key_of(request.rid), self._ranks) if self._ranks > 1 else None
+        rank = dp_rank(routing_key(request.rid), self._ranks) if self._ranks > 1 else None
         try:
             asked = GenerateReqInput(
                 **{"routed_dp_rank": rank, **request.fields},
@@ -149,7 +149,7 @@ class ManagerEngine(ServedEngine):
             )
 
 
-class LocalEngine(ManagerEngine):
+class LocalEngine(InProcessEngine):
     """An `sgl.Engine` of this process, for offline batches and training: no HTTP in between.
 
     The engine belongs to one event loop. Without one of your own, block on the engine's:
@@ -178,15 +178,15 @@ class LocalEngine(ManagerEngine):
 
         from sgl_apr.server.flags import as_flags
         from sgl_apr.server.main import server_args
-        from sgl_apr.server.plugin import LAUNCHED
+        from sgl_apr.server.plugin import LAUNCHED_ENV
 
         args = server_args(as_flags({"model": model, "log_level": "error"} | sglang_flags))
-        before = os.environ.get(LAUNCHED)
-        os.environ[LAUNCHED] = "1"  # its processes end at once, rather than run without the plugin
+        before = os.environ.get(LAUNCHED_ENV)
+        os.environ[LAUNCHED_ENV] = "1"  # its processes end at once, rather than run without the plugin
         try:
             return cls(sgl.Engine(server_args=args))
         finally:
-            os.environ.pop(LAUNCHED) if before is None else os.environ.update({LAUNCHED: before})
+            os.environ.pop(LAUNCHED_ENV) if before is None else os.environ.update({LAUNCHED_ENV: before})
 
     def run(
         self,

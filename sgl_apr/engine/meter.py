@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-MEMORY = 32  # steps that a mean looks back on
+AVERAGING_WINDOW = 32  # steps that a mean looks back on
 BUCKETS = 11  # 1, 2-3, 4-7, ..., 1024 and more requests
 
 
@@ -19,7 +19,7 @@ class Bucket:
     seconds: float = 0.0
 
 
-class Meter:
+class StepTimer:
     """Counts this process's requests under way, and how long the steps take that they decode in.
 
     >>> meter = Meter()
@@ -49,7 +49,7 @@ class Meter:
         bucket = self._buckets[min(running.bit_length(), BUCKETS) - 1]
         bucket.chunks += 1
         # Every request hears of the same step: with many of them a chunk is a small part of one.
-        weight = 1 / min(bucket.chunks, MEMORY * running)
+        weight = 1 / min(bucket.chunks, AVERAGING_WINDOW * running)
         bucket.seconds += weight * (seconds / tokens - bucket.seconds)
         bucket.running += weight * (running - bucket.running)
 

@@ -11,8 +11,8 @@ from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglCommitLazy, SglGen
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.engine.ledger import KEY, Ledger
-from sgl_apr.engine.replicas import FIELD
+from sgl_apr.engine.ledger import TOKENS_VARIABLE, ProgramTokens
+from sgl_apr.engine.replicas import ROUTING_KEY_FIELD
 from sgl_apr.errors import EngineError
 from sgl_apr.lowering import Backend
 from sgl_apr.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Decode:
+class DecodeCall:
     """One decode call on its way through a forked program; travels in the `dtype` of a native gen."""
 
     request: Request
@@ -52,14 +52,14 @@ class ProgramEngine:
         return self.endpoint.http.grammar_backend
 
     @property
-    def seeded(self) -> bool:
-        return self.endpoint.http.seeded
+    def supports_seeds(self) -> bool:
+        return self.endpoint.http.supports_seeds
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         request = self._routed(request)
         if self.state is None:
             return await self.endpoint.http.decode(request, on_tokens)
-        call = Decode(request, on_tokens)
+        call = DecodeCall(request, on_tokens)
         self.state += SglGen("branch", dtype=call)
         return await call.done  # if this is cancelled, so is the future, and with it the request
 
@@ -79,7 +79,9 @@ class ProgramEngine:
 
     def _routed(self, request: Request) -> Request:
         """With the key of the program: its prompt is where the rest of it is."""
-        return replace(request, fields={FIELD: self.endpoint.route(self.executor), **request.fields})
+        return replace(
+            request, fields={ROUTING_KEY_FIELD: self.endpoint.route(self.executor), **request.fields}
+        )
 
     def _fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
         source, prefix = self.executor, request.input_ids
@@ -88,21 +90,21 @@ class ProgramEngine:
         )
         try:
             copy.text_ = self.tokenizer.decode(prefix)
-            copy.variables = {**source.variables, KEY: Ledger(copy.text_, prefix)}
+            copy.variables = {**source.variables, TOKENS_VARIABLE: ProgramTokens(copy.text_, prefix)}
             copy.messages_, copy.cur_role = list(source.messages_), source.cur_role
             copy.cur_role_begin_pos = source.cur_role_begin_pos
-            self.endpoint.committing[copy.sid] = request
+            self.endpoint.pending_commits[copy.sid] = request
             if size == 1:  # SGLang commits before a fork into several only
                 copy.submit(SglCommitLazy())
             group = ProgramState(copy).fork(size)
-            committed = self.endpoint.committed.pop(copy.sid, None)
+            committed = self.endpoint.commit_results.pop(copy.sid, None)
             if copy.error_ is not None:
                 raise copy.error_
             if committed is None:
                 raise EngineError("SGLang forked the program without committing its prefix")
         finally:
             copy.end()
-            self.endpoint.committing.pop(copy.sid, None)
+            self.endpoint.pending_commits.pop(copy.sid, None)
         return committed, [ProgramEngine(self.endpoint, s.stream_executor, s) for s in group.states]
 
     async def release(self) -> None:

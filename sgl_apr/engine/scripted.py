@@ -70,8 +70,10 @@ class ScriptedEngine:
     set, is what `load` answers.
     """
 
-    def __init__(self, script: Script, tokenizer: Tokenizer | None = None, *, seeded: bool = True) -> None:
-        self.script, self.seeded = script, seeded
+    def __init__(
+        self, script: Script, tokenizer: Tokenizer | None = None, *, supports_seeds: bool = True
+    ) -> None:
+        self.script, self.supports_seeds = script, supports_seeds
         self._tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.joins_kv = False
         self.context: int | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine, Request, Result, TokenSink
 
 
-class OneByOne:
+class SequentialEngine:
     """All that an engine is, but for its concurrency; forks of it wait for one another too."""
 
     def __init__(self, engine: Engine, gate: asyncio.Lock | None = None) -> None:
@@ -26,4 +26,4 @@ class OneByOne:
     async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Any]]:
         """As the engine does."""
         result, engines = await self._engine.fork(request, size)
-        return result, [OneByOne(engine, self._gate) for engine in engines]
+        return result, [SequentialEngine(engine, self._gate) for engine in engines]

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from sgl_apr.engine.base import Request, Result, TokenSink
-from sgl_apr.layout import PARAMETER, Layout
+from sgl_apr.layout import LAYOUT_PARAM, Layout
 from sgl_apr.tokenizer import Tokenizer
 
 
-class ServedEngine(ABC):
+class SGLangEngine(ABC):
     """Decodes, commits and forks by `_generate`: a fork is the server's cached prefix."""
 
     _tokenizer: Tokenizer
@@ -22,7 +22,7 @@ class ServedEngine(ABC):
         return self._tokenizer
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        return await self._generate(request, decoding(request), on_tokens)
+        return await self._generate(request, decode_sampling_params(request), on_tokens)
 
     async def commit(self, request: Request) -> Result:
         return await self._generate(request, {"max_new_tokens": 0}, None)
@@ -40,7 +40,7 @@ class ServedEngine(ABC):
         """What came back for a request with these sampling parameters."""
 
 
-def decoding(request: Request) -> dict[str, Any]:
+def decode_sampling_params(request: Request) -> dict[str, Any]:
     """The sampling parameters of a request that decodes, under SGLang's names."""
     sampling = {
         "skip_special_tokens": False,
@@ -59,11 +59,11 @@ def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str,
     """The sampling parameters that carry a layout to the server's cache."""
     if layout is None:
         return dict(sampling)
-    custom = {**(sampling.get("custom_params") or {}), PARAMETER: json.dumps(layout)}
+    custom = {**(sampling.get("custom_params") or {}), LAYOUT_PARAM: json.dumps(layout)}
     return {**sampling, "custom_params": custom}
 
 
-def answered(
+def make_result(
     ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], asked: Request
 ) -> Result:
     """What came back, from all ids and log-probabilities of the chunks and the last one's `meta_info`."""
@@ -74,18 +74,18 @@ def answered(
         prompt_tokens=int(meta["prompt_tokens"]),
         cached_tokens=int(meta["cached_tokens"]),
         logprobs=tuple(logprobs) if asked.logprobs else None,
-        weights=None if version is None else str(version),
+        weight_version=None if version is None else str(version),
     )
 
 
-def fresh_logprobs(known: int, meta: Mapping[str, Any]) -> list[float]:
+def new_logprobs(known: int, meta: Mapping[str, Any]) -> list[float]:
     """The log-probabilities that are new in a chunk, where SGLang was asked for them."""
     found: list[Any] = meta.get("output_token_logprobs") or []
     new = found[known:] if len(found) == int(meta["completion_tokens"]) else found
     return [float(entry[0]) for entry in new]
 
 
-def fresh(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
+def new_token_ids(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
     """The ids that are new in a chunk: SGLang sends all so far, or with incremental streaming the new ones only."""
     total = int(meta["completion_tokens"])
     return output_ids[known:] if len(output_ids) == total else output_ids

@@ -51,7 +51,7 @@ async def _answered(
     name: str, by: str, engine: Engine, problem: Any, task: Task[Any, Any], options: dict[str, Any]
 ) -> Result:
     written = dialect(by)
-    join: Join = options.get("join") or written.published
+    join: Join = options.get("join") or written.published_join
     if not options.get("join") and (join not in written.joins or (join == "kv" and not engine.joins_kv)):
         join = "text"  # the model's own way is not to be had here, and the label says so; what is asked for is an error
     prompt = task.prompt(problem, _instruction(name))
@@ -70,7 +70,7 @@ def _instruction(name: str) -> str:
 def _label(name: str, by: str, join: Join, engine: Engine) -> str:
     """What was run: its own way of joining, and a model that knows its tags, or not."""
     said = ["parathinker-style"] if name == "parathinker" else []
-    if join != dialect(by).published:
+    if join != dialect(by).published_join:
         said.append(f"joined by {join}")
     if dialect_for(engine.tokenizer) is not dialect(by):
         said.append("by grammar alone: the model does not know its tags")

@@ -11,8 +11,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Ask, Thought
-from sgl_apr.methods.thoughts import Thoughts, thinking, together
+from sgl_apr.methods.thought import Completion, Prompt
+from sgl_apr.methods.thoughts import MethodSession, gather, method_session
 
 Verifier = Callable[[Any, str], float | Awaitable[float]]
 Select = Literal["argmax", "weighted"]
@@ -46,10 +46,10 @@ async def best_of_n(
     cost = len(engine.tokenizer.encode(judge.text)) + (judge.tokens or task.step) if judge else 0
     ask = task.ask(problem)
     options = {**options, "temperature": temperature}
-    async with thinking(engine, ask.text, "best_of_n", **options) as thoughts:
-        paths = thoughts.width(n, task.need + cost, calls=2 if judge else 1)
-        of = task.need / (task.need + cost)
-        found = await thoughts.fork(thoughts.root, [ask.behind] * paths, of=of)
+    async with method_session(engine, ask.text, "best_of_n", **options) as thoughts:
+        paths = thoughts.affordable_width(n, task.max_tokens + cost, calls=2 if judge else 1)
+        of = task.max_tokens / (task.max_tokens + cost)
+        found = await thoughts.fork(thoughts.root, [ask.without_text] * paths, of=of)
         said = [(t, answer) for t in found if t.finish != "failed" and (answer := task.answer(t.text))]
         replies = [thought for thought, _ in said]
         if judge:
@@ -60,7 +60,7 @@ async def best_of_n(
         votes: dict[Hashable, list[tuple[float, str]]] = {}
         for (_, answer), score in zip(said, scores, strict=True):
             if score is not None:
-                votes.setdefault(task.key(answer), []).append((_valid(score, select), answer))
+                votes.setdefault(task.vote_key(answer), []).append((_valid(score, select), answer))
         worth = {key: _worth([score for score, _ in own], select) for key, own in votes.items()}
         best = max(worth, key=worth.__getitem__, default=None)
         _, answer = max(votes.get(best, [(0.0, "")]), key=lambda vote: vote[0])
@@ -83,17 +83,17 @@ def _checked(task: Task[Any, Any]) -> Verifier:
 
 
 async def _judged(
-    thoughts: Thoughts, task: Task[Any, Any], judge: Ask, replies: list[Thought]
+    thoughts: MethodSession, task: Task[Any, Any], judge: Prompt, replies: list[Completion]
 ) -> list[float | None]:
     """What the model says of each, in a fork behind it."""
     left = len(replies)
     forks = [thoughts.fork(reply, [judge], of=1 / (left - k)) for k, reply in enumerate(replies)]
-    said = [thought for (thought,) in await together(forks)]
-    return [task.judged(thought) if thought.text else None for thought in said]
+    said = [thought for (thought,) in await gather(forks)]
+    return [task.judge_score(thought) if thought.text else None for thought in said]
 
 
 async def _scored(
-    thoughts: Thoughts, verifier: Verifier, problem: Any, replies: list[Thought]
+    thoughts: MethodSession, verifier: Verifier, problem: Any, replies: list[Completion]
 ) -> list[float | None]:
     """What a verifier says of each; None where it failed. Raises its error if it failed for all of them."""
     errors = list[EngineError]()
@@ -103,12 +103,12 @@ async def _scored(
             said = verifier(problem, text)
             return float(await said if isawaitable(said) else said)
         except EngineError as error:
-            if thoughts.requests.plan.failed == "raise":
+            if thoughts.requests.plan.on_branch_failure == "raise":
                 raise
             errors.append(error)
             return None
 
-    scores = await together(thoughts.within(score(reply.text)) for reply in replies)
+    scores = await gather(thoughts.run_until_deadline(score(reply.text)) for reply in replies)
     if errors and len(errors) == len(replies):
         raise errors[0]
     return scores

@@ -17,12 +17,12 @@ from sgl_apr.methods.operations import (
     Operation,
     Refine,
     Score,
-    checked,
+    validate_graph,
 )
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Ask, Thought
-from sgl_apr.methods.thoughts import Thoughts, thinking, together
+from sgl_apr.methods.thought import Completion, Prompt
+from sgl_apr.methods.thoughts import MethodSession, gather, method_session
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Node:
     """A state, what had been thought by then, and its score."""
 
     state: Any
-    after: tuple[Thought, ...] = ()
+    depends_on: tuple[Completion, ...] = ()
     score: float | None = None
 
 
@@ -44,8 +44,8 @@ async def graph_of_thoughts(
     where the published controller runs one after another; each has an equal share of what those before it have left.
     The answer is the best of the last operation that the task finds solved. T = 1 is the paper's (section 7.1).
     """
-    graph, options = checked(task.graph(problem)), {**options, "temperature": temperature}
-    async with thinking(engine, "", "graph_of_thoughts", **options) as thoughts:
+    graph, options = validate_graph(task.graph(problem)), {**options, "temperature": temperature}
+    async with method_session(engine, "", "graph_of_thoughts", **options) as thoughts:
         nodes = await _Run(thoughts, task, graph).all(Node(task.begin(problem)))
         solved = [(node, answer) for node in nodes if (answer := task.solved(node.state)) is not None]
         best, answer = max(solved, key=lambda found: found[0].score or 0.0, default=(None, ""))
@@ -54,7 +54,7 @@ async def graph_of_thoughts(
 
 @dataclass
 class _Run:
-    thoughts: Thoughts
+    thoughts: MethodSession
     task: Task[Any, Any]
     graph: Graph
     left: int = field(init=False)  # operations that ask something, and are not done yet
@@ -68,14 +68,14 @@ class _Run:
         left = {name: loop.create_future() for name in self.graph}
 
         async def run(name: str, operation: Operation) -> list[Node]:
-            before = [node for other in operation.after for node in await left[other]]
-            found = await self.done(operation, before if operation.after else [begin])
+            before = [node for other in operation.depends_on for node in await left[other]]
+            found = await self.done(operation, before if operation.depends_on else [begin])
             self.left -= _asks(operation)
             left[name].set_result(found)
             return found
 
-        found = await together(run(name, operation) for name, operation in self.graph.items())
-        followed = {name for operation in self.graph.values() for name in operation.after}
+        found = await gather(run(name, operation) for name, operation in self.graph.items())
+        followed = {name for operation in self.graph.values() for name in operation.depends_on}
         return next(nodes for name, nodes in zip(self.graph, found, strict=True) if name not in followed)
 
     async def done(self, operation: Operation, nodes: Sequence[Node]) -> list[Node]:
@@ -87,7 +87,9 @@ class _Run:
                     found += [node] if said is None else _led(node, said, read)
                 return found
             case Aggregate(ask=every, read=read_all, k=k) if nodes:
-                whole = Node([node.state for node in nodes], tuple(t for node in nodes for t in node.after))
+                whole = Node(
+                    [node.state for node in nodes], tuple(t for node in nodes for t in node.depends_on)
+                )
                 ((_, said),) = await self.asked([(whole, every(whole.state))], k)
                 return _led(whole, said or (), read_all)
             case Refine(ask=ask, read=read):
@@ -104,26 +106,26 @@ class _Run:
     async def scored(self, operation: Score, nodes: Sequence[Node]) -> list[Node]:
         """With their scores; without those whose score was asked for and did not come."""
         worth = [operation.score(node.state) for node in nodes]
-        asks = [found if isinstance(found, Ask) else None for found in worth]
+        asks = [found if isinstance(found, Prompt) else None for found in worth]
         said = await self.asked(list(zip(nodes, asks, strict=True)), operation.k)
         found = list[Node]()
         for known, (node, thoughts) in zip(worth, said, strict=True):
-            if not isinstance(known, Ask):
+            if not isinstance(known, Prompt):
                 found.append(replace(node, score=known))
             elif thoughts and operation.read:
                 score = fmean(operation.read(node.state, thought) for thought in thoughts)
-                found.append(replace(node, after=tuple(thoughts), score=score))
+                found.append(replace(node, depends_on=tuple(thoughts), score=score))
         return found
 
     async def asked(
-        self, wanted: Sequence[tuple[Node, Ask | None]], k: int
-    ) -> list[tuple[Node, list[Thought] | None]]:
+        self, wanted: Sequence[tuple[Node, Prompt | None]], k: int
+    ) -> list[tuple[Node, list[Completion] | None]]:
         """Each with up to `k` replies, as far as the budget bears them; None where nothing was asked."""
-        asks = [replace(ask, after=node.after) for node, ask in wanted if ask]
-        replies = iter(list[list[Thought]]())
+        asks = [replace(ask, depends_on=node.depends_on) for node, ask in wanted if ask]
+        replies = iter(list[list[Completion]]())
         if asks:
             of, need = 1 / self.left, max(ask.tokens or self.task.step for ask in asks)
-            width = self.thoughts.width(len(asks) * k, need, of)
+            width = self.thoughts.affordable_width(len(asks) * k, need, of)
             each = max(1, width // len(asks))
             replies = iter(await self.thoughts.samples(asks[:width], each, of=of))
         return [
@@ -139,6 +141,6 @@ def _asks(operation: Operation) -> bool:
     )
 
 
-def _led(node: Node, said: Iterable[Thought], read: Callable[[Any, str], Sequence[Any]]) -> list[Node]:
+def _led(node: Node, said: Iterable[Completion], read: Callable[[Any, str], Sequence[Any]]) -> list[Node]:
     """What replies about a state have led to."""
     return [Node(state, (thought,)) for thought in said for state in read(node.state, thought.text)]

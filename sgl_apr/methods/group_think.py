@@ -8,9 +8,9 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thinkers import Thinker, write
-from sgl_apr.methods.thought import Ask
-from sgl_apr.methods.thoughts import thinking
+from sgl_apr.methods.thinkers import Agent, write_chunk
+from sgl_apr.methods.thought import Prompt
+from sgl_apr.methods.thoughts import method_session
 from sgl_apr.methods.voting import vote
 
 
@@ -36,17 +36,19 @@ async def group_think(
     for name, value in (("thinkers", thinkers), ("chunk", chunk)):
         if value < 1:
             raise AprError(f"{name}={value}, expected at least 1")
-    begin, _ = task.together(problem, "", [""] * (thinkers - 1))
-    async with thinking(engine, begin, "group_think", **options) as thoughts:
-        group = [Thinker() for _ in range(thoughts.width(thinkers, chunk))]
+    begin, _ = task.shared_context_prompt(problem, "", [""] * (thinkers - 1))
+    async with method_session(engine, begin, "group_think", **options) as thoughts:
+        group = [Agent() for _ in range(thoughts.affordable_width(thinkers, chunk))]
         wanted = len(group) // 2 + 1 if enough is None else enough
 
-        def sees(own: Thinker) -> tuple[str, Ask]:
-            return task.together(problem, own.text, [other.text for other in group if other is not own])
+        def sees(own: Agent) -> tuple[str, Prompt]:
+            return task.shared_context_prompt(
+                problem, own.text, [other.text for other in group if other is not own]
+            )
 
-        while await write(thoughts, group, sees, chunk):
+        while await write_chunk(thoughts, group, sees, chunk):
             answers = [task.answer(one.text) if one.ended else "" for one in group]
-            if all(one.over for one in group) or sum(map(bool, answers)) >= wanted:
+            if all(one.is_finished for one in group) or sum(map(bool, answers)) >= wanted:
                 break
         answers = [task.answer(one.text) if one.ended else "" for one in group]
         answer, share = vote(task, answers if any(answers) else [task.answer(one.text) for one in group])

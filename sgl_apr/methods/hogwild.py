@@ -9,14 +9,14 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thinkers import Thinker, write
-from sgl_apr.methods.thought import Ask
-from sgl_apr.methods.thoughts import thinking
+from sgl_apr.methods.thinkers import Agent, write_chunk
+from sgl_apr.methods.thought import Prompt
+from sgl_apr.methods.thoughts import method_session
 from sgl_apr.methods.voting import vote
 
 
 @dataclass
-class Worker(Thinker):
+class Worker(Agent):
     """A thinker whose text is its current step. `steps` are those that it has finished; `opening` is what the next
     begins with."""
 
@@ -51,30 +51,33 @@ async def hogwild(
     for name, value in (("workers", workers), ("chunk", chunk), ("every", every), ("enough", enough)):
         if value < 1:
             raise AprError(f"{name}={value}, expected at least 1")
-    begin, _ = task.together(problem, "", [""] * (workers - 1))
-    async with thinking(engine, begin, "hogwild", **options) as thoughts:
-        crew = [Worker(opening=task.opening(k, 1)) for k in range(1, thoughts.width(workers, chunk) + 1)]
+    begin, _ = task.shared_context_prompt(problem, "", [""] * (workers - 1))
+    async with method_session(engine, begin, "hogwild", **options) as thoughts:
+        crew = [
+            Worker(opening=task.opening(k, 1))
+            for k in range(1, thoughts.affordable_width(workers, chunk) + 1)
+        ]
         past, checked = "", 0
 
-        def sees(own: Worker) -> tuple[str, Ask]:
+        def sees(own: Worker) -> tuple[str, Prompt]:
             others = [other.text for other in crew if other is not own]
-            text, ask = task.together(problem, own.text, others, past)
+            text, ask = task.shared_context_prompt(problem, own.text, others, past)
             opening, own.opening = own.opening, ""
             return text, replace(ask, text=ask.text + opening)
 
-        while await write(thoughts, crew, sees, chunk, (task.pause,)):
+        while await write_chunk(thoughts, crew, sees, chunk, (task.pause,)):
             written = sum(one.tokens for one in crew)
             for number, one in enumerate(crew, 1):
                 if one.text and (one.ended or task.paused(one.text)):
                     past += one.text if task.paused(one.text) else one.text + task.pause
                     one.steps.append(one.text)
-                    if one.ended or task.concludes(one.text):
+                    if one.ended or task.has_answer(one.text):
                         one.answer = task.answer("".join(one.steps))
                     one.text = ""
                     one.opening = task.opening(number, len(one.steps) + 1)
                     if written - checked >= every and not one.ended:
                         one.opening, checked = one.opening + task.check, written
-            if all(one.over for one in crew) or sum(bool(one.answer) for one in crew) >= enough:
+            if all(one.is_finished for one in crew) or sum(bool(one.answer) for one in crew) >= enough:
                 break
         answers = [one.answer or task.answer("".join(one.steps) + one.text) for one in crew]
         answer, share = vote(task, answers)

@@ -12,9 +12,9 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.search import Node as Reached
-from sgl_apr.methods.search import Steps
+from sgl_apr.methods.search import SearchModel
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Thoughts, thinking
+from sgl_apr.methods.thoughts import MethodSession, method_session
 
 if TYPE_CHECKING:
     from treequest.algos.standard_mcts import MCTSState
@@ -50,7 +50,7 @@ async def mcts(
             raise AprError(f"{name}={value}, expected at least 1")
     options = {**options, "temperature": temperature}
     begin = Reached(task.begin(problem))
-    async with thinking(engine, "", "mcts", **options) as thoughts:
+    async with method_session(engine, "", "mcts", **options) as thoughts:
         search = _Search(thoughts, task, begin, leaves, proposals, evaluations, exploration)
         best = await search.run(simulations)
         answer = task.solved(best.state) if best else None
@@ -60,7 +60,7 @@ async def mcts(
 class _Search:
     def __init__(
         self,
-        thoughts: Thoughts,
+        thoughts: MethodSession,
         task: Task[Any, Any],
         begin: Reached,
         leaves: int,
@@ -71,7 +71,7 @@ class _Search:
         from treequest import StandardMCTS
 
         self.thoughts, self.task, self.begin = thoughts, task, begin
-        self.steps = Steps(thoughts, task)
+        self.steps = SearchModel(thoughts, task)
         self.most, self.proposals, self.evaluations = leaves, proposals, evaluations
         self.algorithm: StandardMCTS[Reached] = StandardMCTS(
             samples_per_action=1, exploration_weight=exploration
@@ -89,13 +89,13 @@ class _Search:
                 back_up(self.tree, leaf, 1, self.reached(leaf).value if self.solved(leaf) else 0.0)
             if not open_:
                 continue
-            width = self.thoughts.width(len(open_) * self.proposals, self.task.step)
+            width = self.thoughts.affordable_width(len(open_) * self.proposals, self.task.step)
             open_ = open_[:width]
             said = await self.steps.proposed([self.reached(leaf) for leaf in open_], width // len(open_))
             children = [
-                self.steps.led(self.reached(leaf), own) for leaf, own in zip(open_, said, strict=True)
+                self.steps.children(self.reached(leaf), own) for leaf, own in zip(open_, said, strict=True)
             ]
-            for leaf, found in zip(open_, await self.valued(children), strict=True):
+            for leaf, found in zip(open_, await self.evaluate(children), strict=True):
                 self.told(leaf, found)
             cut = all(t.finish in ("length", "timeout") and not t.text for own in said for t in own)
             if cut or any(child.value >= 1 for child in self.answers()):
@@ -131,10 +131,10 @@ class _Search:
         pairs = self.algorithm.get_state_score_pairs(self.tree)
         return [child for child, _ in pairs if self.task.solved(child.state) is not None]
 
-    async def valued(self, families: Sequence[Sequence[Reached]]) -> list[list[Reached]]:
+    async def evaluate(self, families: Sequence[Sequence[Reached]]) -> list[list[Reached]]:
         """With their values, cut to 0..1, which the model gives to all of them at once."""
         flat = [child for children in families for child in children]
-        said = iter(await self.steps.valued(flat, self.evaluations))
+        said = iter(await self.steps.evaluate(flat, self.evaluations))
         cut = (replace(child, value=min(1.0, max(0.0, child.value))) for child in said)
         return [list(islice(cut, len(children))) for children in families]
 

@@ -11,8 +11,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, CodeForbidden
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Ask, Thought
-from sgl_apr.methods.thoughts import Thoughts, thinking, together
+from sgl_apr.methods.thought import Completion, Prompt
+from sgl_apr.methods.thoughts import MethodSession, gather, method_session
 from sgl_apr.sandbox.process import Limits, Sandbox
 
 BLOCK = re.compile(r"```repl[ \t]*\n(.*?)\n?```", re.DOTALL)
@@ -74,8 +74,8 @@ async def recursive(
         if value < least:
             raise AprError(f"{name}={value}, expected at least {least}")
     limits = limits or Limits()
-    prompt = task.turn(_rules(question, text, depth, limits))
-    async with thinking(engine, prompt, "recursive", **options) as thoughts:
+    prompt = task.chat_turn(_rules(question, text, depth, limits))
+    async with method_session(engine, prompt, "recursive", **options) as thoughts:
         run = _Run(thoughts, task, iterations, queries, at_once, turn, limits)
         final = await run.answered(thoughts.root, question, text, depth)
         return Result("recursive", task.answer(final) or final, thoughts.finish())
@@ -83,7 +83,7 @@ async def recursive(
 
 @dataclass
 class _Run:
-    thoughts: Thoughts
+    thoughts: MethodSession
     task: Task[Any, Any]
     iterations: int
     queries: int  # that are left
@@ -92,9 +92,9 @@ class _Run:
     limits: Limits
     running: int = 0  # models that write programs now
 
-    async def answered(self, thought: Thought, question: str, text: str, depth: int) -> str:
+    async def answered(self, thought: Completion, question: str, text: str, depth: int) -> str:
         """What a model comes to that goes on behind its prompt, with an interpreter of its own."""
-        asked = list[Thought]()  # since its last reply
+        asked = list[Completion]()  # since its last reply
 
         async def answer(texts: list[str], deep: bool) -> list[str]:
             if depth == 0:
@@ -104,21 +104,23 @@ class _Run:
         self.running += 1
         try:
             async with Sandbox({"context": text}, answer, self.limits) as sandbox:
-                ask = Ask()
+                ask = Prompt()
                 for _ in range(self.iterations):
-                    thought = await self.thoughts.follow(thought, replace(ask, tokens=self.tokens))
-                    if not thought.whole and not thought.text:
+                    thought = await self.thoughts.continue_from(thought, replace(ask, tokens=self.tokens))
+                    if not thought.is_complete and not thought.text:
                         return ""
-                    ran = await self.thoughts.within(self.ran(sandbox, thought.text))
+                    ran = await self.thoughts.run_until_deadline(self.ran(sandbox, thought.text))
                     if ran is None:  # the time is up
                         return ""
                     output, final = ran
                     if final is not None:
                         return final
-                    said = self.task.turn(AGAIN.format(output=output, question=question), first=False)
-                    ask, asked[:] = Ask(said, after=tuple(asked)), []
-            last = self.task.turn(LAST.format(question=question), first=False)
-            return (await self.thoughts.follow(thought, replace(ask, text=last, tokens=self.tokens))).text
+                    said = self.task.chat_turn(AGAIN.format(output=output, question=question), first=False)
+                    ask, asked[:] = Prompt(said, depends_on=tuple(asked)), []
+            last = self.task.chat_turn(LAST.format(question=question), first=False)
+            return (
+                await self.thoughts.continue_from(thought, replace(ask, text=last, tokens=self.tokens))
+            ).text
         finally:
             self.running -= 1
 
@@ -144,7 +146,9 @@ class _Run:
         given = FINAL.search(rest)
         return "\n".join(outputs) if blocks else NOTHING, given[1].strip() if given else None
 
-    async def asked(self, at: Thought, asked: list[Thought], texts: Sequence[str], depth: int) -> list[str]:
+    async def asked(
+        self, at: Completion, asked: list[Completion], texts: Sequence[str], depth: int
+    ) -> list[str]:
         """What models say to each of the texts, some of them at once; behind those asked before, to which they come."""
         found = list[str]()
         for k in range(0, len(texts), self.at_once):
@@ -153,22 +157,26 @@ class _Run:
                 break
             self.queries -= len(part)
             if depth > 1:
-                said = await together(self.deeper(at, after, text, depth - 1) for text in part)
+                said = await gather(self.deeper(at, after, text, depth - 1) for text in part)
             else:
-                asks = [Ask(self.task.turn(text), tokens=self.turn, after=after) for text in part]
-                thoughts = await self.thoughts.apart(asks, of=1 - self.thoughts.budget.reserve, at=at)
+                asks = [
+                    Prompt(self.task.chat_turn(text), tokens=self.turn, depends_on=after) for text in part
+                ]
+                thoughts = await self.thoughts.sample_independent(
+                    asks, of=1 - self.thoughts.budget.reserve, at=at
+                )
                 said = [(thought, thought.text or f"(no answer: {thought.finish})") for thought in thoughts]
             asked += [thought for thought, _ in said]
             found += [text for _, text in said]
         return found + ["(no answer: no more queries)"] * (len(texts) - len(found))
 
     async def deeper(
-        self, at: Thought, after: tuple[Thought, ...], text: str, depth: int
-    ) -> tuple[Thought, str]:
+        self, at: Completion, after: tuple[Completion, ...], text: str, depth: int
+    ) -> tuple[Completion, str]:
         """What one says that writes programs about a text, which is also its question."""
         question = "what the text asks"
-        prompt = self.task.turn(_rules(question, text, depth, self.limits))
-        (begun,) = await self.thoughts.open([Ask(prompt, after=after)], at=at)
+        prompt = self.task.chat_turn(_rules(question, text, depth, self.limits))
+        (begun,) = await self.thoughts.prefill([Prompt(prompt, depends_on=after)], at=at)
         return begun, await self.answered(begun, question, text, depth) or "(no answer)"
 
 

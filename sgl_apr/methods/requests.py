@@ -12,19 +12,19 @@ from typing import Any
 
 from sgl_apr.budget import Budget
 from sgl_apr.engine.base import Engine, Request
-from sgl_apr.methods.thought import Ask, Thought
-from sgl_apr.runtime.decoding import Decoder
+from sgl_apr.methods.thought import Completion, Prompt
+from sgl_apr.runtime.decoding import RequestRunner
 from sgl_apr.runtime.events import OnEvent
-from sgl_apr.runtime.plan import plan
-from sgl_apr.runtime.purse import Purse
-from sgl_apr.runtime.record import Record, Strand
-from sgl_apr.runtime.steps import Piece, Step
-from sgl_apr.runtime.stream import TextStream
+from sgl_apr.runtime.plan import make_options
+from sgl_apr.runtime.purse import Allowance
+from sgl_apr.runtime.record import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.steps import PhaseOutput, SpanDraft
+from sgl_apr.runtime.stream import IncrementalDetokenizer
 from sgl_apr.spans import Finish, Role
 
 
 class Requests:
-    """All strands pay from one purse; what a request may write is reserved before it is sent.
+    """All sequences pay from one allowance; what a request may write is reserved before it is sent.
 
     Options are those of a `Plan` that concern requests.
     """
@@ -34,12 +34,12 @@ class Requests:
     ) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.budget = budget or Budget()
-        self.plan = plan(None, self.tokenizer, budget=self.budget, **{"logprobs": True, **options})
-        self.record = Record(self.tokenizer, on_event)
+        self.plan = make_options(None, self.tokenizer, budget=self.budget, **{"logprobs": True, **options})
+        self.record = TrajectoryRecorder(self.tokenizer, on_event)
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.seed = self.plan.seed if self.plan.seed is not None else random.getrandbits(31)
-        self.decoder = Decoder(engine, self.plan, self.record, self.rid, self.seed)
-        self.purse = Purse.of(self.budget)
+        self.decoder = RequestRunner(engine, self.plan, self.record, self.rid, self.seed)
+        self.allowance = Allowance.of(self.budget)
         self._reserved = 0
         self._known = list[tuple[int, ...]]()  # what the engine has computed, in order
         self._forked = list[Engine]()
@@ -47,9 +47,9 @@ class Requests:
     @property
     def left(self) -> int:
         """Tokens that nobody has reserved."""
-        return self.purse.tokens - self._reserved
+        return self.allowance.tokens - self._reserved
 
-    def reserve(self, asks: Sequence[Ask], of: float = 1.0, most: int | None = None) -> list[int]:
+    def reserve(self, asks: Sequence[Prompt], of: float = 1.0, most: int | None = None) -> list[int]:
         """An equal share of what is left for each, `most` at most, and no more than it asks for; set aside until
         `decode` gives it back."""
         share = max(0, int(self.left * of) // len(asks))
@@ -58,16 +58,16 @@ class Requests:
         self._reserved += sum(tokens)
         return tokens
 
-    def write(self, strand: Strand, text: str) -> None:
+    def write(self, sequence: SequenceState, text: str) -> None:
         """What a thought is asked, if there is room for it: else nothing can be decoded behind it either."""
         if len(self.tokenizer.encode(text)) < self.left:
-            role: Role = "text" if not strand.path else "body" if strand.order else "header"
-            self.record.inject(strand, role, text, label=strand.outline if role == "header" else "")
+            role: Role = "text" if not sequence.path else "body" if sequence.span_order else "header"
+            self.record.inject(sequence, role, text, label=sequence.outline if role == "header" else "")
         elif text:
-            strand.scope.stop("length", "tokens")
+            sequence.scope.cancel("length", "tokens")
 
     async def forks(
-        self, thought: Thought, branches: Sequence[Strand], tokens: int
+        self, thought: Completion, branches: Sequence[SequenceState], tokens: int
     ) -> tuple[Sequence[Engine], int]:
         """An engine for each, behind what all have in common. That is committed first; where it is not what one thought
         has come to, only if it is not known yet."""
@@ -76,85 +76,93 @@ class Requests:
             return (), size
         prefix = common([branch.context for branch in branches])
         new = self._new(prefix) if prefix else 0
-        if size == 1 or not prefix or (new <= 1 and prefix != thought.strand.context):
+        if size == 1 or not prefix or (new <= 1 and prefix != thought.sequence.context):
             return [engine] * size, size
-        shared = replace(thought.strand, context=prefix, order=[], joined=())
+        shared = replace(thought.sequence, context=prefix, span_order=[], kv_layout=())
         engines, load = await self.decoder.fork(engine, shared, size, new)
         insort(self._known, prefix)
         self._forked += engines
-        return engines, self.decoder.at_once(thought.strand, size, tokens, load)
+        return engines, self.decoder.choose_parallelism(thought.sequence, size, tokens, load)
 
-    async def decode(self, engine: Engine | None, strand: Strand, ask: Ask, tokens: int) -> Thought:
+    async def decode(
+        self, engine: Engine | None, sequence: SequenceState, ask: Prompt, tokens: int
+    ) -> Completion:
         """One request, of at most the `tokens` reserved for it, which are given back."""
         limits = (
             {} if ask.tokens is None else {"asked": ask.tokens}
         )  # first: where all is granted, nothing acts
         limits["tokens"] = tokens
-        if strand.path and self.budget.branch_tokens is not None:
+        if sequence.path and self.budget.branch_tokens is not None:
             limits["branch_tokens"] = self.budget.branch_tokens
-        limits["critical_tokens"] = self.purse.cap - self.record.reach(strand)
+        limits["critical_tokens"] = self.allowance.critical_path_cap - self.record.critical_path_to(sequence)
         if self.engine.context is not None:
-            limits["context"] = self.engine.context - len(strand.context)
+            limits["context"] = self.engine.context - len(sequence.context)
         limit = min(limits, key=limits.__getitem__)
         most = limits[limit]
         try:
-            if self.purse.calls < 1:
+            if self.allowance.calls < 1:
                 limit, most = "calls", 0
-            if engine is None or most < 1 or strand.scope.over:
-                return self._cut(strand, engine, limit if most < 1 else strand.scope.limit)
-            return await self._asked(engine, strand, ask, most, limit)
+            if engine is None or most < 1 or sequence.scope.cancel_reason:
+                return self._cut(sequence, engine, limit if most < 1 else sequence.scope.limit)
+            return await self._asked(engine, sequence, ask, most, limit)
         finally:
             self._reserved -= tokens
 
-    def _cut(self, strand: Strand, engine: Engine | None, limit: str) -> Thought:
-        self.record.limit(limit, strand)
-        finish: Finish = strand.scope.over or "length"
-        self.record.append(strand, Step((Piece(self._role(strand), "decoded", "", ()),), finish), None)
-        return Thought(strand, engine, "", finish)
+    def _cut(self, sequence: SequenceState, engine: Engine | None, limit: str) -> Completion:
+        self.record.record_limit(limit, sequence)
+        finish: Finish = sequence.scope.cancel_reason or "length"
+        self.record.append(
+            sequence, PhaseOutput((SpanDraft(self._role(sequence), "decoded", "", ()),), finish), None
+        )
+        return Completion(sequence, engine, "", finish)
 
-    def _role(self, strand: Strand) -> Role:
-        return "body" if strand.path else "text"
+    def _role(self, sequence: SequenceState) -> Role:
+        return "body" if sequence.path else "text"
 
-    async def _asked(self, engine: Engine, strand: Strand, ask: Ask, most: int, limit: str) -> Thought:
+    async def _asked(
+        self, engine: Engine, sequence: SequenceState, ask: Prompt, most: int, limit: str
+    ) -> Completion:
         special = [self.tokenizer.special(tag) for tag in ask.stop]
         request = Request(
             self.rid,
-            strand.context,
+            sequence.context,
             most,
             {**self.plan.sampling, **ask.sampling},
             ask.grammar,
             tuple(i for i in special if i is not None),
             tuple(t for t, i in zip(ask.stop, special, strict=True) if i is None),
             logprobs=self.plan.logprobs,
-            fields=self.plan.fields,
+            fields=self.plan.request_fields,
         )
-        stream = TextStream(self.tokenizer, strand.context, self.record.writer(strand))
-        result, call = await self.decoder.ask(
-            engine, strand, "ask", self._new(strand.context), request, stream
+        stream = IncrementalDetokenizer(
+            self.tokenizer, sequence.context, self.record.delta_callback(sequence)
         )
-        ids = result.token_ids if result else tuple(stream.heard)
+        result, call = await self.decoder.send_request(
+            engine, sequence, "ask", self._new(sequence.context), request, stream
+        )
+        ids = result.token_ids if result else tuple(stream.received_ids)
         ended = bool(ids) and ids[-1] in self.tokenizer.eos_ids
         own = ids[:-1] if ended else ids
         finish: Finish = "stop"
         if result is None:
-            finish = strand.scope.over or "aborted"
+            finish = sequence.scope.cancel_reason or "aborted"
             if finish != "failed":
-                self.record.limit(strand.scope.limit, strand)
+                self.record.record_limit(sequence.scope.limit, sequence)
         elif result.finish == "length":
             finish = "length"
             if limit != "asked":
-                self.record.limit(limit, strand)
+                self.record.record_limit(limit, sequence)
         elif ended:
             finish = "eos"
         if finish == "failed":
             own = ()
-        insort(self._known, (*strand.context, *own[:-1]))
-        text = self.tokenizer.decode(own, strand.context)
-        step = Step((Piece(self._role(strand), "decoded", text, own),), finish)
-        self.record.append(strand, step, call)
+        insort(self._known, (*sequence.context, *own[:-1]))
+        text = self.tokenizer.decode(own, sequence.context)
+        step = PhaseOutput((SpanDraft(self._role(sequence), "decoded", text, own),), finish)
+        self.record.append(sequence, step, call)
         stream.finish(step)
         logprobs = result.logprobs if result else None
-        return Thought(strand, engine, text, finish, fmean(logprobs) if logprobs else None)
+        return Completion(sequence, engine, text, finish, fmean(logprobs) if logprobs else None)
 
     def _new(self, ids: tuple[int, ...]) -> int:
         """How many of these no request has computed yet; the last is always computed again."""

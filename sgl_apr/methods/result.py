@@ -16,7 +16,7 @@ _OWN = (
     "mcts", "group_think", "hogwild", "recursive",
 )  # fmt: skip
 _ADAPTIVE = ("parathinker", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
-MODULES = {name: name for name in _OWN} | dict.fromkeys(_ADAPTIVE, "adaptive")
+METHOD_MODULES = {name: name for name in _OWN} | dict.fromkeys(_ADAPTIVE, "adaptive")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ Method = Callable[..., Awaitable[Result]]
 
 def method(name: str) -> Method:
     """The method of that name; raises `AprError` that lists them."""
-    if name not in MODULES:
-        raise AprError(f"no method {name!r}, expected one of {', '.join(MODULES)}")
-    found: Mapping[str, Any] = vars(import_module(f"sgl_apr.methods.{MODULES[name]}"))
+    if name not in METHOD_MODULES:
+        raise AprError(f"no method {name!r}, expected one of {', '.join(METHOD_MODULES)}")
+    found: Mapping[str, Any] = vars(import_module(f"sgl_apr.methods.{METHOD_MODULES[name]}"))
     run: Method = found[name]
     return run

@@ -11,7 +11,7 @@ import aiohttp
 from sgl_apr.errors import EngineError, EngineTimeout
 
 
-def plain(problem: Any, text: str) -> str:
+def concatenate(problem: Any, text: str) -> str:
     """A problem and a reply, one below the other."""
     return f"{problem}\n{text}"
 
@@ -29,7 +29,7 @@ class RewardModel:
 
     url: str
     route: Literal["classify", "v1/rerank"] = "classify"
-    show: Callable[[Any, str], str] = plain
+    show: Callable[[Any, str], str] = concatenate
     timeout: float = 60.0
     api_key: str | None = None
 

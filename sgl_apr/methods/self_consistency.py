@@ -7,7 +7,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import thinking
+from sgl_apr.methods.thoughts import method_session
 from sgl_apr.methods.voting import vote
 
 
@@ -27,8 +27,8 @@ async def self_consistency(
     """
     ask = task.ask(problem)
     options = {**options, "temperature": temperature}
-    async with thinking(engine, ask.text, "self_consistency", **options) as thoughts:
-        paths = thoughts.width(n, task.need)
-        found = await thoughts.fork(thoughts.root, [ask.behind] * paths)
+    async with method_session(engine, ask.text, "self_consistency", **options) as thoughts:
+        paths = thoughts.affordable_width(n, task.max_tokens)
+        found = await thoughts.fork(thoughts.root, [ask.without_text] * paths)
         answer, share = vote(task, [task.answer(t.text) for t in found])
         return Result("self_consistency", answer, thoughts.finish(), share)

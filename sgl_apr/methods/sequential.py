@@ -7,7 +7,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import thinking
+from sgl_apr.methods.thoughts import method_session
 
 
 async def sequential(engine: Engine, problem: Any, *, task: Task[Any, Any], **options: Any) -> Result:
@@ -16,6 +16,6 @@ async def sequential(engine: Engine, problem: Any, *, task: Task[Any, Any], **op
     Options are those of `Thoughts`: budget, on_event, and sampling parameters.
     """
     ask = task.ask(problem)
-    async with thinking(engine, ask.text, "sequential", **options) as thoughts:
-        thought = await thoughts.follow(thoughts.root, ask.behind)
+    async with method_session(engine, ask.text, "sequential", **options) as thoughts:
+        thought = await thoughts.continue_from(thoughts.root, ask.without_text)
         return Result("sequential", task.answer(thought.text), thoughts.finish())

@@ -9,8 +9,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Thought
-from sgl_apr.methods.thoughts import thinking
+from sgl_apr.methods.thought import Completion
+from sgl_apr.methods.thoughts import method_session
 
 Mode = Literal["prompt", "fork"]
 LABELS = {"prompt": "exact", "fork": "fork-of-skeleton"}
@@ -37,18 +37,18 @@ async def skeleton_of_thought(
     if mode not in get_args(Mode):
         raise AprError(f'mode={mode!r}, expected "prompt" or "fork"')
     ask, options = task.skeleton(problem), {**options, "temperature": temperature}
-    async with thinking(engine, ask.text, "skeleton_of_thought", **options) as thoughts:
-        skeleton = await thoughts.follow(thoughts.root, ask.behind)
+    async with method_session(engine, ask.text, "skeleton_of_thought", **options) as thoughts:
+        skeleton = await thoughts.continue_from(thoughts.root, ask.without_text)
         points = list(enumerate(task.points(skeleton.text)[:MOST], 1))
         seen = skeleton.text if mode == "prompt" else None
         asks = [task.point(problem, seen, number, point) for number, point in points]
-        written = list[Thought]()
+        written = list[Completion]()
         while len(written) < len(asks):
             batch = asks[len(written) :][: thoughts.budget.width]
             of = len(batch) / (len(asks) - len(written))
             if mode == "prompt":
-                batch = [replace(ask, after=(skeleton,)) for ask in batch]
-                written += await thoughts.apart(batch, of=of)
+                batch = [replace(ask, depends_on=(skeleton,)) for ask in batch]
+                written += await thoughts.sample_independent(batch, of=of)
             else:
                 written += await thoughts.fork(skeleton, batch, of=of)
         parts = [

@@ -8,7 +8,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thought import Completion, Prompt
 
 WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
 SENTENCE = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
@@ -28,7 +28,7 @@ class Task(Generic[P, S]):
     """
 
     name = "task"
-    need = 256
+    max_tokens = 256
     step = 64
     thoughts = 3
     verifiable = False
@@ -40,7 +40,7 @@ class Task(Generic[P, S]):
 
     # Every method.
 
-    def ask(self, problem: P) -> Ask:
+    def ask(self, problem: P) -> Prompt:
         """What a model is asked that is to solve all of it."""
         self._cannot("be asked")
 
@@ -52,7 +52,7 @@ class Task(Generic[P, S]):
         """The answer that a reply ends with, empty if there is none."""
         self._cannot("read an answer")
 
-    def key(self, answer: str) -> Hashable:
+    def vote_key(self, answer: str) -> Hashable:
         """What is counted in a vote: equal for answers that say the same."""
         return " ".join(answer.split())
 
@@ -66,7 +66,7 @@ class Task(Generic[P, S]):
         """Where a search begins."""
         self._cannot("be solved step by step")
 
-    def propose(self, state: S) -> Ask:
+    def propose(self, state: S) -> Prompt:
         """What a model is asked that is to say the next step."""
         self._cannot("be solved step by step")
 
@@ -78,11 +78,11 @@ class Task(Generic[P, S]):
         """The answer that a state has come to, None if it has not."""
         self._cannot("be solved step by step")
 
-    def evaluate(self, state: S) -> Ask | float:
+    def evaluate(self, state: S) -> Prompt | float:
         """What a model is asked that is to say how good a state is; or that itself, where it is known."""
         self._cannot("judge a step")
 
-    def value(self, state: S, thought: Thought) -> float:
+    def value(self, state: S, thought: Completion) -> float:
         """What it said, as a number: the more the better, 0 for what leads nowhere."""
         self._cannot("judge a step")
 
@@ -90,7 +90,7 @@ class Task(Generic[P, S]):
         """A state as a text to choose among."""
         self._cannot("choose among texts")
 
-    def vote(self, problem: P, texts: Sequence[str]) -> Ask:
+    def vote(self, problem: P, texts: Sequence[str]) -> Prompt:
         """What a model is asked that is to choose one of several texts."""
         self._cannot("choose among texts")
 
@@ -100,15 +100,15 @@ class Task(Generic[P, S]):
 
     # Single methods, which say more of what they need.
 
-    def judge(self, problem: P) -> Ask:
+    def judge(self, problem: P) -> Prompt:
         """Asks whether the reply that it stands behind is right."""
         self._cannot("judge an answer")
 
-    def judged(self, thought: Thought) -> float:
+    def judge_score(self, thought: Completion) -> float:
         """What it said, as a number from 0 to 1."""
         self._cannot("judge an answer")
 
-    def skeleton(self, problem: P) -> Ask:
+    def skeleton(self, problem: P) -> Prompt:
         """Asks for the points of an answer, without what they say."""
         self._cannot("be answered point by point")
 
@@ -116,14 +116,16 @@ class Task(Generic[P, S]):
         """Those that such a reply has."""
         self._cannot("be answered point by point")
 
-    def point(self, problem: P, skeleton: str | None, number: int, point: str) -> Ask:
+    def point(self, problem: P, skeleton: str | None, number: int, point: str) -> Prompt:
         """Asks for one of the points, from 1, written out: what comes goes on behind "1. " and the point.
 
         skeleton: the reply with all of them; None where it is asked behind that.
         """
         self._cannot("be answered point by point")
 
-    def together(self, problem: P, own: str, others: Sequence[str], past: str = "") -> tuple[str, Ask]:
+    def shared_context_prompt(
+        self, problem: P, own: str, others: Sequence[str], past: str = ""
+    ) -> tuple[str, Prompt]:
         """What one of several thinkers sees that read each other as they write, and how it goes on.
 
         own, others: what they are writing. past: what they have finished together, where they keep that (Hogwild!).
@@ -138,7 +140,7 @@ class Task(Generic[P, S]):
         """Whether a step of theirs ends here: a sentence, and a paragraph, but not within code (appendix C)."""
         return bool(SENTENCE.search(text)) and text.count("```") % 2 == 0
 
-    def concludes(self, text: str) -> bool:
+    def has_answer(self, text: str) -> bool:
         """Whether a step of theirs says the answer."""
         return bool(self.answer(text))
 
@@ -150,7 +152,7 @@ class Task(Generic[P, S]):
         """A question, and the text that it is about, for a model that writes programs to read it."""
         self._cannot("be answered by a program")
 
-    def turn(self, text: str, *, first: bool = True) -> str:
+    def chat_turn(self, text: str, *, first: bool = True) -> str:
         """What a user says as the model knows it, up to where its reply begins; `first`: nothing stands before it."""
         return text if first else f"\n\n{text}\n\n"
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.runtime.record import Strand
+from sgl_apr.runtime.record import SequenceState
 from sgl_apr.spans import Finish
 
 
 @dataclass(frozen=True)
-class Ask:
+class Prompt:
     """What one thought is asked: `text` is written first, then the model goes on.
 
     tokens: decoded at most; None leaves it to the budget. grammar: for the engine's grammar backend. stop: texts
@@ -26,28 +26,28 @@ class Ask:
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
-    after: tuple[Thought, ...] = ()
+    depends_on: tuple[Completion, ...] = ()
 
     @property
-    def behind(self) -> Ask:
+    def without_text(self) -> Prompt:
         """The same where the text is there already."""
         return replace(self, text="")
 
 
 @dataclass(frozen=True)
-class Thought:
+class Completion:
     """What a model wrote when it was asked, and where that stands.
 
     text: decoded, without an end of text. logprob: the mean over its tokens, None if there are none.
     """
 
-    strand: Strand
+    sequence: SequenceState
     engine: Engine | None
     text: str = ""
     finish: Finish = "stop"
     logprob: float | None = None
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it ended by itself."""
         return self.finish in ("stop", "eos")

@@ -12,21 +12,21 @@ from sgl_apr.budget import Budget
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BudgetExceeded
 from sgl_apr.methods.requests import Requests
-from sgl_apr.methods.thought import Ask, Thought
-from sgl_apr.runtime.branches import first
-from sgl_apr.runtime.events import Ended, Forked, Joined, OnEvent
-from sgl_apr.runtime.joins import Policy, enough
-from sgl_apr.runtime.record import Strand
-from sgl_apr.runtime.scope import Cut, Scope
+from sgl_apr.methods.thought import Completion, Prompt
+from sgl_apr.runtime.branches import first_error
+from sgl_apr.runtime.events import BranchEnded, Forked, Joined, OnEvent
+from sgl_apr.runtime.joins import Policy, stop_condition
+from sgl_apr.runtime.record import SequenceState
+from sgl_apr.runtime.scope import CancelScope, ScopeCancelled
 from sgl_apr.trajectory import Trajectory
 
 T = TypeVar("T")
-Begun = tuple[
-    tuple[int, ...], tuple[int, ...], tuple[int, ...], Ask
+BranchStart = tuple[
+    tuple[int, ...], tuple[int, ...], tuple[int, ...], Prompt
 ]  # context, tip, after, and what is asked
 
 
-class Thoughts:
+class MethodSession:
     """One run of a method under one budget: what is asked together runs at once behind one committed prefix.
 
     Options are those of `areason` that concern requests (retry, failed, pacing, seed, logprobs, temperature, ...).
@@ -48,8 +48,8 @@ class Thoughts:
         self.requests = Requests(engine, budget, on_event, options)
         self.record, self.budget = self.requests.record, self.requests.budget
         self._within = dict[
-            int, list[tuple[int, Strand]]
-        ]()  # branches of strands, and before which of their spans
+            int, list[tuple[int, SequenceState]]
+        ]()  # branches of sequences, and before which of their spans
         tokenizer = engine.tokenizer
         ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)
         if engine.context is not None and len(ids) >= engine.context:
@@ -58,81 +58,85 @@ class Thoughts:
             )
         seconds = self.budget.seconds
         deadline = asyncio.get_running_loop().time() + seconds if seconds is not None else None
-        self.root = Thought(
-            self.record.trunk(ids, self.requests.purse, Scope(None, deadline, "seconds")), engine
+        self.root = Completion(
+            self.record.trunk(ids, self.requests.allowance, CancelScope(None, deadline, "seconds")), engine
         )
 
-    async def follow(self, thought: Thought, ask: Ask | str = "") -> Thought:
+    async def continue_from(self, thought: Completion, ask: Prompt | str = "") -> Completion:
         """Let a thought go on: it is asked in its own context."""
         ask = self._ask(ask)
-        thought.strand.after = self._tips(ask.after) if ask.after else ()
-        self.requests.write(thought.strand, ask.text)
+        thought.sequence.waits_for = self._tips(ask.depends_on) if ask.depends_on else ()
+        self.requests.write(thought.sequence, ask.text)
         (tokens,) = self.requests.reserve([ask])
-        return await self.requests.decode(thought.engine, thought.strand, ask, tokens)
+        return await self.requests.decode(thought.engine, thought.sequence, ask, tokens)
 
     async def fork(
-        self, thought: Thought, asks: Sequence[Ask | str], *, of: float = 1.0, policy: Policy = "all"
-    ) -> list[Thought]:
+        self, thought: Completion, asks: Sequence[Prompt | str], *, of: float = 1.0, policy: Policy = "all"
+    ) -> list[Completion]:
         """Thoughts that follow one, at once, each in a context of its own behind it; in their order.
 
         `of` is the share of what is left of the budget that they may take. Those that `policy` cuts are there too,
         as they were, and those that failed, with no text.
         """
-        strand = thought.strand
-        begun = self._begin(strand, [(strand.context, strand.tip, (), self._ask(ask)) for ask in asks])
+        sequence = thought.sequence
+        begun = self._begin(
+            sequence, [(sequence.context, sequence.frontier, (), self._ask(ask)) for ask in asks]
+        )
         return await self._run(thought, begun, of, policy)
 
-    async def apart(
+    async def sample_independent(
         self,
-        asks: Sequence[Ask | str],
+        asks: Sequence[Prompt | str],
         *,
         of: float = 1.0,
         policy: Policy = "all",
-        at: Thought | None = None,
-    ) -> list[Thought]:
+        at: Completion | None = None,
+    ) -> list[Completion]:
         """Thoughts that see nothing but what each is asked, at once. `at`: the thought that goes on behind them."""
         at = at or self.root
-        return await self._run(at, self._begin(at.strand, self._apart(asks)), of, policy)
+        return await self._run(at, self._begin(at.sequence, self._apart(asks)), of, policy)
 
-    async def open(self, asks: Sequence[Ask | str], *, at: Thought | None = None) -> list[Thought]:
+    async def prefill(
+        self, asks: Sequence[Prompt | str], *, at: Completion | None = None
+    ) -> list[Completion]:
         """Contexts of their own with what each is asked, behind which nothing is decoded yet: to go on there."""
         at = at or self.root
-        begun = self._begin(at.strand, self._apart(asks))
+        begun = self._begin(at.sequence, self._apart(asks))
         engines, _ = await self.requests.forks(at, [branch for branch, _ in begun], 0)
-        opened = [Thought(branch, engines[k] if engines else None) for k, (branch, _) in enumerate(begun)]
+        opened = [Completion(branch, engines[k] if engines else None) for k, (branch, _) in enumerate(begun)]
         self._joined(begun, opened)
         return opened
 
-    async def samples(self, asks: Sequence[Ask], n: int, *, of: float = 1.0) -> list[list[Thought]]:
+    async def samples(self, asks: Sequence[Prompt], n: int, *, of: float = 1.0) -> list[list[Completion]]:
         """`n` thoughts behind each of several contexts of their own, all at once; by context, in their order."""
-        opened = await self.open(asks)
+        opened = await self.prefill(asks)
         share = int(self.requests.left * of) // max(1, len(asks) * n)
 
-        def behind(one: Thought, ask: Ask) -> Coroutine[Any, Any, list[Thought]]:
-            strand = one.strand
-            begun = self._begin(strand, [(strand.context, strand.tip, (), ask.behind)] * n)
+        def behind(one: Completion, ask: Prompt) -> Coroutine[Any, Any, list[Completion]]:
+            sequence = one.sequence
+            begun = self._begin(sequence, [(sequence.context, sequence.frontier, (), ask.without_text)] * n)
             return self._run(one, begun, 1.0, "all", share)
 
-        return await together([behind(one, ask) for one, ask in zip(opened, asks, strict=True)])
+        return await gather([behind(one, ask) for one, ask in zip(opened, asks, strict=True)])
 
-    async def seeing(
-        self, contexts: Sequence[tuple[str, Sequence[Thought], Ask]], *, of: float = 1.0
-    ) -> list[Thought]:
+    async def sample_with_context(
+        self, contexts: Sequence[tuple[str, Sequence[Completion], Prompt]], *, of: float = 1.0
+    ) -> list[Completion]:
         """Thoughts behind any text, at once, each with the thoughts that the text shows, whose copies are not counted."""
         found = [
             (tuple(self.requests.tokenizer.encode(text, first=True)), self._tips(shown), (), ask)
             for text, shown, ask in contexts
         ]
-        return await self._run(self.root, self._begin(self.root.strand, found), of, "all")
+        return await self._run(self.root, self._begin(self.root.sequence, found), of, "all")
 
-    async def within(self, work: Coroutine[Any, Any, T]) -> T | None:
+    async def run_until_deadline(self, work: Coroutine[Any, Any, T]) -> T | None:
         """What something else than the engine comes to; None if the time is up before."""
         try:
-            return await self.root.strand.scope.within(work)
-        except Cut:
+            return await self.root.sequence.scope.run(work)
+        except ScopeCancelled:
             return None
 
-    def width(self, wanted: int, need: int = 1, of: float = 1.0, calls: int = 1) -> int:
+    def affordable_width(self, wanted: int, need: int = 1, of: float = 1.0, calls: int = 1) -> int:
         """How many of so many wanted thoughts the budget bears, if each is to get so many tokens and calls; at least one."""
         bears = [wanted, max(1, int(self.requests.left * of) // max(1, need))]
         limits = ["", "tokens"]
@@ -140,113 +144,119 @@ class Thoughts:
             bears.append(self.budget.width)
             limits.append("width")
         if self.budget.calls is not None:
-            bears.append(max(1, (self.requests.purse.calls - 1) // calls))
+            bears.append(max(1, (self.requests.allowance.calls - 1) // calls))
             limits.append("calls")
         least = min(bears)
         if least < wanted:
-            self.record.limit(limits[bears.index(least)], self.root.strand)
+            self.record.record_limit(limits[bears.index(least)], self.root.sequence)
         return least
 
     def finish(self) -> Trajectory:
         """All that was thought; the last thing to be asked for."""
-        strand = self.root.strand
-        strand.order = list(self._order(strand))
-        return self.record.finish(strand, self.method, self.requests.seed, self.requests.decoder.seeded)
+        sequence = self.root.sequence
+        sequence.span_order = list(self._order(sequence))
+        return self.record.finish(
+            sequence, self.method, self.requests.seed, self.requests.decoder.supports_seeds
+        )
 
-    def _ask(self, ask: Ask | str) -> Ask:
-        return Ask(ask) if isinstance(ask, str) else ask
+    def _ask(self, ask: Prompt | str) -> Prompt:
+        return Prompt(ask) if isinstance(ask, str) else ask
 
-    def _tips(self, thoughts: Sequence[Thought]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(t for thought in thoughts or [self.root] for t in thought.strand.tip))
+    def _tips(self, thoughts: Sequence[Completion]) -> tuple[int, ...]:
+        return tuple(
+            dict.fromkeys(t for thought in thoughts or [self.root] for t in thought.sequence.frontier)
+        )
 
-    def _apart(self, asks: Sequence[Ask | str]) -> list[Begun]:
-        return [((), (), self._tips(ask.after), ask) for ask in map(self._ask, asks)]
+    def _apart(self, asks: Sequence[Prompt | str]) -> list[BranchStart]:
+        return [((), (), self._tips(ask.depends_on), ask) for ask in map(self._ask, asks)]
 
-    def _order(self, strand: Strand) -> Sequence[int]:
-        """The spans of a strand with those of its branches where they were forked: parents come first."""
-        inside, found, at = self._within.get(id(strand), []), list[int](), 0
+    def _order(self, sequence: SequenceState) -> Sequence[int]:
+        """The spans of a sequence with those of its branches where they were forked: parents come first."""
+        inside, found, at = self._within.get(id(sequence), []), list[int](), 0
         for before, branch in inside:
-            found += strand.order[at:before]
+            found += sequence.span_order[at:before]
             found += self._order(branch)
             at = before
-        return [*found, *strand.order[at:]]
+        return [*found, *sequence.span_order[at:]]
 
-    def _begin(self, strand: Strand, begun: Sequence[Begun]) -> list[tuple[Strand, Ask]]:
-        """The branches of a fork of `strand`, with what each is asked."""
+    def _begin(
+        self, sequence: SequenceState, begun: Sequence[BranchStart]
+    ) -> list[tuple[SequenceState, Prompt]]:
+        """The branches of a fork of `sequence`, with what each is asked."""
         if not begun:
             return []
-        strand.blocks += 1
-        block = (*strand.path, strand.blocks)
-        self.record.tell(Forked(block, tuple((f"{k}", ask.name) for k, (*_, ask) in enumerate(begun, 1))))
-        outer, branches = Scope(strand.scope), list[tuple[Strand, Ask]]()
+        sequence.blocks += 1
+        block = (*sequence.path, sequence.blocks)
+        self.record.emit(Forked(block, tuple((f"{k}", ask.name) for k, (*_, ask) in enumerate(begun, 1))))
+        outer, branches = CancelScope(sequence.scope), list[tuple[SequenceState, Prompt]]()
         for k, (context, tip, after, ask) in enumerate(begun, 1):
-            branch = Strand(
-                (*block, k), context, tip, self.requests.purse, Scope(outer), number=f"{k}", outline=ask.name, after=after,
-                lenient=self.requests.plan.failed != "raise",
+            branch = SequenceState(
+                (*block, k), context, tip, self.requests.allowance, CancelScope(outer), number=f"{k}", outline=ask.name, waits_for=after,
+                tolerate_failure=self.requests.plan.on_branch_failure != "raise",
             )  # fmt: skip
-            self._within.setdefault(id(strand), []).append((len(strand.order), branch))
+            self._within.setdefault(id(sequence), []).append((len(sequence.span_order), branch))
             self.requests.write(branch, ask.text)
-            branch.after = () if branch.order else after
+            branch.waits_for = () if branch.span_order else after
             branches.append((branch, ask))
         return branches
 
     async def _run(
         self,
-        thought: Thought,
-        begun: Sequence[tuple[Strand, Ask]],
+        thought: Completion,
+        begun: Sequence[tuple[SequenceState, Prompt]],
         of: float,
         policy: Policy,
         most: int | None = None,
-    ) -> list[Thought]:
+    ) -> list[Completion]:
         """Let branches decode, at once or as paced, until enough of them have ended; the others are cut."""
         if not begun:
             return []
         tokens = self.requests.reserve([ask for _, ask in begun], of, most)
         engines, at_once = await self.requests.forks(thought, [branch for branch, _ in begun], max(tokens))
-        gate, ended, done = asyncio.Semaphore(at_once), list[Thought](), enough(policy, len(begun))
+        gate, ended, done = asyncio.Semaphore(at_once), list[Completion](), stop_condition(policy, len(begun))
 
-        async def run(k: int, branch: Strand, ask: Ask) -> Thought:
+        async def run(k: int, branch: SequenceState, ask: Prompt) -> Completion:
             async with gate:
                 found = await self.requests.decode(engines[k] if engines else None, branch, ask, tokens[k])
             if found.finish != "failed":
                 ended.append(found)
-            if len(ended) < len(begun) and done([self.record.branch(t.strand) for t in ended]):
+            if len(ended) < len(begun) and done([self.record.branch(t.sequence) for t in ended]):
                 for other, _ in begun:
-                    if all(t.strand is not other for t in ended):
-                        other.scope.stop("aborted", "policy")
+                    if all(t.sequence is not other for t in ended):
+                        other.scope.cancel("aborted", "policy")
             return found
 
-        found = await together(run(k, branch, ask) for k, (branch, ask) in enumerate(begun))
+        found = await gather(run(k, branch, ask) for k, (branch, ask) in enumerate(begun))
         self._joined(begun, found)
         return found
 
-    def _joined(self, begun: Sequence[tuple[Strand, Ask]], found: Sequence[Thought]) -> None:
+    def _joined(self, begun: Sequence[tuple[SequenceState, Prompt]], found: Sequence[Completion]) -> None:
         for thought in found:
-            self.record.tell(Ended(thought.strand.path, outcome(thought.finish) or "ok"))
+            self.record.emit(BranchEnded(thought.sequence.path, outcome(thought.finish) or "ok"))
         if begun:
             block = begun[0][0].path[:-1]
-            self.record.tell(Joined(block, tuple(branch.path[-1] for branch, _ in begun)))
+            self.record.emit(Joined(block, tuple(branch.path[-1] for branch, _ in begun)))
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """What several come to that run at once; the first failure cancels the others, and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
     except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
-        raise first(failed) from first(failed).__cause__
+        raise first_error(failed) from first_error(failed).__cause__
     return [task.result() for task in tasks]
 
 
 @asynccontextmanager
-async def thinking(
+async def method_session(
     engine: Engine,
     prompt: str | Sequence[int],
     method: str,
     **options: Any,
-) -> AsyncIterator[Thoughts]:
+) -> AsyncIterator[MethodSession]:
     """Thoughts whose requests are aborted if anything fails, and whose forks are given back."""
-    run = Thoughts(engine, prompt, method, **options)
+    run = MethodSession(engine, prompt, method, **options)
     try:
         yield run
     except BaseException:

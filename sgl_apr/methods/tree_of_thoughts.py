@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.result import Result
-from sgl_apr.methods.search import Node, Steps
+from sgl_apr.methods.search import Node, SearchModel
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import Thoughts, thinking
+from sgl_apr.methods.thoughts import MethodSession, method_session
 
 Search = Literal["bfs", "dfs"]
 Select = Literal["value", "vote"]
@@ -46,7 +46,7 @@ async def tree_of_thoughts(
         raise AprError('select="vote" compares the states of a level, expected search="bfs"')
     begin = Node(task.begin(problem))
     options = {**options, "temperature": temperature}
-    async with thinking(engine, "", "tree_of_thoughts", **options) as thoughts:
+    async with method_session(engine, "", "tree_of_thoughts", **options) as thoughts:
         tree = _Tree(thoughts, task, problem, select, breadth, proposals, evaluations)
         best = await (tree.bfs(begin) if search == "bfs" else tree.dfs(begin, threshold))
         answer = task.solved(best.state) if best else None
@@ -55,7 +55,7 @@ async def tree_of_thoughts(
 
 @dataclass
 class _Tree:
-    thoughts: Thoughts
+    thoughts: MethodSession
     task: Task[Any, Any]
     problem: Any
     select: Select
@@ -64,8 +64,8 @@ class _Tree:
     evaluations: int
 
     @property
-    def steps(self) -> Steps:
-        return Steps(self.thoughts, self.task)
+    def steps(self) -> SearchModel:
+        return SearchModel(self.thoughts, self.task)
 
     async def bfs(self, begin: Node) -> Node | None:
         """Algorithm 1: all proposals of a level, of which the best go on. It ends early where one is a solution."""
@@ -75,7 +75,7 @@ class _Tree:
             if self.select == "vote":
                 valued = await self.voted(candidates)
             else:
-                valued = await self.steps.valued(candidates, self.evaluations)
+                valued = await self.steps.evaluate(candidates, self.evaluations)
             level = sorted(valued, key=lambda node: -node.value)[: self.breadth]
             if not level or self.task.solved(level[0].state) is not None:
                 break
@@ -87,7 +87,7 @@ class _Tree:
             return node
         if depth == self.task.thoughts:
             return None
-        children = await self.steps.valued(await self.grown([node]), self.evaluations)
+        children = await self.steps.evaluate(await self.grown([node]), self.evaluations)
         for child in sorted(children, key=lambda child: -child.value):
             if child.value > threshold and (found := await self.dfs(child, threshold, depth + 1)):
                 return found
@@ -95,12 +95,12 @@ class _Tree:
 
     async def grown(self, level: Sequence[Node]) -> list[Node]:
         """What the steps proposed from each of them lead to, each state once."""
-        width = self.thoughts.width(len(level) * self.proposals, self.task.step)
+        width = self.thoughts.affordable_width(len(level) * self.proposals, self.task.step)
         level = level[:width]
         said = await self.steps.proposed(level, width // len(level))
         found: dict[Any, Node] = {}
         for node, thoughts in zip(level, said, strict=True):
-            for child in self.steps.led(node, thoughts):
+            for child in self.steps.children(node, thoughts):
                 found.setdefault(child.state, child)
         return list(found.values())
 
@@ -109,7 +109,9 @@ class _Tree:
         if not nodes:
             return []
         ask = self.task.vote(self.problem, [self.task.show(node.state) for node in nodes])
-        after = tuple(t for node in nodes for t in node.after)
-        (said,) = await self.thoughts.samples([replace(ask, after=after)], self.evaluations)
+        after = tuple(t for node in nodes for t in node.depends_on)
+        (said,) = await self.thoughts.samples([replace(ask, depends_on=after)], self.evaluations)
         votes = Counter(self.task.choice(thought.text, len(nodes)) for thought in said)
-        return [replace(node, after=tuple(said), value=votes[k] / len(said)) for k, node in enumerate(nodes)]
+        return [
+            replace(node, depends_on=tuple(said), value=votes[k] / len(said)) for k, node in enumerate(nodes)
+        ]

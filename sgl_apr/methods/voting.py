@@ -16,7 +16,7 @@ def vote(task: Task[Any, Any], answers: Sequence[str]) -> tuple[str, float]:
     """
     votes, first = Counter[Hashable](), dict[Hashable, str]()
     for answer in filter(None, answers):
-        votes[task.key(answer)] += 1
-        first.setdefault(task.key(answer), answer)
+        votes[task.vote_key(answer)] += 1
+        first.setdefault(task.vote_key(answer), answer)
     best = max(votes, key=votes.__getitem__, default=None)
     return first.get(best, ""), votes[best] / len(answers) if votes else 0.0

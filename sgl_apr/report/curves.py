@@ -12,7 +12,7 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.tasks.evaluated import RUN, read
-from sgl_apr.tasks.evaluation import RESAMPLES, Measured, Row
+from sgl_apr.tasks.evaluation import RESAMPLES, AttemptMetrics, MethodResults
 
 LABELS = {
     "context": "longest context (tokens)",
@@ -32,9 +32,9 @@ PAPER = {
 }  # fmt: skip
 
 
-def rows(directories: Sequence[Path]) -> list[Row]:
+def rows(directories: Sequence[Path]) -> list[MethodResults]:
     """The methods of some evaluations; of several, each has the name of its directory. Raises `AprError` for one without attempts."""
-    found, names = list[Row](), [directory.name for directory in directories]
+    found, names = list[MethodResults](), [directory.name for directory in directories]
     for directory in directories:
         if not (own := read(directory)):
             raise AprError(f"{directory / RUN} holds no attempt, expected at least one")
@@ -45,12 +45,12 @@ def rows(directories: Sequence[Path]) -> list[Row]:
     return found
 
 
-def cost(axis: str) -> Callable[[Measured], Any]:
+def cost(axis: str) -> Callable[[AttemptMetrics], Any]:
     """What an attempt cost; None where that is not known."""
     return attrgetter(FIELDS.get(axis, axis))
 
 
-def curve(row: Row, of: Callable[[Measured], Any]) -> tuple[list[Any], list[float]]:
+def curve(row: MethodResults, of: Callable[[AttemptMetrics], Any]) -> tuple[list[Any], list[float]]:
     """(limit, share solved within it), a step at every solved problem."""
     limits = sorted(of(a) for a in row.attempts if a.correct)
     return limits, [(k + 1) / len(row.attempts) for k in range(len(limits))]
@@ -69,7 +69,7 @@ def band(solved: int, attempts: int) -> tuple[Sequence[float], Sequence[float]]:
     return [0.0, *low.tolist()], [0.0, *high.tolist()]
 
 
-def draw(rows: Sequence[Row], path: Path, title: str = "", axes: Sequence[str] = ()) -> None:
+def draw(rows: Sequence[MethodResults], path: Path, title: str = "", axes: Sequence[str] = ()) -> None:
     """One panel for each cost, one line with its band for each row, into a PDF, SVG or PNG.
 
     axes: some of `LABELS`; by default those that are known of every row. Raises `AprError` for one that is not, for
@@ -84,9 +84,9 @@ def draw(rows: Sequence[Row], path: Path, title: str = "", axes: Sequence[str] =
         )
     if not rows or not all(row.attempts for row in rows):
         raise AprError("nothing to draw, expected attempts of every method")
-    panels = axes or [axis for axis in LABELS if not unknown(rows, axis)]
+    panels = axes or [axis for axis in LABELS if not axes_without_data(rows, axis)]
     for axis in panels:
-        if missing := unknown(rows, axis):
+        if missing := axes_without_data(rows, axis):
             raise AprError(f"{axis} is not known of {', '.join(missing)}, which older versions evaluated")
     with rc_context(PAPER):
         figure: Any = Figure(figsize=(2.35 * len(panels) + 0.4, 2.5), layout="constrained")
@@ -101,12 +101,12 @@ def draw(rows: Sequence[Row], path: Path, title: str = "", axes: Sequence[str] =
         figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def unknown(rows: Sequence[Row], axis: str) -> list[str]:
+def axes_without_data(rows: Sequence[MethodResults], axis: str) -> list[str]:
     """The methods of which a cost is not known."""
     return [row.method for row in rows if None in map(cost(axis), row.attempts)]
 
 
-def _panel(panel: Any, rows: Sequence[Row], axis: str) -> None:
+def _panel(panel: Any, rows: Sequence[MethodResults], axis: str) -> None:
     of = cost(axis)
     solved = [curve(row, of)[0] for row in rows]
     most = max(of(a) for row in rows for a in row.attempts)

@@ -15,7 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sgl_apr.blocks import Outcome
-from sgl_apr.runtime.events import Delta, Done, Ended, Event, Forked, Joined, Retried, Wrote
+from sgl_apr.runtime.events import (
+    BranchEnded,
+    Delta,
+    Done,
+    Event,
+    Forked,
+    Joined,
+    SpanFinished,
+    TextRetracted,
+)
 from sgl_apr.spans import Path, Span
 
 STATES: dict[Outcome | None, tuple[str, str]] = {
@@ -45,7 +54,7 @@ class LiveView:
         self._title = title
         self._heard: deque[Event] = deque()
         self._showing = threading.Lock()
-        self._trunk = _Strand()
+        self._trunk = _SequenceView()
         self._done: Done | None = None
 
     def __call__(self, event: Event) -> None:
@@ -63,26 +72,26 @@ class LiveView:
     def _take(self, event: Event) -> None:
         match event:
             case Delta(path, text):
-                self._strand(path).write(text)
-            case Retried(path, chars):
-                self._strand(path).retry(chars)
-            case Wrote(_, span) if span.role in TAGS and span.finish != "malformed":
-                self._strand(span.path).hide(span)
+                self._sequence(path).write(text)
+            case TextRetracted(path, chars):
+                self._sequence(path).retry(chars)
+            case SpanFinished(_, span) if span.role in TAGS and span.finish != "malformed":
+                self._sequence(span.path).hide(span)
             case Forked(path, branches, first):
                 for k, (number, outline) in enumerate(branches, first):
-                    self._strand((*path, k)).name = f"{number}: {outline}" if outline else number
-            case Ended(path, outcome):
-                self._strand(path).outcome = outcome
+                    self._sequence((*path, k)).name = f"{number}: {outline}" if outline else number
+            case BranchEnded(path, outcome):
+                self._sequence(path).outcome = outcome
             case Joined(path, numbers):
-                self._strand(path[:-1]).join(path[-1], numbers)
+                self._sequence(path[:-1]).join(path[-1], numbers)
             case Done():
                 self._done = event
 
-    def _strand(self, path: Path) -> _Strand:
-        strand = self._trunk
+    def _sequence(self, path: Path) -> _SequenceView:
+        sequence = self._trunk
         for key in zip(path[::2], path[1::2], strict=False):
-            strand = strand.branches.setdefault(key, _Strand(str(key[1]), strand.size))
-        return strand
+            sequence = sequence.branches.setdefault(key, _SequenceView(str(key[1]), sequence.size))
+        return sequence
 
     def _summary(self, done: Done) -> str:
         acted = ", ".join(dict.fromkeys(limit.limit for limit in done.limits)) or "none"
@@ -98,10 +107,10 @@ class LiveView:
 
 
 @dataclass(eq=False)
-class _Strand:
+class _SequenceView:
     """The trunk, or a branch: what it has written, without tags, and its branches by block and number.
 
-    `at` says where a branch stands in the text of the strand that forked it.
+    `at` says where a branch stands in the text of the sequence that forked it.
     """
 
     name: str = ""
@@ -109,7 +118,7 @@ class _Strand:
     outcome: Outcome | None = None
     joined: bool = False
     header: str = ""
-    branches: dict[tuple[int, int], _Strand] = field(default_factory=dict)
+    branches: dict[tuple[int, int], _SequenceView] = field(default_factory=dict)
     text: io.StringIO = field(default_factory=io.StringIO)
 
     @property
@@ -149,7 +158,9 @@ class _Strand:
                 branch.joined, branch.at = True, self.size
                 self.branches[key] = self.branches.pop(key)  # so that `at` never falls
 
-    def lines(self, console: Console, width: int, most: int, but: Collection[_Strand] = ()) -> list[Text]:
+    def lines(
+        self, console: Console, width: int, most: int, but: Collection[_SequenceView] = ()
+    ) -> list[Text]:
         """Its last lines, with rows for its branches but those."""
         lines, end = list[Text](), self.size
         for branch in reversed(self.branches.values()):
@@ -166,7 +177,7 @@ class _Strand:
 
 
 def _side_by_side(
-    console: Console, branches: Sequence[_Strand], width: int, height: int
+    console: Console, branches: Sequence[_SequenceView], width: int, height: int
 ) -> tuple[Table, int]:
     """Branches in panels, or in single lines where panels were too low to read; and how high that is."""
     widest = max(1, width // LEAST)
@@ -189,13 +200,13 @@ def _side_by_side(
     return grid, high * len(grid.rows)
 
 
-def _panel(branch: _Strand, lines: Sequence[Text], inside: int, height: int) -> Panel:
+def _panel(branch: _SequenceView, lines: Sequence[Text], inside: int, height: int) -> Panel:
     state, style = STATES[branch.outcome]
     title, subtitle = _line(branch.name, inside - 2, "cyan"), Text(state, style)
     return Panel(Text("\n").join(lines), title=title, subtitle=subtitle, border_style=style, height=height)
 
 
-def _row(branch: _Strand, width: int) -> Text:
+def _row(branch: _SequenceView, width: int) -> Text:
     """A branch in one line: its state, and its last words while it runs, its first when it has ended."""
     state, style = STATES[branch.outcome]
     name = _line(branch.name, min(width // 3, max(6, width - len(state) - 4)), "cyan")
@@ -207,7 +218,7 @@ def _row(branch: _Strand, width: int) -> Text:
     return row
 
 
-def _rows(branch: _Strand, width: int) -> list[Text]:
+def _rows(branch: _SequenceView, width: int) -> list[Text]:
     """The row of a branch and, while it runs, those of its own branches."""
     inner = () if branch.outcome else branch.branches.values()
     below = [Text("  ", no_wrap=True).append_text(row) for b in inner for row in _rows(b, width - 2)]

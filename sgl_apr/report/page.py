@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgl_apr.report.page_entry import Entry, row, whole
+from sgl_apr.report.page_entry import Entry, full_entry, row
 
 WEB = Path(__file__).parent / "web"
 # Scripts, in the order in which they need one another while they are read.
@@ -42,7 +42,7 @@ def page(entries: Iterable[Entry], title: str = "Trajectories", facts: str = "")
     for entry in entries:
         rows.append(row(entry))
         packed.append(
-            f'<script type="text/plain" id="t{len(packed)}">{_packed(whole(entry.trajectory))}</script>'
+            f'<script type="text/plain" id="t{len(packed)}">{_packed(full_entry(entry.trajectory))}</script>'
         )
     return _filled(
         PAGE, {}, title=html.escape(title), facts=html.escape(facts), data="\n".join(packed), index=_index(rows), live=""

@@ -41,7 +41,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "tokens": m.total,
         "critical": m.critical_path,
         "context": m.longest_context,
-        "inside": m.in_branches,
+        "inside": m.branch_tokens,
         "blocks": m.blocks,
         "branches": m.branches,
         "wall": round(m.wall_s, 3),
@@ -49,11 +49,11 @@ def row(entry: Entry) -> dict[str, Any]:
         "prompt": m.prompt_tokens,
         "cached": m.cached_tokens,
         "again": m.reprefilled_tokens,
-        "shape": shape(entry.trajectory),
+        "shape": lane_extents(entry.trajectory),
     }
 
 
-def whole(trajectory: Trajectory) -> dict[str, Any]:
+def full_entry(trajectory: Trajectory) -> dict[str, Any]:
     """All that is drawn or read of a trajectory: spans and calls as they are, with counts in place of token ids."""
     return {
         "dialect": trajectory.dialect,
@@ -66,7 +66,7 @@ def whole(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def shape(trajectory: Trajectory) -> list[int]:
+def lane_extents(trajectory: Trajectory) -> list[int]:
     """Where the trunk and its first branches begin and end in the longest chain, in percent of it.
 
     >>> import sgl_apr as apr
@@ -86,7 +86,7 @@ def shape(trajectory: Trajectory) -> list[int]:
 
 
 def _lane(span: Span) -> Path:
-    """The strand in whose text it stands: what a branch returned is in that of who forked it."""
+    """The sequence in whose text it stands: what a branch returned is in that of who forked it."""
     return span.path[:-2] if span.role == "result" else span.path
 
 

@@ -11,133 +11,156 @@ from sgl_apr.blocks import outcome
 from sgl_apr.dialects import Phase
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BranchFailed, EngineError
-from sgl_apr.runtime.decoding import Decoder
-from sgl_apr.runtime.events import Delta, Ended, Forked, Joined
-from sgl_apr.runtime.joins import enough, seconds
-from sgl_apr.runtime.purse import Divider, Purse
-from sgl_apr.runtime.record import Strand
-from sgl_apr.runtime.results import drop_call, told, write_results
-from sgl_apr.runtime.scope import Cut, Scope
+from sgl_apr.runtime.decoding import RequestRunner
+from sgl_apr.runtime.events import BranchEnded, Delta, Forked, Joined
+from sgl_apr.runtime.joins import deadline_seconds, stop_condition
+from sgl_apr.runtime.purse import Allowance, BudgetAllocator
+from sgl_apr.runtime.record import SequenceState
+from sgl_apr.runtime.results import make_branch_prompt, remove_call_from_context, write_results
+from sgl_apr.runtime.scope import CancelScope, ScopeCancelled
 from sgl_apr.segments import Outline
 
-Think = Callable[[Engine | None, Strand, Phase, int], Awaitable[None]]
+Think = Callable[[Engine | None, SequenceState, Phase, int], Awaitable[None]]
 log = logging.getLogger(__name__)
 
 
 class Branches:
-    """Forks and joins of one trajectory. `think` lets a strand go on until it ends."""
+    """Forks and joins of one trajectory. `think` lets a sequence go on until it ends."""
 
-    def __init__(self, decoder: Decoder, divider: Divider, think: Think) -> None:
-        self.decoder, self.divider, self._think = decoder, divider, think
+    def __init__(self, decoder: RequestRunner, allocator: BudgetAllocator, think: Think) -> None:
+        self.decoder, self.allocator, self._think = decoder, allocator, think
         self.plan, self.record = decoder.plan, decoder.record
         self.dialect, self.grammar = self.plan.dialect, self.plan.dialect.grammar
-        self.returned, self.anew = self.dialect.sees == "message", self.plan.failed == "retry"
+        self.returned, self.retry_failed_branch = (
+            self.dialect.branch_context == "message",
+            self.plan.on_branch_failure == "retry",
+        )
         self.kv = self.plan.join == "kv"
 
     async def fork_and_join(
-        self, engine: Engine | None, strand: Strand, outlines: Sequence[Outline], new: int | None = None
+        self,
+        engine: Engine | None,
+        sequence: SequenceState,
+        outlines: Sequence[Outline],
+        new: int | None = None,
     ) -> int:
-        """Run one branch per outline, and leave in the strand what comes of them. Returns its new tokens.
+        """Run one branch per outline, and leave in the sequence what comes of them. Returns its new tokens.
 
         `new` tokens of it are unknown to the engine yet, None: those injected last alone.
         """
-        strand.blocks += 1
-        strand.purse.blocks -= 1
-        block, fork, size = (*strand.path, strand.blocks), strand.order[-1], len(outlines)
-        self.record.tell(Forked(block, tuple((self.number(o, k), o.text) for k, o in enumerate(outlines))))
-        if self.dialect.drops_calls:
-            drop_call(self.record, strand)
+        sequence.blocks += 1
+        sequence.allowance.blocks -= 1
+        block, fork, size = (*sequence.path, sequence.blocks), sequence.span_order[-1], len(outlines)
+        self.record.emit(Forked(block, tuple((self.number(o, k), o.text) for k, o in enumerate(outlines))))
+        if self.dialect.removes_call_from_context:
+            remove_call_from_context(self.record, sequence)
         else:
-            self.record.inject(strand, "lead", self.grammar.written("lead"))
-            new = new if new is None else new + self.record.unknown(strand)
-        engines, load = await self.decoder.fork(engine, strand, size, new) if engine else ((), None)
-        share = self.divider.share(strand.purse, self.record.reach(strand), size)
-        strand.purse.calls -= size * share.calls
-        strand.purse.blocks -= size * share.blocks
-        scope = self.scope(strand)
-        branches = [self.begin(strand, k, o, share, (fork,), scope) for k, o in enumerate(outlines)]
-        prefix = 0 if self.returned else len(strand.context)
+            self.record.inject(sequence, "lead", self.grammar.render_rule("lead"))
+            new = new if new is None else new + self.record.uncached_tokens(sequence)
+        engines, load = await self.decoder.fork(engine, sequence, size, new) if engine else ((), None)
+        share = self.allocator.branch_allowance(
+            sequence.allowance, self.record.critical_path_to(sequence), size
+        )
+        sequence.allowance.calls -= size * share.calls
+        sequence.allowance.blocks -= size * share.blocks
+        scope = self.scope(sequence)
+        branches = [self.start_branch(sequence, k, o, share, (fork,), scope) for k, o in enumerate(outlines)]
+        prefix = 0 if self.returned else len(sequence.context)
         try:
-            at_once = self.decoder.at_once(strand, size, share.tokens, load)
-            await self._run(strand, engines, branches, prefix, at_once)
+            at_once = self.decoder.choose_parallelism(sequence, size, share.tokens, load)
+            await self._run(sequence, engines, branches, prefix, at_once)
         finally:
-            scope.leave()
+            scope.detach()
             for forked in engines:
                 await forked.release()
         for branch in branches:
-            self.record.take(strand, branch)
+            self.record.merge_branch(sequence, branch)
         joined = Joined(block, tuple(b.path[-1] for b in branches))
         if self.returned:
-            most = min(share.tokens, share.cap)
-            written = write_results(self.record, self.dialect, strand, branches, most)
-            self.record.tell(joined)
+            most = min(share.tokens, share.critical_path_cap)
+            written = write_results(self.record, self.dialect, sequence, branches, most)
+            self.record.emit(joined)
             return written
-        stitched = self.kv and self.decoder.stitches.join(strand, prefix, branches)
-        strand.tip = tuple(tip for b in branches for tip in b.tip)
+        in_cache = self.kv and self.decoder.kv_joiner.join(sequence, prefix, branches)
+        sequence.frontier = tuple(tip for b in branches for tip in b.frontier)
         for branch in branches:
-            strand.context += branch.context[prefix:]
-        before = len(strand.context)
-        self.record.inject(strand, "tail", self.grammar.written("tail"))
-        self.record.tell(joined)
-        unknown = 0 if stitched else sum(self.record.unknown(branch) for branch in branches)
-        return len(strand.context) - before + unknown
+            sequence.context += branch.context[prefix:]
+        before = len(sequence.context)
+        self.record.inject(sequence, "tail", self.grammar.render_rule("tail"))
+        self.record.emit(joined)
+        unknown = 0 if in_cache else sum(self.record.uncached_tokens(branch) for branch in branches)
+        return len(sequence.context) - before + unknown
 
     def number(self, outline: Outline, k: int) -> str:
         """The number of branch `k` (from 0) of a fork, as its header has it."""
-        return outline.number or str(self.dialect.first + k)
+        return outline.number or str(self.dialect.first_number + k)
 
-    def scope(self, strand: Strand) -> Scope:
-        """How long the branches of a fork may run: they leave its reserve of time to the strand."""
-        left, own, now = strand.scope.left(), seconds(self.plan.joins_when), asyncio.get_running_loop().time()
-        ends = [(now + left * (1 - self.plan.budget.reserve), strand.scope.limit)] if left is not None else []
+    def scope(self, sequence: SequenceState) -> CancelScope:
+        """How long the branches of a fork may run: they leave its reserve of time to the sequence."""
+        left, own, now = (
+            sequence.scope.remaining_seconds(),
+            deadline_seconds(self.plan.effective_policy),
+            asyncio.get_running_loop().time(),
+        )
+        ends = (
+            [(now + left * (1 - self.plan.budget.reserve), sequence.scope.limit)] if left is not None else []
+        )
         ends += [(now + own, "policy")] if own is not None else []
         deadline, limit = min(ends, default=(None, ""))
-        return Scope(strand.scope, deadline, limit)
+        return CancelScope(sequence.scope, deadline, limit)
 
-    def begin(
-        self, strand: Strand, k: int, outline: Outline, share: Purse, after: tuple[int, ...], outer: Scope
-    ) -> Strand:
+    def start_branch(
+        self,
+        sequence: SequenceState,
+        k: int,
+        outline: Outline,
+        share: Allowance,
+        after: tuple[int, ...],
+        outer: CancelScope,
+    ) -> SequenceState:
         """A branch with its header, or with its message in a context of its own."""
-        number, path = self.number(outline, k), (*strand.path, strand.blocks, k + 1)
-        sees = (strand.context, strand.tip) if not self.returned else ((), ())
-        reach = self.record.reach(strand)
-        branch = Strand(
-            path, *sees, replace(share), Scope(outer), number=number, outline=outline.text,
-            lenient=self.plan.failed == "skip", joined=strand.joined,
+        number, path = self.number(outline, k), (*sequence.path, sequence.blocks, k + 1)
+        sees = (sequence.context, sequence.frontier) if not self.returned else ((), ())
+        reach = self.record.critical_path_to(sequence)
+        branch = SequenceState(
+            path, *sees, replace(share), CancelScope(outer), number=number, outline=outline.text,
+            tolerate_failure=self.plan.on_branch_failure == "skip", kv_layout=sequence.kv_layout,
         )  # fmt: skip
         if self.returned:  # what it is told comes out of its share
-            branch.after = after
-            message = told(self.record, self.dialect, strand, outline.text, min(share.tokens, share.cap))
-            text = self.plan.wrap(message) if self.plan.wrap else message
+            branch.waits_for = after
+            message = make_branch_prompt(
+                self.record, self.dialect, sequence, outline.text, min(share.tokens, share.critical_path_cap)
+            )
+            text = self.plan.branch_prompt_template(message) if self.plan.branch_prompt_template else message
         else:
-            text = self.grammar.written("header", number)
+            text = self.grammar.render_rule("header", number)
         self.record.inject(branch, "header", text, label=outline.text)
         if not self.returned:
-            branch.purse.tokens, reach = share.tokens, self.record.reach(branch)
-        branch.purse.cap, branch.after = reach + share.cap, ()
+            branch.allowance.tokens, reach = share.tokens, self.record.critical_path_to(branch)
+        branch.allowance.critical_path_cap, branch.waits_for = reach + share.critical_path_cap, ()
         return branch
 
     async def _run(
         self,
-        strand: Strand,
+        sequence: SequenceState,
         engines: Sequence[Engine],
-        branches: Sequence[Strand],
+        branches: Sequence[SequenceState],
         prefix: int,
         at_once: int,
     ) -> None:
         """Until enough of them have ended; the others are cut where they are."""
-        done, ended = enough(self.plan.joins_when, len(branches)), list[Strand]()
+        done, ended = stop_condition(self.plan.effective_policy, len(branches)), list[SequenceState]()
         gate = asyncio.Semaphore(at_once)
 
-        async def run(engine: Engine | None, branch: Strand) -> None:
+        async def run(engine: Engine | None, branch: SequenceState) -> None:
             await think(engine, branch)
             if engine and self.kv:  # while others still run
-                await self.decoder.commit(engine, strand, branch)
+                await self.decoder.commit(engine, sequence, branch)
 
-        async def think(engine: Engine | None, branch: Strand) -> None:
+        async def think(engine: Engine | None, branch: SequenceState) -> None:
             try:
-                await branch.scope.within(gate.acquire())
-            except Cut:
+                await branch.scope.run(gate.acquire())
+            except ScopeCancelled:
                 await self.run(engine, branch, 0)  # it closes what is open
                 return
             try:
@@ -148,18 +171,22 @@ class Branches:
             if len(ended) < len(branches) and done([self.record.branch(b) for b in ended]):
                 for other in branches:
                     if other not in ended:
-                        other.scope.stop("aborted", "policy")
+                        other.scope.cancel("aborted", "policy")
 
         try:
             async with asyncio.TaskGroup() as group:
                 for k, branch in enumerate(branches):
                     group.create_task(run(engines[k] if engines else None, branch))
         except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
-            raise first(failed) from first(failed).__cause__
+            raise first_error(failed) from first_error(failed).__cause__
 
-    async def run(self, engine: Engine | None, branch: Strand, new: int) -> None:
+    async def run(self, engine: Engine | None, branch: SequenceState, new: int) -> None:
         """One branch to its end. Where it fails for good it begins anew once, or raises `BranchFailed`."""
-        begun = replace(branch, order=[*branch.order], purse=replace(branch.purse)) if self.anew else None
+        begun = (
+            replace(branch, span_order=[*branch.span_order], allowance=replace(branch.allowance))
+            if self.retry_failed_branch
+            else None
+        )
         try:
             await self._think(engine, branch, "branch", new)
         except EngineError as error:
@@ -168,18 +195,18 @@ class Branches:
             if begun is None:
                 raise BranchFailed(f"branch {branch.name}: {error}", branch.path, error.status) from error
             log.warning("%s: branch %s failed, and begins anew: %s", self.decoder.rid, branch.name, error)
-            self.record.void(branch, None)
-            calls = branch.purse.calls
-            for field in ("context", "tip", "order", "purse", "blocks", "spent", "joined"):
+            self.record.retract_text(branch, None)
+            calls = branch.allowance.calls
+            for field in ("context", "tip", "order", "allowance", "blocks", "spent", "joined"):
                 setattr(branch, field, getattr(begun, field))
-            branch.purse.calls, branch.lenient = calls, True
-            self.record.tell(Delta(branch.path, self.record.of(branch)[0].text))
+            branch.allowance.calls, branch.tolerate_failure = calls, True
+            self.record.emit(Delta(branch.path, self.record.spans_of(branch)[0].text))
             await self._think(engine, branch, "branch", new)
-        branch.scope.leave()
-        self.record.tell(Ended(branch.path, outcome(self.record.finish_of(branch)) or "ok"))
+        branch.scope.detach()
+        self.record.emit(BranchEnded(branch.path, outcome(self.record.finish_reason_of(branch)) or "ok"))
 
 
-def first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_error(failed: BaseExceptionGroup[BaseException]) -> BaseException:
     """What failed first; a group cancels and awaits its other tasks before it raises."""
     error = failed.exceptions[0]
-    return first(error) if isinstance(error, BaseExceptionGroup) else error
+    return first_error(error) if isinstance(error, BaseExceptionGroup) else error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.runtime.events import OnEvent
-from sgl_apr.runtime.plan import Plan, plan
+from sgl_apr.runtime.plan import ReasonOptions, make_options
 from sgl_apr.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ class Reason:
     options: Mapping[str, Any]
     on_event: OnEvent | None = None
 
-    def plan(self, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> Plan:
+    def plan(self, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> ReasonOptions:
         """The plan for a model with this tokenizer; its own sampling parameters win over these."""
-        return plan(self.dialect, tokenizer, **{**sampling, **self.options})
+        return make_options(self.dialect, tokenizer, **{**sampling, **self.options})
 
     def __str__(self) -> str:
         return f"apr.reason({self.name!r}), which needs the backend apr.Endpoint"
@@ -55,7 +55,7 @@ def reason(
     from sglang.lang.ir import SglGen
 
     if dialect is not None:
-        plan(dialect, **options)
+        make_options(dialect, **options)
     return SglGen(name, dtype=Reason(name, dialect, options, on_event))
 
 

@@ -1,6 +1,6 @@
 """What one hears of a trajectory while it is written, and the trajectory rebuilt from it; nothing runs here.
 
-The order: `Wrote` of the prompt, then what the trunk does. A strand's `Delta`s come before the `Wrote` of the
+The order: `Wrote` of the prompt, then what the trunk does. A sequence's `Delta`s come before the `Wrote` of the
 spans that they belong to; `Forked` before anything of its branches; `Ended` behind the last that its branch
 writes; then, in a join by message, what the branch returned, which has its path; `Joined` behind the `Ended` of
 every branch it joins and all that is written at the join. `Done` is the last. What branches of one fork do is
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from sgl_apr.blocks import Outcome
 from sgl_apr.errors import AprError
 from sgl_apr.spans import Path, Span
-from sgl_apr.trajectory import Call, Decision, Join, Limit, Trajectory
+from sgl_apr.trajectory import Call, JoinRecord, LimitHit, PacingDecision, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Retried:
+class TextRetracted:
     """What was heard of a request that failed is void, and comes again: the last `chars` characters at `path`,
     or, where a branch begins anew (None), all of it and of what it forked; the text of its header comes
     again, its span does not."""
@@ -37,7 +37,7 @@ class Retried:
 
 
 @dataclass(frozen=True, slots=True)
-class Wrote:
+class SpanFinished:
     """A finished span, with the number that other spans call it by in `parents` and `after`."""
 
     index: int
@@ -45,7 +45,7 @@ class Wrote:
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class RequestFinished:
     """An engine request has ended."""
 
     index: int
@@ -59,11 +59,11 @@ class Forked:
 
     path: Path
     branches: tuple[tuple[str, str], ...]
-    first: int = 1
+    first_number: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class BranchEnded:
     """A branch has ended."""
 
     path: Path
@@ -72,7 +72,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Branches of block `path` (by their last path entry) are in the text of the strand that forked them."""
+    """Branches of block `path` (by their last path entry) are in the text of the sequence that forked them."""
 
     path: Path
     branches: tuple[int, ...]
@@ -85,14 +85,14 @@ class Done:
     order: tuple[int, ...]
     dialect: str
     wall_s: float
-    limits: tuple[Limit, ...]
-    decisions: tuple[Decision, ...]
-    joins: tuple[Join, ...]
+    limits: tuple[LimitHit, ...]
+    decisions: tuple[PacingDecision, ...]
+    joins: tuple[JoinRecord, ...]
     seed: int | None
-    seeded: bool
+    seeds_honoured: bool
 
 
-Event = Delta | Retried | Wrote | Called | Forked | Ended | Joined | Done
+Event = Delta | TextRetracted | SpanFinished | RequestFinished | Forked | BranchEnded | Joined | Done
 OnEvent = Callable[[Event], None]
 
 
@@ -101,24 +101,26 @@ def rebuild(events: Iterable[Event]) -> Trajectory:
     spans: dict[int, Span] = {}
     calls: dict[int, Call] = {}
     for event in events:
-        if isinstance(event, Wrote):
+        if isinstance(event, SpanFinished):
             spans[event.index] = event.span
-        elif isinstance(event, Called):
+        elif isinstance(event, RequestFinished):
             calls[event.index] = event.call
         elif isinstance(event, Done):
-            return assembled(spans, [calls[i] for i in range(len(calls))], event)
+            return assemble_trajectory(spans, [calls[i] for i in range(len(calls))], event)
     raise AprError("the events end before the trajectory does: Done is missing")
 
 
-def assembled(spans: Mapping[int, Span] | Sequence[Span], calls: Sequence[Call], done: Done) -> Trajectory:
+def assemble_trajectory(
+    spans: Mapping[int, Span] | Sequence[Span], calls: Sequence[Call], done: Done
+) -> Trajectory:
     """Spans and calls, each in the order in which they came, as a trajectory."""
     place = {old: new for new, old in enumerate(done.order)}
 
     def moved(span: Span) -> Span:
-        if all(place[i] == i for i in (*span.parents, *span.after)):
+        if all(place[i] == i for i in (*span.parents, *span.waits_for)):
             return span
-        parents, after = (tuple(place[i] for i in indices) for indices in (span.parents, span.after))
-        return replace(span, parents=parents, after=after)
+        parents, after = (tuple(place[i] for i in indices) for indices in (span.parents, span.waits_for))
+        return replace(span, parents=parents, waits_for=after)
 
     return Trajectory(
         tuple(moved(spans[i]) for i in done.order),
@@ -129,5 +131,5 @@ def assembled(spans: Mapping[int, Span] | Sequence[Span], calls: Sequence[Call],
         done.decisions,
         done.joins,
         done.seed,
-        done.seeded,
+        done.seeds_honoured,
     )

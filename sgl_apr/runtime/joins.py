@@ -9,15 +9,15 @@ from sgl_apr.facts import POLICY
 
 Enough = Callable[[Sequence[Branch]], bool]
 Policy = str | Enough
-EXPECTED = '"all", "first", "quorum:k", "deadline:s", or a function of the branches that have ended'
+POLICY_HELP = '"all", "first", "quorum:k", "deadline:s", or a function of the branches that have ended'
 
 
-def valid(policy: Policy) -> bool:
+def is_valid_policy(policy: Policy) -> bool:
     """Whether it is a policy at all."""
     return callable(policy) or (isinstance(policy, str) and bool(POLICY.fullmatch(policy)))
 
 
-def enough(policy: Policy, branches: int) -> Enough:
+def stop_condition(policy: Policy, branches: int) -> Enough:
     """Whether these branches, in the order in which they ended, are enough of so many for the join.
 
     What failed does not count, so that a fault never stands in for the first or makes up a quorum.
@@ -29,7 +29,7 @@ def enough(policy: Policy, branches: int) -> Enough:
     return lambda ended: sum(b.finish != "failed" for b in ended) >= wanted
 
 
-def seconds(policy: Policy) -> float | None:
+def deadline_seconds(policy: Policy) -> float | None:
     """How long the branches of one fork have, or None."""
     kind, _, s = policy.partition(":") if isinstance(policy, str) else ("", "", "")
     return float(s) if kind == "deadline" else None

@@ -14,17 +14,17 @@ from sgl_apr import telemetry
 from sgl_apr.dialects import Dialect, Phase
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BudgetExceeded, KvJoinUnavailable
-from sgl_apr.runtime.ahead import Spawned
-from sgl_apr.runtime.branches import Branches, first
-from sgl_apr.runtime.decoding import Decoder
+from sgl_apr.runtime.ahead import AsyncBranches
+from sgl_apr.runtime.branches import Branches, first_error
+from sgl_apr.runtime.decoding import RequestRunner
 from sgl_apr.runtime.events import Event, OnEvent
-from sgl_apr.runtime.forks import Forks
+from sgl_apr.runtime.forks import ForkRules
 from sgl_apr.runtime.pacing import Demand
-from sgl_apr.runtime.plan import Plan, plan
-from sgl_apr.runtime.purse import Divider, Purse
-from sgl_apr.runtime.record import Record, Strand
-from sgl_apr.runtime.scope import Scope
-from sgl_apr.runtime.steps import overhead
+from sgl_apr.runtime.plan import ReasonOptions, make_options
+from sgl_apr.runtime.purse import Allowance, BudgetAllocator
+from sgl_apr.runtime.record import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.scope import CancelScope
+from sgl_apr.runtime.steps import closing_overhead
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
 
@@ -51,7 +51,7 @@ async def areason(
     """
     tokenizer = engine.tokenizer
     ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)
-    return await run_plan(engine, ids, plan(dialect, tokenizer, **options), on_event)
+    return await run_plan(engine, ids, make_options(dialect, tokenizer, **options), on_event)
 
 
 async def stream(
@@ -102,7 +102,7 @@ def run(
 
 
 async def run_plan(
-    engine: Engine, prompt_ids: tuple[int, ...], plan: Plan, on_event: OnEvent | None = None
+    engine: Engine, prompt_ids: tuple[int, ...], plan: ReasonOptions, on_event: OnEvent | None = None
 ) -> Trajectory:
     """`areason` for ids and a plan."""
     if plan.join == "kv" and not engine.joins_kv:
@@ -111,12 +111,12 @@ async def run_plan(
             "works, and says so where it does not"
         )
     tasks = asyncio.TaskGroup()
-    run = _Run(engine, plan, on_event, tasks)
+    run = _ReasoningRun(engine, plan, on_event, tasks)
     try:
         async with tasks:
             trajectory = await run.trajectory(engine, prompt_ids)
     except BaseException as failed:  # a failure or a cancellation: nothing of it goes on decoding
-        error = first(failed) if isinstance(failed, BaseExceptionGroup) else failed
+        error = first_error(failed) if isinstance(failed, BaseExceptionGroup) else failed
         run.report(error)
         await asyncio.shield(engine.abort(run.rid))
         raise error from error.__cause__
@@ -124,101 +124,118 @@ async def run_plan(
     return trajectory
 
 
-class _Run:
+class _ReasoningRun:
     """One trajectory under way."""
 
     def __init__(
-        self, engine: Engine, plan: Plan, on_event: OnEvent | None, tasks: asyncio.TaskGroup
+        self, engine: Engine, plan: ReasonOptions, on_event: OnEvent | None, tasks: asyncio.TaskGroup
     ) -> None:
         self.plan, self.dialect, self.context = plan, plan.dialect, engine.context
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.seed = plan.seed if plan.seed is not None else random.getrandbits(31)
-        self.record = Record(engine.tokenizer, on_event)
-        o = overhead(self.dialect, engine.tokenizer)
-        if plan.wrap:
-            o = replace(o, branch=o.branch + len(engine.tokenizer.encode(plan.wrap(""), first=True)))
-        self.divider = Divider(plan.budget, o, self.dialect.sees == "message", plan.join == "kv")
-        self.decoder = Decoder(engine, plan, self.record, self.rid, self.seed)
-        self.forks = Forks(plan, self.divider, self.record)
-        self.branches = Branches(self.decoder, self.divider, self.think)
-        self.spawned = Spawned(self.branches, tasks)
+        self.record = TrajectoryRecorder(engine.tokenizer, on_event)
+        o = closing_overhead(self.dialect, engine.tokenizer)
+        if plan.branch_prompt_template:
+            o = replace(
+                o, branch=o.branch + len(engine.tokenizer.encode(plan.branch_prompt_template(""), first=True))
+            )
+        self.allocator = BudgetAllocator(
+            plan.budget, o, self.dialect.branch_context == "message", plan.join == "kv"
+        )
+        self.decoder = RequestRunner(engine, plan, self.record, self.rid, self.seed)
+        self.forks = ForkRules(plan, self.allocator, self.record)
+        self.branches = Branches(self.decoder, self.allocator, self.run_sequence)
+        self.async_branches = AsyncBranches(self.branches, tasks)
 
     async def trajectory(self, engine: Engine, prompt_ids: tuple[int, ...]) -> Trajectory:
         """All of it, from the prompt to the end of the trunk."""
         seconds = self.plan.budget.seconds
         deadline = asyncio.get_running_loop().time() + seconds if seconds is not None else None
-        scope = Scope(None, deadline, "seconds")
-        trunk = self.record.trunk(prompt_ids, self.purse(len(prompt_ids)), scope)
+        scope = CancelScope(None, deadline, "seconds")
+        trunk = self.record.trunk(prompt_ids, self.initial_allowance(len(prompt_ids)), scope)
         try:
-            await self.think(engine, trunk, "trunk", len(prompt_ids))
+            await self.run_sequence(engine, trunk, "trunk", len(prompt_ids))
         finally:
-            await self.spawned.release()
-        return self.record.finish(trunk, self.dialect.name, self.seed, self.decoder.seeded)
+            await self.async_branches.release()
+        return self.record.finish(trunk, self.dialect.name, self.seed, self.decoder.supports_seeds)
 
-    def purse(self, prompt: int) -> Purse:
+    def initial_allowance(self, prompt: int) -> Allowance:
         """All of the budget, or what the engine's context leaves of it where all that is written ends up in one."""
-        purse = Purse.of(self.plan.budget)
+        allowance = Allowance.of(self.plan.budget)
         if self.context is None:
-            return purse
+            return allowance
         if (left := self.context - prompt) < 1:
             raise BudgetExceeded(
                 f"the prompt has {prompt} tokens, expected fewer than the {self.context} of the engine's context"
             )
-        if left < purse.tokens and not self.divider.returned:
-            purse.tokens, purse.bound = left, "context"
-        return purse
+        if left < allowance.tokens and not self.allocator.joins_by_message:
+            allowance.tokens, allowance.limiting_field = left, "context"
+        return allowance
 
-    def room(self, strand: Strand, width: int, phase: Phase) -> tuple[int, str]:
+    def max_new_tokens(self, sequence: SequenceState, width: int, phase: Phase) -> tuple[int, str]:
         """Tokens that the next request may decode, and the limit that they come from."""
-        tokens, limit = self.forks.room(strand, width, phase)
+        tokens, limit = self.forks.max_new_tokens(sequence, width, phase)
         if self.context is not None:
-            close = self.divider.overhead.of(width + strand.waiting)
-            left = self.context - len(strand.context) - close
+            close = self.allocator.overhead.of(width + sequence.waiting)
+            left = self.context - len(sequence.context) - close
             if left < tokens:
                 return left, "context"
         return tokens, limit
 
-    async def think(self, engine: Engine | None, strand: Strand, phase: Phase, new: int) -> None:
-        """Decode, fork and join until the strand ends; `new` prompt tokens are unknown to the engine yet."""
+    async def run_sequence(
+        self, engine: Engine | None, sequence: SequenceState, phase: Phase, new: int
+    ) -> None:
+        """Decode, fork and join until the sequence ends; `new` prompt tokens are unknown to the engine yet."""
         behind: Phase = "after" if phase == "trunk" else "rejoin"
         if phase == "trunk" and phase not in self.dialect.grammar.rules:
-            if not (width := self.forks.width(strand)):
-                self.forks.refuse(strand)
+            if not (width := self.forks.affordable_width(sequence)):
+                self.forks.raise_unaffordable(sequence)
             outlines = self.forks.outlines(width)
-            new, phase = await self.branches.fork_and_join(engine, strand, outlines, new), behind
+            new, phase = await self.branches.fork_and_join(engine, sequence, outlines, new), behind
         while True:
-            width, fork = self.forks.allowed(strand)
-            if engine and self.plan.narrow and width > self.plan.least and not strand.waiting:
-                width = await self._narrowed(engine, strand, width)
-            room = self.room(strand, width, phase)
-            step, call = await self.decoder.decode(engine, strand, phase, new, room, (width, fork))
-            if step.forked and fork == "forbidden" and not self.forks.bears(strand, step):
+            width, fork = self.forks.next_fork(sequence)
+            if (
+                engine
+                and self.plan.cap_width_by_load
+                and width > self.plan.min_branches
+                and not sequence.waiting
+            ):
+                width = await self._cap_width_by_load(engine, sequence, width)
+            room = self.max_new_tokens(sequence, width, phase)
+            step, call = await self.decoder.decode(engine, sequence, phase, new, room, (width, fork))
+            if step.forked and fork == "forbidden" and not self.forks.can_afford(sequence, step):
                 step = replace(step, finish="malformed", forked=False)
-            self.record.append(strand, step, call)
-            if step.over:
+            self.record.append(sequence, step, call)
+            if step.is_final:
                 break
             if step.wait is not None:
-                new = await self.spawned.join(strand, step.wait)
+                new = await self.async_branches.join(sequence, step.wait)
             elif self.dialect.asynchronous:
-                new = await self.spawned.spawn(engine, strand, step.outlines[0])
+                new = await self.async_branches.spawn(engine, sequence, step.outlines[0])
             else:
                 outlines = step.outlines
-                if self.dialect.seeded:  # unconstrained, also where none was allowed: `Forks.bears` saw to it
-                    outlines = self.forks.outlines(width or self.plan.least)
-                new = await self.branches.fork_and_join(engine, strand, outlines)
+                if (
+                    self.dialect.unlabelled_branches
+                ):  # unconstrained, also where none was allowed: `Forks.bears` saw to it
+                    outlines = self.forks.outlines(width or self.plan.min_branches)
+                new = await self.branches.fork_and_join(engine, sequence, outlines)
             phase = behind
-        await self.spawned.join_rest(strand)
+        await self.async_branches.join_remaining(sequence)
 
-    async def _narrowed(self, engine: Engine, strand: Strand, width: int) -> int:
+    async def _cap_width_by_load(self, engine: Engine, sequence: SequenceState, width: int) -> int:
         """No wider than would run at once, if the engine says how busy it is."""
-        load = await self.decoder.load(engine, strand)
+        load = await self.decoder.load(engine, sequence)
         if load is None or self.plan.pacing is None:
             return width
-        share = self.divider.share(strand.purse, self.record.reach(strand), width)
+        share = self.allocator.branch_allowance(
+            sequence.allowance, self.record.critical_path_to(sequence), width
+        )
         at_once, reason = self.plan.pacing(Demand(width, share.tokens), load)
-        narrow = max(self.plan.least, min(width, at_once))
+        narrow = max(self.plan.min_branches, min(width, at_once))
         if narrow < width:
-            self.record.decide(strand, strand.blocks + 1, width, narrow, load, f"narrowed: {reason}")
+            self.record.record_pacing(
+                sequence, sequence.blocks + 1, width, narrow, load, f"narrowed: {reason}"
+            )
         return narrow
 
     def report(self, error: BaseException | None) -> None:

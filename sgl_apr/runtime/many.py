@@ -14,10 +14,10 @@ from typing import Any
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.journal import appending
-from sgl_apr.runtime.decoding import derived
+from sgl_apr.journal import open_for_append
+from sgl_apr.runtime.decoding import derive_seed
 from sgl_apr.runtime.loop import run_plan
-from sgl_apr.runtime.plan import plan
+from sgl_apr.runtime.plan import make_options
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
 
@@ -31,7 +31,7 @@ class Outcomes:
     in the file, so that another run tries it again."""
 
     finished: tuple[str, ...]
-    found: tuple[str, ...]
+    skipped: tuple[str, ...]
     failed: Mapping[str, AprError]
 
 
@@ -44,15 +44,15 @@ def run_many(
     api_key: str | None = None,
     tokenizer: Tokenizer | None = None,
     timeout: float = 120.0,
-    patience: float = 300.0,
+    reconnect_timeout: float = 300.0,
     **options: Any,
 ) -> Outcomes:
-    """`arun_many` against the server at `url`, blocking. A server that goes away is waited for, `patience` s."""
+    """`arun_many` against the server at `url`, blocking. A server that goes away is waited for, `reconnect_timeout` s."""
     from sgl_apr.engine.http import HttpEngine
 
     async def once() -> Outcomes:
         async with await HttpEngine.connect(
-            url, api_key=api_key, tokenizer=tokenizer, timeout=timeout, patience=patience
+            url, api_key=api_key, tokenizer=tokenizer, timeout=timeout, reconnect_timeout=reconnect_timeout
         ) as engine:
             return await arun_many(engine, problems, path, dialect, **options)
 
@@ -79,12 +79,12 @@ async def arun_many(
     """
     if concurrency < 1:
         raise AprError(f"concurrency={concurrency}, expected at least 1")
-    asked = plan(dialect, engine.tokenizer, **options)
+    asked = make_options(dialect, engine.tokenizer, **options)
 
     def ids(prompt: Prompt) -> tuple[int, ...]:
         return tuple(engine.tokenizer.encode(prompt, first=True) if isinstance(prompt, str) else prompt)
 
-    with appending(Path(path)) as file:
+    with open_for_append(Path(path)) as file:
         found = _found(Path(path), problems)
         todo = iter([name for name in problems if name not in found])
         finished, failed = list[str](), dict[str, AprError]()
@@ -92,7 +92,7 @@ async def arun_many(
 
         async def work() -> None:
             for name in todo:
-                seed = None if asked.seed is None else derived(asked.seed, name)
+                seed = None if asked.seed is None else derive_seed(asked.seed, name)
                 try:
                     trajectory = await run_plan(engine, ids(problems[name]), replace(asked, seed=seed))
                 except AprError as error:

@@ -18,7 +18,7 @@ class Demand:
 
 
 # How many at once (1 to all of them), and why.
-Pace = Callable[[Demand, Load], tuple[int, str]]
+PacingFunction = Callable[[Demand, Load], tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +34,23 @@ class Pacing:
     most: never more than so many.
     """
 
-    gain: float = 1.1
-    fill: float = 0.3
-    most: int | None = None
+    min_speedup: float = 1.1
+    expected_fill: float = 0.3
+    max_parallel: int | None = None
 
     def __post_init__(self) -> None:
-        if self.gain < 1 or not 0 < self.fill <= 1 or (self.most is not None and self.most < 1):
+        if (
+            self.min_speedup < 1
+            or not 0 < self.expected_fill <= 1
+            or (self.max_parallel is not None and self.max_parallel < 1)
+        ):
             raise AprError(f"{self}: expected gain >= 1, 0 < fill <= 1, most >= 1")
 
     def __call__(self, demand: Demand, load: Load) -> tuple[int, str]:
         n = demand.branches
         ways = [(n, "all at once"), self._by_speed(n, load), self._by_memory(demand, load)]
-        if self.most is not None:
-            ways.append((min(n, self.most), f"at most {self.most}"))
+        if self.max_parallel is not None:
+            ways.append((min(n, self.max_parallel), f"at most {self.max_parallel}"))
         return min(ways, key=lambda way: way[0])
 
     def _by_speed(self, n: int, load: Load) -> tuple[int, str]:
@@ -54,9 +58,9 @@ class Pacing:
             return -(-n // k) * (load.step_s(load.running + k) or 0.0)
 
         best = min(range(n, 0, -1), key=seconds)  # of equals the one with the most at once
-        sooner = seconds(n) >= self.gain * seconds(best) > 0
+        sooner = seconds(n) >= self.min_speedup * seconds(best) > 0
         return (best, f"{best} at a time end {seconds(n) / seconds(best):.2f}x sooner") if sooner else (n, "")
 
     def _by_memory(self, demand: Demand, load: Load) -> tuple[int, str]:
-        fit = int(load.free_tokens // max(1.0, self.fill * demand.tokens))
+        fit = int(load.free_tokens // max(1.0, self.expected_fill * demand.tokens))
         return max(1, min(demand.branches, fit)), f"{load.free_tokens} KV tokens are free"

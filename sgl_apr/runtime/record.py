@@ -1,4 +1,4 @@
-"""What one trajectory under way has come to: its spans, its calls, and its strands; it decides nothing."""
+"""What one trajectory under way has come to: its spans, its calls, and its sequences; it decides nothing."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ from dataclasses import dataclass, field
 
 from sgl_apr.blocks import Branch
 from sgl_apr.engine.base import Load, Result
-from sgl_apr.layout import Layout, behind
-from sgl_apr.runtime.events import Called, Delta, Done, Event, OnEvent, Retried, Wrote, assembled
-from sgl_apr.runtime.purse import Purse
-from sgl_apr.runtime.scope import Scope
-from sgl_apr.runtime.steps import Step
+from sgl_apr.layout import Layout, extend_layout
+from sgl_apr.runtime.events import (
+    Delta,
+    Done,
+    Event,
+    OnEvent,
+    RequestFinished,
+    SpanFinished,
+    TextRetracted,
+    assemble_trajectory,
+)
+from sgl_apr.runtime.purse import Allowance
+from sgl_apr.runtime.scope import CancelScope
+from sgl_apr.runtime.steps import PhaseOutput
 from sgl_apr.spans import Finish, Path, Role, Span
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Call, Decision, Join, Limit, Trajectory
+from sgl_apr.trajectory import Call, JoinRecord, LimitHit, PacingDecision, Trajectory
 
 
 @dataclass
-class Strand:
+class SequenceState:
     """One line of thought as it grows: the trunk, or a branch.
 
-    `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `purse`
+    `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `allowance`
     is what it may still spend, `spent` the tokens that it and its branches have. `number` is as its header
     has it; `requests` counts its own. `lenient`: where the engine fails it ends with a note instead of
     an error. `joined` is the layout of its context up to the end of the last join in the KV cache;
@@ -32,19 +41,19 @@ class Strand:
 
     path: Path
     context: tuple[int, ...]
-    tip: tuple[int, ...]
-    purse: Purse
-    scope: Scope
-    order: list[int] = field(default_factory=list)
+    frontier: tuple[int, ...]
+    allowance: Allowance
+    scope: CancelScope
+    span_order: list[int] = field(default_factory=list)
     number: str = ""
     outline: str = ""
-    after: tuple[int, ...] = ()
+    waits_for: tuple[int, ...] = ()
     blocks: int = 0
-    spent: int = 0
+    tokens_used: int = 0
     requests: int = 0
-    lenient: bool = False
-    ahead: Ahead | None = None
-    joined: Layout = ()
+    tolerate_failure: bool = False
+    ahead: PendingBranches | None = None
+    kv_layout: Layout = ()
     committed: bool = False
 
     @property
@@ -59,7 +68,7 @@ class Strand:
     @property
     def layout(self) -> Layout | None:
         """That of its context, None if it stands in a line."""
-        return behind(self.joined, len(self.context))
+        return extend_layout(self.kv_layout, len(self.context))
 
     @property
     def waiting(self) -> int:
@@ -68,29 +77,29 @@ class Strand:
 
 
 @dataclass(frozen=True, slots=True)
-class Aside:
-    """A branch that runs while its strand goes on, and what was set aside for it: `tokens` in all, of them
+class PendingBranch:
+    """A branch that runs while its sequence goes on, and what was set aside for it: `tokens` in all, of them
     `chain` behind its end in the critical path, which it reaches at `end` at most. A result has at most
     `most` tokens."""
 
-    branch: Strand
+    branch: SequenceState
     task: asyncio.Task[None]
     tokens: int
-    chain: int
+    closing_tokens: int
     end: int
-    most: int
+    max_result_tokens: int
 
 
 @dataclass
-class Ahead:
-    """Branches of a strand that run while it goes on: `forked` are all of its open block, `running` those
+class PendingBranches:
+    """Branches of a sequence that run while it goes on: `forked` are all of its open block, `running` those
     not joined, by their numbers."""
 
     forked: int = 0
-    running: dict[str, Aside] = field(default_factory=dict)
+    running: dict[str, PendingBranch] = field(default_factory=dict)
 
 
-class Record:
+class TrajectoryRecorder:
     """Everything written so far, in the order in which it was written; `finish` puts it in that of the text."""
 
     def __init__(self, tokenizer: Tokenizer, on_event: OnEvent | None) -> None:
@@ -98,9 +107,9 @@ class Record:
         self.began = time.monotonic()
         self.spans: list[Span] = []
         self.calls: list[Call] = []
-        self.limits: dict[Limit, None] = {}
-        self.decisions: list[Decision] = []
-        self.joins: list[Join] = []
+        self.limits: dict[LimitHit, None] = {}
+        self.decisions: list[PacingDecision] = []
+        self.joins: list[JoinRecord] = []
         self._chains: list[int] = []  # the longest chain that ends with each span, in tokens
 
     @property
@@ -108,61 +117,67 @@ class Record:
         """How long it has taken so far."""
         return time.monotonic() - self.began
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Let the listener hear it."""
         if self._on_event:
             self._on_event(event)
 
-    def writer(self, strand: Strand) -> Callable[[str], None] | None:
-        """What tells the listener of text as a strand writes it; None without a listener."""
-        return (lambda text: self.tell(Delta(strand.path, text))) if self._on_event else None
+    def delta_callback(self, sequence: SequenceState) -> Callable[[str], None] | None:
+        """What tells the listener of text as a sequence writes it; None without a listener."""
+        return (lambda text: self.emit(Delta(sequence.path, text))) if self._on_event else None
 
-    def trunk(self, prompt_ids: tuple[int, ...], purse: Purse, scope: Scope) -> Strand:
+    def trunk(self, prompt_ids: tuple[int, ...], allowance: Allowance, scope: CancelScope) -> SequenceState:
         """The trunk behind its prompt."""
         prompt = self._add(Span("prompt", "prompt", self.tokenizer.decode(prompt_ids), prompt_ids, ()))
-        return Strand((), prompt_ids, (prompt,), purse, scope, [prompt])
+        return SequenceState((), prompt_ids, (prompt,), allowance, scope, [prompt])
 
-    def finish(self, trunk: Strand, dialect: str, seed: int | None, seeded: bool) -> Trajectory:
+    def finish(
+        self, trunk: SequenceState, dialect: str, seed: int | None, seeds_honoured: bool
+    ) -> Trajectory:
         """All of it, once the trunk has ended."""
         limits, decisions, joins = tuple(self.limits), tuple(self.decisions), tuple(self.joins)
-        done = Done(tuple(trunk.order), dialect, self.seconds, limits, decisions, joins, seed, seeded)
-        self.tell(done)
-        return assembled(self.spans, self.calls, done)
+        done = Done(
+            tuple(trunk.span_order), dialect, self.seconds, limits, decisions, joins, seed, seeds_honoured
+        )
+        self.emit(done)
+        return assemble_trajectory(self.spans, self.calls, done)
 
-    def of(self, strand: Strand) -> list[Span]:
-        """The spans of a strand, its branches' included."""
-        return [self.spans[i] for i in strand.order]
+    def spans_of(self, sequence: SequenceState) -> list[Span]:
+        """The spans of a sequence, its branches' included."""
+        return [self.spans[i] for i in sequence.span_order]
 
-    def finish_of(self, strand: Strand) -> Finish | None:
-        """How a strand has ended."""
-        own = (s for s in reversed(self.of(strand)) if s.path == strand.path)
+    def finish_reason_of(self, sequence: SequenceState) -> Finish | None:
+        """How a sequence has ended."""
+        own = (s for s in reversed(self.spans_of(sequence)) if s.path == sequence.path)
         return next((s.finish for s in own if s.finish), None)
 
-    def branch(self, strand: Strand) -> Branch:
+    def branch(self, sequence: SequenceState) -> Branch:
         """A branch as a join policy sees it; its spans have no place in the text yet."""
         tags = ("header", "closer", "result")
-        text = "".join(s.text for s in self.of(strand) if s.path != strand.path or s.role not in tags)
-        return Branch(strand.path, strand.outline, text, "", self.finish_of(strand), ())
+        text = "".join(
+            s.text for s in self.spans_of(sequence) if s.path != sequence.path or s.role not in tags
+        )
+        return Branch(sequence.path, sequence.outline, text, "", self.finish_reason_of(sequence), ())
 
-    def reach(self, strand: Strand) -> int:
-        """Tokens of the longest chain up to the next span of a strand; branches that it will wait for
+    def critical_path_to(self, sequence: SequenceState) -> int:
+        """Tokens of the longest chain up to the next span of a sequence; branches that it will wait for
         count as long as they may become."""
-        ends = [self._chains[i] for i in (*strand.tip, *strand.after)]
-        running = strand.ahead.running.values() if strand.ahead else ()
+        ends = [self._chains[i] for i in (*sequence.frontier, *sequence.waits_for)]
+        running = sequence.ahead.running.values() if sequence.ahead else ()
         return max([*ends, *(aside.end for aside in running)], default=0)
 
-    def take(self, strand: Strand, branch: Strand) -> None:
-        """Put a branch that has ended into the strand that forked it, with what it did not spend."""
-        strand.order += branch.order
-        strand.spent += branch.spent
-        strand.purse.tokens -= branch.spent
-        strand.purse.calls += branch.purse.calls
-        strand.purse.blocks += branch.purse.blocks
+    def merge_branch(self, sequence: SequenceState, branch: SequenceState) -> None:
+        """Put a branch that has ended into the sequence that forked it, with what it did not spend."""
+        sequence.span_order += branch.span_order
+        sequence.tokens_used += branch.tokens_used
+        sequence.allowance.tokens -= branch.tokens_used
+        sequence.allowance.calls += branch.allowance.calls
+        sequence.allowance.blocks += branch.allowance.blocks
 
-    def unknown(self, strand: Strand) -> int:
-        """How many tokens of a strand the engine has not computed: those injected since its last decode."""
+    def uncached_tokens(self, sequence: SequenceState) -> int:
+        """How many tokens of a sequence the engine has not computed: those injected since its last decode."""
         tokens = 0
-        for i in reversed(strand.order):
+        for i in reversed(sequence.span_order):
             if self.spans[i].origin != "injected":
                 break
             tokens += self.spans[i].tokens
@@ -170,7 +185,7 @@ class Record:
 
     def inject(
         self,
-        strand: Strand,
+        sequence: SequenceState,
         role: Role,
         text: str,
         label: str = "",
@@ -180,71 +195,81 @@ class Record:
         """Write text that the model did not; nothing if it is empty."""
         if not text:
             return
-        first = role == "header" and not strand.context  # the first of a context of its own
+        first = role == "header" and not sequence.context  # the first of a context of its own
         ids = tuple(self.tokenizer.encode(text, first=first))
-        where = strand.path if path is None else path
-        self.tell(Delta(where, text))
-        self._grow(
-            strand,
-            Span(role, "injected", text, ids, strand.tip, where, label, after=strand.after, outline=outline),
+        where = sequence.path if path is None else path
+        self.emit(Delta(where, text))
+        self._append_span(
+            sequence,
+            Span(
+                role,
+                "injected",
+                text,
+                ids,
+                sequence.frontier,
+                where,
+                label,
+                waits_for=sequence.waits_for,
+                outline=outline,
+            ),
         )
 
-    def append(self, strand: Strand, step: Step, call: int | None) -> None:
+    def append(self, sequence: SequenceState, step: PhaseOutput, call: int | None) -> None:
         """Write what a phase came to."""
         for i, piece in enumerate(step.pieces):
             finish: Finish | None = step.finish if i == len(step.pieces) - 1 else None
             span = Span(
-                piece.role, piece.origin, piece.text, piece.token_ids, strand.tip, strand.path, piece.label, finish,
+                piece.role, piece.origin, piece.text, piece.token_ids, sequence.frontier, sequence.path, piece.label, finish,
                 call if piece.origin == "decoded" else None,
             )  # fmt: skip
-            self._grow(strand, span)
+            self._append_span(sequence, span)
 
-    def void(self, strand: Strand, chars: int | None) -> None:
-        """What was heard of a strand is void: its last `chars`, or all of it (None)."""
+    def retract_text(self, sequence: SequenceState, chars: int | None) -> None:
+        """What was heard of a sequence is void: its last `chars`, or all of it (None)."""
         if chars != 0:
-            self.tell(Retried(strand.path, chars))
+            self.emit(TextRetracted(sequence.path, chars))
 
-    def limit(self, name: str, strand: Strand) -> None:
-        """Note that a limit acted on a strand."""
-        self.limits[Limit(name, strand.path)] = None
+    def record_limit(self, name: str, sequence: SequenceState) -> None:
+        """Note that a limit acted on a sequence."""
+        self.limits[LimitHit(name, sequence.path)] = None
 
-    def join(self, block: Path, why: str) -> None:
+    def record_join(self, block: Path, why: str) -> None:
         """Note that a block was joined in the KV cache, or as text, and why."""
-        self.joins.append(Join(block, "text" if why else "kv", why))
+        self.joins.append(JoinRecord(block, "text" if why else "kv", why))
 
-    def give_up(self, strand: Strand, why: str) -> None:
-        """Note that a strand is read as text from here on, and let it be."""
-        self.joins.append(Join(strand.path, "text", why))
-        strand.joined = ()
+    def fall_back_to_text(self, sequence: SequenceState, why: str) -> None:
+        """Note that a sequence is read as text from here on, and let it be."""
+        self.joins.append(JoinRecord(sequence.path, "text", why))
+        sequence.kv_layout = ()
 
-    def decide(
-        self, strand: Strand, block: int, branches: int, at_once: int, load: Load, reason: str
+    def record_pacing(
+        self, sequence: SequenceState, block: int, branches: int, at_once: int, load: Load, reason: str
     ) -> None:
         """Note how a fork was paced, and what was known of the engine."""
         self.decisions.append(
-            Decision(
-                (*strand.path, block), branches, at_once, load.running, load.waiting, load.free_tokens,
+            PacingDecision(
+                (*sequence.path, block), branches, at_once, load.running, load.waiting, load.free_tokens,
                 load.step_s(load.running + at_once), reason,
             )
         )  # fmt: skip
 
-    def _grow(self, strand: Strand, span: Span) -> None:
+    def _append_span(self, sequence: SequenceState, span: Span) -> None:
         index = self._add(span)
-        strand.order.append(index)
-        strand.tip = (index,)
-        strand.context += span.token_ids or ()
-        strand.spent += span.tokens
-        strand.purse.tokens -= span.tokens
+        sequence.span_order.append(index)
+        sequence.frontier = (index,)
+        sequence.context += span.token_ids or ()
+        sequence.tokens_used += span.tokens
+        sequence.allowance.tokens -= span.tokens
 
     def _add(self, span: Span) -> int:
-        chain = max((self._chains[i] for i in (*span.parents, *span.after)), default=0)
+        chain = max((self._chains[i] for i in (*span.parents, *span.waits_for)), default=0)
         self._chains.append(chain + (0 if span.origin == "prompt" else span.tokens))
         self.spans.append(span)
         if self._on_event:
-            self.tell(Wrote(len(self.spans) - 1, span))
+            self.emit(SpanFinished(len(self.spans) - 1, span))
         return len(self.spans) - 1
 
-    def call(
+    def record_request(
         self, phase: str, path: Path, result: Result, new: int, started: float, seed: int | None, retries: int
     ) -> int:
         """Note what the engine did, and return its place among the calls. `started` is of the monotonic clock."""
@@ -260,8 +285,8 @@ class Record:
             seed=seed,
             retries=retries,
             logprobs=result.logprobs,
-            weights=result.weights,
+            weight_version=result.weight_version,
         )
         self.calls.append(call)
-        self.tell(Called(len(self.calls) - 1, call))
+        self.emit(RequestFinished(len(self.calls) - 1, call))
         return len(self.calls) - 1

@@ -1,63 +1,73 @@
-"""The join by message: what a branch returns to the strand that forked it, and how that is written there."""
+"""The join by message: what a branch returns to the sequence that forked it, and how that is written there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sgl_apr.completion import FILLER
+from sgl_apr.completion import PLACEHOLDER
 from sgl_apr.dialects import Dialect
-from sgl_apr.messages import brief
-from sgl_apr.runtime.record import Record, Strand
-from sgl_apr.runtime.steps import FAILED
+from sgl_apr.messages import branch_prompt
+from sgl_apr.runtime.record import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.steps import FAILURE_NOTE
 
 
-def told(record: Record, dialect: Dialect, strand: Strand, outline: str, most: int) -> str:
-    """What a branch of `strand` is told, in at most so many tokens: they come out of the branch's share."""
-    text = brief(dialect.brief).tell(record.tokenizer.decode(strand.context), outline)
-    return shortened(record, text, most) or FILLER
+def make_branch_prompt(
+    record: TrajectoryRecorder, dialect: Dialect, sequence: SequenceState, outline: str, most: int
+) -> str:
+    """What a branch of `sequence` is told, in at most so many tokens: they come out of the branch's share."""
+    text = branch_prompt(dialect.branch_prompt).make_prompt(
+        record.tokenizer.decode(sequence.context), outline
+    )
+    return truncate_tokens(record, text, most) or PLACEHOLDER
 
 
-def shortened(record: Record, text: str, most: int) -> str:
+def truncate_tokens(record: TrajectoryRecorder, text: str, most: int) -> str:
     """`text`, or its first `most` tokens."""
     ids = record.tokenizer.encode(text)
     return text if len(ids) <= most else record.tokenizer.decode(ids[:most])
 
 
-def drop_call(record: Record, strand: Strand) -> None:
+def remove_call_from_context(record: TrajectoryRecorder, sequence: SequenceState) -> None:
     """Go on from before the call, which may be in two pieces; it stays in the record."""
-    while (span := record.spans[strand.tip[0]]).role == "fork":
-        strand.tip = span.parents
-        strand.context = strand.context[: len(strand.context) - span.tokens]
+    while (span := record.spans[sequence.frontier[0]]).role == "fork":
+        sequence.frontier = span.parents
+        sequence.context = sequence.context[: len(sequence.context) - span.tokens]
 
 
 def write_results(
-    record: Record, dialect: Dialect, strand: Strand, branches: Sequence[Strand], most: int
+    record: TrajectoryRecorder,
+    dialect: Dialect,
+    sequence: SequenceState,
+    branches: Sequence[SequenceState],
+    most: int,
 ) -> int:
     """Write what branches returned, each behind its own end in time. Returns the new tokens."""
-    grammar, before = dialect.grammar, len(strand.context)
-    record.inject(strand, "lead", grammar.written("lead"))
+    grammar, before = dialect.grammar, len(sequence.context)
+    record.inject(sequence, "lead", grammar.render_rule("lead"))
     for branch in branches:
         answer = _answer(record, dialect, branch, most)
         rule = "failure" if not answer and "failure" in grammar.rules else "result"
-        text = grammar.written(rule, branch.number, answer, branch.outline)
-        strand.after = branch.tip
-        record.inject(strand, "result", text, label=answer.strip(), path=branch.path, outline=branch.outline)
-        strand.after = ()
-    record.inject(strand, "tail", grammar.written("tail"))
-    return len(strand.context) - before
+        text = grammar.render_rule(rule, branch.number, answer, branch.outline)
+        sequence.waits_for = branch.frontier
+        record.inject(
+            sequence, "result", text, label=answer.strip(), path=branch.path, outline=branch.outline
+        )
+        sequence.waits_for = ()
+    record.inject(sequence, "tail", grammar.render_rule("tail"))
+    return len(sequence.context) - before
 
 
-def _answer(record: Record, dialect: Dialect, branch: Strand, most: int) -> str:
+def _answer(record: TrajectoryRecorder, dialect: Dialect, branch: SequenceState, most: int) -> str:
     """What a branch says to the one that forked it; nothing if it was cut before it had said it."""
     grammar = dialect.grammar
-    if record.finish_of(branch) == "failed" and "failure" not in grammar.rules:
-        return shortened(record, FAILED, most)
-    spans = [s for s in record.of(branch) if s.path == branch.path]
+    if record.finish_reason_of(branch) == "failed" and "failure" not in grammar.rules:
+        return truncate_tokens(record, FAILURE_NOTE, most)
+    spans = [s for s in record.spans_of(branch) if s.path == branch.path]
     closers = [s for s in spans if s.role == "closer"]
-    if grammar.ending("body", branch.number):
+    if grammar.closing_literal("body", branch.number):
         text = closers[0].label if closers and all(s.origin == "decoded" for s in closers) else ""
     else:
         body = "".join(s.text for s in spans if s.role == "body" and s.origin == "decoded")
-        text = brief(dialect.brief).answer(body)
-    text = shortened(record, text, most)
-    return text if not any(mark in text for mark in grammar.marks) else ""
+        text = branch_prompt(dialect.branch_prompt).extract_result(body)
+    text = truncate_tokens(record, text, most)
+    return text if not any(mark in text for mark in grammar.tag_literals) else ""

@@ -13,10 +13,10 @@ from sgl_apr.errors import AprError, EngineError, EngineTimeout
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-PASSING = frozenset({429, 500, 502, 503, 504})
+RETRYABLE_STATUSES = frozenset({429, 500, 502, 503, 504})
 
 
-def passing(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Whether the same request may do better later: the server broke off, was busy, or was not there.
 
     Not silence: that has cost its whole timeout already. Requests have no effect but their answer, so all
@@ -24,7 +24,7 @@ def passing(error: BaseException) -> bool:
     """
     if isinstance(error, EngineTimeout) or not isinstance(error, EngineError):
         return False
-    return error.status is None or error.status in PASSING
+    return error.status is None or error.status in RETRYABLE_STATUSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Retry:
 
     attempts: int = 3
     wait: float = 0.1
-    longest: float = 10.0
+    max_wait: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or not 0 <= self.wait <= self.longest:
+        if self.attempts < 1 or not 0 <= self.wait <= self.max_wait:
             raise AprError(f"{self}: expected attempts >= 1 and 0 <= wait <= longest")
 
     async def __call__(self, attempt: Callable[[], Awaitable[T]], allowed: Callable[[], bool]) -> T:
@@ -54,8 +54,8 @@ class Retry:
         # Only now: setting this up takes longer than all else that the loop does for a request.
         tries = tenacity.AsyncRetrying(
             stop=lambda state: state.attempt_number >= self.attempts or not allowed(),
-            wait=tenacity.wait_random_exponential(self.wait, self.longest),
-            retry=tenacity.retry_if_exception(passing),
+            wait=tenacity.wait_random_exponential(self.wait, self.max_wait),
+            retry=tenacity.retry_if_exception(is_retryable),
             before_sleep=lambda state: log.info("attempt %d: %s", state.attempt_number, _error(state)),
             reraise=True,
         )

@@ -1,4 +1,4 @@
-"""How long a strand may go on: to a deadline, or until somebody stops it; it decides nothing about why."""
+"""How long a sequence may go on: to a deadline, or until somebody stops it; it decides nothing about why."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from sgl_apr.spans import Finish
 T = TypeVar("T")
 
 
-class Cut(Exception):
+class ScopeCancelled(Exception):
     """What was awaited was cut off: the scope that it ran in is over."""
 
 
-class Scope:
+class CancelScope:
     """A stretch of work that can be stopped from outside, with everything inside it.
 
     `deadline` is of the event loop's clock; the earlier of one's own and the outer one holds, and `limit`
-    names where it comes from. Stopping cuts what is awaited at once; the strand itself goes on, and closes
+    names where it comes from. Stopping cuts what is awaited at once; the sequence itself goes on, and closes
     what is open.
     """
 
-    def __init__(self, outer: Scope | None = None, deadline: float | None = None, limit: str = "") -> None:
+    def __init__(
+        self, outer: CancelScope | None = None, deadline: float | None = None, limit: str = ""
+    ) -> None:
         self.reason: Finish | None = None
         self.deadline, self.limit = deadline, limit
-        self._outer, self._inner = outer, list[Scope]()
+        self._outer, self._inner = outer, list[CancelScope]()
         self._running = set[asyncio.Timeout]()
         if outer:
             outer._inner.append(self)
@@ -36,19 +38,19 @@ class Scope:
                 self.deadline, self.limit = outer.deadline, outer.limit
 
     @property
-    def over(self) -> Finish | None:
+    def cancel_reason(self) -> Finish | None:
         """Why nothing more is to be awaited here, or None."""
-        if self.reason is None and self.left() == 0:
+        if self.reason is None and self.remaining_seconds() == 0:
             self.reason = "timeout"
         return self.reason
 
-    def left(self) -> float | None:
+    def remaining_seconds(self) -> float | None:
         """Seconds until the deadline, if there is one."""
         if self.deadline is None:
             return None
         return max(0.0, self.deadline - asyncio.get_running_loop().time())
 
-    def stop(self, reason: Finish, limit: str = "") -> None:
+    def cancel(self, reason: Finish, limit: str = "") -> None:
         """Cut what is under way here and inside, and let nothing more begin. The first reason stays."""
         if self.reason is None:
             self.reason, self.limit = reason, limit
@@ -56,18 +58,18 @@ class Scope:
             if not timeout.expired():
                 timeout.reschedule(asyncio.get_running_loop().time())
         for scope in self._inner:
-            scope.stop(reason, limit)
+            scope.cancel(reason, limit)
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """The work is done: the outer scope forgets it."""
         if self._outer and self in self._outer._inner:
             self._outer._inner.remove(self)
 
-    async def within(self, work: Coroutine[Any, Any, T]) -> T:
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`; raises `Cut` if this scope ends first, with `work` cancelled and awaited."""
-        if self.over:
+        if self.cancel_reason:
             work.close()
-            raise Cut
+            raise ScopeCancelled
         timeout = asyncio.timeout_at(self.deadline)
         try:
             async with timeout:
@@ -80,4 +82,4 @@ class Scope:
             if not timeout.expired():
                 raise
             self.reason = self.reason or "timeout"
-            raise Cut from None
+            raise ScopeCancelled from None

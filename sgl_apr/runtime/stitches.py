@@ -10,83 +10,85 @@ from typing import TypeVar
 
 from sgl_apr.engine.base import Engine, Request
 from sgl_apr.errors import EngineError
-from sgl_apr.layout import commits, join
-from sgl_apr.runtime.purse import Purse
-from sgl_apr.runtime.record import Record, Strand
+from sgl_apr.layout import commit_prompts, join
+from sgl_apr.runtime.purse import Allowance
+from sgl_apr.runtime.record import SequenceState, TrajectoryRecorder
 
 T = TypeVar("T")
-LOST = 409  # the status of a request whose layout needs what is not cached (any more)
+CACHE_MISS_STATUS = 409  # the status of a request whose layout needs what is not cached (any more)
 log = logging.getLogger(__name__)
 
 
-class Stitches:
+class KvJoiner:
     """Those of one trajectory. `new_rid` makes request ids."""
 
-    def __init__(self, record: Record, new_rid: Callable[[], str]) -> None:
+    def __init__(self, record: TrajectoryRecorder, new_rid: Callable[[], str]) -> None:
         self.record, self.new_rid = record, new_rid
 
-    def join(self, strand: Strand, fork: int, branches: Sequence[Strand]) -> bool:
-        """Join committed branches of a strand, forked at `fork` tokens; False if they have to be read as text."""
+    def join(self, sequence: SequenceState, fork: int, branches: Sequence[SequenceState]) -> bool:
+        """Join committed branches of a sequence, forked at `fork` tokens; False if they have to be read as text."""
         why = next((f"branch {b.name} was not committed" for b in branches if not b.committed), "")
-        joined = join(strand.joined, fork, [(b.joined, len(b.context)) for b in branches])
+        joined = join(sequence.kv_layout, fork, [(b.kv_layout, len(b.context)) for b in branches])
         if not why and joined is None:
             why = "a branch has read as text what was joined before the fork"
-        self.record.join((*strand.path, strand.blocks), why)
-        strand.joined = strand.joined if why or joined is None else joined
+        self.record.record_join((*sequence.path, sequence.blocks), why)
+        sequence.kv_layout = sequence.kv_layout if why or joined is None else joined
         return not why
 
     async def send(
         self,
         engine: Engine,
-        strand: Strand,
-        purse: Purse,
+        sequence: SequenceState,
+        allowance: Allowance,
         request: Request,
         send: Callable[[Request], Awaitable[T]],
     ) -> T:
-        """What `send` returns for a request with the layout of `strand`, whatever the cache has lost of it.
+        """What `send` returns for a request with the layout of `sequence`, whatever the cache has lost of it.
 
-        What is lost is committed again, once; if that does not help, the strand is read as text from now on.
-        Further calls are taken from `purse`.
+        What is lost is committed again, once; if that does not help, the sequence is read as text from now on.
+        Further calls are taken from `allowance`.
         """
 
         async def once() -> T:
-            return await send(replace(request, rid=self.new_rid(), layout=strand.layout))
+            return await send(replace(request, rid=self.new_rid(), layout=sequence.layout))
 
         try:
             return await once()
         except EngineError as error:
-            if error.status != LOST or not strand.joined:
+            if error.status != CACHE_MISS_STATUS or not sequence.kv_layout:
                 raise
             lost = error
-        if await self._bring_back(engine, strand, purse, request):
+        if await self._recommit_lost(engine, sequence, allowance, request):
             try:
                 return await once()
             except EngineError as error:
-                if error.status != LOST:
+                if error.status != CACHE_MISS_STATUS:
                     raise
                 lost = error
-        if purse.calls < 1:
+        if allowance.calls < 1:
             raise lost
         log.info("%s is read as text: %s", request.rid, lost)
-        self.record.give_up(strand, str(lost))
-        purse.calls -= 1
+        self.record.fall_back_to_text(sequence, str(lost))
+        allowance.calls -= 1
         return await once()
 
-    async def _bring_back(self, engine: Engine, strand: Strand, purse: Purse, request: Request) -> bool:
-        """Commit all that a strand has joined; False if that cannot be done."""
-        wanted = list(commits(strand.layout or ()))
-        if purse.calls < len(wanted) + 2:  # this one again, and once more as text
+    async def _recommit_lost(
+        self, engine: Engine, sequence: SequenceState, allowance: Allowance, request: Request
+    ) -> bool:
+        """Commit all that a sequence has joined; False if that cannot be done."""
+        wanted = list(commit_prompts(sequence.layout or ()))
+        if allowance.calls < len(wanted) + 2:  # this one again, and once more as text
             return False
-        purse.calls -= len(wanted) + 1
+        allowance.calls -= len(wanted) + 1
         for ranges, layout in wanted:
-            ids = tuple(i for first, last in ranges for i in strand.context[first:last])
+            ids = tuple(i for first, last in ranges for i in sequence.context[first:last])
             started = time.monotonic()
             again = Request(self.new_rid(), ids, layout=layout, fields=request.fields)
             try:
                 result = await engine.commit(again)
             except EngineError as error:
-                if error.status != LOST:
+                if error.status != CACHE_MISS_STATUS:
                     raise
                 return False
-            self.record.call("recommit", strand.path, result, 0, started, None, 0)
+            self.record.record_request("recommit", sequence.path, result, 0, started, None, 0)
         return True

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sgl_apr.runtime.steps import Step
+from sgl_apr.runtime.steps import PhaseOutput
 from sgl_apr.tokenizer import Tokenizer
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Hears the token chunks of one request and emits text, if anybody listens; holds back an unfinished
     character and the end-of-text token. `heard` are the ids so far, `sent` the characters emitted."""
 
@@ -17,18 +17,18 @@ class TextStream:
     ) -> None:
         self.tokenizer, self.emit, self._ends = tokenizer, emit, tokenizer.eos_ids
         self._before, self.context = context, context
-        self.heard: list[int] = []
+        self.received_ids: list[int] = []
         self.pending: list[int] = []
-        self.sent = 0
+        self.emitted_chars = 0
 
-    def void(self) -> int:
+    def reset(self) -> int:
         """Forget all of it: the request begins anew. Returns how many characters had been emitted."""
-        sent = self.sent
-        self.context, self.heard, self.pending, self.sent = self._before, [], [], 0
+        sent = self.emitted_chars
+        self.context, self.received_ids, self.pending, self.emitted_chars = self._before, [], [], 0
         return sent
 
     def __call__(self, ids: Sequence[int]) -> None:
-        self.heard += ids
+        self.received_ids += ids
         if self.emit is None:  # decoding text takes longer than all the rest
             return
         self.pending += [i for i in ids if i not in self._ends]
@@ -36,11 +36,11 @@ class TextStream:
         if text and not text.endswith("\ufffd"):
             self.context = (*self.context[-4:], *self.pending)
             self.pending = []
-            self.sent += len(text)
+            self.emitted_chars += len(text)
             self.emit(text)
 
-    def finish(self, step: Step) -> None:
+    def finish(self, step: PhaseOutput) -> None:
         """Emit what the chunks did not bring: a held-back end, and what was injected."""
-        rest = "".join(piece.text for piece in step.pieces)[self.sent :]
+        rest = "".join(piece.text for piece in step.pieces)[self.emitted_chars :]
         if rest and self.emit:
             self.emit(rest)

@@ -31,7 +31,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
-class Walls:
+class ResourceLimits:
     """memory: bytes of address space. cpu: seconds of it in all. output: characters kept of what a block prints."""
 
     memory: int
@@ -39,7 +39,7 @@ class Walls:
     output: int
 
 
-def main(parent: int, walls: Walls) -> NoReturn:
+def main(parent: int, walls: ResourceLimits) -> NoReturn:
     """Shut in, then serve; what does not work is said in one line to who asked."""
     try:
         outer(parent, walls)
@@ -48,7 +48,7 @@ def main(parent: int, walls: Walls) -> NoReturn:
     os._exit(1)
 
 
-def outer(parent: int, walls: Walls) -> NoReturn:
+def outer(parent: int, walls: ResourceLimits) -> NoReturn:
     """Leave all namespaces, and wait for what goes on in the new ones."""
     _with_parent()
     if os.getppid() != parent:  # it died before that
@@ -66,7 +66,7 @@ def outer(parent: int, walls: Walls) -> NoReturn:
     _wait(_fork(lambda: init(machine, not user, walls)))
 
 
-def init(machine: str, drop: bool, walls: Walls) -> NoReturn:
+def init(machine: str, drop: bool, walls: ResourceLimits) -> NoReturn:
     """Be the first process: see nothing but the library, give up all rights, and wait for the third."""
     _with_parent()
     _new_root(machine)
@@ -80,7 +80,7 @@ def init(machine: str, drop: bool, walls: Walls) -> NoReturn:
     _wait(_fork(lambda: inner(machine, walls)))
 
 
-def inner(machine: str, walls: Walls) -> NoReturn:
+def inner(machine: str, walls: ResourceLimits) -> NoReturn:
     """Serve, behind limits and without system calls that lead out."""
     limits = {
         resource.RLIMIT_AS: walls.memory,

@@ -37,14 +37,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class RunResult:
     """What a block came to: what it printed, and the answer that it gave, if any."""
 
     output: str
     final: str | None = None
 
 
-class Lost(Exception):
+class SandboxDied(Exception):
     """The sandbox has ended, with all of its variables; the message says why."""
 
 
@@ -73,23 +73,23 @@ class Sandbox:
     ) -> None:
         await asyncio.shield(self.end())
 
-    async def run(self, code: str) -> Ran:
+    async def run(self, code: str) -> RunResult:
         """Run one block."""
         try:
             said = await self._exchange({"run": code})
-        except Lost as lost:
-            return Ran(f"{lost}; its variables are lost")
+        except SandboxDied as lost:
+            return RunResult(f"{lost}; its variables are lost")
         output, chars, final = said.get("output", ""), said.get("chars"), said.get("final")
         text = _clean(output)[: self.limits.output]
         if isinstance(chars, int) and chars > len(text):
             text += f"... + [{chars - len(text)} chars...]"
-        return Ran(text, None if final is None else _clean(final))
+        return RunResult(text, None if final is None else _clean(final))
 
     async def value(self, name: str) -> str | None:
         """A variable as text; None if there is none of that name."""
         try:
             value = (await self._exchange({"value": name})).get("value")
-        except Lost:
+        except SandboxDied:
             return None
         return None if value is None else _clean(value)
 
@@ -130,14 +130,14 @@ class Sandbox:
         try:
             said = await self._said(self._process, START_S)
             error = None if said.get("ready") else said.get("error")
-        except Lost as lost:
+        except SandboxDied as lost:
             said, error = {}, f"{lost}"
         if not said.get("ready"):
             await self.end()
             raise SandboxUnavailable(f"programs cannot be shut in here: {_clean(error)}")
         try:
             await self._exchange({"set": self.variables})
-        except Lost as lost:
+        except SandboxDied as lost:
             raise SandboxUnavailable(
                 f"the text does not fit into a sandbox of {self.limits.memory} bytes: {lost}"
             ) from None
@@ -152,7 +152,7 @@ class Sandbox:
             try:
                 said = await self._said(process, left, message)
                 texts = _texts(said)
-            except Lost:
+            except SandboxDied:
                 await self.end()
                 raise
             left -= clock() - began
@@ -173,27 +173,27 @@ class Sandbox:
                 line = await process.stdout.readline()
             said = json.loads(line) if line else None
         except TimeoutError:
-            raise Lost(f"stopped: it took more than {self.limits.seconds:g} s") from None
+            raise SandboxDied(f"stopped: it took more than {self.limits.seconds:g} s") from None
         except OSError:
-            raise Lost("it ended") from None
+            raise SandboxDied("it ended") from None
         except (ValueError, RecursionError):
-            raise Lost("stopped: it wrote what is no message") from None
+            raise SandboxDied("stopped: it wrote what is no message") from None
         if not isinstance(said, dict):
-            raise Lost("it ended" if said is None else "stopped: it wrote what is no message")
+            raise SandboxDied("it ended" if said is None else "stopped: it wrote what is no message")
         return said
 
 
 def _texts(said: dict[str, Any]) -> list[str] | None:
     """Those that a model is asked about; None if it is not. Raises `Lost` where that cannot be."""
     if "error" in said:
-        raise Lost("it ended")
+        raise SandboxDied("it ended")
     texts = said.get("query")
     if texts is None:
         return None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Lost("stopped: it wrote what is no message")
+        raise SandboxDied("stopped: it wrote what is no message")
     if len(texts) > MOST:
-        raise Lost(f"stopped: it asked about more than {MOST} texts at once")
+        raise SandboxDied(f"stopped: it asked about more than {MOST} texts at once")
     return [*map(_clean, texts)]
 
 

@@ -10,15 +10,15 @@ from typing import Any
 from fastapi import HTTPException
 
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.runtime.plan import FIELDS, Plan
-from sgl_apr.server.asked import SAMPLING, Desk, given, typed
-from sgl_apr.server.envelope import Wish
+from sgl_apr.runtime.plan import REQUEST_FIELDS, ReasonOptions
+from sgl_apr.server.asked import SAMPLING, RequestParser, check_type, drop_nulls
+from sgl_apr.server.envelope import ResponseOptions
 
 ALONE = "a trajectory is one reply"
 MASK = "the dialect's grammar constrains decoding"
 STOPS = "where a reply stops is for its dialect to say"
 UNKNOWN = "a trajectory has none"
-REFUSED: Mapping[str, str] = {
+UNSUPPORTED_FIELDS: Mapping[str, str] = {
     "n": ALONE, "best_of": ALONE, "echo": ALONE, "suffix": ALONE, "session_id": ALONE, "session_params": ALONE,
     "tools": MASK, "response_format": MASK, "regex": MASK, "ebnf": MASK, "json_schema": MASK,
     "stop": STOPS, "stop_token_ids": STOPS, "stop_regex": STOPS, "min_tokens": STOPS, "ignore_eos": STOPS,
@@ -28,25 +28,25 @@ REFUSED: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Adapted:
+class ReasonRequest:
     """A prompt, what is asked behind it, and how the answer is to look."""
 
     prompt: tuple[int, ...]
-    plan: Plan
-    wish: Wish
+    plan: ReasonOptions
+    options_: ResponseOptions
 
 
-async def adapted(
-    desk: Desk, serving: Any, request: Any, raw_request: Any, options: Any, *, chat: bool
-) -> Adapted:
+async def parse_openai_request(
+    parser: RequestParser, serving: Any, request: Any, raw_request: Any, options: Any, *, chat: bool
+) -> ReasonRequest:
     """Read a request with SGLang's own object for its route: templates, defaults and adapters are its matter.
 
     `options` is what the body has under `apr`; a field that both have is taken from there. Raises an
     `AprError` for what cannot be had together with `apr`, or at all.
     """
-    options = given(typed("apr", options, dict))
-    wish = _wish(options, request)
-    for name, reason in REFUSED.items():
+    options = drop_nulls(check_type("apr", options, dict))
+    options_ = _response_options(options, request)
+    for name, reason in UNSUPPORTED_FIELDS.items():
         value = getattr(request, name, None)
         if value and value != type(request).model_fields[name].default:
             raise AprError(f"{name} cannot be had with apr: {reason}")
@@ -55,33 +55,33 @@ async def adapted(
         raise AprError("images, video and audio cannot be had with apr")
     given_as = generate.input_ids if generate.text is None else generate.text
     alone = isinstance(given_as, list) and len(given_as) == 1 and not isinstance(given_as[0], int)
-    prompt = desk.prompt(given_as[0] if alone else given_as)
-    named = {"seed": request.seed, **{name: getattr(generate, name) for name in FIELDS}}
+    prompt = parser.prompt(given_as[0] if alone else given_as)
+    named = {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}}
     carried = {k: v for k, v in generate.sampling_params.items() if k in SAMPLING}
-    sampling = {**given(carried), **typed("sampling", options.pop("sampling", {}), dict)}
+    sampling = {**drop_nulls(carried), **check_type("sampling", options.pop("sampling", {}), dict)}
     limit = getattr(request, "max_completion_tokens", None) or (
         request.max_tokens if "max_tokens" in request.model_fields_set else None
     )
-    plan = desk.plan(
+    plan = parser.plan(
         {**named, **options, "sampling": sampling},
         len(prompt),
         most=limit,
         wrap=_wrap(serving, request) if chat else None,
     )
-    return Adapted(prompt, plan, wish)
+    return ReasonRequest(prompt, plan, options_)
 
 
-def _wish(options: dict[str, Any], request: Any) -> Wish:
+def _response_options(options: dict[str, Any], request: Any) -> ResponseOptions:
     """How to answer, taken out of the options."""
     stream = options.pop("stream", "all")
     if stream not in ("all", "trunk"):
         raise AprError(f'apr stream={stream!r}, expected "all" or "trunk"')
-    separate = typed("separate", options.pop("separate", False), bool)
+    separate = check_type("separate", options.pop("separate", False), bool)
     if separate and request.stream:
         raise AprError("separate cannot be streamed: which text is the answer is known at the end")
-    whole = typed("trajectory", options.pop("trajectory", False), bool)
+    whole = check_type("trajectory", options.pop("trajectory", False), bool)
     usage = bool(request.stream_options and request.stream_options.include_usage)
-    return Wish(separate, whole, stream == "trunk", usage)
+    return ResponseOptions(separate, whole, stream == "trunk", usage)
 
 
 async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any:

@@ -55,7 +55,7 @@ def usage(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def structure(trajectory: Trajectory, whole: bool = False) -> dict[str, Any]:
+def trajectory_summary(trajectory: Trajectory, whole: bool = False) -> dict[str, Any]:
     """What the top-level field `apr` of an answer holds; with the `whole` trajectory if asked for."""
     metrics = trajectory.metrics()
     found = {
@@ -70,7 +70,7 @@ def structure(trajectory: Trajectory, whole: bool = False) -> dict[str, Any]:
             "parallelism": metrics.parallelism,
         },
         "seed": trajectory.seed,
-        "seeded": trajectory.seeded,
+        "seeds_honoured": trajectory.seeds_honoured,
     }
     return {**found, "trajectory": json.loads(trajectory.to_json())} if whole else found
 

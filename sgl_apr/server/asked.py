@@ -12,35 +12,35 @@ from sgl_apr.dialects import Dialect, dialect, dialect_names
 from sgl_apr.errors import AprError, GrammarError
 from sgl_apr.presets import dialect_for
 from sgl_apr.runtime.pacing import Pacing
-from sgl_apr.runtime.plan import DEFAULT, FIELDS, Plan
+from sgl_apr.runtime.plan import DEFAULT_DIALECT, REQUEST_FIELDS, ReasonOptions
 from sgl_apr.runtime.retry import Retry
-from sgl_apr.server.caps import Caps
+from sgl_apr.server.caps import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
 
 T = TypeVar("T")
 ATTEMPTS = 10  # of one request, at most
-KINDS: Mapping[type, str] = {
+TYPE_NAMES: Mapping[type, str] = {
     str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
 }  # fmt: skip
 OPTIONS: Mapping[str, type] = {
     "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
-    "narrow": bool, "failed": str, "seed": int, "constrain": bool, "plain": bool,
+    "cap_width_by_load": bool, "on_branch_failure": str, "seed": int, "constrain": bool, "forbid_angle_brackets": bool,
     "logprobs": bool,
 }  # fmt: skip
 SAMPLING: Mapping[str, type] = {
     "temperature": float, "top_p": float, "top_k": int, "min_p": float, "frequency_penalty": float,
     "presence_penalty": float, "repetition_penalty": float, "logit_bias": dict,
 }  # fmt: skip
-REQUEST: Mapping[str, type] = {name: int if name == "priority" else str for name in FIELDS}
+REQUEST: Mapping[str, type] = {name: int if name == "priority" else str for name in REQUEST_FIELDS}
 OBJECTS = ("budget", "pacing", "retry", "sampling")
 NAMES = ("dialect", *OBJECTS, *OPTIONS, *SAMPLING, *REQUEST)
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class RequestParser:
     """What plans are made with here: the operator's caps, the served tokenizer, context length and vocabulary."""
 
-    caps: Caps
+    caps: RequestLimits
     tokenizer: Tokenizer
     context: int
     vocabulary: int
@@ -52,13 +52,13 @@ class Desk:
         *,
         most: int | None = None,
         wrap: Callable[[str], str] | None = None,
-    ) -> Plan:
+    ) -> ReasonOptions:
         """The plan of these options (`NAMES`; null is as good as absent) behind a prompt of so many tokens.
 
         most: tokens of the reply at most, beside what the budget says. Raises an `AprError` that says what
         is wrong and what would be right.
         """
-        options = given(options)
+        options = drop_nulls(options)
         for name in options:
             if name not in NAMES:
                 raise AprError(f"no option {name!r}, expected some of {', '.join(NAMES)}")
@@ -66,19 +66,19 @@ class Desk:
         limits = _numbers(Budget, "budget", options.get("budget", {}))
         if most is not None:
             limits["tokens"] = min(most, limits.get("tokens", most))
-        retry = _made(Retry, "retry", options)
+        retry = _build_dataclass(Retry, "retry", options)
         if retry.attempts > ATTEMPTS:
             raise AprError(f"retry attempts={retry.attempts}, expected at most {ATTEMPTS}")
-        sampling = typed("sampling", options.get("sampling", {}), dict)
-        return Plan(
+        sampling = check_type("sampling", options.get("sampling", {}), dict)
+        return ReasonOptions(
             chosen,
             self.caps.budget(limits, chosen, self.context - prompt_tokens - 1),
-            pacing=_made(Pacing, "pacing", options),
+            pacing=_build_dataclass(Pacing, "pacing", options),
             retry=retry,
-            wrap=wrap if chosen.sees == "message" else None,
-            sampling=_checked(sampling, SAMPLING, "sampling ") | _picked(options, SAMPLING),
-            fields=_picked(options, REQUEST),
-            **_picked(options, OPTIONS),
+            branch_prompt_template=wrap if chosen.branch_context == "message" else None,
+            sampling=_checked(sampling, SAMPLING, "sampling ") | _select(options, SAMPLING),
+            request_fields=_select(options, REQUEST),
+            **_select(options, OPTIONS),
         )
 
     def prompt(self, prompt: Any) -> tuple[int, ...]:
@@ -94,23 +94,23 @@ class Desk:
 
     def _dialect(self, name: Any) -> Dialect:
         if name is None:
-            return dialect_for(self.tokenizer) or dialect(DEFAULT)
+            return dialect_for(self.tokenizer) or dialect(DEFAULT_DIALECT)
         if name not in dialect_names():  # and never a path
             raise GrammarError(f"no dialect {_short(name)}, expected one of {', '.join(dialect_names())}")
         return dialect(name)
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
+def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without those that are null."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def typed(where: str, value: Any, kind: type[T]) -> T:
+def check_type(where: str, value: Any, kind: type[T]) -> T:
     """The value, if it is of that kind; raises `AprError`."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     fits = isinstance(value, kind) and (number or kind not in (int, float))
     if not (fits or (kind is float and number)):
-        raise AprError(f"{where}={_short(value)}, expected {KINDS[kind]}")
+        raise AprError(f"{where}={_short(value)}, expected {TYPE_NAMES[kind]}")
     return value  # type: ignore[no-any-return]
 
 
@@ -123,18 +123,18 @@ def _checked(values: Mapping[str, Any], kinds: Mapping[str, type], where: str) -
     for name in values:
         if name not in kinds:
             raise AprError(f"no {where}{_short(name)}, expected some of {', '.join(kinds)}")
-    return {name: typed(where + name, value, kinds[name]) for name, value in given(values).items()}
+    return {name: check_type(where + name, value, kinds[name]) for name, value in drop_nulls(values).items()}
 
 
-def _picked(options: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+def _select(options: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
     return _checked({name: value for name, value in options.items() if name in kinds}, kinds, "")
 
 
 def _numbers(kind: type, where: str, values: Any) -> dict[str, Any]:
     """The fields of a dataclass of numbers."""
     kinds: dict[str, type] = {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
-    return _checked(typed(where, values, dict), kinds, f"{where} ")
+    return _checked(check_type(where, values, dict), kinds, f"{where} ")
 
 
-def _made(kind: type[T], where: str, options: Mapping[str, Any]) -> T:
+def _build_dataclass(kind: type[T], where: str, options: Mapping[str, Any]) -> T:
     return kind(**_numbers(kind, where, options.get(where, {})))

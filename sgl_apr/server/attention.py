@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from torch.nn.functional import scaled_dot_product_attention
 
 from sgl_apr.server.attention_plan import Group, Plan, Slots, Span, plan_decode, plan_extend
-from sgl_apr.server.decode_pieces import Pieces, plan_pieces
+from sgl_apr.server.decode_pieces import DecodeSchedule, plan_pieces
 from sgl_apr.server.native import decode_kernel
 
 # "0" in the environment: when decoding, every request reads all of its keys and values by itself.
@@ -35,7 +35,7 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         super().__init__(model_runner)
         self._share = os.environ.get(SHARED_PREFIX) != "0" if share is None else share
         # For the current forward pass, and never for another: by then a slot may be another request's.
-        self._pieces: Pieces | None = None
+        self._pieces: DecodeSchedule | None = None
         self._plans: dict[int, Plan] = {}  # by number of key heads
         self._scratch = Scratch()
         decode_kernel()  # compiled now rather than at the first token
@@ -57,7 +57,7 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         encoder_lens: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        if encoder_lens is not None or _rare(query, k_cache, v_cache, options):
+        if encoder_lens is not None or _is_unsupported(query, k_cache, v_cache, options):
             batch = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
             return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *batch, **options)
         kernel = decode_kernel()
@@ -92,7 +92,7 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         **options: Any,
     ) -> torch.Tensor:
         causal = options.get("causal", False)
-        if encoder_lens is not None or not causal or _rare(query, k_cache, v_cache, options):
+        if encoder_lens is not None or not causal or _is_unsupported(query, k_cache, v_cache, options):
             batch = (req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens)
             return super()._run_sdpa_forward_extend(
                 query, output, k_cache, v_cache, *batch, encoder_lens, **options
@@ -210,7 +210,7 @@ def _read(cache: torch.Tensor, slots: Slots) -> torch.Tensor:
     return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
 
 
-def _rare(
+def _is_unsupported(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: Mapping[str, Any]
 ) -> bool:
     """Whether `torch_native` has to do it."""

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import torch
 
-from sgl_apr.server.prefix_tree import Node, forest, leaves
+from sgl_apr.server.prefix_tree import Node, build_prefix_trees, leaves
 
 SHORT = 16  # an extension of up to so many tokens is taken apart into rows
 BLOCK = 512  # queries per call for longer ones after a prefix: bounds the mask, skips keys to come
@@ -63,7 +63,7 @@ def plan_decode(
 
     Without `share` no two requests have a prefix in common.
     """
-    trees = forest(slots, requests, lengths) if share else leaves(lengths)
+    trees = build_prefix_trees(slots, requests, lengths) if share else leaves(lengths)
     order, groups = _groups(slots, requests, lengths, heads, trees)
     in_order = order == list(range(len(lengths)))
     return Plan(None if in_order else torch.tensor(order), groups)
@@ -89,7 +89,7 @@ def plan_extend(
             before = prefix + first - start
             spans.append(Span(first, last, before, _slots(slots[requests[i], : before + last - first])))
     owned = requests[torch.tensor(owners, dtype=torch.long)]
-    order, groups = _groups(slots, owned, lengths, heads, forest(slots, owned, lengths))
+    order, groups = _groups(slots, owned, lengths, heads, build_prefix_trees(slots, owned, lengths))
     return Plan(torch.tensor([places[row] for row in order], dtype=torch.long), groups, tuple(spans))
 
 
@@ -128,7 +128,9 @@ def _families(trees: Sequence[Node], lengths: Sequence[int]) -> list[Family]:
     def split(node: Node) -> tuple[int, list[Family], list[int]]:
         """(tokens saved, families, rows left over)"""
         rows = list(node.rows)
-        prefix = min(node.common, min(lengths[row] for row in rows) - 1)  # a slot at least stays a row's own
+        prefix = min(
+            node.shared_length, min(lengths[row] for row in rows) - 1
+        )  # a slot at least stays a row's own
         together = prefix * (len(rows) - 1) - GROUP_COST
         apart, parts, left = 0, list[Family](), list[int]()
         for child in node.children:

@@ -16,7 +16,7 @@ LOWEST: Mapping[str, int | float] = {"width": 2, "depth": 1, "tokens": 1, "secon
 
 
 @dataclass(frozen=True, slots=True)
-class Caps:
+class RequestLimits:
     """The flags `--apr-max-...` of `sgl-apr serve`. A request may ask for less, never for more.
 
     width, depth, tokens, seconds: of the budget of one trajectory, None for no cap. A request that names no
@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def read_caps(argv: Sequence[str]) -> tuple[Caps, list[str]]:
+def read_caps(argv: Sequence[str]) -> tuple[RequestLimits, list[str]]:
     """The caps of a command line, and the rest of it, for SGLang; raises `UsageError`."""
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, lowest in LOWEST.items():
@@ -66,4 +66,4 @@ def read_caps(argv: Sequence[str]) -> tuple[Caps, list[str]]:
     for name, value in vars(found).items():
         if not value >= LOWEST[name]:
             raise UsageError(f"--apr-max-{name} {value}, expected at least {LOWEST[name]:g}")
-    return Caps(**vars(found)), rest
+    return RequestLimits(**vars(found)), rest

@@ -12,25 +12,25 @@ from itertools import accumulate
 
 import torch
 
-from sgl_apr.server.prefix_tree import Node, forest, leaves
+from sgl_apr.server.prefix_tree import Node, build_prefix_trees, leaves
 
 PIECE = 256  # slots in a piece, at most: enough pieces for all cores, and weights that stay near each of them
 SHORTEST = 16  # slots in common that are worth a piece: each of its rows has one more part to merge
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
+class DecodeSchedule:
     """A batch that decodes, as `decode.c` takes it; every slot of every row is in one piece. All are int64."""
 
     pieces: torch.Tensor  # [pieces, 6]: request, first and last slot, place in `members`, rows, first part
     members: torch.Tensor  # the rows of every piece in turn
-    found: torch.Tensor  # [parts]: the parts of row 0, then those of row 1, ...
+    part_indices: torch.Tensor  # [parts]: the parts of row 0, then those of row 1, ...
     begin: torch.Tensor  # [rows + 1]: where they begin in `found`
 
 
 def plan_pieces(
     slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], *, share: bool = True
-) -> Pieces:
+) -> DecodeSchedule:
     """`slots` [requests, context] is SGLang's req_to_token, `requests` [b] the batch's places in it.
 
     Without `share` every row is read by itself.
@@ -40,7 +40,7 @@ def plan_pieces(
     members: list[int] = []
     parts: list[list[int]] = [[] for _ in lengths]
     count = 0
-    segments = _segments(forest(slots, requests, lengths) if share else leaves(lengths))
+    segments = _segments(build_prefix_trees(slots, requests, lengths) if share else leaves(lengths))
     for rows, start, stop in sorted(segments, key=lambda segment: -len(segment[0])):  # long work first
         for first in range(start, stop, PIECE):
             piece = (places[rows[0]], first, min(first + PIECE, stop), len(members), len(rows), count)
@@ -51,7 +51,9 @@ def plan_pieces(
         members += rows
     found = [part for row in parts for part in row]
     begin = [0, *accumulate(map(len, parts))]
-    return Pieces(*(torch.tensor(numbers, dtype=torch.long) for numbers in (pieces, members, found, begin)))
+    return DecodeSchedule(
+        *(torch.tensor(numbers, dtype=torch.long) for numbers in (pieces, members, found, begin))
+    )
 
 
 def _segments(trees: Sequence[Node]) -> list[tuple[tuple[int, ...], int, int]]:
@@ -60,8 +62,8 @@ def _segments(trees: Sequence[Node]) -> list[tuple[tuple[int, ...], int, int]]:
     todo = [(node, 0) for node in trees]
     while todo:
         node, known = todo.pop()
-        if node.common - known >= (SHORTEST if node.children else 1):
-            found.append((node.rows, known, node.common))
-            known = node.common
+        if node.shared_length - known >= (SHORTEST if node.children else 1):
+            found.append((node.rows, known, node.shared_length))
+            known = node.shared_length
         todo += [(child, known) for child in node.children]
     return found

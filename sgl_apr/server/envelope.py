@@ -9,38 +9,38 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgl_apr.runtime.events import Delta, Ended, Event, Forked, Joined, Retried
-from sgl_apr.server.answers import Content, finish_reason, structure, usage
+from sgl_apr.runtime.events import BranchEnded, Delta, Event, Forked, Joined, TextRetracted
+from sgl_apr.server.answers import Content, finish_reason, trajectory_summary, usage
 from sgl_apr.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ResponseOptions:
     """How a client wants to be answered.
 
     separate: the answer as content, the trace before it as reasoning_content. trajectory: all of it in the
     field `apr`. trunk: stream what the trunk writes only. usage: stream a last chunk with the usage.
     """
 
-    separate: bool = False
+    separate_reasoning: bool = False
     trajectory: bool = False
     trunk: bool = False
     usage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Envelope:
+class OpenAIResponseBuilder:
     """What all objects of one reply have in common."""
 
     model: str
     chat: bool
-    wish: Wish
+    options_: ResponseOptions
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def answer(self, trajectory: Trajectory) -> dict[str, Any]:
         """The whole reply in one object."""
-        content = Content.of(trajectory, self.wish.separate)
+        content = Content.of(trajectory, self.options_.separate_reasoning)
         if self.chat:
             message = {"role": "assistant", "content": content.text, "reasoning_content": content.reasoning}
             body: dict[str, Any] = {"message": message}
@@ -50,11 +50,11 @@ class Envelope:
             **self._head("chat.completion"),
             "choices": [self._choice(body, finish_reason(trajectory))],
             "usage": usage(trajectory),
-            "apr": structure(trajectory, self.wish.trajectory),
+            "apr": trajectory_summary(trajectory, self.options_.trajectory),
         }
 
     async def chunks(
-        self, heard: AsyncGenerator[Event | Trajectory, None]
+        self, events: AsyncGenerator[Event | Trajectory, None]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The reply in chunks, from its events and the trajectory behind them.
 
@@ -63,24 +63,24 @@ class Envelope:
         structure.
         """
         begun = False
-        async with aclosing(heard):
-            async for item in heard:
+        async with aclosing(events):
+            async for item in events:
                 if not begun and self.chat:
                     yield self._chunk({"role": "assistant", "content": ""}, {"path": []})
                 begun = True
                 if isinstance(item, Trajectory):
                     for chunk in self._last(item):
                         yield chunk
-                elif not self.wish.trunk or (isinstance(item, Delta | Retried) and item.path == ()):
+                elif not self.options_.trunk or (isinstance(item, Delta | TextRetracted) and item.path == ()):
                     if isinstance(item, Delta):
                         yield self._chunk(self._text(item.text), {"path": item.path})
                     elif (note := _note(item)) is not None:
                         yield self._chunk(self._text(""), note)
 
     def _last(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
-        shape = {"event": "done", **structure(trajectory, self.wish.trajectory)}
+        shape = {"event": "done", **trajectory_summary(trajectory, self.options_.trajectory)}
         yield self._chunk({} if self.chat else {"text": ""}, shape, finish_reason(trajectory))
-        if self.wish.usage:
+        if self.options_.usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(trajectory)}
 
     def _text(self, text: str) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def _note(event: Event) -> dict[str, Any] | None:
         case Forked(path, branches, first):
             named = [{"number": number, "outline": outline} for number, outline in branches]
             return {"event": "forked", "path": path, "branches": named, "first": first}
-        case Ended(path, outcome):
-            return {"event": "ended", "path": path, "outcome": outcome}
+        case BranchEnded(path, outcome):
+            return {"event": "branch_ended", "path": path, "outcome": outcome}
         case Joined(path, joined):
             return {"event": "joined", "path": path, "branches": joined}
-        case Retried(path, chars):
-            return {"event": "retried", "path": path, "chars": chars}
+        case TextRetracted(path, chars):
+            return {"event": "text_retracted", "path": path, "chars": chars}
     return None

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TOKENS = 32768  # KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch
+DEFAULT_POOL_TOKENS = (
+    32768  # KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch
+)
 
 # Threads that wait for each other spin for microseconds instead of milliseconds. On a free machine that costs
 # nothing; where anything else runs, a spinning thread keeps the one it waits for from running (60x slower).
@@ -18,7 +20,9 @@ ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 # lpm: a branch whose prefix is cached goes first, and of several with the same uncached prefix one prefills.
 COMMON = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
 GPU = {"--attention-backend": "flashinfer", "--page-size": "1"}
-HEADS = 64  # flashinfer's prefill has heads of a multiple of so many dimensions; Triton's has any
+FLASHINFER_HEAD_DIM_MULTIPLE = (
+    64  # flashinfer's prefill has heads of a multiple of so many dimensions; Triton's has any
+)
 CPU = {
     "--device": "cpu",
     "--attention-backend": "apr_cpu",
@@ -31,11 +35,14 @@ CPU = {
 
 
 def defaults(
-    *, accelerator: bool, max_tokens: int = TOKENS, config: Mapping[str, Any] | None = None
+    *, accelerator: bool, max_tokens: int = DEFAULT_POOL_TOKENS, config: Mapping[str, Any] | None = None
 ) -> list[str]:
     """The flags to put before the user's. `config` is the model's config.json, where it is known."""
     flags = COMMON | (GPU if accelerator else CPU | {"--max-total-tokens": str(max_tokens)})
-    if accelerator and (head_dim(config or {}) or HEADS) % HEADS:
+    if (
+        accelerator
+        and (head_dim(config or {}) or FLASHINFER_HEAD_DIM_MULTIPLE) % FLASHINFER_HEAD_DIM_MULTIPLE
+    ):
         flags |= {"--attention-backend": "triton"}
     return [word for pair in flags.items() for word in pair if word is not None]
 
@@ -50,10 +57,10 @@ def pool_tokens(config: Mapping[str, Any], available: int) -> int:
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         per_token = 2 * 4 * config["num_hidden_layers"] * heads * (dim or 0)
     except KeyError:
-        return TOKENS
+        return DEFAULT_POOL_TOKENS
     if not per_token:
-        return TOKENS
-    return int(min(TOKENS, max(1024, available // 2 // per_token)))
+        return DEFAULT_POOL_TOKENS
+    return int(min(DEFAULT_POOL_TOKENS, max(1024, available // 2 // per_token)))
 
 
 def head_dim(config: Mapping[str, Any]) -> int | None:

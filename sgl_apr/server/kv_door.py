@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_apr.layout import PARAMETER, Layout, LayoutError, parse
-from sgl_apr.server.kv_layout import RESERVED, work
+from sgl_apr.layout import LAYOUT_PARAM, Layout, LayoutError, parse
+from sgl_apr.server.kv_layout import RESERVED, lookup_cost
 
 MOST_CHARS = 1 << 16  # of the JSON
 MOST_WORK = 1 << 23  # tokens looked at to find all parts of one prompt, in a tenth of a second
 
 # Where keys and values depend on more than the ids and the layout, or a prompt is more than its ids. By the
 # names that they have in the HTTP process and in the scheduler.
-UNFIT = {
+UNSUPPORTED_FIELDS = {
     "input_embeds": "input embeddings",
     "positional_embed_overrides": "embeddings of its own",
     "mm_inputs": "images, video or audio",
@@ -31,30 +31,30 @@ UNFIT = {
 def has_layout(request: Any) -> bool:
     """Whether a tokenized request, or one of the scheduler, asks for a join."""
     params = request.sampling_params.custom_params
-    return isinstance(params, dict) and PARAMETER in params
+    return isinstance(params, dict) and LAYOUT_PARAM in params
 
 
-def layout_of(request: Any, tokens: int) -> Layout:
+def parse_layout(request: Any, tokens: int) -> Layout:
     """The layout of a request that has one, of a prompt of so many tokens; raises LayoutError."""
-    for name, what in UNFIT.items():
+    for name, what in UNSUPPORTED_FIELDS.items():
         if getattr(request, name, None) is not None:
             raise LayoutError(f"a joined prompt cannot have {what}")
     if (request.sampling_params.beam_width or 1) > 1:
         raise LayoutError("a joined prompt cannot be searched with beams")
     if request.return_logprob and 0 <= request.logprob_start_len < tokens:
         raise LayoutError("a joined prompt is not computed again: expected no log-probabilities of it")
-    text = request.sampling_params.custom_params[PARAMETER]
+    text = request.sampling_params.custom_params[LAYOUT_PARAM]
     if not isinstance(text, str) or len(text) > MOST_CHARS:
         raise LayoutError(f"expected the layout as JSON in a string of at most {MOST_CHARS} characters")
     layout = parse(text, tokens)
-    if (found := work(layout)) > MOST_WORK:
+    if (found := lookup_cost(layout)) > MOST_WORK:
         raise LayoutError(
             f"branches and what is before each have {found} tokens, expected at most {MOST_WORK}"
         )
     return layout
 
 
-def check(asked: Any, request: Any, joins: bool) -> None:
+def validate_request(asked: Any, request: Any, joins: bool) -> None:
     """Raises LayoutError for what the scheduler must not see: `asked` by a client, `request` is it tokenized.
 
     `joins` is whether the server has the cache that joins.
@@ -72,4 +72,4 @@ def check(asked: Any, request: Any, joins: bool) -> None:
         raise LayoutError("a layout counts token ids: expected input_ids instead of text")
     if asked.contains_mm_input():
         raise LayoutError("a joined prompt cannot have images, video or audio")
-    layout_of(request, len(request.input_ids))
+    parse_layout(request, len(request.input_ids))

@@ -16,7 +16,7 @@ Ranges = tuple[tuple[int, int], ...]  # [first, last) of the flat prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CachedSegment:
     """Tokens whose keys and values are in the cache: the last `size` of the key, in the tree `namespace`."""
 
     namespace: str | None
@@ -25,28 +25,28 @@ class Part:
 
     def key(self, ids: array[int]) -> array[int]:
         """Of the ids of the prompt: those that lead to the part, and its own."""
-        return _taken(ids, self.ranges)
+        return _slice_ranges(ids, self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
+class ResolvedPrompt:
     """A prompt in parts, and what is left of it: `tail` tokens behind the last join, in the tree `namespace`.
 
     `offset` is what the positions of the tail lack to their places in the flat prompt (0 or less).
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[CachedSegment, ...]
     namespace: str | None
     tail: int
     offset: int
 
 
-def work(layout: Layout) -> int:
+def lookup_cost(layout: Layout) -> int:
     """How many tokens are looked at to resolve a layout and to find its parts: each part has all before it as key."""
 
-    def walk(strand: Layout, key: int) -> int:
+    def walk(sequence: Layout, key: int) -> int:
         total = 0
-        for item in strand:
+        for item in sequence:
             if isinstance(item, int):
                 key += item
                 total += key
@@ -58,38 +58,38 @@ def work(layout: Layout) -> int:
     return walk(layout, 0)
 
 
-def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes) -> Resolved:
+def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes) -> ResolvedPrompt:
     """Where the tokens of a prompt are cached. `root` is the tree of ordinary prompts.
 
     What is decoded behind a join has a tree of its own, named by all that it saw and by a secret: the same
     text read in a line has other keys and values, and no client can name the tree.
     """
     ids = array("q", ids)
-    parts: list[Part] = []
+    parts: list[CachedSegment] = []
 
-    def walk(strand: Layout, at: int, namespace: str | None, key: Ranges) -> tuple[int, int, str | None]:
+    def walk(sequence: Layout, at: int, namespace: str | None, key: Ranges) -> tuple[int, int, str | None]:
         """(end in the flat prompt, length of the longest chain, tree behind it)."""
         chain = 0
-        for item in strand:
+        for item in sequence:
             begun, longest = at, 0
             if isinstance(item, int):
                 at += item
                 key = _longer(key, begun, at)
                 if item:
-                    parts.append(Part(namespace, key, item))
+                    parts.append(CachedSegment(namespace, key, item))
                 chain += item
                 continue
             for branch in item:
                 at, length, _ = walk(branch, at, namespace, key)
                 longest = max(longest, length)
             chain += longest
-            namespace, key = _name(namespace, item, _taken(ids, key), ids[begun:at], secret), ()
+            namespace, key = _name(namespace, item, _slice_ranges(ids, key), ids[begun:at], secret), ()
         return at, chain, namespace
 
     *before, tail = layout
     assert isinstance(tail, int), "checked when it was parsed"
     end, chain, namespace = walk(before, 0, root, ())
-    return Resolved(tuple(parts), namespace, tail, chain - end)
+    return ResolvedPrompt(tuple(parts), namespace, tail, chain - end)
 
 
 def _longer(ranges: Ranges, first: int, last: int) -> Ranges:
@@ -98,7 +98,7 @@ def _longer(ranges: Ranges, first: int, last: int) -> Ranges:
     return (*ranges, (first, last))
 
 
-def _taken(ids: array[int], ranges: Ranges) -> array[int]:
+def _slice_ranges(ids: array[int], ranges: Ranges) -> array[int]:
     first, *rest = ranges or ((0, 0),)
     taken = ids[slice(*first)]
     for one in rest:

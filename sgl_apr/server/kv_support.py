@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from sgl_apr.server.plugin import JOINS
+from sgl_apr.server.plugin import KV_JOIN_ENV
 
 BACKENDS = frozenset({"apr_cpu", "torch_native", "flashinfer", "triton", "fa3", "fa4"})
 
 
-def obstacle(args: Any, model: Any) -> str | None:
+def incompatibility(args: Any, model: Any) -> str | None:
     """What keeps a server from joining, in words that go behind "does not work with"; None where it can.
 
     `args` are resolved server arguments, `model` is SGLang's ModelConfig.
@@ -62,7 +62,7 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "--enable-nvidia-megakernel", args.enable_nvidia_megakernel
     yield "--kv-canary, which takes positions for places", args.kv_canary != "none"
     yield "SGLANG_RADIX_FORCE_MISS", _misses()
-    yield f"{JOINS}=0", os.environ.get(JOINS) == "0"
+    yield f"{KV_JOIN_ENV}=0", os.environ.get(KV_JOIN_ENV) == "0"
     for backend in _backends(args):
         yield f"--attention-backend {backend}", backend not in BACKENDS
 

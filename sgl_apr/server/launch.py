@@ -97,7 +97,7 @@ class Server:
         """Blocks until the server is ready; raises LaunchError, and leaves nothing behind then."""
         wanted = preflight.read(self._argv)
         environment = preflight.check(wanted)
-        held, log = preflight.hold(wanted), self._open_log()
+        held, log = preflight.reserve_port(wanted), self._open_log()
         process = ServerProcess(self._argv, environment, log, self.popen)
         self._running = process, log
         try:
@@ -160,7 +160,7 @@ def serve(argv: Sequence[str]) -> int:
 def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
     wanted = preflight.read(argv)
     environment = preflight.check(wanted)
-    held = preflight.hold(wanted)
+    held = preflight.reserve_port(wanted)
     process = ServerProcess(argv, environment, log)
     try:
         with held:

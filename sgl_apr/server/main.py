@@ -20,18 +20,18 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.caps import Caps, read_caps
-from sgl_apr.server.flags import TOKENS, defaults, pool_tokens
+from sgl_apr.server.caps import RequestLimits, read_caps
+from sgl_apr.server.flags import DEFAULT_POOL_TOKENS, defaults, pool_tokens
 from sgl_apr.server.forked import fork_children
-from sgl_apr.server.kv_support import obstacle
+from sgl_apr.server.kv_support import incompatibility
 from sgl_apr.server.plugin import CACHE, has_accelerator
 from sgl_apr.server.preflight import UsageError, local_config
-from sgl_apr.server.probe import asker
-from sgl_apr.server.selfcheck import require
+from sgl_apr.server.probe import make_client
+from sgl_apr.server.selfcheck import assert_joins_correct
 
 # By grammar backend. They are small, but the first grammar of a process compiles a torch kernel.
-SMALLEST = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
-PATIENCE = 600.0  # seconds for the warm-up request
+WARMUP_GRAMMARS = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
+WARMUP_TIMEOUT_S = 600.0  # seconds for the warm-up request
 
 
 def main(argv: list[str]) -> None:
@@ -43,19 +43,19 @@ def main(argv: list[str]) -> None:
         if not has_accelerator():
             fork_children(launcher)
     except LaunchError as error:
-        _tell(launcher, error=str(error), usage=isinstance(error, UsageError))
+        _notify_launcher(launcher, error=str(error), usage=isinstance(error, UsageError))
         sys.exit(1)
 
     def ready() -> None:
         try:
             _warm_up(args)
             if resolving_view(args).radix_cache_backend == CACHE and not args.skip_server_warmup:
-                require(asker(args.url(), args.api_key))
+                assert_joins_correct(make_client(args.url(), args.api_key))
         except LaunchError as error:
-            _tell(launcher, error=str(error), usage=False)
+            _notify_launcher(launcher, error=str(error), usage=False)
         else:
             view = resolving_view(args)
-            _tell(launcher, url=args.url(), device=view.device, attention=view.attention_backend)
+            _notify_launcher(launcher, url=args.url(), device=view.device, attention=view.attention_backend)
 
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.entrypoints.http_server import launch_server
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def _add_routes(caps: Caps) -> None:
+def _add_routes(caps: RequestLimits) -> None:
     from sgl_apr.server.routes import install  # only now: it imports SGLang, whose plugins come first
 
     install(caps)
@@ -89,7 +89,7 @@ def _connect() -> socket.socket:
     return launcher
 
 
-def _tell(launcher: socket.socket, **message: object) -> None:
+def _notify_launcher(launcher: socket.socket, **message: object) -> None:
     launcher.sendall(json.dumps(message).encode() + b"\n")
 
 
@@ -125,12 +125,14 @@ def server_args(argv: list[str]) -> Any:
     if not accelerator and type(current_platform).__name__ != "TorchCpuPlatform":
         raise LaunchError(f"SGLang runs on {current_platform!r} instead of the CPU platform of sgl-apr")
     config = _config(wanted.model_path, wanted.revision)
-    tokens = TOKENS if accelerator else _affordable_tokens(config)
+    tokens = DEFAULT_POOL_TOKENS if accelerator else _affordable_tokens(config)
     given = [*defaults(accelerator=accelerator, max_tokens=tokens, config=config), *merged]
     args = prepare_server_args(given)
     args.resolve_once()
     cache = wanted.radix_cache_backend
-    if cache in (None, plugin.CACHE) and (what := obstacle(resolving_view(args), model_config_of(args))):
+    if cache in (None, plugin.CACHE) and (
+        what := incompatibility(resolving_view(args), model_config_of(args))
+    ):
         if cache:
             raise UsageError(f"--radix-cache-backend {cache} does not work with {what}")
         print(
@@ -171,7 +173,7 @@ def _warm_up(args: Any) -> None:
 
     The mask kernel is compiled for one row, and once more for any other number of them.
     """
-    if args.grammar_backend not in SMALLEST or args.skip_tokenizer_init:
+    if args.grammar_backend not in WARMUP_GRAMMARS or args.skip_tokenizer_init:
         return
     headers = {"Content-Type": "application/json"}
     if args.api_key:
@@ -179,17 +181,17 @@ def _warm_up(args: Any) -> None:
     for texts in (["a"], ["a", "b"], ["a", "b", "c"]):
         body = {
             "text": texts,
-            "sampling_params": {"max_new_tokens": 4, "ebnf": SMALLEST[args.grammar_backend]},
+            "sampling_params": {"max_new_tokens": 4, "ebnf": WARMUP_GRAMMARS[args.grammar_backend]},
         }
         _post(urllib.request.Request(f"{args.url()}/generate", json.dumps(body).encode(), headers))
 
 
 def _post(request: urllib.request.Request) -> None:
     """Send it once somebody listens: with --skip-server-warmup that may take a moment."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + WARMUP_TIMEOUT_S
     while True:
         try:
-            urllib.request.urlopen(request, timeout=PATIENCE).close()
+            urllib.request.urlopen(request, timeout=WARMUP_TIMEOUT_S).close()
             return
         except urllib.error.HTTPError as error:
             answer = error.read().decode(errors="replace")[:300]

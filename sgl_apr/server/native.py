@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_dir
 
-from sgl_apr.server.decode_pieces import PIECE, Pieces
+from sgl_apr.server.decode_pieces import PIECE, DecodeSchedule
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.c")
@@ -41,7 +41,7 @@ class DecodeKernel:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         slots: torch.Tensor,
-        work: Pieces,
+        work: DecodeSchedule,
         scale: float,
     ) -> torch.Tensor:
         """Fills `output` [rows, heads, v_dim]; `query` [rows, heads, dim], caches [slots, kv_heads, ...].
@@ -50,11 +50,11 @@ class DecodeKernel:
         """
         rows, heads, dim = query.shape
         kv_heads, v_dim = v_cache.shape[1:]
-        size = work.found.numel() * heads * (v_dim + 2)
+        size = work.part_indices.numel() * heads * (v_dim + 2)
         if self._parts.numel() < size:
             self._parts = torch.empty(size)
         tensors = (
-            query, output, k_cache, v_cache, slots, self._parts, work.pieces, work.members, work.found, work.begin
+            query, output, k_cache, v_cache, slots, self._parts, work.pieces, work.members, work.part_indices, work.begin
         )  # fmt: skip
         sizes = (slots.stride(0), len(work.pieces), rows, kv_heads, heads // kv_heads, dim, v_dim)
         self._decode(*(tensor.data_ptr() for tensor in tensors), *sizes, scale)

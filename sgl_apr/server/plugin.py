@@ -18,12 +18,12 @@ from typing import Any
 
 from sgl_apr.errors import LaunchError
 
-SUPPORTED = "0.5.23"
-LAUNCHED = "SGLANG_APR_LAUNCHED"
+SUPPORTED_SGLANG = "0.5.23"
+LAUNCHED_ENV = "SGLANG_APR_LAUNCHED"
 BACKEND = "apr_cpu"
 CACHE, STOCK = "apr", "stock"  # radix caches: the one that joins, and SGLang's own
-SECRET = "SGLANG_APR_SECRET"  # made by the first process of a server, for all of them
-JOINS = "SGLANG_APR_KV_JOIN"  # 0: SGLang's cache and positions are left alone
+CACHE_SECRET_ENV = "SGLANG_APR_SECRET"  # made by the first process of a server, for all of them
+KV_JOIN_ENV = "SGLANG_APR_KV_JOIN"  # 0: SGLang's cache and positions are left alone
 
 _TOKENIZED = ("obj", "input_text", "input_ids", "input_embeds", "mm_inputs")
 _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
@@ -49,10 +49,10 @@ def activate() -> None:
             _register_attention()
             _register_products()
         _register_cache()
-        if os.environ.get(LAUNCHED):
+        if os.environ.get(LAUNCHED_ENV):
             _prepare_masks()
     except LaunchError as error:
-        if os.environ.get(LAUNCHED):
+        if os.environ.get(LAUNCHED_ENV):
             raise SystemExit(f"sgl-apr: error: {error}") from None
         raise
     activated = True
@@ -69,11 +69,11 @@ def has_accelerator() -> bool:
 def check_version() -> None:
     """Raises LaunchError unless the installed SGLang is the one whose seams are known."""
     found = version("sglang")
-    if found != SUPPORTED:
-        raise LaunchError(f"SGLang {found} is installed, but only {SUPPORTED} is supported")
+    if found != SUPPORTED_SGLANG:
+        raise LaunchError(f"SGLang {found} is installed, but only {SUPPORTED_SGLANG} is supported")
 
 
-def seam(path: str, parameters: Sequence[str] = ()) -> Any:
+def require_sglang(path: str, parameters: Sequence[str] = ()) -> Any:
     """What SGLang has at "module:attribute", if it takes `parameters` in this order; else LaunchError."""
     module, _, names = path.partition(":")
     try:
@@ -91,40 +91,46 @@ def seam(path: str, parameters: Sequence[str] = ()) -> Any:
 
 def _prepare_masks() -> None:
     """Have llguidance prepare for free text as our grammars have it; SGLang's module takes the function from there."""
-    from sgl_apr.lowering_llguidance import SLICES
+    from sgl_apr.lowering_llguidance import LLGUIDANCE_SLICES
 
-    stock = seam("llguidance.hf:from_tokenizer", ["hf_tokenizer", "n_vocab", "eos_token", "slices"])
-    import_module("llguidance.hf").from_tokenizer = functools.partial(stock, slices=list(SLICES))  # type: ignore[attr-defined]
+    stock = require_sglang("llguidance.hf:from_tokenizer", ["hf_tokenizer", "n_vocab", "eos_token", "slices"])
+    import_module("llguidance.hf").from_tokenizer = functools.partial(stock, slices=list(LLGUIDANCE_SLICES))  # type: ignore[attr-defined]
 
 
 def _register_cache() -> None:
     """The radix cache that joins branches, the positions that go with it, and the door before both."""
-    after(
+    hook_after(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object", _TOKENIZED, _check
     )
-    register = seam("sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"])
-    register(STOCK, seam("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"]))
-    if os.environ.get(JOINS) == "0":
+    register = require_sglang(
+        "sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"]
+    )
+    register(STOCK, require_sglang("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"]))
+    if os.environ.get(KV_JOIN_ENV) == "0":
         return
-    os.environ.setdefault(SECRET, secrets.token_hex(32))
+    os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(32))
     register(CACHE, _make_cache)
-    after("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift)
+    hook_after("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift)
 
 
-def after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
+def hook_after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
     """Call `hook` with what a function of SGLang returned, and with what it was given."""
     _hook("AFTER", path, parameters, hook)
 
 
-def around(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
+def hook_around(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
     """Call `hook` in place of a function of SGLang, with that function and what it was given."""
     _hook("AROUND", path, parameters, hook)
 
 
 def _hook(kind: str, path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
-    seam(path, parameters)
-    register = seam("sglang.srt.plugins.hook_registry:HookRegistry.register", ["target", "hook", "hook_type"])
-    register(path.replace(":", "."), hook, seam(f"sglang.srt.plugins.hook_registry:HookType.{kind}"))
+    require_sglang(path, parameters)
+    register = require_sglang(
+        "sglang.srt.plugins.hook_registry:HookRegistry.register", ["target", "hook", "hook_type"]
+    )
+    register(
+        path.replace(":", "."), hook, require_sglang(f"sglang.srt.plugins.hook_registry:HookType.{kind}")
+    )
 
 
 def _make_cache(context: Any) -> Any:
@@ -139,10 +145,10 @@ def _make_cache(context: Any) -> Any:
         "unlock": ["lock"],
         "checkpoint": ["req", "up_to"],
     }.items():
-        seam(f"{cache}.{method}", parameters)
+        require_sglang(f"{cache}.{method}", parameters)
     from sgl_apr.server import kv_join
 
-    return kv_join.make(context)
+    return kv_join.make_cache(context)
 
 
 def _shift(batch: Any, *arguments: Any, **options: Any) -> None:
@@ -156,17 +162,19 @@ def _check(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any
     from sglang.srt.runtime_context import get_memory
 
     from sgl_apr.layout import LayoutError
-    from sgl_apr.server.kv_door import check
+    from sgl_apr.server.kv_door import validate_request
 
     try:
-        check(obj, request, joins=get_memory().radix_cache_backend == CACHE)
+        validate_request(obj, request, joins=get_memory().radix_cache_backend == CACHE)
     except LayoutError as error:
         raise ValueError(f"KV join: {error}") from None
 
 
 def _register_attention() -> None:
-    register = seam("sglang.srt.layers.attention.attention_registry:register_attention_backend", ["name"])
-    seam("sglang.srt.server_args:add_attention_backend_choices")([BACKEND])
+    register = require_sglang(
+        "sglang.srt.layers.attention.attention_registry:register_attention_backend", ["name"]
+    )
+    require_sglang("sglang.srt.server_args:add_attention_backend_choices")([BACKEND])
     register(BACKEND)(_make_attention)
 
 
@@ -174,17 +182,17 @@ def _register_products() -> None:
     from sgl_apr.server import few_rows
 
     linear = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply"
-    around(linear, ["layer", "x", "bias"], few_rows.apply)
+    hook_around(linear, ["layer", "x", "bias"], few_rows.apply)
     head = "sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head"
-    around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], few_rows.logits)
+    hook_around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], few_rows.logits)
 
 
 def _make_attention(runner: Any) -> Any:
     # Looked at here and not in `activate`: only the scheduler needs these modules.
     native = "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend"
-    seam(f"{native}.init_forward_metadata", ["forward_batch"])
-    seam(f"{native}._run_sdpa_forward_decode", [*_DECODE, "encoder_lens", *_OPTIONS])
-    seam(f"{native}._run_sdpa_forward_extend", [*_EXTEND, *_OPTIONS])
+    require_sglang(f"{native}.init_forward_metadata", ["forward_batch"])
+    require_sglang(f"{native}._run_sdpa_forward_decode", [*_DECODE, "encoder_lens", *_OPTIONS])
+    require_sglang(f"{native}._run_sdpa_forward_extend", [*_EXTEND, *_OPTIONS])
     from sgl_apr.server.attention import AprCpuAttention
 
     return AprCpuAttention(runner)

@@ -23,7 +23,7 @@ class Node:
     """
 
     rows: tuple[int, ...]
-    common: int
+    shared_length: int
     children: tuple[Node, ...] = ()
 
 
@@ -32,7 +32,7 @@ def leaves(lengths: Sequence[int]) -> list[Node]:
     return [Node((row,), length) for row, length in enumerate(lengths)]
 
 
-def forest(slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int]) -> list[Node]:
+def build_prefix_trees(slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int]) -> list[Node]:
     """A tree for each first slot. Row i is the first `lengths[i]` (1 or more) of `slots[requests[i]]`.
 
     `slots` is SGLang's req_to_token, [requests, context] int32 on the CPU. Rows that are sorted lie beside those

@@ -22,7 +22,7 @@ class UsageError(LaunchError):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class LaunchRequest:
     """What is read from a command line before SGLang reads all of it. `model` is None if a file has it."""
 
     model: str | None
@@ -31,7 +31,7 @@ class Wanted:
     port: int
 
 
-def read(argv: Sequence[str]) -> Wanted:
+def read(argv: Sequence[str]) -> LaunchRequest:
     """Raises UsageError; flags that are not needed here are left to SGLang."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--model-path", "--model")
@@ -45,17 +45,17 @@ def read(argv: Sequence[str]) -> Wanted:
         raise UsageError(str(error)) from None
     if found.model_path is None and found.config is None:
         raise UsageError("no model: give --model DIRECTORY, or a Hugging Face id")
-    return Wanted(found.model_path, found.revision, found.host, found.port)
+    return LaunchRequest(found.model_path, found.revision, found.host, found.port)
 
 
-def check(wanted: Wanted) -> dict[str, str]:
+def check(wanted: LaunchRequest) -> dict[str, str]:
     """Raises LaunchError where a launch would fail; returns what the server's environment needs."""
     check_version()
-    hold(wanted).close()
+    reserve_port(wanted).close()
     return {} if wanted.model is None else _check_model(wanted.model, wanted.revision)
 
 
-def hold(wanted: Wanted) -> socket.socket:
+def reserve_port(wanted: LaunchRequest) -> socket.socket:
     """Has the port until it is closed, so that nobody else gets it while SGLang starts, who may all the same.
 
     Two sockets may be bound to one port if both allow it and one listens at the most. Raises LaunchError.

@@ -11,10 +11,10 @@ from typing import Any
 
 from sgl_apr.engine.served import with_layout
 from sgl_apr.errors import EngineError
-from sgl_apr.layout import Layout, commits
+from sgl_apr.layout import Layout, commit_prompts
 
 Ask = Callable[[Mapping[str, Any]], Any]  # one `/generate` request as SGLang defines it, and its JSON answer
-Row = Mapping[int, float]  # log-probabilities of a step's likeliest tokens, by token id
+LogprobRow = Mapping[int, float]  # log-probabilities of a step's likeliest tokens, by token id
 
 TIMEOUT = 600.0  # seconds for one answer
 
@@ -35,12 +35,12 @@ class Reply:
     """
 
     tokens: tuple[int, ...]
-    rows: tuple[Row, ...]
-    chosen: tuple[Row, ...]
+    rows: tuple[LogprobRow, ...]
+    chosen: tuple[LogprobRow, ...]
     cached: int
 
 
-def asker(url: str, api_key: str | None = None) -> Ask:
+def make_client(url: str, api_key: str | None = None) -> Ask:
     """Over HTTP; it raises EngineError for any answer but 200, and where none comes."""
     url, headers = url.rstrip("/"), {"Content-Type": "application/json"}
     if api_key:
@@ -103,7 +103,7 @@ def _reply(answer: Any, new: int) -> Reply:
     return Reply(tuple(answer["output_ids"]), _rows(top), _rows(chosen), int(meta["cached_tokens"]))
 
 
-def _rows(steps: Any) -> tuple[Row, ...]:
+def _rows(steps: Any) -> tuple[LogprobRow, ...]:
     return tuple({token: logprob for logprob, token, *_ in step} for step in steps)
 
 
@@ -111,7 +111,7 @@ def commit(ask: Ask, prompts: Sequence[Prompt]) -> None:
     """Bring the branches of all prompts into the cache, those first that others stand behind."""
     waves: dict[int, dict[str, Prompt]] = {}
     for prompt in prompts:
-        for ranges, layout in commits(prompt.layout or ()):
+        for ranges, layout in commit_prompts(prompt.layout or ()):
             one = Prompt(tuple(i for first, last in ranges for i in prompt.ids[first:last]), layout)
             waves.setdefault(_blocks(layout or ()), {})[repr(one)] = one
     for _, wave in sorted(waves.items()):

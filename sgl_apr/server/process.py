@@ -23,14 +23,14 @@ from typing import Any, BinaryIO
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.flags import ENVIRONMENT
-from sgl_apr.server.plugin import LAUNCHED
+from sgl_apr.server.plugin import LAUNCHED_ENV
 from sgl_apr.server.preflight import UsageError
 
 GRACE = 15.0  # seconds to stop in, before everything is killed
 TAIL = 500  # lines kept for an error message
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b.*")
 _OWN = re.compile(r"sgl-apr: error: (.*)")
-_DEAF = re.compile(r"^.*ERROR: +(\[Errno \d+\] error while attempting to bind .*)")
+_BIND_ERROR = re.compile(r"^.*ERROR: +(\[Errno \d+\] error while attempting to bind .*)")
 _ECHO = ("Rank 0 scheduler", "EOFError")  # how the parent words the death of the child that knew why
 
 
@@ -64,7 +64,7 @@ class ServerProcess:
                 start_new_session=True,
                 env=ENVIRONMENT
                 | dict(os.environ)
-                | {"PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
+                | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
                 | dict(environment),
             )
         self._lines: deque[str] = deque(maxlen=TAIL)
@@ -91,7 +91,7 @@ class ServerProcess:
                 on_wait(waited)
                 continue
             if not chunk:
-                raise LaunchError(self._why_dead())
+                raise LaunchError(self._exit_reason())
             received += chunk
         message = json.loads(received)
         if "error" in message:
@@ -101,7 +101,7 @@ class ServerProcess:
     def wait(self) -> str:
         """Blocks until the server is gone, and says why as far as it is known."""
         self._child.wait()
-        return self._why_dead()
+        return self._exit_reason()
 
     def stop(self, grace: float = GRACE) -> None:
         """Asks the server to stop, kills what is left after `grace` seconds, and leaves nothing behind."""
@@ -123,19 +123,21 @@ class ServerProcess:
         assert output is not None
         for line in output:
             self._lines.append(text := line.decode(errors="replace").rstrip())
-            if found := _DEAF.search(text):  # it does not end then: its warm-up asks whoever listens there
+            if found := _BIND_ERROR.search(
+                text
+            ):  # it does not end then: its warm-up asks whoever listens there
                 self._deaf = f"the server cannot listen: {found[1]}"
             with contextlib.suppress(OSError, ValueError):  # a closed sink must not block the server
                 sink.write(line)
                 sink.flush()
 
-    def _why_dead(self) -> str:
+    def _exit_reason(self) -> str:
         self._child.wait()
         self._pump.join(5.0)
-        return reason(self._lines) or f"the server died with status {self._child.returncode}"
+        return failure_reason(self._lines) or f"the server died with status {self._child.returncode}"
 
 
-def reason(lines: Sequence[str]) -> str | None:
+def failure_reason(lines: Sequence[str]) -> str | None:
     """The line of a log that says best why a process died: our own word for it, or the last exception."""
     for line in reversed(lines):
         if found := _OWN.search(line):

@@ -13,11 +13,11 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from sgl_apr.errors import AprError, EngineError, EngineTimeout
-from sgl_apr.server.service import Busy
+from sgl_apr.server.service import ServerBusy
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-CLIENT_GONE = 499  # nobody reads it
+HTTP_CLIENT_CLOSED_REQUEST = 499  # nobody reads it
 RETRY_AFTER = "1"  # seconds
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,13 @@ def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None =
 
 def as_error(error: BaseException) -> Response:
     """The answer to a request that failed."""
-    body, status = described(error)
-    return as_json(body, status, {"Retry-After": RETRY_AFTER} if isinstance(error, Busy) else None)
+    body, status = error_body(error)
+    return as_json(body, status, {"Retry-After": RETRY_AFTER} if isinstance(error, ServerBusy) else None)
 
 
-def described(error: BaseException) -> tuple[dict[str, Any], int]:
+def error_body(error: BaseException) -> tuple[dict[str, Any], int]:
     """An error in OpenAI's shape, and its status: 4xx for what the client can change, else 5xx."""
-    if isinstance(error, Busy):
+    if isinstance(error, ServerBusy):
         status = 503
     elif isinstance(error, EngineTimeout):
         status = 504
@@ -53,7 +53,7 @@ def described(error: BaseException) -> tuple[dict[str, Any], int]:
     return {"error": {"message": text, "type": kind, "param": None, "code": code}}, status
 
 
-async def while_heard(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, or None, with `work` cancelled, if the client leaves before."""
     task, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
     try:
@@ -80,17 +80,17 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
         try:
-            await while_heard(receive, self.stream_response(send))
+            await run_until_disconnect(receive, self.stream_response(send))
         finally:
             await self._source.aclose()
 
 
-async def as_events(receive: Receive, objects: AsyncGenerator[Any, None]) -> Response:
+async def event_stream(receive: Receive, objects: AsyncGenerator[Any, None]) -> Response:
     """A stream of objects; an error before the first of them is an answer of its own."""
-    first = await while_heard(receive, anext(objects))
+    first = await run_until_disconnect(receive, anext(objects))
     if first is None:
         await objects.aclose()
-        return Response(status_code=CLIENT_GONE)
+        return Response(status_code=HTTP_CLIENT_CLOSED_REQUEST)
     return EventStream(first, objects)
 
 
@@ -100,7 +100,7 @@ async def _lines(first: Any, rest: AsyncGenerator[Any, None]) -> AsyncGenerator[
         async for item in rest:
             yield _line(item)
     except Exception as error:
-        yield _line(described(error)[0])
+        yield _line(error_body(error)[0])
     yield b"data: [DONE]\n\n"
 
 

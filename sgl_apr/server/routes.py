@@ -21,39 +21,55 @@ from sgl_apr.dialects import dialect, dialect_names
 from sgl_apr.errors import AprError, LaunchError
 from sgl_apr.presets import dialect_for
 from sgl_apr.report.page import live_page
-from sgl_apr.runtime.plan import DEFAULT, Plan
-from sgl_apr.server.adapted import adapted
-from sgl_apr.server.asked import given, typed
-from sgl_apr.server.caps import Caps
-from sgl_apr.server.envelope import Envelope
-from sgl_apr.server.plugin import seam
-from sgl_apr.server.responses import CLIENT_GONE, as_error, as_events, as_json, while_heard
-from sgl_apr.server.service import Service
-from sgl_apr.server.wire import write_event
+from sgl_apr.runtime.plan import DEFAULT_DIALECT, ReasonOptions
+from sgl_apr.server.adapted import parse_openai_request
+from sgl_apr.server.asked import check_type, drop_nulls
+from sgl_apr.server.caps import RequestLimits
+from sgl_apr.server.envelope import OpenAIResponseBuilder
+from sgl_apr.server.plugin import require_sglang
+from sgl_apr.server.responses import (
+    HTTP_CLIENT_CLOSED_REQUEST,
+    as_error,
+    as_json,
+    event_stream,
+    run_until_disconnect,
+)
+from sgl_apr.server.service import TrajectoryService
+from sgl_apr.server.wire import event_to_json
 from sgl_apr.trajectory import Trajectory
 
 UI = "/apr/ui"
 HANDLE = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.handle_request"
 AUTH = "sglang.srt.utils.auth:decide_request_auth"
-FACTS = ("width", "min_width", "max_width", "max_depth", "first", "sees", "joins", "published", "policy")
+FACTS = (
+    "width",
+    "min_width",
+    "max_width",
+    "max_depth",
+    "first_number",
+    "branch_context",
+    "joins",
+    "published_join",
+    "policy",
+)
 
 
-def install(caps: Caps) -> None:
+def install(caps: RequestLimits) -> None:
     """Add all of it to the server that this process is going to launch; raises `LaunchError`."""
     server = "sglang.srt.entrypoints.http_server"
-    app, state = seam(f"{server}:app"), seam(f"{server}:get_global_state")
-    chat = seam("sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat")
-    completion = seam("sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion")
+    app, state = require_sglang(f"{server}:app"), require_sglang(f"{server}:get_global_state")
+    chat = require_sglang("sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat")
+    completion = require_sglang("sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion")
     for serving in (chat, completion):
-        seam(
+        require_sglang(
             f"{serving.__module__}:{serving.__name__}._convert_to_internal_request",
             ["request", "raw_request"],
         )
-        seam(f"{serving.__module__}:{serving.__name__}._validate_request")
+        require_sglang(f"{serving.__module__}:{serving.__name__}._validate_request")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.apr = Service(state().tokenizer_manager, caps)
+        app.state.apr = TrajectoryService(state().tokenizer_manager, caps)
         yield
 
     async def handle(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
@@ -64,24 +80,24 @@ def install(caps: Caps) -> None:
             return await original(serving, request, raw_request)
         return await _openai(serving, request, raw_request, options, isinstance(serving, chat))
 
-    hooks = seam("sglang.srt.plugins.hook_registry:HookRegistry")
-    around = seam("sglang.srt.plugins.hook_registry:HookType.AROUND")
-    stock = seam(HANDLE, ["request", "raw_request"])
-    wall = seam(AUTH, ["method", "path"])
+    hooks = require_sglang("sglang.srt.plugins.hook_registry:HookRegistry")
+    around = require_sglang("sglang.srt.plugins.hook_registry:HookType.AROUND")
+    stock = require_sglang(HANDLE, ["request", "raw_request"])
+    wall = require_sglang(AUTH, ["method", "path"])
     hooks.register(HANDLE.replace(":", "."), handle, around)
-    hooks.register(AUTH.replace(":", "."), open_page, around)
+    hooks.register(AUTH.replace(":", "."), allow_ui_without_key, around)
     hooks.apply_hooks()
     for path, before in ((HANDLE, stock), (AUTH, wall)):
-        if seam(path) is before:  # SGLang only logs what goes wrong there
+        if require_sglang(path) is before:  # SGLang only logs what goes wrong there
             raise LaunchError(f"{path} could not be wrapped")
     app.include_router(_router(lifespan))
 
 
-def open_page(decide: Callable[..., Any], **request: Any) -> Any:
+def allow_ui_without_key(decide: Callable[..., Any], **request: Any) -> Any:
     """SGLang's decision whether a request may pass, but for the page of `/apr/ui`: a browser cannot send the key
     before there is a field for it. The page holds nothing, and all that it asks for takes the key."""
     if request["method"] == "GET" and request["path"] == UI:
-        return seam("sglang.srt.utils.auth:AuthDecision")(allowed=True)
+        return require_sglang("sglang.srt.utils.auth:AuthDecision")(allowed=True)
     return decide(**request)
 
 
@@ -109,26 +125,30 @@ def _answered(route: Callable[[Request], Awaitable[Response]]) -> Callable[[Requ
 
 async def _openai(serving: Any, request: Any, raw_request: Request, options: Any, chat: bool) -> Response:
     """The answer to a request with `apr`."""
-    service: Service = raw_request.app.state.apr
+    service: TrajectoryService = raw_request.app.state.apr
     try:
-        desk = await service.desk()
-        asked = await adapted(desk, serving, request, raw_request, options, chat=chat)
-        envelope = Envelope(request.model, chat, asked.wish)
+        parser = await service.parser()
+        asked = await parse_openai_request(parser, serving, request, raw_request, options, chat=chat)
+        builder = OpenAIResponseBuilder(request.model, chat, asked.options_)
         if request.stream:
             heard = service.stream(asked.prompt, asked.plan)
-            return await as_events(raw_request.receive, envelope.chunks(heard))
-        return await _whole(raw_request, asked.prompt, asked.plan, envelope.answer)
+            return await event_stream(raw_request.receive, builder.chunks(heard))
+        return await _run_to_completion(raw_request, asked.prompt, asked.plan, builder.answer)
     except Exception as error:
         return as_error(error)
 
 
-async def _whole(
-    request: Request, prompt: tuple[int, ...], plan: Plan, answer: Callable[[Trajectory], Any]
+async def _run_to_completion(
+    request: Request, prompt: tuple[int, ...], plan: ReasonOptions, answer: Callable[[Trajectory], Any]
 ) -> Response:
     """Run a trajectory for a client that waits for all of it."""
-    service: Service = request.app.state.apr
-    trajectory = await while_heard(request.receive, service.run(prompt, plan))
-    return Response(status_code=CLIENT_GONE) if trajectory is None else as_json(answer(trajectory))
+    service: TrajectoryService = request.app.state.apr
+    trajectory = await run_until_disconnect(request.receive, service.run(prompt, plan))
+    return (
+        Response(status_code=HTTP_CLIENT_CLOSED_REQUEST)
+        if trajectory is None
+        else as_json(answer(trajectory))
+    )
 
 
 @_answered
@@ -137,44 +157,46 @@ async def generate(request: Request) -> Response:
 
     Its JSON (`apr.Trajectory.from_json`), or with `"stream": true` its events (`sgl_apr.server.wire`).
     """
-    service: Service = request.app.state.apr
+    service: TrajectoryService = request.app.state.apr
     try:
         body = orjson.loads(
             await request.body()
         )  # unlike the standard library, neither NaN nor half a character
     except ValueError as error:
         raise AprError(f"the body is no JSON: {error}") from None
-    options = given(typed("the body", body, dict))
-    streamed = typed("stream", options.pop("stream", False), bool)
+    options = drop_nulls(check_type("the body", body, dict))
+    streamed = check_type("stream", options.pop("stream", False), bool)
     prompt, ids = options.pop("prompt", None), options.pop("input_ids", None)
-    desk = await service.desk()
+    parser = await service.parser()
     if prompt is not None and ids is not None:
         raise AprError("expected prompt or input_ids, not both")
-    found = desk.prompt(ids if prompt is None else prompt)
-    plan = desk.plan(options, len(found))
+    found = parser.prompt(ids if prompt is None else prompt)
+    plan = parser.plan(options, len(found))
     if streamed:
-        return await as_events(request.receive, _events(service, found, plan))
-    return await _whole(request, found, plan, lambda trajectory: orjson.Fragment(trajectory.to_json()))
+        return await event_stream(request.receive, _events(service, found, plan))
+    return await _run_to_completion(
+        request, found, plan, lambda trajectory: orjson.Fragment(trajectory.to_json())
+    )
 
 
 async def _events(
-    service: Service, prompt: tuple[int, ...], plan: Plan
+    service: TrajectoryService, prompt: tuple[int, ...], plan: ReasonOptions
 ) -> AsyncGenerator[dict[str, Any], None]:
     async with aclosing(service.stream(prompt, plan)) as heard:
         async for item in heard:
             if not isinstance(item, Trajectory):
-                yield write_event(item)
+                yield event_to_json(item)
 
 
 @_answered
 async def dialects(request: Request) -> Response:
     """Every dialect with its tags and facts, and the one that is taken where none is named."""
-    service: Service = request.app.state.apr
+    service: TrajectoryService = request.app.state.apr
     usual = dialect_for((await service.engine()).tokenizer)
     known = [dialect(name) for name in dialect_names()]
     return as_json(
         {
-            "default": usual.name if usual else DEFAULT,
+            "default": usual.name if usual else DEFAULT_DIALECT,
             "dialects": [
                 {"name": d.name, "tags": d.tags, **{fact: getattr(d, fact) for fact in FACTS}} for d in known
             ],
@@ -185,10 +207,14 @@ async def dialects(request: Request) -> Response:
 @_answered
 async def stats(request: Request) -> Response:
     """Counts since the launch, the caps, and what the engine can do."""
-    service: Service = request.app.state.apr
+    service: TrajectoryService = request.app.state.apr
     engine = await service.engine()
-    can = {"joins_kv": engine.joins_kv, "grammar_backend": engine.grammar_backend, "seeded": engine.seeded}
-    return as_json({**service.tally.report(), "caps": asdict(service.caps), **can})
+    can = {
+        "joins_kv": engine.joins_kv,
+        "grammar_backend": engine.grammar_backend,
+        "supports_seeds": engine.supports_seeds,
+    }
+    return as_json({**service.counters.report(), "caps": asdict(service.caps), **can})
 
 
 async def ui(request: Request) -> Response:

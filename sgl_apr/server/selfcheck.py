@@ -27,7 +27,7 @@ from statistics import fmean
 
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.layout import size
-from sgl_apr.server.probe import Ask, Prompt, Reply, Row, commit, send
+from sgl_apr.server.probe import Ask, LogprobRow, Prompt, Reply, commit, send
 
 Ids = tuple[int, ...]
 
@@ -36,12 +36,12 @@ NEW = 4  # tokens decoded behind a join
 COPIED, STACKS = 16, 3  # tokens of a branch that is copied, and how many such branches
 EXACT, NOISY = 1e-3, 0.5  # nats: what is allowed however exact a server is, and however noisy
 NOISE = 5.0  # what is allowed in between, in multiples of what ordinary prompts differ by
-BENT = 0.25  # for copies: what is allowed of the bend that text has
+CURVATURE_TOLERANCE = 0.25  # for copies: what is allowed of the bend that text has
 LOST, TRIES = 409, 3  # what was committed is gone: others are using the cache; how often it is tried again
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class IdentityCheck:
     """One identity: by how much it is missed, how much is allowed, and by how much text misses it.
 
     In nats, on the average of the likeliest tokens' log-probabilities; for "reuse" in tokens. `text` is inf where the same tokens
@@ -58,7 +58,7 @@ class Check:
         return self.error <= self.allowed
 
     @property
-    def blind(self) -> bool:
+    def is_uninformative(self) -> bool:
         """Whether a server that reads everything as text would have passed."""
         return self.text <= self.allowed
 
@@ -67,7 +67,7 @@ class Check:
         return f"{found} (as text {self.text:.2g})" if self.text < inf else found
 
 
-def check(ask: Ask, seed: int | None = None) -> list[Check]:
+def check(ask: Ask, seed: int | None = None) -> list[IdentityCheck]:
     """Every identity on the server behind `ask`, by some 50 prompts of at most 65 tokens; nothing is raised
     for one that is missed. `seed` says which tokens are used: those of an earlier check are cached already.
     Raises EngineError where the server refuses to join.
@@ -82,7 +82,7 @@ def check(ask: Ask, seed: int | None = None) -> list[Check]:
     raise AssertionError("unreachable")
 
 
-def require(ask: Ask) -> None:
+def assert_joins_correct(ask: Ask) -> None:
     """Raises LaunchError, which says how to serve without joins, unless every identity holds, for some tokens at least.
 
     What a server does wrong it does wrong with any tokens. But there are some for which a small model that was trained
@@ -103,7 +103,7 @@ def require(ask: Ask) -> None:
     )
 
 
-def _check(ask: Ask, rng: random.Random) -> list[Check]:
+def _check(ask: Ask, rng: random.Random) -> list[IdentityCheck]:
     def draw(tokens: int) -> Ids:
         return tuple(rng.choice(IDS) for _ in range(tokens))
 
@@ -128,16 +128,22 @@ def _check(ask: Ask, rng: random.Random) -> list[Check]:
     noise = max(map(distance, fresh, line))
     allowed = min(NOISY, max(EXACT, NOISE * noise))
     return [
-        Check("one branch", max(distance(one, line[2]), distance(one_nested, line[3])), allowed),
-        Check("empty branch", distance(empty, ab), allowed),
-        Check("order", max(distance(ab, ba), distance(nested, nested_ba)), allowed, distance(*line[:2])),
-        Check("decoding", max(apart(ab.rows[k], r.rows[0]) for k, r in enumerate(read, 1)), allowed),
-        Check("reuse", max(map(_again, joins, joined)), 0),
+        IdentityCheck("one branch", max(distance(one, line[2]), distance(one_nested, line[3])), allowed),
+        IdentityCheck("empty branch", distance(empty, ab), allowed),
+        IdentityCheck(
+            "order", max(distance(ab, ba), distance(nested, nested_ba)), allowed, distance(*line[:2])
+        ),
+        IdentityCheck(
+            "decoding",
+            max(mean_logprob_difference(ab.rows[k], r.rows[0]) for k, r in enumerate(read, 1)),
+            allowed,
+        ),
+        IdentityCheck("reuse", max(map(_again, joins, joined)), 0),
         _positions(ask, [(draw(COPIED), draw(1)) for _ in range(STACKS)], allowed),
     ]
 
 
-def _positions(ask: Ask, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> Check:
+def _positions(ask: Ask, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> IdentityCheck:
     """On the average of several branches, each with what follows it: a single one may show little."""
     ordinary = [Prompt(branch + tail) for branch, tail in stacks]
     more = range(2, 5)
@@ -148,33 +154,35 @@ def _positions(ask: Ask, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> C
     wanted = [list(row) for row in ones for _ in more]
     rows = [r.chosen[0] for r in send(ask, [*text, *joins], 1, tokens=wanted * 2)]
 
-    def bend(of: Sequence[Row]) -> float:
+    def bend(of: Sequence[LogprobRow]) -> float:
         n = len(more)
-        return fmean(_bend(one, *of[n * k : n * k + n]) for k, one in enumerate(ones))
+        return fmean(_curvature(one, *of[n * k : n * k + n]) for k, one in enumerate(ones))
 
     as_text = bend(rows[: len(text)])
-    return Check("positions", bend(rows[len(text) :]), max(allowed, BENT * as_text), as_text)
+    return IdentityCheck(
+        "positions", bend(rows[len(text) :]), max(allowed, CURVATURE_TOLERANCE * as_text), as_text
+    )
 
 
 def distance(one: Reply, two: Reply) -> float:
     """How far the log-probabilities of two replies are apart, on the average of the steps up to where they part."""
     parted = (k for k, (a, b) in enumerate(zip(one.tokens, two.tokens, strict=False), 1) if a != b)
     steps = slice(next(parted, None))
-    return fmean(map(apart, one.rows[steps], two.rows[steps]))
+    return fmean(map(mean_logprob_difference, one.rows[steps], two.rows[steps]))
 
 
-def apart(one: Row, two: Row) -> float:
+def mean_logprob_difference(one: LogprobRow, two: LogprobRow) -> float:
     """The average difference of a token's log-probabilities, as far as two rows tell: one that only one of them
     has is no likelier in the other than the least likely one there."""
 
-    def beyond(a: Row, b: Row) -> list[float]:
+    def beyond(a: LogprobRow, b: LogprobRow) -> list[float]:
         least = min(b.values())
         return [max(p - least, 0.0) if i not in b else abs(p - b[i]) for i, p in a.items()]
 
     return fmean(beyond(one, two) + beyond(two, one))
 
 
-def _bend(one: Row, two: Row, three: Row, four: Row) -> float:
+def _curvature(one: LogprobRow, two: LogprobRow, three: LogprobRow, four: LogprobRow) -> float:
     """How far log-probabilities for k = 2 are from the parabola in 1/k through those for k = 1, 3, 4, on average."""
     nodes = {1.0: one, 1 / 3: three, 1 / 4: four}
     weights = {u: prod((0.5 - v) / (u - v) for v in nodes if v != u) for u in nodes}  # Lagrange's

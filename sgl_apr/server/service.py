@@ -6,68 +6,74 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from sgl_apr.engine.local import ManagerEngine
+from sgl_apr.engine.local import InProcessEngine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.loop import run_plan
-from sgl_apr.runtime.plan import Plan
-from sgl_apr.server.asked import Desk
-from sgl_apr.server.caps import Caps
-from sgl_apr.server.tally import Tally
+from sgl_apr.runtime.plan import ReasonOptions
+from sgl_apr.server.asked import RequestParser
+from sgl_apr.server.caps import RequestLimits
+from sgl_apr.server.tally import ServerCounters
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory import Trajectory
 
 
-class Busy(AprError):
+class ServerBusy(AprError):
     """As many trajectories run as the operator allows."""
 
 
-class Service:
+class TrajectoryService:
     """Runs trajectories on the engine of a TokenizerManager, within the operator's caps."""
 
-    def __init__(self, manager: Any, caps: Caps) -> None:
+    def __init__(self, manager: Any, caps: RequestLimits) -> None:
         self.manager, self.caps = manager, caps
-        self.tally = Tally(str(manager.served_model_name), bool(manager.config_value("enable_metrics")))
-        self._engine: ManagerEngine | None = None
+        self.counters = ServerCounters(
+            str(manager.served_model_name), bool(manager.config_value("enable_metrics"))
+        )
+        self._engine: InProcessEngine | None = None
 
-    async def engine(self) -> ManagerEngine:
+    async def engine(self) -> InProcessEngine:
         """The engine, made when it is first needed; raises `UnsupportedEngine` where there can be none."""
         if self._engine is None:
             path = str(self.manager.config_value("tokenizer_path"))
             tokenizer = await asyncio.to_thread(load_tokenizer, path)
-            self._engine = self._engine or ManagerEngine(self.manager, tokenizer=tokenizer)
+            self._engine = self._engine or InProcessEngine(self.manager, tokenizer=tokenizer)
         return self._engine
 
-    async def desk(self) -> Desk:
+    async def parser(self) -> RequestParser:
         """What makes plans for this server."""
         engine = await self.engine()
         config = self.manager.model_config
-        return Desk(self.caps, engine.tokenizer, int(config.context_len), int(config.vocab_size))
+        return RequestParser(self.caps, engine.tokenizer, int(config.context_len), int(config.vocab_size))
 
-    async def run(self, prompt: tuple[int, ...], plan: Plan, on_event: OnEvent | None = None) -> Trajectory:
+    async def run(
+        self, prompt: tuple[int, ...], plan: ReasonOptions, on_event: OnEvent | None = None
+    ) -> Trajectory:
         """`run_plan`, counted; raises `Busy` at once where too many run."""
-        if self.tally.running >= self.caps.concurrent:
-            self.tally.ended("refused")
-            raise Busy(
-                f"{self.tally.running} trajectories run, as many as this server allows at once: "
+        if self.counters.running >= self.caps.concurrent:
+            self.counters.ended("refused")
+            raise ServerBusy(
+                f"{self.counters.running} trajectories run, as many as this server allows at once: "
                 f"--apr-max-concurrent {self.caps.concurrent}"
             )
-        self.tally.running += 1
+        self.counters.running += 1
         try:
             trajectory = await run_plan(await self.engine(), prompt, plan, on_event)
         except asyncio.CancelledError:
-            self.tally.ended("cancelled")
+            self.counters.ended("cancelled")
             raise
         except Exception as error:
             asked_too_much = isinstance(error, AprError) and not isinstance(error, EngineError)
-            self.tally.ended("refused" if asked_too_much else "failed")
+            self.counters.ended("refused" if asked_too_much else "failed")
             raise
         finally:
-            self.tally.running -= 1
-        self.tally.finished(plan, trajectory)
+            self.counters.running -= 1
+        self.counters.finished(plan, trajectory)
         return trajectory
 
-    async def stream(self, prompt: tuple[int, ...], plan: Plan) -> AsyncGenerator[Event | Trajectory, None]:
+    async def stream(
+        self, prompt: tuple[int, ...], plan: ReasonOptions
+    ) -> AsyncGenerator[Event | Trajectory, None]:
         """The events as they happen, and the trajectory behind them; closing it cancels the trajectory.
 
         The first event, that of the prompt, is held back until there is a second: a request that the engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from sgl_apr.runtime.plan import Plan
+from sgl_apr.runtime.plan import ReasonOptions
 from sgl_apr.trajectory import Trajectory
 
 OUTCOMES = ("finished", "failed", "cancelled", "refused")
@@ -23,19 +23,19 @@ COUNTERS = {
 LABELS = {"trajectories": ("outcome", OUTCOMES), "joins": ("by", JOINS)}
 
 
-class Tally:
+class ServerCounters:
     """Counts of what has ended. `running` is how many run now."""
 
     def __init__(self, model: str, prometheus: bool = False) -> None:
         self.running = 0
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._meters: dict[tuple[str, str], Any] = _meters(model) if prometheus else {}
+        self._meters: dict[tuple[str, str], Any] = _prometheus_counters(model) if prometheus else {}
 
     def ended(self, outcome: str) -> None:
         """A trajectory has ended so: one of `OUTCOMES`."""
         self._add("trajectories", 1, outcome)
 
-    def finished(self, plan: Plan, trajectory: Trajectory) -> None:
+    def finished(self, plan: ReasonOptions, trajectory: Trajectory) -> None:
         """A trajectory is whole."""
         self.ended("finished")
         metrics = trajectory.metrics()
@@ -46,7 +46,9 @@ class Tally:
         self._add("forks", metrics.blocks)
         self._add("text_fallbacks", sum(join.by == "text" for join in trajectory.joins))
         if plan.join == "kv":
-            ways = [join.by for join in trajectory.joins if len(join.path) % 2]  # of a block, not of a strand
+            ways = [
+                join.by for join in trajectory.joins if len(join.path) % 2
+            ]  # of a block, not of a sequence
         else:
             ways = [plan.join or plan.dialect.joins[0]] * metrics.blocks  # type: ignore[list-item]  # checked
         for way in ways:
@@ -66,7 +68,7 @@ class Tally:
             self._meters[name, kind].inc(amount)
 
 
-def _meters(model: str) -> dict[tuple[str, str], Any]:
+def _prometheus_counters(model: str) -> dict[tuple[str, str], Any]:
     """Prometheus counters, each at 0. Only once SGLang has set its directory for many processes."""
     from prometheus_client import Counter as Meter
 

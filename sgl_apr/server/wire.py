@@ -3,11 +3,11 @@
 An object has the fields of its event (`sgl_apr.runtime.events`) under their names, and its kind:
 
     {"event": "delta", "path": [1, 2], "text": "..."}
-    {"event": "retried", "path": [], "chars": 12}
-    {"event": "wrote", "index": 3, "span": {"role": "body", "origin": "decoded", "text": "...", ...}}
-    {"event": "called", "index": 1, "call": {"phase": "branch", "path": [1, 2], "prompt_tokens": 40, ...}}
-    {"event": "forked", "path": [1], "branches": [["1", "an outline"], ["2", "another"]], "first": 1}
-    {"event": "ended", "path": [1, 2], "outcome": "ok"}
+    {"event": "text_retracted", "path": [], "chars": 12}
+    {"event": "span_finished", "index": 3, "span": {"role": "body", "origin": "decoded", "text": "...", ...}}
+    {"event": "request_finished", "index": 1, "call": {"phase": "branch", "path": [1, 2], "prompt_tokens": 40, ...}}
+    {"event": "forked", "path": [1], "branches": [["1", "an outline"], ["2", "another"]], "first_number": 1}
+    {"event": "branch_ended", "path": [1, 2], "outcome": "ok"}
     {"event": "joined", "path": [1], "branches": [1, 2]}
     {"event": "done", "order": [0, 1, ...], "dialect": "threadweaver", "wall_s": 2.5, "limits": [], ...}
 
@@ -16,29 +16,46 @@ An object has the fields of its event (`sgl_apr.runtime.events`) under their nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.runtime.events import Called, Delta, Done, Ended, Event, Forked, Joined, Retried, Wrote
+from sgl_apr.runtime.events import (
+    BranchEnded,
+    Delta,
+    Done,
+    Event,
+    Forked,
+    Joined,
+    RequestFinished,
+    SpanFinished,
+    TextRetracted,
+)
 from sgl_apr.spans import Span
-from sgl_apr.trajectory import Call, Decision, Join, Limit
+from sgl_apr.trajectory import Call, JoinRecord, LimitHit, PacingDecision
+
+
+def _snake_case(kind: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
 
 KINDS: Mapping[str, type[Event]] = {
-    kind.__name__.lower(): kind for kind in (Delta, Retried, Wrote, Called, Forked, Ended, Joined, Done)
+    _snake_case(kind): kind
+    for kind in (Delta, TextRetracted, SpanFinished, RequestFinished, Forked, BranchEnded, Joined, Done)
 }
 PARTS: Mapping[str, Any] = {
-    "span": Span, "call": Call, "limits": Limit, "decisions": Decision, "joins": Join
+    "span": Span, "call": Call, "limits": LimitHit, "decisions": PacingDecision, "joins": JoinRecord
 }  # fmt: skip
 
 
-def write_event(event: Event) -> dict[str, Any]:
+def event_to_json(event: Event) -> dict[str, Any]:
     """The object of an event, for a JSON encoder."""
-    return {"event": type(event).__name__.lower(), **asdict(event)}
+    return {"event": _snake_case(type(event)), **asdict(event)}
 
 
-def read_event(data: Mapping[str, Any]) -> Event:
+def event_from_json(data: Mapping[str, Any]) -> Event:
     """The event of an object; raises `AprError` for anything else."""
     try:
         values = {name: _part(name, value) for name, value in data.items() if name != "event"}

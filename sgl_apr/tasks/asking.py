@@ -16,7 +16,7 @@ from sgl_apr.errors import AprError
 START_S, LONGEST_S = 120.0, 10.0
 
 
-class Asked:
+class JsonWorker:
     """Runs a module, begun when it is first asked, and anew where it was ended. seconds: until an answer is given up.
 
     The module says a line when it is ready, and then one for each that it reads.

@@ -33,7 +33,7 @@ class Benchmark:
     name: str
     cases: Sequence[Case]
     task: Callable[[Engine], Task[Any, Any]]
-    right: Callable[[Case, str], bool]
+    is_correct: Callable[[Case, str], bool]
     budget: Budget = field(default_factory=Budget)
     flags: Mapping[str, Any] = field(default_factory=dict)
 

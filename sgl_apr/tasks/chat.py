@@ -8,7 +8,7 @@ from sgl_apr.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class ChatTemplate:
     """before, after: what stands around a user's message, up to where the reply begins. end: behind the reply."""
 
     before: str
@@ -24,10 +24,10 @@ class Chat:
         return f"{'' if first else self.end}{self.before}{message}{self.after}"
 
 
-CHATML = Chat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
-PLAIN = Chat("", "\n\n", "\n\n")  # for models that know no turns
+CHATML = ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
+PLAIN = ChatTemplate("", "\n\n", "\n\n")  # for models that know no turns
 
 
-def chat_of(tokenizer: Tokenizer) -> Chat:
+def chat_of(tokenizer: Tokenizer) -> ChatTemplate:
     """ChatML for a tokenizer that has its tags, else plain text."""
     return PLAIN if tokenizer.special("<|im_start|>") is None else CHATML

@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.tasks.evaluated import RUN, SUMMARY, Evaluated
-from sgl_apr.tasks.evaluation import Comparison, Measured, Row, compare, interval
+from sgl_apr.tasks.evaluated import RUN, SUMMARY, ResultStore
+from sgl_apr.tasks.evaluation import AttemptMetrics, Comparison, MethodResults, compare, interval
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Pair:
     """Two methods by their names, with their attempts at the same problems in the same order."""
 
     names: tuple[str, str]
-    rows: tuple[Row, Row]
+    rows: tuple[MethodResults, MethodResults]
 
     @property
     def comparison(self) -> Comparison:
         """Of what they solved."""
         return compare(*self.rows)
 
-    def shift(self, of: Callable[[Measured], float]) -> tuple[float, tuple[float, float]]:
+    def shift(self, of: Callable[[AttemptMetrics], float]) -> tuple[float, tuple[float, float]]:
         """How much more of something the second took, over problems the mean, with its 95% bootstrap interval."""
         pairs = zip(*(row.attempts for row in self.rows), strict=True)
         differences = [of(second) - of(first) for first, second in pairs]
@@ -45,7 +45,7 @@ class Pair:
             "critical_path": self._costs(lambda a: a.critical_path),
         }
 
-    def _costs(self, of: Callable[[Measured], float]) -> Mapping[str, object]:
+    def _costs(self, of: Callable[[AttemptMetrics], float]) -> Mapping[str, object]:
         difference, ci95 = self.shift(of)
         means = [round(row.mean(of), 1) for row in self.rows]
         return {"means": means, "difference": round(difference, 1), "ci95": [round(x, 1) for x in ci95]}
@@ -81,7 +81,7 @@ class _Side:
     name: str
     path: Path
     methods: Sequence[str]
-    found: Evaluated
+    found: ResultStore
     asked: Mapping[str, Any]
 
     @classmethod
@@ -92,7 +92,7 @@ class _Side:
             path = Path(name)
         if path.name == SUMMARY:
             path = path.parent
-        found = Evaluated()
+        found = ResultStore()
         asked = found.load(path / RUN if path.is_dir() else path) or {}
         if not found.attempts or (method and method not in found.attempts):
             there = ", ".join(found.attempts) or "none"
@@ -109,7 +109,7 @@ def _pair(sides: Sequence[_Side], names: tuple[str, str]) -> Pair:
             f"{sides[0].name} and {sides[1].name} have no problem in common, expected runs on the same problems"
         )
     first, second = (
-        Row(name, [by_problem[problem] for problem in common], row.wall_s)
+        MethodResults(name, [by_problem[problem] for problem in common], row.wall_s)
         for name, by_problem, row in zip(names, tried, rows, strict=True)
     )
     labels = [f"{side.path.name}:{name}" for side, name in zip(sides, names, strict=True)]

@@ -57,7 +57,7 @@ class Gain:
     took_s: float
 
 
-def gain(trajectory: Trajectory, cost: Cost) -> Gain:
+def predict_speedup(trajectory: Trajectory, cost: Cost) -> Gain:
     """What the forks of a trajectory should gain on an engine of that cost with nothing else to do.
 
     In a line every token is computed once. With forks what the cache did not hold is, too, whenever it was, and calls
@@ -100,12 +100,12 @@ def _computed(call: Call) -> int:
 
 def _needs(trajectory: Trajectory) -> list[set[int]]:
     """Calls that have to end before each: those that wrote what it sees or waited for. No span says what a commit sees:
-    it stands between the calls of its strand, and those of its branches."""
+    it stands between the calls of its sequence, and those of its branches."""
     calls = trajectory.calls
     needs: list[set[int]] = [set() for _ in calls]
     last = list[set[int]]()  # behind each span: the calls that end last
     for span in trajectory.spans:
-        known = set[int]().union(*(last[p] for p in (*span.parents, *span.after)))
+        known = set[int]().union(*(last[p] for p in (*span.parents, *span.waits_for)))
         if span.call is None or not 0 <= span.call < len(calls):
             last.append(known)
         else:

@@ -11,7 +11,7 @@ from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.operations import Generate, Graph, KeepBest, Score
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thought import Ask, Thought
+from sgl_apr.methods.thought import Completion, Prompt
 from sgl_apr.presets import dialect_for
 from sgl_apr.tasks.countdown import Problem, Step, after, read, solves, steps
 from sgl_apr.tasks.expert import TOLD
@@ -23,7 +23,7 @@ WIDTH = 8  # steps that one proposal names at most
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class SearchState:
     """How far a solution has come: the steps so far, and the numbers that they leave."""
 
     problem: Problem
@@ -42,12 +42,12 @@ class Way:
         """Its steps, as a solution says them."""
         return ",".join(step.text for step in self.steps)
 
-    def then(self, step: Step) -> Way | None:
+    def then(self, step: Step) -> SearchState | None:
         """One step further; None if the numbers that are left do not allow it."""
-        return Way(self.problem, (*self.steps, step)) if step in steps(self.left.numbers) else None
+        return SearchState(self.problem, (*self.steps, step)) if step in steps(self.left.numbers) else None
 
 
-class CountdownTask(Task[Problem, Way]):
+class CountdownTask(Task[Problem, SearchState]):
     """For models that write sub searches as `sgl_apr.tasks.expert` does; raises `Inapplicable` for others."""
 
     name = "countdown"
@@ -61,14 +61,14 @@ class CountdownTask(Task[Problem, Way]):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         found = dialect_for(engine.tokenizer)
-        if found is None or found.sees != "message":
+        if found is None or found.branch_context != "message":
             raise Inapplicable(
                 "countdown needs a model trained on it, whose dialect joins by message: --model builtin"
             )
         self.dialect: Dialect = found
 
-    def ask(self, problem: Problem) -> Ask:
-        return Ask(problem.text, grammar=self._alone)
+    def ask(self, problem: Problem) -> Prompt:
+        return Prompt(problem.text, grammar=self._alone)
 
     def answer(self, text: str) -> str:
         return solution(text).strip()
@@ -76,21 +76,21 @@ class CountdownTask(Task[Problem, Way]):
     def verify(self, problem: Problem, answer: str) -> bool:
         return solves(problem, answer)
 
-    def begin(self, problem: Problem) -> Way:
-        return Way(problem)
+    def begin(self, problem: Problem) -> SearchState:
+        return SearchState(problem)
 
-    def propose(self, state: Way) -> Ask:
+    def propose(self, state: SearchState) -> Prompt:
         """First steps, as the messages of a fork; of the last two numbers, what they give."""
         if len(state.left.numbers) > 2:
-            return Ask(
+            return Prompt(
                 f"{state.left.text}{self._tags[0]}",
                 grammar=self._fork,
                 stop=(self._tags[3],),
                 tokens=self.step,
             )
-        return Ask(f"{self._told(state)}\n>", grammar="start: R\nR: /( [0-9]{1,2}){1,4}/\n", tokens=6)
+        return Prompt(f"{self._told(state)}\n>", grammar="start: R\nR: /( [0-9]{1,2}){1,4}/\n", tokens=6)
 
-    def expand(self, state: Way, text: str) -> Sequence[Way]:
+    def expand(self, state: SearchState, text: str) -> Sequence[SearchState]:
         if len(state.left.numbers) > 2:
             named = [step for found in TOLD_STEP.findall(text) for step in read(found) or ()]
         else:
@@ -98,22 +98,24 @@ class CountdownTask(Task[Problem, Way]):
             named = [step for step in steps(state.left.numbers) if step.result in results]
         return [way for step in dict.fromkeys(named) if (way := state.then(step))]
 
-    def solved(self, state: Way) -> str | None:
+    def solved(self, state: SearchState) -> str | None:
         return state.text.strip() if state.left.numbers == (state.problem.target,) else None
 
-    def evaluate(self, state: Way) -> Ask | float:
+    def evaluate(self, state: SearchState) -> Prompt | float:
         """A sub search of what is left; a state without a step left is right or wrong."""
         if len(state.left.numbers) == 1:
             return float(self.solved(state) is not None)
-        return Ask(self._told(state), grammar=self._body, stop=(self._return,), tokens=100)
+        return Prompt(self._told(state), grammar=self._body, stop=(self._return,), tokens=100)
 
-    def value(self, state: Way, thought: Thought) -> float:
+    def value(self, state: SearchState, thought: Completion) -> float:
         return float(FOUND in thought.text)
 
-    def together(self, problem: Problem, own: str, others: Sequence[str], past: str = "") -> tuple[str, Ask]:
+    def shared_context_prompt(
+        self, problem: Problem, own: str, others: Sequence[str], past: str = ""
+    ) -> tuple[str, Prompt]:
         """What the others write stands above its own, as if it had written that; a step is a line, and has no name."""
         above = (text.strip("\n") for text in (past, *others))
-        return "\n".join([problem.text, *filter(None, above), own]), self.ask(problem).behind
+        return "\n".join([problem.text, *filter(None, above), own]), self.ask(problem).without_text
 
     def opening(self, worker: int, number: int) -> str:
         return ""
@@ -125,24 +127,24 @@ class CountdownTask(Task[Problem, Way]):
         """First steps, a sub search behind each, and what solves the problem."""
         return {
             "propose": Generate(ask=self.propose, read=self.expand),
-            "search": Generate(ask=self._sub_search, read=self._searched, after=("propose",)),
-            "score": Score(score=lambda way: float(self.solved(way) is not None), after=("search",)),
-            "best": KeepBest(after=("score",)),
+            "search": Generate(ask=self._sub_search, read=self._searched, depends_on=("propose",)),
+            "score": Score(score=lambda way: float(self.solved(way) is not None), depends_on=("search",)),
+            "best": KeepBest(depends_on=("score",)),
         }
 
-    def _sub_search(self, state: Way) -> Ask | None:
+    def _sub_search(self, state: SearchState) -> Prompt | None:
         asked = self.evaluate(state)
-        return asked if isinstance(asked, Ask) else None
+        return asked if isinstance(asked, Prompt) else None
 
-    def _searched(self, state: Way, text: str) -> Sequence[Way]:
+    def _searched(self, state: SearchState, text: str) -> Sequence[SearchState]:
         """The solution that a sub search has found, which begins with the step that it was told."""
         said = solution(text.removesuffix(self._return)).strip()
-        way: Way | None = Way(state.problem, state.steps[:-1])
+        way: SearchState | None = SearchState(state.problem, state.steps[:-1])
         for step in read(f" {said}") or ():
             way = way and way.then(step)
         return [way] if way and said else []
 
-    def _told(self, state: Way) -> str:
+    def _told(self, state: SearchState) -> str:
         last = state.steps[-1].text if state.steps else ""
         return f"{TOLD}{last};{state.left.text}" if last else state.left.text
 
@@ -162,18 +164,18 @@ class CountdownTask(Task[Problem, Way]):
     def _tags(self) -> tuple[str, str, str, str]:
         """What a fork opens with, one of its messages, what closes that, and the fork."""
         grammar = self.dialect.grammar
-        written = grammar.written("fork", each=[("1", "|")])
-        opening, ending = grammar.opening("fork"), grammar.ending("fork")
+        written = grammar.render_rule("fork", each=[("1", "|")])
+        opening, ending = grammar.opening_literal("fork"), grammar.closing_literal("fork")
         return (
             opening,
-            grammar.opening("outline"),
+            grammar.opening_literal("outline"),
             written.partition("|")[2].removesuffix(ending).strip(),
             ending,
         )
 
     @property
     def _return(self) -> str:
-        return self.dialect.grammar.ending("body", "1")
+        return self.dialect.grammar.closing_literal("body", "1")
 
     @cached_property
     def _fork(self) -> str:

@@ -11,27 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.journal import appending
-from sgl_apr.tasks.evaluation import Measured, Row
+from sgl_apr.journal import open_for_append
+from sgl_apr.tasks.evaluation import AttemptMetrics, MethodResults
 from sgl_apr.trajectory import Trajectory
 
 RUN, SUMMARY = "run.jsonl", "summary.json"
 WRITTEN = ("answer", "trajectory")  # of an attempt, and not kept: there are thousands
 
 
-class Evaluated:
+class ResultStore:
     """Attempts by method and by the number of the problem; `file` gets a line for each that is added."""
 
     def __init__(self, file: int | None = None) -> None:
         self.file = file
-        self.attempts: dict[str, dict[int, Measured]] = {}
+        self.attempts: dict[str, dict[int, AttemptMetrics]] = {}
         self.seconds: dict[str, float] = {}
 
     def add(
         self,
         method: str,
         number: int,
-        measured: Measured,
+        measured: AttemptMetrics,
         seconds: float,
         answer: str = "",
         trajectory: Trajectory | None = None,
@@ -45,10 +45,10 @@ class Evaluated:
             os.write(self.file, text.encode() + b"\n")
         self._keep(method, number, measured, seconds)
 
-    def row(self, method: str) -> Row:
+    def row(self, method: str) -> MethodResults:
         """What a method has come to so far, in the order of the problems."""
         made = self.attempts.get(method, {})
-        return Row(method, [made[number] for number in sorted(made)], self.seconds.get(method, 0.0))
+        return MethodResults(method, [made[number] for number in sorted(made)], self.seconds.get(method, 0.0))
 
     def load(self, path: Path) -> dict[str, Any] | None:
         """Attempts from such a file, and what all of them have in common; None for an empty one. Raises `AprError`."""
@@ -60,30 +60,30 @@ class Evaluated:
                     method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
                     for name in WRITTEN:
                         line.pop(name, None)
-                    self._keep(method, number, Measured(**line), seconds)
+                    self._keep(method, number, AttemptMetrics(**line), seconds)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AprError(f"{path} is no file that `sgl-apr eval ... -o` has written: {error!r}") from None
         found: dict[str, Any] | None = asked
         return found
 
-    def _keep(self, method: str, number: int, measured: Measured, seconds: float) -> None:
+    def _keep(self, method: str, number: int, measured: AttemptMetrics, seconds: float) -> None:
         self.attempts.setdefault(method, {})[number] = measured
         self.seconds[method] = max(seconds, self.seconds.get(method, 0.0))
 
 
 @contextmanager
-def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[Evaluated]:
+def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[ResultStore]:
     """The evaluation in a directory, with what is there already; without one it is kept nowhere.
 
     `asked` is what all attempts have in common. Raises `AprError` if the directory holds those of another.
     """
     if directory is None:
-        yield Evaluated()
+        yield ResultStore()
         return
     directory.mkdir(parents=True, exist_ok=True)
     path, given = directory / RUN, json.loads(json.dumps(asked))
-    with appending(path) as file:
-        found = Evaluated(file)
+    with open_for_append(path) as file:
+        found = ResultStore(file)
         before = found.load(path)
         if before is None:
             os.write(file, json.dumps(given).encode() + b"\n")
@@ -92,8 +92,8 @@ def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[Eval
         yield found
 
 
-def read(directory: Path) -> list[Row]:
+def read(directory: Path) -> list[MethodResults]:
     """The rows of an evaluation; raises `AprError` for a directory without one."""
-    found = Evaluated()
+    found = ResultStore()
     found.load(directory / RUN)
     return [found.row(method) for method in found.attempts]

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.engine.http import HttpEngine
-from sgl_apr.engine.serial import OneByOne
+from sgl_apr.engine.serial import SequentialEngine
 from sgl_apr.errors import (
     AprError,
     BudgetExceeded,
@@ -22,20 +22,22 @@ from sgl_apr.errors import (
 from sgl_apr.methods.result import Result
 from sgl_apr.methods.result import method as named
 from sgl_apr.methods.task import Inapplicable, Task
-from sgl_apr.methods.thoughts import together
+from sgl_apr.methods.thoughts import gather
 from sgl_apr.tasks.benchmark import Benchmark, Case
 from sgl_apr.tasks.cost import Cost
-from sgl_apr.tasks.evaluated import Evaluated
-from sgl_apr.tasks.evaluation import Measured, Row
+from sgl_apr.tasks.evaluated import ResultStore
+from sgl_apr.tasks.evaluation import AttemptMetrics, MethodResults
 
 # What keeps a method from being asked at all.
-CANNOT = (
+NOT_APPLICABLE_ERRORS = (
     Inapplicable, BudgetExceeded, GrammarError, CodeForbidden, SandboxUnavailable, UnsupportedEngine, KvJoinUnavailable,
 )  # fmt: skip
 TIMEOUT_S = 600.0
 
 
-async def evaluate(url: str, benchmark: Benchmark, method: str, found: Evaluated, **options: Any) -> Row:
+async def evaluate(
+    url: str, benchmark: Benchmark, method: str, found: ResultStore, **options: Any
+) -> MethodResults:
     """What a server makes of the problems that are not among the attempts of this method yet, and of the others.
 
     Options are those of `attempted`. Raises `AprError` for attempts at other problems.
@@ -54,14 +56,14 @@ async def attempted(
     engine: Engine,
     benchmark: Benchmark,
     method: str,
-    found: Evaluated,
+    found: ResultStore,
     *,
     by: str | None = None,
     at_once: int = 512,
     cost: Cost | None = None,
     on_attempt: Callable[[], None] = lambda: None,
     **options: Any,
-) -> Row:
+) -> MethodResults:
     """Attempts at all problems that `found` has none of yet, under the name of a method; `by`: which, if another.
 
     Options are those of the method. One that cannot be asked has a row that says why.
@@ -81,28 +83,30 @@ async def attempted(
 
     try:
         task = benchmark.task(engine)
-        await together(one(number, case) for number, case in left)
-    except CANNOT as error:
-        return Row(method, (), reason=str(error))
+        await gather(one(number, case) for number, case in left)
+    except NOT_APPLICABLE_ERRORS as error:
+        return MethodResults(method, (), reason=str(error))
     return found.row(method)
 
 
 def measure(
     benchmark: Benchmark, task: Task[Any, Any], case: Case, result: Result, cost: Cost | None = None
-) -> Measured:
+) -> AttemptMetrics:
     """What one attempt came to."""
 
     def read(text: str) -> Hashable | None:
-        return task.key(answer) if (answer := task.answer(text)) else None
+        return task.vote_key(answer) if (answer := task.answer(text)) else None
 
-    return Measured.of(case, result, benchmark.right(case, result.answer), read, cost)
+    return AttemptMetrics.of(case, result, benchmark.is_correct(case, result.answer), read, cost)
 
 
-async def alone(url: str, benchmark: Benchmark, count: int, by: str, **options: Any) -> tuple[float, float]:
+async def time_alone(
+    url: str, benchmark: Benchmark, count: int, by: str, **options: Any
+) -> tuple[float, float]:
     """Seconds for the first problems one after another: with all that a method asks at once, and one request at a time."""
     seconds = list[float]()
     async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
-        for asked in (engine, cast(Engine, OneByOne(engine))):
+        for asked in (engine, cast(Engine, SequentialEngine(engine))):
             task, began = benchmark.task(asked), time.monotonic()
             for case in benchmark.cases[:count]:
                 await named(by)(asked, case.problem, task=task, pacing=None, **options)

@@ -12,7 +12,7 @@ from statistics import fmean, quantiles
 
 from sgl_apr.methods.result import Result
 from sgl_apr.tasks.benchmark import Case
-from sgl_apr.tasks.cost import Cost, gain
+from sgl_apr.tasks.cost import Cost, predict_speedup
 from sgl_apr.tasks.variety import diversity, redundancy
 
 RESAMPLES = 2000
@@ -26,7 +26,7 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class AttemptMetrics:
     """One attempt, without its text. tokens, critical_path, context: of the reply, its longest chain, and the
     longest context that any of its tokens was decoded in (prompt included). calls, prompt_tokens, cached_tokens: of
     the engine. label: of the method. redundancy, diversity: of its branches, see `sgl_apr.tasks.variety`. took_s: seconds
@@ -58,10 +58,10 @@ class Measured:
         correct: bool,
         read: Callable[[str], Hashable | None],
         cost: Cost | None = None,
-    ) -> Measured:
+    ) -> AttemptMetrics:
         """That of one attempt; `read` is what the answer of a text is counted as."""
         m, made = result.metrics, result.trajectory
-        gained = gain(made, cost) if cost else None
+        gained = predict_speedup(made, cost) if cost else None
         return cls(
             case.name, case.size, correct, m.total, m.critical_path, m.longest_context, m.branches, m.blocks,
             m.engine_calls, m.prompt_tokens, m.cached_tokens, result.label, redundancy(made), diversity(made, read),
@@ -70,14 +70,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodResults:
     """A method on many problems. Means are over all of them. reason: why it has none.
 
     alone: seconds for some of the problems one after another, as it is, and with one request at a time.
     """
 
     method: str
-    attempts: Sequence[Measured]
+    attempts: Sequence[AttemptMetrics]
     wall_s: float = 0.0
     reason: str = ""
     alone: tuple[float, float] | None = None
@@ -104,27 +104,27 @@ class Row:
         """What was run, as the method says."""
         return ", ".join(sorted({a.label for a in self.attempts if a.label}))
 
-    def within(self, limit: int, of: Callable[[Measured], int]) -> float:
+    def within(self, limit: int, of: Callable[[AttemptMetrics], int]) -> float:
         """Share that was solved with no more than `limit` of something, as of tokens."""
         return fmean(a.correct and of(a) <= limit for a in self.attempts)
 
-    def mean(self, of: Callable[[Measured], float]) -> float:
+    def mean(self, of: Callable[[AttemptMetrics], float]) -> float:
         """The mean of something."""
         return fmean(map(of, self.attempts))
 
-    def known(self, of: Callable[[Measured], float | None]) -> float | None:
+    def known(self, of: Callable[[AttemptMetrics], float | None]) -> float | None:
         """The mean of something over the attempts of which it is known; None if it is of none."""
         return _rounded([x for x in map(of, self.attempts) if x is not None])
 
     @property
-    def by_size(self) -> Mapping[int, Sequence[Measured]]:
+    def by_size(self) -> Mapping[int, Sequence[AttemptMetrics]]:
         """Attempts by the size of their problems; by about as many groups of like sizes, under the largest of each,
         where there are more than `SIZES`."""
         sizes = sorted({a.size for a in self.attempts})
         if len(sizes) > SIZES:
             cuts = quantiles([a.size for a in self.attempts], n=SIZES, method="inclusive")
             sizes = sorted({*(int(cut) for cut in cuts), sizes[-1]})
-        found: dict[int, list[Measured]] = {size: [] for size in sizes}
+        found: dict[int, list[AttemptMetrics]] = {size: [] for size in sizes}
         for attempt in self.attempts:
             found[sizes[bisect_left(sizes, attempt.size)]].append(attempt)
         return {size: own for size, own in found.items() if own}
@@ -164,7 +164,7 @@ class Row:
         }
 
 
-def _group(own: Sequence[Measured]) -> dict[str, float | None]:
+def _group(own: Sequence[AttemptMetrics]) -> dict[str, float | None]:
     """What problems of like size came to. width: branches of a fork, by the attempts that fork."""
     return {
         "problems": len(own),
@@ -197,7 +197,7 @@ class Comparison:
     p: float
 
 
-def compare(first: Row, second: Row) -> Comparison:
+def compare(first: MethodResults, second: MethodResults) -> Comparison:
     """A paired comparison; raises `ValueError` unless both tried the same problems in the same order."""
     pairs = list(zip(first.attempts, second.attempts, strict=True))
     if any(a.problem != b.problem for a, b in pairs):

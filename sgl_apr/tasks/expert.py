@@ -12,7 +12,7 @@ from sgl_apr.engine.base import Request
 from sgl_apr.engine.scripted import ScriptedEngine
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tasks.countdown import Problem, Step, after, read, steps, ways
-from sgl_apr.tasks.search import ANSWER, NONE, conclusion, low, sequential
+from sgl_apr.tasks.search import ANSWER, NONE, conclusion, search_small, sequential
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory import Trajectory
 
@@ -21,7 +21,7 @@ TOLD = ">"  # what a message begins with
 
 
 @dataclass(frozen=True, slots=True)
-class Habits:
+class SearchStyle:
     """How the search goes about it; what it does by chance is for a model to find better ways in.
 
     window: tokens that one context may have. forks: how often it forks, by how many numbers there are.
@@ -32,14 +32,14 @@ class Habits:
     window: int = 512
     forks: Mapping[int, float] = field(default_factory=lambda: {3: 0.1, 4: 0.9})
     width: tuple[int, int] = (2, 8)
-    again: float = 0.8
-    lucky: float = 0.0
+    revisit_rate: float = 0.8
+    hint_rate: float = 0.0
 
 
 class Expert:
     """Answers the requests of one trajectory, in a dialect whose branches get a message."""
 
-    def __init__(self, problem: Problem, rng: random.Random, habits: Habits, to: Dialect) -> None:
+    def __init__(self, problem: Problem, rng: random.Random, habits: SearchStyle, to: Dialect) -> None:
         self.problem, self.rng, self.habits, self.to = problem, rng, habits, to
         self.left: list[Step] = []  # first steps not tried yet, the next at the end
         self.tried: list[Step] = []
@@ -52,7 +52,7 @@ class Expert:
         if self.rng.random() >= self.habits.forks.get(len(self.problem.numbers), 0):
             return sequential(self.problem, self.habits.window)
         self.left = steps(self.problem.numbers)[::-1]
-        if self.rng.random() < self.habits.lucky:
+        if self.rng.random() < self.habits.hint_rate:
             self.left = self.few()
         return self.fork(self.room(len(request.input_ids)))
 
@@ -74,8 +74,8 @@ class Expert:
         width = min(self.rng.randint(*self.habits.width), len(self.left), room)
         self.tried = [self.left.pop() for _ in range(width)]
         messages = [self.message(step) for step in self.tried]
-        first = self.to.first
-        return self.to.grammar.written("fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)])
+        first = self.to.first_number
+        return self.to.grammar.render_rule("fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)])
 
     def message(self, step: Step) -> str:
         """What a branch is told: a first step, and the problem of one number less that it leads to.
@@ -88,29 +88,29 @@ class Expert:
     def branch(self, prompt: str) -> str:
         told, _, rest = prompt.removeprefix(TOLD).partition(";")
         given = Problem.parse(rest)
-        found = low(given.numbers, given.target)
+        found = search_small(given.numbers, given.target)
         if found.solution is None:  # and which step it was: who forked it does not see its message any more
             said = NONE + told.partition("=")[0]
         else:
             said = conclusion([*(read(told) or []), *found.solution])
-        return f"\n{found.text}{self.to.grammar.written('closer', text=said)}"
+        return f"\n{found.text}{self.to.grammar.render_rule('closer', text=said)}"
 
     def behind(self, context: int) -> str:
         """The first solution that came back, another fork, or none."""
         for step in self.tried:
-            found = low(after(self.problem.numbers, step), self.problem.target)
+            found = search_small(after(self.problem.numbers, step), self.problem.target)
             if found.solution is not None:
                 return conclusion([step, *found.solution])
-        room = self.room(context) if self.left and self.rng.random() < self.habits.again else 0
+        room = self.room(context) if self.left and self.rng.random() < self.habits.revisit_rate else 0
         return self.fork(room) if room > 0 else conclusion(None)
 
 
-async def shown(
+async def demonstration(
     problem: Problem,
     tokenizer: Tokenizer,
     *,
     seed: int,
-    habits: Habits | None = None,
+    habits: SearchStyle | None = None,
     to: Dialect | str = "spawn",
     state_width: bool = False,
 ) -> Trajectory:
@@ -119,7 +119,7 @@ async def shown(
     `state_width`: all of its forks have one width, drawn from those of its habits, which the prompt says.
     """
     target = dialect(to) if isinstance(to, str) else to
-    rng, habits, stated = random.Random(f"{seed} {problem.text}"), habits or Habits(), None
+    rng, habits, stated = random.Random(f"{seed} {problem.text}"), habits or SearchStyle(), None
     if state_width:
         stated = rng.randint(*habits.width)
         habits = replace(habits, width=(stated, stated))

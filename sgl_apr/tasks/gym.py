@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from sgl_apr.errors import AprError
-from sgl_apr.tasks.asking import Asked
+from sgl_apr.tasks.asking import JsonWorker
 from sgl_apr.tasks.benchmark import Benchmark, Case
 from sgl_apr.tasks.countdown import Split
 from sgl_apr.tasks.question import QuestionTask
@@ -17,7 +17,7 @@ MADE_S, JUDGED_S = 900.0, 30.0  # longest until all problems are made, and until
 TRAIN = 1 << 31  # added to the seed of problems that settings are chosen by
 # One thread, or a judge that may start none waits for others; one order of sets, or a seed makes different problems.
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-JUDGE = Asked("sgl_apr.tasks.gym_judge", seconds=JUDGED_S, environment=ENVIRONMENT)
+JUDGE = JsonWorker("sgl_apr.tasks.gym_judge", seconds=JUDGED_S, environment=ENVIRONMENT)
 
 
 class GymTask(QuestionTask):
@@ -35,8 +35,8 @@ class GymTask(QuestionTask):
         found = SAID.findall(text)
         return str(found[-1]) if found else QuestionTask.answer(self, text)
 
-    def concludes(self, text: str) -> bool:
-        return bool(SAID.search(text)) or super().concludes(text)
+    def has_answer(self, text: str) -> bool:
+        return bool(SAID.search(text)) or super().has_answer(text)
 
 
 def gym(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:

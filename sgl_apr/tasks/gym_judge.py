@@ -44,7 +44,7 @@ class Judge:
         for entry in self.entries:  # what judging needs is imported meanwhile; later that is not possible
             with suppress(Exception):
                 self.dataset.score_answer(entry["answer"], entry)
-        if self.judged(0, "") is None:
+        if self.judge_score(0, "") is None:
             raise ValueError("answers cannot be judged here: nothing shuts in what they run")
 
     @property
@@ -54,15 +54,15 @@ class Judge:
 
     def score(self, number: int, answer: str) -> float:
         """What the dataset says to an answer, from 0 to 1; 0 if it comes to no end."""
-        return self.judged(number, answer) or 0.0
+        return self.judge_score(number, answer) or 0.0
 
-    def judged(self, number: int, answer: str) -> float | None:
+    def judge_score(self, number: int, answer: str) -> float | None:
         """The same; None if it comes to no end."""
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
             try:
-                shut_in()
+                enter_sandbox()
                 entry = self.entries[number]
                 os.write(writing, json.dumps(float(self.dataset.score_answer(answer, entry))).encode())
             finally:
@@ -79,7 +79,7 @@ class Judge:
         return None
 
 
-def shut_in() -> None:
+def enter_sandbox() -> None:
     """Leave this process what it has: no other file, process, or peer."""
     for file in (0, 1, 2):
         os.close(file)

@@ -14,8 +14,8 @@ from typing import Literal
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.operations import Aggregate, Generate, Graph, KeepBest, Operation, Refine, Score
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Ask
-from sgl_apr.tasks.chat import Chat, chat_of
+from sgl_apr.methods.thought import Prompt
+from sgl_apr.tasks.chat import ChatTemplate, chat_of
 
 Kind = Literal["sort", "intersect"]
 Numbers = tuple[int, ...]
@@ -55,7 +55,7 @@ class ListTask(Task[Lists, Numbers]):
 
     name = "lists"
 
-    def __init__(self, engine: Engine, chat: Chat | None = None) -> None:
+    def __init__(self, engine: Engine, chat: ChatTemplate | None = None) -> None:
         super().__init__(engine)
         self.chat = chat or chat_of(engine.tokenizer)
 
@@ -80,31 +80,31 @@ class ListTask(Task[Lists, Numbers]):
         if problem.others is not None:
             merge = "Put these into one list"
 
-        def merged(parts: Sequence[Numbers]) -> Ask:
+        def merged(parts: Sequence[Numbers]) -> Prompt:
             return self._list(f"{merge}: {', '.join(str(list(part)) for part in parts)}", problem)
 
-        def mended(said: Numbers) -> Ask | None:
+        def mended(said: Numbers) -> Prompt | None:
             wrong = f"{problem.text}\nThis is not right: {list(said)}"
             return self._list(wrong, problem) if problem.errors(said) else None
 
         best = ("left best", "right best")
         return graph | {
-            "merged": Aggregate(ask=merged, read=_read, k=5, after=best),
-            "scored": Score(score=lambda said: -problem.errors(said), after=("merged",)),
-            "best": KeepBest(after=("scored",)),
-            "mended": Refine(ask=mended, read=_read, after=("best",)),
+            "merged": Aggregate(ask=merged, read=_read, k=5, depends_on=best),
+            "scored": Score(score=lambda said: -problem.errors(said), depends_on=("merged",)),
+            "best": KeepBest(depends_on=("scored",)),
+            "mended": Refine(ask=mended, read=_read, depends_on=("best",)),
         }
 
     def _tried(self, side: str, part: Lists) -> Graph:
         return {
             side: Generate(ask=lambda _: self._list(part.text, part), read=_read, k=5),
-            f"{side} scored": Score(score=lambda said: -part.errors(said), after=(side,)),
-            f"{side} best": KeepBest(after=(f"{side} scored",)),
+            f"{side} scored": Score(score=lambda said: -part.errors(said), depends_on=(side,)),
+            f"{side} best": KeepBest(depends_on=(f"{side} scored",)),
         }
 
-    def _list(self, told: str, problem: Lists) -> Ask:
+    def _list(self, told: str, problem: Lists) -> Prompt:
         asked = self.chat.turn(f"{told}\nSay the list only, like [1, 2, 2].")
-        return Ask(f"{asked}[", tokens=4 * len(problem.numbers) + 4, stop=("]",))
+        return Prompt(f"{asked}[", tokens=4 * len(problem.numbers) + 4, stop=("]",))
 
 
 def _read(_: object, text: str) -> list[Numbers]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.tasks.asking import Asked
-from sgl_apr.tasks.chat import Chat
+from sgl_apr.tasks.asking import JsonWorker
+from sgl_apr.tasks.chat import ChatTemplate
 from sgl_apr.tasks.question import ANSWER, QuestionTask
 
 
@@ -23,7 +23,7 @@ class MathTask(QuestionTask):
     ends = "Think step by step, and put the answer into \\boxed{}."
 
     def __init__(
-        self, engine: Engine, chat: Chat | None = None, *, answers: Mapping[str, str] | None = None
+        self, engine: Engine, chat: ChatTemplate | None = None, *, answers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(engine, chat)
         self.answers = answers or {}
@@ -32,31 +32,31 @@ class MathTask(QuestionTask):
         named = ANSWER.findall(text)
         return str(FORMULAS.ask("found", text) or (named[-1] if named else ""))
 
-    def concludes(self, text: str) -> bool:
-        return "\\boxed{" in text or super().concludes(text)
+    def has_answer(self, text: str) -> bool:
+        return "\\boxed{" in text or super().has_answer(text)
 
-    def key(self, answer: str) -> Hashable:
-        return Said(answer)
+    def vote_key(self, answer: str) -> Hashable:
+        return MathAnswer(answer)
 
     def verify(self, problem: str, answer: str) -> bool | None:
         right = self.answers.get(problem)
-        return None if right is None else Said(right) == Said(answer)
+        return None if right is None else MathAnswer(right) == MathAnswer(answer)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Said:
+class MathAnswer:
     """An answer, which equals all that say the same: 0.5 and 1/2, x + 1 and 1 + x."""
 
     text: str
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Said) and (self.text == other.text or _equal(self.text, other.text))
+        return isinstance(other, MathAnswer) and (self.text == other.text or _equal(self.text, other.text))
 
     def __hash__(self) -> int:
         return 0  # what says the same may look like anything
 
 
-class Formulas(Asked):
+class Formulas(JsonWorker):
     """The process that runs `sgl_apr.tasks.formulas`."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.tasks.benchmark import Benchmark, Case
-from sgl_apr.tasks.mathematics import MathTask, Said
+from sgl_apr.tasks.mathematics import MathAnswer, MathTask
 
 LINE = '{"problem" or "question": str, "answer": str, "id"?: str, "level"?: int}'
 
@@ -36,7 +36,9 @@ def problem_file(path: str | Path, limit: int) -> Benchmark:
                 answers[case.name] = answer
     except (OSError, UnicodeDecodeError) as error:
         raise AprError(f"cannot read {path}: {error}") from None
-    return Benchmark(path.stem, cases, MathTask, lambda case, said: Said(answers[case.name]) == Said(said))
+    return Benchmark(
+        path.stem, cases, MathTask, lambda case, said: MathAnswer(answers[case.name]) == MathAnswer(said)
+    )
 
 
 def _read(data: Mapping[str, Any]) -> tuple[Case, str]:

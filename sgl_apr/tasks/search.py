@@ -14,7 +14,7 @@ FOUND, NONE = "!", "?"  # what a solution begins with, and what stands for none
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchTrace:
     """Lines of a search, and the steps that reach the target, if they did."""
 
     text: str
@@ -38,7 +38,7 @@ def solution(text: str) -> str:
     return text.rstrip().rpartition("\n")[2].partition(FOUND)[2]
 
 
-def last(numbers: Sequence[int], target: int) -> Found:
+def last(numbers: Sequence[int], target: int) -> SearchTrace:
     """The results of all steps on the last two numbers, up to the target.
 
     >>> last((10, 12), 22).text
@@ -48,11 +48,11 @@ def last(numbers: Sequence[int], target: int) -> Found:
     for step in steps(numbers):
         text += f" {step.result}"
         if step.result == target:
-            return Found(text, (step,))
-    return Found(text, None)
+            return SearchTrace(text, (step,))
+    return SearchTrace(text, None)
 
 
-def low(numbers: Sequence[int], target: int) -> Found:
+def search_small(numbers: Sequence[int], target: int) -> SearchTrace:
     """All of a search from two or three numbers, in a fixed order, up to the first solution.
 
     A line says a step, the number it leaves, and what the two of them give. Only a target is written before a
@@ -63,7 +63,7 @@ def low(numbers: Sequence[int], target: int) -> Found:
     """
     if len(numbers) == 2:
         found = last(numbers, target)
-        return Found(f">{found.text}" if found.solution else f">{found.text}\n", found.solution)
+        return SearchTrace(f">{found.text}" if found.solution else f">{found.text}\n", found.solution)
     text = ""
     for step in steps(numbers):
         found = last(left := after(numbers, step), target)
@@ -71,9 +71,9 @@ def low(numbers: Sequence[int], target: int) -> Found:
         rest.remove(step.result)
         text += f"{step.text}, {rest[0]}>{found.text}"
         if found.solution:
-            return Found(text, (step, *found.solution))
+            return SearchTrace(text, (step, *found.solution))
         text += "\n"
-    return Found(text, None)
+    return SearchTrace(text, None)
 
 
 def tokens(text: str) -> int:
@@ -88,12 +88,12 @@ def sequential(problem: Problem, most: int) -> str:
     """
     text, solution = "\n", None
     if len(problem.numbers) < 4:
-        found = low(problem.numbers, problem.target)
+        found = search_small(problem.numbers, problem.target)
         text, solution = text + found.text, found.solution
     else:
         for step in steps(problem.numbers):
             left = after(problem.numbers, step)
-            found = low(left, problem.target)
+            found = search_small(left, problem.target)
             part = f"{step.text};{''.join(f' {n}' for n in left)}\n{found.text}"
             if tokens(text + part) > most - ANSWER:
                 break

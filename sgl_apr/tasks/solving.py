@@ -9,7 +9,7 @@ from typing import Any
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.engine.base import Engine
-from sgl_apr.methods.thoughts import together
+from sgl_apr.methods.thoughts import gather
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tasks.countdown import Problem, solves
 from sgl_apr.tasks.search import solution
@@ -57,4 +57,4 @@ async def attempts(
         async with gate:
             return Attempt(problem, await areason(engine, problem.asked(width), dialect, **options))
 
-    return await together(map(one, problems))
+    return await gather(map(one, problems))

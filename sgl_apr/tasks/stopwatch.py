@@ -19,7 +19,7 @@ TIMES, EACH_S = 3, 0.2  # how often it is timed (the middle one counts), and for
 LONGEST_S = 5.0  # of steps, behind which no larger number of requests is begun
 
 
-class Stopwatch:
+class EngineTimer:
     """Times single requests for the prompt, and several at once behind a short one that is cached for their steps."""
 
     def __init__(self, engine: Engine) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from sgl_apr.errors import AprError
 from sgl_apr.training.examples import Examples
-from sgl_apr.training.structure import Structure
+from sgl_apr.training.structure import TrainingTree
 
 
-def batches(trees: Sequence[Structure], most: int, rng: random.Random) -> list[list[Structure]]:
+def batches(trees: Sequence[TrainingTree], most: int, rng: random.Random) -> list[list[TrainingTree]]:
     """Trees of like length together, so that little is padding, in batches of at most so many tokens."""
-    made: list[list[Structure]] = []
+    made: list[list[TrainingTree]] = []
     longest = 0
     for tree in sorted((t for t in trees if len(t.sources)), key=lambda t: t.tokens):
         if tree.tokens > most:
@@ -31,7 +31,7 @@ Place = tuple[int, int]  # the number of a chunk, and of a batch in it
 
 def stream(
     examples: Examples, most: int, seed: int, begin: Place = (0, 0)
-) -> Iterator[tuple[list[Structure], Place]]:
+) -> Iterator[tuple[list[TrainingTree], Place]]:
     """Batches without end, each with the place of the one behind it, where a run that is taken up begins."""
     number, first = begin
     while True:

@@ -17,7 +17,7 @@ LOG, CHECKPOINT, CONFIG = "log.jsonl", "checkpoint.pt", "run.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def begin(config: Any, start: Path, out: Path) -> Path:
+def start_run(config: Any, start: Path, out: Path) -> Path:
     """`start`, the checkpoint that a run begins with, with `out` made or found to be of the same run.
 
     Raises `AprError` where it belongs to a run with another configuration, or `start` is no checkpoint.
@@ -63,7 +63,7 @@ def resume(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     return done
 
 
-def finish(target: Path, model: Any, start: Path) -> Path:
+def export_model(target: Path, model: Any, start: Path) -> Path:
     """The model, with the tokenizer of where it began, as a checkpoint that a server loads."""
     model.save_pretrained(target)
     for name in TOKENIZER:

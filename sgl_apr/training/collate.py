@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sgl_apr.errors import AprError
 from sgl_apr.training.masks import Visibility
-from sgl_apr.training.structure import Structure
+from sgl_apr.training.structure import TrainingTree
 
 
-def packed(structures: Iterable[Structure], length: int) -> Iterator[list[Structure]]:
+def pack_rows(structures: Iterable[TrainingTree], length: int) -> Iterator[list[TrainingTree]]:
     """Structures in rows of at most so many tokens, first fit, in the order given; `AprError` for one that is longer."""
-    rows: list[list[Structure]] = []
+    rows: list[list[TrainingTree]] = []
     for one in structures:
         if one.tokens > length:
             raise AprError(f"a structure of {one.tokens} tokens does not fit into a row of {length}")
@@ -44,11 +44,11 @@ class Collator:
 
     def __call__(
         self,
-        rows: Sequence[Structure | Sequence[Structure]],
+        rows: Sequence[TrainingTree | Sequence[TrainingTree]],
         weights: Sequence[Sequence[np.ndarray[Any, Any]]] | None = None,
     ) -> dict[str, Any]:
         """`weights`: for every structure of every row one for each of its losses."""
-        packs = [[row] if isinstance(row, Structure) else list(row) for row in rows]
+        packs = [[row] if isinstance(row, TrainingTree) else list(row) for row in rows]
         length = max(sum(s.tokens for s in pack) for pack in packs)
         ids = np.full((len(packs), length), self.pad, dtype=np.int64)
         positions = np.zeros((len(packs), length), dtype=np.int64)
@@ -65,7 +65,7 @@ class Collator:
                 targets.append(one.targets.astype(np.int64))
                 shifted.append(tree)
                 at += one.tokens
-            trees.append(shifted[0].beside(shifted[1:]))
+            trees.append(shifted[0].concatenate(shifted[1:]))
         sight = Visibility.of(trees, length)
         total = sum(len(s) for s in sources)
         given = [w for row in weights or () for w in row]
@@ -89,7 +89,7 @@ class Collator:
         return {"attention_mask": sight.dense() if self.attention == "dense" else sight.blocks()}
 
 
-def on(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """A batch on another device; `AprError` for a `BlockMask`, whose function holds the tensors that it was made of."""
     if not all(isinstance(value, Tensor) for value in batch.values()):
         raise AprError('attention="flex" stays where it was made, expected "later" or "dense"')

@@ -46,8 +46,8 @@ class Data:
     window: int = 512
     forks: dict[str, float] = field(default_factory=lambda: {"3": 0.1, "4": 0.9})
     width: tuple[int, ...] = (2, 8)
-    again: float = 0.8
-    lucky: float = 0.0
+    revisit_rate: float = 0.8
+    hint_rate: float = 0.0
     branches: int = 0
     state_width: bool = False
     join: Literal["kv", "text", ""] = ""

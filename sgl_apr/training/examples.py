@@ -14,11 +14,11 @@ from typing import Protocol
 from sgl_apr.dialects import dialect
 from sgl_apr.errors import AprError
 from sgl_apr.tasks.countdown import Problem, pairs, problems
-from sgl_apr.tasks.expert import Habits, shown
+from sgl_apr.tasks.expert import SearchStyle, demonstration
 from sgl_apr.tasks.search import FOUND
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.config import Data
-from sgl_apr.training.structure import Structure, structure
+from sgl_apr.training.structure import TrainingTree, build_training_tree
 from sgl_apr.trajectory import Trajectory
 
 CHUNK = 256  # trajectories that are made, cut into trees, and put in order of length at once
@@ -27,7 +27,7 @@ CHUNK = 256  # trajectories that are made, cut into trees, and put in order of l
 class Examples(Protocol):
     """What a run learns from, in chunks; the n-th is the same whenever it is asked for."""
 
-    def chunk(self, number: int) -> list[Structure]:
+    def chunk(self, number: int) -> list[TrainingTree]:
         """Trees of the trajectories of one chunk."""
         ...
 
@@ -40,20 +40,26 @@ class CountdownExamples:
         forks = {int(size): share for size, share in data.forks.items()} if data.kind == "parallel" else {}
         if len(data.width) != 2:
             raise AprError(f"width = {list(data.width)}, expected the fewest and the most branches")
-        self.habits = Habits(data.window, forks, (data.width[0], data.width[1]), data.again, data.lucky)
+        self.habits = SearchStyle(
+            data.window, forks, (data.width[0], data.width[1]), data.revisit_rate, data.hint_rate
+        )
         self.problems: Sequence[Problem] = list(_given(data))
         self.to = dialect(data.dialect)
 
-    def chunk(self, number: int) -> list[Structure]:
+    def chunk(self, number: int) -> list[TrainingTree]:
         first = number * CHUNK
         made = asyncio.run(self._shown(range(first, first + CHUNK)))
         rng = random.Random(f"{self.data.seed} {number}")
         return [tree for one in made for tree in self._some(one, rng)]
 
-    def _some(self, trajectory: Trajectory, rng: random.Random) -> list[Structure]:
+    def _some(self, trajectory: Trajectory, rng: random.Random) -> list[TrainingTree]:
         """The tree of the trunk, and those of some of its branches by chance, but first of those that found a solution:
         most did not."""
-        trees = [t for t in structure([trajectory], eos=self.eos, apart=True).split() if len(t.spans)]
+        trees = [
+            t
+            for t in build_training_tree([trajectory], eos=self.eos, separate_contexts=True).split()
+            if len(t.spans)
+        ]
         if not self.data.branches:
             return trees
         spans = trajectory.spans
@@ -66,7 +72,7 @@ class CountdownExamples:
     async def _shown(self, numbers: range) -> list[Trajectory]:
         size = len(self.problems)
         return [
-            await shown(
+            await demonstration(
                 self.problems[n % size],
                 self.tokenizer,
                 seed=n // size,
@@ -107,11 +113,13 @@ class FileExamples:
         for text in islice(self._texts(0), 8):
             _same_tokenizer(Trajectory.from_json(text), tokenizer, self.path)
 
-    def chunk(self, number: int) -> list[Structure]:
+    def chunk(self, number: int) -> list[TrainingTree]:
         made = map(Trajectory.from_json, self._texts(number))
         join = self.data.join or None
         return [
-            tree for one in made for tree in structure([one], eos=self.eos, join=join, apart=True).split()
+            tree
+            for one in made
+            for tree in build_training_tree([one], eos=self.eos, join=join, separate_contexts=True).split()
         ]
 
     @lru_cache(maxsize=2)  # noqa: B019  # of the one that a run has

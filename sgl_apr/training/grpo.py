@@ -27,12 +27,12 @@ from sgl_apr.tasks.solving import SERVER, Attempt, attempts
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.advantages import grpo, mean_only, papo
 from sgl_apr.training.batches import batches
-from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, save
-from sgl_apr.training.collate import Collator, log_probabilities, on
+from sgl_apr.training.checkpoint import LOG, Progress, export_model, resume, save, start_run
+from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import GrpoConfig, Rollouts
 from sgl_apr.training.device import device
 from sgl_apr.training.rewards import reward
-from sgl_apr.training.structure import Floats, Structure, structure
+from sgl_apr.training.structure import Floats, TrainingTree, build_training_tree
 from sgl_apr.trajectory import Trajectory
 
 POOL = 20_000  # training problems that prompts are drawn from
@@ -40,7 +40,7 @@ WEIGHTS = "weights"  # what the server loads
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class GrpoStepLog:
     """What one step came to; a line of the log. Means over its replies.
 
     weights: what the server called those that it answered with. forked: share of the replies that forked,
@@ -58,12 +58,12 @@ class Update:
     forked_4: float
     width: float
     norm: float
-    agreement: float
+    gradient_cosine: float
     sample_s: float
     learn_s: float
 
 
-def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | None = None) -> Path:
+def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None] | None = None) -> Path:
     """Train as configured, into the directory `out`; the checkpoint that a server loads is returned.
 
     Where a run with the same configuration was interrupted it goes on behind its last checkpoint. Problems
@@ -72,7 +72,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
     reward(config.rollouts.reward)  # an unknown one is an error before anything is run
     if config.rollouts.reward == "npr" and config.rollouts.advantage != "papo":
         raise AprError('reward = "npr" drops malformed replies, expected advantage = "papo"')
-    start = begin(config, Path(config.model.path), out)
+    start = start_run(config, Path(config.model.path), out)
     torch.manual_seed(config.updates.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device())
@@ -80,7 +80,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
     optimizer = torch.optim.SGD(model.parameters(), lr=config.updates.rate)
     step = resume(out, model, optimizer).step
     pool = list(problems(POOL, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers))
-    finish(out / WEIGHTS, model, start)
+    export_model(out / WEIGHTS, model, start)
     with (
         Server(out / WEIGHTS, log_path=out / "server.log", context_length=2048, **SERVER) as server,
         (out / LOG).open("a", buffering=1, encoding="utf-8") as log,
@@ -93,7 +93,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[Update], None] | N
                 on_update(update)
             if step % config.updates.checkpoint == 0 or step == config.updates.steps:
                 save(out, model, optimizer, Progress(step))
-    return finish(out / "model", model, start)
+    return export_model(out / "model", model, start)
 
 
 async def _step(
@@ -105,7 +105,7 @@ async def _step(
     pool: Sequence[Problem],
     out: Path,
     start: Path,
-) -> Update:
+) -> GrpoStepLog:
     began = time.monotonic()
     drawn = random.Random(f"{config.rollouts.seed} {step}").sample(pool, config.rollouts.problems)
     async with await HttpEngine.connect(url, timeout=600) as engine:
@@ -117,7 +117,7 @@ async def _step(
         advantages = _advantages(rollouts, rewards)
         eos = min(HfTokenizer(start).eos_ids)
         norm, agreement = learn(model, optimizer, [a.trajectory for a in made], advantages, eos, config)
-        finish(out / WEIGHTS, model, start)
+        export_model(out / WEIGHTS, model, start)
         await load_weights(url, out / WEIGHTS, f"{step + 1}")
     return _update(step, made, rewards, norm, agreement, sampled - began, time.monotonic() - sampled)
 
@@ -160,7 +160,7 @@ def learn(
         trees = _weighted(trajectories[part], advantages[part], eos, config.updates.branches)
         own, collate = {id(tree): weights for tree, weights in trees}, Collator(pad=eos)
         for rows in batches([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
-            batch = on(collate(rows, [[own[id(tree)]] for tree in rows]), model.device)
+            batch = to_device(collate(rows, [[own[id(tree)]] for tree in rows]), model.device)
             (-(batch["weights"] * log_probabilities(model, batch)).sum() / len(trajectories)).backward()
         halves.append(_gradient(model))
     first, second = halves[0], halves[1] - halves[0]
@@ -176,11 +176,11 @@ def learn(
 
 def _weighted(
     trajectories: Sequence[Trajectory], advantages: Sequence[float], eos: int, branches: float
-) -> list[tuple[Structure, Floats]]:
+) -> list[tuple[TrainingTree, Floats]]:
     """The trees that something is learned from, and the weight of each of their losses."""
-    found = list[tuple[Structure, Floats]]()
+    found = list[tuple[TrainingTree, Floats]]()
     for trajectory, advantage in zip(trajectories, advantages, strict=True):
-        for tree in structure([trajectory], eos=eos, apart=True).split():
+        for tree in build_training_tree([trajectory], eos=eos, separate_contexts=True).split():
             inside = np.array([bool(trajectory.spans[k].path) for k in tree.spans], dtype=bool)
             weights = (advantage * np.where(inside, branches, 1.0)).astype(np.float32)
             if weights.any():
@@ -225,7 +225,7 @@ def _update(
     agreement: float,
     sample_s: float,
     learn_s: float,
-) -> Update:
+) -> GrpoStepLog:
     def mean(values: Sequence[float]) -> float:
         return round(fmean(values), 4) if values else 0.0
 
@@ -233,10 +233,10 @@ def _update(
     forked = {
         n: [float(bool(a.trajectory.blocks)) for a in made if len(a.problem.numbers) == n] for n in (3, 4)
     }
-    versions = {c.weights for a in made for c in a.trajectory.calls if c.weights}
+    versions = {c.weight_version for a in made for c in a.trajectory.calls if c.weight_version}
     if len(versions) > 1:
         raise AprError(f"replies of one step came from several weights: {sorted(versions)}")
-    return Update(
+    return GrpoStepLog(
         step=step,
         weights=next(iter(versions), ""),
         reward=mean([r for r in rewards if r is not None]),
@@ -248,7 +248,7 @@ def _update(
         forked_4=mean(forked[4]),
         width=mean([float(len(b.branches)) for a in made for b in a.trajectory.blocks]),
         norm=round(norm, 4),
-        agreement=round(agreement, 4),
+        gradient_cosine=round(agreement, 4),
         sample_s=round(sample_s, 2),
         learn_s=round(learn_s, 2),
     )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgl_apr.training.trie import Flat
+from sgl_apr.training.trie import FlatTree
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -27,7 +27,7 @@ class Visibility:
     joined: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Flat], length: int | None = None) -> Visibility:
+    def of(cls, rows: Sequence[FlatTree], length: int | None = None) -> Visibility:
         """That of trees, one in a row each, padded to a length."""
         length = length or max(len(row.ends) for row in rows)
         ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (len(rows), 1))

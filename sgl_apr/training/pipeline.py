@@ -14,10 +14,10 @@ from typing import Any
 
 from sgl_apr.dialects import Dialect
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.journal import appending
-from sgl_apr.records import Record
+from sgl_apr.journal import open_for_append
+from sgl_apr.records import TextRecord
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.training.rewriting import Asker, Unusable, parallel
+from sgl_apr.training.rewriting import JsonModel, RejectedTrace, parallel
 from sgl_apr.trajectory import Trajectory
 
 
@@ -68,8 +68,8 @@ class Statistics:
 
 
 async def rewrite(
-    traces: Iterable[Record],
-    ask: Asker,
+    traces: Iterable[TextRecord],
+    ask: JsonModel,
     to: Dialect,
     out: Path,
     *,
@@ -85,7 +85,7 @@ async def rewrite(
     when the others are done.
     """
     failed: list[EngineError] = []
-    with appending(out) as file:
+    with open_for_append(out) as file:
         done = {name for name, _ in _lines(out)}
         todo = (trace for trace in traces if trace.source not in done)
 
@@ -94,8 +94,8 @@ async def rewrite(
                 try:
                     made = await parallel(trace.text, ask, to, tokenizer, width=width)
                     ids = tuple(tokenizer.encode(trace.prompt, first=True)) if tokenizer else None
-                    said = f'"trajectory": {made.behind(trace.prompt, ids).to_json()}'
-                except Unusable as error:
+                    said = f'"trajectory": {made.with_prompt(trace.prompt, ids).to_json()}'
+                except RejectedTrace as error:
                     said = f'"rejected": {json.dumps(error.reason)}'
                 except EngineError as error:
                     failed.append(error)

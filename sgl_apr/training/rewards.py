@@ -77,7 +77,7 @@ def npr_format(reading: Reading) -> float:
     if not trajectory.blocks:
         return NO_BLOCK
     text, grammar = trajectory.text, dialect(trajectory.dialect).grammar
-    opening, ending = grammar.opening("fork"), grammar.ending("fork")
+    opening, ending = grammar.opening_literal("fork"), grammar.closing_literal("fork")
     found = set[float]()
     for defect in reading.defects:
         if defect.name == "text where none belongs":

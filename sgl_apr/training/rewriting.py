@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sgl_apr.conversion import Draft, concludes, write
+from sgl_apr.conversion import BlockDraft, conclusion_support, write
 from sgl_apr.dialects import Dialect
 from sgl_apr.errors import AprError, ConversionError, TraceError
 from sgl_apr.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ Say in one short line what the following part of a line of thought sets out to d
 """
 
 
-class Asker(Protocol):
+class JsonModel(Protocol):
     """A language model that answers in JSON."""
 
     async def __call__(self, prompt: str, schema: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ class Asker(Protocol):
         ...
 
 
-class Unusable(AprError):
+class RejectedTrace(AprError):
     """A trace that makes no trajectory; `reason` is one of a few, to be counted."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -91,22 +91,22 @@ class Unusable(AprError):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ReasoningStep:
     """A step of a line of thought: its text, and the places of the steps that it needs."""
 
     text: str
     needs: frozenset[int]
 
 
-async def parts(trace: str, ask: Asker) -> list[Part]:
+async def parts(trace: str, ask: JsonModel) -> list[ReasoningStep]:
     """The steps that a model finds in a trace; raises `Unusable` where its answers do not follow their schema."""
     lines = trace.strip().splitlines(keepends=True)
     if not 1 < len(lines) <= MOST_LINES:
-        raise Unusable(f"not 2 to {MOST_LINES} lines", f"{len(lines)}")
+        raise RejectedTrace(f"not 2 to {MOST_LINES} lines", f"{len(lines)}")
     numbered = "".join(f"{k}: {line}" for k, line in enumerate(lines, 1))
     where = await _asked(ask, ASK_BEGINS + numbered, begins(len(lines)))
     if not (isinstance(where, list) and len(where) == len(lines) and all(isinstance(b, bool) for b in where)):
-        raise Unusable("an answer does not follow its schema", "begins")
+        raise RejectedTrace("an answer does not follow its schema", "begins")
     starts = [0, *(k for k, begin in enumerate(where) if begin and k)]
     texts = ["".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
     numbered = "".join(f"{k}: {text}" for k, text in enumerate(texts, 1))
@@ -116,11 +116,11 @@ async def parts(trace: str, ask: Asker) -> list[Part]:
     except (TypeError, ValueError):
         found = []
     if len(found) != len(texts) or any(not 0 <= n < k for k, own in enumerate(found) for n in own):
-        raise Unusable("an answer does not follow its schema", "needs")
-    return [Part(text, own) for text, own in zip(texts, found, strict=True)]
+        raise RejectedTrace("an answer does not follow its schema", "needs")
+    return [ReasoningStep(text, own) for text, own in zip(texts, found, strict=True)]
 
 
-def forks(steps: Sequence[Part]) -> list[int | list[list[int]]]:
+def forks(steps: Sequence[ReasoningStep]) -> list[int | list[list[int]]]:
     """The places of the steps, in order: each by itself, or a fork of branches, which are lists of places.
 
     A fork takes in as many steps that follow one another as it can: a step joins the branch of what it needs
@@ -151,14 +151,14 @@ def forks(steps: Sequence[Part]) -> list[int | list[list[int]]]:
 
 
 async def parallel(
-    trace: str, ask: Asker, to: Dialect, tokenizer: Tokenizer | None = None, *, width: int = 8
+    trace: str, ask: JsonModel, to: Dialect, tokenizer: Tokenizer | None = None, *, width: int = 8
 ) -> Trajectory:
     """The same line of thought with forks, in a dialect whose branches see what is before the fork.
 
     Raises `Unusable` with a reason to be counted: nothing in it is independent of the rest, a fork is wider
     than `width`, or what the model wrote is no reply of the dialect.
     """
-    if to.sees == "message" or to.asynchronous:
+    if to.branch_context == "message" or to.asynchronous:
         raise AprError(
             f"{to.name}: expected a dialect whose branches see the text before the fork, and are awaited"
         )
@@ -166,43 +166,43 @@ async def parallel(
     plan = forks(steps)
     found = [item for item in plan if not isinstance(item, int)]
     if not found:
-        raise Unusable("no independent parts")
+        raise RejectedTrace("no independent parts")
     if widest := max(map(len, found)) if max(map(len, found)) > width else 0:
-        raise Unusable("a fork is too wide", f"{widest} branches")
-    items: list[str | Draft] = []
+        raise RejectedTrace("a fork is too wide", f"{widest} branches")
+    items: list[str | BlockDraft] = []
     for item in plan:
         if isinstance(item, int):
             items.append(steps[item].text)
             continue
         texts = ["".join(steps[k].text for k in branch) for branch in item]
         items.append(
-            Draft(
+            BlockDraft(
                 outlines=[" ".join((await _said(ask, ASK_OUTLINE + text, OUTLINE)).split()) for text in texts]
                 if "outline" in to.grammar.rules
                 else [""] * len(texts),
                 branches=[["\n" + await _said(ask, ASK_TEXT + text, TEXT) + "\n"] for text in texts],
                 conclusion=await _said(ask, ASK_CONCLUSION + "\n".join(texts), TEXT)
-                if concludes(to.grammar)[1]
+                if conclusion_support(to.grammar)[1]
                 else "",
             )
         )
     try:
         return to.parse(write(items, to), tokenizer)
     except (ConversionError, TraceError) as error:
-        raise Unusable("not in the dialect", str(error)) from None
+        raise RejectedTrace("not in the dialect", str(error)) from None
 
 
-async def _asked(ask: Asker, prompt: str, schema: Mapping[str, Any]) -> Any:
+async def _asked(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> Any:
     """The one entry of an answer."""
     (name,) = schema["required"]
     try:
         return json.loads(await ask(prompt, schema))[name]
     except (ValueError, KeyError, TypeError) as error:
-        raise Unusable("an answer does not follow its schema", f"{name}: {error!r}") from None
+        raise RejectedTrace("an answer does not follow its schema", f"{name}: {error!r}") from None
 
 
-async def _said(ask: Asker, prompt: str, schema: Mapping[str, Any]) -> str:
+async def _said(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> str:
     said = await _asked(ask, prompt, schema)
     if not isinstance(said, str) or not said.strip():
-        raise Unusable("an answer does not follow its schema", "expected a text")
+        raise RejectedTrace("an answer does not follow its schema", "expected a text")
     return said.strip()

@@ -17,8 +17,8 @@ from sgl_apr.dialects import dialect
 from sgl_apr.models.countdown import countdown_llama
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.batches import stream
-from sgl_apr.training.checkpoint import LOG, Progress, begin, finish, resume, save
-from sgl_apr.training.collate import Collator, log_probabilities, on
+from sgl_apr.training.checkpoint import LOG, Progress, export_model, resume, save, start_run
+from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, Steps
 from sgl_apr.training.device import device
 from sgl_apr.training.examples import examples
@@ -28,7 +28,7 @@ MODEL, BEGIN = "model", "begin"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SftStepLog:
     """What one step came to; a line of the log. loss: mean of the negative log-probabilities of `losses` tokens."""
 
     step: int
@@ -46,13 +46,13 @@ def rate(steps: Steps, step: int, done: float) -> float:
     return steps.rate * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
 
 
-def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None = None) -> Path:
+def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | None = None) -> Path:
     """Train as configured, into the directory `out`; the checkpoint that a server loads is returned.
 
     `out` holds the log, the last checkpoint, and at the end the model. Where a run with the same configuration
     was interrupted it goes on, to the same losses. Raises `AprError` if `out` belongs to another one.
     """
-    start = begin(config, _start(config, out), out)
+    start = start_run(config, _start(config, out), out)
     torch.manual_seed(config.steps.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device())
@@ -70,7 +70,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None =
             now = rate(config.steps, step, tokens / config.steps.tokens)
             for group in optimizer.param_groups:
                 group["lr"] = now
-            batch = on(collate(trees), model.device)
+            batch = to_device(collate(trees), model.device)
             loss = -log_probabilities(model, batch).mean()
             loss.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.steps.clip))
@@ -79,14 +79,14 @@ def train(config: SftConfig, out: Path, on_step: Callable[[Step], None] | None =
             tokens += sum(tree.tokens for tree in trees)
             step += 1
             seconds = time.monotonic() - began
-            made = Step(step, tokens, len(batch["targets"]), loss.item(), now, norm, seconds)
+            made = SftStepLog(step, tokens, len(batch["targets"]), loss.item(), now, norm, seconds)
             log.write(json.dumps(asdict(made)) + "\n")
             if on_step:
                 on_step(made)
             if step % config.steps.checkpoint == 0:
                 save(out, model, optimizer, Progress(step, tokens, place))
     save(out, model, optimizer, Progress(step, tokens, place))
-    return finish(out / MODEL, model, start)
+    return export_model(out / MODEL, model, start)
 
 
 def _start(config: SftConfig, out: Path) -> Path:

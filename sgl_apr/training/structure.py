@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from sgl_apr.errors import AprError
 from sgl_apr.spans import Path
-from sgl_apr.training.trie import ROOT, Cursor, Flat, Ints, Trie
+from sgl_apr.training.trie import ROOT, Cursor, FlatTree, Ints, Trie
 from sgl_apr.trajectory import Trajectory
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
+class TrainingTree:
     """n tokens in one line and m losses: one for every token that a model decoded, none for what was injected.
 
     tree: the tokens and how they see one another (see `Flat`).
@@ -29,7 +29,7 @@ class Structure:
     trajectories: (m,), which trajectory.
     """
 
-    tree: Flat
+    tree: FlatTree
     sources: Ints
     targets: Ints
     spans: Ints
@@ -40,25 +40,25 @@ class Structure:
         """n."""
         return len(self.tree.token_ids)
 
-    def split(self) -> list[Structure]:
+    def split(self) -> list[TrainingTree]:
         """One for each root: contexts that have nothing in common, as of branches that got a message."""
-        tree, found, begin = self.tree, list[Structure](), 0
+        tree, found, begin = self.tree, list[TrainingTree](), 0
         while begin < self.tokens:
             end = int(tree.ends[begin])
             own = (self.sources >= begin) & (self.sources < end)
             rest = (self.targets[own], self.spans[own], self.trajectories[own])
-            found.append(Structure(tree.part(begin, end), self.sources[own] - np.int32(begin), *rest))
+            found.append(TrainingTree(tree.part(begin, end), self.sources[own] - np.int32(begin), *rest))
             begin = end
         return found
 
 
-def structure(
+def build_training_tree(
     trajectories: Iterable[Trajectory],
     *,
     eos: int | None = None,
     join: Literal["kv", "text"] | None = None,
-    apart: bool = False,
-) -> Structure:
+    separate_contexts: bool = False,
+) -> TrainingTree:
     """The sequences that inference has read, merged into one prefix tree and flattened depth first.
 
     That is ThreadWeaver's training structure (arXiv 2512.07843, section 4), of any number of trajectories:
@@ -76,17 +76,17 @@ def structure(
     """
     trie, losses = Trie(), _Losses([], [], [], [])
     for k, trajectory in enumerate(trajectories):
-        _Reader(trie, trajectory, join, apart).read(losses, k, eos)
+        _Reader(trie, trajectory, join, separate_contexts).read(losses, k, eos)
     tree, index = trie.flat()
     sources = np.asarray(losses.sources, dtype=np.int32)
-    return Structure(
+    return TrainingTree(
         tree,
         index[sources] if len(sources) else sources,
         *(np.asarray(x, dtype=np.int32) for x in (losses.targets, losses.spans, losses.trajectories)),
     )
 
 
-def logprobs(found: Structure, trajectories: Sequence[Trajectory]) -> Floats:
+def logprobs(found: TrainingTree, trajectories: Sequence[Trajectory]) -> Floats:
     """(m,), what the engine said of every token with a loss when it decoded it; the same trajectories in the same order.
 
     They are of the policy that it was sampled from: under the grammar's mask and the temperature; NaN where a
@@ -146,7 +146,7 @@ class _Reader:
             if span.token_ids is None:
                 raise AprError("this trajectory was read from text: parse it with tokenizer= to train on it")
             before = self._before(i)
-            after, nodes = self.trie.put(before, span.token_ids)
+            after, nodes = self.trie.insert(before, span.token_ids)
             self.behind.append(after)
             decoded = span.token_ids if span.origin == "decoded" else ()
             if eos is not None and i in self.ended:
@@ -162,7 +162,7 @@ class _Reader:
         return self.join == "kv" or (self.join is None and block in self.joined)
 
     def _in_branch(self, p: int, path: Path) -> bool:
-        """Whether span `p` ends a branch of a strand; a message that came back stands in the strand itself."""
+        """Whether span `p` ends a branch of a sequence; a message that came back stands in the sequence itself."""
         return len(self.spans[p].path) > len(path) and self.spans[p].role != "result"
 
     def _before(self, i: int) -> Cursor:
@@ -173,11 +173,13 @@ class _Reader:
             if len(span.parents) > 1:
                 raise AprError(f"span {i} follows {span.parents}, expected the branches of one block")
             if not span.parents:
-                return replace(ROOT, lane=len(self.trie) + 1) if self.apart else ROOT
+                return replace(ROOT, join_group=len(self.trie) + 1) if self.apart else ROOT
             before = self.behind[span.parents[0]]
             begins = len(span.path) > len(self.spans[span.parents[0]].path)
             return (
-                replace(before, lane=span.path[-1]) if begins and self._is_joined(span.path[:-1]) else before
+                replace(before, join_group=span.path[-1])
+                if begins and self._is_joined(span.path[:-1])
+                else before
             )
         block = self.spans[ends[0]].path[: len(span.path) + 1]
         fork = min((self.forks[self.spans[p].path[: len(span.path) + 1]] for p in ends), default=())
@@ -186,7 +188,7 @@ class _Reader:
             return self.trie.join(base, [self.behind[p] for p in span.parents])
         seen = set(self.trajectory.ancestors(fork[0])) if fork else set[int]()
         for a in sorted({a for p in span.parents for a in self.trajectory.ancestors(p)} - seen):
-            base, _ = self.trie.put(base, self.spans[a].token_ids or ())
+            base, _ = self.trie.insert(base, self.spans[a].token_ids or ())
         return base
 
 

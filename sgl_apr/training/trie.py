@@ -21,7 +21,7 @@ class Cursor:
 
     node: int = -1
     ends: tuple[int, ...] = ()
-    lane: int = 0
+    join_group: int = 0
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Flat:
+class FlatTree:
     """A tree in one line, depth first; n tokens.
 
     token_ids, positions: (n,). A position is the length of the longest chain that ends before the token.
@@ -59,26 +59,26 @@ class Flat:
     ends: Ints
     joined: Ints
 
-    def part(self, begin: int, end: int) -> Flat:
+    def part(self, begin: int, end: int) -> FlatTree:
         """The tokens from `begin` to `end`, between which whole trees stand."""
         own = (self.joined[:, 0] >= begin) & (self.joined[:, 0] < end)
         here = slice(begin, end)
-        cut = Flat(
+        cut = FlatTree(
             self.token_ids[here], self.positions[here], self.parents[here], self.ends[here], self.joined[own]
         )
         return cut.shifted(-begin)
 
-    def shifted(self, by: int) -> Flat:
+    def shifted(self, by: int) -> FlatTree:
         """The same, so many tokens further on in a row."""
         parents = np.where(self.parents < 0, -1, self.parents + by).astype(np.int32)
         move = np.int32(by)
         return replace(self, parents=parents, ends=self.ends + move, joined=self.joined + move)
 
-    def beside(self, others: Sequence[Flat]) -> Flat:
+    def concatenate(self, others: Sequence[FlatTree]) -> FlatTree:
         """One row of this and others, which are shifted to where they stand."""
         rows = [self, *others]
         names = ("token_ids", "positions", "parents", "ends", "joined")
-        return Flat(*(np.concatenate([getattr(row, name) for row in rows]) for name in names))
+        return FlatTree(*(np.concatenate([getattr(row, name) for row in rows]) for name in names))
 
 
 class Trie:
@@ -94,12 +94,12 @@ class Trie:
     def __init__(self) -> None:
         self._runs: list[_Run] = []  # in the order of their first nodes
         self._of: list[int] = []  # the run of every node
-        self._off: dict[tuple[Cursor, int], int] = {}  # where a run branches off: its first node
+        self._children: dict[tuple[Cursor, int], int] = {}  # where a run branches off: its first node
 
     def __len__(self) -> int:
         return len(self._of)
 
-    def put(self, cursor: Cursor, ids: Sequence[int]) -> tuple[Cursor, Ints]:
+    def insert(self, cursor: Cursor, ids: Sequence[int]) -> tuple[Cursor, Ints]:
         """Ids behind a cursor: the cursor behind the last of them, and the node of each."""
         given = np.asarray(ids, dtype=np.int32)
         nodes, done = np.empty(len(given), dtype=np.int32), 0
@@ -130,11 +130,11 @@ class Trie:
 
     def _next(self, cursor: Cursor, token: int) -> int | None:
         """The node of a token behind a cursor, if there is one."""
-        if cursor.node >= 0 and not cursor.ends and not cursor.lane:
+        if cursor.node >= 0 and not cursor.ends and not cursor.join_group:
             run, behind = self._runs[self._of[cursor.node]], cursor.node + 1
             if behind < run.first + len(run.ids) and run.ids[behind - run.first] == token:
                 return behind
-        return self._off.get((cursor, token))
+        return self._children.get((cursor, token))
 
     def _add(self, cursor: Cursor, ids: Ints) -> int:
         first = len(self._of)
@@ -144,10 +144,10 @@ class Trie:
             self._runs[self._of[cursor.node]].runs.append(run)
         self._of += [len(self._runs)] * len(ids)
         self._runs.append(run)
-        self._off[cursor, int(ids[0])] = first
+        self._children[cursor, int(ids[0])] = first
         return first
 
-    def flat(self) -> tuple[Flat, Ints]:
+    def flat(self) -> tuple[FlatTree, Ints]:
         """All of it in a line, and where in it every node stands.
 
         In O(n) time and memory, and a row of `joined` for every token that is joined.
@@ -177,7 +177,7 @@ class Trie:
                 starts[own] = end
                 end += sizes[own]
                 ends[begin : begin + off.at.node - run.first + 1] = end
-        return Flat(token_ids, positions, parents, ends, self._joined(index, ends)), index
+        return FlatTree(token_ids, positions, parents, ends, self._joined(index, ends)), index
 
     def _joined(self, index: Ints, ends: Ints) -> Ints:
         rows = [np.empty((0, 3), dtype=np.int32)]

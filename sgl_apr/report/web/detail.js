@@ -108,8 +108,8 @@ function notesOf(t) {
     note(way === "kv" ? "joined in the KV cache" : `read in a line${why ? `: ${why}` : ""}`, path),
   );
   t.decisions
-    .filter((d) => d.at_once < d.branches)
-    .forEach((d) => note(`${d.at_once} of ${d.branches} branches at once: ${d.reason}`, d.path));
+    .filter((d) => d.parallelism < d.branches)
+    .forEach((d) => note(`${d.parallelism} of ${d.branches} branches at once: ${d.reason}`, d.path));
   if (!by.size) return [];
   const items = [...by].map(([what, paths]) =>
     el(

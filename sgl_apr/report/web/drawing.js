@@ -112,7 +112,7 @@ function edges(l, chain) {
     for (const p of before(span)) {
       if (l.y(p) === l.y(i)) continue;
       const on = critical.has(`${p} ${i}`),
-        kind = span.after.includes(p) ? "message" : "seen";
+        kind = span.waits_for.includes(p) ? "message" : "seen";
       found[Number(on)].push(
         svg("path", {
           class: `edge ${kind}${on ? " on" : ""}`,

@@ -1,7 +1,7 @@
 // A trajectory as a graph: strands, where spans begin and end, the longest chain. Nothing is drawn here.
 
 const nameOf = (path) => path.join(".") || "trunk";
-const before = (span) => [...span.parents, ...span.after];
+const before = (span) => [...span.parents, ...span.waits_for];
 const isPrompt = (span) => span.origin === "prompt";
 
 /** The path of the strand in whose text a span stands: what a branch returned is in that of who forked it. */

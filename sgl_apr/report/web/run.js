@@ -90,7 +90,7 @@ function soFar(run) {
   const kept = (indices) => indices.filter((i) => place.has(i)).map((i) => place.get(i));
   const add = (span, i) => {
     if (i !== null) place.set(i, spans.length);
-    spans.push({ ...span, parents: kept(span.parents), after: kept(span.after) });
+    spans.push({ ...span, parents: kept(span.parents), waits_for: kept(span.waits_for) });
   };
   (run.done ? run.done.order : [...run.spans.keys()]).forEach((i) => run.spans[i] && add(run.spans[i], i));
   if (run.done) return { ...common(run), spans, calls, forks: [] };
