@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
+from sgl_apr.evaluation.tasks.chat_template import chat_of
 from sgl_apr.methods.best_of_n import best_of_n
-from sgl_apr.methods.result import Result
+from sgl_apr.methods.prompt import Prompt
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.sandbox.process import Limits, Sandbox
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Prompt
-from sgl_apr.models import located, smollm2
-from sgl_apr.report.tree import summary
-from sgl_apr.sandbox.process import Limits, Sandbox
-from sgl_apr.tasks.chat import chat_of
+from sgl_apr.training.models import located, smollm2
+from sgl_apr.views.tree import summary
 
 LIMITS = Limits(seconds=2.0, cpu=4)
 FENCE = "```"

@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from rich.console import Console
 
 import sgl_apr as apr
-from sgl_apr.models import located
-from sgl_apr.report.tree import summary, tree
-from sgl_apr.tasks.countdown import Problem, problems
-from sgl_apr.tasks.solving import SERVER, Attempt, attempts
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER, Attempt, attempts
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
+from sgl_apr.training.models import located
+from sgl_apr.views.tree import summary, tree
 
 
 async def solve(url: str, given: list[Problem]) -> list[Attempt]:

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
-from sgl_apr.models import located
-from sgl_apr.report.tree import summary
-from sgl_apr.tasks.countdown import Problem, problems
-from sgl_apr.tasks.solving import Attempt, answer
+from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, answer
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
+from sgl_apr.training.models import located
+from sgl_apr.views.tree import summary
 
 SLACK = 0.5  # seconds: a step of the engine, on a machine that others use
 

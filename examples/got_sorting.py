@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
+from sgl_apr.evaluation.tasks.lists import Lists, ListTask, problems
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
-from sgl_apr.methods.result import Result
-from sgl_apr.models import located, smollm2
-from sgl_apr.report.tree import summary
-from sgl_apr.tasks.lists import Lists, ListTask, problems
+from sgl_apr.methods.registry import Result
+from sgl_apr.training.models import located, smollm2
+from sgl_apr.views.tree import summary
 
 
 async def solve(url: str, given: list[Lists]) -> list[Result]:

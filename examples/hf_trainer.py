@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.collate import Collator, log_probabilities, pack_rows
-from sgl_apr.training.structure import TrainingTree, build_training_tree
-from sgl_apr.trajectory import Trajectory
+from sgl_apr.training.training_tree import TrainingTree, build_training_tree
+from sgl_apr.trajectory.trajectory import Trajectory
 
 
 @dataclass

@@ -13,7 +13,7 @@ from openai import OpenAI
 from rich.console import Console
 
 import sgl_apr as apr
-from sgl_apr.report.tree import tree
+from sgl_apr.views.tree import tree
 
 APR = {
     "dialect": "threadweaver",

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
-from sgl_apr.models import smollm2
-from sgl_apr.report.tree import summary, tree
-from sgl_apr.runtime.replay import Replay, replay_serially
+from benchmarks.runtime.replay import Replay, replay_serially
+from sgl_apr.training.models import smollm2
+from sgl_apr.views.tree import summary, tree
 
 QUESTIONS = [
     "Why do people love dogs?",

@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
-from sgl_apr.methods.result import Result
+from sgl_apr.evaluation.benchmarks.games import cards
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
+from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
+from sgl_apr.methods.registry import Result
 from sgl_apr.methods.tree_of_thoughts import tree_of_thoughts
-from sgl_apr.models import located
-from sgl_apr.report.tree import summary
-from sgl_apr.tasks.countdown import Problem, solves
-from sgl_apr.tasks.countdown_task import CountdownTask
-from sgl_apr.tasks.games import cards
-from sgl_apr.tasks.solving import SERVER
+from sgl_apr.training.models import located
+from sgl_apr.views.tree import summary
 
 
 async def play(url: str, given: list[Problem], search: str) -> list[Result]:

@@ -17,12 +17,12 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from sgl_apr.models import located
-from sgl_apr.tasks.countdown import Problem, problems, solves
-from sgl_apr.tasks.solving import solution
+from sgl_apr.evaluation.tasks.countdown.attempts import solution
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems, solves
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.adapters import for_trl
+from sgl_apr.training.models import located
 from sgl_apr.training.rewards import gated
+from sgl_apr.training.trl_verl import for_trl
 
 
 def correct(answer: str, problem: str) -> bool:

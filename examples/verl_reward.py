@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import partial
 
 import sgl_apr as apr
-from sgl_apr.tasks.countdown import Problem, solves
-from sgl_apr.tasks.solving import solution
-from sgl_apr.training.adapters import for_verl
+from sgl_apr.evaluation.tasks.countdown.attempts import solution
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.training.rewards import gated
+from sgl_apr.training.trl_verl import for_verl
 
 
 def correct(answer: str, problem: str) -> bool:

@@ -7,24 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgl_apr import methods as methods
-    from sgl_apr.blocks import Block as Block
-    from sgl_apr.blocks import Branch as Branch
-    from sgl_apr.budget import Budget as Budget
-    from sgl_apr.causal import Causality as Causality
-    from sgl_apr.causal import causality as causality
-    from sgl_apr.conversion import convert as convert
-    from sgl_apr.dataset import from_dataset as from_dataset
-    from sgl_apr.dataset import to_dataset as to_dataset
-    from sgl_apr.dialects import Dialect as Dialect
-    from sgl_apr.dialects import dialect as dialect
-    from sgl_apr.dialects import dialect_names as dialect_names
     from sgl_apr.engine.base import Engine as Engine
     from sgl_apr.engine.base import Load as Load
     from sgl_apr.engine.base import Request as Request
     from sgl_apr.engine.base import Result as Result
-    from sgl_apr.engine.endpoint import Endpoint as Endpoint
     from sgl_apr.engine.http import HttpEngine as HttpEngine
-    from sgl_apr.engine.local import LocalEngine as LocalEngine
+    from sgl_apr.engine.in_process import LocalEngine as LocalEngine
     from sgl_apr.engine.scripted import ByteTokenizer as ByteTokenizer
     from sgl_apr.engine.scripted import Reply as Reply
     from sgl_apr.engine.scripted import ScriptedEngine as ScriptedEngine
@@ -41,16 +29,22 @@ if TYPE_CHECKING:
     from sgl_apr.errors import SandboxUnavailable as SandboxUnavailable
     from sgl_apr.errors import TraceError as TraceError
     from sgl_apr.errors import UnsupportedEngine as UnsupportedEngine
-    from sgl_apr.metrics import Metrics as Metrics
-    from sgl_apr.presets import Preset as Preset
-    from sgl_apr.presets import dialect_for as dialect_for
-    from sgl_apr.presets import preset as preset
-    from sgl_apr.reading import Defect as Defect
-    from sgl_apr.reading import Reading as Reading
-    from sgl_apr.reading import detect as detect
-    from sgl_apr.reading import read as read
-    from sgl_apr.runtime.dsl import reason as reason
-    from sgl_apr.runtime.dsl import solve as solve
+    from sgl_apr.formats.conversion import convert as convert
+    from sgl_apr.formats.dialect import Dialect as Dialect
+    from sgl_apr.formats.dialect import dialect as dialect
+    from sgl_apr.formats.dialect import dialect_names as dialect_names
+    from sgl_apr.formats.lenient_parser import Defect as Defect
+    from sgl_apr.formats.lenient_parser import Reading as Reading
+    from sgl_apr.formats.lenient_parser import detect as detect
+    from sgl_apr.formats.lenient_parser import read as read
+    from sgl_apr.formats.presets import Preset as Preset
+    from sgl_apr.formats.presets import dialect_for as dialect_for
+    from sgl_apr.formats.presets import preset as preset
+    from sgl_apr.runtime.batch import Outcomes as Outcomes
+    from sgl_apr.runtime.batch import arun_many as arun_many
+    from sgl_apr.runtime.batch import read_many as read_many
+    from sgl_apr.runtime.batch import run_many as run_many
+    from sgl_apr.runtime.budget import Budget as Budget
     from sgl_apr.runtime.events import BranchEnded as BranchEnded
     from sgl_apr.runtime.events import Delta as Delta
     from sgl_apr.runtime.events import Done as Done
@@ -60,23 +54,29 @@ if TYPE_CHECKING:
     from sgl_apr.runtime.events import SpanFinished as SpanFinished
     from sgl_apr.runtime.events import TextRetracted as TextRetracted
     from sgl_apr.runtime.events import rebuild as rebuild
+    from sgl_apr.runtime.frontend.endpoint import Endpoint as Endpoint
+    from sgl_apr.runtime.frontend.expressions import reason as reason
+    from sgl_apr.runtime.frontend.expressions import solve as solve
     from sgl_apr.runtime.loop import areason as areason
     from sgl_apr.runtime.loop import run as run
     from sgl_apr.runtime.loop import stream as stream
-    from sgl_apr.runtime.many import Outcomes as Outcomes
-    from sgl_apr.runtime.many import arun_many as arun_many
-    from sgl_apr.runtime.many import read_many as read_many
-    from sgl_apr.runtime.many import run_many as run_many
     from sgl_apr.runtime.pacing import Demand as Demand
     from sgl_apr.runtime.pacing import Pacing as Pacing
     from sgl_apr.runtime.retry import Retry as Retry
-    from sgl_apr.server.launch import Server as Server
-    from sgl_apr.spans import Span as Span
-    from sgl_apr.trajectory import Call as Call
-    from sgl_apr.trajectory import JoinRecord as JoinRecord
-    from sgl_apr.trajectory import LimitHit as LimitHit
-    from sgl_apr.trajectory import PacingDecision as PacingDecision
-    from sgl_apr.trajectory import Trajectory as Trajectory
+    from sgl_apr.server.launch.launcher import Server as Server
+    from sgl_apr.trajectory.blocks import Block as Block
+    from sgl_apr.trajectory.blocks import Branch as Branch
+    from sgl_apr.trajectory.causality import Causality as Causality
+    from sgl_apr.trajectory.causality import causality as causality
+    from sgl_apr.trajectory.dataset import from_dataset as from_dataset
+    from sgl_apr.trajectory.dataset import to_dataset as to_dataset
+    from sgl_apr.trajectory.metrics import Metrics as Metrics
+    from sgl_apr.trajectory.spans import Span as Span
+    from sgl_apr.trajectory.trajectory import Call as Call
+    from sgl_apr.trajectory.trajectory import JoinRecord as JoinRecord
+    from sgl_apr.trajectory.trajectory import LimitHit as LimitHit
+    from sgl_apr.trajectory.trajectory import PacingDecision as PacingDecision
+    from sgl_apr.trajectory.trajectory import Trajectory as Trajectory
 
 _HOME = {
     "blocks": ("Block", "Branch"),

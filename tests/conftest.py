@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from warm import Nursery, share
 
-from sgl_apr.dialects import dialect, dialect_names
-from sgl_apr.models import located, random_llama
-from sgl_apr.server.launch import Server
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
+from sgl_apr.formats.dialect import dialect, dialect_names
+from sgl_apr.server.launch.launcher import Server
 from sgl_apr.server.plugin import has_accelerator
-from sgl_apr.tasks.solving import SERVER
+from sgl_apr.training.models import located, random_llama
+from tests.support.forked_server import Nursery, share
 
 SERVED = "pytest.mark.server"
 GPU = has_accelerator()

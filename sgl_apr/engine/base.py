@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
-from sgl_apr.layout import Layout
-from sgl_apr.lowering import Backend
+from sgl_apr.formats.masks.writer import Backend
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.join_layout import Layout
 
 TokenSink = Callable[[Sequence[int]], None]  # gets the ids of each chunk as it arrives
 

@@ -13,9 +13,8 @@ from typing import Any, get_args
 import aiohttp
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.engine.circuit import CircuitBreaker
-from sgl_apr.engine.meter import StepTimer
-from sgl_apr.engine.replicas import (
+from sgl_apr.engine.circuit_breaker import CircuitBreaker
+from sgl_apr.engine.routing import (
     HEADER,
     ROUTING_KEY_FIELD,
     dp_rank,
@@ -23,9 +22,10 @@ from sgl_apr.engine.replicas import (
     healthy_worker_urls,
     routing_key,
 )
-from sgl_apr.engine.served import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
+from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
+from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
-from sgl_apr.lowering import Backend
+from sgl_apr.formats.masks.writer import Backend
 from sgl_apr.server.plugin import CACHE
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.lowering import Backend
+from sgl_apr.formats.masks.writer import Backend
 from sgl_apr.tokenizer import Tokenizer
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.methods.result import Result
+from sgl_apr.methods.prompt import Completion, Prompt
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.session import MethodSession, gather, method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Completion, Prompt
-from sgl_apr.methods.thoughts import MethodSession, gather, method_session
 
 Verifier = Callable[[Any, str], float | Awaitable[float]]
 Select = Literal["argmax", "weighted"]

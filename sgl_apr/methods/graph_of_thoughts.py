@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.methods.operations import (
+from sgl_apr.methods.graph_operations import (
     Aggregate,
     Generate,
     Graph,
@@ -19,10 +19,10 @@ from sgl_apr.methods.operations import (
     Score,
     validate_graph,
 )
-from sgl_apr.methods.result import Result
+from sgl_apr.methods.prompt import Completion, Prompt
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.session import MethodSession, gather, method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Completion, Prompt
-from sgl_apr.methods.thoughts import MethodSession, gather, method_session
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.result import Result
+from sgl_apr.methods.collaborative import Agent, write_chunk
+from sgl_apr.methods.prompt import Prompt
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thinkers import Agent, write_chunk
-from sgl_apr.methods.thought import Prompt
-from sgl_apr.methods.thoughts import method_session
 from sgl_apr.methods.voting import vote
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.result import Result
-from sgl_apr.methods.search import Node as Reached
-from sgl_apr.methods.search import SearchModel
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import MethodSession, method_session
+from sgl_apr.methods.tree_search import Node as Reached
+from sgl_apr.methods.tree_search import SearchModel
 
 if TYPE_CHECKING:
     from treequest.algos.standard_mcts import MCTSState

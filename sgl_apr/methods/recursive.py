@@ -1,4 +1,4 @@
-"""A model that writes programs which read its prompt and ask it about parts; where these run is `sgl_apr.sandbox`'s."""
+"""A model that writes programs which read its prompt and ask it about parts; where these run is `sgl_apr.methods.sandbox`'s."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, CodeForbidden
-from sgl_apr.methods.result import Result
+from sgl_apr.methods.prompt import Completion, Prompt
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.sandbox.process import Limits, Sandbox
+from sgl_apr.methods.session import MethodSession, gather, method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Completion, Prompt
-from sgl_apr.methods.thoughts import MethodSession, gather, method_session
-from sgl_apr.sandbox.process import Limits, Sandbox
 
 BLOCK = re.compile(r"```repl[ \t]*\n(.*?)\n?```", re.DOTALL)
 FINAL = re.compile(r"^[ \t]*FINAL\((.*)\)[ \t]*$", re.DOTALL | re.MULTILINE)

@@ -10,17 +10,17 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from sgl_apr.budget import Budget
 from sgl_apr.engine.base import Engine, Request
-from sgl_apr.methods.thought import Completion, Prompt
-from sgl_apr.runtime.decoding import RequestRunner
+from sgl_apr.methods.prompt import Completion, Prompt
+from sgl_apr.runtime.allocation import Allowance
+from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.decoder import RequestRunner
+from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.events import OnEvent
-from sgl_apr.runtime.plan import make_options
-from sgl_apr.runtime.purse import Allowance
-from sgl_apr.runtime.record import SequenceState, TrajectoryRecorder
-from sgl_apr.runtime.steps import PhaseOutput, SpanDraft
-from sgl_apr.runtime.stream import IncrementalDetokenizer
-from sgl_apr.spans import Finish, Role
+from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
+from sgl_apr.runtime.recorder import SequenceState, TrajectoryRecorder
+from sgl_apr.trajectory.spans import Finish, Role
 
 
 class Requests:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.methods.result import Result
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import method_session
 
 
 async def sequential(engine: Engine, problem: Any, *, task: Task[Any, Any], **options: Any) -> Result:

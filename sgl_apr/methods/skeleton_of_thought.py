@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.result import Result
+from sgl_apr.methods.prompt import Completion
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thought import Completion
-from sgl_apr.methods.thoughts import method_session
 
 Mode = Literal["prompt", "fork"]
 LABELS = {"prompt": "exact", "fork": "fork-of-skeleton"}

@@ -8,7 +8,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.thought import Completion, Prompt
+from sgl_apr.methods.prompt import Completion, Prompt
 
 WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
 SENTENCE = re.compile(r"[.?!\u2026]\s*\n\n\s*$")

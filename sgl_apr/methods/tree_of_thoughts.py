@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.result import Result
-from sgl_apr.methods.search import Node, SearchModel
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import Task
-from sgl_apr.methods.thoughts import MethodSession, method_session
+from sgl_apr.methods.tree_search import Node, SearchModel
 
 Search = Literal["bfs", "dfs"]
 Select = Literal["value", "vote"]

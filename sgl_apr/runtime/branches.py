@@ -7,18 +7,18 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from sgl_apr.blocks import outcome
-from sgl_apr.dialects import Phase
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BranchFailed, EngineError
-from sgl_apr.runtime.decoding import RequestRunner
+from sgl_apr.formats.dialect import Phase
+from sgl_apr.formats.segmenter import Outline
+from sgl_apr.runtime.allocation import Allowance, BudgetAllocator
+from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
+from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.events import BranchEnded, Delta, Forked, Joined
-from sgl_apr.runtime.joins import deadline_seconds, stop_condition
-from sgl_apr.runtime.purse import Allowance, BudgetAllocator
-from sgl_apr.runtime.record import SequenceState
-from sgl_apr.runtime.results import make_branch_prompt, remove_call_from_context, write_results
-from sgl_apr.runtime.scope import CancelScope, ScopeCancelled
-from sgl_apr.segments import Outline
+from sgl_apr.runtime.join_policy import deadline_seconds, stop_condition
+from sgl_apr.runtime.message_join import make_branch_prompt, remove_call_from_context, write_results
+from sgl_apr.runtime.recorder import SequenceState
+from sgl_apr.trajectory.blocks import outcome
 
 Think = Callable[[Engine | None, SequenceState, Phase, int], Awaitable[None]]
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sgl_apr.blocks import Outcome
 from sgl_apr.errors import AprError
-from sgl_apr.spans import Path, Span
-from sgl_apr.trajectory import Call, JoinRecord, LimitHit, PacingDecision, Trajectory
+from sgl_apr.trajectory.blocks import Outcome
+from sgl_apr.trajectory.spans import Path, Span
+from sgl_apr.trajectory.trajectory import Call, JoinRecord, LimitHit, PacingDecision, Trajectory
 
 
 @dataclass(frozen=True, slots=True)

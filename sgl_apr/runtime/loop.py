@@ -10,23 +10,23 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sgl_apr import telemetry
-from sgl_apr.dialects import Dialect, Phase
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BudgetExceeded, KvJoinUnavailable
-from sgl_apr.runtime.ahead import AsyncBranches
+from sgl_apr.formats.dialect import Dialect, Phase
+from sgl_apr.runtime import telemetry
+from sgl_apr.runtime.allocation import Allowance, BudgetAllocator
+from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branches import Branches, first_error
-from sgl_apr.runtime.decoding import RequestRunner
+from sgl_apr.runtime.cancel_scope import CancelScope
+from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.events import Event, OnEvent
-from sgl_apr.runtime.forks import ForkRules
+from sgl_apr.runtime.fork_rules import ForkRules
+from sgl_apr.runtime.options import ReasonOptions, make_options
 from sgl_apr.runtime.pacing import Demand
-from sgl_apr.runtime.plan import ReasonOptions, make_options
-from sgl_apr.runtime.purse import Allowance, BudgetAllocator
-from sgl_apr.runtime.record import SequenceState, TrajectoryRecorder
-from sgl_apr.runtime.scope import CancelScope
-from sgl_apr.runtime.steps import closing_overhead
+from sgl_apr.runtime.phase_output import closing_overhead
+from sgl_apr.runtime.recorder import SequenceState, TrajectoryRecorder
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory import Trajectory
+from sgl_apr.trajectory.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 

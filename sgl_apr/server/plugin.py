@@ -37,7 +37,7 @@ def platform() -> str | None:
     """Entry point: the platform class where there is nothing but a CPU, else None."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or has_accelerator():
         return None
-    return "sgl_apr.server.platform.TorchCpuPlatform"
+    return "sgl_apr.server.cpu.platform.TorchCpuPlatform"
 
 
 def activate() -> None:
@@ -91,7 +91,7 @@ def require_sglang(path: str, parameters: Sequence[str] = ()) -> Any:
 
 def _prepare_masks() -> None:
     """Have llguidance prepare for free text as our grammars have it; SGLang's module takes the function from there."""
-    from sgl_apr.lowering_llguidance import LLGUIDANCE_SLICES
+    from sgl_apr.formats.masks.llguidance import LLGUIDANCE_SLICES
 
     stock = require_sglang("llguidance.hf:from_tokenizer", ["hf_tokenizer", "n_vocab", "eos_token", "slices"])
     import_module("llguidance.hf").from_tokenizer = functools.partial(stock, slices=list(LLGUIDANCE_SLICES))  # type: ignore[attr-defined]
@@ -146,13 +146,13 @@ def _make_cache(context: Any) -> Any:
         "checkpoint": ["req", "up_to"],
     }.items():
         require_sglang(f"{cache}.{method}", parameters)
-    from sgl_apr.server import kv_join
+    from sgl_apr.server.kv_join import radix_cache
 
-    return kv_join.make_cache(context)
+    return radix_cache.make_cache(context)
 
 
 def _shift(batch: Any, *arguments: Any, **options: Any) -> None:
-    from sgl_apr.server.kv_join import shift_positions
+    from sgl_apr.server.kv_join.radix_cache import shift_positions
 
     shift_positions(batch, *arguments, **options)
 
@@ -161,8 +161,8 @@ def _check(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any
     """In the HTTP process: what SGLang answers a ValueError with is a 400."""
     from sglang.srt.runtime_context import get_memory
 
-    from sgl_apr.layout import LayoutError
-    from sgl_apr.server.kv_door import validate_request
+    from sgl_apr.server.kv_join.validation import validate_request
+    from sgl_apr.trajectory.join_layout import LayoutError
 
     try:
         validate_request(obj, request, joins=get_memory().radix_cache_backend == CACHE)
@@ -179,12 +179,12 @@ def _register_attention() -> None:
 
 
 def _register_products() -> None:
-    from sgl_apr.server import few_rows
+    from sgl_apr.server.cpu import padded_matmul
 
     linear = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply"
-    hook_around(linear, ["layer", "x", "bias"], few_rows.apply)
+    hook_around(linear, ["layer", "x", "bias"], padded_matmul.apply)
     head = "sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head"
-    hook_around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], few_rows.logits)
+    hook_around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], padded_matmul.logits)
 
 
 def _make_attention(runner: Any) -> Any:
@@ -193,6 +193,6 @@ def _make_attention(runner: Any) -> Any:
     require_sglang(f"{native}.init_forward_metadata", ["forward_batch"])
     require_sglang(f"{native}._run_sdpa_forward_decode", [*_DECODE, "encoder_lens", *_OPTIONS])
     require_sglang(f"{native}._run_sdpa_forward_extend", [*_EXTEND, *_OPTIONS])
-    from sgl_apr.server.attention import AprCpuAttention
+    from sgl_apr.server.cpu.attention import AprCpuAttention
 
     return AprCpuAttention(runner)

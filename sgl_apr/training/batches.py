@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from sgl_apr.errors import AprError
 from sgl_apr.training.examples import Examples
-from sgl_apr.training.structure import TrainingTree
+from sgl_apr.training.training_tree import TrainingTree
 
 
 def batches(trees: Sequence[TrainingTree], most: int, rng: random.Random) -> list[list[TrainingTree]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sgl_apr.errors import AprError
-from sgl_apr.training.masks import Visibility
-from sgl_apr.training.structure import TrainingTree
+from sgl_apr.training.attention_mask import Visibility
+from sgl_apr.training.training_tree import TrainingTree
 
 
 def pack_rows(structures: Iterable[TrainingTree], length: int) -> Iterator[list[TrainingTree]]:

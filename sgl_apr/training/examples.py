@@ -11,15 +11,15 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Protocol
 
-from sgl_apr.dialects import dialect
 from sgl_apr.errors import AprError
-from sgl_apr.tasks.countdown import Problem, pairs, problems
-from sgl_apr.tasks.expert import SearchStyle, demonstration
-from sgl_apr.tasks.search import FOUND
+from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle, demonstration
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, pairs, problems
+from sgl_apr.evaluation.tasks.countdown.search import FOUND
+from sgl_apr.formats.dialect import dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.config import Data
-from sgl_apr.training.structure import TrainingTree, build_training_tree
-from sgl_apr.trajectory import Trajectory
+from sgl_apr.training.training_tree import TrainingTree, build_training_tree
+from sgl_apr.trajectory.trajectory import Trajectory
 
 CHUNK = 256  # trajectories that are made, cut into trees, and put in order of length at once
 

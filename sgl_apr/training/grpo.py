@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from sgl_apr.budget import Budget
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.server.launch import Server
-from sgl_apr.tasks.countdown import Problem, problems
-from sgl_apr.tasks.solving import SERVER, Attempt, attempts
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER, Attempt, attempts
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
+from sgl_apr.runtime.budget import Budget
+from sgl_apr.server.launch.launcher import Server
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.advantages import grpo, mean_only, papo
 from sgl_apr.training.batches import batches
@@ -32,8 +32,8 @@ from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import GrpoConfig, Rollouts
 from sgl_apr.training.device import device
 from sgl_apr.training.rewards import reward
-from sgl_apr.training.structure import Floats, TrainingTree, build_training_tree
-from sgl_apr.trajectory import Trajectory
+from sgl_apr.training.training_tree import Floats, TrainingTree, build_training_tree
+from sgl_apr.trajectory.trajectory import Trajectory
 
 POOL = 20_000  # training problems that prompts are drawn from
 WEIGHTS = "weights"  # what the server loads

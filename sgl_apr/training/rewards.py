@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from sgl_apr.dialects import dialect
 from sgl_apr.errors import AprError
-from sgl_apr.reading import Reading
-from sgl_apr.trajectory import Trajectory
+from sgl_apr.formats.dialect import dialect
+from sgl_apr.formats.lenient_parser import Reading
+from sgl_apr.trajectory.trajectory import Trajectory
 
 Reward = Callable[[Trajectory, bool], float | None]  # None: the reply does not count
 

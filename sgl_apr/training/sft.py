@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from sgl_apr.dialects import dialect
-from sgl_apr.models.countdown import countdown_llama
+from sgl_apr.formats.dialect import dialect
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.batches import stream
 from sgl_apr.training.checkpoint import LOG, Progress, export_model, resume, save, start_run
@@ -22,6 +21,7 @@ from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, Steps
 from sgl_apr.training.device import device
 from sgl_apr.training.examples import examples
+from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.muon import Muon
 
 MODEL, BEGIN = "model", "begin"

@@ -1,0 +1,15 @@
+"""Every method on the same ten Countdown problems under one budget, with the model that comes with the package.
+
+python benchmarks/quality/methods.py [--json] [any other option of sgl-apr eval]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sgl_apr.cli.main import main
+
+ASKED = ["eval", "countdown", "--methods", "all", "--model", "builtin", "--limit", "10", "--budget", "tokens=1024"]  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main([*ASKED, *sys.argv[1:]]))

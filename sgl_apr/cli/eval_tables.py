@@ -1,0 +1,80 @@
+"""What evaluations came to, as tables for people; the figures are made elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sgl_apr.evaluation.compare import Pair
+from sgl_apr.evaluation.metrics import MethodResults
+
+WIDE = 150  # columns
+
+
+def show(task: str, rows: Sequence[MethodResults], several: bool) -> None:
+    """A line for each method; notes below, as what keeps one from being asked. The task has a title among several."""
+    table = Table(
+        "method", "accuracy", "95% CI", "total tokens", "critical path", "context", "forked", "alike", "answers", "calls",
+        "cached", "wall s", "one by one", title=escape(task) if several else None,
+    )  # fmt: skip
+    notes = dict[str, list[str]]()
+    for row in rows:
+        notes.setdefault(row.label or row.reason, []).append(row.method)
+        if not row.attempts:
+            table.add_row(row.method, *["-"] * (len(table.columns) - 1))
+            continue
+        low, high = row.ci95
+        alike, answers = row.known(lambda a: a.redundancy), row.known(lambda a: a.diversity)
+        table.add_row(
+            row.method, f"{row.accuracy:.1%}", f"{low:.1%} - {high:.1%}", f"{row.mean(lambda a: a.tokens):.0f}",
+            f"{row.mean(lambda a: a.critical_path):.0f}", f"{row.mean(lambda a: a.context):.0f}",
+            f"{row.mean(lambda a: bool(a.forks)):.0%}", _share(alike), _share(answers), f"{row.mean(lambda a: a.calls):.1f}",
+            f"{row.cached_share:.0%}", f"{row.wall_s:.1f}", f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-",
+        )  # fmt: skip
+    console = _console()
+    console.print(table)
+    for row in rows:
+        line, side = (
+            (row.known(lambda a: a.sequential_s), row.known(lambda a: a.parallel_s))
+            if row.attempts
+            else (0, 0)
+        )
+        if line and side:
+            took = row.known(lambda a: a.took_s) or 0.0
+            said = f"{line:.2f} s in a line, {side:.2f} s with its forks by the engine's cost, {took:.2f} s as it was"
+            console.print(f"{row.method}: {said}", markup=False, highlight=False, soft_wrap=True)
+    for note, methods in notes.items():
+        if note != "exact":
+            console.print(f"{', '.join(methods)}: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_pairs(pairs: Sequence[Pair]) -> None:
+    """A line for each comparison: differences are the second's over the first's, with their 95% intervals."""
+    table = Table(
+        "first", "second", "problems", "accuracy", "difference", "p", "total tokens", "critical path"
+    )
+    for pair in pairs:
+        compared, first = pair.comparison, pair.rows[0]
+        low, high = compared.ci95
+        table.add_row(
+            *map(escape, pair.names), str(len(first.attempts)), " / ".join(f"{row.accuracy:.1%}" for row in pair.rows),
+            f"{compared.difference:+.1%} ({low:+.1%} to {high:+.1%})", f"{compared.p:.2g}",
+            *(f"{by:+.1f} ({low:+.1f} to {high:+.1f})" for by, (low, high) in (
+                pair.shift(lambda a: a.tokens), pair.shift(lambda a: a.critical_path)
+            )),
+        )  # fmt: skip
+    _console().print(table)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _console() -> Console:
+    """A file or a pipe is as wide as it takes to read the table, unless COLUMNS says how wide it is."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)

@@ -1,0 +1,194 @@
+"""`sgl-apr run`: one question to a served model, by its own forks or by a method, and how the answer is shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from sgl_apr.cli.traces import show
+from sgl_apr.errors import AprError
+from sgl_apr.methods.registry import METHOD_MODULES
+from sgl_apr.runtime.budget import Budget
+
+if TYPE_CHECKING:
+    from sgl_apr.engine.base import Engine
+    from sgl_apr.methods.registry import Result
+    from sgl_apr.methods.task import Task
+    from sgl_apr.runtime.events import OnEvent
+    from sgl_apr.trajectory.trajectory import Trajectory
+
+TASKS = ("question", "mathematics", "countdown")
+
+
+def add_commands(commands: Any) -> None:
+    """Add `run` to an argparse parser."""
+    parser = commands.add_parser(
+        "run",
+        help="let a served model answer one question",
+        epilog='example: sgl-apr run "Tell me about whales and eagles." --budget width=4,seconds=20 --live\n'
+        '         sgl-apr run "Why is the sky blue?" --method self_consistency --budget tokens=2000\n'
+        '         sgl-apr run " 24: 3 7 8 12" --task countdown --method tree_of_thoughts --model builtin',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("question")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
+    which.add_argument("--model", help="a checkpoint, or builtin: served for the time being")
+    parser.add_argument("--api-key")
+    parser.add_argument("--dialect", help="default: recognised by the tags of the server's tokenizer")
+    parser.add_argument("--mode", default="auto", choices=["auto", "sequential", "parallel"])
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help=f"solve it by one of {', '.join(METHOD_MODULES)}; its options are those of the paper",
+    )
+    parser.add_argument(
+        "--task", default="question", choices=TASKS, help="how a method asks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the method recursive run Python that the model writes, in a sandbox",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        default=Budget(),
+        metavar="NAME=N,...",
+        help="limits: tokens (4096), critical_tokens, branch_tokens, width, depth (1), blocks, calls, seconds, "
+        "outline_chars, reserve",
+    )
+    parser.add_argument(
+        "--policy",
+        help='when branches join: "all", "first", "quorum:k" or "deadline:s" (default: the dialect\'s)',
+    )
+    parser.add_argument(
+        "--join",
+        choices=["text", "kv", "message"],
+        help="how branches join (default: the dialect's first way)",
+    )
+    parser.add_argument("--seed", type=int, help="sample by it, where the server honours seeds")
+    parser.add_argument("--temperature", type=float, help="default: 1, and what its paper says for a method")
+    parser.add_argument(
+        "--raw", action="store_true", help="send the question as it is, without a chat template"
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="show the branches side by side as they are written"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the trajectory as JSON, with the answer of a method"
+    )
+    parser.set_defaults(command=_run)
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return Budget.parse(text)
+    except AprError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from sgl_apr.views.live import LiveView
+
+    view = LiveView(options.question)
+    hear = view if options.live else None
+    with ExitStack() as stack:
+        if options.model:
+            from sgl_apr.server.launch.launcher import Server
+            from sgl_apr.training.models import located
+
+            options.url = stack.enter_context(Server(located(options.model))).url
+        if options.live:  # on stderr, so that what is printed at the end can be piped
+            console = Console(stderr=True)
+            stack.enter_context(
+                Live(view, console=console, refresh_per_second=8, transient=console.is_terminal)
+            )
+        meta = _answered(options, hear)
+    trajectory: Trajectory = meta["trajectory"]
+    result: Result | None = meta.get("result")
+    if options.json:
+        print(_described(result) if result else trajectory.to_json())
+        return 0
+    show(trajectory, options.question)
+    if result:
+        Console().print(f"{result.method} ({result.label}): {result.answer or '(no answer)'}", markup=False)
+    return 0
+
+
+def _described(result: Result) -> str:
+    said = {"method": result.method, "answer": result.answer, "score": result.score, "label": result.label}
+    return json.dumps({**said, "trajectory": json.loads(result.trajectory.to_json())}, ensure_ascii=False)
+
+
+def _answered(options: argparse.Namespace, hear: OnEvent | None) -> dict[str, Any]:
+    """What a program of one expression says of its answer."""
+    import sglang as sgl
+
+    from sgl_apr.runtime.frontend.endpoint import Endpoint
+
+    expression = _solved(options, hear) if options.method else _reasoned(options, hear)
+
+    def program(s: Any, question: str) -> None:
+        if options.raw or options.method:
+            s += question + expression
+        else:
+            s += sgl.user(question)
+            s += sgl.assistant(expression)
+
+    temperature = 1.0 if options.temperature is None else options.temperature
+    with Endpoint(options.url, api_key=options.api_key) as endpoint:
+        state = sgl.function(program).run(
+            question=options.question, backend=endpoint, temperature=temperature
+        )
+        meta: dict[str, Any] = state.get_meta_info("answer")
+        return meta
+
+
+def _reasoned(options: argparse.Namespace, hear: OnEvent | None) -> Any:
+    from sgl_apr.runtime.frontend.expressions import reason
+
+    return reason(
+        "answer", options.dialect, mode=options.mode, budget=options.budget, policy=options.policy, join=options.join,
+        seed=options.seed, on_event=hear,
+    )  # fmt: skip
+
+
+def _solved(options: argparse.Namespace, hear: OnEvent | None) -> Any:
+    from sgl_apr.runtime.frontend.expressions import solve
+
+    if options.allow_code and options.method != "recursive":
+        raise AprError("--allow-code is for --method recursive")
+    wrong = [name for name in ("dialect", "policy", "join", "raw") if getattr(options, name)]
+    if wrong or options.mode != "auto":
+        raise AprError(f"--method has a structure of its own, expected no --{(wrong or ['mode'])[0]}")
+    task, problem = _task(options.task, options.question)
+    more: dict[str, Any] = {"temperature": options.temperature} if options.temperature is not None else {}
+    if options.allow_code:
+        more["allow_code"] = True
+    return solve(
+        "answer", problem, method=options.method, task=task, budget=options.budget, seed=options.seed, on_event=hear,
+        **more,
+    )  # fmt: skip
+
+
+def _task(name: str, question: str) -> tuple[Callable[[Engine], Task[Any, Any]], Any]:
+    """What asks for it, and the problem as that takes it."""
+    if name == "countdown":
+        from sgl_apr.evaluation.tasks.countdown.problems import Problem
+        from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
+
+        return CountdownTask, Problem.parse(f" {question.strip()}")
+    if name == "mathematics":
+        from sgl_apr.evaluation.tasks.mathematics import MathTask
+
+        return MathTask, question
+    from sgl_apr.evaluation.tasks.question import QuestionTask
+
+    return QuestionTask, question

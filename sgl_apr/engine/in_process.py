@@ -1,0 +1,230 @@
+"""An SGLang engine in this process, ids in and ids out: the server's own, or an `sgl.Engine`; it knows no dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, get_args
+
+from fastapi import HTTPException
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.routing import dp_rank, routing_key
+from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
+from sgl_apr.engine.step_timer import StepTimer
+from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.runtime.events import OnEvent
+from sgl_apr.runtime.loop import areason
+from sgl_apr.server.plugin import CACHE
+from sgl_apr.tokenizer import Tokenizer, load_tokenizer
+from sgl_apr.trajectory.trajectory import Trajectory
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class InProcessEngine(SGLangEngine):
+    """The engine behind a TokenizerManager of SGLang, in the event loop that the manager runs in.
+
+    `timeout` is the longest silence, in seconds, between two pieces of an answer. Raises `UnsupportedEngine`
+    for another grammar backend than llguidance and xgrammar, or a tokenizer that cannot be read.
+    """
+
+    def __init__(self, manager: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
+        self.manager, self._timeout, self._meter = manager, timeout, StepTimer()
+        self._live: set[str] = set()
+        backend = manager.config_value("grammar_backend")
+        if backend not in get_args(Backend):
+            raise UnsupportedEngine(
+                f"the engine runs grammar_backend={backend!r}, expected {' or '.join(get_args(Backend))}"
+            )
+        self.grammar_backend: Backend = backend
+        self.supports_seeds = bool(manager.config_value("enable_deterministic_inference"))
+        self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
+        self.joins_kv = manager.config_value("radix_cache_backend") == CACHE
+        self.context: int | None = int(manager.model_config.context_len)
+        self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))
+
+    async def abort(self, rid: str) -> None:
+        for live in [r for r in self._live if r.startswith(rid)]:
+            try:
+                self.manager.abort_request(rid=live)
+            except Exception:  # of the socket to a scheduler that is gone
+                log.warning("%s could not be aborted", live, exc_info=True)
+
+    async def load(self) -> Load:
+        self._check_loop()
+        ranks = await self.manager.get_loads()
+        if not ranks:
+            raise EngineError("the engine does not say yet how busy it is")
+        return Load(
+            running=sum(x.num_running_reqs for x in ranks),
+            waiting=sum(x.num_waiting_reqs for x in ranks),
+            used_tokens=sum(x.num_used_tokens for x in ranks),
+            max_tokens=sum(x.max_total_num_tokens for x in ranks),
+            max_running_requests=sum(x.max_running_requests for x in ranks) or None,
+            steps=self._meter.steps,
+        )
+
+    async def _generate(
+        self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
+    ) -> Result:
+        self._check_loop()
+        received, logprobs = list[int](), list[float]()
+        meta: dict[str, Any] = {}
+        at = 0.0
+        async with contextlib.aclosing(self._chunks(request, sampling)) as chunks:
+            async for data in chunks:
+                meta = data["meta_info"]
+                new = new_token_ids(data["output_ids"], len(received), meta)
+                logprobs += new_logprobs(len(logprobs), meta)
+                if new:
+                    now = time.monotonic()
+                    if received:
+                        self._meter.step(len(new), now - at)
+                    at = now
+                    received += new
+                    if on_tokens:
+                        on_tokens(new)
+        reason = meta.get("finish_reason") or {"type": "abort", "message": "it ended without a finish reason"}
+        if reason["type"] == "abort":
+            raise EngineError(
+                f"the engine aborted the request: {reason.get('message')}", reason.get("status_code")
+            )
+        return make_result(received, logprobs, meta, request)
+
+    async def _chunks(
+        self, request: Request, sampling: Mapping[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """What the manager yields for one request; leaving early makes it abort the request."""
+        self._live.add(request.rid)
+        rank = dp_rank(routing_key(request.rid), self._ranks) if self._ranks > 1 else None
+        try:
+            asked = GenerateReqInput(
+                **{"routed_dp_rank": rank, **request.fields},
+                rid=request.rid,
+                input_ids=list(request.input_ids),
+                sampling_params=with_layout(sampling, request.layout),
+                return_logprob=request.logprobs,
+                stream=True,
+            )
+            now = asyncio.get_running_loop().time
+            async with (
+                asyncio.timeout(self._timeout) as silence,
+                contextlib.aclosing(self.manager.generate_request(asked)) as chunks,
+            ):
+                with self._meter.running():
+                    async for data in chunks:
+                        silence.reschedule(now() + self._timeout)
+                        yield data
+        except TimeoutError as error:
+            raise EngineTimeout(f"the engine did not answer within {self._timeout:g} s") from error
+        except HTTPException as error:
+            raise EngineError(
+                f"the engine answered {error.status_code}: {error.detail}", error.status_code
+            ) from error
+        except (ValueError, TypeError) as error:  # of SGLang's own checks: a request that cannot be served
+            raise EngineError(f"the engine refused the request: {error}", 400) from error
+        except Exception as error:
+            raise EngineError(f"the engine failed: {error!r}", 500) from error
+        finally:
+            self._live.discard(request.rid)
+
+    def _check_loop(self) -> None:
+        """SGLang's sockets belong to the event loop that used the engine first: in another one all would wait."""
+        loop = self.manager.event_loop
+        if loop is not None and loop is not asyncio.get_running_loop():
+            raise UnsupportedEngine(
+                "this sgl.Engine was first used in another event loop: await in that one, "
+                "or do all of it by `LocalEngine.run` and `LocalEngine.wait`"
+            )
+
+
+class LocalEngine(InProcessEngine):
+    """An `sgl.Engine` of this process, for offline batches and training: no HTTP in between.
+
+    The engine belongs to one event loop. Without one of your own, block on the engine's:
+
+    >>> with apr.LocalEngine.launch("./my-model") as engine:  # doctest: +SKIP
+    ...     trajectory = engine.run("Question: ...", mode="parallel")
+    ...     outcomes = engine.wait(apr.arun_many(engine, problems, "out.jsonl"))
+
+    In a coroutine `await apr.areason(engine, ...)` as with any engine, and in the same loop from then on.
+    As `sgl.Engine` spawns processes, a script that makes one has to guard its main part by `__name__`.
+    """
+
+    def __init__(self, engine: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
+        super().__init__(engine.tokenizer_manager, tokenizer=tokenizer, timeout=timeout)
+        self.engine = engine
+
+    @classmethod
+    def launch(cls, model: str | Path, **sglang_flags: object) -> LocalEngine:
+        """Start an `sgl.Engine` with the flags that `sgl-apr serve` adds on this hardware; yours win.
+
+        Flags as for `apr.Server`: `context_length=4096`, `radix_cache_backend="apr"`. Raises `LaunchError`
+        for flags that cannot work; an engine that dies while it starts takes this process with it, as SGLang
+        has it.
+        """
+        import sglang as sgl
+
+        from sgl_apr.server.launch.defaults import as_flags
+        from sgl_apr.server.launch.main import server_args
+        from sgl_apr.server.plugin import LAUNCHED_ENV
+
+        args = server_args(as_flags({"model": model, "log_level": "error"} | sglang_flags))
+        before = os.environ.get(LAUNCHED_ENV)
+        os.environ[LAUNCHED_ENV] = "1"  # its processes end at once, rather than run without the plugin
+        try:
+            return cls(sgl.Engine(server_args=args))
+        finally:
+            os.environ.pop(LAUNCHED_ENV) if before is None else os.environ.update({LAUNCHED_ENV: before})
+
+    def run(
+        self,
+        prompt: str | Sequence[int],
+        dialect: Dialect | str | None = None,
+        *,
+        on_event: OnEvent | None = None,
+        **options: Any,
+    ) -> Trajectory:
+        """`apr.areason`, blocking."""
+        return self.wait(areason(self, prompt, dialect, on_event=on_event, **options))
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine over this engine returns, run in the engine's event loop; blocking.
+
+        Raises `AprError` where that loop runs already: await there instead.
+        """
+        loop: asyncio.AbstractEventLoop = self.engine.loop
+        if loop.is_running():
+            work.close()
+            raise AprError("the engine's event loop is running: await the coroutine instead")
+        task = loop.create_task(work)
+        try:
+            return loop.run_until_complete(task)
+        except BaseException:  # Ctrl-C stops the loop, not the task
+            task.cancel()
+            with contextlib.suppress(BaseException):
+                loop.run_until_complete(task)
+            raise
+
+    def shutdown(self) -> None:
+        """End the engine's processes (and, as SGLang has it, every other child of this process)."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()

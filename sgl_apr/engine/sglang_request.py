@@ -1,0 +1,91 @@
+"""What engines have in common that send SGLang's `/generate` requests, by whatever way; nothing is sent in here."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from sgl_apr.engine.base import Request, Result, TokenSink
+from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
+
+
+class SGLangEngine(ABC):
+    """Decodes, commits and forks by `_generate`: a fork is the server's cached prefix."""
+
+    _tokenizer: Tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
+        return await self._generate(request, decode_sampling_params(request), on_tokens)
+
+    async def commit(self, request: Request) -> Result:
+        return await self._generate(request, {"max_new_tokens": 0}, None)
+
+    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Self]]:
+        return await self.commit(request), [self] * size
+
+    async def release(self) -> None:  # noqa: B027  # it is whole
+        """Nothing to give back."""
+
+    @abstractmethod
+    async def _generate(
+        self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
+    ) -> Result:
+        """What came back for a request with these sampling parameters."""
+
+
+def decode_sampling_params(request: Request) -> dict[str, Any]:
+    """The sampling parameters of a request that decodes, under SGLang's names."""
+    sampling = {
+        "skip_special_tokens": False,
+        **request.sampling,
+        "max_new_tokens": request.max_tokens,
+        "stop_token_ids": list(request.stop_ids),
+    }
+    if request.grammar is not None:
+        sampling["ebnf"] = request.grammar
+    elif request.stop:
+        sampling["stop"] = list(request.stop)
+    return sampling
+
+
+def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str, Any]:
+    """The sampling parameters that carry a layout to the server's cache."""
+    if layout is None:
+        return dict(sampling)
+    custom = {**(sampling.get("custom_params") or {}), LAYOUT_PARAM: json.dumps(layout)}
+    return {**sampling, "custom_params": custom}
+
+
+def make_result(
+    ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], asked: Request
+) -> Result:
+    """What came back, from all ids and log-probabilities of the chunks and the last one's `meta_info`."""
+    version = meta.get("weight_version")
+    return Result(
+        token_ids=tuple(ids),
+        finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
+        prompt_tokens=int(meta["prompt_tokens"]),
+        cached_tokens=int(meta["cached_tokens"]),
+        logprobs=tuple(logprobs) if asked.logprobs else None,
+        weight_version=None if version is None else str(version),
+    )
+
+
+def new_logprobs(known: int, meta: Mapping[str, Any]) -> list[float]:
+    """The log-probabilities that are new in a chunk, where SGLang was asked for them."""
+    found: list[Any] = meta.get("output_token_logprobs") or []
+    new = found[known:] if len(found) == int(meta["completion_tokens"]) else found
+    return [float(entry[0]) for entry in new]
+
+
+def new_token_ids(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
+    """The ids that are new in a chunk: SGLang sends all so far, or with incremental streaming the new ones only."""
+    total = int(meta["completion_tokens"])
+    return output_ids[known:] if len(output_ids) == total else output_ids

@@ -1,0 +1,83 @@
+"""A method as a solver of Inspect (the package inspect-ai), so that it answers any of its tasks; it scores nothing.
+
+inspect eval my_task.py --model none --solver sgl_apr/reasoning -S method=threadweaver -S url=http://127.0.0.1:30000
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Any
+
+from inspect_ai.model import ModelOutput, ModelUsage
+from inspect_ai.solver import Generate, Solver, TaskState, solver
+
+from sgl_apr.engine.base import Engine
+from sgl_apr.engine.http import HttpEngine
+from sgl_apr.errors import AprError
+from sgl_apr.evaluation.tasks.mathematics import MathTask
+from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import method as named
+from sgl_apr.runtime.budget import Budget
+
+TASKS = {"question": QuestionTask, "mathematics": MathTask}
+TIMEOUT_S = 600.0
+Connect = Callable[[], Awaitable[AbstractAsyncContextManager[Engine]]]
+
+
+@solver  # type: ignore[untyped-decorator]  # an optional extra
+def reasoning(
+    method: str = "apr",
+    url: str = "http://127.0.0.1:30000",
+    task: str = "question",
+    budget: str = "",
+    temperature: float | None = None,
+) -> Solver:
+    """Answers what the messages ask by a method of `sgl_apr.methods` on the server at `url`, in place of Inspect's model.
+
+    task: how it asks, "question" or "mathematics". budget: as `Budget.parse` reads it. The output is the answer, with
+    the tokens that it took; the trajectory is among its metadata.
+    """
+    sampling = {} if temperature is None else {"temperature": temperature}
+    connect = partial(HttpEngine.connect, url, timeout=TIMEOUT_S)
+    return solving(connect, method, task, budget=Budget.parse(budget), **sampling)
+
+
+def solving(connect: Connect, method: str, task: str = "question", **options: Any) -> Solver:
+    """The same on any engine; options are those of the method. Raises `AprError` for a method or task there is not."""
+    if task not in TASKS:
+        raise AprError(f"no task {task!r}, expected one of {', '.join(TASKS)}")
+    solve = named(method)
+
+    async def answer(state: TaskState, generate: Generate) -> TaskState:
+        asked = "\n\n".join(message.text for message in state.messages if message.role != "assistant")
+        async with await connect() as engine:
+            result = await solve(engine, asked, task=TASKS[task](engine), **options)
+        state.output = _output(result)
+        state.messages.append(state.output.message)
+        return state
+
+    return answer
+
+
+def _output(result: Result) -> ModelOutput:
+    m = result.metrics
+    output = ModelOutput.from_content(f"sgl_apr/{result.method}", result.answer)
+    output.time = result.trajectory.wall_s
+    output.usage = ModelUsage(
+        input_tokens=m.prompt_tokens - m.cached_tokens,
+        input_tokens_cache_read=m.cached_tokens,
+        output_tokens=m.total,
+        total_tokens=m.prompt_tokens + m.total,
+    )
+    output.metadata = {
+        "label": result.label,
+        "score": result.score,
+        "critical_path": m.critical_path,
+        "branches": m.branches,
+        "trajectory": json.loads(result.trajectory.to_json()),
+    }
+    return output

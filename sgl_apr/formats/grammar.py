@@ -1,0 +1,285 @@
+"""A dialect's .lark file as a value: its rules, its tags, its Lark parser; lowering to a mask is in lowering.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeGuard, TypeVar
+
+from lark import Lark, Token, Tree, UnexpectedInput
+from lark.exceptions import LarkError
+from lark.lexer import PatternRE, TerminalDef
+
+from sgl_apr.errors import GrammarError
+from sgl_apr.formats.lark_ast import (
+    Alt,
+    Expr,
+    ExpressionTransformer,
+    Regex,
+    Repeat,
+    SequenceExpr,
+    StringLiteral,
+    SymbolRef,
+    is_present,
+    lark_meta_parser,
+)
+
+TEXT = "TEXT"  # the terminal that stands for whatever the model wants to write
+NUMBER = "NUMBER"  # the terminal that numbers repeated items 1..n
+T = TypeVar("T")
+
+
+def merge_tag_parts(items: Sequence[T], number: str) -> list[T]:
+    """Items with the number put in, so that `<FORK-` NUMBER `>` is the one tag `<FORK-2>`."""
+    done: list[Any] = []
+    for item in items:
+        last = done[-1] if done else None
+        fixed = StringLiteral(number) if item == SymbolRef(NUMBER) else item
+        if isinstance(last, StringLiteral) and isinstance(fixed, StringLiteral) and _is_open(last.text):
+            done[-1] = StringLiteral(last.text + fixed.text)
+        else:
+            done.append(fixed)
+    return done
+
+
+def _is_open(text: str) -> bool:
+    return text.startswith("<") and text.count(">") < text.count("<") and text != "<"
+
+
+def _is_tag(item: object) -> TypeGuard[StringLiteral]:
+    return isinstance(item, StringLiteral) and item.is_tag
+
+
+def _options(expr: Expr) -> tuple[Expr, ...]:
+    return expr.options if isinstance(expr, Alt) else (expr,)
+
+
+class Grammar:
+    """One grammar file, in the subset that Lark, llguidance and xgrammar share.
+
+    Rules are sequences, alternatives, `?`, `*`, `+`, string literals and terminals; terminals are a
+    string or one regular expression without look-around. `TEXT` and `NUMBER` have the meanings above.
+    Raises `GrammarError` with the line for anything else.
+    """
+
+    def __init__(self, source: str, name: str = "grammar") -> None:
+        self.source, self.name = source, name
+        self.facts = dict(_facts(source, name))
+        self.rules: dict[str, Expr] = {}
+        self.terminals: dict[str, StringLiteral | str] = {}  # a fixed text, or a regular expression
+        try:
+            tree = lark_meta_parser().parse(source if source.endswith("\n") else source + "\n")
+        except UnexpectedInput as error:
+            line = source.splitlines()[error.line - 1] if 0 < error.line <= source.count("\n") + 1 else ""
+            raise GrammarError(f"{name}, line {error.line}: not Lark syntax: {line.strip()!r}") from None
+        for item in tree.children:
+            self._add(item)
+        if TEXT not in self.terminals:
+            raise GrammarError(f"{name}: no terminal {TEXT}, expected e.g. {TEXT} : /(.|\\n)+/")
+        self._parsers: dict[str, Lark] = {}
+
+    def _add(self, item: Tree[Token] | Token) -> None:
+        line = item.meta.line if isinstance(item, Tree) else item.line
+        if not isinstance(item, Tree) or item.data not in ("rule", "token"):
+            what = item.data if isinstance(item, Tree) else item
+            raise GrammarError(
+                f"{self.name}, line {line}: {what} is outside the shared subset: rules and terminals only"
+            )
+        try:
+            key, expr = str(item.children[0]), ExpressionTransformer().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
+        except LarkError as error:
+            cause = error.__context__ if isinstance(error.__context__, GrammarError) else error
+            raise GrammarError(f"{self.name}, line {line}: {cause}") from None
+        if any(is_present(child) for child in item.children[1:-1]):
+            raise GrammarError(
+                f"{self.name}, line {line}: templates and priorities are outside the shared subset"
+            )
+        if item.data == "rule":
+            self.rules[key] = expr
+        elif isinstance(expr, (StringLiteral, Regex)):
+            self.terminals[key] = expr if isinstance(expr, StringLiteral) else expr.pattern
+        else:
+            raise GrammarError(
+                f"{self.name}, line {line}: terminal {key} is not one string or one regular expression"
+            )
+
+    @cached_property
+    def tag_literals(self) -> tuple[str, ...]:
+        """What free text may not hold: every tag, or how it begins where it holds a number or a name."""
+        return tuple(dict.fromkeys(i.text for seq in self._sequences() for i in seq if _is_tag(i)))
+
+    def tags(self, numbers: Sequence[str] = ()) -> tuple[str, ...]:
+        """Every tag that can be one token, in the order of the file; numbered ones once for each number."""
+        found: dict[str, None] = {}
+        for seq in self._sequences():
+            for n in numbers or ("",):
+                tags = [i.text for i in merge_tag_parts(seq, n) if _is_tag(i)]
+                found |= dict.fromkeys(
+                    t
+                    for t in tags
+                    if not _is_open(t) or (t in self.tag_literals and SymbolRef(NUMBER) not in seq)
+                )
+        return tuple(found)
+
+    def _sequences(self, rules: Iterable[Expr] | None = None) -> Iterator[tuple[Expr, ...]]:
+        """Every sequence of the file, or of some rules, single items included."""
+
+        def visit(expr: Expr) -> Iterator[tuple[Expr, ...]]:
+            match expr:
+                case SequenceExpr(items):
+                    yield items
+                    for item in items:
+                        if not isinstance(item, (StringLiteral, SymbolRef)):
+                            yield from visit(item)
+                case Alt(options):
+                    for option in options:
+                        yield from visit(option)
+                case Repeat(item):
+                    yield from visit(item)
+                case _:
+                    yield (expr,)
+
+        for expr in self.rules.values() if rules is None else rules:
+            yield from visit(expr)
+
+    def rule(self, name: str) -> Expr:
+        """The body of a rule; raises `GrammarError` if the file has none of that name."""
+        if name not in self.rules:
+            raise GrammarError(
+                f"{self.name}: no rule {name!r}, expected one of {', '.join(sorted(self.rules))}"
+            )
+        return self.rules[name]
+
+    def render_rule(
+        self,
+        rule: str,
+        number: str = "",
+        text: str = "",
+        name: str = "",
+        each: Sequence[tuple[str, str]] = (),
+    ) -> str:
+        """What the runtime injects for a rule: fixed text, its number, its text and what it names.
+
+        What is optional is left out without a `text` for it. A rule that is repeated is written once for
+        each (number, text) of `each`. An absent rule is an empty one.
+        """
+
+        def write(expr: Expr) -> str:
+            match expr:
+                case StringLiteral(value):
+                    return value
+                case SymbolRef(key) if key == NUMBER and number:
+                    return number
+                case SymbolRef(key) if key == TEXT and text:
+                    return text
+                case SymbolRef(key) if isinstance(terminal := self.terminals.get(key), StringLiteral):
+                    return terminal.text
+                case SymbolRef(key) if key in self.rules:
+                    return write(self.rules[key])
+                case SymbolRef(key) if key not in (NUMBER, TEXT) and name:
+                    return name
+                case Repeat(item, many=False):
+                    return write(item) if text else ""
+                case Repeat(SymbolRef(key), many=True) if each:
+                    return "".join(self.render_rule(key, n, t, t) for n, t in each)
+                case SequenceExpr(items):
+                    return "".join(map(write, items))
+            raise GrammarError(f"{self.name}: rule {rule!r} holds what cannot be written: {expr}")
+
+        return write(self.rules[rule]) if rule in self.rules else ""
+
+    def closing_literal(self, rule: str, number: str = "") -> str:
+        """What a rule always ends with, which is where decoding of it stops; empty if that is free text."""
+        return _ending(self, rule, number)
+
+    def is_break(self, expr: Expr) -> bool:
+        """Whether an item is a line break."""
+        terminal = self.terminals.get(expr.name) if isinstance(expr, SymbolRef) else expr
+        return terminal == StringLiteral("\n")
+
+    def repeats(self, rule: str) -> bool:
+        """Whether a rule repeats another, as a fork does its outlines."""
+        expr = self.rules.get(rule)
+        return any(
+            isinstance(i, Repeat) and i.many for i in (expr.items if isinstance(expr, SequenceExpr) else ())
+        )
+
+    def longest_name(self, rule: str) -> int:
+        """Characters that the terminal of a rule which is neither TEXT nor NUMBER may have, at most."""
+        widths = {t.name: t.pattern.max_width for t in self.parser("trace").terminals}
+        names = [
+            i.name for seq in self._sequences([self.rule(rule)]) for i in seq if isinstance(i, SymbolRef)
+        ]
+        own = [n for n in names if n not in (TEXT, NUMBER) and isinstance(self.terminals.get(n), str)]
+        return min(max((widths.get(n, 0) for n in own), default=0), 256)
+
+    def tags_in_rule(self, rule: str) -> tuple[str, ...]:
+        """The marks that a rule itself holds."""
+        found = self._sequences([self.rules[rule]] if rule in self.rules else [])
+        return tuple(i.text for seq in found for i in seq if _is_tag(i))
+
+    def opening_literal(self, rule: str) -> str:
+        """The fixed text that a rule begins with; empty if there is none."""
+        expr = self.rules.get(rule)
+        first = expr.items[0] if isinstance(expr, SequenceExpr) else expr
+        if isinstance(first, SymbolRef) and first.name in self.rules:
+            return self.opening_literal(first.name)
+        return first.text if isinstance(first, StringLiteral) else ""
+
+    def parser(self, start: str) -> Lark:
+        """The Lark parser (LALR, contextual lexer) that begins at rule `start`; TEXT ends where a tag begins."""
+        if start not in self._parsers:
+            self.rule(start)
+            try:
+                self._parsers[start] = Lark(
+                    self.source,
+                    parser="lalr",
+                    start=start,
+                    keep_all_tokens=True,
+                    maybe_placeholders=False,
+                    edit_terminals=self._exclude_tags,
+                )
+            except LarkError as error:
+                raise GrammarError(f"{self.name}: {str(error).splitlines()[0]}") from error
+        return self._parsers[start]
+
+    def _exclude_tags(self, terminal: TerminalDef) -> None:
+        if terminal.name == TEXT:
+            tags = "|".join(re.escape(t) for t in sorted(self.tag_literals, key=len, reverse=True))
+            terminal.pattern = PatternRE(rf"(?:(?!{tags})[\s\S])+" if tags else r"[\s\S]+")
+
+
+@lru_cache(maxsize=1024)  # asked several times for every request
+def _ending(grammar: Grammar, rule: str, number: str) -> str:
+    ends: set[str] = set()
+    for expr in _options(grammar.rules[rule]) if rule in grammar.rules else ():
+        last = merge_tag_parts(expr.items if isinstance(expr, SequenceExpr) else (expr,), number)[-1]
+        if isinstance(last, SymbolRef) and last.name in grammar.rules:
+            ends.add(_ending(grammar, last.name, number))
+        else:
+            ends.add(last.text if isinstance(last, StringLiteral) else "")
+    if len(ends) > 1:
+        raise GrammarError(f"{grammar.name}: rule {rule!r} has to end with the same tag every time")
+    return ends.pop() if ends else ""
+
+
+def _facts(source: str, name: str) -> Iterator[tuple[str, str]]:
+    """What `//@ key value, key value` lines declare."""
+    for number, line in enumerate(source.splitlines(), 1):
+        if line.startswith("//@"):
+            for fact in line[3:].split(","):
+                key, _, value = fact.strip().partition(" ")
+                if not key or not value.strip():
+                    raise GrammarError(
+                        f"{name}, line {number}: {fact.strip()!r}, expected //@ key value, key value"
+                    )
+                yield key, value.strip()
+
+
+def grammar_path(name: str) -> Path:
+    """Where a built-in grammar file lies: inside the wheel, or beside the package in a checkout."""
+    inside = Path(str(files("sgl_apr"))) / "grammars" / f"{name}.lark"
+    return inside if inside.exists() else inside.parents[2] / "grammars" / f"{name}.lark"

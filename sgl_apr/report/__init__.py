@@ -1,1 +1,0 @@
-"""What people look at: trees and tables of trajectories."""

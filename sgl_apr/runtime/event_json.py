@@ -1,0 +1,72 @@
+"""Events of a trajectory as JSON objects and back; they are sent elsewhere.
+
+An object has the fields of its event (`sgl_apr.runtime.events`) under their names, and its kind:
+
+    {"event": "delta", "path": [1, 2], "text": "..."}
+    {"event": "text_retracted", "path": [], "chars": 12}
+    {"event": "span_finished", "index": 3, "span": {"role": "body", "origin": "decoded", "text": "...", ...}}
+    {"event": "request_finished", "index": 1, "call": {"phase": "branch", "path": [1, 2], "prompt_tokens": 40, ...}}
+    {"event": "forked", "path": [1], "branches": [["1", "an outline"], ["2", "another"]], "first_number": 1}
+    {"event": "branch_ended", "path": [1, 2], "outcome": "ok"}
+    {"event": "joined", "path": [1], "branches": [1, 2]}
+    {"event": "done", "order": [0, 1, ...], "dialect": "threadweaver", "wall_s": 2.5, "limits": [], ...}
+
+`apr.rebuild(map(read_event, objects))` is the trajectory, exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sgl_apr.errors import AprError
+from sgl_apr.runtime.events import (
+    BranchEnded,
+    Delta,
+    Done,
+    Event,
+    Forked,
+    Joined,
+    RequestFinished,
+    SpanFinished,
+    TextRetracted,
+)
+from sgl_apr.trajectory.spans import Span
+from sgl_apr.trajectory.trajectory import Call, JoinRecord, LimitHit, PacingDecision
+
+
+def _snake_case(kind: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+KINDS: Mapping[str, type[Event]] = {
+    _snake_case(kind): kind
+    for kind in (Delta, TextRetracted, SpanFinished, RequestFinished, Forked, BranchEnded, Joined, Done)
+}
+PARTS: Mapping[str, Any] = {
+    "span": Span, "call": Call, "limits": LimitHit, "decisions": PacingDecision, "joins": JoinRecord
+}  # fmt: skip
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+    """The object of an event, for a JSON encoder."""
+    return {"event": _snake_case(type(event)), **asdict(event)}
+
+
+def event_from_json(data: Mapping[str, Any]) -> Event:
+    """The event of an object; raises `AprError` for anything else."""
+    try:
+        values = {name: _part(name, value) for name, value in data.items() if name != "event"}
+        return KINDS[data["event"]](**values)
+    except (KeyError, TypeError) as error:
+        raise AprError(f"not an event of a trajectory: {error!r}") from None
+
+
+def _part(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return PARTS[name](**{key: _part(key, item) for key, item in value.items()})
+    if isinstance(value, list):
+        return tuple(_part(name, item) for item in value)
+    return value

@@ -1,0 +1,368 @@
+"""An SGLang front-end backend that sends ids, and runs `apr.reason`; the loop itself is in runtime.loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from sglang.lang.chat_template import get_chat_template
+from sglang.lang.global_config import global_config
+from sglang.lang.interpreter import ProgramState, StreamExecutor
+from sglang.lang.ir import SglSamplingParams
+
+from sgl_apr.engine.base import Request, Result
+from sgl_apr.engine.http import HttpEngine
+from sgl_apr.engine.routing import ROUTING_KEY_FIELD
+from sgl_apr.errors import EngineError
+from sgl_apr.runtime.events import Delta, Event, OnEvent, TextRetracted
+from sgl_apr.runtime.frontend.expressions import Reason, Solve
+from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine
+from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
+from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens, ledger_of
+from sgl_apr.runtime.loop import run_plan
+from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.spans import Path
+from sgl_apr.trajectory.trajectory import Trajectory
+
+T = TypeVar("T")
+PROGRAM_SAMPLING_PARAMS = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
+ROUTE = "__apr_route__"
+LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
+
+
+class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
+    """A running SGLang server as the backend of `@sgl.function` programs.
+
+    Everything that works on SGLang's own `RuntimeEndpoint` works here (gen, select, fork, roles,
+    streaming, batches), and `apr.reason` and `apr.solve` besides. A program sends the ids that it received, never its
+    text again. Where a program fails, reading its variables raises the error.
+
+    Raises `EngineError` if no server answers at `base_url`, and `UnsupportedEngine` if it can't serve
+    (see `HttpEngine.connect`, also for `tokenizer`, `timeout` and `reconnect_timeout`).
+    """
+
+    raises_errors = True
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        verify: str | None = None,
+        chat_template_name: str | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        timeout: float = 120.0,
+        reconnect_timeout: float = 0.0,
+    ) -> None:
+        patch_frontend()
+        base_url = base_url.rstrip("/")
+        # By program: what a native fork of the loop commits, and what that came to.
+        self.pending_commits: dict[str, Request] = {}
+        self.commit_results: dict[str, Result] = {}
+        self._running: dict[str, Future[Any]] = {}
+        self._loop = asyncio.new_event_loop()
+        # A native fork waits in a thread, and thousands of programs may fork at once.
+        self._forks = ThreadPoolExecutor(256, thread_name_prefix="apr-fork")
+        self._loop.set_default_executor(self._forks)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="apr-endpoint", daemon=True)
+        self._thread.start()
+        try:
+            self.http = self._wait(
+                HttpEngine.connect(
+                    base_url,
+                    api_key=api_key,
+                    tokenizer=tokenizer,
+                    timeout=timeout,
+                    reconnect_timeout=reconnect_timeout,
+                )
+            )
+            try:
+                super().__init__(base_url, api_key, verify, chat_template_name)
+            except (RuntimeError, OSError) as error:  # a router with --dp-aware knows no model
+                self._wait(self.http.close())
+                raise EngineError(f"{base_url} does not say what its model is: {error}") from error
+        except BaseException:
+            self._stop()
+            raise
+        # The runtime joins by text; SGLang's own way posts to a route that no server has.
+        self.support_concate_and_append = False
+        # SGLang guesses the template by the model's path; the tokenizer knows better.
+        guessed = chat_template_name is None and self.get_chat_template().name == "default"
+        if guessed and self.tokenizer.special("<|im_start|>") is not None:
+            self.chat_template = get_chat_template("chatml")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the served model."""
+        return self.http.tokenizer
+
+    def close(self) -> None:
+        """Cancel what is running, abort it on the server, and close the connections and threads."""
+        if self._loop.is_running():
+            self._wait(self._drain())
+            self._stop()
+
+    async def _drain(self) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        # What is cancelled starts to abort its requests on the server: that is waited for, not cancelled.
+        while running := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.gather(*running, return_exceptions=True)
+        await self.http.close()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._forks.shutdown(wait=False)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def cancel(self, state: ProgramState) -> None:
+        """Stop what `state` is generating: it is aborted on the server, and reading the program raises."""
+        if future := self._running.get(state.stream_executor.sid):
+            future.cancel()
+
+    # What SGLang's interpreter calls.
+
+    def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        if s.images_:
+            super().commit_lazy_operations(s)
+        else:
+            fields = {ROUTING_KEY_FIELD: self.route(s)}
+            request = self.pending_commits.get(s.sid) or Request(_rid(), self._ids(s), fields=fields)
+            self.commit_results[s.sid] = self._wait(self.http.commit(request), s)
+
+    def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
+        match sampling_params.dtype:
+            case Reason() as asked:
+                running = self._reason(s, self._plan(asked, sampling_params), asked.on_event)
+                return self._finish(s, self._wait(running, s), s.text_)
+            case Solve() as asked:
+                solved = self._wait(asked.run(ProgramEngine(self, s)), s)
+                return solved.answer, {**_meta(solved.trajectory), "result": solved}
+            case DecodeCall() as call:
+                return self._branch(s, call)
+        if s.images_:
+            return super().generate(s, sampling_params)  # type: ignore[no-any-return]
+        answer = self._wait(self.http.post(self._body(s, sampling_params)), s)
+        if isinstance(answer, list):  # n > 1: the program goes on from the first, as SGLang defines it
+            self._record_answer(s, s.text_, answer[0])
+            return [a["text"] for a in answer], answer[0]["meta_info"]
+        self._record_answer(s, s.text_, answer)
+        return answer["text"], answer["meta_info"]
+
+    def generate_stream(
+        self, s: StreamExecutor, sampling_params: SglSamplingParams
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        if isinstance(sampling_params.dtype, Reason):
+            yield from self._stream_reason(s, sampling_params.dtype, sampling_params)
+            return
+        if isinstance(sampling_params.dtype, Solve):
+            yield self.generate(s, sampling_params)
+            return
+        if s.images_:
+            yield from super().generate_stream(s, sampling_params)
+            return
+        chunks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        future = self._start(
+            self._forward_chunks(self._body(s, sampling_params), chunks), s, lambda: chunks.put(None)
+        )
+        before, sent = s.text_, 0
+        ids: list[int] = []
+        while (chunk := chunks.get()) is not None:
+            text, sent = chunk["text"][sent:], len(chunk["text"])
+            ids = chunk["output_ids"] if len(chunk["output_ids"]) > len(ids) else [*ids, *chunk["output_ids"]]
+            yield text, chunk["meta_info"]
+        self._outcome(future)
+        self._record_answer(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
+
+    # How it is done.
+
+    def route(self, s: StreamExecutor) -> str:
+        """The key by which a program and its forks keep to one replica; forks copy variables."""
+        return str(s.variables.setdefault(ROUTE, uuid.uuid4().hex))
+
+    def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
+        return ledger_of(s.text_, s.variables, self.tokenizer).ids
+
+    def _record_answer(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
+        """Enter an answer into the ledger; SGLang appends its text to the program afterwards."""
+        ledger = ledger_of(before, s.variables, self.tokenizer)
+        s.variables[TOKENS_VARIABLE] = ledger.with_decoded(
+            answer["text"], answer["output_ids"], self.tokenizer
+        )
+
+    def _body(self, s: StreamExecutor, params: SglSamplingParams) -> dict[str, Any]:
+        self._handle_dtype_to_regex(params)
+        body = {
+            "input_ids": list(self._ids(s)),
+            ROUTING_KEY_FIELD: self.route(s),
+            "sampling_params": {
+                "skip_special_tokens": global_config.skip_special_tokens_in_output,
+                "spaces_between_special_tokens": global_config.spaces_between_special_tokens_in_out,
+                **params.to_srt_kwargs(),
+            },
+            **{k: v for k in LOGPROBS if (v := getattr(params, k)) is not None},
+        }
+        return body if params.n > 1 else {"rid": _rid(), **body}  # SGLang names the parts of a batch itself
+
+    async def _forward_chunks(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
+        async for chunk in self.http.events(body):
+            chunks.put(chunk)
+
+    def _branch(self, s: StreamExecutor, call: DecodeCall) -> tuple[str, dict[str, Any]]:
+        """A gen inside a native fork: it decodes what the loop asked for, and tells the loop."""
+        known = ledger_of(s.text_, s.variables, self.tokenizer)
+        context = call.request.input_ids
+        if context[: len(known.ids)] == known.ids:
+            s.text_ += self.tokenizer.decode(context[len(known.ids) :], known.ids)  # what the loop injected
+        else:  # a branch with a context of its own
+            s.text_ = self.tokenizer.decode(context)
+        s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_, context)
+        future = asyncio.run_coroutine_threadsafe(self.http.decode(call.request, call.on_tokens), self._loop)
+        # A branch that the loop has given up on is aborted; the future of an ended loop is never awaited.
+        self._call_in_loop(
+            call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
+        )
+        try:
+            result = future.result()
+        except BaseException as error:
+            self._call_in_loop(_resolve_future, call.done, None, error)
+            return "", {}
+        text = self.tokenizer.decode(result.token_ids, context)
+        s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_ + text, (*context, *result.token_ids))
+        self._call_in_loop(_resolve_future, call.done, result, None)
+        return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
+
+    def _reason(
+        self, s: StreamExecutor, plan: ReasonOptions, on_event: OnEvent | None
+    ) -> Coroutine[Any, Any, Trajectory]:
+        return run_plan(ProgramEngine(self, s), self._ids(s), plan, on_event)
+
+    def _plan(self, asked: Reason, params: SglSamplingParams) -> ReasonOptions:
+        return asked.plan(self.tokenizer, {name: getattr(params, name) for name in PROGRAM_SAMPLING_PARAMS})
+
+    def _finish(self, s: StreamExecutor, trajectory: Trajectory, before: str) -> tuple[str, dict[str, Any]]:
+        """Put the trace into the program but for the answer, which SGLang appends, and report."""
+        trace, answer = trajectory.text, trajectory.answer
+        s.variables[TOKENS_VARIABLE] = ProgramTokens(before + trace, trajectory.context_ids)
+        s.text_ = before + trace[: len(trace) - len(answer)]
+        return answer, _meta(trajectory)
+
+    def _stream_reason(
+        self, s: StreamExecutor, asked: Reason, params: SglSamplingParams
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The program's text grows as the trunk is written, a block at a time where it forks.
+
+        The variable gets the answer when it is known to be the answer: as it is written if the trunk
+        may not fork, else at the end. Of an answer that is repeated after an error the stream has both.
+        """
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        before, plan = s.text_, self._plan(asked, params)
+
+        def hear(event: Event) -> None:
+            events.put(event)
+            if asked.on_event:
+                asked.on_event(event)
+
+        future = self._start(self._reason(s, plan, hear), s, lambda: events.put(None))
+        branches: dict[Path, str] = {}
+        answering = ""
+        while (event := events.get()) is not None:
+            match event:
+                case TextRetracted(path, chars) if path:
+                    branches = _retract_branch_text(branches, path, chars)
+                case TextRetracted(_, chars) if not answering:
+                    s.text_ = s.text_[: len(s.text_) - (chars or 0)]
+                case Delta(path, text) if path:
+                    branches[path] = branches.get(path, "") + text
+                case Delta(_, text):
+                    s.text_ += "".join(branches[p] for p in sorted(branches))
+                    branches.clear()
+                    if plan.max_blocks == 0 and (answering or text.strip()):
+                        head = "" if answering else text[: len(text) - len(text.lstrip())]
+                        s.text_ += head
+                        answering += text[len(head) :]
+                        yield text[len(head) :], {}
+                    else:
+                        s.text_ += text
+                        s.stream_text_event.set()
+        trajectory = self._outcome(future)
+        answer, meta = self._finish(s, trajectory, before)
+        s.text_ += answer
+        s.variables[asked.name] = answer
+        yield "", meta
+
+    def _call_in_loop(self, callback: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the endpoint was closed meanwhile: nobody waits
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _start(self, work: Coroutine[Any, Any, T], s: StreamExecutor, then: Any) -> Future[T]:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._running[s.sid] = future
+        future.add_done_callback(lambda _: (self._running.pop(s.sid, None), then()))
+        return future
+
+    def _wait(self, work: Coroutine[Any, Any, T], s: StreamExecutor | None = None) -> T:
+        """The result of `work`, run in the endpoint's event loop; given up when the program is at its end."""
+        future = (
+            self._start(work, s, lambda: None) if s else asyncio.run_coroutine_threadsafe(work, self._loop)
+        )
+        while not wait([future], timeout=0.5).done:
+            if not threading.main_thread().is_alive():  # interrupted: do not hold the process up
+                future.cancel()
+        return self._outcome(future)
+
+    def _outcome(self, future: Future[T]) -> T:
+        try:
+            return future.result()
+        except CancelledError:
+            raise EngineError("the program was cancelled, and its requests were aborted") from None
+
+
+def _resolve_future(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
+    if done.done():
+        return
+    if error is not None:
+        done.set_exception(error if isinstance(error, Exception) else EngineError("the branch was cancelled"))
+    elif result is not None:
+        done.set_result(result)
+
+
+def _meta(trajectory: Trajectory) -> dict[str, Any]:
+    """What `get_meta_info` returns: SGLang's own fields, summed over the calls, and the trajectory."""
+    metrics = trajectory.metrics()
+    return {
+        "id": None,
+        "finish_reason": {"type": trajectory.finish},
+        "prompt_tokens": len(trajectory.spans[0].token_ids or ()),
+        "completion_tokens": metrics.total,
+        "cached_tokens": metrics.cached_tokens,
+        "trajectory": trajectory,
+    }
+
+
+def _retract_branch_text(branches: dict[Path, str], path: Path, chars: int | None) -> dict[Path, str]:
+    """Without the last characters of the branch at `path`, or without it and what it forked (None)."""
+    if chars is None:
+        return {p: text for p, text in branches.items() if p[: len(path)] != path}
+    text = branches.get(path, "")
+    return {**branches, path: text[: len(text) - chars]}
+
+
+def _rid() -> str:
+    return f"apr-{uuid.uuid4().hex}"

@@ -1,0 +1,107 @@
+"""`apr.reason` and `apr.solve`: expressions for `@sgl.function` programs; the backend that runs them is `apr.Endpoint`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sgl_apr.formats.dialect import Dialect
+from sgl_apr.runtime.events import OnEvent
+from sgl_apr.runtime.options import ReasonOptions, make_options
+from sgl_apr.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sglang.lang.ir import SglGen
+
+    from sgl_apr.engine.base import Engine
+    from sgl_apr.methods.registry import Result
+    from sgl_apr.methods.task import Task
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What an `apr.reason` expression asks for. It travels in `dtype`, which any other backend refuses."""
+
+    name: str
+    dialect: Dialect | str | None
+    options: Mapping[str, Any]
+    on_event: OnEvent | None = None
+
+    def plan(self, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> ReasonOptions:
+        """The plan for a model with this tokenizer; its own sampling parameters win over these."""
+        return make_options(self.dialect, tokenizer, **{**sampling, **self.options})
+
+    def __str__(self) -> str:
+        return f"apr.reason({self.name!r}), which needs the backend apr.Endpoint"
+
+    __repr__ = __str__
+
+
+def reason(
+    name: str, dialect: Dialect | str | None = None, *, on_event: OnEvent | None = None, **options: Any
+) -> SglGen:
+    """Let the model think, forking and joining as it decides; `state[name]` is its answer.
+
+    Without a `dialect` it is the one whose tags the model's tokenizer has, else "threadweaver". The answer
+    is the text after the last join; `state.text()` holds the whole trace, and
+    `state.get_meta_info(name)["trajectory"]` the `Trajectory`. Options are the fields of `Plan` (budget,
+    mode, policy, ...), and are checked here: what the dialect does not allow raises at once. Any other is a
+    sampling parameter of SGLang's (temperature, top_p, ...), over those of the program. `on_event` hears
+    what happens as it happens, in a thread of the backend's.
+
+    >>> s += sgl.assistant(apr.reason("answer", dialect="threadweaver", budget=apr.Budget(width=4)))  # doctest: +SKIP
+    """
+    from sglang.lang.ir import SglGen
+
+    if dialect is not None:
+        make_options(dialect, **options)
+    return SglGen(name, dtype=Reason(name, dialect, options, on_event))
+
+
+@dataclass(frozen=True)
+class Solve:
+    """What an `apr.solve` expression asks for; it travels as `Reason` does."""
+
+    name: str
+    problem: Any
+    method: str
+    task: Callable[[Engine], Task[Any, Any]]
+    options: Mapping[str, Any]
+    on_event: OnEvent | None = None
+
+    async def run(self, engine: Engine) -> Result:
+        """The method on the problem."""
+        from sgl_apr.methods.registry import method
+
+        options = {"on_event": self.on_event, **self.options}
+        return await method(self.method)(engine, self.problem, task=self.task(engine), **options)
+
+    def __str__(self) -> str:
+        return f"apr.solve({self.name!r}), which needs the backend apr.Endpoint"
+
+    __repr__ = __str__
+
+
+def solve(
+    name: str,
+    problem: Any,
+    *,
+    method: str,
+    task: Callable[[Engine], Task[Any, Any]],
+    on_event: OnEvent | None = None,
+    **options: Any,
+) -> SglGen:
+    """Let a method of `sgl_apr.methods` solve a problem of a task; `state[name]` is its answer, which the program reads.
+
+    The method asks its own prompts, and sees nothing of the program. `state.get_meta_info(name)` has its `Result`,
+    and the `Trajectory`. Options are those of the method, which samples as its paper says, not as the program does.
+
+    >>> s += apr.solve("answer", "Why?", method="self_consistency", task=QuestionTask)  # doctest: +SKIP
+    """
+    from sglang.lang.ir import SglGen
+
+    from sgl_apr.methods.registry import method as known
+
+    known(method)
+    return SglGen(name, dtype=Solve(name, problem, method, task, options, on_event))

@@ -1,0 +1,118 @@
+"""The engine inside a running `@sgl.function` program: its forks are SGLang's native forks of that program."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from sglang.lang.interpreter import ProgramState, StreamExecutor
+from sglang.lang.ir import SglCommitLazy, SglGen
+
+from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.routing import ROUTING_KEY_FIELD
+from sgl_apr.errors import EngineError
+from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens
+from sgl_apr.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sgl_apr.runtime.frontend.endpoint import Endpoint
+
+
+@dataclass
+class DecodeCall:
+    """One decode call on its way through a forked program; travels in the `dtype` of a native gen."""
+
+    request: Request
+    on_tokens: TokenSink | None
+    done: asyncio.Future[Result] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class ProgramEngine:
+    """Decodes for one executor: the program's own, or a native fork of it.
+
+    The program's own worker thread is busy running `apr.reason`, so the trunk goes straight to the
+    server and a fork is made from a copy; a forked branch decodes through its own executor.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, executor: StreamExecutor, state: ProgramState | None = None
+    ) -> None:
+        # A native fork ends with its `ProgramState`, so a forked engine holds on to it.
+        self.endpoint, self.executor, self.state = endpoint, executor, state
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.endpoint.tokenizer
+
+    @property
+    def grammar_backend(self) -> Backend:
+        return self.endpoint.http.grammar_backend
+
+    @property
+    def supports_seeds(self) -> bool:
+        return self.endpoint.http.supports_seeds
+
+    async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
+        request = self._routed(request)
+        if self.state is None:
+            return await self.endpoint.http.decode(request, on_tokens)
+        call = DecodeCall(request, on_tokens)
+        self.state += SglGen("branch", dtype=call)
+        return await call.done  # if this is cancelled, so is the future, and with it the request
+
+    @property
+    def context(self) -> int | None:
+        return self.endpoint.http.context
+
+    @property
+    def joins_kv(self) -> bool:
+        return self.endpoint.http.joins_kv
+
+    async def commit(self, request: Request) -> Result:
+        return await self.endpoint.http.commit(self._routed(request))
+
+    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
+        return await asyncio.to_thread(self._fork, self._routed(request), size)
+
+    def _routed(self, request: Request) -> Request:
+        """With the key of the program: its prompt is where the rest of it is."""
+        return replace(
+            request, fields={ROUTING_KEY_FIELD: self.endpoint.route(self.executor), **request.fields}
+        )
+
+    def _fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
+        source, prefix = self.executor, request.input_ids
+        copy = StreamExecutor(
+            source.backend, source.arguments, source.default_sampling_para, source.chat_template, stream=False
+        )
+        try:
+            copy.text_ = self.tokenizer.decode(prefix)
+            copy.variables = {**source.variables, TOKENS_VARIABLE: ProgramTokens(copy.text_, prefix)}
+            copy.messages_, copy.cur_role = list(source.messages_), source.cur_role
+            copy.cur_role_begin_pos = source.cur_role_begin_pos
+            self.endpoint.pending_commits[copy.sid] = request
+            if size == 1:  # SGLang commits before a fork into several only
+                copy.submit(SglCommitLazy())
+            group = ProgramState(copy).fork(size)
+            committed = self.endpoint.commit_results.pop(copy.sid, None)
+            if copy.error_ is not None:
+                raise copy.error_
+            if committed is None:
+                raise EngineError("SGLang forked the program without committing its prefix")
+        finally:
+            copy.end()
+            self.endpoint.pending_commits.pop(copy.sid, None)
+        return committed, [ProgramEngine(self.endpoint, s.stream_executor, s) for s in group.states]
+
+    async def release(self) -> None:
+        if self.state is not None:
+            self.executor.end()
+
+    async def abort(self, rid: str) -> None:
+        await self.endpoint.http.abort(rid)
+
+    async def load(self) -> Load:
+        return await self.endpoint.http.load()

@@ -1,0 +1,115 @@
+"""A trajectory that has ended as OpenTelemetry spans, where the API is installed; it configures no SDK."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from sgl_apr.trajectory.spans import Path
+from sgl_apr.trajectory.trajectory import Call
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span, Tracer
+
+log = logging.getLogger(__name__)
+Attribute = str | int | float | bool
+
+
+def export(
+    dialect: str,
+    calls: Sequence[Call],
+    seconds: float,
+    *,
+    attributes: Mapping[str, Attribute] = {},
+    error: BaseException | None = None,
+) -> None:
+    """Tell OpenTelemetry of a trajectory that ended just now, after so many seconds, with `error` if it failed.
+
+    Its span is a child of the current one; in it is a span for each branch, nested as they are, and in
+    these one for each call. Never raises; without a configured SDK it does next to nothing.
+    """
+    ended = time.time_ns()
+    began = ended - round(seconds * 1e9)
+    try:
+        if (tracer := _tracer()) is None:
+            return
+        root = tracer.start_span("apr.trajectory", start_time=began)
+        if not root.is_recording():
+            return
+        root.set_attributes({"apr.dialect": dialect, **attributes})
+        _export_calls(tracer, root, began, calls)
+        if error is not None:
+            _fail(root, error, ended)
+        root.end(ended)
+    except Exception:  # of an exporter or a span processor; the answer is worth more
+        log.warning("a trajectory could not be exported", exc_info=True)
+
+
+@cache
+def _tracer() -> Tracer | None:
+    """The tracer, which follows a provider that is set later; None where there is no OpenTelemetry."""
+    try:
+        from opentelemetry import trace
+    except ImportError:
+        return None
+    return trace.get_tracer("sgl_apr")
+
+
+def _export_calls(tracer: Tracer, root: Span, began: int, calls: Sequence[Call]) -> None:
+    from opentelemetry.trace import set_span_in_context
+
+    def at(seconds: float) -> int:
+        return began + round(seconds * 1e9)
+
+    def start(name: str, parent: Span, started: float, attributes: Mapping[str, Attribute]) -> Span:
+        return tracer.start_span(
+            name, set_span_in_context(parent), start_time=at(started), attributes=attributes
+        )
+
+    spans: dict[Path, Span] = {(): root}
+    periods = _branches(calls)
+    for path, (started, _) in periods.items():
+        number = _dotted(path)
+        spans[path] = start(f"apr.branch {number}", spans[path[:-2]], started, {"apr.path": number})
+    for call in calls:
+        start(f"apr.{call.phase}", spans[call.path], call.started, _attributes(call)).end(at(call.ended))
+    for path, (_, ended) in reversed(periods.items()):
+        spans[path].end(at(ended))
+
+
+def _branches(calls: Sequence[Call]) -> dict[Path, tuple[float, float]]:
+    """When each branch began and ended, those inside of it included; outer before inner."""
+    periods: dict[Path, tuple[float, float]] = {}
+    for call in calls:
+        for depth in range(2, len(call.path) + 1, 2):
+            path = call.path[:depth]
+            started, ended = periods.get(path, (call.started, call.ended))
+            periods[path] = min(started, call.started), max(ended, call.ended)
+    return periods
+
+
+def _attributes(call: Call) -> dict[str, Attribute]:
+    """What is known of a call; names under `gen_ai` are those of OpenTelemetry's semantic conventions."""
+    values: dict[str, Attribute | None] = {
+        "apr.path": _dotted(call.path),
+        "gen_ai.usage.input_tokens": call.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": call.cached_tokens,
+        "gen_ai.usage.output_tokens": call.output_tokens,
+        "apr.new_tokens": call.new_tokens,
+        "apr.retries": call.retries,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _fail(span: Span, error: BaseException, ended: int) -> None:
+    from opentelemetry.trace import Status, StatusCode
+
+    span.record_exception(error, timestamp=ended)
+    span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))

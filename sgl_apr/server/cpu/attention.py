@@ -1,0 +1,221 @@
+"""The attention backend "apr_cpu": batched, grouped-query aware, no padded queries.
+
+Decoding in float32 goes through a small C kernel where one can be compiled, everything else through torch.
+
+It computes what SGLang's `torch_native` does and leaves to it what is rare on a CPU: sliding windows, cross
+and encoder attention, and a cache in another type than the queries.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from sgl_apr.server.cpu.attention_plan import Group, Plan, Slots, Span, plan_decode, plan_extend
+from sgl_apr.server.cpu.decode_schedule import DecodeSchedule, plan_pieces
+from sgl_apr.server.cpu.kernel import decode_kernel
+
+# "0" in the environment: when decoding, every request reads all of its keys and values by itself.
+SHARED_PREFIX = "SGLANG_APR_SHARED_PREFIX"
+
+
+class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
+    """Overrides the two methods of `torch_native` that run attention on gathered keys and values.
+
+    Where decoding requests begin with the same slots, as the branches of a fork do, these are read once for all;
+    not so without `share`, for comparisons. By default the environment says so (`SHARED_PREFIX`).
+    """
+
+    def __init__(self, model_runner: Any, *, share: bool | None = None) -> None:
+        super().__init__(model_runner)
+        self._share = os.environ.get(SHARED_PREFIX) != "0" if share is None else share
+        # For the current forward pass, and never for another: by then a slot may be another request's.
+        self._pieces: DecodeSchedule | None = None
+        self._plans: dict[int, Plan] = {}  # by number of key heads
+        self._scratch = Scratch()
+        decode_kernel()  # compiled now rather than at the first token
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)
+        self._pieces = None
+        self._plans.clear()
+
+    def _run_sdpa_forward_decode(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        if encoder_lens is not None or _is_unsupported(query, k_cache, v_cache, options):
+            batch = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
+            return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *batch, **options)
+        kernel = decode_kernel()
+        if kernel is not None and kernel.takes(query, output, k_cache, v_cache, slots=req_to_token):
+            scaling = options.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            if self._pieces is None:
+                self._pieces = plan_pieces(
+                    req_to_token, req_pool_indices, seq_lens.tolist(), share=self._share
+                )
+            return kernel(query, output, k_cache, v_cache, req_to_token, self._pieces, scale)
+        plan = self._plan(
+            k_cache,
+            lambda heads: plan_decode(
+                req_to_token, req_pool_indices, seq_lens.tolist(), heads, share=self._share
+            ),
+        )
+        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"), self._scratch)
+
+    def _run_sdpa_forward_extend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_prefix_lens: torch.Tensor,
+        extend_seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        causal = options.get("causal", False)
+        if encoder_lens is not None or not causal or _is_unsupported(query, k_cache, v_cache, options):
+            batch = (req_to_token, req_pool_indices, seq_lens, extend_prefix_lens, extend_seq_lens)
+            return super()._run_sdpa_forward_extend(
+                query, output, k_cache, v_cache, *batch, encoder_lens, **options
+            )
+        plan = self._plan(
+            k_cache,
+            lambda heads: plan_extend(
+                req_to_token, req_pool_indices, extend_prefix_lens.tolist(), extend_seq_lens.tolist(), heads
+            ),
+        )
+        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"), self._scratch)
+
+    def _plan(self, k_cache: torch.Tensor, make: Callable[[int], Plan]) -> Plan:
+        heads = k_cache.shape[1]
+        if heads not in self._plans:
+            self._plans[heads] = make(heads)
+        return self._plans[heads]
+
+
+class Scratch:
+    """Memory for gathered keys or values, kept: the pages of fresh memory cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def gather(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """`rows[slots]` [n, dim] in float32, good until the next call."""
+        size = slots.numel() * rows.shape[1]
+        if self._memory.numel() < size or self._memory.dtype != rows.dtype:
+            self._memory = torch.empty(size, dtype=rows.dtype)
+        found = self._memory[:size].view(-1, rows.shape[1])
+        return torch.index_select(rows, 0, slots, out=found).float()
+
+
+def attend(
+    plan: Plan,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scaling: float | None,
+    scratch: Scratch,
+) -> torch.Tensor:
+    """Fills `output` [tokens, heads, v_dim]; `query` [tokens, heads, dim], caches [slots, kv_heads, ...]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries, outputs = (x.unflatten(1, (k_cache.shape[1], -1)) for x in (query, output))
+    if plan.groups:
+        # Sums are kept in float32 whatever the model's type, as the fused kernels do.
+        rows = (queries if plan.rows is None else queries.index_select(0, plan.rows)).float() * scale
+        parts = rows.split([group.size for group in plan.groups])
+        results = [
+            _attend_group(*pair, k_cache, v_cache, scratch) for pair in zip(plan.groups, parts, strict=True)
+        ]
+        result = (results[0] if len(results) == 1 else torch.cat(results)).to(output.dtype)
+        if plan.rows is None:
+            outputs.copy_(result)
+        else:
+            outputs.index_copy_(0, plan.rows, result)
+    for span in plan.spans:
+        _attend_span(span, queries, outputs, k_cache, v_cache, scale)
+    return output
+
+
+def _attend_group(
+    group: Group, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scratch: Scratch
+) -> torch.Tensor:
+    """`query` [rows, kv_heads, group, dim], scaled; returns the same with the values' dim."""
+    rows, heads, size, _ = query.shape
+    shared, own = group.prefix, group.own.shape[2]
+
+    def gather_own(cache: torch.Tensor) -> torch.Tensor:
+        return scratch.gather(cache.flatten(0, 1), group.own.flatten()).view(rows * heads, own, -1)
+
+    scores = torch.bmm(query.flatten(0, 1), gather_own(k_cache).transpose(1, 2)).view(rows, heads, size, own)
+    if group.padding is not None:
+        scores.masked_fill_(group.padding[:, None, None, :], float("-inf"))
+    if shared:  # every row against the same keys: one larger product per head
+        together = query.transpose(0, 1).reshape(heads, rows * size, -1)
+        first = torch.bmm(together, _read(k_cache, group.shared).float().permute(1, 2, 0))
+        scores = torch.cat([first.view(heads, rows, size, shared).transpose(0, 1), scores], dim=-1)
+    weights = scores.softmax(-1)
+
+    result = torch.bmm(weights[..., shared:].flatten(0, 1), gather_own(v_cache)).view(rows, heads, size, -1)
+    if shared:
+        together = weights[..., :shared].transpose(0, 1).reshape(heads, rows * size, shared)
+        first = torch.bmm(together, _read(v_cache, group.shared).float().transpose(0, 1))
+        result += first.view(heads, rows, size, -1).transpose(0, 1)
+    return result
+
+
+def _attend_span(
+    span: Span,
+    queries: torch.Tensor,
+    outputs: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+) -> None:
+    """One fused call; the heads of a group share keys through a stride of 0, so nothing is repeated."""
+    query = queries[span.start : span.stop].permute(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
+    size = query.shape[1]
+    keys = _read(k_cache, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
+    values = _read(v_cache, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
+    mask = None
+    if span.prefix:
+        last = torch.arange(span.prefix, span.prefix + query.shape[2])  # the last key each query sees
+        mask = torch.arange(keys.shape[2]) <= last[:, None]
+    result = scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    outputs[span.start : span.stop] = result.permute(2, 0, 1, 3)
+
+
+def _read(cache: torch.Tensor, slots: Slots) -> torch.Tensor:
+    return cache[slots] if isinstance(slots, slice) else cache.index_select(0, slots)
+
+
+def _is_unsupported(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: Mapping[str, Any]
+) -> bool:
+    """Whether `torch_native` has to do it."""
+    window = options.get("sliding_window_size")
+    if options.get("is_cross_attn") or (window is not None and window > -1):
+        return True
+    flat = k_cache.is_contiguous() and v_cache.is_contiguous()
+    return not (query.dtype == k_cache.dtype == v_cache.dtype and flat)

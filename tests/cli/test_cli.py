@@ -1,0 +1,190 @@
+"""The command line: output for people and machines, exit codes, one-line errors; and the examples, as they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.cli.main import main
+from tests.support.paths import EXAMPLES
+from tests.support.threadweaver_traces import TRACE
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.txt"
+    path.write_text(TRACE)
+    return path
+
+
+def test_parse_shows_the_tree(trace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["parse", str(trace)]) == 0
+    shown = capsys.readouterr().out
+    for piece in ("fork into 2", "1: x < y", "2: and <b>", "both", "The answer is 4."):
+        assert piece in shown
+
+
+def test_parse_prints_json_that_reads_back(trace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["parse", str(trace), "--json"]) == 0
+    assert apr.Trajectory.from_json(capsys.readouterr().out).text == TRACE
+
+
+def test_parse_says_where_a_trace_is_wrong(trace: Path, capsys: pytest.CaptureFixture[str]):
+    trace.write_text(TRACE.replace("2: and", "3: and"))
+    assert main(["parse", str(trace)]) == 1
+    out, err = capsys.readouterr()
+    assert "fork into 2" in out
+    assert err.startswith(f"{trace}: line 5, column 10: missing number: found '3', expected \"2\"\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["parse", "/nowhere/at.all"], "cannot read /nowhere/at.all"),
+        (["parse", "-", "--dialect", "nope"], "no dialect 'nope'"),
+        (["run", "hi", "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9"),
+        (["run", "hi", "--url", "http://127.0.0.1:9", "--policy", "some"], "no server at"),
+        (["model", "smollm2", "--tags", "nope"], "no dialect 'nope'"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("text"))
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("sgl-apr: error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nope"],
+        ["run"],
+        ["run", "hi", "--mode", "both"],
+        ["run", "hi", "--budget", "tokens=0"],
+        ["run", "hi", "--budget", "size=1"],
+    ],
+)
+def test_wrong_usage_is_status_2(argv):
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["run", "model", "parse", "validate", "convert"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"example: sgl-apr {command} " in capsys.readouterr().out
+
+
+def test_serve_help(capsys):
+    assert main(["serve", "--help"]) == 0
+    assert "sgl-apr serve --model" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_run_on_a_server(server, capsys):
+    argv = ["run", "What?", "--url", server.url, "--mode", "parallel", "--budget", "width=3,tokens=300"]
+    assert main([*argv, "--json"]) == 0
+    trajectory = apr.Trajectory.from_json(capsys.readouterr().out)
+    apr.dialect("threadweaver").validate(trajectory.text)
+    assert main(argv) == 0
+    assert "What the engine did" in capsys.readouterr().out
+    assert main([*argv, "--live", "--policy", "first", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert apr.Trajectory.from_json(out).blocks
+    assert "What?" in err
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_the_quickstart_runs_as_it_is(server):
+    """On a random model: nothing sensible, but every step, and the figures on the last line."""
+    script = EXAMPLES / "quickstart.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--url", server.url],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["ok"] is True
+    assert figures["questions"] == figures["valid"] == 3
+    assert figures["branches"] >= 3 * figures["forks"] >= 9
+    assert figures["critical_path"] < figures["total_tokens"]
+    assert figures["min_cached_share"] >= 0.99
+    assert figures["serial_wall_s"] > 0
+
+
+@pytest.fixture
+def replies(tmp_path: Path) -> Path:
+    """100 JSON lines, enough for more than one process; every tenth is broken."""
+    path = tmp_path / "replies.jsonl"
+    texts = [TRACE.replace("2: and", "1: and") if i % 10 == 0 else TRACE for i in range(100)]
+    path.write_text("".join(json.dumps({"id": i, "response": t}) + "\n" for i, t in enumerate(texts)))
+    return path
+
+
+def test_validate_counts_defects(replies: Path, trace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["validate", str(replies), str(trace), "--json"]) == 1
+    counts = json.loads(capsys.readouterr().out)
+    assert counts == {
+        "traces": 101,
+        "valid": 91,
+        "dialects": {"threadweaver": 101},
+        "defects": {"duplicate number": 10, "missing number": 10},
+    }
+    assert main(["validate", str(trace)]) == 0
+    assert "threadweaver" in capsys.readouterr().out
+
+
+def test_convert_keeps_the_other_fields_and_the_order(replies: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["convert", str(replies), "--to", "multiverse"]) == 1, "the broken ones are errors"
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["id"] for row in rows] == [i for i in range(100) if i % 10]
+    assert all(apr.dialect("multiverse").is_valid(row["response"]) for row in rows)
+    assert err.count("sgl-apr: error: ") == 10
+    assert f"{replies}:1: threadweaver: line 5, column 10: duplicate number" in err
+
+
+def test_a_text_goes_through_a_pipe(trace: Path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO(TRACE))
+    assert main(["convert", "-", "--to", "npr"]) == 0
+    converted = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO(converted))
+    assert main(["convert", "-", "--to", "threadweaver"]) == 0
+    assert capsys.readouterr().out == TRACE
+
+
+def test_parse_prints_a_line_for_each_record(replies: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["parse", str(replies), "--json"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["valid"] for r in rows[:11]] == [False, *[True] * 9, False]
+    assert rows[0]["defects"][0]["name"] == "duplicate number"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "bad.jsonl:2: not a JSON object"),
+        ('{"prompt": "x"}', "bad.jsonl:2: no text, expected a string under text, response"),
+        ("[]", "bad.jsonl:2: not a JSON object"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, capsys, line: str, message: str):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"text": TRACE}) + "\n" + line + "\n")
+    assert main(["validate", str(path)]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,209 @@
+"""Countdown: what is a solution, which problems there are, and the expert that shows how to search."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from dataclasses import replace
+from itertools import permutations, product
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, answer
+from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle, demonstration
+from sgl_apr.evaluation.tasks.countdown.problems import (
+    MOST,
+    WAYS,
+    Problem,
+    pairs,
+    problems,
+    read,
+    solves,
+    steps,
+    ways,
+)
+from sgl_apr.evaluation.tasks.countdown.search import conclusion, sequential, tokens
+from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.config import Data
+from sgl_apr.training.examples import CHUNK, CountdownExamples
+from sgl_apr.training.models.countdown import countdown_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> HfTokenizer:
+    directory = tmp_path_factory.mktemp("countdown")
+    countdown_tokenizer(apr.dialect("spawn").tags).save_pretrained(directory)
+    return HfTokenizer(directory, [0])
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" 3+ 7= 10, 8+ 10= 18", True),
+        ("3+ 7= 10, 8+ 10= 18\n", True),
+        (" 7+ 3= 10, 10+ 8= 18", True),
+        (" 3+ 7= 10, 8+ 10= 19", False),
+        (" 3+ 7= 10", False),
+        (" 8+ 10= 18", False),
+        (" 3+ 7= 10, 8+ 10= 18, 18* 1= 18", False),
+        (" 3+ 7= 10, 3+ 7= 10, 8+ 10= 18", False),
+        (" 7/ 3= 2, 2+ 8= 10", False),
+        ("18", False),
+        ("", False),
+        ("__import__('os')", False),
+    ],
+)
+def test_what_solves(text: str, right: bool):
+    assert solves(Problem((3, 7, 8), 18), text) is right
+
+
+def test_every_way_is_found():
+    """By brute force over orders of numbers and signs, left to right and in pairs."""
+    rng = random.Random(0)
+    for _ in range(60):
+        numbers = tuple(sorted(rng.randint(1, 25) for _ in range(3)))
+        reached = set()
+        for (a, b, c), (s, t) in product(permutations(numbers), product("+-*/", repeat=2)):
+            for x, y in ((a, b), (b, a)):
+                first = {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[s]
+                if first != int(first) or not 0 < first <= MOST or (s in "*/" and min(x, y) == 1):
+                    continue
+                for u, v in ((first, c), (c, first)):
+                    last = {"+": u + v, "-": u - v, "*": u * v, "/": u / v}[t]
+                    if last == int(last) and 0 < last <= MOST and not (t in "*/" and min(u, v) == 1):
+                        reached.add(int(last))
+        assert {t for t in range(1, MOST + 1) if ways(Problem(numbers, t))} == reached
+
+
+def test_problems_are_the_same_for_a_seed_and_split_by_content():
+    made = list(problems(200, "train", seed=3))
+    assert made == list(problems(200, "train", seed=3))
+    assert len(set(made)) == 200
+    assert all(1 <= ways(p) <= WAYS and p.split == "train" for p in made)
+    assert not set(made) & set(problems(200, "test", seed=3))
+    assert {len(p.numbers) for p in made} == {3, 4}
+    with pytest.raises(apr.AprError, match="at most about"):
+        list(problems(10**6, "test", numbers=(2,)))
+
+
+def test_a_problem_is_read_as_it_is_written():
+    for problem in problems(50, "test"):
+        assert Problem.parse(problem.text + "\n") == problem
+    with pytest.raises(apr.AprError, match=" 24: 3 7 8 12"):
+        Problem.parse("what is 3 + 4?")
+
+
+def test_numbers_and_tags_are_single_tokens(tokenizer: HfTokenizer):
+    for number in range(MOST + 1):
+        assert len(tokenizer.encode(f" {number}")) == 1
+    assert len({tuple(tokenizer.encode(f" {n}")) for n in range(MOST + 1)}) == MOST + 1
+    assert all(len(tokenizer.encode(tag)) == 1 for tag in apr.dialect("spawn").tags)
+    for text in (" 24: 3 17 8 12\n 3+ 17= 20; 8 12 20\n", "any text, « at all » 1024 0"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_search_in_a_line_fits_its_window_and_solves(tokenizer: HfTokenizer):
+    solved = 0
+    for problem in problems(60, "train", numbers=(4,)):
+        text = sequential(problem, 256)
+        assert len(tokenizer.encode(text)) == tokens(text) <= 256
+        line = text.rpartition("\n")[2]
+        solved += "!" in line
+        assert line == "?" or solves(problem, line.partition("!")[2])
+    assert 10 < solved < 60
+    assert all(solves(p, sequential(p, 10**6).partition("!")[2]) for p in problems(20, "train"))
+
+
+def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
+    habits = SearchStyle(forks={3: 0.0, 4: 1.0}, width=(12, 12), revisit_rate=1.0)
+    for problem in problems(12, "train", numbers=(3, 4)):
+        attempt = Attempt(problem, asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits)))
+        trajectory = attempt.trajectory
+        apr.dialect("spawn").validate(trajectory.text)
+        assert bool(trajectory.blocks) == (len(problem.numbers) == 4)
+        assert attempt.correct
+        assert answer(trajectory)
+        assert trajectory.metrics().longest_context <= habits.window
+        if trajectory.blocks:
+            first = trajectory.blocks[0].branches
+            assert len(first) == min(11, len(steps(problem.numbers))), "as many as fit the window"
+            told = [Problem.parse(b.outline.partition(";")[2]) for b in first]
+            assert all(len(t.numbers) == 3 and t.target == problem.target for t in told)
+
+
+def test_a_branch_without_a_solution_says_what_it_tried(tokenizer: HfTokenizer):
+    habits = SearchStyle(forks={4: 1.0}, width=(3, 3), revisit_rate=1.0)
+    failed = 0
+    for problem in problems(6, "train", numbers=(4,)):
+        made = asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits))
+        told = re.findall(r"<Message>\d+:>(.*?)=", made.text)
+        said = re.findall(r"<Result>\d+:(.*?)</Result>", made.text)
+        assert all(result in (f"?{step}", f"!{result[1:]}") for step, result in zip(told, said, strict=True))
+        failed += sum(result[0] == "?" for result in said)
+    assert failed > 20
+
+
+def test_the_same_seed_shows_the_same(tokenizer: HfTokenizer):
+    problem = next(problems(1, "train", numbers=(4,)))
+    texts = [asyncio.run(demonstration(problem, tokenizer, seed=seed)).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stated_width_is_that_of_all_forks(tokenizer: HfTokenizer):
+    widths = set()
+    for problem in problems(8, "train", numbers=(4,)):
+        habits = SearchStyle(forks={4: 1.0}, revisit_rate=1.0)
+        made = asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits, state_width=True))
+        asked, _, stated = made.prompt.rpartition("; ")
+        assert asked == problem.text
+        assert len(made.blocks[0].branches) == int(stated)
+        assert all(len(block.branches) <= int(stated) for block in made.blocks), "the last has what is left"
+        widths.add(stated)
+    assert len(widths) > 2
+
+
+def test_a_conclusion_is_read_back():
+    way = steps((3, 7))[:1]
+    assert read(conclusion(way)[1:]) == way
+    assert conclusion(None) == "?"
+
+
+def test_all_pairs_are_problems_of_two_numbers():
+    found = pairs("train")
+    assert len(found) == len(set(found)) > 400
+    assert all(p.split == "train" and ways(p) >= 1 for p in found)
+    assert set(problems(50, "train", numbers=(2,))) <= set(found)
+
+
+def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenizer):
+    data = Data(problems=8, numbers=(2, 4), forks={"4": 1.0}, branches=1)
+    few = CountdownExamples(data, tokenizer).chunk(0)
+    every = CountdownExamples(replace(data, branches=0), tokenizer).chunk(0)
+    texts = [tokenizer.decode(tree.tree.token_ids) for tree in few]
+    assert {t.tobytes() for t in (tree.tree.token_ids for tree in few)} <= {
+        t.tobytes() for t in (tree.tree.token_ids for tree in every)
+    }
+    told = [text for text in texts if text.startswith(">")]
+    assert len(told) == CHUNK // 2, "one of every fork"
+    assert len(texts) - len(told) == CHUNK, "all trunks"
+    assert sum("!" in text for text in told) > 0.6 * len(told)
+    whole = [text for tree in every if (text := tokenizer.decode(tree.tree.token_ids)).startswith(">")]
+    assert sum("!" in text for text in whole) < 0.3 * len(whole)
+
+
+def test_a_lucky_fork_holds_a_solution_among_few(tokenizer: HfTokenizer):
+    habits = SearchStyle(forks={4: 1.0}, width=(2, 3), hint_rate=1.0)
+    for problem in problems(8, "train", numbers=(4,)):
+        made = asyncio.run(demonstration(problem, tokenizer, seed=2, habits=habits))
+        assert Attempt(problem, made).correct
+        assert sum(len(block.branches) for block in made.blocks) <= 3
+    made = asyncio.run(demonstration(Problem((1, 1, 1, 1), 99), tokenizer, seed=2, habits=habits))
+    assert made.answer.strip() == "?"
+
+
+@pytest.mark.parametrize("wrong", [{"numbers": ()}, {"numbers": (3, 1)}, {"problems": 0}])
+def test_examples_of_nothing_are_an_error(tokenizer: HfTokenizer, wrong: dict):
+    with pytest.raises(apr.AprError, match="expected some, with at least 2 each"):
+        CountdownExamples(replace(Data(problems=8), **wrong), tokenizer)

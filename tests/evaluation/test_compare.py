@@ -1,0 +1,166 @@
+"""Evaluations side by side: which methods, on which problems, and what the figures are; and `sgl-apr eval` without a server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.cli.main import main
+from sgl_apr.evaluation.compare import pairs
+from sgl_apr.evaluation.metrics import AttemptMetrics
+from sgl_apr.evaluation.store import RUN, SUMMARY, evaluated
+
+ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
+
+
+def kept(directory: Path, rights: dict[str, list[bool]], first: int = 0, **more: int | str) -> Path:
+    """An evaluation whose methods took 10 tokens more for each problem behind its first."""
+    with evaluated(directory, {"task": more.pop("task", "sums")}) as found:
+        for method, solved in rights.items():
+            for k, right in reversed(list(enumerate(solved))):
+                attempt = replace(ONE, problem=f"p{first + k}", correct=right, **more)
+                found.add(method, k, replace(attempt, tokens=attempt.tokens + 10 * (first + k)), 1.0)
+    return directory
+
+
+def test_two_runs_of_one_method_each(tmp_path: Path):
+    a = kept(tmp_path / "a", {"sequential": [False] * 8 + [True] * 2})
+    b = kept(tmp_path / "b", {"apr": [True] * 8 + [True, False]}, tokens=80, critical_path=30)
+    (found,) = pairs(str(a), str(b))
+    assert found.as_json() == {
+        "methods": ["a:sequential", "b:apr"],
+        "problems": 10,
+        "accuracy": [0.2, 0.9],
+        "difference": 0.7,
+        "ci95": found.as_json()["ci95"],
+        "p": pytest.approx(2 * (1 + 9) / 2**9),
+        "total_tokens": {"means": [145.0, 125.0], "difference": -20.0, "ci95": [-20.0, -20.0]},
+        "critical_path": {"means": [60.0, 30.0], "difference": -30.0, "ci95": [-30.0, -30.0]},
+    }
+    low, high = found.comparison.ci95
+    assert low < 0.7 < high
+
+
+@pytest.mark.parametrize("names", [("", ""), (f"/{RUN}", ""), (f"/{SUMMARY}", f"/{RUN}"), (":apr", ":apr")])
+def test_however_a_run_is_named(tmp_path: Path, names: tuple[str, str]):
+    a, b = kept(tmp_path / "a", {"apr": [True, False]}), kept(tmp_path / "b:1", {"apr": [True, True]})
+    (a / SUMMARY).touch()
+    (found,) = pairs(f"{a}{names[0]}", f"{b}{names[1]}")
+    assert found.comparison.difference == 0.5
+
+
+def test_methods_of_one_run_and_methods_that_both_have(tmp_path: Path):
+    a = kept(tmp_path / "a", {"apr": [True] * 3, "mcts": [False] * 3, "npr": [True] * 3})
+    b = kept(tmp_path / "b", {"mcts": [True] * 3, "apr": [False] * 3})
+    (found,) = pairs(f"{a}:apr", f"{a}:mcts")
+    assert (found.names, found.comparison.difference) == (("a:apr", "a:mcts"), -1.0)
+    found, other = pairs(str(a), str(b))
+    assert (found.names, found.comparison.difference) == (("a:apr", "b:apr"), -1.0)
+    assert (other.names, other.comparison.difference) == (("a:mcts", "b:mcts"), 1.0)
+    with pytest.raises(apr.AprError, match="no attempt of sequential, its methods: apr, mcts, npr"):
+        pairs(f"{a}:sequential", str(b))
+    c = kept(tmp_path / "c", {"sequential": [True] * 3})
+    with pytest.raises(apr.AprError, match="expected a method of each"):
+        pairs(str(a), str(c))
+    assert len(pairs(f"{a}:apr", str(c))) == 1
+
+
+def test_only_problems_that_both_tried_count_in_whatever_order_they_are(tmp_path: Path):
+    a = kept(tmp_path / "a", {"apr": [True, False, True, False]})
+    b = kept(tmp_path / "b", {"apr": [True, True]}, first=2)
+    (found,) = pairs(str(a), str(b))
+    assert (
+        [x.problem for x in found.rows[0].attempts]
+        == [x.problem for x in found.rows[1].attempts]
+        == ["p2", "p3"]
+    )
+    assert found.comparison.difference == 0.5
+    c = kept(tmp_path / "c", {"apr": [True]}, first=7)
+    with pytest.raises(apr.AprError, match="no problem in common"):
+        pairs(str(a), str(c))
+    d = kept(tmp_path / "d", {"apr": [True]}, task="products")
+    with pytest.raises(apr.AprError, match=r"is of sums, .* of products, expected the same task"):
+        pairs(str(a), str(d))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = kept(tmp_path / "a", {"apr": [True, False] * 5}), kept(tmp_path / "b[red]", {"apr": [True] * 10})
+    assert main(["eval", "--compare", str(a), str(b), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["pairs"]
+    assert (found["accuracy"], found["difference"]) == ([0.5, 1.0], 0.5)
+    assert main(["eval", "--compare", str(a), str(b)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "50.0%" in shown
+    assert "[red]" in shown
+    assert main(["eval", "--compare", str(a), str(tmp_path / "none")]) == 1
+    assert "is no file that `sgl-apr eval ... -o` has written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["countdown"], "expected tasks, and --model or --url; or --compare"),
+        (["--model", "builtin"], "expected tasks"),
+        (["countdown", "--compare", "a", "b"], "expected no task"),
+        (["countdown", "--model", "a", "--url", "b"], "not allowed with"),
+        (["countdown", "--model", "a", "--budget", "speed=1"], "--budget"),
+    ],
+)
+def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        main(["eval", *words])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chess"], "no task 'chess', expected one of countdown, game24, gym:NAME, FILE.jsonl"),
+        (["game24", "none.jsonl"], "cannot read none.jsonl"),
+        (["countdown", "--limit", "0"], "limit=0"),
+        (["game24", "game24", "-o", "out"], "two tasks of one name"),
+        (["countdown", "game24", "--limit", "2"], "no server at http://127.0.0.1:9"),
+    ],
+)
+def test_errors_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", *words, "--url", "http://127.0.0.1:9"]) == 1
+    out, err = capsys.readouterr()
+    assert said in err
+    assert err.splitlines()[-1].startswith("sgl-apr: error: ")
+    assert not out
+
+
+def test_every_task_has_a_directory_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = [
+        "eval",
+        "countdown",
+        "game24",
+        "--limit",
+        "2",
+        "--url",
+        "http://127.0.0.1:9",
+        "-o",
+        str(tmp_path),
+    ]
+    assert main(words) == 1
+    heads = {p.parent.name: json.loads(p.read_text().splitlines()[0]) for p in tmp_path.glob(f"*/{RUN}")}
+    assert {name: head["task"] for name, head in heads.items()} == {
+        "countdown": "countdown",
+        "game24": "game24",
+    }
+    assert main([*words, "--seed", "1"]) == 1
+    assert "of another evaluation" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        main(["eval", "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    for piece in ("gym:leg_counting aime.jsonl", "--compare out:apr out:sequential", "--cost-model"):
+        assert piece in shown

@@ -1,0 +1,189 @@
+"""What an engine costs, measured on one of known cost in virtual time; and what forks gain there, against what they took."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.cli.main import main
+from sgl_apr.engine.scripted import ScriptedEngine
+from sgl_apr.evaluation.cost_model import Cost, predict_speedup
+from sgl_apr.evaluation.store import SUMMARY
+from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.evaluation.timing import SIZES, EngineTimer
+from sgl_apr.methods.registry import method
+from sgl_apr.server.launch.launcher import Server
+from sgl_apr.trajectory.trajectory import Call
+from tests.support import virtual_time
+from tests.support.threadweaver_traces import TRACE
+
+KNOWN = Cost(
+    0.004,
+    0.0005,
+    ((1.0, 0.01), (2.0, 0.012), (4.0, 0.015), (8.0, 0.02), (16.0, 0.03), (32.0, 0.05), (64.0, 0.09)),
+)
+
+
+class Timed(ScriptedEngine):
+    """Takes what a cost says: for prompts, one after another, and for steps that all who decode take together."""
+
+    def __init__(self, script: Any, tokenizer: Any = None, cost: Cost = KNOWN) -> None:
+        super().__init__(script, tokenizer)
+        self.cost, self.gate, self.decoding = cost, asyncio.Lock(), 0
+
+    async def decode(self, request: apr.Request, on_tokens: Any = None) -> apr.Result:
+        await self.prefill(request)
+        result = await super().decode(request, on_tokens)
+        self.decoding += 1
+        for _ in result.token_ids:
+            await asyncio.sleep(self.cost.step_s(self.decoding))
+        self.decoding -= 1
+        return result
+
+    async def commit(self, request: apr.Request) -> apr.Result:
+        await self.prefill(request)
+        return await super().commit(request)
+
+    async def prefill(self, request: apr.Request) -> None:
+        async with self.gate:
+            new = len(request.input_ids) - self._cached(request.input_ids)
+            await asyncio.sleep(self.cost.request_s + new * self.cost.prefill_s)
+
+    async def fork(self, request: apr.Request, size: int) -> tuple[apr.Result, Sequence[ScriptedEngine]]:
+        self.forks.append(size)
+        return await self.commit(request), [self] * size
+
+
+def test_a_stopwatch_reads_a_known_cost():
+    watch = EngineTimer(Timed(lambda request, prompt: "x" * 100))
+    watch.random = random.Random(0)  # texts of letters as tokens now and then begin alike
+    cost, took = virtual_time.run(watch.cost())
+    assert cost.prefill_s == pytest.approx(KNOWN.prefill_s, rel=0.02)
+    assert cost.request_s == pytest.approx(KNOWN.request_s, rel=0.15)
+    assert tuple(running for running, _ in cost.steps) == SIZES[: len(cost.steps)]
+    assert len(cost.steps) >= 5
+    assert dict(cost.steps) == pytest.approx(dict(KNOWN.steps[: len(cost.steps)]), rel=0.15)
+    assert took < 15
+
+
+def test_a_slow_engine_is_asked_no_more_than_it_needs():
+    slow = Cost(0.004, 0.0005, tuple((running, 50 * seconds) for running, seconds in KNOWN.steps))
+    cost, _ = virtual_time.run(EngineTimer(Timed(lambda request, prompt: "x" * 100, cost=slow)).cost())
+    assert 2 <= len(cost.steps) < len(SIZES)
+    assert dict(cost.steps) == pytest.approx(dict(slow.steps[: len(cost.steps)]), rel=0.02)
+
+
+def test_a_context_that_is_too_short_to_be_timed():
+    engine = ScriptedEngine(lambda request, prompt: "")
+    engine.context = 32
+    with pytest.raises(apr.AprError, match="a context of 32 tokens, expected more than 80"):
+        EngineTimer(engine)
+
+
+def test_a_cost_is_kept_as_json():
+    assert Cost.from_json(KNOWN.to_json()) == KNOWN
+    for text in ("{", "[]", "{}", '{"request_s": 1, "prefill_s": 1, "steps": [[1]]}'):
+        with pytest.raises(apr.AprError, match="no cost of an engine"):
+            Cost.from_json(text)
+    for steps in ((), ((1.0, 0.1),), ((2.0, 0.1), (1.0, 0.1)), ((1.0, 0.1), (1.0, 0.2))):
+        with pytest.raises(apr.AprError, match="two numbers of requests or more"):
+            Cost(0.0, 0.0, steps)
+
+
+FORK = "Let me see.\n<Parallel>\n<Outlines>\n<Outline>1: one</Outline>\n<Outline>2: two</Outline>\n<Outline>3: three</Outline>\n</Outlines>"
+
+
+def thinks(request: apr.Request, prompt: str) -> str:
+    """Forks into three of different lengths, and concludes."""
+    if "</Parallel>" in prompt:
+        return " So it is 4, and that is all."
+    for number in "123":
+        if prompt.endswith(f"<Thread>\n{number}:"):
+            return " words" * 10 * int(number) + "\n</Thread>"
+    return FORK
+
+
+def test_forks_take_what_their_cost_says():
+    engine = Timed(thinks, apr.ByteTokenizer(apr.dialect("threadweaver").tags))
+    made, took = virtual_time.run(apr.areason(engine, "How many?", "threadweaver", pacing=None))
+    assert len(made.blocks[0].branches) == 3
+    found = predict_speedup(made, KNOWN)
+    assert found.parallel_s == pytest.approx(took, rel=0.03)
+    assert found.took_s == made.wall_s
+    tokens, prompts = sum(c.output_tokens for c in made.calls), sum(c.new_tokens for c in made.calls)
+    assert found.sequential_s == pytest.approx(KNOWN.request_s + tokens * 0.01 + prompts * 0.0005)
+    assert found.sequential_s > 1.1 * found.parallel_s
+
+
+@pytest.mark.parametrize(
+    "name", ["sequential", "self_consistency", "best_of_n", "tree_of_thoughts", "group_think"]
+)
+def test_so_do_methods(name: str):
+    def says(request: apr.Request, prompt: str) -> str:
+        return f"{'so ' * (10 + len(prompt) % 7)}\nScore: 7\nThe best choice is 1.\nAnswer: 4"
+
+    engine = Timed(says)
+    work = method(name)(
+        engine, "How many?", task=QuestionTask(engine), budget=apr.Budget(tokens=3000), pacing=None
+    )
+    result, took = virtual_time.run(work)
+    assert predict_speedup(result.trajectory, KNOWN).parallel_s == pytest.approx(took, rel=0.1)
+
+
+def test_nothing_was_asked_of_a_text():
+    made = apr.dialect("threadweaver").parse(TRACE, tokenizer=apr.ByteTokenizer())
+    found = predict_speedup(made, KNOWN)
+    assert (found.sequential_s, found.parallel_s, found.took_s) == (0.0, 0.0, 0.0)
+
+
+def test_calls_that_say_nothing_of_the_cache_or_come_from_elsewhere():
+    call = Call("trunk", (), 100, None, 100, 10, 0.0, 1.0)
+    (span,) = apr.dialect("threadweaver").parse("x", tokenizer=apr.ByteTokenizer()).spans
+    made = apr.Trajectory((replace(span, call=7),), "threadweaver", (call, replace(call, cached_tokens=90)))
+    found = predict_speedup(made, KNOWN)
+    assert 2 * 0.004 + 110 * 0.0005 + 10 * 0.01 < found.parallel_s < 0.2, (
+        "nothing says that one waits for the other"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = [
+        "eval",
+        "countdown",
+        "game24",
+        "--url",
+        solver.url,
+        "--limit",
+        "1",
+        "--methods",
+        "apr,self_consistency",
+    ]
+    words += ["--budget", "tokens=1024", "--cost-model", "-o", str(tmp_path), "--json"]
+    assert main(words) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    cost = Cost.from_json((tmp_path / "cost.json").read_text())
+    assert [task["task"] for task in tasks] == ["countdown", "game24"]
+    for task in tasks:
+        assert Cost.from_json(json.dumps(task["cost"])) == cost
+        kept = json.loads((tmp_path / task["task"] / SUMMARY).read_text())
+        assert [row["method"] for row in kept["rows"]] == ["apr", "self_consistency"]
+        for row in kept["rows"]:
+            assert 0 < row["predicted_parallel_s"] <= row["predicted_sequential_s"] * 1.5
+            assert row["took_s"] > 0
+        sampled = kept["rows"][1]
+        assert sampled["predicted_parallel_s"] < sampled["predicted_sequential_s"]
+        assert 0 <= sampled["redundancy"] <= 1
+    assert 0 < cost.step_s(8) < 8 * cost.step_s(1), "batching pays"
+    assert 0 < cost.prefill_s < cost.step_s(1)
+    assert main(words) == 0
+    assert Cost.from_json((tmp_path / "cost.json").read_text()) == cost, "it is read where it is"

@@ -1,0 +1,113 @@
+"""How alike branches are and how many answers they have: by hand, at the ends of the scale, and for any document."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sgl_apr as apr
+from sgl_apr.evaluation.diversity import GRAM, diversity, grams, redundancy, similarity
+from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.trajectory.spans import Span
+from tests.support.document_strategies import documents
+from tests.support.threadweaver_traces import TRACE
+
+ids = st.lists(st.integers(0, 3), min_size=1, max_size=12)
+
+
+def forked(*branches: str, results: bool = False) -> apr.Trajectory:
+    """A fork behind one token, a byte for each token; with `results` they return what they wrote in capitals."""
+    spans = [Span("text", "decoded", "?", (0,), ())]
+    for k, text in enumerate(branches, 1):
+        spans.append(Span("header", "injected", "1:", (1, 1), (0,), (1, k)))
+        spans.append(
+            Span("body", "decoded", text, tuple(text.encode()), (len(spans) - 1,), (1, k), finish="stop")
+        )
+        if results:
+            spans.append(Span("result", "injected", "", (), (len(spans) - 1,), (1, k), label=text.upper()))
+    return apr.Trajectory(tuple(spans), "threadweaver")
+
+
+@pytest.mark.parametrize(
+    ("branches", "alike"),
+    [
+        (("abcdef", "abcdef"), 1.0),
+        (("abcdef", "ghijkl"), 0.0),
+        (("abcde", "bcdef"), 1 / 3),  # bcde of abcd, bcde, cdef
+        (("abcdef", "abcdef", "ghijkl"), 1 / 3),  # of the three pairs one
+        (("ab", "ab"), 1.0),
+        (("ab", "abc"), 0.0),
+        (("abcdef", ""), None),
+        (("abcdef",), None),
+        ((), None),
+    ],
+)
+def test_by_hand(branches: tuple[str, ...], alike: float | None):
+    assert redundancy(forked(*branches)) == (alike if alike is None else pytest.approx(alike))
+
+
+def test_headers_that_all_branches_have_are_not_counted():
+    assert redundancy(forked("abcd", "efgh")) == 0.0
+
+
+def test_forks_count_alike():
+    one, other = forked("abcdef", "abcdef"), forked("abcdef", "ghijkl", "mnopqr")
+    moved = [
+        Span(s.role, s.origin, s.text, s.token_ids, tuple(p + len(one.spans) for p in s.parents), (2, *s.path[1:]) if s.path else ())
+        for s in other.spans
+    ]  # fmt: skip
+    assert redundancy(apr.Trajectory((*one.spans, *moved), "threadweaver")) == 0.5
+
+
+@given(ids, ids)
+def test_similarity_is_of_both_sides_and_full_for_the_same(one: list[int], other: list[int]):
+    first, second = grams(one), grams(other)
+    assert similarity(first, second) == similarity(second, first)
+    assert 0 <= similarity(first, second) <= 1
+    assert (similarity(first, second) == 1) == (first == second)
+    assert similarity(first, first) == 1
+    assert all(len(gram) == min(GRAM, len(one)) for gram in first)
+
+
+def read(text: str) -> str | None:
+    return text.rpartition("=")[2].strip() or None if "=" in text else None
+
+
+@pytest.mark.parametrize(
+    ("branches", "different"),
+    [
+        (("a = 1", "b = 1"), 0.5),
+        (("a = 1", "b = 2"), 1.0),
+        (("a = 1", "b = 1", "c = 2"), 2 / 3),
+        (("a = 1", "none", "c = 2"), 1.0),
+        (("a = 1", "none"), None),
+        ((), None),
+    ],
+)
+def test_answers_by_hand(branches: tuple[str, ...], different: float | None):
+    assert diversity(forked(*branches), read) == different
+
+
+def test_a_message_is_the_answer_of_its_branch():
+    made = forked("a = x", "b = y", results=True)
+    assert diversity(made, read) == 1.0
+    assert diversity(made, lambda text: text[-1].isupper()) == 0.5
+
+
+@pytest.mark.parametrize("name", dialect_names())
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_shares_whatever_was_written(name: str, data: st.DataObject):
+    dialect = apr.dialect(name)
+    made = dialect.parse(data.draw(documents(dialect)), tokenizer=apr.ByteTokenizer(dialect.tags))
+    alike, different = redundancy(made), diversity(made, lambda text: text.strip() or None)
+    assert alike is None or 0 <= alike <= 1
+    assert different is None or 0 < different <= 1
+
+
+def test_a_text_of_a_dialect():
+    """Its branches begin and end with the same tags."""
+    made = apr.dialect("threadweaver").parse(TRACE, tokenizer=apr.ByteTokenizer())
+    assert redundancy(made) == 0.0
+    assert diversity(made, str.strip) == 1.0

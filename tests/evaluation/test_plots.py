@@ -1,0 +1,126 @@
+"""Figures of evaluations: what their lines and bands say, what is drawn where something is not known, and the command."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.cli.main import main
+from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, interval
+from sgl_apr.evaluation.plots import LABELS, band, cost, draw, rows
+from sgl_apr.evaluation.store import RUN
+
+ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
+SOME = [replace(ONE, problem=f"p{k}", correct=k % 3 > 0, tokens=50 + 10 * k) for k in range(30)]
+
+
+def kept(directory: Path, *methods: str, seconds: bool = False) -> Path:
+    """An evaluation as `sgl-apr eval -o` writes it, with wall times or as older ones are."""
+    directory.mkdir()
+    written: list[dict] = [{"task": "countdown"}]
+    for method in methods:
+        for number, attempt in reversed([*enumerate(SOME)]):
+            attempt = replace(attempt, took_s=1.0 + number if seconds else None)
+            written.append({"method": method, "number": number, "seconds": 9.0, **asdict(attempt)})
+    (directory / RUN).write_text("".join(json.dumps(line) + "\n" for line in written))
+    return directory
+
+
+def test_a_band_ends_as_the_interval_of_the_accuracy():
+    solved = sum(a.correct for a in SOME)
+    low, high = band(solved, len(SOME))
+    assert (len(low), low[0], high[0]) == (solved + 1, 0, 0)
+    assert (low[-1], high[-1]) == pytest.approx(interval([float(a.correct) for a in SOME]), abs=0.04)
+    assert all(
+        below <= k / len(SOME) <= above for k, (below, above) in enumerate(zip(low, high, strict=True))
+    )
+
+
+@pytest.mark.parametrize("solved", [0, 1, 10])
+def test_a_band_of_few_or_all(solved: int):
+    low, high = band(solved, 10)
+    assert len(low) == len(high) == solved + 1
+    assert low[-1] == high[-1] if solved in (0, 10) else low[-1] < high[-1]
+
+
+def test_what_attempts_cost_is_in_the_order_of_the_problems(tmp_path: Path):
+    (row,) = rows([kept(tmp_path / "a", "apr", seconds=True)])
+    assert [*map(cost("wall"), row.attempts)] == [1 + k for k in range(30)]
+    assert [*map(cost("tokens"), row.attempts)][:2] == [50, 60]
+    (old,) = rows([kept(tmp_path / "b", "apr")])
+    assert {*map(cost("wall"), old.attempts)} == {None}
+
+
+def test_lines_have_names_that_tell_them_apart(tmp_path: Path):
+    one, two = kept(tmp_path / "one", "apr"), kept(tmp_path / "two", "apr", "mcts")
+    assert [row.method for row in rows([two])] == ["apr", "mcts"]
+    assert [row.method for row in rows([one, two])] == ["one", "two, apr", "two, mcts"]
+    (tmp_path / "other").mkdir()
+    same = kept(tmp_path / "other" / "one", "apr")
+    assert [row.method for row in rows([one, same])] == [str(one), str(same)]
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, begins: bytes):
+    out = tmp_path / f"figure.{suffix}"
+    assert main(["plot", str(kept(tmp_path / "run", "apr", "mcts")), "-o", str(out), "--json"]) == 0
+    said, err = capsys.readouterr()
+    assert out.read_bytes().startswith(begins)
+    found = json.loads(said)
+    assert found["panels"] == ["context", "tokens", "critical_path"]
+    assert [(line["name"], line["attempts"]) for line in found["lines"]] == [("apr", 30), ("mcts", 30)]
+    assert found["lines"][0]["accuracy"] == pytest.approx(2 / 3)
+    assert err == "no panel for wall: older versions evaluated apr, mcts\n"
+
+
+def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
+    random = Random(0)
+    timed = [replace(attempt, took_s=random.random()) for attempt in SOME]
+    drawn = [MethodResults(name, timed) for name in ("one <b>", "two & three")]
+    draw(drawn, tmp_path / "figure.svg", axes=["wall", "tokens"])
+    assert (tmp_path / "figure.svg").stat().st_size > 10_000
+    draw(drawn, tmp_path / "again.svg", axes=["wall", "tokens"])
+    made = (tmp_path / "figure.svg").read_text(), (tmp_path / "again.svg").read_text()
+    assert made[0] == made[1], "the same evaluation is the same file"
+    assert all(
+        re.search(f"<!-- {label}", made[0].replace("\\", "")) for label in ("wall time", "total tokens")
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-o", "figure.txt"], "cannot draw a .txt, expected .pdf, .svg, .png"),
+        (["-o", "figure"], "cannot draw a file without a suffix"),
+        (
+            ["-o", "figure.pdf", "--x", "size"],
+            "--x 'size', expected some of context, tokens, critical_path, wall",
+        ),
+        (["-o", "figure.pdf", "--x", "wall"], "wall is not known of apr, which older versions evaluated"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys, argv: list[str], message: str):
+    assert main(["plot", str(kept(tmp_path / "run", "apr")), *argv]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path(argv[1]).exists()
+
+
+def test_nothing_to_draw_is_an_error(tmp_path: Path, capsys):
+    assert main(["plot", str(kept(tmp_path / "run")), "-o", str(tmp_path / "figure.pdf")]) == 1
+    assert f"{RUN} holds no attempt, expected at least one" in capsys.readouterr().err
+    assert main(["plot", str(tmp_path / "nothing"), "-o", str(tmp_path / "figure.pdf")]) == 1
+    assert "is no file that `sgl-apr eval" in capsys.readouterr().err
+    with pytest.raises(apr.AprError, match="expected attempts of every method"):
+        draw([MethodResults("apr", SOME), MethodResults("mcts", ())], tmp_path / "figure.pdf")
+
+
+def test_every_axis_of_the_command_can_be_drawn():
+    from sgl_apr.cli.plot import AXES
+
+    assert tuple(LABELS) == AXES

@@ -1,0 +1,171 @@
+"""Methods asked a benchmark's problems: what is kept, what is not repeated, and why some cannot be asked. No server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.evaluation.benchmarks.base import Benchmark, Case, benchmark
+from sgl_apr.evaluation.metrics import MethodResults
+from sgl_apr.evaluation.runner import attempted, evaluate, measure
+from sgl_apr.evaluation.store import RUN, ResultStore, evaluated, read
+from sgl_apr.evaluation.tasks.countdown.problems import Problem
+from sgl_apr.evaluation.tasks.countdown.search import sequential
+from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.methods.registry import METHOD_MODULES, Result
+
+ANSWERS = {"One and one?": "2", "Two and two?": "4", "Two and one?": "3"}
+SUMS = Benchmark(
+    "sums",
+    [Case(f"sum {k}", question, k % 2) for k, question in enumerate(ANSWERS)],
+    QuestionTask,
+    lambda case, answer: answer == ANSWERS[case.problem],
+    apr.Budget(tokens=2000),
+)
+
+
+def adds(request: apr.Request, prompt: str) -> str:
+    """Knows all but the last, and says so in different words."""
+    question = next((q for q in ANSWERS if q in prompt), "")
+    said = "5" if question == "Two and one?" else ANSWERS.get(question, "")
+    return f"Thinking of it {len(prompt)} times.\nAnswer: {said}"
+
+
+def ran(
+    engine: apr.ScriptedEngine, found: ResultStore, method: str, given: Benchmark = SUMS, **options: Any
+) -> MethodResults:
+    options = {"budget": given.budget, "temperature": 0.0, **options}
+    return asyncio.run(attempted(engine, given, method, found, **options))
+
+
+def test_a_text_task_from_beginning_to_end(tmp_path: Path):
+    engine = apr.ScriptedEngine(adds)
+    with evaluated(tmp_path, {"task": "sums"}) as found:
+        row = ran(engine, found, "self_consistency", n=4)
+    assert [(a.problem, a.size, a.correct) for a in row.attempts] == [
+        ("sum 0", 0, True),
+        ("sum 1", 1, True),
+        ("sum 2", 0, False),
+    ]
+    assert {a.label for a in row.attempts} == {"exact"}
+    assert {(a.forks, a.branches, a.redundancy, a.diversity) for a in row.attempts} == {(1, 4, 1.0, 0.25)}
+    _, *lines = map(json.loads, (tmp_path / RUN).read_text().splitlines())
+    assert {line["problem"]: line["answer"] for line in lines} == {"sum 0": "2", "sum 1": "4", "sum 2": "5"}
+    for line in lines:
+        trajectory = apr.Trajectory.from_json(json.dumps(line["trajectory"]))
+        assert len(trajectory.blocks[0].branches) == 4
+        assert trajectory.metrics().total == line["tokens"]
+    assert read(tmp_path)[0].attempts == row.attempts
+
+
+@pytest.mark.parametrize("killed", ["between lines", "within a line"])
+def test_what_was_killed_is_neither_repeated_nor_lost(tmp_path: Path, killed: str):
+    engine = apr.ScriptedEngine(adds)
+    with evaluated(tmp_path, {}) as found:
+        ran(engine, found, "sequential")
+    lines = (tmp_path / RUN).read_text().splitlines(keepends=True)
+    (tmp_path / RUN).write_text("".join(lines[:3]) + (lines[3][:40] if killed == "within a line" else ""))
+    again = apr.ScriptedEngine(adds)
+    with evaluated(tmp_path, {}) as found:
+        row = ran(again, found, "sequential")
+    assert len(again.requests) == 1
+    assert [a.problem for a in row.attempts] == ["sum 0", "sum 1", "sum 2"]
+    numbers = [json.loads(line)["number"] for line in (tmp_path / RUN).read_text().splitlines()[1:]]
+    assert sorted(numbers) == [0, 1, 2]
+
+
+def test_an_engine_that_dies_leaves_what_has_ended(tmp_path: Path):
+    def dies(request: apr.Request, prompt: str) -> apr.Reply:
+        failed = apr.EngineError("it is gone") if "Two and one?" in prompt else None
+        return apr.Reply(adds(request, prompt), error=failed)
+
+    with evaluated(tmp_path, {}) as found, pytest.raises(apr.EngineError, match="gone"):
+        ran(apr.ScriptedEngine(dies), found, "sequential", at_once=1, retry=apr.Retry(attempts=1))
+    engine = apr.ScriptedEngine(adds)
+    with evaluated(tmp_path, {}) as found:
+        assert sorted(found.attempts["sequential"]) == [0, 1]
+        assert len(ran(engine, found, "sequential").attempts) == 3
+    assert len(engine.requests) == 1
+
+
+def test_trajectories_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = Counter[str]()
+
+    class Seen(apr.Trajectory):
+        def __del__(self) -> None:
+            made["gone"] += 1
+
+    def seen(*arguments: Any) -> Any:
+        result: Result = arguments[3]
+        made["made"] += 1
+        return measure(
+            *arguments[:3], replace(result, trajectory=Seen(**vars_of(result.trajectory))), *arguments[4:]
+        )
+
+    def vars_of(trajectory: apr.Trajectory) -> dict[str, Any]:
+        return {name: getattr(trajectory, name) for name in trajectory.__dataclass_fields__}
+
+    monkeypatch.setattr("sgl_apr.evaluation.runner.measure", seen)
+    with evaluated(tmp_path, {}) as found:
+        row = ran(apr.ScriptedEngine(adds), found, "sequential")
+        assert made["made"] == made["gone"] == 3
+    assert len(row.attempts) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [("graph_of_thoughts", ""), ("recursive", "pass allow_code=True"), ("tree_of_thoughts", "")],
+)
+def test_a_method_that_cannot_be_asked_has_a_row_that_says_why(method: str, why: str):
+    row = ran(apr.ScriptedEngine(adds), ResultStore(), method)
+    assert why in row.reason
+    assert bool(row.attempts) == (not why)
+    figures = row.as_json((64,))
+    assert figures["problems"] == (0 if why else 3)
+    assert (figures["accuracy"] is None) == bool(why)
+
+
+def test_a_model_without_the_words_has_a_row_too():
+    row = ran(apr.ScriptedEngine(adds), ResultStore(), "sequential", benchmark("countdown", 3))
+    assert "needs a model trained on it" in row.reason
+    row = ran(apr.ScriptedEngine(adds), ResultStore(), "sequential", budget=apr.Budget(tokens=1, width=2))
+    assert row.attempts
+    assert not any(a.correct for a in row.attempts), "there is no room for an answer"
+
+
+@pytest.mark.parametrize("name", ["countdown", "game24"])
+def test_games_by_a_search_in_place_of_a_model(name: str):
+    def searched(request: apr.Request, prompt: str) -> str:
+        return sequential(Problem.parse(prompt), 1 << 20)
+
+    given = benchmark(name, 6)
+    engine = apr.ScriptedEngine(searched, apr.ByteTokenizer(apr.dialect("spawn").tags))
+    row = ran(engine, ResultStore(), "apr", given, budget=apr.Budget(tokens=1 << 16))
+    assert row.accuracy == 1.0
+    assert [a.problem for a in row.attempts] == [case.name for case in given.cases]
+    assert {a.forks for a in row.attempts} == {0}
+    assert {a.redundancy for a in row.attempts} == {a.diversity for a in row.attempts} == {None}
+
+
+def test_every_method_is_asked_a_text_task_or_says_why_not():
+    for method in METHOD_MODULES:
+        row = ran(apr.ScriptedEngine(adds), ResultStore(), method, replace(SUMS, cases=SUMS.cases[:1]))
+        assert row.attempts or row.reason, method
+        assert bool(row.attempts) == (method != "recursive"), (method, row.reason)
+
+
+def test_attempts_at_other_problems_are_an_error():
+    found = ResultStore()
+    ran(apr.ScriptedEngine(adds), found, "sequential")
+    other = replace(SUMS, cases=[replace(SUMS.cases[0], name="sum x"), *SUMS.cases[1:]])
+    with pytest.raises(apr.AprError, match="was asked 'sum 0', which sums has not"):
+        asyncio.run(evaluate("http://127.0.0.1:9", other, "sequential", found))
+    row = asyncio.run(evaluate("http://127.0.0.1:9", SUMS, "sequential", found))
+    assert len(row.attempts) == 3, "nobody is asked where all is there"

@@ -1,0 +1,416 @@
+"""Every dialect alike, from its grammar file alone: documents, what breaks them, masks, completions, trajectories."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+import llguidance.numpy as masks
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lark import Lark, Token
+from lark.lexer import Lexer
+from llguidance import LLMatcher
+
+import sgl_apr as apr
+from sgl_apr.formats.dialect import BranchNumbering, dialect_names
+from sgl_apr.runtime.phase_output import closing_overhead
+from tests.support.document_strategies import document, documents, tags, with_tags_swapped, without_a_tag
+from tests.support.masked_sampler import Masked, SampledEngine, masked
+
+every_dialect = pytest.mark.parametrize("name", dialect_names())
+both_modes = pytest.mark.parametrize("spelled", [False, True], ids=["tokens", "text"])
+WIDTH = 3
+
+
+@cache
+def whole(name: str) -> LLMatcher:
+    """What a whole document may be, as one mask."""
+    dialect = apr.dialect(name)
+    depth = min(2, dialect.max_depth)
+    return masked(name).matcher("trace", dialect=dialect, width=WIDTH, min_width=1, depth=depth)
+
+
+def is_decodable(name: str, text: str) -> bool:
+    matcher, ids = whole(name).deep_copy(), masked(name).encode(text)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@every_dialect
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), spelled=st.booleans())
+def test_documents_are_read_and_written_without_loss(name: str, data: st.DataObject, spelled: bool):
+    dialect = apr.dialect(name)
+    text = data.draw(documents(dialect))
+    dialect.validate(text)
+    assert is_decodable(name, text)
+    tokenizer = apr.ByteTokenizer(() if spelled else dialect.tags)
+    trajectory = dialect.parse(text, tokenizer)
+    assert dialect.render(trajectory) == text
+    assert list(trajectory.token_ids) == tokenizer.encode(text)
+    assert all(tokenizer.decode(s.token_ids or ()) == s.text for s in trajectory.spans)
+    assert apr.Trajectory.from_json(trajectory.to_json()) == trajectory
+
+
+@every_dialect
+def test_no_tag_can_go_and_no_two_can_be_swapped(name: str):
+    dialect = apr.dialect(name)
+    broken = 0
+    for seed in range(10):
+        text = document(dialect, random.Random(seed))
+        dialect.validate(text)
+        assert is_decodable(name, text), text
+        for mutated in (*without_a_tag(dialect, text), *with_tags_swapped(dialect, text)):
+            assert not dialect.is_valid(mutated), mutated
+            assert not is_decodable(name, mutated), mutated
+            broken += 1
+    assert broken > 100
+
+
+def test_what_a_tag_names_may_change_places():
+    """Nothing but the promise holds its topic, so there is nothing that two swapped topics could contradict."""
+    dialect = apr.dialect("pasta")
+    text = '<promise topic="a"/><promise topic="b"/><sync/><async>1</async><async>2</async>'
+    (swapped,) = [t for t in with_tags_swapped(dialect, text, named=True) if dialect.is_valid(t)]
+    assert swapped == text.replace('"a"', '"c"').replace('"b"', '"a"').replace('"c"', '"b"')
+    assert [t[0] for t in tags(dialect, text)][:2] == ['<promise topic="'] * 2
+
+
+@every_dialect
+@pytest.mark.parametrize("width", [2, 5])
+def test_width_and_depth_bound_a_document(name: str, width: int):
+    """The mask of a document takes just those that are no wider and no deeper than it says."""
+    dialect, seen = apr.dialect(name), set()
+    depth = min(2, dialect.max_depth)
+    matcher = masked(name).matcher("trace", dialect=dialect, width=width, min_width=1, depth=1)
+    for seed in range(60):
+        text = document(dialect, random.Random(seed), width=4, depth=depth)
+        blocks = dialect.parse(text).blocks
+        fits = all(len(b.branches) <= width and len(b.path) == 1 for b in blocks)
+        taken = matcher.deep_copy()
+        ids = masked(name).encode(text)
+        assert (taken.try_consume_tokens(ids) == len(ids) and taken.is_accepting()) == fits, text
+        seen.add(fits)
+    nests = (
+        depth > 1 and dialect.branch_context == "prefix"
+    )  # a document holds no more of a child than its result
+    assert seen == ({True, False} if width < 4 or nests else {True})
+
+
+def test_a_document_that_cannot_be_lowered_says_why():
+    threadweaver, multiverse = apr.dialect("threadweaver"), apr.dialect("multiverse")
+    for dialect, tokenizer, shape, message in [
+        (threadweaver, masked("threadweaver", True), {}, "'<[A-Za-z]+>' is not one token"),
+        (threadweaver, masked("threadweaver"), {"fork": "required"}, "takes width, min_width, first, depth"),
+        (threadweaver, masked("threadweaver"), {"depth": 2}, "depth 2, expected within 1 to 1"),
+        (multiverse, masked("multiverse"), {"width": 6, "depth": 5}, "6 wide and 5 deep takes more than"),
+        (
+            apr.dialect("parathinker"),
+            masked("parathinker"),
+            {"min_width": 1, "width": 1},
+            "a block of 1 to 1",
+        ),
+    ]:
+        with pytest.raises(apr.GrammarError, match=message):
+            dialect.llguidance("trace", tokenizer, **shape)
+    with pytest.raises(apr.GrammarError, match="to llguidance only"):
+        threadweaver.xgrammar("trace", masked("threadweaver"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A phase where the runtime would decode it."""
+
+    phase: str
+    place: BranchNumbering = field(default_factory=BranchNumbering)
+
+    def lowered(self, dialect: apr.Dialect, tokenizer: Masked, **shape) -> str | None:
+        """Its mask, or None if the shape leaves nothing of it. Branches that do not nest cannot fork."""
+        if dialect.rule_for_phase(self.phase) == "body":
+            shape["fork"] = "auto"
+        shape = {"width": min(WIDTH, dialect.max_width), "min_width": 1} | shape
+        place = self.place
+        try:
+            return dialect.llguidance(
+                self.phase,
+                tokenizer,
+                prefix=place.prefix,
+                number=place.number,
+                waiting=place.waiting,
+                **shape,
+            )
+        except apr.GrammarError as error:
+            if "allows nothing" not in str(error):
+                raise
+            return None
+
+
+def cases(dialect: apr.Dialect) -> Iterator[Case]:
+    """Every phase of a dialect, with other branches forked off and not."""
+    one, two, three = (str(dialect.first_number + k) for k in range(3))
+    if dialect.asynchronous:
+        yield Case("trunk", BranchNumbering(number=one))
+        yield Case("after", BranchNumbering(number=one))
+        yield Case("after", BranchNumbering(number=two, waiting=(one,)))
+        yield Case("after", BranchNumbering(number=three, waiting=(one, two)))
+        yield Case("after", BranchNumbering(number=three, waiting=(two,)))
+    else:
+        yield from (Case(phase) for phase in ("trunk", "after") if phase in dialect.grammar.rules)
+    for number in (two, str(dialect.first_number + dialect.max_width - 1)):
+        place = BranchNumbering(prefix=f"{number}." if dialect.nested_numbering else "", number=number)
+        yield Case("branch", place)
+        if "rejoin" in dialect.grammar.rules:
+            yield Case("rejoin", place)
+
+
+SHAPES = [
+    {},
+    {"fork": "required", "lead_chars": 8},
+    {"fork": "forbidden"},
+    {"outline_chars": 12},
+    {"forbid_angle_brackets": True},
+]
+
+
+@every_dialect
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(s) or "auto")
+def test_masks_allow_the_tags_that_a_reference_does(name: str, shape: dict):
+    """Along random paths, the tags and the end that the mask allows are those that Lark's parser would take."""
+    dialect, tokenizer = apr.dialect(name), masked(name)
+    rng, compared = random.Random(0), 0
+    for case in cases(dialect):
+        lowered = case.lowered(dialect, tokenizer, **shape)
+        if lowered is None:
+            continue
+        reference = Reference(lowered)
+        for _ in range(4):
+            compared += reference.walk(rng, tokenizer)
+    assert compared > 10
+
+
+class NoLexer(Lexer):
+    """Terminals are fed, not lexed."""
+
+    def __init__(self, conf):
+        pass
+
+    def lex(self, lexer_state, parser_state):
+        return iter(())
+
+
+class Reference:
+    """llguidance's text as Lark's LALR parser, without any text: a terminal for each tag, string and expression."""
+
+    def __init__(self, lowered: str) -> None:
+        self.lowered = lowered
+        self.tags: dict[str, int] = {}
+        self.strings: dict[str, str] = {}
+        self.patterns: dict[str, str] = {}
+        rules = []
+        for line in lowered.splitlines():
+            head, _, body = line.partition(": ")
+            if head.isupper() or head.partition("_")[0].isupper():
+                self.patterns[head] = re.sub(r"/ & /.*", "/", body)[1:-1]
+            elif head:
+                rules.append(f"{head}: {re.sub(self.PIECE, self._terminal, body)}")
+        declared = " ".join((*self.tags, *self.strings, *self.patterns))
+        self.parser = Lark("\n".join([*rules, f"%declare {declared}"]), parser="lalr", lexer=NoLexer)
+
+    PIECE = r'<\[\d+\]>|"(?:[^"\\]|\\.)*"'
+
+    def _terminal(self, match: re.Match[str]) -> str:
+        if match[0].startswith("<["):
+            self.tags[f"TAG_{match[0][2:-2]}"] = int(match[0][2:-2])
+            return f"TAG_{match[0][2:-2]}"
+        text = json.loads(match[0])
+        if not text:
+            return ""
+        known = {t: n for n, t in self.strings.items()}
+        name = known.get(text, f"STRING_{len(known)}")
+        self.strings[name] = text
+        return name
+
+    def walk(self, rng: random.Random, tokenizer: Masked) -> int:
+        """One random path through it; the number of states in which both were asked."""
+        matcher = LLMatcher(tokenizer.guide, self.lowered)
+        state = self.parser.parse_interactive("")
+        for step in itertools.count(1):
+            accepted = state.accepts()
+            expected = {self.tags[a] for a in accepted if a in self.tags}
+            expected |= tokenizer.eos_ids if "$END" in accepted else set()
+            assert allowed(matcher, tokenizer) == expected, (self.lowered[:500], step)
+            going = sorted(accepted - {"$END"})
+            if not going or step > 40:
+                return step
+            name = rng.choice(going)
+            state.feed_token(Token(name, ""))
+            for k, token in enumerate(ids := self._ids(name, rng, tokenizer), 1):
+                assert matcher.consume_token(token)
+                inside = name in self.strings and k < len(ids)
+                assert not inside or not allowed(matcher, tokenizer), "a tag within a fixed text"
+        raise AssertionError("unreachable")
+
+    def _ids(self, name: str, rng: random.Random, tokenizer: Masked) -> list[int]:
+        if name in self.tags:
+            return [self.tags[name]]
+        texts = [self.strings[name]] if name in self.strings else ["x", "x < y", "größer\n", "0,1", "12"]
+        fitting = [t for t in texts if name in self.strings or re.fullmatch(self.patterns[name], t)]
+        return tokenizer.encode(rng.choice(fitting))
+
+
+def allowed(matcher: LLMatcher, tokenizer: Masked) -> set[int]:
+    """The tags, and the end, that the mask allows."""
+    size = tokenizer.backend.get_vocab_size()
+    bits = masks.allocate_token_bitmask(1, size)
+    masks.fill_next_token_bitmask(matcher, bits)
+    one_each = np.unpackbits(bits.view(np.uint8), bitorder="little")[:size]
+    special = {tokenizer.special(tag) for tag in tokenizer.tags} | tokenizer.eos_ids
+    return special & set(np.flatnonzero(one_each).tolist())
+
+
+@every_dialect
+@both_modes
+def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
+    """Wherever the token limit cuts, what is open is closed, and what was written stays."""
+    dialect, tokenizer = apr.dialect(name), masked(name, spelled)
+    engine, rng = SampledEngine(tokenizer, seed=2), random.Random(2)
+    wide = {"width": min(12, dialect.max_width), "min_width": min(11, dialect.max_width), "outline_chars": 1}
+    shapes = ({"outline_chars": 12}, wide, SHAPES[1], SHAPES[2])
+    for case, shape in itertools.product(cases(dialect), shapes):
+        lowered = case.lowered(dialect, tokenizer, **shape)
+        if lowered is None:
+            continue
+        for _ in range(2):
+            text, finished = asyncio.run(decoded(engine, dialect, case, lowered))
+            if finished:
+                assert dialect.segments(case.phase, text, case.place)[-1].end == len(text)
+            for end in {0, len(text), *(rng.randint(0, len(text)) for _ in range(20))}:
+                cut = text[:end]
+                added = dialect.completion(case.phase, cut, case.place)
+                assert added is not None, (case, cut)
+                segments = dialect.segments(case.phase, cut + added, case.place)
+                assert (segments[-1].end if segments else 0) == len(cut + added)
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "number", "cut", "added"),
+    [
+        ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n", "2.1:...</Outline>\n</Goal>"),
+        ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2", ".1:...</Outline>\n</Goal>"),
+        ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2.", "1:...</Outline>\n</Goal>"),
+        # What may be half a fork stays text: it may be forbidden here.
+        ("multiverse", "branch", "2", "x<P", "</Path>"),
+        ("multiverse", "branch", "2", "x</P", "ath>"),
+        ("parathinker", "branch", "2", "x</think ", "2>"),
+        ("asyncthink", "trunk", "2", "<FORK-2>x</FORK-", "2>"),
+        (
+            "apr",
+            "trunk",
+            "",
+            "<Calling Sub Searches>\n<Start Sub Search 0 at level 1> Moving to Node #7,",
+            "0\n<End Calling Sub Searches>",
+        ),
+    ],
+)
+def test_what_is_cut_within_a_tag_a_number_or_a_name(
+    name: str, phase: str, number: str, cut: str, added: str
+):
+    place = BranchNumbering(prefix=f"{number}." if phase == "branch" else "", number=number)
+    assert apr.dialect(name).completion(phase, cut, place) == added
+
+
+async def decoded(engine: SampledEngine, dialect: apr.Dialect, case: Case, lowered: str) -> tuple[str, bool]:
+    """What an engine that samples from the mask alone decodes of a phase, and whether it came to its end."""
+    stops = dialect.stop_strings(case.phase, case.place)
+    ids = [engine.tokenizer.special(tag) for tag in stops]
+    result = await engine.decode(
+        apr.Request("r", (), 200, grammar=lowered, stop_ids=tuple(i for i in ids if i is not None))
+    )
+    kept = [i for i in result.token_ids if i not in engine.tokenizer.eos_ids]
+    return engine.tokenizer.decode(kept), result.finish == "stop"
+
+
+DEPTHS = [
+    (name, depth)
+    for name in dialect_names()
+    for depth in ((1,) if apr.dialect(name).max_depth == 1 else (2, 3))
+]
+MODES = {
+    "auto": (False, {}),
+    "parallel": (False, {"mode": "parallel"}),
+    "text": (True, {"mode": "parallel"}),
+}
+
+
+@pytest.mark.parametrize(("name", "depth"), DEPTHS)
+@pytest.mark.parametrize("mode", MODES)
+def test_trajectories_are_valid_whatever_is_sampled(name: str, depth: int, mode: str):
+    assert trajectories(name, depth, mode, 5)["forked"] >= (5 if mode != "auto" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@every_dialect
+def test_ten_thousand_trajectories_are_valid(name: str):
+    found = trajectories(name, min(2, apr.dialect(name).max_depth), "auto", 10_000)
+    print(f"\n{name}: {found}")
+    assert found["valid"] == 10_000
+
+
+def trajectories(name: str, depth: int, mode: str, count: int) -> dict[str, int]:
+    """Runs them, checks each, and says how many were valid and forked, and how their branches were closed."""
+    dialect = apr.dialect(name)
+    spelled, options = MODES[mode]
+    # One that soon closes what is open, and one that seldom does: the runtime has to.
+    engines = [SampledEngine(masked(name, spelled), seed=depth, tag_weight=w) for w in (30.0, 2.0)]
+    closing = closing_overhead(dialect, engines[0].tokenizer).of(WIDTH)
+    budget = apr.Budget(
+        tokens=2 * closing * (2 * depth - 1) + 120,
+        width=WIDTH,
+        depth=depth,
+        outline_chars=12 if spelled else None,
+    )
+    found = dict.fromkeys(("valid", "forked", "nested", "branches", "decoded", "injected", "tokens"), 0)
+
+    async def run() -> None:
+        for engine in itertools.islice(itertools.cycle(engines), count):
+            trajectory = await apr.areason(engine, "Q: ", dialect, budget=budget, **options)
+            engine.requests.clear()
+            metrics = check(trajectory, dialect, engine.tokenizer, budget)
+            found["valid"] += 1
+            found["forked"] += bool(trajectory.blocks)
+            found["nested"] += any(len(b.path) > 1 for b in trajectory.blocks)
+            found["branches"] += metrics.branches
+            found["decoded"] += metrics.closers_decoded
+            found["injected"] += metrics.closers_injected
+            found["tokens"] += metrics.total
+
+    asyncio.run(run())
+    assert found["nested"] > 0 or depth == 1 or spelled
+    assert found["decoded"] + found["injected"] > 0 or not dialect.grammar.closing_literal("body", "1")
+    return found
+
+
+def check(
+    trajectory: apr.Trajectory, dialect: apr.Dialect, tokenizer: Masked, budget: apr.Budget
+) -> apr.Metrics:
+    """Its metrics; raises `AssertionError` or `TraceError` if a trajectory is not as it has to be."""
+    text, metrics = trajectory.text, trajectory.metrics()
+    assert dialect.render(dialect.parse(text)) == text
+    assert tokenizer.decode(trajectory.token_ids) == text
+    assert metrics.total <= budget.tokens
+    for index, span in enumerate(trajectory.spans):
+        assert all(parent < index for parent in (*span.parents, *span.waits_for))
+    for block in trajectory.blocks:
+        assert [b.number for b in block.branches] == list(range(1, len(block.branches) + 1))
+        assert len(block.branches) <= (budget.width or dialect.max_width)
+        assert len(block.path) <= 2 * budget.depth - 1
+    return metrics

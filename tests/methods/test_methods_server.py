@@ -1,0 +1,235 @@
+"""Every method on Countdown, with the model that comes with the package on a real server: what it asks, and at what cost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import sglang as sgl
+
+import sgl_apr as apr
+from sgl_apr.cli.eval import ONE_REPLY
+from sgl_apr.cli.main import main
+from sgl_apr.evaluation.tasks.countdown.problems import problems, solves
+from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
+from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.methods.registry import METHOD_MODULES, Result, method
+from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.server.launch.launcher import Server
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+NULL = {
+    "skeleton_of_thought": "point by point",
+    "recursive": "answered by a program",
+}
+BUDGET = apr.Budget(tokens=1024)
+GIVEN = list(problems(1, "test", seed=0))
+
+
+def greedy(name: str) -> dict[str, float]:
+    """As `sgl-apr eval` asks those that one reply is the answer of."""
+    return {"temperature": 0.0} if name in ONE_REPLY else {}
+
+
+@pytest.fixture(scope="module")
+def results(solver: Server) -> Mapping[str, list[Result]]:
+    """What each method that Countdown has words for makes of a few problems."""
+
+    async def all_of_them() -> dict[str, list[Result]]:
+        async with await apr.HttpEngine.connect(solver.url) as engine:
+            task = CountdownTask(engine)
+            return {
+                name: [await method(name)(engine, p, task=task, budget=BUDGET, **greedy(name)) for p in GIVEN]
+                for name in METHOD_MODULES
+                if name not in NULL
+            }
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
+def test_it_is_honest(results: Mapping[str, list[Result]], name: str):
+    """Within its budget, from the cache what the cache has, and an answer that its trajectory holds."""
+    for problem, result in zip(GIVEN, results[name], strict=True):
+        metrics = result.metrics
+        assert result.method == name
+        assert metrics.total <= BUDGET.tokens
+        assert 0 < metrics.critical_path <= metrics.total
+        assert metrics.engine_calls == sum(1 + c.retries for c in result.trajectory.calls) > 0
+        for call in result.trajectory.calls:
+            assert call.cached_tokens is None or call.cached_tokens >= call.shared_tokens - 1, call
+        assert apr.Trajectory.from_json(result.trajectory.to_json()) == result.trajectory
+        if solves(problem, result.answer):
+            assert result.answer.rsplit("= ", 1)[-1] == str(problem.target)
+
+
+def test_some_are_right(results: Mapping[str, list[Result]]):
+    right = {
+        name: sum(solves(p, r.answer) for p, r in zip(GIVEN, found, strict=True))
+        for name, found in results.items()
+    }
+    assert min(right[name] for name in ("sequential", "self_consistency", "tree_of_thoughts", "apr")) >= 1, (
+        right
+    )
+
+
+def test_a_model_that_forks_by_itself(solver: Server):
+    """On a problem that it does not find easy: a call for each branch, and one behind each join."""
+    problem = next(p for p in problems(9, "test", seed=0) if len(p.numbers) == 4)
+
+    async def asked() -> Result:
+        async with await apr.HttpEngine.connect(solver.url) as engine:
+            options = {"task": CountdownTask(engine), "budget": apr.Budget(tokens=6000), "temperature": 0.0}
+            return await method("apr")(engine, problem, **options)
+
+    result = asyncio.run(asked())
+    called = Counter(call.phase for call in result.trajectory.calls)
+    assert solves(problem, result.answer)
+    assert result.metrics.branches >= 2
+    assert called["branch"] == result.metrics.branches
+    assert called["trunk"] + called["after"] == 1 + result.metrics.blocks
+
+
+def test_branches_run_at_once(results: Mapping[str, list[Result]]):
+    for name in ("self_consistency", "tree_of_thoughts"):
+        for result in results[name]:
+            spans = sorted((c.started, c.ended) for c in result.trajectory.calls if c.output_tokens)
+            assert any(later < ended for (_, ended), (later, _) in pairwise(spans)), name
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
+def test_how_much_is_asked(results: Mapping[str, list[Result]], name: str):
+    """Branches and calls of each row: those of the papers' structures, where the model has no say."""
+    (result,) = results[name]
+    called = Counter(call.phase for call in result.trajectory.calls)
+    blocks = [(len(block.path), len(block.branches)) for block in result.trajectory.blocks]
+    outer, inner = ([width for depth, width in blocks if depth == of] for of in (1, 3))
+    assert result.metrics.branches == sum(outer) + sum(inner)
+    assert result.metrics.engine_calls == called.total()
+    match name:
+        case "sequential":
+            assert (outer, inner, called) == ([], [], {"ask": 1})
+        case "self_consistency" | "best_of_n":  # the task checks replies: nobody judges them
+            paths = BUDGET.tokens // CountdownTask.need
+            assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
+            assert result.score in {k / paths for k in range(paths + 1)}
+        case "tree_of_thoughts":  # three proposals, three values of each state that they lead to, and so on
+            assert (outer[0], inner[0]) == (1, 3)
+            assert inner[1 : 1 + outer[1]] == [3] * outer[1]
+            assert 3 + outer[1] <= called["branch"] <= sum(inner)  # what the budget cuts is not asked
+        case "graph_of_thoughts":  # a proposal, and a search behind each step that it names
+            assert (outer, inner) == ([1, outer[1]], [1] * (1 + outer[1]))
+            assert called == {"branch": 1 + outer[1]}
+        case "mcts":  # a proposal, a value of each child, then the leaves that are selected
+            assert (outer[0], inner[: 1 + outer[1]]) == (1, [1] * (1 + outer[1]))
+            assert 1 + outer[1] <= called["branch"] <= sum(inner)
+        case "group_think" | "hogwild":  # rounds, in which all that have not ended write
+            assert outer[0] == (4 if name == "group_think" else 2)
+            assert outer == sorted(outer, reverse=True)
+            assert inner == []
+            assert outer[0] <= called["branch"] <= sum(outer)
+            assert called["commit"] <= len(outer)
+        case "parathinker":  # all that have written are read again
+            assert (outer, inner, called) == ([8], [], {"commit": 9, "branch": 8, "after": 1})
+        case _:  # of three numbers, which the model does not fork for
+            assert (outer, inner, called) == ([], [], {"trunk": 1})
+
+
+@pytest.mark.parametrize("name", NULL)
+def test_what_countdown_has_no_words_for(solver: Server, name: str):
+    async def asked() -> None:
+        async with await apr.HttpEngine.connect(solver.url) as engine:
+            await method(name)(engine, GIVEN[0], task=CountdownTask(engine))
+
+    with pytest.raises(Inapplicable, match=NULL[name]):
+        asyncio.run(asked())
+
+
+@pytest.mark.parametrize("name", NULL)
+def test_they_run_on_open_questions(server: Server, name: str):
+    """A random model says nothing to the point, and every method comes to its end; SmolLM2 does in the slow tests."""
+
+    async def asked() -> Result:
+        async with await apr.HttpEngine.connect(server.url) as engine:
+            options = {"allow_code": True, "iterations": 2, "turn": 20} if name == "recursive" else {}
+            return await method(name)(
+                engine, "What is it?", task=QuestionTask(engine), budget=apr.Budget(tokens=2000), **options
+            )
+
+    result = asyncio.run(asked())
+    assert result.metrics.engine_calls >= 1 + result.metrics.branches
+    assert result.metrics.total <= 2000
+
+
+@pytest.mark.filterwarnings("ignore:Error in stream_executor")
+def test_a_program_solves(solver: Server):
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "Answer:" + apr.solve(
+            "answer", GIVEN[0], method="self_consistency", task=CountdownTask, n=2, seed=0, budget=BUDGET
+        )
+        s += sgl.gen("rest", max_tokens=4)
+
+    with apr.Endpoint(solver.url) as endpoint:
+        state = program.run(backend=endpoint)
+        result = state.get_meta_info("answer")["result"]
+        assert state["answer"] == result.answer
+        assert state.text().startswith(f"Answer:{result.answer}")
+        assert result.metrics.branches == 2
+        assert result.trajectory == state.get_meta_info("answer")["trajectory"]
+        assert state["rest"] is not None
+        wrong = sgl.function(lambda s: s.__iadd__(apr.solve("x", "why?", method="mcts", task=Task)))
+        failed = wrong.run(backend=endpoint)
+        with pytest.raises(Inapplicable, match="step by step"):
+            failed["x"]
+
+
+def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
+    names = "sequential,skeleton_of_thought,self_consistency"
+    words = [
+        "eval",
+        "countdown",
+        "--url",
+        solver.url,
+        "--methods",
+        names,
+        "--limit",
+        "1",
+        "--budget",
+        "tokens=1024",
+    ]
+    assert main([*words, "--json"]) == 0
+    first, second, third = json.loads(capsys.readouterr().out)["rows"]
+    assert (second["accuracy"], second["problems"]) == (None, 0)
+    assert NULL["skeleton_of_thought"] in second["reason"]
+    for row in (first, third):
+        assert row["label"] == "exact"
+        assert 0 <= row["accuracy"] <= 1
+        assert row["one_by_one_s"] > 0
+        assert row["alone_s"] > 0
+    assert first["engine_calls"] == 1
+    assert third["engine_calls"] == 1024 // CountdownTask.need + 1
+    assert 0 < third["cached_share"] < 1
+    words[words.index(names)] = "skeleton_of_thought"
+    assert main(words) == 1, "there is no figure"
+    assert "point by point" in capsys.readouterr().out
+
+
+def test_a_model_without_the_words(server: Server):
+    async def asked() -> None:
+        async with await apr.HttpEngine.connect(server.url) as engine:
+            CountdownTask(engine)
+
+    with pytest.raises(Inapplicable, match="needs a model trained on it"):
+        asyncio.run(asked())
+
+
+def test_no_such_method(capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", "countdown", "--url", "http://127.0.0.1:9", "--methods", "guess"]) == 1
+    assert "no method 'guess', expected all, or some of sequential" in capsys.readouterr().err

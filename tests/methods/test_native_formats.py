@@ -1,0 +1,51 @@
+"""Formats that fork by themselves as methods: how each is asked, joined and labelled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.evaluation.tasks.chat_template import PLAIN
+from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.methods import Result, method
+
+DIALECTS = {name: name for name in ("threadweaver", "multiverse", "npr", "parallel_r1", "parathinker")} | {
+    "apr": "spawn"
+}
+
+
+def asked(name: str, tags: tuple[str, ...], **options: Any) -> tuple[Result, list[str]]:
+    """What it comes to where the model only ever says 42, and the prompts of its requests."""
+    engine = apr.ScriptedEngine(lambda request, prompt: "Answer: 42", apr.ByteTokenizer(tags))
+    task = QuestionTask(engine, PLAIN)
+    result = asyncio.run(method(name)(engine, "Why?", task=task, **options))
+    return result, [engine.tokenizer.decode(r.input_ids) for r in engine.requests]
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_it_is_asked_as_its_authors_say_and_labelled_by_what_was_run(name: str):
+    dialect = apr.dialect(DIALECTS[name])
+    result, prompts = asked(name, dialect.tags)
+    assert result.method == name
+    assert result.answer.endswith("42")
+    assert result.trajectory.dialect == dialect.name
+    assert all(prompt.startswith("Why?") for prompt in prompts)
+    instruction = apr.preset(name).instruction if name not in ("parathinker", "apr") else ""
+    assert instruction in prompts[0]
+    style = ["parathinker-style"] if name == "parathinker" else []
+    joined = ["joined by text"] if dialect.published_join == "kv" else []  # which this engine does not do
+    assert result.label == (", ".join(style + joined) or "exact")
+
+
+def test_a_model_without_the_tags_is_forced():
+    result, _ = asked("threadweaver", ())
+    assert result.label == "by grammar alone: the model does not know its tags"
+
+
+@pytest.mark.parametrize("name", ["threadweaver", "multiverse"])
+def test_a_join_that_cannot_be_had_is_an_error(name: str):
+    with pytest.raises(apr.KvJoinUnavailable):
+        asked(name, apr.dialect(name).tags, join="kv")

@@ -1,0 +1,400 @@
+"""The sandbox: what a program may do, what it may not, what ends it, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.methods.sandbox import process, seccomp
+from sgl_apr.methods.sandbox.process import Limits, RunResult, Sandbox
+
+QUICK = Limits(seconds=5.0)
+
+
+async def upper(texts: list[str], deep: bool) -> list[str]:
+    return [f"{text.upper()}{'!' * deep}" for text in texts]
+
+
+def ran(*blocks: str, limits: Limits = QUICK, answer: Any = upper, **variables: str) -> list[RunResult]:
+    """What each block comes to, in one sandbox."""
+
+    async def all_of_them() -> list[RunResult]:
+        async with Sandbox(variables, answer, limits) as sandbox:
+            return [await sandbox.run(textwrap.dedent(block)) for block in blocks]
+
+    return asyncio.run(all_of_them())
+
+
+def printed(block: str, **options: Any) -> str:
+    (found,) = ran(block, **options)
+    return found.output.strip()
+
+
+def test_blocks_share_what_they_make():
+    one, two, three = ran("n = len(context)\nprint(n)", "FINAL(n + 1)", "FINAL_VAR('n')", context="abc")
+    assert (one, two, three) == (RunResult("3\n"), RunResult("", "4"), RunResult("", "3"))
+
+
+def test_values_are_read_by_their_names():
+    async def read() -> list[str | None]:
+        async with Sandbox({"context": "abc"}, upper, QUICK) as sandbox:
+            await sandbox.run("found = [1, 2]")
+            return [await sandbox.value(name) for name in ("found", "context", "nothing")]
+
+    assert asyncio.run(read()) == ["[1, 2]", "abc", None]
+
+
+def test_programs_ask_what_a_model_says():
+    text = printed("""
+        print(llm_query("one"), llm_query_batched(["two", "three"]), rlm_query("four"), rlm_query_batched(["5"]))
+    """)
+    assert text == "ONE ['TWO', 'THREE'] FOUR! ['5!']"
+
+
+def test_its_time_does_not_run_while_a_model_answers():
+    async def slow(texts: list[str], deep: bool) -> list[str]:
+        await asyncio.sleep(1.0)
+        return texts
+
+    assert printed("print(llm_query('a'))", answer=slow, limits=Limits(seconds=0.5)) == "a"
+
+
+def test_errors_are_printed_and_nothing_is_lost():
+    one, two, three = ran("x = 1\n1 / 0", "import sys\nsys.exit(3)", "print(x")
+    assert one.output.endswith("ZeroDivisionError: division by zero\n")
+    assert 'File "<repl>", line 2' in one.output
+    assert "SystemExit: 3" in two.output
+    assert "SyntaxError" in three.output
+    assert ran("x = 1\n1 / 0", "print(x)")[1].output == "1\n"
+
+
+def test_what_is_printed_is_cut():
+    (found,) = ran("for _ in range(3000): print('x' * 999)", limits=Limits(output=50))
+    assert found.output == "x" * 50 + "... + [2999950 chars...]"
+
+
+FORBIDDEN = [
+    "open('/etc/passwd')",
+    f"open({__file__!r})",
+    "open('/proc/self/environ')",
+    "open('/dev/null')",
+    "open('/x', 'w')",
+    "open('/tmp/x', 'w')",
+    "open(os.__file__, 'a')",
+    "os.mkdir('/x')",
+    "os.unlink(os.__file__)",
+    "os.chmod('/', 0o777)",
+    "os.symlink('/', '/x')",
+    "os.chroot('/')",
+    "os.memfd_create('x')",
+    "os.pipe()",
+    "os.fork()",
+    "os.execv(sys.executable, ['python'])",
+    "os.kill(1, 9)",
+    "os.kill(-1, 9)",
+    "os.setuid(0)",
+    "os.sched_setaffinity(0, {0})",
+    "signal.setitimer(signal.ITIMER_REAL, 1)",
+    "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
+    "resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))",
+    "subprocess.run(['true'])",
+    "threading.Thread(target=print).start()",
+    "multiprocessing.Process(target=print).start()",
+    "socket.socket()",
+    "socket.socket(socket.AF_UNIX)",
+    "socket.socketpair()",
+    "socket.create_connection(('127.0.0.1', 9), timeout=1)",
+    "urllib.request.urlopen('http://127.0.0.1:9')",
+]
+
+
+def test_what_it_may_not():
+    names = "os, sys, signal, resource, subprocess, threading, multiprocessing, socket, urllib.request"
+    tried = (
+        f"try:\n    {each}\nexcept Exception as error:\n    print('refused', error)" for each in FORBIDDEN
+    )
+    _, *found = ran(f"import {names}", *tried)
+    assert [
+        each for each, said in zip(FORBIDDEN, found, strict=True) if not said.output.startswith("refused")
+    ] == []
+
+
+def test_there_is_nothing_to_see():
+    text = printed("""
+        import os
+        packages = os.path.join(os.path.dirname(os.__file__), "site-packages")
+        print(os.listdir("/"), os.listdir(packages) if os.path.isdir(packages) else [], os.getpid())
+        print({"PATH", "HOME", "PWD"} & {*os.environ})
+    """)
+    assert text == f"{[Path(os.__file__).parts[1]]} [] 2\nset()"
+
+
+def test_nobody_hears_of_it():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        text = printed(f"""
+            import ctypes, struct
+            libc = ctypes.CDLL(None, use_errno=True)
+            fd = libc.socket(2, 1, 0)
+            to = struct.pack("<H", 2) + struct.pack(">H", {port}) + bytes([127, 0, 0, 1]) + bytes(8)
+            print(fd, libc.connect(fd, to, 16), libc.sendto(fd, b"x", 1, 0, to, 16))
+        """)
+        assert text == "-1 -1 -1"
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of this machine")
+def test_system_calls_by_their_numbers():
+    names = {
+        56: "clone", 57: "fork", 58: "vfork", 435: "clone3", 59: "execve", 322: "execveat", 41: "socket", 62: "kill",
+        200: "tkill", 234: "tgkill", 101: "ptrace", 310: "process_vm_readv", 311: "process_vm_writev", 165: "mount",
+        166: "umount2", 155: "pivot_root", 161: "chroot", 272: "unshare", 308: "setns", 425: "io_uring_setup",
+        321: "bpf", 323: "userfaultfd", 250: "keyctl", 302: "prlimit64", 157: "prctl", 317: "seccomp", 319: "memfd",
+        16: "ioctl", 29: "shmget", 240: "mq_open", 304: "open_by_handle_at", 298: "perf_event_open", 57 | 1 << 30: "x32",
+    }  # fmt: skip
+    text = printed(f"""
+        import ctypes, errno
+        libc = ctypes.CDLL(None, use_errno=True)
+        for number in {list(names)}:
+            ctypes.set_errno(0)
+            print(libc.syscall(number, 0, 0, 0, 0, 0, 0), ctypes.get_errno() == errno.EACCES)
+    """)
+    assert text.splitlines() == ["-1 True"] * len(names)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="code of this machine")
+def test_the_system_calls_of_another_architecture_end_it():
+    one, two = ran(
+        """
+        import ctypes, mmap
+        memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        memory.write(bytes.fromhex("b802000000cd80c3"))  # mov eax, 2 (fork); int 0x80; ret
+        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
+        """,
+        "print('anew')",
+    )
+    assert one.output == "it ended; its variables are lost"
+    assert two.output == "anew\n"
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        ("while True: pass", "it took more than 1 s"),
+        ("import time\ntime.sleep(60)", "it took more than 1 s"),
+        (
+            "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+            "it took more than 1 s",
+        ),
+        ("sum(range(10 ** 12))", "it took more than 1 s"),
+        ("import os\nos._exit(0)", "it ended"),
+        ("import ctypes\nctypes.string_at(0)", "it ended"),
+        ("import os\nwhile True: os.write(1, b'x' * 4096)", "wrote what is no message"),
+        ("import os\nos.write(1, b'[' * 100_000 + b'\\n')", "wrote what is no message"),
+        ("import os\nos.write(1, b'3\\n')", "wrote what is no message"),
+        ("import os\nos.write(1, b'{\"query\": [1]}\\n')", "wrote what is no message"),
+        ("llm_query_batched('x' * 10_001)", "asked about more than 10000 texts"),
+        ("import os\nos.close(0)\nos.close(1)", "it ended"),
+        ("import os\nos.read(0, 1)", "it took more than 1 s"),
+    ],
+)
+def test_what_ends_it(block: str, why: str):
+    begun = time.monotonic()
+    one, two, three = ran("x = 1", block, "print('x' in globals())", limits=Limits(seconds=1.0))
+    assert one.output == ""
+    assert why in two.output
+    assert two.output.endswith("its variables are lost")
+    assert three.output == "False\n", "the next has a new one"
+    assert time.monotonic() - begun < 4
+
+
+def test_memory_is_limited():
+    one, two = ran("x = [bytearray(1 << 20) for _ in range(4096)]", "print('goes on')")
+    assert "MemoryError" in one.output
+    assert two.output == "goes on\n"
+    with pytest.raises(apr.SandboxUnavailable, match="does not fit"):
+        ran("", limits=Limits(memory=100 << 20), context="x" * (60 << 20))
+
+
+def test_processor_time_is_limited_in_all():
+    outputs = [found.output for found in ran(*["while True: pass"], limits=Limits(seconds=20, cpu=1))]
+    assert outputs == ["it ended; its variables are lost"]
+
+
+def test_a_fork_bomb_has_no_second_process():
+    found = ran("""
+        import os
+        tries = 0
+        while tries < 10_000:
+            tries += 1
+            try:
+                os.fork()
+            except OSError:
+                continue
+            break
+        print(tries)
+    """)
+    assert found[0].output == "10000\n"
+
+
+def test_messages_of_its_own_are_no_more_than_questions():
+    (found,) = ran("""
+        import json, os, sys
+        os.write(1, json.dumps({"query": ["forged"], "deep": False}).encode() + b"\\n")
+        print(json.loads(llm_query.__closure__[0].cell_contents.heard.readline()))
+    """)
+    assert found.output == "{'answers': ['FORGED']}\n"
+    (found,) = ran("""
+        import os
+        os.write(1, b'{"output": 5, "chars": "many", "final": ["' + b"x" * 100 + b'"]}\\n')
+    """)
+    assert found == RunResult("5", f"['{'x' * 100}']")
+
+
+def test_text_that_is_none_is_replaced():
+    (found,) = ran("print('\\ud800')\nFINAL('\\udfff')")
+    assert found == RunResult("?\n", "?")
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that come from it."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [pid, *(each for child in children for each in family(int(child)))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def gone(pids: list[int]) -> bool:
+    end = time.monotonic() + 5
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
+def test_nothing_is_left():
+    async def once() -> list[int]:
+        async with Sandbox({}, upper, QUICK) as sandbox:
+            assert sandbox._process
+            found = family(sandbox._process.pid)
+            await sandbox.run("print(1)")
+        return found
+
+    pids = asyncio.run(once())
+    assert len(pids) == 3
+    assert gone(pids)
+
+
+def test_nothing_is_left_of_what_is_cancelled():
+    async def once() -> list[int]:
+        async with Sandbox({}, upper, Limits(seconds=60)) as sandbox:
+            assert sandbox._process
+            found = family(sandbox._process.pid)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(sandbox.run("while True: pass"), 0.3)
+        return found
+
+    assert gone(asyncio.run(once()))
+
+
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.1])
+def test_nothing_is_left_of_what_is_cancelled_as_it_starts(after: float):
+    before = family(os.getpid())
+
+    async def once() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(after), Sandbox({}, upper, Limits(seconds=60)) as sandbox:
+                await sandbox.run("while True: pass")
+
+    asyncio.run(once())
+    assert gone([pid for pid in family(os.getpid()) if pid not in before])
+
+
+def test_it_dies_with_its_parent():
+    code = """
+        import asyncio
+        from sgl_apr.methods.sandbox.process import Limits, Sandbox
+
+        async def main():
+            async with Sandbox({}, None, Limits(seconds=60)) as sandbox:
+                print(sandbox._process.pid, flush=True)
+                await sandbox.run("while True: pass")
+
+        asyncio.run(main())
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        pids = family(int(parent.stdout.readline()))
+        assert len(pids) == 3
+        assert all(map(alive, pids))
+        parent.send_signal(signal.SIGKILL)
+    assert gone(pids)
+
+
+def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process.sys, "platform", "darwin")
+    with pytest.raises(apr.SandboxUnavailable, match="Linux's namespaces, found darwin"):
+        ran("print(1)")
+
+
+def test_other_machines_are_refused():
+    with pytest.raises(KeyError):
+        seccomp.program("riscv64")
+    for machine in seccomp.ARCHITECTURES:
+        numbers = seccomp.numbers(machine)
+        assert len({*numbers}) == len(numbers)
+        assert len(seccomp.program(machine)) == 8 * (len(numbers) + 6)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up rights that only root has")
+def test_a_kernel_that_refuses_is_an_error_and_nothing_runs(tmp_path: Path):
+    code = """
+        import asyncio
+        from sgl_apr.methods.sandbox.process import Sandbox
+
+        async def main():
+            async with Sandbox({}, None) as sandbox:
+                print(await sandbox.run("print('ran')"))
+
+        asyncio.run(main())
+    """
+    command = [
+        "setpriv",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        sys.executable,
+        "-c",
+        textwrap.dedent(code),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "SandboxUnavailable: programs cannot be shut in here: [Errno 1] unshare" in done.stderr
+    assert "ran" not in done.stdout
+
+
+def test_a_sandbox_that_says_nothing_is_unavailable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process.sys, "executable", "/bin/true")
+    with pytest.raises(apr.SandboxUnavailable, match="it ended"):
+        ran("print(1)")

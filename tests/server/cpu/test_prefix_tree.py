@@ -1,0 +1,58 @@
+"""The tree says of every two rows how many slots they have in common, and loses no row."""
+
+from __future__ import annotations
+
+from itertools import combinations, takewhile
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgl_apr.server.cpu.prefix_tree import Node, build_prefix_trees, leaves
+
+ROWS = st.lists(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 2), min_size=1, max_size=6), max_size=8)
+
+
+def trees_of(rows: list[list[int]]) -> list[Node]:
+    table = torch.full((len(rows), 8), 7, dtype=torch.int32)  # what is behind a row's end is the same for all
+    for i, row in enumerate(rows):
+        table[len(rows) - 1 - i, : len(row)] = torch.tensor(row)
+    return build_prefix_trees(table, torch.arange(len(rows)).flip(0), [len(row) for row in rows])
+
+
+def in_common(left: list[int], right: list[int]) -> int:
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))))
+
+
+@given(ROWS)
+def test_every_two_rows_part_where_the_tree_says(rows):
+    found = {}
+
+    def walk(node: Node, above: int) -> None:
+        below = [row for child in node.children for row in child.rows]
+        assert sorted(below) == sorted(node.rows) if node.children else len(node.rows) == 1
+        assert node.shared_length >= above
+        for one, other in combinations(node.children, 2):
+            found.update({frozenset((i, j)): node.shared_length for i in one.rows for j in other.rows})
+        for child in node.children:
+            walk(child, node.shared_length + 1 if child.children else node.shared_length)
+
+    trees = trees_of(rows)
+    for tree in trees:
+        walk(tree, 1)
+    for one, other in combinations(trees, 2):
+        found.update({frozenset((i, j)): 0 for i in one.rows for j in other.rows})
+    assert sorted(row for tree in trees for row in tree.rows) == list(range(len(rows)))
+    assert found == {
+        frozenset((i, j)): in_common(rows[i], rows[j]) for i, j in combinations(range(len(rows)), 2)
+    }
+
+
+def test_nested_forks():
+    inner = Node((0, 1), 3, (Node((0,), 4), Node((1,), 4)))
+    outer = Node((0, 1, 2), 2, (inner, Node((2,), 3)))
+    assert trees_of([[5, 9, 2, 1], [5, 9, 2, 3], [5, 9, 8], [4]]) == [Node((3,), 1), outer]
+
+
+def test_leaves_compare_nothing():
+    assert leaves([3, 1]) == [Node((0,), 3), Node((1,), 1)]

@@ -1,0 +1,122 @@
+"""Where branches are joined in the KV cache: which command lines take that cache, and what the others say. Nothing is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import FalconH1Config, Gemma2Config
+
+from sgl_apr.training.models import random_llama
+
+pytestmark = pytest.mark.timeout(600)
+
+RESOLVE = """
+import contextlib, io, json, os, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.overrides import resolving_view
+from sgl_apr.server.launch.main import server_args
+for environment, argv in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    os.environ |= environment
+    try:
+        with contextlib.redirect_stderr(said):
+            found = {"cache": resolving_view(server_args(argv)).radix_cache_backend}
+    except Exception as error:
+        found = {"error": type(error).__name__, "why": str(error)}
+    for name in environment:
+        del os.environ[name]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("sgl-apr: ")]
+    print("FOUND", json.dumps(found | {"said": lines}), flush=True)
+"""
+FLAGS = {
+    "--page-size 16": ["--page-size", "16"],
+    "--disable-radix-cache": ["--disable-radix-cache"],
+    "--speculative-algorithm": ["--speculative-algorithm", "NGRAM"],
+    "--enable-hierarchical-cache": ["--enable-hierarchical-cache"],
+    "--enable-lmcache": ["--enable-lmcache"],
+    "--disaggregation-mode prefill": ["--disaggregation-mode", "prefill"],
+    "--disaggregation-mode decode": ["--disaggregation-mode", "decode"],
+    "--dp-size 2": ["--dp-size", "2"],
+    "--attn-dp-size 2": ["--tp-size", "2", "--attn-dp-size", "2"],
+    "--dcp-size 2": ["--tp-size", "2", "--dcp-size", "2"],
+    "--enable-two-batch-overlap": ["--enable-two-batch-overlap"],
+    "--enable-session-radix-cache": ["--enable-session-radix-cache"],
+    "--kv-canary": ["--kv-canary", "log"],
+    "--attention-backend flex_attention": ["--attention-backend", "flex_attention"],
+}
+MODELS = {
+    "a sliding window": Gemma2Config(num_hidden_layers=2, architectures=["Gemma2ForCausalLM"]).to_dict(),
+    "recurrent state": FalconH1Config(num_hidden_layers=2, architectures=["FalconH1ForCausalLM"]).to_dict(),
+    "M-RoPE": {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [4, 6, 6]}},
+    "sparse": {"index_topk": 64},
+    "does not generate": {"architectures": ["BertModel"]},
+}
+OF_MAMBA = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"]
+WORKS = {
+    "nothing": [],
+    "tensors in parallel": ["--tp-size", "2"],
+    "a pipeline": ["--pp-size", "2"],
+    "chunks and decoding mixed": ["--enable-mixed-chunk"],
+    "another policy": ["--schedule-policy", "dfs-weight", "--radix-eviction-policy", "lfu"],
+}
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], dict]:
+    """What comes of every command line, by its name and whether the cache was asked for; nothing is started."""
+    model = random_llama(tmp_path_factory.mktemp("model"))
+    base = json.loads((model / "config.json").read_text())
+    cases: dict[tuple[str, bool], tuple[dict, list[str]]] = {}
+    for asked in (False, True):
+        flag = ["--radix-cache-backend", "apr"] if asked else []
+        for name, flags in (FLAGS | WORKS).items():
+            cases[name, asked] = {}, ["--model", str(model), *flags, *flag]
+        for name, config in MODELS.items():
+            directory = tmp_path_factory.mktemp("config")
+            (directory / "config.json").write_text(json.dumps(base | config))
+            cases[name, asked] = {}, ["--model", str(directory), *OF_MAMBA, *flag]
+        argv = ["--model", str(model), *flag]
+        cases["SGLANG_RADIX_FORCE_MISS", asked] = {"SGLANG_RADIX_FORCE_MISS": "1"}, argv
+        cases["SGLANG_APR_KV_JOIN=0", asked] = {"SGLANG_APR_KV_JOIN": "0"}, argv
+    cases["stock", True] = {}, ["--model", str(model), "--radix-cache-backend", "stock", "--page-size", "16"]
+    done = subprocess.run(
+        [sys.executable, "-c", RESOLVE, json.dumps(list(cases.values()))], capture_output=True, text=True
+    )
+    found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(found) == len(cases), done.stderr[-2000:]
+    return dict(zip(cases, found, strict=True))
+
+
+CANNOT = [*FLAGS, *MODELS, "SGLANG_RADIX_FORCE_MISS", "SGLANG_APR_KV_JOIN=0"]
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_where_it_cannot_join_it_is_not_the_default_and_says_why(resolved, name: str):
+    found = resolved[name, False]
+    assert found["cache"] is None
+    (line,) = found["said"]
+    assert line.startswith("sgl-apr: branches are not joined in the KV cache: that does not work with ")
+    assert name in line
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_where_it_cannot_join_asking_for_it_is_an_error(resolved, name: str):
+    found = resolved[name, True]
+    assert found["error"] == "UsageError"
+    assert found["why"].startswith("--radix-cache-backend apr does not work with ")
+    assert name in found["why"]
+    assert found["said"] == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("name", WORKS)
+def test_where_it_can_join_it_does(resolved, name: str, asked: bool):
+    assert resolved[name, asked] == {"cache": "apr", "said": []}
+
+
+def test_another_cache_can_be_asked_for(resolved):
+    assert resolved["stock", True] == {"cache": "stock", "said": []}

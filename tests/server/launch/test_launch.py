@@ -1,0 +1,295 @@
+"""Flags, and every way in which a launch can fail: one line, a status, nothing left behind."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sgl_apr.errors import LaunchError
+from sgl_apr.server import plugin
+from sgl_apr.server.launch import preflight
+from sgl_apr.server.launch.defaults import CPU, DEFAULT_POOL_TOKENS, GPU, as_flags, defaults, pool_tokens
+from sgl_apr.server.launch.launcher import HELP, Server, serve
+from sgl_apr.server.launch.process import ServerProcess, failure_reason
+from tests.support.processes import SERVE, in_session, until
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser
+
+
+LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "num_hidden_layers": 4}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_sglang_knows_every_default(parser, accelerator):
+    found = parser.parse_args([*defaults(accelerator=accelerator), "--model", "m"])
+    for flag, value in (GPU if accelerator else CPU).items():
+        given = getattr(found, flag[2:].replace("-", "_"))
+        assert given is True if value is None else str(given) == value
+    assert found.grammar_backend == "llguidance"
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        (["--attention-backend", "torch_native"], "attention_backend", "torch_native"),
+        (["--attention-backend=torch_native"], "attention_backend", "torch_native"),
+        (["--max-total-tokens", "77"], "max_total_tokens", 77),
+        (["--dtype=bfloat16"], "dtype", "bfloat16"),
+        (["--grammar-backend", "xgrammar"], "grammar_backend", "xgrammar"),
+        (["--schedule-policy=fcfs"], "schedule_policy", "fcfs"),
+        (["--device", "cuda"], "device", "cuda"),
+        (["--cuda-graph-backend-decode", "full"], "cuda_graph_backend_decode", "full"),
+    ],
+)
+def test_flags_of_the_user_win(parser, given, name, value):
+    found = parser.parse_args([*defaults(accelerator=False, max_tokens=5), "--model", "m", *given])
+    assert getattr(found, name) == value
+
+
+@pytest.mark.parametrize(
+    ("config", "backend"),
+    [
+        (LLAMA, "flashinfer"),
+        (LLAMA | {"head_dim": 128}, "flashinfer"),
+        (LLAMA | {"head_dim": 32}, "triton"),
+        ({"text_config": LLAMA | {"hidden_size": 768}}, "triton"),
+        ({}, "flashinfer"),
+    ],
+)
+def test_attention_on_a_gpu_is_one_that_has_heads_of_that_size(parser, config, backend):
+    found = parser.parse_args([*defaults(accelerator=True, config=config), "--model", "m"])
+    assert found.attention_backend == backend
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"context_length": 4096}, ["--context-length", "4096"]),
+        ({"disable_radix_cache": True}, ["--disable-radix-cache"]),
+        ({"disable_radix_cache": False, "dtype": None}, []),
+        ({"lora_paths": ["a", "b"], "port": 0}, ["--lora-paths", "a", "b", "--port", "0"]),
+    ],
+)
+def test_keywords_are_flags(options, flags):
+    assert as_flags(options) == flags
+
+
+@pytest.mark.parametrize(
+    ("config", "available", "tokens"),
+    [
+        (LLAMA, 10**12, DEFAULT_POOL_TOKENS),
+        (LLAMA, 2 * 10_000 * (2 * 4 * 4 * 2 * 64), 10_000),
+        ({"text_config": LLAMA}, 2 * 10_000 * (2 * 4 * 4 * 2 * 64), 10_000),
+        (LLAMA | {"head_dim": 128}, 2 * 10_000 * (2 * 4 * 4 * 2 * 64), 5_000),
+        (LLAMA, 1, 1024),
+        ({}, 1, DEFAULT_POOL_TOKENS),
+    ],
+)
+def test_the_pool_fits_into_memory(config, available, tokens):
+    assert pool_tokens(config, available) == tokens
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ([], None),
+        (["starting", "fine"], None),
+        (["ValueError: bad", "more", "EOFError", "RuntimeError: Rank 0 scheduler died"], "ValueError: bad"),
+        (
+            ["Traceback", "torch.cuda.OutOfMemoryError: no", "  KeyError: x"],
+            "torch.cuda.OutOfMemoryError: no",
+        ),
+        (["EOFError"], "EOFError"),
+        (["sgl-apr: error: SGLang 9", "ValueError: bad"], "SGLang 9"),
+    ],
+)
+def test_reason(log, why):
+    assert failure_reason(log) == why
+
+
+def failure(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Status and error of `serve`; the error is one line, and standard output stays empty."""
+    before = signal.getsignal(signal.SIGTERM)
+    status = serve(argv)
+    out, err = capfd.readouterr()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("sgl-apr: error: ")]
+    assert len(lines) == 1
+    assert err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in err
+    return status, lines[0].removeprefix("sgl-apr: error: ")
+
+
+def test_help(capfd):
+    assert serve(["--help"]) == 0
+    assert capfd.readouterr().out == HELP
+
+
+@pytest.mark.parametrize("argv", [[], ["--port", "30000"], ["--model"], ["--model", "m", "--port", "x"]])
+def test_bad_usage(argv, capfd):
+    assert failure(argv, capfd)[0] == 2
+
+
+def test_taken_port(model, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, error = failure(["--model", model, "--port", str(port)], capfd)
+    assert (status, error.split(": ")[0]) == (1, f"cannot listen on 127.0.0.1:{port}")
+
+
+def test_a_port_is_held_for_the_server_alone():
+    wanted = preflight.LaunchRequest(None, "main", "127.0.0.1", preflight.free_port())
+    with preflight.reserve_port(wanted):
+        with (
+            socket.create_server((wanted.host, wanted.port)),
+            pytest.raises(LaunchError, match="cannot listen"),
+        ):
+            preflight.reserve_port(wanted)
+        others = [socket.socket() for _ in range(200)]
+        for other in others:
+            other.bind((wanted.host, 0))
+        assert wanted.port not in {other.getsockname()[1] for other in others}
+        for other in others:
+            other.close()
+
+
+def test_a_server_that_cannot_listen_is_not_waited_for():
+    """SGLang's does not end then: it asks whoever listens there whether it is ready."""
+    line = "[2026-01-02 03:04:05] ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1): taken"
+    program = f"print({line!r}, flush=True); import time; time.sleep(100)"
+
+    def popen(command, **options):
+        return subprocess.Popen([sys.executable, "-c", program], **options)
+
+    process = ServerProcess([], {}, io.BytesIO(), popen)
+    try:
+        with pytest.raises(
+            LaunchError, match=r"^the server cannot listen: \[Errno 98\] error while .*: taken$"
+        ):
+            process.wait_ready(60)
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "a/b/c"])
+def test_missing_model_directory(model, capfd):
+    port = str(preflight.free_port())
+    assert failure(["--model", model, "--port", port], capfd) == (1, f"there is no model directory {model}")
+
+
+def test_directory_without_a_model(tmp_path, capfd):
+    status, error = failure([f"--model={tmp_path}", "--port", str(preflight.free_port())], capfd)
+    assert (status, error) == (1, f"{tmp_path} is not a model: there is no config.json in it")
+
+
+@pytest.mark.parametrize("variables", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
+def test_hub_id_without_a_network(variables, monkeypatch, capfd):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    argv = ["--model", "sgl-apr/there-is-none", "--port", str(preflight.free_port())]
+    status, error = failure(argv, capfd)
+    assert status == 1
+    assert error.startswith("no model sgl-apr/there-is-none: no such directory, not in the cache, and ")
+    assert time.monotonic() - start < 10
+
+
+def test_wrong_version(model, monkeypatch, capfd):
+    monkeypatch.setattr(plugin, "version", lambda name: "0.5.22")
+    status, error = failure(["--model", model, "--port", str(preflight.free_port())], capfd)
+    assert (status, error) == (1, "SGLang 0.5.22 is installed, but only 0.5.23 is supported")
+
+
+def test_a_failing_plugin_ends_only_processes_we_launched(monkeypatch):
+    monkeypatch.setattr(plugin, "version", lambda name: "0.5.22")
+    monkeypatch.delenv(plugin.LAUNCHED_ENV, raising=False)
+    with pytest.raises(LaunchError, match=r"0\.5\.22"):
+        plugin.activate()
+    monkeypatch.setenv(plugin.LAUNCHED_ENV, "1")
+    with pytest.raises(SystemExit, match=r"sgl-apr: error: SGLang 0\.5\.22"):
+        plugin.activate()
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "message"),
+    [
+        ("sglang.nothing:x", [], "this SGLang has no sglang.nothing:x"),
+        ("json:nothing", [], "this SGLang has no json:nothing"),
+        ("json:JSONEncoder.encode", ["thing"], r"takes \(o\), not \(thing\)"),
+    ],
+)
+def test_a_moved_seam_is_named(path, parameters, message):
+    with pytest.raises(LaunchError, match=message):
+        plugin.require_sglang(path, parameters)
+
+
+def test_no_cpu_platform_beside_another(monkeypatch):
+    monkeypatch.setattr(plugin, "has_accelerator", lambda: True)
+    assert plugin.platform() is None
+    monkeypatch.setattr(plugin, "has_accelerator", lambda: False)
+    assert plugin.platform() == "sgl_apr.server.cpu.platform.TorchCpuPlatform"
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert plugin.platform() is None
+
+
+def test_plugin_that_sglang_does_not_load(model, monkeypatch, capfd):
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    status, error = failure(["--model", model, "--port", str(preflight.free_port())], capfd)
+    assert status == 1
+    assert error.startswith("SGLang did not load the plugin of sgl-apr")
+
+
+def test_unknown_flag(model, capfd):
+    argv = ["--model", model, "--port", str(preflight.free_port()), "--no-such-flag"]
+    assert failure(argv, capfd) == (2, "unrecognized arguments: --no-such-flag")
+
+
+def test_start_up_timeout_leaves_nothing(model, tmp_path):
+    server = Server(model, startup_timeout=0.5, log_path=tmp_path / "log")
+    before = psutil.Process().children()
+    with pytest.raises(LaunchError, match=r"^the server was not ready after 0.5 s \(log: .*log\)$"):
+        server.start()
+    assert psutil.Process().children() == before
+    with pytest.raises(LaunchError, match="not running"):
+        server.pid  # noqa: B018
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -9)]
+)
+def test_a_signal_while_starting_leaves_nothing(model, number, status):
+    argv = [*SERVE, "--model", model, "--port", str(preflight.free_port())]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as launcher:
+        until(lambda: psutil.Process(launcher.pid).children())
+        (child,) = psutil.Process(launcher.pid).children()
+        until(lambda: "sgl_apr.server.launch.main" in child.cmdline() and child.num_threads() > 1)
+        launcher.send_signal(number)
+        assert launcher.wait(30) == status
+    until(lambda: not in_session(child.pid))

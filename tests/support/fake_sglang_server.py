@@ -1,0 +1,164 @@
+"""A server that speaks SGLang's HTTP and fails on demand: for what a real server cannot be made to do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+import sgl_apr as apr
+from tests.support.threadweaver_traces import TAGS
+
+FORK = "<Parallel>\n<Outlines>\n<Outline>1: left</Outline>\n<Outline>2: right</Outline>\n</Outlines>"
+REPLIES = {
+    "trunk": "Think. " + FORK,
+    "branch 1": " one\n</Thread>",
+    "branch 2": " two is longer\n</Thread>",
+    "after": "<Conclusion>both</Conclusion>\n</Parallel>\n\nDone.",
+}
+TOKENIZER = apr.ByteTokenizer(TAGS)
+
+
+def phase_of(prompt: str) -> str:
+    if prompt.endswith(("1:", "2:")):
+        return f"branch {prompt[-2]}"
+    return "after" if prompt.endswith("</Thread>\n") else "trunk"
+
+
+class SglangServer:
+    """Answers the phases of one trajectory; `wrong` names a failure by phase (see `_fail`)."""
+
+    def __init__(self, *, incremental: bool = False, info: dict | None = None, **wrong: str) -> None:
+        self.wrong = {phase.replace("_", " "): failure for phase, failure in wrong.items()}
+        self.incremental = incremental
+        self.info = {"grammar_backend": "llguidance", **(info or {})}
+        self.rids: dict[str, str] = {}  # by phase
+        self.aborted: set[str] = set()
+        self.live: set[str] = set()
+        self.headers: list[str | None] = []
+        self.connections: list[int] = []  # by the client's port
+
+    @contextmanager
+    def in_thread(self) -> Iterator[str]:
+        """Serve in a thread of its own, for callers that block."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+
+        def wait(work: Coroutine[None, None, Any]) -> Any:
+            return asyncio.run_coroutine_threadsafe(work, loop).result(10)
+
+        context = self.running()
+        try:
+            yield wait(context.__aenter__())
+        finally:
+            wait(context.__aexit__(None, None, None))
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        app = web.Application()
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/get_model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/abort_request", self._abort)
+        server = TestServer(app)
+        await server.start_server()
+        try:
+            yield str(server.make_url("")).rstrip("/")
+        finally:
+            await server.close()
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        self.headers.append(request.headers.get("Authorization"))
+        return web.json_response({"tokenizer_path": "/nowhere/at.all", "model_path": "/nowhere/at.all"})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response(self.info)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborted.add((await request.json())["rid"])
+        return web.Response()
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        sampling = body["sampling_params"]
+        phase = phase_of(TOKENIZER.decode(body["input_ids"])) if sampling["max_new_tokens"] else "commit"
+        rid, failure = body["rid"], self.wrong.get(phase)
+        self.rids[phase] = rid
+        self.connections.append(request.transport.get_extra_info("peername")[1])
+        if failure == "status 500":
+            return web.json_response({"error": {"message": "out of memory"}}, status=500)
+        self.live.add(rid)
+        try:
+            return await self._stream(request, rid, len(body["input_ids"]), REPLIES.get(phase, ""), failure)
+        finally:
+            self.live.discard(rid)
+
+    async def _stream(
+        self, request: web.Request, rid: str, prompt: int, text: str, failure: str | None
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        fails = failure not in (None, "is slow")
+        ids: list[int] = TOKENIZER.encode(text)
+        if not text.endswith((">", "]")) and text:
+            ids.append(TOKENIZER.EOS)
+        for n in range(1, len(ids) + 1):
+            await asyncio.sleep(1.0 if failure == "is slow" else 0)
+            if rid in self.aborted:
+                return response
+            if n == 3 and fails:
+                await self._fail(request, response, str(failure))
+                return response
+            await self._chunk(response, ids, n, prompt, {"type": "stop"} if n == len(ids) else None)
+        if fails:  # a commit, which decodes nothing
+            await self._fail(request, response, str(failure))
+        elif not ids:
+            await self._chunk(response, ids, 0, prompt, {"type": "length"})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _chunk(
+        self, response: web.StreamResponse, ids: list[int], n: int, prompt: int, finish: dict | None
+    ) -> None:
+        meta = {
+            "finish_reason": finish,
+            "prompt_tokens": prompt,
+            "cached_tokens": 0,
+            "completion_tokens": n,
+        }
+        sent = ids[n - 1 : n] if self.incremental else ids[:n]
+        data = {"text": TOKENIZER.decode(ids[:n]), "output_ids": sent, "meta_info": meta}
+        await response.write(f"data: {json.dumps(data)}\n\n".encode())
+
+    async def _fail(self, request: web.Request, response: web.StreamResponse, failure: str) -> None:
+        match failure:
+            case "dies":
+                assert request.transport is not None
+                request.transport.abort()
+            case "goes silent":
+                await asyncio.sleep(3600)
+            case "just ends":
+                await response.write(b"data: [DONE]\n\n")
+            case "aborts":
+                await self._chunk(response, [5], 1, 1, {"type": "abort", "message": "scheduler restarts"})
+            case "reports an error":
+                await response.write(b'data: {"error": {"message": "KV cache is full", "code": 507}}\n\n')
+            case "writes nonsense":
+                await response.write(b"data: {not json\n\n")
+            case "leaves the protocol":
+                await response.write(b'data: {"hello": 1}\n\n')

@@ -1,0 +1,108 @@
+"""An sgl.Engine with the loop over it, in a process that it may end: what was seen goes out as one line of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+
+import sgl_apr as apr
+from sgl_apr.engine.in_process import InProcessEngine
+
+
+def main(asked: dict[str, Any]) -> None:
+    options, budget = asked["options"], apr.Budget(**asked["budget"])
+    seen: dict[str, Any] = {}
+    with apr.LocalEngine.launch(asked["model"]) as engine:
+        seen["children"] = len(children())
+        seen["trajectories"] = [
+            engine.run(p, "threadweaver", budget=budget, **options).to_json() for p in asked["prompts"]
+        ]
+        heard: list[object] = []
+        engine.run(asked["prompts"][0], "threadweaver", budget=budget, on_event=heard.append, **options)
+        seen["heard"] = sorted("".join(e.text for e in heard if isinstance(e, apr.Delta)))
+        problems = {str(i): p for i, p in enumerate(asked["prompts"])}
+        engine.wait(
+            apr.arun_many(
+                engine, problems, asked["path"], "threadweaver", budget=budget, concurrency=2, **options
+            )
+        )
+        seen["refused"] = {
+            name: failure(
+                lambda engine=engine, wrong={name: value}: engine.run("Q: ", "threadweaver", **wrong)
+            )
+            for name, value in {
+                "warmth": 1,
+                "lora_path": "nobody",
+            }.items()
+        }
+        seen["overlong"] = failure(lambda: engine.run("Q: " * 50_000, "threadweaver"))
+        seen["cancelled"] = engine.wait(cancelled(engine))
+        seen["silence"] = engine.wait(silence(engine))
+        kind, _, message = failure(lambda: asyncio.run(apr.areason(engine, "Q: ")))
+        seen["elsewhere"] = [kind, message]
+        seen["inside"] = engine.wait(inside(engine))
+        seen["load"] = asdict(engine.wait(engine.load()))
+    seen["children_after"] = children()
+    print("\n" + json.dumps(seen))
+
+
+def children() -> list[str]:
+    """The living processes below this one."""
+    found = psutil.Process().children(recursive=True)
+    return [" ".join(p.cmdline()) for p in found if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def failure(work: Any) -> list[Any]:
+    try:
+        work()
+    except apr.AprError as error:
+        return [type(error).__name__, getattr(error, "status", None), str(error)]
+    return ["nothing", None, ""]
+
+
+async def cancelled(engine: apr.LocalEngine) -> dict[str, int]:
+    """A trajectory given up while its requests run."""
+    budget = apr.Budget(tokens=6000)
+    task = asyncio.create_task(
+        apr.areason(engine, "Q: ", "threadweaver", mode="parallel", min_blocks=90, budget=budget)
+    )
+    while not (await engine.load()).running:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return await idle(engine)
+
+
+async def silence(engine: apr.LocalEngine) -> list[Any]:
+    """An engine that takes longer than the timeout."""
+    hasty = InProcessEngine(engine.manager, timeout=0.0001)
+    try:
+        await hasty.decode(apr.Request("apr-silence", (1, 2, 3), 500))
+    except apr.EngineError as error:
+        return [type(error).__name__, (await idle(engine))["states"]]
+    return ["nothing", 0]
+
+
+async def idle(engine: apr.LocalEngine) -> dict[str, int]:
+    """How much is left once the scheduler has heard of it, or after some seconds."""
+    for _ in range(500):
+        load = await engine.load()
+        left = {"states": len(engine.manager.rid_to_state), "running": load.running, "used": load.used_tokens}
+        if not any(left.values()):
+            break
+        await asyncio.sleep(0.02)
+    return left
+
+
+async def inside(engine: apr.LocalEngine) -> list[str]:
+    kind, _, message = failure(lambda: engine.run("Q: "))
+    return [kind, message]
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,69 @@
+"""The model that comes with the package, on a real server: it solves problems, and forks where that helps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgl_apr.cli.main import main
+from sgl_apr.evaluation.store import RUN
+from sgl_apr.server.launch.launcher import Server
+from sgl_apr.training.models import builtin, describe, located
+from tests.support.paths import EXAMPLES
+
+pytestmark = pytest.mark.server
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def url(solver: Server) -> str:
+    return solver.url
+
+
+def test_it_is_small_and_has_its_tags(capsys: pytest.CaptureFixture[str]):
+    size = sum(path.stat().st_size for path in builtin().iterdir())
+    assert size <= 8 << 20
+    assert describe(builtin())["parameters"] <= 3_000_000
+    assert main(["model", "builtin"]) == 0
+    assert capsys.readouterr().out.strip() == str(builtin())
+    assert main(["model", "builtin", "--tags", "npr"]) == 1
+    assert located("elsewhere") == "elsewhere"
+
+
+def test_it_solves_and_an_evaluation_goes_on_where_it_was(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["eval", "countdown", "--url", url, "--limit", str(LIMIT), "-o", str(tmp_path), "--json"]
+    words += ["--budget", "tokens=2500,width=16,branch_tokens=160"]
+    assert main(words) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["accuracy"] > 0.6
+    assert row["ci95"][0] < row["accuracy"] < row["ci95"][1]
+    assert row["by_numbers"]["3"]["fork_rate"] < 0.5 < row["by_numbers"]["4"]["fork_rate"]
+    assert row["critical_path"] < row["total_tokens"]
+    run = tmp_path / RUN
+    lines = run.read_text().splitlines(keepends=True)
+    assert len(lines) == LIMIT + 1
+    run.write_text("".join(lines[:9]) + lines[9][:50])  # as a kill leaves it
+    assert main(words) == 0
+    again = run.read_text().splitlines(keepends=True)
+    assert again[:9] == lines[:9]
+    assert sorted(json.loads(line)["number"] for line in again[1:]) == list(range(LIMIT))
+    assert main([*words, "--seed", "1"]) == 1
+    assert "of another evaluation" in capsys.readouterr().err
+
+
+def test_the_demo_shows_what_it_chose(url: str):
+    example = EXAMPLES / "countdown.py"
+    done = subprocess.run(
+        [sys.executable, str(example), "--url", url], capture_output=True, text=True, timeout=200, check=True
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["ok"]
+    assert figures["solved"] >= 3
+    assert 0 < figures["forked"] < figures["problems"]
+    assert "fork into" in done.stdout

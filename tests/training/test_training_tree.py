@@ -1,0 +1,150 @@
+"""Training structures against the requests that the engine was sent: each decoded token once, behind what it had read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+import sgl_apr as apr
+from sgl_apr.training.attention_mask import Visibility
+from sgl_apr.training.training_tree import TrainingTree, build_training_tree
+from sgl_apr.trajectory.join_layout import positions
+from tests.support.masked_sampler import SampledEngine, masked
+
+KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
+
+
+class Noted(SampledEngine):
+    """Notes what was asked and what came back."""
+
+    def __init__(self, *args, **more) -> None:
+        super().__init__(*args, **more)
+        self.noted: list[tuple[apr.Request, tuple[int, ...]]] = []
+        self.joins_kv = True
+
+    async def decode(self, request, on_tokens=None):
+        result = await super().decode(request, on_tokens)
+        self.noted.append((request, result.token_ids))
+        return result
+
+
+def sampled(name: str, seed: int, **more) -> tuple[apr.Trajectory, Noted]:
+    dialect = apr.dialect(name)
+    engine = Noted(masked(name), seed=seed)
+    budget = apr.Budget(tokens=900, width=3, depth=min(3, dialect.max_depth))
+    more = {"mode": "parallel", "budget": budget, **more}
+    return asyncio.run(apr.areason(engine, "Q: ", name, **more)), engine
+
+
+def read(found: TrainingTree) -> Counter:
+    """(what is seen, positions, the token that is to follow) of every loss."""
+    dense = Visibility.of([found.tree]).dense()[0, 0].numpy()
+    ids, at = found.tree.token_ids, found.tree.positions
+    losses = Counter()
+    for source, target in zip(found.sources.tolist(), found.targets.tolist(), strict=True):
+        seen = dense[source].nonzero()[0]
+        losses[tuple(ids[seen].tolist()), tuple(at[seen].tolist()), target] += 1
+    return losses
+
+
+def asked(engine: Noted) -> Counter:
+    """The same, from the requests."""
+    losses = Counter()
+    for request, decoded in engine.noted:
+        layout = request.layout or (len(request.input_ids),)
+        for k, token in enumerate(decoded):
+            where = tuple(positions((*layout, k)))
+            losses[request.input_ids + decoded[:k], where, token] += 1
+    return losses
+
+
+@pytest.mark.parametrize("name", apr.dialect_names())
+def test_each_decoded_token_has_one_loss_behind_what_it_had_read(name: str):
+    blocks = 0
+    for seed in range(6):
+        trajectory, engine = sampled(name, seed)
+        found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
+        assert read(found) == asked(engine)
+        blocks += len(trajectory.blocks)
+    assert blocks >= 6
+
+
+@pytest.mark.parametrize("name", KV)
+def test_joined_in_the_cache_too(name: str):
+    for seed in range(6):
+        trajectory, engine = sampled(name, seed, join="kv")
+        assert all(join.by == "kv" for join in trajectory.joins)
+        found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
+        assert read(found) == asked(engine)
+        whole = apr.causality(trajectory)
+        assert found.tree.token_ids.tolist() == list(whole.token_ids), "each token once"
+        assert found.tree.positions.tolist() == list(whole.positions)
+        dense = Visibility.of([found.tree]).dense()[0, 0]
+        hidden = [{k for first, last in ranges for k in range(first, last)} for ranges in whole.unseen]
+        assert dense.tolist() == [
+            [k <= q and k not in hidden[q] for k in range(len(hidden))] for q in range(len(hidden))
+        ]
+
+
+@pytest.mark.parametrize("name", KV)
+def test_a_text_join_may_be_trained_as_a_kv_join(name: str):
+    trajectory, _ = sampled(name, 1, join="text")
+    assert len(build_training_tree([trajectory]).tree.token_ids) > trajectory.metrics().total, "read again"
+    as_kv, whole = build_training_tree([trajectory], join="kv"), apr.causality(trajectory, "kv")
+    assert as_kv.tree.token_ids.tolist() == list(whole.token_ids)
+    assert as_kv.tree.positions.tolist() == list(whole.positions)
+    back, _ = sampled(name, 1, join="kv")
+    assert read(build_training_tree([back], join="text")) == read(build_training_tree([trajectory])), (
+        "and the reverse"
+    )
+
+
+def test_trajectories_share_what_they_have_in_common():
+    made = [sampled("threadweaver", seed) for seed in range(4)]
+    together = build_training_tree([t for t, _ in made], eos=apr.ByteTokenizer.EOS)
+    apart = [build_training_tree([t], eos=apr.ByteTokenizer.EOS) for t, _ in made]
+    assert read(together) == sum((read(s) for s in apart), Counter())
+    assert together.tokens <= sum(s.tokens for s in apart) - 3 * len("Q: ")
+    assert Counter(together.trajectories.tolist()) == {k: len(s.sources) for k, s in enumerate(apart)}
+
+
+def test_a_trajectory_without_ids_is_an_error():
+    trajectory = apr.dialect("threadweaver").parse("six times seven is 42")
+    with pytest.raises(apr.AprError, match="tokenizer="):
+        build_training_tree([trajectory])
+
+
+def test_one_that_lost_a_join_in_its_middle_is_an_error():
+    trajectory, _ = sampled("multiverse", 2, join="kv")
+    lost = apr.JoinRecord((), "text", "forgotten")
+    from dataclasses import replace
+
+    with pytest.raises(apr.AprError, match="forgotten"):
+        build_training_tree([replace(trajectory, joins=(*trajectory.joins, lost))])
+
+
+@pytest.mark.parametrize("name", ["apr", "spawn", "multiverse"])
+def test_contexts_of_their_own_are_taken_apart(name: str):
+    trajectory, _ = sampled(name, 3)
+    whole = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
+    parts = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS, separate_contexts=True).split()
+    roots = [s for s in trajectory.spans if not s.parents]
+    assert len(parts) == len(roots)
+    assert (len(parts) > 1) == (name != "multiverse")
+    assert sum((read(part) for part in parts), Counter()) == read(whole)
+
+
+@pytest.mark.parametrize("join", ["text", "kv"])
+def test_flex_attention_sees_the_same(join: str):
+    torch.manual_seed(0)
+    rows = [build_training_tree([sampled("multiverse", seed, join=join)[0]]).tree for seed in (1, 2)]
+    sight = Visibility.of(rows)
+    heads = [torch.randn(2, 2, sight.ends.shape[1], 16) for _ in range(3)]
+    found = flex_attention(*heads, block_mask=sight.blocks(16))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=sight.dense())
+    for k, row in enumerate(rows):
+        torch.testing.assert_close(found[k, :, : len(row.ends)], expected[k, :, : len(row.ends)])

@@ -1,0 +1,327 @@
+"""The page of a server in a browser: it asks, follows what is written, and ends with the trajectory that the server has."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import requests
+import uvicorn
+from fastapi import FastAPI
+from sglang.srt.utils import auth
+
+import sgl_apr as apr
+from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.routes import UI, _router, allow_ui_without_key
+from sgl_apr.server.api.service import TrajectoryService
+from tests.runtime.test_loop import BOOM, FORK, scripted
+from tests.support.browser import PHONE, Tab, launched, tab
+from tests.support.masked_sampler import SampledEngine, masked
+from tests.views.test_page import HOSTILE
+from tests.views.test_page_browser import READ, lane_of, named, number, plain
+
+KEY = "sesame"
+SLOW = 0.004  # seconds a token
+LONG = apr.Reply(" on and on" * 500, delay=0.02)
+REPLIES = {
+    "trunk": "Think. " + FORK, "branch_1": " one\n</Thread>", "branch_2": " two is longer\n</Thread>",
+    "after": "<Conclusion>both</Conclusion>\n</Parallel>\n\nDone.",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    yield from launched()
+
+
+class Kept(TrajectoryService):
+    """Keeps what it ran, on an engine of the test."""
+
+    def __init__(self, engine: Any) -> None:
+        model = SimpleNamespace(context_len=100_000, vocab_size=1000)
+        super().__init__(
+            SimpleNamespace(served_model_name="m", config_value=lambda _: False, model_config=model),
+            RequestLimits(),
+        )
+        self._engine, self.made = engine, list[apr.Trajectory]()
+
+    async def run(self, *asked: Any) -> apr.Trajectory:
+        self.made.append(await super().run(*asked))
+        return self.made[-1]
+
+
+@contextmanager
+def serving(engine: Any, key: str | None = None) -> Iterator[tuple[str, Kept]]:
+    """The routes of our server around an engine, in a thread; as SGLang guards them, if there is a key."""
+    service = Kept(engine)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        app.state.apr = service
+        yield
+
+    app = FastAPI()
+    app.include_router(_router(lifespan))
+    with pytest.MonkeyPatch.context() as patch:
+        if key:
+            patch.setattr(
+                auth, "decide_request_auth", partial(allow_ui_without_key, auth.decide_request_auth)
+            )
+            auth.add_api_key_middleware(app, api_key=key, admin_api_key=None)
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            yield f"http://127.0.0.1:{port}", service
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def slow(**replies: apr.Reply | str) -> apr.ScriptedEngine:
+    """The engine of `test_loop` that forks once into two, at the pace of a reader."""
+    said = {name: r if isinstance(r, apr.Reply) else apr.Reply(r) for name, r in (REPLIES | replies).items()}
+    return scripted(**{name: r if r.delay else replace(r, delay=SLOW) for name, r in said.items()})
+
+
+def held(engine: apr.ScriptedEngine) -> threading.Event:
+    """Keeps branches 2 from ending before this is set, so that there is time to look."""
+    real, gate = engine.decode, threading.Event()
+
+    async def decode(request: apr.Request, on_tokens: Any = None) -> apr.Result:
+        result = await real(request, on_tokens)
+        while engine.tokenizer.decode(request.input_ids).endswith("2:") and not gate.is_set():
+            await asyncio.sleep(0.01)
+        return result
+
+    engine.decode = decode  # type: ignore[method-assign]
+    return gate
+
+
+def ask(browser: Any, url: str, prompt: str = "Q: ", **options: Any) -> Tab:
+    """The page once it has asked this."""
+    shown = tab(browser, **options)
+    shown.go(url + UI)
+    shown.page.fill("#prompt", prompt)
+    shown.page.click("#run")
+    return shown
+
+
+def also(shown: Tab, options: dict) -> None:
+    """Have the page ask for more than it has fields for."""
+    shown.page.evaluate(f"asked = (old => () => ({{ ...old(), ...{json.dumps(options)} }}))(asked)")
+
+
+def check(shown: Tab, t: apr.Trajectory) -> None:
+    """What the page ends with is this trajectory, text for text, with the figures of its metrics."""
+    m = t.metrics()
+    shown.until("!live.run && view.entry?.id !== 'running'")
+    figures = shown.page.evaluate("figures(view.t)")
+    assert figures == {
+        "tokens": m.total, "critical": m.critical_path, "inside": m.branch_tokens, "blocks": m.blocks, "branches": m.branches,
+        "wall": m.wall_s, "calls": m.engine_calls, "prompt": m.prompt_tokens, "cached": m.cached_tokens,
+        "again": m.reprefilled_tokens,
+    }  # fmt: skip
+    assert number(shown.text("[data-figure=tokens] b")) == m.total
+    expected: dict[str, list] = {named(path): [] for path in {(), *(s.path for s in t.spans)}}
+    for i, span in enumerate(t.spans):
+        expected[named(lane_of(span))] += [[i, plain(span.text), span.origin]] if span.text else []
+    assert shown.page.evaluate(READ) == expected
+    kept = json.loads(t.to_json())
+    found = shown.page.evaluate("view.t")
+    for name in ("calls", "limits", "decisions", "joins", "dialect"):
+        assert found[name] == kept[name]
+    assert [(s["parents"], s["after"]) for s in found["spans"]] == [
+        (s["parents"], s["after"]) for s in kept["spans"]
+    ]
+    assert shown.page.evaluate("known.entries.at(-1).answer") == t.answer
+
+
+def test_a_trajectory_is_followed_to_its_end(browser):
+    engine = slow()
+    gate = held(engine)
+    with serving(engine) as (url, service):
+        shown = ask(browser, url)
+        shown.until("document.querySelectorAll('#now .now').length === 2")
+        assert [shown.text(f'[data-branch="1.{k}"] p bdi') for k in (1, 2)] == ["left", "right"]
+        shown.until("view.t.spans.some(s => s.open)")  # what is in no span yet is drawn as well
+        shown.until("document.querySelector('[data-branch=\"1.2\"] .tail').textContent.includes('is longer')")
+        assert shown.page.is_visible("#stop")
+        gate.set()
+        shown.until("!live.run")
+        (made,) = service.made
+        check(shown, made)
+        assert shown.page.locator("#now").count() == 0
+        assert not shown.page.is_visible("#stop")
+        assert shown.text("#state").startswith("Done in ")
+        assert shown.text("#found") == "1 trajectory"
+        assert shown.complaints == []
+        assert {r.removeprefix(url) for r in shown.requests if not r.startswith("data:")} == {
+            UI,
+            "/apr/generate",
+        }
+
+
+def test_every_dialect_ends_as_the_server_has_it(browser):
+    with serving(SampledEngine(masked("threadweaver"))) as (url, service):
+        shown = tab(browser)
+        shown.go(url + UI)
+        shown.page.click("#options summary")
+        shown.until("document.getElementById('dialect').options.length > 5")
+        for k, name in enumerate(dialect_names(), 1):
+            service._engine = SampledEngine(masked(name), seed=4)
+            shown.page.select_option("#dialect", name)
+            shown.page.select_option("#mode", "parallel")
+            shown.page.fill("#width", str(min(3, apr.dialect(name).max_width)))
+            shown.page.fill("#tokens", "1500")
+            shown.page.fill("#prompt", "Q: ")
+            shown.page.locator("#prompt").press("Control+Enter")
+            shown.until(f"!live.run && known.entries.length === {k}", 60)
+            check(shown, service.made[-1])
+            assert service.made[-1].blocks
+            assert service.made[-1].dialect == name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"on_branch_failure": "retry", "retry": {"attempts": 1}}], ids=["again", "anew"]
+)
+def test_what_is_retried_is_void(browser, options: dict):
+    """Of a branch that fails when it has written something, and begins again or anew, nothing is left over."""
+    failures = [apr.EngineError("boom", 503)]
+    engine = slow()
+    script, gate = engine.script, held(engine)
+
+    def fails_once(request: apr.Request, prompt: str) -> apr.Reply:
+        said = script(request, prompt)
+        assert isinstance(said, apr.Reply)
+        return (
+            replace(said, text=" void 😀", error=failures.pop())
+            if prompt.endswith("1:") and failures
+            else said
+        )
+
+    engine.script = fails_once
+    with serving(engine) as (url, service):
+        shown = tab(browser)
+        shown.go(url + UI)
+        also(shown, options)
+        shown.page.fill("#prompt", "Q: ")
+        shown.page.click("#run")
+        shown.until(
+            "document.querySelector('[data-branch=\"1.1\"] .tail')?.textContent === ' one\\n</Thread>'"
+        )
+        gate.set()
+        shown.until("!live.run && known.entries.length")
+        check(shown, service.made[0])
+        assert "void" not in service.made[0].text
+        assert not failures
+
+
+def test_stopping_cancels(browser):
+    engine = slow(branch_2=LONG)
+    with serving(engine) as (url, service):
+        shown = ask(browser, url)
+        shown.until("document.querySelectorAll('#now .now').length === 2")
+        shown.page.click("#stop")
+        shown.until("!live.run")
+        assert shown.text("#state") == "Stopped."
+        deadline = time.monotonic() + 10
+        while service.counters.running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (service.counters.running, engine.active, service.made) == (0, set(), [])
+
+
+def test_another_is_looked_at_meanwhile(browser):
+    engine = slow()
+    with serving(engine) as (url, service):
+        shown = ask(browser, url)
+        shown.until("!live.run && known.entries.length")
+        gate = held(engine)
+        shown.page.click("#run")
+        shown.until("document.querySelectorAll('#now .now').length === 2")
+        assert not shown.page.is_visible("#follow")
+        shown.page.locator("#rows [role=option]").first.click()
+        shown.until("view.entry.id === 0")
+        shown.until("!document.getElementById('follow').hidden")
+        shown.page.click("#follow")
+        shown.until("view.entry.id === 'running'")
+        gate.set()
+        shown.until("!live.run")
+        check(shown, service.made[1])
+        assert shown.text("#found") == "2 trajectories"
+
+
+@pytest.mark.parametrize(
+    ("replies", "more", "said"),
+    [
+        ({"trunk": BOOM}, {}, "boom"),
+        ({"after": BOOM}, {}, "boom"),
+        ({}, {"budget": {"width": 99}}, "at most 50"),
+    ],
+)
+def test_what_goes_wrong_is_said(browser, replies: dict, more: dict, said: str):
+    with serving(slow(**replies)) as (url, _):
+        shown = tab(browser)
+        shown.go(url + UI)
+        also(shown, {"retry": {"attempts": 1}} | more)
+        shown.page.fill("#prompt", "Q: ")
+        shown.page.click("#run")
+        shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")
+        assert said in shown.text("#state")
+        assert shown.page.is_enabled("#run")
+
+
+def test_the_key_is_asked_for_and_kept_nowhere(browser):
+    with serving(slow(), KEY) as (url, service):
+        for path in ("/apr/dialects", "/apr/stats", f"{UI}/", f"{UI}/x"):
+            assert requests.get(url + path, timeout=10).status_code == 401
+        assert requests.post(url + UI, timeout=10).status_code == 401
+        for method in ("generate", "ui"):
+            assert requests.post(f"{url}/apr/{method}", json={}, timeout=10).status_code == 401
+        answer = requests.get(url + UI, timeout=10)
+        assert (answer.status_code, answer.headers["X-Content-Type-Options"]) == (200, "nosniff")
+        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+        shown = ask(browser, url)
+        shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")
+        assert shown.text("#state") == "This server wants an API key."
+        assert shown.page.evaluate("document.activeElement.id") == "key"
+        shown.page.fill("#key", KEY)
+        shown.page.click("#run")
+        shown.until("!live.run && known.entries.length")
+        check(shown, service.made[0])
+        stored = shown.page.evaluate(
+            "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, history.state])"
+        )
+        assert KEY not in stored
+        assert all(KEY not in request for request in shown.requests)
+        shown.page.reload()
+        shown.page.wait_for_selector("body[data-ready]", state="attached")
+        assert shown.page.input_value("#key") == ""
+
+
+def test_hostile_words_change_nothing(browser):
+    words = "".join(text for text in HOSTILE if "\ud800" not in text)
+    engine = slow(branch_1=f" {words}\n</Thread>", branch_2=f" {words}\n</Thread>")
+    gate = held(engine)
+    with serving(engine) as (url, service):
+        shown = ask(browser, url, f"Q: {words}", viewport=PHONE)
+        shown.until("document.querySelectorAll('#now .now').length === 2")
+        assert shown.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        gate.set()
+        shown.until("!live.run && known.entries.length", 30)
+        check(shown, service.made[0])
+        assert shown.page.evaluate("[window.pwned, document.scripts.length]") == [None, 2]
+        assert shown.complaints == []

@@ -1,0 +1,53 @@
+"""A trajectory in the terminal: model text as it is, and figures in a row, however many branches there are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console, RenderableType
+
+import sgl_apr as apr
+from sgl_apr.trajectory.trajectory import Call
+from sgl_apr.views.tree import page, summary, tree
+
+TEXT = "<Parallel>\n<Outlines>\n<Outline>1: [red]a</Outline>\n</Outlines>\n<Thread>\n1: [bold]b[/]</Thread>\n</Parallel>[/]c"
+
+
+def shown(what: RenderableType) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(what)
+    return capture.get()
+
+
+def parsed(shares: list[tuple[int, int]] = ()) -> apr.Trajectory:
+    dialect = apr.dialect("threadweaver")
+    calls = tuple(
+        Call("branch", (1, k), prompt, cached, 1, 5, 0.0, 1.0) for k, (cached, prompt) in enumerate(shares)
+    )
+    return replace(dialect.parse(TEXT, apr.ByteTokenizer(dialect.tags)), calls=calls)
+
+
+def test_text_is_no_markup():
+    text = shown(tree(parsed(), "[red]title"))
+    for whole in ("[red]title", "1: [red]a", "[bold]b[/]", "[/]c"):
+        assert whole in text
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([(3, 5)] * 2, "3/4, 3/4"),
+        ([(3, 5)] * 5 + [(6, 8)], "5 x 3/4, 1 x 6/7"),
+        ([(k, 9) for k in range(6)], "1 x 0/8, 1 x 1/8, 1 x 2/8, 1 x 3/8, ..."),
+    ],
+)
+def test_what_branches_had_from_the_cache(shares, said: str):
+    assert f" {said} " in shown(summary({"title": parsed(shares)}))
+
+
+def test_tree_and_figures():
+    text = shown(page(parsed(), "title"))
+    assert text.count("title") == 2
+    assert "What the engine did" in text
