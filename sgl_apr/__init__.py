@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from sgl_apr.engine.base import Request as Request
     from sgl_apr.engine.base import Result as Result
     from sgl_apr.engine.http import HttpEngine as HttpEngine
-    from sgl_apr.engine.in_process import LocalEngine as LocalEngine
     from sgl_apr.engine.scripted import ByteTokenizer as ByteTokenizer
     from sgl_apr.engine.scripted import Reply as Reply
     from sgl_apr.engine.scripted import ScriptedEngine as ScriptedEngine
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from sgl_apr.formats.presets import Preset as Preset
     from sgl_apr.formats.presets import dialect_for as dialect_for
     from sgl_apr.formats.presets import preset as preset
+    from sgl_apr.methods.expression import solve as solve
     from sgl_apr.runtime.batch import Outcomes as Outcomes
     from sgl_apr.runtime.batch import arun_many as arun_many
     from sgl_apr.runtime.batch import read_many as read_many
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from sgl_apr.runtime.events import rebuild as rebuild
     from sgl_apr.runtime.frontend.endpoint import Endpoint as Endpoint
     from sgl_apr.runtime.frontend.expressions import reason as reason
-    from sgl_apr.runtime.frontend.expressions import solve as solve
     from sgl_apr.runtime.loop import areason as areason
     from sgl_apr.runtime.loop import run as run
     from sgl_apr.runtime.loop import stream as stream
@@ -64,18 +63,19 @@ if TYPE_CHECKING:
     from sgl_apr.runtime.pacing import Pacing as Pacing
     from sgl_apr.runtime.retry import Retry as Retry
     from sgl_apr.server.launch.launcher import Server as Server
+    from sgl_apr.server.local_engine import LocalEngine as LocalEngine
     from sgl_apr.trajectory.blocks import Block as Block
     from sgl_apr.trajectory.blocks import Branch as Branch
+    from sgl_apr.trajectory.calls import Call as Call
+    from sgl_apr.trajectory.calls import JoinRecord as JoinRecord
+    from sgl_apr.trajectory.calls import LimitHit as LimitHit
+    from sgl_apr.trajectory.calls import PacingDecision as PacingDecision
     from sgl_apr.trajectory.causality import Causality as Causality
     from sgl_apr.trajectory.causality import causality as causality
     from sgl_apr.trajectory.dataset import from_dataset as from_dataset
     from sgl_apr.trajectory.dataset import to_dataset as to_dataset
     from sgl_apr.trajectory.metrics import Metrics as Metrics
     from sgl_apr.trajectory.spans import Span as Span
-    from sgl_apr.trajectory.trajectory import Call as Call
-    from sgl_apr.trajectory.trajectory import JoinRecord as JoinRecord
-    from sgl_apr.trajectory.trajectory import LimitHit as LimitHit
-    from sgl_apr.trajectory.trajectory import PacingDecision as PacingDecision
     from sgl_apr.trajectory.trajectory import Trajectory as Trajectory
 
 _HOME = {

@@ -11,8 +11,8 @@ import torch
 
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
 from sgl_apr.formats.dialect import dialect, dialect_names
+from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.server.plugin import has_accelerator
 from sgl_apr.training.models import located, random_llama
 from tests.support.forked_server import Nursery, share
 

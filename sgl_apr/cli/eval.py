@@ -126,7 +126,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if not options.tasks or not (options.model or options.url):
         parser.error("expected tasks, and --model or --url; or --compare")
 
-    from sgl_apr.evaluation.benchmarks.base import benchmark
+    from sgl_apr.evaluation.benchmarks.registry import benchmark
     from sgl_apr.evaluation.store import SUMMARY, evaluated
     from sgl_apr.server.launch.launcher import Server
     from sgl_apr.training.models import located

@@ -161,7 +161,7 @@ def _reasoned(options: argparse.Namespace, hear: OnEvent | None) -> Any:
 
 
 def _solved(options: argparse.Namespace, hear: OnEvent | None) -> Any:
-    from sgl_apr.runtime.frontend.expressions import solve
+    from sgl_apr.methods.expression import solve
 
     if options.allow_code and options.method != "recursive":
         raise AprError("--allow-code is for --method recursive")

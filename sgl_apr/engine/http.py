@@ -22,11 +22,11 @@ from sgl_apr.engine.routing import (
     healthy_worker_urls,
     routing_key,
 )
+from sgl_apr.engine.sglang_names import CACHE
 from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import Backend
-from sgl_apr.server.plugin import CACHE
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whether anything was decoded

@@ -5,28 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar, get_args
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, TypeVar, get_args
 
 from fastapi import HTTPException
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.routing import dp_rank, routing_key
+from sgl_apr.engine.sglang_names import CACHE
 from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
 from sgl_apr.engine.step_timer import StepTimer
-from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import Backend
-from sgl_apr.runtime.events import OnEvent
-from sgl_apr.runtime.loop import areason
-from sgl_apr.server.plugin import CACHE
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
-from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -147,84 +140,3 @@ class InProcessEngine(SGLangEngine):
                 "this sgl.Engine was first used in another event loop: await in that one, "
                 "or do all of it by `LocalEngine.run` and `LocalEngine.wait`"
             )
-
-
-class LocalEngine(InProcessEngine):
-    """An `sgl.Engine` of this process, for offline batches and training: no HTTP in between.
-
-    The engine belongs to one event loop. Without one of your own, block on the engine's:
-
-    >>> with apr.LocalEngine.launch("./my-model") as engine:  # doctest: +SKIP
-    ...     trajectory = engine.run("Question: ...", mode="parallel")
-    ...     outcomes = engine.wait(apr.arun_many(engine, problems, "out.jsonl"))
-
-    In a coroutine `await apr.areason(engine, ...)` as with any engine, and in the same loop from then on.
-    As `sgl.Engine` spawns processes, a script that makes one has to guard its main part by `__name__`.
-    """
-
-    def __init__(self, engine: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
-        super().__init__(engine.tokenizer_manager, tokenizer=tokenizer, timeout=timeout)
-        self.engine = engine
-
-    @classmethod
-    def launch(cls, model: str | Path, **sglang_flags: object) -> LocalEngine:
-        """Start an `sgl.Engine` with the flags that `sgl-apr serve` adds on this hardware; yours win.
-
-        Flags as for `apr.Server`: `context_length=4096`, `radix_cache_backend="apr"`. Raises `LaunchError`
-        for flags that cannot work; an engine that dies while it starts takes this process with it, as SGLang
-        has it.
-        """
-        import sglang as sgl
-
-        from sgl_apr.server.launch.defaults import as_flags
-        from sgl_apr.server.launch.main import server_args
-        from sgl_apr.server.plugin import LAUNCHED_ENV
-
-        args = server_args(as_flags({"model": model, "log_level": "error"} | sglang_flags))
-        before = os.environ.get(LAUNCHED_ENV)
-        os.environ[LAUNCHED_ENV] = "1"  # its processes end at once, rather than run without the plugin
-        try:
-            return cls(sgl.Engine(server_args=args))
-        finally:
-            os.environ.pop(LAUNCHED_ENV) if before is None else os.environ.update({LAUNCHED_ENV: before})
-
-    def run(
-        self,
-        prompt: str | Sequence[int],
-        dialect: Dialect | str | None = None,
-        *,
-        on_event: OnEvent | None = None,
-        **options: Any,
-    ) -> Trajectory:
-        """`apr.areason`, blocking."""
-        return self.wait(areason(self, prompt, dialect, on_event=on_event, **options))
-
-    def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """What a coroutine over this engine returns, run in the engine's event loop; blocking.
-
-        Raises `AprError` where that loop runs already: await there instead.
-        """
-        loop: asyncio.AbstractEventLoop = self.engine.loop
-        if loop.is_running():
-            work.close()
-            raise AprError("the engine's event loop is running: await the coroutine instead")
-        task = loop.create_task(work)
-        try:
-            return loop.run_until_complete(task)
-        except BaseException:  # Ctrl-C stops the loop, not the task
-            task.cancel()
-            with contextlib.suppress(BaseException):
-                loop.run_until_complete(task)
-            raise
-
-    def shutdown(self) -> None:
-        """End the engine's processes (and, as SGLang has it, every other child of this process)."""
-        self.engine.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()

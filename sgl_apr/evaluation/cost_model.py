@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 from sgl_apr.engine.base import Load
 from sgl_apr.errors import AprError
-from sgl_apr.trajectory.trajectory import Call, Trajectory
+from sgl_apr.trajectory.calls import Call
+from sgl_apr.trajectory.trajectory import Trajectory
 
 EPSILON = 1e-9  # of a second, or of a step: what rounding leaves
 

@@ -16,7 +16,8 @@ from sgl_apr.formats import graph_builder
 from sgl_apr.formats.grammar import NUMBER, Grammar, grammar_path
 from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
 from sgl_apr.formats.masks.document import lower_document
-from sgl_apr.formats.masks.writer import Backend, MaskOptions, lower
+from sgl_apr.formats.masks.lower import lower
+from sgl_apr.formats.masks.writer import Backend, MaskOptions
 from sgl_apr.formats.options import FormatOptions, check_facts, read_facts
 from sgl_apr.formats.segmenter import Outline, Segment, error_at, segments
 from sgl_apr.tokenizer import Tokenizer, split_ids

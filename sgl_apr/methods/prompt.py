@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.runtime.recorder import SequenceState
+from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish
 
 

@@ -19,7 +19,8 @@ from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.options import make_options
 from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
-from sgl_apr.runtime.recorder import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 
 

@@ -16,7 +16,7 @@ from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
 from sgl_apr.runtime.events import BranchEnded, Forked, Joined, OnEvent
 from sgl_apr.runtime.join_policy import Policy, stop_condition
-from sgl_apr.runtime.recorder import SequenceState
+from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.blocks import outcome
 from sgl_apr.trajectory.trajectory import Trajectory
 

@@ -10,7 +10,7 @@ from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.branches import Branches
 from sgl_apr.runtime.events import Forked, Joined
 from sgl_apr.runtime.message_join import write_results
-from sgl_apr.runtime.recorder import PendingBranch, PendingBranches, SequenceState
+from sgl_apr.runtime.sequence import PendingBranch, PendingBranches, SequenceState
 
 
 class AsyncBranches:

@@ -17,7 +17,7 @@ from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.events import BranchEnded, Delta, Forked, Joined
 from sgl_apr.runtime.join_policy import deadline_seconds, stop_condition
 from sgl_apr.runtime.message_join import make_branch_prompt, remove_call_from_context, write_results
-from sgl_apr.runtime.recorder import SequenceState
+from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.blocks import outcome
 
 Think = Callable[[Engine | None, SequenceState, Phase, int], Awaitable[None]]

@@ -22,7 +22,8 @@ from sgl_apr.runtime.kv_join import CACHE_MISS_STATUS, KvJoiner
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.pacing import Demand
 from sgl_apr.runtime.phase_output import PhaseOutput, parse_phase_output
-from sgl_apr.runtime.recorder import PendingBranches, SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.sequence import PendingBranches, SequenceState
 
 T = TypeVar("T")
 LOAD_TIMEOUT_S = 1.0  # how long a fork waits to hear how busy the engine is

@@ -33,8 +33,8 @@ from sgl_apr.runtime.events import (
     SpanFinished,
     TextRetracted,
 )
+from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.spans import Span
-from sgl_apr.trajectory.trajectory import Call, JoinRecord, LimitHit, PacingDecision
 
 
 def _snake_case(kind: type) -> str:

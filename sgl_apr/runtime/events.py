@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from sgl_apr.errors import AprError
 from sgl_apr.trajectory.blocks import Outcome
+from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.spans import Path, Span
-from sgl_apr.trajectory.trajectory import Call, JoinRecord, LimitHit, PacingDecision, Trajectory
+from sgl_apr.trajectory.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.allocation import BudgetAllocator
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import PhaseOutput
-from sgl_apr.runtime.recorder import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.sequence import SequenceState
 
 
 class ForkRules:

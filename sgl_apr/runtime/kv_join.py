@@ -11,7 +11,8 @@ from typing import TypeVar
 from sgl_apr.engine.base import Engine, Request
 from sgl_apr.errors import EngineError
 from sgl_apr.runtime.allocation import Allowance
-from sgl_apr.runtime.recorder import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.join_layout import commit_prompts, join
 
 T = TypeVar("T")

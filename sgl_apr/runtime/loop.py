@@ -24,7 +24,8 @@ from sgl_apr.runtime.fork_rules import ForkRules
 from sgl_apr.runtime.options import ReasonOptions, make_options
 from sgl_apr.runtime.pacing import Demand
 from sgl_apr.runtime.phase_output import closing_overhead
-from sgl_apr.runtime.recorder import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 

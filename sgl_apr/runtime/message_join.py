@@ -8,7 +8,8 @@ from sgl_apr.formats.branch_prompts import branch_prompt
 from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.dialect import Dialect
 from sgl_apr.runtime.phase_output import FAILURE_NOTE
-from sgl_apr.runtime.recorder import SequenceState, TrajectoryRecorder
+from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.sequence import SequenceState
 
 
 def make_branch_prompt(

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.spans import Path
-from sgl_apr.trajectory.trajectory import Call
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer

@@ -14,14 +14,15 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Literal
 
 from sgl_apr.engine.http import HttpEngine
+from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import AprError, EngineError, LaunchError
 from sgl_apr.formats.dialect import dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.server.cpu.kernel import decode_kernel
+from sgl_apr.server.hooks import check_version, has_accelerator
 from sgl_apr.server.kv_join.probe import Ask, Prompt, make_client, send
 from sgl_apr.server.kv_join.selfcheck import IDS, check
 from sgl_apr.server.launch.main import WARMUP_GRAMMARS
-from sgl_apr.server.plugin import SUPPORTED_SGLANG, check_version, has_accelerator
 from sgl_apr.tokenizer import Tokenizer
 
 GIB = 2**30

@@ -8,22 +8,17 @@ other process that imports sglang the failure is logged, and nothing else happen
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import secrets
-from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
+from sgl_apr.engine.sglang_names import CACHE
 from sgl_apr.errors import LaunchError
+from sgl_apr.server.constants import BACKEND, CACHE_SECRET_ENV, KV_JOIN_ENV, LAUNCHED_ENV
+from sgl_apr.server.hooks import check_version, has_accelerator, hook_after, hook_around, require_sglang
 
-SUPPORTED_SGLANG = "0.5.23"
-LAUNCHED_ENV = "SGLANG_APR_LAUNCHED"
-BACKEND = "apr_cpu"
-CACHE, STOCK = "apr", "stock"  # radix caches: the one that joins, and SGLang's own
-CACHE_SECRET_ENV = "SGLANG_APR_SECRET"  # made by the first process of a server, for all of them
-KV_JOIN_ENV = "SGLANG_APR_KV_JOIN"  # 0: SGLang's cache and positions are left alone
+STOCK = "stock"  # SGLang's own radix cache
 
 _TOKENIZED = ("obj", "input_text", "input_ids", "input_embeds", "mm_inputs")
 _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
@@ -58,37 +53,6 @@ def activate() -> None:
     activated = True
 
 
-def has_accelerator() -> bool:
-    """Whether SGLang would find a GPU or another accelerator."""
-    import torch
-
-    kinds = (getattr(torch, name, None) for name in ("cuda", "xpu", "npu", "musa", "mps", "hpu"))
-    return any(kind is not None and kind.is_available() for kind in kinds)
-
-
-def check_version() -> None:
-    """Raises LaunchError unless the installed SGLang is the one whose seams are known."""
-    found = version("sglang")
-    if found != SUPPORTED_SGLANG:
-        raise LaunchError(f"SGLang {found} is installed, but only {SUPPORTED_SGLANG} is supported")
-
-
-def require_sglang(path: str, parameters: Sequence[str] = ()) -> Any:
-    """What SGLang has at "module:attribute", if it takes `parameters` in this order; else LaunchError."""
-    module, _, names = path.partition(":")
-    try:
-        found: Any = import_module(module)
-        for name in names.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError) as error:
-        raise LaunchError(f"this SGLang has no {path}: {error}") from error
-    if parameters:
-        taken = [name for name in inspect.signature(found).parameters if name != "self"]
-        if taken[: len(parameters)] != list(parameters):
-            raise LaunchError(f"{path} takes ({', '.join(taken)}), not ({', '.join(parameters)})")
-    return found
-
-
 def _prepare_masks() -> None:
     """Have llguidance prepare for free text as our grammars have it; SGLang's module takes the function from there."""
     from sgl_apr.formats.masks.llguidance import LLGUIDANCE_SLICES
@@ -111,26 +75,6 @@ def _register_cache() -> None:
     os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(32))
     register(CACHE, _make_cache)
     hook_after("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift)
-
-
-def hook_after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
-    """Call `hook` with what a function of SGLang returned, and with what it was given."""
-    _hook("AFTER", path, parameters, hook)
-
-
-def hook_around(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
-    """Call `hook` in place of a function of SGLang, with that function and what it was given."""
-    _hook("AROUND", path, parameters, hook)
-
-
-def _hook(kind: str, path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
-    require_sglang(path, parameters)
-    register = require_sglang(
-        "sglang.srt.plugins.hook_registry:HookRegistry.register", ["target", "hook", "hook_type"]
-    )
-    register(
-        path.replace(":", "."), hook, require_sglang(f"sglang.srt.plugins.hook_registry:HookType.{kind}")
-    )
 
 
 def _make_cache(context: Any) -> Any:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sgl_apr.trajectory.spans import Span
-from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.trajectory.blocks import blocks
+from sgl_apr.trajectory.calls import Call
+from sgl_apr.trajectory.spans import Span, ancestors
 
 Convention = Literal["causal", "threadweaver", "multiverse"]
 
@@ -71,15 +72,17 @@ class Metrics:
         return sum(p.reprefilled_tokens for p in self.phases.values())
 
 
-def compute_metrics(trajectory: Trajectory, convention: Convention = "causal") -> Metrics:
-    """All metrics of `trajectory`.
+def compute_metrics(
+    spans: Sequence[Span], calls: Sequence[Call], wall_s: float = 0.0, convention: Convention = "causal"
+) -> Metrics:
+    """All metrics of a trajectory with these spans and calls.
 
     `convention` decides what of a branch counts as parallel. "causal", the default, follows the
     graph: header, body and closer of a branch run beside the other branches; "multiverse" is the
     same (its tags stand inside the branch). "threadweaver" counts headers and closers of all
     branches as sequential and only the text between them as parallel.
     """
-    spans = trajectory.spans
+    found = tuple(blocks(spans))
     weights = [0 if s.origin == "prompt" else s.tokens for s in spans]
     sequential = 0
     if convention == "threadweaver":
@@ -97,15 +100,15 @@ def compute_metrics(trajectory: Trajectory, convention: Convention = "causal") -
         critical_path=sequential + max(longest_paths(spans, weights), default=0),
         branch_tokens=sum(w for w, s in zip(weights, spans, strict=True) if s.path),
         longest_context=max(
-            (sum(spans[a].tokens for a in trajectory.ancestors(i)) for i in range(len(spans))), default=0
+            (sum(spans[a].tokens for a in ancestors(spans, i)) for i in range(len(spans))), default=0
         ),
-        blocks=len(trajectory.blocks),
-        branches=sum(len(b.branches) for b in trajectory.blocks),
+        blocks=len(found),
+        branches=sum(len(b.branches) for b in found),
         closers_decoded=origins.count("decoded"),
         closers_injected=origins.count("injected"),
-        engine_calls=sum(1 + c.retries for c in trajectory.calls),
-        wall_s=trajectory.wall_s,
-        phases=_phases(trajectory),
+        engine_calls=sum(1 + c.retries for c in calls),
+        wall_s=wall_s,
+        phases=_phases(calls),
     )
 
 
@@ -117,18 +120,18 @@ def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]:
     return ends
 
 
-def _phases(trajectory: Trajectory) -> dict[str, PhaseCost]:
-    names = dict.fromkeys(call.phase for call in trajectory.calls)
+def _phases(calls: Sequence[Call]) -> dict[str, PhaseCost]:
+    names = dict.fromkeys(call.phase for call in calls)
     costs = {}
     for name in names:
-        calls = [c for c in trajectory.calls if c.phase == name]
+        own = [c for c in calls if c.phase == name]
         costs[name] = PhaseCost(
-            calls=len(calls),
-            prompt_tokens=sum(c.prompt_tokens for c in calls),
-            cached_tokens=sum(c.cached_tokens or 0 for c in calls),
-            reprefilled_tokens=sum(c.reprefilled for c in calls),
-            output_tokens=sum(c.output_tokens for c in calls),
-            wall_s=_union_length([(c.started, c.ended) for c in calls]),
+            calls=len(own),
+            prompt_tokens=sum(c.prompt_tokens for c in own),
+            cached_tokens=sum(c.cached_tokens or 0 for c in own),
+            reprefilled_tokens=sum(c.reprefilled for c in own),
+            output_tokens=sum(c.output_tokens for c in own),
+            wall_s=_union_length([(c.started, c.ended) for c in own]),
         )
     return costs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -46,6 +46,16 @@ class Span:
         if self.token_ids is None:
             raise AprError("this trajectory was read from text: parse it with tokenizer= to count its tokens")
         return len(self.token_ids)
+
+
+def ancestors(spans: Sequence[Span], index: int) -> list[int]:
+    """What span `index` was conditioned on, and itself, in the order of the text."""
+    seen, stack = {index}, [index]
+    while stack:
+        fresh = [p for p in spans[stack.pop()].parents if p not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return sorted(seen)
 
 
 def read_span(data: Mapping[str, Any], index: int) -> Span:

@@ -6,92 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
 
 from sgl_apr.errors import TraceError
 from sgl_apr.trajectory.blocks import Block, blocks
-from sgl_apr.trajectory.spans import Finish, Path, Span, read_span
-
-if TYPE_CHECKING:
-    from sgl_apr.trajectory.metrics import Convention, Metrics
+from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision, _call, _with_path_tuple
+from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics
+from sgl_apr.trajectory.spans import Finish, Span, ancestors, read_span
 
 SCHEMA = "sgl_apr.trajectory/6"
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One engine request as the engine reported it. Times are seconds since the trajectory began.
-
-    `new_tokens` is how much of the prompt no earlier call of this trajectory had computed, so
-    `prompt_tokens - new_tokens` is the prefix it shares with them; `cached_tokens` is None where the request
-    was cut or failed before the engine said it. `seed` is that of its sampling (see `Trajectory.seeds_honoured`),
-    `retries` how often it was repeated after an error. `logprobs` are those of all output tokens, an end of
-    text included, under the grammar's mask and the temperature, where they were asked for; `weights` is what
-    the engine calls the weights that it used.
-    """
-
-    phase: str
-    path: Path
-    prompt_tokens: int
-    cached_tokens: int | None
-    new_tokens: int
-    output_tokens: int
-    started: float
-    ended: float
-    seed: int | None = None
-    retries: int = 0
-    logprobs: tuple[float, ...] | None = None
-    weight_version: str | None = None
-
-    @property
-    def shared_tokens(self) -> int:
-        """Prompt tokens that earlier calls of the trajectory had already computed or decoded."""
-        return self.prompt_tokens - self.new_tokens
-
-    @property
-    def reprefilled(self) -> int:
-        """Shared tokens that were computed once more because the cache did not hold them, as far as known."""
-        return 0 if self.cached_tokens is None else max(0, self.shared_tokens - self.cached_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class LimitHit:
-    """A field of the budget, "context" (the engine's), or "policy", that acted: it cut the sequence at `path`, or took forks from it."""
-
-    limit: str
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class PacingDecision:
-    """How many of the branches of block `path` were run at once, and what was known when it was decided.
-
-    Counts are the engine's when it was asked; `step_s` are the seconds of one decoding step measured at
-    so many requests, None where none was measured yet.
-    """
-
-    path: Path
-    branches: int
-    parallelism: int
-    running: int
-    waiting: int
-    free_tokens: int
-    step_s: float | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class JoinRecord:
-    """How a block was joined, where more than one way was asked for: by "kv" (its branches side by side in
-    the cache) or by "text" (all read in a line), and why not otherwise.
-
-    With the path of a sequence in place of a block's: the cache lost what that sequence had joined, and it read
-    all of it in a line from there on.
-    """
-
-    path: Path
-    by: Literal["kv", "text"]
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,12 +75,7 @@ class Trajectory:
 
     def ancestors(self, index: int) -> list[int]:
         """What span `index` was conditioned on, and itself, in the order of the text."""
-        seen, stack = {index}, [index]
-        while stack:
-            fresh = [p for p in self.spans[stack.pop()].parents if p not in seen]
-            seen.update(fresh)
-            stack.extend(fresh)
-        return sorted(seen)
+        return ancestors(self.spans, index)
 
     @property
     def reply(self) -> tuple[Span, ...]:
@@ -202,9 +119,7 @@ class Trajectory:
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
         """Tokens, critical path, parallelism and what the engine did: see `sgl_apr.trajectory.metrics`."""
-        from sgl_apr.trajectory.metrics import compute_metrics
-
-        return compute_metrics(self, convention)
+        return compute_metrics(self.spans, self.calls, self.wall_s, convention)
 
     def to_json(self) -> str:
         """One JSON object with its schema version, read back by `from_json` without loss."""
@@ -235,14 +150,3 @@ class Trajectory:
         except (KeyError, TypeError, ValueError) as error:
             raise TraceError(1, 1, str(error), [f"the fields of {SCHEMA}"]) from None
         return trajectory
-
-
-def _with_path_tuple(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {**data, "path": tuple(data["path"])}
-
-
-def _call(data: Mapping[str, Any]) -> Call:
-    logprobs = data["logprobs"]
-    return Call(
-        **{**_with_path_tuple(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))}
-    )

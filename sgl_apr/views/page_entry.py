@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.trajectory.spans import Path, Span
-from sgl_apr.trajectory.trajectory import Call, Trajectory
+from sgl_apr.trajectory.trajectory import Trajectory
 
 LANES = 12  # of a trajectory in the list
 SPAN = [f.name for f in fields(Span) if f.name != "token_ids"]

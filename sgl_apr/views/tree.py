@@ -13,7 +13,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from sgl_apr.trajectory.blocks import Block
-from sgl_apr.trajectory.trajectory import Call, Trajectory
+from sgl_apr.trajectory.calls import Call
+from sgl_apr.trajectory.trajectory import Trajectory
 
 FEW = 4  # shares of the cache that are shown
 MARKS = {

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.benchmarks.base import Benchmark, Case, benchmark
+from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.benchmarks.games import cards
+from sgl_apr.evaluation.benchmarks.registry import benchmark
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems, ways
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker

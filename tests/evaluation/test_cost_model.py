@@ -21,7 +21,7 @@ from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.evaluation.timing import SIZES, EngineTimer
 from sgl_apr.methods.registry import method
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.trajectory.trajectory import Call
+from sgl_apr.trajectory.calls import Call
 from tests.support import virtual_time
 from tests.support.threadweaver_traces import TRACE
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.benchmarks.base import Benchmark, Case, benchmark
+from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
+from sgl_apr.evaluation.benchmarks.registry import benchmark
 from sgl_apr.evaluation.metrics import MethodResults
 from sgl_apr.evaluation.runner import attempted, evaluate, measure
 from sgl_apr.evaluation.store import RUN, ResultStore, evaluated, read

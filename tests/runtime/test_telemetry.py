@@ -16,7 +16,7 @@ from opentelemetry.trace import StatusCode, Tracer
 from sgl_apr.errors import BranchFailed
 from sgl_apr.runtime import telemetry
 from sgl_apr.runtime.telemetry import export
-from sgl_apr.trajectory.trajectory import Call
+from sgl_apr.trajectory.calls import Call
 
 CALLS = (
     Call("trunk", (), 10, 0, 10, 50, 0.0, 1.0),

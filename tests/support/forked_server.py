@@ -16,8 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from sgl_apr.server.constants import CACHE_SECRET_ENV, LAUNCHED_ENV
 from sgl_apr.server.launch.defaults import ENVIRONMENT
-from sgl_apr.server.plugin import CACHE_SECRET_ENV, LAUNCHED_ENV
 
 LIMIT = 1 << 20  # bytes of a message
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}

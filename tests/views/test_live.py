@@ -23,8 +23,8 @@ from sgl_apr.runtime.events import (
     TextRetracted,
 )
 from sgl_apr.trajectory.blocks import Outcome
+from sgl_apr.trajectory.calls import LimitHit
 from sgl_apr.trajectory.spans import Finish, Path, Role, Span
-from sgl_apr.trajectory.trajectory import LimitHit
 from sgl_apr.views.live import LiveView
 
 WORDS = {

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 import sgl_apr as apr
-from sgl_apr.trajectory.trajectory import Call
+from sgl_apr.trajectory.calls import Call
 from sgl_apr.views.tree import page, summary, tree
 
 TEXT = "<Parallel>\n<Outlines>\n<Outline>1: [red]a</Outline>\n</Outlines>\n<Thread>\n1: [bold]b[/]</Thread>\n</Parallel>[/]c"

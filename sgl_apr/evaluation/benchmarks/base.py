@@ -9,11 +9,8 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.tasks.countdown.problems import Split
 from sgl_apr.methods.task import Task
 from sgl_apr.runtime.budget import Budget
-
-NAMES = ("countdown", "game24", "gym:NAME", "FILE.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +48,3 @@ class Benchmark:
         'gym-ab'
         """
         return re.sub(r"[^\w.-]+", "-", self.name)
-
-
-def benchmark(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
-    """The one of that name, with so many problems at the most; raises `AprError` for one that there is not.
-
-    `split` and `seed` are of those that are made here; problems of a file are taken in its order.
-    """
-    from sgl_apr.evaluation.benchmarks import games, gym, problem_file
-
-    kind, _, rest = name.partition(":")
-    if limit < 1:
-        raise AprError(f"limit={limit}, expected at least 1")
-    if name in ("countdown", "game24"):
-        made: Benchmark = getattr(games, name)(limit, split, seed)
-        return made
-    if kind == "gym" and rest:
-        return gym.gym(rest, limit, split, seed)
-    if name.endswith(".jsonl"):
-        return problem_file.problem_file(name, limit)
-    raise AprError(f"no task {name!r}, expected one of {', '.join(NAMES)}")

@@ -211,27 +211,3 @@ class GrammarWriter(ABC):
                 self.lines[f"{rule}_from_{k}"] = f"{rule}_{k}{tail}"
         head = " ".join(f"{rule}_{k}" for k in range(1, low + 1))
         return head + (f" {rule}_from_{low + 1}?" if high > low else "")
-
-
-def lower(
-    grammar: Grammar,
-    phase: str,
-    tokenizer: Tokenizer,
-    shape: MaskOptions = MaskOptions(),
-    backend: Backend = "llguidance",
-) -> str:
-    """The text of rule `phase` for a grammar backend, to be sent as `ebnf` to a server that runs it.
-
-    A tag that is one added token is written as that token, any other is spelled out ("text mode", which
-    xgrammar cannot do). Either way free text holds no tag and nothing that passes for one, and `x < y`
-    and `<b>` are as good as any text. Raises `GrammarError` if the phase cannot be lowered.
-    """
-    from sgl_apr.formats.masks import llguidance, xgrammar
-
-    writers: dict[str, type[GrammarWriter]] = {
-        "llguidance": llguidance.LlguidanceWriter,
-        "xgrammar": xgrammar.XgrammarWriter,
-    }
-    if backend not in writers:
-        raise GrammarError(f"no lowering to {backend!r}, expected {' or '.join(writers)}")
-    return writers[backend](grammar, tokenizer, shape).write(alternatives(grammar, phase, shape))

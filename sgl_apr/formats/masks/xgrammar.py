@@ -8,7 +8,7 @@ import re
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral
-from sgl_apr.formats.masks.llguidance import ANY_TEXT, text_excluding
+from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding
 from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker
 
 

@@ -21,8 +21,9 @@ from sgl_apr.engine.base import Request, Result
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.errors import EngineError
+from sgl_apr.methods.expression import Solve
 from sgl_apr.runtime.events import Delta, Event, OnEvent, TextRetracted
-from sgl_apr.runtime.frontend.expressions import Reason, Solve
+from sgl_apr.runtime.frontend.expressions import Reason
 from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
 from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens, ledger_of

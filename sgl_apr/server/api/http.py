@@ -13,7 +13,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from sgl_apr.errors import AprError, EngineError, EngineTimeout
-from sgl_apr.server.api.service import ServerBusy
+from sgl_apr.server.api.limits import ServerBusy
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]

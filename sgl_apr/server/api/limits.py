@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sgl_apr.errors import BudgetExceeded
+from sgl_apr.errors import AprError, BudgetExceeded
 from sgl_apr.formats.dialect import Dialect
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.server.launch.preflight import UsageError
+from sgl_apr.server.launch.usage import UsageError
 
 LOWEST: Mapping[str, int | float] = {"width": 2, "depth": 1, "tokens": 1, "seconds": 0.001, "concurrent": 1}
 
@@ -67,3 +67,7 @@ def read_caps(argv: Sequence[str]) -> tuple[RequestLimits, list[str]]:
         if not value >= LOWEST[name]:
             raise UsageError(f"--apr-max-{name} {value}, expected at least {LOWEST[name]:g}")
     return RequestLimits(**vars(found)), rest
+
+
+class ServerBusy(AprError):
+    """As many trajectories run as the operator allows."""

@@ -34,7 +34,7 @@ from sgl_apr.server.api.openai_request import parse_openai_request
 from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
 from sgl_apr.server.api.options import check_type, drop_nulls
 from sgl_apr.server.api.service import TrajectoryService
-from sgl_apr.server.plugin import require_sglang
+from sgl_apr.server.hooks import require_sglang
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page import live_page
 

@@ -12,14 +12,10 @@ from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.loop import run_plan
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.server.api.counters import ServerCounters
-from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.limits import RequestLimits, ServerBusy
 from sgl_apr.server.api.options import RequestParser
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
-
-
-class ServerBusy(AprError):
-    """As many trajectories run as the operator allows."""
 
 
 class TrajectoryService:

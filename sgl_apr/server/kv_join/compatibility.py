@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from sgl_apr.server.plugin import KV_JOIN_ENV
+from sgl_apr.server.constants import KV_JOIN_ENV
 
 BACKENDS = frozenset({"apr_cpu", "torch_native", "flashinfer", "triton", "fa3", "fa4"})
 

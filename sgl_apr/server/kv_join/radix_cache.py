@@ -21,12 +21,12 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sgl_apr.server import plugin
+from sgl_apr.server.constants import CACHE_SECRET_ENV
 from sgl_apr.server.kv_join.cache_keys import ResolvedPrompt, resolve
 from sgl_apr.server.kv_join.validation import has_layout, parse_layout
 from sgl_apr.trajectory.join_layout import LayoutError
 
-SECRET = bytes.fromhex(os.environ[plugin.CACHE_SECRET_ENV])  # names the trees of joined prompts
+SECRET = bytes.fromhex(os.environ[CACHE_SECRET_ENV])  # names the trees of joined prompts
 
 
 @dataclass(frozen=True, slots=True)

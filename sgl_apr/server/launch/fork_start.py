@@ -12,7 +12,7 @@ import os
 import socket
 from typing import Any
 
-from sgl_apr.server.plugin import hook_after, require_sglang
+from sgl_apr.server.hooks import hook_after, require_sglang
 
 
 def fork_children(launcher: socket.socket) -> None:

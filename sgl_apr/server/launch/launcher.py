@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, NoReturn, Self
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.defaults import as_flags
-from sgl_apr.server.launch.preflight import UsageError
 from sgl_apr.server.launch.process import ServerProcess
+from sgl_apr.server.launch.usage import UsageError
 
 TIMEOUT = 1800.0  # seconds until ready: a large model may be downloaded and loaded in that time
 REPORT_EVERY = 30.0

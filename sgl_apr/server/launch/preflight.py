@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.plugin import check_version
+from sgl_apr.server.hooks import check_version
+from sgl_apr.server.launch.usage import UsageError
 
 TIMEOUT = 5.0  # seconds for the hub to answer
-
-
-class UsageError(LaunchError):
-    """The command line is wrong."""
 
 
 @dataclass(frozen=True, slots=True)

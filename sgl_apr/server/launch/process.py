@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from sgl_apr.errors import LaunchError
+from sgl_apr.server.constants import LAUNCHED_ENV
 from sgl_apr.server.launch.defaults import ENVIRONMENT
-from sgl_apr.server.launch.preflight import UsageError
-from sgl_apr.server.plugin import LAUNCHED_ENV
+from sgl_apr.server.launch.usage import UsageError
 
 GRACE = 15.0  # seconds to stop in, before everything is killed
 TAIL = 500  # lines kept for an error message

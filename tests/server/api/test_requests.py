@@ -14,7 +14,7 @@ from sgl_apr.runtime.event_json import event_from_json, event_to_json
 from sgl_apr.server.api.limits import RequestLimits, read_caps
 from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOptions
 from sgl_apr.server.api.options import RequestParser
-from sgl_apr.server.launch.preflight import UsageError
+from sgl_apr.server.launch.usage import UsageError
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
 from tests.support.masked_sampler import SampledEngine, masked
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.support.paths import BENCHMARKS
+
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 SOAK = BENCHMARKS / "kv_join" / "soak.py"

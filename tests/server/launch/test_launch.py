@@ -16,6 +16,8 @@ import pytest
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server import plugin
+from sgl_apr.server.constants import LAUNCHED_ENV
+from sgl_apr.server.hooks import require_sglang
 from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.defaults import CPU, DEFAULT_POOL_TOKENS, GPU, as_flags, defaults, pool_tokens
 from sgl_apr.server.launch.launcher import HELP, Server, serve
@@ -228,10 +230,10 @@ def test_wrong_version(model, monkeypatch, capfd):
 
 def test_a_failing_plugin_ends_only_processes_we_launched(monkeypatch):
     monkeypatch.setattr(plugin, "version", lambda name: "0.5.22")
-    monkeypatch.delenv(plugin.LAUNCHED_ENV, raising=False)
+    monkeypatch.delenv(LAUNCHED_ENV, raising=False)
     with pytest.raises(LaunchError, match=r"0\.5\.22"):
         plugin.activate()
-    monkeypatch.setenv(plugin.LAUNCHED_ENV, "1")
+    monkeypatch.setenv(LAUNCHED_ENV, "1")
     with pytest.raises(SystemExit, match=r"sgl-apr: error: SGLang 0\.5\.22"):
         plugin.activate()
 
@@ -246,7 +248,7 @@ def test_a_failing_plugin_ends_only_processes_we_launched(monkeypatch):
 )
 def test_a_moved_seam_is_named(path, parameters, message):
     with pytest.raises(LaunchError, match=message):
-        plugin.require_sglang(path, parameters)
+        require_sglang(path, parameters)
 
 
 def test_no_cpu_platform_beside_another(monkeypatch):

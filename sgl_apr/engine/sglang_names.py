@@ -1,0 +1,6 @@
+"""Names and versions of SGLang that more than one package needs."""
+
+from __future__ import annotations
+
+SUPPORTED_SGLANG = "0.5.23"
+CACHE = "apr"  # the radix cache that joins branches

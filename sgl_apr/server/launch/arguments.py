@@ -1,0 +1,91 @@
+"""SGLang's server arguments from the user's flags and our defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from sgl_apr.engine.sglang_names import CACHE
+from sgl_apr.errors import LaunchError
+from sgl_apr.server.hooks import has_accelerator
+from sgl_apr.server.kv_join.compatibility import incompatibility
+from sgl_apr.server.launch.defaults import DEFAULT_POOL_TOKENS, defaults, pool_tokens
+from sgl_apr.server.launch.preflight import local_config
+from sgl_apr.server.launch.usage import UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def server_args(argv: list[str]) -> Any:
+    """SGLang's ServerArgs of the user's flags after our defaults; LaunchError if they cannot work."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sgl_apr.server import plugin
+
+    if not plugin.activated:
+        raise LaunchError(
+            "SGLang did not load the plugin of sgl-apr: is it installed, and in SGLANG_PLUGINS?"
+        )
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = _Parser(prog="sgl-apr serve", add_help=False)
+    ServerArgs.add_cli_args(parser)
+    try:
+        merged = ConfigArgumentMerger(parser).merge_config_with_args(argv) if "--config" in argv else argv
+        wanted = parser.parse_args(merged)
+    except (ValueError, OSError) as error:  # of the configuration file
+        raise UsageError(str(error)) from error
+    accelerator = has_accelerator()
+    if not accelerator and type(current_platform).__name__ != "TorchCpuPlatform":
+        raise LaunchError(f"SGLang runs on {current_platform!r} instead of the CPU platform of sgl-apr")
+    config = _config(wanted.model_path, wanted.revision)
+    tokens = DEFAULT_POOL_TOKENS if accelerator else _affordable_tokens(config)
+    given = [*defaults(accelerator=accelerator, max_tokens=tokens, config=config), *merged]
+    args = prepare_server_args(given)
+    args.resolve_once()
+    cache = wanted.radix_cache_backend
+    if cache in (None, CACHE) and (what := incompatibility(resolving_view(args), model_config_of(args))):
+        if cache:
+            raise UsageError(f"--radix-cache-backend {cache} does not work with {what}")
+        print(
+            f"sgl-apr: branches are not joined in the KV cache: that does not work with {what}",
+            file=sys.stderr,
+        )
+    elif cache is None:
+        args = prepare_server_args([*given, "--radix-cache-backend", CACHE])
+        args.resolve_once()
+    view = resolving_view(args)
+    for flag, refused in (
+        ("--tokenizer-worker-num above 1", view.tokenizer_worker_num > 1),
+        ("gRPC", view.grpc_mode or view.smg_grpc_mode or view.grpc_port is not None),
+        ("--encoder-only", view.encoder_only),
+        ("--use-ray", view.use_ray),
+        ("SGLANG_RUST_SERVER", os.environ.get("SGLANG_RUST_SERVER", "0").lower() in {"1", "true"}),
+    ):
+        if refused:
+            raise UsageError(f"{flag} is not supported")
+    return args
+
+
+def _config(model: str, revision: str | None) -> dict[str, Any]:
+    """What config.json of a model says, as far as it is on this machine."""
+    path = local_config(model, revision or "main")
+    found: dict[str, Any] = {} if path is None else json.loads(path.read_text())
+    return found
+
+
+def _affordable_tokens(config: Mapping[str, Any]) -> int:
+    import psutil
+
+    return pool_tokens(config, psutil.virtual_memory().available)

@@ -1,0 +1,90 @@
+"""The layout of the package: what stands at its root, who may import whom, and that nobody imports in a circle."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+PACKAGE = ROOT / "sgl_apr"
+
+# From the bottom up. A module imports from its own floor's folder and from floors below; folders on one floor are strangers.
+FLOORS = (
+    ("errors",),
+    ("tokenizer", "trajectory"),
+    ("formats",),
+    ("engine",),
+    ("runtime",),
+    ("methods", "views"),
+    ("evaluation", "server"),
+    ("training",),
+    ("cli",),
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    return {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inner if name in modules()} or {node.module}
+    return {name for name in found if name in modules()}
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Who imports whom, without what a package's own `__init__` hands on."""
+    return {name: imports(path) - {name} for name, path in modules().items() if path.name != "__init__.py"}
+
+
+def folder(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_the_root_holds_the_folders_and_three_files():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
+    assert folders == set(FLOOR) - {"tokenizer", "errors"}
+    assert files == {"__init__.py", "__init__.pyi", "errors.py", "tokenizer.py", "py.typed"}
+
+
+def test_nobody_imports_in_a_circle():
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_nobody_imports_from_a_floor_above_or_beside():
+    upward = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in sorted(others)
+        if folder(module) != folder(other) and folder(other) and FLOOR[folder(other)] >= FLOOR[folder(module)]
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_modules_are_short():
+    long = {name: n for name, path in modules().items() if (n := len(path.read_text().splitlines())) > 350}
+    assert not long
