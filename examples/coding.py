@@ -22,11 +22,11 @@ import sgl_apr as apr
 from sgl_apr.evaluation.tasks.chat_template import chat_of
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.sandbox.process import Limits, Sandbox
 from sgl_apr.methods.task import Task
-from sgl_apr.training.models import located, smollm2
-from sgl_apr.views.tree import summary
+from sgl_apr.training.models import locate_model, smollm2
+from sgl_apr.views.tree import render_summary
 
 LIMITS = Limits(seconds=2.0, cpu=4)
 FENCE = "```"
@@ -99,9 +99,9 @@ async def nobody(texts: list[str], deep: bool) -> list[str]:
     return [""] * len(texts)
 
 
-async def solve(url: str, tries: int) -> list[Result]:
+async def solve(url: str, tries: int) -> list[MethodResult]:
     """One exercise after another; the tries at one are written at once."""
-    found, budget = list[Result](), apr.Budget(tokens=4000)
+    found, budget = list[MethodResult](), apr.Budget(tokens=4000)
     async with await apr.HttpEngine.connect(url) as engine:
         task = CodingTask(engine)
         for exercise in track(EXERCISES, "exercises", console=Console(stderr=True)):
@@ -124,14 +124,14 @@ def main() -> None:
     with ExitStack() as stack:
         url = options.url
         if url is None:
-            model = smollm2() if options.model == "smollm2" else located(options.model)
+            model = smollm2() if options.model == "smollm2" else locate_model(options.model)
             url = stack.enter_context(apr.Server(model, max_total_tokens=16384)).url
         found = asyncio.run(solve(url, options.tries))
     console = Console(width=125)
     for exercise, result in zip(EXERCISES, found, strict=True):
         console.print(f"def {exercise.signature}:\n    return {result.answer}", markup=False)
         console.print(f"# passes {result.score or 0:.0%} of its tests\n", markup=False)
-    console.print(summary({e.name: r.trajectory for e, r in zip(EXERCISES, found, strict=True)}))
+    console.print(render_summary({e.name: r.trajectory for e, r in zip(EXERCISES, found, strict=True)}))
     solved = [result.score == 1 for result in found]
     figures = {
         "ok": all(solved),

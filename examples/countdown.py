@@ -16,8 +16,8 @@ from rich.console import Console
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER, Attempt, attempts
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
-from sgl_apr.training.models import located
-from sgl_apr.views.tree import summary, tree
+from sgl_apr.training.models import locate_model
+from sgl_apr.views.tree import render_summary, render_tree
 
 
 async def solve(url: str, given: list[Problem]) -> list[Attempt]:
@@ -40,14 +40,14 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=125)
     with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(located(options.model), **SERVER)).url
+        url = options.url or stack.enter_context(apr.Server(locate_model(options.model), **SERVER)).url
         made = asyncio.run(solve(url, list(problems(options.count, "test", seed=options.seed))))
     for attempt in made:
         said = "solved" if attempt.correct else "not solved"
         console.print(
-            tree(attempt.trajectory, f"make {attempt.problem.target} of {attempt.problem.numbers}: {said}")
+            render_tree(attempt.trajectory, f"make {attempt.problem.target} of {attempt.problem.numbers}: {said}")
         )
-    console.print(summary({a.problem.text: a.trajectory for a in made}))
+    console.print(render_summary({a.problem.text: a.trajectory for a in made}))
     metrics = [a.trajectory.metrics() for a in made]
     figures = {
         "ok": all(apr.dialect(a.trajectory.dialect).is_valid(a.trajectory.text) for a in made),

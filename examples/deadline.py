@@ -20,8 +20,8 @@ from rich.progress import track
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, answer
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
-from sgl_apr.training.models import located
-from sgl_apr.views.tree import summary
+from sgl_apr.training.models import locate_model
+from sgl_apr.views.tree import render_summary
 
 SLACK = 0.5  # seconds: a step of the engine, on a machine that others use
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(located(options.model))).url
+        url = options.url or stack.enter_context(apr.Server(locate_model(options.model))).url
         given = list(problems(options.count, "test", seed=options.seed))
         made = asyncio.run(solve(url, given, options.seconds))
     console = Console(width=125)
@@ -65,7 +65,7 @@ def main() -> None:
             f"{a.problem.text.strip()}: {said} ({'right' if a.correct else 'not solved'}, {joined})",
             markup=False,
         )
-    console.print(summary({a.problem.text: a.trajectory for a in made}))
+    console.print(render_summary({a.problem.text: a.trajectory for a in made}))
     longest = max(a.trajectory.wall_s for a in made)
     figures = {
         "ok": longest <= options.seconds + SLACK,

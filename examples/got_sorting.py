@@ -19,14 +19,14 @@ from rich.progress import track
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.lists import Lists, ListTask, problems
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
-from sgl_apr.methods.registry import Result
-from sgl_apr.training.models import located, smollm2
-from sgl_apr.views.tree import summary
+from sgl_apr.methods.registry import MethodResult
+from sgl_apr.training.models import locate_model, smollm2
+from sgl_apr.views.tree import render_summary
 
 
-async def solve(url: str, given: list[Lists]) -> list[Result]:
+async def solve(url: str, given: list[Lists]) -> list[MethodResult]:
     """One problem after another; operations of one that are ready run at once."""
-    found, budget = list[Result](), apr.Budget(tokens=16000)
+    found, budget = list[MethodResult](), apr.Budget(tokens=16000)
     async with await apr.HttpEngine.connect(url) as engine:
         task = ListTask(engine)
         for lists in track(given, "lists", console=Console(stderr=True)):
@@ -49,14 +49,14 @@ def main() -> None:
     with ExitStack() as stack:
         url = options.url
         if url is None:
-            model = smollm2() if options.model == "smollm2" else located(options.model)
+            model = smollm2() if options.model == "smollm2" else locate_model(options.model)
             url = stack.enter_context(apr.Server(model, max_total_tokens=16384)).url
         found = asyncio.run(solve(url, given))
     errors = [p.errors(json.loads(r.answer or "[]")) for p, r in zip(given, found, strict=True)]
     console = Console(width=125)
     for lists, result, wrong in zip(given, found, errors, strict=True):
         console.print(f"{lists.text}\n  {result.answer or '-'}  {wrong} errors", markup=False)
-    console.print(summary({p.text: r.trajectory for p, r in zip(given, found, strict=True)}))
+    console.print(render_summary({p.text: r.trajectory for p, r in zip(given, found, strict=True)}))
     figures = {
         "ok": not any(errors),
         "lists": len(given),

@@ -13,7 +13,7 @@ from openai import OpenAI
 from rich.console import Console
 
 import sgl_apr as apr
-from sgl_apr.views.tree import tree
+from sgl_apr.views.tree import render_tree
 
 APR = {
     "dialect": "threadweaver",
@@ -41,7 +41,7 @@ def main() -> None:
     whole = client.chat.completions.create(
         **asked, extra_body={"apr": {**APR, "separate": True, "trajectory": True}}
     )
-    console.print(tree(apr.Trajectory.from_json(json.dumps(whole.apr["trajectory"])), options.question))
+    console.print(render_tree(apr.Trajectory.from_json(json.dumps(whole.apr["trajectory"])), options.question))
     console.print("answer:", repr(whole.choices[0].message.content), whole.usage.apr, markup=False)
 
     written: dict[tuple[int, ...], str] = {}

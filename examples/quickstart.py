@@ -18,7 +18,7 @@ from rich.progress import track
 import sgl_apr as apr
 from benchmarks.runtime.replay import Replay, replay_serially
 from sgl_apr.training.models import smollm2
-from sgl_apr.views.tree import summary, tree
+from sgl_apr.views.tree import render_summary, render_tree
 
 QUESTIONS = [
     "Why do people love dogs?",
@@ -103,9 +103,9 @@ def main() -> None:
         for question in track(QUESTIONS, "reasoning", console=progress):
             state = solve.run(question=question, backend=endpoint, **SAMPLING)
             trajectories[question] = state.get_meta_info("answer")["trajectory"]
-            console.print(tree(trajectories[question], question))
+            console.print(render_tree(trajectories[question], question))
         runs = list(trajectories.values())
-        console.print(summary(trajectories))
+        console.print(render_summary(trajectories))
         replays = asyncio.run(replay(url, runs))
     parallel, serial = sum(r.parallel_s for r in replays), sum(r.serial_s for r in replays)
     tokens = sum(r.tokens for r in replays)

@@ -21,15 +21,15 @@ from sgl_apr.evaluation.benchmarks.games import cards
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.tree_of_thoughts import tree_of_thoughts
-from sgl_apr.training.models import located
-from sgl_apr.views.tree import summary
+from sgl_apr.training.models import locate_model
+from sgl_apr.views.tree import render_summary
 
 
-async def play(url: str, given: list[Problem], search: str) -> list[Result]:
+async def play(url: str, given: list[Problem], search: str) -> list[MethodResult]:
     """One game after another; what belongs to one is thought at once."""
-    found = list[Result]()
+    found = list[MethodResult]()
     async with await apr.HttpEngine.connect(url) as engine:
         task = CountdownTask(engine)
         for game in track(given, "games", console=Console(stderr=True)):
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     given, console = list(islice(cards(options.seed), options.count)), Console(width=125)
     with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(located(options.model), **SERVER)).url
+        url = options.url or stack.enter_context(apr.Server(locate_model(options.model), **SERVER)).url
         found = asyncio.run(play(url, given, options.search))
     solved = 0
     for game, result in zip(given, found, strict=True):
@@ -61,7 +61,7 @@ def main() -> None:
         console.print(
             f"{game.text.strip()}  {result.answer or '-'}  {'right' if right else 'wrong'}", markup=False
         )
-    console.print(summary({g.text: r.trajectory for g, r in zip(given, found, strict=True)}))
+    console.print(render_summary({g.text: r.trajectory for g, r in zip(given, found, strict=True)}))
     tokens = sum(r.metrics.total for r in found)
     print(
         json.dumps({"games": len(given), "solved": solved, "search": options.search, "total_tokens": tokens})

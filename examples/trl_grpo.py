@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from sgl_apr.evaluation.tasks.countdown.attempts import solution
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems, solves
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.models import located
+from sgl_apr.training.models import locate_model
 from sgl_apr.training.rewards import gated
 from sgl_apr.training.trl_verl import for_trl
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    model = located(options.model)
+    model = locate_model(options.model)
     texts = [p.text for p in problems(8 * options.steps, "train", numbers=(3,))]
     paid = for_trl(partial(gated, parallel=0.3), correct, HfTokenizer(model), column="problem")
     with tempfile.TemporaryDirectory() as out:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
-from sgl_apr.formats.dialect import dialect, dialect_names
+from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.training.models import located, random_llama
+from sgl_apr.training.models import locate_model, random_llama
 from tests.support.forked_server import Nursery, share
 
 SERVED = "pytest.mark.server"
@@ -78,7 +78,9 @@ def server(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="session")
 def solver(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serves the model that comes with the package, which solves Countdown."""
-    with warm(located("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER) as server:
+    with warm(
+        locate_model("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER
+    ) as server:
         yield server
 
 

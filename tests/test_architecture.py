@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -88,3 +90,13 @@ def test_nobody_imports_from_a_floor_above_or_beside():
 def test_modules_are_short():
     long = {name: n for name, path in modules().items() if (n := len(path.read_text().splitlines())) > 350}
     assert not long
+
+
+@pytest.mark.parametrize("name", ["sgl_apr", *(f"sgl_apr.{n}" for n in FLOOR if n not in ("errors", "tokenizer", "cli"))])
+def test_a_package_hands_on_what_it_lists(name: str):
+    """Every listed name is there, and none is the name of a module, which would stand in its place once it is imported."""
+    package = importlib.import_module(name)
+    for exported in package.__all__:
+        value = getattr(package, exported)
+        is_module = f"{name}.{exported}" in modules() or (PACKAGE / exported).is_dir()
+        assert not is_module or inspect.ismodule(value), exported

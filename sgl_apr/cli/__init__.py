@@ -1,1 +1,1 @@
-"""sgl_apr/cli"""
+"""The `sgl-apr` command, one module for each subcommand."""

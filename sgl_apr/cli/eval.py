@@ -129,7 +129,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from sgl_apr.evaluation.benchmarks.registry import benchmark
     from sgl_apr.evaluation.store import SUMMARY, evaluated
     from sgl_apr.server.launch.launcher import Server
-    from sgl_apr.training.models import located
+    from sgl_apr.training.models import locate_model
 
     methods = list(METHOD_MODULES) if options.methods == "all" else options.methods.split(",")
     if unknown := [m for m in methods if m not in METHOD_MODULES]:
@@ -146,7 +146,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         url = options.url
         if url is None:
             flags = {name: value for task in given for name, value in task.flags.items()}
-            url = stack.enter_context(Server(located(options.model), **flags)).url
+            url = stack.enter_context(Server(locate_model(options.model), **flags)).url
         cost = asyncio.run(_cost(url, options.out)) if options.cost_model else None
         for task, place, found in zip(given, places, files, strict=True):
             rows = [asyncio.run(_run(options, url, task, m, found, len(methods) > 1, cost)) for m in methods]

@@ -83,13 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model(options: argparse.Namespace) -> int:
-    from sgl_apr.formats.dialect import dialect
-    from sgl_apr.training.models import builtin, describe, smollm2
+    from sgl_apr.formats.dialects import dialect
+    from sgl_apr.training.models import builtin_path, describe, smollm2
 
     if options.name == "builtin" and options.tags:
         raise AprError("builtin has the tags of its dialect already, expected no --tags")
     tags = dialect(options.tags).tags if options.tags else None
-    path = builtin() if options.name == "builtin" else smollm2(tags, label=options.tags)
+    path = builtin_path() if options.name == "builtin" else smollm2(tags, label=options.tags)
     print(json.dumps(describe(path, tags)) if options.json else path)
     return 0
 

@@ -42,7 +42,7 @@ def _report(options: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from sgl_apr.evaluation.report_files import count, entries, facts
-    from sgl_apr.views.page import page
+    from sgl_apr.views.page import render_page
 
     title = options.title or ", ".join(map(str, options.inputs))
     lines = count(options.inputs)
@@ -51,7 +51,7 @@ def _report(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         found = progress.track(entries(options.inputs), total=lines, description="trajectories")
-        text = page(found, title, facts(options.inputs))
+        text = render_page(found, title, facts(options.inputs))
     data = text.encode(errors="replace")  # the name of a file may be no text
     try:
         options.out.write_bytes(data)

@@ -15,7 +15,7 @@ from sgl_apr.runtime.budget import Budget
 
 if TYPE_CHECKING:
     from sgl_apr.engine.base import Engine
-    from sgl_apr.methods.registry import Result
+    from sgl_apr.methods.registry import MethodResult
     from sgl_apr.methods.task import Task
     from sgl_apr.runtime.events import OnEvent
     from sgl_apr.trajectory.trajectory import Trajectory
@@ -102,9 +102,9 @@ def _run(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if options.model:
             from sgl_apr.server.launch.launcher import Server
-            from sgl_apr.training.models import located
+            from sgl_apr.training.models import locate_model
 
-            options.url = stack.enter_context(Server(located(options.model))).url
+            options.url = stack.enter_context(Server(locate_model(options.model))).url
         if options.live:  # on stderr, so that what is printed at the end can be piped
             console = Console(stderr=True)
             stack.enter_context(
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
             )
         meta = _answered(options, hear)
     trajectory: Trajectory = meta["trajectory"]
-    result: Result | None = meta.get("result")
+    result: MethodResult | None = meta.get("result")
     if options.json:
         print(_described(result) if result else trajectory.to_json())
         return 0
@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _described(result: Result) -> str:
+def _described(result: MethodResult) -> str:
     said = {"method": result.method, "answer": result.answer, "score": result.score, "label": result.label}
     return json.dumps({**said, "trajectory": json.loads(result.trajectory.to_json())}, ensure_ascii=False)
 

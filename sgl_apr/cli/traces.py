@@ -13,7 +13,7 @@ from typing import Any
 
 from sgl_apr.errors import ConversionError
 from sgl_apr.formats.conversion import convert
-from sgl_apr.formats.dialect import dialect
+from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import Reading, read
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, records
@@ -117,9 +117,9 @@ def show(trajectory: Trajectory, title: str, figures: bool = True) -> None:
     """Print the tree, and the table of figures if the tokens are known."""
     from rich.console import Console
 
-    from sgl_apr.views.tree import page, tree
+    from sgl_apr.views.tree import render_report, render_tree
 
-    Console().print(page(trajectory, title) if figures else tree(trajectory, title))
+    Console().print(render_report(trajectory, title) if figures else render_tree(trajectory, title))
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -1,1 +1,5 @@
-"""Engines: what decodes, commits and forks; nothing here knows a dialect."""
+"""Engines take token ids and return token ids: over HTTP, in this process, or scripted."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,6 +14,7 @@ import aiohttp
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit_breaker import CircuitBreaker
+from sgl_apr.engine.http_errors import error_message, translate_errors
 from sgl_apr.engine.routing import (
     HEADER,
     ROUTING_KEY_FIELD,
@@ -25,7 +26,7 @@ from sgl_apr.engine.routing import (
 from sgl_apr.engine.sglang_names import CACHE
 from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
 from sgl_apr.engine.step_timer import StepTimer
-from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import Backend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
@@ -183,8 +184,9 @@ class HttpEngine(SGLangEngine):
     async def _abort_at(self, url: str, rid: str) -> None:
         limit = aiohttp.ClientTimeout(total=ABORT_S)
         post = self._session.post(f"{url}/abort_request", json={"rid": rid}, timeout=limit)
-        with contextlib.suppress(EngineError, RuntimeError):  # RuntimeError: the session was closed
-            async with self._errors(url), post:
+        # RuntimeError: the session was closed.
+        with contextlib.suppress(EngineError, RuntimeError), self._errors(url):
+            async with post:
                 pass
 
     def _servers(self) -> list[str]:
@@ -198,7 +200,7 @@ class HttpEngine(SGLangEngine):
         return await asyncio.shield(self._loading)
 
     async def _load(self) -> Load:
-        async with self._errors():
+        with self._errors():
             if self._replicas is not None:  # some may have gone, or come
                 self._replicas = healthy_worker_urls(await self._get("/workers"))
             loads = await asyncio.gather(*map(self._loads, self._servers()))
@@ -232,11 +234,12 @@ class HttpEngine(SGLangEngine):
 
     async def _get(self, path: str, url: str = "") -> dict[str, Any]:
         url = url or self.url
-        async with self._errors(url), self._session.get(url + path) as response:
-            if response.status != 200:
-                raise EngineError(f"{url}{path} answered {response.status}", response.status)
-            data: dict[str, Any] = await response.json()
-            return data
+        with self._errors(url):
+            async with self._session.get(url + path) as response:
+                if response.status != 200:
+                    raise EngineError(f"{url}{path} answered {response.status}", response.status)
+                data: dict[str, Any] = await response.json()
+        return data
 
     async def post(self, body: Mapping[str, Any]) -> Any:
         """One `/generate` request as SGLang defines it, not streamed; its JSON answer."""
@@ -253,7 +256,7 @@ class HttpEngine(SGLangEngine):
                     continue
                 data = json.loads(line[6:])
                 if "error" in data:
-                    raise EngineError(_message(line[6:].decode(), 500), data["error"].get("code"))
+                    raise EngineError(error_message(line[6:].decode(), 500), data["error"].get("code"))
                 meta = data["meta_info"]
                 if (tokens := int(meta["completion_tokens"])) > heard:
                     now = time.monotonic()
@@ -299,14 +302,17 @@ class HttpEngine(SGLangEngine):
         body, headers = self._with_routing(body)
         with self._abort_on_error(body.get("rid")), self._meter.running():
             post = self._session.post(f"{self.url}/generate", json=body, headers=headers)
-            async with self._errors(), post as response:
-                if response.status != 200:
-                    raise EngineError(_message(await response.text(), response.status), response.status)
-                self._open.add(response)
-                try:
-                    yield response
-                finally:
-                    self._open.discard(response)
+            with self._errors():
+                async with post as response:
+                    if response.status != 200:
+                        raise EngineError(
+                            error_message(await response.text(), response.status), response.status
+                        )
+                    self._open.add(response)
+                    try:
+                        yield response
+                    finally:
+                        self._open.discard(response)
 
     def _with_routing(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """The body and the headers that bring a request to where the others of its trajectory are."""
@@ -334,35 +340,9 @@ class HttpEngine(SGLangEngine):
         finally:
             self._active_rids.discard(rid)
 
-    @contextlib.asynccontextmanager
-    async def _errors(self, url: str = "") -> AsyncIterator[None]:
-        """Every exception of the HTTP library as ours; the circuit hears of failed connections to the server,
-        not of those to a replica behind it."""
-        url, noted = url or self.url, url in ("", self.url)
-        try:
-            yield
-        except aiohttp.ConnectionTimeoutError as error:
-            limit = self._session.timeout.sock_connect
-            raise EngineTimeout(f"{url} took no connection within {limit:g} s") from error
-        except (aiohttp.ServerTimeoutError, TimeoutError) as error:
-            raise EngineTimeout(f"{url} did not answer within {self._timeout:g} s ({error})") from error
-        except aiohttp.ClientConnectorError as error:
-            if noted:
-                self._circuit.record_failure(error)
-            raise EngineError(f"no server at {url}: {error}") from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
-            if noted:
-                self._circuit.record_failure(error)
-            raise EngineError(f"{url} broke off the answer: {error or type(error).__name__}") from error
-        except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
-            raise EngineError(f"{url} does not answer like an SGLang server: {error!r}") from error
-
-
-def _message(text: str, status: int) -> str:
-    """What an error answer says, in one line."""
-    try:
-        error = json.loads(text).get("error")
-        text = str(error.get("message") if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        pass
-    return f"the server answered {status}: {' '.join(text.split())[:300]}"
+    def _errors(self, url: str = "") -> contextlib.AbstractContextManager[None]:
+        """Every exception of the HTTP library as ours. Failed connections to a replica do not open the circuit."""
+        url = url or self.url
+        on_failure = self._circuit.record_failure if url == self.url else None
+        connect_s = self._session.timeout.sock_connect or 0.0
+        return translate_errors(url, connect_s, self._timeout, on_failure)

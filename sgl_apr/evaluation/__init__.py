@@ -1,1 +1,5 @@
-"""Tasks with exact verifiers, and what models do with them; nothing is trained here."""
+"""Run methods on problems, score the answers, and compare the methods."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,7 +19,7 @@ from sgl_apr.engine.http import HttpEngine
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.mathematics import MathTask
 from sgl_apr.evaluation.tasks.question import QuestionTask
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.registry import method as named
 from sgl_apr.runtime.budget import Budget
 
@@ -63,7 +63,7 @@ def solving(connect: Connect, method: str, task: str = "question", **options: An
     return answer
 
 
-def _output(result: Result) -> ModelOutput:
+def _output(result: MethodResult) -> ModelOutput:
     m = result.metrics
     output = ModelOutput.from_content(f"sgl_apr/{result.method}", result.answer)
     output.time = result.trajectory.wall_s

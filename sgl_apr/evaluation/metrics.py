@@ -13,7 +13,7 @@ from statistics import fmean, quantiles
 from sgl_apr.evaluation.benchmarks.base import Case
 from sgl_apr.evaluation.cost_model import Cost, predict_speedup
 from sgl_apr.evaluation.diversity import diversity, redundancy
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 
 RESAMPLES = 2000
 SIZES = 8  # groups of problems at most, by their size
@@ -54,7 +54,7 @@ class AttemptMetrics:
     def of(
         cls,
         case: Case,
-        result: Result,
+        result: MethodResult,
         correct: bool,
         read: Callable[[str], Hashable | None],
         cost: Cost | None = None,

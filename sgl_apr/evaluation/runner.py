@@ -23,7 +23,7 @@ from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.cost_model import Cost
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.evaluation.store import ResultStore
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.registry import method as named
 from sgl_apr.methods.session import gather
 from sgl_apr.methods.task import Inapplicable, Task
@@ -90,7 +90,7 @@ async def attempted(
 
 
 def measure(
-    benchmark: Benchmark, task: Task[Any, Any], case: Case, result: Result, cost: Cost | None = None
+    benchmark: Benchmark, task: Task[Any, Any], case: Case, result: MethodResult, cost: Cost | None = None
 ) -> AttemptMetrics:
     """What one attempt came to."""
 

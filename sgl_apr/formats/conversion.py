@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sgl_apr.errors import ConversionError, TraceError
-from sgl_apr.formats.dialect import Dialect, dialect
+from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.grammar import TEXT, Grammar
 from sgl_apr.formats.lark_ast import Alt, Repeat, SequenceExpr, StringLiteral, SymbolRef
 from sgl_apr.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from functools import lru_cache
 from lark import Token, Tree, UnexpectedInput
 
 from sgl_apr.errors import TraceError
-from sgl_apr.formats.dialect import Dialect, dialect, dialect_names
+from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.error_recovery import ErrorRecoveringParser, Repair
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
 from sgl_apr.formats.graph_builder import build_spans

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.formats.dialect import Dialect, dialect, dialect_names
+from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.options import Join
 from sgl_apr.tokenizer import Tokenizer
 

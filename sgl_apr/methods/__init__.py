@@ -1,9 +1,5 @@
-"""Ways to reason in parallel under one budget: methods by name, what they come to, and how a task is asked."""
+"""Fixed ways to reason in parallel, under the budget and the metrics of the loop."""
 
-from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import METHOD_MODULES, Result, method
-from sgl_apr.methods.task import Inapplicable, Task
+import lazy_loader
 
-NAMES = tuple(METHOD_MODULES)
-
-__all__ = ["NAMES", "Completion", "Inapplicable", "Prompt", "Result", "Task", "method"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, gather, method_session
 from sgl_apr.methods.task import Task
 
@@ -28,7 +28,7 @@ async def best_of_n(
     select: Select = "argmax",
     temperature: float = 0.7,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """Sample `n` replies and take the answer that a verifier thinks best (Cobbe 2021, arXiv 2110.14168, section 4.2).
 
     n: 100 replies at T = 0.7 are the paper's; a budget that does not bear as many has fewer. verifier: gets the
@@ -64,7 +64,7 @@ async def best_of_n(
         worth = {key: _worth([score for score, _ in own], select) for key, own in votes.items()}
         best = max(worth, key=worth.__getitem__, default=None)
         _, answer = max(votes.get(best, [(0.0, "")]), key=lambda vote: vote[0])
-        return Result("best_of_n", answer, thoughts.finish(), worth.get(best))
+        return MethodResult("best_of_n", answer, thoughts.finish(), worth.get(best))
 
 
 def _worth(scores: list[float], select: Select) -> float:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sglang.lang.ir import SglGen
 
     from sgl_apr.engine.base import Engine
-    from sgl_apr.methods.registry import Result
+    from sgl_apr.methods.registry import MethodResult
     from sgl_apr.methods.task import Task
 
 
@@ -27,7 +27,7 @@ class Solve:
     options: Mapping[str, Any]
     on_event: OnEvent | None = None
 
-    async def run(self, engine: Engine) -> Result:
+    async def run(self, engine: Engine) -> MethodResult:
         """The method on the problem."""
         from sgl_apr.methods.registry import method
 

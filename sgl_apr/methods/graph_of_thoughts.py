@@ -20,7 +20,7 @@ from sgl_apr.methods.graph_operations import (
     validate_graph,
 )
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, gather, method_session
 from sgl_apr.methods.task import Task
 
@@ -36,7 +36,7 @@ class Node:
 
 async def graph_of_thoughts(
     engine: Engine, problem: Any, *, task: Task[Any, Any], temperature: float = 1.0, **options: Any
-) -> Result:
+) -> MethodResult:
     """Graph of Thoughts (Besta 2023, arXiv 2308.09687, section 3): generate, aggregate, refine, score, keep the best.
 
     The task draws the graph (`Task.graph`; raises `GraphError` for one that cannot be run). A state is asked about in
@@ -49,7 +49,7 @@ async def graph_of_thoughts(
         nodes = await _Run(thoughts, task, graph).all(Node(task.begin(problem)))
         solved = [(node, answer) for node in nodes if (answer := task.solved(node.state)) is not None]
         best, answer = max(solved, key=lambda found: found[0].score or 0.0, default=(None, ""))
-        return Result("graph_of_thoughts", answer, thoughts.finish(), best.score if best else None)
+        return MethodResult("graph_of_thoughts", answer, thoughts.finish(), best.score if best else None)
 
 
 @dataclass

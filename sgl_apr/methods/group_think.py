@@ -8,7 +8,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.collaborative import Agent, write_chunk
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import Task
 from sgl_apr.methods.voting import vote
@@ -23,7 +23,7 @@ async def group_think(
     chunk: int = 32,
     enough: int | None = None,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """Group Think (Hsu 2025, arXiv 2505.11107, section 3), emulated by chunks: no claim of it about speed carries over.
 
     There every token sees all tokens of the others so far, whose keys and values are shared. Here all thinkers write
@@ -52,4 +52,4 @@ async def group_think(
                 break
         answers = [task.answer(one.text) if one.ended else "" for one in group]
         answer, share = vote(task, answers if any(answers) else [task.answer(one.text) for one in group])
-        return Result("group_think", answer, thoughts.finish(), share, f"groupthink-chunk({chunk})")
+        return MethodResult("group_think", answer, thoughts.finish(), share, f"groupthink-chunk({chunk})")

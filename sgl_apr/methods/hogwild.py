@@ -9,7 +9,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.collaborative import Agent, write_chunk
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import Task
 from sgl_apr.methods.voting import vote
@@ -35,7 +35,7 @@ async def hogwild(
     every: int = 1024,
     enough: int = 1,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """Hogwild! Inference (Rodionov 2025, arXiv 2504.06261, sections 3.2 and 3.3), emulated by chunks: no claim of it
     about speed carries over.
 
@@ -81,4 +81,4 @@ async def hogwild(
                 break
         answers = [one.answer or task.answer("".join(one.steps) + one.text) for one in crew]
         answer, share = vote(task, answers)
-        return Result("hogwild", answer, thoughts.finish(), share, f"hogwild-chunk({chunk})")
+        return MethodResult("hogwild", answer, thoughts.finish(), share, f"hogwild-chunk({chunk})")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import Task
 from sgl_apr.methods.tree_search import Node as Reached
@@ -35,7 +35,7 @@ async def mcts(
     exploration: float = sqrt(2),
     temperature: float = 0.7,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """UCT (Kocsis 2006) over steps that a model proposes, with values that it gives (RAP: Hao 2023, arXiv 2305.14992).
 
     simulations: leaves that are selected in all (10 in RAP's published code). leaves: how many at once at most; a
@@ -54,7 +54,7 @@ async def mcts(
         search = _Search(thoughts, task, begin, leaves, proposals, evaluations, exploration)
         best = await search.run(simulations)
         answer = task.solved(best.state) if best else None
-        return Result("mcts", answer or "", thoughts.finish(), best.value if best else None)
+        return MethodResult("mcts", answer or "", thoughts.finish(), best.value if best else None)
 
 
 class _Search:

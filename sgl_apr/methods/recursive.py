@@ -10,7 +10,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, CodeForbidden
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.sandbox.process import Limits, Sandbox
 from sgl_apr.methods.session import MethodSession, gather, method_session
 from sgl_apr.methods.task import Task
@@ -53,7 +53,7 @@ async def recursive(
     turn: int = 1024,
     limits: Limits | None = None,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """A recursive language model (RLM: Zhang 2025, arXiv 2512.24601, section 2, algorithm 1).
 
     The text is a variable of an interpreter; the model sees how long it is and how it begins, and writes programs
@@ -78,7 +78,7 @@ async def recursive(
     async with method_session(engine, prompt, "recursive", **options) as thoughts:
         run = _Run(thoughts, task, iterations, queries, at_once, turn, limits)
         final = await run.answered(thoughts.root, question, text, depth)
-        return Result("recursive", task.answer(final) or final, thoughts.finish())
+        return MethodResult("recursive", task.answer(final) or final, thoughts.finish())
 
 
 @dataclass

@@ -16,11 +16,12 @@ _OWN = (
     "mcts", "group_think", "hogwild", "recursive",
 )  # fmt: skip
 _ADAPTIVE = ("parathinker", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
-METHOD_MODULES = {name: name for name in _OWN} | dict.fromkeys(_ADAPTIVE, "adaptive")
+METHOD_MODULES = {name: name for name in _OWN} | dict.fromkeys(_ADAPTIVE, "native_formats")
+METHOD_NAMES = tuple(METHOD_MODULES)
 
 
 @dataclass(frozen=True)
-class Result:
+class MethodResult:
     """The answer of a method, and how it came about.
 
     answer: as its task reads it, empty if there is none. score: what the method chose it by (votes, a value, a
@@ -39,7 +40,7 @@ class Result:
         return self.trajectory.metrics()
 
 
-Method = Callable[..., Awaitable[Result]]
+Method = Callable[..., Awaitable[MethodResult]]
 
 
 def method(name: str) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import Task
 from sgl_apr.methods.voting import vote
@@ -19,7 +19,7 @@ async def self_consistency(
     n: int = 40,
     temperature: float = 0.7,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """Sample `n` chains and take the answer with the most votes (Wang 2022, arXiv 2203.11171, section 2).
 
     40 paths at T = 0.7 are the paper's (section 3.1); a budget that does not bear as many has fewer. Its vote is
@@ -31,4 +31,4 @@ async def self_consistency(
         paths = thoughts.affordable_width(n, task.max_tokens)
         found = await thoughts.fork(thoughts.root, [ask.without_text] * paths)
         answer, share = vote(task, [task.answer(t.text) for t in found])
-        return Result("self_consistency", answer, thoughts.finish(), share)
+        return MethodResult("self_consistency", answer, thoughts.finish(), share)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.prompt import Completion
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import Task
 
@@ -25,7 +25,7 @@ async def skeleton_of_thought(
     mode: Mode = "prompt",
     temperature: float = 0.0,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """Skeleton-of-Thought (Ning 2023, arXiv 2307.15337, section 2): a skeleton of 3 to 10 points of 3 to 5 words,
     all of them written out at once, and put together in their order.
 
@@ -56,4 +56,4 @@ async def skeleton_of_thought(
             for (number, point), thought in zip(points, written, strict=True)
         ]
         answer = task.answer("\n".join(parts) if parts else skeleton.text)
-        return Result("skeleton_of_thought", answer, thoughts.finish(), label=LABELS[mode])
+        return MethodResult("skeleton_of_thought", answer, thoughts.finish(), label=LABELS[mode])

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.registry import Result
+from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import Task
 from sgl_apr.methods.tree_search import Node, SearchModel
@@ -31,7 +31,7 @@ async def tree_of_thoughts(
     threshold: float = 0.0,
     temperature: float = 0.7,
     **options: Any,
-) -> Result:
+) -> MethodResult:
     """Tree of Thoughts (Yao 2023, arXiv 2305.10601, section 3, algorithms 1 and 2).
 
     breadth: states kept at each level (b = 5 for the Game of 24, section 4.1). proposals: samples of the next step
@@ -50,7 +50,7 @@ async def tree_of_thoughts(
         tree = _Tree(thoughts, task, problem, select, breadth, proposals, evaluations)
         best = await (tree.bfs(begin) if search == "bfs" else tree.dfs(begin, threshold))
         answer = task.solved(best.state) if best else None
-        return Result("tree_of_thoughts", answer or "", thoughts.finish(), best.value if best else None)
+        return MethodResult("tree_of_thoughts", answer or "", thoughts.finish(), best.value if best else None)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.decoder import derive_seed
 from sgl_apr.runtime.loop import run_plan
 from sgl_apr.runtime.options import make_options

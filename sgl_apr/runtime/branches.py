@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BranchFailed, EngineError
-from sgl_apr.formats.dialect import Phase
+from sgl_apr.formats.dialects import Phase
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.allocation import Allowance, BudgetAllocator
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.errors import EngineError
-from sgl_apr.formats.dialect import BranchNumbering, Phase
+from sgl_apr.formats.dialects import BranchNumbering, Phase
 from sgl_apr.formats.masks.writer import Fork
 from sgl_apr.runtime.budget import lead_chars
 from sgl_apr.runtime.cancel_scope import ScopeCancelled

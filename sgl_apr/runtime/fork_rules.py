@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sgl_apr.errors import BudgetExceeded
-from sgl_apr.formats.dialect import Phase
+from sgl_apr.formats.dialects import Phase
 from sgl_apr.formats.masks.writer import Fork
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.allocation import BudgetAllocator

@@ -12,7 +12,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BudgetExceeded, KvJoinUnavailable
-from sgl_apr.formats.dialect import Dialect, Phase
+from sgl_apr.formats.dialects import Dialect, Phase
 from sgl_apr.runtime import telemetry
 from sgl_apr.runtime.allocation import Allowance, BudgetAllocator
 from sgl_apr.runtime.async_branches import AsyncBranches

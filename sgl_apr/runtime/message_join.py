@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sgl_apr.formats.branch_prompts import branch_prompt
 from sgl_apr.formats.completion import PLACEHOLDER
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.phase_output import FAILURE_NOTE
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.sequence import SequenceState

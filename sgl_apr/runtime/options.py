@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
-from sgl_apr.formats.dialect import Dialect, dialect
+from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.join_policy import POLICY_HELP, Policy, is_valid_policy

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from sgl_apr.errors import TraceError
 from sgl_apr.formats.completion import PLACEHOLDER
-from sgl_apr.formats.dialect import BranchNumbering, Dialect, Phase
+from sgl_apr.formats.dialects import BranchNumbering, Dialect, Phase
 from sgl_apr.formats.segmenter import Outline, Segment
 from sgl_apr.runtime.budget import Overhead
 from sgl_apr.tokenizer import Tokenizer, split_ids

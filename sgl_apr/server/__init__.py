@@ -1,1 +1,5 @@
-"""The patched SGLang server: platform, attention, plugin, launcher."""
+"""What extends SGLang's server, and how it is launched."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,7 +16,7 @@ from typing import Literal
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import AprError, EngineError, LaunchError
-from sgl_apr.formats.dialect import dialect, dialect_names
+from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.server.cpu.kernel import decode_kernel
 from sgl_apr.server.hooks import check_version, has_accelerator

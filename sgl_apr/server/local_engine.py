@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from sgl_apr.engine.in_process import InProcessEngine, T
 from sgl_apr.errors import AprError
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tokenizer import Tokenizer

@@ -1,1 +1,5 @@
-"""From trajectories to trained models: structures, rewards and the loops; inference is elsewhere."""
+"""Trajectories as training data, rewards, and the SFT and GRPO loops."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

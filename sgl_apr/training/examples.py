@@ -15,7 +15,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle, demonstration
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, pairs, problems
 from sgl_apr.evaluation.tasks.countdown.search import FOUND
-from sgl_apr.formats.dialect import dialect
+from sgl_apr.formats.dialects import dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.config import Data
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree

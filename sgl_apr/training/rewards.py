@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from sgl_apr.errors import AprError
-from sgl_apr.formats.dialect import dialect
+from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import Reading
 from sgl_apr.trajectory.trajectory import Trajectory
 

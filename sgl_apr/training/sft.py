@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from sgl_apr.formats.dialect import dialect
+from sgl_apr.formats.dialects import dialect
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.batches import stream
 from sgl_apr.training.checkpoint import LOG, Progress, export_model, resume, save, start_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.formats.lenient_parser import read
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.rewards import Reward

@@ -1,1 +1,5 @@
-"""sgl_apr/trajectory"""
+"""What happened in one reply: spans, calls, metrics, and their storage."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

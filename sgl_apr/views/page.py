@@ -31,7 +31,7 @@ POLICY = {
 }
 
 
-def page(entries: Iterable[Entry], title: str = "Trajectories", facts: str = "") -> str:
+def render_page(entries: Iterable[Entry], title: str = "Trajectories", facts: str = "") -> str:
     """A page of trajectories, in their order. It asks no network for anything, and runs no script but its own.
 
     The list is there at once; a trajectory is unpacked when it is selected. Whatever a model wrote is data: in the
@@ -49,7 +49,7 @@ def page(entries: Iterable[Entry], title: str = "Trajectories", facts: str = "")
     )  # fmt: skip
 
 
-def live_page() -> str:
+def render_live_page() -> str:
     """The page that a server serves: it asks that server, and nobody else, for trajectories as they are written."""
     return _filled(
         LIVE, {"connect-src": "'self'"},

@@ -27,7 +27,7 @@ MARKS = {
 }
 
 
-def tree(trajectory: Trajectory, title: str) -> Tree:
+def render_tree(trajectory: Trajectory, title: str) -> Tree:
     """Trunk, branches side by side, conclusion and answer. Model text is shown as it is, never as markup."""
     root = Tree(Text(title, style="bold"))
     blocks = {block.path: block for block in trajectory.blocks}
@@ -69,7 +69,7 @@ def _add_block(root: Tree, block: Block) -> None:
         node.add(Text.assemble(("conclusion  ", "bold magenta"), block.conclusion))
 
 
-def summary(trajectories: dict[str, Trajectory]) -> Table:
+def render_summary(trajectories: dict[str, Trajectory]) -> Table:
     """One row per trajectory, by its title; tokens and seconds as the engine reported them."""
     table = Table(title="What the engine did")
     table.add_column("question", max_width=32)
@@ -108,6 +108,6 @@ def _cached(calls: Sequence[Call]) -> str:
     return ", ".join(shown) + (", ..." if len(found) > FEW else "")
 
 
-def page(trajectory: Trajectory, title: str) -> RenderableType:
+def render_report(trajectory: Trajectory, title: str) -> RenderableType:
     """The tree and the one-row table together."""
-    return Group(tree(trajectory, title), summary({title: trajectory}))
+    return Group(render_tree(trajectory, title), render_summary({title: trajectory}))

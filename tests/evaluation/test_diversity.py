@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import sgl_apr as apr
 from sgl_apr.evaluation.diversity import GRAM, diversity, grams, redundancy, similarity
-from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.trajectory.spans import Span
 from tests.support.document_strategies import documents
 from tests.support.threadweaver_traces import TRACE

@@ -20,7 +20,7 @@ from sgl_apr.evaluation.store import RUN, ResultStore, evaluated, read
 from sgl_apr.evaluation.tasks.countdown.problems import Problem
 from sgl_apr.evaluation.tasks.countdown.search import sequential
 from sgl_apr.evaluation.tasks.question import QuestionTask
-from sgl_apr.methods.registry import METHOD_MODULES, Result
+from sgl_apr.methods.registry import METHOD_MODULES, MethodResult
 
 ANSWERS = {"One and one?": "2", "Two and two?": "4", "Two and one?": "3"}
 SUMS = Benchmark(
@@ -104,7 +104,7 @@ def test_trajectories_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest
             made["gone"] += 1
 
     def seen(*arguments: Any) -> Any:
-        result: Result = arguments[3]
+        result: MethodResult = arguments[3]
         made["made"] += 1
         return measure(
             *arguments[:3], replace(result, trajectory=Seen(**vars_of(result.trajectory))), *arguments[4:]

@@ -21,7 +21,7 @@ from lark.lexer import Lexer
 from llguidance import LLMatcher
 
 import sgl_apr as apr
-from sgl_apr.formats.dialect import BranchNumbering, dialect_names
+from sgl_apr.formats.dialects import BranchNumbering, dialect_names
 from sgl_apr.runtime.phase_output import closing_overhead
 from tests.support.document_strategies import document, documents, tags, with_tags_swapped, without_a_tag
 from tests.support.masked_sampler import Masked, SampledEngine, masked

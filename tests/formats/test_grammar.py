@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.formats.grammar import Grammar, grammar_path
 
 SOURCE = grammar_path("threadweaver").read_text()

@@ -12,7 +12,7 @@ from aiohttp import web
 import sgl_apr as apr
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.reward_model import RewardModel
 from sgl_apr.methods.task import Inapplicable, Task
 
@@ -47,7 +47,7 @@ class Checked(Digits):
 
 def best(
     kind: type[Task[Any, Any]] = Digits, said: Any = None, **options: Any
-) -> tuple[Result, apr.ScriptedEngine]:
+) -> tuple[MethodResult, apr.ScriptedEngine]:
     """What it comes to for replies in turn, and the engine."""
     replies = iter(REPLIES * 30)
 

@@ -28,7 +28,7 @@ from sgl_apr.methods.graph_operations import (
     validate_graph,
 )
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.task import Inapplicable, Task
 
 # What the model says to each prompt, in turn.
@@ -83,7 +83,7 @@ def replies(told: dict[str, list[str]] = REPLIES) -> Any:
 
 def run(
     graph: Graph | None = None, script: Any = None, problem: str = "cadb", **options: Any
-) -> tuple[Result, Counter[str], apr.ScriptedEngine]:
+) -> tuple[MethodResult, Counter[str], apr.ScriptedEngine]:
     """What it comes to, how often each prompt was asked, and the engine."""
     engine = apr.ScriptedEngine(script or replies())
     task = Sorting(engine)

@@ -11,7 +11,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.task import Inapplicable, Task
 
 
@@ -44,7 +44,7 @@ def speaker(*texts: str) -> Any:
     return script
 
 
-def think(script: Any, **options: Any) -> tuple[Result, list[str], apr.ScriptedEngine]:
+def think(script: Any, **options: Any) -> tuple[MethodResult, list[str], apr.ScriptedEngine]:
     engine = apr.ScriptedEngine(script)
     options = {"thinkers": 2, "chunk": 3, "seed": 0, **options}
     found = asyncio.run(method("group_think")(engine, "Q", task=Talk(engine), **options))

@@ -14,7 +14,7 @@ from sgl_apr.evaluation.tasks.countdown.problems import Problem
 from sgl_apr.evaluation.tasks.countdown.search import sequential
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.task import Inapplicable, Task
 
 
@@ -49,7 +49,7 @@ def speaker(*texts: str) -> Any:
     return script
 
 
-def work(script: Any, task: type[Task[str, str]] = Talk, **options: Any) -> tuple[Result, list[str]]:
+def work(script: Any, task: type[Task[str, str]] = Talk, **options: Any) -> tuple[MethodResult, list[str]]:
     engine = apr.ScriptedEngine(script)
     options = {"chunk": 4, "seed": 0, **options}
     found = asyncio.run(method("hogwild")(engine, "Q", task=task(engine), **options))

@@ -12,7 +12,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.task import Inapplicable, Task
 
 
@@ -52,7 +52,7 @@ def script(request: apr.Request, prompt: str) -> str:
 
 def search(
     task: type[Task[str, str]] = Words, script: Any = script, **options: Any
-) -> tuple[Result, list[str], apr.ScriptedEngine]:
+) -> tuple[MethodResult, list[str], apr.ScriptedEngine]:
     """What it comes to, the states that were expanded in that order, and the engine."""
     engine = apr.ScriptedEngine(script)
     found = asyncio.run(method("mcts")(engine, "words", task=task(engine), seed=0, **options))

@@ -18,7 +18,7 @@ from sgl_apr.cli.main import main
 from sgl_apr.evaluation.tasks.countdown.problems import problems, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.evaluation.tasks.question import QuestionTask
-from sgl_apr.methods.registry import METHOD_MODULES, Result, method
+from sgl_apr.methods.registry import METHOD_MODULES, MethodResult, method
 from sgl_apr.methods.task import Inapplicable, Task
 from sgl_apr.server.launch.launcher import Server
 
@@ -38,10 +38,10 @@ def greedy(name: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def results(solver: Server) -> Mapping[str, list[Result]]:
+def results(solver: Server) -> Mapping[str, list[MethodResult]]:
     """What each method that Countdown has words for makes of a few problems."""
 
-    async def all_of_them() -> dict[str, list[Result]]:
+    async def all_of_them() -> dict[str, list[MethodResult]]:
         async with await apr.HttpEngine.connect(solver.url) as engine:
             task = CountdownTask(engine)
             return {
@@ -54,7 +54,7 @@ def results(solver: Server) -> Mapping[str, list[Result]]:
 
 
 @pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
-def test_it_is_honest(results: Mapping[str, list[Result]], name: str):
+def test_it_is_honest(results: Mapping[str, list[MethodResult]], name: str):
     """Within its budget, from the cache what the cache has, and an answer that its trajectory holds."""
     for problem, result in zip(GIVEN, results[name], strict=True):
         metrics = result.metrics
@@ -69,7 +69,7 @@ def test_it_is_honest(results: Mapping[str, list[Result]], name: str):
             assert result.answer.rsplit("= ", 1)[-1] == str(problem.target)
 
 
-def test_some_are_right(results: Mapping[str, list[Result]]):
+def test_some_are_right(results: Mapping[str, list[MethodResult]]):
     right = {
         name: sum(solves(p, r.answer) for p, r in zip(GIVEN, found, strict=True))
         for name, found in results.items()
@@ -83,7 +83,7 @@ def test_a_model_that_forks_by_itself(solver: Server):
     """On a problem that it does not find easy: a call for each branch, and one behind each join."""
     problem = next(p for p in problems(9, "test", seed=0) if len(p.numbers) == 4)
 
-    async def asked() -> Result:
+    async def asked() -> MethodResult:
         async with await apr.HttpEngine.connect(solver.url) as engine:
             options = {"task": CountdownTask(engine), "budget": apr.Budget(tokens=6000), "temperature": 0.0}
             return await method("apr")(engine, problem, **options)
@@ -96,7 +96,7 @@ def test_a_model_that_forks_by_itself(solver: Server):
     assert called["trunk"] + called["after"] == 1 + result.metrics.blocks
 
 
-def test_branches_run_at_once(results: Mapping[str, list[Result]]):
+def test_branches_run_at_once(results: Mapping[str, list[MethodResult]]):
     for name in ("self_consistency", "tree_of_thoughts"):
         for result in results[name]:
             spans = sorted((c.started, c.ended) for c in result.trajectory.calls if c.output_tokens)
@@ -104,7 +104,7 @@ def test_branches_run_at_once(results: Mapping[str, list[Result]]):
 
 
 @pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
-def test_how_much_is_asked(results: Mapping[str, list[Result]], name: str):
+def test_how_much_is_asked(results: Mapping[str, list[MethodResult]], name: str):
     """Branches and calls of each row: those of the papers' structures, where the model has no say."""
     (result,) = results[name]
     called = Counter(call.phase for call in result.trajectory.calls)
@@ -155,7 +155,7 @@ def test_what_countdown_has_no_words_for(solver: Server, name: str):
 def test_they_run_on_open_questions(server: Server, name: str):
     """A random model says nothing to the point, and every method comes to its end; SmolLM2 does in the slow tests."""
 
-    async def asked() -> Result:
+    async def asked() -> MethodResult:
         async with await apr.HttpEngine.connect(server.url) as engine:
             options = {"allow_code": True, "iterations": 2, "turn": 20} if name == "recursive" else {}
             return await method(name)(

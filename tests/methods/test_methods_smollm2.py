@@ -11,7 +11,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.question import QuestionTask
-from sgl_apr.methods import Result, method
+from sgl_apr.methods import MethodResult, method
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import smollm2
 
@@ -27,8 +27,8 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def solved(server: Server, name: str, question: str, **options: Any) -> Result:
-    async def once() -> Result:
+def solved(server: Server, name: str, question: str, **options: Any) -> MethodResult:
+    async def once() -> MethodResult:
         async with await apr.HttpEngine.connect(server.url) as engine:
             return await method(name)(engine, question, task=QuestionTask(engine), **options)
 

@@ -10,14 +10,14 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.chat_template import PLAIN
 from sgl_apr.evaluation.tasks.question import QuestionTask
-from sgl_apr.methods import Result, method
+from sgl_apr.methods import MethodResult, method
 
 DIALECTS = {name: name for name in ("threadweaver", "multiverse", "npr", "parallel_r1", "parathinker")} | {
     "apr": "spawn"
 }
 
 
-def asked(name: str, tags: tuple[str, ...], **options: Any) -> tuple[Result, list[str]]:
+def asked(name: str, tags: tuple[str, ...], **options: Any) -> tuple[MethodResult, list[str]]:
     """What it comes to where the model only ever says 42, and the prompts of its requests."""
     engine = apr.ScriptedEngine(lambda request, prompt: "Answer: 42", apr.ByteTokenizer(tags))
     task = QuestionTask(engine, PLAIN)

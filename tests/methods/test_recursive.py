@@ -10,7 +10,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.question import QuestionTask
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.sandbox.process import Limits
 from sgl_apr.methods.task import Inapplicable, Task
 
@@ -41,7 +41,7 @@ def writer(*replies: str, says: Callable[[str], str] = str.upper) -> Any:
     return script
 
 
-def read(script: Any, **options: Any) -> tuple[Result, list[str], apr.ScriptedEngine]:
+def read(script: Any, **options: Any) -> tuple[MethodResult, list[str], apr.ScriptedEngine]:
     """What it comes to, all prompts, and the engine."""
     engine = apr.ScriptedEngine(script)
     options = {

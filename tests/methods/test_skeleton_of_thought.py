@@ -10,7 +10,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.skeleton_of_thought import skeleton_of_thought
 from sgl_apr.methods.task import Inapplicable, Task
 
@@ -38,7 +38,7 @@ def script(request: apr.Request, prompt: str) -> Any:
     return "a b c" if prompt.startswith("outline") and "point" not in prompt else f"={prompt[-1]}!\n"
 
 
-def written(say: Any = script, **options: Any) -> tuple[Result, apr.ScriptedEngine]:
+def written(say: Any = script, **options: Any) -> tuple[MethodResult, apr.ScriptedEngine]:
     engine = apr.ScriptedEngine(say)
     found = asyncio.run(skeleton_of_thought(engine, "X", task=Letters(engine), seed=0, **options))
     assert not engine.active

@@ -11,7 +11,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.task import Inapplicable, Task
 
 WORTH = {"a": 1, "b": 3, "c": 2, "ba": 0, "bb": 5, "ca": 4, "aa": 1, "bbx": 1, "cax": 7}
@@ -63,7 +63,7 @@ def script(request: apr.Request, prompt: str) -> str:
     return str(texts.index(max(texts, key=WORTH.__getitem__)))
 
 
-def tree(**options: Any) -> tuple[Result, Counter[str]]:
+def tree(**options: Any) -> tuple[MethodResult, Counter[str]]:
     """What it comes to, and how often each prompt was asked."""
     engine = apr.ScriptedEngine(options.pop("script", script))
     options = {"proposals": 2, "evaluations": 3, **options}

@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.formats.dialects import dialect_names
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
 from tests.support.masked_sampler import SampledEngine, masked
 

@@ -33,7 +33,7 @@ import pytest
 from sgl_apr.cli.main import main as cli
 from sgl_apr.formats.grammar import Grammar
 from sgl_apr.server.api.limits import read_caps
-from sgl_apr.training.models import located
+from sgl_apr.training.models import locate_model
 from tests.support.paths import DOCS, ROOT
 
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -110,7 +110,7 @@ class Run:
         self.names: dict[str, Any] = {"__name__": "__main__"}
         for name in LINKED:
             (directory / name).symlink_to(ROOT / name)
-        (directory / "my-model").symlink_to(located("builtin"))
+        (directory / "my-model").symlink_to(locate_model("builtin"))
 
     def block(self, block: Block) -> None:
         """Run or check one, and compare what it prints; an AssertionError says where."""
@@ -199,7 +199,7 @@ def commands(text: str) -> list[list[str]]:
     found = list[list[str]]()
     for line in text.replace("\\\n", " ").splitlines():
         line = re.sub(r"^\s*for .*; do$|^\s*done$", "", line.strip())
-        line = re.sub(r"\$\(sgl-apr model builtin\)", located("builtin"), line)
+        line = re.sub(r"\$\(sgl-apr model builtin\)", locate_model("builtin"), line)
         words = shlex.split(re.sub(r"\$\(sgl-apr model (\w+)\)", r"\1", line), comments=True)
         while words and "=" in words[0]:  # of the environment
             words = words[1:]

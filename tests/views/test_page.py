@@ -23,8 +23,8 @@ from sgl_apr.cli.main import main
 from sgl_apr.evaluation.metrics import AttemptMetrics
 from sgl_apr.evaluation.report_files import count, entries, facts
 from sgl_apr.evaluation.store import evaluated
-from sgl_apr.formats.dialect import dialect_names
-from sgl_apr.views.page import live_page, page, safe_json
+from sgl_apr.formats.dialects import dialect_names
+from sgl_apr.views.page import render_live_page, render_page, safe_json
 from sgl_apr.views.page_entry import Entry, lane_extents, row
 from tests.runtime.test_loop import scripted
 from tests.support.masked_sampler import SampledEngine, masked
@@ -220,7 +220,7 @@ def test_figures_are_those_of_the_metrics(name: str):
 
 def test_all_of_a_trajectory_is_there_but_its_token_ids():
     t = forked()
-    found = Elements(page([Entry("p", t)])).packed(0)
+    found = Elements(render_page([Entry("p", t)])).packed(0)
     kept = json.loads(t.to_json())
     for span in kept["spans"]:
         span["tokens"] = len(span.pop("token_ids"))
@@ -244,7 +244,7 @@ def test_a_thinghas_the_trunk_and_its_branches():
 
 def test_a_text_without_tokens_is_refused():
     with pytest.raises(apr.AprError, match="read from text"):
-        page([Entry("p", apr.dialect("threadweaver").parse("42"))])
+        render_page([Entry("p", apr.dialect("threadweaver").parse("42"))])
 
 
 # Hostile texts
@@ -260,8 +260,8 @@ def test_json_ends_no_element(value):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_text_is_data(text: str):
-    benign = page([Entry("p", saying("p"), "p", "p", "p", True, 3)], "title")
-    hostile = page([Entry(text, saying(text), text, text, text, True, 3)], "title")
+    benign = render_page([Entry("p", saying("p"), "p", "p", "p", True, 3)], "title")
+    hostile = render_page([Entry(text, saying(text), text, text, text, True, 3)], "title")
     assert Elements(hostile).tags == Elements(benign).tags
     assert Elements(hostile).index()[0]["name"] == text
     assert Elements(hostile).packed(0)["spans"][0]["text"] == text
@@ -269,7 +269,7 @@ def test_a_hostile_text_is_data(text: str):
     assert strip.sub("", hostile) == strip.sub("", benign), "nothing else changes"
 
 
-@pytest.mark.parametrize("made", [page([Entry("p", forked())]), live_page()], ids=["file", "live"])
+@pytest.mark.parametrize("made", [render_page([Entry("p", forked())]), render_live_page()], ids=["file", "live"])
 def test_the_policy_lets_its_own_script_run_and_nothing_else(made: str):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', made)
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
@@ -313,7 +313,7 @@ def contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_contrast(scheme: int):
-    found = colours(Elements(live_page()).scripts["style "])[scheme]
+    found = colours(Elements(render_live_page()).scripts["style "])[scheme]
     for text in ("ink", "soft", "accent", "right", "wrong", "warn"):
         for ground in ("paper", "card", "sunk"):
             assert contrast(found[text], found[ground]) >= 4.5, (text, ground)

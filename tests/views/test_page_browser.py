@@ -14,9 +14,9 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.evaluation.report_files import entries
-from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.trajectory.metrics import longest_paths
-from sgl_apr.views.page import page
+from sgl_apr.views.page import render_page
 from tests.support.browser import PHONE, WIDE, Tab, launched, tab, url
 from tests.views.test_page import HOSTILE, evaluation, forked, many, sampled, saying
 
@@ -55,7 +55,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(source: Path) -> Path:
     out = (source if source.is_dir() else source.parent) / "page.html"
-    out.write_text(page(entries([source]), "A report", "of something"))
+    out.write_text(render_page(entries([source]), "A report", "of something"))
     return out
 
 

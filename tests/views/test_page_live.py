@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from sglang.srt.utils import auth
 
 import sgl_apr as apr
-from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.routes import UI, _router, allow_ui_without_key
 from sgl_apr.server.api.service import TrajectoryService

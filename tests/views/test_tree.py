@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 import sgl_apr as apr
 from sgl_apr.trajectory.calls import Call
-from sgl_apr.views.tree import page, summary, tree
+from sgl_apr.views.tree import render_report, render_summary, render_tree
 
 TEXT = "<Parallel>\n<Outlines>\n<Outline>1: [red]a</Outline>\n</Outlines>\n<Thread>\n1: [bold]b[/]</Thread>\n</Parallel>[/]c"
 
@@ -30,7 +30,7 @@ def parsed(shares: list[tuple[int, int]] = ()) -> apr.Trajectory:
 
 
 def test_text_is_no_markup():
-    text = shown(tree(parsed(), "[red]title"))
+    text = shown(render_tree(parsed(), "[red]title"))
     for whole in ("[red]title", "1: [red]a", "[bold]b[/]", "[/]c"):
         assert whole in text
 
@@ -44,10 +44,10 @@ def test_text_is_no_markup():
     ],
 )
 def test_what_branches_had_from_the_cache(shares, said: str):
-    assert f" {said} " in shown(summary({"title": parsed(shares)}))
+    assert f" {said} " in shown(render_summary({"title": parsed(shares)}))
 
 
 def test_tree_and_figures():
-    text = shown(page(parsed(), "title"))
+    text = shown(render_report(parsed(), "title"))
     assert text.count("title") == 2
     assert "What the engine did" in text

@@ -1,1 +1,1 @@
-"""sgl_apr/evaluation/benchmarks"""
+"""Named sets of problems."""

@@ -1,1 +1,1 @@
-"""sgl_apr/evaluation/tasks"""
+"""Problem types and their verifiers."""

@@ -1,1 +1,1 @@
-"""sgl_apr/formats/masks"""
+"""Grammar rules lowered to what a grammar backend compiles into a token mask."""

@@ -1,1 +1,1 @@
-"""Where programs run that a model wrote: `process` is the outside, `jail` what is shut, `repl` what runs inside."""
+"""A process with limits for code that a model writes."""

@@ -1,1 +1,1 @@
-"""sgl_apr/runtime/frontend"""
+"""The loop inside `@sgl.function` programs."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
-import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
@@ -21,16 +19,16 @@ from sgl_apr.engine.base import Request, Result
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.errors import EngineError
-from sgl_apr.methods.expression import Solve
-from sgl_apr.runtime.events import Delta, Event, OnEvent, TextRetracted
-from sgl_apr.runtime.frontend.expressions import Reason
+from sgl_apr.runtime.events import Delta, Event, OnEvent
+from sgl_apr.runtime.frontend.event_loop import EventLoopThread, wait_for
+from sgl_apr.runtime.frontend.expressions import EngineCall, Reason
 from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine
+from sgl_apr.runtime.frontend.program_text import ProgramText
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
 from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens, ledger_of
 from sgl_apr.runtime.loop import run_plan
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.spans import Path
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -69,12 +67,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         self.pending_commits: dict[str, Request] = {}
         self.commit_results: dict[str, Result] = {}
         self._running: dict[str, Future[Any]] = {}
-        self._loop = asyncio.new_event_loop()
-        # A native fork waits in a thread, and thousands of programs may fork at once.
-        self._forks = ThreadPoolExecutor(256, thread_name_prefix="apr-fork")
-        self._loop.set_default_executor(self._forks)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="apr-endpoint", daemon=True)
-        self._thread.start()
+        self._loop = EventLoopThread("apr-endpoint")
         try:
             self.http = self._wait(
                 HttpEngine.connect(
@@ -91,7 +84,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
                 self._wait(self.http.close())
                 raise EngineError(f"{base_url} does not say what its model is: {error}") from error
         except BaseException:
-            self._stop()
+            self._loop.close()
             raise
         # The runtime joins by text; SGLang's own way posts to a route that no server has.
         self.support_concate_and_append = False
@@ -107,24 +100,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     def close(self) -> None:
         """Cancel what is running, abort it on the server, and close the connections and threads."""
-        if self._loop.is_running():
-            self._wait(self._drain())
-            self._stop()
-
-    async def _drain(self) -> None:
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        # What is cancelled starts to abort its requests on the server: that is waited for, not cancelled.
-        while running := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.gather(*running, return_exceptions=True)
-        await self.http.close()
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
-        self._forks.shutdown(wait=False)
-        if not self._thread.is_alive():
-            self._loop.close()
+        if self._loop.is_running:
+            self._loop.close(self.http.close)
 
     def __enter__(self) -> Endpoint:
         return self
@@ -152,11 +129,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             case Reason() as asked:
                 running = self._reason(s, self._plan(asked, sampling_params), asked.on_event)
                 return self._finish(s, self._wait(running, s), s.text_)
-            case Solve() as asked:
-                solved = self._wait(asked.run(ProgramEngine(self, s)), s)
-                return solved.answer, {**_meta(solved.trajectory), "result": solved}
             case DecodeCall() as call:
                 return self._branch(s, call)
+            case EngineCall() as asked:
+                solved = self._wait(asked.run(ProgramEngine(self, s)), s)
+                return solved.answer, {**_meta(solved.trajectory), "result": solved}
         if s.images_:
             return super().generate(s, sampling_params)  # type: ignore[no-any-return]
         answer = self._wait(self.http.post(self._body(s, sampling_params)), s)
@@ -172,7 +149,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         if isinstance(sampling_params.dtype, Reason):
             yield from self._stream_reason(s, sampling_params.dtype, sampling_params)
             return
-        if isinstance(sampling_params.dtype, Solve):
+        if isinstance(sampling_params.dtype, EngineCall):
             yield self.generate(s, sampling_params)
             return
         if s.images_:
@@ -188,7 +165,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             text, sent = chunk["text"][sent:], len(chunk["text"])
             ids = chunk["output_ids"] if len(chunk["output_ids"]) > len(ids) else [*ids, *chunk["output_ids"]]
             yield text, chunk["meta_info"]
-        self._outcome(future)
+        wait_for(future)
         self._record_answer(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
 
     # How it is done.
@@ -234,19 +211,19 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         else:  # a branch with a context of its own
             s.text_ = self.tokenizer.decode(context)
         s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_, context)
-        future = asyncio.run_coroutine_threadsafe(self.http.decode(call.request, call.on_tokens), self._loop)
+        future = self._loop.submit(self.http.decode(call.request, call.on_tokens))
         # A branch that the loop has given up on is aborted; the future of an ended loop is never awaited.
-        self._call_in_loop(
+        self._loop.call_soon(
             call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
         )
         try:
             result = future.result()
         except BaseException as error:
-            self._call_in_loop(_resolve_future, call.done, None, error)
+            self._loop.call_soon(_resolve_future, call.done, None, error)
             return "", {}
         text = self.tokenizer.decode(result.token_ids, context)
         s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_ + text, (*context, *result.token_ids))
-        self._call_in_loop(_resolve_future, call.done, result, None)
+        self._loop.call_soon(_resolve_future, call.done, result, None)
         return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
 
     def _reason(
@@ -275,64 +252,34 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         before, plan = s.text_, self._plan(asked, params)
 
-        def hear(event: Event) -> None:
+        def on_event(event: Event) -> None:
             events.put(event)
             if asked.on_event:
                 asked.on_event(event)
 
-        future = self._start(self._reason(s, plan, hear), s, lambda: events.put(None))
-        branches: dict[Path, str] = {}
-        answering = ""
+        future = self._start(self._reason(s, plan, on_event), s, lambda: events.put(None))
+        text = ProgramText(streams_answer=plan.max_blocks == 0)
         while (event := events.get()) is not None:
-            match event:
-                case TextRetracted(path, chars) if path:
-                    branches = _retract_branch_text(branches, path, chars)
-                case TextRetracted(_, chars) if not answering:
-                    s.text_ = s.text_[: len(s.text_) - (chars or 0)]
-                case Delta(path, text) if path:
-                    branches[path] = branches.get(path, "") + text
-                case Delta(_, text):
-                    s.text_ += "".join(branches[p] for p in sorted(branches))
-                    branches.clear()
-                    if plan.max_blocks == 0 and (answering or text.strip()):
-                        head = "" if answering else text[: len(text) - len(text.lstrip())]
-                        s.text_ += head
-                        answering += text[len(head) :]
-                        yield text[len(head) :], {}
-                    else:
-                        s.text_ += text
-                        s.stream_text_event.set()
-        trajectory = self._outcome(future)
+            s.text_, answer = text.feed(s.text_, event)
+            if answer:
+                yield answer, {}
+            elif isinstance(event, Delta) and not event.path:
+                s.stream_text_event.set()
+        trajectory = wait_for(future)
         answer, meta = self._finish(s, trajectory, before)
         s.text_ += answer
         s.variables[asked.name] = answer
         yield "", meta
 
-    def _call_in_loop(self, callback: Callable[..., object], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the endpoint was closed meanwhile: nobody waits
-            self._loop.call_soon_threadsafe(callback, *arguments)
-
     def _start(self, work: Coroutine[Any, Any, T], s: StreamExecutor, then: Any) -> Future[T]:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._loop.submit(work)
         self._running[s.sid] = future
         future.add_done_callback(lambda _: (self._running.pop(s.sid, None), then()))
         return future
 
     def _wait(self, work: Coroutine[Any, Any, T], s: StreamExecutor | None = None) -> T:
         """The result of `work`, run in the endpoint's event loop; given up when the program is at its end."""
-        future = (
-            self._start(work, s, lambda: None) if s else asyncio.run_coroutine_threadsafe(work, self._loop)
-        )
-        while not wait([future], timeout=0.5).done:
-            if not threading.main_thread().is_alive():  # interrupted: do not hold the process up
-                future.cancel()
-        return self._outcome(future)
-
-    def _outcome(self, future: Future[T]) -> T:
-        try:
-            return future.result()
-        except CancelledError:
-            raise EngineError("the program was cancelled, and its requests were aborted") from None
+        return wait_for(self._start(work, s, lambda: None) if s else self._loop.submit(work))
 
 
 def _resolve_future(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
@@ -355,14 +302,6 @@ def _meta(trajectory: Trajectory) -> dict[str, Any]:
         "cached_tokens": metrics.cached_tokens,
         "trajectory": trajectory,
     }
-
-
-def _retract_branch_text(branches: dict[Path, str], path: Path, chars: int | None) -> dict[Path, str]:
-    """Without the last characters of the branch at `path`, or without it and what it forked (None)."""
-    if chars is None:
-        return {p: text for p, text in branches.items() if p[: len(path)] != path}
-    text = branches.get(path, "")
-    return {**branches, path: text[: len(text) - chars]}
 
 
 def _rid() -> str:

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.engine.base import Engine
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.options import ReasonOptions, make_options
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from sglang.lang.ir import SglGen
+
+
+class EngineResult(Protocol):
+    """What an `EngineCall` returns."""
+
+    @property
+    def answer(self) -> str:
+        """What the program's variable gets."""
+        ...
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """How the answer was found."""
+        ...
+
+
+@runtime_checkable
+class EngineCall(Protocol):
+    """An expression that runs over the engine of a program, such as `apr.solve`. It travels in `dtype`."""
+
+    async def run(self, engine: Engine) -> EngineResult:
+        """Run it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglCommitLazy, SglGen
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.errors import EngineError
 from sgl_apr.formats.masks.writer import Backend
 from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens
 from sgl_apr.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from sgl_apr.runtime.frontend.endpoint import Endpoint
+
+class ProgramServer(Protocol):
+    """What an engine needs of the backend that its program runs on."""
+
+    http: HttpEngine
+    pending_commits: dict[str, Request]
+    commit_results: dict[str, Result]
+
+    def route(self, s: StreamExecutor) -> str:
+        """The key that keeps a program and its forks on one replica."""
+        ...
 
 
 @dataclass
@@ -38,41 +48,41 @@ class ProgramEngine:
     """
 
     def __init__(
-        self, endpoint: Endpoint, executor: StreamExecutor, state: ProgramState | None = None
+        self, server: ProgramServer, executor: StreamExecutor, state: ProgramState | None = None
     ) -> None:
         # A native fork ends with its `ProgramState`, so a forked engine holds on to it.
-        self.endpoint, self.executor, self.state = endpoint, executor, state
+        self.server, self.executor, self.state = server, executor, state
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.endpoint.tokenizer
+        return self.server.http.tokenizer
 
     @property
     def grammar_backend(self) -> Backend:
-        return self.endpoint.http.grammar_backend
+        return self.server.http.grammar_backend
 
     @property
     def supports_seeds(self) -> bool:
-        return self.endpoint.http.supports_seeds
+        return self.server.http.supports_seeds
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         request = self._routed(request)
         if self.state is None:
-            return await self.endpoint.http.decode(request, on_tokens)
+            return await self.server.http.decode(request, on_tokens)
         call = DecodeCall(request, on_tokens)
         self.state += SglGen("branch", dtype=call)
         return await call.done  # if this is cancelled, so is the future, and with it the request
 
     @property
     def context(self) -> int | None:
-        return self.endpoint.http.context
+        return self.server.http.context
 
     @property
     def joins_kv(self) -> bool:
-        return self.endpoint.http.joins_kv
+        return self.server.http.joins_kv
 
     async def commit(self, request: Request) -> Result:
-        return await self.endpoint.http.commit(self._routed(request))
+        return await self.server.http.commit(self._routed(request))
 
     async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
         return await asyncio.to_thread(self._fork, self._routed(request), size)
@@ -80,7 +90,7 @@ class ProgramEngine:
     def _routed(self, request: Request) -> Request:
         """With the key of the program: its prompt is where the rest of it is."""
         return replace(
-            request, fields={ROUTING_KEY_FIELD: self.endpoint.route(self.executor), **request.fields}
+            request, fields={ROUTING_KEY_FIELD: self.server.route(self.executor), **request.fields}
         )
 
     def _fork(self, request: Request, size: int) -> tuple[Result, Sequence[ProgramEngine]]:
@@ -93,26 +103,26 @@ class ProgramEngine:
             copy.variables = {**source.variables, TOKENS_VARIABLE: ProgramTokens(copy.text_, prefix)}
             copy.messages_, copy.cur_role = list(source.messages_), source.cur_role
             copy.cur_role_begin_pos = source.cur_role_begin_pos
-            self.endpoint.pending_commits[copy.sid] = request
+            self.server.pending_commits[copy.sid] = request
             if size == 1:  # SGLang commits before a fork into several only
                 copy.submit(SglCommitLazy())
             group = ProgramState(copy).fork(size)
-            committed = self.endpoint.commit_results.pop(copy.sid, None)
+            committed = self.server.commit_results.pop(copy.sid, None)
             if copy.error_ is not None:
                 raise copy.error_
             if committed is None:
                 raise EngineError("SGLang forked the program without committing its prefix")
         finally:
             copy.end()
-            self.endpoint.pending_commits.pop(copy.sid, None)
-        return committed, [ProgramEngine(self.endpoint, s.stream_executor, s) for s in group.states]
+            self.server.pending_commits.pop(copy.sid, None)
+        return committed, [ProgramEngine(self.server, s.stream_executor, s) for s in group.states]
 
     async def release(self) -> None:
         if self.state is not None:
             self.executor.end()
 
     async def abort(self, rid: str) -> None:
-        await self.endpoint.http.abort(rid)
+        await self.server.http.abort(rid)
 
     async def load(self) -> Load:
-        return await self.endpoint.http.load()
+        return await self.server.http.load()

@@ -1,1 +1,1 @@
-"""sgl_apr/server/api"""
+"""The HTTP API of the server: OpenAI's routes and our own."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sgl_apr.errors import AprError, BudgetExceeded
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.server.launch.usage import UsageError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from sgl_apr.errors import AprError, GrammarError
-from sgl_apr.formats.dialect import Dialect, dialect, dialect_names
+from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.options import DEFAULT_DIALECT, REQUEST_FIELDS, ReasonOptions

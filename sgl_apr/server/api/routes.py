@@ -18,7 +18,7 @@ import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from sgl_apr.errors import AprError, LaunchError
-from sgl_apr.formats.dialect import dialect, dialect_names
+from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.event_json import event_to_json
 from sgl_apr.runtime.options import DEFAULT_DIALECT, ReasonOptions
@@ -36,7 +36,7 @@ from sgl_apr.server.api.options import check_type, drop_nulls
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import require_sglang
 from sgl_apr.trajectory.trajectory import Trajectory
-from sgl_apr.views.page import live_page
+from sgl_apr.views.page import render_live_page
 
 UI = "/apr/ui"
 HANDLE = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.handle_request"
@@ -222,4 +222,4 @@ async def ui(request: Request) -> Response:
     headers = {
         "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "frame-ancestors 'none'",
     }  # fmt: skip
-    return Response(live_page(), headers=headers, media_type="text/html")
+    return Response(render_live_page(), headers=headers, media_type="text/html")

@@ -1,1 +1,1 @@
-"""sgl_apr/server/cpu"""
+"""Attention and platform for servers without a GPU."""

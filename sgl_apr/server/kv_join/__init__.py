@@ -1,1 +1,1 @@
-"""sgl_apr/server/kv_join"""
+"""Joining branches in the KV cache of the server."""

@@ -1,1 +1,1 @@
-"""sgl_apr/server/launch"""
+"""Starting an SGLang server with our defaults."""

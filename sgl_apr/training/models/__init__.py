@@ -1,10 +1,5 @@
-"""Checkpoints to try this package with: a real small model and a random tiny one; nothing is downloaded."""
+"""Small checkpoints for tests and examples; nothing is downloaded."""
 
-from __future__ import annotations
+import lazy_loader
 
-from sgl_apr.training.models.builtin import builtin, located
-from sgl_apr.training.models.description import Description, describe
-from sgl_apr.training.models.pretrained import smollm2
-from sgl_apr.training.models.tiny import random_llama
-
-__all__ = ["Description", "builtin", "describe", "located", "random_llama", "smollm2"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,11 +7,11 @@ from pathlib import Path
 NAME = "builtin"
 
 
-def builtin() -> Path:
+def builtin_path() -> Path:
     """Its checkpoint."""
     return Path(__file__).parent / "countdown-spawn"
 
 
-def located(model: str) -> str:
+def locate_model(model: str) -> str:
     """A model as the command line names it: `builtin`, or whatever SGLang can load."""
-    return str(builtin()) if model == NAME else model
+    return str(builtin_path()) if model == NAME else model

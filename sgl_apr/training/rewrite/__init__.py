@@ -1,1 +1,1 @@
-"""sgl_apr/training/rewrite"""
+"""Demonstrations rewritten from sequential traces."""

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.rewrite.rewriter import JsonModel, RejectedTrace, parallel
 from sgl_apr.trajectory.jsonl import open_for_append

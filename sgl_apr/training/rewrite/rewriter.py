@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from sgl_apr.errors import AprError, ConversionError, TraceError
 from sgl_apr.formats.conversion import BlockDraft, conclusion_support, write
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 

@@ -13,7 +13,7 @@ from sgl_apr.engine.scripted import ByteTokenizer
 from sgl_apr.evaluation.tasks.chat_template import CHATML, PLAIN, ChatTemplate, chat_of
 from sgl_apr.evaluation.tasks.question import Draft, QuestionTask
 from sgl_apr.methods.prompt import Completion
-from sgl_apr.methods.registry import Result, method
+from sgl_apr.methods.registry import MethodResult, method
 
 TAGS = ["<|im_start|>", "<|im_end|>"]
 LLAMA = ChatTemplate("<user>", "</user><model>", "</model>")
@@ -204,7 +204,7 @@ def script(request: apr.Request, prompt: str) -> str:
 def test_methods_on_open_questions(name: str, options: dict[str, Any], answer: str, score: float | None):
     engine = apr.ScriptedEngine(script, ByteTokenizer(TAGS))
     budget = apr.Budget(tokens=60_000)  # a token is a byte here
-    found: Result = asyncio.run(
+    found: MethodResult = asyncio.run(
         method(name)(
             engine, "What is 6 times 7?", task=QuestionTask(engine), budget=budget, seed=0, **options
         )

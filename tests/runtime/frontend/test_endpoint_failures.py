@@ -188,7 +188,7 @@ def test_cancelling_frees_the_server(server):
     with apr.Endpoint(server.url) as endpoint:
 
         def running() -> int:
-            return asyncio.run_coroutine_threadsafe(endpoint.http.load(), endpoint._loop).result(10).running
+            return endpoint._loop.submit(endpoint.http.load()).result(10).running
 
         state = endless.run(backend=endpoint, stream=True)
         until(running, 20)

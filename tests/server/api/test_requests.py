@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.formats.dialect import dialect_names
+from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.runtime.event_json import event_from_json, event_to_json
 from sgl_apr.server.api.limits import RequestLimits, read_caps
 from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOptions

@@ -12,7 +12,7 @@ import pytest
 from sgl_apr.cli.main import main
 from sgl_apr.evaluation.store import RUN
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.training.models import builtin, describe, located
+from sgl_apr.training.models import builtin_path, describe, locate_model
 from tests.support.paths import EXAMPLES
 
 pytestmark = pytest.mark.server
@@ -25,13 +25,13 @@ def url(solver: Server) -> str:
 
 
 def test_it_is_small_and_has_its_tags(capsys: pytest.CaptureFixture[str]):
-    size = sum(path.stat().st_size for path in builtin().iterdir())
+    size = sum(path.stat().st_size for path in builtin_path().iterdir())
     assert size <= 8 << 20
-    assert describe(builtin())["parameters"] <= 3_000_000
+    assert describe(builtin_path())["parameters"] <= 3_000_000
     assert main(["model", "builtin"]) == 0
-    assert capsys.readouterr().out.strip() == str(builtin())
+    assert capsys.readouterr().out.strip() == str(builtin_path())
     assert main(["model", "builtin", "--tags", "npr"]) == 1
-    assert located("elsewhere") == "elsewhere"
+    assert locate_model("elsewhere") == "elsewhere"
 
 
 def test_it_solves_and_an_evaluation_goes_on_where_it_was(

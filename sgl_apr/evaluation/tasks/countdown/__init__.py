@@ -1,1 +1,1 @@
-"""sgl_apr/evaluation/tasks/countdown"""
+"""Countdown: problems, search, demonstrations, and the task."""

@@ -10,7 +10,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.evaluation.tasks.countdown.search import solution
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.methods.session import gather
 from sgl_apr.runtime.loop import areason
 from sgl_apr.trajectory.trajectory import Trajectory

@@ -10,7 +10,7 @@ from sgl_apr.engine.base import Request
 from sgl_apr.engine.scripted import ScriptedEngine
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, after, read, steps, ways
 from sgl_apr.evaluation.tasks.countdown.search import ANSWER, NONE, conclusion, search_small, sequential
-from sgl_apr.formats.dialect import Dialect, dialect
+from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.countdown.expert import TOLD
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, after, read, solves, steps
 from sgl_apr.evaluation.tasks.countdown.search import FOUND, solution
-from sgl_apr.formats.dialect import Dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.methods.graph_operations import Generate, Graph, KeepBest, Score
 from sgl_apr.methods.prompt import Completion, Prompt

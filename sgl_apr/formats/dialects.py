@@ -24,7 +24,7 @@ from sgl_apr.tokenizer import Tokenizer, split_ids
 from sgl_apr.trajectory.trajectory import Trajectory
 
 Phase = Literal["trunk", "after", "branch", "rejoin"]
-ENTRY_POINTS = "sgl_apr.formats.dialect"
+ENTRY_POINTS = "sgl_apr.dialects"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,55 @@
+"""Exceptions of the HTTP library and error responses of a server, as this package's exceptions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+
+import aiohttp
+
+from sgl_apr.errors import EngineError, EngineTimeout
+
+
+@contextlib.contextmanager
+def translate_errors(
+    url: str, connect_s: float, read_s: float, on_failure: Callable[[Exception], None] | None
+) -> Iterator[None]:
+    """Raise every exception of the HTTP library as an `EngineError`.
+
+    Args:
+        url: The server that is asked, for the message.
+        connect_s: The limit for a connection, in seconds, for the message.
+        read_s: The limit between two chunks, in seconds, for the message.
+        on_failure: Called with the error if the connection failed or broke.
+
+    Raises:
+        EngineTimeout: The server did not connect or respond in time.
+        EngineError: Anything else went wrong.
+    """
+    try:
+        yield
+    except aiohttp.ConnectionTimeoutError as error:
+        raise EngineTimeout(f"{url} took no connection within {connect_s:g} s") from error
+    except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+        raise EngineTimeout(f"{url} did not answer within {read_s:g} s ({error})") from error
+    except aiohttp.ClientConnectorError as error:
+        if on_failure:
+            on_failure(error)
+        raise EngineError(f"no server at {url}: {error}") from error
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+        if on_failure:
+            on_failure(error)
+        raise EngineError(f"{url} broke off the answer: {error or type(error).__name__}") from error
+    except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
+        raise EngineError(f"{url} does not answer like an SGLang server: {error!r}") from error
+
+
+def error_message(text: str, status: int) -> str:
+    """What an error response says, in one line."""
+    try:
+        error = json.loads(text).get("error")
+        text = str(error.get("message") if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        pass
+    return f"the server answered {status}: {' '.join(text.split())[:300]}"

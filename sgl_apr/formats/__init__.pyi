@@ -1,0 +1,29 @@
+from .conversion import convert as convert
+from .dialects import Dialect as Dialect
+from .dialects import dialect as dialect
+from .dialects import dialect_names as dialect_names
+from .grammar import Grammar as Grammar
+from .lenient_parser import Defect as Defect
+from .lenient_parser import Reading as Reading
+from .lenient_parser import detect as detect
+from .lenient_parser import read as read
+from .masks.writer import MaskOptions as MaskOptions
+from .presets import Preset as Preset
+from .presets import dialect_for as dialect_for
+from .presets import preset as preset
+
+__all__ = [
+    "Defect",
+    "Dialect",
+    "Grammar",
+    "MaskOptions",
+    "Preset",
+    "Reading",
+    "convert",
+    "detect",
+    "dialect",
+    "dialect_for",
+    "dialect_names",
+    "preset",
+    "read",
+]

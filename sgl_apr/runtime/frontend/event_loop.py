@@ -1,0 +1,79 @@
+"""An event loop in a thread of its own, for programs that run in other threads and block."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+from sgl_apr.errors import EngineError
+
+T = TypeVar("T")
+STOP_TIMEOUT_S = 5.0
+MAX_WAITING_THREADS = 256  # a native fork waits in a thread, and thousands of programs may fork at once
+
+
+class EventLoopThread:
+    """Runs coroutines for other threads until it is closed."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._executor = ThreadPoolExecutor(MAX_WAITING_THREADS, thread_name_prefix=f"{name}-fork")
+        self._loop.set_default_executor(self._executor)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the loop still takes work."""
+        return self._loop.is_running()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start `work` and return its future at once."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call_soon(self, callback: Callable[..., object], *arguments: Any) -> None:
+        """Call `callback` in the loop. After `close` it is dropped: nobody waits for it."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Cancel what runs, wait until it has ended, run `last`, and stop the thread.
+
+        Args:
+            last: Makes the last coroutine of the loop, such as closing connections.
+        """
+        if self._loop.is_running():
+            wait_for(self.submit(self._drain(last)))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(STOP_TIMEOUT_S)
+        self._executor.shutdown(wait=False)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    async def _drain(self, last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        # A cancelled task aborts its requests on the server. Wait for that, and do not cancel it.
+        while running := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.gather(*running, return_exceptions=True)
+        if last:
+            await last()
+
+
+def wait_for(future: Future[T]) -> T:
+    """Block until `future` has a result and return it.
+
+    Raises:
+        EngineError: If the future was cancelled, also because the main thread has ended.
+    """
+    while not wait([future], timeout=0.5).done:
+        if not threading.main_thread().is_alive():  # interrupted: do not hold the process up
+            future.cancel()
+    try:
+        return future.result()
+    except CancelledError:
+        raise EngineError("the program was cancelled, and its requests were aborted") from None

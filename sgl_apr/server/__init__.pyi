@@ -1,0 +1,7 @@
+from .launch.launcher import Server as Server
+from .local_engine import LocalEngine as LocalEngine
+
+__all__ = [
+    "LocalEngine",
+    "Server",
+]

@@ -1,0 +1,31 @@
+from . import advantages as advantages
+from . import models as models
+from . import rewards as rewards
+from .attention_mask import Visibility as Visibility
+from .collate import Collator as Collator
+from .config import GrpoConfig as GrpoConfig
+from .config import SftConfig as SftConfig
+from .training_tree import TrainingTree as TrainingTree
+from .training_tree import build_training_tree as build_training_tree
+from .training_tree import logprobs as logprobs
+from .trie import FlatTree as FlatTree
+from .trie import Trie as Trie
+from .trl_verl import for_trl as for_trl
+from .trl_verl import for_verl as for_verl
+
+__all__ = [
+    "Collator",
+    "FlatTree",
+    "GrpoConfig",
+    "SftConfig",
+    "TrainingTree",
+    "Trie",
+    "Visibility",
+    "advantages",
+    "build_training_tree",
+    "for_trl",
+    "for_verl",
+    "logprobs",
+    "models",
+    "rewards",
+]

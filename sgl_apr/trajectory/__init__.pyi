@@ -1,0 +1,45 @@
+from .blocks import Block as Block
+from .blocks import Branch as Branch
+from .calls import Call as Call
+from .calls import JoinRecord as JoinRecord
+from .calls import LimitHit as LimitHit
+from .calls import PacingDecision as PacingDecision
+from .causal_graph import Causality as Causality
+from .causal_graph import causality as causality
+from .dataset import from_dataset as from_dataset
+from .dataset import to_dataset as to_dataset
+from .join_layout import Layout as Layout
+from .join_layout import LayoutError as LayoutError
+from .metrics import Metrics as Metrics
+from .metrics import PhaseCost as PhaseCost
+from .metrics import compute_metrics as compute_metrics
+from .spans import Finish as Finish
+from .spans import Origin as Origin
+from .spans import Path as Path
+from .spans import Role as Role
+from .spans import Span as Span
+from .trajectory import Trajectory as Trajectory
+
+__all__ = [
+    "Block",
+    "Branch",
+    "Call",
+    "Causality",
+    "Finish",
+    "JoinRecord",
+    "Layout",
+    "LayoutError",
+    "LimitHit",
+    "Metrics",
+    "Origin",
+    "PacingDecision",
+    "Path",
+    "PhaseCost",
+    "Role",
+    "Span",
+    "Trajectory",
+    "causality",
+    "compute_metrics",
+    "from_dataset",
+    "to_dataset",
+]
