@@ -45,7 +45,9 @@ def main() -> None:
     for attempt in made:
         said = "solved" if attempt.correct else "not solved"
         console.print(
-            render_tree(attempt.trajectory, f"make {attempt.problem.target} of {attempt.problem.numbers}: {said}")
+            render_tree(
+                attempt.trajectory, f"make {attempt.problem.target} of {attempt.problem.numbers}: {said}"
+            )
         )
     console.print(render_summary({a.problem.text: a.trajectory for a in made}))
     metrics = [a.trajectory.metrics() for a in made]

@@ -41,7 +41,9 @@ def main() -> None:
     whole = client.chat.completions.create(
         **asked, extra_body={"apr": {**APR, "separate": True, "trajectory": True}}
     )
-    console.print(render_tree(apr.Trajectory.from_json(json.dumps(whole.apr["trajectory"])), options.question))
+    console.print(
+        render_tree(apr.Trajectory.from_json(json.dumps(whole.apr["trajectory"])), options.question)
+    )
     console.print("answer:", repr(whole.choices[0].message.content), whole.usage.apr, markup=False)
 
     written: dict[tuple[int, ...], str] = {}

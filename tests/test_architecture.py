@@ -92,7 +92,9 @@ def test_modules_are_short():
     assert not long
 
 
-@pytest.mark.parametrize("name", ["sgl_apr", *(f"sgl_apr.{n}" for n in FLOOR if n not in ("errors", "tokenizer", "cli"))])
+@pytest.mark.parametrize(
+    "name", ["sgl_apr", *(f"sgl_apr.{n}" for n in FLOOR if n not in ("errors", "tokenizer", "cli"))]
+)
 def test_a_package_hands_on_what_it_lists(name: str):
     """Every listed name is there, and none is the name of a module, which would stand in its place once it is imported."""
     package = importlib.import_module(name)

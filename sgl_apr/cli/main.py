@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgl_apr.server.launch.launcher import serve
 
         return serve(argv[1:])
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     try:
         return int(options.command(options))
     except AprError as error:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sgl-apr",
         description="Adaptive parallel reasoning for SGLang.",

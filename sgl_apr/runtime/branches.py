@@ -197,7 +197,15 @@ class Branches:
             log.warning("%s: branch %s failed, and begins anew: %s", self.decoder.rid, branch.name, error)
             self.record.retract_text(branch, None)
             calls = branch.allowance.calls
-            for field in ("context", "tip", "order", "allowance", "blocks", "spent", "joined"):
+            for field in (
+                "context",
+                "frontier",
+                "span_order",
+                "allowance",
+                "blocks",
+                "tokens_used",
+                "kv_layout",
+            ):
                 setattr(branch, field, getattr(begun, field))
             branch.allowance.calls, branch.tolerate_failure = calls, True
             self.record.emit(Delta(branch.path, self.record.spans_of(branch)[0].text))

@@ -85,7 +85,7 @@ class Trie:
     """Nodes are numbered as they are put in; a token that follows the same ones as another is the same node.
 
     >>> trie = Trie()
-    >>> _ = trie.put(ROOT, [1, 2, 3]), trie.put(ROOT, [1, 2, 4])
+    >>> _ = trie.insert(ROOT, [1, 2, 3]), trie.insert(ROOT, [1, 2, 4])
     >>> flat, index = trie.flat()
     >>> flat.token_ids.tolist(), flat.positions.tolist()
     ([1, 2, 3, 4], [0, 1, 2, 2])

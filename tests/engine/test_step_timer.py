@@ -227,11 +227,11 @@ def test_an_answer_is_good_for_a_while(monkeypatch):
     async def once() -> None:
         fake = Busy()
         async with fake.connected() as engine:
-            monkeypatch.setattr(http, "FRESH_S", 60.0)
+            monkeypatch.setattr(http, "LOAD_TTL_S", 60.0)
             assert await engine.load() is await engine.load()
             assert fake.asked == 1
             engine._load_expires_at = 0.0
-            monkeypatch.setattr(http, "FRESH_S", 0.0)
+            monkeypatch.setattr(http, "LOAD_TTL_S", 0.0)
             await engine.load()
             await engine.load()
             assert fake.asked == 3

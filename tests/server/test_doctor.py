@@ -11,7 +11,7 @@ import pytest
 
 from sgl_apr.cli.main import main
 from sgl_apr.errors import AprError
-from sgl_apr.server import doctor, plugin
+from sgl_apr.server import doctor
 from sgl_apr.server.doctor import Finding, healthy, installation
 from sgl_apr.server.kv_join.drift import (
     SAMPLES,
@@ -41,7 +41,7 @@ def test_this_installation_is_healthy():
 
 def test_what_is_missing_is_named(monkeypatch):
     """Each by what takes it away: another SGLang, a plugin that SGLang is told not to load, no compiler, no memory."""
-    monkeypatch.setattr(plugin, "SUPPORTED", "0")
+    monkeypatch.setattr(hooks, "SUPPORTED_SGLANG", "0")
     monkeypatch.setenv("SGLANG_PLUGINS", "others")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(doctor, "LEAST_MEMORY", 1 << 60)

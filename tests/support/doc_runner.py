@@ -30,7 +30,7 @@ from typing import Any
 
 import pytest
 
-from sgl_apr.cli.main import main as cli
+from sgl_apr.cli import main as cli
 from sgl_apr.formats.grammar import Grammar
 from sgl_apr.server.api.limits import read_caps
 from sgl_apr.training.models import locate_model
@@ -218,7 +218,7 @@ def checked(words: list[str], block: Block) -> str:
             unknown = {w.partition("=")[0] for w in left if w.startswith("--")} - sglang_flags()
         case ["sgl-apr", *rest]:
             try:
-                cli._parser().parse_args(rest)
+                cli.build_parser().parse_args(rest)
             except SystemExit:
                 raise AssertionError(f"{block}: {shlex.join(words)} is not what the command takes") from None
             return ""

@@ -37,7 +37,7 @@ def grown(rng: random.Random, joins: bool) -> tuple[Trie, dict[int, frozenset[in
 
 def put(trie, rng, cursor, seen, last, sees, at):
     ids = [rng.randrange(3) for _ in range(rng.randint(1, 5))]
-    cursor, nodes = trie.put(cursor, ids)
+    cursor, nodes = trie.insert(cursor, ids)
     for node in nodes.tolist():
         seen, last = seen | {node}, last + 1
         assert sees.setdefault(node, seen) == seen

@@ -14,10 +14,11 @@ from datasets import Dataset, DatasetDict, List, Value
 from hypothesis import given, settings
 
 import sgl_apr as apr
+from sgl_apr.trajectory import dataset
 from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.dataset import from_dataset, to_dataset
 from sgl_apr.trajectory.spans import Span
-from sgl_apr.trajectory.trajectory import Trajectory, dataset
+from sgl_apr.trajectory.trajectory import Trajectory
 from tests.support.threadweaver_traces import TAGS, TRACE, traces
 
 DIALECT = apr.dialect("threadweaver")

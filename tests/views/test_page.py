@@ -269,7 +269,9 @@ def test_a_hostile_text_is_data(text: str):
     assert strip.sub("", hostile) == strip.sub("", benign), "nothing else changes"
 
 
-@pytest.mark.parametrize("made", [render_page([Entry("p", forked())]), render_live_page()], ids=["file", "live"])
+@pytest.mark.parametrize(
+    "made", [render_page([Entry("p", forked())]), render_live_page()], ids=["file", "live"]
+)
 def test_the_policy_lets_its_own_script_run_and_nothing_else(made: str):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', made)
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))

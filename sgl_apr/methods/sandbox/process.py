@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import sgl_apr
 from sgl_apr.errors import SandboxUnavailable
 
 LINE = 8 << 20  # bytes of the longest message that is read
@@ -119,11 +118,11 @@ class Sandbox:
             raise SandboxUnavailable(f"programs are shut in by Linux's namespaces, found {sys.platform}")
         walls = {name: value for name, value in asdict(self.limits).items() if name != "seconds"}
         start = (
-            "import sys; sys.path.append(sys.argv[1]); from sgl_apr.methods.sandbox.jail import Walls, main; "
-            f"main({os.getpid()}, Walls(**{walls}))"
+            "import sys; sys.path.append(sys.argv[1]); from sandbox.jail import ResourceLimits, main; "
+            f"main({os.getpid()}, ResourceLimits(**{walls}))"
         )
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", start, str(Path(sgl_apr.__file__).parent.parent),
+            sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", start, str(Path(__file__).parents[1]),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
             env={}, cwd="/", limit=LINE, start_new_session=True,
         )  # fmt: skip

@@ -31,7 +31,7 @@ def test_every_kind_of_option_is_taken():
         {
             "dialect": "multiverse", "budget": {"tokens": 500, "seconds": 2, "depth": 2}, "join": "text",
             "policy": "quorum:2", "mode": "parallel", "min_width": 2, "on_branch_failure": "raise", "seed": 7,
-            "retry": {"attempts": 1}, "pacing": {"most": 2}, "temperature": 0, "sampling": {"top_p": 0.5},
+            "retry": {"attempts": 1}, "pacing": {"max_parallel": 2}, "temperature": 0, "sampling": {"top_p": 0.5},
             "cache_salt": "s", "priority": 3, "forbid_angle_brackets": True, "max_blocks": None,
         }
     )  # fmt: skip
@@ -71,7 +71,7 @@ WRONG = [
     ({"dialect": "../../etc/passwd"}, apr.GrammarError, "expected one of apr, asyncthink"),
     ({"dialect": {}}, apr.GrammarError, "no dialect"),
     ({"retry": {"attempts": 10**9}}, apr.AprError, "at most 10"),
-    ({"pacing": {"gain": 0}}, apr.AprError, "gain"),
+    ({"pacing": {"min_speedup": 0}}, apr.AprError, "min_speedup"),
     ({"lora_path": 3}, apr.AprError, "lora_path=3, expected a string"),
 ]  # fmt: skip
 

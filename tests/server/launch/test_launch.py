@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server import plugin
+from sgl_apr.server import hooks, plugin
 from sgl_apr.server.constants import LAUNCHED_ENV
 from sgl_apr.server.hooks import require_sglang
 from sgl_apr.server.launch import preflight
@@ -223,13 +223,13 @@ def test_hub_id_without_a_network(variables, monkeypatch, capfd):
 
 
 def test_wrong_version(model, monkeypatch, capfd):
-    monkeypatch.setattr(plugin, "version", lambda name: "0.5.22")
+    monkeypatch.setattr(hooks, "version", lambda name: "0.5.22")
     status, error = failure(["--model", model, "--port", str(preflight.free_port())], capfd)
     assert (status, error) == (1, "SGLang 0.5.22 is installed, but only 0.5.23 is supported")
 
 
 def test_a_failing_plugin_ends_only_processes_we_launched(monkeypatch):
-    monkeypatch.setattr(plugin, "version", lambda name: "0.5.22")
+    monkeypatch.setattr(hooks, "version", lambda name: "0.5.22")
     monkeypatch.delenv(LAUNCHED_ENV, raising=False)
     with pytest.raises(LaunchError, match=r"0\.5\.22"):
         plugin.activate()
