@@ -11,7 +11,7 @@ import pytest
 
 from sgl_apr.cli.main import main
 from sgl_apr.errors import AprError
-from sgl_apr.server import doctor
+from sgl_apr.server import doctor, hooks
 from sgl_apr.server.doctor import Finding, healthy, installation
 from sgl_apr.server.kv_join.drift import (
     SAMPLES,
