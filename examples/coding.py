@@ -62,7 +62,7 @@ class CodingTask(Task[Exercise, Any]):
     """One exercise is shown with its solution; the reply goes on where the function returns something."""
 
     name = "coding"
-    need = 64
+    max_tokens = 64
 
     def ask(self, problem: Exercise) -> Prompt:
         chat = chat_of(self.engine.tokenizer)
@@ -70,7 +70,7 @@ class CodingTask(Task[Exercise, Any]):
         begun = chat.turn(shown.asked) + self.head(shown) + body + FENCE
         return Prompt(
             begun + chat.turn(problem.asked, first=False) + self.head(problem),
-            tokens=self.need,
+            tokens=self.max_tokens,
             stop=(FENCE,),
         )
 

@@ -18,7 +18,7 @@ from sgl_apr.methods.task import Inapplicable, Task
 class Talk(Task[str, str]):
     """What a thinker sees: `Q[what others write][own>`. An answer stands behind "="."""
 
-    name, need = "talk", 20
+    name, max_tokens = "talk", 20
 
     def shared_context_prompt(
         self, problem: str, own: str, others: Sequence[str], past: str = ""

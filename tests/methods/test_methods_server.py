@@ -116,7 +116,7 @@ def test_how_much_is_asked(results: Mapping[str, list[MethodResult]], name: str)
         case "sequential":
             assert (outer, inner, called) == ([], [], {"ask": 1})
         case "self_consistency" | "best_of_n":  # the task checks replies: nobody judges them
-            paths = BUDGET.tokens // CountdownTask.need
+            paths = BUDGET.tokens // CountdownTask.max_tokens
             assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
             assert result.score in {k / paths for k in range(paths + 1)}
         case "tree_of_thoughts":  # three proposals, three values of each state that they lead to, and so on
@@ -214,7 +214,7 @@ def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
         assert row["one_by_one_s"] > 0
         assert row["alone_s"] > 0
     assert first["engine_calls"] == 1
-    assert third["engine_calls"] == 1024 // CountdownTask.need + 1
+    assert third["engine_calls"] == 1024 // CountdownTask.max_tokens + 1
     assert 0 < third["cached_share"] < 1
     words[words.index(names)] = "skeleton_of_thought"
     assert main(words) == 1, "there is no figure"

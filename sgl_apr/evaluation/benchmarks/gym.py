@@ -24,7 +24,7 @@ class GymTask(QuestionTask):
     """Its answers may have several lines, and stand between tags, as in the library's own evaluations."""
 
     name = "gym"
-    need = 512
+    max_tokens = 512
     ends = "Think step by step. Then put the answer, and nothing else, between <answer> and </answer>."
 
     def answer(self, text: str) -> str:

@@ -19,7 +19,7 @@ class MathTask(QuestionTask):
     """
 
     name = "mathematics"
-    need = 512
+    max_tokens = 512
     ends = "Think step by step, and put the answer into \\boxed{}."
 
     def __init__(

@@ -32,7 +32,7 @@ class QuestionTask(Task[str, Draft]):
     """Prompts are those of the papers, in other words. chat: how the model is spoken to, by its tokenizer if left out."""
 
     name = "question"
-    need = 256
+    max_tokens = 256
     step = 128
     thoughts = 2  # a plan, an answer
     ends = (

@@ -51,7 +51,7 @@ class CountdownTask(Task[Problem, SearchState]):
     """For models that write sub searches as `sgl_apr.evaluation.tasks.countdown.expert` does; raises `Inapplicable` for others."""
 
     name = "countdown"
-    need = 320  # of the longest search in a line, most are shorter
+    max_tokens = 320  # of the longest search in a line, most are shorter
     step = 180  # of a proposal of `WIDTH` steps
     thoughts = 3
     verifiable = True
