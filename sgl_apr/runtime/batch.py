@@ -15,7 +15,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.decoder import derive_seed
-from sgl_apr.runtime.loop import run_plan
+from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.jsonl import open_for_append
@@ -94,7 +94,7 @@ async def arun_many(
             for name in todo:
                 seed = None if asked.seed is None else derive_seed(asked.seed, name)
                 try:
-                    trajectory = await run_plan(engine, ids(problems[name]), replace(asked, seed=seed))
+                    trajectory = await run_with_options(engine, ids(problems[name]), replace(asked, seed=seed))
                 except AprError as error:
                     log.warning("problem %s failed: %s", name, error)
                     failed[name] = error

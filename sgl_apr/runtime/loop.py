@@ -52,7 +52,7 @@ async def areason(
     """
     tokenizer = engine.tokenizer
     ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)
-    return await run_plan(engine, ids, make_options(dialect, tokenizer, **options), on_event)
+    return await run_with_options(engine, ids, make_options(dialect, tokenizer, **options), on_event)
 
 
 async def stream(
@@ -102,7 +102,7 @@ def run(
     return asyncio.run(once())
 
 
-async def run_plan(
+async def run_with_options(
     engine: Engine, prompt_ids: tuple[int, ...], plan: ReasonOptions, on_event: OnEvent | None = None
 ) -> Trajectory:
     """`areason` for ids and a plan."""

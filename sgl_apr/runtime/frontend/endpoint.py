@@ -26,7 +26,7 @@ from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine
 from sgl_apr.runtime.frontend.program_text import ProgramText
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
 from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens, ledger_of
-from sgl_apr.runtime.loop import run_plan
+from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -229,7 +229,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     def _reason(
         self, s: StreamExecutor, plan: ReasonOptions, on_event: OnEvent | None
     ) -> Coroutine[Any, Any, Trajectory]:
-        return run_plan(ProgramEngine(self, s), self._ids(s), plan, on_event)
+        return run_with_options(ProgramEngine(self, s), self._ids(s), plan, on_event)
 
     def _plan(self, asked: Reason, params: SglSamplingParams) -> ReasonOptions:
         return asked.plan(self.tokenizer, {name: getattr(params, name) for name in PROGRAM_SAMPLING_PARAMS})

@@ -9,7 +9,7 @@ from typing import Any
 from sgl_apr.engine.in_process import InProcessEngine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.events import Event, OnEvent
-from sgl_apr.runtime.loop import run_plan
+from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.server.api.counters import ServerCounters
 from sgl_apr.server.api.limits import RequestLimits, ServerBusy
@@ -54,7 +54,7 @@ class TrajectoryService:
             )
         self.counters.running += 1
         try:
-            trajectory = await run_plan(await self.engine(), prompt, plan, on_event)
+            trajectory = await run_with_options(await self.engine(), prompt, plan, on_event)
         except asyncio.CancelledError:
             self.counters.ended("cancelled")
             raise
