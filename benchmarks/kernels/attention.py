@@ -1,7 +1,7 @@
 """Times one attention layer on the same tensors: SGLang's torch_native against apr_cpu, and apr_cpu against itself
 without reading once what the branches of a fork have in common; no model, no server.
 
-python benchmarks/kernels/attention.py [--json] [--check] [--repeats 9]
+python -m benchmarks.kernels.attention [--json] [--check] [--repeats 9]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.machine import hardware
-from sgl_apr.server.launch.defaults import ENVIRONMENT
+from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 
-os.environ |= ENVIRONMENT | dict(os.environ)  # as the server has it; read when torch is loaded
+os.environ |= SERVER_ENVIRONMENT | dict(os.environ)  # as the server has it; read when torch is loaded
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend

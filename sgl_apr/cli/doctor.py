@@ -72,24 +72,24 @@ def _doctor(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from sgl_apr.server.doctor import Finding, healthy, installation, serving
+    from sgl_apr.server.doctor import Finding, is_healthy, check_installation, check_server
 
-    findings = list(installation())
+    findings = list(check_installation())
     try:
         with _server(options) as url:
             if url:
-                findings += serving(url, getattr(options, "api_key", None))
+                findings += check_server(url, getattr(options, "api_key", None))
     except LaunchError as error:
         findings.append(Finding("server", "failed", str(error), "the log says more"))
     if getattr(options, "json", False):
-        print(json.dumps({"ok": healthy(findings), "findings": [asdict(f) for f in findings]}))
+        print(json.dumps({"ok": is_healthy(findings), "findings": [asdict(f) for f in findings]}))
     else:
         table = Table("", "", "found")
         for f in findings:
             hint = f"\n{f.hint}" if f.hint else ""
             table.add_row(f.name, STATES[f.state], Text.assemble(f.found, (hint, "dim")))
         Console().print(table)
-    return int(not healthy(findings))
+    return int(not is_healthy(findings))
 
 
 def _join(options: argparse.Namespace) -> int:
@@ -98,7 +98,7 @@ def _join(options: argparse.Namespace) -> int:
     from sgl_apr.server.kv_join.probe import make_client
 
     path: Path | None = options.prompts
-    given = drift.samples(path) if path else drift.SAMPLES
+    given = drift.read_samples(path) if path else drift.BUILTIN_SAMPLES
     key = getattr(options, "api_key", None)
 
     async def connected(url: str) -> HttpEngine:
@@ -115,9 +115,9 @@ def _join(options: argparse.Namespace) -> int:
         found = []
         for one in given:
             sample = drift.sample_from_model(ask, engine.tokenizer, one) if isinstance(one, str) else one
-            found.append(drift.measure(ask, engine.tokenizer, sample))
-    every = drift.overall(found)
-    said = drift.verdict(every.kv, every.reversed)
+            found.append(drift.measure_drift(ask, engine.tokenizer, sample))
+    every = drift.pool_measurements(found)
+    said = drift.judge_drift(every.kv, every.reversed)
     if getattr(options, "json", False):
         print(json.dumps({"verdict": said, "samples": [asdict(m) for m in found], "overall": asdict(every)}))
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
-from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import Layout
 
@@ -110,7 +110,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def grammar_backend(self) -> Backend:
+    def grammar_backend(self) -> GrammarBackend:
         """What turns grammars into masks there."""
         ...
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from sgl_apr.errors import EngineError
 
 Probe = Callable[[], Awaitable[None]]  # raises unless the server is well
-PROBE_BACKOFF_S, LONGEST_PAUSE = 0.1, 2.0  # seconds between two probes, doubling
+PROBE_BACKOFF_S, MAX_PROBE_BACKOFF_S = 0.1, 2.0  # seconds between two probes, doubling
 
 
 class CircuitBreaker:
@@ -78,4 +78,4 @@ class CircuitBreaker:
             if left <= 0:
                 return False
             await asyncio.sleep(min(pause, left))
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, MAX_PROBE_BACKOFF_S)

@@ -16,18 +16,18 @@ from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit_breaker import CircuitBreaker
 from sgl_apr.engine.http_errors import error_message, translate_errors
 from sgl_apr.engine.routing import (
-    HEADER,
     ROUTING_KEY_FIELD,
+    ROUTING_KEY_HEADER,
     dp_rank,
     dropped_by_router,
     healthy_worker_urls,
     routing_key,
 )
-from sgl_apr.engine.sglang_names import CACHE
+from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, UnsupportedEngine
-from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whether anything was decoded
@@ -52,7 +52,7 @@ class HttpEngine(SGLangEngine):
         reconnect_timeout: float,
     ) -> None:
         self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
-        self._circuit, self._meter = CircuitBreaker(url, self._health, reconnect_timeout), StepTimer()
+        self._circuit, self._step_timer = CircuitBreaker(url, self._health, reconnect_timeout), StepTimer()
         self._replicas: list[str] | None = None  # those behind a router, if it is one
         self._ranks = 1
         self._active_rids: set[str] = set()
@@ -60,7 +60,7 @@ class HttpEngine(SGLangEngine):
         self._aborts: dict[str, asyncio.Task[None]] = {}
         self._loading: asyncio.Task[Load] | None = None
         self._load_expires_at = 0.0  # when the answer about the load is no longer good
-        self.grammar_backend: Backend = "llguidance"
+        self.grammar_backend: GrammarBackend = "llguidance"
         self.supports_seeds = False
         self.joins_kv = False
         self.context: int | None = None
@@ -99,14 +99,14 @@ class HttpEngine(SGLangEngine):
         try:
             info, server = await engine._fetch_server_info()
             backend = server.get("grammar_backend")
-            if backend not in get_args(Backend):
+            if backend not in get_args(GrammarBackend):
                 raise UnsupportedEngine(
-                    f"{url} runs --grammar-backend {backend}, expected {' or '.join(get_args(Backend))} "
+                    f"{url} runs --grammar-backend {backend}, expected {' or '.join(get_args(GrammarBackend))} "
                     "(`sgl-apr serve` sets it)"
                 )
             engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
             engine.supports_seeds = bool(server.get("enable_deterministic_inference"))
-            engine.joins_kv = server.get("radix_cache_backend") == CACHE
+            engine.joins_kv = server.get("radix_cache_backend") == RADIX_CACHE_BACKEND
             engine.context = await engine._context()
             engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
         except BaseException:
@@ -212,7 +212,7 @@ class HttpEngine(SGLangEngine):
                 used_tokens=sum(x["num_used_tokens"] for x in ranks),
                 max_tokens=sum(x["max_total_num_tokens"] for x in ranks),
                 max_running_requests=sum(x.get("max_running_requests", 0) for x in ranks) or None,
-                steps=self._meter.steps,
+                steps=self._step_timer.steps,
             )
         self._load_expires_at = time.monotonic() + LOAD_TTL_S
         return load
@@ -261,7 +261,7 @@ class HttpEngine(SGLangEngine):
                 if (tokens := int(meta["completion_tokens"])) > heard:
                     now = time.monotonic()
                     if heard:
-                        self._meter.step(tokens - heard, now - at)
+                        self._step_timer.record_step(tokens - heard, now - at)
                     heard, at = tokens, now
                 yield data
         reason = meta.get("finish_reason")
@@ -300,7 +300,7 @@ class HttpEngine(SGLangEngine):
         """The open answer to one `/generate` request, if it is one."""
         await self._circuit.wait_until_up()
         body, headers = self._with_routing(body)
-        with self._abort_on_error(body.get("rid")), self._meter.running():
+        with self._abort_on_error(body.get("rid")), self._step_timer.running():
             post = self._session.post(f"{self.url}/generate", json=body, headers=headers)
             with self._errors():
                 async with post as response:
@@ -323,7 +323,7 @@ class HttpEngine(SGLangEngine):
         if self._ranks > 1 and key:
             name = "routed_dp_rank" if direct else "data_parallel_rank"  # a router knows the older name only
             body.setdefault(name, dp_rank(key, self._ranks))
-        return body, {HEADER: key} if key else {}
+        return body, {ROUTING_KEY_HEADER: key} if key else {}
 
     @contextlib.contextmanager
     def _abort_on_error(self, rid: str | None) -> Iterator[None]:

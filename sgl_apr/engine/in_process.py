@@ -14,11 +14,11 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.routing import dp_rank, routing_key
-from sgl_apr.engine.sglang_names import CACHE
+from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
-from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 T = TypeVar("T")
@@ -33,22 +33,22 @@ class InProcessEngine(SGLangEngine):
     """
 
     def __init__(self, manager: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
-        self.manager, self._timeout, self._meter = manager, timeout, StepTimer()
-        self._live: set[str] = set()
+        self.manager, self._timeout, self._step_timer = manager, timeout, StepTimer()
+        self._active_rids: set[str] = set()
         backend = manager.config_value("grammar_backend")
-        if backend not in get_args(Backend):
+        if backend not in get_args(GrammarBackend):
             raise UnsupportedEngine(
-                f"the engine runs grammar_backend={backend!r}, expected {' or '.join(get_args(Backend))}"
+                f"the engine runs grammar_backend={backend!r}, expected {' or '.join(get_args(GrammarBackend))}"
             )
-        self.grammar_backend: Backend = backend
+        self.grammar_backend: GrammarBackend = backend
         self.supports_seeds = bool(manager.config_value("enable_deterministic_inference"))
         self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
-        self.joins_kv = manager.config_value("radix_cache_backend") == CACHE
+        self.joins_kv = manager.config_value("radix_cache_backend") == RADIX_CACHE_BACKEND
         self.context: int | None = int(manager.model_config.context_len)
         self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))
 
     async def abort(self, rid: str) -> None:
-        for live in [r for r in self._live if r.startswith(rid)]:
+        for live in [r for r in self._active_rids if r.startswith(rid)]:
             try:
                 self.manager.abort_request(rid=live)
             except Exception:  # of the socket to a scheduler that is gone
@@ -65,7 +65,7 @@ class InProcessEngine(SGLangEngine):
             used_tokens=sum(x.num_used_tokens for x in ranks),
             max_tokens=sum(x.max_total_num_tokens for x in ranks),
             max_running_requests=sum(x.max_running_requests for x in ranks) or None,
-            steps=self._meter.steps,
+            steps=self._step_timer.steps,
         )
 
     async def _generate(
@@ -83,7 +83,7 @@ class InProcessEngine(SGLangEngine):
                 if new:
                     now = time.monotonic()
                     if received:
-                        self._meter.step(len(new), now - at)
+                        self._step_timer.record_step(len(new), now - at)
                     at = now
                     received += new
                     if on_tokens:
@@ -99,7 +99,7 @@ class InProcessEngine(SGLangEngine):
         self, request: Request, sampling: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What the manager yields for one request; leaving early makes it abort the request."""
-        self._live.add(request.rid)
+        self._active_rids.add(request.rid)
         rank = dp_rank(routing_key(request.rid), self._ranks) if self._ranks > 1 else None
         try:
             asked = GenerateReqInput(
@@ -115,7 +115,7 @@ class InProcessEngine(SGLangEngine):
                 asyncio.timeout(self._timeout) as silence,
                 contextlib.aclosing(self.manager.generate_request(asked)) as chunks,
             ):
-                with self._meter.running():
+                with self._step_timer.running():
                     async for data in chunks:
                         silence.reschedule(now() + self._timeout)
                         yield data
@@ -130,7 +130,7 @@ class InProcessEngine(SGLangEngine):
         except Exception as error:
             raise EngineError(f"the engine failed: {error!r}", 500) from error
         finally:
-            self._live.discard(request.rid)
+            self._active_rids.discard(request.rid)
 
     def _check_loop(self) -> None:
         """SGLang's sockets belong to the event loop that used the engine first: in another one all would wait."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
-HEADER = "X-SMG-Routing-Key"  # by it SGLang's router keeps to one replica (--policy manual)
+ROUTING_KEY_HEADER = "X-SMG-Routing-Key"  # by it SGLang's router keeps to one replica (--policy manual)
 ROUTING_KEY_FIELD = "routing_key"  # among the fields of a request: a key of its own
 
 # Fields and sampling parameters that the router leaves out of what it sends on, without a word.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 
 
@@ -91,7 +91,7 @@ class ScriptedEngine:
         return self._tokenizer
 
     @property
-    def grammar_backend(self) -> Backend:
+    def grammar_backend(self) -> GrammarBackend:
         return "llguidance"
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:

@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 SUPPORTED_SGLANG = "0.5.23"
-CACHE = "apr"  # the radix cache that joins branches
+RADIX_CACHE_BACKEND = "apr"  # the radix cache that joins branches

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 AVERAGING_WINDOW = 32  # steps that a mean looks back on
-BUCKETS = 11  # 1, 2-3, 4-7, ..., 1024 and more requests
+BUCKET_COUNT = 11  # 1, 2-3, 4-7, ..., 1024 and more requests
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class StepTimer:
 
     def __init__(self) -> None:
         self._running = 0
-        self._buckets = [Bucket() for _ in range(BUCKETS)]
+        self._buckets = [Bucket() for _ in range(BUCKET_COUNT)]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -42,11 +42,11 @@ class StepTimer:
         finally:
             self._running -= 1
 
-    def step(self, tokens: int, seconds: float) -> None:
+    def record_step(self, tokens: int, seconds: float) -> None:
         """A running request heard so many tokens, so long after those before. Not for its first tokens:
         queueing and prefill are no decoding."""
         running = self._running
-        bucket = self._buckets[min(running.bit_length(), BUCKETS) - 1]
+        bucket = self._buckets[min(running.bit_length(), BUCKET_COUNT) - 1]
         bucket.chunks += 1
         # Every request hears of the same step: with many of them a chunk is a small part of one.
         weight = 1 / min(bucket.chunks, AVERAGING_WINDOW * running)

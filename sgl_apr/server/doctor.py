@@ -20,22 +20,22 @@ from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.server.cpu.kernel import decode_kernel
 from sgl_apr.server.hooks import check_version, has_accelerator
-from sgl_apr.server.kv_join.probe import Ask, Prompt, make_client, send
-from sgl_apr.server.kv_join.selfcheck import IDS, check
+from sgl_apr.server.kv_join.probe import GenerateClient, ProbePrompt, make_client, send_prompts
+from sgl_apr.server.kv_join.selfcheck import PROBE_TOKEN_IDS, check_identities
 from sgl_apr.server.launch.main import WARMUP_GRAMMARS
 from sgl_apr.tokenizer import Tokenizer
 
 GIB = 2**30
-LEAST_MEMORY = 2 * GIB  # a server of a tiny model takes as much on a CPU
-NEEDED = ("torch", "transformers", "llguidance", "lark", "tokenizers", "aiohttp")
-OPTIONAL = {"datasets": "for apr.to_dataset", "opentelemetry-api": "for traces"}
-ENTRIES = {
+MIN_FREE_MEMORY = 2 * GIB  # a server of a tiny model takes as much on a CPU
+REQUIRED_PACKAGES = ("torch", "transformers", "llguidance", "lark", "tokenizers", "aiohttp")
+OPTIONAL_PACKAGES = {"datasets": "for apr.to_dataset", "opentelemetry-api": "for traces"}
+PLUGIN_ENTRY_POINTS = {
     "sglang.srt.plugins": "sgl_apr.server.plugin:activate",
     "sglang.srt.platforms": "sgl_apr.server.plugin:platform",
 }
-OBEYED = re.compile(r"o?|ok[a-z]{0,4}")  # what SMALLEST lets through, cut anywhere
-PREFIX = 48  # tokens that forks share
-TEXT = "If x < y, then <b>\n\u00fc\u4e2d</b>."  # what a tokenizer has to read as it is
+GRAMMAR_OUTPUT = re.compile(r"o?|ok[a-z]{0,4}")  # what SMALLEST lets through, cut anywhere
+PREFIX_TOKENS = 48  # tokens that forks share
+ROUND_TRIP_TEXT = "If x < y, then <b>\n\u00fc\u4e2d</b>."  # what a tokenizer has to read as it is
 
 State = Literal["ok", "missing", "failed"]
 
@@ -53,7 +53,7 @@ class Finding:
     hint: str = ""
 
 
-def healthy(findings: Sequence[Finding]) -> bool:
+def is_healthy(findings: Sequence[Finding]) -> bool:
     """Whether all that is needed works."""
     return all(f.state != "failed" for f in findings)
 
@@ -62,17 +62,17 @@ def _row(name: str, works: object, found: str, hint: str, otherwise: State = "fa
     return Finding(name, "ok", found) if works else Finding(name, otherwise, found, hint)
 
 
-def installation() -> Iterator[Finding]:
+def check_installation() -> Iterator[Finding]:
     """What can be seen without a server."""
     yield Finding("python", "ok", platform.python_version())
     yield _sglang()
-    for name in NEEDED:
+    for name in REQUIRED_PACKAGES:
         found = _version(name)
         yield _row(name, found, found or "not installed", f"pip install {name}")
-    for name, what in OPTIONAL.items():
+    for name, what in OPTIONAL_PACKAGES.items():
         found = _version(name)
         yield _row(name, found, found or "not installed", what, "missing")
-    yield from map(_entry_point, ENTRIES)
+    yield from map(_entry_point, PLUGIN_ENTRY_POINTS)
     yield from _gpu() if has_accelerator() else _cpu()
     yield _memory()
 
@@ -96,7 +96,7 @@ def _sglang() -> Finding:
 
 
 def _entry_point(group: str) -> Finding:
-    wanted = ENTRIES[group]
+    wanted = PLUGIN_ENTRY_POINTS[group]
     names = {e.name for e in entry_points(group=group) if e.value == wanted}
     if not names:
         return Finding(group, "failed", f"no {wanted}: SGLang would not load it", "pip install sgl-apr")
@@ -131,11 +131,11 @@ def _memory() -> Finding:
     import psutil
 
     free = psutil.virtual_memory().available
-    hint = f"a server takes {LEAST_MEMORY / GIB:g} GiB beside its model"
-    return _row("memory", free >= LEAST_MEMORY, f"{free / GIB:.1f} GiB free", hint)
+    hint = f"a server takes {MIN_FREE_MEMORY / GIB:g} GiB beside its model"
+    return _row("memory", free >= MIN_FREE_MEMORY, f"{free / GIB:.1f} GiB free", hint)
 
 
-def serving(url: str, api_key: str | None = None) -> Iterator[Finding]:
+def check_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
     """What a running server can do; it is asked for some hundred tokens."""
     try:
         tokenizer, backend, joins = asyncio.run(_connected(url, api_key))
@@ -168,18 +168,23 @@ def _tried(name: str, work: Callable[[], Finding]) -> Finding:
 
 
 def _reads(tokenizer: Tokenizer) -> Finding:
-    found = tokenizer.decode(tokenizer.encode(TEXT)).strip()
+    found = tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)).strip()
     eos = ", ".join(map(str, sorted(tokenizer.eos_ids)))
     good = f"reads what it has written; a reply ends with {eos or 'no token'}"
-    bad = f"reads {TEXT!r} as {found!r}"
-    return _row("tokenizer", found == TEXT, good if found == TEXT else bad, "a byte-level one is needed")
+    bad = f"reads {ROUND_TRIP_TEXT!r} as {found!r}"
+    return _row(
+        "tokenizer",
+        found == ROUND_TRIP_TEXT,
+        good if found == ROUND_TRIP_TEXT else bad,
+        "a byte-level one is needed",
+    )
 
 
 def _tags(tokenizer: Tokenizer) -> Finding:
     whole = [
         name
         for name in dialect_names()
-        if (tags := dialect(name).tags) and all(tokenizer.special(t) is not None for t in tags)
+        if (tags := dialect(name).tags) and all(tokenizer.special_token_id(t) is not None for t in tags)
     ]
     if not whole:
         return Finding("tags", "missing", "of no dialect as tokens", "they are spelled out; name a dialect=")
@@ -188,24 +193,28 @@ def _tags(tokenizer: Tokenizer) -> Finding:
     return Finding("tags", "ok", f"as tokens: {', '.join(whole)}; {said}")
 
 
-def _obeys(ask: Ask, grammar: str) -> Finding:
+def _obeys(ask: GenerateClient, grammar: str) -> Finding:
     answer = ask({"text": "a", "sampling_params": {"max_new_tokens": 8, "temperature": 1.0, "ebnf": grammar}})
     text = str(answer.get("text"))
-    return _row("grammar", OBEYED.fullmatch(text), f"{grammar} gave {text!r}", "--grammar-backend llguidance")
-
-
-def _reuses(ask: Ask) -> Finding:
-    prefix = tuple(random.choices(IDS, k=PREFIX))
-    send(ask, [Prompt(prefix)], 0)
-    cached = min(r.cached for r in send(ask, [Prompt((*prefix, i)) for i in IDS[:2]], 1))
-    found = f"{cached} of {PREFIX} tokens before a fork are cached"
     return _row(
-        "fork", cached >= PREFIX - 1, found, "serve without --disable-radix-cache, with --page-size 1"
+        "grammar", GRAMMAR_OUTPUT.fullmatch(text), f"{grammar} gave {text!r}", "--grammar-backend llguidance"
     )
 
 
-def _joins(ask: Ask) -> Finding:
-    checks = check(ask)
+def _reuses(ask: GenerateClient) -> Finding:
+    prefix = tuple(random.choices(PROBE_TOKEN_IDS, k=PREFIX_TOKENS))
+    send_prompts(ask, [ProbePrompt(prefix)], 0)
+    cached = min(
+        r.cached for r in send_prompts(ask, [ProbePrompt((*prefix, i)) for i in PROBE_TOKEN_IDS[:2]], 1)
+    )
+    found = f"{cached} of {PREFIX_TOKENS} tokens before a fork are cached"
+    return _row(
+        "fork", cached >= PREFIX_TOKENS - 1, found, "serve without --disable-radix-cache, with --page-size 1"
+    )
+
+
+def _joins(ask: GenerateClient) -> Finding:
+    checks = check_identities(ask)
     missed = [c for c in checks if not c.ok]
     if missed:
         hint = "serve with --radix-cache-backend stock: branches join as text then"

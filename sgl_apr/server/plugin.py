@@ -13,12 +13,12 @@ import secrets
 from importlib import import_module
 from typing import Any
 
-from sgl_apr.engine.sglang_names import CACHE
+from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.constants import BACKEND, CACHE_SECRET_ENV, KV_JOIN_ENV, LAUNCHED_ENV
+from sgl_apr.server.constants import CACHE_SECRET_ENV, CPU_ATTENTION_BACKEND, KV_JOIN_ENV, LAUNCHED_ENV
 from sgl_apr.server.hooks import check_version, has_accelerator, hook_after, hook_around, require_sglang
 
-STOCK = "stock"  # SGLang's own radix cache
+STOCK_CACHE_BACKEND = "stock"  # SGLang's own radix cache
 
 _TOKENIZED = ("obj", "input_text", "input_ids", "input_embeds", "mm_inputs")
 _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
@@ -42,10 +42,10 @@ def activate() -> None:
         check_version()
         if platform() is not None:
             _register_attention()
-            _register_products()
+            _register_padded_matmul()
         _register_cache()
         if os.environ.get(LAUNCHED_ENV):
-            _prepare_masks()
+            _register_mask_slices()
     except LaunchError as error:
         if os.environ.get(LAUNCHED_ENV):
             raise SystemExit(f"sgl-apr: error: {error}") from None
@@ -53,7 +53,7 @@ def activate() -> None:
     activated = True
 
 
-def _prepare_masks() -> None:
+def _register_mask_slices() -> None:
     """Have llguidance prepare for free text as our grammars have it; SGLang's module takes the function from there."""
     from sgl_apr.formats.masks.llguidance import LLGUIDANCE_SLICES
 
@@ -64,17 +64,24 @@ def _prepare_masks() -> None:
 def _register_cache() -> None:
     """The radix cache that joins branches, the positions that go with it, and the door before both."""
     hook_after(
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object", _TOKENIZED, _check
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
+        _TOKENIZED,
+        _validate_layout,
     )
     register = require_sglang(
         "sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"]
     )
-    register(STOCK, require_sglang("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"]))
+    register(
+        STOCK_CACHE_BACKEND,
+        require_sglang("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"]),
+    )
     if os.environ.get(KV_JOIN_ENV) == "0":
         return
     os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(32))
-    register(CACHE, _make_cache)
-    hook_after("sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift)
+    register(RADIX_CACHE_BACKEND, _make_cache)
+    hook_after(
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift_positions
+    )
 
 
 def _make_cache(context: Any) -> Any:
@@ -95,13 +102,13 @@ def _make_cache(context: Any) -> Any:
     return radix_cache.make_cache(context)
 
 
-def _shift(batch: Any, *arguments: Any, **options: Any) -> None:
+def _shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
     from sgl_apr.server.kv_join.radix_cache import shift_positions
 
     shift_positions(batch, *arguments, **options)
 
 
-def _check(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
+def _validate_layout(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
     """In the HTTP process: what SGLang answers a ValueError with is a 400."""
     from sglang.srt.runtime_context import get_memory
 
@@ -109,7 +116,7 @@ def _check(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any
     from sgl_apr.trajectory.join_layout import LayoutError
 
     try:
-        validate_request(obj, request, joins=get_memory().radix_cache_backend == CACHE)
+        validate_request(obj, request, joins=get_memory().radix_cache_backend == RADIX_CACHE_BACKEND)
     except LayoutError as error:
         raise ValueError(f"KV join: {error}") from None
 
@@ -118,17 +125,17 @@ def _register_attention() -> None:
     register = require_sglang(
         "sglang.srt.layers.attention.attention_registry:register_attention_backend", ["name"]
     )
-    require_sglang("sglang.srt.server_args:add_attention_backend_choices")([BACKEND])
-    register(BACKEND)(_make_attention)
+    require_sglang("sglang.srt.server_args:add_attention_backend_choices")([CPU_ATTENTION_BACKEND])
+    register(CPU_ATTENTION_BACKEND)(_make_attention)
 
 
-def _register_products() -> None:
+def _register_padded_matmul() -> None:
     from sgl_apr.server.cpu import padded_matmul
 
     linear = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply"
-    hook_around(linear, ["layer", "x", "bias"], padded_matmul.apply)
+    hook_around(linear, ["layer", "x", "bias"], padded_matmul.padded_linear)
     head = "sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head"
-    hook_around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], padded_matmul.logits)
+    hook_around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], padded_matmul.padded_lm_head)
 
 
 def _make_attention(runner: Any) -> Any:

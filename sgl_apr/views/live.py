@@ -27,7 +27,7 @@ from sgl_apr.runtime.events import (
 from sgl_apr.trajectory.blocks import Outcome
 from sgl_apr.trajectory.spans import Path, Span
 
-STATES: dict[Outcome | None, tuple[str, str]] = {
+OUTCOME_LABELS: dict[Outcome | None, tuple[str, str]] = {
     None: ("running", "blue"),
     "ok": ("done", "green"),
     "eos": ("ended early", "yellow"),
@@ -37,9 +37,9 @@ STATES: dict[Outcome | None, tuple[str, str]] = {
     "failed": ("failed", "red"),
     "malformed": ("left the dialect", "red"),
 }
-TAGS = ("fork", "lead", "header", "result", "tail")  # the layout says what they say
-LEAST = 26  # columns of a branch: enough for its number and any state
-NEAR = 4  # lines of the trunk that stay in view above its branches
+TAG_ROLES = ("fork", "lead", "header", "result", "tail")  # the layout says what they say
+MIN_PANEL_WIDTH = 26  # columns of a branch: enough for its number and any state
+MIN_TRUNK_LINES = 4  # lines of the trunk that stay in view above its branches
 
 
 class LiveView:
@@ -52,30 +52,32 @@ class LiveView:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._heard: deque[Event] = deque()
+        self._events: deque[Event] = deque()
         self._showing = threading.Lock()
         self._trunk = _SequenceView()
         self._done: Done | None = None
 
     def __call__(self, event: Event) -> None:
-        self._heard.append(event)
+        self._events.append(event)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._showing:
-            for _ in range(len(self._heard)):
-                self._take(self._heard.popleft())
-            footer = [_line(self._summary(self._done), options.max_width, "bold")] if self._done else []
+            for _ in range(len(self._events)):
+                self._apply(self._events.popleft())
+            footer = (
+                [_single_line(self._summary(self._done), options.max_width, "bold")] if self._done else []
+            )
             height = (options.height or options.max_height) - 1 - len(footer)
             body = self._body(console, options.max_width, max(1, height))
-        yield from (_line(self._title, options.max_width, "bold"), *body, *footer)
+        yield from (_single_line(self._title, options.max_width, "bold"), *body, *footer)
 
-    def _take(self, event: Event) -> None:
+    def _apply(self, event: Event) -> None:
         match event:
             case Delta(path, text):
                 self._sequence(path).write(text)
             case TextRetracted(path, chars):
                 self._sequence(path).retry(chars)
-            case SpanFinished(_, span) if span.role in TAGS and span.finish != "malformed":
+            case SpanFinished(_, span) if span.role in TAG_ROLES and span.finish != "malformed":
                 self._sequence(span.path).hide(span)
             case Forked(path, branches, first):
                 for k, (number, outline) in enumerate(branches, first):
@@ -102,7 +104,7 @@ class LiveView:
         above = self._trunk.lines(console, width, height, apart)
         if not apart:
             return [*above]
-        grid, taken = _side_by_side(console, apart, width, height - min(NEAR, len(above)))
+        grid, taken = _branch_grid(console, apart, width, height - min(MIN_TRUNK_LINES, len(above)))
         return [*above[max(0, len(above) + taken - height) :], grid]
 
 
@@ -172,19 +174,19 @@ class _SequenceView:
     def _wrapped(self, console: Console, start: int, end: int, width: int, most: int) -> list[Text]:
         """The end of a stretch, as many lines or more. Reading begins in leaps, so that lines stay as they broke."""
         leap = width * most
-        text = _plain(self.read(start + max(0, (end - start) // leap - 1) * leap, end)).strip()
+        text = _printable(self.read(start + max(0, (end - start) // leap - 1) * leap, end)).strip()
         return list(Text(text).wrap(console, width)) if text else []
 
 
-def _side_by_side(
+def _branch_grid(
     console: Console, branches: Sequence[_SequenceView], width: int, height: int
 ) -> tuple[Table, int]:
     """Branches in panels, or in single lines where panels were too low to read; and how high that is."""
-    widest = max(1, width // LEAST)
+    widest = max(1, width // MIN_PANEL_WIDTH)
     rows = ceil(len(branches) / widest)
     columns, high = ceil(len(branches) / rows), height // rows
     cells: list[RenderableType]
-    if high < 4 or width < LEAST:
+    if high < 4 or width < MIN_PANEL_WIDTH:
         columns, high = min(widest, ceil(len(branches) / max(1, height))), 1
         cells = [_row(branch, width // columns - 1) for branch in branches]
     else:
@@ -201,19 +203,19 @@ def _side_by_side(
 
 
 def _panel(branch: _SequenceView, lines: Sequence[Text], inside: int, height: int) -> Panel:
-    state, style = STATES[branch.outcome]
-    title, subtitle = _line(branch.name, inside - 2, "cyan"), Text(state, style)
+    state, style = OUTCOME_LABELS[branch.outcome]
+    title, subtitle = _single_line(branch.name, inside - 2, "cyan"), Text(state, style)
     return Panel(Text("\n").join(lines), title=title, subtitle=subtitle, border_style=style, height=height)
 
 
 def _row(branch: _SequenceView, width: int) -> Text:
     """A branch in one line: its state, and its last words while it runs, its first when it has ended."""
-    state, style = STATES[branch.outcome]
-    name = _line(branch.name, min(width // 3, max(6, width - len(state) - 4)), "cyan")
+    state, style = OUTCOME_LABELS[branch.outcome]
+    name = _single_line(branch.name, min(width // 3, max(6, width - len(state) - 4)), "cyan")
     row = Text.assemble(name, "  ", (state, style), "  ", no_wrap=True)
     room = max(0, width - row.cell_len)
     start = 0 if branch.outcome else branch.size - room
-    row.append_text(_line(branch.read(start, start + 2 * room), room))
+    row.append_text(_single_line(branch.read(start, start + 2 * room), room))
     row.truncate(max(0, width), overflow="ellipsis")
     return row
 
@@ -225,12 +227,12 @@ def _rows(branch: _SequenceView, width: int) -> list[Text]:
     return [_row(branch, width), *below]
 
 
-def _line(text: str, width: int, style: str = "") -> Text:
-    line = Text(" ".join(_plain(text).split()), style, no_wrap=True)
+def _single_line(text: str, width: int, style: str = "") -> Text:
+    line = Text(" ".join(_printable(text).split()), style, no_wrap=True)
     line.truncate(max(0, width), overflow="ellipsis")
     return line
 
 
-def _plain(text: str) -> str:
+def _printable(text: str) -> str:
     """Without control characters, and those that turn the direction of writing."""
     return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgl_apr.views.page_entry import Entry, full_entry, row
+from sgl_apr.views.page_entry import PageEntry, full_entry, list_row
 
-WEB = Path(__file__).parent / "web"
+WEB_DIRECTORY = Path(__file__).parent / "web"
 # Scripts, in the order in which they need one another while they are read.
-PAGE = ["words", "entries", "graph", "list", "detail", "drawing", "timeline", "reader", "plots", "overview", "main"]  # fmt: skip
-LIVE = [*PAGE, "run", "live"]
-SLOT = re.compile(r"{{(\w+)}}")
+PAGE_SCRIPTS = ["words", "entries", "graph", "list", "detail", "drawing", "timeline", "reader", "plots", "overview", "main"]  # fmt: skip
+LIVE_SCRIPTS = [*PAGE_SCRIPTS, "run", "live"]
+PLACEHOLDER = re.compile(r"{{(\w+)}}")
 # What could end a script element, or begin a comment in it; and what is no line break in JSON but was one in scripts.
-ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
-POLICY = {
+JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+SECURITY_POLICY = {
     "default-src": "'none'",
     "img-src": "data:",  # its own icon
     "base-uri": "'none'",
@@ -31,7 +31,7 @@ POLICY = {
 }
 
 
-def render_page(entries: Iterable[Entry], title: str = "Trajectories", facts: str = "") -> str:
+def render_page(entries: Iterable[PageEntry], title: str = "Trajectories", facts: str = "") -> str:
     """A page of trajectories, in their order. It asks no network for anything, and runs no script but its own.
 
     The list is there at once; a trajectory is unpacked when it is selected. Whatever a model wrote is data: in the
@@ -40,19 +40,19 @@ def render_page(entries: Iterable[Entry], title: str = "Trajectories", facts: st
     """
     rows, packed = list[Mapping[str, Any]](), list[str]()
     for entry in entries:
-        rows.append(row(entry))
+        rows.append(list_row(entry))
         packed.append(
-            f'<script type="text/plain" id="t{len(packed)}">{_packed(full_entry(entry.trajectory))}</script>'
+            f'<script type="text/plain" id="t{len(packed)}">{_pack(full_entry(entry.trajectory))}</script>'
         )
-    return _filled(
-        PAGE, {}, title=html.escape(title), facts=html.escape(facts), data="\n".join(packed), index=_index(rows), live=""
+    return _fill_template(
+        PAGE_SCRIPTS, {}, title=html.escape(title), facts=html.escape(facts), data="\n".join(packed), index=_index(rows), live=""
     )  # fmt: skip
 
 
 def render_live_page() -> str:
     """The page that a server serves: it asks that server, and nobody else, for trajectories as they are written."""
-    return _filled(
-        LIVE, {"connect-src": "'self'"},
+    return _fill_template(
+        LIVE_SCRIPTS, {"connect-src": "'self'"},
         title="Live trajectories", facts="", data="", index=_index([]), live=_read("live.html"),
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def safe_json(value: Any) -> str:
     >>> safe_json("</script><!--")
     '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
     """
-    return json.dumps(value, separators=(",", ":")).translate(ESCAPES)
+    return json.dumps(value, separators=(",", ":")).translate(JSON_ESCAPES)
 
 
 def _index(rows: list[Mapping[str, Any]]) -> str:
@@ -72,17 +72,19 @@ def _index(rows: list[Mapping[str, Any]]) -> str:
     return safe_json({"columns": columns, "rows": [list(r.values()) for r in rows]})
 
 
-def _packed(value: Any) -> str:
+def _pack(value: Any) -> str:
     """Deflated, in letters that end nothing."""
     return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)).decode()
 
 
-def _filled(scripts: Sequence[str], policy: Mapping[str, str], **parts: str) -> str:
+def _fill_template(scripts: Sequence[str], policy: Mapping[str, str], **parts: str) -> str:
     """The page with its style and scripts, which are all that its policy lets run, by their hashes."""
     style, script = _read("page.css"), "\n".join(_read(f"{name}.js") for name in scripts)
-    allowed = {**POLICY, "script-src": _hash(script), "style-src": _hash(style), **policy}
+    allowed = {**SECURITY_POLICY, "script-src": _hash(script), "style-src": _hash(style), **policy}
     parts |= {"policy": "; ".join(map(" ".join, allowed.items())), "style": style, "script": script}
-    return SLOT.sub(lambda slot: parts[slot[1]], _read("page.html"))  # in one pass: parts are not looked into
+    return PLACEHOLDER.sub(
+        lambda slot: parts[slot[1]], _read("page.html")
+    )  # in one pass: parts are not looked into
 
 
 def _hash(text: str) -> str:
@@ -90,4 +92,4 @@ def _hash(text: str) -> str:
 
 
 def _read(name: str) -> str:
-    return (WEB / name).read_text(encoding="utf-8")
+    return (WEB_DIRECTORY / name).read_text(encoding="utf-8")

@@ -10,13 +10,13 @@ from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
-LANES = 12  # of a trajectory in the list
-SPAN = [f.name for f in fields(Span) if f.name != "token_ids"]
-CALL = [f.name for f in fields(Call) if f.name not in ("logprobs", "seed")]
+MAX_LIST_LANES = 12  # of a trajectory in the list
+SPAN_FIELDS = [f.name for f in fields(Span) if f.name != "token_ids"]
+CALL_FIELDS = [f.name for f in fields(Call) if f.name not in ("logprobs", "seed")]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class PageEntry:
     """A trajectory and what is known of it besides: None for what nobody judged, or what has no size."""
 
     name: str
@@ -28,7 +28,7 @@ class Entry:
     size: int | None = None
 
 
-def row(entry: Entry) -> dict[str, Any]:
+def list_row(entry: PageEntry) -> dict[str, Any]:
     """The figures that the list is filtered and sorted by, and plots are made of; raises `AprError` where tokens
     are unknown."""
     m = entry.trajectory.metrics()
@@ -83,7 +83,7 @@ def lane_extents(trajectory: Trajectory) -> list[int]:
     for span, weight, end in zip(spans, weights, ends, strict=True):
         low, high = reach.get(lane := _lane(span), (end - weight, end))
         reach[lane] = min(low, end - weight), max(high, end)
-    return [round(100 * x / most) for lane in sorted(reach)[:LANES] for x in reach[lane]]
+    return [round(100 * x / most) for lane in sorted(reach)[:MAX_LIST_LANES] for x in reach[lane]]
 
 
 def _lane(span: Span) -> Path:
@@ -92,9 +92,9 @@ def _lane(span: Span) -> Path:
 
 
 def _span(span: Span) -> dict[str, Any]:
-    return {**{name: getattr(span, name) for name in SPAN}, "tokens": span.tokens}
+    return {**{name: getattr(span, name) for name in SPAN_FIELDS}, "tokens": span.tokens}
 
 
 def _call(call: Call) -> dict[str, Any]:
-    made = {name: getattr(call, name) for name in CALL}
+    made = {name: getattr(call, name) for name in CALL_FIELDS}
     return {**made, "started": round(call.started, 4), "ended": round(call.ended, 4)}

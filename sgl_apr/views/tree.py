@@ -16,8 +16,8 @@ from sgl_apr.trajectory.blocks import Block
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.trajectory import Trajectory
 
-FEW = 4  # shares of the cache that are shown
-MARKS = {
+MAX_CACHE_SHARES = 4  # shares of the cache that are shown
+FINISH_LABELS = {
     "length": "cut at its limit",
     "eos": "ended early",
     "aborted": "cut when enough had ended",
@@ -54,7 +54,7 @@ def _answer_spans(trajectory: Trajectory) -> set[int]:
 def _add_block(root: Tree, block: Block) -> None:
     panels = []
     for branch in block.branches:
-        mark = MARKS.get(branch.finish or "", "")
+        mark = FINISH_LABELS.get(branch.finish or "", "")
         panels.append(
             Panel(
                 Text(branch.text.strip()),
@@ -102,10 +102,10 @@ def render_summary(trajectories: dict[str, Trajectory]) -> Table:
 def _cached(calls: Sequence[Call]) -> str:
     """How much of what branches share came from the cache: of each, or of how many where they are many."""
     found = Counter(f"{c.cached_tokens}/{c.shared_tokens}" for c in calls if c.phase == "branch")
-    if found.total() <= FEW:
+    if found.total() <= MAX_CACHE_SHARES:
         return ", ".join(found.elements())
-    shown = [f"{branches} x {share}" for share, branches in found.most_common(FEW)]
-    return ", ".join(shown) + (", ..." if len(found) > FEW else "")
+    shown = [f"{branches} x {share}" for share, branches in found.most_common(MAX_CACHE_SHARES)]
+    return ", ".join(shown) + (", ..." if len(found) > MAX_CACHE_SHARES else "")
 
 
 def render_report(trajectory: Trajectory, title: str) -> RenderableType:

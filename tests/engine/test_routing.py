@@ -151,7 +151,7 @@ def missed(trajectories: Sequence[apr.Trajectory]) -> list[apr.Call]:
 
 def scattered(patch: pytest.MonkeyPatch) -> None:
     """Every request has a key of its own: the negative control."""
-    patch.setattr(http, "key_of", lambda rid: rid)
+    patch.setattr(http, "routing_key", lambda rid: rid)
 
 
 pytestmark = pytest.mark.timeout(900)

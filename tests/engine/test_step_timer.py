@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestServer
 import sgl_apr as apr
 from sgl_apr.engine import http
 from sgl_apr.engine.base import Load
-from sgl_apr.engine.step_timer import AVERAGING_WINDOW, BUCKETS, StepTimer
+from sgl_apr.engine.step_timer import AVERAGING_WINDOW, BUCKET_COUNT, StepTimer
 from tests.support.fake_sglang_server import TOKENIZER, SglangServer
 
 
@@ -28,7 +28,7 @@ def at(meter: StepTimer, running: int, *chunks: tuple[int, float]) -> None:
         for _ in range(running):
             stack.enter_context(meter.running())
         for tokens, seconds in chunks:
-            meter.step(tokens, seconds)
+            meter.record_step(tokens, seconds)
 
 
 # Measuring
@@ -89,7 +89,7 @@ def test_pairs_ascend_whatever_was_heard():
     for _ in range(300):
         at(meter, int(2 ** rng.uniform(0, 11)), (rng.randint(1, 5), rng.random()))
     centres = [running for running, _ in meter.steps]
-    assert len(centres) == BUCKETS
+    assert len(centres) == BUCKET_COUNT
     assert centres == sorted(set(centres))
 
 

@@ -12,18 +12,18 @@ import pytest
 from sgl_apr.cli.main import main
 from sgl_apr.errors import AprError
 from sgl_apr.server import doctor, hooks
-from sgl_apr.server.doctor import Finding, healthy, installation
+from sgl_apr.server.doctor import Finding, check_installation, is_healthy
 from sgl_apr.server.kv_join.drift import (
-    SAMPLES,
+    BUILTIN_SAMPLES,
     DistributionShift,
-    Measured,
-    Sample,
+    DriftMeasurement,
+    JoinSample,
     divergence,
-    measure,
-    overall,
+    judge_drift,
+    measure_drift,
+    pool_measurements,
+    read_samples,
     sample_from_model,
-    samples,
-    verdict,
 )
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.tokenizer import load_tokenizer
@@ -34,8 +34,8 @@ def by_name(findings) -> dict[str, Finding]:
 
 
 def test_this_installation_is_healthy():
-    found = list(installation())
-    assert healthy(found), [f for f in found if f.state == "failed"]
+    found = list(check_installation())
+    assert is_healthy(found), [f for f in found if f.state == "failed"]
     assert {"sglang", "sglang.srt.plugins", "decode kernel", "memory"} <= by_name(found).keys()
 
 
@@ -44,17 +44,17 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(hooks, "SUPPORTED_SGLANG", "0")
     monkeypatch.setenv("SGLANG_PLUGINS", "others")
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(doctor, "LEAST_MEMORY", 1 << 60)
-    found = by_name(installation())
+    monkeypatch.setattr(doctor, "MIN_FREE_MEMORY", 1 << 60)
+    found = by_name(check_installation())
     for name in ("sglang", "sglang.srt.plugins", "C++ compiler", "memory"):
         assert found[name].state == "failed"
         assert found[name].hint
-    assert not healthy(found.values())
+    assert not is_healthy(found.values())
 
 
 def test_what_is_missing_can_be_done_without():
-    assert healthy([Finding("a", "ok", ""), Finding("b", "missing", "")])
-    assert not healthy([Finding("a", "ok", ""), Finding("b", "failed", "")])
+    assert is_healthy([Finding("a", "ok", ""), Finding("b", "missing", "")])
+    assert not is_healthy([Finding("a", "ok", ""), Finding("b", "failed", "")])
 
 
 def test_no_server_is_a_failure(capsys):
@@ -113,14 +113,14 @@ def test_a_divergence_by_hand():
     ],
 )
 def test_verdicts(kv: DistributionShift, turned: DistributionShift, said: str):
-    assert verdict(kv, turned) == said
+    assert judge_drift(kv, turned) == said
 
 
 def test_every_token_counts_once():
-    found = overall(
+    found = pool_measurements(
         [
-            Measured("a", 1, DistributionShift(4.0, 0.0), DistributionShift(0.0, 1.0)),
-            Measured("b", 3, DistributionShift(0.0, 1.0), DistributionShift(4.0, 0.0)),
+            DriftMeasurement("a", 1, DistributionShift(4.0, 0.0), DistributionShift(0.0, 1.0)),
+            DriftMeasurement("b", 3, DistributionShift(0.0, 1.0), DistributionShift(4.0, 0.0)),
         ]
     )
     assert (found.steps, found.kv, found.reversed) == (
@@ -133,7 +133,7 @@ def test_every_token_counts_once():
 def test_samples_of_a_file(tmp_path: Path):
     path = tmp_path / "samples"
     path.write_text('{"prefix": "p", "branches": ["a", "b"], "header": "h"}\n\n Why is the sky blue? \n')
-    assert samples(path) == [Sample("p", ("a", "b"), "h"), "Why is the sky blue?"]
+    assert read_samples(path) == [JoinSample("p", ("a", "b"), "h"), "Why is the sky blue?"]
 
 
 @pytest.mark.parametrize(
@@ -152,17 +152,17 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str):
     path = tmp_path / "samples"
     path.write_text(text)
     with pytest.raises(AprError, match=message):
-        samples(path)
+        read_samples(path)
     with pytest.raises(AprError, match="cannot read"):
-        samples(tmp_path / "nowhere")
+        read_samples(tmp_path / "nowhere")
 
 
 @pytest.mark.server
 def test_a_join_is_measured(server, capsys):
     assert main(["doctor", "join", "--url", server.url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["samples"]) == len(SAMPLES)
-    assert found["verdict"] == verdict(
+    assert len(found["samples"]) == len(BUILTIN_SAMPLES)
+    assert found["verdict"] == judge_drift(
         DistributionShift(**found["overall"]["kv"]), DistributionShift(**found["overall"]["reversed"])
     )
     assert all(m["kv"]["kl"] > 0 and m["steps"] > 0 for m in found["samples"])
@@ -172,7 +172,9 @@ def test_a_join_is_measured(server, capsys):
 def test_one_branch_that_is_all_is_measured_as_nothing(server):
     """Without a second branch that has tokens of its own, text and cache are the same prompt."""
     tokenizer = load_tokenizer(server_model(server))
-    found = measure(make_client(server.url), tokenizer, Sample("The numbers: ", ("one two three",), " end"))
+    found = measure_drift(
+        make_client(server.url), tokenizer, JoinSample("The numbers: ", ("one two three",), " end")
+    )
     assert found.kv.kl < 1e-6
     assert found.kv.agreement == found.reversed.agreement == 1
 

@@ -146,7 +146,7 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
             options |= {
                 "policy": "first",
                 "min_width": 4,
-                "logit_bias": {str(engine.tokenizer.special("</Thread>")): 4.0},
+                "logit_bias": {str(engine.tokenizer.special_token_id("</Thread>")): 4.0},
             }
         task = asyncio.create_task(apr.areason(engine, f"Q{rng.randrange(20)}: ", "threadweaver", **options))
         if kind == "cancel":

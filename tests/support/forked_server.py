@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from sgl_apr.server.constants import CACHE_SECRET_ENV, LAUNCHED_ENV
-from sgl_apr.server.launch.defaults import ENVIRONMENT
+from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 
 LIMIT = 1 << 20  # bytes of a message
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
@@ -35,7 +35,7 @@ class Nursery:
     def __init__(self) -> None:
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", __file__]
-        environment = ENVIRONMENT | dict(os.environ) | HIDDEN | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
+        environment = SERVER_ENVIRONMENT | dict(os.environ) | HIDDEN | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
         if threads := share():
             environment["OMP_NUM_THREADS"] = str(threads)
         with theirs:

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 import sgl_apr as apr
 from sgl_apr.cli.main import main
 from sgl_apr.evaluation.metrics import AttemptMetrics
-from sgl_apr.evaluation.report_files import count, entries, facts
-from sgl_apr.evaluation.store import evaluated
+from sgl_apr.evaluation.report_files import count_trajectories, describe_evaluations, read_entries
+from sgl_apr.evaluation.store import open_evaluation
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.views.page import render_live_page, render_page, safe_json
-from sgl_apr.views.page_entry import Entry, lane_extents, row
+from sgl_apr.views.page_entry import PageEntry, lane_extents, list_row
 from tests.runtime.test_loop import scripted
 from tests.support.masked_sampler import SampledEngine, masked
 
@@ -65,7 +65,9 @@ def saying(text: str) -> apr.Trajectory:
 
 def evaluation(directory: Path, attempts: dict[str, list[tuple[apr.Trajectory, bool]]]) -> Path:
     """What `sgl-apr eval ... -o directory` writes."""
-    with evaluated(directory, {"task": "countdown", "model": "builtin", "seed": 0, "split": "test"}) as found:
+    with open_evaluation(
+        directory, {"task": "countdown", "model": "builtin", "seed": 0, "split": "test"}
+    ) as found:
         for method, tried in attempts.items():
             for number, (t, right) in enumerate(tried):
                 m = t.metrics()
@@ -119,40 +121,40 @@ class Elements(HTMLParser):
 def test_an_evaluation_is_read(tmp_path: Path):
     t = forked()
     directory = evaluation(tmp_path / "out", {"apr": [(t, True), (t, False)], "sequential": [(t, True)]})
-    found = list(entries([directory]))
-    assert found == list(entries([directory / "run.jsonl"]))
+    found = list(read_entries([directory]))
+    assert found == list(read_entries([directory / "run.jsonl"]))
     assert [(e.name, e.method, e.correct, e.size) for e in found] == [
         ("problem 0", "apr", True, 3),
         ("problem 1", "apr", False, 4),
         ("problem 0", "sequential", True, 3),
     ]
     assert all(e.trajectory == t and e.answer == t.answer == "Done." for e in found)
-    assert facts([directory]) == "countdown, model builtin, split test, seed 0"
-    assert count([directory]) == 3
+    assert describe_evaluations([directory]) == "countdown, model builtin, split test, seed 0"
+    assert count_trajectories([directory]) == 3
 
 
 def test_what_run_many_wrote_is_read(tmp_path: Path):
     made = {"a": forked(), "b": sampled("multiverse")}
     path = many(tmp_path / "many.jsonl", made)
-    assert [(e.name, e.trajectory, e.method) for e in entries([path])] == [
+    assert [(e.name, e.trajectory, e.method) for e in read_entries([path])] == [
         ("a", made["a"], "threadweaver"),
         ("b", made["b"], "multiverse"),
     ]
-    assert (facts([path]), count([path])) == ("", 2)
+    assert (describe_evaluations([path]), count_trajectories([path])) == ("", 2)
 
 
 def test_of_several_files_methods_go_by_both_names(tmp_path: Path):
     t = forked()
     paths = [evaluation(tmp_path / name, {"apr": [(t, True)]}) for name in ("twin", "other")]
     paths.append(many(tmp_path / "more.jsonl", {"x": t}))
-    assert [e.method for e in entries(paths)] == ["twin apr", "other apr", "more threadweaver"]
-    assert count(paths) == 3
+    assert [e.method for e in read_entries(paths)] == ["twin apr", "other apr", "more threadweaver"]
+    assert count_trajectories(paths) == 3
 
 
 def test_half_a_line_at_the_end_is_passed_over(tmp_path: Path):
     path = many(tmp_path / "many.jsonl", {"a": forked()})
     path.write_bytes(path.read_bytes() + b'{"id": "b", "traj')
-    assert ([e.name for e in entries([path])], count([path])) == (["a"], 1)
+    assert ([e.name for e in read_entries([path])], count_trajectories([path])) == (["a"], 1)
 
 
 HEAD = '{"task": "countdown"}\n'
@@ -209,7 +211,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, capsys, argv: list[str]):
 @pytest.mark.parametrize("name", dialect_names())
 def test_figures_are_those_of_the_metrics(name: str):
     t = sampled(name)
-    m, found = t.metrics(), row(Entry("p", t, "method"))
+    m, found = t.metrics(), list_row(PageEntry("p", t, "method"))
     assert found == {
         "name": "p", "method": "method", "label": "", "answer": t.answer, "correct": None, "size": None, "tokens": m.total,
         "critical": m.critical_path, "context": m.longest_context, "inside": m.branch_tokens, "blocks": m.blocks,
@@ -220,7 +222,7 @@ def test_figures_are_those_of_the_metrics(name: str):
 
 def test_all_of_a_trajectory_is_there_but_its_token_ids():
     t = forked()
-    found = Elements(render_page([Entry("p", t)])).packed(0)
+    found = Elements(render_page([PageEntry("p", t)])).packed(0)
     kept = json.loads(t.to_json())
     for span in kept["spans"]:
         span["tokens"] = len(span.pop("token_ids"))
@@ -244,7 +246,7 @@ def test_a_thinghas_the_trunk_and_its_branches():
 
 def test_a_text_without_tokens_is_refused():
     with pytest.raises(apr.AprError, match="read from text"):
-        render_page([Entry("p", apr.dialect("threadweaver").parse("42"))])
+        render_page([PageEntry("p", apr.dialect("threadweaver").parse("42"))])
 
 
 # Hostile texts
@@ -260,8 +262,8 @@ def test_json_ends_no_element(value):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_text_is_data(text: str):
-    benign = render_page([Entry("p", saying("p"), "p", "p", "p", True, 3)], "title")
-    hostile = render_page([Entry(text, saying(text), text, text, text, True, 3)], "title")
+    benign = render_page([PageEntry("p", saying("p"), "p", "p", "p", True, 3)], "title")
+    hostile = render_page([PageEntry(text, saying(text), text, text, text, True, 3)], "title")
     assert Elements(hostile).tags == Elements(benign).tags
     assert Elements(hostile).index()[0]["name"] == text
     assert Elements(hostile).packed(0)["spans"][0]["text"] == text
@@ -270,7 +272,7 @@ def test_a_hostile_text_is_data(text: str):
 
 
 @pytest.mark.parametrize(
-    "made", [render_page([Entry("p", forked())]), render_live_page()], ids=["file", "live"]
+    "made", [render_page([PageEntry("p", forked())]), render_live_page()], ids=["file", "live"]
 )
 def test_the_policy_lets_its_own_script_run_and_nothing_else(made: str):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', made)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.report_files import entries
+from sgl_apr.evaluation.report_files import read_entries
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.views.page import render_page
@@ -55,7 +55,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(source: Path) -> Path:
     out = (source if source.is_dir() else source.parent) / "page.html"
-    out.write_text(render_page(entries([source]), "A report", "of something"))
+    out.write_text(render_page(read_entries([source]), "A report", "of something"))
     return out
 
 

@@ -25,7 +25,7 @@ from sgl_apr.runtime.frontend.expressions import EngineCall, Reason
 from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine
 from sgl_apr.runtime.frontend.program_text import ProgramText
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
-from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens, ledger_of
+from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens, program_tokens
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.tokenizer import Tokenizer
@@ -33,8 +33,8 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
 PROGRAM_SAMPLING_PARAMS = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
-ROUTE = "__apr_route__"
-LOGPROBS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
+ROUTE_VARIABLE = "__apr_route__"
+LOGPROB_PARAMS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
 
 
 class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
@@ -90,7 +90,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         self.support_concate_and_append = False
         # SGLang guesses the template by the model's path; the tokenizer knows better.
         guessed = chat_template_name is None and self.get_chat_template().name == "default"
-        if guessed and self.tokenizer.special("<|im_start|>") is not None:
+        if guessed and self.tokenizer.special_token_id("<|im_start|>") is not None:
             self.chat_template = get_chat_template("chatml")
 
     @property
@@ -172,14 +172,14 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     def route(self, s: StreamExecutor) -> str:
         """The key by which a program and its forks keep to one replica; forks copy variables."""
-        return str(s.variables.setdefault(ROUTE, uuid.uuid4().hex))
+        return str(s.variables.setdefault(ROUTE_VARIABLE, uuid.uuid4().hex))
 
     def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
-        return ledger_of(s.text_, s.variables, self.tokenizer).ids
+        return program_tokens(s.text_, s.variables, self.tokenizer).ids
 
     def _record_answer(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
         """Enter an answer into the ledger; SGLang appends its text to the program afterwards."""
-        ledger = ledger_of(before, s.variables, self.tokenizer)
+        ledger = program_tokens(before, s.variables, self.tokenizer)
         s.variables[TOKENS_VARIABLE] = ledger.with_decoded(
             answer["text"], answer["output_ids"], self.tokenizer
         )
@@ -194,7 +194,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
                 "spaces_between_special_tokens": global_config.spaces_between_special_tokens_in_out,
                 **params.to_srt_kwargs(),
             },
-            **{k: v for k in LOGPROBS if (v := getattr(params, k)) is not None},
+            **{k: v for k in LOGPROB_PARAMS if (v := getattr(params, k)) is not None},
         }
         return body if params.n > 1 else {"rid": _rid(), **body}  # SGLang names the parts of a batch itself
 
@@ -204,7 +204,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     def _branch(self, s: StreamExecutor, call: DecodeCall) -> tuple[str, dict[str, Any]]:
         """A gen inside a native fork: it decodes what the loop asked for, and tells the loop."""
-        known = ledger_of(s.text_, s.variables, self.tokenizer)
+        known = program_tokens(s.text_, s.variables, self.tokenizer)
         context = call.request.input_ids
         if context[: len(known.ids)] == known.ids:
             s.text_ += self.tokenizer.decode(context[len(known.ids) :], known.ids)  # what the loop injected

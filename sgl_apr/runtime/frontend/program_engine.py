@@ -14,7 +14,7 @@ from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.errors import EngineError
-from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens
 from sgl_apr.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ class ProgramEngine:
         return self.server.http.tokenizer
 
     @property
-    def grammar_backend(self) -> Backend:
+    def grammar_backend(self) -> GrammarBackend:
         return self.server.http.grammar_backend
 
     @property

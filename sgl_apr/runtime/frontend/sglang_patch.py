@@ -46,17 +46,17 @@ def patch_frontend() -> None:
     stock_worker = StreamExecutor._thread_worker_func
 
     def get_var(self: Any, name: str) -> Any:
-        if _ours(self) and not _wait_for_variable(self, name):
+        if _raises_errors(self) and not _wait_for_variable(self, name):
             raise self.error_
         return stock_get_var(self, name)
 
     def get_meta_info(self: Any, name: str, timeout: float | None = None) -> Any:
-        if _ours(self) and timeout is None and not _wait_for_variable(self, name):
+        if _raises_errors(self) and timeout is None and not _wait_for_variable(self, name):
             raise self.error_
         return stock_meta(self, name, timeout)
 
     def sync(self: Any) -> None:
-        if not _ours(self):
+        if not _raises_errors(self):
             stock_sync(self)
             return
         tasks = self.queue
@@ -66,18 +66,18 @@ def patch_frontend() -> None:
 
     def text_iter(self: Any, var_name: str | None = None) -> Iterator[str]:
         yield from stock_text_iter(self, var_name)
-        if _ours(self.stream_executor) and self.stream_executor.error_ is not None:
+        if _raises_errors(self.stream_executor) and self.stream_executor.error_ is not None:
             raise self.stream_executor.error_
 
     async def text_async_iter(self: Any, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
         async for piece in stock_async_iter(self, *arguments, **options):
             yield piece
-        if _ours(self.stream_executor) and self.stream_executor.error_ is not None:
+        if _raises_errors(self.stream_executor) and self.stream_executor.error_ is not None:
             raise self.stream_executor.error_
 
     def worker(self: Any) -> None:
         stock_worker(self)
-        if _ours(self) and self.stream_text_event:
+        if _raises_errors(self) and self.stream_text_event:
             self.stream_text_event.set()
 
     StreamExecutor.get_var, StreamExecutor.get_meta_info = get_var, get_meta_info
@@ -86,7 +86,7 @@ def patch_frontend() -> None:
     StreamExecutor._apr_patched = True
 
 
-def _ours(executor: Any) -> bool:
+def _raises_errors(executor: Any) -> bool:
     return bool(executor.use_thread and getattr(executor.backend, "raises_errors", False))
 
 

@@ -24,7 +24,7 @@ class ProgramTokens:
         if not text.startswith(self.text):
             return ProgramTokens().extended_to(text, tokenizer)
         rest = text[len(self.text) :]
-        return ProgramTokens(text, (*self.ids, *tokenizer.encode(rest, first=not self.ids))) if rest else self
+        return ProgramTokens(text, (*self.ids, *tokenizer.encode(rest, add_special_tokens=not self.ids))) if rest else self
 
     def with_decoded(self, text: str, ids: Sequence[int], tokenizer: Tokenizer) -> ProgramTokens:
         """With `ids` decoded behind it, of which the program keeps `text`.
@@ -40,7 +40,7 @@ class ProgramTokens:
         return known.extended_to(self.text + text, tokenizer)
 
 
-def ledger_of(text: str, variables: MutableMapping[str, Any], tokenizer: Tokenizer) -> ProgramTokens:
+def program_tokens(text: str, variables: MutableMapping[str, Any], tokenizer: Tokenizer) -> ProgramTokens:
     """The ledger of a program, brought up to its text and stored with its variables."""
     known = variables.get(TOKENS_VARIABLE)
     ledger = (known if isinstance(known, ProgramTokens) else ProgramTokens()).extended_to(text, tokenizer)

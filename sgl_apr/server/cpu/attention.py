@@ -16,12 +16,19 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from sgl_apr.server.cpu.attention_plan import Group, Plan, Slots, Span, plan_decode, plan_extend
+from sgl_apr.server.cpu.attention_plan import (
+    AttentionPlan,
+    QuerySpan,
+    RowGroup,
+    Slots,
+    plan_decode,
+    plan_extend,
+)
 from sgl_apr.server.cpu.decode_schedule import DecodeSchedule, plan_pieces
 from sgl_apr.server.cpu.kernel import decode_kernel
 
 # "0" in the environment: when decoding, every request reads all of its keys and values by itself.
-SHARED_PREFIX = "SGLANG_APR_SHARED_PREFIX"
+SHARED_PREFIX_ENV = "SGLANG_APR_SHARED_PREFIX"
 
 
 class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
@@ -33,16 +40,16 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
 
     def __init__(self, model_runner: Any, *, share: bool | None = None) -> None:
         super().__init__(model_runner)
-        self._share = os.environ.get(SHARED_PREFIX) != "0" if share is None else share
+        self._share = os.environ.get(SHARED_PREFIX_ENV) != "0" if share is None else share
         # For the current forward pass, and never for another: by then a slot may be another request's.
-        self._pieces: DecodeSchedule | None = None
-        self._plans: dict[int, Plan] = {}  # by number of key heads
-        self._scratch = Scratch()
+        self._schedule: DecodeSchedule | None = None
+        self._plans: dict[int, AttentionPlan] = {}  # by number of key heads
+        self._scratch = GatherBuffer()
         decode_kernel()  # compiled now rather than at the first token
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
-        self._pieces = None
+        self._schedule = None
         self._plans.clear()
 
     def _run_sdpa_forward_decode(
@@ -61,14 +68,14 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
             batch = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
             return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *batch, **options)
         kernel = decode_kernel()
-        if kernel is not None and kernel.takes(query, output, k_cache, v_cache, slots=req_to_token):
+        if kernel is not None and kernel.supports(query, output, k_cache, v_cache, slots=req_to_token):
             scaling = options.get("scaling")
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            if self._pieces is None:
-                self._pieces = plan_pieces(
+            if self._schedule is None:
+                self._schedule = plan_pieces(
                     req_to_token, req_pool_indices, seq_lens.tolist(), share=self._share
                 )
-            return kernel(query, output, k_cache, v_cache, req_to_token, self._pieces, scale)
+            return kernel(query, output, k_cache, v_cache, req_to_token, self._schedule, scale)
         plan = self._plan(
             k_cache,
             lambda heads: plan_decode(
@@ -105,14 +112,14 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         )
         return attend(plan, query, output, k_cache, v_cache, options.get("scaling"), self._scratch)
 
-    def _plan(self, k_cache: torch.Tensor, make: Callable[[int], Plan]) -> Plan:
+    def _plan(self, k_cache: torch.Tensor, make: Callable[[int], AttentionPlan]) -> AttentionPlan:
         heads = k_cache.shape[1]
         if heads not in self._plans:
             self._plans[heads] = make(heads)
         return self._plans[heads]
 
 
-class Scratch:
+class GatherBuffer:
     """Memory for gathered keys or values, kept: the pages of fresh memory cost more than the copy."""
 
     def __init__(self) -> None:
@@ -128,13 +135,13 @@ class Scratch:
 
 
 def attend(
-    plan: Plan,
+    plan: AttentionPlan,
     query: torch.Tensor,
     output: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     scaling: float | None,
-    scratch: Scratch,
+    scratch: GatherBuffer,
 ) -> torch.Tensor:
     """Fills `output` [tokens, heads, v_dim]; `query` [tokens, heads, dim], caches [slots, kv_heads, ...]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -157,7 +164,7 @@ def attend(
 
 
 def _attend_group(
-    group: Group, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scratch: Scratch
+    group: RowGroup, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scratch: GatherBuffer
 ) -> torch.Tensor:
     """`query` [rows, kv_heads, group, dim], scaled; returns the same with the values' dim."""
     rows, heads, size, _ = query.shape
@@ -184,7 +191,7 @@ def _attend_group(
 
 
 def _attend_span(
-    span: Span,
+    span: QuerySpan,
     queries: torch.Tensor,
     outputs: torch.Tensor,
     k_cache: torch.Tensor,

@@ -14,10 +14,10 @@ from typing import TypeAlias
 
 import torch
 
-from sgl_apr.server.cpu.prefix_tree import Node, build_prefix_trees, leaves
+from sgl_apr.server.cpu.prefix_tree import PrefixNode, build_prefix_trees, unshared_rows
 
-SHORT = 16  # an extension of up to so many tokens is taken apart into rows
-BLOCK = 512  # queries per call for longer ones after a prefix: bounds the mask, skips keys to come
+MAX_ROW_TOKENS = 16  # an extension of up to so many tokens is taken apart into rows
+QUERY_BLOCK = 512  # queries per call for longer ones after a prefix: bounds the mask, skips keys to come
 GROUP_COST = 1024  # what one more group costs, in tokens read: sharing or splitting has to save more
 GROUP_TOKENS = 8192  # padded tokens per group, so that what is gathered stays near the cores
 
@@ -27,7 +27,7 @@ Slots: TypeAlias = torch.Tensor | slice
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RowGroup:
     """Rows that are attended at once. Shapes: b rows, p shared slots, m further slots for each row."""
 
     size: int  # b
@@ -38,7 +38,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class QuerySpan:
     """Queries `start` to `stop` of one request, which come after `prefix` cached tokens."""
 
     start: int
@@ -48,62 +48,66 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AttentionPlan:
     """Every query token of a batch is in exactly one group or span; the groups take `rows` in turn."""
 
     rows: torch.Tensor | None  # places in the query tensor; None if that is every token in order
-    groups: tuple[Group, ...]
-    spans: tuple[Span, ...] = ()
+    groups: tuple[RowGroup, ...]
+    spans: tuple[QuerySpan, ...] = ()
 
 
 def plan_decode(
     slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int, *, share: bool = True
-) -> Plan:
+) -> AttentionPlan:
     """`slots` [requests, context] is SGLang's req_to_token, `requests` [b] the batch's places in it.
 
     Without `share` no two requests have a prefix in common.
     """
-    trees = build_prefix_trees(slots, requests, lengths) if share else leaves(lengths)
+    trees = build_prefix_trees(slots, requests, lengths) if share else unshared_rows(lengths)
     order, groups = _groups(slots, requests, lengths, heads, trees)
     in_order = order == list(range(len(lengths)))
-    return Plan(None if in_order else torch.tensor(order), groups)
+    return AttentionPlan(None if in_order else torch.tensor(order), groups)
 
 
 def plan_extend(
     slots: torch.Tensor, requests: torch.Tensor, prefixes: Sequence[int], new: Sequence[int], heads: int
-) -> Plan:
+) -> AttentionPlan:
     """`prefixes` and `new` count the cached and the new tokens of every request."""
-    spans: list[Span] = []
+    spans: list[QuerySpan] = []
     places: list[int] = []
     owners: list[int] = []
     lengths: list[int] = []
     for i, (prefix, count, stop) in enumerate(zip(prefixes, new, accumulate(new), strict=True)):
         start = stop - count
-        if prefix and count <= SHORT:
+        if prefix and count <= MAX_ROW_TOKENS:
             places += range(start, stop)
             owners += [i] * count
             lengths += range(prefix + 1, prefix + count + 1)
             continue
-        for first in range(start, stop, BLOCK if prefix else count) if count else ():
-            last = min(first + BLOCK, stop) if prefix else stop
+        for first in range(start, stop, QUERY_BLOCK if prefix else count) if count else ():
+            last = min(first + QUERY_BLOCK, stop) if prefix else stop
             before = prefix + first - start
-            spans.append(Span(first, last, before, _slots(slots[requests[i], : before + last - first])))
+            spans.append(QuerySpan(first, last, before, _slots(slots[requests[i], : before + last - first])))
     owned = requests[torch.tensor(owners, dtype=torch.long)]
     order, groups = _groups(slots, owned, lengths, heads, build_prefix_trees(slots, owned, lengths))
-    return Plan(torch.tensor([places[row] for row in order], dtype=torch.long), groups, tuple(spans))
+    return AttentionPlan(torch.tensor([places[row] for row in order], dtype=torch.long), groups, tuple(spans))
 
 
 def _groups(
-    slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int, trees: Sequence[Node]
-) -> tuple[list[int], tuple[Group, ...]]:
+    slots: torch.Tensor,
+    requests: torch.Tensor,
+    lengths: Sequence[int],
+    heads: int,
+    trees: Sequence[PrefixNode],
+) -> tuple[list[int], tuple[RowGroup, ...]]:
     """The rows in the order in which the groups take them, and the groups."""
     if not lengths:
         return [], ()
     table = slots[requests, : max(lengths)]
     order: list[int] = []
-    groups: list[Group] = []
+    groups: list[RowGroup] = []
     for family, prefix in _families(trees, lengths):
-        for rows in _alike(family, [lengths[row] - prefix for row in family], GROUP_COST + prefix):
+        for rows in _split_by_length(family, [lengths[row] - prefix for row in family], GROUP_COST + prefix):
             ends = torch.tensor([lengths[row] - prefix for row in rows])
             longest = int(ends.max())
             own = table[rows, prefix : prefix + longest]
@@ -111,7 +115,7 @@ def _groups(
             if padding is not None:  # a stale slot may hold anything, even NaN; the row's own first is sound
                 own = torch.where(padding, own[:, :1], own)
             by_head = own[:, None] * heads + torch.arange(heads, dtype=own.dtype)[:, None]
-            groups.append(Group(len(rows), prefix, _slots(table[rows[0], :prefix]), by_head, padding))
+            groups.append(RowGroup(len(rows), prefix, _slots(table[rows[0], :prefix]), by_head, padding))
             order += rows
     return order, tuple(groups)
 
@@ -122,10 +126,10 @@ def _slots(slots: torch.Tensor) -> Slots:
     return slice(int(slots[0]), int(slots[-1]) + 1)
 
 
-def _families(trees: Sequence[Node], lengths: Sequence[int]) -> list[Family]:
+def _families(trees: Sequence[PrefixNode], lengths: Sequence[int]) -> list[Family]:
     """Cuts the trees so that reading every common prefix once saves most; what shares little comes last."""
 
-    def split(node: Node) -> tuple[int, list[Family], list[int]]:
+    def split(node: PrefixNode) -> tuple[int, list[Family], list[int]]:
         """(tokens saved, families, rows left over)"""
         rows = list(node.rows)
         prefix = min(
@@ -149,7 +153,7 @@ def _families(trees: Sequence[Node], lengths: Sequence[int]) -> list[Family]:
     return families + ([(sorted(alone), 0)] if alone else [])
 
 
-def _alike(rows: list[int], lengths: Sequence[int], cost: int) -> list[list[int]]:
+def _split_by_length(rows: list[int], lengths: Sequence[int], cost: int) -> list[list[int]]:
     """Cuts rows, longest first, where padding would cost more than another group, or a group gets too big."""
     parts: list[list[int]] = []
     longest = waste = 0

@@ -12,10 +12,12 @@ from itertools import accumulate
 
 import torch
 
-from sgl_apr.server.cpu.prefix_tree import Node, build_prefix_trees, leaves
+from sgl_apr.server.cpu.prefix_tree import PrefixNode, build_prefix_trees, unshared_rows
 
-PIECE = 256  # slots in a piece, at most: enough pieces for all cores, and weights that stay near each of them
-SHORTEST = 16  # slots in common that are worth a piece: each of its rows has one more part to merge
+PIECE_SLOTS = (
+    256  # slots in a piece, at most: enough pieces for all cores, and weights that stay near each of them
+)
+MIN_SHARED_SLOTS = 16  # slots in common that are worth a piece: each of its rows has one more part to merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,10 @@ def plan_pieces(
     members: list[int] = []
     parts: list[list[int]] = [[] for _ in lengths]
     count = 0
-    segments = _segments(build_prefix_trees(slots, requests, lengths) if share else leaves(lengths))
+    segments = _segments(build_prefix_trees(slots, requests, lengths) if share else unshared_rows(lengths))
     for rows, start, stop in sorted(segments, key=lambda segment: -len(segment[0])):  # long work first
-        for first in range(start, stop, PIECE):
-            piece = (places[rows[0]], first, min(first + PIECE, stop), len(members), len(rows), count)
+        for first in range(start, stop, PIECE_SLOTS):
+            piece = (places[rows[0]], first, min(first + PIECE_SLOTS, stop), len(members), len(rows), count)
             pieces.append(piece)
             for row in rows:
                 parts[row].append(count)
@@ -56,13 +58,13 @@ def plan_pieces(
     )
 
 
-def _segments(trees: Sequence[Node]) -> list[tuple[tuple[int, ...], int, int]]:
+def _segments(trees: Sequence[PrefixNode]) -> list[tuple[tuple[int, ...], int, int]]:
     """(rows, first, last): what every node adds to its parent; what is too short is added by its children."""
     found = []
     todo = [(node, 0) for node in trees]
     while todo:
         node, known = todo.pop()
-        if node.shared_length - known >= (SHORTEST if node.children else 1):
+        if node.shared_length - known >= (MIN_SHARED_SLOTS if node.children else 1):
             found.append((node.rows, known, node.shared_length))
             known = node.shared_length
         todo += [(child, known) for child in node.children]

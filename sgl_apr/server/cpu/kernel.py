@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_dir
 
-from sgl_apr.server.cpu.decode_schedule import PIECE, DecodeSchedule
+from sgl_apr.server.cpu.decode_schedule import PIECE_SLOTS, DecodeSchedule
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.c")
 # -ffast-math only while compiling: a linker that sees it makes the whole process flush denormals.
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", f"-DPIECE={PIECE}", "-c")
-TIMEOUT = 60.0  # seconds; it takes a fraction of one
+COMPILE_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", f"-DPIECE={PIECE_SLOTS}", "-c")
+COMPILE_TIMEOUT_S = 60.0  # seconds; it takes a fraction of one
 
 
 class DecodeKernel:
@@ -61,7 +61,7 @@ class DecodeKernel:
         return output
 
     @staticmethod
-    def takes(*tensors: torch.Tensor, slots: torch.Tensor) -> bool:
+    def supports(*tensors: torch.Tensor, slots: torch.Tensor) -> bool:
         """Whether these can be read as they lie."""
         flat = all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)
         return flat and slots.dtype == torch.int32 and slots.stride(1) == 1
@@ -71,32 +71,32 @@ class DecodeKernel:
 def decode_kernel() -> DecodeKernel | None:
     """The kernel, or None (and a warning) where no C compiler with OpenMP makes it."""
     try:
-        return DecodeKernel(ctypes.CDLL(str(_built())))
+        return DecodeKernel(ctypes.CDLL(str(_compiled_library())))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("attention runs without its C kernel, which needs a C compiler with OpenMP: %s", error)
         return None
 
 
-def _built() -> Path:
+def _compiled_library() -> Path:
     """The shared library in the user's cache, one for each source and processor."""
     compiler = os.environ.get("CC", "cc")
     processor = platform.machine() + _processor_flags()
     key = hashlib.sha256(
-        SOURCE.read_bytes() + " ".join([compiler, processor, *COMPILE]).encode()
+        SOURCE.read_bytes() + " ".join([compiler, processor, *COMPILE_FLAGS]).encode()
     ).hexdigest()[:16]
     library = Path(user_cache_dir("sgl_apr")) / "kernels" / f"decode-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             part, whole = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
-            _run(compiler, *COMPILE, str(SOURCE), "-o", str(part))
+            _run(compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(part))
             _run(compiler, "-shared", "-fopenmp", str(part), "-o", str(whole), "-lm")
             whole.replace(library)  # whole or not at all, also when two servers start at once
     return library
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
     if done.returncode:
         raise OSError(f"{command[0]}: {done.stderr.strip().splitlines()[-1:]}")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-ROWS = 4
+PADDED_ROWS = 4
 
 
-def apply(
+def padded_linear(
     original: Callable[..., torch.Tensor],
     method: Any,
     layer: torch.nn.Module,
@@ -23,10 +23,10 @@ def apply(
     **options: Any,
 ) -> torch.Tensor:
     """Around `UnquantizedLinearMethod.apply`."""
-    return original(method, layer, padded(x), *arguments, **options)[: len(x)]
+    return original(method, layer, pad_rows(x), *arguments, **options)[: len(x)]
 
 
-def logits(
+def padded_lm_head(
     original: Callable[..., torch.Tensor],
     processor: Any,
     hidden: torch.Tensor,
@@ -34,12 +34,12 @@ def logits(
     **options: Any,
 ) -> torch.Tensor:
     """Around `LogitsProcessor._compute_lm_head`; what is to be written into a buffer stays as it is."""
-    x = hidden if options.get("out") is not None else padded(hidden)
+    x = hidden if options.get("out") is not None else pad_rows(hidden)
     return original(processor, x, *arguments, **options)[: len(hidden)]
 
 
-def padded(x: torch.Tensor) -> torch.Tensor:
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
     """(n, k) as it is, or (4, k) with rows of zeros behind two or three; only where it is in float32."""
-    if x.dim() == 2 and 1 < len(x) < ROWS and x.dtype == torch.float32:
-        return torch.nn.functional.pad(x, (0, 0, 0, ROWS - len(x)))
+    if x.dim() == 2 and 1 < len(x) < PADDED_ROWS and x.dtype == torch.float32:
+        return torch.nn.functional.pad(x, (0, 0, 0, PADDED_ROWS - len(x)))
     return x

@@ -16,7 +16,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class PrefixNode:
     """Rows that agree on their first `common` slots, and on no more; `children` part them, a leaf is one row.
 
     A row that ends where others go on is a leaf among them, with the `common` of its parent.
@@ -24,15 +24,17 @@ class Node:
 
     rows: tuple[int, ...]
     shared_length: int
-    children: tuple[Node, ...] = ()
+    children: tuple[PrefixNode, ...] = ()
 
 
-def leaves(lengths: Sequence[int]) -> list[Node]:
+def unshared_rows(lengths: Sequence[int]) -> list[PrefixNode]:
     """Rows of which none is compared with another."""
-    return [Node((row,), length) for row, length in enumerate(lengths)]
+    return [PrefixNode((row,), length) for row, length in enumerate(lengths)]
 
 
-def build_prefix_trees(slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int]) -> list[Node]:
+def build_prefix_trees(
+    slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int]
+) -> list[PrefixNode]:
     """A tree for each first slot. Row i is the first `lengths[i]` (1 or more) of `slots[requests[i]]`.
 
     `slots` is SGLang's req_to_token, [requests, context] int32 on the CPU. Rows that are sorted lie beside those
@@ -41,14 +43,14 @@ def build_prefix_trees(slots: torch.Tensor, requests: torch.Tensor, lengths: Seq
     table = slots.numpy()
     rows = [table[request, :length] for request, length in zip(requests.tolist(), lengths, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: rows[row].tobytes())
-    stack: list[tuple[int, list[Node]]] = [(0, [])]  # common slots, children so far; innermost last
+    stack: list[tuple[int, list[PrefixNode]]] = [(0, [])]  # common slots, children so far; innermost last
     shared = [_common(rows[row], rows[after]) for row, after in pairwise(order)]
     for row, common in zip(order, [*shared, 0], strict=False):
-        node = Node((row,), lengths[row])
+        node = PrefixNode((row,), lengths[row])
         while stack[-1][0] > common:
             inner, children = stack.pop()
             children.append(node)
-            node = Node(tuple(row for child in children for row in child.rows), inner, tuple(children))
+            node = PrefixNode(tuple(row for child in children for row in child.rows), inner, tuple(children))
         if stack[-1][0] < common:
             stack.append((common, []))
         stack[-1][1].append(node)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from sgl_apr.trajectory.join_layout import Layout, size
+from sgl_apr.trajectory.join_layout import Layout, token_count
 
-RESERVED = "apr:"  # how the names of all trees of joined prompts begin
+NAMESPACE_PREFIX = "apr:"  # how the names of all trees of joined prompts begin
 
 Ranges = tuple[tuple[int, int], ...]  # [first, last) of the flat prompt
 
@@ -51,7 +51,7 @@ def lookup_cost(layout: Layout) -> int:
                 key += item
                 total += key
             else:
-                total += key + sum(size(branch) + walk(branch, key) for branch in item)
+                total += key + sum(token_count(branch) + walk(branch, key) for branch in item)
                 key = 0
         return total
 
@@ -74,7 +74,7 @@ def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes)
             begun, longest = at, 0
             if isinstance(item, int):
                 at += item
-                key = _longer(key, begun, at)
+                key = _append_range(key, begun, at)
                 if item:
                     parts.append(CachedSegment(namespace, key, item))
                 chain += item
@@ -83,7 +83,10 @@ def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes)
                 at, length, _ = walk(branch, at, namespace, key)
                 longest = max(longest, length)
             chain += longest
-            namespace, key = _name(namespace, item, _slice_ranges(ids, key), ids[begun:at], secret), ()
+            namespace, key = (
+                _namespace_after_block(namespace, item, _slice_ranges(ids, key), ids[begun:at], secret),
+                (),
+            )
         return at, chain, namespace
 
     *before, tail = layout
@@ -92,7 +95,7 @@ def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes)
     return ResolvedPrompt(tuple(parts), namespace, tail, chain - end)
 
 
-def _longer(ranges: Ranges, first: int, last: int) -> Ranges:
+def _append_range(ranges: Ranges, first: int, last: int) -> Ranges:
     if ranges and ranges[-1][1] == first:
         return (*ranges[:-1], (ranges[-1][0], last))
     return (*ranges, (first, last))
@@ -106,9 +109,9 @@ def _slice_ranges(ids: array[int], ranges: Ranges) -> array[int]:
     return taken
 
 
-def _name(
+def _namespace_after_block(
     namespace: str | None, block: Sequence[Layout], key: array[int], written: array[int], secret: bytes
 ) -> str:
     """Of the tree behind a block, by where it was forked, how it was written and what."""
     seen = json.dumps([namespace, block, len(key)]).encode() + b"\0" + key.tobytes() + written.tobytes()
-    return RESERVED + blake2b(seen, key=secret, digest_size=24).hexdigest()
+    return NAMESPACE_PREFIX + blake2b(seen, key=secret, digest_size=24).hexdigest()

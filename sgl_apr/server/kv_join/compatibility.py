@@ -12,7 +12,7 @@ from typing import Any
 
 from sgl_apr.server.constants import KV_JOIN_ENV
 
-BACKENDS = frozenset({"apr_cpu", "torch_native", "flashinfer", "triton", "fa3", "fa4"})
+SUPPORTED_ATTENTION_BACKENDS = frozenset({"apr_cpu", "torch_native", "flashinfer", "triton", "fa3", "fa4"})
 
 
 def incompatibility(args: Any, model: Any) -> str | None:
@@ -29,7 +29,7 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "a model that does not generate", not model.is_generation
     yield "an encoder-decoder model", model.is_encoder_decoder
     yield "M-RoPE positions", model.model_is_mrope
-    yield "a model with recurrent state", _recurrent(model)
+    yield "a model with recurrent state", _has_recurrent_state(model)
     yield (
         "a model with a sliding window",
         (model.is_hybrid_swa or model.attention_chunk_size or layers - {"full_attention", "attention"}),
@@ -61,26 +61,26 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "--dllm-algorithm", args.dllm_algorithm
     yield "--enable-nvidia-megakernel", args.enable_nvidia_megakernel
     yield "--kv-canary, which takes positions for places", args.kv_canary != "none"
-    yield "SGLANG_RADIX_FORCE_MISS", _misses()
+    yield "SGLANG_RADIX_FORCE_MISS", _cache_hits_disabled()
     yield f"{KV_JOIN_ENV}=0", os.environ.get(KV_JOIN_ENV) == "0"
-    for backend in _backends(args):
-        yield f"--attention-backend {backend}", backend not in BACKENDS
+    for backend in _attention_backends(args):
+        yield f"--attention-backend {backend}", backend not in SUPPORTED_ATTENTION_BACKENDS
 
 
-def _recurrent(model: Any) -> bool:
+def _has_recurrent_state(model: Any) -> bool:
     from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
     return bool(uses_ssm_state(model))
 
 
-def _backends(args: Any) -> tuple[str, str]:
+def _attention_backends(args: Any) -> tuple[str, str]:
     from sglang.srt.arg_groups.overrides import attention_backends_of
 
     prefill, decode = attention_backends_of(args)
     return prefill, decode
 
 
-def _misses() -> bool:
+def _cache_hits_disabled() -> bool:
     from sglang.srt.environ import envs
 
     return bool(envs.SGLANG_RADIX_FORCE_MISS.get())

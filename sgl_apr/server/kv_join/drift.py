@@ -17,23 +17,30 @@ from statistics import fmean
 from typing import Literal
 
 from sgl_apr.errors import AprError
-from sgl_apr.server.kv_join.probe import Ask, LogprobRow, Prompt, Reply, commit, send
+from sgl_apr.server.kv_join.probe import (
+    GenerateClient,
+    LogprobRow,
+    ProbePrompt,
+    ProbeReply,
+    commit_branches,
+    send_prompts,
+)
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import Layout
 
-STEPS = 16  # tokens of a continuation
-TOP = 200  # the likeliest tokens that a divergence is over; all others count as one
-FLOOR = 0.05  # nats: what is smaller counts as this, since few tokens are looked at
-TOLERATED, BROKEN = 2.0, 10.0  # divergences, in multiples of that of reversed text
-AGREEMENT = 0.1  # by how much less often the likeliest token may be the same
-WRITTEN, IDEAS = 40, 3  # tokens of a branch that the model writes, and how many branches
-SMALLEST = 1e-12  # for a probability that rounding has made 0
+CONTINUATION_TOKENS = 16  # tokens of a continuation
+TOP_TOKENS = 200  # the likeliest tokens that a divergence is over; all others count as one
+MIN_DIVERGENCE = 0.05  # nats: what is smaller counts as this, since few tokens are looked at
+TOLERATED_RATIO, BROKEN_RATIO = 2.0, 10.0  # divergences, in multiples of that of reversed text
+TOLERATED_DISAGREEMENT = 0.1  # by how much less often the likeliest token may be the same
+BRANCH_TOKENS, BRANCH_COUNT = 40, 3  # tokens of a branch that the model writes, and how many branches
+MIN_PROBABILITY = 1e-12  # for a probability that rounding has made 0
 
 Verdict = Literal["tolerates", "is disturbed by", "breaks under"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class JoinSample:
     """What stands before a fork, its branches, and what stands behind the join."""
 
     prefix: str
@@ -41,8 +48,8 @@ class Sample:
     header: str
 
 
-SAMPLES = (
-    Sample(
+BUILTIN_SAMPLES = (
+    JoinSample(
         "Question: What should I know before I get a dog?\n\n",
         (
             "Idea 1: A dog needs time. It wants to be walked two or three times a day, in any weather.\n",
@@ -51,12 +58,12 @@ SAMPLES = (
         ),
         "\nIn short, before you get a dog,",
     ),
-    Sample(
+    JoinSample(
         "Question: Anna has 3 bags with 4 apples each, and Ben has 5 apples. How many apples are there?\n\n",
         ("Part 1: Anna has 3 times 4 apples, which is 12.\n", "Part 2: Ben has 5 apples.\n"),
         "\nTogether they have",
     ),
-    Sample(
+    JoinSample(
         "Compare whales and eagles.\n\n",
         (
             "Whales: They live in the sea, breathe air, and are the largest animals of all.\n",
@@ -64,7 +71,7 @@ SAMPLES = (
         ),
         "\nWhat both have in common is that",
     ),
-    Sample(
+    JoinSample(
         "Question: How can a city have less traffic?\n\n",
         (
             "1. Buses and trains that come often, so that nobody has to wait.\n",
@@ -74,7 +81,7 @@ SAMPLES = (
         ),
         "\nThe most important of these is",
     ),
-    Sample(
+    JoinSample(
         "The detective had two witnesses.\n\n",
         (
             'The gardener said: "I saw a man in a red coat leave the house at nine."\n',
@@ -94,7 +101,7 @@ class DistributionShift:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class DriftMeasurement:
     """Of one sample: what the KV join changes, and what reversed branches change, over `steps` tokens."""
 
     name: str
@@ -103,7 +110,7 @@ class Measured:
     reversed: DistributionShift
 
 
-def samples(path: Path) -> list[Sample | str]:
+def read_samples(path: Path) -> list[JoinSample | str]:
     """Of a file: JSON lines with prefix, branches and header, and lines of text, which are questions.
 
     Raises AprError that names the line.
@@ -118,12 +125,12 @@ def samples(path: Path) -> list[Sample | str]:
     return found
 
 
-def _sample(line: str, where: str) -> Sample | str:
+def _sample(line: str, where: str) -> JoinSample | str:
     if not line.lstrip().startswith("{"):
         return line.strip()
     try:
         data = json.loads(line)
-        sample = Sample(data["prefix"], tuple(data["branches"]), data["header"])
+        sample = JoinSample(data["prefix"], tuple(data["branches"]), data["header"])
     except (ValueError, KeyError, TypeError) as error:
         raise AprError(f'{where}: expected "prefix", "branches" and "header" ({error!r})') from None
     if not all(isinstance(t, str) and t for t in (sample.prefix, sample.header, *sample.branches)):
@@ -133,21 +140,23 @@ def _sample(line: str, where: str) -> Sample | str:
     return sample
 
 
-def sample_from_model(ask: Ask, tokenizer: Tokenizer, question: str) -> Sample:
+def sample_from_model(ask: GenerateClient, tokenizer: Tokenizer, question: str) -> JoinSample:
     """A sample whose branches the served model writes itself, each without seeing the others."""
     prefix = f"Question: {question}\n\n"
-    begun = [f"Idea {k}:" for k in range(1, IDEAS + 1)]
-    prompts = [Prompt(tuple(tokenizer.encode(prefix + b, first=True))) for b in begun]
+    begun = [f"Idea {k}:" for k in range(1, BRANCH_COUNT + 1)]
+    prompts = [ProbePrompt(tuple(tokenizer.encode(prefix + b, add_special_tokens=True))) for b in begun]
     sampling = {"temperature": 0.8, "stop": ["\n"], "ignore_eos": False}
-    replies = send(ask, prompts, WRITTEN, sampling=sampling)
+    replies = send_prompts(ask, prompts, BRANCH_TOKENS, sampling=sampling)
     texts = [tokenizer.decode([t for t in r.tokens if t not in tokenizer.eos_ids]) for r in replies]
     branches = tuple(f"{b}{t.rstrip()}\n" for b, t in zip(begun, texts, strict=True))
-    return Sample(prefix, branches, "\nIn conclusion,")
+    return JoinSample(prefix, branches, "\nIn conclusion,")
 
 
-def measure(ask: Ask, tokenizer: Tokenizer, sample: Sample, steps: int = STEPS) -> Measured:
+def measure_drift(
+    ask: GenerateClient, tokenizer: Tokenizer, sample: JoinSample, steps: int = CONTINUATION_TOKENS
+) -> DriftMeasurement:
     """What KV join and reversed branches do to one sample; raises EngineError where the server does not join."""
-    prefix = tuple(tokenizer.encode(sample.prefix, first=True))
+    prefix = tuple(tokenizer.encode(sample.prefix, add_special_tokens=True))
     branches = [tuple(tokenizer.encode(b)) for b in sample.branches]
     header = tuple(tokenizer.encode(sample.header))
     if not header:
@@ -155,28 +164,28 @@ def measure(ask: Ask, tokenizer: Tokenizer, sample: Sample, steps: int = STEPS) 
     ids, turned = ((*prefix, *(i for b in order for i in b), *header) for order in (branches, branches[::-1]))
     before: Layout = (len(prefix), tuple((len(b),) for b in branches))
 
-    text = send(ask, [Prompt(ids)], steps, top=TOP, sampling={"ignore_eos": False})[0]
-    commit(ask, [Prompt(ids, (*before, len(header)))])
+    text = send_prompts(ask, [ProbePrompt(ids)], steps, top=TOP_TOKENS, sampling={"ignore_eos": False})[0]
+    commit_branches(ask, [ProbePrompt(ids, (*before, len(header)))])
     forced = [text.tokens[:k] for k in range(len(text.tokens))]
-    scored = send(
+    scored = send_prompts(
         ask,
         [
-            *(Prompt(ids + f, (*before, len(header) + len(f))) for f in forced),
-            *(Prompt(turned + f) for f in forced),
+            *(ProbePrompt(ids + f, (*before, len(header) + len(f))) for f in forced),
+            *(ProbePrompt(turned + f) for f in forced),
         ],
         1,
         top=1,
         tokens=[list(row) for row in text.rows] * 2,
     )
 
-    def shift(replies: Sequence[Reply]) -> DistributionShift:
+    def shift(replies: Sequence[ProbeReply]) -> DistributionShift:
         return DistributionShift(
             fmean(divergence(row, r.chosen[0]) for row, r in zip(text.rows, replies, strict=True)),
             fmean(t == r.tokens[0] for t, r in zip(text.tokens, replies, strict=True)),
         )
 
     name = sample.prefix.strip().splitlines()[0]
-    return Measured(name, len(forced), shift(scored[: len(forced)]), shift(scored[len(forced) :]))
+    return DriftMeasurement(name, len(forced), shift(scored[: len(forced)]), shift(scored[len(forced) :]))
 
 
 def divergence(reference: LogprobRow, other: LogprobRow) -> float:
@@ -186,10 +195,10 @@ def divergence(reference: LogprobRow, other: LogprobRow) -> float:
     """
     p, q = [[exp(row[i]) for i in reference] for row in (reference, other)]
     pairs = [*zip(p, q, strict=True), (1 - sum(p), 1 - sum(q))]
-    return max(0.0, sum(a * log(a / max(b, SMALLEST)) for a, b in pairs if a > SMALLEST))
+    return max(0.0, sum(a * log(a / max(b, MIN_PROBABILITY)) for a, b in pairs if a > MIN_PROBABILITY))
 
 
-def overall(measured: Iterable[Measured]) -> Measured:
+def pool_measurements(measured: Iterable[DriftMeasurement]) -> DriftMeasurement:
     """All samples as one, each token counted once."""
     every = list(measured)
     steps = sum(m.steps for m in every)
@@ -201,16 +210,16 @@ def overall(measured: Iterable[Measured]) -> Measured:
             sum(w * s.agreement for w, s in zip(weights, shifts, strict=True)),
         )
 
-    return Measured("all", steps, mean([m.kv for m in every]), mean([m.reversed for m in every]))
+    return DriftMeasurement("all", steps, mean([m.kv for m in every]), mean([m.reversed for m in every]))
 
 
-def verdict(kv: DistributionShift, reversed: DistributionShift) -> Verdict:
+def judge_drift(kv: DistributionShift, reversed: DistributionShift) -> Verdict:
     """A model tolerates KV joins if they change it at most twice as much as reversed branches do, and its likeliest
     tokens at most a tenth more often; it breaks if they change it ten times as much, or half of its likeliest
     tokens that reversed branches leave alone."""
-    times = kv.kl / max(reversed.kl, FLOOR)
-    if times <= TOLERATED and kv.agreement >= reversed.agreement - AGREEMENT:
+    times = kv.kl / max(reversed.kl, MIN_DIVERGENCE)
+    if times <= TOLERATED_RATIO and kv.agreement >= reversed.agreement - TOLERATED_DISAGREEMENT:
         return "tolerates"
-    if times > BROKEN or kv.agreement < reversed.agreement / 2:
+    if times > BROKEN_RATIO or kv.agreement < reversed.agreement / 2:
         return "breaks under"
     return "is disturbed by"

@@ -13,14 +13,16 @@ from sgl_apr.engine.sglang_request import with_layout
 from sgl_apr.errors import EngineError
 from sgl_apr.trajectory.join_layout import Layout, commit_prompts
 
-Ask = Callable[[Mapping[str, Any]], Any]  # one `/generate` request as SGLang defines it, and its JSON answer
+GenerateClient = Callable[
+    [Mapping[str, Any]], Any
+]  # one `/generate` request as SGLang defines it, and its JSON answer
 LogprobRow = Mapping[int, float]  # log-probabilities of a step's likeliest tokens, by token id
 
 TIMEOUT = 600.0  # seconds for one answer
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ProbePrompt:
     """Token ids, flat, and the layout that joins them; without one they stand in a line."""
 
     ids: tuple[int, ...]
@@ -28,7 +30,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ProbeReply:
     """Tokens, the likeliest ones at each step, and how many tokens of the prompt were cached.
 
     `chosen` has, for each step, the log-probabilities of the tokens that were asked for.
@@ -40,7 +42,7 @@ class Reply:
     cached: int
 
 
-def make_client(url: str, api_key: str | None = None) -> Ask:
+def make_client(url: str, api_key: str | None = None) -> GenerateClient:
     """Over HTTP; it raises EngineError for any answer but 200, and where none comes."""
     url, headers = url.rstrip("/"), {"Content-Type": "application/json"}
     if api_key:
@@ -60,15 +62,15 @@ def make_client(url: str, api_key: str | None = None) -> Ask:
     return ask
 
 
-def send(
-    ask: Ask,
-    prompts: Sequence[Prompt],
+def send_prompts(
+    ask: GenerateClient,
+    prompts: Sequence[ProbePrompt],
     new: int,
     *,
     top: int = 10,
     tokens: Sequence[Sequence[int]] | None = None,
     sampling: Mapping[str, Any] | None = None,
-) -> list[Reply]:
+) -> list[ProbeReply]:
     """Replies of `new` tokens, greedy unless `sampling` says otherwise, to all prompts at once.
 
     Each step has its `top` likeliest tokens, and those of `tokens` (one sequence of ids for each prompt).
@@ -90,32 +92,32 @@ def send(
         raise EngineError(f"the server does not answer like SGLang: {error!r}") from error
 
 
-def _reply(answer: Any, new: int) -> Reply:
+def _reply(answer: Any, new: int) -> ProbeReply:
     meta = answer["meta_info"]
     reason = meta["finish_reason"]
     if reason["type"] == "abort":
         raise EngineError(f"the server refused: {reason.get('message')}", reason.get("status_code"))
     if not new:
-        return Reply((), (), (), int(meta["cached_tokens"]))
+        return ProbeReply((), (), (), int(meta["cached_tokens"]))
     top, chosen = meta["output_top_logprobs"], meta.get("output_token_ids_logprobs") or ()
     if not top or len(top) != len(answer["output_ids"]):
         raise ValueError("log-probabilities of every token were asked for")
-    return Reply(tuple(answer["output_ids"]), _rows(top), _rows(chosen), int(meta["cached_tokens"]))
+    return ProbeReply(tuple(answer["output_ids"]), _rows(top), _rows(chosen), int(meta["cached_tokens"]))
 
 
 def _rows(steps: Any) -> tuple[LogprobRow, ...]:
     return tuple({token: logprob for logprob, token, *_ in step} for step in steps)
 
 
-def commit(ask: Ask, prompts: Sequence[Prompt]) -> None:
+def commit_branches(ask: GenerateClient, prompts: Sequence[ProbePrompt]) -> None:
     """Bring the branches of all prompts into the cache, those first that others stand behind."""
-    waves: dict[int, dict[str, Prompt]] = {}
+    waves: dict[int, dict[str, ProbePrompt]] = {}
     for prompt in prompts:
         for ranges, layout in commit_prompts(prompt.layout or ()):
-            one = Prompt(tuple(i for first, last in ranges for i in prompt.ids[first:last]), layout)
+            one = ProbePrompt(tuple(i for first, last in ranges for i in prompt.ids[first:last]), layout)
             waves.setdefault(_blocks(layout or ()), {})[repr(one)] = one
     for _, wave in sorted(waves.items()):
-        send(ask, list(wave.values()), 0)
+        send_prompts(ask, list(wave.values()), 0)
 
 
 def _blocks(layout: Layout) -> int:

@@ -23,7 +23,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sgl_apr.server.constants import CACHE_SECRET_ENV
 from sgl_apr.server.kv_join.cache_keys import ResolvedPrompt, resolve
-from sgl_apr.server.kv_join.validation import has_layout, parse_layout
+from sgl_apr.server.kv_join.validation import has_layout, layout_of_request
 from sgl_apr.trajectory.join_layout import LayoutError
 
 SECRET = bytes.fromhex(os.environ[CACHE_SECRET_ENV])  # names the trees of joined prompts
@@ -58,23 +58,23 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
         if req.to_finish is not None:  # refused before, or aborted while it had to make room for others
             return self._empty_match(req, params.key)
         try:
-            return self._stitch(req, params.key)
+            return self._match_joined(req, params.key)
         except LayoutError as error:
             return self._reject(req, params.key, str(error), HTTPStatus.BAD_REQUEST)
 
-    def _stitch(self, req: Any, key: RadixKey) -> MatchResult:
-        ids, found = key.token_ids, _resolved(req, key.extra_key)
+    def _match_joined(self, req: Any, key: RadixKey) -> MatchResult:
+        ids, found = key.token_ids, _resolve_request(req, key.extra_key)
         parts: list[tuple[Any, int, int]] = []
         for part in found.parts:
             wanted = part.key(ids)
-            match, last = self._match(wanted, part.namespace, key), len(wanted)
+            match, last = self._match_segment(wanted, part.namespace, key), len(wanted)
             if match.device_prefix_len < last:
                 where = f"of {last} tokens up to a part of the prompt {match.device_prefix_len} are cached"
                 return self._reject(req, key, where, HTTPStatus.CONFLICT)
             parts.append((match.last_device_node, last - part.size, last))
         start = len(req.origin_input_ids) - found.tail
         limit = len(ids) if key.limit is None else min(key.limit, len(ids))
-        tail = self._match(ids[start : max(limit, start)], found.namespace, key)
+        tail = self._match_segment(ids[start : max(limit, start)], found.namespace, key)
         node = JoinedPrefix(tuple(parts), tail.last_device_node, str(found.namespace), start, found.offset)
         return MatchResult(
             device_prefix_len=start + tail.device_prefix_len,
@@ -83,7 +83,7 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
             best_match_node=node,
         )
 
-    def _match(self, ids: array[int], namespace: str | None, key: RadixKey) -> MatchResult:
+    def _match_segment(self, ids: array[int], namespace: str | None, key: RadixKey) -> MatchResult:
         return self._match_tree(MatchPrefixParams(key=RadixKey(ids, namespace, cache_salt=key.cache_salt)))
 
     def _reject(self, req: Any, key: RadixKey, why: str, status: HTTPStatus) -> MatchResult:
@@ -95,7 +95,7 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
     def _empty_match(self, req: Any, key: RadixKey) -> MatchResult:
         """For a request that only has to end: it finds nothing, and leaves nothing."""
         req.skip_radix_cache_insert = True
-        return self._match(array("q"), key.extra_key, key)
+        return self._match_segment(array("q"), key.extra_key, key)
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         node = req.last_node
@@ -157,12 +157,12 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
         kv.cache_protected_len = end
 
 
-def _resolved(req: Any, root: str | None) -> ResolvedPrompt:
+def _resolve_request(req: Any, root: str | None) -> ResolvedPrompt:
     """Where the parts of a request are, looked up once: it is matched anew whenever it is scheduled."""
     found: ResolvedPrompt | None = getattr(req, "apr_resolved", None)
     if found is None:
         ids = req.origin_input_ids
-        found = req.apr_resolved = resolve(parse_layout(req, len(ids)), ids, root, SECRET)
+        found = req.apr_resolved = resolve(layout_of_request(req, len(ids)), ids, root, SECRET)
     return found
 
 

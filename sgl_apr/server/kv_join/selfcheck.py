@@ -26,18 +26,28 @@ from math import inf, prod
 from statistics import fmean
 
 from sgl_apr.errors import EngineError, LaunchError
-from sgl_apr.server.kv_join.probe import Ask, LogprobRow, Prompt, Reply, commit, send
-from sgl_apr.trajectory.join_layout import size
+from sgl_apr.server.kv_join.probe import (
+    GenerateClient,
+    LogprobRow,
+    ProbePrompt,
+    ProbeReply,
+    commit_branches,
+    send_prompts,
+)
+from sgl_apr.trajectory.join_layout import token_count
 
 Ids = tuple[int, ...]
 
-IDS = range(128, 256)  # ordinary tokens in any vocabulary
-NEW = 4  # tokens decoded behind a join
-COPIED, STACKS = 16, 3  # tokens of a branch that is copied, and how many such branches
-EXACT, NOISY = 1e-3, 0.5  # nats: what is allowed however exact a server is, and however noisy
-NOISE = 5.0  # what is allowed in between, in multiples of what ordinary prompts differ by
+PROBE_TOKEN_IDS = range(128, 256)  # ordinary tokens in any vocabulary
+DECODED_TOKENS = 4  # tokens decoded behind a join
+COPIED_TOKENS, COPIED_BRANCHES = 16, 3  # tokens of a branch that is copied, and how many such branches
+MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 0.5  # nats: what is allowed however exact a server is, and however noisy
+NOISE_FACTOR = 5.0  # what is allowed in between, in multiples of what ordinary prompts differ by
 CURVATURE_TOLERANCE = 0.25  # for copies: what is allowed of the bend that text has
-LOST, TRIES = 409, 3  # what was committed is gone: others are using the cache; how often it is tried again
+LOST, MAX_TRIES = (
+    409,
+    3,
+)  # what was committed is gone: others are using the cache; how often it is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +77,22 @@ class IdentityCheck:
         return f"{found} (as text {self.text:.2g})" if self.text < inf else found
 
 
-def check(ask: Ask, seed: int | None = None) -> list[IdentityCheck]:
+def check_identities(ask: GenerateClient, seed: int | None = None) -> list[IdentityCheck]:
     """Every identity on the server behind `ask`, by some 50 prompts of at most 65 tokens; nothing is raised
     for one that is missed. `seed` says which tokens are used: those of an earlier check are cached already.
     Raises EngineError where the server refuses to join.
     """
     rng = random.Random(seed)
-    for tries in range(1, TRIES + 1):
+    for tries in range(1, MAX_TRIES + 1):
         try:
-            return _check(ask, rng)
+            return _check_once(ask, rng)
         except EngineError as error:
-            if error.status != LOST or tries == TRIES:
+            if error.status != LOST or tries == MAX_TRIES:
                 raise
     raise AssertionError("unreachable")
 
 
-def assert_joins_correct(ask: Ask) -> None:
+def assert_joins_correct(ask: GenerateClient) -> None:
     """Raises LaunchError, which says how to serve without joins, unless every identity holds, for some tokens at least.
 
     What a server does wrong it does wrong with any tokens. But there are some for which a small model that was trained
@@ -90,8 +100,8 @@ def assert_joins_correct(ask: Ask) -> None:
     """
     missed: dict[str, str] = {}
     try:
-        for tries in range(TRIES):
-            found = {c.name: str(c) for c in check(ask) if not c.ok}
+        for tries in range(MAX_TRIES):
+            found = {c.name: str(c) for c in check_identities(ask) if not c.ok}
             missed = found if tries == 0 else {name: said for name, said in found.items() if name in missed}
             if not missed:
                 return
@@ -103,56 +113,65 @@ def assert_joins_correct(ask: Ask) -> None:
     )
 
 
-def _check(ask: Ask, rng: random.Random) -> list[IdentityCheck]:
+def _check_once(ask: GenerateClient, rng: random.Random) -> list[IdentityCheck]:
     def draw(tokens: int) -> Ids:
-        return tuple(rng.choice(IDS) for _ in range(tokens))
+        return tuple(rng.choice(PROBE_TOKEN_IDS) for _ in range(tokens))
 
     p, a, b, c, d, e, h = map(draw, (8, 7, 3, 2, 4, 2, 3))
-    lines = [Prompt(ids) for ids in (p + a + b + h, p + b + a + h, p + a + h, p + a + c + e + h)]
+    lines = [ProbePrompt(ids) for ids in (p + a + b + h, p + b + a + h, p + a + h, p + a + c + e + h)]
     joins = [
-        Prompt(p + a + b + h, (8, ((7,), (3,)), 3)),
-        Prompt(p + b + a + h, (8, ((3,), (7,)), 3)),
-        Prompt(p + a + b + h, (8, ((7,), (0,), (3,)), 3)),
-        Prompt(p + a + h, (8, ((7,),), 3)),
-        Prompt(p + a + c + e + h, (8, ((7, ((2,),), 2),), 3)),
-        Prompt(p + a + c + d + e + b + h, (8, ((7, ((2,), (4,)), 2), (3,)), 3)),
-        Prompt(p + b + a + d + c + e + h, (8, ((3,), (7, ((4,), (2,)), 2)), 3)),
+        ProbePrompt(p + a + b + h, (8, ((7,), (3,)), 3)),
+        ProbePrompt(p + b + a + h, (8, ((3,), (7,)), 3)),
+        ProbePrompt(p + a + b + h, (8, ((7,), (0,), (3,)), 3)),
+        ProbePrompt(p + a + h, (8, ((7,),), 3)),
+        ProbePrompt(p + a + c + e + h, (8, ((7, ((2,),), 2),), 3)),
+        ProbePrompt(p + a + c + d + e + b + h, (8, ((7, ((2,), (4,)), 2), (3,)), 3)),
+        ProbePrompt(p + b + a + d + c + e + h, (8, ((3,), (7, ((4,), (2,)), 2)), 3)),
     ]
-    fresh = send(ask, lines, NEW)
-    commit(ask, joins)
-    line = send(ask, lines, NEW)
-    joined = send(ask, joins, NEW)
+    fresh = send_prompts(ask, lines, DECODED_TOKENS)
+    commit_branches(ask, joins)
+    line = send_prompts(ask, lines, DECODED_TOKENS)
+    joined = send_prompts(ask, joins, DECODED_TOKENS)
     ab, ba, empty, one, one_nested, nested, nested_ba = joined
-    read = send(ask, [_longer(joins[0], ab.tokens[:k]) for k in range(1, NEW)], 1)
+    read = send_prompts(ask, [_extend_prompt(joins[0], ab.tokens[:k]) for k in range(1, DECODED_TOKENS)], 1)
 
-    noise = max(map(distance, fresh, line))
-    allowed = min(NOISY, max(EXACT, NOISE * noise))
+    noise = max(map(reply_distance, fresh, line))
+    allowed = min(MAX_TOLERANCE, max(MIN_TOLERANCE, NOISE_FACTOR * noise))
     return [
-        IdentityCheck("one branch", max(distance(one, line[2]), distance(one_nested, line[3])), allowed),
-        IdentityCheck("empty branch", distance(empty, ab), allowed),
         IdentityCheck(
-            "order", max(distance(ab, ba), distance(nested, nested_ba)), allowed, distance(*line[:2])
+            "one branch", max(reply_distance(one, line[2]), reply_distance(one_nested, line[3])), allowed
+        ),
+        IdentityCheck("empty branch", reply_distance(empty, ab), allowed),
+        IdentityCheck(
+            "order",
+            max(reply_distance(ab, ba), reply_distance(nested, nested_ba)),
+            allowed,
+            reply_distance(*line[:2]),
         ),
         IdentityCheck(
             "decoding",
             max(mean_logprob_difference(ab.rows[k], r.rows[0]) for k, r in enumerate(read, 1)),
             allowed,
         ),
-        IdentityCheck("reuse", max(map(_again, joins, joined)), 0),
-        _positions(ask, [(draw(COPIED), draw(1)) for _ in range(STACKS)], allowed),
+        IdentityCheck("reuse", max(map(_recomputed_tokens, joins, joined)), 0),
+        _positions(ask, [(draw(COPIED_TOKENS), draw(1)) for _ in range(COPIED_BRANCHES)], allowed),
     ]
 
 
-def _positions(ask: Ask, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> IdentityCheck:
+def _positions(ask: GenerateClient, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> IdentityCheck:
     """On the average of several branches, each with what follows it: a single one may show little."""
-    ordinary = [Prompt(branch + tail) for branch, tail in stacks]
+    ordinary = [ProbePrompt(branch + tail) for branch, tail in stacks]
     more = range(2, 5)
-    text = [Prompt(branch * k + tail) for branch, tail in stacks for k in more]
-    joins = [Prompt(branch * k + tail, (0, ((COPIED,),) * k, 1)) for branch, tail in stacks for k in more]
-    ones = [r.rows[0] for r in send(ask, ordinary, 1)]
-    commit(ask, joins)
+    text = [ProbePrompt(branch * k + tail) for branch, tail in stacks for k in more]
+    joins = [
+        ProbePrompt(branch * k + tail, (0, ((COPIED_TOKENS,),) * k, 1))
+        for branch, tail in stacks
+        for k in more
+    ]
+    ones = [r.rows[0] for r in send_prompts(ask, ordinary, 1)]
+    commit_branches(ask, joins)
     wanted = [list(row) for row in ones for _ in more]
-    rows = [r.chosen[0] for r in send(ask, [*text, *joins], 1, tokens=wanted * 2)]
+    rows = [r.chosen[0] for r in send_prompts(ask, [*text, *joins], 1, tokens=wanted * 2)]
 
     def bend(of: Sequence[LogprobRow]) -> float:
         n = len(more)
@@ -164,7 +183,7 @@ def _positions(ask: Ask, stacks: Sequence[tuple[Ids, Ids]], allowed: float) -> I
     )
 
 
-def distance(one: Reply, two: Reply) -> float:
+def reply_distance(one: ProbeReply, two: ProbeReply) -> float:
     """How far the log-probabilities of two replies are apart, on the average of the steps up to where they part."""
     parted = (k for k, (a, b) in enumerate(zip(one.tokens, two.tokens, strict=False), 1) if a != b)
     steps = slice(next(parted, None))
@@ -189,15 +208,15 @@ def _curvature(one: LogprobRow, two: LogprobRow, three: LogprobRow, four: Logpro
     return fmean(abs(sum(w * nodes[u][i] for u, w in weights.items()) - p) for i, p in two.items())
 
 
-def _again(prompt: Prompt, reply: Reply) -> int:
+def _recomputed_tokens(prompt: ProbePrompt, reply: ProbeReply) -> int:
     """How many tokens before the last join were computed again."""
     assert prompt.layout is not None
     *before, _ = prompt.layout
-    return max(0, size(before) - reply.cached)
+    return max(0, token_count(before) - reply.cached)
 
 
-def _longer(prompt: Prompt, tokens: tuple[int, ...]) -> Prompt:
+def _extend_prompt(prompt: ProbePrompt, tokens: tuple[int, ...]) -> ProbePrompt:
     assert prompt.layout is not None
     *before, run = prompt.layout
     assert isinstance(run, int)
-    return Prompt(prompt.ids + tokens, (*before, run + len(tokens)))
+    return ProbePrompt(prompt.ids + tokens, (*before, run + len(tokens)))

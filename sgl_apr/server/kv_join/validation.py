@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_apr.server.kv_join.cache_keys import RESERVED, lookup_cost
-from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout, LayoutError, parse
+from sgl_apr.server.kv_join.cache_keys import NAMESPACE_PREFIX, lookup_cost
+from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout, LayoutError, parse_layout
 
-MOST_CHARS = 1 << 16  # of the JSON
-MOST_WORK = 1 << 23  # tokens looked at to find all parts of one prompt, in a tenth of a second
+MAX_LAYOUT_CHARS = 1 << 16  # of the JSON
+MAX_LOOKUP_COST = 1 << 23  # tokens looked at to find all parts of one prompt, in a tenth of a second
 
 # Where keys and values depend on more than the ids and the layout, or a prompt is more than its ids. By the
 # names that they have in the HTTP process and in the scheduler.
@@ -34,7 +34,7 @@ def has_layout(request: Any) -> bool:
     return isinstance(params, dict) and LAYOUT_PARAM in params
 
 
-def parse_layout(request: Any, tokens: int) -> Layout:
+def layout_of_request(request: Any, tokens: int) -> Layout:
     """The layout of a request that has one, of a prompt of so many tokens; raises LayoutError."""
     for name, what in UNSUPPORTED_FIELDS.items():
         if getattr(request, name, None) is not None:
@@ -44,12 +44,12 @@ def parse_layout(request: Any, tokens: int) -> Layout:
     if request.return_logprob and 0 <= request.logprob_start_len < tokens:
         raise LayoutError("a joined prompt is not computed again: expected no log-probabilities of it")
     text = request.sampling_params.custom_params[LAYOUT_PARAM]
-    if not isinstance(text, str) or len(text) > MOST_CHARS:
-        raise LayoutError(f"expected the layout as JSON in a string of at most {MOST_CHARS} characters")
-    layout = parse(text, tokens)
-    if (found := lookup_cost(layout)) > MOST_WORK:
+    if not isinstance(text, str) or len(text) > MAX_LAYOUT_CHARS:
+        raise LayoutError(f"expected the layout as JSON in a string of at most {MAX_LAYOUT_CHARS} characters")
+    layout = parse_layout(text, tokens)
+    if (found := lookup_cost(layout)) > MAX_LOOKUP_COST:
         raise LayoutError(
-            f"branches and what is before each have {found} tokens, expected at most {MOST_WORK}"
+            f"branches and what is before each have {found} tokens, expected at most {MAX_LOOKUP_COST}"
         )
     return layout
 
@@ -59,8 +59,8 @@ def validate_request(asked: Any, request: Any, joins: bool) -> None:
 
     `joins` is whether the server has the cache that joins.
     """
-    if (getattr(request, "extra_key", None) or "").startswith(RESERVED):
-        raise LayoutError(f"extra_key cannot begin with {RESERVED!r}")
+    if (getattr(request, "extra_key", None) or "").startswith(NAMESPACE_PREFIX):
+        raise LayoutError(f"extra_key cannot begin with {NAMESPACE_PREFIX!r}")
     params = request.sampling_params.custom_params
     if params is not None and not isinstance(params, dict):
         raise LayoutError("expected custom_params to be an object")
@@ -72,4 +72,4 @@ def validate_request(asked: Any, request: Any, joins: bool) -> None:
         raise LayoutError("a layout counts token ids: expected input_ids instead of text")
     if asked.contains_mm_input():
         raise LayoutError("a joined prompt cannot have images, video or audio")
-    parse_layout(request, len(request.input_ids))
+    layout_of_request(request, len(request.input_ids))

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from sgl_apr.engine.sglang_names import CACHE
+from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.kv_join.compatibility import incompatibility
-from sgl_apr.server.launch.defaults import DEFAULT_POOL_TOKENS, defaults, pool_tokens
+from sgl_apr.server.launch.defaults import DEFAULT_POOL_TOKENS, default_flags, pool_tokens
 from sgl_apr.server.launch.preflight import local_config
 from sgl_apr.server.launch.usage import UsageError
 
@@ -49,13 +49,15 @@ def server_args(argv: list[str]) -> Any:
     accelerator = has_accelerator()
     if not accelerator and type(current_platform).__name__ != "TorchCpuPlatform":
         raise LaunchError(f"SGLang runs on {current_platform!r} instead of the CPU platform of sgl-apr")
-    config = _config(wanted.model_path, wanted.revision)
-    tokens = DEFAULT_POOL_TOKENS if accelerator else _affordable_tokens(config)
-    given = [*defaults(accelerator=accelerator, max_tokens=tokens, config=config), *merged]
+    config = _read_model_config(wanted.model_path, wanted.revision)
+    tokens = DEFAULT_POOL_TOKENS if accelerator else _affordable_pool_tokens(config)
+    given = [*default_flags(accelerator=accelerator, max_tokens=tokens, config=config), *merged]
     args = prepare_server_args(given)
     args.resolve_once()
     cache = wanted.radix_cache_backend
-    if cache in (None, CACHE) and (what := incompatibility(resolving_view(args), model_config_of(args))):
+    if cache in (None, RADIX_CACHE_BACKEND) and (
+        what := incompatibility(resolving_view(args), model_config_of(args))
+    ):
         if cache:
             raise UsageError(f"--radix-cache-backend {cache} does not work with {what}")
         print(
@@ -63,7 +65,7 @@ def server_args(argv: list[str]) -> Any:
             file=sys.stderr,
         )
     elif cache is None:
-        args = prepare_server_args([*given, "--radix-cache-backend", CACHE])
+        args = prepare_server_args([*given, "--radix-cache-backend", RADIX_CACHE_BACKEND])
         args.resolve_once()
     view = resolving_view(args)
     for flag, refused in (
@@ -78,14 +80,14 @@ def server_args(argv: list[str]) -> Any:
     return args
 
 
-def _config(model: str, revision: str | None) -> dict[str, Any]:
+def _read_model_config(model: str, revision: str | None) -> dict[str, Any]:
     """What config.json of a model says, as far as it is on this machine."""
     path = local_config(model, revision or "main")
     found: dict[str, Any] = {} if path is None else json.loads(path.read_text())
     return found
 
 
-def _affordable_tokens(config: Mapping[str, Any]) -> int:
+def _affordable_pool_tokens(config: Mapping[str, Any]) -> int:
     import psutil
 
     return pool_tokens(config, psutil.virtual_memory().available)

@@ -15,15 +15,15 @@ DEFAULT_POOL_TOKENS = (
 
 # Threads that wait for each other spin for microseconds instead of milliseconds. On a free machine that costs
 # nothing; where anything else runs, a spinning thread keeps the one it waits for from running (60x slower).
-ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+SERVER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 # lpm: a branch whose prefix is cached goes first, and of several with the same uncached prefix one prefills.
-COMMON = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
-GPU = {"--attention-backend": "flashinfer", "--page-size": "1"}
+COMMON_FLAGS = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
+GPU_FLAGS = {"--attention-backend": "flashinfer", "--page-size": "1"}
 FLASHINFER_HEAD_DIM_MULTIPLE = (
     64  # flashinfer's prefill has heads of a multiple of so many dimensions; Triton's has any
 )
-CPU = {
+CPU_FLAGS = {
     "--device": "cpu",
     "--attention-backend": "apr_cpu",
     "--sampling-backend": "pytorch",
@@ -34,11 +34,11 @@ CPU = {
 }
 
 
-def defaults(
+def default_flags(
     *, accelerator: bool, max_tokens: int = DEFAULT_POOL_TOKENS, config: Mapping[str, Any] | None = None
 ) -> list[str]:
     """The flags to put before the user's. `config` is the model's config.json, where it is known."""
-    flags = COMMON | (GPU if accelerator else CPU | {"--max-total-tokens": str(max_tokens)})
+    flags = COMMON_FLAGS | (GPU_FLAGS if accelerator else CPU_FLAGS | {"--max-total-tokens": str(max_tokens)})
     if (
         accelerator
         and (head_dim(config or {}) or FLASHINFER_HEAD_DIM_MULTIPLE) % FLASHINFER_HEAD_DIM_MULTIPLE

@@ -18,8 +18,8 @@ from sgl_apr.server.launch.defaults import as_flags
 from sgl_apr.server.launch.process import ServerProcess
 from sgl_apr.server.launch.usage import UsageError
 
-TIMEOUT = 1800.0  # seconds until ready: a large model may be downloaded and loaded in that time
-REPORT_EVERY = 30.0
+STARTUP_TIMEOUT_S = 1800.0  # seconds until ready: a large model may be downloaded and loaded in that time
+PROGRESS_INTERVAL_S = 30.0
 
 HELP = """\
 usage: sgl-apr serve --model MODEL [any flag of SGLang's server]
@@ -71,7 +71,7 @@ class Server:
         port: int | None = None,
         *,
         log_path: Path | None = None,
-        startup_timeout: float = TIMEOUT,
+        startup_timeout: float = STARTUP_TIMEOUT_S,
         **sglang_flags: object,
     ) -> None:
         host = str(sglang_flags.get("host", "127.0.0.1"))
@@ -95,8 +95,8 @@ class Server:
 
     def start(self) -> Self:
         """Blocks until the server is ready; raises LaunchError, and leaves nothing behind then."""
-        wanted = preflight.read(self._argv)
-        environment = preflight.check(wanted)
+        wanted = preflight.read_arguments(self._argv)
+        environment = preflight.check_launch(wanted)
         held, log = preflight.reserve_port(wanted), self._open_log()
         process = ServerProcess(self._argv, environment, log, self.popen)
         self._running = process, log
@@ -158,13 +158,13 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
-    wanted = preflight.read(argv)
-    environment = preflight.check(wanted)
+    wanted = preflight.read_arguments(argv)
+    environment = preflight.check_launch(wanted)
     held = preflight.reserve_port(wanted)
     process = ServerProcess(argv, environment, log)
     try:
         with held:
-            ready = process.wait_ready(TIMEOUT)
+            ready = process.wait_ready(STARTUP_TIMEOUT_S)
         model = wanted.model or "of the configuration file"
         line = f"sgl-apr ready: {ready.url} (model {model}, {ready.device}, {ready.attention})"
         print(line, flush=True)
@@ -188,9 +188,9 @@ class _Progress:
 
     def __init__(self, log: str) -> None:
         self._log = log
-        self._next = REPORT_EVERY
+        self._next = PROGRESS_INTERVAL_S
 
     def __call__(self, waited: float) -> None:
         if waited >= self._next:
-            self._next += REPORT_EVERY
+            self._next += PROGRESS_INTERVAL_S
             print(f"sgl-apr: the server is starting, {waited:.0f} s (log: {self._log})", file=sys.stderr)

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from sgl_apr.engine.sglang_names import CACHE
+from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.api.limits import RequestLimits, read_caps
 from sgl_apr.server.hooks import has_accelerator
@@ -47,7 +47,10 @@ def main(argv: list[str]) -> None:
     def ready() -> None:
         try:
             _warm_up(args)
-            if resolving_view(args).radix_cache_backend == CACHE and not args.skip_server_warmup:
+            if (
+                resolving_view(args).radix_cache_backend == RADIX_CACHE_BACKEND
+                and not args.skip_server_warmup
+            ):
                 assert_joins_correct(make_client(args.url(), args.api_key))
         except LaunchError as error:
             _notify_launcher(launcher, error=str(error), usage=False)

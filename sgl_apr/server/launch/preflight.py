@@ -15,7 +15,7 @@ from sgl_apr.errors import LaunchError
 from sgl_apr.server.hooks import check_version
 from sgl_apr.server.launch.usage import UsageError
 
-TIMEOUT = 5.0  # seconds for the hub to answer
+HUB_TIMEOUT_S = 5.0  # seconds for the hub to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class LaunchRequest:
     port: int
 
 
-def read(argv: Sequence[str]) -> LaunchRequest:
+def read_arguments(argv: Sequence[str]) -> LaunchRequest:
     """Raises UsageError; flags that are not needed here are left to SGLang."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--model-path", "--model")
@@ -45,7 +45,7 @@ def read(argv: Sequence[str]) -> LaunchRequest:
     return LaunchRequest(found.model_path, found.revision, found.host, found.port)
 
 
-def check(wanted: LaunchRequest) -> dict[str, str]:
+def check_launch(wanted: LaunchRequest) -> dict[str, str]:
     """Raises LaunchError where a launch would fail; returns what the server's environment needs."""
     check_version()
     reserve_port(wanted).close()
@@ -103,7 +103,7 @@ def _check_model(model: str, revision: str) -> dict[str, str]:
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise LaunchError("HF_HUB_OFFLINE is set")
-        _ask_hub(model, revision)
+        _check_hub(model, revision)
     except LaunchError as error:
         if not cached:
             raise LaunchError(f"no model {model}: no such directory, not in the cache, and {error}") from None
@@ -111,7 +111,7 @@ def _check_model(model: str, revision: str) -> dict[str, str]:
     return {}
 
 
-def _ask_hub(model: str, revision: str) -> None:
+def _check_hub(model: str, revision: str) -> None:
     from huggingface_hub import get_token
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -119,7 +119,7 @@ def _ask_hub(model: str, revision: str) -> None:
     if token := get_token():
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        urllib.request.urlopen(request, timeout=TIMEOUT).close()
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         raise LaunchError(f"{endpoint} answers {error.code} {error.reason}") from error
     except OSError as error:

@@ -23,19 +23,22 @@ from typing import Any, BinaryIO
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.constants import LAUNCHED_ENV
-from sgl_apr.server.launch.defaults import ENVIRONMENT
+from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 from sgl_apr.server.launch.usage import UsageError
 
-GRACE = 15.0  # seconds to stop in, before everything is killed
-TAIL = 500  # lines kept for an error message
+STOP_GRACE_S = 15.0  # seconds to stop in, before everything is killed
+LOG_TAIL_LINES = 500  # lines kept for an error message
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b.*")
-_OWN = re.compile(r"sgl-apr: error: (.*)")
+_OWN_ERROR = re.compile(r"sgl-apr: error: (.*)")
 _BIND_ERROR = re.compile(r"^.*ERROR: +(\[Errno \d+\] error while attempting to bind .*)")
-_ECHO = ("Rank 0 scheduler", "EOFError")  # how the parent words the death of the child that knew why
+_SECONDARY_ERRORS = (
+    "Rank 0 scheduler",
+    "EOFError",
+)  # how the parent words the death of the child that knew why
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class ReadyMessage:
     """What the server said when it was ready."""
 
     url: str
@@ -62,13 +65,13 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=ENVIRONMENT
+                env=SERVER_ENVIRONMENT
                 | dict(os.environ)
                 | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
                 | dict(environment),
             )
-        self._lines: deque[str] = deque(maxlen=TAIL)
-        self._deaf = ""
+        self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self._bind_failure = ""
         self._pump = threading.Thread(target=self._copy_output, args=(sink,), daemon=True)
         self._pump.start()
 
@@ -76,7 +79,9 @@ class ServerProcess:
     def pid(self) -> int:
         return self._child.pid
 
-    def wait_ready(self, timeout: float, on_wait: Callable[[float], None] = lambda seconds: None) -> Ready:
+    def wait_ready(
+        self, timeout: float, on_wait: Callable[[float], None] = lambda seconds: None
+    ) -> ReadyMessage:
         """Blocks until the server serves. LaunchError says why it does not; `on_wait` is told of the time."""
         start, received = time.monotonic(), b""
         self._link.settimeout(1.0)
@@ -86,8 +91,8 @@ class ServerProcess:
             try:
                 chunk = self._link.recv(65536)
             except TimeoutError:
-                if self._deaf:
-                    raise LaunchError(self._deaf) from None
+                if self._bind_failure:
+                    raise LaunchError(self._bind_failure) from None
                 on_wait(waited)
                 continue
             if not chunk:
@@ -96,14 +101,14 @@ class ServerProcess:
         message = json.loads(received)
         if "error" in message:
             raise (UsageError if message["usage"] else LaunchError)(message["error"])
-        return Ready(**message)
+        return ReadyMessage(**message)
 
     def wait(self) -> str:
         """Blocks until the server is gone, and says why as far as it is known."""
         self._child.wait()
         return self._exit_reason()
 
-    def stop(self, grace: float = GRACE) -> None:
+    def stop(self, grace: float = STOP_GRACE_S) -> None:
         """Asks the server to stop, kills what is left after `grace` seconds, and leaves nothing behind."""
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             self._child.send_signal(signal.SIGTERM)
@@ -126,7 +131,7 @@ class ServerProcess:
             if found := _BIND_ERROR.search(
                 text
             ):  # it does not end then: its warm-up asks whoever listens there
-                self._deaf = f"the server cannot listen: {found[1]}"
+                self._bind_failure = f"the server cannot listen: {found[1]}"
             with contextlib.suppress(OSError, ValueError):  # a closed sink must not block the server
                 sink.write(line)
                 sink.flush()
@@ -140,8 +145,8 @@ class ServerProcess:
 def failure_reason(lines: Sequence[str]) -> str | None:
     """The line of a log that says best why a process died: our own word for it, or the last exception."""
     for line in reversed(lines):
-        if found := _OWN.search(line):
+        if found := _OWN_ERROR.search(line):
             return found[1]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
-    telling = [line for line in exceptions if not any(echo in line for echo in _ECHO)]
+    telling = [line for line in exceptions if not any(echo in line for echo in _SECONDARY_ERRORS)]
     return next(reversed(telling or exceptions), None)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from sgl_apr.server.cpu.attention_plan import SHORT, plan_decode, plan_extend
-from sgl_apr.server.cpu.decode_schedule import PIECE, SHORTEST, plan_pieces
+from sgl_apr.server.cpu.attention_plan import MAX_ROW_TOKENS, plan_decode, plan_extend
+from sgl_apr.server.cpu.decode_schedule import MIN_SHARED_SLOTS, PIECE_SLOTS, plan_pieces
 
 HEADS = [(9, 3, 64), (4, 4, 16), (4, 2, 32), (8, 1, 8), (5, 1, 20)]
 
@@ -121,7 +121,7 @@ def test_decode(way, lengths, shared, heads):
         ((700,), (100,), (0,)),
         ((602, 601, 640), (600, 600, 600), (0, 600, 600)),
         ((20, 300, 3, 800), (0, 290, 2, 770), (0, 0, 0, 0)),
-        ((600, 600), (599 - SHORT, 600 - SHORT), (0, 500)),
+        ((600, 600), (599 - MAX_ROW_TOKENS, 600 - MAX_ROW_TOKENS), (0, 500)),
     ],
 )
 def test_extend(lengths, prefixes, shared, heads):
@@ -178,7 +178,7 @@ def test_plan_finds_forks_below_a_common_system_prompt():
     assert sorted(group.prefix for group in plan.groups) == [900, 900]
 
 
-@pytest.mark.parametrize("new", [1, SHORT, SHORT + 1, 1300])
+@pytest.mark.parametrize("new", [1, MAX_ROW_TOKENS, MAX_ROW_TOKENS + 1, 1300])
 def test_plan_covers_every_token_once(new):
     table = torch.arange(3 * 2000, dtype=torch.int32).view(3, 2000)
     plan = plan_extend(table, torch.arange(3), [0, 500, 7], [new, new, 2], heads=2)
@@ -219,8 +219,12 @@ FORKS = {
     "a chain, as ahead of a trunk that goes on": Forks(
         ((0, 0, 200), *[(i, 150 + 20 * i, 30) for i in range(7)])
     ),
-    "in common less than is worth it": Forks(((0, 0, 40), (0, SHORTEST - 1, 20), (1, SHORTEST + 3, 20))),
-    "a piece to the slot": Forks(((0, 0, PIECE), (0, PIECE - 1, 1), (0, PIECE - 1, PIECE + 1))),
+    "in common less than is worth it": Forks(
+        ((0, 0, 40), (0, MIN_SHARED_SLOTS - 1, 20), (1, MIN_SHARED_SLOTS + 3, 20))
+    ),
+    "a piece to the slot": Forks(
+        ((0, 0, PIECE_SLOTS), (0, PIECE_SLOTS - 1, 1), (0, PIECE_SLOTS - 1, PIECE_SLOTS + 1))
+    ),
     "one ends where others go on": Forks(((0, 0, 300), (0, 300, 1), (0, 300, 40))),
 }
 
@@ -316,7 +320,7 @@ def test_pieces_cover_every_slot_of_every_row_once(share, forks):
     work = plan_pieces(table, torch.arange(len(rows)), [len(row) for row in rows], share=share)
     parts = {}
     for request, first, last, member, size, part in work.pieces.tolist():
-        assert 0 < last - first <= PIECE
+        assert 0 < last - first <= PIECE_SLOTS
         for i, row in enumerate(work.members[member : member + size].tolist()):
             parts[part + i] = row, (first, last)
             assert rows[row][first:last] == rows[request][first:last]
@@ -332,13 +336,13 @@ def read(forks: Forks, **options) -> int:
     """How many slots a step reads."""
     pool = Pool(2000, (4, 2, 32), **options)
     pool.decode(forks.rows)
-    return sum(last - first for _, first, last, *_ in pool.backend._pieces.pieces.tolist())
+    return sum(last - first for _, first, last, *_ in pool.backend._schedule.pieces.tolist())
 
 
 def test_nested_forks_are_read_once_at_every_level(monkeypatch):
     forks = FORKS["nested"]
     alone, once = sum(map(len, forks.rows)), len({slot for row in forks.rows for slot in row})
-    assert once < read(forks) < once + SHORTEST * len(forks.rows)
+    assert once < read(forks) < once + MIN_SHARED_SLOTS * len(forks.rows)
     assert read(forks, share=False) == alone
     monkeypatch.setenv("SGLANG_APR_SHARED_PREFIX", "0")
     assert read(forks) == alone

@@ -41,13 +41,13 @@ def test_it_is_the_product(rows: int):
         return linear(x, layer.weight, bias)
 
     bias = torch.randn(6)
-    found = padded_matmul.apply(original, None, layer, x, bias)
+    found = padded_matmul.padded_linear(original, None, layer, x, bias)
     torch.testing.assert_close(found, linear(x, layer.weight, bias))
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 1, 3), torch.ones(3)])
 def test_what_it_leaves_alone(x: torch.Tensor):
-    assert padded_matmul.padded(x) is x
+    assert padded_matmul.pad_rows(x) is x
 
 
 def test_a_buffer_is_written_into():
@@ -56,7 +56,7 @@ def test_a_buffer_is_written_into():
     def original(_, hidden, head, *, out):
         return out.copy_(hidden)
 
-    assert padded_matmul.logits(original, None, x, None, out=out).data_ptr() == out.data_ptr()
+    assert padded_matmul.padded_lm_head(original, None, x, None, out=out).data_ptr() == out.data_ptr()
     assert out.tolist() == x.tolist()
 
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_apr.server.cpu.prefix_tree import Node, build_prefix_trees, leaves
+from sgl_apr.server.cpu.prefix_tree import PrefixNode, build_prefix_trees, unshared_rows
 
 ROWS = st.lists(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 2), min_size=1, max_size=6), max_size=8)
 
 
-def trees_of(rows: list[list[int]]) -> list[Node]:
+def trees_of(rows: list[list[int]]) -> list[PrefixNode]:
     table = torch.full((len(rows), 8), 7, dtype=torch.int32)  # what is behind a row's end is the same for all
     for i, row in enumerate(rows):
         table[len(rows) - 1 - i, : len(row)] = torch.tensor(row)
@@ -28,7 +28,7 @@ def in_common(left: list[int], right: list[int]) -> int:
 def test_every_two_rows_part_where_the_tree_says(rows):
     found = {}
 
-    def walk(node: Node, above: int) -> None:
+    def walk(node: PrefixNode, above: int) -> None:
         below = [row for child in node.children for row in child.rows]
         assert sorted(below) == sorted(node.rows) if node.children else len(node.rows) == 1
         assert node.shared_length >= above
@@ -49,10 +49,10 @@ def test_every_two_rows_part_where_the_tree_says(rows):
 
 
 def test_nested_forks():
-    inner = Node((0, 1), 3, (Node((0,), 4), Node((1,), 4)))
-    outer = Node((0, 1, 2), 2, (inner, Node((2,), 3)))
-    assert trees_of([[5, 9, 2, 1], [5, 9, 2, 3], [5, 9, 8], [4]]) == [Node((3,), 1), outer]
+    inner = PrefixNode((0, 1), 3, (PrefixNode((0,), 4), PrefixNode((1,), 4)))
+    outer = PrefixNode((0, 1, 2), 2, (inner, PrefixNode((2,), 3)))
+    assert trees_of([[5, 9, 2, 1], [5, 9, 2, 3], [5, 9, 8], [4]]) == [PrefixNode((3,), 1), outer]
 
 
 def test_leaves_compare_nothing():
-    assert leaves([3, 1]) == [Node((0,), 3), Node((1,), 1)]
+    assert unshared_rows([3, 1]) == [PrefixNode((0,), 3), PrefixNode((1,), 1)]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
-from sgl_apr.trajectory.join_layout import dense_mask, positions, size
+from sgl_apr.trajectory.join_layout import dense_mask, layout_positions, token_count
 from tests.server.kv_join.test_radix_cache import LAYOUTS, NEW, commit, generate, prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server, pytest.mark.timeout(600)]
@@ -46,7 +46,7 @@ def meant(model: Any, layout: list, ids: list[int]) -> list[float]:
         logits = model(
             torch.tensor([ids], device="cuda"),
             attention_mask=mask[None, None],
-            position_ids=torch.tensor([list(positions(layout))], device="cuda"),
+            position_ids=torch.tensor([list(layout_positions(layout))], device="cuda"),
             use_cache=False,
         ).logits[0, -NEW - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[-NEW:], device="cuda")[:, None])[:, 0].tolist()
@@ -74,7 +74,7 @@ def test_joins_are_what_the_model_computes(served: tuple[Server, Any]):
 
     joined, line, other = [], [], []
     for (layout, ids), by_kv, by_text in zip(prompts, *asyncio.run(answers()), strict=True):
-        assert by_kv["meta_info"]["cached_tokens"] == size(layout[:-1])
+        assert by_kv["meta_info"]["cached_tokens"] == token_count(layout[:-1])
         tokens, found = said(by_kv)
         grown, flat = [*layout[:-1], layout[-1] + NEW], [len(ids) + NEW]
         joined.append(off(found, meant(model, grown, ids + tokens)))

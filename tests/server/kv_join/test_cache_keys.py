@@ -14,11 +14,11 @@ from sgl_apr.trajectory.join_layout import (
     commit_prompts,
     dense_mask,
     extend_layout,
-    join,
-    length,
-    parse,
-    positions,
-    size,
+    join_branches,
+    chain_length,
+    parse_layout,
+    layout_positions,
+    token_count,
 )
 
 EXAMPLE = [12, [[5], [7, [[2], [3]], 1]], 3]  # the one of the module's docstring
@@ -33,8 +33,8 @@ def random_layout(rng: random.Random, depth: int = 3) -> list:
 
 
 def test_the_example():
-    assert parse(json.dumps(EXAMPLE), 33) == EXAMPLE
-    at = list(positions(EXAMPLE))
+    assert parse_layout(json.dumps(EXAMPLE), 33) == EXAMPLE
+    at = list(layout_positions(EXAMPLE))
     assert at[:12] == list(range(12))
     assert at[12:17] == list(range(12, 17)), "branch 1"
     assert at[17:24] == list(range(12, 19)), "branch 2 begins where branch 1 does"
@@ -53,8 +53,8 @@ def test_a_position_is_the_length_of_the_longest_chain():
     rng = random.Random(1)
     for _ in range(100):
         layout = random_layout(rng)
-        sees, at = dense_mask(layout), list(positions(layout))
-        n = size(layout)
+        sees, at = dense_mask(layout), list(layout_positions(layout))
+        n = token_count(layout)
         chain = [0] * n
         for i in range(n):
             chain[i] = max((chain[j] + 1 for j in range(i) if sees[i][j]), default=0)
@@ -67,13 +67,13 @@ def test_parts_cover_the_prompt_and_nothing_twice():
         layout = random_layout(rng)
         if len(layout) < 2:
             continue
-        ids = [rng.randrange(50) for _ in range(size(layout))]
+        ids = [rng.randrange(50) for _ in range(token_count(layout))]
         found = resolve(layout, ids, "lora", b"secret")
         keys = [(part, list(part.key(array("q", ids)))) for part in found.parts]
         flat = [token for part, key in keys for token in key[len(key) - part.size :]]
         assert flat + ids[len(ids) - found.tail :] == ids
         assert sum(len(key) for _, key in keys) + found.tail <= lookup_cost(layout)
-        assert found.offset == list(positions(layout))[-1] - (len(ids) - 1)
+        assert found.offset == list(layout_positions(layout))[-1] - (len(ids) - 1)
         assert all(p.namespace == "lora" or p.namespace.startswith("apr:") for p in found.parts)
         trees.add((found.namespace, json.dumps([layout[:-1], ids[: len(ids) - found.tail]])))
     assert len({name for name, _ in trees}) == len(trees), "another past, another tree"
@@ -83,7 +83,7 @@ def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
     rng = random.Random(3)
     for _ in range(200):
         layout = random_layout(rng)
-        ids = [rng.randrange(50) for _ in range(size(layout))]
+        ids = [rng.randrange(50) for _ in range(token_count(layout))]
         cached: set[tuple] = set()  # (tree, key)
 
         def keep(prompt: list[int], own, cached=cached) -> None:
@@ -94,7 +94,7 @@ def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
 
         for ranges, own in commit_prompts(layout):
             prompt = [i for first, last in ranges for i in ids[first:last]]
-            assert own is None or size(own) == len(prompt)
+            assert own is None or token_count(own) == len(prompt)
             keep(prompt, own)
         if len(layout) > 1:
             keep(ids, layout)
@@ -102,20 +102,20 @@ def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
 
 def test_a_join_of_what_was_joined():
     """The example, as it comes to be: the second branch joins its own two first."""
-    inner = join((), 12 + 7, [((), 12 + 7 + 2), ((), 12 + 7 + 3)])
+    inner = join_branches((), 12 + 7, [((), 12 + 7 + 2), ((), 12 + 7 + 3)])
     assert inner == (19, ((2,), (3,)))
     assert extend_layout(inner, 25) == (19, ((2,), (3,)), 1)
-    outer = join((), 12, [((), 12 + 5), (inner, 25)])
+    outer = join_branches((), 12, [((), 12 + 5), (inner, 25)])
     assert json.dumps(extend_layout(outer, 33)) == json.dumps(EXAMPLE)
     assert extend_layout((), 33) is None
-    again = join(outer, 33, [(outer, 33 + 4), (outer, 33 + 2)])
+    again = join_branches(outer, 33, [(outer, 33 + 4), (outer, 33 + 2)])
     assert extend_layout(again, 40) == (*outer, 3, ((4,), (2,)), 1)
-    assert join(outer, 33, [((), 37), (outer, 35)]) is None, "one has forgotten what was joined"
-    assert length(EXAMPLE) == 26
+    assert join_branches(outer, 33, [((), 37), (outer, 35)]) is None, "one has forgotten what was joined"
+    assert chain_length(EXAMPLE) == 26
 
 
 def test_a_tree_is_named_by_the_secret():
-    ids = list(range(size(EXAMPLE)))
+    ids = list(range(token_count(EXAMPLE)))
     one, other = (resolve(EXAMPLE, ids, None, secret).namespace for secret in (b"a", b"b"))
     assert one != other
 
@@ -143,4 +143,4 @@ def test_a_tree_is_named_by_the_secret():
 )
 def test_what_is_no_layout(text: str, message: str):
     with pytest.raises(LayoutError, match=message):
-        parse(text, 33)
+        parse_layout(text, 33)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.trajectory.join_layout import dense_mask, positions, size
+from sgl_apr.trajectory.join_layout import dense_mask, layout_positions, token_count
 from tests.server.kv_join.test_cache_keys import random_layout
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
@@ -62,7 +62,7 @@ def expected(reference, layout: list, ids: list[int], new: int = NEW) -> tuple[l
             logits = reference(
                 torch.tensor([[*ids, *out]]),
                 attention_mask=mask,
-                position_ids=torch.tensor([list(positions(grown))]),
+                position_ids=torch.tensor([list(layout_positions(grown))]),
                 use_cache=False,
             ).logits[0, -1]
         out.append(int(logits.argmax()))
@@ -129,7 +129,7 @@ def joined(url: str, layout: list, ids: list[int], new: int = NEW) -> dict:
 
 def prompt(layout: list, seed: int) -> list[int]:
     rng = random.Random(seed)
-    return [rng.randrange(10, 400) for _ in range(size(layout))]
+    return [rng.randrange(10, 400) for _ in range(token_count(layout))]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -270,7 +270,7 @@ def test_joins_are_the_same_whatever_the_server_does_to_them(
     rng = random.Random(variant)
     factor = 6 if variant == "eviction" else 1
     made = (scaled(random_layout(rng), factor) for _ in range(200))
-    layouts = [x for x in made if len(x) > 1 and size(x) < 250][:24]
+    layouts = [x for x in made if len(x) > 1 and token_count(x) < 250][:24]
     cases = [(layout, prompt(layout, k)) for k, layout in enumerate(layouts)]
 
     async def one(
@@ -303,7 +303,7 @@ def test_joins_are_the_same_whatever_the_server_does_to_them(
         assert answer["output_ids"] == second["output_ids"] == expected(reference, layout, ids)[0]
     missed = sum(m for _, m in [*found, *again])
     assert variant != "retraction" or "retract" in log.read_text().lower()
-    assert variant != "eviction" or sum(map(size, layouts)) > 3 * flags["max_total_tokens"]
+    assert variant != "eviction" or sum(map(token_count, layouts)) > 3 * flags["max_total_tokens"]
     print(
-        f"\n{variant}: {sum(map(size, layouts))} tokens, {len(cases)} joins twice, {missed} committed again"
+        f"\n{variant}: {sum(map(token_count, layouts))} tokens, {len(cases)} joins twice, {missed} committed again"
     )

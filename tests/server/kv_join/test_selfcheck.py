@@ -9,19 +9,19 @@ import pytest
 
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.kv_join import selfcheck
-from sgl_apr.server.kv_join.probe import Prompt, Reply, commit, make_client, send
+from sgl_apr.server.kv_join.probe import ProbePrompt, ProbeReply, commit_branches, make_client, send_prompts
 from sgl_apr.server.kv_join.selfcheck import (
-    NEW,
+    DECODED_TOKENS,
     IdentityCheck,
     _curvature,
-    check,
-    distance,
+    check_identities,
     mean_logprob_difference,
+    reply_distance,
 )
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
 
-JOIN = Prompt((*range(130, 142),), (5, ((3,), (2,)), 2))
+JOIN = ProbePrompt((*range(130, 142),), (5, ((3,), (2,)), 2))
 
 # A plugin of SGLang, found by its metadata on PYTHONPATH: it breaks what it is named after.
 PLUGIN = """
@@ -60,9 +60,9 @@ def test_how_far_rows_are_apart():
 
 def test_replies_are_compared_until_they_part():
     near, far = {7: -0.7, 8: -0.7}, {7: -4.7, 8: -4.7}
-    same = Reply((7, 7), (near, near), (), 0)
-    assert distance(same, Reply((7, 8), (near, far), (), 0)) == 2, "what led to the parting counts"
-    assert distance(same, Reply((8, 7), (near, far), (), 0)) == 0, "what comes behind it does not"
+    same = ProbeReply((7, 7), (near, near), (), 0)
+    assert reply_distance(same, ProbeReply((7, 8), (near, far), (), 0)) == 2, "what led to the parting counts"
+    assert reply_distance(same, ProbeReply((8, 7), (near, far), (), 0)) == 0, "what comes behind it does not"
 
 
 def test_the_bend_of_copies():
@@ -97,7 +97,7 @@ def test_what_is_missed_with_some_tokens_only_is_no_fault(
     found = iter(
         [[IdentityCheck(n, 1.0 * (n in bad), 0.1) for n in ("positions", "order")] for bad in rounds]
     )
-    monkeypatch.setattr(selfcheck, "check", lambda ask: next(found))
+    monkeypatch.setattr(selfcheck, "check_identities", lambda ask: next(found))
     if starts:
         selfcheck.assert_joins_correct(lambda body: None)
     else:
@@ -109,7 +109,7 @@ def test_what_is_missed_with_some_tokens_only_is_no_fault(
 @pytest.mark.server
 @pytest.mark.parametrize("seed", range(3))
 def test_every_identity_holds_on_a_sound_server(server, seed: int):
-    for found in check(make_client(server.url), seed):
+    for found in check_identities(make_client(server.url), seed):
         assert found.ok, str(found)
         assert not found.is_uninformative, str(found)
 
@@ -118,18 +118,18 @@ def test_every_identity_holds_on_a_sound_server(server, seed: int):
 def test_a_join_needs_its_branches(server):
     ask = make_client(server.url)
     with pytest.raises(EngineError, match="are cached") as lost:
-        send(ask, [JOIN], NEW)
+        send_prompts(ask, [JOIN], DECODED_TOKENS)
     assert lost.value.status == 409
-    commit(ask, [JOIN])
-    (reply,) = send(ask, [JOIN], NEW, tokens=[[5, 6]])
+    commit_branches(ask, [JOIN])
+    (reply,) = send_prompts(ask, [JOIN], DECODED_TOKENS, tokens=[[5, 6]])
     assert reply.cached == len(JOIN.ids) - 2
-    assert len(reply.tokens) == NEW
+    assert len(reply.tokens) == DECODED_TOKENS
     assert all(set(row) == {5, 6} for row in reply.chosen)
 
 
 def test_no_server_is_an_error():
     with pytest.raises(EngineError, match=r"no answer from http://127\.0\.0\.1:9"):
-        check(make_client("http://127.0.0.1:9"))
+        check_identities(make_client("http://127.0.0.1:9"))
 
 
 @pytest.mark.server

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.server.kv_join.cache_keys import lookup_cost
-from sgl_apr.server.kv_join.validation import MOST_WORK, parse_layout
+from sgl_apr.server.kv_join.validation import MAX_LOOKUP_COST, layout_of_request
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.trajectory.join_layout import LayoutError
 from tests.server.kv_join.test_radix_cache import commit, expected, generate, prompt
@@ -257,11 +257,11 @@ def test_nothing_is_left_of_all_that(door: Server, model: Path):
 def test_the_work_of_a_layout_is_bounded():
     """Every branch has all before the fork as its key: what is short to write may be long to look up."""
     layout = [100_000, [[1]] * 1000, 5]
-    assert lookup_cost(layout) > MOST_WORK
+    assert lookup_cost(layout) > MAX_LOOKUP_COST
 
     params = SimpleNamespace(beam_width=None, custom_params={"apr_layout": json.dumps(layout)})
     with pytest.raises(LayoutError, match="expected at most"):
-        parse_layout(SimpleNamespace(return_logprob=False, sampling_params=params), 101_005)
+        layout_of_request(SimpleNamespace(return_logprob=False, sampling_params=params), 101_005)
 
 
 @pytest.mark.slow

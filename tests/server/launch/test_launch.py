@@ -19,7 +19,14 @@ from sgl_apr.server import hooks, plugin
 from sgl_apr.server.constants import LAUNCHED_ENV
 from sgl_apr.server.hooks import require_sglang
 from sgl_apr.server.launch import preflight
-from sgl_apr.server.launch.defaults import CPU, DEFAULT_POOL_TOKENS, GPU, as_flags, defaults, pool_tokens
+from sgl_apr.server.launch.defaults import (
+    CPU_FLAGS,
+    DEFAULT_POOL_TOKENS,
+    GPU_FLAGS,
+    as_flags,
+    default_flags,
+    pool_tokens,
+)
 from sgl_apr.server.launch.launcher import HELP, Server, serve
 from sgl_apr.server.launch.process import ServerProcess, failure_reason
 from tests.support.processes import SERVE, in_session, until
@@ -47,8 +54,8 @@ def model(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("accelerator", [True, False])
 def test_sglang_knows_every_default(parser, accelerator):
-    found = parser.parse_args([*defaults(accelerator=accelerator), "--model", "m"])
-    for flag, value in (GPU if accelerator else CPU).items():
+    found = parser.parse_args([*default_flags(accelerator=accelerator), "--model", "m"])
+    for flag, value in (GPU_FLAGS if accelerator else CPU_FLAGS).items():
         given = getattr(found, flag[2:].replace("-", "_"))
         assert given is True if value is None else str(given) == value
     assert found.grammar_backend == "llguidance"
@@ -68,7 +75,7 @@ def test_sglang_knows_every_default(parser, accelerator):
     ],
 )
 def test_flags_of_the_user_win(parser, given, name, value):
-    found = parser.parse_args([*defaults(accelerator=False, max_tokens=5), "--model", "m", *given])
+    found = parser.parse_args([*default_flags(accelerator=False, max_tokens=5), "--model", "m", *given])
     assert getattr(found, name) == value
 
 
@@ -83,7 +90,7 @@ def test_flags_of_the_user_win(parser, given, name, value):
     ],
 )
 def test_attention_on_a_gpu_is_one_that_has_heads_of_that_size(parser, config, backend):
-    found = parser.parse_args([*defaults(accelerator=True, config=config), "--model", "m"])
+    found = parser.parse_args([*default_flags(accelerator=True, config=config), "--model", "m"])
     assert found.attention_backend == backend
 
 
