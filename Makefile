@@ -26,8 +26,8 @@ lint: $(READY)            ## style and types
 serve: $(READY)           ## make serve MODEL=directory-or-hub-id
 	$(VENV)/bin/sgl-apr serve --model $(MODEL)
 
-bench: $(READY)           ## every benchmark, into runs/benchmarks; benchmarks/render_docs.py writes the pages from it
-	$(PYTHON) benchmarks/run_all.py
+bench: $(READY)           ## every benchmark, into runs/benchmarks; benchmarks/render_docs.py writes docs/benchmarks.md from it
+	$(PYTHON) -m benchmarks.run_all
 
 docs: $(READY)            ## the documentation, into site/: open site/index.html, or for its search python -m http.server -d site
 	$(VENV)/bin/mkdocs build --quiet

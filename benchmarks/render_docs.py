@@ -1,310 +1,183 @@
-"""Figures of README and docs, written from what benchmarks/run_all.py has kept; nothing is measured here.
+"""Write docs/benchmarks.md from the results that benchmarks/run_all.py has collected.
 
-python benchmarks/render_docs.py runs/benchmarks/benchmarks.json     # keeps it as docs/benchmarks.json, and writes the pages anew
-python benchmarks/render_docs.py --check                             # status 1 if a page says something else
+python -m benchmarks.render_docs runs/benchmarks/benchmarks.json   # merges them into docs/benchmarks.json, writes the page
+python -m benchmarks.render_docs --check                           # status 1 if the page differs from docs/benchmarks.json
 
-What stands in a page between `<!-- figures: NAME -->` and `<!-- end of figures -->` is the section NAME below; NAME_short is of
-the same benchmark. A section of a benchmark that was not run, or failed, stays as it is; one that missed a bar says so.
+A benchmark that failed keeps its last result. One that missed a bar replaces it, and the page names the bar.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
-from typing import Any
 
-from benchmarks.common.markdown import table
+from benchmarks.common import figures
+from benchmarks.common.figures import Result
 
-ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "docs" / "benchmarks.json"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-Found = Mapping[str, Any]
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+INTRODUCTION = """\
+# Benchmarks
 
+<!-- Written by benchmarks/render_docs.py from docs/benchmarks.json. Do not edit. -->
 
-def spread(values: Sequence[float]) -> str:
-    """From the least to the most, as factors."""
-    least, most = (f"{x:.1f}" for x in (min(values), max(values)))
-    return f"{least}x" if least == most else f"{least}-{most}x"
+`make bench` runs every benchmark and collects the results in `runs/benchmarks`. Run a single one by its command below,
+from the root of the repository; most take `--help`. Compare ratios rather than absolute times: the machine was shared
+with other jobs, and had no GPU."""
 
 
-def prose(text: str) -> str:
-    """In lines as long as the pages have them."""
-    return fill(text, 118, break_on_hyphens=False)
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What the page says about a benchmark.
+
+    Attributes:
+        title: The heading.
+        measures: Plain sentences on what the benchmark measures, and on how to read its figures.
+        render: Turns its result into Markdown; None if the figures stand on another page, which `measures` names.
+        arguments: The arguments that its command takes, where no result has recorded a command.
+    """
+
+    title: str
+    measures: str
+    render: Callable[[Result], str] | None = None
+    arguments: str = ""
 
 
-def percent(share: float) -> str:
-    """With one decimal, a half rounded up."""
-    return f"{100 * share + 1e-9:.1f}%"
-
-
-def trie(found: Found) -> str:
-    return prose(
-        f"The training structure of {found['sequences']} sequences, {found['flat_tokens']:,} tokens in a line, takes "
-        f"{1000 * found['seconds']:.0f} ms and {found['peak_mb']:.1f} MB at the most."
-    )
-
-
-def validity(found: Found) -> str:
-    columns = ["tags", "grammar", "valid", "valid and forked", "closers written", "closers injected"]
-    rows = [
-        [
-            {"tokens": "tokens", "text": "spelled out"}[r["tags"]], "on" if r["grammar"] else "off",
-            f"{r['valid']} of {r['replies']}", r["valid_and_forked"], r["closers_decoded"], r["closers_injected"],
-        ]
-        for r in found["rows"]
-    ]  # fmt: skip
-    return table(columns, rows)
-
-
-def grammar(found: Found) -> str:
-    columns = [
-        "dialect", "valid", "forked", "valid and forked, grammar off", "closers written / injected", "mask p50 / p99",
-        "xgrammar", "tags spelled out",
-    ]  # fmt: skip
-    rows = [
-        [
-            f"`{name}`", f"{r['valid']} of {r['runs']}", r["forked"], r["valid_grammar_off"],
-            f"{r['closers_decoded']} / {r['closers_injected']}",
-            *(f"{r[f'{how}mask_us_p50']} / {r[f'{how}mask_us_p99']}" for how in ("", "xgrammar_", "text_mode_")),
-        ]
-        for name, r in found["dialects"].items()
-    ]  # fmt: skip
-    nested = [
-        f"Of `{name}`'s replies {r['nested']} forked again inside a branch."
-        for name, r in found["dialects"].items()
-        if r["nested"]
-    ]
-    return "\n\n".join([table(columns, rows), *nested])
-
-
-# Of benchmarks/kernels/attention.py: a line, and the cases in it.
-CASES: tuple[tuple[str, Callable[[Found], bool]], ...] = (
-    ("decode, 1-4 requests", lambda c: c["name"] == "decode" and c["requests"] <= 4),
-    ("decode, 8-16 requests", lambda c: c["name"] == "decode" and 8 <= c["requests"] <= 16),
-    ("decode, 32-64 requests", lambda c: c["name"] == "decode" and c["requests"] >= 32),
-    ("decode, 8-64 branches of a fork", lambda c: c["name"].startswith("decode, fork")),
-    ("extend, 2 new over 2,304 cached", lambda c: c["name"].startswith("extend") and c["new"] == 2),
-    ("extend, 8 branches of 10 new over 500 cached", lambda c: c["name"] == "extend, fork of 8"),
-    ("prefill, 1,000", lambda c: c["name"] == "prefill"),
-)
-
-
-def attention(found: Found) -> str:
-    shapes = {"smollm2": "SmolLM2-135M's shape"} | {
-        t["case"]["shape"]: "the tests' tiny Llama"
-        for t in found["timings"]
-        if t["case"]["shape"] != "smollm2"
-    }
-    rows = [
-        [
-            line,
-            *(
-                spread(
-                    [
-                        t["speedup"]
-                        for t in found["timings"]
-                        if t["case"]["shape"] == shape and member(t["case"])
-                    ]
-                )
-                for shape in shapes
-            ),
-        ]
-        for line, member in CASES
-    ]
-    differ = max(t["max_difference"] for t in found["timings"])
-    fork = found["fork"]
-    return (
-        table(["", *shapes.values()], rows)
-        + "\n\n"
-        + prose(
-            f"Largest difference in the outputs: {differ:.0e} (fp32). Of the decoding of {fork['branches']} branches over a "
-            f"prefix of {fork['prefix']:,} tokens, {fork['speedup']:.1f}x comes from reading the prefix once."
-        )
-    )
-
-
-def join(found: Found) -> str:
-    columns = [
-        "branches x tokens", "computed again, text join", "KV join", "text join, s", "KV join, s", "KV join is",
-    ]  # fmt: skip
-    rows = [
-        [
-            f"{r['branches']} x {r['tokens']}", f"{r['text_reprefilled']:,}", r["kv_reprefilled"], f"{r['text_s']:.2f}",
-            f"{r['kv_s']:.2f}", f"{r['speedup']:.1f}x",
-        ]
-        for r in found["rows"]
-    ]  # fmt: skip
-    low, high = found["interval"]
-    return (
-        table(columns, rows)
-        + "\n\n"
-        + prose(
-            "A server that could join, and is not asked to, takes "
-            + f"{found['patched_over_stock']:.3f} of the time that one without the cache and the hook takes (95% CI {low:.3f} to "
-            f"{high:.3f}, {found['pairs']} interleaved pairs of requests to one process each; others differ by some percent)."
-        )
-    )
-
-
-def soak(found: Found) -> str:
-    compared = found["compared"]
-    return prose(
-        f"{found['operations']:,} random forks, joins, aborts and evictions in a pool of {found['pool_tokens']:,} tokens, checks "
-        f"on at every step: {len(found['violations'])} violations, {found['held_when_idle']} tokens held when idle, "
-        f"{compared['answers'] - compared['differ']} of {compared['answers']} sampled answers as transformers writes them, the last "
-        f"fifth {found['last_to_first']:.2f} as fast as the first."
-    )
-
-
-def runtime(found: Found) -> str:
-    low, high = found["wall_ratio_vs_bare_ci95"]
-    figures = [
-        [
-            "the loop, per engine call, without the engine",
-            f"{found['loop_overhead_us']:.0f} us",
-            "200 us",
-        ],
-        [
-            "wall time over a bare client that sends the same requests and knows the tree beforehand",
-            f"{found['wall_ratio_vs_bare']:.3f} (95% CI {low:.3f} to {high:.3f})",
-            "1.05",
-        ],
-        [
-            "wall time over the same tokens, one branch after another",
-            f"{found['wall_ratio_vs_serial']:.3f}",
-            "",
-        ],
-    ]
-    levels = found["levels"]
-    walls = [" / ".join(f"{s:.1f}" for s in x["wall_s"]) for x in levels.values()]
-    many = [
-        ["output tokens/s", *(f"{x['tokens_per_s']:,.0f}" for x in levels.values())],
-        ["wall seconds of one, shortest / median / longest", *walls],
-        ["peak memory of the client, MB", *(f"{x['peak_rss_mb']:.0f}" for x in levels.values())],
-    ]
-    at_once = [f"{int(n):,}" for n in levels]
-    return table(["", "figure", "bar"], figures) + "\n\n" + table(["trajectories at once", *at_once], many)
-
-
-def countdown(found: Found) -> str:
-    """The models beside each other: in a line, may fork, reinforced."""
-    models = found["rows"]
-
-    def line(said: str, of: Callable[[Found], Iterable[str]]) -> list[str]:
-        return [said, *(", ".join(of(row)) for row in models)]
-
-    def shares(said: str, name: str, limits: Sequence[str]) -> list[str]:
-        return line(said, lambda row: (percent(row[name][limit]) for limit in limits))
-
-    return table(
-        ["", "in a line", "may fork", "may fork, reinforced"],
-        [
-            line(
-                "solved (95% interval)",
-                lambda r: [f"{percent(r['accuracy'])} ({' to '.join(percent(x)[:-1] for x in r['ci95'])})"],
-            ),
-            line("three numbers, four", lambda r: [percent(r["by_size"][n]["accuracy"]) for n in "34"]),
-            shares("with no context over 128 tokens, 256, 512", "within_context", ("128", "256", "512")),
-            shares(
-                "within a critical path of 128, 256, 512, 1,024", "within_critical_path", ("128", "256", "512", "1024")
-            ),
-            shares("within 256 tokens in all, 512, 1,024, 2,048", "within_tokens", ("256", "512", "1024", "2048")),
-            line(
-                "mean tokens in all, on the critical path",
-                lambda r: [f"{r[name]:.0f}" for name in ("total_tokens", "critical_path")],
-            ),
-            line("replies that fork", lambda r: [f"{r['fork_rate']:.0%}"]),
-        ],
-    )  # fmt: skip
-
-
-def countdown_short(found: Found) -> str:
-    sequential, _, reinforced = found["rows"]
-    return prose(
-        f"On {reinforced['problems']:,} held-out problems it solves {percent(reinforced['accuracy'])}, and its twin, which "
-        f"searches in a line and has learned from as many tokens of demonstrations, {percent(sequential['accuracy'])}."
-    )
-
-
-def methods(found: Found) -> str:
-    columns = [
-        "method", "solved", "total tokens", "critical path", "calls", "cached", "wall s", "one request at a time", "label",
-    ]  # fmt: skip
-    return table(columns, [_method(row) for row in found["rows"]])
-
-
-def _method(row: Found) -> list[object]:
-    if row["accuracy"] is None:
-        return [f"`{row['method']}`", f"none: {row['reason']}", *[""] * 7]
-    return [
-        f"`{row['method']}`", f"{row['accuracy']:.0%}", f"{row['total_tokens']:,.0f}", f"{row['critical_path']:,.0f}",
-        f"{row['engine_calls']:.1f}", f"{row['cached_share']:.0%}", f"{row['wall_s']:.1f}",
-        f"{row['one_by_one_s'] / row['alone_s']:.1f}x", row["label"],
-    ]  # fmt: skip
-
-
-def methods_short(found: Found) -> str:
-    """Those that could be asked, and that the model knows, with what matters most."""
-    asked = [r for r in found["rows"] if r["accuracy"] is not None and "by grammar alone" not in r["label"]]
-    columns = ["method", "solved", "total tokens", "critical path", "wall s", "one request at a time"]
-    return table(columns, [[_method(row)[k] for k in (0, 1, 2, 3, 6, 7)] for row in asked])
-
-
-SECTIONS: dict[str, Callable[[Found], str]] = {
-    f.__name__: f
-    for f in (
-        trie, validity, grammar, attention, join, soak, runtime, countdown, countdown_short, methods, methods_short,
-    )
+SECTIONS: dict[str, Section] = {
+    "masks.validity": Section(
+        "Validity of replies",
+        "How many replies of SmolLM2-135M-Instruct follow the `threadweaver` dialect, with the grammar and without it: 30 "
+        "replies each at temperature 1.0, with one fork requested. Without the grammar, every valid reply is one that never "
+        "forked.",
+        figures.validity,
+    ),
+    "masks.mask_latency": Section(
+        "Mask latency",
+        "How long the grammar of each dialect takes to compute a token mask, and how many replies of a random-weight model "
+        "that prefers tags are valid: temperature 1.5, with one fork requested. Masks are in microseconds over SmolLM2's "
+        "49,152 tokens and all tags; the last two columns are the masks of XGrammar, and those where tags are not tokens. Branches of `apr` have no closers, and branches of `parathinker` stop when the first one "
+        "ends.",
+        figures.mask_latency,
+    ),
+    "kernels.attention": Section(
+        "CPU attention",
+        "How much faster the CPU attention backend is than SGLang's `torch_native` on the same tensors.",
+        figures.attention,
+    ),
+    "kernels.gpu": Section(
+        "GPU attention, training steps, forks and joins",
+        "How long training rows of 28,000 tokens take under FlexAttention and under a dense mask, and how long forks and joins "
+        "take in the shape of an 8B model. It needs a GPU; its figures from an H100 are on the page about "
+        "[training](training.md).",
+    ),
+    "kv_join.latency": Section(
+        "Latency of a join",
+        "How long SmolLM2 takes from the end of the last branch to the first token after the join, commits included, when it "
+        "joins by text and in the KV cache: medians of 3.",
+        figures.join_latency,
+    ),
+    "kv_join.soak": Section(
+        "Soak of the joining cache",
+        "Whether the KV cache stays correct and free of leaks under random load.",
+        figures.soak,
+    ),
+    "runtime.overhead": Section(
+        "Overhead and throughput of the loop",
+        "How much time the fork-join loop adds to the engine's, and how many trajectories one process carries, on a tiny "
+        "random-weight Llama. Figures are medians; all trajectories of the second table are valid and forked.",
+        figures.overhead,
+    ),
+    "training.tree_build": Section(
+        "Building a training tree",
+        "How long it takes to merge the sequences of a trajectory into one training tree, and the memory it takes.",
+        figures.tree_build,
+    ),
+    "quality.countdown": Section(
+        "Countdown",
+        "What a model that may fork solves, compared with a twin that searches sequentially: 2,000 held-out problems, 500 with "
+        "three numbers and 1,500 with four, each with 1 to 6 solutions, decoded greedily. The page about "
+        "[Countdown](countdown.md) explains the models and the results.",
+        figures.countdown,
+    ),
+    "quality.methods": Section(
+        "Methods",
+        "What every [method](methods.md) solves on the same ten Countdown problems with a budget of 1,024 tokens and the "
+        "built-in model. Ten problems say little about accuracy: an interval is 50 to 60 points wide. All ten run at the same "
+        "time (wall s). \"One request at a time\" is how much longer two problems take, one after the other, when the engine "
+        "gets one request at a time; sampled replies differ between the two runs. All methods share one cache, so that later "
+        "rows find the prompts of earlier ones: \"cached\" compares a method only with itself.",
+        figures.methods,
+    ),
+    "quality.ablations": Section(
+        "Ablations",
+        "Short training runs on open questions of adaptive parallel reasoning. It needs the trained models; its figures are on "
+        "the page about [Countdown](countdown.md).",
+        arguments=" --model runs/parallel/model --twin runs/sequential/model --rl runs/rl/model -o runs/questions",
+    ),
 }  # fmt: skip
 
 
-def written(page: str, kept: Mapping[str, Found]) -> str:
-    """A page with the sections of what was kept; raises ValueError for a section that nobody knows."""
-
-    def section(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
-        if name not in SECTIONS:
-            raise ValueError(f"no section {name!r}, expected one of {', '.join(SECTIONS)}")
-        entry = kept.get(name.removesuffix("_short"))
-        if entry is None:
-            return match[0]
-        machine = entry["hardware"]
-        source = (
-            f"<!-- {entry['date'][:10]}, commit {entry['commit']}, {machine['cores']} x {machine['cpu']} -->"
-        )
-        bars = "; ".join(entry["found"].get("missed", ()))
-        said = SECTIONS[name](entry["found"]) + (f"\n\nNot met: {bars}." if bars else "")
-        return f"{begin}{source}\n{said}\n{end}"
-
-    return SECTION.sub(section, page)
+def page(entries: Mapping[str, Result]) -> str:
+    """The whole page; a section without a result has no figures."""
+    return "\n\n".join([INTRODUCTION, *(section(name, entries.get(name)) for name in SECTIONS)]) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Keep what was measured, and write the pages; with --check, only say which differ."""
+def section(name: str, entry: Result | None) -> str:
+    """The section of one benchmark."""
+    about = SECTIONS[name]
+    recorded = [a for a in entry["command"] if a != "--json"] if entry else []
+    arguments = " ".join(recorded) or f"-m benchmarks.{name}{about.arguments}"
+    parts = [f"## {about.title}", figures.prose(about.measures), f"`python {arguments}`"]
+    if entry and about.render:
+        parts += [source(entry), about.render(entry["found"])]
+        if missed := entry["found"].get("missed"):
+            parts.append(f"Bars missed: {'; '.join(missed)}.")
+    elif about.render:
+        parts.append("Not measured yet.")
+    return "\n\n".join(parts)
+
+
+def source(entry: Result) -> str:
+    """Where and when a result was measured."""
+    machine, gpu = entry["hardware"], entry["hardware"].get("gpu")
+    return (
+        f"Measured on {machine['cores']} cores of {machine['cpu']}{f' and {gpu}' if gpu else ''}, "
+        f"{entry['date'][:10]}, commit {entry['commit']}."
+    )
+
+
+def main(argv: Sequence[str] | None = None, docs: Path = DOCS) -> int:
+    """Merge new results into docs/benchmarks.json and write docs/benchmarks.md; with --check, only compare the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("measured", nargs="?", type=Path, help="what benchmarks/run_all.py has written")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "results", nargs="?", type=Path, help="the JSON file that benchmarks.run_all has written"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 if the page would change"
+    )
     options = parser.parse_args(argv)
-    kept: dict[str, Found] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    if options.measured:
-        new = json.loads(options.measured.read_text())
-        kept |= {name: e for name, e in new.items() if e["ok"] or e.get("found", {}).get("missed")}
-    different = [page for page in PAGES if written(text := page.read_text(), kept) != text]
+    data, path = docs / "benchmarks.json", docs / "benchmarks.md"
+    entries: dict[str, Result] = json.loads(data.read_text()) if data.exists() else {}
+    if options.results:
+        new = json.loads(options.results.read_text())
+        succeeded = {name: e for name, e in new.items() if e["ok"] or e.get("found", {}).get("missed")}
+        elsewhere = {name for name, about in SECTIONS.items() if about.render is None}
+        entries |= {name: e for name, e in succeeded.items() if name not in elsewhere}
+    if unknown := sorted(set(entries) - set(SECTIONS)):
+        raise SystemExit(f"no section for {', '.join(unknown)}; expected names from {', '.join(SECTIONS)}")
+    text = page(entries)
+    changed = not path.exists() or path.read_text() != text
     if not options.check:
-        for page in different:
-            page.write_text(written(page.read_text(), kept))
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    for page in different:
-        print(page.relative_to(ROOT))
-    return int(options.check and bool(different))
+        path.write_text(text)
+        data.write_text(json.dumps(entries, indent=1) + "\n")
+    if changed:
+        print(path.name)
+    return int(options.check and changed)
 
 
 if __name__ == "__main__":

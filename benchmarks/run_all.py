@@ -1,10 +1,12 @@
-"""Every benchmark of this directory, one after another, into one JSON file and one page of Markdown.
+"""Run the benchmarks one after another, and collect their results in one JSON file and one Markdown page.
 
-python benchmarks/run_all.py [-o DIR] [--only trie grammar] [--again] [--list]
+python -m benchmarks.run_all [-o DIR] [--only training.tree_build kv_join.soak] [--again] [--list]
 
-Each runs as a command of its own with --json; what it says meanwhile is in DIR/NAME.log. One that fails is named, and the
-others run. Run again, it goes on: what is there already for this state of the repository is not measured again.
-`python benchmarks/render_docs.py DIR/benchmarks.json` writes what was found into README and docs.
+Run it from the repository root. A benchmark is any program in a subfolder of `benchmarks`; its name is its dotted path
+below `benchmarks`, as in `kv_join.latency`. Each runs as a command of its own with `--json`, and its stderr goes to
+DIR/NAME.log. When one fails, its name is printed and the others still run. A second run continues: it skips what has
+succeeded for the current state of the repository. `python -m benchmarks.render_docs DIR/benchmarks.json` writes
+docs/benchmarks.md from the results.
 """
 
 from __future__ import annotations
@@ -39,171 +41,180 @@ from benchmarks.common.markdown import table
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("sgl-apr", "sglang", "torch", "transformers", "llguidance", "lark", "xgrammar")
 RUNS = "runs/eval/"
-# Some judge themselves if they are asked to, and some compare models that have to be trained first (docs/countdown.md).
-ARGUMENTS = dict.fromkeys(("attention", "join", "trie"), ("--check",)) | {
-    "countdown": (
+# Arguments by benchmark: `--check` where it compares itself with bars, and the models that have to be trained first
+# (docs/countdown.md).
+ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tree_build"), ("--check",)) | {
+    "quality.countdown": (
         f"{RUNS}sequential", f"{RUNS}parallel", f"{RUNS}rl", "--sampled", f"{RUNS}parallel-sampled", f"{RUNS}rl-sampled",
         "--check",
     ),
-    "grammar": ("--runs", "200"),
-    "runtime": ("--check", "--pairs", "40"),
-    "questions": (
+    "masks.mask_latency": ("--runs", "200"),
+    "runtime.overhead": ("--check", "--pairs", "40"),
+    "quality.ablations": (
         "--model", "runs/parallel/model", "--twin", "runs/sequential/model", "--rl", "runs/rl/model", "-o",
         "runs/questions",
     ),
 }  # fmt: skip
-NONE = ("all.py", "figures.py")  # programs, but no benchmarks
-MADE = ("runs/questions",)  # all else in runs/ has to be there
+OUTPUTS = ("runs/questions",)  # every other argument below runs/ is an input
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A script and what it is asked."""
+    """A benchmark program and its arguments.
 
-    script: Path
+    Attributes:
+        name: The dotted path of the program below `package`.
+        package: The directory of all benchmarks; they run in its parent.
+        arguments: What the program gets before `--json`.
+    """
+
+    name: str
+    package: Path
     arguments: tuple[str, ...]
 
     @property
-    def name(self) -> str:
-        return self.script.stem
-
-    @property
     def command(self) -> list[str]:
-        return [f"{self.script.parent.name}/{self.script.name}", *self.arguments, "--json"]
+        """The arguments of the Python interpreter."""
+        return ["-m", f"{self.package.name}.{self.name}", *self.arguments, "--json"]
 
     @property
-    def root(self) -> Path:
-        """Where it runs."""
-        return self.script.parent.parent
+    def missing_inputs(self) -> list[str]:
+        """Arguments that name inputs which do not exist."""
+        root = self.package.parent
+        inputs = (a for a in self.arguments if a.startswith("runs/") and a not in OUTPUTS)
+        return [path for path in inputs if not (root / path).exists()]
 
-    @property
-    def missing(self) -> list[str]:
-        """What it reads and is not there."""
-        return [
-            a
-            for a in self.arguments
-            if a.startswith("runs/") and a not in MADE and not (self.root / a).exists()
-        ]
+    def run(self, log: Path) -> dict[str, Any]:
+        """Run the program.
 
-    def measured(self, log: Path) -> dict[str, Any]:
-        """Run it: whether it went well, what it found, and why not."""
-        began = time.monotonic()
-        with log.open("w") as said:
+        Returns:
+            `seconds`, `ok`, the JSON object that it printed as `found` if there is one, and if it failed the reason as `why`.
+        """
+        started = time.monotonic()
+        with log.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, *self.command], stdout=subprocess.PIPE, stderr=said, text=True, cwd=self.root
+                [sys.executable, *self.command],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=self.package.parent,
             )
             try:
-                printed, _ = process.communicate()
-            except BaseException:  # Ctrl-C is its own as well: it stops its server
+                stdout, _ = process.communicate()
+            except BaseException:  # Ctrl-C reaches the program as well, which then stops its server
                 try:
                     process.wait(60)
                 except subprocess.TimeoutExpired:
                     process.kill()
                 raise
-        found: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "ok": process.returncode == 0}
+        entry: dict[str, Any] = {
+            "seconds": round(time.monotonic() - started, 1),
+            "ok": process.returncode == 0,
+        }
         try:
-            found["found"] = json.loads(printed)
+            entry["found"] = json.loads(stdout)
         except ValueError:
-            found["ok"] = False
-        if not found["ok"]:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-            bars = "; ".join(found.get("found", {}).get("missed", ()))
-            found["why"] = f"missed: {bars}" if bars else f"status {process.returncode}: {last[0]}"
-        return found
+            entry["ok"] = False
+        if not entry["ok"]:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output on stderr"]
+            bars = "; ".join(entry.get("found", {}).get("missed", ()))
+            entry["why"] = f"missed: {bars}" if bars else f"status {process.returncode}: {last[0]}"
+        return entry
 
 
-def benchmarks(where: Path) -> list[Benchmark]:
-    """The scripts of a directory that are programs, but this one."""
-    programs = [p for p in sorted(where.glob("*.py")) if p.name not in NONE and "__main__" in p.read_text()]
-    return [Benchmark(p, ARGUMENTS.get(p.stem, ())) for p in programs]
+def benchmarks(package: Path) -> list[Benchmark]:
+    """The programs in the subfolders of a directory; those directly in it run and render benchmarks."""
+    programs = (p for p in sorted(package.glob("*/**/*.py")) if "__main__" in p.read_text())
+    names = (".".join(p.relative_to(package).with_suffix("").parts) for p in programs)
+    return [Benchmark(name, package, ARGUMENTS.get(name, ())) for name in names]
 
 
-def state(where: Path) -> str:
-    """The commit, and what is changed behind it; empty outside a repository."""
+def repository_state(directory: Path) -> str:
+    """The commit, with a hash of uncommitted changes; empty outside a repository."""
     try:
-        commit, changed = (
-            subprocess.run(["git", *command], cwd=where, check=True, capture_output=True).stdout
+        commit, changes = (
+            subprocess.run(["git", *command], cwd=directory, check=True, capture_output=True).stdout
             for command in (("rev-parse", "--short=12", "HEAD"), ("diff", "HEAD"))
         )
     except (OSError, subprocess.CalledProcessError):
         return ""
-    mark = f"-changed-{hashlib.sha256(changed).hexdigest()[:8]}" if changed else ""
-    return commit.decode().strip() + mark
+    suffix = f"-changed-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else ""
+    return commit.decode().strip() + suffix
 
 
-def page(kept: Mapping[str, Mapping[str, Any]]) -> str:
-    """What was found, for people."""
+def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """All results as a Markdown page."""
     parts = [
         "# Benchmarks\n",
         table(
-            ["benchmark", "seconds", "commit", "date", "hardware", "came to"],
-            [summary(n, e) for n, e in kept.items()],
+            ["benchmark", "seconds", "commit", "date", "hardware", "result"],
+            [summary(n, e) for n, e in entries.items()],
         ),
     ]
-    for name, entry in kept.items():
+    for name, entry in entries.items():
         if "found" in entry:
-            parts += [f"\n## {name}\n", f"`python {' '.join(entry['command'])}`\n", *shown(entry["found"])]
-    versions_of = next(iter(kept.values()), {}).get("versions", {})
-    parts.append("\n" + ", ".join(f"{package} {number}" for package, number in versions_of.items()))
+            parts += [f"\n## {name}\n", f"`python {' '.join(entry['command'])}`\n", *tables(entry["found"])]
+    package_versions = next(iter(entries.values()), {}).get("versions", {})
+    parts.append("\n" + ", ".join(f"{package} {number}" for package, number in package_versions.items()))
     return "\n".join(parts) + "\n"
 
 
 def summary(name: str, entry: Mapping[str, Any]) -> list[object]:
+    """The row of a benchmark in the table of all."""
     machine = entry["hardware"]
-    came = "well" if entry["ok"] else entry["why"]
     return [
         name,
         entry["seconds"],
         entry["commit"] or "-",
         entry["date"],
         f"{machine['cores']} x {machine['cpu']}",
-        came,
+        "ok" if entry["ok"] else entry["why"],
     ]
 
 
-def shown(found: Mapping[str, Any]) -> list[str]:
-    """Tables of what a benchmark printed: one of its single figures, one of each of its lists and groups."""
-    single = [[k, v] for k, v in found.items() if not isinstance(v, (dict, list))]
-    parts = [table(["", "figure"], single), ""] if single else []
-    for name, value in found.items():
+def tables(result: Mapping[str, Any]) -> list[str]:
+    """The JSON object of a benchmark as tables: one of its scalars, and one for each of its lists and objects."""
+    scalars = [[k, v] for k, v in result.items() if not isinstance(v, (dict, list))]
+    parts = [table(["", "figure"], scalars), ""] if scalars else []
+    for name, value in result.items():
         if name == "hardware" or not value or not isinstance(value, (dict, list)):
             continue
         rows: list[dict[str, Any]] = []
         for key, row in value.items() if isinstance(value, dict) else enumerate(value):
-            named = {"": key} if isinstance(value, dict) else {}
-            rows.append(named | (row if isinstance(row, dict) else {"figure": row}))
+            label = {"": key} if isinstance(value, dict) else {}
+            rows.append(label | (row if isinstance(row, dict) else {"figure": row}))
         columns = list(dict.fromkeys(column for row in rows for column in row))
         parts += [f"**{name}**\n", table(columns, [[row.get(c, "") for c in columns] for row in rows]), ""]
     return parts
 
 
-def write(path: Path, text: str) -> None:
-    """As a whole or not at all."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that readers see the old text or the new one, never a part of it."""
     new = path.with_suffix(".new")
     new.write_text(text)
     os.replace(new, path)
 
 
-def main(argv: Sequence[str] | None = None, where: Path = HERE) -> int:
-    """Run what is left, and write what there is; status 1 if something failed."""
-    known = {b.name: b for b in benchmarks(where)}
+def main(argv: Sequence[str] | None = None, package: Path = HERE) -> int:
+    """Run what has no result yet, and write all results; status 1 if a benchmark failed."""
+    known = {b.name: b for b in benchmarks(package)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("-o", "--out", type=Path, default=Path("runs/benchmarks"), help="default: %(default)s")
     add("--only", nargs="+", choices=known, default=list(known), metavar="NAME", help=", ".join(known))
-    add("--again", action="store_true", help="measure what is there already as well")
+    add("--again", action="store_true", help="run benchmarks again that already have a result")
     add("--list", action="store_true", help="print the commands and run nothing")
     options = parser.parse_args(argv)
-    asked = [known[name] for name in dict.fromkeys(options.only)]
+    selected = [known[name] for name in dict.fromkeys(options.only)]
     if options.list:
-        print("\n".join(f"python {' '.join(b.command)}" for b in asked))
+        print("\n".join(f"python {' '.join(b.command)}" for b in selected))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    kept_at, now = options.out / "benchmarks.json", state(where)
-    kept: dict[str, Any] = json.loads(kept_at.read_text()) if kept_at.exists() else {}
-    about = {"commit": now, "hardware": hardware(), "versions": versions(*PACKAGES)}
+    path, state = options.out / "benchmarks.json", repository_state(package)
+    entries: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    source = {"commit": state, "hardware": hardware(), "versions": versions(*PACKAGES)}
     console, failed = Console(stderr=True), 0
     columns = (
         SpinnerColumn(),
@@ -213,23 +224,24 @@ def main(argv: Sequence[str] | None = None, where: Path = HERE) -> int:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=len(asked))
-        for benchmark in asked:
-            name, old = benchmark.name, kept.get(benchmark.name, {})
+        bar = progress.add_task("", total=len(selected))
+        for benchmark in selected:
+            name, old = benchmark.name, entries.get(benchmark.name, {})
             progress.update(bar, description=name)
-            if old.get("ok") and now and old["commit"] == now and not options.again:
-                progress.print(f"{name}: there already")
-            elif benchmark.missing:
-                progress.print(f"[yellow]{name}: not run, there is no {', '.join(benchmark.missing)}")
+            if old.get("ok") and state and old["commit"] == state and not options.again:
+                progress.print(f"{name}: already measured")
+            elif benchmark.missing_inputs:
+                missing = ", ".join(benchmark.missing_inputs)
+                progress.print(f"[yellow]{name}: skipped, {missing} does not exist")
             else:
-                found = benchmark.measured(options.out / f"{name}.log")
+                entry = benchmark.run(options.out / f"{name}.log")
                 date = datetime.now(UTC).isoformat(timespec="seconds")
-                kept[name] = {"command": benchmark.command, "date": date, **about, **found}
-                write(kept_at, json.dumps(kept, indent=1) + "\n")
-                write(options.out / "benchmarks.md", page(kept))
-                failed += not found["ok"]
+                entries[name] = {"command": benchmark.command, "date": date, **source, **entry}
+                write_atomically(path, json.dumps(entries, indent=1) + "\n")
+                write_atomically(options.out / "benchmarks.md", page(entries))
+                failed += not entry["ok"]
                 progress.print(
-                    f"{name}: {found['seconds']} s" if found["ok"] else f"[red]{name}: {escape(found['why'])}"
+                    f"{name}: {entry['seconds']} s" if entry["ok"] else f"[red]{name}: {escape(entry['why'])}"
                 )
             progress.advance(bar)
     print(options.out / "benchmarks.md")

@@ -1,4 +1,4 @@
-"""How a benchmark with bars ends: what it found on stdout, what it missed on stderr, and its status."""
+"""The output and the exit status of a benchmark that compares its results with bars."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from typing import Any
 from rich.console import Console
 
 
-def ended(
-    found: dict[str, Any],
+def finish(
+    result: dict[str, Any],
     missed: Sequence[str],
     show: Callable[[dict[str, Any]], None],
     options: argparse.Namespace,
 ) -> int:
-    """With --json one object, else what `show` prints; status 1 if --check and a bar is missed."""
-    found = found | {"missed": list(missed)}
-    print(json.dumps(found)) if options.json else show(found)
+    """Print the result on stdout and each missed bar on stderr.
+
+    Args:
+        result: What was measured.
+        missed: One sentence for each bar that was missed.
+        show: Prints the result for people; used without `options.json`.
+        options: Has the flags `json` and `check`.
+
+    Returns:
+        The exit status: 1 if `options.check` is set and a bar was missed, else 0.
+    """
+    result = result | {"missed": list(missed)}
+    print(json.dumps(result)) if options.json else show(result)
     for bar in missed:
         Console(stderr=True).print(f"[red]missed: {bar}")
     return int(options.check and bool(missed))

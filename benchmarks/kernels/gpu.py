@@ -1,6 +1,6 @@
 """What needs a GPU: training rows of 28,000 tokens, steps of the recipe, and forks and joins of an 8B Llama's shape.
 
-python benchmarks/kernels/gpu.py [--json] [--check] [--reps 5] [--parts attention model sft forks joins]
+python -m benchmarks.kernels.gpu [--json] [--check] [--reps 5] [--parts attention model sft forks joins]
 
 `attention` is one layer's, under FlexAttention and under a dense mask; `model` is a step of a 1B Llama on a prefix tree,
 against its sequences one by one. The server of `forks` and `joins` has weights of chance: they take as long as any others.
@@ -30,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sgl_apr as apr
-from benchmarks.common.checks import ended
+from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware, versions
 from benchmarks.training.tree_build import made, reply
 from sgl_apr.training.attention_mask import Visibility
@@ -292,7 +292,7 @@ def main() -> int:
                 note("forks", asyncio.run(forks(url, options.reps)))
             if "joins" in options.parts:
                 note("joins", asyncio.run(joins(url, options.reps)))
-    return ended(found, missed(found), show, options)
+    return finish(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

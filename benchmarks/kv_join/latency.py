@@ -1,6 +1,6 @@
 """Times joins in the KV cache against text joins on SmolLM2, and what the patched server costs those who do not join.
 
-python benchmarks/kv_join/latency.py [--json] [--check] [--reps 3] [--pairs 20] [--parts joins stock attention]
+python -m benchmarks.kv_join.latency [--json] [--check] [--reps 3] [--pairs 20] [--parts joins stock attention]
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from rich.progress import track
 from rich.table import Table
 
 import sgl_apr as apr
-from benchmarks.common.checks import ended
+from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware, versions
 from benchmarks.kernels.attention import (
     fork_attention_speedup,
 )  # before anything that loads torch: it sets the threads' spinning
 from sgl_apr.training.models import random_llama, smollm2
-from sgl_apr.trajectory.join_layout import join
+from sgl_apr.trajectory.join_layout import join_branches
 
 BRANCHES, TOKENS = (2, 4, 8), (64, 256, 512, 1024)
 PREFIX, HEADER = 64, 12
@@ -82,7 +82,7 @@ async def once(
 
     written = [await branch() for _ in range(branches)]
     flat = prefix + tuple(t for b in written for t in b)
-    joined = join((), len(prefix), [((), len(prefix) + len(b)) for b in written])
+    joined = join_branches((), len(prefix), [((), len(prefix) + len(b)) for b in written])
 
     began = time.perf_counter()
     await asyncio.gather(*(engine.commit(request(prefix + b, 0)) for b in written))
@@ -223,7 +223,7 @@ def main() -> int:
     if "attention" in options.parts:
         found["fork_attention_speedup"] = fork_attention_speedup()["speedup"]
     found |= surroundings()
-    return ended(found, missed(found), show, options)
+    return finish(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Forks, joins, aborts and evictions at random, against a server that checks its memory at every step and dies of a leak.
 
-python benchmarks/kv_join/soak.py [--json] [--count 5000] [--seed 0] [--pool 1200] [--at-once 12] [--sample 300] [--log FILE]
+python -m benchmarks.kv_join.soak [--json] [--count 5000] [--seed 0] [--pool 1200] [--at-once 12] [--sample 300] [--log FILE]
 
 Nothing may be wrong in its log, no token may be held when it is idle, a join whose branches are gone has to be a
 409, the same text in a line may not find what was joined, and a sample of the answers is compared with transformers.
@@ -31,7 +31,14 @@ from rich.table import Table
 
 import sgl_apr as apr
 from sgl_apr.training.models import random_llama
-from sgl_apr.trajectory.join_layout import Layout, commit_prompts, dense_mask, extend_layout, join, positions
+from sgl_apr.trajectory.join_layout import (
+    Layout,
+    commit_prompts,
+    dense_mask,
+    extend_layout,
+    join_branches,
+    layout_positions,
+)
 
 ENVIRONMENT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
@@ -66,7 +73,7 @@ class Fork:
     def joined(self) -> SoakSequence:
         """Both with all branches behind one another."""
         trunk = self.trunk
-        layout = join(trunk.joined, len(trunk.ids), [(b.joined, len(b.ids)) for b in self.branches])
+        layout = join_branches(trunk.joined, len(trunk.ids), [(b.joined, len(b.ids)) for b in self.branches])
         assert layout is not None, "every branch begins with its trunk"
         return SoakSequence(trunk.ids + sum((b.ids[len(trunk.ids) :] for b in self.branches), ()), layout)
 
@@ -354,7 +361,7 @@ def unlike(model: Any, answer: Answer) -> bool:
         logits = model(
             torch.tensor([ids]),
             attention_mask=mask,
-            position_ids=torch.tensor([list(positions(layout))]),
+            position_ids=torch.tensor([list(layout_positions(layout))]),
             use_cache=False,
         ).logits[0, -new - 1 : -1]
     chosen = logits.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]

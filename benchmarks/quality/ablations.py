@@ -1,6 +1,6 @@
 """Open questions of adaptive parallel reasoning, asked in miniature: short runs, and a table for each.
 
-python benchmarks/quality/ablations.py --model MODEL --twin SEQUENTIAL [--rl MODEL] [--parts rewards,scaffold,ability,width] -o DIR
+python -m benchmarks.quality.ablations --model MODEL --twin SEQUENTIAL [--rl MODEL] [--parts rewards,scaffold,ability,width] -o DIR
 
 rewards   Which reward keeps parallelism? Short reinforcement by each; then some on by accuracy alone: do they go back?
 scaffold  Does a model keep what reinforcement gave it where it may not fork?
@@ -32,8 +32,8 @@ from benchmarks.common.machine import hardware
 from sgl_apr.evaluation.benchmarks.games import countdown
 from sgl_apr.evaluation.metrics import MethodResults
 from sgl_apr.evaluation.runner import evaluate
-from sgl_apr.evaluation.store import evaluated
-from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
+from sgl_apr.evaluation.store import open_evaluation
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
 from sgl_apr.evaluation.tasks.countdown.problems import Problem
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.server.launch.launcher import Server
@@ -60,7 +60,7 @@ class Told(CountdownTask):
         self.width = width
 
     def prompt(self, problem: Problem, instruction: str = "") -> str:
-        return problem.asked(self.width)
+        return problem.prompt(self.width)
 
 
 class Arms:
@@ -95,11 +95,11 @@ class Arms:
         if width is not None:
             given = replace(given, task=partial(Told, width=width))
         options = {"mode": "auto", "temperature": 1.0, "budget": BUDGET} | options
-        with evaluated(directory, asked) as found:
+        with open_evaluation(directory, asked) as found:
             if len(found.attempts.get(name, ())) == len(given.cases):
-                return found.row(name)
+                return found.results_of(name)
             log = self.out / "server.log"
-            with Server(model, log_path=log, context_length=2048, **SERVER) as server:
+            with Server(model, log_path=log, context_length=2048, **SERVER_OPTIONS) as server:
                 return asyncio.run(evaluate(server.url, given, name, found, by="apr", **options))
 
 

@@ -1,6 +1,6 @@
 """The Countdown twins side by side: accuracy within contexts, tokens and critical paths, paired; and a picture.
 
-python benchmarks/quality/countdown.py SEQUENTIAL PARALLEL [RL] [--sampled PARALLEL RL] [--json] [--check] [-o docs/countdown.png]
+python -m benchmarks.quality.countdown SEQUENTIAL PARALLEL [RL] [--sampled PARALLEL RL] [--json] [--check] [-o docs/countdown.png]
 
 Each is a directory that `sgl-apr eval countdown -o DIRECTORY` has written, all for the same problems; with --sampled two
 more, at `--temperature 1`: the policy that reinforcement improves is one that samples.
@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.checks import ended
+from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware
-from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, compare
-from sgl_apr.evaluation.plots import draw
-from sgl_apr.evaluation.store import read
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, ways
+from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, compare_methods
+from sgl_apr.evaluation.plots import plot_methods
+from sgl_apr.evaluation.store import read_results
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, count_solutions
 
 WINDOWS = (64, 128, 256, 512, 1024, 2048)
 WAYS = {"1-2": 2, "3-4": 4, "5-6": 6}
@@ -34,7 +34,7 @@ POINTS, SHORTER, BETTER, CHEAPER = 0.10, 1.5, 0.03, 0.10
 
 def first(directory: Path) -> MethodResults:
     """The first method of a directory, under the directory's name."""
-    row = read(directory)[0]
+    row = read_results(directory)[0]
     return MethodResults(directory.name, row.attempts, row.wall_s)
 
 
@@ -42,7 +42,7 @@ def flattened(row: MethodResults) -> int:
     """The smallest window of which the double adds less than `FLAT`."""
 
     def within(window: int) -> float:
-        return row.within(window, lambda a: a.context)
+        return row.solved_within(window, lambda a: a.context)
 
     return next((w for w in WINDOWS if within(2 * w) - within(w) < FLAT and within(w) > 0.05), WINDOWS[-1])
 
@@ -65,7 +65,7 @@ def report(sequential: MethodResults, parallel: MethodResults, rl: MethodResults
         ]
         return MethodResults(row.method, kept)
 
-    gap = compare(cut(sequential), cut(parallel))
+    gap = compare_methods(cut(sequential), cut(parallel))
     reached = min(sequential.accuracy, parallel.accuracy)
     chains = [needed(row, reached, lambda a: a.critical_path) for row in (sequential, parallel)]
     found: dict[str, Any] = {
@@ -89,7 +89,7 @@ def reinforced(before: MethodResults, after: MethodResults) -> dict[str, Any]:
     def both(of: Callable[[AttemptMetrics], float]) -> list[float]:
         return [round(row.mean(of), 4) for row in (before, after)]
 
-    return asdict(compare(before, after)) | {
+    return asdict(compare_methods(before, after)) | {
         "problems": len(after.attempts),
         "accuracy": both(lambda a: a.correct),
         "total_tokens": both(lambda a: a.tokens),
@@ -102,7 +102,7 @@ def by_difficulty(row: MethodResults) -> list[dict[str, Any]]:
     kinds: dict[tuple[int, str], list[AttemptMetrics]] = {}
     for attempt in row.attempts:
         problem = Problem.parse(attempt.problem)
-        found = ways(problem)
+        found = count_solutions(problem)
         name = next(name for name, most in WAYS.items() if found <= most)
         kinds.setdefault((len(problem.numbers), name), []).append(attempt)
     return [
@@ -181,8 +181,8 @@ def main() -> int:
     if options.sampled:
         found["rl_sampled"] = reinforced(*map(first, options.sampled))
     if options.out:
-        draw(rows, options.out, "Countdown, the same held-out problems")
-    return ended(found, missed(found), show, options)
+        plot_methods(rows, options.out, "Countdown, the same held-out problems")
+    return finish(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every method on the same ten Countdown problems under one budget, with the model that comes with the package.
 
-python benchmarks/quality/methods.py [--json] [any other option of sgl-apr eval]
+python -m benchmarks.quality.methods [--json] [any other option of sgl-apr eval]
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from rich.progress import track
 from rich.table import Table
 
 import sgl_apr as apr
-from benchmarks.common.checks import ended
+from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware, versions
 from sgl_apr.engine.base import TokenSink
-from sgl_apr.formats.masks.writer import Backend
+from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.models import random_llama
 
@@ -38,9 +38,9 @@ FORCED = FORK | {"budget": apr.Budget(tokens=1600), "max_blocks": 1}
 FREE = FORK | {"budget": apr.Budget(tokens=160, width=4, outline_chars=8)}
 WHOLE, NOTHING, EACH = 1 << 30, 0, 1  # ids passed on at a time
 EXAMPLES = """examples:
-  python benchmarks/runtime/overhead.py --json --check
-  python benchmarks/runtime/overhead.py --parts overhead
-  python benchmarks/runtime/overhead.py --parts walls throughput --pairs 2 --levels 1 16    # a short trial"""
+  python -m benchmarks.runtime.overhead --json --check
+  python -m benchmarks.runtime.overhead --parts overhead
+  python -m benchmarks.runtime.overhead --parts walls throughput --pairs 2 --levels 1 16    # a short trial"""
 
 
 def script(tokenizer: Tokenizer, width: int, tokens: int) -> Iterator[tuple[int, ...]]:
@@ -64,7 +64,7 @@ class Scripted:
     `seconds` are how often it was asked, and the time that it took; it passes on `chunk` ids at a time.
     """
 
-    grammar_backend: Backend = "llguidance"
+    grammar_backend: GrammarBackend = "llguidance"
     supports_seeds, context, joins_kv, chunk = False, None, False, WHOLE
 
     def __init__(self, tokenizer: Tokenizer, answers: Iterator[tuple[int, ...]]) -> None:
@@ -128,7 +128,7 @@ class Tree:
 async def recorded(tokenizer: Tokenizer, width: int) -> Tree:
     """All that the loop asks of an engine for one fork into so many, with grammars that force the answers."""
     engine = Scripted(tokenizer, script(tokenizer, width, 48))
-    prompt = tuple(tokenizer.encode(f"Question {width}: ", first=True))
+    prompt = tuple(tokenizer.encode(f"Question {width}: ", add_special_tokens=True))
     assert DIALECT.is_valid((await apr.areason(engine, prompt, DIALECT, **FORCED)).text)
 
     def known(request: apr.Request) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -331,7 +331,7 @@ def main() -> int:
     if options.parts != ["overhead"]:
         found |= on_server(options, console)
     found |= surroundings()
-    return ended(found, missed(found), show, options)
+    return finish(found, missed(found), show, options)
 
 
 if __name__ == "__main__":

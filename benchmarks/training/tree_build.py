@@ -1,6 +1,6 @@
 """Times the training structure of 16 sequences that inference has run, 28,000 tokens in a line, and its memory.
 
-python benchmarks/training/tree_build.py [--json] [--check] [--reps 9]
+python -m benchmarks.training.tree_build [--json] [--check] [--reps 9]
 
 One reply of three forks into four: four requests of the trunk and twelve of branches, of which all but the first of each
 fork are read again behind the join.

@@ -1,18 +1,19 @@
-"""Figures in the pages: they are those that were measured and kept."""
+"""docs/benchmarks.md shows the results in docs/benchmarks.json."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from tests.support.paths import ROOT
+from benchmarks import render_docs, run_all
+from benchmarks.common import figures
+from tests.support.paths import BENCHMARKS, DOCS
 
-KEPT = {
-    "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "hardware": {"cores": 2, "cpu": "a processor"},
+TREE = {
+    "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "hardware": {"cores": 2, "cpu": "a processor"}, "ok": True,
+    "command": ["-m", "benchmarks.training.tree_build", "--check", "--json"],
     "found": {"sequences": 16, "flat_tokens": 28236, "seconds": 0.0123, "peak_mb": 2.24},
 }  # fmt: skip
 CASE = {"shape": "smollm2", "requests": 8, "new": 0}
@@ -20,50 +21,55 @@ FORK = {"branches": 8, "prefix": 1024, "speedup": 2.24}
 LEVEL = {"tokens_per_s": 4140.2, "wall_s": [9.94, 28.6, 29.6], "peak_rss_mb": 128.7}
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("figures")
+def test_the_page_shows_the_stored_results():
+    assert render_docs.main(["--check"]) == 0
 
 
-def test_pages_have_what_was_kept(figures):
-    assert figures.main(["--check"]) == 0
+def test_every_benchmark_has_a_section_and_every_result_has_figures():
+    assert set(render_docs.SECTIONS) == {b.name for b in run_all.benchmarks(BENCHMARKS)}
+    stored = json.loads((DOCS / "benchmarks.json").read_text())
+    assert set(stored) == {name for name, about in render_docs.SECTIONS.items() if about.render}
 
 
-def test_a_section_is_written_anew_and_the_rest_is_left(figures):
-    page = "a\n<!-- figures: trie -->\nold\n<!-- end of figures -->\nb\n<!-- figures: soak -->\nold\n<!-- end of figures -->\n"
-    new = figures.written(page, {"trie": KEPT})
-    assert new == page.replace(
-        "old",
-        "<!-- 2026-01-02, commit abc, 2 x a processor -->\nThe training structure of 16 sequences, 28,236 tokens in a line, "
-        "takes 12 ms and 2.2 MB at the most.",
-        1,
-    )
-    assert figures.written(new, {"trie": KEPT}) == new
-    with pytest.raises(ValueError, match="no section 'other', expected one of trie, "):
-        figures.written(page.replace("trie", "other"), {})
+def test_a_section_has_title_command_source_and_figures():
+    text = render_docs.page({"training.tree_build": TREE})
+    assert (
+        "\n## Building a training tree\n\n"
+        "How long it takes to merge the sequences of a trajectory into one training tree, and the memory it takes.\n\n"
+        "`python -m benchmarks.training.tree_build --check`\n\n"
+        "Measured on 2 cores of a processor, 2026-01-02, commit abc.\n\n"
+        "The training tree of 16 sequences, 28,236 tokens in one row, takes 12 ms and at most 2.2 MB.\n\n"
+    ) in text
+    assert "`python -m benchmarks.kv_join.soak`\n\nNot measured yet." in text
 
 
-def test_what_was_measured_is_kept_and_what_failed_is_not(figures, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
-    monkeypatch.setattr(figures, "KEPT", tmp_path / "kept.json")
-    page = tmp_path / "page.md"
-    monkeypatch.setattr(figures, "PAGES", [page])
-    page.write_text("<!-- figures: trie -->\n<!-- end of figures -->\n")
+def test_new_results_are_merged_and_failures_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     measured = tmp_path / "measured.json"
-    missed = {"ok": False, "found": KEPT["found"] | {"missed": ["12 ms, expected 10"]}}
-    measured.write_text(json.dumps({"trie": KEPT | missed, "soak": KEPT | {"ok": False}}))
-    assert figures.main([str(measured), "--check"]) == 1
-    assert not (tmp_path / "kept.json").exists()
-    assert figures.main([str(measured)]) == 0
-    assert json.loads((tmp_path / "kept.json").read_text()).keys() == {"trie"}
-    assert "28,236" in page.read_text()
-    assert "\n\nNot met: 12 ms, expected 10.\n<!-- end" in page.read_text()
-    assert figures.main(["--check"]) == 0
-    assert capsys.readouterr().out == "page.md\npage.md\n"
+    missed = {"ok": False, "found": TREE["found"] | {"missed": ["12 ms, expected 10"]}}
+    measured.write_text(
+        json.dumps(
+            {"training.tree_build": TREE | missed, "kv_join.soak": TREE | {"ok": False}, "kernels.gpu": TREE}
+        )
+    )
+    assert render_docs.main([str(measured), "--check"], tmp_path) == 1
+    assert not (tmp_path / "benchmarks.json").exists()
+    assert not (tmp_path / "benchmarks.md").exists()
+    assert render_docs.main([str(measured)], tmp_path) == 0
+    assert json.loads((tmp_path / "benchmarks.json").read_text()).keys() == {"training.tree_build"}
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "28,236" in page
+    assert "\n\nBars missed: 12 ms, expected 10.\n\n## " in page
+    assert render_docs.main(["--check"], tmp_path) == 0
+    assert capsys.readouterr().out == "benchmarks.md\nbenchmarks.md\n"
 
 
-def test_tables(figures):
+def test_unknown_results_are_refused(tmp_path: Path):
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"other": TREE}))
+    with pytest.raises(SystemExit, match=r"no section for other; expected names from masks\.validity, "):
+        render_docs.main(["--check"], tmp_path)
+
+
+def test_tables():
     timings = [
         {"case": CASE | {"name": name, "shape": shape, "new": new}, "speedup": speedup, "max_difference": 8e-7}
         for shape in ("smollm2", "tiny")
@@ -81,28 +87,30 @@ def test_tables(figures):
     text = figures.attention({"timings": timings, "fork": FORK})
     assert "| decode, 8-16 requests | 3.7-7.6x | 3.7-7.6x |" in text
     assert text.replace("\n", " ").endswith(
-        "over a prefix of 1,024 tokens, 2.2x comes from reading the prefix once."
+        "over a prefix of 1,024 tokens, reading the prefix once makes it 2.2x as fast."
     )
-    text = figures.runtime(
+    text = figures.overhead(
         {
             "loop_overhead_us": 186.2, "wall_ratio_vs_bare": 1.0441, "wall_ratio_vs_bare_ci95": [0.982, 1.082],
             "wall_ratio_vs_serial": 0.4531, "levels": {"1": LEVEL, "1000": LEVEL},
         }
     )  # fmt: skip
-    assert "| trajectories at once | 1 | 1,000 |" in text
+    assert "| concurrent trajectories | 1 | 1,000 |" in text
     assert "| 9.9 / 28.6 / 29.6 | 9.9 / 28.6 / 29.6 |" in text
     none = {"method": "recursive", "accuracy": None, "reason": "no words"}
     some = {
         "method": "apr", "accuracy": 0.3, "total_tokens": 1650.2, "critical_path": 383.0, "engine_calls": 14.3,
         "cached_share": 0.81, "wall_s": 9.5, "one_by_one_s": 6.0, "alone_s": 5.0, "label": "exact",
     }  # fmt: skip
-    assert "| `recursive` | none: no words |  |" in figures.methods({"rows": [none, some]})
-    assert figures.methods_short({"rows": [none, some]}).splitlines()[2:] == [
-        "| `apr` | 30% | 1,650 | 383 | 9.5 | 1.2x |"
+    assert figures.methods({"rows": [none, some]}).splitlines()[2:] == [
+        "| `recursive` | not applicable: no words |  |  |  |  |  |  |  |",
+        "| `apr` | 30% | 1,650 | 383 | 14.3 | 81% | 9.5 | 1.2x | exact |",
     ]
 
 
-def test_shares_are_rounded_as_people_do(figures):
+def test_halves_are_rounded_up():
     assert figures.percent(0.5825) == "58.3%"
-    kept = json.loads(figures.KEPT.read_text())
-    assert figures.countdown_short(kept["countdown"]["found"]).endswith("58.3%.")
+    stored = json.loads((DOCS / "benchmarks.json").read_text())
+    assert "| solved (95% interval) | 58.3% (56.2 to 60.5) |" in render_docs.page(
+        {"quality.countdown": stored["quality.countdown"]}
+    )

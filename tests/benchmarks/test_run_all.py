@@ -1,16 +1,14 @@
-"""One command for all benchmarks, on small ones of the test's own: it goes on behind a failure and behind itself."""
+"""One command runs all benchmarks, here small ones of the test: it continues after a failure and after an earlier run."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks import run_all
 from tests.support.paths import BENCHMARKS
 
 GOOD = """'''It is timed.'''
@@ -30,51 +28,41 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def everything(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("all_benchmarks", BENCHMARKS / "all.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def where(tmp_path: Path) -> Path:
-    """A repository with a benchmark that works, one that does not, and a module that is none."""
-    directory = tmp_path / "repo" / "benchmarks"
-    directory.mkdir(parents=True)
-    for name, text in (("good", GOOD), ("bad", BAD), ("hardware", "X = 1\n")):
-        (directory / f"{name}.py").write_text(text)
-    git = ["git", "-C", str(directory), "-c", "user.name=n", "-c", "user.email=e"]
+def package(tmp_path: Path) -> Path:
+    """A repository with a benchmark that works, one that fails, a module that is no program, and a tool at the top."""
+    package = tmp_path / "repo" / "benchmarks"
+    (package / "kind").mkdir(parents=True)
+    files = {"kind/good": GOOD, "kind/bad": BAD, "kind/hardware": "X = 1\n", "tool": GOOD}
+    for name, text in (files | {"__init__": "", "kind/__init__": ""}).items():
+        (package / f"{name}.py").write_text(text)
+    git = ["git", "-C", str(package), "-c", "user.name=n", "-c", "user.email=e"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "m"]):
         subprocess.run([*git, *command], check=True)
-    return directory
+    return package
 
 
-def times_run(where: Path) -> int:
-    return len((where.parent / "count").read_text())
+def times_run(package: Path) -> int:
+    return len((package.parent / "count").read_text())
 
 
-def test_it_keeps_what_there_is_and_names_what_failed(everything, where: Path, tmp_path: Path, capsys):
+def test_results_are_kept_and_failures_are_named(package: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
-    assert everything.main(["-o", str(out)], where) == 1
-    said, err = capsys.readouterr()
-    assert said.strip() == str(out / "benchmarks.md")
-    assert "bad: status 1: [red] no luck" in " ".join(err.split())
-    found = json.loads((out / "benchmarks.json").read_text())
-    assert list(found) == ["bad", "good"]
-    good = found["good"]
+    assert run_all.main(["-o", str(out)], package) == 1
+    stdout, stderr = capsys.readouterr()
+    assert stdout.strip() == str(out / "benchmarks.md")
+    assert "kind.bad: status 1: [red] no luck" in " ".join(stderr.split())
+    entries = json.loads((out / "benchmarks.json").read_text())
+    assert list(entries) == ["kind.bad", "kind.good"]
+    good = entries["kind.good"]
     assert good["ok"]
     assert good["found"]["tokens"] == 7
-    assert good["command"] == ["benchmarks/good.py", "--json"]
-    assert good["commit"] == everything.state(where)
+    assert good["command"] == ["-m", "benchmarks.kind.good", "--json"]
+    assert good["commit"] == run_all.repository_state(package)
     assert good["hardware"]["cores"] > 0
     assert good["versions"]["sglang"]
-    assert (out / "good.log").read_text() == "on stderr\n"
+    assert (out / "kind.good.log").read_text() == "on stderr\n"
     page = (out / "benchmarks.md").read_text()
+    assert "`python -m benchmarks.kind.good --json`" in page
     assert "| tokens | 7 |" in page
     assert "| width | x | why |" in page
     assert "| 4 | 12,345.7 | a\\|b |" in page
@@ -83,50 +71,54 @@ def test_it_keeps_what_there_is_and_names_what_failed(everything, where: Path, t
     assert "sglang 0." in page
 
 
-def test_what_is_there_is_not_measured_again(everything, where: Path, tmp_path: Path):
+def test_what_has_a_result_is_not_run_again(package: Path, tmp_path: Path):
     def run(*more: str) -> int:
-        return everything.main(["-o", str(tmp_path / "out"), "--only", "good", *more], where)
+        return run_all.main(["-o", str(tmp_path / "out"), "--only", "kind.good", *more], package)
 
     assert run() == run() == 0
-    assert times_run(where) == 1
+    assert times_run(package) == 1
     assert run("--again") == 0
-    assert times_run(where) == 2
-    (where / "good.py").write_text(GOOD + "# changed\n")
+    assert times_run(package) == 2
+    (package / "kind" / "good.py").write_text(GOOD + "# changed\n")
     assert run() == run() == 0
-    assert times_run(where) == 3, "once for the changed state of the repository"
+    assert times_run(package) == 3, "once for the changed state of the repository"
 
 
-def test_what_failed_is_tried_again(everything, where: Path, tmp_path: Path):
-    arguments = ["-o", str(tmp_path / "out"), "--only", "bad"]
-    assert everything.main(arguments, where) == 1
-    (where / "bad.py").write_text(GOOD)
-    assert everything.main(arguments, where) == 0
-    (where / "bad.py").write_text('if "__main__": print("no JSON")')
-    assert everything.main(arguments, where) == 1
+def test_what_failed_is_run_again(package: Path, tmp_path: Path):
+    arguments = ["-o", str(tmp_path / "out"), "--only", "kind.bad"]
+    assert run_all.main(arguments, package) == 1
+    (package / "kind" / "bad.py").write_text(GOOD)
+    assert run_all.main(arguments, package) == 0
+    (package / "kind" / "bad.py").write_text('if "__main__": print("no JSON")')
+    assert run_all.main(arguments, package) == 1
 
 
-def test_a_model_that_is_not_there_is_said(everything, where: Path, tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setitem(everything.ARGUMENTS, "good", ("runs/model",))
-    assert everything.main(["-o", str(tmp_path / "out"), "--only", "good"], where) == 0
-    assert "good: not run, there is no runs/model" in capsys.readouterr().err
+def test_a_missing_model_is_named(package: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setitem(run_all.ARGUMENTS, "kind.good", ("runs/model",))
+    assert run_all.main(["-o", str(tmp_path / "out"), "--only", "kind.good"], package) == 0
+    assert "kind.good: skipped, runs/model does not exist" in capsys.readouterr().err
 
 
-def test_every_benchmark_is_known_and_prints_json(everything, capsys):
-    """Those that are programs, asked for what they can be asked for."""
-    assert everything.main(["--list"]) == 0
+def test_every_benchmark_is_listed_and_takes_its_arguments(capsys):
+    assert run_all.main(["--list"]) == 0
     commands = capsys.readouterr().out.splitlines()
-    names = {Path(command.split()[1]).stem for command in commands}
-    parts = {"all", "ending", "figures", "hardware", "tables"}
-    assert names == {p.stem for p in BENCHMARKS.glob("*.py")} - parts
-    assert set(everything.ARGUMENTS) <= names
-    for command in commands:
-        text = (BENCHMARKS.parent / command.split()[1]).read_text()
+    modules = [command.split()[2] for command in commands]
+    assert all(command.startswith("python -m benchmarks.") for command in commands)
+    names = {module.removeprefix("benchmarks.") for module in modules}
+    parts = {"common", "__init__", "replay"}
+    files = {
+        ".".join(path.relative_to(BENCHMARKS).with_suffix("").parts) for path in BENCHMARKS.glob("*/**/*.py")
+    }
+    assert names == {name for name in files if not parts & set(name.split("."))}
+    assert set(run_all.ARGUMENTS) <= names
+    for module, command in zip(modules, commands, strict=True):
+        text = BENCHMARKS.parent.joinpath(*module.split(".")).with_suffix(".py").read_text()
         for flag in (word for word in command.split() if word.startswith("--")):
             assert flag in text, (command, flag)
 
 
-def test_nothing_of_that_name(everything, where: Path, capsys):
+def test_unknown_names_are_refused(package: Path, capsys):
     with pytest.raises(SystemExit) as left:
-        everything.main(["--only", "fast"], where)
+        run_all.main(["--only", "fast"], package)
     assert left.value.code == 2
     assert "invalid choice: 'fast'" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_the_server_names_the_dialect(tmp_path: Path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["xgrammar tokens", "llguidance tokens", "llguidance text"])
 def test_forty_of_forty(tmp_path: Path, kind: str):
-    """Two hundred of them are what benchmarks/masks/mask_latency.py asks for."""
+    """Two hundred of them are what benchmarks.masks.mask_latency asks for."""
     backend, mode = kind.split()
     tags = tuple(dict.fromkeys(t for n in apr.dialect_names() for t in apr.dialect(n).tags))
     model = random_llama(tmp_path / "model", tags=tags if mode == "tokens" else (), tag_bias=5.0)

@@ -1,0 +1,217 @@
+"""The results of each benchmark as Markdown, for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import fill
+from typing import Any
+
+from benchmarks.common.markdown import table
+
+Result = Mapping[str, Any]
+
+
+def speedup_range(values: Sequence[float]) -> str:
+    """The smallest and the largest of some factors."""
+    low, high = (f"{x:.1f}" for x in (min(values), max(values)))
+    return f"{low}x" if low == high else f"{low}-{high}x"
+
+
+def prose(text: str) -> str:
+    """Text in lines of at most 118 characters."""
+    return fill(text, 118, break_on_hyphens=False)
+
+
+def percent(share: float) -> str:
+    """A share in percent with one decimal, halves rounded up."""
+    return f"{100 * share + 1e-9:.1f}%"
+
+
+def tree_build(result: Result) -> str:
+    return prose(
+        f"The training tree of {result['sequences']} sequences, {result['flat_tokens']:,} tokens in one row, takes "
+        f"{1000 * result['seconds']:.0f} ms and at most {result['peak_mb']:.1f} MB."
+    )
+
+
+def validity(result: Result) -> str:
+    columns = ["tags", "grammar", "valid", "valid and forked", "closers written", "closers injected"]
+    rows = [
+        [
+            {"tokens": "tokens", "text": "spelled out"}[r["tags"]], "on" if r["grammar"] else "off",
+            f"{r['valid']} of {r['replies']}", r["valid_and_forked"], r["closers_decoded"], r["closers_injected"],
+        ]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def mask_latency(result: Result) -> str:
+    columns = [
+        "dialect", "valid", "forked", "valid and forked, grammar off", "closers written / injected", "mask p50 / p99",
+        "xgrammar", "tags spelled out",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"`{name}`", f"{r['valid']} of {r['runs']}", r["forked"], r["valid_grammar_off"],
+            f"{r['closers_decoded']} / {r['closers_injected']}",
+            *(f"{r[f'{how}mask_us_p50']} / {r[f'{how}mask_us_p99']}" for how in ("", "xgrammar_", "text_mode_")),
+        ]
+        for name, r in result["dialects"].items()
+    ]  # fmt: skip
+    nested = [
+        f"{r['nested']} of the replies in `{name}` forked again inside a branch."
+        for name, r in result["dialects"].items()
+        if r["nested"]
+    ]
+    return "\n\n".join([table(columns, rows), *nested])
+
+
+# The rows of the table of kernels.attention, and the cases that each row summarizes.
+ATTENTION_ROWS: tuple[tuple[str, Callable[[Result], bool]], ...] = (
+    ("decode, 1-4 requests", lambda c: c["name"] == "decode" and c["requests"] <= 4),
+    ("decode, 8-16 requests", lambda c: c["name"] == "decode" and 8 <= c["requests"] <= 16),
+    ("decode, 32-64 requests", lambda c: c["name"] == "decode" and c["requests"] >= 32),
+    ("decode, 8-64 branches of a fork", lambda c: c["name"].startswith("decode, fork")),
+    ("extend, 2 new over 2,304 cached", lambda c: c["name"].startswith("extend") and c["new"] == 2),
+    ("extend, 8 branches of 10 new over 500 cached", lambda c: c["name"] == "extend, fork of 8"),
+    ("prefill, 1,000", lambda c: c["name"] == "prefill"),
+)
+
+
+def attention(result: Result) -> str:
+    timings, fork = result["timings"], result["fork"]
+    shapes = {"smollm2": "SmolLM2-135M's shape"} | {
+        t["case"]["shape"]: "the tests' tiny Llama" for t in timings if t["case"]["shape"] != "smollm2"
+    }
+
+    def speedups(shape: str, member: Callable[[Result], bool]) -> list[float]:
+        return [t["speedup"] for t in timings if t["case"]["shape"] == shape and member(t["case"])]
+
+    rows = [
+        [name, *(speedup_range(speedups(shape, member)) for shape in shapes)]
+        for name, member in ATTENTION_ROWS
+    ]
+    difference = max(t["max_difference"] for t in timings)
+    return (
+        table(["", *shapes.values()], rows)
+        + "\n\n"
+        + prose(
+            f"Largest difference in the outputs: {difference:.0e} (fp32). When {fork['branches']} branches decode over a prefix "
+            f"of {fork['prefix']:,} tokens, reading the prefix once makes it {fork['speedup']:.1f}x as fast."
+        )
+    )
+
+
+def join_latency(result: Result) -> str:
+    columns = [
+        "branches x tokens", "prefilled tokens, text join", "KV join", "text join, s", "KV join, s", "speed-up of the KV join",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{r['branches']} x {r['tokens']}", f"{r['text_reprefilled']:,}", r["kv_reprefilled"], f"{r['text_s']:.2f}",
+            f"{r['kv_s']:.2f}", f"{r['speedup']:.1f}x",
+        ]
+        for r in result["rows"]
+    ]  # fmt: skip
+    low, high = result["interval"]
+    return (
+        table(columns, rows)
+        + "\n\n"
+        + prose(
+            f"On requests without a join, the server with the cache and the hook takes {result['patched_over_stock']:.3f} of the "
+            f"time of a server without them (95% CI {low:.3f} to {high:.3f}, {result['pairs']} interleaved pairs of requests to "
+            "one process each; other processes differ by some percent)."
+        )
+    )
+
+
+def soak(result: Result) -> str:
+    compared = result["compared"]
+    return prose(
+        f"{result['operations']:,} random forks, joins, aborts and evictions in a pool of {result['pool_tokens']:,} tokens, "
+        f"with checks at every step: {len(result['violations'])} violations, {result['held_when_idle']} tokens held when idle, "
+        f"{compared['answers'] - compared['differ']} of {compared['answers']} sampled answers equal to those of transformers, "
+        f"the last fifth of the operations {result['last_to_first']:.2f} times as fast as the first."
+    )
+
+
+def overhead(result: Result) -> str:
+    low, high = result["wall_ratio_vs_bare_ci95"]
+    figures = [
+        ["loop time per engine call, without the engine", f"{result['loop_overhead_us']:.0f} us", "200 us"],
+        [
+            "wall time relative to a bare client that knows the tree and sends the same requests",
+            f"{result['wall_ratio_vs_bare']:.3f} (95% CI {low:.3f} to {high:.3f})",
+            "1.05",
+        ],
+        [
+            "wall time relative to the same tokens with one branch at a time",
+            f"{result['wall_ratio_vs_serial']:.3f}",
+            "",
+        ],
+    ]
+    levels = result["levels"]
+    walls = [" / ".join(f"{s:.1f}" for s in x["wall_s"]) for x in levels.values()]
+    throughput = [
+        ["output tokens/s", *(f"{x['tokens_per_s']:,.0f}" for x in levels.values())],
+        ["wall seconds of a trajectory, shortest / median / longest", *walls],
+        ["peak memory of the client, MB", *(f"{x['peak_rss_mb']:.0f}" for x in levels.values())],
+    ]
+    counts = [f"{int(n):,}" for n in levels]
+    return (
+        table(["", "figure", "bar"], figures)
+        + "\n\n"
+        + table(["concurrent trajectories", *counts], throughput)
+    )
+
+
+def countdown(result: Result) -> str:
+    models = result["rows"]
+
+    def row(label: str, cells: Callable[[Result], Iterable[str]]) -> list[str]:
+        return [label, *(", ".join(cells(model)) for model in models)]
+
+    def shares(label: str, name: str, limits: Sequence[str]) -> list[str]:
+        return row(label, lambda model: (percent(model[name][limit]) for limit in limits))
+
+    return table(
+        ["", "sequential", "may fork", "may fork, after GRPO"],
+        [
+            row(
+                "solved (95% interval)",
+                lambda m: [f"{percent(m['accuracy'])} ({' to '.join(percent(x)[:-1] for x in m['ci95'])})"],
+            ),
+            row("solved with three numbers, four", lambda m: [percent(m["by_size"][n]["accuracy"]) for n in "34"]),
+            shares("solved with no context over 128 tokens, 256, 512", "within_context", ("128", "256", "512")),
+            shares(
+                "solved within a critical path of 128 tokens, 256, 512, 1,024", "within_critical_path",
+                ("128", "256", "512", "1024"),
+            ),
+            shares(
+                "solved within 256 total tokens, 512, 1,024, 2,048", "within_tokens", ("256", "512", "1024", "2048")
+            ),
+            row(
+                "mean total tokens, critical path",
+                lambda m: [f"{m[name]:.0f}" for name in ("total_tokens", "critical_path")],
+            ),
+            row("replies that fork", lambda m: [f"{m['fork_rate']:.0%}"]),
+        ],
+    )  # fmt: skip
+
+
+def methods(result: Result) -> str:
+    columns = [
+        "method", "solved", "total tokens", "critical path", "calls", "cached", "wall s", "one request at a time", "label",
+    ]  # fmt: skip
+    return table(columns, [_method(row) for row in result["rows"]])
+
+
+def _method(row: Result) -> list[object]:
+    if row["accuracy"] is None:
+        return [f"`{row['method']}`", f"not applicable: {row['reason']}", *[""] * 7]
+    return [
+        f"`{row['method']}`", f"{row['accuracy']:.0%}", f"{row['total_tokens']:,.0f}", f"{row['critical_path']:,.0f}",
+        f"{row['engine_calls']:.1f}", f"{row['cached_share']:.0%}", f"{row['wall_s']:.1f}",
+        f"{row['one_by_one_s'] / row['alone_s']:.1f}x", row["label"],
+    ]  # fmt: skip
