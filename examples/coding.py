@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.chat_template import chat_of
+from sgl_apr.evaluation.tasks.chat_template import chat_template_for
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult
@@ -65,7 +65,7 @@ class CodingTask(Task[Exercise, Any]):
     max_tokens = 64
 
     def ask(self, problem: Exercise) -> Prompt:
-        chat = chat_of(self.engine.tokenizer)
+        chat = chat_template_for(self.engine.tokenizer)
         shown, body = SHOWN
         begun = chat.turn(shown.asked) + self.head(shown) + body + FENCE
         return Prompt(

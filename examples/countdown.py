@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from rich.console import Console
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.countdown.attempts import SERVER, Attempt, attempts
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS, Attempt, attempt_problems
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems
 from sgl_apr.training.models import locate_model
 from sgl_apr.views.tree import render_summary, render_tree
 
@@ -24,7 +24,7 @@ async def solve(url: str, given: list[Problem]) -> list[Attempt]:
     """All of them at once, greedily; the model decides whether it forks, and into how many."""
     async with await apr.HttpEngine.connect(url) as engine:
         budget = apr.Budget(tokens=6000, width=16, branch_tokens=160)
-        return await attempts(engine, given, None, budget=budget, temperature=0.0)
+        return await attempt_problems(engine, given, None, budget=budget, temperature=0.0)
 
 
 def main() -> None:
@@ -40,8 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=125)
     with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(locate_model(options.model), **SERVER)).url
-        made = asyncio.run(solve(url, list(problems(options.count, "test", seed=options.seed))))
+        url = options.url or stack.enter_context(apr.Server(locate_model(options.model), **SERVER_OPTIONS)).url
+        made = asyncio.run(solve(url, list(generate_problems(options.count, "test", seed=options.seed))))
     for attempt in made:
         said = "solved" if attempt.correct else "not solved"
         console.print(

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, answer
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
+from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, final_solution
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems
 from sgl_apr.training.models import locate_model
 from sgl_apr.views.tree import render_summary
 
@@ -53,14 +53,14 @@ def main() -> None:
     options = parser.parse_args()
     with ExitStack() as stack:
         url = options.url or stack.enter_context(apr.Server(locate_model(options.model))).url
-        given = list(problems(options.count, "test", seed=options.seed))
+        given = list(generate_problems(options.count, "test", seed=options.seed))
         made = asyncio.run(solve(url, given, options.seconds))
     console = Console(width=125)
     branches = [branch for a in made for block in a.trajectory.blocks for branch in block.branches]
     for a in made:
         outcomes = [branch.outcome for block in a.trajectory.blocks for branch in block.branches]
         joined = f"{outcomes.count('ok')} of {len(outcomes)} branches in time" if outcomes else "no fork"
-        said = answer(a.trajectory).strip() or "no answer"
+        said = final_solution(a.trajectory).strip() or "no answer"
         console.print(
             f"{a.problem.text.strip()}: {said} ({'right' if a.correct else 'not solved'}, {joined})",
             markup=False,

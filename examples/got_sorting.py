@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.lists import Lists, ListTask, problems
+from sgl_apr.evaluation.tasks.lists import ListProblem, ListTask, generate_problems
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.training.models import locate_model, smollm2
 from sgl_apr.views.tree import render_summary
 
 
-async def solve(url: str, given: list[Lists]) -> list[MethodResult]:
+async def solve(url: str, given: list[ListProblem]) -> list[MethodResult]:
     """One problem after another; operations of one that are ready run at once."""
     found, budget = list[MethodResult](), apr.Budget(tokens=16000)
     async with await apr.HttpEngine.connect(url) as engine:
@@ -45,14 +45,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8, help="numbers in a list")
     parser.add_argument("--count", type=int, default=2, help="lists of each kind")
     options = parser.parse_args()
-    given = [p for kind in ("sort", "intersect") for p in problems(kind, options.count, size=options.size)]
+    given = [p for kind in ("sort", "intersect") for p in generate_problems(kind, options.count, size=options.size)]
     with ExitStack() as stack:
         url = options.url
         if url is None:
             model = smollm2() if options.model == "smollm2" else locate_model(options.model)
             url = stack.enter_context(apr.Server(model, max_total_tokens=16384)).url
         found = asyncio.run(solve(url, given))
-    errors = [p.errors(json.loads(r.answer or "[]")) for p, r in zip(given, found, strict=True)]
+    errors = [p.count_errors(json.loads(r.answer or "[]")) for p, r in zip(given, found, strict=True)]
     console = Console(width=125)
     for lists, result, wrong in zip(given, found, errors, strict=True):
         console.print(f"{lists.text}\n  {result.answer or '-'}  {wrong} errors", markup=False)

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import track
 
 import sgl_apr as apr
-from sgl_apr.evaluation.benchmarks.games import cards
-from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
+from sgl_apr.evaluation.benchmarks.games import game24_problems
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.methods.registry import MethodResult
@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--search", choices=["bfs", "dfs"], default="bfs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    given, console = list(islice(cards(options.seed), options.count)), Console(width=125)
+    given, console = list(islice(game24_problems(options.seed), options.count)), Console(width=125)
     with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(locate_model(options.model), **SERVER)).url
+        url = options.url or stack.enter_context(apr.Server(locate_model(options.model), **SERVER_OPTIONS)).url
         found = asyncio.run(play(url, given, options.search))
     solved = 0
     for game, result in zip(given, found, strict=True):

@@ -17,8 +17,8 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from sgl_apr.evaluation.tasks.countdown.attempts import solution
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems, solves
+from sgl_apr.evaluation.tasks.countdown.attempts import extract_solution
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems, solves
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.models import locate_model
 from sgl_apr.training.rewards import gated
@@ -27,7 +27,7 @@ from sgl_apr.training.trl_verl import for_trl
 
 def correct(answer: str, problem: str) -> bool:
     """Whether the text behind the last join solves the problem."""
-    return solves(Problem.parse(problem), solution(answer))
+    return solves(Problem.parse(problem), extract_solution(answer))
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     model = locate_model(options.model)
-    texts = [p.text for p in problems(8 * options.steps, "train", numbers=(3,))]
+    texts = [p.text for p in generate_problems(8 * options.steps, "train", numbers=(3,))]
     paid = for_trl(partial(gated, parallel=0.3), correct, HfTokenizer(model), column="problem")
     with tempfile.TemporaryDirectory() as out:
         trainer: Any = GRPOTrainer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.countdown.attempts import solution
+from sgl_apr.evaluation.tasks.countdown.attempts import extract_solution
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.training.rewards import gated
 from sgl_apr.training.trl_verl import for_verl
@@ -18,7 +18,7 @@ from sgl_apr.training.trl_verl import for_verl
 
 def correct(answer: str, problem: str) -> bool:
     """Whether the text behind the last join solves the problem."""
-    return solves(Problem.parse(problem), solution(answer))
+    return solves(Problem.parse(problem), extract_solution(answer))
 
 
 SPAWN = apr.dialect("spawn")

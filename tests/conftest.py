@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sgl_apr.evaluation.tasks.countdown.attempts import SERVER
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
 from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.launch.launcher import Server
@@ -79,7 +79,7 @@ def server(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iter
 def solver(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serves the model that comes with the package, which solves Countdown."""
     with warm(
-        locate_model("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER
+        locate_model("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER_OPTIONS
     ) as server:
         yield server
 

@@ -35,7 +35,7 @@ from benchmarks.common.machine import hardware, versions
 from benchmarks.training.tree_build import made, reply
 from sgl_apr.training.attention_mask import Visibility
 from sgl_apr.training.collate import Collator, log_probabilities, to_device
-from sgl_apr.training.config import SftConfig, load
+from sgl_apr.training.config import SftConfig, load_config
 from sgl_apr.training.models import random_llama
 from sgl_apr.training.sft import train
 
@@ -77,7 +77,7 @@ def attention(reps: int) -> dict[str, Any]:
         torch.randn(1, n, length, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for n in (HEADS, KV_HEADS, KV_HEADS)
     ]
-    blocks, compiled = sight.blocks(), torch.compile(flex_attention)
+    blocks, compiled = sight.block_mask(), torch.compile(flex_attention)
 
     def flex() -> torch.Tensor:
         out: torch.Tensor = compiled(*heads, block_mask=blocks, enable_gqa=True)
@@ -92,10 +92,10 @@ def attention(reps: int) -> dict[str, Any]:
         torch.autograd.grad(forward().sum(), heads)
 
     found: dict[str, Any] = {"tokens": length, "scores_mb": HEADS * length**2 * 2 / 2**20}
-    found["blocks"] = timed(sight.blocks, reps)
+    found["blocks"] = timed(sight.block_mask, reps)
     found["flex"] = timed(lambda: both(flex), reps)
     found["error"] = _error(flex().detach(), [h.detach() for h in heads], sight)
-    mask = sight.dense()
+    mask = sight.dense_mask()
     found["dense"] = timed(lambda: both(dense), reps)
     return found
 
@@ -154,7 +154,7 @@ def model(reps: int) -> dict[str, Any]:
 
 def sft(tokens: int = 600_000) -> dict[str, Any]:
     """Steps of the recipe for the built-in model, of 0.9M parameters; without the time that its examples take."""
-    recipe = load(SftConfig, RECIPE)
+    recipe = load_config(SftConfig, RECIPE)
     config = replace(recipe, steps=replace(recipe.steps, tokens=tokens))
     with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()

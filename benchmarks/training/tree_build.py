@@ -46,7 +46,7 @@ def reply(rng: random.Random) -> apr.Trajectory:
 
 def made(trajectory: apr.Trajectory) -> tuple[TrainingTree, Visibility]:
     found = build_training_tree([trajectory])
-    return found, Visibility.of([found.tree])
+    return found, Visibility.from_trees([found.tree])
 
 
 def measured(reps: int) -> dict[str, Any]:

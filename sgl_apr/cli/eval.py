@@ -17,7 +17,7 @@ from sgl_apr.runtime.budget import Budget
 
 if TYPE_CHECKING:
     from sgl_apr.evaluation.benchmarks.base import Benchmark
-    from sgl_apr.evaluation.cost_model import Cost
+    from sgl_apr.evaluation.cost_model import EngineCost
     from sgl_apr.evaluation.metrics import MethodResults
     from sgl_apr.evaluation.store import ResultStore
 
@@ -127,7 +127,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.error("expected tasks, and --model or --url; or --compare")
 
     from sgl_apr.evaluation.benchmarks.registry import benchmark
-    from sgl_apr.evaluation.store import SUMMARY, evaluated
+    from sgl_apr.evaluation.store import SUMMARY_FILE, open_evaluation
     from sgl_apr.server.launch.launcher import Server
     from sgl_apr.training.models import locate_model
 
@@ -140,7 +140,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     shown: list[tuple[str, list[MethodResults]]] = []
     with ExitStack() as stack:
         files = [
-            stack.enter_context(evaluated(place, _asked(options, task)))
+            stack.enter_context(open_evaluation(place, _asked(options, task)))
             for task, place in zip(given, places, strict=True)
         ]
         url = options.url
@@ -154,7 +154,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             if cost:
                 summary["cost"] = asdict(cost)
             if place:
-                (place / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+                (place / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
             summaries.append(summary)
             shown.append((task.name, rows))
     if options.json:
@@ -187,15 +187,15 @@ def _places(out: Path | None, given: Sequence[Benchmark]) -> list[Path | None]:
     return [out / task.directory for task in given]
 
 
-async def _cost(url: str, out: Path | None) -> Cost:
+async def _cost(url: str, out: Path | None) -> EngineCost:
     from sgl_apr.engine.http import HttpEngine
-    from sgl_apr.evaluation.cost_model import Cost
+    from sgl_apr.evaluation.cost_model import EngineCost
     from sgl_apr.evaluation.timing import EngineTimer
 
     if out and (path := out / COST).exists():
-        return Cost.from_json(path.read_text(encoding="utf-8"))
+        return EngineCost.from_json(path.read_text(encoding="utf-8"))
     async with await HttpEngine.connect(url) as engine:
-        cost = await EngineTimer(engine).cost()
+        cost = await EngineTimer(engine).measure_cost()
     if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / COST).write_text(cost.to_json() + "\n", encoding="utf-8")
@@ -209,7 +209,7 @@ async def _run(
     method: str,
     found: ResultStore,
     several: bool,
-    cost: Cost | None,
+    cost: EngineCost | None,
 ) -> MethodResults:
     from rich.console import Console
     from rich.progress import Progress
@@ -236,9 +236,9 @@ async def _run(
 
 def _compare(options: argparse.Namespace) -> int:
     from sgl_apr.cli.eval_tables import show_pairs
-    from sgl_apr.evaluation.compare import pairs
+    from sgl_apr.evaluation.compare import pair_evaluations
 
-    found = pairs(*options.compare)
+    found = pair_evaluations(*options.compare)
     if options.json:
         print(json.dumps({"pairs": [pair.as_json() for pair in found]}))
     else:

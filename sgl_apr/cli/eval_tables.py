@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sgl_apr.evaluation.compare import Pair
+from sgl_apr.evaluation.compare import MethodPair
 from sgl_apr.evaluation.metrics import MethodResults
 
 WIDE = 150  # columns
@@ -28,7 +28,7 @@ def show(task: str, rows: Sequence[MethodResults], several: bool) -> None:
             table.add_row(row.method, *["-"] * (len(table.columns) - 1))
             continue
         low, high = row.ci95
-        alike, answers = row.known(lambda a: a.redundancy), row.known(lambda a: a.diversity)
+        alike, answers = row.mean_known(lambda a: a.redundancy), row.mean_known(lambda a: a.diversity)
         table.add_row(
             row.method, f"{row.accuracy:.1%}", f"{low:.1%} - {high:.1%}", f"{row.mean(lambda a: a.tokens):.0f}",
             f"{row.mean(lambda a: a.critical_path):.0f}", f"{row.mean(lambda a: a.context):.0f}",
@@ -39,12 +39,12 @@ def show(task: str, rows: Sequence[MethodResults], several: bool) -> None:
     console.print(table)
     for row in rows:
         line, side = (
-            (row.known(lambda a: a.sequential_s), row.known(lambda a: a.parallel_s))
+            (row.mean_known(lambda a: a.sequential_s), row.mean_known(lambda a: a.parallel_s))
             if row.attempts
             else (0, 0)
         )
         if line and side:
-            took = row.known(lambda a: a.took_s) or 0.0
+            took = row.mean_known(lambda a: a.took_s) or 0.0
             said = f"{line:.2f} s in a line, {side:.2f} s with its forks by the engine's cost, {took:.2f} s as it was"
             console.print(f"{row.method}: {said}", markup=False, highlight=False, soft_wrap=True)
     for note, methods in notes.items():
@@ -52,19 +52,19 @@ def show(task: str, rows: Sequence[MethodResults], several: bool) -> None:
             console.print(f"{', '.join(methods)}: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_pairs(pairs: Sequence[Pair]) -> None:
+def show_pairs(pairs: Sequence[MethodPair]) -> None:
     """A line for each comparison: differences are the second's over the first's, with their 95% intervals."""
     table = Table(
         "first", "second", "problems", "accuracy", "difference", "p", "total tokens", "critical path"
     )
     for pair in pairs:
-        compared, first = pair.comparison, pair.rows[0]
+        compared, first = pair.comparison, pair.results[0]
         low, high = compared.ci95
         table.add_row(
-            *map(escape, pair.names), str(len(first.attempts)), " / ".join(f"{row.accuracy:.1%}" for row in pair.rows),
+            *map(escape, pair.names), str(len(first.attempts)), " / ".join(f"{row.accuracy:.1%}" for row in pair.results),
             f"{compared.difference:+.1%} ({low:+.1%} to {high:+.1%})", f"{compared.p:.2g}",
             *(f"{by:+.1f} ({low:+.1f} to {high:+.1f})" for by, (low, high) in (
-                pair.shift(lambda a: a.tokens), pair.shift(lambda a: a.critical_path)
+                pair.mean_difference(lambda a: a.tokens), pair.mean_difference(lambda a: a.critical_path)
             )),
         )  # fmt: skip
     _console().print(table)

@@ -40,14 +40,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from sgl_apr.evaluation.plots import axes_without_data, draw, rows
+    from sgl_apr.evaluation.plots import axes_without_data, plot_methods, load_results
 
     asked = options.x.split(",") if options.x else []
     if wrong := [axis for axis in asked if axis not in AXES]:
         raise AprError(f"--x {wrong[0]!r}, expected some of {', '.join(AXES)}")
-    drawn = rows(options.directories)
+    drawn = load_results(options.directories)
     missing = {} if asked else {axis: names for axis in AXES if (names := axes_without_data(drawn, axis))}
-    draw(drawn, options.out, options.title, asked)
+    plot_methods(drawn, options.out, options.title, asked)
     for axis, names in missing.items():
         print(f"no panel for {axis}: older versions evaluated {', '.join(names)}", file=sys.stderr)
     if options.json:

@@ -41,17 +41,17 @@ def _report(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.evaluation.report_files import count, entries, facts
+    from sgl_apr.evaluation.report_files import count_trajectories, read_entries, describe_evaluations
     from sgl_apr.views.page import render_page
 
     title = options.title or ", ".join(map(str, options.inputs))
-    lines = count(options.inputs)
+    lines = count_trajectories(options.inputs)
     if not lines:
         raise AprError(f"no trajectory in {title}")
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        found = progress.track(entries(options.inputs), total=lines, description="trajectories")
-        text = render_page(found, title, facts(options.inputs))
+        found = progress.track(read_entries(options.inputs), total=lines, description="trajectories")
+        text = render_page(found, title, describe_evaluations(options.inputs))
     data = text.encode(errors="replace")  # the name of a file may be no text
     try:
         options.out.write_bytes(data)

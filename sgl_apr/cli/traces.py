@@ -16,7 +16,7 @@ from sgl_apr.formats.conversion import convert
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import Reading, read
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
-from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, records
+from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -84,7 +84,7 @@ def _readings(
     if options.dialect:
         dialect(options.dialect)  # a wrong name is wrong before any file is
     work = partial(_read, dialect=options.dialect, tokenizer=tokenizer)
-    return parallel_map(work, records(files, options.key), options.jobs)
+    return parallel_map(work, read_records(files, options.key), options.jobs)
 
 
 def _parse(options: argparse.Namespace) -> int:
@@ -167,7 +167,7 @@ def _convert(options: argparse.Namespace) -> int:
     dialect(options.to)
     work = partial(_converted, dialect=options.dialect, to=options.to)
     failed = 0
-    for done in parallel_map(work, records([options.file], options.key), options.jobs):
+    for done in parallel_map(work, read_records([options.file], options.key), options.jobs):
         if done.error:
             failed += 1
             print(f"sgl-apr: error: {done.record.source}: {done.error}", file=sys.stderr)

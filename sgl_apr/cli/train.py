@@ -39,11 +39,11 @@ def _sft(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from sgl_apr.evaluation.plots import draw_log
-    from sgl_apr.training.config import SftConfig, load
+    from sgl_apr.evaluation.plots import plot_training_log
+    from sgl_apr.training.config import SftConfig, load_config
     from sgl_apr.training.sft import train
 
-    config = load(SftConfig, options.config)
+    config = load_config(SftConfig, options.config)
     last: list[SftStepLog] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -59,7 +59,7 @@ def _sft(options: argparse.Namespace) -> int:
             )
 
         model = train(config, options.out, on_step)
-    draw_log(options.out / "log.jsonl", options.out / "log.png", ("loss", "rate", "norm"))
+    plot_training_log(options.out / "log.jsonl", options.out / "log.png", ("loss", "rate", "norm"))
     found = {"model": str(model)} | ({"step": last[0].step, "loss": last[0].loss} if last else {})
     print(json.dumps(found) if options.json else model)
     return 0
@@ -69,11 +69,11 @@ def _grpo(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.evaluation.plots import draw_log
-    from sgl_apr.training.config import GrpoConfig, load
+    from sgl_apr.evaluation.plots import plot_training_log
+    from sgl_apr.training.config import GrpoConfig, load_config
     from sgl_apr.training.grpo import train
 
-    config = load(GrpoConfig, options.config)
+    config = load_config(GrpoConfig, options.config)
     last: list[GrpoStepLog] = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("grpo", total=config.updates.steps)
@@ -85,7 +85,7 @@ def _grpo(options: argparse.Namespace) -> int:
 
         model = train(config, options.out, on_update)
     shown = ("reward", "accuracy", "critical_path", "total", "forked_3", "forked_4", "width")
-    draw_log(options.out / "log.jsonl", options.out / "log.png", shown)
+    plot_training_log(options.out / "log.jsonl", options.out / "log.png", shown)
     found = {"model": str(model)} | ({"step": last[0].step, "accuracy": last[0].accuracy} if last else {})
     print(json.dumps(found) if options.json else model)
     return 0

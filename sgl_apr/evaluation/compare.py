@@ -1,4 +1,4 @@
-"""Methods of two evaluations, or of one, side by side on the problems that both tried; no attempt is made here."""
+"""Paired comparisons of methods, from one evaluation or from two, on the problems that both attempted."""
 
 from __future__ import annotations
 
@@ -9,58 +9,80 @@ from statistics import fmean
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.metrics import AttemptMetrics, Comparison, MethodResults, compare, interval
-from sgl_apr.evaluation.store import RUN, SUMMARY, ResultStore
+from sgl_apr.evaluation.metrics import (
+    AttemptMetrics,
+    Comparison,
+    MethodResults,
+    bootstrap_interval,
+    compare_methods,
+)
+from sgl_apr.evaluation.store import RUN_FILE, SUMMARY_FILE, ResultStore
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two methods by their names, with their attempts at the same problems in the same order."""
+class MethodPair:
+    """Two methods with their attempts at the same problems, in the same order.
+
+    Attributes:
+        names: How each method is labelled, `DIRECTORY:METHOD`.
+        results: The results of each.
+    """
 
     names: tuple[str, str]
-    rows: tuple[MethodResults, MethodResults]
+    results: tuple[MethodResults, MethodResults]
 
     @property
     def comparison(self) -> Comparison:
-        """Of what they solved."""
-        return compare(*self.rows)
+        """The difference of the accuracies, with its interval and p-value."""
+        return compare_methods(*self.results)
 
-    def shift(self, of: Callable[[AttemptMetrics], float]) -> tuple[float, tuple[float, float]]:
-        """How much more of something the second took, over problems the mean, with its 95% bootstrap interval."""
-        pairs = zip(*(row.attempts for row in self.rows), strict=True)
-        differences = [of(second) - of(first) for first, second in pairs]
-        return fmean(differences), interval(differences)
+    def mean_difference(self, metric: Callable[[AttemptMetrics], float]) -> tuple[float, tuple[float, float]]:
+        """The second method's metric minus the first's, averaged over problems.
+
+        Args:
+            metric: Reads the metric of one attempt.
+
+        Returns:
+            The mean difference, and its 95% bootstrap interval.
+        """
+        pairs = zip(*(row.attempts for row in self.results), strict=True)
+        differences = [metric(second) - metric(first) for first, second in pairs]
+        return fmean(differences), bootstrap_interval(differences)
 
     def as_json(self) -> Mapping[str, object]:
-        """For machines."""
-        compared, first = self.comparison, self.rows[0]
+        """This comparison as JSON values, for `sgl-apr eval --compare --json`."""
+        compared, first = self.comparison, self.results[0]
         return {
             "methods": list(self.names),
             "problems": len(first.attempts),
-            "accuracy": [round(row.accuracy, 4) for row in self.rows],
+            "accuracy": [round(row.accuracy, 4) for row in self.results],
             "difference": round(compared.difference, 4),
             "ci95": [round(x, 4) for x in compared.ci95],
             "p": compared.p,
-            "total_tokens": self._costs(lambda a: a.tokens),
-            "critical_path": self._costs(lambda a: a.critical_path),
+            "total_tokens": self._metric_json(lambda a: a.tokens),
+            "critical_path": self._metric_json(lambda a: a.critical_path),
         }
 
-    def _costs(self, of: Callable[[AttemptMetrics], float]) -> Mapping[str, object]:
-        difference, ci95 = self.shift(of)
-        means = [round(row.mean(of), 1) for row in self.rows]
+    def _metric_json(self, metric: Callable[[AttemptMetrics], float]) -> Mapping[str, object]:
+        difference, ci95 = self.mean_difference(metric)
+        means = [round(row.mean(metric), 1) for row in self.results]
         return {"means": means, "difference": round(difference, 1), "ci95": [round(x, 1) for x in ci95]}
 
 
-def pairs(first: str, second: str) -> list[Pair]:
-    """What two evaluations compare: a method of each, or else each that both have.
+def pair_evaluations(first: str, second: str) -> list[MethodPair]:
+    """Pair the methods of two evaluations: one method of each, or else every method that both have.
 
-    An evaluation is its directory, or a file of it; `DIRECTORY:METHOD` is one of its methods. Raises `AprError` for
-    what is none, and for those that have no method, or no problem, in common.
+    Args:
+        first: The directory of an evaluation, or its run.jsonl; `DIRECTORY:METHOD` selects one method.
+        second: The same.
+
+    Raises:
+        AprError: If a path holds no evaluation, or if the two differ in their task, or share no method or no problem.
     """
-    sides = [_Side.of(first), _Side.of(second)]
-    tasks = [side.asked["task"] for side in sides if side.asked.get("task")]
+    sides = [_Side.load(first), _Side.load(second)]
+    tasks = [side.settings["task"] for side in sides if side.settings.get("task")]
     if len(set(tasks)) > 1:
-        raise AprError(f"{first} is of {tasks[0]}, {second} of {tasks[1]}, expected the same task")
+        raise AprError(f"{first} evaluated {tasks[0]}, {second} evaluated {tasks[1]}, expected the same task")
     methods = [side.methods for side in sides]
     if len(methods[0]) == len(methods[1]) == 1:
         chosen = [(methods[0][0], methods[1][0])]
@@ -68,7 +90,7 @@ def pairs(first: str, second: str) -> list[Pair]:
         chosen = [(name, name) for name in methods[0] if name in methods[1]]
     if not chosen:
         raise AprError(
-            f"{first} has {', '.join(methods[0])}, {second} {', '.join(methods[1])}, expected a method of each: "
+            f"{first} has {', '.join(methods[0])}, {second} has {', '.join(methods[1])}, expected one method of each as "
             "DIRECTORY:METHOD"
         )
     return [_pair(sides, names) for names in chosen]
@@ -76,41 +98,43 @@ def pairs(first: str, second: str) -> list[Pair]:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two, as it was named."""
+    """One of the two evaluations, as the user named it."""
 
     name: str
     path: Path
     methods: Sequence[str]
-    found: ResultStore
-    asked: Mapping[str, Any]
+    store: ResultStore
+    settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, named: str) -> _Side:
-        path, method = Path(named), ""
-        if not path.exists() and ":" in named:
-            name, _, method = named.rpartition(":")
-            path = Path(name)
-        if path.name == SUMMARY:
+    def load(cls, argument: str) -> _Side:
+        path, method = Path(argument), ""
+        if not path.exists() and ":" in argument:
+            directory, _, method = argument.rpartition(":")
+            path = Path(directory)
+        if path.name == SUMMARY_FILE:
             path = path.parent
-        found = ResultStore()
-        asked = found.load(path / RUN if path.is_dir() else path) or {}
-        if not found.attempts or (method and method not in found.attempts):
-            there = ", ".join(found.attempts) or "none"
-            raise AprError(f"{path} has no attempt{f' of {method}' if method else ''}, its methods: {there}")
-        return cls(named, path, [method] if method else [*found.attempts], found, asked)
+        store = ResultStore()
+        settings = store.load(path / RUN_FILE if path.is_dir() else path) or {}
+        if not store.attempts or (method and method not in store.attempts):
+            methods = ", ".join(store.attempts) or "none"
+            raise AprError(
+                f"{path} has no attempt{f' of {method}' if method else ''}, its methods: {methods}"
+            )
+        return cls(argument, path, [method] if method else [*store.attempts], store, settings)
 
 
-def _pair(sides: Sequence[_Side], names: tuple[str, str]) -> Pair:
-    rows = [side.found.row(name) for side, name in zip(sides, names, strict=True)]
-    tried = [{attempt.problem: attempt for attempt in row.attempts} for row in rows]
-    common = [problem for problem in tried[0] if problem in tried[1]]
+def _pair(sides: Sequence[_Side], names: tuple[str, str]) -> MethodPair:
+    rows = [side.store.results_of(name) for side, name in zip(sides, names, strict=True)]
+    attempted = [{attempt.problem: attempt for attempt in row.attempts} for row in rows]
+    common = [problem for problem in attempted[0] if problem in attempted[1]]
     if not common:
         raise AprError(
             f"{sides[0].name} and {sides[1].name} have no problem in common, expected runs on the same problems"
         )
     first, second = (
         MethodResults(name, [by_problem[problem] for problem in common], row.wall_s)
-        for name, by_problem, row in zip(names, tried, rows, strict=True)
+        for name, by_problem, row in zip(names, attempted, rows, strict=True)
     )
     labels = [f"{side.path.name}:{name}" for side, name in zip(sides, names, strict=True)]
-    return Pair((labels[0], labels[1]), (first, second))
+    return MethodPair((labels[0], labels[1]), (first, second))

@@ -1,4 +1,4 @@
-"""What an engine takes for a prompt and for a step of so many requests, and what forks gain by that; nothing is measured."""
+"""Predict how long a trajectory takes on an engine, with and without its forks, from the measured cost of that engine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from sgl_apr.errors import AprError
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.trajectory import Trajectory
 
-EPSILON = 1e-9  # of a second, or of a step: what rounding leaves
+EPSILON = 1e-9  # seconds or steps; a smaller remainder is rounding error
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Seconds of an engine that does nothing else.
+class EngineCost:
+    """Seconds that an engine takes while it serves nothing else.
 
-    request_s: of any request. prefill_s: of a token of a prompt that is not in the cache. steps: (requests that decode,
-    seconds of their step), ascending, as `Load.steps`.
+    Attributes:
+        request_s: Overhead of every request.
+        prefill_s: One prompt token that is not in the cache.
+        steps: (requests that decode together, seconds of one decoding step), ascending, as in `Load.steps`.
     """
 
     request_s: float
@@ -28,98 +30,112 @@ class Cost:
 
     def __post_init__(self) -> None:
         if len(self.steps) < 2 or sorted(dict(self.steps).items()) != list(self.steps):
-            raise AprError(f"steps of {self.steps}, expected two numbers of requests or more, ascending")
+            raise AprError(f"steps = {self.steps}, expected two batch sizes or more, ascending")
 
     def step_s(self, running: int) -> float:
-        """Of a step of so many requests, by those that were measured next to it."""
+        """Seconds of one decoding step of `running` requests, interpolated between the batch sizes that were measured."""
         return Load(0, 0, 0, 0, steps=self.steps).step_s(running) or 0.0
 
     def to_json(self) -> str:
-        """One JSON object, read back by `from_json`."""
+        """One JSON object, which `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Cost:
-        """The one that `to_json` wrote; raises `AprError` for anything else."""
+    def from_json(cls, text: str) -> EngineCost:
+        """Read what `to_json` wrote.
+
+        Raises:
+            AprError: If the text is anything else.
+        """
         try:
             data = json.loads(text)
             steps = tuple((float(running), float(seconds)) for running, seconds in data["steps"])
             return cls(float(data["request_s"]), float(data["prefill_s"]), steps)
         except (ValueError, KeyError, TypeError) as error:
-            raise AprError(f"no cost of an engine: {error!r}") from None
+            raise AprError(f"not the cost of an engine: {error!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
-class Gain:
-    """Seconds of a trajectory: as one request that writes all of it in a line, as its forks should take, and as it took."""
+class SpeedupPrediction:
+    """Seconds of one trajectory.
+
+    Attributes:
+        sequential_s: Predicted, if one request decodes all of it.
+        parallel_s: Predicted, with its forks.
+        took_s: Measured.
+    """
 
     sequential_s: float
     parallel_s: float
     took_s: float
 
 
-def predict_speedup(trajectory: Trajectory, cost: Cost) -> Gain:
-    """What the forks of a trajectory should gain on an engine of that cost with nothing else to do.
+def predict_speedup(trajectory: Trajectory, cost: EngineCost) -> SpeedupPrediction:
+    """Predict what the forks of a trajectory gain on an engine that serves nothing else.
 
-    In a line every token is computed once. With forks what the cache did not hold is, too, whenever it was, and calls
-    that do not wait for one another run at once: prompts one after another, decoding in steps of all.
+    Sequentially, every token is computed once. With forks, every prompt token that the cache did not hold is computed too.
+    Calls that do not wait for each other run at the same time: their prompts one after another, their decoding in
+    shared steps.
     """
     calls = trajectory.calls
     prompts = sum(call.new_tokens for call in calls) * cost.prefill_s
     decoding = sum(call.output_tokens for call in calls) * cost.step_s(1)
-    in_a_line = cost.request_s + prompts + decoding if calls else 0.0
-    return Gain(in_a_line, _side_by_side(calls, _needs(trajectory), cost), trajectory.wall_s)
+    sequential_s = cost.request_s + prompts + decoding if calls else 0.0
+    parallel_s = _simulate_parallel(calls, _call_dependencies(trajectory), cost)
+    return SpeedupPrediction(sequential_s, parallel_s, trajectory.wall_s)
 
 
-def _side_by_side(calls: Sequence[Call], needs: Sequence[set[int]], cost: Cost) -> float:
-    """When the last of the calls ends, if each begins when those that it needs have ended."""
-    now, waiting, over = 0.0, set(range(len(calls))), set[int]()
-    prompts, decoding = (
-        dict[int, float](),
-        dict[int, float](),
-    )  # seconds alone, and steps, that are left of each
-    while waiting or prompts or decoding:
-        ready = {i for i in waiting if needs[i] <= over}
+def _simulate_parallel(calls: Sequence[Call], dependencies: Sequence[set[int]], cost: EngineCost) -> float:
+    """Seconds until the last call ends, if each starts as soon as its dependencies have ended."""
+    now, waiting, ended = 0.0, set(range(len(calls))), set[int]()
+    prefilling = dict[int, float]()  # by call: seconds left, as if it were prefilled alone
+    decoding = dict[int, float]()  # by call: steps left
+    while waiting or prefilling or decoding:
+        ready = {i for i in waiting if dependencies[i] <= ended}
         waiting -= ready
-        prompts |= {i: cost.request_s + _computed(calls[i]) * cost.prefill_s for i in ready}
-        slower, step = len(prompts), cost.step_s(len(decoding))
-        ends = [left * slower for left in prompts.values()] + [left * step for left in decoding.values()]
-        now += (wait := min(ends))
-        prompts = {i: left - wait / slower for i, left in prompts.items()}
-        decoding = {i: left - wait / step if step else 0.0 for i, left in decoding.items()}
-        begun = {i for i, left in prompts.items() if left <= EPSILON}
-        prompts = {i: left for i, left in prompts.items() if i not in begun}
-        over |= {i for i, left in decoding.items() if left <= EPSILON}
-        decoding = {i: left for i, left in decoding.items() if i not in over}
-        decoding |= {i: float(calls[i].output_tokens) for i in begun}
+        prefilling |= {i: cost.request_s + _computed_prompt(calls[i]) * cost.prefill_s for i in ready}
+        sharing, step = len(prefilling), cost.step_s(len(decoding))
+        ends = [left * sharing for left in prefilling.values()] + [left * step for left in decoding.values()]
+        now += (elapsed := min(ends))
+        prefilling = {i: left - elapsed / sharing for i, left in prefilling.items()}
+        decoding = {i: left - elapsed / step if step else 0.0 for i, left in decoding.items()}
+        prefilled = {i for i, left in prefilling.items() if left <= EPSILON}
+        prefilling = {i: left for i, left in prefilling.items() if i not in prefilled}
+        ended |= {i for i, left in decoding.items() if left <= EPSILON}
+        decoding = {i: left for i, left in decoding.items() if i not in ended}
+        decoding |= {i: float(calls[i].output_tokens) for i in prefilled}
     return now
 
 
-def _computed(call: Call) -> int:
+def _computed_prompt(call: Call) -> int:
+    """Prompt tokens that were computed rather than read from the cache."""
     return call.new_tokens if call.cached_tokens is None else call.prompt_tokens - call.cached_tokens
 
 
-def _needs(trajectory: Trajectory) -> list[set[int]]:
-    """Calls that have to end before each: those that wrote what it sees or waited for. No span says what a commit sees:
-    it stands between the calls of its sequence, and those of its branches."""
+def _call_dependencies(trajectory: Trajectory) -> list[set[int]]:
+    """For each call, the calls that must end before it: those that wrote what it sees or waits for.
+
+    No span records what a commit sees, so a commit depends on the earlier calls of its own sequence and of its
+    branches, and the later ones depend on it.
+    """
     calls = trajectory.calls
-    needs: list[set[int]] = [set() for _ in calls]
-    last = list[set[int]]()  # behind each span: the calls that end last
+    dependencies: list[set[int]] = [set() for _ in calls]
+    last_calls = list[set[int]]()  # for each span, the last calls that lead to its end
     for span in trajectory.spans:
-        known = set[int]().union(*(last[p] for p in (*span.parents, *span.waits_for)))
+        before = set[int]().union(*(last_calls[p] for p in (*span.parents, *span.waits_for)))
         if span.call is None or not 0 <= span.call < len(calls):
-            last.append(known)
+            last_calls.append(before)
         else:
-            needs[span.call] |= known
-            last.append({span.call})
+            dependencies[span.call] |= before
+            last_calls.append({span.call})
     for i, call in enumerate(calls):
         for j, other in enumerate(calls[:i]):
-            if "commit" in (call.phase, other.phase) and _related(call.path, other.path):
-                needs[i].add(j)
-    # Calls are in the order of their ends.
-    return [{j for j in found if j < i} for i, found in enumerate(needs)]
+            if "commit" in (call.phase, other.phase) and _is_prefix_of_other(call.path, other.path):
+                dependencies[i].add(j)
+    # Calls are listed in the order in which they ended.
+    return [{j for j in earlier if j < i} for i, earlier in enumerate(dependencies)]
 
 
-def _related(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def _is_prefix_of_other(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     shorter = min(len(one), len(other))
     return one[:shorter] == other[:shorter]

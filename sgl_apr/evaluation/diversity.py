@@ -1,4 +1,4 @@
-"""How much the branches of a fork differ, in what they wrote and in what they say in the end; nothing is judged."""
+"""Measure how much the branches of a fork differ, in their text and in their answers."""
 
 from __future__ import annotations
 
@@ -8,50 +8,62 @@ from statistics import fmean
 
 from sgl_apr.trajectory.trajectory import Trajectory
 
-GRAM = 4  # tokens
-TAGS = ("header", "closer")  # what all branches have
+NGRAM_SIZE = 4  # tokens
+EXCLUDED_ROLES = ("header", "closer")  # all branches have these alike
 
 
-def grams(ids: Sequence[int], size: int = GRAM) -> frozenset[tuple[int, ...]]:
-    """All runs of so many tokens; fewer of them are one run.
+def token_ngrams(ids: Sequence[int], size: int = NGRAM_SIZE) -> frozenset[tuple[int, ...]]:
+    """All runs of `size` consecutive tokens; a shorter sequence is one run.
 
-    >>> sorted(grams((1, 2, 3), 2)), grams((7,))
+    >>> sorted(token_ngrams((1, 2, 3), 2)), token_ngrams((7,))
     ([(1, 2), (2, 3)], frozenset({(7,)}))
     """
     return frozenset(tuple(ids[k : k + size]) for k in range(max(1, len(ids) - size + 1)))
 
 
-def similarity(one: frozenset[tuple[int, ...]], other: frozenset[tuple[int, ...]]) -> float:
-    """How much of what either has both have (Jaccard), from 0 to 1."""
+def jaccard_similarity(one: frozenset[tuple[int, ...]], other: frozenset[tuple[int, ...]]) -> float:
+    """The share of their union that two sets have in common, from 0 to 1."""
     return len(one & other) / len(one | other)
 
 
 def redundancy(trajectory: Trajectory) -> float | None:
-    """How alike the branches of its forks are: the mean `similarity` of two of a fork by the runs of 4 tokens that they
-    decoded, nested branches included and headers and closers left out, and over forks the mean of that; None without
-    a fork of which two wrote."""
-    found = list[float]()
-    for block in trajectory.blocks:
-        own = [[trajectory.spans[i] for i in branch.spans] for branch in block.branches]
-        said = [[s for s in spans if s.origin == "decoded" and s.role not in TAGS] for spans in own]
-        decoded = [[t for s in spans for t in s.token_ids or ()] for spans in said]
-        pairs = combinations([grams(ids) for ids in decoded if ids], 2)
-        if alike := [similarity(*pair) for pair in pairs]:
-            found.append(fmean(alike))
-    return fmean(found) if found else None
+    """How similar the branches of each fork are, averaged over forks.
 
+    For one fork it is the mean Jaccard similarity over pairs of branches of the 4-grams of tokens that they decoded. Nested
+    branches count; headers and closers do not.
 
-def diversity(trajectory: Trajectory, read: Callable[[str], Hashable | None]) -> float | None:
-    """How many different answers the branches of a fork have, over how many have one; the mean over forks of which two
-    have, None without such a fork.
-
-    `read`: what the answer of a text is counted as, None if it has none. A branch's is that of the message that it
-    returned, or else of all that it wrote.
+    Returns:
+        A number from 0 to 1; None if no fork has two branches with decoded tokens.
     """
-    found = list[float]()
+    by_fork = list[float]()
     for block in trajectory.blocks:
-        said = [read(branch.result or branch.text) for branch in block.branches]
-        answers = [answer for answer in said if answer is not None]
+        spans = [[trajectory.spans[i] for i in branch.spans] for branch in block.branches]
+        counted = [
+            [s for s in own if s.origin == "decoded" and s.role not in EXCLUDED_ROLES] for own in spans
+        ]
+        decoded = [[t for s in own for t in s.token_ids or ()] for own in counted]
+        pairs = combinations([token_ngrams(ids) for ids in decoded if ids], 2)
+        if similarities := [jaccard_similarity(*pair) for pair in pairs]:
+            by_fork.append(fmean(similarities))
+    return fmean(by_fork) if by_fork else None
+
+
+def diversity(trajectory: Trajectory, answer_key: Callable[[str], Hashable | None]) -> float | None:
+    """The number of different answers of the branches of a fork over the number of answers, averaged over forks.
+
+    A branch's answer is read from the message that it returned, or else from all of its text.
+
+    Args:
+        trajectory: The trajectory.
+        answer_key: Reads the answer of a text as a value that equal answers share; None if it has no answer.
+
+    Returns:
+        A number from 0 to 1; None if no fork has two branches with an answer.
+    """
+    by_fork = list[float]()
+    for block in trajectory.blocks:
+        keys = [answer_key(branch.result or branch.text) for branch in block.branches]
+        answers = [key for key in keys if key is not None]
         if len(answers) > 1:
-            found.append(len(set(answers)) / len(answers))
-    return fmean(found) if found else None
+            by_fork.append(len(set(answers)) / len(answers))
+    return fmean(by_fork) if by_fork else None

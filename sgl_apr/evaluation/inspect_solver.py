@@ -1,4 +1,4 @@
-"""A method as a solver of Inspect (the package inspect-ai), so that it answers any of its tasks; it scores nothing.
+"""A solver for Inspect (the package inspect-ai), which answers any Inspect task by one of our methods.
 
 inspect eval my_task.py --model none --solver sgl_apr/reasoning -S method=threadweaver -S url=http://127.0.0.1:30000
 """
@@ -20,7 +20,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.mathematics import MathTask
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.registry import method as named
+from sgl_apr.methods.registry import method as find_method
 from sgl_apr.runtime.budget import Budget
 
 TASKS = {"question": QuestionTask, "mathematics": MathTask}
@@ -36,26 +36,42 @@ def reasoning(
     budget: str = "",
     temperature: float | None = None,
 ) -> Solver:
-    """Answers what the messages ask by a method of `sgl_apr.methods` on the server at `url`, in place of Inspect's model.
+    """Answer with a method of `sgl_apr.methods` on a running server, in place of Inspect's model.
 
-    task: how it asks, "question" or "mathematics". budget: as `Budget.parse` reads it. The output is the answer, with
-    the tokens that it took; the trajectory is among its metadata.
+    The output is the answer, with the tokens that it took. The trajectory is in its metadata.
+
+    Args:
+        method: Name of the method.
+        url: The server.
+        task: How the question is put: "question" or "mathematics".
+        budget: Limits, as `Budget.parse` reads them.
+        temperature: None leaves it to the method.
     """
     sampling = {} if temperature is None else {"temperature": temperature}
     connect = partial(HttpEngine.connect, url, timeout=TIMEOUT_S)
-    return solving(connect, method, task, budget=Budget.parse(budget), **sampling)
+    return method_solver(connect, method, task, budget=Budget.parse(budget), **sampling)
 
 
-def solving(connect: Connect, method: str, task: str = "question", **options: Any) -> Solver:
-    """The same on any engine; options are those of the method. Raises `AprError` for a method or task there is not."""
+def method_solver(connect: Connect, method: str, task: str = "question", **options: Any) -> Solver:
+    """The same on any engine.
+
+    Args:
+        connect: Opens an engine.
+        method: Name of the method.
+        task: How the question is put: "question" or "mathematics".
+        **options: Options of the method.
+
+    Raises:
+        AprError: If there is no such method or task.
+    """
     if task not in TASKS:
         raise AprError(f"no task {task!r}, expected one of {', '.join(TASKS)}")
-    solve = named(method)
+    solve = find_method(method)
 
     async def answer(state: TaskState, generate: Generate) -> TaskState:
-        asked = "\n\n".join(message.text for message in state.messages if message.role != "assistant")
+        question = "\n\n".join(message.text for message in state.messages if message.role != "assistant")
         async with await connect() as engine:
-            result = await solve(engine, asked, task=TASKS[task](engine), **options)
+            result = await solve(engine, question, task=TASKS[task](engine), **options)
         state.output = _output(result)
         state.messages.append(state.output.message)
         return state

@@ -112,5 +112,7 @@ def _object(line: bytes, where: str) -> Mapping[str, Any]:
 def _names(paths: Sequence[Path]) -> list[str]:
     """Short names that tell the files apart, or the paths."""
     short = [path.resolve().name if path.is_dir() else path.stem for path in paths]
-    short = [p.resolve().parent.name if p.name == RUN_FILE else name for p, name in zip(paths, short, strict=True)]
+    short = [
+        p.resolve().parent.name if p.name == RUN_FILE else name for p, name in zip(paths, short, strict=True)
+    ]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]

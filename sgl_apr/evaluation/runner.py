@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, cast
+from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.engine.http import HttpEngine
@@ -20,7 +20,7 @@ from sgl_apr.errors import (
     UnsupportedEngine,
 )
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
-from sgl_apr.evaluation.cost_model import Cost
+from sgl_apr.evaluation.cost_model import EngineCost
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.evaluation.store import ResultStore
 from sgl_apr.methods.registry import MethodResult
@@ -36,31 +36,31 @@ TIMEOUT_S = 600.0
 
 
 async def evaluate(
-    url: str, benchmark: Benchmark, method: str, found: ResultStore, **options: Any
+    url: str, benchmark: Benchmark, method: str, store: ResultStore, **options: Any
 ) -> MethodResults:
     """What a server makes of the problems that are not among the attempts of this method yet, and of the others.
 
     Options are those of `attempted`. Raises `AprError` for attempts at other problems.
     """
     names = {number: case.name for number, case in enumerate(benchmark.cases)}
-    done = found.attempts.get(method, {})
+    done = store.attempts.get(method, {})
     if wrong := [attempt.problem for number, attempt in done.items() if names.get(number) != attempt.problem]:
         raise AprError(f"{method} was asked {wrong[0]!r}, which {benchmark.name} has not, or elsewhere")
     if len(done) == len(names):
-        return found.row(method)
+        return store.results_of(method)
     async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
-        return await attempted(engine, benchmark, method, found, **options)
+        return await run_attempts(engine, benchmark, method, store, **options)
 
 
-async def attempted(
+async def run_attempts(
     engine: Engine,
     benchmark: Benchmark,
     method: str,
-    found: ResultStore,
+    store: ResultStore,
     *,
-    by: str | None = None,
+    implementation: str | None = None,
     at_once: int = 512,
-    cost: Cost | None = None,
+    cost: EngineCost | None = None,
     on_attempt: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> MethodResults:
@@ -68,17 +68,17 @@ async def attempted(
 
     Options are those of the method. One that cannot be asked has a row that says why.
     """
-    done = found.attempts.get(method, {})
+    done = store.attempts.get(method, {})
     left = [(number, case) for number, case in enumerate(benchmark.cases) if number not in done]
-    began = time.monotonic() - found.seconds.get(method, 0.0)
-    gate, solve = asyncio.Semaphore(at_once), named(by or method)
+    began = time.monotonic() - store.seconds.get(method, 0.0)
+    gate, solve = asyncio.Semaphore(at_once), named(implementation or method)
 
     async def one(number: int, case: Case) -> None:
         async with gate:
             result = await solve(engine, case.problem, task=task, pacing=None, **options)
         # In a thread: a judge may think for seconds, and replies go on meanwhile.
-        measured = await asyncio.to_thread(measure, benchmark, task, case, result, cost)
-        found.add(method, number, measured, time.monotonic() - began, result.answer, result.trajectory)
+        measured = await asyncio.to_thread(measure_attempt, benchmark, task, case, result, cost)
+        store.add(method, number, measured, time.monotonic() - began, result.answer, result.trajectory)
         on_attempt()
 
     try:
@@ -86,18 +86,22 @@ async def attempted(
         await gather(one(number, case) for number, case in left)
     except NOT_APPLICABLE_ERRORS as error:
         return MethodResults(method, (), reason=str(error))
-    return found.row(method)
+    return store.results_of(method)
 
 
-def measure(
-    benchmark: Benchmark, task: Task[Any, Any], case: Case, result: MethodResult, cost: Cost | None = None
+def measure_attempt(
+    benchmark: Benchmark,
+    task: Task[Any, Any],
+    case: Case,
+    result: MethodResult,
+    cost: EngineCost | None = None,
 ) -> AttemptMetrics:
     """What one attempt came to."""
 
     def read(text: str) -> Hashable | None:
         return task.vote_key(answer) if (answer := task.answer(text)) else None
 
-    return AttemptMetrics.of(case, result, benchmark.is_correct(case, result.answer), read, cost)
+    return AttemptMetrics.from_result(case, result, benchmark.is_correct(case, result.answer), read, cost)
 
 
 async def time_alone(
@@ -106,7 +110,7 @@ async def time_alone(
     """Seconds for the first problems one after another: with all that a method asks at once, and one request at a time."""
     seconds = list[float]()
     async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
-        for asked in (engine, cast(Engine, SequentialEngine(engine))):
+        for asked in (engine, SequentialEngine(engine)):
             task, began = benchmark.task(asked), time.monotonic()
             for case in benchmark.cases[:count]:
                 await named(by)(asked, case.problem, task=task, pacing=None, **options)

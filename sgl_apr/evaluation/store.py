@@ -15,8 +15,8 @@ from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.trajectory.jsonl import open_for_append
 from sgl_apr.trajectory.trajectory import Trajectory
 
-RUN, SUMMARY = "run.jsonl", "summary.json"
-WRITTEN = ("answer", "trajectory")  # of an attempt, and not kept: there are thousands
+RUN_FILE, SUMMARY_FILE = "run.jsonl", "summary.json"
+WRITE_ONLY_FIELDS = ("answer", "trajectory")  # of an attempt, and not kept: there are thousands
 
 
 class ResultStore:
@@ -45,7 +45,7 @@ class ResultStore:
             os.write(self.file, text.encode() + b"\n")
         self._keep(method, number, measured, seconds)
 
-    def row(self, method: str) -> MethodResults:
+    def results_of(self, method: str) -> MethodResults:
         """What a method has come to so far, in the order of the problems."""
         made = self.attempts.get(method, {})
         return MethodResults(method, [made[number] for number in sorted(made)], self.seconds.get(method, 0.0))
@@ -58,7 +58,7 @@ class ResultStore:
                 for text in file:
                     line = json.loads(text)
                     method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
-                    for name in WRITTEN:
+                    for name in WRITE_ONLY_FIELDS:
                         line.pop(name, None)
                     self._keep(method, number, AttemptMetrics(**line), seconds)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -72,7 +72,7 @@ class ResultStore:
 
 
 @contextmanager
-def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[ResultStore]:
+def open_evaluation(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[ResultStore]:
     """The evaluation in a directory, with what is there already; without one it is kept nowhere.
 
     `asked` is what all attempts have in common. Raises `AprError` if the directory holds those of another.
@@ -81,7 +81,7 @@ def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[Resu
         yield ResultStore()
         return
     directory.mkdir(parents=True, exist_ok=True)
-    path, given = directory / RUN, json.loads(json.dumps(asked))
+    path, given = directory / RUN_FILE, json.loads(json.dumps(asked))
     with open_for_append(path) as file:
         found = ResultStore(file)
         before = found.load(path)
@@ -92,8 +92,8 @@ def evaluated(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[Resu
         yield found
 
 
-def read(directory: Path) -> list[MethodResults]:
+def read_results(directory: Path) -> list[MethodResults]:
     """The rows of an evaluation; raises `AprError` for a directory without one."""
     found = ResultStore()
-    found.load(directory / RUN)
-    return [found.row(method) for method in found.attempts]
+    found.load(directory / RUN_FILE)
+    return [found.results_of(method) for method in found.attempts]

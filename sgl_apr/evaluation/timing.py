@@ -10,13 +10,13 @@ from statistics import median
 
 from sgl_apr.engine.base import Engine, Request
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.cost_model import Cost
+from sgl_apr.evaluation.cost_model import EngineCost
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-SHORT, LONG = 16, 512  # tokens of prompts
-FEWEST, MOST = 4, 64  # steps of a request
-TIMES, EACH_S = 3, 0.2  # how often it is timed (the middle one counts), and for about how long
-LONGEST_S = 5.0  # of steps, behind which no larger number of requests is begun
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+SHORT_PROMPT, LONG_PROMPT = 16, 512  # tokens of prompts
+MIN_STEPS, MAX_STEPS = 4, 64  # steps of a request
+REPEATS, TARGET_S = 3, 0.2  # how often it is timed (the middle one counts), and for about how long
+SWEEP_LIMIT_S = 5.0  # of steps, behind which no larger number of requests is begun
 
 
 class EngineTimer:
@@ -24,58 +24,60 @@ class EngineTimer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.random = engine, random.Random()
-        self.long = LONG if engine.context is None else min(LONG, engine.context - 1)
-        if self.long < SHORT + MOST:
-            raise AprError(f"a context of {engine.context} tokens, expected more than {SHORT + MOST}")
+        self.long = LONG_PROMPT if engine.context is None else min(LONG_PROMPT, engine.context - 1)
+        if self.long < SHORT_PROMPT + MAX_STEPS:
+            raise AprError(
+                f"a context of {engine.context} tokens, expected more than {SHORT_PROMPT + MAX_STEPS}"
+            )
 
-    async def cost(self) -> Cost:
+    async def measure_cost(self) -> EngineCost:
         """All of it; steps of one request and of two at least."""
-        prompt = self.ids(SHORT)
-        await self.decoding(prompt, 1, FEWEST)  # what is done for the first request only
-        short = await self.middle(lambda: self.prompt(SHORT))
-        long = await self.middle(lambda: self.prompt(self.long))
-        prefill_s = max(0.0, long - short) / (self.long - SHORT)
-        step_s, began = await self.decoding(prompt, 1, FEWEST) / FEWEST, _now()
+        prompt = self.unique_prompt(SHORT_PROMPT)
+        await self.time_decoding(prompt, 1, MIN_STEPS)  # what is done for the first request only
+        short = await self.median_seconds(lambda: self.time_prefill(SHORT_PROMPT))
+        long = await self.median_seconds(lambda: self.time_prefill(self.long))
+        prefill_s = max(0.0, long - short) / (self.long - SHORT_PROMPT)
+        step_s, began = await self.time_decoding(prompt, 1, MIN_STEPS) / MIN_STEPS, _now()
         steps = list[tuple[float, float]]()
-        for size in SIZES:
-            if len(steps) < 2 or _now() - began < LONGEST_S:
-                step_s = await self.step(prompt, size, step_s)
+        for size in BATCH_SIZES:
+            if len(steps) < 2 or _now() - began < SWEEP_LIMIT_S:
+                step_s = await self.time_step(prompt, size, step_s)
                 steps.append((float(size), step_s))
-        return Cost(max(0.0, short - SHORT * prefill_s), prefill_s, tuple(steps))
+        return EngineCost(max(0.0, short - SHORT_PROMPT * prefill_s), prefill_s, tuple(steps))
 
-    async def step(self, prompt: tuple[int, ...], size: int, about: float) -> float:
+    async def time_step(self, prompt: tuple[int, ...], size: int, about: float) -> float:
         """Seconds of a step of so many requests, which takes about so long."""
-        steps = max(FEWEST, min(MOST - 1, int(EACH_S / about))) if about else FEWEST
-        one = await self.middle(lambda: self.decoding(prompt, size, 1))
-        more = await self.middle(lambda: self.decoding(prompt, size, 1 + steps))
+        steps = max(MIN_STEPS, min(MAX_STEPS - 1, int(TARGET_S / about))) if about else MIN_STEPS
+        one = await self.median_seconds(lambda: self.time_decoding(prompt, size, 1))
+        more = await self.median_seconds(lambda: self.time_decoding(prompt, size, 1 + steps))
         return max(0.0, more - one) / steps
 
-    async def prompt(self, tokens: int) -> float:
+    async def time_prefill(self, tokens: int) -> float:
         """Seconds until a prompt is computed that no cache holds."""
-        request = Request(self.rid(), self.ids(tokens))
+        request = Request(self.new_request_id(), self.unique_prompt(tokens))
         began = _now()
         await self.engine.commit(request)
         return _now() - began
 
-    async def decoding(self, prompt: tuple[int, ...], size: int, tokens: int) -> float:
+    async def time_decoding(self, prompt: tuple[int, ...], size: int, tokens: int) -> float:
         """Seconds until so many requests have decoded so many tokens each."""
         sampling = {"temperature": 0, "ignore_eos": True}
-        requests = [Request(self.rid(), prompt, tokens, sampling) for _ in range(size)]
+        requests = [Request(self.new_request_id(), prompt, tokens, sampling) for _ in range(size)]
         began = _now()
         await asyncio.gather(*map(self.engine.decode, requests))
         return _now() - began
 
-    async def middle(self, timed: Callable[[], Awaitable[float]]) -> float:
-        return median([await timed() for _ in range(TIMES)])
+    async def median_seconds(self, timed: Callable[[], Awaitable[float]]) -> float:
+        return median([await timed() for _ in range(REPEATS)])
 
-    def ids(self, tokens: int) -> tuple[int, ...]:
+    def unique_prompt(self, tokens: int) -> tuple[int, ...]:
         """A text of that length, which no other begins like."""
         text = ""
-        while len(ids := self.engine.tokenizer.encode(text, first=True)) < tokens:
+        while len(ids := self.engine.tokenizer.encode(text, add_special_tokens=True)) < tokens:
             text += f"{self.random.getrandbits(64)} "
         return tuple(ids[:tokens])
 
-    def rid(self) -> str:
+    def new_request_id(self) -> str:
         return f"apr-{uuid.uuid4().hex}"
 
 

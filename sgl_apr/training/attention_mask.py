@@ -27,7 +27,7 @@ class Visibility:
     joined: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[FlatTree], length: int | None = None) -> Visibility:
+    def from_trees(cls, rows: Sequence[FlatTree], length: int | None = None) -> Visibility:
         """That of trees, one in a row each, padded to a length."""
         length = length or max(len(row.ends) for row in rows)
         ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (len(rows), 1))
@@ -56,7 +56,7 @@ class Visibility:
 
         return sees
 
-    def blocks(self, size: int = 128) -> Any:
+    def block_mask(self, size: int = 128) -> Any:
         """A `BlockMask` of all rows for FlexAttention, in blocks of `size` tokens.
 
         Its own `create_block_mask` computes the whole matrix to count what is seen in each block (gigabytes for
@@ -92,7 +92,7 @@ class Visibility:
         for j in range(self.joined.shape[1]):
             yield self.joined[:, j, :, 0], self.joined[:, j, :, 1]
 
-    def dense(self) -> Tensor:
+    def dense_mask(self) -> Tensor:
         """(rows, 1, length, length), True where a query (third axis) sees a key; memory is quadratic."""
         rows, length = self.ends.shape
         at = torch.arange(length, device=self.ends.device)

@@ -10,15 +10,17 @@ from sgl_apr.training.examples import Examples
 from sgl_apr.training.training_tree import TrainingTree
 
 
-def batches(trees: Sequence[TrainingTree], most: int, rng: random.Random) -> list[list[TrainingTree]]:
+def batch_by_length(
+    trees: Sequence[TrainingTree], max_tokens: int, rng: random.Random
+) -> list[list[TrainingTree]]:
     """Trees of like length together, so that little is padding, in batches of at most so many tokens."""
     made: list[list[TrainingTree]] = []
     longest = 0
     for tree in sorted((t for t in trees if len(t.sources)), key=lambda t: t.tokens):
-        if tree.tokens > most:
-            raise AprError(f"a tree of {tree.tokens} tokens does not fit into a batch of {most}")
+        if tree.tokens > max_tokens:
+            raise AprError(f"a tree of {tree.tokens} tokens does not fit into a batch of {max_tokens}")
         longest = max(longest, tree.tokens)
-        if not made or longest * (len(made[-1]) + 1) > most:
+        if not made or longest * (len(made[-1]) + 1) > max_tokens:
             made.append([])
             longest = tree.tokens
         made[-1].append(tree)
@@ -26,16 +28,16 @@ def batches(trees: Sequence[TrainingTree], most: int, rng: random.Random) -> lis
     return made
 
 
-Place = tuple[int, int]  # the number of a chunk, and of a batch in it
+BatchPosition = tuple[int, int]  # the number of a chunk, and of a batch in it
 
 
-def stream(
-    examples: Examples, most: int, seed: int, begin: Place = (0, 0)
-) -> Iterator[tuple[list[TrainingTree], Place]]:
+def batch_stream(
+    examples: Examples, max_tokens: int, seed: int, begin: BatchPosition = (0, 0)
+) -> Iterator[tuple[list[TrainingTree], BatchPosition]]:
     """Batches without end, each with the place of the one behind it, where a run that is taken up begins."""
     number, first = begin
     while True:
-        made = batches(examples.chunk(number), most, random.Random(f"{seed} {number}"))
+        made = batch_by_length(examples.chunk(number), max_tokens, random.Random(f"{seed} {number}"))
         if not made:
             raise AprError("nothing to learn from: no trajectory has a decoded token")
         for k in range(first, len(made)):

@@ -66,7 +66,7 @@ class Collator:
                 shifted.append(tree)
                 at += one.tokens
             trees.append(shifted[0].concatenate(shifted[1:]))
-        sight = Visibility.of(trees, length)
+        sight = Visibility.from_trees(trees, length)
         total = sum(len(s) for s in sources)
         given = [w for row in weights or () for w in row]
         if weights is not None and [len(w) for w in given] != [len(s) for s in sources]:
@@ -86,7 +86,7 @@ class Collator:
     def _attention(self, sight: Visibility) -> dict[str, Any]:
         if self.attention == "later":
             return {"ends": sight.ends, "joined": sight.joined}
-        return {"attention_mask": sight.dense() if self.attention == "dense" else sight.blocks()}
+        return {"attention_mask": sight.dense_mask() if self.attention == "dense" else sight.block_mask()}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
     A batch of one row goes through the model's own `forward`, as what shards a model (FSDP) needs it.
     """
     made = "attention_mask" in batch
-    sight = batch["attention_mask"] if made else Visibility(batch["ends"], batch["joined"]).blocks()
+    sight = batch["attention_mask"] if made else Visibility(batch["ends"], batch["joined"]).block_mask()
     given = {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],

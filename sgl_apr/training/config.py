@@ -135,7 +135,7 @@ class GrpoConfig:
     updates: Updates = field(default_factory=Updates)
 
 
-def load(kind: type[T], path: Path) -> T:
+def load_config(kind: type[T], path: Path) -> T:
     """The configuration in a file; raises `AprError` that names the entry and says what was expected."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -143,13 +143,13 @@ def load(kind: type[T], path: Path) -> T:
         raise AprError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AprError(f"{path} is no TOML file: {error}") from None
-    made: T = _made(kind, found, f"{path}: ")
+    made: T = _build(kind, found, f"{path}: ")
     return made
 
 
-def _made(kind: Any, given: Any, where: str) -> Any:
+def _build(kind: Any, given: Any, where: str) -> Any:
     if not is_dataclass(kind):
-        return _value(kind, given, where)
+        return _check_value(kind, given, where)
     names = [f.name for f in fields(kind)]
     if not isinstance(given, dict):
         raise AprError(f"{where.rstrip('. :')}: expected a table of {', '.join(names)}")
@@ -158,10 +158,10 @@ def _made(kind: Any, given: Any, where: str) -> Any:
     kinds = get_type_hints(kind)
     if missing := [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory]:
         raise AprError(f"{where}{missing[0]} is missing")
-    return kind(**{name: _made(kinds[name], value, f"{where}{name}.") for name, value in given.items()})  # type: ignore[operator]
+    return kind(**{name: _build(kinds[name], value, f"{where}{name}.") for name, value in given.items()})  # type: ignore[operator]
 
 
-def _value(kind: Any, given: Any, where: str) -> Any:
+def _check_value(kind: Any, given: Any, where: str) -> Any:
     where = where.rstrip(".")
     if getattr(kind, "__origin__", None) is Literal:
         if given not in get_args(kind):
@@ -169,15 +169,17 @@ def _value(kind: Any, given: Any, where: str) -> Any:
         return given
     origin = getattr(kind, "__origin__", kind)
     if isinstance(kind, UnionType):  # of a type and None, which TOML has not
-        return _value(get_args(kind)[0], given, where)
+        return _check_value(get_args(kind)[0], given, where)
     if origin is tuple:
         if not isinstance(given, list):
             raise AprError(f"{where} = {given!r}, expected a list")
-        return tuple(_value(get_args(kind)[0], item, where) for item in given)
+        return tuple(_check_value(get_args(kind)[0], item, where) for item in given)
     if origin is dict:
         if not isinstance(given, dict):
             raise AprError(f"{where} = {given!r}, expected a table")
-        return {name: _value(get_args(kind)[1], item, f"{where}.{name}") for name, item in given.items()}
+        return {
+            name: _check_value(get_args(kind)[1], item, f"{where}.{name}") for name, item in given.items()
+        }
     if origin is float and isinstance(given, int) and not isinstance(given, bool):
         return float(given)
     if type(given) is not origin:

@@ -13,15 +13,15 @@ from typing import Protocol
 
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle, demonstration
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, pairs, problems
-from sgl_apr.evaluation.tasks.countdown.search import FOUND
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems, two_number_problems
+from sgl_apr.evaluation.tasks.countdown.search import SOLUTION_MARK
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.config import Data
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
 from sgl_apr.trajectory.trajectory import Trajectory
 
-CHUNK = 256  # trajectories that are made, cut into trees, and put in order of length at once
+CHUNK_SIZE = 256  # trajectories that are made, cut into trees, and put in order of length at once
 
 
 class Examples(Protocol):
@@ -43,16 +43,16 @@ class CountdownExamples:
         self.habits = SearchStyle(
             data.window, forks, (data.width[0], data.width[1]), data.revisit_rate, data.hint_rate
         )
-        self.problems: Sequence[Problem] = list(_given(data))
+        self.problems: Sequence[Problem] = list(_training_problems(data))
         self.to = dialect(data.dialect)
 
     def chunk(self, number: int) -> list[TrainingTree]:
-        first = number * CHUNK
-        made = asyncio.run(self._shown(range(first, first + CHUNK)))
+        first = number * CHUNK_SIZE
+        made = asyncio.run(self._demonstrations(range(first, first + CHUNK_SIZE)))
         rng = random.Random(f"{self.data.seed} {number}")
-        return [tree for one in made for tree in self._some(one, rng)]
+        return [tree for one in made for tree in self._select_trees(one, rng)]
 
-    def _some(self, trajectory: Trajectory, rng: random.Random) -> list[TrainingTree]:
+    def _select_trees(self, trajectory: Trajectory, rng: random.Random) -> list[TrainingTree]:
         """The tree of the trunk, and those of some of its branches by chance, but first of those that found a solution:
         most did not."""
         trees = [
@@ -66,25 +66,25 @@ class CountdownExamples:
         trunk = [t for t in trees if not spans[t.spans[0]].path]
         rest = [t for t in trees if spans[t.spans[0]].path]
         rng.shuffle(rest)
-        rest.sort(key=lambda t: not any(FOUND in spans[k].text for k in set(t.spans.tolist())))
+        rest.sort(key=lambda t: not any(SOLUTION_MARK in spans[k].text for k in set(t.spans.tolist())))
         return trunk + rest[: self.data.branches]
 
-    async def _shown(self, numbers: range) -> list[Trajectory]:
+    async def _demonstrations(self, numbers: range) -> list[Trajectory]:
         size = len(self.problems)
         return [
             await demonstration(
                 self.problems[n % size],
                 self.tokenizer,
                 seed=n // size,
-                habits=self.habits,
-                to=self.to,
+                style=self.habits,
+                target_dialect=self.to,
                 state_width=self.data.state_width,
             )
             for n in numbers
         ]
 
 
-def _given(data: Data) -> Iterator[Problem]:
+def _training_problems(data: Data) -> Iterator[Problem]:
     """As many problems as asked for, their sizes in turn. Those of two numbers are few, and come again."""
     if data.problems < 1 or not data.numbers or min(data.numbers) < 2:
         raise AprError(
@@ -92,11 +92,11 @@ def _given(data: Data) -> Iterator[Problem]:
         )
     sizes = list(islice(cycle(data.numbers), data.problems))
     pools: dict[int, Iterator[Problem]] = {
-        size: iter(list(problems(count, "train", seed=data.seed, numbers=(size,))))
+        size: iter(list(generate_problems(count, "train", seed=data.seed, numbers=(size,))))
         for size, count in Counter(sizes).items()
         if size > 2
     }
-    few = pairs("train")
+    few = two_number_problems("train")
     pools[2] = cycle(random.Random(data.seed).sample(few, len(few)))
     for size in sizes:
         yield next(pools[size])
@@ -107,11 +107,11 @@ class FileExamples:
 
     def __init__(self, data: Data, tokenizer: Tokenizer) -> None:
         self.data, self.eos, self.path = data, min(tokenizer.eos_ids), Path(data.path)
-        self.lines = list(_lines(self.path))
+        self.lines = list(_line_offsets(self.path))
         if not self.lines:
             raise AprError(f"{self.path} is empty, expected a trajectory in every line")
         for text in islice(self._texts(0), 8):
-            _same_tokenizer(Trajectory.from_json(text), tokenizer, self.path)
+            _check_tokenizer(Trajectory.from_json(text), tokenizer, self.path)
 
     def chunk(self, number: int) -> list[TrainingTree]:
         made = map(Trajectory.from_json, self._texts(number))
@@ -129,13 +129,13 @@ class FileExamples:
 
     def _texts(self, number: int) -> Iterator[str]:
         with self.path.open("rb") as file:
-            for k in range(number * CHUNK, (number + 1) * CHUNK):
+            for k in range(number * CHUNK_SIZE, (number + 1) * CHUNK_SIZE):
                 turn, at = divmod(k, len(self.lines))
                 file.seek(self._order(turn)[at])
                 yield file.readline().decode("utf-8")
 
 
-def _lines(path: Path) -> Iterator[int]:
+def _line_offsets(path: Path) -> Iterator[int]:
     """Where the lines begin."""
     try:
         with path.open("rb") as file:
@@ -148,7 +148,7 @@ def _lines(path: Path) -> Iterator[int]:
         raise AprError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _same_tokenizer(trajectory: Trajectory, tokenizer: Tokenizer, path: Path) -> None:
+def _check_tokenizer(trajectory: Trajectory, tokenizer: Tokenizer, path: Path) -> None:
     for span in trajectory.spans:
         if (
             span.token_ids is not None
@@ -161,6 +161,6 @@ def _same_tokenizer(trajectory: Trajectory, tokenizer: Tokenizer, path: Path) ->
             )
 
 
-def examples(data: Data, tokenizer: Tokenizer) -> Examples:
+def make_examples(data: Data, tokenizer: Tokenizer) -> Examples:
     """Those that a configuration asks for."""
     return FileExamples(data, tokenizer) if data.path else CountdownExamples(data, tokenizer)

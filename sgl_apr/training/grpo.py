@@ -13,21 +13,28 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import aiohttp
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.engine.http import HttpEngine
+from sgl_apr.engine.http_client import post_json_async
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.evaluation.tasks.countdown.attempts import SERVER, Attempt, attempts
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS, Attempt, attempt_problems
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.advantages import grpo, mean_only, papo
-from sgl_apr.training.batches import batches
-from sgl_apr.training.checkpoint import LOG, Progress, export_model, resume, save, start_run
+from sgl_apr.training.batches import batch_by_length
+from sgl_apr.training.checkpoint import (
+    LOG_FILE,
+    Progress,
+    export_model,
+    load_checkpoint,
+    save_checkpoint,
+    start_run,
+)
 from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import GrpoConfig, Rollouts
 from sgl_apr.training.device import device
@@ -35,8 +42,8 @@ from sgl_apr.training.rewards import reward
 from sgl_apr.training.training_tree import Floats, TrainingTree, build_training_tree
 from sgl_apr.trajectory.trajectory import Trajectory
 
-POOL = 20_000  # training problems that prompts are drawn from
-WEIGHTS = "weights"  # what the server loads
+PROBLEM_POOL_SIZE = 20_000  # training problems that prompts are drawn from
+WEIGHTS_DIR = "weights"  # what the server loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +85,18 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None
     model.to(device())
     # Not Adam: it makes all coordinates of a gradient alike, of which most are chance with a few hundred replies.
     optimizer = torch.optim.SGD(model.parameters(), lr=config.updates.rate)
-    step = resume(out, model, optimizer).step
-    pool = list(problems(POOL, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers))
-    export_model(out / WEIGHTS, model, start)
+    step = load_checkpoint(out, model, optimizer).step
+    pool = list(
+        generate_problems(
+            PROBLEM_POOL_SIZE, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers
+        )
+    )
+    export_model(out / WEIGHTS_DIR, model, start)
     with (
-        Server(out / WEIGHTS, log_path=out / "server.log", context_length=2048, **SERVER) as server,
-        (out / LOG).open("a", buffering=1, encoding="utf-8") as log,
+        Server(
+            out / WEIGHTS_DIR, log_path=out / "server.log", context_length=2048, **SERVER_OPTIONS
+        ) as server,
+        (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log,
     ):
         while step < config.updates.steps:
             update = asyncio.run(_step(config, step, server.url, model, optimizer, pool, out, start))
@@ -92,7 +105,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None
             if on_update:
                 on_update(update)
             if step % config.updates.checkpoint == 0 or step == config.updates.steps:
-                save(out, model, optimizer, Progress(step))
+                save_checkpoint(out, model, optimizer, Progress(step))
     return export_model(out / "model", model, start)
 
 
@@ -109,20 +122,24 @@ async def _step(
     began = time.monotonic()
     drawn = random.Random(f"{config.rollouts.seed} {step}").sample(pool, config.rollouts.problems)
     async with await HttpEngine.connect(url, timeout=600) as engine:
-        made = await sample(engine, drawn, config)  # all of them have ended: no weight changes within a reply
+        made = await sample_attempts(
+            engine, drawn, config
+        )  # all of them have ended: no weight changes within a reply
         sampled = time.monotonic()
         rollouts = config.rollouts
         paid = reward(rollouts.reward, step=step, parallel=rollouts.parallel, length=rollouts.length)
         rewards = [paid(attempt.trajectory, attempt.correct) for attempt in made]
         advantages = _advantages(rollouts, rewards)
         eos = min(HfTokenizer(start).eos_ids)
-        norm, agreement = learn(model, optimizer, [a.trajectory for a in made], advantages, eos, config)
-        export_model(out / WEIGHTS, model, start)
-        await load_weights(url, out / WEIGHTS, f"{step + 1}")
-    return _update(step, made, rewards, norm, agreement, sampled - began, time.monotonic() - sampled)
+        norm, agreement = update_policy(
+            model, optimizer, [a.trajectory for a in made], advantages, eos, config
+        )
+        export_model(out / WEIGHTS_DIR, model, start)
+        await load_weights(url, out / WEIGHTS_DIR, f"{step + 1}")
+    return _step_log(step, made, rewards, norm, agreement, sampled - began, time.monotonic() - sampled)
 
 
-async def sample(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfig) -> list[Attempt]:
+async def sample_attempts(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfig) -> list[Attempt]:
     """A group of attempts at each problem, one behind another."""
     rollouts = config.rollouts
     budget = Budget(
@@ -132,13 +149,13 @@ async def sample(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfi
         blocks=rollouts.blocks,
     )
     every = [problem for problem in drawn for _ in range(rollouts.group)]
-    return await attempts(
+    return await attempt_problems(
         engine, every, config.dialect, budget=budget, mode=rollouts.mode, temperature=rollouts.temperature,
         pacing=None,
     )  # fmt: skip
 
 
-def learn(
+def update_policy(
     model: Any,
     optimizer: torch.optim.Optimizer,
     trajectories: Sequence[Trajectory],
@@ -157,12 +174,12 @@ def learn(
     optimizer.zero_grad(set_to_none=True)
     half, halves = len(trajectories) // 2, list[torch.Tensor]()
     for part in (slice(half), slice(half, None)):
-        trees = _weighted(trajectories[part], advantages[part], eos, config.updates.branches)
+        trees = _weighted_trees(trajectories[part], advantages[part], eos, config.updates.branches)
         own, collate = {id(tree): weights for tree, weights in trees}, Collator(pad=eos)
-        for rows in batches([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
+        for rows in batch_by_length([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
             batch = to_device(collate(rows, [[own[id(tree)]] for tree in rows]), model.device)
             (-(batch["weights"] * log_probabilities(model, batch)).sum() / len(trajectories)).backward()
-        halves.append(_gradient(model))
+        halves.append(_flat_gradient(model))
     first, second = halves[0], halves[1] - halves[0]
     norm = (
         float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.updates.clip))
@@ -174,7 +191,7 @@ def learn(
     return norm, float(torch.cosine_similarity(first, second, dim=0))
 
 
-def _weighted(
+def _weighted_trees(
     trajectories: Sequence[Trajectory], advantages: Sequence[float], eos: int, branches: float
 ) -> list[tuple[TrainingTree, Floats]]:
     """The trees that something is learned from, and the weight of each of their losses."""
@@ -188,7 +205,7 @@ def _weighted(
     return found
 
 
-def _gradient(model: Any) -> torch.Tensor:
+def _flat_gradient(model: Any) -> torch.Tensor:
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return torch.cat([part.detach().flatten() for part in parts])
 
@@ -208,16 +225,15 @@ async def load_weights(url: str, path: Path, version: str) -> None:
     A weight update waits for requests, not for trajectories: drain those first. Raises `EngineError`.
     """
     body = {"model_path": str(path.resolve()), "weight_version": version, "flush_cache": True}
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(f"{url}/update_weights_from_disk", json=body) as response,
-    ):
-        said = await response.json()
-        if response.status != 200 or not said.get("success"):
-            raise EngineError(f"the server did not load {path}: {said.get('message', said)}", response.status)
+    try:
+        answer = await post_json_async(f"{url}/update_weights_from_disk", body)
+    except EngineError as error:
+        raise EngineError(f"the server did not load {path}: {error}", error.status) from error
+    if not answer.get("success"):
+        raise EngineError(f"the server did not load {path}: {answer.get('message', answer)}")
 
 
-def _update(
+def _step_log(
     step: int,
     made: Sequence[Attempt],
     rewards: Sequence[float | None],

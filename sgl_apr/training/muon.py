@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TERMS = (3.4445, -4.7750, 2.0315)  # of the iteration, which takes singular values between about 0.7 and 1.2
-ITERATIONS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of the iteration, which takes singular values between about 0.7 and 1.2
+NEWTON_SCHULZ_ITERATIONS = 5
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Nearly orthogonal matrices of the same row and column spaces; (n, rows, columns), by Newton-Schulz iterations.
 
     As in "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024).
     """
-    a, b, c = TERMS
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ_ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
@@ -55,7 +59,7 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]  # untyped there
             return
         for shape in {p.shape for p in own}:  # at once, since one by one they are too small for a CPU
             alike = [p for p in own if p.shape == shape]
-            updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
+            updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
             for p, update in zip(alike, updates, strict=True):
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
 

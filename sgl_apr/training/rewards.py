@@ -12,8 +12,13 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 Reward = Callable[[Trajectory, bool], float | None]  # None: the reply does not count
 
-STRUCTURE, STRAY_TEXT, ADJACENCY, NO_BLOCK = -1.0, -0.4, -0.2, -1.5  # NPR's penalties
-LOWEST = -1.9  # of all of them together: the format penalty lies in (-2, 0]
+STRUCTURE_PENALTY, STRAY_TEXT_PENALTY, ADJACENCY_PENALTY, NO_BLOCK_PENALTY = (
+    -1.0,
+    -0.4,
+    -0.2,
+    -1.5,
+)  # NPR's penalties
+LOWEST_FORMAT_SCORE = -1.9  # of all of them together: the format penalty lies in (-2, 0]
 
 
 def well_formed(trajectory: Trajectory) -> bool:
@@ -40,13 +45,18 @@ def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0, lengt
 
 
 def threadweaver(
-    trajectory: Trajectory, correct: bool, *, wrong: float = -1.0, weight: float = 0.5, most: float = 0.2
+    trajectory: Trajectory,
+    correct: bool,
+    *,
+    wrong: float = -1.0,
+    weight: float = 0.5,
+    max_acceleration: float = 0.2,
 ) -> float:
     """ThreadWeaver as released (arXiv 2512.07843): 1 and a bonus of `weight * min(acceleration, most)`, or `wrong`.
 
     Their code says -1 for a wrong answer, their text 0.
     """
-    return 1 + weight * min(trajectory.metrics().acceleration, most) if correct else wrong
+    return 1 + weight * min(trajectory.metrics().acceleration, max_acceleration) if correct else wrong
 
 
 def parallel_r1(trajectory: Trajectory, correct: bool, *, step: int) -> float:
@@ -75,19 +85,21 @@ def npr_format(reading: Reading) -> float:
     """
     trajectory = reading.trajectory
     if not trajectory.blocks:
-        return NO_BLOCK
+        return NO_BLOCK_PENALTY
     text, grammar = trajectory.text, dialect(trajectory.dialect).grammar
     opening, ending = grammar.opening_literal("fork"), grammar.closing_literal("fork")
     found = set[float]()
     for defect in reading.defects:
         if defect.name == "text where none belongs":
             before = text[: defect.offset]
-            found.add(STRAY_TEXT if before.rfind(opening) > before.rfind(ending) else ADJACENCY)
+            found.add(
+                STRAY_TEXT_PENALTY if before.rfind(opening) > before.rfind(ending) else ADJACENCY_PENALTY
+            )
         elif defect.name == "missing white space":
-            found.add(ADJACENCY)
+            found.add(ADJACENCY_PENALTY)
         else:
-            found.add(STRUCTURE)
-    return max(LOWEST, sum(found))
+            found.add(STRUCTURE_PENALTY)
+    return max(LOWEST_FORMAT_SCORE, sum(found))
 
 
 def npr(trajectory: Trajectory, correct: bool) -> float | None:

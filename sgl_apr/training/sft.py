@@ -15,16 +15,23 @@ from transformers import AutoModelForCausalLM
 
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.batches import stream
-from sgl_apr.training.checkpoint import LOG, Progress, export_model, resume, save, start_run
+from sgl_apr.training.batches import batch_stream
+from sgl_apr.training.checkpoint import (
+    LOG_FILE,
+    Progress,
+    export_model,
+    load_checkpoint,
+    save_checkpoint,
+    start_run,
+)
 from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, Steps
 from sgl_apr.training.device import device
-from sgl_apr.training.examples import examples
+from sgl_apr.training.examples import make_examples
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.muon import Muon
 
-MODEL, BEGIN = "model", "begin"
+MODEL_DIR, START_DIR = "model", "begin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,7 @@ class SftStepLog:
     seconds: float
 
 
-def rate(steps: Steps, step: int, done: float) -> float:
+def learning_rate(steps: Steps, step: int, done: float) -> float:
     """The learning rate of a step (from 0) where a share of the tokens is `done`."""
     warm = min(1.0, (step + 1) / max(1, steps.warmup))
     return steps.rate * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
@@ -56,18 +63,20 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     torch.manual_seed(config.steps.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device())
-    optimizer = Muon(_groups(model, config.steps.weight_decay))
-    done = resume(out, model, optimizer)
+    optimizer = Muon(_parameter_groups(model, config.steps.weight_decay))
+    done = load_checkpoint(out, model, optimizer)
     step, tokens, place = done.step, done.tokens, done.place
     tokenizer = HfTokenizer(start)
     collate = Collator(pad=min(tokenizer.eos_ids))
     model.train()
-    with (out / LOG).open("a", buffering=1, encoding="utf-8") as log:
-        batches = stream(examples(config.data, tokenizer), config.steps.batch, config.steps.seed, place)
+    with (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
+        batches = batch_stream(
+            make_examples(config.data, tokenizer), config.steps.batch, config.steps.seed, place
+        )
         while tokens < config.steps.tokens:
             trees, place = next(batches)
             began = time.monotonic()
-            now = rate(config.steps, step, tokens / config.steps.tokens)
+            now = learning_rate(config.steps, step, tokens / config.steps.tokens)
             for group in optimizer.param_groups:
                 group["lr"] = now
             batch = to_device(collate(trees), model.device)
@@ -84,22 +93,22 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
             if on_step:
                 on_step(made)
             if step % config.steps.checkpoint == 0:
-                save(out, model, optimizer, Progress(step, tokens, place))
-    save(out, model, optimizer, Progress(step, tokens, place))
-    return export_model(out / MODEL, model, start)
+                save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
+    save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
+    return export_model(out / MODEL_DIR, model, start)
 
 
 def _start(config: SftConfig, out: Path) -> Path:
     """The checkpoint that the run begins with, made first if it is to have fresh weights."""
     if config.model.path:
         return Path(config.model.path)
-    if not (out / BEGIN / "config.json").is_file():
+    if not (out / START_DIR / "config.json").is_file():
         size = {"layers": config.model.layers, "hidden": config.model.hidden, "seed": config.model.seed}
-        countdown_llama(out / BEGIN, dialect(config.data.dialect).tags, **size)
-    return out / BEGIN
+        countdown_llama(out / START_DIR, dialect(config.data.dialect).tags, **size)
+    return out / START_DIR
 
 
-def _groups(model: Any, decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(model: Any, decay: float) -> list[dict[str, Any]]:
     """The matrices of the layers, embeddings and heads, and norms, which are not decayed."""
     ends = {
         id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None

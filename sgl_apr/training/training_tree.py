@@ -47,7 +47,9 @@ class TrainingTree:
             end = int(tree.ends[begin])
             own = (self.sources >= begin) & (self.sources < end)
             rest = (self.targets[own], self.spans[own], self.trajectories[own])
-            found.append(TrainingTree(tree.part(begin, end), self.sources[own] - np.int32(begin), *rest))
+            found.append(
+                TrainingTree(tree.slice_tokens(begin, end), self.sources[own] - np.int32(begin), *rest)
+            )
             begin = end
         return found
 
@@ -77,7 +79,7 @@ def build_training_tree(
     trie, losses = Trie(), _Losses([], [], [], [])
     for k, trajectory in enumerate(trajectories):
         _Reader(trie, trajectory, join, separate_contexts).read(losses, k, eos)
-    tree, index = trie.flat()
+    tree, index = trie.flatten()
     sources = np.asarray(losses.sources, dtype=np.int32)
     return TrainingTree(
         tree,
@@ -136,7 +138,7 @@ class _Reader:
         self.joined = {j.path for j in trajectory.joins if j.by == "kv"}
         self.behind: list[Cursor] = []  # of every span
         self.forks: dict[Path, tuple[int, ...]] = {}  # what the branches of a block follow
-        self.ended = set(_ended(trajectory))
+        self.ended = set(_spans_with_eos(trajectory))
         for span in self.spans:
             for depth in range(1, len(span.path), 2):
                 self.forks.setdefault(span.path[:depth], span.parents)
@@ -145,7 +147,7 @@ class _Reader:
         for i, span in enumerate(self.spans):
             if span.token_ids is None:
                 raise AprError("this trajectory was read from text: parse it with tokenizer= to train on it")
-            before = self._before(i)
+            before = self._cursor_before(i)
             after, nodes = self.trie.insert(before, span.token_ids)
             self.behind.append(after)
             decoded = span.token_ids if span.origin == "decoded" else ()
@@ -165,7 +167,7 @@ class _Reader:
         """Whether span `p` ends a branch of a sequence; a message that came back stands in the sequence itself."""
         return len(self.spans[p].path) > len(path) and self.spans[p].role != "result"
 
-    def _before(self, i: int) -> Cursor:
+    def _cursor_before(self, i: int) -> Cursor:
         """Behind what span `i` follows."""
         span = self.spans[i]
         ends = [p for p in span.parents if self._in_branch(p, span.path)]
@@ -192,7 +194,7 @@ class _Reader:
         return base
 
 
-def _ended(trajectory: Trajectory) -> Iterator[int]:
+def _spans_with_eos(trajectory: Trajectory) -> Iterator[int]:
     """The spans behind which an end of text was decoded: their call brought one token more than they have."""
     tokens, last = Counter[int](), dict[int, int]()
     for i, span in enumerate(trajectory.spans):

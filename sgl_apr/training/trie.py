@@ -59,7 +59,7 @@ class FlatTree:
     ends: Ints
     joined: Ints
 
-    def part(self, begin: int, end: int) -> FlatTree:
+    def slice_tokens(self, begin: int, end: int) -> FlatTree:
         """The tokens from `begin` to `end`, between which whole trees stand."""
         own = (self.joined[:, 0] >= begin) & (self.joined[:, 0] < end)
         here = slice(begin, end)
@@ -93,21 +93,21 @@ class Trie:
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []  # in the order of their first nodes
-        self._of: list[int] = []  # the run of every node
+        self._run_of_node: list[int] = []  # the run of every node
         self._children: dict[tuple[Cursor, int], int] = {}  # where a run branches off: its first node
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self._run_of_node)
 
     def insert(self, cursor: Cursor, ids: Sequence[int]) -> tuple[Cursor, Ints]:
         """Ids behind a cursor: the cursor behind the last of them, and the node of each."""
         given = np.asarray(ids, dtype=np.int32)
         nodes, done = np.empty(len(given), dtype=np.int32), 0
         while done < len(given):
-            node = self._next(cursor, int(given[done]))
+            node = self._find_child(cursor, int(given[done]))
             if node is None:
-                node = self._add(cursor, given[done:])
-            run = self._runs[self._of[node]]
+                node = self._add_run(cursor, given[done:])
+            run = self._runs[self._run_of_node[node]]
             known = run.ids[node - run.first :][: len(given) - done]
             other = np.flatnonzero(known != given[done : done + len(known)])
             same = int(other[0]) if len(other) else len(known)
@@ -125,38 +125,38 @@ class Trie:
         """The position of a node; -1 for the root."""
         if node < 0:
             return -1
-        run = self._runs[self._of[node]]
+        run = self._runs[self._run_of_node[node]]
         return run.depth + node - run.first
 
-    def _next(self, cursor: Cursor, token: int) -> int | None:
+    def _find_child(self, cursor: Cursor, token: int) -> int | None:
         """The node of a token behind a cursor, if there is one."""
         if cursor.node >= 0 and not cursor.ends and not cursor.join_group:
-            run, behind = self._runs[self._of[cursor.node]], cursor.node + 1
+            run, behind = self._runs[self._run_of_node[cursor.node]], cursor.node + 1
             if behind < run.first + len(run.ids) and run.ids[behind - run.first] == token:
                 return behind
         return self._children.get((cursor, token))
 
-    def _add(self, cursor: Cursor, ids: Ints) -> int:
-        first = len(self._of)
+    def _add_run(self, cursor: Cursor, ids: Ints) -> int:
+        first = len(self._run_of_node)
         depth = 1 + max((self.depth(node) for node in cursor.nodes), default=-1)
         run = _Run(first, ids, depth, cursor)
         if cursor.node >= 0:
-            self._runs[self._of[cursor.node]].runs.append(run)
-        self._of += [len(self._runs)] * len(ids)
+            self._runs[self._run_of_node[cursor.node]].runs.append(run)
+        self._run_of_node += [len(self._runs)] * len(ids)
         self._runs.append(run)
         self._children[cursor, int(ids[0])] = first
         return first
 
-    def flat(self) -> tuple[FlatTree, Ints]:
+    def flatten(self) -> tuple[FlatTree, Ints]:
         """All of it in a line, and where in it every node stands.
 
         In O(n) time and memory, and a row of `joined` for every token that is joined.
         """
-        n = len(self._of)
+        n = len(self._run_of_node)
         sizes = [len(run.ids) for run in self._runs]
         for run, size in zip(reversed(self._runs), reversed(sizes), strict=True):
             if run.at.node >= 0:
-                sizes[self._of[run.at.node]] += size  # by then all of its own are counted
+                sizes[self._run_of_node[run.at.node]] += size  # by then all of its own are counted
         token_ids, positions, parents, ends, index = (np.empty(n, dtype=np.int32) for _ in range(5))
         starts = dict[int, int]()
         at = 0
@@ -173,24 +173,24 @@ class Trie:
             ends[here] = end = begin + length
             # What branches off late stands first, so that the descendants of every token are in one piece.
             for off in sorted(run.runs, key=lambda off: -off.at.node):
-                own = self._of[off.first]
+                own = self._run_of_node[off.first]
                 starts[own] = end
                 end += sizes[own]
                 ends[begin : begin + off.at.node - run.first + 1] = end
-        return FlatTree(token_ids, positions, parents, ends, self._joined(index, ends)), index
+        return FlatTree(token_ids, positions, parents, ends, self._joined_rows(index, ends)), index
 
-    def _joined(self, index: Ints, ends: Ints) -> Ints:
+    def _joined_rows(self, index: Ints, ends: Ints) -> Ints:
         rows = [np.empty((0, 3), dtype=np.int32)]
         for run in self._runs:
             if not run.at.ends:
                 continue
-            tokens, begin = self._chain(run.at), index[run.first]
+            tokens, begin = self._joined_nodes(run.at), index[run.first]
             row = np.empty((len(tokens), 3), dtype=np.int32)
             row[:, 0], row[:, 1], row[:, 2] = index[tokens], begin, ends[begin]
             rows.append(row)
         return np.concatenate(rows)
 
-    def _chain(self, cursor: Cursor) -> Ints:
+    def _joined_nodes(self, cursor: Cursor) -> Ints:
         """The nodes that lead from its fork to the ends that a cursor is behind of."""
         last = dict[int, int]()  # of each run the last node that is among them
         pieces, stack = [np.empty(0, dtype=np.int32)], list(cursor.ends)
@@ -198,7 +198,7 @@ class Trie:
             node = stack.pop()
             if node < 0 or node == cursor.node:
                 continue
-            own = self._of[node]
+            own = self._run_of_node[node]
             run, known = self._runs[own], last.get(own)
             if known is not None and known >= node:
                 continue

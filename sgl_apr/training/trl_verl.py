@@ -10,12 +10,12 @@ from sgl_apr.formats.lenient_parser import read
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.rewards import Reward
 
-Judge = Callable[[str, Any], bool]
+IsCorrect = Callable[[str, Any], bool]
 
 
 def for_trl(
     reward: Reward,
-    correct: Judge,
+    correct: IsCorrect,
     tokenizer: Tokenizer,
     dialect: Dialect | str | None = None,
     column: str = "answer",
@@ -40,9 +40,9 @@ def for_trl(
                 tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids]) for ids in completion_ids
             ]
         else:
-            texts = list(map(_text, completions))
+            texts = list(map(_completion_text, completions))
         return [
-            _paid(reward, correct, text, truth, tokenizer, dialect)
+            _reward_text(reward, correct, text, truth, tokenizer, dialect)
             for text, truth in zip(texts, truths, strict=True)
         ]
 
@@ -50,7 +50,7 @@ def for_trl(
 
 
 def for_verl(
-    reward: Reward, correct: Judge, tokenizer: Tokenizer, dialect: Dialect | str | None = None
+    reward: Reward, correct: IsCorrect, tokenizer: Tokenizer, dialect: Dialect | str | None = None
 ) -> Callable[..., float]:
     """A `compute_score` for verl's `custom_reward_function`: (data_source, solution_str, ground_truth, extra_info).
 
@@ -60,18 +60,23 @@ def for_verl(
     def compute_score(
         data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None
     ) -> float:
-        return _paid(reward, correct, solution_str, ground_truth, tokenizer, dialect)
+        return _reward_text(reward, correct, solution_str, ground_truth, tokenizer, dialect)
 
     return compute_score
 
 
-def _paid(
-    reward: Reward, correct: Judge, text: str, truth: Any, tokenizer: Tokenizer, dialect: Dialect | str | None
+def _reward_text(
+    reward: Reward,
+    correct: IsCorrect,
+    text: str,
+    truth: Any,
+    tokenizer: Tokenizer,
+    dialect: Dialect | str | None,
 ) -> float:
     trajectory = read(text, dialect, tokenizer=tokenizer).trajectory
     paid = reward(trajectory, correct(trajectory.answer, truth))
     return 0.0 if paid is None else paid
 
 
-def _text(completion: Any) -> str:
+def _completion_text(completion: Any) -> str:
     return completion if isinstance(completion, str) else "".join(str(m["content"]) for m in completion)

@@ -10,9 +10,9 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.cli.main import main
-from sgl_apr.evaluation.cost_model import Cost
-from sgl_apr.evaluation.store import RUN, SUMMARY
-from sgl_apr.evaluation.tasks.mathematics import FORMULAS
+from sgl_apr.evaluation.cost_model import EngineCost
+from sgl_apr.evaluation.store import RUN_FILE, SUMMARY_FILE
+from sgl_apr.evaluation.tasks.mathematics import FORMULA_WORKER
 from tests.support.fake_sglang_server import TOKENIZER, SglangServer
 
 PRESENT = {"method", "accuracy", "ci95", "total_tokens", "critical_path", "fork_rate", "wall_s", "by_numbers"}
@@ -21,10 +21,10 @@ PRESENT = {"method", "accuracy", "ci95", "total_tokens", "critical_path", "fork_
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr("sgl_apr.engine.http.load_tokenizer", lambda path: TOKENIZER)
-    monkeypatch.setattr("sgl_apr.evaluation.timing.LONGEST_S", 0.5)
+    monkeypatch.setattr("sgl_apr.evaluation.timing.SWEEP_LIMIT_S", 0.5)
     with SglangServer().in_thread() as url:
         yield url
-    FORMULAS.end()
+    FORMULA_WORKER.close()
 
 
 def problems(path: Path, count: int) -> str:
@@ -61,8 +61,8 @@ def test_one_task(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     )
     assert set(row["by_size"]) == {"0", "1"}
     assert row["by_size"]["1"]["width"] == 2
-    assert json.loads((tmp_path / "out" / SUMMARY).read_text()) == summary
-    head, *lines = map(json.loads, (tmp_path / "out" / RUN).read_text().splitlines())
+    assert json.loads((tmp_path / "out" / SUMMARY_FILE).read_text()) == summary
+    head, *lines = map(json.loads, (tmp_path / "out" / RUN_FILE).read_text().splitlines())
     assert (head["task"], head["limit"], head["budget"]["tokens"]) == ("halves", 3, 4096)
     assert {line["number"] for line in lines} == {0, 1, 2}
     for line in lines:
@@ -90,11 +90,11 @@ def test_several_tasks_and_what_forks_should_gain(
     ]
     assert main([*words, "--json"]) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
-    cost = Cost.from_json((out / "cost.json").read_text())
+    cost = EngineCost.from_json((out / "cost.json").read_text())
     for name, task in zip("ab", tasks, strict=True):
         assert task["task"] == name
-        assert Cost.from_json(json.dumps(task["cost"])) == cost
-        assert json.loads((out / name / SUMMARY).read_text()) == task
+        assert EngineCost.from_json(json.dumps(task["cost"])) == cost
+        assert json.loads((out / name / SUMMARY_FILE).read_text()) == task
         forks, none = task["rows"]
         assert forks["predicted_sequential_s"] > 0
         assert forks["predicted_parallel_s"] > 0
@@ -105,7 +105,7 @@ def test_several_tasks_and_what_forks_should_gain(
     shown = capsys.readouterr().out
     assert "s with its forks by the engine's cost" in shown
     assert "recursive: recursive runs Python that the model writes" in shown
-    assert Cost.from_json((out / "cost.json").read_text()) == cost, "it is read where it is"
+    assert EngineCost.from_json((out / "cost.json").read_text()) == cost, "it is read where it is"
     assert main(["eval", "--compare", str(out / "a"), f"{out / 'a'}:threadweaver", "--json"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)["pairs"]
     assert (pair["problems"], pair["difference"], pair["p"]) == (2, 0.0, 1.0)

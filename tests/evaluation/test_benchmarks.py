@@ -12,12 +12,12 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
-from sgl_apr.evaluation.benchmarks.games import cards
+from sgl_apr.evaluation.benchmarks.games import game24_problems
 from sgl_apr.evaluation.benchmarks.registry import benchmark
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, problems, ways
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, count_solutions, generate_problems
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
-from sgl_apr.evaluation.tasks.mathematics import FORMULAS, MathTask
+from sgl_apr.evaluation.tasks.mathematics import FORMULA_WORKER, MathTask
 
 
 def names(made: Benchmark) -> list[str]:
@@ -37,7 +37,7 @@ def test_problems_are_the_same_for_a_seed_and_no_two_are_alike(name: str):
 
 
 def test_countdown_is_what_it_was():
-    given = list(problems(30, "test", seed=3))
+    given = list(generate_problems(30, "test", seed=3))
     found = benchmark("countdown", 30, seed=3)
     assert [case.problem for case in found.cases] == given
     assert [case.size for case in found.cases] == [len(p.numbers) for p in given]
@@ -51,14 +51,14 @@ def test_games_of_24():
         assert case.problem.target == 24
         assert len(case.problem.numbers) == 4
         assert 1 <= min(case.problem.numbers) <= max(case.problem.numbers) <= 13
-        assert case.size == {1: 4, 2: 3, 3: 2}.get(ways(case.problem).bit_length(), 1)
+        assert case.size == {1: 4, 2: 3, 3: 2}.get(count_solutions(case.problem).bit_length(), 1)
         assert not found.is_correct(case, "")
     four = Case("", Problem((4, 6, 10, 10), 24))
     assert found.is_correct(four, " 10- 10= 0, 4* 6= 24") is False, "zero is no number on the way"
     assert found.is_correct(Case("", Problem((1, 2, 3, 4), 24)), " 1* 2= 2, 2* 3= 6, 4* 6= 24")
-    first = list(islice(cards(0), 5))
+    first = list(islice(game24_problems(0), 5))
     assert len({*first}) == 5
-    assert first == list(islice(cards(0), 5))
+    assert first == list(islice(game24_problems(0), 5))
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_file_of_problems(file: Path):
     assert [found.is_correct(*said) for said in right] == [True] * 4
     assert [found.is_correct(*said) for said in wrong] == [False] * 4
     assert found.task is MathTask
-    FORMULAS.end()
+    FORMULA_WORKER.close()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def judge() -> Iterator[JsonWorker]:
     from sgl_apr.evaluation.benchmarks.gym import JUDGE
 
     yield JUDGE
-    JUDGE.end()
+    JUDGE.close()
 
 
 def test_a_dataset_of_the_gym_judges_answers_itself(judge: JsonWorker):
@@ -133,7 +133,7 @@ def test_a_dataset_of_the_gym_judges_answers_itself(judge: JsonWorker):
     entries = list(reasoning_gym.create_dataset("leg_counting", seed=0, size=6))
     assert [case.problem for case in found.cases] == [entry["question"] for entry in entries]
     assert [case.size for case in found.cases] == [entry["metadata"]["num_animals"] for entry in entries]
-    judge.end()  # it is begun anew, and makes them again
+    judge.close()  # it is begun anew, and makes them again
     for case, entry in zip(found.cases, entries, strict=True):
         assert found.is_correct(case, entry["answer"])
         assert not found.is_correct(case, entry["answer"] + "1")

@@ -10,16 +10,16 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.cli.main import main
-from sgl_apr.evaluation.compare import pairs
+from sgl_apr.evaluation.compare import pair_evaluations
 from sgl_apr.evaluation.metrics import AttemptMetrics
-from sgl_apr.evaluation.store import RUN, SUMMARY, evaluated
+from sgl_apr.evaluation.store import RUN_FILE, SUMMARY_FILE, open_evaluation
 
 ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
 
 
 def kept(directory: Path, rights: dict[str, list[bool]], first: int = 0, **more: int | str) -> Path:
     """An evaluation whose methods took 10 tokens more for each problem behind its first."""
-    with evaluated(directory, {"task": more.pop("task", "sums")}) as found:
+    with open_evaluation(directory, {"task": more.pop("task", "sums")}) as found:
         for method, solved in rights.items():
             for k, right in reversed(list(enumerate(solved))):
                 attempt = replace(ONE, problem=f"p{first + k}", correct=right, **more)
@@ -30,7 +30,7 @@ def kept(directory: Path, rights: dict[str, list[bool]], first: int = 0, **more:
 def test_two_runs_of_one_method_each(tmp_path: Path):
     a = kept(tmp_path / "a", {"sequential": [False] * 8 + [True] * 2})
     b = kept(tmp_path / "b", {"apr": [True] * 8 + [True, False]}, tokens=80, critical_path=30)
-    (found,) = pairs(str(a), str(b))
+    (found,) = pair_evaluations(str(a), str(b))
     assert found.as_json() == {
         "methods": ["a:sequential", "b:apr"],
         "problems": 10,
@@ -45,46 +45,48 @@ def test_two_runs_of_one_method_each(tmp_path: Path):
     assert low < 0.7 < high
 
 
-@pytest.mark.parametrize("names", [("", ""), (f"/{RUN}", ""), (f"/{SUMMARY}", f"/{RUN}"), (":apr", ":apr")])
+@pytest.mark.parametrize(
+    "names", [("", ""), (f"/{RUN_FILE}", ""), (f"/{SUMMARY_FILE}", f"/{RUN_FILE}"), (":apr", ":apr")]
+)
 def test_however_a_run_is_named(tmp_path: Path, names: tuple[str, str]):
     a, b = kept(tmp_path / "a", {"apr": [True, False]}), kept(tmp_path / "b:1", {"apr": [True, True]})
-    (a / SUMMARY).touch()
-    (found,) = pairs(f"{a}{names[0]}", f"{b}{names[1]}")
+    (a / SUMMARY_FILE).touch()
+    (found,) = pair_evaluations(f"{a}{names[0]}", f"{b}{names[1]}")
     assert found.comparison.difference == 0.5
 
 
 def test_methods_of_one_run_and_methods_that_both_have(tmp_path: Path):
     a = kept(tmp_path / "a", {"apr": [True] * 3, "mcts": [False] * 3, "npr": [True] * 3})
     b = kept(tmp_path / "b", {"mcts": [True] * 3, "apr": [False] * 3})
-    (found,) = pairs(f"{a}:apr", f"{a}:mcts")
+    (found,) = pair_evaluations(f"{a}:apr", f"{a}:mcts")
     assert (found.names, found.comparison.difference) == (("a:apr", "a:mcts"), -1.0)
-    found, other = pairs(str(a), str(b))
+    found, other = pair_evaluations(str(a), str(b))
     assert (found.names, found.comparison.difference) == (("a:apr", "b:apr"), -1.0)
     assert (other.names, other.comparison.difference) == (("a:mcts", "b:mcts"), 1.0)
     with pytest.raises(apr.AprError, match="no attempt of sequential, its methods: apr, mcts, npr"):
-        pairs(f"{a}:sequential", str(b))
+        pair_evaluations(f"{a}:sequential", str(b))
     c = kept(tmp_path / "c", {"sequential": [True] * 3})
-    with pytest.raises(apr.AprError, match="expected a method of each"):
-        pairs(str(a), str(c))
-    assert len(pairs(f"{a}:apr", str(c))) == 1
+    with pytest.raises(apr.AprError, match="expected one method of each"):
+        pair_evaluations(str(a), str(c))
+    assert len(pair_evaluations(f"{a}:apr", str(c))) == 1
 
 
 def test_only_problems_that_both_tried_count_in_whatever_order_they_are(tmp_path: Path):
     a = kept(tmp_path / "a", {"apr": [True, False, True, False]})
     b = kept(tmp_path / "b", {"apr": [True, True]}, first=2)
-    (found,) = pairs(str(a), str(b))
+    (found,) = pair_evaluations(str(a), str(b))
     assert (
-        [x.problem for x in found.rows[0].attempts]
-        == [x.problem for x in found.rows[1].attempts]
+        [x.problem for x in found.results[0].attempts]
+        == [x.problem for x in found.results[1].attempts]
         == ["p2", "p3"]
     )
     assert found.comparison.difference == 0.5
     c = kept(tmp_path / "c", {"apr": [True]}, first=7)
     with pytest.raises(apr.AprError, match="no problem in common"):
-        pairs(str(a), str(c))
+        pair_evaluations(str(a), str(c))
     d = kept(tmp_path / "d", {"apr": [True]}, task="products")
-    with pytest.raises(apr.AprError, match=r"is of sums, .* of products, expected the same task"):
-        pairs(str(a), str(d))
+    with pytest.raises(apr.AprError, match=r"evaluated sums, .* evaluated products, expected the same task"):
+        pair_evaluations(str(a), str(d))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -148,7 +150,7 @@ def test_every_task_has_a_directory_of_its_own(tmp_path: Path, capsys: pytest.Ca
         str(tmp_path),
     ]
     assert main(words) == 1
-    heads = {p.parent.name: json.loads(p.read_text().splitlines()[0]) for p in tmp_path.glob(f"*/{RUN}")}
+    heads = {p.parent.name: json.loads(p.read_text().splitlines()[0]) for p in tmp_path.glob(f"*/{RUN_FILE}")}
     assert {name: head["task"] for name, head in heads.items()} == {
         "countdown": "countdown",
         "game24": "game24",

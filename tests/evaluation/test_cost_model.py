@@ -15,17 +15,17 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.cli.main import main
 from sgl_apr.engine.scripted import ScriptedEngine
-from sgl_apr.evaluation.cost_model import Cost, predict_speedup
-from sgl_apr.evaluation.store import SUMMARY
+from sgl_apr.evaluation.cost_model import EngineCost, predict_speedup
+from sgl_apr.evaluation.store import SUMMARY_FILE
 from sgl_apr.evaluation.tasks.question import QuestionTask
-from sgl_apr.evaluation.timing import SIZES, EngineTimer
+from sgl_apr.evaluation.timing import BATCH_SIZES, EngineTimer
 from sgl_apr.methods.registry import method
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.trajectory.calls import Call
 from tests.support import virtual_time
 from tests.support.threadweaver_traces import TRACE
 
-KNOWN = Cost(
+KNOWN = EngineCost(
     0.004,
     0.0005,
     ((1.0, 0.01), (2.0, 0.012), (4.0, 0.015), (8.0, 0.02), (16.0, 0.03), (32.0, 0.05), (64.0, 0.09)),
@@ -35,7 +35,7 @@ KNOWN = Cost(
 class Timed(ScriptedEngine):
     """Takes what a cost says: for prompts, one after another, and for steps that all who decode take together."""
 
-    def __init__(self, script: Any, tokenizer: Any = None, cost: Cost = KNOWN) -> None:
+    def __init__(self, script: Any, tokenizer: Any = None, cost: EngineCost = KNOWN) -> None:
         super().__init__(script, tokenizer)
         self.cost, self.gate, self.decoding = cost, asyncio.Lock(), 0
 
@@ -65,19 +65,21 @@ class Timed(ScriptedEngine):
 def test_a_stopwatch_reads_a_known_cost():
     watch = EngineTimer(Timed(lambda request, prompt: "x" * 100))
     watch.random = random.Random(0)  # texts of letters as tokens now and then begin alike
-    cost, took = virtual_time.run(watch.cost())
+    cost, took = virtual_time.run(watch.measure_cost())
     assert cost.prefill_s == pytest.approx(KNOWN.prefill_s, rel=0.02)
     assert cost.request_s == pytest.approx(KNOWN.request_s, rel=0.15)
-    assert tuple(running for running, _ in cost.steps) == SIZES[: len(cost.steps)]
+    assert tuple(running for running, _ in cost.steps) == BATCH_SIZES[: len(cost.steps)]
     assert len(cost.steps) >= 5
     assert dict(cost.steps) == pytest.approx(dict(KNOWN.steps[: len(cost.steps)]), rel=0.15)
     assert took < 15
 
 
 def test_a_slow_engine_is_asked_no_more_than_it_needs():
-    slow = Cost(0.004, 0.0005, tuple((running, 50 * seconds) for running, seconds in KNOWN.steps))
-    cost, _ = virtual_time.run(EngineTimer(Timed(lambda request, prompt: "x" * 100, cost=slow)).cost())
-    assert 2 <= len(cost.steps) < len(SIZES)
+    slow = EngineCost(0.004, 0.0005, tuple((running, 50 * seconds) for running, seconds in KNOWN.steps))
+    cost, _ = virtual_time.run(
+        EngineTimer(Timed(lambda request, prompt: "x" * 100, cost=slow)).measure_cost()
+    )
+    assert 2 <= len(cost.steps) < len(BATCH_SIZES)
     assert dict(cost.steps) == pytest.approx(dict(slow.steps[: len(cost.steps)]), rel=0.02)
 
 
@@ -89,13 +91,13 @@ def test_a_context_that_is_too_short_to_be_timed():
 
 
 def test_a_cost_is_kept_as_json():
-    assert Cost.from_json(KNOWN.to_json()) == KNOWN
+    assert EngineCost.from_json(KNOWN.to_json()) == KNOWN
     for text in ("{", "[]", "{}", '{"request_s": 1, "prefill_s": 1, "steps": [[1]]}'):
-        with pytest.raises(apr.AprError, match="no cost of an engine"):
-            Cost.from_json(text)
+        with pytest.raises(apr.AprError, match="not the cost of an engine"):
+            EngineCost.from_json(text)
     for steps in ((), ((1.0, 0.1),), ((2.0, 0.1), (1.0, 0.1)), ((1.0, 0.1), (1.0, 0.2))):
-        with pytest.raises(apr.AprError, match="two numbers of requests or more"):
-            Cost(0.0, 0.0, steps)
+        with pytest.raises(apr.AprError, match="two batch sizes or more"):
+            EngineCost(0.0, 0.0, steps)
 
 
 FORK = "Let me see.\n<Parallel>\n<Outlines>\n<Outline>1: one</Outline>\n<Outline>2: two</Outline>\n<Outline>3: three</Outline>\n</Outlines>"
@@ -171,11 +173,11 @@ def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: py
     words += ["--budget", "tokens=1024", "--cost-model", "-o", str(tmp_path), "--json"]
     assert main(words) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
-    cost = Cost.from_json((tmp_path / "cost.json").read_text())
+    cost = EngineCost.from_json((tmp_path / "cost.json").read_text())
     assert [task["task"] for task in tasks] == ["countdown", "game24"]
     for task in tasks:
-        assert Cost.from_json(json.dumps(task["cost"])) == cost
-        kept = json.loads((tmp_path / task["task"] / SUMMARY).read_text())
+        assert EngineCost.from_json(json.dumps(task["cost"])) == cost
+        kept = json.loads((tmp_path / task["task"] / SUMMARY_FILE).read_text())
         assert [row["method"] for row in kept["rows"]] == ["apr", "self_consistency"]
         for row in kept["rows"]:
             assert 0 < row["predicted_parallel_s"] <= row["predicted_sequential_s"] * 1.5
@@ -186,4 +188,4 @@ def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: py
     assert 0 < cost.step_s(8) < 8 * cost.step_s(1), "batching pays"
     assert 0 < cost.prefill_s < cost.step_s(1)
     assert main(words) == 0
-    assert Cost.from_json((tmp_path / "cost.json").read_text()) == cost, "it is read where it is"
+    assert EngineCost.from_json((tmp_path / "cost.json").read_text()) == cost, "it is read where it is"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgl_apr as apr
-from sgl_apr.evaluation.diversity import GRAM, diversity, grams, redundancy, similarity
+from sgl_apr.evaluation.diversity import NGRAM_SIZE, diversity, jaccard_similarity, redundancy, token_ngrams
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.trajectory.spans import Span
 from tests.support.document_strategies import documents
@@ -62,12 +62,12 @@ def test_forks_count_alike():
 
 @given(ids, ids)
 def test_similarity_is_of_both_sides_and_full_for_the_same(one: list[int], other: list[int]):
-    first, second = grams(one), grams(other)
-    assert similarity(first, second) == similarity(second, first)
-    assert 0 <= similarity(first, second) <= 1
-    assert (similarity(first, second) == 1) == (first == second)
-    assert similarity(first, first) == 1
-    assert all(len(gram) == min(GRAM, len(one)) for gram in first)
+    first, second = token_ngrams(one), token_ngrams(other)
+    assert jaccard_similarity(first, second) == jaccard_similarity(second, first)
+    assert 0 <= jaccard_similarity(first, second) <= 1
+    assert (jaccard_similarity(first, second) == 1) == (first == second)
+    assert jaccard_similarity(first, first) == 1
+    assert all(len(gram) == min(NGRAM_SIZE, len(one)) for gram in first)
 
 
 def read(text: str) -> str | None:

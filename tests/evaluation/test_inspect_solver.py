@@ -15,7 +15,7 @@ from inspect_ai.dataset import Sample  # noqa: E402
 from inspect_ai.scorer import match  # noqa: E402
 from inspect_ai.solver import Solver, prompt_template, solver  # noqa: E402
 
-from sgl_apr.evaluation.inspect_solver import reasoning, solving  # noqa: E402
+from sgl_apr.evaluation.inspect_solver import method_solver, reasoning  # noqa: E402
 from sgl_apr.server.launch.launcher import Server  # noqa: E402
 
 SUMS = [Sample(input="One and one?", target="2"), Sample(input="Two and two?", target="4")]
@@ -49,7 +49,7 @@ def test_an_evaluation(tmp_path: Path):
 
     @solver
     def voting() -> Solver:
-        return solving(connect, "self_consistency", n=3, budget=apr.Budget(tokens=2000))
+        return method_solver(connect, "self_consistency", n=3, budget=apr.Budget(tokens=2000))
 
     log = evaluated(tmp_path, [prompt_template("{prompt}\nIn digits."), voting()])
     assert log.results.scores[0].metrics["accuracy"].value == 0.5

@@ -10,9 +10,9 @@ from random import Random
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, compare, interval
-from sgl_apr.evaluation.plots import curve, draw
-from sgl_apr.evaluation.store import RUN, evaluated, read
+from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, bootstrap_interval, compare_methods
+from sgl_apr.evaluation.plots import plot_methods, solved_share_curve
+from sgl_apr.evaluation.store import RUN_FILE, open_evaluation, read_results
 from tests.support.threadweaver_traces import TRACE
 
 ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
@@ -27,30 +27,30 @@ def test_within_a_limit_only_what_is_right_and_small_counts():
     attempts = [ONE, replace(ONE, context=41), replace(ONE, correct=False), replace(ONE, context=400)]
     found = MethodResults("apr", attempts)
     assert found.accuracy == 0.75
-    assert [found.within(w, lambda a: a.context) for w in (39, 40, 41, 1000)] == [0, 0.25, 0.5, 0.75]
-    assert curve(found, lambda a: a.context) == ([40, 41, 400], [0.25, 0.5, 0.75])
+    assert [found.solved_within(w, lambda a: a.context) for w in (39, 40, 41, 1000)] == [0, 0.25, 0.5, 0.75]
+    assert solved_share_curve(found, lambda a: a.context) == ([40, 41, 400], [0.25, 0.5, 0.75])
 
 
 def test_the_interval_holds_the_mean_and_narrows():
     values = [1.0] * 60 + [0.0] * 40
-    low, high = interval(values)
+    low, high = bootstrap_interval(values)
     assert low < 0.6 < high
     assert 0.15 < high - low < 0.25, "about 2 * 1.96 * sqrt(0.24 / 100)"
-    low, high = interval(values * 25)
+    low, high = bootstrap_interval(values * 25)
     assert high - low < 0.05
 
 
 def test_a_paired_comparison():
     rights = [Random(k).random() < 0.5 for k in range(40)]
-    same = compare(row("a", rights), row("b", rights))
+    same = compare_methods(row("a", rights), row("b", rights))
     assert (same.difference, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))
-    found = compare(row("a", [False] * 10), row("b", [True] * 8 + [False] * 2))
+    found = compare_methods(row("a", [False] * 10), row("b", [True] * 8 + [False] * 2))
     assert found.difference == 0.8
     assert found.p == pytest.approx(2 / 2**8)
-    found = compare(row("a", [True] * 3 + [False] * 5), row("b", [False] * 3 + [True] * 5))
+    found = compare_methods(row("a", [True] * 3 + [False] * 5), row("b", [False] * 3 + [True] * 5))
     assert found.p == pytest.approx(2 * (1 + 8 + 28 + 56) / 2**8)
     with pytest.raises(ValueError, match="same problems"):
-        compare(row("a", [True, True]), MethodResults("b", [ONE, ONE]))
+        compare_methods(row("a", [True, True]), MethodResults("b", [ONE, ONE]))
 
 
 def test_for_machines():
@@ -62,56 +62,59 @@ def test_for_machines():
 
 
 def test_a_picture(tmp_path: Path):
-    draw([row("a", [True] * 5), row("b", [False] * 5)], tmp_path / "curves.png", "two")
+    plot_methods([row("a", [True] * 5), row("b", [False] * 5)], tmp_path / "curves.png", "two")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_was_interrupted_goes_on_behind_its_last_whole_line(tmp_path: Path):
     asked = {"task": "countdown", "budget": {"tokens": 100}}
-    with evaluated(tmp_path, asked) as found:
+    with open_evaluation(tmp_path, asked) as found:
         found.add("apr", 1, ONE, 0.5)
         found.add("apr", 0, replace(ONE, problem="q"), 1.5)
-    with (tmp_path / RUN).open("a") as file:
+    with (tmp_path / RUN_FILE).open("a") as file:
         file.write('{"method": "apr", "num')
-    with evaluated(tmp_path, asked) as found:
+    with open_evaluation(tmp_path, asked) as found:
         assert sorted(found.attempts["apr"]) == [0, 1]
         assert found.seconds == {"apr": 1.5}
         found.add("apr", 2, ONE, 2.0)
-    (row,) = read(tmp_path)
+    (row,) = read_results(tmp_path)
     assert (row.method, [a.problem for a in row.attempts], row.wall_s) == ("apr", ["q", "p", "p"], 2.0)
 
 
 def test_how_an_answer_came_about_is_written_and_not_kept(tmp_path: Path):
     trajectory = apr.dialect("threadweaver").parse(TRACE + "\u2028\x85", tokenizer=apr.ByteTokenizer())
-    with evaluated(tmp_path, {}) as found:
+    with open_evaluation(tmp_path, {}) as found:
         found.add("apr", 0, ONE, 0.5, "4", trajectory)
         found.add("apr", 1, ONE, 0.5)
-    _, first, second = map(json.loads, (tmp_path / RUN).read_text().split("\n")[:-1])
+    _, first, second = map(json.loads, (tmp_path / RUN_FILE).read_text().split("\n")[:-1])
     assert (first["answer"], second["answer"], "trajectory" in second) == ("4", "", False)
     assert apr.Trajectory.from_json(json.dumps(first["trajectory"])) == trajectory
-    (row,) = read(tmp_path)
+    (row,) = read_results(tmp_path)
     assert row.attempts == [ONE, ONE]
 
 
 def test_another_evaluation_is_not_mixed_in(tmp_path: Path):
-    with evaluated(tmp_path, {"seed": 0}) as found:
+    with open_evaluation(tmp_path, {"seed": 0}) as found:
         found.add("apr", 0, ONE, 0.5)
-    with pytest.raises(apr.AprError, match="of another evaluation"), evaluated(tmp_path, {"seed": 1}):
+    with pytest.raises(apr.AprError, match="of another evaluation"), open_evaluation(tmp_path, {"seed": 1}):
         pass
     with (
-        evaluated(tmp_path, {"seed": 0}),
+        open_evaluation(tmp_path, {"seed": 0}),
         pytest.raises(apr.AprError, match="another run"),
-        evaluated(tmp_path, {"seed": 0}),
+        open_evaluation(tmp_path, {"seed": 0}),
     ):
         pass
     with pytest.raises(apr.AprError, match="is no file that"):
-        read(tmp_path / "nothing")
+        read_results(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("text", ['{"seed": 0}\n{"method": "apr"}\n', "not JSON\n", '{"seed": 0}\n[1]\n'])
 def test_a_file_of_something_else_is_a_clear_error(tmp_path: Path, text: str):
-    (tmp_path / RUN).write_text(text)
-    for reading in (lambda: read(tmp_path), lambda: evaluated(tmp_path, {"seed": 0}).__enter__()):
+    (tmp_path / RUN_FILE).write_text(text)
+    for reading in (
+        lambda: read_results(tmp_path),
+        lambda: open_evaluation(tmp_path, {"seed": 0}).__enter__(),
+    ):
         with pytest.raises(apr.AprError, match="is no file that"):
             reading()
 
@@ -173,7 +176,7 @@ def test_files_from_before_are_read(tmp_path: Path):
         "forks": 0,
     }
     line = {"method": "apr", "number": 0, "seconds": 0.5, **kept}
-    (tmp_path / RUN).write_text(json.dumps({"task": "countdown"}) + "\n" + json.dumps(line) + "\n")
-    (found,) = read(tmp_path)
+    (tmp_path / RUN_FILE).write_text(json.dumps({"task": "countdown"}) + "\n" + json.dumps(line) + "\n")
+    (found,) = read_results(tmp_path)
     assert found.attempts == [AttemptMetrics(**kept)]
     assert found.as_json((8,))["redundancy"] is None

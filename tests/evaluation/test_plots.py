@@ -12,9 +12,9 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.cli.main import main
-from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, interval
-from sgl_apr.evaluation.plots import LABELS, band, cost, draw, rows
-from sgl_apr.evaluation.store import RUN
+from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, bootstrap_interval
+from sgl_apr.evaluation.plots import AXIS_LABELS, attempt_metric, bootstrap_band, load_results, plot_methods
+from sgl_apr.evaluation.store import RUN_FILE
 
 ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, branches=3, forks=1)
 SOME = [replace(ONE, problem=f"p{k}", correct=k % 3 > 0, tokens=50 + 10 * k) for k in range(30)]
@@ -28,15 +28,17 @@ def kept(directory: Path, *methods: str, seconds: bool = False) -> Path:
         for number, attempt in reversed([*enumerate(SOME)]):
             attempt = replace(attempt, took_s=1.0 + number if seconds else None)
             written.append({"method": method, "number": number, "seconds": 9.0, **asdict(attempt)})
-    (directory / RUN).write_text("".join(json.dumps(line) + "\n" for line in written))
+    (directory / RUN_FILE).write_text("".join(json.dumps(line) + "\n" for line in written))
     return directory
 
 
 def test_a_band_ends_as_the_interval_of_the_accuracy():
     solved = sum(a.correct for a in SOME)
-    low, high = band(solved, len(SOME))
+    low, high = bootstrap_band(solved, len(SOME))
     assert (len(low), low[0], high[0]) == (solved + 1, 0, 0)
-    assert (low[-1], high[-1]) == pytest.approx(interval([float(a.correct) for a in SOME]), abs=0.04)
+    assert (low[-1], high[-1]) == pytest.approx(
+        bootstrap_interval([float(a.correct) for a in SOME]), abs=0.04
+    )
     assert all(
         below <= k / len(SOME) <= above for k, (below, above) in enumerate(zip(low, high, strict=True))
     )
@@ -44,26 +46,26 @@ def test_a_band_ends_as_the_interval_of_the_accuracy():
 
 @pytest.mark.parametrize("solved", [0, 1, 10])
 def test_a_band_of_few_or_all(solved: int):
-    low, high = band(solved, 10)
+    low, high = bootstrap_band(solved, 10)
     assert len(low) == len(high) == solved + 1
     assert low[-1] == high[-1] if solved in (0, 10) else low[-1] < high[-1]
 
 
 def test_what_attempts_cost_is_in_the_order_of_the_problems(tmp_path: Path):
-    (row,) = rows([kept(tmp_path / "a", "apr", seconds=True)])
-    assert [*map(cost("wall"), row.attempts)] == [1 + k for k in range(30)]
-    assert [*map(cost("tokens"), row.attempts)][:2] == [50, 60]
-    (old,) = rows([kept(tmp_path / "b", "apr")])
-    assert {*map(cost("wall"), old.attempts)} == {None}
+    (row,) = load_results([kept(tmp_path / "a", "apr", seconds=True)])
+    assert [*map(attempt_metric("wall"), row.attempts)] == [1 + k for k in range(30)]
+    assert [*map(attempt_metric("tokens"), row.attempts)][:2] == [50, 60]
+    (old,) = load_results([kept(tmp_path / "b", "apr")])
+    assert {*map(attempt_metric("wall"), old.attempts)} == {None}
 
 
 def test_lines_have_names_that_tell_them_apart(tmp_path: Path):
     one, two = kept(tmp_path / "one", "apr"), kept(tmp_path / "two", "apr", "mcts")
-    assert [row.method for row in rows([two])] == ["apr", "mcts"]
-    assert [row.method for row in rows([one, two])] == ["one", "two, apr", "two, mcts"]
+    assert [row.method for row in load_results([two])] == ["apr", "mcts"]
+    assert [row.method for row in load_results([one, two])] == ["one", "two, apr", "two, mcts"]
     (tmp_path / "other").mkdir()
     same = kept(tmp_path / "other" / "one", "apr")
-    assert [row.method for row in rows([one, same])] == [str(one), str(same)]
+    assert [row.method for row in load_results([one, same])] == [str(one), str(same)]
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
@@ -83,9 +85,9 @@ def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
     random = Random(0)
     timed = [replace(attempt, took_s=random.random()) for attempt in SOME]
     drawn = [MethodResults(name, timed) for name in ("one <b>", "two & three")]
-    draw(drawn, tmp_path / "figure.svg", axes=["wall", "tokens"])
+    plot_methods(drawn, tmp_path / "figure.svg", axes=["wall", "tokens"])
     assert (tmp_path / "figure.svg").stat().st_size > 10_000
-    draw(drawn, tmp_path / "again.svg", axes=["wall", "tokens"])
+    plot_methods(drawn, tmp_path / "again.svg", axes=["wall", "tokens"])
     made = (tmp_path / "figure.svg").read_text(), (tmp_path / "again.svg").read_text()
     assert made[0] == made[1], "the same evaluation is the same file"
     assert all(
@@ -113,14 +115,14 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys, argv: list[str], m
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path, capsys):
     assert main(["plot", str(kept(tmp_path / "run")), "-o", str(tmp_path / "figure.pdf")]) == 1
-    assert f"{RUN} holds no attempt, expected at least one" in capsys.readouterr().err
+    assert f"{RUN_FILE} holds no attempt, expected at least one" in capsys.readouterr().err
     assert main(["plot", str(tmp_path / "nothing"), "-o", str(tmp_path / "figure.pdf")]) == 1
     assert "is no file that `sgl-apr eval" in capsys.readouterr().err
     with pytest.raises(apr.AprError, match="expected attempts of every method"):
-        draw([MethodResults("apr", SOME), MethodResults("mcts", ())], tmp_path / "figure.pdf")
+        plot_methods([MethodResults("apr", SOME), MethodResults("mcts", ())], tmp_path / "figure.pdf")
 
 
 def test_every_axis_of_the_command_can_be_drawn():
     from sgl_apr.cli.plot import AXES
 
-    assert tuple(LABELS) == AXES
+    assert tuple(AXIS_LABELS) == AXES

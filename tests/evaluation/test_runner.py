@@ -15,10 +15,10 @@ import sgl_apr as apr
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.benchmarks.registry import benchmark
 from sgl_apr.evaluation.metrics import MethodResults
-from sgl_apr.evaluation.runner import attempted, evaluate, measure
-from sgl_apr.evaluation.store import RUN, ResultStore, evaluated, read
+from sgl_apr.evaluation.runner import evaluate, measure_attempt, run_attempts
+from sgl_apr.evaluation.store import RUN_FILE, ResultStore, open_evaluation, read_results
 from sgl_apr.evaluation.tasks.countdown.problems import Problem
-from sgl_apr.evaluation.tasks.countdown.search import sequential
+from sgl_apr.evaluation.tasks.countdown.search import sequential_search
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.methods.registry import METHOD_MODULES, MethodResult
 
@@ -43,12 +43,12 @@ def ran(
     engine: apr.ScriptedEngine, found: ResultStore, method: str, given: Benchmark = SUMS, **options: Any
 ) -> MethodResults:
     options = {"budget": given.budget, "temperature": 0.0, **options}
-    return asyncio.run(attempted(engine, given, method, found, **options))
+    return asyncio.run(run_attempts(engine, given, method, found, **options))
 
 
 def test_a_text_task_from_beginning_to_end(tmp_path: Path):
     engine = apr.ScriptedEngine(adds)
-    with evaluated(tmp_path, {"task": "sums"}) as found:
+    with open_evaluation(tmp_path, {"task": "sums"}) as found:
         row = ran(engine, found, "self_consistency", n=4)
     assert [(a.problem, a.size, a.correct) for a in row.attempts] == [
         ("sum 0", 0, True),
@@ -57,28 +57,30 @@ def test_a_text_task_from_beginning_to_end(tmp_path: Path):
     ]
     assert {a.label for a in row.attempts} == {"exact"}
     assert {(a.forks, a.branches, a.redundancy, a.diversity) for a in row.attempts} == {(1, 4, 1.0, 0.25)}
-    _, *lines = map(json.loads, (tmp_path / RUN).read_text().splitlines())
+    _, *lines = map(json.loads, (tmp_path / RUN_FILE).read_text().splitlines())
     assert {line["problem"]: line["answer"] for line in lines} == {"sum 0": "2", "sum 1": "4", "sum 2": "5"}
     for line in lines:
         trajectory = apr.Trajectory.from_json(json.dumps(line["trajectory"]))
         assert len(trajectory.blocks[0].branches) == 4
         assert trajectory.metrics().total == line["tokens"]
-    assert read(tmp_path)[0].attempts == row.attempts
+    assert read_results(tmp_path)[0].attempts == row.attempts
 
 
 @pytest.mark.parametrize("killed", ["between lines", "within a line"])
 def test_what_was_killed_is_neither_repeated_nor_lost(tmp_path: Path, killed: str):
     engine = apr.ScriptedEngine(adds)
-    with evaluated(tmp_path, {}) as found:
+    with open_evaluation(tmp_path, {}) as found:
         ran(engine, found, "sequential")
-    lines = (tmp_path / RUN).read_text().splitlines(keepends=True)
-    (tmp_path / RUN).write_text("".join(lines[:3]) + (lines[3][:40] if killed == "within a line" else ""))
+    lines = (tmp_path / RUN_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / RUN_FILE).write_text(
+        "".join(lines[:3]) + (lines[3][:40] if killed == "within a line" else "")
+    )
     again = apr.ScriptedEngine(adds)
-    with evaluated(tmp_path, {}) as found:
+    with open_evaluation(tmp_path, {}) as found:
         row = ran(again, found, "sequential")
     assert len(again.requests) == 1
     assert [a.problem for a in row.attempts] == ["sum 0", "sum 1", "sum 2"]
-    numbers = [json.loads(line)["number"] for line in (tmp_path / RUN).read_text().splitlines()[1:]]
+    numbers = [json.loads(line)["number"] for line in (tmp_path / RUN_FILE).read_text().splitlines()[1:]]
     assert sorted(numbers) == [0, 1, 2]
 
 
@@ -87,10 +89,10 @@ def test_an_engine_that_dies_leaves_what_has_ended(tmp_path: Path):
         failed = apr.EngineError("it is gone") if "Two and one?" in prompt else None
         return apr.Reply(adds(request, prompt), error=failed)
 
-    with evaluated(tmp_path, {}) as found, pytest.raises(apr.EngineError, match="gone"):
+    with open_evaluation(tmp_path, {}) as found, pytest.raises(apr.EngineError, match="gone"):
         ran(apr.ScriptedEngine(dies), found, "sequential", at_once=1, retry=apr.Retry(attempts=1))
     engine = apr.ScriptedEngine(adds)
-    with evaluated(tmp_path, {}) as found:
+    with open_evaluation(tmp_path, {}) as found:
         assert sorted(found.attempts["sequential"]) == [0, 1]
         assert len(ran(engine, found, "sequential").attempts) == 3
     assert len(engine.requests) == 1
@@ -106,15 +108,15 @@ def test_trajectories_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest
     def seen(*arguments: Any) -> Any:
         result: MethodResult = arguments[3]
         made["made"] += 1
-        return measure(
+        return measure_attempt(
             *arguments[:3], replace(result, trajectory=Seen(**vars_of(result.trajectory))), *arguments[4:]
         )
 
     def vars_of(trajectory: apr.Trajectory) -> dict[str, Any]:
         return {name: getattr(trajectory, name) for name in trajectory.__dataclass_fields__}
 
-    monkeypatch.setattr("sgl_apr.evaluation.runner.measure", seen)
-    with evaluated(tmp_path, {}) as found:
+    monkeypatch.setattr("sgl_apr.evaluation.runner.measure_attempt", seen)
+    with open_evaluation(tmp_path, {}) as found:
         row = ran(apr.ScriptedEngine(adds), found, "sequential")
         assert made["made"] == made["gone"] == 3
     assert len(row.attempts) == 3
@@ -144,7 +146,7 @@ def test_a_model_without_the_words_has_a_row_too():
 @pytest.mark.parametrize("name", ["countdown", "game24"])
 def test_games_by_a_search_in_place_of_a_model(name: str):
     def searched(request: apr.Request, prompt: str) -> str:
-        return sequential(Problem.parse(prompt), 1 << 20)
+        return sequential_search(Problem.parse(prompt), 1 << 20)
 
     given = benchmark(name, 6)
     engine = apr.ScriptedEngine(searched, apr.ByteTokenizer(apr.dialect("spawn").tags))

@@ -15,7 +15,7 @@ import sglang as sgl
 import sgl_apr as apr
 from sgl_apr.cli.eval import ONE_REPLY
 from sgl_apr.cli.main import main
-from sgl_apr.evaluation.tasks.countdown.problems import problems, solves
+from sgl_apr.evaluation.tasks.countdown.problems import generate_problems, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.methods.registry import METHOD_MODULES, MethodResult, method
@@ -29,7 +29,7 @@ NULL = {
     "recursive": "answered by a program",
 }
 BUDGET = apr.Budget(tokens=1024)
-GIVEN = list(problems(1, "test", seed=0))
+GIVEN = list(generate_problems(1, "test", seed=0))
 
 
 def greedy(name: str) -> dict[str, float]:
@@ -81,7 +81,7 @@ def test_some_are_right(results: Mapping[str, list[MethodResult]]):
 
 def test_a_model_that_forks_by_itself(solver: Server):
     """On a problem that it does not find easy: a call for each branch, and one behind each join."""
-    problem = next(p for p in problems(9, "test", seed=0) if len(p.numbers) == 4)
+    problem = next(p for p in generate_problems(9, "test", seed=0) if len(p.numbers) == 4)
 
     async def asked() -> MethodResult:
         async with await apr.HttpEngine.connect(solver.url) as engine:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import sgl_apr as apr
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
-from sgl_apr.trajectory.join_layout import commit_prompts, dense_mask, positions
+from sgl_apr.trajectory.join_layout import commit_prompts, dense_mask, layout_positions
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -71,7 +71,7 @@ def regret(reference, trajectory: apr.Trajectory, found: apr.Causality, letters:
                 attention_mask=torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[
                     None, None
                 ],
-                position_ids=torch.tensor([list(positions(found.layout))]),
+                position_ids=torch.tensor([list(layout_positions(found.layout))]),
                 use_cache=False,
             )
             .logits[0]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.expert import demonstration
-from sgl_apr.evaluation.tasks.countdown.problems import problems
+from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training import grpo
 from sgl_apr.training.collate import Collator, log_probabilities
@@ -39,7 +39,7 @@ def test_what_was_better_than_its_group_becomes_likelier(begin: Path):
     tokenizer = HfTokenizer(begin)
     eos = min(tokenizer.eos_ids)
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
-    problem = next(problems(1, "train", numbers=(4,)))
+    problem = next(generate_problems(1, "train", numbers=(4,)))
     made = [asyncio.run(demonstration(problem, tokenizer, seed=seed)) for seed in (1, 2, 3)]
 
     def likelihoods() -> list[float]:
@@ -49,7 +49,7 @@ def test_what_was_better_than_its_group_becomes_likelier(begin: Path):
 
     before = likelihoods()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    norm, agreement = grpo.learn(model, optimizer, made, [1.0, -1.0, 0.0], eos, config(begin))
+    norm, agreement = grpo.update_policy(model, optimizer, made, [1.0, -1.0, 0.0], eos, config(begin))
     assert norm > 0
     assert -1 <= agreement <= 1
     after = likelihoods()
@@ -61,7 +61,7 @@ def test_branches_weigh_what_is_asked(begin: Path):
     """At 0 a step is that of the trunks alone, and a rate is its length."""
     tokenizer = HfTokenizer(begin)
     eos = min(tokenizer.eos_ids)
-    problem = next(problems(1, "train", numbers=(4,)))
+    problem = next(generate_problems(1, "train", numbers=(4,)))
     made = [asyncio.run(demonstration(problem, tokenizer, seed=seed)) for seed in (1, 2)]
 
     def step(branches: float) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_branches_weigh_what_is_asked(begin: Path):
         before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         asked = replace(config(begin), updates=Updates(branches=branches, batch=4096))
-        grpo.learn(model, optimizer, made, [1.0, -1.0], eos, asked)
+        grpo.update_policy(model, optimizer, made, [1.0, -1.0], eos, asked)
         return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
 
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
@@ -91,9 +91,12 @@ def test_nothing_is_learned_where_all_are_alike(begin: Path):
     tokenizer = HfTokenizer(begin)
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    made = [asyncio.run(demonstration(p, tokenizer, seed=0)) for p in problems(2, "train")]
+    made = [asyncio.run(demonstration(p, tokenizer, seed=0)) for p in generate_problems(2, "train")]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    assert grpo.learn(model, optimizer, made, [0.0, 0.0], min(tokenizer.eos_ids), config(begin)) == (0, 0)
+    assert grpo.update_policy(model, optimizer, made, [0.0, 0.0], min(tokenizer.eos_ids), config(begin)) == (
+        0,
+        0,
+    )
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
@@ -108,7 +111,7 @@ def test_the_server_answers_with_the_weights_of_the_step(
 ):
     """Each reply's log-probabilities are those of the model that is then updated; nothing of the old weights stays."""
     seen: list[float] = []
-    learn = grpo.learn
+    learn = grpo.update_policy
 
     def compared(model, optimizer, trajectories, advantages, eos, config):
         for trajectory in trajectories:
@@ -120,13 +123,13 @@ def test_the_server_answers_with_the_weights_of_the_step(
             seen.append(float(np.abs(np.sort(said) - np.sort(mine)).max()))
         return learn(model, optimizer, trajectories, [1.0, -1.0] * (len(trajectories) // 2), eos, config)
 
-    asked = grpo.attempts
+    asked = grpo.attempt_problems
 
     async def unconstrained(*args, **options):
         return await asked(*args, **{**options, "constrain": False, "mode": "auto", "logprobs": True})
 
-    monkeypatch.setattr(grpo, "learn", compared)
-    monkeypatch.setattr(grpo, "attempts", unconstrained)
+    monkeypatch.setattr(grpo, "update_policy", compared)
+    monkeypatch.setattr(grpo, "attempt_problems", unconstrained)
     asked_for = replace(config(begin), updates=Updates(steps=3, batch=4096, rate=0.05))
     model = grpo.train(asked_for, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -161,9 +164,9 @@ def test_weights_that_cannot_be_loaded_are_an_error(server, tmp_path: Path):
 
 
 def test_a_configuration_without_a_model_is_an_error(tmp_path: Path):
-    from sgl_apr.training.config import load
+    from sgl_apr.training.config import load_config
 
     path = tmp_path / "rl.toml"
     path.write_text("[rollouts]\ngroup = 4\n")
     with pytest.raises(apr.AprError, match="model is missing"):
-        load(GrpoConfig, path)
+        load_config(GrpoConfig, path)

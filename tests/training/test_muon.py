@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from sgl_apr.training.muon import Muon, orthogonal
+from sgl_apr.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (1, 24, 8)])
 def test_what_is_orthogonal(shape: tuple[int, int, int]):
     torch.manual_seed(0)
     matrices = torch.randn(shape)
-    found = torch.linalg.svdvals(orthogonal(matrices))
+    found = torch.linalg.svdvals(orthogonalize(matrices))
     assert found.min() > 0.4
     assert found.max() < 1.3
 

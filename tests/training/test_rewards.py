@@ -69,7 +69,7 @@ def test_gated():
 def test_threadweaver():
     assert rewards.threadweaver(SEQUENTIAL, True) == 1
     assert rewards.threadweaver(PARALLEL, True) == 1 + 0.5 * min(PARALLEL.metrics().acceleration, 0.2)
-    assert rewards.threadweaver(PARALLEL, True, most=0.01) == 1.005
+    assert rewards.threadweaver(PARALLEL, True, max_acceleration=0.01) == 1.005
     assert rewards.threadweaver(PARALLEL, False) == -1
     assert rewards.threadweaver(PARALLEL, False, wrong=0.0) == 0
 

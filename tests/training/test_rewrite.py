@@ -12,8 +12,14 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.training.rewrite import rewriter as rewriting
-from sgl_apr.training.rewrite.pipeline import ChatAsker, Statistics, rewrite, statistics, trajectories
-from sgl_apr.training.rewrite.rewriter import ReasoningStep, RejectedTrace, forks, parallel
+from sgl_apr.training.rewrite.pipeline import (
+    ChatJsonModel,
+    RewriteStatistics,
+    read_trajectories,
+    rewrite_statistics,
+    rewrite_traces,
+)
+from sgl_apr.training.rewrite.rewriter import ReasoningStep, RejectedTrace, parallelize, plan_forks
 from sgl_apr.trajectory.trace_files import TextRecord
 
 TRACE = """\
@@ -50,7 +56,7 @@ class Scripted:
 def made(
     name: str = "threadweaver", ask: Scripted | None = None, trace: str = TRACE, **more
 ) -> apr.Trajectory:
-    return asyncio.run(parallel(trace, ask or Scripted(), apr.dialect(name), **more))
+    return asyncio.run(parallelize(trace, ask or Scripted(), apr.dialect(name), **more))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,7 @@ def made(
 )
 def test_what_is_independent_forks(needs, plan):
     steps = [ReasoningStep(f"{k}", frozenset(own)) for k, own in enumerate(needs)]
-    assert forks(steps) == plan
+    assert plan_forks(steps) == plan
 
 
 def test_a_fork_begins_where_independence_does():
@@ -133,8 +139,8 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
     dialect, out, ask = apr.dialect("npr"), tmp_path / "out.jsonl", Sometimes()
     tokenizer = apr.ByteTokenizer(dialect.tags)
     with pytest.raises(apr.EngineError, match="down"):
-        asyncio.run(rewrite(traces, ask, dialect, out, tokenizer=tokenizer))
-    found = statistics(out)
+        asyncio.run(rewrite_traces(traces, ask, dialect, out, tokenizer=tokenizer))
+    found = rewrite_statistics(out)
     assert (found.kept, found.rejected) == (1, {"no independent parts": 1})
     assert (found.blocks, found.width) == (1, 3)
     assert found.parallelism > 1
@@ -142,9 +148,9 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
     with out.open("a") as file:
         file.write('{"id": "half')
     traces[2] = TextRecord("c", TRACE)
-    assert asyncio.run(rewrite(traces, ask, dialect, out, tokenizer=tokenizer)).kept == 2
+    assert asyncio.run(rewrite_traces(traces, ask, dialect, out, tokenizer=tokenizer)).kept == 2
     assert 0 < len(ask.asked) - asked < asked
-    first = next(trajectories(out))
+    first = next(read_trajectories(out))
     assert first.prompt == "How large is it? "
     assert "".join(s.text for s in first.spans) == first.prompt + first.text
 
@@ -154,21 +160,21 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
 def test_through_a_real_endpoint(server, tmp_path: Path):
     """Random weights under the schemas: every answer follows its schema as far as its length allows, all are counted."""
     traces = [TextRecord(f"{k}", TRACE) for k in range(8)]
-    ask = ChatAsker(f"{server.url}/v1", max_tokens=700, temperature=1.0)
+    ask = ChatJsonModel(f"{server.url}/v1", max_tokens=700, temperature=1.0)
     out = tmp_path / "out.jsonl"
-    found = asyncio.run(rewrite(traces, ask, apr.dialect("threadweaver"), out))
-    assert isinstance(found, Statistics)
+    found = asyncio.run(rewrite_traces(traces, ask, apr.dialect("threadweaver"), out))
+    assert isinstance(found, RewriteStatistics)
     assert found.kept + sum(found.rejected.values()) == 8
     steps = asyncio.run(
-        rewriting.parts(TRACE, ChatAsker(f"{server.url}/v1", max_tokens=700, temperature=1.0))
+        rewriting.split_steps(TRACE, ChatJsonModel(f"{server.url}/v1", max_tokens=700, temperature=1.0))
     )
     assert "".join(step.text for step in steps) == TRACE.strip()
-    for trajectory in trajectories(out):
+    for trajectory in read_trajectories(out):
         apr.dialect("threadweaver").validate(trajectory.text)
 
 
 def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path):
-    ask = ChatAsker("http://127.0.0.1:9/v1")
+    ask = ChatJsonModel("http://127.0.0.1:9/v1")
     ask.client = ask.client.with_options(max_retries=0)
     with pytest.raises(apr.EngineError, match="did not answer"):
-        asyncio.run(rewrite([TextRecord("a", TRACE)], ask, apr.dialect("npr"), tmp_path / "out.jsonl"))
+        asyncio.run(rewrite_traces([TextRecord("a", TRACE)], ask, apr.dialect("npr"), tmp_path / "out.jsonl"))

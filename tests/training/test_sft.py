@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 import sgl_apr as apr
 from sgl_apr.cli.main import main
 from sgl_apr.evaluation.tasks.countdown.expert import demonstration
-from sgl_apr.evaluation.tasks.countdown.problems import problems
+from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.collate import Collator, log_probabilities, pack_rows, to_device
-from sgl_apr.training.config import Data, Model, SftConfig, Steps, load
+from sgl_apr.training.config import Data, Model, SftConfig, Steps, load_config
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.sft import SftStepLog, train
 from sgl_apr.training.training_tree import build_training_tree
@@ -109,7 +109,7 @@ def test_the_directory_of_another_run_is_left_alone(tmp_path: Path):
 def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):
     model = countdown_llama(tmp_path / "model", apr.dialect("spawn").tags, layers=1, hidden=32)
     tokenizer = HfTokenizer(model)
-    made = [asyncio.run(demonstration(p, tokenizer, seed=0)) for p in problems(6, "train")]
+    made = [asyncio.run(demonstration(p, tokenizer, seed=0)) for p in generate_problems(6, "train")]
     lines = tmp_path / "made.jsonl"
     lines.write_text("".join(t.to_json() + "\n" for t in made))
     config = tmp_path / "sft.toml"
@@ -148,12 +148,12 @@ def test_a_bad_configuration_says_what_was_expected(tmp_path: Path, text: str | 
     if text is not None:
         path.write_text(text)
     with pytest.raises(apr.AprError, match=said.replace("[", r"\[")):
-        load(SftConfig, path)
+        load_config(SftConfig, path)
 
 
 def test_fifty_steps_of_the_recipe(tmp_path: Path):
     """The configuration in the repo, cut to fifty steps of a small model: the loss falls."""
-    recipe = load(SftConfig, Path("configs/countdown-parallel.toml"))
+    recipe = load_config(SftConfig, Path("configs/countdown-parallel.toml"))
     config = replace(
         recipe,
         model=replace(recipe.model, path="", layers=2, hidden=64),

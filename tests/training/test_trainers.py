@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.expert import demonstration
-from sgl_apr.evaluation.tasks.countdown.problems import problems
+from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.models.countdown import countdown_llama
@@ -38,7 +38,7 @@ def ran(*words: object) -> str:
 def test_one_row_through_the_models_own_forward(tmp_path: Path, attention: str):
     model = countdown_llama(tmp_path, apr.dialect("spawn").tags, layers=2, hidden=64)
     tokenizer = HfTokenizer(model)
-    problem = next(problems(1, "train", numbers=(4,)))
+    problem = next(generate_problems(1, "train", numbers=(4,)))
     made = build_training_tree(
         [asyncio.run(demonstration(problem, tokenizer, seed=0))], separate_contexts=True
     ).split()
@@ -64,7 +64,8 @@ def test_hugging_face(tmp_path: Path, words: tuple[str, ...]):
     model = countdown_llama(tmp_path / "model", apr.dialect("spawn").tags, layers=2, hidden=64)
     tokenizer = HfTokenizer(model)
     texts = [
-        asyncio.run(demonstration(problem, tokenizer, seed=0)).to_json() for problem in problems(6, "train")
+        asyncio.run(demonstration(problem, tokenizer, seed=0)).to_json()
+        for problem in generate_problems(6, "train")
     ]
     data = tmp_path / "trajectories.jsonl"
     data.write_text("\n".join(texts) + "\n")

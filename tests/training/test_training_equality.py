@@ -69,7 +69,7 @@ def allowed(path: str, found: TrainingTree, trajectory: apr.Trajectory, noted: d
     """(m, vocabulary), which tokens the mask allowed in place of each that was decoded."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     guide, size = from_tokenizer(tokenizer, n_vocab=len(tokenizer)), len(tokenizer)
-    dense = Visibility.of([found.tree]).dense()[0, 0].numpy()
+    dense = Visibility.from_trees([found.tree]).dense_mask()[0, 0].numpy()
     bits = masks.allocate_token_bitmask(1, size)
     calls = [trajectory.spans[span].call for span in found.spans.tolist()]
     rows = torch.zeros(len(calls), size, dtype=torch.bool)

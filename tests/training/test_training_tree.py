@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import sgl_apr as apr
 from sgl_apr.training.attention_mask import Visibility
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
-from sgl_apr.trajectory.join_layout import positions
+from sgl_apr.trajectory.join_layout import layout_positions
 from tests.support.masked_sampler import SampledEngine, masked
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
@@ -42,7 +42,7 @@ def sampled(name: str, seed: int, **more) -> tuple[apr.Trajectory, Noted]:
 
 def read(found: TrainingTree) -> Counter:
     """(what is seen, positions, the token that is to follow) of every loss."""
-    dense = Visibility.of([found.tree]).dense()[0, 0].numpy()
+    dense = Visibility.from_trees([found.tree]).dense_mask()[0, 0].numpy()
     ids, at = found.tree.token_ids, found.tree.positions
     losses = Counter()
     for source, target in zip(found.sources.tolist(), found.targets.tolist(), strict=True):
@@ -57,7 +57,7 @@ def asked(engine: Noted) -> Counter:
     for request, decoded in engine.noted:
         layout = request.layout or (len(request.input_ids),)
         for k, token in enumerate(decoded):
-            where = tuple(positions((*layout, k)))
+            where = tuple(layout_positions((*layout, k)))
             losses[request.input_ids + decoded[:k], where, token] += 1
     return losses
 
@@ -83,8 +83,8 @@ def test_joined_in_the_cache_too(name: str):
         whole = apr.causality(trajectory)
         assert found.tree.token_ids.tolist() == list(whole.token_ids), "each token once"
         assert found.tree.positions.tolist() == list(whole.positions)
-        dense = Visibility.of([found.tree]).dense()[0, 0]
-        hidden = [{k for first, last in ranges for k in range(first, last)} for ranges in whole.unseen]
+        dense = Visibility.from_trees([found.tree]).dense_mask()[0, 0]
+        hidden = [{k for first, last in ranges for k in range(first, last)} for ranges in whole.masked_ranges]
         assert dense.tolist() == [
             [k <= q and k not in hidden[q] for k in range(len(hidden))] for q in range(len(hidden))
         ]
@@ -142,9 +142,9 @@ def test_contexts_of_their_own_are_taken_apart(name: str):
 def test_flex_attention_sees_the_same(join: str):
     torch.manual_seed(0)
     rows = [build_training_tree([sampled("multiverse", seed, join=join)[0]]).tree for seed in (1, 2)]
-    sight = Visibility.of(rows)
+    sight = Visibility.from_trees(rows)
     heads = [torch.randn(2, 2, sight.ends.shape[1], 16) for _ in range(3)]
-    found = flex_attention(*heads, block_mask=sight.blocks(16))
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=sight.dense())
+    found = flex_attention(*heads, block_mask=sight.block_mask(16))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=sight.dense_mask())
     for k, row in enumerate(rows):
         torch.testing.assert_close(found[k, :, : len(row.ends)], expected[k, :, : len(row.ends)])

@@ -58,12 +58,12 @@ def test_it_is_the_ancestors_and_the_depth(joins: bool):
     most = 0
     for seed in range(300):
         trie, sees, at = grown(random.Random(seed), joins)
-        (flat, index), n = trie.flat(), len(trie)
+        (flat, index), n = trie.flatten(), len(trie)
         assert sorted(index.tolist()) == list(range(n)) == sorted(sees)
         expected = np.zeros((n, n), dtype=bool)
         for node, seen in sees.items():
             expected[index[node], index[sorted(seen)]] = True
-        assert (Visibility.of([flat]).dense()[0, 0].numpy() == expected).all()
+        assert (Visibility.from_trees([flat]).dense_mask()[0, 0].numpy() == expected).all()
         assert [int(flat.positions[index[node]]) for node in range(n)] == [at[node] for node in range(n)]
         most = max(most, len(flat.joined))
     assert bool(most) == joins
@@ -86,7 +86,7 @@ def test_what_predicts_a_token():
     cursor, _ = trie.insert(ROOT, [1, 2])
     ends = [trie.insert(cursor, [3])[0], trie.insert(cursor, [4, 5])[0]]
     trie.insert(trie.join(cursor, ends), [6, 7])
-    flat, _ = trie.flat()
+    flat, _ = trie.flatten()
     assert flat.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert flat.positions.tolist() == [0, 1, 2, 2, 3, 4, 5]
     assert flat.parents.tolist() == [-1, 0, 1, 1, 3, -1, 5]
@@ -94,15 +94,15 @@ def test_what_predicts_a_token():
 
 def test_rows_do_not_see_one_another():
     rng = random.Random(5)
-    flats = [grown(rng, True)[0].flat()[0] for _ in range(3)]
+    flats = [grown(rng, True)[0].flatten()[0] for _ in range(3)]
     row = flats[0].concatenate([flats[1].shifted(len(flats[0].ends))])
-    dense = Visibility.of([row, flats[2]]).dense()[:, 0].numpy()
+    dense = Visibility.from_trees([row, flats[2]]).dense_mask()[:, 0].numpy()
     size = len(flats[0].ends)
     assert not dense[0, size:, :size].any()
     for k, flat in enumerate(flats):
         begin = size if k == 1 else 0
         here = slice(begin, begin + len(flat.ends))
-        alone = Visibility.of([flat]).dense()[0, 0].numpy()
+        alone = Visibility.from_trees([flat]).dense_mask()[0, 0].numpy()
         assert (dense[k // 2, here, here] == alone).all()
 
 
@@ -112,8 +112,8 @@ def test_blocks_are_those_that_flex_attention_counts(joins: bool):
     full = 0
     for seed in range(40):
         rng = random.Random(seed)
-        sight = Visibility.of([grown(rng, joins)[0].flat()[0] for _ in range(2)])
-        found, size = sight.blocks(8), sight.ends.shape[1]
+        sight = Visibility.from_trees([grown(rng, joins)[0].flatten()[0] for _ in range(2)])
+        found, size = sight.block_mask(8), sight.ends.shape[1]
         counted = create_block_mask(sight.mask_mod, 2, None, size, size, device="cpu", BLOCK_SIZE=8)
         assert torch.equal(found.to_dense(), counted.to_dense())
         mine, theirs = (_full(mask) for mask in (found, counted))

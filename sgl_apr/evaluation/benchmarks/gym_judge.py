@@ -27,8 +27,8 @@ warnings.simplefilter("ignore")  # of the library's own code
 with redirect_stdout(sys.stderr):  # what is printed here is an answer
     from reasoning_gym.factory import DATASETS, create_dataset
 
-SECONDS = 10  # for one answer
-MEMORY = 4 << 30
+ANSWER_TIMEOUT_S = 10  # for one answer
+MEMORY_BYTES = 4 << 30
 
 
 class Judge:
@@ -44,19 +44,19 @@ class Judge:
         for entry in self.entries:  # what judging needs is imported meanwhile; later that is not possible
             with suppress(Exception):
                 self.dataset.score_answer(entry["answer"], entry)
-        if self.judge_score(0, "") is None:
+        if self.score_if_finished(0, "") is None:
             raise ValueError("answers cannot be judged here: nothing shuts in what they run")
 
     @property
     def problems(self) -> list[tuple[str, int]]:
         """Questions, and how hard each is."""
-        return [(str(entry["question"]), size(entry)) for entry in self.entries]
+        return [(str(entry["question"]), problem_size(entry)) for entry in self.entries]
 
     def score(self, number: int, answer: str) -> float:
         """What the dataset says to an answer, from 0 to 1; 0 if it comes to no end."""
-        return self.judge_score(number, answer) or 0.0
+        return self.score_if_finished(number, answer) or 0.0
 
-    def judge_score(self, number: int, answer: str) -> float | None:
+    def score_if_finished(self, number: int, answer: str) -> float | None:
         """The same; None if it comes to no end."""
         reading, writing = os.pipe()
         child = os.fork()
@@ -69,7 +69,7 @@ class Judge:
                 os._exit(0)
         os.close(writing)
         try:
-            said = os.read(reading, 64) if select([reading], [], [], SECONDS)[0] else b""
+            said = os.read(reading, 64) if select([reading], [], [], ANSWER_TIMEOUT_S)[0] else b""
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -86,13 +86,13 @@ def enter_sandbox() -> None:
     sys.stdout = sys.stderr = io.StringIO()
     for limit, value in (
         (resource.RLIMIT_NOFILE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_CPU, ANSWER_TIMEOUT_S), (resource.RLIMIT_AS, MEMORY_BYTES),
     ):  # fmt: skip
         resource.setrlimit(limit, (value, value))
     seccomp.install(platform.machine())
 
 
-def size(entry: Mapping[str, Any]) -> int:
+def problem_size(entry: Mapping[str, Any]) -> int:
     """How hard a problem is: the first thing that its dataset varies and that it says of this one, else its words.
 
     >>> size({"question": "1 + 2?", "metadata": {"num_terms": 2, "difficulty": {"num_terms": (2, 6)}}})

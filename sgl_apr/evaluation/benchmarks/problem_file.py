@@ -14,7 +14,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.mathematics import MathAnswer, MathTask
 
-LINE = '{"problem" or "question": str, "answer": str, "id"?: str, "level"?: int}'
+EXPECTED_LINE = '{"problem" or "question": str, "answer": str, "id"?: str, "level"?: int}'
 
 
 def problem_file(path: str | Path, limit: int) -> Benchmark:
@@ -31,7 +31,7 @@ def problem_file(path: str | Path, limit: int) -> Benchmark:
                 try:
                     case, answer = _read(json.loads(text))
                 except (ValueError, KeyError, AttributeError):
-                    raise AprError(f"{path}, line {number}: expected {LINE}") from None
+                    raise AprError(f"{path}, line {number}: expected {EXPECTED_LINE}") from None
                 cases.append(case)
                 answers[case.name] = answer
     except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.evaluation.benchmarks.base import Benchmark
 from sgl_apr.evaluation.tasks.countdown.problems import Split
 
-NAMES = ("countdown", "game24", "gym:NAME", "FILE.jsonl")
+BENCHMARK_NAMES = ("countdown", "game24", "gym:NAME", "FILE.jsonl")
 
 
 def benchmark(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
@@ -26,4 +26,4 @@ def benchmark(name: str, limit: int, split: Split = "test", seed: int = 0) -> Be
         return gym.gym(rest, limit, split, seed)
     if name.endswith(".jsonl"):
         return problem_file.problem_file(name, limit)
-    raise AprError(f"no task {name!r}, expected one of {', '.join(NAMES)}")
+    raise AprError(f"no task {name!r}, expected one of {', '.join(BENCHMARK_NAMES)}")

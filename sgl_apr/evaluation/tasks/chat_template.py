@@ -11,9 +11,9 @@ from sgl_apr.tokenizer import Tokenizer
 class ChatTemplate:
     """before, after: what stands around a user's message, up to where the reply begins. end: behind the reply."""
 
-    before: str
-    after: str
-    end: str
+    user_prefix: str
+    user_suffix: str
+    reply_suffix: str
 
     def turn(self, message: str, *, first: bool = True) -> str:
         """What a user says; `first`: no reply stands before it.
@@ -21,13 +21,13 @@ class ChatTemplate:
         >>> CHATML.turn("Why?")
         '<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n'
         """
-        return f"{'' if first else self.end}{self.before}{message}{self.after}"
+        return f"{'' if first else self.reply_suffix}{self.user_prefix}{message}{self.user_suffix}"
 
 
 CHATML = ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
 PLAIN = ChatTemplate("", "\n\n", "\n\n")  # for models that know no turns
 
 
-def chat_of(tokenizer: Tokenizer) -> ChatTemplate:
+def chat_template_for(tokenizer: Tokenizer) -> ChatTemplate:
     """ChatML for a tokenizer that has its tags, else plain text."""
-    return PLAIN if tokenizer.special("<|im_start|>") is None else CHATML
+    return PLAIN if tokenizer.special_token_id("<|im_start|>") is None else CHATML

@@ -15,12 +15,12 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-SECONDS = 2  # for each formula, and each comparison
-MEMORY = 4 << 30
+TIMEOUT_S = 2  # for each formula, and each comparison
+MEMORY_BYTES = 4 << 30
 LATEX = [LatexExtractionConfig()]  # what is no LaTeX it would evaluate as Python
 
 
-def found(text: str) -> str:
+def extract_answer(text: str) -> str:
     """The answer of a reply as it is written there, in a box or in its last formula; empty if there is none.
 
     >>> found("Half of it is $0.5$, so \\\\boxed{\\\\frac{1}{2}}.")
@@ -30,26 +30,26 @@ def found(text: str) -> str:
     return str(read[-1]) if read else ""
 
 
-def equal(one: str, other: str) -> bool:
+def answers_match(one: str, other: str) -> bool:
     """Whether two answers say the same, whichever is the right one.
 
     >>> equal("1/2", "0.5"), equal("x=5", "5"), equal("(1,2)", "(2,1)")
     (True, True, False)
     """
     first, second = (_read(f"\\boxed{{{text}}}") for text in (one, other))
-    return any(verify(*pair, timeout_seconds=SECONDS) for pair in ((first, second), (second, first)))
+    return any(verify(*pair, timeout_seconds=TIMEOUT_S) for pair in ((first, second), (second, first)))
 
 
 def _read(text: str) -> list[Any]:
-    return list(parse(text, LATEX, parsing_timeout=SECONDS))
+    return list(parse(text, LATEX, parsing_timeout=TIMEOUT_S))
 
 
 def main() -> None:
     """Answer each line, in order: the name of a function here, and its arguments."""
     logging.disable()  # of what cannot be read, which is no surprise
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print("ready", flush=True)
-    functions: dict[str, Callable[..., Any]] = {"found": found, "equal": equal}
+    functions: dict[str, Callable[..., Any]] = {"found": extract_answer, "equal": answers_match}
     for line in sys.stdin:
         name, *texts = json.loads(line)
         try:

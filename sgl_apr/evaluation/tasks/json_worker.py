@@ -13,7 +13,7 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 
-START_S, LONGEST_S = 120.0, 10.0
+START_TIMEOUT_S, ANSWER_TIMEOUT_S = 120.0, 10.0
 
 
 class JsonWorker:
@@ -23,13 +23,17 @@ class JsonWorker:
     """
 
     def __init__(
-        self, module: str, *, seconds: float = LONGEST_S, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        *,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.module, self.seconds, self.environment = module, seconds, environment or {}
+        self.module, self.timeout_s, self.environment = module, timeout_s, environment or {}
         self._process: subprocess.Popen[str] | None = None
         self._lock = Lock()
 
-    def ask(self, name: str, *arguments: Any, seconds: float | None = None) -> Any:
+    def call(self, name: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         """What a function there says; None if it does not come to an end, or needs too much memory."""
         with self._lock:
             process = self._running()
@@ -37,14 +41,14 @@ class JsonWorker:
             try:
                 process.stdin.write(json.dumps([name, *arguments]) + "\n")
                 process.stdin.flush()
-                return json.loads(self._line(process, seconds or self.seconds) or "null")
+                return json.loads(self._line(process, timeout_s or self.timeout_s) or "null")
             except BaseException as error:  # an answer that was not read would be taken for the next one
-                self.end()
+                self.close()
                 if isinstance(error, BrokenPipeError):
                     return None
                 raise
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End it."""
         if self._process:
             self._process.kill()
@@ -53,12 +57,12 @@ class JsonWorker:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
-            self.end()
+            self.close()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, **self.environment},
             )  # fmt: skip
-            if not self._line(self._process, START_S):
+            if not self._line(self._process, START_TIMEOUT_S):
                 raise AprError(f"the process that runs {self.module} did not start")
         return self._process
 
@@ -69,5 +73,5 @@ class JsonWorker:
         heard.register(process.stdout, POLLIN)
         line = process.stdout.readline() if heard.poll(1000 * seconds) else ""
         if not line:
-            self.end()
+            self.close()
         return line

@@ -12,17 +12,17 @@ from itertools import pairwise
 from typing import Literal
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_of
+from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_template_for
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Operation, Refine, Score
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.task import Task
 
-Kind = Literal["sort", "intersect"]
+ListKind = Literal["sort", "intersect"]
 Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Lists:
+class ListProblem:
     """Numbers to be sorted; or, with others, those of them that are among these."""
 
     numbers: Numbers
@@ -38,7 +38,7 @@ class Lists:
             return f"Sort this list in ascending order: {list(self.numbers)}"
         return f"Which numbers of {list(self.numbers)} are also in {list(self.others)}?"
 
-    def errors(self, said: Sequence[int]) -> int:
+    def count_errors(self, said: Sequence[int]) -> int:
         """Numbers too many and too few, and neighbours in the wrong order where there is one (Besta 2023, sections
         5.1 and 5.2).
 
@@ -50,25 +50,25 @@ class Lists:
         return wrong.total() + sum(a > b for a, b in pairwise(said) if self.others is None)
 
 
-class ListTask(Task[Lists, Numbers]):
+class ListTask(Task[ListProblem, Numbers]):
     """For a model that follows instructions."""
 
     name = "lists"
 
     def __init__(self, engine: Engine, chat: ChatTemplate | None = None) -> None:
         super().__init__(engine)
-        self.chat = chat or chat_of(engine.tokenizer)
+        self.chat = chat or chat_template_for(engine.tokenizer)
 
-    def begin(self, problem: Lists) -> Numbers:
+    def begin(self, problem: ListProblem) -> Numbers:
         return ()
 
     def solved(self, state: Numbers) -> str:
         return json.dumps(state)
 
-    def verify(self, problem: Lists, answer: str) -> bool:
-        return problem.errors(json.loads(answer or "[]")) == 0
+    def verify(self, problem: ListProblem, answer: str) -> bool:
+        return problem.count_errors(json.loads(answer or "[]")) == 0
 
-    def graph(self, problem: Lists) -> Graph:
+    def graph(self, problem: ListProblem) -> Graph:
         """Five tries at each half, five at putting the best two together, and one at what is wrong then.
 
         The paper has the model cut the list too, larger ones into more parts (Besta 2023, arXiv 2308.09687, section 5.1).
@@ -85,24 +85,24 @@ class ListTask(Task[Lists, Numbers]):
 
         def mended(said: Numbers) -> Prompt | None:
             wrong = f"{problem.text}\nThis is not right: {list(said)}"
-            return self._list(wrong, problem) if problem.errors(said) else None
+            return self._list(wrong, problem) if problem.count_errors(said) else None
 
         best = ("left best", "right best")
         return graph | {
             "merged": Aggregate(ask=merged, read=_read, k=5, depends_on=best),
-            "scored": Score(score=lambda said: -problem.errors(said), depends_on=("merged",)),
+            "scored": Score(score=lambda said: -problem.count_errors(said), depends_on=("merged",)),
             "best": KeepBest(depends_on=("scored",)),
             "mended": Refine(ask=mended, read=_read, depends_on=("best",)),
         }
 
-    def _tried(self, side: str, part: Lists) -> Graph:
+    def _tried(self, side: str, part: ListProblem) -> Graph:
         return {
             side: Generate(ask=lambda _: self._list(part.text, part), read=_read, k=5),
-            f"{side} scored": Score(score=lambda said: -part.errors(said), depends_on=(side,)),
+            f"{side} scored": Score(score=lambda said: -part.count_errors(said), depends_on=(side,)),
             f"{side} best": KeepBest(depends_on=(f"{side} scored",)),
         }
 
-    def _list(self, told: str, problem: Lists) -> Prompt:
+    def _list(self, told: str, problem: ListProblem) -> Prompt:
         asked = self.chat.turn(f"{told}\nSay the list only, like [1, 2, 2].")
         return Prompt(f"{asked}[", tokens=4 * len(problem.numbers) + 4, stop=("]",))
 
@@ -111,11 +111,11 @@ def _read(_: object, text: str) -> list[Numbers]:
     return [tuple(map(int, re.findall(r"\d{1,9}", text.partition("]")[0])))]
 
 
-def problems(kind: Kind, count: int, *, size: int = 16, seed: int = 0) -> Iterator[Lists]:
+def generate_problems(kind: ListKind, count: int, *, size: int = 16, seed: int = 0) -> Iterator[ListProblem]:
     """The same for the same arguments: digits to sort, or two sets, half of whose numbers are in both on average."""
     rng = random.Random(f"{kind} {size} {seed}")
     for _ in range(count):
         if kind == "sort":
-            yield Lists(tuple(rng.randint(0, 9) for _ in range(size)))
+            yield ListProblem(tuple(rng.randint(0, 9) for _ in range(size)))
         else:
-            yield Lists(*(tuple(rng.sample(range(2 * size), size)) for _ in range(2)))
+            yield ListProblem(*(tuple(rng.sample(range(2 * size), size)) for _ in range(2)))

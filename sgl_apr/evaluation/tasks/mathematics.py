@@ -30,7 +30,7 @@ class MathTask(QuestionTask):
 
     def answer(self, text: str) -> str:
         named = ANSWER.findall(text)
-        return str(FORMULAS.ask("found", text) or (named[-1] if named else ""))
+        return str(FORMULA_WORKER.call("found", text) or (named[-1] if named else ""))
 
     def has_answer(self, text: str) -> bool:
         return "\\boxed{" in text or super().has_answer(text)
@@ -56,16 +56,16 @@ class MathAnswer:
         return 0  # what says the same may look like anything
 
 
-class Formulas(JsonWorker):
+class FormulaWorker(JsonWorker):
     """The process that runs `sgl_apr.evaluation.tasks.formula_worker`."""
 
     def __init__(self) -> None:
         super().__init__("sgl_apr.evaluation.tasks.formula_worker")
 
 
-FORMULAS = Formulas()
+FORMULA_WORKER = FormulaWorker()
 
 
 @lru_cache(maxsize=1 << 14)
 def _equal(one: str, other: str) -> bool:
-    return bool(FORMULAS.ask("equal", one, other))
+    return bool(FORMULA_WORKER.call("equal", one, other))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import exp
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_of
+from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_template_for
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Refine, Score
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.task import Task
@@ -41,7 +41,7 @@ class QuestionTask(Task[str, Draft]):
 
     def __init__(self, engine: Engine, chat: ChatTemplate | None = None) -> None:
         super().__init__(engine)
-        self.chat = chat or chat_of(engine.tokenizer)
+        self.chat = chat or chat_template_for(engine.tokenizer)
 
     def chat_turn(self, text: str, *, first: bool = True) -> str:
         return self.chat.turn(text, first=first)

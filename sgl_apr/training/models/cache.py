@@ -19,7 +19,7 @@ RECIPE_FILE = "sgl_apr.json"  # what a checkpoint was made from, as JSON, inside
 logger = logging.getLogger(__name__)
 
 
-def built(
+def build_once(
     name: str, recipe: Mapping[str, object], build: Callable[[Path], None], directory: Path | None = None
 ) -> Path:
     """The checkpoint `name` in `directory` (default: the user's cache), built first if it is not there.
@@ -29,12 +29,12 @@ def built(
     """
     root = directory or Path(platformdirs.user_cache_dir("sgl_apr"))
     target = root / name
-    if _made_by(target, recipe):
+    if _matches_recipe(target, recipe):
         return target
     root.mkdir(parents=True, exist_ok=True)
     with open(root / f".{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process, so a crash leaves no lock behind
-        if not _made_by(target, recipe):
+        if not _matches_recipe(target, recipe):
             logger.info("building %s", target)
             partial = root / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)  # ours alone under the lock: what a crash left
@@ -42,21 +42,21 @@ def built(
             try:
                 build(partial)
                 (partial / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-                _clear(target)
+                _remove_checkpoint(target)
                 os.rename(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _clear(target: Path) -> None:
+def _remove_checkpoint(target: Path) -> None:
     if (target / RECIPE_FILE).is_file():
         shutil.rmtree(target)
     elif target.exists():
         raise AprError(f"{target} exists and was not made here (it has no {RECIPE_FILE}): move it away")
 
 
-def _made_by(target: Path, recipe: Mapping[str, object]) -> bool:
+def _matches_recipe(target: Path, recipe: Mapping[str, object]) -> bool:
     try:
         found = json.loads((target / RECIPE_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sgl_apr.training.models.tags import add_to_tokenizer, checked
+from sgl_apr.training.models.tags import add_to_tokenizer, validate_tags
 
 END = "<|endoftext|>"
 
@@ -28,7 +28,7 @@ def countdown_tokenizer(tags: Sequence[str]) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=2048
     )
-    add_to_tokenizer(tokenizer, checked(tags))
+    add_to_tokenizer(tokenizer, validate_tags(tags))
     return tokenizer
 
 

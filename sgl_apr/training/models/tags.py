@@ -8,7 +8,7 @@ from typing import Any
 from sgl_apr.errors import AprError
 
 
-def checked(tags: Sequence[str]) -> list[str]:
+def validate_tags(tags: Sequence[str]) -> list[str]:
     """The tags as a list, or an `AprError` where one is empty, repeated or padded with white space."""
     if isinstance(tags, str):
         raise AprError(f"tags must be a sequence of strings, not the string {tags!r}")
@@ -28,7 +28,7 @@ def add_to_tokenizer(tokenizer: Any, tags: Sequence[str]) -> None:
     tokenizer.add_tokens(added, special_tokens=True)
 
 
-def words(tag: str) -> str:
+def tag_text(tag: str) -> str:
     """What a tag says, to start its embedding from: `<Thread>` -> `Thread`, `</Thread>` -> `/Thread`."""
     return tag.strip("<>[]|") or tag
 
@@ -41,7 +41,7 @@ def add_to_model(model: Any, tokenizer: Any, tags: Sequence[str]) -> None:
     """
     import torch
 
-    pieces = {tag: tokenizer.encode(words(tag), add_special_tokens=False) for tag in tags}
+    pieces = {tag: tokenizer.encode(tag_text(tag), add_special_tokens=False) for tag in tags}
     old = len(tokenizer)
     add_to_tokenizer(tokenizer, tags)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.training.models.tags import add_to_tokenizer, checked
+from sgl_apr.training.models.tags import add_to_tokenizer, validate_tags
 
 END, TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-MERGES = 160
+BPE_MERGES = 160
 HEADS, KV_HEADS = 4, 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -57,7 +57,7 @@ def random_llama(
         raise AprError(
             f"hidden has to be a multiple of {2 * HEADS}, for {HEADS} heads of even size: {hidden}"
         )
-    tokenizer = _tokenizer(checked(tags))
+    tokenizer = _tokenizer(validate_tags(tags))
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -76,7 +76,7 @@ def random_llama(
     )
     model = LlamaForCausalLM(config)
     biases = dict.fromkeys(tokenizer.convert_tokens_to_ids(list(tags)), tag_bias) | {eos: eos_bias}
-    _fill(model, seed, biases)
+    _draw_weights(model, seed, biases)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -91,7 +91,7 @@ def _tokenizer(tags: Sequence[str]) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     specials, alphabet = [END, TURN, END_TURN], pre_tokenizers.ByteLevel.alphabet()
-    size = len(specials) + len(alphabet) + MERGES
+    size = len(specials) + len(alphabet) + BPE_MERGES
     options = {"special_tokens": specials, "initial_alphabet": alphabet, "show_progress": False}
     trainer: Any = trainers.BpeTrainer  # untyped there
     bpe.train_from_iterator(CORPUS.splitlines(keepends=True), trainer(vocab_size=size, **options))
@@ -103,7 +103,7 @@ def _tokenizer(tags: Sequence[str]) -> Any:
     return tokenizer
 
 
-def _fill(model: Any, seed: int, biases: dict[int, float]) -> None:
+def _draw_weights(model: Any, seed: int, biases: dict[int, float]) -> None:
     """Draws the weights so that hidden unit 0 is a constant, which turns column 0 of lm_head into a bias.
 
     Llama has no bias. Unit 0 gets the same large value from every embedding, no layer reads it (norm weight

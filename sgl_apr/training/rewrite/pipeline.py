@@ -15,13 +15,13 @@ from typing import Any
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.training.rewrite.rewriter import JsonModel, RejectedTrace, parallel
+from sgl_apr.training.rewrite.rewriter import JsonModel, RejectedTrace, parallelize
 from sgl_apr.trajectory.jsonl import open_for_append
 from sgl_apr.trajectory.trace_files import TextRecord
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
-class ChatAsker:
+class ChatJsonModel:
     """Asks a chat endpoint with `response_format`, so that a server that constrains decoding answers by the schema."""
 
     def __init__(
@@ -53,7 +53,7 @@ class ChatAsker:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class RewriteStatistics:
     """What became of the traces: how many make trajectories, and of the others how many for which reason.
 
     Means over the trajectories: blocks, branches of a block, tokens, and total tokens over the critical path.
@@ -67,7 +67,7 @@ class Statistics:
     parallelism: float | None = None
 
 
-async def rewrite(
+async def rewrite_traces(
     traces: Iterable[TextRecord],
     ask: JsonModel,
     to: Dialect,
@@ -77,7 +77,7 @@ async def rewrite(
     width: int = 8,
     at_once: int = 16,
     on_done: Callable[[], None] | None = None,
-) -> Statistics:
+) -> RewriteStatistics:
     """Rewrite traces into `to`, a line of `out` for each: `{"id": ..., "trajectory": ...}` or `{"id": ..., "rejected": ...}`.
 
     A trace is known by where it comes from (`Record.source`). One that stands in `out` is not done again; one for
@@ -92,8 +92,10 @@ async def rewrite(
         async def work() -> None:
             for trace in todo:
                 try:
-                    made = await parallel(trace.text, ask, to, tokenizer, width=width)
-                    ids = tuple(tokenizer.encode(trace.prompt, first=True)) if tokenizer else None
+                    made = await parallelize(trace.text, ask, to, tokenizer, width=width)
+                    ids = (
+                        tuple(tokenizer.encode(trace.prompt, add_special_tokens=True)) if tokenizer else None
+                    )
                     said = f'"trajectory": {made.with_prompt(trace.prompt, ids).to_json()}'
                 except RejectedTrace as error:
                     said = f'"rejected": {json.dumps(error.reason)}'
@@ -109,23 +111,23 @@ async def rewrite(
                 workers.create_task(work())
     if failed:
         raise failed[0]
-    return statistics(out)
+    return rewrite_statistics(out)
 
 
-def trajectories(path: Path) -> Iterator[Trajectory]:
+def read_trajectories(path: Path) -> Iterator[Trajectory]:
     """Those of a file that `rewrite` has written."""
     for _, data in _lines(path):
         if "trajectory" in data:
             yield Trajectory.from_json(json.dumps(data["trajectory"]))
 
 
-def statistics(path: Path) -> Statistics:
+def rewrite_statistics(path: Path) -> RewriteStatistics:
     """What a file that `rewrite` has written holds."""
     rejected = Counter(str(data["rejected"]) for _, data in _lines(path) if "rejected" in data)
-    made = list(trajectories(path))
+    made = list(read_trajectories(path))
     blocks = [block for t in made for block in t.blocks]
     counted = [t.metrics() for t in made if all(s.token_ids is not None for s in t.spans)]
-    return Statistics(
+    return RewriteStatistics(
         kept=len(made),
         rejected=dict(rejected.most_common()),
         blocks=fmean(len(t.blocks) for t in made) if made else 0.0,

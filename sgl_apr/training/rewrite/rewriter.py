@@ -13,29 +13,29 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sgl_apr.errors import AprError, ConversionError, TraceError
-from sgl_apr.formats.conversion import BlockDraft, conclusion_support, write
+from sgl_apr.formats.conversion import BlockDraft, conclusion_support, render_blocks
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
-OUTLINE_CHARS = 120
-MOST_LINES = 400
+MAX_OUTLINE_CHARS = 120
+MAX_LINES = 400
 
 
-def _object(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+def _object_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": "object", "properties": {name: schema}, "required": [name], "additionalProperties": False
     }  # fmt: skip
 
 
-def begins(lines: int) -> dict[str, Any]:
+def step_start_schema(lines: int) -> dict[str, Any]:
     """The schema of an answer that says of every line whether a step begins there."""
-    return _object(
+    return _object_schema(
         "begins", {"type": "array", "items": {"type": "boolean"}, "minItems": lines, "maxItems": lines}
     )
 
 
-def needs(steps: int) -> dict[str, Any]:
+def dependency_schema(steps: int) -> dict[str, Any]:
     """The schema of an answer that lists for every step the earlier ones that it needs."""
     lists = [
         {
@@ -45,11 +45,11 @@ def needs(steps: int) -> dict[str, Any]:
         }
         for k in range(steps)
     ]
-    return _object("needs", {"type": "array", "prefixItems": lists, "items": False, "minItems": steps})
+    return _object_schema("needs", {"type": "array", "prefixItems": lists, "items": False, "minItems": steps})
 
 
-TEXT = _object("text", {"type": "string", "minLength": 1, "maxLength": 4000})
-OUTLINE = _object("outline", {"type": "string", "minLength": 1, "maxLength": OUTLINE_CHARS})
+TEXT = _object_schema("text", {"type": "string", "minLength": 1, "maxLength": 4000})
+OUTLINE = _object_schema("outline", {"type": "string", "minLength": 1, "maxLength": MAX_OUTLINE_CHARS})
 ASK_BEGINS = """\
 Below is a line of thought with numbered lines. Say of every line whether a new step of it begins there.
 
@@ -98,19 +98,19 @@ class ReasoningStep:
     needs: frozenset[int]
 
 
-async def parts(trace: str, ask: JsonModel) -> list[ReasoningStep]:
+async def split_steps(trace: str, ask: JsonModel) -> list[ReasoningStep]:
     """The steps that a model finds in a trace; raises `Unusable` where its answers do not follow their schema."""
     lines = trace.strip().splitlines(keepends=True)
-    if not 1 < len(lines) <= MOST_LINES:
-        raise RejectedTrace(f"not 2 to {MOST_LINES} lines", f"{len(lines)}")
+    if not 1 < len(lines) <= MAX_LINES:
+        raise RejectedTrace(f"not 2 to {MAX_LINES} lines", f"{len(lines)}")
     numbered = "".join(f"{k}: {line}" for k, line in enumerate(lines, 1))
-    where = await _asked(ask, ASK_BEGINS + numbered, begins(len(lines)))
+    where = await _request_value(ask, ASK_BEGINS + numbered, step_start_schema(len(lines)))
     if not (isinstance(where, list) and len(where) == len(lines) and all(isinstance(b, bool) for b in where)):
         raise RejectedTrace("an answer does not follow its schema", "begins")
     starts = [0, *(k for k, begin in enumerate(where) if begin and k)]
     texts = ["".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
     numbered = "".join(f"{k}: {text}" for k, text in enumerate(texts, 1))
-    lists = await _asked(ask, ASK_NEEDS + numbered, needs(len(texts)))
+    lists = await _request_value(ask, ASK_NEEDS + numbered, dependency_schema(len(texts)))
     try:
         found = [frozenset(int(n) - 1 for n in own) for own in lists]
     except (TypeError, ValueError):
@@ -120,7 +120,7 @@ async def parts(trace: str, ask: JsonModel) -> list[ReasoningStep]:
     return [ReasoningStep(text, own) for text, own in zip(texts, found, strict=True)]
 
 
-def forks(steps: Sequence[ReasoningStep]) -> list[int | list[list[int]]]:
+def plan_forks(steps: Sequence[ReasoningStep]) -> list[int | list[list[int]]]:
     """The places of the steps, in order: each by itself, or a fork of branches, which are lists of places.
 
     A fork takes in as many steps that follow one another as it can: a step joins the branch of what it needs
@@ -150,7 +150,7 @@ def forks(steps: Sequence[ReasoningStep]) -> list[int | list[list[int]]]:
     return plan
 
 
-async def parallel(
+async def parallelize(
     trace: str, ask: JsonModel, to: Dialect, tokenizer: Tokenizer | None = None, *, width: int = 8
 ) -> Trajectory:
     """The same line of thought with forks, in a dialect whose branches see what is before the fork.
@@ -162,8 +162,8 @@ async def parallel(
         raise AprError(
             f"{to.name}: expected a dialect whose branches see the text before the fork, and are awaited"
         )
-    steps = await parts(trace, ask)
-    plan = forks(steps)
+    steps = await split_steps(trace, ask)
+    plan = plan_forks(steps)
     found = [item for item in plan if not isinstance(item, int)]
     if not found:
         raise RejectedTrace("no independent parts")
@@ -177,22 +177,25 @@ async def parallel(
         texts = ["".join(steps[k].text for k in branch) for branch in item]
         items.append(
             BlockDraft(
-                outlines=[" ".join((await _said(ask, ASK_OUTLINE + text, OUTLINE)).split()) for text in texts]
+                outlines=[
+                    " ".join((await _request_text(ask, ASK_OUTLINE + text, OUTLINE)).split())
+                    for text in texts
+                ]
                 if "outline" in to.grammar.rules
                 else [""] * len(texts),
-                branches=[["\n" + await _said(ask, ASK_TEXT + text, TEXT) + "\n"] for text in texts],
-                conclusion=await _said(ask, ASK_CONCLUSION + "\n".join(texts), TEXT)
+                branches=[["\n" + await _request_text(ask, ASK_TEXT + text, TEXT) + "\n"] for text in texts],
+                conclusion=await _request_text(ask, ASK_CONCLUSION + "\n".join(texts), TEXT)
                 if conclusion_support(to.grammar)[1]
                 else "",
             )
         )
     try:
-        return to.parse(write(items, to), tokenizer)
+        return to.parse(render_blocks(items, to), tokenizer)
     except (ConversionError, TraceError) as error:
         raise RejectedTrace("not in the dialect", str(error)) from None
 
 
-async def _asked(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> Any:
+async def _request_value(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> Any:
     """The one entry of an answer."""
     (name,) = schema["required"]
     try:
@@ -201,8 +204,8 @@ async def _asked(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> Any:
         raise RejectedTrace("an answer does not follow its schema", f"{name}: {error!r}") from None
 
 
-async def _said(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> str:
-    said = await _asked(ask, prompt, schema)
+async def _request_text(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> str:
+    said = await _request_value(ask, prompt, schema)
     if not isinstance(said, str) or not said.strip():
         raise RejectedTrace("an answer does not follow its schema", "expected a text")
     return said.strip()

@@ -11,23 +11,23 @@ from itertools import permutations, product
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, answer
+from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, final_solution
 from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle, demonstration
 from sgl_apr.evaluation.tasks.countdown.problems import (
-    MOST,
-    WAYS,
+    LARGEST_INTERMEDIATE,
+    MAX_SOLUTIONS,
     Problem,
-    pairs,
-    problems,
-    read,
+    count_solutions,
+    generate_problems,
+    legal_steps,
+    parse_steps,
     solves,
-    steps,
-    ways,
+    two_number_problems,
 )
-from sgl_apr.evaluation.tasks.countdown.search import conclusion, sequential, tokens
+from sgl_apr.evaluation.tasks.countdown.search import conclusion, count_tokens, sequential_search
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.config import Data
-from sgl_apr.training.examples import CHUNK, CountdownExamples
+from sgl_apr.training.examples import CHUNK_SIZE, CountdownExamples
 from sgl_apr.training.models.countdown import countdown_tokenizer
 
 
@@ -68,37 +68,50 @@ def test_every_way_is_found():
         for (a, b, c), (s, t) in product(permutations(numbers), product("+-*/", repeat=2)):
             for x, y in ((a, b), (b, a)):
                 first = {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[s]
-                if first != int(first) or not 0 < first <= MOST or (s in "*/" and min(x, y) == 1):
+                if (
+                    first != int(first)
+                    or not 0 < first <= LARGEST_INTERMEDIATE
+                    or (s in "*/" and min(x, y) == 1)
+                ):
                     continue
                 for u, v in ((first, c), (c, first)):
                     last = {"+": u + v, "-": u - v, "*": u * v, "/": u / v}[t]
-                    if last == int(last) and 0 < last <= MOST and not (t in "*/" and min(u, v) == 1):
+                    if (
+                        last == int(last)
+                        and 0 < last <= LARGEST_INTERMEDIATE
+                        and not (t in "*/" and min(u, v) == 1)
+                    ):
                         reached.add(int(last))
-        assert {t for t in range(1, MOST + 1) if ways(Problem(numbers, t))} == reached
+        assert {
+            t for t in range(1, LARGEST_INTERMEDIATE + 1) if count_solutions(Problem(numbers, t))
+        } == reached
 
 
 def test_problems_are_the_same_for_a_seed_and_split_by_content():
-    made = list(problems(200, "train", seed=3))
-    assert made == list(problems(200, "train", seed=3))
+    made = list(generate_problems(200, "train", seed=3))
+    assert made == list(generate_problems(200, "train", seed=3))
     assert len(set(made)) == 200
-    assert all(1 <= ways(p) <= WAYS and p.split == "train" for p in made)
-    assert not set(made) & set(problems(200, "test", seed=3))
+    assert all(1 <= count_solutions(p) <= MAX_SOLUTIONS and p.split == "train" for p in made)
+    assert not set(made) & set(generate_problems(200, "test", seed=3))
     assert {len(p.numbers) for p in made} == {3, 4}
     with pytest.raises(apr.AprError, match="at most about"):
-        list(problems(10**6, "test", numbers=(2,)))
+        list(generate_problems(10**6, "test", numbers=(2,)))
 
 
 def test_a_problem_is_read_as_it_is_written():
-    for problem in problems(50, "test"):
+    for problem in generate_problems(50, "test"):
         assert Problem.parse(problem.text + "\n") == problem
     with pytest.raises(apr.AprError, match=" 24: 3 7 8 12"):
         Problem.parse("what is 3 + 4?")
 
 
 def test_numbers_and_tags_are_single_tokens(tokenizer: HfTokenizer):
-    for number in range(MOST + 1):
+    for number in range(LARGEST_INTERMEDIATE + 1):
         assert len(tokenizer.encode(f" {number}")) == 1
-    assert len({tuple(tokenizer.encode(f" {n}")) for n in range(MOST + 1)}) == MOST + 1
+    assert (
+        len({tuple(tokenizer.encode(f" {n}")) for n in range(LARGEST_INTERMEDIATE + 1)})
+        == LARGEST_INTERMEDIATE + 1
+    )
     assert all(len(tokenizer.encode(tag)) == 1 for tag in apr.dialect("spawn").tags)
     for text in (" 24: 3 17 8 12\n 3+ 17= 20; 8 12 20\n", "any text, « at all » 1024 0"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -106,29 +119,31 @@ def test_numbers_and_tags_are_single_tokens(tokenizer: HfTokenizer):
 
 def test_a_search_in_a_line_fits_its_window_and_solves(tokenizer: HfTokenizer):
     solved = 0
-    for problem in problems(60, "train", numbers=(4,)):
-        text = sequential(problem, 256)
-        assert len(tokenizer.encode(text)) == tokens(text) <= 256
+    for problem in generate_problems(60, "train", numbers=(4,)):
+        text = sequential_search(problem, 256)
+        assert len(tokenizer.encode(text)) == count_tokens(text) <= 256
         line = text.rpartition("\n")[2]
         solved += "!" in line
         assert line == "?" or solves(problem, line.partition("!")[2])
     assert 10 < solved < 60
-    assert all(solves(p, sequential(p, 10**6).partition("!")[2]) for p in problems(20, "train"))
+    assert all(
+        solves(p, sequential_search(p, 10**6).partition("!")[2]) for p in generate_problems(20, "train")
+    )
 
 
 def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
     habits = SearchStyle(forks={3: 0.0, 4: 1.0}, width=(12, 12), revisit_rate=1.0)
-    for problem in problems(12, "train", numbers=(3, 4)):
-        attempt = Attempt(problem, asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits)))
+    for problem in generate_problems(12, "train", numbers=(3, 4)):
+        attempt = Attempt(problem, asyncio.run(demonstration(problem, tokenizer, seed=1, style=habits)))
         trajectory = attempt.trajectory
         apr.dialect("spawn").validate(trajectory.text)
         assert bool(trajectory.blocks) == (len(problem.numbers) == 4)
         assert attempt.correct
-        assert answer(trajectory)
+        assert final_solution(trajectory)
         assert trajectory.metrics().longest_context <= habits.window
         if trajectory.blocks:
             first = trajectory.blocks[0].branches
-            assert len(first) == min(11, len(steps(problem.numbers))), "as many as fit the window"
+            assert len(first) == min(11, len(legal_steps(problem.numbers))), "as many as fit the window"
             told = [Problem.parse(b.outline.partition(";")[2]) for b in first]
             assert all(len(t.numbers) == 3 and t.target == problem.target for t in told)
 
@@ -136,8 +151,8 @@ def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
 def test_a_branch_without_a_solution_says_what_it_tried(tokenizer: HfTokenizer):
     habits = SearchStyle(forks={4: 1.0}, width=(3, 3), revisit_rate=1.0)
     failed = 0
-    for problem in problems(6, "train", numbers=(4,)):
-        made = asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits))
+    for problem in generate_problems(6, "train", numbers=(4,)):
+        made = asyncio.run(demonstration(problem, tokenizer, seed=1, style=habits))
         told = re.findall(r"<Message>\d+:>(.*?)=", made.text)
         said = re.findall(r"<Result>\d+:(.*?)</Result>", made.text)
         assert all(result in (f"?{step}", f"!{result[1:]}") for step, result in zip(told, said, strict=True))
@@ -146,16 +161,16 @@ def test_a_branch_without_a_solution_says_what_it_tried(tokenizer: HfTokenizer):
 
 
 def test_the_same_seed_shows_the_same(tokenizer: HfTokenizer):
-    problem = next(problems(1, "train", numbers=(4,)))
+    problem = next(generate_problems(1, "train", numbers=(4,)))
     texts = [asyncio.run(demonstration(problem, tokenizer, seed=seed)).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_stated_width_is_that_of_all_forks(tokenizer: HfTokenizer):
     widths = set()
-    for problem in problems(8, "train", numbers=(4,)):
+    for problem in generate_problems(8, "train", numbers=(4,)):
         habits = SearchStyle(forks={4: 1.0}, revisit_rate=1.0)
-        made = asyncio.run(demonstration(problem, tokenizer, seed=1, habits=habits, state_width=True))
+        made = asyncio.run(demonstration(problem, tokenizer, seed=1, style=habits, state_width=True))
         asked, _, stated = made.prompt.rpartition("; ")
         assert asked == problem.text
         assert len(made.blocks[0].branches) == int(stated)
@@ -165,16 +180,16 @@ def test_a_stated_width_is_that_of_all_forks(tokenizer: HfTokenizer):
 
 
 def test_a_conclusion_is_read_back():
-    way = steps((3, 7))[:1]
-    assert read(conclusion(way)[1:]) == way
+    way = legal_steps((3, 7))[:1]
+    assert parse_steps(conclusion(way)[1:]) == way
     assert conclusion(None) == "?"
 
 
 def test_all_pairs_are_problems_of_two_numbers():
-    found = pairs("train")
+    found = two_number_problems("train")
     assert len(found) == len(set(found)) > 400
-    assert all(p.split == "train" and ways(p) >= 1 for p in found)
-    assert set(problems(50, "train", numbers=(2,))) <= set(found)
+    assert all(p.split == "train" and count_solutions(p) >= 1 for p in found)
+    assert set(generate_problems(50, "train", numbers=(2,))) <= set(found)
 
 
 def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenizer):
@@ -186,8 +201,8 @@ def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenize
         t.tobytes() for t in (tree.tree.token_ids for tree in every)
     }
     told = [text for text in texts if text.startswith(">")]
-    assert len(told) == CHUNK // 2, "one of every fork"
-    assert len(texts) - len(told) == CHUNK, "all trunks"
+    assert len(told) == CHUNK_SIZE // 2, "one of every fork"
+    assert len(texts) - len(told) == CHUNK_SIZE, "all trunks"
     assert sum("!" in text for text in told) > 0.6 * len(told)
     whole = [text for tree in every if (text := tokenizer.decode(tree.tree.token_ids)).startswith(">")]
     assert sum("!" in text for text in whole) < 0.3 * len(whole)
@@ -195,11 +210,11 @@ def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenize
 
 def test_a_lucky_fork_holds_a_solution_among_few(tokenizer: HfTokenizer):
     habits = SearchStyle(forks={4: 1.0}, width=(2, 3), hint_rate=1.0)
-    for problem in problems(8, "train", numbers=(4,)):
-        made = asyncio.run(demonstration(problem, tokenizer, seed=2, habits=habits))
+    for problem in generate_problems(8, "train", numbers=(4,)):
+        made = asyncio.run(demonstration(problem, tokenizer, seed=2, style=habits))
         assert Attempt(problem, made).correct
         assert sum(len(block.branches) for block in made.blocks) <= 3
-    made = asyncio.run(demonstration(Problem((1, 1, 1, 1), 99), tokenizer, seed=2, habits=habits))
+    made = asyncio.run(demonstration(Problem((1, 1, 1, 1), 99), tokenizer, seed=2, style=habits))
     assert made.answer.strip() == "?"
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.lists import Lists, ListTask, problems
+from sgl_apr.evaluation.tasks.lists import ListProblem, ListTask, generate_problems
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
 from tests.support.paths import EXAMPLES
 
 EXAMPLE = EXAMPLES / "got_sorting.py"
-SORT, INTERSECT = Lists((3, 1, 2, 0, 3, 9)), Lists((3, 1, 2, 7, 8, 9), (9, 1, 7, 4))
+SORT, INTERSECT = ListProblem((3, 1, 2, 0, 3, 9)), ListProblem((3, 1, 2, 7, 8, 9), (9, 1, 7, 4))
 
 
 def lists(prompt: str) -> list[list[int]]:
@@ -34,7 +34,7 @@ def right(request: apr.Request, prompt: str) -> str:
     return f"{sorted(n for one in given[: 1 if prompt.startswith('Sort') else 2] for n in one)}"[1:]
 
 
-def solve(problem: Lists, script: Callable[..., Any], **options: Any):
+def solve(problem: ListProblem, script: Callable[..., Any], **options: Any):
     engine = apr.ScriptedEngine(script)
     task = ListTask(engine)
     found = asyncio.run(graph_of_thoughts(engine, problem, task=task, **options))
@@ -48,14 +48,14 @@ def solve(problem: Lists, script: Callable[..., Any], **options: Any):
         (SORT, (0, 1, 2, 3, 3, 9, 9), 1), (INTERSECT, (1, 7, 9), 0), (INTERSECT, (9, 7, 1), 0), (INTERSECT, (1, 2, 7), 2),
     ],
 )  # fmt: skip
-def test_errors_are_counted(problem: Lists, said: tuple[int, ...], errors: int):
-    assert problem.errors(said) == errors
+def test_errors_are_counted(problem: ListProblem, said: tuple[int, ...], errors: int):
+    assert problem.count_errors(said) == errors
 
 
 @pytest.mark.parametrize(
     ("problem", "answer"), [(SORT, [0, 1, 2, 3, 3, 9]), (INTERSECT, [1, 7, 9])], ids=["sort", "intersect"]
 )
-def test_halves_are_solved_and_put_together(problem: Lists, answer: list[int]):
+def test_halves_are_solved_and_put_together(problem: ListProblem, answer: list[int]):
     found, verified, asked = solve(problem, right)
     assert (json.loads(found.answer), found.score, verified) == (answer, 0.0, True)
     begins = ("Sort", "Which")
@@ -83,18 +83,19 @@ def test_the_best_try_goes_on_and_what_is_wrong_is_asked_about_again():
 def test_a_model_that_is_wrong_is_said_to_be():
     found, verified, _ = solve(SORT, lambda request, prompt: "1, 2]")
     assert (found.answer, verified) == ("[1, 2]", False)
-    assert SORT.errors(json.loads(found.answer)) == 4
+    assert SORT.count_errors(json.loads(found.answer)) == 4
 
 
 @pytest.mark.parametrize("kind", ["sort", "intersect"])
 def test_problems_by_seed(kind: Any):
     assert (
-        list(problems(kind, 3, size=6))
-        == list(problems(kind, 3, size=6))
-        != list(problems(kind, 3, size=6, seed=1))
+        list(generate_problems(kind, 3, size=6))
+        == list(generate_problems(kind, 3, size=6))
+        != list(generate_problems(kind, 3, size=6, seed=1))
     )
     assert all(
-        len(p.numbers) == 6 and (p.others is None) == (kind == "sort") for p in problems(kind, 3, size=6)
+        len(p.numbers) == 6 and (p.others is None) == (kind == "sort")
+        for p in generate_problems(kind, 3, size=6)
     )
 
 

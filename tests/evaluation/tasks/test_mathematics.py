@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.json_worker import LONGEST_S
-from sgl_apr.evaluation.tasks.mathematics import FORMULAS, Formulas, MathAnswer, MathTask
+from sgl_apr.evaluation.tasks.json_worker import ANSWER_TIMEOUT_S
+from sgl_apr.evaluation.tasks.mathematics import FORMULA_WORKER, FormulaWorker, MathAnswer, MathTask
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.self_consistency import self_consistency
 
@@ -26,7 +26,7 @@ def task() -> Iterator[MathTask]:
     yield MathTask(
         apr.ScriptedEngine(lambda request, prompt: ""), answers={"half?": "\\frac{1}{2}", "x?": "x=5"}
     )
-    FORMULAS.end()
+    FORMULA_WORKER.close()
 
 
 @pytest.mark.parametrize(
@@ -122,19 +122,19 @@ def test_from_another_thread():
 
 
 def test_a_process_that_is_gone_or_hangs_is_begun_anew(monkeypatch: pytest.MonkeyPatch):
-    formulas = Formulas()
-    assert formulas.ask("found", "$1$") == "1"
+    formulas = FormulaWorker()
+    assert formulas.call("found", "$1$") == "1"
     assert formulas._process
     os.kill(formulas._process.pid, signal.SIGKILL)
     formulas._process.wait()
-    assert formulas.ask("found", "$2$") == "2"
+    assert formulas.call("found", "$2$") == "2"
     os.kill(formulas._process.pid, signal.SIGSTOP)
-    formulas.seconds = 0.3
-    assert formulas.ask("found", "$3$") is None
+    formulas.timeout_s = 0.3
+    assert formulas.call("found", "$3$") is None
     assert formulas._process is None
-    formulas.seconds = LONGEST_S
-    assert formulas.ask("found", "$4$") == "4"
-    formulas.end()
+    formulas.timeout_s = ANSWER_TIMEOUT_S
+    assert formulas.call("found", "$4$") == "4"
+    formulas.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(apr.AprError, match="did not start"):
-        formulas.ask("found", "$5$")
+        formulas.call("found", "$5$")

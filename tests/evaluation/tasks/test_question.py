@@ -10,7 +10,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.engine.scripted import ByteTokenizer
-from sgl_apr.evaluation.tasks.chat_template import CHATML, PLAIN, ChatTemplate, chat_of
+from sgl_apr.evaluation.tasks.chat_template import CHATML, PLAIN, ChatTemplate, chat_template_for
 from sgl_apr.evaluation.tasks.question import Draft, QuestionTask
 from sgl_apr.methods.prompt import Completion
 from sgl_apr.methods.registry import MethodResult, method
@@ -29,8 +29,8 @@ def task() -> QuestionTask:
 
 
 def test_turns():
-    assert chat_of(ByteTokenizer(TAGS)) is CHATML
-    assert chat_of(ByteTokenizer()) is PLAIN
+    assert chat_template_for(ByteTokenizer(TAGS)) is CHATML
+    assert chat_template_for(ByteTokenizer()) is PLAIN
     assert (
         CHATML.turn("Sure?", first=False)
         == "<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"

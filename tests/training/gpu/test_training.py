@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import sgl_apr as apr
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.countdown.expert import demonstration
-from sgl_apr.evaluation.tasks.countdown.problems import problems
+from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.attention_mask import Visibility
 from sgl_apr.training.collate import Collator, log_probabilities, to_device
@@ -35,7 +35,7 @@ def trees(joins: bool) -> list[FlatTree]:
     rng = random.Random(1)
     rows = []
     for _ in range(2):
-        row, *others = (grown(rng, joins)[0].flat()[0] for _ in range(8))
+        row, *others = (grown(rng, joins)[0].flatten()[0] for _ in range(8))
         at = len(row.ends)
         placed = []
         for tree in others:
@@ -53,14 +53,14 @@ def trees(joins: bool) -> list[FlatTree]:
 def test_flex_attention_is_attention_under_the_dense_mask(dtype: torch.dtype, joins: bool, allowed: float):
     """Outputs and gradients, by their norm; key and value heads are shared by two of the queries'."""
     torch.manual_seed(0)
-    sight = Visibility.of(trees(joins), LENGTH).to("cuda")
+    sight = Visibility.from_trees(trees(joins), LENGTH).to("cuda")
     assert bool(sight.joined.shape[1]) == joins
     heads = [torch.randn(2, n, LENGTH, 64, device="cuda", dtype=dtype, requires_grad=True) for n in (4, 2, 2)]
     onto = torch.randn(2, 4, LENGTH, 64, device="cuda", dtype=dtype)
     compiled = torch.compile(flex_attention)
-    found = compiled(*heads, block_mask=sight.blocks(), enable_gqa=True)
+    found = compiled(*heads, block_mask=sight.block_mask(), enable_gqa=True)
     doubled = [h.detach().double().requires_grad_() for h in heads]
-    expected = scaled_dot_product_attention(*doubled, attn_mask=sight.dense(), enable_gqa=True)
+    expected = scaled_dot_product_attention(*doubled, attn_mask=sight.dense_mask(), enable_gqa=True)
     mine = [found, *torch.autograd.grad(found, heads, onto)]
     theirs = [expected, *torch.autograd.grad(expected, doubled, onto.double())]
     for one, other in zip(mine, theirs, strict=True):
@@ -68,7 +68,7 @@ def test_flex_attention_is_attention_under_the_dense_mask(dtype: torch.dtype, jo
 
 
 def searches(model: Path) -> list[TrainingTree]:
-    problem = next(problems(1, "train", numbers=(4,)))
+    problem = next(generate_problems(1, "train", numbers=(4,)))
     trajectory = asyncio.run(demonstration(problem, HfTokenizer(model), seed=0))
     return build_training_tree([trajectory], separate_contexts=True).split()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sgl_apr.cli.main import main
-from sgl_apr.evaluation.store import RUN
+from sgl_apr.evaluation.store import RUN_FILE
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import builtin_path, describe, locate_model
 from tests.support.paths import EXAMPLES
@@ -45,7 +45,7 @@ def test_it_solves_and_an_evaluation_goes_on_where_it_was(
     assert row["ci95"][0] < row["accuracy"] < row["ci95"][1]
     assert row["by_numbers"]["3"]["fork_rate"] < 0.5 < row["by_numbers"]["4"]["fork_rate"]
     assert row["critical_path"] < row["total_tokens"]
-    run = tmp_path / RUN
+    run = tmp_path / RUN_FILE
     lines = run.read_text().splitlines(keepends=True)
     assert len(lines) == LIMIT + 1
     run.write_text("".join(lines[:9]) + lines[9][:50])  # as a kill leaves it

@@ -13,7 +13,7 @@ import pytest
 
 from sgl_apr.errors import AprError
 from sgl_apr.training.models import cache, describe, pretrained, random_llama, smollm2
-from sgl_apr.training.models.tags import words
+from sgl_apr.training.models.tags import tag_text
 
 TAGS = ["<Parallel>", "</Parallel>", "<Outlines>", "</Outlines>", "<Thread>", "</Thread>"]
 TEXTS = [
@@ -70,7 +70,7 @@ def test_one_build_when_two_ask_at_once(tmp_path):
         (target / "weights").write_text("w")
 
     with ThreadPoolExecutor(2) as pool:
-        paths = list(pool.map(lambda _: cache.built("m", {"v": 1}, build, tmp_path), range(2)))
+        paths = list(pool.map(lambda _: cache.build_once("m", {"v": 1}, build, tmp_path), range(2)))
     assert paths == [tmp_path / "m"] * 2
     assert len(builds) == 1
     assert (tmp_path / "m" / "weights").read_text() == "w"
@@ -82,18 +82,18 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        cache.built("m", {}, fail, tmp_path)
+        cache.build_once("m", {}, fail, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".m.lock"]
-    assert cache.built("m", {}, lambda target: None, tmp_path).is_dir()
+    assert cache.build_once("m", {}, lambda target: None, tmp_path).is_dir()
 
 
 def test_another_recipe_replaces_and_a_stranger_stays(tmp_path):
-    cache.built("m", {"v": 1}, lambda target: (target / "old").touch(), tmp_path)
-    path = cache.built("m", {"v": 2}, lambda target: (target / "new").touch(), tmp_path)
+    cache.build_once("m", {"v": 1}, lambda target: (target / "old").touch(), tmp_path)
+    path = cache.build_once("m", {"v": 2}, lambda target: (target / "new").touch(), tmp_path)
     assert sorted(file.name for file in path.iterdir()) == ["new", cache.RECIPE_FILE]
     (tmp_path / "mine").mkdir()
     with pytest.raises(AprError, match="not made here"):
-        cache.built("mine", {}, lambda target: None, tmp_path)
+        cache.build_once("mine", {}, lambda target: None, tmp_path)
     assert (tmp_path / "mine").is_dir()
 
 
@@ -178,7 +178,7 @@ def test_tags_are_single_tokens_with_the_mean_of_their_words(plain, tagged):
     assert [tokenizer.encode(tag) for tag in TAGS] == [[size + i] for i in range(len(TAGS))]
     rows, table = new.get_input_embeddings().weight[size:], old.get_input_embeddings().weight
     for row, tag in zip(rows, TAGS, strict=True):
-        assert torch.allclose(row, table[tokenizer.encode(words(tag))].mean(dim=0))
+        assert torch.allclose(row, table[tokenizer.encode(tag_text(tag))].mean(dim=0))
     assert torch.pdist(rows).min() > 0.1
     ids = torch.tensor([tokenizer.encode("First, the sum of 12 and 30.")])
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_tags_are_single_tokens_with_the_mean_of_their_words(plain, tagged):
 
 
 def test_words_of_tags():
-    assert [words(tag) for tag in ("<Thread>", "</Thread>", "[Sub Search]", "<>")] == [
+    assert [tag_text(tag) for tag in ("<Thread>", "</Thread>", "[Sub Search]", "<>")] == [
         "Thread",
         "/Thread",
         "Sub Search",

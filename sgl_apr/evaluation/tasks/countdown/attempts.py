@@ -9,7 +9,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
-from sgl_apr.evaluation.tasks.countdown.search import solution
+from sgl_apr.evaluation.tasks.countdown.search import extract_solution
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.methods.session import gather
 from sgl_apr.runtime.loop import areason
@@ -17,7 +17,7 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 # How a server is started that answers many at once while nobody reads along: room for what they hold, and few words
 # for many tokens, which is half of the processor time of its front and of ours.
-SERVER: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32}
+SERVER_OPTIONS: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,15 @@ class Attempt:
     @property
     def correct(self) -> bool:
         """Whether it ends with a right solution."""
-        return solves(self.problem, answer(self.trajectory))
+        return solves(self.problem, final_solution(self.trajectory))
 
 
-def answer(trajectory: Trajectory) -> str:
+def final_solution(trajectory: Trajectory) -> str:
     """The solution that a reply ends with; empty if it ends with none."""
-    return solution(trajectory.answer)
+    return extract_solution(trajectory.answer)
 
 
-async def attempts(
+async def attempt_problems(
     engine: Engine,
     problems: Sequence[Problem],
     dialect: Dialect | str | None,
@@ -55,6 +55,6 @@ async def attempts(
 
     async def one(problem: Problem) -> Attempt:
         async with gate:
-            return Attempt(problem, await areason(engine, problem.asked(width), dialect, **options))
+            return Attempt(problem, await areason(engine, problem.prompt(width), dialect, **options))
 
     return await gather(map(one, problems))

@@ -8,16 +8,29 @@ from dataclasses import dataclass, field, replace
 
 from sgl_apr.engine.base import Request
 from sgl_apr.engine.scripted import ScriptedEngine
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, after, read, steps, ways
-from sgl_apr.evaluation.tasks.countdown.search import ANSWER, NONE, conclusion, search_small, sequential
+from sgl_apr.evaluation.tasks.countdown.problems import (
+    Problem,
+    Step,
+    count_solutions,
+    legal_steps,
+    numbers_after,
+    parse_steps,
+)
+from sgl_apr.evaluation.tasks.countdown.search import (
+    CONCLUSION_TOKENS,
+    NO_SOLUTION_MARK,
+    conclusion,
+    search_small,
+    sequential_search,
+)
 from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.loop import areason
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
-BRANCH = 43  # tokens of the longest message and its result, tags included
-TOLD = ">"  # what a message begins with
+BRANCH_TOKENS = 43  # tokens of the longest message and its result, tags included
+MESSAGE_MARK = ">"  # what a message begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +61,31 @@ class Expert:
         if not prompt.startswith(self.problem.text):
             return self.branch(prompt)
         if self.left or self.tried:
-            return self.behind(len(request.input_ids))
+            return self.after_join(len(request.input_ids))
         if self.rng.random() >= self.habits.forks.get(len(self.problem.numbers), 0):
-            return sequential(self.problem, self.habits.window)
-        self.left = steps(self.problem.numbers)[::-1]
+            return sequential_search(self.problem, self.habits.window)
+        self.left = legal_steps(self.problem.numbers)[::-1]
         if self.rng.random() < self.habits.hint_rate:
-            self.left = self.few()
-        return self.fork(self.room(len(request.input_ids)))
+            self.left = self.hinted_steps()
+        return self.fork(self.affordable_branches(len(request.input_ids)))
 
-    def few(self) -> list[Step]:
+    def hinted_steps(self) -> list[Step]:
         """Some of the first steps, one that leads to a solution among them if there is one, in their order."""
         every, most = self.left, self.rng.randint(*self.habits.width)
-        leading = [s for s in every if ways(Problem(after(self.problem.numbers, s), self.problem.target))]
+        leading = [
+            s
+            for s in every
+            if count_solutions(Problem(numbers_after(self.problem.numbers, s), self.problem.target))
+        ]
         chosen = {
             *self.rng.sample(leading, min(1, len(leading))),
             *self.rng.sample(every, min(most - 1, len(every))),
         }
         return [step for step in every if step in chosen]
 
-    def room(self, context: int) -> int:
+    def affordable_branches(self, context: int) -> int:
         """How many branches the window has room for."""
-        return (self.habits.window - context - ANSWER) // BRANCH
+        return (self.habits.window - context - CONCLUSION_TOKENS) // BRANCH_TOKENS
 
     def fork(self, room: int) -> str:
         width = min(self.rng.randint(*self.habits.width), len(self.left), room)
@@ -82,26 +99,30 @@ class Expert:
 
         A message loses white space around it, and a number without the space before it is another token.
         """
-        left = Problem(after(self.problem.numbers, step), self.problem.target)
-        return f"{TOLD}{step.text};{left.text}"
+        left = Problem(numbers_after(self.problem.numbers, step), self.problem.target)
+        return f"{MESSAGE_MARK}{step.text};{left.text}"
 
     def branch(self, prompt: str) -> str:
-        told, _, rest = prompt.removeprefix(TOLD).partition(";")
+        told, _, rest = prompt.removeprefix(MESSAGE_MARK).partition(";")
         given = Problem.parse(rest)
         found = search_small(given.numbers, given.target)
         if found.solution is None:  # and which step it was: who forked it does not see its message any more
-            said = NONE + told.partition("=")[0]
+            said = NO_SOLUTION_MARK + told.partition("=")[0]
         else:
-            said = conclusion([*(read(told) or []), *found.solution])
+            said = conclusion([*(parse_steps(told) or []), *found.solution])
         return f"\n{found.text}{self.to.grammar.render_rule('closer', text=said)}"
 
-    def behind(self, context: int) -> str:
+    def after_join(self, context: int) -> str:
         """The first solution that came back, another fork, or none."""
         for step in self.tried:
-            found = search_small(after(self.problem.numbers, step), self.problem.target)
+            found = search_small(numbers_after(self.problem.numbers, step), self.problem.target)
             if found.solution is not None:
                 return conclusion([step, *found.solution])
-        room = self.room(context) if self.left and self.rng.random() < self.habits.revisit_rate else 0
+        room = (
+            self.affordable_branches(context)
+            if self.left and self.rng.random() < self.habits.revisit_rate
+            else 0
+        )
         return self.fork(room) if room > 0 else conclusion(None)
 
 
@@ -110,19 +131,19 @@ async def demonstration(
     tokenizer: Tokenizer,
     *,
     seed: int,
-    habits: SearchStyle | None = None,
-    to: Dialect | str = "spawn",
+    style: SearchStyle | None = None,
+    target_dialect: Dialect | str = "spawn",
     state_width: bool = False,
 ) -> Trajectory:
     """A trajectory of the search of a problem, just as the loop records it.
 
     `state_width`: all of its forks have one width, drawn from those of its habits, which the prompt says.
     """
-    target = dialect(to) if isinstance(to, str) else to
-    rng, habits, stated = random.Random(f"{seed} {problem.text}"), habits or SearchStyle(), None
+    target = dialect(target_dialect) if isinstance(target_dialect, str) else target_dialect
+    rng, style, stated = random.Random(f"{seed} {problem.text}"), style or SearchStyle(), None
     if state_width:
-        stated = rng.randint(*habits.width)
-        habits = replace(habits, width=(stated, stated))
-    engine = ScriptedEngine(Expert(problem, rng, habits, target), tokenizer)
+        stated = rng.randint(*style.width)
+        style = replace(style, width=(stated, stated))
+    engine = ScriptedEngine(Expert(problem, rng, style, target), tokenizer)
     budget = Budget(tokens=1 << 20)
-    return await areason(engine, problem.asked(stated), target, budget=budget, pacing=None)
+    return await areason(engine, problem.prompt(stated), target, budget=budget, pacing=None)

@@ -13,10 +13,10 @@ from typing import Literal
 
 from sgl_apr.errors import AprError
 
-MOST = 99  # no number on the way is larger: each is one token of a small vocabulary
-LARGEST, TARGETS = 25, (10, 99)  # of the numbers given, and where targets lie
-RARE = 20_000  # tries without a new problem, behind which there are hardly any left
-WAYS = 6  # most ways that a problem has: with more of them the first that comes to mind is one
+LARGEST_INTERMEDIATE = 99  # no number on the way is larger: each is one token of a small vocabulary
+LARGEST_NUMBER, TARGET_RANGE = 25, (10, 99)  # of the numbers given, and where targets lie
+MAX_TRIES = 20_000  # tries without a new problem, behind which there are hardly any left
+MAX_SOLUTIONS = 6  # most ways that a problem has: with more of them the first that comes to mind is one
 STEP = re.compile(r" (\d{1,4})([-+*/]) (\d{1,4})= (\d{1,4})")
 Split = Literal["train", "test"]
 
@@ -26,7 +26,7 @@ class Step:
     """One operation. `a` is the larger of two that are subtracted or divided, the smaller of others."""
 
     a: int
-    sign: str
+    operator: str
     b: int
     result: int
 
@@ -36,14 +36,14 @@ class Step:
         >>> Step(12, "-", 8, 4).text
         ' 12- 8= 4'
         """
-        return f" {self.a}{self.sign} {self.b}= {self.result}"
+        return f" {self.a}{self.operator} {self.b}= {self.result}"
 
     @property
-    def right(self) -> bool:
+    def is_correct(self) -> bool:
         """Whether it says what comes of it, a whole number above zero."""
         a, b = self.a, self.b
         whole = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else 0}
-        return self.result == whole[self.sign] > 0
+        return self.result == whole[self.operator] > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Problem:
         """
         return f" {self.target}:" + "".join(f" {n}" for n in self.numbers)
 
-    def asked(self, width: int | None = None) -> str:
+    def prompt(self, width: int | None = None) -> str:
         """What a model is asked; with a width, how many branches each of its forks is to have.
 
         >>> Problem((3, 7, 8, 12), 24).asked(width=4)
@@ -84,7 +84,7 @@ class Problem:
         return "test" if digest[0] < 26 else "train"
 
 
-def steps(numbers: Sequence[int]) -> list[Step]:
+def legal_steps(numbers: Sequence[int]) -> list[Step]:
     """Every operation on two of the numbers, in a fixed order; those that give a number from 1 to 99.
 
     Multiplying or dividing by one is left out: it only loses the one, as nothing else can.
@@ -93,18 +93,18 @@ def steps(numbers: Sequence[int]) -> list[Step]:
     for i, a in enumerate(numbers):
         for b in numbers[i + 1 :]:
             low, high = min(a, b), max(a, b)
-            if low + high <= MOST:
+            if low + high <= LARGEST_INTERMEDIATE:
                 found[Step(low, "+", high, low + high)] = None
             if high > low:
                 found[Step(high, "-", low, high - low)] = None
-            if low > 1 and low * high <= MOST:
+            if low > 1 and low * high <= LARGEST_INTERMEDIATE:
                 found[Step(low, "*", high, low * high)] = None
             if low > 1 and high % low == 0:
                 found[Step(high, "/", low, high // low)] = None
     return list(found)
 
 
-def after(numbers: Sequence[int], step: Step) -> tuple[int, ...]:
+def numbers_after(numbers: Sequence[int], step: Step) -> tuple[int, ...]:
     """What is left of the numbers behind a step, ascending."""
     left = list(numbers)
     left.remove(step.a)
@@ -112,7 +112,7 @@ def after(numbers: Sequence[int], step: Step) -> tuple[int, ...]:
     return tuple(sorted([*left, step.result]))
 
 
-def read(text: str) -> list[Step] | None:
+def parse_steps(text: str) -> list[Step] | None:
     """The steps of a solution like ' 3+ 7= 10, 8+ 10= 18'; None for any other text."""
     found = [STEP.fullmatch(part) for part in text.split(",")]
     return [Step(int(m[1]), m[2], int(m[3]), int(m[4])) for m in found if m] if all(found) else None
@@ -124,36 +124,36 @@ def solves(problem: Problem, text: str) -> bool:
     >>> solves(Problem((3, 7, 8), 18), " 3+ 7= 10, 8+ 10= 18")
     True
     """
-    taken = read(" " + text.strip())
+    taken = parse_steps(" " + text.strip())
     left = problem.numbers
     for step in taken or ():
-        if not step.right or Counter([step.a, step.b]) - Counter(left):
+        if not step.is_correct or Counter([step.a, step.b]) - Counter(left):
             return False
-        left = after(left, step)
+        left = numbers_after(left, step)
     return left == (problem.target,)
 
 
 @lru_cache(maxsize=1 << 18)
-def _ways(numbers: tuple[int, ...], target: int) -> int:
+def _count_solutions(numbers: tuple[int, ...], target: int) -> int:
     if len(numbers) == 1:
         return int(numbers[0] == target)
-    return sum(_ways(after(numbers, step), target) for step in steps(numbers))
+    return sum(_count_solutions(numbers_after(numbers, step), target) for step in legal_steps(numbers))
 
 
-def ways(problem: Problem) -> int:
+def count_solutions(problem: Problem) -> int:
     """In how many ways, as sequences of steps, it can be solved: the fewer, the harder."""
-    return _ways(problem.numbers, problem.target)
+    return _count_solutions(problem.numbers, problem.target)
 
 
-def pairs(split: Split) -> list[Problem]:
+def two_number_problems(split: Split) -> list[Problem]:
     """All problems of two numbers, in a fixed order."""
-    every = [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1)]
-    reached = [(pair, step.result) for pair in every for step in steps(pair)]
-    found = dict.fromkeys(Problem(pair, n) for pair, n in reached if TARGETS[0] <= n <= TARGETS[1])
+    every = [(a, b) for a in range(1, LARGEST_NUMBER + 1) for b in range(a, LARGEST_NUMBER + 1)]
+    reached = [(pair, step.result) for pair in every for step in legal_steps(pair)]
+    found = dict.fromkeys(Problem(pair, n) for pair, n in reached if TARGET_RANGE[0] <= n <= TARGET_RANGE[1])
     return [problem for problem in found if problem.split == split]
 
 
-def problems(
+def generate_problems(
     count: int, split: Split, *, seed: int = 0, numbers: Sequence[int] = (3, 4, 4, 4)
 ) -> Iterator[Problem]:
     """Different problems with 1 to `WAYS` solutions, the same for the same arguments.
@@ -163,12 +163,12 @@ def problems(
     rng, seen, tries = random.Random(f"countdown {split} {seed}"), set[Problem](), 0
     while len(seen) < count:
         tries += 1
-        if tries > RARE:
+        if tries > MAX_TRIES:
             raise AprError(f"expected at most about {len(seen)} problems with {sorted(set(numbers))} numbers")
         size = numbers[len(seen) % len(numbers)]
-        given = tuple(sorted(rng.randint(1, LARGEST) for _ in range(size)))
-        problem = Problem(given, rng.randint(*TARGETS))
-        if problem in seen or problem.split != split or not 1 <= ways(problem) <= WAYS:
+        given = tuple(sorted(rng.randint(1, LARGEST_NUMBER) for _ in range(size)))
+        problem = Problem(given, rng.randint(*TARGET_RANGE))
+        if problem in seen or problem.split != split or not 1 <= count_solutions(problem) <= MAX_SOLUTIONS:
             continue
         seen.add(problem)
         tries = 0

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, after, steps
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, legal_steps, numbers_after
 
 TOKEN = re.compile(r" ?\d+|.", re.DOTALL)
-ANSWER = 20  # tokens of the longest conclusion
-FOUND, NONE = "!", "?"  # what a solution begins with, and what stands for none
+CONCLUSION_TOKENS = 20  # tokens of the longest conclusion
+SOLUTION_MARK, NO_SOLUTION_MARK = "!", "?"  # what a solution begins with, and what stands for none
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +26,26 @@ def conclusion(solution: Sequence[Step] | None) -> str:
     >>> conclusion([Step(3, "+", 7, 10), Step(8, "+", 10, 18)])
     '! 3+ 7= 10, 8+ 10= 18'
     """
-    return NONE if solution is None else FOUND + ",".join(step.text for step in solution)
+    return NO_SOLUTION_MARK if solution is None else SOLUTION_MARK + ",".join(step.text for step in solution)
 
 
-def solution(text: str) -> str:
+def extract_solution(text: str) -> str:
     """That of a text behind the last join.
 
     >>> solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
     ' 5- 4= 1, 1+ 19= 20'
     """
-    return text.rstrip().rpartition("\n")[2].partition(FOUND)[2]
+    return text.rstrip().rpartition("\n")[2].partition(SOLUTION_MARK)[2]
 
 
-def last(numbers: Sequence[int], target: int) -> SearchTrace:
+def search_last_pair(numbers: Sequence[int], target: int) -> SearchTrace:
     """The results of all steps on the last two numbers, up to the target.
 
     >>> last((10, 12), 22).text
     ' 22'
     """
     text = ""
-    for step in steps(numbers):
+    for step in legal_steps(numbers):
         text += f" {step.result}"
         if step.result == target:
             return SearchTrace(text, (step,))
@@ -62,11 +62,11 @@ def search_small(numbers: Sequence[int], target: int) -> SearchTrace:
     ' 4+ 5= 9, 19> 28 10\\n 5- 4= 1, 19> 20'
     """
     if len(numbers) == 2:
-        found = last(numbers, target)
+        found = search_last_pair(numbers, target)
         return SearchTrace(f">{found.text}" if found.solution else f">{found.text}\n", found.solution)
     text = ""
-    for step in steps(numbers):
-        found = last(left := after(numbers, step), target)
+    for step in legal_steps(numbers):
+        found = search_last_pair(left := numbers_after(numbers, step), target)
         rest = list(left)
         rest.remove(step.result)
         text += f"{step.text}, {rest[0]}>{found.text}"
@@ -76,12 +76,12 @@ def search_small(numbers: Sequence[int], target: int) -> SearchTrace:
     return SearchTrace(text, None)
 
 
-def tokens(text: str) -> int:
+def count_tokens(text: str) -> int:
     """How many a text has where every number is one, and so is every other character."""
     return len(TOKEN.findall(text))
 
 
-def sequential(problem: Problem, most: int) -> str:
+def sequential_search(problem: Problem, max_tokens: int) -> str:
     """The whole reply of a search in a line, in at most so many tokens: it gives up where its next part has no room.
 
     All steps are taken in their fixed order, in which a small model learns soon to leave none out and to repeat none.
@@ -91,11 +91,11 @@ def sequential(problem: Problem, most: int) -> str:
         found = search_small(problem.numbers, problem.target)
         text, solution = text + found.text, found.solution
     else:
-        for step in steps(problem.numbers):
-            left = after(problem.numbers, step)
+        for step in legal_steps(problem.numbers):
+            left = numbers_after(problem.numbers, step)
             found = search_small(left, problem.target)
             part = f"{step.text};{''.join(f' {n}' for n in left)}\n{found.text}"
-            if tokens(text + part) > most - ANSWER:
+            if count_tokens(text + part) > max_tokens - CONCLUSION_TOKENS:
                 break
             text += part
             if found.solution:

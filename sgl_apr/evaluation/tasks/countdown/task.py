@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.countdown.expert import TOLD
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, after, read, solves, steps
-from sgl_apr.evaluation.tasks.countdown.search import FOUND, solution
+from sgl_apr.evaluation.tasks.countdown.expert import MESSAGE_MARK
+from sgl_apr.evaluation.tasks.countdown.problems import (
+    Problem,
+    Step,
+    legal_steps,
+    numbers_after,
+    parse_steps,
+    solves,
+)
+from sgl_apr.evaluation.tasks.countdown.search import SOLUTION_MARK, extract_solution
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.methods.graph_operations import Generate, Graph, KeepBest, Score
@@ -18,8 +25,8 @@ from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.task import Inapplicable, Task
 
 STEP = r" \d{1,2}[-+*\/] \d{1,2}= \d{1,2}"
-TOLD_STEP = re.compile(rf">({STEP});")
-WIDTH = 8  # steps that one proposal names at most
+MESSAGE_STEP = re.compile(rf">({STEP});")
+MAX_PROPOSALS = 8  # steps that one proposal names at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +37,11 @@ class SearchState:
     steps: tuple[Step, ...] = ()
 
     @property
-    def left(self) -> Problem:
+    def remaining(self) -> Problem:
         """The problem that is left."""
         numbers = self.problem.numbers
         for step in self.steps:
-            numbers = after(numbers, step)
+            numbers = numbers_after(numbers, step)
         return Problem(numbers, self.problem.target)
 
     @property
@@ -42,9 +49,13 @@ class SearchState:
         """Its steps, as a solution says them."""
         return ",".join(step.text for step in self.steps)
 
-    def then(self, step: Step) -> SearchState | None:
+    def apply(self, step: Step) -> SearchState | None:
         """One step further; None if the numbers that are left do not allow it."""
-        return SearchState(self.problem, (*self.steps, step)) if step in steps(self.left.numbers) else None
+        return (
+            SearchState(self.problem, (*self.steps, step))
+            if step in legal_steps(self.remaining.numbers)
+            else None
+        )
 
 
 class CountdownTask(Task[Problem, SearchState]):
@@ -71,7 +82,7 @@ class CountdownTask(Task[Problem, SearchState]):
         return Prompt(problem.text, grammar=self._alone)
 
     def answer(self, text: str) -> str:
-        return solution(text).strip()
+        return extract_solution(text).strip()
 
     def verify(self, problem: Problem, answer: str) -> bool:
         return solves(problem, answer)
@@ -81,9 +92,9 @@ class CountdownTask(Task[Problem, SearchState]):
 
     def propose(self, state: SearchState) -> Prompt:
         """First steps, as the messages of a fork; of the last two numbers, what they give."""
-        if len(state.left.numbers) > 2:
+        if len(state.remaining.numbers) > 2:
             return Prompt(
-                f"{state.left.text}{self._tags[0]}",
+                f"{state.remaining.text}{self._tags[0]}",
                 grammar=self._fork,
                 stop=(self._tags[3],),
                 tokens=self.step,
@@ -91,24 +102,24 @@ class CountdownTask(Task[Problem, SearchState]):
         return Prompt(f"{self._told(state)}\n>", grammar="start: R\nR: /( [0-9]{1,2}){1,4}/\n", tokens=6)
 
     def expand(self, state: SearchState, text: str) -> Sequence[SearchState]:
-        if len(state.left.numbers) > 2:
-            named = [step for found in TOLD_STEP.findall(text) for step in read(found) or ()]
+        if len(state.remaining.numbers) > 2:
+            named = [step for found in MESSAGE_STEP.findall(text) for step in parse_steps(found) or ()]
         else:
             results = set(map(int, re.findall(r"\d+", text)))
-            named = [step for step in steps(state.left.numbers) if step.result in results]
-        return [way for step in dict.fromkeys(named) if (way := state.then(step))]
+            named = [step for step in legal_steps(state.remaining.numbers) if step.result in results]
+        return [way for step in dict.fromkeys(named) if (way := state.apply(step))]
 
     def solved(self, state: SearchState) -> str | None:
-        return state.text.strip() if state.left.numbers == (state.problem.target,) else None
+        return state.text.strip() if state.remaining.numbers == (state.problem.target,) else None
 
     def evaluate(self, state: SearchState) -> Prompt | float:
         """A sub search of what is left; a state without a step left is right or wrong."""
-        if len(state.left.numbers) == 1:
+        if len(state.remaining.numbers) == 1:
             return float(self.solved(state) is not None)
         return Prompt(self._told(state), grammar=self._body, stop=(self._return,), tokens=100)
 
     def value(self, state: SearchState, thought: Completion) -> float:
-        return float(FOUND in thought.text)
+        return float(SOLUTION_MARK in thought.text)
 
     def shared_context_prompt(
         self, problem: Problem, own: str, others: Sequence[str], past: str = ""
@@ -138,15 +149,15 @@ class CountdownTask(Task[Problem, SearchState]):
 
     def _searched(self, state: SearchState, text: str) -> Sequence[SearchState]:
         """The solution that a sub search has found, which begins with the step that it was told."""
-        said = solution(text.removesuffix(self._return)).strip()
+        said = extract_solution(text.removesuffix(self._return)).strip()
         way: SearchState | None = SearchState(state.problem, state.steps[:-1])
-        for step in read(f" {said}") or ():
-            way = way and way.then(step)
+        for step in parse_steps(f" {said}") or ():
+            way = way and way.apply(step)
         return [way] if way and said else []
 
     def _told(self, state: SearchState) -> str:
         last = state.steps[-1].text if state.steps else ""
-        return f"{TOLD}{last};{state.left.text}" if last else state.left.text
+        return f"{MESSAGE_MARK}{last};{state.remaining.text}" if last else state.remaining.text
 
     @cached_property
     def _alone(self) -> str:
@@ -182,11 +193,11 @@ class CountdownTask(Task[Problem, SearchState]):
         """A fork behind its opening tag, each of whose messages is a step and what it leaves."""
         _, told, end, ending = (self._tag(tag) for tag in self._tags)
         return (
-            f'start: "\\n" m{{1,{WIDTH}}} {ending}\n'
+            f'start: "\\n" m{{1,{MAX_PROPOSALS}}} {ending}\n'
             f'm: {told} N ":>" STEP ";" LEFT {end} "\\n"\n'
             f"N: /[1-9]/\nSTEP: /{STEP}/\nLEFT: / [0-9]{{1,2}}:( [0-9]{{1,2}})+/\n"
         )
 
     def _tag(self, tag: str) -> str:
-        found = self.engine.tokenizer.special(tag)
+        found = self.engine.tokenizer.special_token_id(tag)
         return f'"{tag}"' if found is None else f"<[{found}]>"
