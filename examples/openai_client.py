@@ -39,7 +39,7 @@ def main() -> None:
     }
 
     whole = client.chat.completions.create(
-        **asked, extra_body={"apr": {**APR, "separate": True, "trajectory": True}}
+        **asked, extra_body={"apr": {**APR, "separate_reasoning": True, "trajectory": True}}
     )
     console.print(
         render_tree(apr.Trajectory.from_json(json.dumps(whole.apr["trajectory"])), options.question)

@@ -1,6 +1,7 @@
-"""Events of a trajectory as JSON objects and back; they are sent elsewhere.
+"""Converts the events of a trajectory to JSON objects and back.
 
-An object has the fields of its event (`sgl_apr.runtime.events`) under their names, and its kind:
+An object has the kind of its event in "event", and the fields of the event under their names
+(`sgl_apr.runtime.events`):
 
     {"event": "delta", "path": [1, 2], "text": "..."}
     {"event": "text_retracted", "path": [], "chars": 12}
@@ -11,7 +12,7 @@ An object has the fields of its event (`sgl_apr.runtime.events`) under their nam
     {"event": "joined", "path": [1], "branches": [1, 2]}
     {"event": "done", "order": [0, 1, ...], "dialect": "threadweaver", "wall_s": 2.5, "limits": [], ...}
 
-`apr.rebuild(map(read_event, objects))` is the trajectory, exactly.
+`apr.rebuild(map(event_from_json, objects))` is exactly the trajectory.
 """
 
 from __future__ import annotations
@@ -41,32 +42,37 @@ def _snake_case(kind: type) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
-KINDS: Mapping[str, type[Event]] = {
+EVENT_TYPES: Mapping[str, type[Event]] = {
     _snake_case(kind): kind
     for kind in (Delta, TextRetracted, SpanFinished, RequestFinished, Forked, BranchEnded, Joined, Done)
 }
-PARTS: Mapping[str, Any] = {
+# The types of fields that are objects, or lists of them.
+FIELD_TYPES: Mapping[str, Any] = {
     "span": Span, "call": Call, "limits": LimitHit, "decisions": PacingDecision, "joins": JoinRecord
 }  # fmt: skip
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
-    """The object of an event, for a JSON encoder."""
+    """The JSON object of an event. Its tuples are for a JSON encoder to write as lists."""
     return {"event": _snake_case(type(event)), **asdict(event)}
 
 
 def event_from_json(data: Mapping[str, Any]) -> Event:
-    """The event of an object; raises `AprError` for anything else."""
+    """The event of a JSON object.
+
+    Raises:
+        AprError: The object is not an event.
+    """
     try:
-        values = {name: _part(name, value) for name, value in data.items() if name != "event"}
-        return KINDS[data["event"]](**values)
+        values = {name: _decode_field(name, value) for name, value in data.items() if name != "event"}
+        return EVENT_TYPES[data["event"]](**values)
     except (KeyError, TypeError) as error:
         raise AprError(f"not an event of a trajectory: {error!r}") from None
 
 
-def _part(name: str, value: Any) -> Any:
+def _decode_field(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return PARTS[name](**{key: _part(key, item) for key, item in value.items()})
+        return FIELD_TYPES[name](**{key: _decode_field(key, item) for key, item in value.items()})
     if isinstance(value, list):
-        return tuple(_part(name, item) for item in value)
+        return tuple(_decode_field(name, item) for item in value)
     return value

@@ -80,7 +80,7 @@ def main() -> None:
 
     load_plugins()
 
-    import sgl_apr.server.api.routes
+    import sgl_apr.server.api.install
     import sgl_apr.server.launch.main
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -21,8 +21,8 @@ from sglang.srt.utils import auth
 
 import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
+from sgl_apr.server.api.install import UI_PATH, allow_ui_without_key, make_router
 from sgl_apr.server.api.limits import RequestLimits
-from sgl_apr.server.api.routes import UI, _router, allow_ui_without_key
 from sgl_apr.server.api.service import TrajectoryService
 from tests.runtime.test_loop import BOOM, FORK, scripted
 from tests.support.browser import PHONE, Tab, launched, tab
@@ -55,8 +55,8 @@ class Kept(TrajectoryService):
         )
         self._engine, self.made = engine, list[apr.Trajectory]()
 
-    async def run(self, *asked: Any) -> apr.Trajectory:
-        self.made.append(await super().run(*asked))
+    async def run(self, *args: Any) -> apr.Trajectory:
+        self.made.append(await super().run(*args))
         return self.made[-1]
 
 
@@ -65,13 +65,8 @@ def serving(engine: Any, key: str | None = None) -> Iterator[tuple[str, Kept]]:
     """The routes of our server around an engine, in a thread; as SGLang guards them, if there is a key."""
     service = Kept(engine)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI):
-        app.state.apr = service
-        yield
-
     app = FastAPI()
-    app.include_router(_router(lifespan))
+    app.include_router(make_router(lambda: service))
     with pytest.MonkeyPatch.context() as patch:
         if key:
             patch.setattr(
@@ -114,7 +109,7 @@ def held(engine: apr.ScriptedEngine) -> threading.Event:
 def ask(browser: Any, url: str, prompt: str = "Q: ", **options: Any) -> Tab:
     """The page once it has asked this."""
     shown = tab(browser, **options)
-    shown.go(url + UI)
+    shown.go(url + UI_PATH)
     shown.page.fill("#prompt", prompt)
     shown.page.click("#run")
     return shown
@@ -170,7 +165,7 @@ def test_a_trajectory_is_followed_to_its_end(browser):
         assert shown.text("#found") == "1 trajectory"
         assert shown.complaints == []
         assert {r.removeprefix(url) for r in shown.requests if not r.startswith("data:")} == {
-            UI,
+            UI_PATH,
             "/apr/generate",
         }
 
@@ -178,7 +173,7 @@ def test_a_trajectory_is_followed_to_its_end(browser):
 def test_every_dialect_ends_as_the_server_has_it(browser):
     with serving(SampledEngine(masked("threadweaver"))) as (url, service):
         shown = tab(browser)
-        shown.go(url + UI)
+        shown.go(url + UI_PATH)
         shown.page.click("#options summary")
         shown.until("document.getElementById('dialect').options.length > 5")
         for k, name in enumerate(dialect_names(), 1):
@@ -216,7 +211,7 @@ def test_what_is_retried_is_void(browser, options: dict):
     engine.script = fails_once
     with serving(engine) as (url, service):
         shown = tab(browser)
-        shown.go(url + UI)
+        shown.go(url + UI_PATH)
         also(shown, options)
         shown.page.fill("#prompt", "Q: ")
         shown.page.click("#run")
@@ -275,7 +270,7 @@ def test_another_is_looked_at_meanwhile(browser):
 def test_what_goes_wrong_is_said(browser, replies: dict, more: dict, said: str):
     with serving(slow(**replies)) as (url, _):
         shown = tab(browser)
-        shown.go(url + UI)
+        shown.go(url + UI_PATH)
         also(shown, {"retry": {"attempts": 1}} | more)
         shown.page.fill("#prompt", "Q: ")
         shown.page.click("#run")
@@ -286,12 +281,12 @@ def test_what_goes_wrong_is_said(browser, replies: dict, more: dict, said: str):
 
 def test_the_key_is_asked_for_and_kept_nowhere(browser):
     with serving(slow(), KEY) as (url, service):
-        for path in ("/apr/dialects", "/apr/stats", f"{UI}/", f"{UI}/x"):
+        for path in ("/apr/dialects", "/apr/stats", f"{UI_PATH}/", f"{UI_PATH}/x"):
             assert requests.get(url + path, timeout=10).status_code == 401
-        assert requests.post(url + UI, timeout=10).status_code == 401
+        assert requests.post(url + UI_PATH, timeout=10).status_code == 401
         for method in ("generate", "ui"):
             assert requests.post(f"{url}/apr/{method}", json={}, timeout=10).status_code == 401
-        answer = requests.get(url + UI, timeout=10)
+        answer = requests.get(url + UI_PATH, timeout=10)
         assert (answer.status_code, answer.headers["X-Content-Type-Options"]) == (200, "nosniff")
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         shown = ask(browser, url)

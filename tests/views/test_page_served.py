@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sgl_apr.server.api.routes import UI
+from sgl_apr.server.api.install import UI_PATH
 from sgl_apr.server.launch.launcher import Server
 from tests.support.browser import launched, tab
 from tests.views.test_page_browser import number
@@ -21,7 +21,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.server
 def test_on_a_real_server(browser, server: Server):
     shown = tab(browser)
-    shown.go(server.url + UI)
+    shown.go(server.url + UI_PATH)
     shown.page.click("#options summary")
     shown.until("document.getElementById('dialect').options.length > 5", 60)
     shown.page.select_option("#dialect", "threadweaver")

@@ -1,4 +1,4 @@
-"""What trajectories have come to on this server, counted for people and for Prometheus; it runs none."""
+"""Counts the trajectories of this server, their tokens, forks and joins, as JSON and for Prometheus."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ COUNTERS = {
     "reprefilled_tokens": "Prompt tokens that were computed once more",
     "forks": "Forks of finished trajectories",
     "joins": "Joins of finished trajectories, by kind",
-    "text_fallbacks": "Joins in the KV cache that were asked for and became text",
+    "text_fallbacks": "Requested joins in the KV cache that were done as text",
 }
 LABELS = {"trajectories": ("outcome", OUTCOMES), "joins": ("by", JOINS)}
 
 
 class ServerCounters:
-    """Counts of what has ended. `running` is how many run now."""
+    """Counts of the trajectories that have ended since the launch.
+
+    Attributes:
+        running: Trajectories that run now.
+    """
 
     def __init__(self, model: str, prometheus: bool = False) -> None:
         self.running = 0
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._meters: dict[tuple[str, str], Any] = _prometheus_counters(model) if prometheus else {}
+        self._prometheus: dict[tuple[str, str], Any] = _prometheus_counters(model) if prometheus else {}
 
-    def ended(self, outcome: str) -> None:
-        """A trajectory has ended so: one of `OUTCOMES`."""
+    def count_outcome(self, outcome: str) -> None:
+        """Counts a trajectory that ended with `outcome`, one of `OUTCOMES`."""
         self._add("trajectories", 1, outcome)
 
-    def finished(self, plan: ReasonOptions, trajectory: Trajectory) -> None:
-        """A trajectory is whole."""
-        self.ended("finished")
+    def count_finished(self, options: ReasonOptions, trajectory: Trajectory) -> None:
+        """Counts a finished trajectory with its tokens, forks and joins."""
+        self.count_outcome("finished")
         metrics = trajectory.metrics()
         self._add("tokens", metrics.total)
         self._add("critical_path_tokens", metrics.critical_path)
@@ -45,37 +49,40 @@ class ServerCounters:
         self._add("reprefilled_tokens", metrics.reprefilled_tokens)
         self._add("forks", metrics.blocks)
         self._add("text_fallbacks", sum(join.by == "text" for join in trajectory.joins))
-        if plan.join == "kv":
-            ways = [
-                join.by for join in trajectory.joins if len(join.path) % 2
-            ]  # of a block, not of a sequence
+        if options.join == "kv":
+            # Odd paths are of blocks. Even ones are of sequences that fell back to text later.
+            kinds = [join.by for join in trajectory.joins if len(join.path) % 2]
         else:
-            ways = [plan.join or plan.dialect.joins[0]] * metrics.blocks  # type: ignore[list-item]  # checked
-        for way in ways:
-            self._add("joins", 1, way)
+            kinds = [options.join or options.dialect.joins[0]] * metrics.blocks  # type: ignore[list-item]  # checked
+        for kind in kinds:
+            self._add("joins", 1, kind)
 
-    def report(self) -> dict[str, Any]:
-        """The counts as JSON."""
-        found: dict[str, Any] = {"running": self.running}
+    def to_json(self) -> dict[str, Any]:
+        """The counts as a JSON object. Counters with labels are objects themselves."""
+        counts: dict[str, Any] = {"running": self.running}
         for name in COUNTERS:
-            _, kinds = LABELS.get(name, ("", ()))
-            found[name] = {k: self._counts[name, k] for k in kinds} if kinds else self._counts[name, ""]
-        return found
+            _, values = LABELS.get(name, ("", ()))
+            counts[name] = {v: self._counts[name, v] for v in values} if values else self._counts[name, ""]
+        return counts
 
-    def _add(self, name: str, amount: int, kind: str = "") -> None:
-        self._counts[name, kind] += amount
-        if self._meters:
-            self._meters[name, kind].inc(amount)
+    def _add(self, name: str, amount: int, label: str = "") -> None:
+        self._counts[name, label] += amount
+        if self._prometheus:
+            self._prometheus[name, label].inc(amount)
 
 
 def _prometheus_counters(model: str) -> dict[tuple[str, str], Any]:
-    """Prometheus counters, each at 0. Only once SGLang has set its directory for many processes."""
-    from prometheus_client import Counter as Meter
+    """Prometheus counters at 0, by name and label.
 
-    found: dict[tuple[str, str], Any] = {}
-    for name, text in COUNTERS.items():
-        label, kinds = LABELS.get(name, ("", ()))
-        meter = Meter(f"sgl_apr:{name}", text, ["model_name", *([label] if label else [])])
-        for kind in kinds or ("",):
-            found[name, kind] = meter.labels(model, *([kind] if kind else []))
-    return found
+    Call it only after SGLang has set the directory that prometheus_client shares between processes.
+    """
+    from prometheus_client import Counter as PrometheusCounter
+
+    counters: dict[tuple[str, str], Any] = {}
+    for name, description in COUNTERS.items():
+        label, values = LABELS.get(name, ("", ()))
+        labels = ["model_name", *([label] if label else [])]
+        counter = PrometheusCounter(f"sgl_apr:{name}", description, labels)
+        for value in values or ("",):
+            counters[name, value] = counter.labels(model, *([value] if value else []))
+    return counters

@@ -1,108 +1,237 @@
-"""How answers go out: JSON, server-sent events, errors in OpenAI's shape, and clients that leave; no plan in here."""
+"""Handles HTTP: the routes of a trajectory, errors as responses, event streams, clients that disconnect."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
+from dataclasses import asdict
+from typing import Any, ParamSpec, TypeVar
 
 import orjson
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
+from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
 from sgl_apr.errors import AprError, EngineError, EngineTimeout
+from sgl_apr.formats.dialects import dialect, dialect_names
+from sgl_apr.formats.presets import dialect_for
+from sgl_apr.runtime.event_json import event_to_json
+from sgl_apr.runtime.options import DEFAULT_DIALECT
 from sgl_apr.server.api.limits import ServerBusy
+from sgl_apr.server.api.openai_request import parse_openai_request
+from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
+from sgl_apr.server.api.options import ReasonRequest
+from sgl_apr.server.api.service import TrajectoryService
+from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.views.page import render_live_page
 
+P = ParamSpec("P")
 T = TypeVar("T")
-Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 HTTP_CLIENT_CLOSED_REQUEST = 499  # nobody reads it
 RETRY_AFTER = "1"  # seconds
+DIALECT_FIELDS = (
+    "name",
+    "tags",
+    "width",
+    "min_width",
+    "max_width",
+    "max_depth",
+    "first_number",
+    "branch_context",
+    "joins",
+    "published_join",
+    "policy",
+)
 log = logging.getLogger(__name__)
 
 
-def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer."""
-    return Response(orjson.dumps(content), status, headers, "application/json")
+def respond_to_errors(handler: Callable[P, Awaitable[Response]]) -> Callable[P, Awaitable[Response]]:
+    """Makes a handler return a response for every exception that it raises."""
+
+    @functools.wraps(handler)
+    async def handle(*args: P.args, **kwargs: P.kwargs) -> Response:
+        try:
+            return await handler(*args, **kwargs)
+        except ClientDisconnect:
+            return Response(status_code=HTTP_CLIENT_CLOSED_REQUEST)
+        except Exception as error:
+            body, status = error_body(error)
+            headers = {"Retry-After": RETRY_AFTER} if isinstance(error, ServerBusy) else None
+            return _json_response(body, status, headers)
+
+    return handle
 
 
-def as_error(error: BaseException) -> Response:
-    """The answer to a request that failed."""
-    body, status = error_body(error)
-    return as_json(body, status, {"Retry-After": RETRY_AFTER} if isinstance(error, ServerBusy) else None)
+@respond_to_errors
+async def openai_completion(
+    serving: Any, request: Any, raw_request: Request, apr: Any, *, chat: bool
+) -> Response:
+    """A chat completion or text completion whose body has an object `apr`."""
+    service: TrajectoryService = raw_request.app.state.apr
+    reason_request, response_options = await parse_openai_request(
+        serving, request, raw_request, apr, chat=chat
+    )
+    response = OpenAIResponseBuilder(request.model, chat, response_options)
+    if reason_request.stream:
+        return await event_stream(raw_request.receive, response.chunks(service.stream(reason_request)))
+    trajectory = await run_until_disconnect(raw_request.receive, service.run(reason_request))
+    return _json_response(response.completion(trajectory))
+
+
+@respond_to_errors
+async def generate(request: Request) -> Response:
+    """A trajectory of `prompt` (text) or `input_ids`, with the options next to them in the body.
+
+    Returns its JSON (`apr.Trajectory.from_json`), or with `"stream": true` its events
+    (`sgl_apr.runtime.event_from_json`).
+    """
+    service: TrajectoryService = request.app.state.apr
+    reason_request = ReasonRequest.from_json(await request.body())
+    if reason_request.stream:
+        return await event_stream(request.receive, _event_objects(service.stream(reason_request)))
+    trajectory = await run_until_disconnect(request.receive, service.run(reason_request))
+    return _json_response(orjson.Fragment(trajectory.to_json()))
+
+
+async def _event_objects(
+    events: AsyncGenerator[Any, None],
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(events):
+        async for event in events:
+            if not isinstance(event, Trajectory):
+                yield event_to_json(event)
+
+
+@respond_to_errors
+async def dialects(request: Request) -> Response:
+    """Every dialect with its tags and defaults, and the dialect of a request that names none."""
+    service: TrajectoryService = request.app.state.apr
+    default = dialect_for((await service.engine()).tokenizer)
+    known = [dialect(name) for name in dialect_names()]
+    return _json_response(
+        {
+            "default": default.name if default else DEFAULT_DIALECT,
+            "dialects": [{name: getattr(d, name) for name in DIALECT_FIELDS} for d in known],
+        }
+    )
+
+
+@respond_to_errors
+async def stats(request: Request) -> Response:
+    """Counts since the launch, the operator's limits, and what the engine supports."""
+    service: TrajectoryService = request.app.state.apr
+    engine = await service.engine()
+    return _json_response(
+        {
+            **service.counters.to_json(),
+            "limits": asdict(service.limits),
+            "joins_kv": engine.joins_kv,
+            "grammar_backend": engine.grammar_backend,
+            "supports_seeds": engine.supports_seeds,
+        }
+    )
+
+
+async def ui(request: Request) -> Response:
+    """A page that sends requests to `/apr/generate` and draws the trajectory while it is written."""
+    headers = {
+        "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "frame-ancestors 'none'",
+    }  # fmt: skip
+    return Response(render_live_page(), headers=headers, media_type="text/html")
 
 
 def error_body(error: BaseException) -> tuple[dict[str, Any], int]:
-    """An error in OpenAI's shape, and its status: 4xx for what the client can change, else 5xx."""
+    """An error as OpenAI's error object, and its HTTP status.
+
+    The status is 4xx if the client can mend the request, else 5xx. The object's `code` is the name of the exception.
+    """
     if isinstance(error, ServerBusy):
         status = 503
     elif isinstance(error, EngineTimeout):
         status = 504
-    elif isinstance(error, EngineError):  # 409 is between the loop and the cache
-        status = error.status if error.status and 400 <= error.status < 600 and error.status != 409 else 500
+    elif isinstance(error, EngineError):
+        status = error.status or 500
+        # A cache miss has a meaning only between the runtime and the cache.
+        if not 400 <= status < 600 or status == CACHE_MISS_STATUS:
+            status = 500
     elif isinstance(error, AprError):
         status = 400
     else:
         log.error("a trajectory failed", exc_info=error)
         status = 500
-    known = isinstance(error, AprError)
-    code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower() if known else "internal_error"
+    message, code = "internal server error", "internal_error"
+    if isinstance(error, AprError):
+        message, code = str(error), re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
     kind = "invalid_request_error" if status < 500 else "server_error"
-    text = str(error) if known else "internal server error"
-    return {"error": {"message": text, "type": kind, "param": None, "code": code}}, status
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}, status
 
 
-async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None, with `work` cancelled, if the client leaves before."""
-    task, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` and returns its result.
+
+    Raises:
+        ClientDisconnect: The client disconnected first. `work` is cancelled then.
+    """
+    task, disconnect = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
     finally:
         task.cancel()
-        leaving.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _left(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events, one for each object; closes their source as soon as the client leaves."""
-
-    def __init__(self, first: Any, rest: AsyncGenerator[Any, None]) -> None:
-        headers = {"Cache-Control": "no-cache"}
-        super().__init__(_lines(first, rest), media_type="text/event-stream", headers=headers)
-        self._source = rest
-
-    async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
-        try:
-            await run_until_disconnect(receive, self.stream_response(send))
-        finally:
-            await self._source.aclose()
-
-
 async def event_stream(receive: Receive, objects: AsyncGenerator[Any, None]) -> Response:
-    """A stream of objects; an error before the first of them is an answer of its own."""
-    first = await run_until_disconnect(receive, anext(objects))
-    if first is None:
-        await objects.aclose()
-        return Response(status_code=HTTP_CLIENT_CLOSED_REQUEST)
-    return EventStream(first, objects)
+    """A response that streams JSON objects as server-sent events.
+
+    It waits for the first object, so that an error before it becomes a response with an error status.
+    """
+    return EventStream(await run_until_disconnect(receive, anext(objects)), objects)
 
 
-async def _lines(first: Any, rest: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+class EventStream(StreamingResponse):
+    """Server-sent events, one per object. It closes the generator of the objects when the client disconnects."""
+
+    def __init__(self, first: Any, remaining: AsyncGenerator[Any, None]) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(_event_lines(first, remaining), media_type="text/event-stream", headers=headers)
+        self._objects = remaining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientDisconnect):
+                await run_until_disconnect(receive, self.stream_response(send))
+        finally:
+            await self._objects.aclose()
+
+
+async def _event_lines(first: Any, remaining: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
     try:
-        yield _line(first)
-        async for item in rest:
-            yield _line(item)
+        yield _event_line(first)
+        async for item in remaining:
+            yield _event_line(item)
     except Exception as error:
-        yield _line(error_body(error)[0])
+        yield _event_line(error_body(error)[0])
     yield b"data: [DONE]\n\n"
 
 
-def _line(item: Any) -> bytes:
+def _event_line(item: Any) -> bytes:
     return b"data: " + orjson.dumps(item) + b"\n\n"
+
+
+def _json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, "application/json")

@@ -1,27 +1,37 @@
-"""What an operator lets a trajectory ask for, and how many there may be at once; nothing is counted here."""
+"""The operator's limits: how large one trajectory may be, and how many may run at once."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from sgl_apr.errors import AprError, BudgetExceeded
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.server.launch.usage import UsageError
+from sgl_apr.server.launch.usage import UsageError, UsageParser
 
-LOWEST: Mapping[str, int | float] = {"width": 2, "depth": 1, "tokens": 1, "seconds": 0.001, "concurrent": 1}
+MINIMUMS: Mapping[str, int | float] = {"width": 2, "depth": 1, "tokens": 1, "seconds": 0.001, "concurrent": 1}
+
+
+class ServerBusy(AprError):
+    """The server already runs as many trajectories as the operator allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The flags `--apr-max-...` of `sgl-apr serve`. A request may ask for less, never for more.
+    """The flags `--apr-max-...` of `sgl-apr serve`.
 
-    width, depth, tokens, seconds: of the budget of one trajectory, None for no cap. A request that names no
-        such limit gets the cap, or the default where that is less.
-    concurrent: trajectories at once; one more is refused.
+    A request may set lower limits, never higher ones. If it does not set a limit, it gets the operator's limit or the
+    default, whichever is lower.
+
+    Attributes:
+        width: Branches per fork. None: not limited by the operator; the same for the next three.
+        depth: Nesting depth of forks.
+        tokens: Tokens of one trajectory.
+        seconds: Seconds of one trajectory.
+        concurrent: Trajectories that run at once. The server refuses further ones.
     """
 
     width: int | None = None
@@ -30,44 +40,48 @@ class RequestLimits:
     seconds: float | None = None
     concurrent: int = 256
 
-    def budget(self, asked: Mapping[str, Any], dialect: Dialect, room: int) -> Budget:
-        """The budget that a request gets for the limits it names; raises `BudgetExceeded` over a cap.
+    def budget(self, requested: Mapping[str, Any], dialect: Dialect, context_left: int) -> Budget:
+        """The budget of a request.
 
-        room: tokens that the model's context has behind the prompt. Where no tokens are asked for, a reply is
-        to fit into it.
+        Args:
+            requested: The fields of `Budget` that the request sets.
+            dialect: The dialect of the trajectory. It has a default width.
+            context_left: Tokens that the model's context has left after the prompt. They bound the tokens of a
+                request that does not set any.
+
+        Raises:
+            BudgetExceeded: The request sets a limit above the operator's.
         """
         for name in ("width", "depth", "tokens", "seconds"):
-            cap, value = getattr(self, name), asked.get(name)
-            if cap is not None and value is not None and value > cap:
+            limit, value = getattr(self, name), requested.get(name)
+            if limit is not None and value is not None and value > limit:
                 raise BudgetExceeded(
-                    f"budget {name}={value} is more than this server allows: --apr-max-{name} {cap}"
+                    f"budget {name}={value} is more than this server allows: --apr-max-{name} {limit}"
                 )
-        limits = dict(asked)
+        budget = dict(requested)
         if self.width is not None:
-            limits.setdefault("width", min(self.width, dialect.width))
+            budget.setdefault("width", min(self.width, dialect.width))
         if self.seconds is not None:
-            limits.setdefault("seconds", self.seconds)
-        usual = (Budget().tokens, room, *([] if self.tokens is None else [self.tokens]))
-        limits.setdefault("tokens", max(1, min(usual)))
-        return Budget(**limits)
+            budget.setdefault("seconds", self.seconds)
+        token_limits = (Budget().tokens, context_left, *([] if self.tokens is None else [self.tokens]))
+        budget.setdefault("tokens", max(1, min(token_limits)))
+        return Budget(**budget)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+def parse_limit_arguments(argv: Sequence[str]) -> tuple[RequestLimits, list[str]]:
+    """Parses the flags `--apr-max-...`.
 
+    Returns:
+        The limits, and the remaining arguments, which are SGLang's.
 
-def read_caps(argv: Sequence[str]) -> tuple[RequestLimits, list[str]]:
-    """The caps of a command line, and the rest of it, for SGLang; raises `UsageError`."""
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, lowest in LOWEST.items():
-        parser.add_argument(f"--apr-max-{name}", dest=name, type=type(lowest))
-    found, rest = parser.parse_known_args(list(argv))
-    for name, value in vars(found).items():
-        if not value >= LOWEST[name]:
-            raise UsageError(f"--apr-max-{name} {value}, expected at least {LOWEST[name]:g}")
-    return RequestLimits(**vars(found)), rest
-
-
-class ServerBusy(AprError):
-    """As many trajectories run as the operator allows."""
+    Raises:
+        UsageError: A value is missing, not a number, or too low.
+    """
+    parser = UsageParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, minimum in MINIMUMS.items():
+        parser.add_argument(f"--apr-max-{name}", dest=name, type=type(minimum))
+    limits, remaining = parser.parse_known_args(list(argv))
+    for name, value in vars(limits).items():
+        if not value >= MINIMUMS[name]:  # also true for NaN
+            raise UsageError(f"--apr-max-{name} {value}, expected at least {MINIMUMS[name]:g}")
+    return RequestLimits(**vars(limits)), remaining

@@ -1,113 +1,121 @@
-"""A request of OpenAI's API as SGLang reads it, made into a prompt and a plan; it is answered elsewhere."""
+"""Parses a request of OpenAI's API that has an object `apr`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException
 
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.runtime.options import REQUEST_FIELDS, ReasonOptions
+from sgl_apr.runtime.options import REQUEST_FIELDS
 from sgl_apr.server.api.openai_response import ResponseOptions
-from sgl_apr.server.api.options import SAMPLING, RequestParser, check_type, drop_nulls
+from sgl_apr.server.api.options import SAMPLING_TYPES, ReasonRequest, check_type, drop_nulls
 
-ALONE = "a trajectory is one reply"
-MASK = "the dialect's grammar constrains decoding"
-STOPS = "where a reply stops is for its dialect to say"
-UNKNOWN = "a trajectory has none"
+ONE_REPLY = "a trajectory is one reply"
+GRAMMAR = "the dialect's grammar constrains decoding"
+STOP = "the dialect decides where a reply stops"
+NOT_AVAILABLE = "a trajectory does not have it"
 UNSUPPORTED_FIELDS: Mapping[str, str] = {
-    "n": ALONE, "best_of": ALONE, "echo": ALONE, "suffix": ALONE, "session_id": ALONE, "session_params": ALONE,
-    "tools": MASK, "response_format": MASK, "regex": MASK, "ebnf": MASK, "json_schema": MASK,
-    "stop": STOPS, "stop_token_ids": STOPS, "stop_regex": STOPS, "min_tokens": STOPS, "ignore_eos": STOPS,
-    "logprobs": UNKNOWN, "top_logprobs": UNKNOWN, "return_hidden_states": UNKNOWN, "return_routed_experts": UNKNOWN,
-    "custom_logit_processor": MASK, "custom_params": MASK, "watermark": MASK,
+    "n": ONE_REPLY, "best_of": ONE_REPLY, "echo": ONE_REPLY, "suffix": ONE_REPLY, "session_id": ONE_REPLY,
+    "session_params": ONE_REPLY,
+    "tools": GRAMMAR, "response_format": GRAMMAR, "regex": GRAMMAR, "ebnf": GRAMMAR, "json_schema": GRAMMAR,
+    "custom_logit_processor": GRAMMAR, "custom_params": GRAMMAR, "watermark": GRAMMAR,
+    "stop": STOP, "stop_token_ids": STOP, "stop_regex": STOP, "min_tokens": STOP, "ignore_eos": STOP,
+    "logprobs": NOT_AVAILABLE, "top_logprobs": NOT_AVAILABLE, "return_hidden_states": NOT_AVAILABLE,
+    "return_routed_experts": NOT_AVAILABLE,
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ReasonRequest:
-    """A prompt, what is asked behind it, and how the answer is to look."""
-
-    prompt: tuple[int, ...]
-    plan: ReasonOptions
-    options_: ResponseOptions
-
-
 async def parse_openai_request(
-    parser: RequestParser, serving: Any, request: Any, raw_request: Any, options: Any, *, chat: bool
-) -> ReasonRequest:
-    """Read a request with SGLang's own object for its route: templates, defaults and adapters are its matter.
+    serving: Any, request: Any, raw_request: Any, apr: Any, *, chat: bool
+) -> tuple[ReasonRequest, ResponseOptions]:
+    """Parses a request as SGLang does: it applies the chat template, the model's defaults and the adapter.
 
-    `options` is what the body has under `apr`; a field that both have is taken from there. Raises an
-    `AprError` for what cannot be had together with `apr`, or at all.
+    Args:
+        serving: SGLang's serving object of the route.
+        request: SGLang's `ChatCompletionRequest` or `CompletionRequest`.
+        raw_request: The HTTP request.
+        apr: The field `apr` of the body. Where it and the request set the same option, it wins.
+        chat: Whether this is a chat completion.
+
+    Returns:
+        The request for a trajectory, and how its response should look.
+
+    Raises:
+        AprError: The request is not valid, or has a field that does not work together with `apr`.
+        EngineError: SGLang refuses the request with an HTTP status.
     """
-    options = drop_nulls(check_type("apr", options, dict))
-    options_ = _response_options(options, request)
+    options = drop_nulls(check_type("apr", apr, dict))
+    response_options = _pop_response_options(options, request)
     for name, reason in UNSUPPORTED_FIELDS.items():
         value = getattr(request, name, None)
         if value and value != type(request).model_fields[name].default:
-            raise AprError(f"{name} cannot be had with apr: {reason}")
+            raise AprError(f"{name} cannot be combined with apr: {reason}")
     generate = await _generate_request(serving, request, raw_request)
     if any(getattr(generate, f"{kind}_data") for kind in ("image", "video", "audio")):
-        raise AprError("images, video and audio cannot be had with apr")
-    given_as = generate.input_ids if generate.text is None else generate.text
-    alone = isinstance(given_as, list) and len(given_as) == 1 and not isinstance(given_as[0], int)
-    prompt = parser.prompt(given_as[0] if alone else given_as)
-    named = {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}}
-    carried = {k: v for k, v in generate.sampling_params.items() if k in SAMPLING}
-    sampling = {**drop_nulls(carried), **check_type("sampling", options.pop("sampling", {}), dict)}
-    limit = getattr(request, "max_completion_tokens", None) or (
+        raise AprError("images, video and audio cannot be combined with apr")
+    prompt = generate.input_ids if generate.text is None else generate.text
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]  # a batch of one
+    sampling = {k: v for k, v in generate.sampling_params.items() if k in SAMPLING_TYPES and v is not None}
+    options["sampling"] = sampling | check_type("sampling", options.get("sampling", {}), dict)
+    defaults = {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}}
+    max_tokens = getattr(request, "max_completion_tokens", None) or (
         request.max_tokens if "max_tokens" in request.model_fields_set else None
     )
-    plan = parser.plan(
-        {**named, **options, "sampling": sampling},
-        len(prompt),
-        most=limit,
-        wrap=_wrap(serving, request) if chat else None,
-    )
-    return ReasonRequest(prompt, plan, options_)
+    template = _branch_prompt_template(serving, request) if chat else None
+    return ReasonRequest(
+        prompt, defaults | options, bool(request.stream), max_tokens, template
+    ), response_options
 
 
-def _response_options(options: dict[str, Any], request: Any) -> ResponseOptions:
-    """How to answer, taken out of the options."""
+def _pop_response_options(options: dict[str, Any], request: Any) -> ResponseOptions:
+    """Takes the options of the response out of those of the trajectory."""
     stream = options.pop("stream", "all")
     if stream not in ("all", "trunk"):
         raise AprError(f'apr stream={stream!r}, expected "all" or "trunk"')
-    separate = check_type("separate", options.pop("separate", False), bool)
+    separate = check_type("separate_reasoning", options.pop("separate_reasoning", False), bool)
     if separate and request.stream:
-        raise AprError("separate cannot be streamed: which text is the answer is known at the end")
-    whole = check_type("trajectory", options.pop("trajectory", False), bool)
-    usage = bool(request.stream_options and request.stream_options.include_usage)
-    return ResponseOptions(separate, whole, stream == "trunk", usage)
+        raise AprError("separate_reasoning cannot be streamed: the answer is known only at the end")
+    return ResponseOptions(
+        separate_reasoning=separate,
+        include_trajectory=check_type("trajectory", options.pop("trajectory", False), bool),
+        trunk_only=stream == "trunk",
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+    )
 
 
 async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any:
-    """The GenerateReqInput that SGLang would send; in a thread, as there."""
+    """SGLang's `GenerateReqInput` for the request. Like SGLang, it runs the chat template in a thread."""
     if message := serving._validate_request(request):
         raise AprError(message)
     try:
-        found, _ = await asyncio.to_thread(serving._convert_to_internal_request, request, raw_request)
+        generate, _ = await asyncio.to_thread(serving._convert_to_internal_request, request, raw_request)
     except HTTPException as error:
         raise EngineError(str(error.detail), error.status_code) from error
     except ValueError as error:
         raise AprError(str(error)) from error
-    return found
+    return generate
 
 
-def _wrap(serving: Any, request: Any) -> Callable[[str], str] | None:
-    """Makes a prompt of the message of a branch with a context of its own, as the chat template does."""
+def _branch_prompt_template(serving: Any, request: Any) -> Callable[[str], str] | None:
+    """Applies the chat template to the message of a branch. None if the model has no template."""
     tokenizer = serving.tokenizer_manager.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         return None
+    template_options = {
+        **serving.default_chat_template_kwargs,
+        **(request.chat_template_kwargs or {}),
+        "add_generation_prompt": True,
+        "tokenize": False,
+    }
 
-    def wrap(message: str) -> str:
-        kind = {**serving.default_chat_template_kwargs, **(request.chat_template_kwargs or {})}
-        turn = {"conversation": [{"role": "user", "content": message}], "add_generation_prompt": True}
-        text = str(tokenizer.apply_chat_template(**{**kind, **turn, "tokenize": False}))
-        # What encodes it begins every prompt with a BOS, if this tokenizer has it so.
+    def apply_template(message: str) -> str:
+        conversation = [{"role": "user", "content": message}]
+        text = str(tokenizer.apply_chat_template(**{**template_options, "conversation": conversation}))
+        # Encoding adds the BOS token once more if this tokenizer does that by itself.
         return text.removeprefix(tokenizer.bos_token or "") if serving._tokenizer_auto_adds_specials else text
 
-    return wrap
+    return apply_template

@@ -1,4 +1,4 @@
-"""What a request asks for, as JSON, made into a plan; every name and type is checked, nothing is evaluated."""
+"""Checks the options of a request, which are JSON, and makes typed `ReasonOptions` of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
+
+import orjson
 
 from sgl_apr.errors import AprError, GrammarError
 from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
@@ -18,123 +20,164 @@ from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
 
 T = TypeVar("T")
-ATTEMPTS = 10  # of one request, at most
+MAX_ATTEMPTS = 10  # of one engine request
 TYPE_NAMES: Mapping[type, str] = {
     str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
 }  # fmt: skip
-OPTIONS: Mapping[str, type] = {
+OPTION_TYPES: Mapping[str, type] = {
     "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
     "cap_width_by_load": bool, "on_branch_failure": str, "seed": int, "constrain": bool, "forbid_angle_brackets": bool,
     "logprobs": bool,
 }  # fmt: skip
-SAMPLING: Mapping[str, type] = {
+SAMPLING_TYPES: Mapping[str, type] = {
     "temperature": float, "top_p": float, "top_k": int, "min_p": float, "frequency_penalty": float,
     "presence_penalty": float, "repetition_penalty": float, "logit_bias": dict,
 }  # fmt: skip
-REQUEST: Mapping[str, type] = {name: int if name == "priority" else str for name in REQUEST_FIELDS}
-OBJECTS = ("budget", "pacing", "retry", "sampling")
-NAMES = ("dialect", *OBJECTS, *OPTIONS, *SAMPLING, *REQUEST)
+REQUEST_FIELD_TYPES: Mapping[str, type] = {n: int if n == "priority" else str for n in REQUEST_FIELDS}
+OPTION_NAMES = (
+    "dialect", "budget", "pacing", "retry", "sampling", *OPTION_TYPES, *SAMPLING_TYPES, *REQUEST_FIELD_TYPES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class RequestParser:
-    """What plans are made with here: the operator's caps, the served tokenizer, context length and vocabulary."""
+class ReasonRequest:
+    """A request for one trajectory. Its prompt and options are still unchecked JSON.
 
-    caps: RequestLimits
-    tokenizer: Tokenizer
-    context: int
-    vocabulary: int
+    Attributes:
+        prompt: Text or token ids.
+        options: Options by name, of `OPTION_NAMES`. A null counts as absent.
+        stream: Whether the client wants events while the trajectory is written.
+        max_tokens: An upper bound for the tokens of the budget.
+        branch_prompt_template: Makes a prompt of the message of a branch that has its own context.
+    """
 
-    def plan(
-        self,
-        options: Mapping[str, Any],
-        prompt_tokens: int,
-        *,
-        most: int | None = None,
-        wrap: Callable[[str], str] | None = None,
-    ) -> ReasonOptions:
-        """The plan of these options (`NAMES`; null is as good as absent) behind a prompt of so many tokens.
+    prompt: Any
+    options: Mapping[str, Any]
+    stream: bool = False
+    max_tokens: int | None = None
+    branch_prompt_template: Callable[[str], str] | None = None
 
-        most: tokens of the reply at most, beside what the budget says. Raises an `AprError` that says what
-        is wrong and what would be right.
+    @classmethod
+    def from_json(cls, body: bytes) -> ReasonRequest:
+        """The request in a body of `/apr/generate`: `prompt` or `input_ids`, `stream`, and options.
+
+        Raises:
+            AprError: The body is not such an object.
         """
-        options = drop_nulls(options)
+        try:
+            # Unlike the standard library, orjson accepts neither NaN nor unpaired surrogates.
+            options = drop_nulls(check_type("the body", orjson.loads(body), dict))
+        except ValueError as error:
+            raise AprError(f"the body is not JSON: {error}") from None
+        stream = check_type("stream", options.pop("stream", False), bool)
+        prompt, ids = options.pop("prompt", None), options.pop("input_ids", None)
+        if prompt is not None and ids is not None:
+            raise AprError("expected prompt or input_ids, not both")
+        return cls(ids if prompt is None else prompt, options, stream)
+
+
+@dataclass(frozen=True, slots=True)
+class OptionsParser:
+    """Makes prompts and options of requests, for one server.
+
+    Attributes:
+        limits: The operator's limits.
+        tokenizer: The tokenizer of the served model.
+        context_length: Tokens of the model's context.
+        vocab_size: Number of token ids that the model has.
+    """
+
+    limits: RequestLimits
+    tokenizer: Tokenizer
+    context_length: int
+    vocab_size: int
+
+    def parse(self, request: ReasonRequest) -> tuple[tuple[int, ...], ReasonOptions]:
+        """The prompt's token ids and the options of a request.
+
+        Raises:
+            AprError: An option has an unknown name, a wrong type or a value that is not possible. The message says
+                what was expected.
+        """
+        prompt = self._prompt_ids(request.prompt)
+        options = drop_nulls(request.options)
         for name in options:
-            if name not in NAMES:
-                raise AprError(f"no option {name!r}, expected some of {', '.join(NAMES)}")
-        chosen = self._dialect(options.get("dialect"))
-        limits = _numbers(Budget, "budget", options.get("budget", {}))
-        if most is not None:
-            limits["tokens"] = min(most, limits.get("tokens", most))
-        retry = _build_dataclass(Retry, "retry", options)
-        if retry.attempts > ATTEMPTS:
-            raise AprError(f"retry attempts={retry.attempts}, expected at most {ATTEMPTS}")
+            if name not in OPTION_NAMES:
+                raise AprError(f"no option {name!r}, expected some of {', '.join(OPTION_NAMES)}")
+        dialect_ = self._dialect(options.get("dialect"))
+        budget = _check_numbers(Budget, "budget", options)
+        if request.max_tokens is not None:
+            budget["tokens"] = min(request.max_tokens, budget.get("tokens", request.max_tokens))
+        retry = Retry(**_check_numbers(Retry, "retry", options))
+        if retry.attempts > MAX_ATTEMPTS:
+            raise AprError(f"retry attempts={retry.attempts}, expected at most {MAX_ATTEMPTS}")
         sampling = check_type("sampling", options.get("sampling", {}), dict)
-        return ReasonOptions(
-            chosen,
-            self.caps.budget(limits, chosen, self.context - prompt_tokens - 1),
-            pacing=_build_dataclass(Pacing, "pacing", options),
+        return prompt, ReasonOptions(
+            dialect_,
+            self.limits.budget(budget, dialect_, self.context_length - len(prompt) - 1),
+            pacing=Pacing(**_check_numbers(Pacing, "pacing", options)),
             retry=retry,
-            branch_prompt_template=wrap if chosen.branch_context == "message" else None,
-            sampling=_checked(sampling, SAMPLING, "sampling ") | _select(options, SAMPLING),
-            request_fields=_select(options, REQUEST),
-            **_select(options, OPTIONS),
+            branch_prompt_template=(
+                request.branch_prompt_template if dialect_.branch_context == "message" else None
+            ),
+            sampling=_check_fields(sampling, SAMPLING_TYPES, "sampling ") | _select(options, SAMPLING_TYPES),
+            request_fields=_select(options, REQUEST_FIELD_TYPES),
+            **_select(options, OPTION_TYPES),
         )
 
-    def prompt(self, prompt: Any) -> tuple[int, ...]:
-        """The ids of one prompt, text or ids; raises `AprError` for anything else, and for ids that the model
-        does not have: they would end the scheduler."""
-        ids = self.tokenizer.encode(prompt, first=True) if isinstance(prompt, str) else prompt
-        whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-        if not (whole and ids):
+    def _prompt_ids(self, prompt: Any) -> tuple[int, ...]:
+        """Token ids of one prompt. Ids outside of the vocabulary are refused: they would end SGLang's scheduler."""
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        all_ints = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if not (all_ints and ids):
             raise AprError("expected one prompt: text, or a list of token ids")
-        if not all(0 <= i < self.vocabulary for i in ids):
-            raise AprError(f"the prompt has token ids outside of the vocabulary: 0 to {self.vocabulary - 1}")
+        if not all(0 <= i < self.vocab_size for i in ids):
+            raise AprError(f"the prompt has token ids outside of the vocabulary: 0 to {self.vocab_size - 1}")
         return tuple(ids)
 
     def _dialect(self, name: Any) -> Dialect:
         if name is None:
             return dialect_for(self.tokenizer) or dialect(DEFAULT_DIALECT)
-        if name not in dialect_names():  # and never a path
-            raise GrammarError(f"no dialect {_short(name)}, expected one of {', '.join(dialect_names())}")
+        if name not in dialect_names():  # `dialect` also loads files by path, which a client must not do
+            raise GrammarError(f"no dialect {_shorten(name)}, expected one of {', '.join(dialect_names())}")
         return dialect(name)
 
 
 def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that are null."""
+    """The values that are not null."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_type(where: str, value: Any, kind: type[T]) -> T:
-    """The value, if it is of that kind; raises `AprError`."""
+def check_type(name: str, value: Any, kind: type[T]) -> T:
+    """The value, if it has this type. A whole number is also a float, but a bool is never a number.
+
+    Raises:
+        AprError: It has another type, or is not finite.
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     fits = isinstance(value, kind) and (number or kind not in (int, float))
     if not (fits or (kind is float and number)):
-        raise AprError(f"{where}={_short(value)}, expected {TYPE_NAMES[kind]}")
+        raise AprError(f"{name}={_shorten(value)}, expected {TYPE_NAMES[kind]}")
     return value  # type: ignore[no-any-return]
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _checked(values: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:
+def _check_fields(values: Mapping[str, Any], types: Mapping[str, type], prefix: str) -> dict[str, Any]:
     for name in values:
-        if name not in kinds:
-            raise AprError(f"no {where}{_short(name)}, expected some of {', '.join(kinds)}")
-    return {name: check_type(where + name, value, kinds[name]) for name, value in drop_nulls(values).items()}
+        if name not in types:
+            raise AprError(f"no {prefix}{_shorten(name)}, expected some of {', '.join(types)}")
+    return {name: check_type(prefix + name, v, types[name]) for name, v in drop_nulls(values).items()}
 
 
-def _select(options: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
-    return _checked({name: value for name, value in options.items() if name in kinds}, kinds, "")
+def _select(options: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
+    return _check_fields({name: value for name, value in options.items() if name in types}, types, "")
 
 
-def _numbers(kind: type, where: str, values: Any) -> dict[str, Any]:
-    """The fields of a dataclass of numbers."""
-    kinds: dict[str, type] = {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
-    return _checked(check_type(where, values, dict), kinds, f"{where} ")
-
-
-def _build_dataclass(kind: type[T], where: str, options: Mapping[str, Any]) -> T:
-    return kind(**_numbers(kind, where, options.get(where, {})))
+def _check_numbers(kind: type, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The option `name`, an object with fields of the dataclass `kind`, all of which are numbers."""
+    types: dict[str, type] = {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
+    return _check_fields(check_type(name, options.get(name, {}), dict), types, f"{name} ")

@@ -1,94 +1,98 @@
-"""Trajectories inside the server process: admitted, run, counted, cancelled; requests and answers are made elsewhere."""
+"""Runs trajectories inside the server process: checks their options, admits, counts and cancels them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from sgl_apr.engine.in_process import InProcessEngine
 from sgl_apr.errors import AprError, EngineError
+from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.loop import run_with_options
-from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.server.api.counters import ServerCounters
 from sgl_apr.server.api.limits import RequestLimits, ServerBusy
-from sgl_apr.server.api.options import RequestParser
+from sgl_apr.server.api.options import OptionsParser, ReasonRequest
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
 class TrajectoryService:
-    """Runs trajectories on the engine of a TokenizerManager, within the operator's caps."""
+    """Runs trajectories on the engine of a TokenizerManager.
 
-    def __init__(self, manager: Any, caps: RequestLimits) -> None:
-        self.manager, self.caps = manager, caps
+    Attributes:
+        limits: The operator's limits.
+        counters: Counts of what has run so far.
+    """
+
+    def __init__(self, manager: Any, limits: RequestLimits) -> None:
+        self.limits = limits
         self.counters = ServerCounters(
             str(manager.served_model_name), bool(manager.config_value("enable_metrics"))
         )
+        self._manager = manager
         self._engine: InProcessEngine | None = None
 
     async def engine(self) -> InProcessEngine:
-        """The engine, made when it is first needed; raises `UnsupportedEngine` where there can be none."""
+        """The engine. The first call makes it.
+
+        Raises:
+            UnsupportedEngine: The server's grammar backend or tokenizer is not supported.
+        """
         if self._engine is None:
-            path = str(self.manager.config_value("tokenizer_path"))
+            path = str(self._manager.config_value("tokenizer_path"))
             tokenizer = await asyncio.to_thread(load_tokenizer, path)
-            self._engine = self._engine or InProcessEngine(self.manager, tokenizer=tokenizer)
+            self._engine = self._engine or InProcessEngine(self._manager, tokenizer=tokenizer)
         return self._engine
 
-    async def parser(self) -> RequestParser:
-        """What makes plans for this server."""
-        engine = await self.engine()
-        config = self.manager.model_config
-        return RequestParser(self.caps, engine.tokenizer, int(config.context_len), int(config.vocab_size))
+    async def run(self, request: ReasonRequest, on_event: OnEvent | None = None) -> Trajectory:
+        """Runs a trajectory to its end. Cancelling the call cancels the trajectory.
 
-    async def run(
-        self, prompt: tuple[int, ...], plan: ReasonOptions, on_event: OnEvent | None = None
-    ) -> Trajectory:
-        """`run_plan`, counted; raises `Busy` at once where too many run."""
-        if self.counters.running >= self.caps.concurrent:
-            self.counters.ended("refused")
+        Raises:
+            AprError: The request is not valid.
+            ServerBusy: The server already runs as many trajectories as the operator allows.
+            EngineError: The engine failed.
+        """
+        engine = await self.engine()
+        model = self._manager.model_config
+        parser = OptionsParser(self.limits, engine.tokenizer, int(model.context_len), int(model.vocab_size))
+        prompt, options = parser.parse(request)
+        if self.counters.running >= self.limits.concurrent:
+            self.counters.count_outcome("refused")
             raise ServerBusy(
-                f"{self.counters.running} trajectories run, as many as this server allows at once: "
-                f"--apr-max-concurrent {self.caps.concurrent}"
+                f"{self.counters.running} trajectories are running, as many as this server allows at once: "
+                f"--apr-max-concurrent {self.limits.concurrent}"
             )
         self.counters.running += 1
         try:
-            trajectory = await run_with_options(await self.engine(), prompt, plan, on_event)
+            trajectory = await run_with_options(engine, prompt, options, on_event)
         except asyncio.CancelledError:
-            self.counters.ended("cancelled")
+            self.counters.count_outcome("cancelled")
             raise
         except Exception as error:
-            asked_too_much = isinstance(error, AprError) and not isinstance(error, EngineError)
-            self.counters.ended("refused" if asked_too_much else "failed")
+            is_invalid = isinstance(error, AprError) and not isinstance(error, EngineError)
+            self.counters.count_outcome("refused" if is_invalid else "failed")
             raise
         finally:
             self.counters.running -= 1
-        self.counters.finished(plan, trajectory)
+        self.counters.count_finished(options, trajectory)
         return trajectory
 
-    async def stream(
-        self, prompt: tuple[int, ...], plan: ReasonOptions
-    ) -> AsyncGenerator[Event | Trajectory, None]:
-        """The events as they happen, and the trajectory behind them; closing it cancels the trajectory.
+    async def stream(self, request: ReasonRequest) -> AsyncGenerator[Event | Trajectory, None]:
+        """The events of a trajectory as they happen, then the trajectory. Closing the stream cancels the trajectory.
 
-        The first event, that of the prompt, is held back until there is a second: a request that the engine
-        refuses fails before anything is heard.
+        The first event is that of the prompt. It waits for the second one, so that a request that the engine refuses
+        fails before there is any event.
+
+        Raises:
+            AprError: As `run` does.
         """
-        heard = asyncio.Queue[Event | None]()
-        task = asyncio.create_task(self.run(prompt, plan, heard.put_nowait))
-        task.add_done_callback(lambda _: heard.put_nowait(None))
-        try:
-            held = await heard.get()
-            second = await heard.get() if held else None
-            if second is None:
-                await task
-            for event in (held, second):
-                if event:
-                    yield event
-            while second and (event := await heard.get()) is not None:
+        async with aclosing(stream_events(lambda on_event: self.run(request, on_event))) as events:
+            prompt_event = await anext(events)
+            second = await anext(events)
+            yield prompt_event
+            yield second
+            async for event in events:
                 yield event
-            yield await task
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Trajectories behind the server's own API: the official openai client, curl, disconnects, caps, keys, metrics."""
+"""Trajectories over HTTP: the official openai client, curl, disconnects, limits, API keys, metrics."""
 
 from __future__ import annotations
 
@@ -116,11 +116,14 @@ def test_the_messages_of_branches_go_through_the_chat_template(server: Server):
     assert all(head.endswith("<|im_start|>assistant\n") for head in heads)
 
 
-def test_the_answer_apart_from_the_trace(server: Server):
-    whole, apart = chat(server, FORKS), chat(server, {**FORKS, "separate": True}).choices[0].message
-    assert apart.reasoning_content + apart.content == whole.choices[0].message.content
-    assert apart.reasoning_content.rstrip().endswith("</Parallel>")
-    assert "<Parallel>" not in apart.content
+def test_the_answer_separate_from_the_trace(server: Server):
+    whole, separate = (
+        chat(server, FORKS),
+        chat(server, {**FORKS, "separate_reasoning": True}).choices[0].message,
+    )
+    assert separate.reasoning_content + separate.content == whole.choices[0].message.content
+    assert separate.reasoning_content.rstrip().endswith("</Parallel>")
+    assert "<Parallel>" not in separate.content
 
 
 def regrouped(trajectory: apr.Trajectory) -> dict[tuple[int, ...], str]:
@@ -145,11 +148,11 @@ def test_a_stream_is_tagged_by_branch(server: Server):
             return [chunk async for chunk in stream]
 
     *chunks, last, usage = asyncio.run(collect())
-    heard: dict = defaultdict(str)
+    received: dict = defaultdict(str)
     for chunk in chunks:
-        heard[tuple(chunk.apr["path"])] += chunk.choices[0].delta.content
+        received[tuple(chunk.apr["path"])] += chunk.choices[0].delta.content
     trajectory = apr.Trajectory.from_json(json.dumps(last.apr["trajectory"]))
-    assert {path: text for path, text in heard.items() if text} == regrouped(trajectory)
+    assert {path: text for path, text in received.items() if text} == regrouped(trajectory)
     events = [c.apr["event"] for c in chunks if "event" in c.apr]
     branches = [b for x in trajectory.blocks for b in x.branches]
     assert events.count("forked") == events.count("joined") == len(trajectory.blocks) > 0
@@ -259,11 +262,11 @@ def test_a_stream_of_events_is_the_trajectory(server: Server):
     assert (rebuilt.limits, rebuilt.seed) == (whole.limits, 1)
     # The calls of branches are numbered as they end.
     assert [replace(s, call=None) for s in rebuilt.spans] == [replace(s, call=None) for s in whole.spans]
-    heard: dict = defaultdict(str)
+    received: dict = defaultdict(str)
     for event in events:
         if isinstance(event, apr.Delta):
-            heard[event.path] += event.text
-    assert heard == regrouped(rebuilt)
+            received[event.path] += event.text
+    assert received == regrouped(rebuilt)
 
 
 def test_the_dialects(server: Server):
@@ -307,8 +310,8 @@ WRONG = [
     (CHAT, {"apr": {"branch_prompt_template": "str"}}, "apr_error", "no option 'branch_prompt_template'"),
     (CHAT, {"apr": "yes"}, "apr_error", "expected an object"),
     (CHAT, {"apr": {"stream": "branches"}}, "apr_error", "all"),
-    (CHAT, {"apr": {"separate": True}, "stream": True}, "apr_error", "separate"),
-    (CHAT, {"apr": {}, "n": 2}, "apr_error", "n cannot be had"),
+    (CHAT, {"apr": {"separate_reasoning": True}, "stream": True}, "apr_error", "separate_reasoning"),
+    (CHAT, {"apr": {}, "n": 2}, "apr_error", "n cannot be combined"),
     (CHAT, {"apr": {}, "logprobs": True}, "apr_error", "logprobs"),
     (CHAT, {"apr": {}, "stop": ["x"]}, "apr_error", "stop"),
     (CHAT, {"apr": {}, "response_format": {"type": "json_object"}}, "apr_error", "response_format"),
@@ -330,7 +333,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("path", "body", "code", "message"), WRONG, ids=[str(w[1])[:60] for w in WRONG])
-def test_a_bad_request_is_told_why(server: Server, path: str, body: dict, code: str, message: str):
+def test_a_bad_request_gets_an_error_message(server: Server, path: str, body: dict, code: str, message: str):
     answer = post(server, path, {**BASE[path], **body})
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
@@ -357,9 +360,9 @@ def test_the_client_raises_what_is_wrong(server: Server):
 @pytest.mark.parametrize("path", [CHAT, OWN])
 def test_a_client_that_leaves_ends_its_trajectory(server: Server, path: str, streamed: bool):
     cancelled = get(server, "/apr/stats")["trajectories"]["cancelled"]
-    asked = {"dialect": "threadweaver", "mode": "parallel", "min_blocks": 200, "budget": {"tokens": 7000}}
+    options = {"dialect": "threadweaver", "mode": "parallel", "min_blocks": 200, "budget": {"tokens": 7000}}
     body = json.dumps(
-        {**BASE[path], "stream": streamed, **(asked if path == OWN else {"apr": asked})}
+        {**BASE[path], "stream": streamed, **(options if path == OWN else {"apr": options})}
     ).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -403,7 +406,7 @@ def test_many_at_once(server: Server):
 
 @pytest.fixture(scope="module")
 def guarded(warm: type[Server], server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same model behind a key, with caps and metrics."""
+    """The same model with an API key, limits and metrics."""
     log = tmp_path_factory.mktemp("guarded") / "log"
     flags = {
         "radix_cache_backend": "stock",
@@ -412,14 +415,14 @@ def guarded(warm: type[Server], server: Server, tmp_path_factory: pytest.TempPat
         "max_total_tokens": 8192,
         "context_length": 2048,
     }
-    caps = {
+    limits = {
         "apr_max_width": 3,
         "apr_max_tokens": 1500,
         "apr_max_depth": 1,
         "apr_max_seconds": 60,
         "apr_max_concurrent": 2,
     }
-    with warm(get(server, "/model_info")["model_path"], log_path=log, **flags, **caps) as guarded:
+    with warm(get(server, "/model_info")["model_path"], log_path=log, **flags, **limits) as guarded:
         yield guarded
 
 
@@ -441,7 +444,7 @@ def test_the_api_key_protects_every_route(guarded: Server):
 
 
 @pytest.mark.parametrize(
-    ("budget", "cap"),
+    ("budget", "flag"),
     [
         ({"width": 4}, "--apr-max-width 3"),
         ({"tokens": 1501}, "--apr-max-tokens 1500"),
@@ -449,14 +452,14 @@ def test_the_api_key_protects_every_route(guarded: Server):
         ({"seconds": 61}, "--apr-max-seconds 60"),
     ],
 )
-def test_no_request_is_above_a_cap(guarded: Server, budget: dict, cap: str):
+def test_a_request_above_a_limit_is_refused(guarded: Server, budget: dict, flag: str):
     for path, body in ((OWN, {"budget": budget}), (CHAT, {"apr": {"budget": budget}})):
         answer = keyed(guarded, {**body, "dialect": "multiverse"} if path == OWN else body, path)
         assert answer.status_code == 400
-        assert cap in answer.json()["error"]["message"]
+        assert flag in answer.json()["error"]["message"]
 
 
-def test_who_asks_for_no_width_gets_the_cap(guarded: Server):
+def test_a_request_without_a_width_gets_the_limit(guarded: Server):
     answer = keyed(
         guarded, {"mode": "parallel", "dialect": "threadweaver", "min_blocks": 8, "temperature": 1.0}
     )
@@ -473,22 +476,22 @@ def test_no_more_at_once_than_allowed(guarded: Server):
         for path, body in ((OWN, {}), (OWN, {"stream": True}), (CHAT, {"apr": {}})):
             refused = keyed(guarded, body, path)
             assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
-            assert refused.json()["error"]["code"] == "busy"
+            assert refused.json()["error"]["code"] == "server_busy"
             assert "--apr-max-concurrent 2" in refused.json()["error"]["message"]
     until(lambda: get(guarded, "/apr/stats", KEY)["running"] == 0)
     assert keyed(guarded, {"budget": {"tokens": 20}}).status_code == 200
 
 
 def test_a_join_in_the_cache(server: Server, guarded: Server):
-    options_ = {"join": "kv", "dialect": "multiverse", "mode": "parallel", "budget": {"tokens": 400}}
+    options = {"join": "kv", "dialect": "multiverse", "mode": "parallel", "budget": {"tokens": 400}}
     before = get(server, "/apr/stats")
-    trajectory = apr.Trajectory.from_json(post(server, OWN, {**BASE[OWN], **options_}).text)
+    trajectory = apr.Trajectory.from_json(post(server, OWN, {**BASE[OWN], **options}).text)
     after = get(server, "/apr/stats")
     assert before["joins_kv"]
     assert {join.by for join in trajectory.joins} == {"kv"}
     assert after["joins"]["kv"] - before["joins"]["kv"] == len(trajectory.joins) > 0
     assert after["text_fallbacks"] == before["text_fallbacks"]
-    answer = keyed(guarded, options_)
+    answer = keyed(guarded, options)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "kv_join_unavailable")
 
 

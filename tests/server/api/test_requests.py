@@ -1,4 +1,4 @@
-"""What the server makes of requests and events, without a server: plans, caps, objects on the wire."""
+"""Requests, limits, events and responses of the API, without a server."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.runtime.event_json import event_from_json, event_to_json
-from sgl_apr.server.api.limits import RequestLimits, read_caps
+from sgl_apr.server.api.limits import RequestLimits, parse_limit_arguments
 from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOptions
-from sgl_apr.server.api.options import RequestParser
+from sgl_apr.server.api.options import OptionsParser, ReasonRequest
 from sgl_apr.server.launch.usage import UsageError
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
 from tests.support.masked_sampler import SampledEngine, masked
 
-FREE = RequestLimits()
-CAPS = RequestLimits(width=4, depth=2, tokens=900, seconds=30)
+NO_LIMITS = RequestLimits()
+LIMITS = RequestLimits(width=4, depth=2, tokens=900, seconds=30)
 
 
-def plan(options: dict, caps: RequestLimits = FREE, context: int = 2000, prompt: int = 100, **more):
-    return RequestParser(caps, apr.ByteTokenizer(), context, 300).plan(options, prompt, **more)
+def parse(options: dict, limits: RequestLimits = NO_LIMITS, context: int = 2000, prompt: int = 100, **more):
+    """The options of a request whose prompt has `prompt` tokens."""
+    parser = OptionsParser(limits, apr.ByteTokenizer(), context, 300)
+    ids, parsed = parser.parse(ReasonRequest([1] * prompt, options, **more))
+    assert ids == (1,) * prompt
+    return parsed
 
 
 def test_every_kind_of_option_is_taken():
-    made = plan(
+    made = parse(
         {
             "dialect": "multiverse", "budget": {"tokens": 500, "seconds": 2, "depth": 2}, "join": "text",
             "policy": "quorum:2", "mode": "parallel", "min_width": 2, "on_branch_failure": "raise", "seed": 7,
@@ -79,41 +83,43 @@ WRONG = [
 @pytest.mark.parametrize(("options", "kind", "message"), WRONG, ids=[str(w[0])[:40] for w in WRONG])
 def test_what_is_wrong_is_said(options, kind, message):
     with pytest.raises(kind, match=message):
-        plan(options)
+        parse(options)
 
 
-# Caps
+# Limits
 
 
 @pytest.mark.parametrize("name", ["width", "depth", "tokens", "seconds"])
-def test_a_cap_can_be_lowered_and_not_raised(name: str):
-    cap = getattr(CAPS, name)
-    lower = plan({"dialect": "multiverse", "budget": {name: cap}}, CAPS)
-    assert getattr(lower.budget, name) == cap
-    with pytest.raises(apr.BudgetExceeded, match=f"{name}={cap + 1} is more than .* --apr-max-{name} {cap}"):
-        plan({"dialect": "multiverse", "budget": {name: cap + 1}}, CAPS)
+def test_a_request_can_lower_a_limit_but_not_raise_it(name: str):
+    limit = getattr(LIMITS, name)
+    lower = parse({"dialect": "multiverse", "budget": {name: limit}}, LIMITS)
+    assert getattr(lower.budget, name) == limit
+    with pytest.raises(
+        apr.BudgetExceeded, match=f"{name}={limit + 1} is more than .* --apr-max-{name} {limit}"
+    ):
+        parse({"dialect": "multiverse", "budget": {name: limit + 1}}, LIMITS)
 
 
-def test_who_asks_for_nothing_gets_the_cap():
-    budget = plan({}, CAPS).budget
+def test_a_request_without_limits_gets_the_operators():
+    budget = parse({}, LIMITS).budget
     assert (budget.width, budget.depth, budget.tokens, budget.seconds) == (4, 1, 900, 30)
-    assert plan({}, RequestLimits(width=20)).budget.width == apr.dialect("threadweaver").width
+    assert parse({}, RequestLimits(width=20)).budget.width == apr.dialect("threadweaver").width
 
 
 def test_a_reply_fits_the_context_if_nothing_is_said():
-    assert plan({}, context=1000, prompt=300).budget.tokens == 699
-    assert plan({}, context=10**6).budget == apr.Budget()
-    assert plan({"budget": {"tokens": 9000}}, context=1000).budget.tokens == 9000
+    assert parse({}, context=1000, prompt=300).budget.tokens == 699
+    assert parse({}, context=10**6).budget == apr.Budget()
+    assert parse({"budget": {"tokens": 9000}}, context=1000).budget.tokens == 9000
 
 
 def test_the_tokens_of_the_request_bound_those_of_the_budget():
-    assert plan({"budget": {"tokens": 500}}, most=90).budget.tokens == 90
-    assert plan({"budget": {"tokens": 50}}, most=90).budget.tokens == 50
+    assert parse({"budget": {"tokens": 500}}, max_tokens=90).budget.tokens == 90
+    assert parse({"budget": {"tokens": 50}}, max_tokens=90).budget.tokens == 50
     with pytest.raises(apr.BudgetExceeded, match="tokens=901"):
-        plan({}, CAPS, most=901)
+        parse({}, LIMITS, max_tokens=901)
 
 
-def test_caps_are_read_from_the_command_line():
+def test_limits_are_parsed_from_the_command_line():
     argv = [
         "--model",
         "m",
@@ -124,8 +130,11 @@ def test_caps_are_read_from_the_command_line():
         "--apr-max-concurrent",
         "3",
     ]
-    assert read_caps(argv) == (RequestLimits(width=4, seconds=1.5, concurrent=3), ["--model", "m", "--tp=2"])
-    assert read_caps(["--apr-max-heat", "4"]) == (
+    assert parse_limit_arguments(argv) == (
+        RequestLimits(width=4, seconds=1.5, concurrent=3),
+        ["--model", "m", "--tp=2"],
+    )
+    assert parse_limit_arguments(["--apr-max-heat", "4"]) == (
         RequestLimits(),
         ["--apr-max-heat", "4"],
     )  # for SGLang to refuse
@@ -136,26 +145,26 @@ def test_caps_are_read_from_the_command_line():
         ["--apr-max-seconds", "nan"],
     ):
         with pytest.raises(UsageError, match=wrong[0]):
-            read_caps(wrong)
+            parse_limit_arguments(wrong)
 
 
-# On the wire
+# Events and responses
 
 
 def events_of(engine, **options) -> list:
-    heard: list = []
-    asyncio.run(apr.areason(engine, "Q: ", on_event=heard.append, **options))
-    return heard
+    events: list = []
+    asyncio.run(apr.areason(engine, "Q: ", on_event=events.append, **options))
+    return events
 
 
 @pytest.mark.parametrize("name", dialect_names())
 def test_events_come_back_from_json(name: str):
-    heard = events_of(
+    events = events_of(
         SampledEngine(masked(name), seed=1), dialect=name, mode="parallel", budget=apr.Budget(tokens=900)
     )
-    sent = [json.loads(json.dumps(event_to_json(event))) for event in heard]
-    assert [event_from_json(data) for data in sent] == heard
-    assert apr.rebuild(map(event_from_json, sent)) == apr.rebuild(heard)
+    sent = [json.loads(json.dumps(event_to_json(event))) for event in events]
+    assert [event_from_json(data) for data in sent] == events
+    assert apr.rebuild(map(event_from_json, sent)) == apr.rebuild(events)
 
 
 @pytest.mark.parametrize(
@@ -166,16 +175,16 @@ def test_what_is_no_event_is_refused(data):
         event_from_json(data)
 
 
-def chunks_of(heard: list, *, chat: bool = True, **options_) -> list[dict]:
+def chunks_of(events: list, *, chat: bool = True, **options) -> list[dict]:
     async def source():
-        for event in heard:
+        for event in events:
             yield event
-        yield apr.rebuild(heard)
+        yield apr.rebuild(events)
 
     async def collect() -> list[dict]:
         return [
             chunk
-            async for chunk in OpenAIResponseBuilder("m", chat, ResponseOptions(**options_)).chunks(source())
+            async for chunk in OpenAIResponseBuilder("m", chat, ResponseOptions(**options)).chunks(source())
         ]
 
     return asyncio.run(collect())
@@ -184,9 +193,9 @@ def chunks_of(heard: list, *, chat: bool = True, **options_) -> list[dict]:
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("failed", ["skip", "retry"])
 def test_what_is_void_can_be_taken_back(chat: bool, failed: str):
-    heard = events_of(scripted(branch_1=BOOM), retry=AT_ONCE, on_branch_failure=failed)
+    events = events_of(scripted(branch_1=BOOM), retry=AT_ONCE, on_branch_failure=failed)
     texts: dict = defaultdict(str)
-    for chunk in chunks_of(heard, chat=chat):
+    for chunk in chunks_of(events, chat=chat):
         (choice,) = chunk["choices"]
         note, text = chunk["apr"], (choice["delta"].get("content", "") if chat else choice["text"])
         if note.get("event") == "text_retracted":
@@ -194,17 +203,17 @@ def test_what_is_void_can_be_taken_back(chat: bool, failed: str):
             texts[note["path"]] = "" if note["chars"] is None else kept[: len(kept) - note["chars"]]
         elif text:
             texts[note["path"]] += text
-    trajectory = apr.rebuild(heard)
-    assert any(isinstance(event, apr.TextRetracted) for event in heard)
+    trajectory = apr.rebuild(events)
+    assert any(isinstance(event, apr.TextRetracted) for event in events)
     assert texts == {p: "".join(s.text for s in trajectory.reply if s.path == p) for p in texts}
     assert "".join(texts.values()).count("(failed)") == 1
 
 
 def test_a_stream_of_the_trunk_has_nothing_of_its_branches():
-    heard = events_of(scripted())
-    chunks = chunks_of(heard, trunk=True, usage=True)
+    events = events_of(scripted())
+    chunks = chunks_of(events, trunk_only=True, include_usage=True)
     *pieces, last, usage = chunks
-    trajectory = apr.rebuild(heard)
+    trajectory = apr.rebuild(events)
     text = "".join(c["choices"][0]["delta"]["content"] for c in pieces)
     assert text == "".join(s.text for s in trajectory.reply if not s.path)
     assert {tuple(c["apr"]["path"]) for c in pieces} == {()}

@@ -1,0 +1,92 @@
+"""Adds our routes to SGLang's HTTP server, and the object `apr` to the bodies of OpenAI's routes.
+
+POST /v1/chat/completions, /v1/completions   with an object `apr` in the body; without it they are SGLang's
+POST /apr/generate                           takes a prompt, returns a trajectory or streams its events
+GET  /apr/dialects                           the dialects that a trajectory can be written in
+GET  /apr/stats                              counts of what has run so far
+GET  /apr/ui                                 a page to send prompts and watch trajectories; it opens without an API key
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+
+from sgl_apr.errors import LaunchError
+from sgl_apr.server.api import http
+from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.service import TrajectoryService
+from sgl_apr.server.hooks import hook_around, require_sglang
+
+UI_PATH = "/apr/ui"
+HANDLE_REQUEST = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.handle_request"
+DECIDE_AUTH = "sglang.srt.utils.auth:decide_request_auth"
+
+
+def install(limits: RequestLimits) -> None:
+    """Adds the API to the server that this process is about to launch.
+
+    Raises:
+        LaunchError: SGLang lacks a function that is needed, or a hook was not set.
+    """
+    server = "sglang.srt.entrypoints.http_server"
+    app, state = require_sglang(f"{server}:app"), require_sglang(f"{server}:get_global_state")
+    chat = require_sglang("sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat")
+    completion = require_sglang("sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion")
+    for serving in (chat, completion):
+        path = f"{serving.__module__}:{serving.__name__}"
+        require_sglang(f"{path}._convert_to_internal_request", ["request", "raw_request"])
+        require_sglang(f"{path}._validate_request")
+
+    async def handle_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
+        if raw_request is None or not isinstance(serving, chat | completion):
+            return await original(serving, request, raw_request)
+        apr = (await raw_request.json()).get("apr")  # FastAPI has parsed the body already and keeps it
+        if apr is None:
+            return await original(serving, request, raw_request)
+        return await http.openai_completion(
+            serving, request, raw_request, apr, chat=isinstance(serving, chat)
+        )
+
+    hooks = (
+        (HANDLE_REQUEST, ["request", "raw_request"], handle_request),
+        (DECIDE_AUTH, ["method", "path"], allow_ui_without_key),
+    )
+    originals = [require_sglang(path) for path, _, _ in hooks]
+    for path, parameters, hook in hooks:
+        hook_around(path, parameters, hook)
+    require_sglang("sglang.srt.plugins.hook_registry:HookRegistry").apply_hooks()
+    for (path, _, _), original in zip(hooks, originals, strict=True):
+        if require_sglang(path) is original:  # SGLang logs a failed hook and continues
+            raise LaunchError(f"could not set a hook on {path}")
+    app.include_router(make_router(lambda: TrajectoryService(state().tokenizer_manager, limits)))
+
+
+def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:
+    """Our routes. The service is made when the application starts, and kept in `app.state.apr`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.apr = make_service()
+        yield
+
+    router = APIRouter(lifespan=lifespan)
+    router.add_api_route("/apr/generate", http.generate, methods=["POST"])
+    router.add_api_route("/apr/dialects", http.dialects, methods=["GET"])
+    router.add_api_route("/apr/stats", http.stats, methods=["GET"])
+    router.add_api_route(UI_PATH, http.ui, methods=["GET"])
+    return router
+
+
+def allow_ui_without_key(decide: Callable[..., Any], **request: Any) -> Any:
+    """SGLang's decision whether a request needs the API key, except that the page of `/apr/ui` never does.
+
+    A browser cannot send the key before there is a field for it. The page contains no data, and all requests that it
+    sends need the key.
+    """
+    if request["method"] == "GET" and request["path"] == UI_PATH:
+        return require_sglang("sglang.srt.utils.auth:AuthDecision")(allowed=True)
+    return decide(**request)
