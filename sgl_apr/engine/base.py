@@ -1,4 +1,4 @@
-"""What the loop asks of an engine: decode, commit, fork, abort, load; no dialect, no text."""
+"""The interface between the loop and an engine: decode, commit, fork, abort and load, in token ids."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import Layout
 
-TokenSink = Callable[[Sequence[int]], None]  # gets the ids of each chunk as it arrives
+TokenSink = Callable[[Sequence[int]], None]  # receives the ids of each chunk as it arrives
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request. `rid` begins with the trajectory's own prefix, so that one abort reaches all of them.
+    """One request.
 
-    `grammar` is text for the engine's grammar backend or None; `stop_ids` and `stop` end decoding and stay in the output. Where a
-    grammar ends at a `stop` by itself an engine may ignore it: a stop string can cut inside a token.
-    `sampling` holds further SGLang sampling parameters, and `fields` further fields of the request (lora_path,
-    cache_salt, ...), under SGLang's names. `layout` says which of the ids were written side by side, None
-    that they stand in a line; an engine that does not join in its cache (`joins_kv`) is sent none. `logprobs`
-    asks for the log-probabilities of what is decoded.
+    Attributes:
+        rid: The request id. It begins with the prefix of its trajectory, so that one abort reaches all requests of
+            the trajectory.
+        input_ids: The prompt.
+        max_tokens: How many tokens to decode at most.
+        sampling: Further sampling parameters, under SGLang's names.
+        grammar: Text for the engine's grammar backend, or None.
+        stop_ids: Tokens that end decoding. They stay in the output.
+        stop: Strings that end decoding. They stay in the output. An engine may ignore them where the grammar ends at
+            a stop string by itself, because a stop string can cut inside a token.
+        layout: Which of the ids are branches that were decoded in parallel. None means that the prompt is one
+            sequence. Engines that do not join in their cache (`joins_kv`) are sent no layout.
+        logprobs: Whether to return the log-probabilities of the decoded tokens.
+        fields: Further fields of the request (lora_path, cache_salt, ...), under SGLang's names.
     """
 
     rid: str
@@ -40,10 +48,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came back: the ids as sampled (a final stop token included) and the engine's own counts.
+    """The result of a request: the sampled ids and the engine's own counts.
 
-    `cached_tokens` is None of a request that was cut before the engine said it. `logprobs` are those of
-    `token_ids`, if they were asked for; `weights` is what the engine calls the weights that it used.
+    Attributes:
+        token_ids: The ids as sampled, including a final stop token.
+        finish: Why decoding ended.
+        prompt_tokens: Tokens of the prompt.
+        cached_tokens: Tokens of the prompt that were cached. None if the request was cut before the engine
+            reported them.
+        logprobs: The log-probabilities of `token_ids`, if they were requested.
+        weight_version: The engine's name for the weights that it used.
     """
 
     token_ids: tuple[int, ...]
@@ -58,10 +72,14 @@ class Result:
 class Load:
     """How busy the engine is, in requests and KV tokens.
 
-    used_tokens: those that running requests hold. Cached ones that no request uses are not among them.
-    slots: how many requests run at once at most, if the engine says.
-    steps: (requests running, seconds of a decoding step), ascending, as measured by this client: it counts
-        its own requests only.
+    Attributes:
+        running: Requests that are running.
+        waiting: Requests that are queued.
+        used_tokens: KV tokens that running requests hold. Cached tokens that no request uses are not counted.
+        max_tokens: Size of the KV cache, in tokens.
+        max_running_requests: How many requests run at once at most, if the engine reports it.
+        steps: (requests running, seconds of a decoding step), ascending. This client measures them, on its own
+            requests only.
     """
 
     running: int
@@ -73,15 +91,20 @@ class Load:
 
     @property
     def free_tokens(self) -> int:
-        """KV tokens that another request could get, if need be by evicting what is only cached. What waits
-        comes before it, and what runs will still grow: neither is taken off."""
+        """KV tokens that another request could get, if need be by evicting tokens that are only cached.
+
+        Requests that wait come first, and running requests still grow. Neither is subtracted.
+        """
         return max(0, self.max_tokens - self.used_tokens)
 
     def step_s(self, running: int) -> float | None:
-        """Seconds of a decoding step with so many requests running, or None if too little was measured.
+        """Estimate the seconds of a decoding step with `running` requests.
 
-        On the line between the two measured next to it; below the lowest as there; above the highest on
-        along the last line, if that rises, but at most in proportion to the requests.
+        Linear interpolation between the two nearest measurements. Below the lowest measurement, its value. Above the
+        highest, the last line extended if it rises, but at most in proportion to the requests.
+
+        Returns:
+            Seconds, or None if too little was measured.
         """
         if not self.steps or (len(self.steps) == 1 and running > 2 * self.steps[0][0]):
             return None
@@ -97,11 +120,14 @@ class Load:
 
 
 class Engine(Protocol):
-    """An engine, or a forked part of one: each branch decodes through the engine that its fork returned.
+    """An engine, or one fork of it: each branch decodes through the engine that its fork returned.
 
-    Every method raises an `EngineError` if the engine fails, and `EngineTimeout` if it does not
-    answer in time; its status is 409 where the cache has lost what a layout needs. Cancelling a call aborts
-    its request on the engine.
+    Cancelling a call aborts its request on the engine.
+
+    Raises:
+        EngineError: From every method, if the engine fails. Its status is `CACHE_MISS_STATUS` if the cache has
+            lost tokens that a layout needs.
+        EngineTimeout: If the engine does not answer in time.
     """
 
     @property
@@ -111,7 +137,7 @@ class Engine(Protocol):
 
     @property
     def grammar_backend(self) -> GrammarBackend:
-        """What turns grammars into masks there."""
+        """The library that turns grammars into masks there."""
         ...
 
     @property
@@ -121,20 +147,20 @@ class Engine(Protocol):
 
     @property
     def context(self) -> int | None:
-        """How many tokens a prompt and what is decoded behind it may have together, if the engine says."""
+        """The context length: tokens of a prompt and its output together, if the engine reports it."""
         ...
 
     @property
     def joins_kv(self) -> bool:
-        """Whether requests may have a layout: branches join in the KV cache."""
+        """Whether requests may have a layout, so that branches join in the KV cache."""
         ...
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        """Decode one request, passing on ids as they arrive."""
+        """Decode one request and pass its ids to `on_tokens` as they arrive."""
         ...
 
     async def commit(self, request: Request) -> Result:
-        """Prefill the request's ids and leave them in the cache; nothing is decoded."""
+        """Prefill the request's ids into the cache, without decoding."""
         ...
 
     async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Engine]]:
@@ -142,13 +168,13 @@ class Engine(Protocol):
         ...
 
     async def release(self) -> None:
-        """Give back what `fork` took for this branch."""
+        """Free what `fork` allocated for this branch."""
         ...
 
     async def abort(self, rid: str) -> None:
-        """Abort every request whose id begins with `rid`; never raises."""
+        """Abort every request whose id begins with `rid`. Never raises."""
         ...
 
     async def load(self) -> Load:
-        """How busy the engine is."""
+        """Return how busy the engine is."""
         ...

@@ -1,4 +1,4 @@
-"""Whether the server is there: while it is not, all requests wait for one health check; no HTTP in here."""
+"""A circuit breaker: while the server is down, all requests wait for one health check."""
 
 from __future__ import annotations
 
@@ -8,32 +8,41 @@ from collections.abc import Awaitable, Callable
 
 from sgl_apr.errors import EngineError
 
-Probe = Callable[[], Awaitable[None]]  # raises unless the server is well
+Probe = Callable[[], Awaitable[None]]  # raises unless the server is healthy
 PROBE_BACKOFF_S, MAX_PROBE_BACKOFF_S = 0.1, 2.0  # seconds between two probes, doubling
 
 
 class CircuitBreaker:
     """Up until a connection fails, then down until a probe succeeds.
 
-    However many wait in `ready`, one probe is under way, and none once nobody waits. They wait until
-    `reconnect_timeout` seconds after the server was found down; whoever comes later waits for a single probe.
+    However many requests wait in `wait_until_up`, one probe runs at a time, and none once no request waits.
+
+    Args:
+        url: The server, for messages.
+        probe: Checks the server. It raises unless the server is healthy.
+        reconnect_timeout: Requests wait until this many seconds after the server was found down. Later requests
+            wait for a single probe.
     """
 
     def __init__(self, url: str, probe: Probe, reconnect_timeout: float = 0.0) -> None:
         self.url, self.reconnect_timeout, self._probe = url, reconnect_timeout, probe
-        self.error: Exception | None = None  # why the server is held to be down; None while it is up
+        self.error: Exception | None = None  # why the circuit is down; None while it is up
         self._since = 0.0
         self._waiting = 0
         self._check: asyncio.Task[bool] | None = None
 
     def record_failure(self, error: Exception) -> None:
-        """A connection failed: the circuit is down."""
+        """Open the circuit because a connection failed."""
         if self.error is None:
             self._since = time.monotonic()
         self.error = error
 
     async def wait_until_up(self) -> None:
-        """Return once the circuit is up; raises `EngineError` if reconnect_timeout ends first."""
+        """Return once the circuit is up.
+
+        Raises:
+            EngineError: If `reconnect_timeout` ends first.
+        """
         if self.error is None:
             return
         if self._check is None or self._check.done():
@@ -46,14 +55,14 @@ class CircuitBreaker:
             self._waiting -= 1
             if not self._waiting:
                 self._stop()
-        # What the check found counts, though a connection from before the outage may have failed since.
+        # The result of the check counts, although an older connection may have failed since.
         if check.cancelled() or not check.result():
             down = time.monotonic() - self._since
             reason = self.error or type(self.error).__name__
             raise EngineError(f"no server at {self.url} for {down:.0f} s: {reason}") from self.error
 
     async def close(self) -> None:
-        """Give up the check; whoever waits for it fails."""
+        """Cancel the check. Requests that wait for it fail."""
         if check := self._stop():
             await asyncio.wait([check])
 
@@ -64,12 +73,12 @@ class CircuitBreaker:
         return check
 
     async def _recovers(self) -> bool:
-        """Probe until the server is up or reconnect_timeout is at its end, but once at least."""
+        """Probe until the server is up or `reconnect_timeout` has passed, at least once."""
         pause = PROBE_BACKOFF_S
         while True:
             try:
                 await self._probe()
-            except Exception as error:  # whatever it is, no server was found
+            except Exception as error:  # whatever it is, the server is not healthy
                 self.record_failure(error)
             else:
                 self.error = None

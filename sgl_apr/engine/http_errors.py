@@ -1,4 +1,4 @@
-"""Exceptions of the HTTP library and error responses of a server, as this package's exceptions."""
+"""Translates exceptions of the HTTP library and error responses of a server into this package's exceptions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def translate_errors(
     """Raise every exception of the HTTP library as an `EngineError`.
 
     Args:
-        url: The server that is asked, for the message.
+        url: The server, for the message.
         connect_s: The limit for a connection, in seconds, for the message.
         read_s: The limit between two chunks, in seconds, for the message.
         on_failure: Called with the error if the connection failed or broke.
@@ -46,10 +46,21 @@ def translate_errors(
 
 
 def error_message(text: str, status: int) -> str:
-    """What an error response says, in one line."""
+    """Return the message of an error response in one line.
+
+    >>> error_message('{"error": {"message": "out of memory"}}', 500)
+    'the server answered 500: out of memory'
+    >>> error_message('{"message": "no such model"}', 400)
+    'the server answered 400: no such model'
+
+    Args:
+        text: The body of the response, JSON in one of the shapes that SGLang sends, or text.
+        status: The HTTP status.
+    """
     try:
-        error = json.loads(text).get("error")
-        text = str(error.get("message") if isinstance(error, dict) else error)
+        body = json.loads(text)
+        error = body.get("error", body)
+        text = str(error.get("message", text) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         pass
     return f"the server answered {status}: {' '.join(text.split())[:300]}"

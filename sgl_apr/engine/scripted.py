@@ -1,4 +1,4 @@
-"""An engine that answers from a script: for testing programs on cases that a real model cannot be made to produce."""
+"""An engine that answers from a script, to test programs on replies that a real model rarely produces."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ByteTokenizer:
     def eos_ids(self) -> frozenset[int]:
         return frozenset({self.EOS})
 
-    def encode(self, text: str, *, first: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         ids: list[int] = []
         while text:
             tag = next((t for t in self._tags if text.startswith(t)), None)
@@ -40,16 +40,20 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
-    def special(self, tag: str) -> int | None:
+    def special_token_id(self, tag: str) -> int | None:
         return self._tags.get(tag)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the script says to one request.
+    """The reply of the script to one request.
 
-    `end` appends the end-of-text id (it is left out where the text ends with a stop, or is cut by the
-    token limit). `delay` seconds pass before every token; `error` is raised after the text is out.
+    Attributes:
+        text: What is decoded.
+        end: Whether to append the end-of-text id. It is left out if the text ends with a stop or is cut by the token
+            limit.
+        delay: Seconds before every token.
+        error: Raised after the text.
     """
 
     text: str = ""
@@ -62,12 +66,23 @@ Script = Callable[[Request, str], Reply | str]
 
 
 class ScriptedEngine:
-    """Answers every request with `script(request, prompt text)`, honouring limits, stops and aborts.
+    """Answers every request with `script(request, prompt text)` and applies token limits and stops.
 
-    `cached_tokens` are counted as a radix cache would: the longest prefix that an earlier finished
-    request left behind. `requests` and `commits` list what was asked, `aborted` the aborted prefixes,
-    and `active` the requests under way, so that a test can see that nothing was left running. `loads`, if
-    set, is what `load` answers.
+    `cached_tokens` is counted as in a radix cache: the longest prefix that the prompt shares with an earlier request.
+
+    Args:
+        script: Returns the reply to a request.
+        tokenizer: The tokenizer. By default a `ByteTokenizer`.
+        supports_seeds: What the engine reports about seeds.
+
+    Attributes:
+        requests: The requests to decode so far.
+        commits: The ids committed so far.
+        aborted: The request ids, or prefixes of them, that were aborted.
+        active: The ids of running requests. It is empty at the end if no request was left running.
+        loads: What `load` returns, if it is set.
+        forks: The sizes of the forks so far.
+        released: How often `release` was called.
     """
 
     def __init__(

@@ -1,29 +1,63 @@
-"""An engine that decodes one request at a time, to measure what running them at once is worth; it changes nothing else."""
+"""An engine that decodes one request at a time, to measure what parallel decoding gains."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
-from sgl_apr.engine.base import Engine, Request, Result, TokenSink
+from sgl_apr.engine.base import Engine, Load, Request, Result, TokenSink
+from sgl_apr.formats.masks.writer import GrammarBackend
+from sgl_apr.tokenizer import Tokenizer
 
 
 class SequentialEngine:
-    """All that an engine is, but for its concurrency; forks of it wait for one another too."""
+    """Wraps an engine so that it decodes one request at a time. Its forks share the same queue.
 
-    def __init__(self, engine: Engine, gate: asyncio.Lock | None = None) -> None:
-        self._engine, self._gate = engine, gate or asyncio.Lock()
+    Args:
+        engine: The engine that does the work.
+        lock: Held while a request decodes. Forks pass on the lock of the engine that they come from.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+    def __init__(self, engine: Engine, lock: asyncio.Lock | None = None) -> None:
+        self._engine, self._lock = engine, lock or asyncio.Lock()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def grammar_backend(self) -> GrammarBackend:
+        return self._engine.grammar_backend
+
+    @property
+    def supports_seeds(self) -> bool:
+        return self._engine.supports_seeds
+
+    @property
+    def context(self) -> int | None:
+        return self._engine.context
+
+    @property
+    def joins_kv(self) -> bool:
+        return self._engine.joins_kv
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        """Decode when all that were asked before have ended."""
-        async with self._gate:
+        """Decode once all earlier requests have ended."""
+        async with self._lock:
             return await self._engine.decode(request, on_tokens)
 
-    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Any]]:
-        """As the engine does."""
+    async def commit(self, request: Request) -> Result:
+        return await self._engine.commit(request)
+
+    async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[SequentialEngine]]:
         result, engines = await self._engine.fork(request, size)
-        return result, [SequentialEngine(engine, self._gate) for engine in engines]
+        return result, [SequentialEngine(engine, self._lock) for engine in engines]
+
+    async def release(self) -> None:
+        await self._engine.release()
+
+    async def abort(self, rid: str) -> None:
+        await self._engine.abort(rid)
+
+    async def load(self) -> Load:
+        return await self._engine.load()

@@ -1,4 +1,4 @@
-"""Seconds of a decoding step by how many requests run, measured on the answers heard here; it asks no server."""
+"""Measures how long a decoding step takes, by how many requests run, from the chunks that this client receives."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-AVERAGING_WINDOW = 32  # steps that a mean looks back on
+AVERAGING_WINDOW = 32  # steps that a mean covers
 BUCKET_COUNT = 11  # 1, 2-3, 4-7, ..., 1024 and more requests
 
 
 @dataclass(slots=True)
 class Bucket:
-    """Means over the chunks heard while about so many requests ran: plain at first, then weighted by age."""
+    """Means over the chunks received while about this many requests ran: plain at first, then weighted by age."""
 
     chunks: int = 0
     running: float = 0.0
@@ -20,12 +20,12 @@ class Bucket:
 
 
 class StepTimer:
-    """Counts this process's requests under way, and how long the steps take that they decode in.
+    """Counts the running requests of this process and measures the decoding steps that they take part in.
 
-    >>> meter = Meter()
-    >>> with meter.running():
-    ...     meter.step(2, 0.5)
-    >>> meter.steps
+    >>> timer = StepTimer()
+    >>> with timer.running():
+    ...     timer.record_step(2, 0.5)
+    >>> timer.steps
     ((1.0, 0.25),)
     """
 
@@ -35,7 +35,7 @@ class StepTimer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """One request more is under way."""
+        """Count one more running request inside the `with` block."""
         self._running += 1
         try:
             yield
@@ -43,17 +43,23 @@ class StepTimer:
             self._running -= 1
 
     def record_step(self, tokens: int, seconds: float) -> None:
-        """A running request heard so many tokens, so long after those before. Not for its first tokens:
-        queueing and prefill are no decoding."""
+        """Record a chunk of a running request.
+
+        Do not record a request's first chunk, whose time includes queueing and prefill.
+
+        Args:
+            tokens: Tokens of the chunk.
+            seconds: Seconds since the previous chunk of the same request.
+        """
         running = self._running
         bucket = self._buckets[min(running.bit_length(), BUCKET_COUNT) - 1]
         bucket.chunks += 1
-        # Every request hears of the same step: with many of them a chunk is a small part of one.
+        # Every running request receives a chunk of the same step, so the weight of one chunk falls with their number.
         weight = 1 / min(bucket.chunks, AVERAGING_WINDOW * running)
         bucket.seconds += weight * (seconds / tokens - bucket.seconds)
         bucket.running += weight * (running - bucket.running)
 
     @property
     def steps(self) -> tuple[tuple[float, float], ...]:
-        """What was measured, as `Load.steps`: mean requests running and seconds a step, ascending."""
+        """The measurements as `Load.steps`: mean requests running and seconds per step, ascending."""
         return tuple((b.running, b.seconds) for b in self._buckets if b.chunks)

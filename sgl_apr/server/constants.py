@@ -1,8 +1,15 @@
-"""Names that the processes of a server share."""
+"""Names that the processes of a server share, and the environment variables that switch parts of the plugin off."""
 
 from __future__ import annotations
 
-LAUNCHED_ENV = "SGLANG_APR_LAUNCHED"
 CPU_ATTENTION_BACKEND = "apr_cpu"
-CACHE_SECRET_ENV = "SGLANG_APR_SECRET"  # made by the first process of a server, for all of them
-KV_JOIN_ENV = "SGLANG_APR_KV_JOIN"  # 0: SGLang's cache and positions are left alone
+
+LAUNCHED_ENV = "SGLANG_APR_LAUNCHED"  # set in every process that `sgl-apr serve` or `Server` starts
+CACHE_SECRET_ENV = "SGLANG_APR_SECRET"  # the first process of a server makes it, and all of them share it
+
+# Each of these switches one feature off if it is "0". All are on by default.
+KV_JOIN_ENV = "SGLANG_APR_KV_JOIN"  # joins in the KV cache: SGLang's cache and positions stay as they are
+SHARED_PREFIX_ENV = "SGLANG_APR_SHARED_PREFIX"  # CPU attention reads a shared prefix once for all requests
+MASK_SLICES_ENV = "SGLANG_APR_MASK_SLICES"  # llguidance prepares token masks for free text
+PADDED_MATMUL_ENV = "SGLANG_APR_PADDED_MATMUL"  # on a CPU, two or three rows are multiplied as four
+FORK_START_ENV = "SGLANG_APR_FORK_START"  # on a CPU, SGLang's processes start by fork in place of spawn

@@ -1,8 +1,9 @@
-"""Hooks on functions of SGLang, checked before they are set."""
+"""Sets hooks on functions of SGLang, after checking that the functions are the ones that this package knows."""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -13,43 +14,79 @@ from sgl_apr.errors import LaunchError
 
 
 def has_accelerator() -> bool:
-    """Whether SGLang would find a GPU or another accelerator."""
+    """Return whether SGLang would find a GPU or another accelerator."""
     import torch
 
     kinds = (getattr(torch, name, None) for name in ("cuda", "xpu", "npu", "musa", "mps", "hpu"))
     return any(kind is not None and kind.is_available() for kind in kinds)
 
 
+def is_enabled(variable: str) -> bool:
+    """Return whether a feature is on: it is unless its environment variable is "0"."""
+    return os.environ.get(variable) != "0"
+
+
 def check_version() -> None:
-    """Raises LaunchError unless the installed SGLang is the one whose seams are known."""
-    found = version("sglang")
-    if found != SUPPORTED_SGLANG:
-        raise LaunchError(f"SGLang {found} is installed, but only {SUPPORTED_SGLANG} is supported")
+    """Check that the installed SGLang is the supported one.
+
+    Raises:
+        LaunchError: It is another version.
+    """
+    installed = version("sglang")
+    if installed != SUPPORTED_SGLANG:
+        raise LaunchError(f"SGLang {installed} is installed, but only {SUPPORTED_SGLANG} is supported")
 
 
 def require_sglang(path: str, parameters: Sequence[str] = ()) -> Any:
-    """What SGLang has at "module:attribute", if it takes `parameters` in this order; else LaunchError."""
+    """Return an object of SGLang after checking that it is there.
+
+    Args:
+        path: "module:attribute", or "module:Class.attribute".
+        parameters: The parameters that a function has to begin with, in this order, without `self`.
+
+    Raises:
+        LaunchError: SGLang has no such object, or the function has other parameters.
+    """
     module, _, names = path.partition(":")
     try:
-        found: Any = import_module(module)
+        target: Any = import_module(module)
         for name in names.split("."):
-            found = getattr(found, name)
+            target = getattr(target, name)
     except (ImportError, AttributeError) as error:
         raise LaunchError(f"this SGLang has no {path}: {error}") from error
     if parameters:
-        taken = [name for name in inspect.signature(found).parameters if name != "self"]
-        if taken[: len(parameters)] != list(parameters):
-            raise LaunchError(f"{path} takes ({', '.join(taken)}), not ({', '.join(parameters)})")
-    return found
+        actual = [name for name in inspect.signature(target).parameters if name != "self"]
+        if actual[: len(parameters)] != list(parameters):
+            raise LaunchError(f"{path} takes ({', '.join(actual)}), not ({', '.join(parameters)})")
+    return target
 
 
 def hook_after(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
-    """Call `hook` with what a function of SGLang returned, and with what it was given."""
+    """Call a hook after a function of SGLang.
+
+    Args:
+        path: The function, as in `require_sglang`.
+        parameters: The parameters that the function has to begin with.
+        hook: Called with the function's result and its arguments. What it returns replaces the result, unless it
+            is None.
+
+    Raises:
+        LaunchError: SGLang has no such function.
+    """
     _hook("AFTER", path, parameters, hook)
 
 
 def hook_around(path: str, parameters: Sequence[str], hook: Callable[..., Any]) -> None:
-    """Call `hook` in place of a function of SGLang, with that function and what it was given."""
+    """Call a hook in place of a function of SGLang.
+
+    Args:
+        path: The function, as in `require_sglang`.
+        parameters: The parameters that the function has to begin with.
+        hook: Called with the function and its arguments. What it returns is the result.
+
+    Raises:
+        LaunchError: SGLang has no such function.
+    """
     _hook("AROUND", path, parameters, hook)
 
 

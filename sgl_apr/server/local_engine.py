@@ -1,4 +1,4 @@
-"""An sgl.Engine of this process, with the loop on top."""
+"""Runs the loop on an `sgl.Engine` of this process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 
 class LocalEngine(InProcessEngine):
-    """An `sgl.Engine` of this process, for offline batches and training: no HTTP in between.
+    """An `sgl.Engine` of this process, for offline batches and training, without HTTP.
 
-    The engine belongs to one event loop. Without one of your own, block on the engine's:
+    The engine belongs to one event loop. If you have no loop of your own, block on the engine's:
 
     >>> with apr.LocalEngine.launch("./my-model") as engine:  # doctest: +SKIP
     ...     trajectory = engine.run("Question: ...", mode="parallel")
     ...     outcomes = engine.wait(apr.arun_many(engine, problems, "out.jsonl"))
 
-    In a coroutine `await apr.areason(engine, ...)` as with any engine, and in the same loop from then on.
-    As `sgl.Engine` spawns processes, a script that makes one has to guard its main part by `__name__`.
+    In a coroutine, `await apr.areason(engine, ...)` as with any engine, and always in the same loop.
+    `sgl.Engine` spawns processes, so a script that makes one has to guard its main part by `__name__`.
+
+    Args:
+        engine: The `sgl.Engine`.
+        tokenizer: The model's tokenizer. None loads it from the path that the engine names.
+        timeout: The longest time, in seconds, between two chunks of a response.
     """
 
     def __init__(self, engine: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
@@ -38,11 +43,16 @@ class LocalEngine(InProcessEngine):
 
     @classmethod
     def launch(cls, model: str | Path, **sglang_flags: object) -> LocalEngine:
-        """Start an `sgl.Engine` with the flags that `sgl-apr serve` adds on this hardware; yours win.
+        """Start an `sgl.Engine` with the flags that `sgl-apr serve` adds on this hardware.
 
-        Flags as for `apr.Server`: `context_length=4096`, `radix_cache_backend="apr"`. Raises `LaunchError`
-        for flags that cannot work; an engine that dies while it starts takes this process with it, as SGLang
-        has it.
+        SGLang ends this process if the engine fails while it starts.
+
+        Args:
+            model: A directory or a Hugging Face id.
+            **sglang_flags: Flags as for `apr.Server`, such as `context_length=4096`. They override the defaults.
+
+        Raises:
+            LaunchError: The flags cannot work.
         """
         import sglang as sgl
 
@@ -52,7 +62,7 @@ class LocalEngine(InProcessEngine):
 
         args = server_args(as_flags({"model": model, "log_level": "error"} | sglang_flags))
         before = os.environ.get(LAUNCHED_ENV)
-        os.environ[LAUNCHED_ENV] = "1"  # its processes end at once, rather than run without the plugin
+        os.environ[LAUNCHED_ENV] = "1"  # its processes exit at once, rather than run without the plugin
         try:
             return cls(sgl.Engine(server_args=args))
         finally:
@@ -66,13 +76,20 @@ class LocalEngine(InProcessEngine):
         on_event: OnEvent | None = None,
         **options: Any,
     ) -> Trajectory:
-        """`apr.areason`, blocking."""
+        """Run `apr.areason` and block until it has the trajectory."""
         return self.wait(areason(self, prompt, dialect, on_event=on_event, **options))
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """What a coroutine over this engine returns, run in the engine's event loop; blocking.
+        """Run a coroutine over this engine in the engine's event loop, and block until it returns.
 
-        Raises `AprError` where that loop runs already: await there instead.
+        Args:
+            work: The coroutine.
+
+        Returns:
+            What the coroutine returns.
+
+        Raises:
+            AprError: The loop is already running. Await the coroutine there instead.
         """
         loop: asyncio.AbstractEventLoop = self.engine.loop
         if loop.is_running():
@@ -88,7 +105,7 @@ class LocalEngine(InProcessEngine):
             raise
 
     def shutdown(self) -> None:
-        """End the engine's processes (and, as SGLang has it, every other child of this process)."""
+        """End the engine's processes. SGLang also ends every other child of this process."""
         self.engine.shutdown()
 
     def __enter__(self) -> Self:

@@ -1,22 +1,38 @@
-"""What SGLang loads into each of its processes: the CPU platform and the attention backend; light to import.
+"""SGLang's plugin entry points: the CPU platform, the attention backend, the radix cache and hooks.
 
-SGLang only logs an exception of a plugin and goes on without it. So a process that `launch` started (it and
-its children have the variable `LAUNCHED`) ends at once when something is not where it should be. In any
-other process that imports sglang the failure is logged, and nothing else happens.
+SGLang loads the plugin into each of its processes, so this module is light to import. SGLang only logs an exception
+of a plugin and continues without it. A process that `sgl_apr.server.launch` started (it and its children have the
+variable `LAUNCHED_ENV`) therefore exits at once if SGLang is not as expected. In any other process that imports
+sglang, the failure is logged and nothing else happens.
+
+Each hook first checks the function that it is set on (`require_sglang`). The environment variables in `constants`
+switch parts of the plugin off.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
-from importlib import import_module
 from typing import Any
 
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.constants import CACHE_SECRET_ENV, CPU_ATTENTION_BACKEND, KV_JOIN_ENV, LAUNCHED_ENV
-from sgl_apr.server.hooks import check_version, has_accelerator, hook_after, hook_around, require_sglang
+from sgl_apr.server.constants import (
+    CACHE_SECRET_ENV,
+    CPU_ATTENTION_BACKEND,
+    KV_JOIN_ENV,
+    LAUNCHED_ENV,
+    MASK_SLICES_ENV,
+    PADDED_MATMUL_ENV,
+)
+from sgl_apr.server.hooks import (
+    check_version,
+    has_accelerator,
+    hook_after,
+    hook_around,
+    is_enabled,
+    require_sglang,
+)
 
 STOCK_CACHE_BACKEND = "stock"  # SGLang's own radix cache
 
@@ -25,26 +41,32 @@ _DECODE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_in
 _EXTEND = (*_DECODE, "extend_prefix_lens", "extend_seq_lens", "encoder_lens")
 _OPTIONS = ("scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size")
 
-activated = False  # whether `activate` went through in this process
+activated = False  # whether `activate` has succeeded in this process
 
 
 def platform() -> str | None:
-    """Entry point: the platform class where there is nothing but a CPU, else None."""
+    """Entry point: return the path of the platform class on a machine with only a CPU, else None."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or has_accelerator():
         return None
     return "sgl_apr.server.cpu.platform.TorchCpuPlatform"
 
 
 def activate() -> None:
-    """Entry point: registers what this package adds to SGLang."""
+    """Entry point: register with SGLang what this package adds.
+
+    Raises:
+        LaunchError: SGLang is not the supported version, or a function that is hooked is not as expected.
+        SystemExit: The same, in a process of a server that this package has launched.
+    """
     global activated
     try:
         check_version()
         if platform() is not None:
             _register_attention()
-            _register_padded_matmul()
+            if is_enabled(PADDED_MATMUL_ENV):
+                _register_padded_matmul()
         _register_cache()
-        if os.environ.get(LAUNCHED_ENV):
+        if os.environ.get(LAUNCHED_ENV) and is_enabled(MASK_SLICES_ENV):
             _register_mask_slices()
     except LaunchError as error:
         if os.environ.get(LAUNCHED_ENV):
@@ -54,15 +76,30 @@ def activate() -> None:
 
 
 def _register_mask_slices() -> None:
-    """Have llguidance prepare for free text as our grammars have it; SGLang's module takes the function from there."""
+    """Let llguidance prepare its token masks for free text, as the grammars of this package have it.
+
+    `MASK_SLICES_ENV` switches this off. It changes the time that a mask takes, not the mask.
+    """
+    hook_after(
+        "sglang.srt.constrained.llguidance_backend:_create_llguidance_tokenizer",
+        ["tokenizer", "n_vocab", "eos_token"],
+        _with_mask_slices,
+    )
+    require_sglang("llguidance:LLTokenizer.with_slices", ["slices"])
+
+
+def _with_mask_slices(tokenizer: Any, *arguments: Any, **options: Any) -> Any:
     from sgl_apr.formats.masks.llguidance import LLGUIDANCE_SLICES
 
-    stock = require_sglang("llguidance.hf:from_tokenizer", ["hf_tokenizer", "n_vocab", "eos_token", "slices"])
-    import_module("llguidance.hf").from_tokenizer = functools.partial(stock, slices=list(LLGUIDANCE_SLICES))  # type: ignore[attr-defined]
+    return tokenizer.with_slices(list(LLGUIDANCE_SLICES))
 
 
 def _register_cache() -> None:
-    """The radix cache that joins branches, the positions that go with it, and the door before both."""
+    """Register the radix cache that joins, the positions that it needs, and the validation of layouts.
+
+    `KV_JOIN_ENV` switches the cache and the positions off. Layouts are validated all the same, so that a server
+    without joins rejects them.
+    """
     hook_after(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
         _TOKENIZED,
@@ -71,11 +108,9 @@ def _register_cache() -> None:
     register = require_sglang(
         "sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"]
     )
-    register(
-        STOCK_CACHE_BACKEND,
-        require_sglang("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"]),
-    )
-    if os.environ.get(KV_JOIN_ENV) == "0":
+    stock_factory = require_sglang("sglang.srt.mem_cache.registry:default_radix_cache_factory", ["ctx"])
+    register(STOCK_CACHE_BACKEND, stock_factory)
+    if not is_enabled(KV_JOIN_ENV):
         return
     os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(32))
     register(RADIX_CACHE_BACKEND, _make_cache)
@@ -109,7 +144,7 @@ def _shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
 
 
 def _validate_layout(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
-    """In the HTTP process: what SGLang answers a ValueError with is a 400."""
+    """Validate a layout in the HTTP process, where SGLang turns a ValueError into a response of status 400."""
     from sglang.srt.runtime_context import get_memory
 
     from sgl_apr.server.kv_join.validation import validate_request
@@ -130,6 +165,7 @@ def _register_attention() -> None:
 
 
 def _register_padded_matmul() -> None:
+    """Multiply two or three rows as four on a CPU. `PADDED_MATMUL_ENV` switches this off."""
     from sgl_apr.server.cpu import padded_matmul
 
     linear = "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply"
@@ -139,7 +175,7 @@ def _register_padded_matmul() -> None:
 
 
 def _make_attention(runner: Any) -> Any:
-    # Looked at here and not in `activate`: only the scheduler needs these modules.
+    # These checks are here and not in `activate`, because only the scheduler imports the modules.
     native = "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend"
     require_sglang(f"{native}.init_forward_metadata", ["forward_batch"])
     require_sglang(f"{native}._run_sdpa_forward_decode", [*_DECODE, "encoder_lens", *_OPTIONS])

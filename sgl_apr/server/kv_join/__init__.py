@@ -1,1 +1,1 @@
-"""Joining branches in the KV cache of the server."""
+"""Joins branches in the KV cache of a server."""

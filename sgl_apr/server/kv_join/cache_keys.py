@@ -1,4 +1,4 @@
-"""Where the tokens of a joined prompt are cached: in which tree, behind which key; pure, and no cache in here."""
+"""Computes where the tokens of a joined prompt are cached: in which tree, under which key."""
 
 from __future__ import annotations
 
@@ -10,29 +10,39 @@ from hashlib import blake2b
 
 from sgl_apr.trajectory.join_layout import Layout, token_count
 
-NAMESPACE_PREFIX = "apr:"  # how the names of all trees of joined prompts begin
+NAMESPACE_PREFIX = "apr:"  # begins the names of all trees of joined prompts
 
 Ranges = tuple[tuple[int, int], ...]  # [first, last) of the flat prompt
 
 
 @dataclass(frozen=True, slots=True)
 class CachedSegment:
-    """Tokens whose keys and values are in the cache: the last `size` of the key, in the tree `namespace`."""
+    """Tokens of a prompt whose keys and values are in the cache, in one tree.
+
+    Attributes:
+        namespace: The tree. None is the default tree of ordinary prompts.
+        ranges: The ranges of the flat prompt that are the key of the segment: the tokens that lead to it, and its own.
+        size: How many tokens at the end of the key are the segment's own.
+    """
 
     namespace: str | None
     ranges: Ranges
     size: int
 
     def key(self, ids: array[int]) -> array[int]:
-        """Of the ids of the prompt: those that lead to the part, and its own."""
+        """Return the key of the segment, from the ids of the prompt."""
         return _slice_ranges(ids, self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPrompt:
-    """A prompt in parts, and what is left of it: `tail` tokens behind the last join, in the tree `namespace`.
+    """A prompt in segments, and the tokens after its last join.
 
-    `offset` is what the positions of the tail lack to their places in the flat prompt (0 or less).
+    Attributes:
+        parts: The segments before the end of the last join.
+        namespace: The tree of the tokens after the last join.
+        tail: How many tokens are after the last join.
+        offset: The positions of these tokens minus their places in the flat prompt, 0 or less.
     """
 
     parts: tuple[CachedSegment, ...]
@@ -42,7 +52,10 @@ class ResolvedPrompt:
 
 
 def lookup_cost(layout: Layout) -> int:
-    """How many tokens are looked at to resolve a layout and to find its parts: each part has all before it as key."""
+    """Return how many tokens are read to resolve a layout and to match its segments.
+
+    The key of each segment contains all tokens before it in its tree.
+    """
 
     def walk(sequence: Layout, key: int) -> int:
         total = 0
@@ -59,22 +72,28 @@ def lookup_cost(layout: Layout) -> int:
 
 
 def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes) -> ResolvedPrompt:
-    """Where the tokens of a prompt are cached. `root` is the tree of ordinary prompts.
+    """Return where the tokens of a prompt are cached.
 
-    What is decoded behind a join has a tree of its own, named by all that it saw and by a secret: the same
-    text read in a line has other keys and values, and no client can name the tree.
+    Tokens after a join have a tree of their own, because the same text read as one sequence has other keys and values.
+    The name of the tree is a keyed hash of all that the tokens attend to, so that no client can name it.
+
+    Args:
+        layout: The layout of the prompt. It ends with a number of tokens.
+        ids: The prompt, flat.
+        root: The tree of ordinary prompts.
+        secret: The key of the hash.
     """
     ids = array("q", ids)
     parts: list[CachedSegment] = []
 
     def walk(sequence: Layout, at: int, namespace: str | None, key: Ranges) -> tuple[int, int, str | None]:
-        """(end in the flat prompt, length of the longest chain, tree behind it)."""
+        """Return (end in the flat prompt, length of the longest chain, tree of what follows)."""
         chain = 0
         for item in sequence:
-            begun, longest = at, 0
+            start, longest = at, 0
             if isinstance(item, int):
                 at += item
-                key = _append_range(key, begun, at)
+                key = _append_range(key, start, at)
                 if item:
                     parts.append(CachedSegment(namespace, key, item))
                 chain += item
@@ -84,13 +103,13 @@ def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes)
                 longest = max(longest, length)
             chain += longest
             namespace, key = (
-                _namespace_after_block(namespace, item, _slice_ranges(ids, key), ids[begun:at], secret),
+                _namespace_after_block(namespace, item, _slice_ranges(ids, key), ids[start:at], secret),
                 (),
             )
         return at, chain, namespace
 
     *before, tail = layout
-    assert isinstance(tail, int), "checked when it was parsed"
+    assert isinstance(tail, int), "`parse_layout` checks this"
     end, chain, namespace = walk(before, 0, root, ())
     return ResolvedPrompt(tuple(parts), namespace, tail, chain - end)
 
@@ -103,15 +122,15 @@ def _append_range(ranges: Ranges, first: int, last: int) -> Ranges:
 
 def _slice_ranges(ids: array[int], ranges: Ranges) -> array[int]:
     first, *rest = ranges or ((0, 0),)
-    taken = ids[slice(*first)]
-    for one in rest:
-        taken += ids[slice(*one)]
-    return taken
+    selected = ids[slice(*first)]
+    for bounds in rest:
+        selected += ids[slice(*bounds)]
+    return selected
 
 
 def _namespace_after_block(
-    namespace: str | None, block: Sequence[Layout], key: array[int], written: array[int], secret: bytes
+    namespace: str | None, block: Sequence[Layout], key: array[int], branch_ids: array[int], secret: bytes
 ) -> str:
-    """Of the tree behind a block, by where it was forked, how it was written and what."""
-    seen = json.dumps([namespace, block, len(key)]).encode() + b"\0" + key.tobytes() + written.tobytes()
+    """Name the tree after a block, by the tokens before its fork, its layout and the tokens of its branches."""
+    seen = json.dumps([namespace, block, len(key)]).encode() + b"\0" + key.tobytes() + branch_ids.tobytes()
     return NAMESPACE_PREFIX + blake2b(seen, key=secret, digest_size=24).hexdigest()

@@ -1,26 +1,33 @@
-"""Where branches cannot be joined in the KV cache, from SGLang's arguments and its model's configuration.
+"""Decides from SGLang's arguments and the model's configuration whether a server can join in its KV cache.
 
-What it lets pass are the modes in which every rank has all of a prompt's keys and values, one slot for each
-token, attends to them by place, and takes its positions from `ForwardBatch.init_new`.
+It can in the modes where every rank has all keys and values of a prompt, in one slot for each token, attends to them
+by slot, and takes positions from `ForwardBatch.init_new`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
-from sgl_apr.server.constants import KV_JOIN_ENV
+from sgl_apr.server.constants import CPU_ATTENTION_BACKEND, KV_JOIN_ENV
+from sgl_apr.server.hooks import is_enabled
 
-SUPPORTED_ATTENTION_BACKENDS = frozenset({"apr_cpu", "torch_native", "flashinfer", "triton", "fa3", "fa4"})
+SUPPORTED_ATTENTION_BACKENDS = frozenset(
+    {CPU_ATTENTION_BACKEND, "torch_native", "flashinfer", "triton", "fa3", "fa4"}
+)
 
 
 def incompatibility(args: Any, model: Any) -> str | None:
-    """What keeps a server from joining, in words that go behind "does not work with"; None where it can.
+    """Return what keeps a server from joining, or None if it can join.
 
-    `args` are resolved server arguments, `model` is SGLang's ModelConfig.
+    Args:
+        args: Resolved server arguments.
+        model: SGLang's `ModelConfig`.
+
+    Returns:
+        Text that completes the phrase "does not work with".
     """
-    return next((what for what, there in _obstacles(args, model) if there), None)
+    return next((what for what, present in _obstacles(args, model) if present), None)
 
 
 def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
@@ -38,7 +45,7 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
         "a model whose attention is sparse",
         any(hasattr(model.hf_config, name) for name in ("dual_chunk_attention_config", "index_topk")),
     )
-    yield "embeddings of n-grams", model.use_ngram_embedding or model.use_engram
+    yield "n-gram embeddings", model.use_ngram_embedding or model.use_engram
 
     yield f"--page-size {args.page_size}", args.page_size != 1
     yield f"--disaggregation-mode {args.disaggregation_mode}", args.disaggregation_mode != "null"
@@ -60,9 +67,9 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "--enable-two-batch-overlap", args.enable_two_batch_overlap
     yield "--dllm-algorithm", args.dllm_algorithm
     yield "--enable-nvidia-megakernel", args.enable_nvidia_megakernel
-    yield "--kv-canary, which takes positions for places", args.kv_canary != "none"
+    yield "--kv-canary, which expects positions to equal places", args.kv_canary != "none"
     yield "SGLANG_RADIX_FORCE_MISS", _cache_hits_disabled()
-    yield f"{KV_JOIN_ENV}=0", os.environ.get(KV_JOIN_ENV) == "0"
+    yield f"{KV_JOIN_ENV}=0", not is_enabled(KV_JOIN_ENV)
     for backend in _attention_backends(args):
         yield f"--attention-backend {backend}", backend not in SUPPORTED_ATTENTION_BACKENDS
 

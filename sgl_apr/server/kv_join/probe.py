@@ -1,29 +1,32 @@
-"""Prompts, joined ones too, to a running server, and the log-probabilities of its replies; it judges nothing."""
+"""Sends prompts, also joined ones, to a running server and returns the log-probabilities of its replies."""
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sgl_apr.engine.http_client import post_json
 from sgl_apr.engine.sglang_request import with_layout
 from sgl_apr.errors import EngineError
 from sgl_apr.trajectory.join_layout import Layout, commit_prompts
 
 GenerateClient = Callable[
     [Mapping[str, Any]], Any
-]  # one `/generate` request as SGLang defines it, and its JSON answer
-LogprobRow = Mapping[int, float]  # log-probabilities of a step's likeliest tokens, by token id
+]  # sends one `/generate` request of SGLang, returns its JSON
+LogprobRow = Mapping[int, float]  # log-probabilities of the likeliest tokens of one step, by token id
 
-TIMEOUT = 600.0  # seconds for one answer
+ANSWER_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class ProbePrompt:
-    """Token ids, flat, and the layout that joins them; without one they stand in a line."""
+    """A prompt.
+
+    Attributes:
+        ids: Its token ids, flat.
+        layout: The layout that joins them. None means that the prompt is one sequence.
+    """
 
     ids: tuple[int, ...]
     layout: Layout | None = None
@@ -31,9 +34,13 @@ class ProbePrompt:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReply:
-    """Tokens, the likeliest ones at each step, and how many tokens of the prompt were cached.
+    """The reply to a prompt.
 
-    `chosen` has, for each step, the log-probabilities of the tokens that were asked for.
+    Attributes:
+        tokens: The decoded tokens.
+        rows: The likeliest tokens of each step.
+        chosen: The requested tokens of each step.
+        cached: How many tokens of the prompt were cached.
     """
 
     tokens: tuple[int, ...]
@@ -43,65 +50,66 @@ class ProbeReply:
 
 
 def make_client(url: str, api_key: str | None = None) -> GenerateClient:
-    """Over HTTP; it raises EngineError for any answer but 200, and where none comes."""
-    url, headers = url.rstrip("/"), {"Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
+    """Return a client that sends requests to a server over HTTP.
 
-    def ask(body: Mapping[str, Any]) -> Any:
-        try:
-            request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            answer = " ".join(error.read().decode(errors="replace").split())[:300]
-            raise EngineError(f"the server answered {error.code}: {answer}", error.code) from error
-        except (OSError, ValueError) as error:
-            raise EngineError(f"no answer from {url}: {error}") from error
+    The client raises `EngineError` if the server does not answer, or not with status 200.
+    """
+    generate_url = f"{url.rstrip('/')}/generate"
 
-    return ask
+    def generate(body: Mapping[str, Any]) -> Any:
+        return post_json(generate_url, body, api_key=api_key, timeout=ANSWER_TIMEOUT_S)
+
+    return generate
 
 
 def send_prompts(
-    ask: GenerateClient,
+    client: GenerateClient,
     prompts: Sequence[ProbePrompt],
-    new: int,
+    new_tokens: int,
     *,
     top: int = 10,
     tokens: Sequence[Sequence[int]] | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> list[ProbeReply]:
-    """Replies of `new` tokens, greedy unless `sampling` says otherwise, to all prompts at once.
+    """Send all prompts at once and return their replies.
 
-    Each step has its `top` likeliest tokens, and those of `tokens` (one sequence of ids for each prompt).
-    Raises EngineError if a prompt is refused, with status 409 if its branches are not cached.
+    Args:
+        client: Sends the request.
+        prompts: The prompts.
+        new_tokens: Tokens to decode for each prompt. 0 only prefills.
+        top: How many of the likeliest tokens to return for each step.
+        tokens: For each prompt, the token ids whose log-probabilities to return for each step.
+        sampling: Sampling parameters. By default decoding is greedy.
+
+    Raises:
+        EngineError: A prompt was rejected. Its status is `CACHE_MISS_STATUS` if its branches are not cached.
     """
-    common = {"temperature": 0, "ignore_eos": True, **(sampling or {}), "max_new_tokens": new}
+    common = {"temperature": 0, "ignore_eos": True, **(sampling or {}), "max_new_tokens": new_tokens}
     body: dict[str, Any] = {
         "input_ids": [list(p.ids) for p in prompts],
         "sampling_params": [with_layout(common, p.layout) for p in prompts],
     }
-    if new:
+    if new_tokens:
         body |= {"return_logprob": True, "top_logprobs_num": top}
         if tokens is not None:
             body["token_ids_logprob"] = [list(t) for t in tokens]
-    answers = ask(body)
+    answers = client(body)
     try:
-        return [_reply(answer, new) for answer in answers]
+        return [_parse_reply(answer, new_tokens) for answer in answers]
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"the server does not answer like SGLang: {error!r}") from error
 
 
-def _reply(answer: Any, new: int) -> ProbeReply:
+def _parse_reply(answer: Any, new_tokens: int) -> ProbeReply:
     meta = answer["meta_info"]
     reason = meta["finish_reason"]
     if reason["type"] == "abort":
-        raise EngineError(f"the server refused: {reason.get('message')}", reason.get("status_code"))
-    if not new:
+        raise EngineError(f"the server rejected a prompt: {reason.get('message')}", reason.get("status_code"))
+    if not new_tokens:
         return ProbeReply((), (), (), int(meta["cached_tokens"]))
     top, chosen = meta["output_top_logprobs"], meta.get("output_token_ids_logprobs") or ()
     if not top or len(top) != len(answer["output_ids"]):
-        raise ValueError("log-probabilities of every token were asked for")
+        raise ValueError("the log-probabilities of some tokens are missing")
     return ProbeReply(tuple(answer["output_ids"]), _rows(top), _rows(chosen), int(meta["cached_tokens"]))
 
 
@@ -109,16 +117,25 @@ def _rows(steps: Any) -> tuple[LogprobRow, ...]:
     return tuple({token: logprob for logprob, token, *_ in step} for step in steps)
 
 
-def commit_branches(ask: GenerateClient, prompts: Sequence[ProbePrompt]) -> None:
-    """Bring the branches of all prompts into the cache, those first that others stand behind."""
-    waves: dict[int, dict[str, ProbePrompt]] = {}
+def commit_branches(client: GenerateClient, prompts: Sequence[ProbePrompt]) -> None:
+    """Prefill the branches of all prompts into the cache, in the order in which they depend on one another.
+
+    Args:
+        client: Sends the requests.
+        prompts: Prompts with a layout.
+
+    Raises:
+        EngineError: A branch was rejected.
+    """
+    waves: dict[int, dict[str, ProbePrompt]] = {}  # by how many blocks a prompt contains
     for prompt in prompts:
         for ranges, layout in commit_prompts(prompt.layout or ()):
-            one = ProbePrompt(tuple(i for first, last in ranges for i in prompt.ids[first:last]), layout)
-            waves.setdefault(_blocks(layout or ()), {})[repr(one)] = one
+            ids = tuple(i for first, last in ranges for i in prompt.ids[first:last])
+            branch = ProbePrompt(ids, layout)
+            waves.setdefault(_count_blocks(layout or ()), {})[repr(branch)] = branch
     for _, wave in sorted(waves.items()):
-        send_prompts(ask, list(wave.values()), 0)
+        send_prompts(client, list(wave.values()), 0)
 
 
-def _blocks(layout: Layout) -> int:
-    return sum(1 + sum(map(_blocks, item)) for item in layout if not isinstance(item, int))
+def _count_blocks(layout: Layout) -> int:
+    return sum(1 + sum(map(_count_blocks, item)) for item in layout if not isinstance(item, int))

@@ -1,10 +1,13 @@
-"""A radix cache whose requests may see branches that were written side by side, joined without a second prefill.
+"""A radix cache that joins branches which were decoded in parallel, without a second prefill.
 
-A joined request is an ordinary one whose prompt is prefix, branches and what follows, flat, with its layout
-(`sgl_apr.trajectory.join_layout`) as JSON in `custom_params["apr_layout"]`. Its prefix is joined from the slots of the branches:
-nothing is copied, every slot keeps its one owner, all nodes are locked as one. Launch with
-`--radix-cache-backend apr`. It joins nothing by itself: branches have to be in the cache, or the answer is 409,
-also in the middle of an answer, if the request had to make room for others and the branches went meanwhile.
+A request is joined if its layout (`sgl_apr.trajectory.join_layout`) is in `custom_params["apr_layout"]`, as JSON. Its
+prompt is flat: the prefix, the branches and what follows them. The cache builds the prefix of the request from the
+slots of the branches. It copies nothing, every slot keeps its one owner, and all nodes are locked together. Launch the
+server with `--radix-cache-backend apr`.
+
+The branches have to be in the cache already (a client commits them), or the request fails with `CACHE_MISS_STATUS`.
+It can also fail in the middle of its output, if it was retracted to make room for others and its branches were
+evicted meanwhile.
 """
 
 from __future__ import annotations
@@ -21,20 +24,25 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
 from sgl_apr.server.constants import CACHE_SECRET_ENV
 from sgl_apr.server.kv_join.cache_keys import ResolvedPrompt, resolve
 from sgl_apr.server.kv_join.validation import has_layout, layout_of_request
 from sgl_apr.trajectory.join_layout import LayoutError
 
-SECRET = bytes.fromhex(os.environ[CACHE_SECRET_ENV])  # names the trees of joined prompts
+SECRET = bytes.fromhex(os.environ[CACHE_SECRET_ENV])  # keys the hash that names the trees of joined prompts
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedPrefix:
-    """In place of a tree node: slices of the paths to `parts` (node, first, last), then the path to `tail`.
+    """The cached prefix of a joined request. It takes the place of a tree node.
 
-    `tail` is in the tree `namespace` of what follows the join, which begins `start` tokens into the prompt;
-    the positions from there on are `offset` (0 or less) off their places in the prompt.
+    Attributes:
+        parts: (node, first, last): tokens first to last of the path to the node, for each segment in turn.
+        tail: The node of the tokens after the last join, in the tree `namespace`.
+        namespace: The tree of the tokens after the last join.
+        start: Where these tokens begin in the prompt.
+        offset: The positions of these tokens minus their places in the prompt, 0 or less.
     """
 
     parts: tuple[tuple[Any, int, int], ...]
@@ -49,13 +57,13 @@ class JoinedPrefix:
 
 
 class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no types
-    """SGLang's radix cache for ordinary requests; for joined ones see above."""
+    """SGLang's radix cache, which also serves joined requests (see the module)."""
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         req = params.req
         if req is None or not has_layout(req):
             return super().match_prefix(params)
-        if req.to_finish is not None:  # refused before, or aborted while it had to make room for others
+        if req.to_finish is not None:  # rejected before, or aborted while it was retracted
             return self._empty_match(req, params.key)
         try:
             return self._match_joined(req, params.key)
@@ -63,19 +71,22 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
             return self._reject(req, params.key, str(error), HTTPStatus.BAD_REQUEST)
 
     def _match_joined(self, req: Any, key: RadixKey) -> MatchResult:
-        ids, found = key.token_ids, _resolve_request(req, key.extra_key)
+        """Match every segment of the prompt in its tree, and the tokens after the last join in theirs."""
+        ids, resolved = key.token_ids, _resolve_request(req, key.extra_key)
         parts: list[tuple[Any, int, int]] = []
-        for part in found.parts:
-            wanted = part.key(ids)
-            match, last = self._match_segment(wanted, part.namespace, key), len(wanted)
+        for segment in resolved.parts:
+            segment_key = segment.key(ids)
+            match, last = self._match_segment(segment_key, segment.namespace, key), len(segment_key)
             if match.device_prefix_len < last:
-                where = f"of {last} tokens up to a part of the prompt {match.device_prefix_len} are cached"
-                return self._reject(req, key, where, HTTPStatus.CONFLICT)
-            parts.append((match.last_device_node, last - part.size, last))
-        start = len(req.origin_input_ids) - found.tail
+                why = f"{match.device_prefix_len} of the {last} tokens of a segment are cached, expected all"
+                return self._reject(req, key, why, HTTPStatus(CACHE_MISS_STATUS))
+            parts.append((match.last_device_node, last - segment.size, last))
+        start = len(req.origin_input_ids) - resolved.tail
         limit = len(ids) if key.limit is None else min(key.limit, len(ids))
-        tail = self._match_segment(ids[start : max(limit, start)], found.namespace, key)
-        node = JoinedPrefix(tuple(parts), tail.last_device_node, str(found.namespace), start, found.offset)
+        tail = self._match_segment(ids[start : max(limit, start)], resolved.namespace, key)
+        node = JoinedPrefix(
+            tuple(parts), tail.last_device_node, str(resolved.namespace), start, resolved.offset
+        )
         return MatchResult(
             device_prefix_len=start + tail.device_prefix_len,
             last_device_node=node,
@@ -87,13 +98,13 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
         return self._match_tree(MatchPrefixParams(key=RadixKey(ids, namespace, cache_salt=key.cache_salt)))
 
     def _reject(self, req: Any, key: RadixKey, why: str, status: HTTPStatus) -> MatchResult:
-        """Let the request end with an error: an exception here would end the server."""
+        """Let the request end with an error. An exception here would end the server."""
         req.set_finish_with_abort(f"KV join: {why}", status, "AprJoin")
-        req.refresh_fill_ids()  # now one token: what is left to compute before it ends
+        req.refresh_fill_ids()  # now a single token, which SGLang computes before the request ends
         return self._empty_match(req, key)
 
     def _empty_match(self, req: Any, key: RadixKey) -> MatchResult:
-        """For a request that only has to end: it finds nothing, and leaves nothing."""
+        """Return an empty match for a request that only has to end, and cache nothing of it."""
         req.skip_radix_cache_insert = True
         return self._match_segment(array("q"), key.extra_key, key)
 
@@ -120,11 +131,11 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
         if lock is None or not isinstance(lock.node, JoinedPrefix):
             super().unlock(lock)
             return
-        for one in lock.receipt:
-            super().unlock(one)
+        for node_lock in lock.receipt:
+            super().unlock(node_lock)
 
     def checkpoint(self, req: Any, *, up_to: int, **options: Any) -> None:
-        """What was computed behind the join goes into its own tree; the rest is there already."""
+        """Insert the tokens after the join into their own tree. The tokens before it are cached already."""
         node = req.last_node
         if not isinstance(node, JoinedPrefix):
             super().checkpoint(req, up_to=up_to, **options)
@@ -144,9 +155,9 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
         )
         slots = self.path_device_indices(inserted.last_device_node)
         assert len(slots) == len(ids), "page size 1"
-        end, known = node.start + len(slots), kv.cache_protected_len
+        end, protected = node.start + len(slots), kv.cache_protected_len
         self.req_to_token_pool.write(
-            (kv.req_pool_idx, slice(known, end)), slots[known - node.start :].to(torch.int32)
+            (kv.req_pool_idx, slice(protected, end)), slots[protected - node.start :].to(torch.int32)
         )
         kv.cache_inserted_len = max(kv.cache_inserted_len, end)
         self.unlock(req.lock)
@@ -158,16 +169,23 @@ class KvJoinRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has n
 
 
 def _resolve_request(req: Any, root: str | None) -> ResolvedPrompt:
-    """Where the parts of a request are, looked up once: it is matched anew whenever it is scheduled."""
-    found: ResolvedPrompt | None = getattr(req, "apr_resolved", None)
-    if found is None:
+    """Resolve the prompt of a request once, and keep the result: a request is matched each time it is scheduled."""
+    resolved: ResolvedPrompt | None = getattr(req, "apr_resolved", None)
+    if resolved is None:
         ids = req.origin_input_ids
-        found = req.apr_resolved = resolve(layout_of_request(req, len(ids)), ids, root, SECRET)
-    return found
+        resolved = req.apr_resolved = resolve(layout_of_request(req, len(ids)), ids, root, SECRET)
+    return resolved
 
 
 def make_cache(context: Any) -> Any:
-    """The factory behind `--radix-cache-backend apr`; raises ValueError where it cannot join."""
+    """Make the cache of `--radix-cache-backend apr`.
+
+    Args:
+        context: SGLang's context of the cache.
+
+    Raises:
+        ValueError: This server cannot join in its cache.
+    """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
 
@@ -181,12 +199,18 @@ def make_cache(context: Any) -> Any:
     elif context.disable_radix_cache:
         what = "a disabled radix cache"
     if what:
-        raise ValueError(f"--radix-cache-backend apr does not work with {what}: stock does")
+        raise ValueError(f"--radix-cache-backend apr does not work with {what}, expected stock")
     return create_unified_radix_cache(context, cache_class=KvJoinRadixCache)
 
 
 def shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
-    """After `ForwardBatch.init_new`: a joined request goes on behind its longest branch."""
+    """Shift the positions of a new `ForwardBatch`, so that a joined request continues after its longest branch.
+
+    Args:
+        batch: The new batch.
+        *arguments: The positional arguments of `ForwardBatch.init_new`.
+        **options: Its keyword arguments.
+    """
     reqs = (arguments[1] if len(arguments) > 1 else options["batch"]).reqs
     offsets = [req.last_node.offset if isinstance(req.last_node, JoinedPrefix) else 0 for req in reqs]
     if not any(offsets):
@@ -195,5 +219,5 @@ def shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
     shift = torch.tensor(offsets, dtype=positions.dtype, device=positions.device)
     if not batch.forward_mode.is_decode():
         shift = torch.repeat_interleave(shift, torch.tensor(batch.extend_seq_lens_cpu, device=shift.device))
-    # Rows behind those of the requests belong to beams, and no joined request has any.
+    # Rows after those of the requests belong to beams, which no joined request has.
     batch.positions = positions + torch.nn.functional.pad(shift, (0, len(positions) - len(shift)))

@@ -1,6 +1,7 @@
-"""What a request with a layout has to be; pure. The HTTP process asks before it sends one on, the scheduler again.
+"""Validates requests with a layout.
 
-An exception in the scheduler ends the server for everybody, so nothing gets there that was not looked at here.
+The HTTP process validates a request before it forwards it, and the scheduler validates it again. An exception in the
+scheduler ends the server for all clients, so no request may get there that was not validated.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from typing import Any
 from sgl_apr.server.kv_join.cache_keys import NAMESPACE_PREFIX, lookup_cost
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout, LayoutError, parse_layout
 
-MAX_LAYOUT_CHARS = 1 << 16  # of the JSON
-MAX_LOOKUP_COST = 1 << 23  # tokens looked at to find all parts of one prompt, in a tenth of a second
+MAX_LAYOUT_CHARS = 1 << 16  # characters of the JSON
+MAX_LOOKUP_COST = (
+    1 << 23
+)  # tokens that are compared to find all segments of a prompt; they take a tenth of a second
 
-# Where keys and values depend on more than the ids and the layout, or a prompt is more than its ids. By the
-# names that they have in the HTTP process and in the scheduler.
+# With these, keys and values depend on more than the ids and the layout, or a prompt is more than its ids. The keys
+# are field names of the HTTP process and of the scheduler.
 UNSUPPORTED_FIELDS = {
     "input_embeds": "input embeddings",
     "positional_embed_overrides": "embeddings of its own",
@@ -29,47 +32,61 @@ UNSUPPORTED_FIELDS = {
 
 
 def has_layout(request: Any) -> bool:
-    """Whether a tokenized request, or one of the scheduler, asks for a join."""
+    """Return whether a tokenized request, or a request of the scheduler, has a layout."""
     params = request.sampling_params.custom_params
     return isinstance(params, dict) and LAYOUT_PARAM in params
 
 
 def layout_of_request(request: Any, tokens: int) -> Layout:
-    """The layout of a request that has one, of a prompt of so many tokens; raises LayoutError."""
+    """Parse and validate the layout of a request.
+
+    Args:
+        request: A tokenized request, or a request of the scheduler, that has a layout.
+        tokens: Tokens of its prompt.
+
+    Raises:
+        LayoutError: The layout does not fit the prompt, is too large, or does not go with the other fields.
+    """
     for name, what in UNSUPPORTED_FIELDS.items():
         if getattr(request, name, None) is not None:
             raise LayoutError(f"a joined prompt cannot have {what}")
     if (request.sampling_params.beam_width or 1) > 1:
-        raise LayoutError("a joined prompt cannot be searched with beams")
+        raise LayoutError("a joined prompt cannot be decoded with beam search")
     if request.return_logprob and 0 <= request.logprob_start_len < tokens:
-        raise LayoutError("a joined prompt is not computed again: expected no log-probabilities of it")
+        raise LayoutError("a joined prompt has no log-probabilities, because it is not computed again")
     text = request.sampling_params.custom_params[LAYOUT_PARAM]
     if not isinstance(text, str) or len(text) > MAX_LAYOUT_CHARS:
         raise LayoutError(f"expected the layout as JSON in a string of at most {MAX_LAYOUT_CHARS} characters")
     layout = parse_layout(text, tokens)
-    if (found := lookup_cost(layout)) > MAX_LOOKUP_COST:
+    if (cost := lookup_cost(layout)) > MAX_LOOKUP_COST:
         raise LayoutError(
-            f"branches and what is before each have {found} tokens, expected at most {MAX_LOOKUP_COST}"
+            f"the branches and the tokens before each of them are {cost} tokens, expected at most {MAX_LOOKUP_COST}"
         )
     return layout
 
 
-def validate_request(asked: Any, request: Any, joins: bool) -> None:
-    """Raises LayoutError for what the scheduler must not see: `asked` by a client, `request` is it tokenized.
+def validate_request(client_request: Any, request: Any, joins: bool) -> None:
+    """Reject in the HTTP process what the scheduler must not receive.
 
-    `joins` is whether the server has the cache that joins.
+    Args:
+        client_request: The request as a client sent it.
+        request: The same request, tokenized.
+        joins: Whether the server has the cache that joins.
+
+    Raises:
+        LayoutError: The request is not valid.
     """
     if (getattr(request, "extra_key", None) or "").startswith(NAMESPACE_PREFIX):
         raise LayoutError(f"extra_key cannot begin with {NAMESPACE_PREFIX!r}")
     params = request.sampling_params.custom_params
     if params is not None and not isinstance(params, dict):
-        raise LayoutError("expected custom_params to be an object")
+        raise LayoutError(f"custom_params is {type(params).__name__}, expected an object")
     if not has_layout(request):
         return
     if not joins:
         raise LayoutError("this server does not join in its KV cache")
-    if asked.input_ids is None or asked.text is not None:
+    if client_request.input_ids is None or client_request.text is not None:
         raise LayoutError("a layout counts token ids: expected input_ids instead of text")
-    if asked.contains_mm_input():
+    if client_request.contains_mm_input():
         raise LayoutError("a joined prompt cannot have images, video or audio")
     layout_of_request(request, len(request.input_ids))

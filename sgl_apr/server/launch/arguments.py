@@ -1,13 +1,12 @@
-"""SGLang's server arguments from the user's flags and our defaults."""
+"""Makes SGLang's server arguments from the user's flags and the defaults of this package."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
@@ -15,16 +14,19 @@ from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.kv_join.compatibility import incompatibility
 from sgl_apr.server.launch.defaults import DEFAULT_POOL_TOKENS, default_flags, pool_tokens
 from sgl_apr.server.launch.preflight import local_config
-from sgl_apr.server.launch.usage import UsageError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+from sgl_apr.server.launch.usage import UsageError, UsageParser
 
 
 def server_args(argv: list[str]) -> Any:
-    """SGLang's ServerArgs of the user's flags after our defaults; LaunchError if they cannot work."""
+    """Return SGLang's `ServerArgs` for the defaults of this package followed by the user's flags.
+
+    Args:
+        argv: The user's flags, without those of this package.
+
+    Raises:
+        UsageError: The flags are wrong, or ask for what is not supported.
+        LaunchError: The plugin was not loaded, or SGLang would run on another platform.
+    """
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -39,22 +41,22 @@ def server_args(argv: list[str]) -> Any:
     from sglang.srt.server_args import ServerArgs, prepare_server_args
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
-    parser = _Parser(prog="sgl-apr serve", add_help=False)
+    parser = UsageParser(prog="sgl-apr serve", add_help=False)
     ServerArgs.add_cli_args(parser)
     try:
         merged = ConfigArgumentMerger(parser).merge_config_with_args(argv) if "--config" in argv else argv
-        wanted = parser.parse_args(merged)
-    except (ValueError, OSError) as error:  # of the configuration file
+        parsed = parser.parse_args(merged)
+    except (ValueError, OSError) as error:  # from the configuration file
         raise UsageError(str(error)) from error
     accelerator = has_accelerator()
     if not accelerator and type(current_platform).__name__ != "TorchCpuPlatform":
         raise LaunchError(f"SGLang runs on {current_platform!r} instead of the CPU platform of sgl-apr")
-    config = _read_model_config(wanted.model_path, wanted.revision)
+    config = _read_model_config(parsed.model_path, parsed.revision)
     tokens = DEFAULT_POOL_TOKENS if accelerator else _affordable_pool_tokens(config)
-    given = [*default_flags(accelerator=accelerator, max_tokens=tokens, config=config), *merged]
-    args = prepare_server_args(given)
+    flags = [*default_flags(accelerator=accelerator, max_tokens=tokens, config=config), *merged]
+    args = prepare_server_args(flags)
     args.resolve_once()
-    cache = wanted.radix_cache_backend
+    cache = parsed.radix_cache_backend
     if cache in (None, RADIX_CACHE_BACKEND) and (
         what := incompatibility(resolving_view(args), model_config_of(args))
     ):
@@ -65,26 +67,26 @@ def server_args(argv: list[str]) -> Any:
             file=sys.stderr,
         )
     elif cache is None:
-        args = prepare_server_args([*given, "--radix-cache-backend", RADIX_CACHE_BACKEND])
+        args = prepare_server_args([*flags, "--radix-cache-backend", RADIX_CACHE_BACKEND])
         args.resolve_once()
     view = resolving_view(args)
-    for flag, refused in (
+    for flag, used in (
         ("--tokenizer-worker-num above 1", view.tokenizer_worker_num > 1),
         ("gRPC", view.grpc_mode or view.smg_grpc_mode or view.grpc_port is not None),
         ("--encoder-only", view.encoder_only),
         ("--use-ray", view.use_ray),
         ("SGLANG_RUST_SERVER", os.environ.get("SGLANG_RUST_SERVER", "0").lower() in {"1", "true"}),
     ):
-        if refused:
+        if used:
             raise UsageError(f"{flag} is not supported")
     return args
 
 
 def _read_model_config(model: str, revision: str | None) -> dict[str, Any]:
-    """What config.json of a model says, as far as it is on this machine."""
+    """Return the config.json of a model, empty if it is not on this machine."""
     path = local_config(model, revision or "main")
-    found: dict[str, Any] = {} if path is None else json.loads(path.read_text())
-    return found
+    config: dict[str, Any] = {} if path is None else json.loads(path.read_text())
+    return config
 
 
 def _affordable_pool_tokens(config: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
-"""Command lines for SGLang: what is added on this hardware, and keyword arguments as flags; pure.
+"""Default flags for SGLang's server by hardware, and keyword arguments as flags.
 
-SGLang's parser takes the last of several values of a flag, under whatever alias it is given. So defaults
-come first, and every flag that a user gives wins.
+SGLang's parser takes the last of several values of a flag, under any alias. The defaults come first, so every flag
+that the user gives wins.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sgl_apr.server.constants import CPU_ATTENTION_BACKEND
+
 DEFAULT_POOL_TOKENS = (
     32768  # KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch
 )
 
-# Threads that wait for each other spin for microseconds instead of milliseconds. On a free machine that costs
-# nothing; where anything else runs, a spinning thread keeps the one it waits for from running (60x slower).
+# Threads that wait for each other spin for microseconds instead of milliseconds. On an idle machine that costs
+# nothing. On a busy one, a spinning thread keeps the thread that it waits for from running (60x slower).
 SERVER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
-# lpm: a branch whose prefix is cached goes first, and of several with the same uncached prefix one prefills.
+# lpm: a branch whose prefix is cached goes first, and only one of several with the same uncached prefix prefills it.
 COMMON_FLAGS = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
 GPU_FLAGS = {"--attention-backend": "flashinfer", "--page-size": "1"}
 FLASHINFER_HEAD_DIM_MULTIPLE = (
@@ -25,7 +27,7 @@ FLASHINFER_HEAD_DIM_MULTIPLE = (
 )
 CPU_FLAGS = {
     "--device": "cpu",
-    "--attention-backend": "apr_cpu",
+    "--attention-backend": CPU_ATTENTION_BACKEND,
     "--sampling-backend": "pytorch",
     "--dtype": "float32",
     "--cuda-graph-backend-decode": "disabled",
@@ -37,20 +39,31 @@ CPU_FLAGS = {
 def default_flags(
     *, accelerator: bool, max_tokens: int = DEFAULT_POOL_TOKENS, config: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """The flags to put before the user's. `config` is the model's config.json, where it is known."""
+    """Return the flags that go before the user's.
+
+    Args:
+        accelerator: Whether the machine has a GPU or another accelerator.
+        max_tokens: Size of the KV pool in tokens, on a CPU.
+        config: The model's config.json, if it is known.
+    """
     flags = COMMON_FLAGS | (GPU_FLAGS if accelerator else CPU_FLAGS | {"--max-total-tokens": str(max_tokens)})
     if (
         accelerator
         and (head_dim(config or {}) or FLASHINFER_HEAD_DIM_MULTIPLE) % FLASHINFER_HEAD_DIM_MULTIPLE
     ):
         flags |= {"--attention-backend": "triton"}
-    return [word for pair in flags.items() for word in pair if word is not None]
+    return [argument for pair in flags.items() for argument in pair if argument is not None]
 
 
 def pool_tokens(config: Mapping[str, Any], available: int) -> int:
-    """How many float32 KV slots to have on a CPU: `TOKENS`, or what fits into half of `available` bytes.
+    """Return the size of the float32 KV pool on a CPU, in tokens.
 
-    `config` is the model's config.json. A model that does not say its sizes there gets `TOKENS`.
+    Args:
+        config: The model's config.json.
+        available: Free memory in bytes. The pool takes half of it at most.
+
+    Returns:
+        At most `DEFAULT_POOL_TOKENS`, and exactly that if the configuration does not contain the model's sizes.
     """
     dim, config = head_dim(config), config.get("text_config") or config
     try:
@@ -64,24 +77,27 @@ def pool_tokens(config: Mapping[str, Any], available: int) -> int:
 
 
 def head_dim(config: Mapping[str, Any]) -> int | None:
-    """Of a model by its config.json; None where that does not say it."""
+    """Return the dimension of a model's attention heads from its config.json, or None if it is not there."""
     config = config.get("text_config") or config
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     return config.get("head_dim") or (hidden // heads if hidden and heads else None)
 
 
 def as_flags(options: Mapping[str, object]) -> list[str]:
-    """Keyword arguments as flags: `context_length=4096` is `--context-length 4096`, `x=True` is `--x`.
+    """Turn keyword arguments into flags.
 
-    A list gives several values; `None` and `False` leave the flag out.
+    A list gives a flag several values. `None` and `False` leave the flag out.
+
+    >>> as_flags({"context_length": 4096, "disable_radix_cache": True, "api_key": None})
+    ['--context-length', '4096', '--disable-radix-cache']
     """
-    words: list[str] = []
+    arguments: list[str] = []
     for name, value in options.items():
         if value is None or value is False:
             continue
-        words.append("--" + name.replace("_", "-"))
+        arguments.append("--" + name.replace("_", "-"))
         if isinstance(value, list | tuple):
-            words += map(str, value)
+            arguments += map(str, value)
         elif value is not True:
-            words.append(str(value))
-    return words
+            arguments.append(str(value))
+    return arguments

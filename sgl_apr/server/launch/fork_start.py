@@ -1,8 +1,9 @@
-"""SGLang's processes as forks of the server's first one, which has imported what each of them would import again.
+"""Starts SGLang's processes as forks of the server's first process, which has already imported SGLang.
 
-An import of SGLang takes 12 to 30 s of a core, so that a async_branches scheduler doubles the time that a server takes to
-start. Only without an accelerator, whose state no fork survives, and only in a process of `main`: it has one thread
-of ours, which holds no lock, and has computed nothing, so there is no pool of OpenMP threads to lose.
+Importing SGLang takes 12 to 30 s of a core, so a scheduler that imports it again doubles the start-up time of a
+server. This is done only without an accelerator, whose state does not survive a fork, and only in the process of
+`sgl_apr.server.launch.main`. That process has one thread of ours, which holds no lock, and it has computed nothing
+yet, so there is no pool of OpenMP threads to lose. The environment variable `SGLANG_APR_FORK_START=0` switches it off.
 """
 
 from __future__ import annotations
@@ -12,15 +13,26 @@ import os
 import socket
 from typing import Any
 
-from sgl_apr.server.hooks import hook_after, require_sglang
+from sgl_apr.server.constants import FORK_START_ENV
+from sgl_apr.server.hooks import hook_after, is_enabled, require_sglang
 
 
 def fork_children(launcher: socket.socket) -> None:
-    """Has SGLang fork from here on; no child holds `launcher`, whose end says that this process is gone."""
-    hook_after("sglang.srt.entrypoints.engine:_set_envs_and_config", ["server_args"], _fork)
-    require_sglang("sglang.srt.plugins.hook_registry:HookRegistry").apply_hooks()
+    """Let SGLang fork its processes from now on, unless `FORK_START_ENV` is "0".
+
+    Args:
+        launcher: The socket to the launcher. Its end tells the launcher that this process is gone, so children
+            close their copy.
+
+    Raises:
+        LaunchError: The function of SGLang that sets the start method is not as expected.
+    """
+    if not is_enabled(FORK_START_ENV):
+        return
+    hook_after("sglang.srt.entrypoints.engine:_set_envs_and_config", ["server_args"], _use_fork)
+    require_sglang("sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks")()
     os.register_at_fork(after_in_child=launcher.close)
 
 
-def _fork(result: Any, *arguments: Any, **options: Any) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # SGLang has just asked for "spawn"
+def _use_fork(result: Any, *arguments: Any, **options: Any) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # SGLang has just set "spawn"

@@ -1,4 +1,4 @@
-"""Starting SGLang as this package needs it: from the shell with `serve`, from Python with `Server`."""
+"""Starts SGLang servers: `serve` for the command line, `Server` for Python."""
 
 from __future__ import annotations
 
@@ -30,40 +30,44 @@ Serves a model with SGLang for adaptive parallel reasoning. MODEL is a directory
   sgl-apr serve --model Qwen/Qwen3-8B --port 8000 --context-length 32768
   sgl-apr serve --model ./my-model --max-total-tokens 8192      # a smaller KV cache
 
-When the server is ready, one line with its URL goes to standard output; all else goes to standard error.
-Ctrl-C or SIGTERM stops it. Status: 0 after a stop, 2 for wrong flags, 1 for anything else.
+When the server is ready, it prints one line with its URL to standard output. Everything else goes to standard
+error. Ctrl-C or SIGTERM stops it. The exit status is 0 after a stop, 2 for wrong flags, and 1 for other errors.
 
-Defaults, which every flag you give overrides:
+Defaults, which your flags override:
   everywhere      --grammar-backend llguidance --schedule-policy lpm
-                  --radix-cache-backend apr, which joins branches in the KV cache, where that works, and one
-                  line that says why not where it does not; --radix-cache-backend stock is SGLang's own
-  with a GPU      --attention-backend flashinfer --page-size 1; triton for a model whose heads are
-                  no multiple of 64 dimensions
-  without one     --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
+                  --radix-cache-backend apr, which joins branches in the KV cache; where that does not work, one
+                  line says why; --radix-cache-backend stock is SGLang's own
+  with a GPU      --attention-backend flashinfer --page-size 1; triton if the model's head dimension is not a
+                  multiple of 64
+  without a GPU   --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
                   --sampling-backend pytorch --sleep-on-idle, no CUDA graphs
 
-What requests to this server's own trajectories (`apr` in an OpenAI body, /apr/generate) may ask for at most;
-one that asks for more is refused, one that does not say gets no more:
+Limits for requests that run trajectories on the server (`apr` in an OpenAI body, /apr/generate). A request that
+sets a higher limit is rejected. A request that sets none gets the server's:
   --apr-max-width N, --apr-max-depth N      branches of a fork, nesting of forks
   --apr-max-tokens N, --apr-max-seconds S   tokens and wall time of one trajectory
-  --apr-max-concurrent N                    trajectories at once (256); one more is answered 503
+  --apr-max-concurrent N                    trajectories at once (256); further ones are answered with status 503
 
 python -m sglang.launch_server --help lists SGLang's flags.
 """
 
 
 class Server:
-    """A server for the time of a `with` block, or from `start` to `stop`.
+    """A server that runs inside a `with` block, or from `start` to `stop`.
 
     >>> with Server("./my-model", context_length=4096) as server:  # doctest: +SKIP
     ...     sgl.set_default_backend(apr.Endpoint(server.url))
 
-    Further keyword arguments are SGLang's flags: `context_length=4096` is `--context-length 4096`,
-    `disable_radix_cache=True` is `--disable-radix-cache`. Without a `port` a free one is taken. The log goes
-    to `log_path`, else to a temporary file that is kept if the server fails.
+    Args:
+        model: A directory or a Hugging Face id.
+        port: The port to listen on. None takes a free one.
+        log_path: Where the log goes. None writes a temporary file, which is kept if the server fails.
+        startup_timeout: Seconds until the server has to be ready.
+        **sglang_flags: SGLang's flags: `context_length=4096` is `--context-length 4096`,
+            `disable_radix_cache=True` is `--disable-radix-cache`.
     """
 
-    popen: Callable[..., Any] = staticmethod(subprocess.Popen)  # how its first process begins
+    popen: Callable[..., Any] = staticmethod(subprocess.Popen)  # starts the main process
 
     def __init__(
         self,
@@ -75,8 +79,8 @@ class Server:
         **sglang_flags: object,
     ) -> None:
         host = str(sglang_flags.get("host", "127.0.0.1"))
-        own = {"model": model, "port": preflight.free_port(host) if port is None else port}
-        self._argv = as_flags(own | sglang_flags)
+        own_flags = {"model": model, "port": preflight.free_port(host) if port is None else port}
+        self._argv = as_flags(own_flags | sglang_flags)
         self._timeout = startup_timeout
         self._log_path = log_path
         self._url = ""
@@ -88,20 +92,24 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the server's main process, which leads a session with all the others."""
+        """The id of the server's main process, which leads the session of all its processes."""
         if self._running is None:
             raise LaunchError("the server is not running")
         return self._running[0].pid
 
     def start(self) -> Self:
-        """Blocks until the server is ready; raises LaunchError, and leaves nothing behind then."""
-        wanted = preflight.read_arguments(self._argv)
-        environment = preflight.check_launch(wanted)
-        held, log = preflight.reserve_port(wanted), self._open_log()
+        """Start the server and block until it is ready.
+
+        Raises:
+            LaunchError: The server did not start. None of its processes is left.
+        """
+        request = preflight.read_arguments(self._argv)
+        environment = preflight.check_launch(request)
+        reserved, log = preflight.reserve_port(request), self._open_log()
         process = ServerProcess(self._argv, environment, log, self.popen)
         self._running = process, log
         try:
-            with held:
+            with reserved:
                 self._url = process.wait_ready(self._timeout, _Progress(log.name)).url
         except BaseException as error:
             process.kill()
@@ -113,7 +121,7 @@ class Server:
         return self
 
     def stop(self) -> None:
-        """Stops every process of the server. Does nothing if it does not run."""
+        """Stop all processes of the server. Does nothing if it is not running."""
         if self._running is None:
             return
         process, log = self._running
@@ -140,7 +148,14 @@ class Server:
 
 
 def serve(argv: Sequence[str]) -> int:
-    """What `sgl-apr serve` does, in the foreground of the main thread; returns the exit status."""
+    """Run `sgl-apr serve` in the main thread.
+
+    Args:
+        argv: The arguments after `serve`.
+
+    Returns:
+        The exit status.
+    """
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return 0
@@ -158,25 +173,25 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
-    wanted = preflight.read_arguments(argv)
-    environment = preflight.check_launch(wanted)
-    held = preflight.reserve_port(wanted)
+    request = preflight.read_arguments(argv)
+    environment = preflight.check_launch(request)
+    reserved = preflight.reserve_port(request)
     process = ServerProcess(argv, environment, log)
     try:
-        with held:
+        with reserved:
             ready = process.wait_ready(STARTUP_TIMEOUT_S)
-        model = wanted.model or "of the configuration file"
+        model = request.model or "of the configuration file"
         line = f"sgl-apr ready: {ready.url} (model {model}, {ready.device}, {ready.attention})"
         print(line, flush=True)
         raise LaunchError(f"the server stopped by itself: {process.wait()}")
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # who asks again does not want to wait
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second signal kills the server at once
             signal.signal(number, lambda *_: process.kill())
         process.stop()
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM came."""
+    """SIGINT or SIGTERM was received."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -184,7 +199,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 class _Progress:
-    """Says on standard error, now and then, that a server is still starting."""
+    """Prints to standard error, every `PROGRESS_INTERVAL_S`, that a server is still starting."""
 
     def __init__(self, log: str) -> None:
         self._log = log

@@ -1,7 +1,7 @@
-"""The server's own process: SGLang's HTTP server with our defaults; `process` starts it, nobody by hand.
+"""The main process of a server: SGLang's HTTP server with the defaults of this package. `process` starts it.
 
-Its standard input is a socket to the launcher. One JSON line goes out when the server is ready, or when it
-knows why it never will be; the end of the stream comes in when the launcher is gone, however that ended.
+Its standard input is a socket to the launcher. The process sends one JSON line, either when the server is ready or
+when it fails to start. It reads the end of the stream when the launcher is gone, however the launcher ended.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
+from sgl_apr.engine.http_client import post_json
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
-from sgl_apr.errors import LaunchError
-from sgl_apr.server.api.limits import RequestLimits, read_caps
+from sgl_apr.errors import EngineError, LaunchError
+from sgl_apr.server.api.limits import RequestLimits, parse_limit_arguments
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.server.kv_join.selfcheck import assert_joins_correct
@@ -27,17 +27,22 @@ from sgl_apr.server.launch.arguments import server_args
 from sgl_apr.server.launch.fork_start import fork_children
 from sgl_apr.server.launch.usage import UsageError
 
-# By grammar backend. They are small, but the first grammar of a process compiles a torch kernel.
+# By grammar backend. The grammars are small, but the first one of a process compiles a torch kernel.
 WARMUP_GRAMMARS = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
 WARMUP_TIMEOUT_S = 600.0  # seconds for the warm-up request
 
 
 def main(argv: list[str]) -> None:
-    launcher = _connect()
+    """Run a server until it is stopped.
+
+    Args:
+        argv: The flags of this package and of SGLang.
+    """
+    launcher = _connect_launcher()
     try:
-        caps, argv = read_caps(argv)
+        limits, argv = parse_limit_arguments(argv)
         args = server_args(argv)
-        _add_routes(caps)
+        _add_routes(limits)
         if not has_accelerator():
             fork_children(launcher)
     except LaunchError as error:
@@ -47,15 +52,12 @@ def main(argv: list[str]) -> None:
     def ready() -> None:
         try:
             _warm_up(args)
-            if (
-                resolving_view(args).radix_cache_backend == RADIX_CACHE_BACKEND
-                and not args.skip_server_warmup
-            ):
+            view = resolving_view(args)
+            if view.radix_cache_backend == RADIX_CACHE_BACKEND and not args.skip_server_warmup:
                 assert_joins_correct(make_client(args.url(), args.api_key))
         except LaunchError as error:
             _notify_launcher(launcher, error=str(error), usage=False)
         else:
-            view = resolving_view(args)
             _notify_launcher(launcher, url=args.url(), device=view.device, attention=view.attention_backend)
 
     from sglang.srt.arg_groups.overrides import resolving_view
@@ -68,18 +70,18 @@ def main(argv: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def _add_routes(caps: RequestLimits) -> None:
-    from sgl_apr.server.api.routes import install  # only now: it imports SGLang, whose plugins come first
+def _add_routes(limits: RequestLimits) -> None:
+    from sgl_apr.server.api.install import install  # imports SGLang, which has to load its plugins first
 
-    install(caps)
+    install(limits)
 
 
-def _connect() -> socket.socket:
-    """Takes the socket away from standard input, so that no child holds it, and watches it."""
-    launcher = socket.socket(fileno=os.dup(0))
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+def _connect_launcher() -> socket.socket:
+    """Take the socket to the launcher from standard input, and kill this session when the launcher is gone."""
+    launcher = socket.socket(fileno=os.dup(0))  # not inheritable, so no child holds it
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(devnull, 0)
+    os.close(devnull)
 
     def watch() -> None:
         while launcher.recv(64):
@@ -95,34 +97,30 @@ def _notify_launcher(launcher: socket.socket, **message: object) -> None:
 
 
 def _warm_up(args: Any) -> None:
-    """Constrained requests, as SGLang has warmed up everything else; LaunchError if one is refused.
+    """Send constrained requests, because SGLang's own warm-up sends none.
 
-    The mask kernel is compiled for one row, and once more for any other number of them.
+    The mask kernel is compiled for one row, and once more for any other number of rows.
+
+    Raises:
+        LaunchError: A request failed.
     """
     if args.grammar_backend not in WARMUP_GRAMMARS or args.skip_tokenizer_init:
         return
-    headers = {"Content-Type": "application/json"}
-    if args.api_key:
-        headers["Authorization"] = f"Bearer {args.api_key}"
+    sampling = {"max_new_tokens": 4, "ebnf": WARMUP_GRAMMARS[args.grammar_backend]}
     for texts in (["a"], ["a", "b"], ["a", "b", "c"]):
-        body = {
-            "text": texts,
-            "sampling_params": {"max_new_tokens": 4, "ebnf": WARMUP_GRAMMARS[args.grammar_backend]},
-        }
-        _post(urllib.request.Request(f"{args.url()}/generate", json.dumps(body).encode(), headers))
+        _generate(args.url(), {"text": texts, "sampling_params": sampling}, args.api_key)
 
 
-def _post(request: urllib.request.Request) -> None:
-    """Send it once somebody listens: with --skip-server-warmup that may take a moment."""
+def _generate(url: str, body: Mapping[str, Any], api_key: str | None) -> None:
+    """Send a request once the server listens: with --skip-server-warmup that may take a moment."""
     deadline = time.monotonic() + WARMUP_TIMEOUT_S
     while True:
         try:
-            urllib.request.urlopen(request, timeout=WARMUP_TIMEOUT_S).close()
+            post_json(f"{url}/generate", body, api_key=api_key, timeout=WARMUP_TIMEOUT_S)
             return
-        except urllib.error.HTTPError as error:
-            answer = error.read().decode(errors="replace")[:300]
-            raise LaunchError(f"constrained decoding does not work with this model: {answer}") from error
-        except OSError as error:
+        except EngineError as error:
+            if error.status is not None:
+                raise LaunchError(f"constrained decoding does not work with this model: {error}") from error
             if time.monotonic() > deadline:
                 raise LaunchError(f"the server does not answer: {error}") from error
             time.sleep(0.2)

@@ -1,26 +1,31 @@
-"""What can be known to fail before SGLang is started: version, model, port. Seconds, where SGLang takes a minute."""
+"""Checks version, model and port before SGLang starts, in seconds, where SGLang would take a minute to fail."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgl_apr.errors import LaunchError
+from sgl_apr.engine.http_client import check_exists
+from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.hooks import check_version
-from sgl_apr.server.launch.usage import UsageError
+from sgl_apr.server.launch.usage import UsageError, UsageParser
 
 HUB_TIMEOUT_S = 5.0  # seconds for the hub to answer
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
-    """What is read from a command line before SGLang reads all of it. `model` is None if a file has it."""
+    """The arguments that are read before SGLang parses the whole command line.
+
+    Attributes:
+        model: A directory or a Hugging Face id. None if a configuration file names it.
+        revision: The model's revision on the hub.
+        host: The address to listen on.
+        port: The port to listen on.
+    """
 
     model: str | None
     revision: str
@@ -29,53 +34,67 @@ class LaunchRequest:
 
 
 def read_arguments(argv: Sequence[str]) -> LaunchRequest:
-    """Raises UsageError; flags that are not needed here are left to SGLang."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    """Parse the flags that are needed here. All others are left to SGLang.
+
+    Raises:
+        UsageError: A value is wrong, or there is no model.
+    """
+    parser = UsageParser(add_help=False)
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--config")
-    try:
-        found, _ = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
-    if found.model_path is None and found.config is None:
+    parsed, _ = parser.parse_known_args(list(argv))
+    if parsed.model_path is None and parsed.config is None:
         raise UsageError("no model: give --model DIRECTORY, or a Hugging Face id")
-    return LaunchRequest(found.model_path, found.revision, found.host, found.port)
+    return LaunchRequest(parsed.model_path, parsed.revision, parsed.host, parsed.port)
 
 
-def check_launch(wanted: LaunchRequest) -> dict[str, str]:
-    """Raises LaunchError where a launch would fail; returns what the server's environment needs."""
-    check_version()
-    reserve_port(wanted).close()
-    return {} if wanted.model is None else _check_model(wanted.model, wanted.revision)
+def check_launch(request: LaunchRequest) -> dict[str, str]:
+    """Check that a launch can succeed.
 
+    Returns:
+        Environment variables that the server needs.
 
-def reserve_port(wanted: LaunchRequest) -> socket.socket:
-    """Has the port until it is closed, so that nobody else gets it while SGLang starts, who may all the same.
-
-    Two sockets may be bound to one port if both allow it and one listens at the most. Raises LaunchError.
+    Raises:
+        LaunchError: SGLang is not the supported version, the port is taken, or the model does not exist.
     """
-    host, port = wanted.host, wanted.port
-    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    check_version()
+    reserve_port(request).close()
+    return {} if request.model is None else _check_model(request.model, request.revision)
+
+
+def reserve_port(request: LaunchRequest) -> socket.socket:
+    """Bind the port, so that no other process gets it while SGLang starts.
+
+    SGLang can bind it too: two sockets may be bound to one port if both allow it and at most one listens.
+
+    Returns:
+        The bound socket. Close it to free the port.
+
+    Raises:
+        LaunchError: The port cannot be bound.
+    """
+    host, port = request.host, request.port
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((host, port))
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        held.close()
+        bound.close()
         raise LaunchError(f"cannot listen on {host}:{port}: {error}") from error
-    return held
+    return bound
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
+    """Return a port that no process listens on now."""
     with socket.create_server((host, 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def local_config(model: str, revision: str = "main") -> Path | None:
-    """Where the config.json of a model is on this machine: in its directory, or in the hub's cache."""
+    """Return the path of a model's config.json, in its directory or in the hub's cache, or None if it is not there."""
     path = Path(model) / "config.json"
     if path.is_file():
         return path
@@ -92,7 +111,7 @@ def local_config(model: str, revision: str = "main") -> Path | None:
 def _check_model(model: str, revision: str) -> dict[str, str]:
     path = Path(model)
     if path.is_file() or "://" in model or os.environ.get("SGLANG_USE_MODELSCOPE"):
-        return {}  # one file (GGUF), object storage or another hub: SGLang's matter
+        return {}  # a single file (GGUF), object storage or another hub: SGLang checks these
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LaunchError(f"{model} is not a model: there is no config.json in it")
@@ -107,7 +126,7 @@ def _check_model(model: str, revision: str) -> dict[str, str]:
     except LaunchError as error:
         if not cached:
             raise LaunchError(f"no model {model}: no such directory, not in the cache, and {error}") from None
-        return {"HF_HUB_OFFLINE": "1"}  # spares SGLang's processes minutes of retries
+        return {"HF_HUB_OFFLINE": "1"}  # without it SGLang's processes retry for minutes
     return {}
 
 
@@ -115,12 +134,10 @@ def _check_hub(model: str, revision: str) -> None:
     from huggingface_hub import get_token
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/{model}/resolve/{revision}/config.json", method="HEAD")
-    if token := get_token():
-        request.add_header("Authorization", f"Bearer {token}")
+    url = f"{endpoint}/{model}/resolve/{revision}/config.json"
     try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError as error:
-        raise LaunchError(f"{endpoint} answers {error.code} {error.reason}") from error
-    except OSError as error:
-        raise LaunchError(f"{endpoint} cannot be reached") from error
+        check_exists(url, api_key=get_token(), timeout=HUB_TIMEOUT_S)
+    except EngineError as error:
+        if error.status is None:
+            raise LaunchError(f"{endpoint} cannot be reached") from error
+        raise LaunchError(f"{endpoint} answers {error.status}") from error

@@ -1,7 +1,8 @@
-"""One server process and everything below it: start, wait, stop; what it serves is not known here.
+"""Starts, watches and stops the processes of one server.
 
-The child leads a session of its own, so that neither a Ctrl-C meant for us reaches it nor a kill of its group
-reaches us. The socket that is its standard input carries its one message, and ends when we end.
+The main process of the server leads a session of its own. So Ctrl-C in this process does not reach the server, and
+killing the server's process group does not reach this process. A socket is the server's standard input: the server
+sends its one message through it, and it ends when this process ends.
 """
 
 from __future__ import annotations
@@ -26,20 +27,26 @@ from sgl_apr.server.constants import LAUNCHED_ENV
 from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 from sgl_apr.server.launch.usage import UsageError
 
-STOP_GRACE_S = 15.0  # seconds to stop in, before everything is killed
-LOG_TAIL_LINES = 500  # lines kept for an error message
+STOP_GRACE_S = 15.0  # seconds that a server has to stop, before it is killed
+LOG_TAIL_LINES = 500  # lines that are searched for the reason of a failure
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b.*")
 _OWN_ERROR = re.compile(r"sgl-apr: error: (.*)")
 _BIND_ERROR = re.compile(r"^.*ERROR: +(\[Errno \d+\] error while attempting to bind .*)")
 _SECONDARY_ERRORS = (
     "Rank 0 scheduler",
     "EOFError",
-)  # how the parent words the death of the child that knew why
+)  # what a parent logs about a child that failed and logged the reason
 
 
 @dataclass(frozen=True, slots=True)
 class ReadyMessage:
-    """What the server said when it was ready."""
+    """The message of a server that is ready.
+
+    Attributes:
+        url: Where it listens.
+        device: Where the model runs.
+        attention: Its attention backend.
+    """
 
     url: str
     device: str
@@ -47,7 +54,14 @@ class ReadyMessage:
 
 
 class ServerProcess:
-    """Starts at once; `sink` gets the server's output, which goes nowhere else."""
+    """A running server. Making one starts it.
+
+    Args:
+        argv: Flags of the server.
+        environment: Environment variables on top of those of this process.
+        sink: Receives the server's output, which goes nowhere else.
+        popen: Starts the process.
+    """
 
     def __init__(
         self,
@@ -56,12 +70,12 @@ class ServerProcess:
         sink: BinaryIO,
         popen: Callable[..., Any] = subprocess.Popen,
     ) -> None:
-        self._link, theirs = socket.socketpair()
+        self._link, child_end = socket.socketpair()
         command = [sys.executable, "-P", "-m", "sgl_apr.server.launch.main", *argv]
-        with theirs:
+        with child_end:
             self._child: subprocess.Popen[bytes] = popen(
                 command,
-                stdin=theirs.fileno(),
+                stdin=child_end.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -82,7 +96,16 @@ class ServerProcess:
     def wait_ready(
         self, timeout: float, on_wait: Callable[[float], None] = lambda seconds: None
     ) -> ReadyMessage:
-        """Blocks until the server serves. LaunchError says why it does not; `on_wait` is told of the time."""
+        """Block until the server is ready.
+
+        Args:
+            timeout: Seconds to wait.
+            on_wait: Called about once a second with the seconds so far.
+
+        Raises:
+            UsageError: The server rejected its flags.
+            LaunchError: The server failed to start, or was not ready in time.
+        """
         start, received = time.monotonic(), b""
         self._link.settimeout(1.0)
         while not received.endswith(b"\n"):
@@ -104,19 +127,19 @@ class ServerProcess:
         return ReadyMessage(**message)
 
     def wait(self) -> str:
-        """Blocks until the server is gone, and says why as far as it is known."""
+        """Block until the server has ended, and return why it ended, as far as its log shows."""
         self._child.wait()
         return self._exit_reason()
 
     def stop(self, grace: float = STOP_GRACE_S) -> None:
-        """Asks the server to stop, kills what is left after `grace` seconds, and leaves nothing behind."""
+        """Ask the server to stop, and kill all its processes that are left after `grace` seconds."""
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             self._child.send_signal(signal.SIGTERM)
             self._child.wait(grace)
         self.kill()
 
     def kill(self) -> None:
-        """Ends the whole session at once."""
+        """Kill all processes of the server."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
@@ -128,10 +151,9 @@ class ServerProcess:
         assert output is not None
         for line in output:
             self._lines.append(text := line.decode(errors="replace").rstrip())
-            if found := _BIND_ERROR.search(
-                text
-            ):  # it does not end then: its warm-up asks whoever listens there
-                self._bind_failure = f"the server cannot listen: {found[1]}"
+            if match := _BIND_ERROR.search(text):
+                # SGLang does not end then: its warm-up sends requests to the process that has the port.
+                self._bind_failure = f"the server cannot listen: {match[1]}"
             with contextlib.suppress(OSError, ValueError):  # a closed sink must not block the server
                 sink.write(line)
                 sink.flush()
@@ -143,10 +165,14 @@ class ServerProcess:
 
 
 def failure_reason(lines: Sequence[str]) -> str | None:
-    """The line of a log that says best why a process died: our own word for it, or the last exception."""
+    """Return the line of a log that best explains why a process ended, or None.
+
+    That is the error that this package reports, else the last exception, without those that a parent logs about a
+    child.
+    """
     for line in reversed(lines):
-        if found := _OWN_ERROR.search(line):
-            return found[1]
+        if match := _OWN_ERROR.search(line):
+            return match[1]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
-    telling = [line for line in exceptions if not any(echo in line for echo in _SECONDARY_ERRORS)]
-    return next(reversed(telling or exceptions), None)
+    primary = [line for line in exceptions if not any(text in line for text in _SECONDARY_ERRORS)]
+    return next(reversed(primary or exceptions), None)

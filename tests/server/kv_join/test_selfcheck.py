@@ -101,7 +101,7 @@ def test_what_is_missed_with_some_tokens_only_is_no_fault(
     if starts:
         selfcheck.assert_joins_correct(lambda body: None)
     else:
-        with pytest.raises(LaunchError, match=r"none \(order: off by 1, allowed 0.1\)"):
+        with pytest.raises(LaunchError, match=r"model \(order: off by 1, allowed 0.1\)"):
             selfcheck.assert_joins_correct(lambda body: None)
     assert not list(found), "every round was needed"
 
