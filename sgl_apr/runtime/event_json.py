@@ -7,7 +7,7 @@ An object has the kind of its event in "event", and the fields of the event unde
     {"event": "text_retracted", "path": [], "chars": 12}
     {"event": "span_finished", "index": 3, "span": {"role": "body", "origin": "decoded", "text": "...", ...}}
     {"event": "request_finished", "index": 1, "call": {"phase": "branch", "path": [1, 2], "prompt_tokens": 40, ...}}
-    {"event": "forked", "path": [1], "branches": [["1", "an outline"], ["2", "another"]], "first_number": 1}
+    {"event": "forked", "path": [1], "branches": [["1", "an outline"], ["2", "another"]], "first_branch": 1}
     {"event": "branch_ended", "path": [1, 2], "outcome": "ok"}
     {"event": "joined", "path": [1], "branches": [1, 2]}
     {"event": "done", "order": [0, 1, ...], "dialect": "threadweaver", "wall_s": 2.5, "limits": [], ...}
@@ -53,12 +53,12 @@ FIELD_TYPES: Mapping[str, Any] = {
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
-    """The JSON object of an event. Its tuples are for a JSON encoder to write as lists."""
+    """Return the JSON object of an event. A JSON encoder writes its tuples as lists."""
     return {"event": _snake_case(type(event)), **asdict(event)}
 
 
 def event_from_json(data: Mapping[str, Any]) -> Event:
-    """The event of a JSON object.
+    """Return the event of a JSON object.
 
     Raises:
         AprError: The object is not an event.

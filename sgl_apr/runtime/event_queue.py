@@ -13,7 +13,7 @@ from sgl_apr.trajectory.trajectory import Trajectory
 async def stream_events(
     run: Callable[[OnEvent], Coroutine[Any, Any, Trajectory]],
 ) -> AsyncGenerator[Event | Trajectory, None]:
-    """Runs a trajectory in a task of its own and yields its events as they happen.
+    """Run a trajectory in a task of its own and yield its events as they happen.
 
     Closing the generator cancels the task and waits until it has ended.
 

@@ -36,11 +36,11 @@ class ServerCounters:
         self._prometheus: dict[tuple[str, str], Any] = _prometheus_counters(model) if prometheus else {}
 
     def count_outcome(self, outcome: str) -> None:
-        """Counts a trajectory that ended with `outcome`, one of `OUTCOMES`."""
+        """Count a trajectory that ended with `outcome`, one of `OUTCOMES`."""
         self._add("trajectories", 1, outcome)
 
     def count_finished(self, options: ReasonOptions, trajectory: Trajectory) -> None:
-        """Counts a finished trajectory with its tokens, forks and joins."""
+        """Count a finished trajectory with its tokens, forks and joins."""
         self.count_outcome("finished")
         metrics = trajectory.metrics()
         self._add("tokens", metrics.total)
@@ -58,7 +58,7 @@ class ServerCounters:
             self._add("joins", 1, kind)
 
     def to_json(self) -> dict[str, Any]:
-        """The counts as a JSON object. Counters with labels are objects themselves."""
+        """Return the counts as a JSON object. Counters with labels are objects themselves."""
         counts: dict[str, Any] = {"running": self.running}
         for name in COUNTERS:
             _, values = LABELS.get(name, ("", ()))
@@ -72,7 +72,7 @@ class ServerCounters:
 
 
 def _prometheus_counters(model: str) -> dict[tuple[str, str], Any]:
-    """Prometheus counters at 0, by name and label.
+    """Return Prometheus counters at 0, by name and label.
 
     Call it only after SGLang has set the directory that prometheus_client shares between processes.
     """

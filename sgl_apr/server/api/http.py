@@ -1,4 +1,4 @@
-"""Handles HTTP: the routes of a trajectory, errors as responses, event streams, clients that disconnect."""
+"""Handles HTTP: our routes, errors as responses, event streams, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 def respond_to_errors(handler: Callable[P, Awaitable[Response]]) -> Callable[P, Awaitable[Response]]:
-    """Makes a handler return a response for every exception that it raises."""
+    """Make a handler return a response for every exception that it raises."""
 
     @functools.wraps(handler)
     async def handle(*args: P.args, **kwargs: P.kwargs) -> Response:
@@ -72,7 +72,7 @@ def respond_to_errors(handler: Callable[P, Awaitable[Response]]) -> Callable[P, 
 async def openai_completion(
     serving: Any, request: Any, raw_request: Request, apr: Any, *, chat: bool
 ) -> Response:
-    """A chat completion or text completion whose body has an object `apr`."""
+    """Handle a chat completion or text completion whose body has an object `apr`."""
     service: TrajectoryService = raw_request.app.state.apr
     reason_request, response_options = await parse_openai_request(
         serving, request, raw_request, apr, chat=chat
@@ -86,9 +86,9 @@ async def openai_completion(
 
 @respond_to_errors
 async def generate(request: Request) -> Response:
-    """A trajectory of `prompt` (text) or `input_ids`, with the options next to them in the body.
+    """Return the trajectory of `prompt` (text) or `input_ids`. The body has the options, too.
 
-    Returns its JSON (`apr.Trajectory.from_json`), or with `"stream": true` its events
+    The response is the JSON of the trajectory (`apr.Trajectory.from_json`), or with `"stream": true` its events
     (`sgl_apr.runtime.event_from_json`).
     """
     service: TrajectoryService = request.app.state.apr
@@ -110,7 +110,7 @@ async def _event_objects(
 
 @respond_to_errors
 async def dialects(request: Request) -> Response:
-    """Every dialect with its tags and defaults, and the dialect of a request that names none."""
+    """Return every dialect with its tags and defaults, and the dialect of a request that names none."""
     service: TrajectoryService = request.app.state.apr
     default = dialect_for((await service.engine()).tokenizer)
     known = [dialect(name) for name in dialect_names()]
@@ -124,7 +124,7 @@ async def dialects(request: Request) -> Response:
 
 @respond_to_errors
 async def stats(request: Request) -> Response:
-    """Counts since the launch, the operator's limits, and what the engine supports."""
+    """Return the counts since the launch, the operator's limits, and what the engine supports."""
     service: TrajectoryService = request.app.state.apr
     engine = await service.engine()
     return _json_response(
@@ -139,7 +139,7 @@ async def stats(request: Request) -> Response:
 
 
 async def ui(request: Request) -> Response:
-    """A page that sends requests to `/apr/generate` and draws the trajectory while it is written."""
+    """Return a page that sends requests to `/apr/generate` and draws the trajectory while it is written."""
     headers = {
         "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "frame-ancestors 'none'",
     }  # fmt: skip
@@ -147,7 +147,7 @@ async def ui(request: Request) -> Response:
 
 
 def error_body(error: BaseException) -> tuple[dict[str, Any], int]:
-    """An error as OpenAI's error object, and its HTTP status.
+    """Return an error as OpenAI's error object, and its HTTP status.
 
     The status is 4xx if the client can mend the request, else 5xx. The object's `code` is the name of the exception.
     """
@@ -173,7 +173,7 @@ def error_body(error: BaseException) -> tuple[dict[str, Any], int]:
 
 
 async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work` and returns its result.
+    """Run `work` and return its result.
 
     Raises:
         ClientDisconnect: The client disconnected first. `work` is cancelled then.
@@ -196,7 +196,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 async def event_stream(receive: Receive, objects: AsyncGenerator[Any, None]) -> Response:
-    """A response that streams JSON objects as server-sent events.
+    """Return a response that streams JSON objects as server-sent events.
 
     It waits for the first object, so that an error before it becomes a response with an error status.
     """

@@ -27,7 +27,7 @@ DECIDE_AUTH = "sglang.srt.utils.auth:decide_request_auth"
 
 
 def install(limits: RequestLimits) -> None:
-    """Adds the API to the server that this process is about to launch.
+    """Add the API to the server that this process is about to launch.
 
     Raises:
         LaunchError: SGLang lacks a function that is needed, or a hook was not set.
@@ -66,7 +66,7 @@ def install(limits: RequestLimits) -> None:
 
 
 def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:
-    """Our routes. The service is made when the application starts, and kept in `app.state.apr`."""
+    """Return our routes. The service is made when the application starts, and kept in `app.state.apr`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -82,7 +82,7 @@ def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:
 
 
 def allow_ui_without_key(decide: Callable[..., Any], **request: Any) -> Any:
-    """SGLang's decision whether a request needs the API key, except that the page of `/apr/ui` never does.
+    """Decide whether a request is allowed, as SGLang does, except that the page of `/apr/ui` needs no API key.
 
     A browser cannot send the key before there is a field for it. The page contains no data, and all requests that it
     sends need the key.

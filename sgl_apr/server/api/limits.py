@@ -41,7 +41,7 @@ class RequestLimits:
     concurrent: int = 256
 
     def budget(self, requested: Mapping[str, Any], dialect: Dialect, context_left: int) -> Budget:
-        """The budget of a request.
+        """Return the budget of a request.
 
         Args:
             requested: The fields of `Budget` that the request sets.
@@ -69,7 +69,7 @@ class RequestLimits:
 
 
 def parse_limit_arguments(argv: Sequence[str]) -> tuple[RequestLimits, list[str]]:
-    """Parses the flags `--apr-max-...`.
+    """Parse the flags `--apr-max-...`.
 
     Returns:
         The limits, and the remaining arguments, which are SGLang's.

@@ -31,7 +31,9 @@ UNSUPPORTED_FIELDS: Mapping[str, str] = {
 async def parse_openai_request(
     serving: Any, request: Any, raw_request: Any, apr: Any, *, chat: bool
 ) -> tuple[ReasonRequest, ResponseOptions]:
-    """Parses a request as SGLang does: it applies the chat template, the model's defaults and the adapter.
+    """Parse a request.
+
+    SGLang itself applies the chat template, the model's default sampling parameters and the adapter.
 
     Args:
         serving: SGLang's serving object of the route.
@@ -72,7 +74,7 @@ async def parse_openai_request(
 
 
 def _pop_response_options(options: dict[str, Any], request: Any) -> ResponseOptions:
-    """Takes the options of the response out of those of the trajectory."""
+    """Take the options of the response out of those of the trajectory."""
     stream = options.pop("stream", "all")
     if stream not in ("all", "trunk"):
         raise AprError(f'apr stream={stream!r}, expected "all" or "trunk"')
@@ -88,7 +90,7 @@ def _pop_response_options(options: dict[str, Any], request: Any) -> ResponseOpti
 
 
 async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any:
-    """SGLang's `GenerateReqInput` for the request. Like SGLang, it runs the chat template in a thread."""
+    """Return SGLang's `GenerateReqInput`. Like SGLang, it applies the chat template in a thread."""
     if message := serving._validate_request(request):
         raise AprError(message)
     try:
@@ -101,7 +103,7 @@ async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any
 
 
 def _branch_prompt_template(serving: Any, request: Any) -> Callable[[str], str] | None:
-    """Applies the chat template to the message of a branch. None if the model has no template."""
+    """Return a function that applies the chat template to the message of a branch, if the model has one."""
     tokenizer = serving.tokenizer_manager.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         return None

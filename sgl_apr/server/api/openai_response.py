@@ -35,7 +35,7 @@ class ResponseOptions:
 
 @dataclass(frozen=True, slots=True)
 class OpenAIResponseBuilder:
-    """Builds the objects of one response.
+    """Build the objects of one response.
 
     Attributes:
         model: The model's name, as the request has it.
@@ -52,7 +52,7 @@ class OpenAIResponseBuilder:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, trajectory: Trajectory) -> dict[str, Any]:
-        """The complete response in one object."""
+        """Return the complete response in one object."""
         text, reasoning = trajectory.text, None
         if self.options.separate_reasoning:
             answer = trajectory.answer
@@ -71,7 +71,7 @@ class OpenAIResponseBuilder:
     async def chunks(
         self, events: AsyncGenerator[Event | Trajectory, None]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed response.
+        """Yield the chunks of a streamed response.
 
         Each chunk with text has the path of its sequence in `apr`. The chunks of the branches of a fork interleave.
         Other events are chunks with empty text. The last chunk has the finish reason and the structure.
@@ -115,12 +115,12 @@ class OpenAIResponseBuilder:
 
 
 def finish_reason(trajectory: Trajectory) -> str:
-    """OpenAI's finish reason: "length" if any limit cut the trajectory, else "stop"."""
+    """Return OpenAI's finish reason: "length" if a limit cut the trunk, else "stop"."""
     return "length" if trajectory.finish in ("length", "timeout", "aborted") else "stop"
 
 
 def usage(trajectory: Trajectory) -> dict[str, Any]:
-    """OpenAI's usage object, with our own counts in `apr`.
+    """Return OpenAI's usage object, with our own counts in `apr`.
 
     `completion_tokens` are all tokens after the prompt, including those of branches and injected ones.
     `prompt_tokens_details.cached_tokens` are the tokens of the prompt that were cached before the trajectory.
@@ -146,7 +146,7 @@ def usage(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def trajectory_summary(trajectory: Trajectory, *, include_trajectory: bool = False) -> dict[str, Any]:
-    """The field `apr` of a response: structure, joins, limits and metrics of the trajectory."""
+    """Return the field `apr` of a response: structure, joins, limits and metrics of the trajectory."""
     metrics = trajectory.metrics()
     summary = {
         "dialect": trajectory.dialect,
@@ -194,7 +194,7 @@ def _is_trunk_text(event: Event) -> bool:
 
 
 def _event_summary(event: Event) -> dict[str, Any] | None:
-    """The field `apr` of a chunk without text. None if the event is not streamed."""
+    """Return the field `apr` of a chunk without text, or None if the event is not streamed."""
     match event:
         case Forked(path, branches, first):
             numbered = [{"number": number, "outline": outline} for number, outline in branches]

@@ -59,7 +59,7 @@ class ReasonRequest:
 
     @classmethod
     def from_json(cls, body: bytes) -> ReasonRequest:
-        """The request in a body of `/apr/generate`: `prompt` or `input_ids`, `stream`, and options.
+        """Return the request in a body of `/apr/generate`: `prompt` or `input_ids`, `stream`, and options.
 
         Raises:
             AprError: The body is not such an object.
@@ -78,7 +78,7 @@ class ReasonRequest:
 
 @dataclass(frozen=True, slots=True)
 class OptionsParser:
-    """Makes prompts and options of requests, for one server.
+    """Checks the requests of one server.
 
     Attributes:
         limits: The operator's limits.
@@ -93,7 +93,7 @@ class OptionsParser:
     vocab_size: int
 
     def parse(self, request: ReasonRequest) -> tuple[tuple[int, ...], ReasonOptions]:
-        """The prompt's token ids and the options of a request.
+        """Return the prompt's token ids and the options of a request.
 
         Raises:
             AprError: An option has an unknown name, a wrong type or a value that is not possible. The message says
@@ -126,7 +126,7 @@ class OptionsParser:
         )
 
     def _prompt_ids(self, prompt: Any) -> tuple[int, ...]:
-        """Token ids of one prompt. Ids outside of the vocabulary are refused: they would end SGLang's scheduler."""
+        """Return the token ids of one prompt. Ids outside of the vocabulary would end SGLang's scheduler."""
         ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         all_ints = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
         if not (all_ints and ids):
@@ -144,12 +144,12 @@ class OptionsParser:
 
 
 def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not null."""
+    """Return the values that are not null."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check_type(name: str, value: Any, kind: type[T]) -> T:
-    """The value, if it has this type. A whole number is also a float, but a bool is never a number.
+    """Return the value if it has this type. A whole number is also a float, but a bool is never a number.
 
     Raises:
         AprError: It has another type, or is not finite.
@@ -178,6 +178,6 @@ def _select(options: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, 
 
 
 def _check_numbers(kind: type, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The option `name`, an object with fields of the dataclass `kind`, all of which are numbers."""
+    """Return the option `name`, an object with fields of the dataclass `kind`, all of which are numbers."""
     types: dict[str, type] = {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
     return _check_fields(check_type(name, options.get(name, {}), dict), types, f"{name} ")

@@ -36,7 +36,7 @@ class TrajectoryService:
         self._engine: InProcessEngine | None = None
 
     async def engine(self) -> InProcessEngine:
-        """The engine. The first call makes it.
+        """Return the engine. The first call makes it.
 
         Raises:
             UnsupportedEngine: The server's grammar backend or tokenizer is not supported.
@@ -48,7 +48,7 @@ class TrajectoryService:
         return self._engine
 
     async def run(self, request: ReasonRequest, on_event: OnEvent | None = None) -> Trajectory:
-        """Runs a trajectory to its end. Cancelling the call cancels the trajectory.
+        """Run a trajectory to its end. Cancelling the call cancels the trajectory.
 
         Raises:
             AprError: The request is not valid.
@@ -81,13 +81,15 @@ class TrajectoryService:
         return trajectory
 
     async def stream(self, request: ReasonRequest) -> AsyncGenerator[Event | Trajectory, None]:
-        """The events of a trajectory as they happen, then the trajectory. Closing the stream cancels the trajectory.
+        """Yield the events of a trajectory as they happen, then the trajectory.
 
-        The first event is that of the prompt. It waits for the second one, so that a request that the engine refuses
-        fails before there is any event.
+        Closing the stream cancels the trajectory.
+
+        The first event is that of the prompt. It is yielded together with the second one, so that a request that the
+        engine refuses fails before there is any event.
 
         Raises:
-            AprError: As `run` does.
+            AprError: Same as for `run`.
         """
         async with aclosing(stream_events(lambda on_event: self.run(request, on_event))) as events:
             prompt_event = await anext(events)
