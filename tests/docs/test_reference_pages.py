@@ -1,0 +1,97 @@
+"""The reference pages name every option and every exception of the package, with the defaults of the code."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.options import REQUEST_FIELDS, ReasonOptions
+from sgl_apr.runtime.pacing import Pacing
+from sgl_apr.runtime.retry import Retry
+from sgl_apr.server import constants
+from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.options import OPTION_NAMES
+from tests.support.paths import DOCS, ROOT
+
+OPTIONS = DOCS / "reference" / "options.md"
+ERRORS = DOCS / "errors.md"
+SECTIONS = {ReasonOptions: "Options of a run", Budget: "Budget", Pacing: "Pacing", Retry: "Retry"}
+NAMED_DEFAULTS = {"dialect"}  # the page describes these in words
+
+
+@cache
+def section(title: str) -> str:
+    """The text of a section of the options page, its subsections included."""
+    found = re.search(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", OPTIONS.read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert found, f"options.md has no section {title!r}"
+    return found[1]
+
+
+def default_of(option: Field[object]) -> str:
+    """The default of a field as the page writes it."""
+    if option.default_factory is not MISSING:
+        name = getattr(option.default_factory, "__name__", "")
+        return "{}" if name == "dict" else f"{name}()"
+    return f'"{option.default}"' if isinstance(option.default, str) else repr(option.default)
+
+
+@pytest.mark.parametrize("kind", SECTIONS, ids=lambda kind: kind.__name__)
+def test_every_option_is_listed_with_its_default(kind: type):
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section(SECTIONS[kind]), re.MULTILINE))
+    assert set(rows) == {option.name for option in fields(kind)}
+    listed = {name: default.strip("`") for name, default in rows.items() if name not in NAMED_DEFAULTS}
+    assert listed == {o.name: default_of(o) for o in fields(kind) if o.name not in NAMED_DEFAULTS}
+
+
+def test_request_fields_and_names_of_the_http_api_are_listed():
+    assert [name for name in REQUEST_FIELDS if f"`{name}`" not in section("Options of a run")] == []
+    api = section("The `apr` object of the HTTP API")
+    assert [name for name in OPTION_NAMES if f"`{name}`" not in api] == []
+
+
+def test_caps_of_the_server_are_listed():
+    flags = set(re.findall(r"^\| `(--apr-max-\w+) ", section("Flags of `sgl-apr serve`"), re.MULTILINE))
+    assert flags == {f"--apr-max-{option.name}" for option in fields(RequestLimits)}
+
+
+def test_switches_are_listed():
+    private = {constants.LAUNCHED_ENV, constants.CACHE_SECRET_ENV}
+    switches = {value for name, value in vars(constants).items() if name.endswith("_ENV")} - private
+    listed = set(re.findall(r"^\| `(SGLANG_APR_\w+)`", section("Environment variables"), re.MULTILINE))
+    assert listed == switches
+
+
+def exception_classes() -> Iterator[str]:
+    """The public exception classes that modules of the package define."""
+    bases: dict[str, set[str]] = {}
+    for path in Path(ROOT / "sgl_apr").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+
+    def is_exception(name: str) -> bool:
+        known = getattr(builtins, name, None)
+        if isinstance(known, type) and issubclass(known, BaseException):
+            return True
+        return any(is_exception(base) for base in bases.get(name, ()) if base != name)
+
+    return (name for name in sorted(bases) if is_exception(name) and not name.startswith("_"))
+
+
+def test_every_exception_is_explained():
+    names = list(exception_classes())
+    assert {"AprError", "BranchFailed", "UsageError", "LayoutError", "GraphError", "Inapplicable"} <= set(
+        names
+    )
+    page = ERRORS.read_text()
+    assert [name for name in names if f"`{name}`" not in page] == []
