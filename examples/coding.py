@@ -24,7 +24,7 @@ from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.sandbox.process import Limits, Sandbox
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.task import SampledTask
 from sgl_apr.training.models import locate_model, smollm2
 from sgl_apr.views.tree import render_summary
 
@@ -58,7 +58,7 @@ EXERCISES = (
 )
 
 
-class CodingTask(Task[Exercise, Any]):
+class CodingTask(SampledTask[Exercise]):
     """One exercise is shown with its solution; the reply goes on where the function returns something."""
 
     name = "coding"

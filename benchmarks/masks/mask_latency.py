@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import llguidance.numpy as masks
 import numpy as np
@@ -22,11 +22,13 @@ from llguidance import LLMatcher, LLTokenizer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 import sgl_apr as apr
 from sgl_apr.formats.masks.llguidance import LLGUIDANCE_SLICES
+from sgl_apr.formats.masks.writer import GrammarBackend
+from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.models import random_llama, smollm2
 
 TAGS = tuple(dict.fromkeys(tag for name in apr.dialect_names() for tag in apr.dialect(name).tags))
@@ -88,7 +90,7 @@ def validity(url: str, dialect: apr.Dialect, runs: int) -> dict[str, int]:
 class Vocabulary:
     """SmolLM2's 49,152 tokens and the tags of all dialects, as tokens or spelled out."""
 
-    def __init__(self, backend: Tokenizer, tags: bool) -> None:
+    def __init__(self, backend: FastTokenizer, tags: bool) -> None:
         self.backend = backend
         if tags:
             backend.add_special_tokens(list(TAGS))
@@ -99,18 +101,18 @@ class Vocabulary:
         self.eos: int = eos
         self.guide = LLTokenizer(backend.to_str(), eos_token=self.eos, slices=list(LLGUIDANCE_SLICES))
 
-    def special(self, tag: str) -> int | None:
+    def special_token_id(self, tag: str) -> int | None:
         return self.backend.token_to_id(tag) if tag in self.tags else None
 
 
-def phases(dialect: apr.Dialect, vocabulary: Vocabulary, lower: Callable[..., str]) -> Iterator[str]:
-    """The grammars of what one request decodes."""
-    place = {"number": str(dialect.first_number), "width": min(8, dialect.max_width)}
+def phases(dialect: apr.Dialect, vocabulary: Vocabulary, backend: GrammarBackend) -> Iterator[str]:
+    """The grammar of each phase, which is what one request decodes."""
+    options: dict[str, Any] = {"number": str(dialect.first_number), "width": min(8, dialect.max_width)}
     if dialect.asynchronous:
-        place["waiting"] = (str(dialect.first_number),)
+        options["waiting"] = (str(dialect.first_number),)
     for phase in ("trunk", "after", "branch", "rejoin"):
         if dialect.rule_for_phase(phase) in dialect.grammar.rules:
-            yield lower(phase, vocabulary, **place)
+            yield dialect.lower(phase, cast(Tokenizer, vocabulary), backend, **options)
 
 
 def walk(
@@ -135,7 +137,7 @@ def llguidance_cost(dialect: apr.Dialect, vocabulary: Vocabulary) -> tuple[list[
     compiles: list[float] = []
     costs: list[float] = []
     bits: np.ndarray = masks.allocate_token_bitmask(1, vocabulary.size)
-    for text in phases(dialect, vocabulary, dialect.llguidance):
+    for text in phases(dialect, vocabulary, "llguidance"):
         for seed in range(WALKS):
             began = time.perf_counter()
             matcher = LLMatcher(vocabulary.guide, text)
@@ -155,7 +157,7 @@ def xgrammar_cost(dialect: apr.Dialect, vocabulary: Vocabulary, compiler: Any) -
     costs: list[float] = []
     bits = xgrammar.allocate_token_bitmask(1, vocabulary.size)
     view: np.ndarray = bits.numpy()
-    for text in phases(dialect, vocabulary, dialect.xgrammar):
+    for text in phases(dialect, vocabulary, "xgrammar"):
         compiled = compiler.compile_grammar(text)
         for seed in range(WALKS):
             matcher = xgrammar.GrammarMatcher(compiled)
@@ -175,8 +177,8 @@ def percentile(values: list[float], share: float) -> float:
 def costs(console: Console) -> dict[str, dict[str, float]]:
     """What a mask costs in every dialect."""
     directory = smollm2()
-    tokens = Vocabulary(Tokenizer.from_file(str(directory / "tokenizer.json")), tags=True)
-    spelled = Vocabulary(Tokenizer.from_file(str(directory / "tokenizer.json")), tags=False)
+    tokens = Vocabulary(FastTokenizer.from_file(str(directory / "tokenizer.json")), tags=True)
+    spelled = Vocabulary(FastTokenizer.from_file(str(directory / "tokenizer.json")), tags=False)
     hugging = AutoTokenizer.from_pretrained(directory)
     hugging.add_special_tokens({"additional_special_tokens": list(TAGS)})
     info = xgrammar.TokenizerInfo.from_huggingface(

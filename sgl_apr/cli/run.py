@@ -178,7 +178,7 @@ def _solved(options: argparse.Namespace, hear: OnEvent | None) -> Any:
     )  # fmt: skip
 
 
-def _task(name: str, question: str) -> tuple[Callable[[Engine], Task[Any, Any]], Any]:
+def _task(name: str, question: str) -> tuple[Callable[[Engine], Task[Any]], Any]:
     """What asks for it, and the problem as that takes it."""
     if name == "countdown":
         from sgl_apr.evaluation.tasks.countdown.problems import Problem

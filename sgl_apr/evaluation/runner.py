@@ -1,4 +1,4 @@
-"""A method asked a benchmark's problems, many at once, and each attempt measured as it ends; figures are made elsewhere."""
+"""Run a method on the problems of a benchmark, many at once, and measure each attempt."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sgl_apr.errors import (
     CodeForbidden,
     GrammarError,
     KvJoinUnavailable,
+    MissingExtra,
     SandboxUnavailable,
     UnsupportedEngine,
 )
@@ -24,13 +25,14 @@ from sgl_apr.evaluation.cost_model import EngineCost
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.evaluation.store import ResultStore
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.registry import method as named
-from sgl_apr.methods.session import gather
+from sgl_apr.methods.registry import method as find_method
 from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.runtime.branch_group import gather
 
-# What keeps a method from being asked at all.
+# Errors that mean that a method cannot run on this model or server at all.
 NOT_APPLICABLE_ERRORS = (
     Inapplicable, BudgetExceeded, GrammarError, CodeForbidden, SandboxUnavailable, UnsupportedEngine, KvJoinUnavailable,
+    MissingExtra,
 )  # fmt: skip
 TIMEOUT_S = 600.0
 
@@ -38,14 +40,29 @@ TIMEOUT_S = 600.0
 async def evaluate(
     url: str, benchmark: Benchmark, method: str, store: ResultStore, **options: Any
 ) -> MethodResults:
-    """What a server makes of the problems that are not among the attempts of this method yet, and of the others.
+    """Evaluate a method on a running server.
 
-    Options are those of `attempted`. Raises `AprError` for attempts at other problems.
+    Problems that `store` already has an attempt at are not repeated.
+
+    Args:
+        url: The server.
+        benchmark: The problems.
+        method: Name of the method.
+        store: Where attempts are kept.
+        **options: Those of `run_attempts`.
+
+    Returns:
+        All attempts, those made before included; without attempts and with a reason if the method cannot run there.
+
+    Raises:
+        AprError: If `store` has attempts at other problems.
     """
     names = {number: case.name for number, case in enumerate(benchmark.cases)}
     done = store.attempts.get(method, {})
     if wrong := [attempt.problem for number, attempt in done.items() if names.get(number) != attempt.problem]:
-        raise AprError(f"{method} was asked {wrong[0]!r}, which {benchmark.name} has not, or elsewhere")
+        raise AprError(
+            f"{method} has an attempt at {wrong[0]!r}, which is not that problem of {benchmark.name}"
+        )
     if len(done) == len(names):
         return store.results_of(method)
     async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
@@ -64,26 +81,38 @@ async def run_attempts(
     on_attempt: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> MethodResults:
-    """Attempts at all problems that `found` has none of yet, under the name of a method; `by`: which, if another.
+    """Attempt every problem that `store` has no attempt at.
 
-    Options are those of the method. One that cannot be asked has a row that says why.
+    Args:
+        engine: Where the method decodes.
+        benchmark: The problems.
+        method: The name under which attempts are stored.
+        store: Where attempts are kept.
+        implementation: Name of the method to run, if it is not `method`.
+        at_once: Problems under way at the same time.
+        cost: Cost of the engine, to predict speedups by.
+        on_attempt: Called after each attempt.
+        **options: Options of the method.
+
+    Returns:
+        All attempts, those made before included; without attempts and with a reason if the method cannot run here.
     """
     done = store.attempts.get(method, {})
-    left = [(number, case) for number, case in enumerate(benchmark.cases) if number not in done]
+    remaining = [(number, case) for number, case in enumerate(benchmark.cases) if number not in done]
     began = time.monotonic() - store.seconds.get(method, 0.0)
-    gate, solve = asyncio.Semaphore(at_once), named(implementation or method)
+    gate, solve = asyncio.Semaphore(at_once), find_method(implementation or method)
 
-    async def one(number: int, case: Case) -> None:
+    async def attempt(number: int, case: Case) -> None:
         async with gate:
             result = await solve(engine, case.problem, task=task, pacing=None, **options)
-        # In a thread: a judge may think for seconds, and replies go on meanwhile.
+        # In a thread: judging may take seconds, and must not hold up the other attempts.
         measured = await asyncio.to_thread(measure_attempt, benchmark, task, case, result, cost)
         store.add(method, number, measured, time.monotonic() - began, result.answer, result.trajectory)
         on_attempt()
 
     try:
         task = benchmark.task(engine)
-        await gather(one(number, case) for number, case in left)
+        await gather(attempt(number, case) for number, case in remaining)
     except NOT_APPLICABLE_ERRORS as error:
         return MethodResults(method, (), reason=str(error))
     return store.results_of(method)
@@ -91,28 +120,40 @@ async def run_attempts(
 
 def measure_attempt(
     benchmark: Benchmark,
-    task: Task[Any, Any],
+    task: Task[Any],
     case: Case,
     result: MethodResult,
     cost: EngineCost | None = None,
 ) -> AttemptMetrics:
-    """What one attempt came to."""
+    """Score one attempt and compute its metrics."""
 
-    def read(text: str) -> Hashable | None:
+    def answer_key(text: str) -> Hashable | None:
         return task.vote_key(answer) if (answer := task.answer(text)) else None
 
-    return AttemptMetrics.from_result(case, result, benchmark.is_correct(case, result.answer), read, cost)
+    correct = benchmark.is_correct(case, result.answer)
+    return AttemptMetrics.from_result(case, result, correct, answer_key, cost)
 
 
 async def time_alone(
-    url: str, benchmark: Benchmark, count: int, by: str, **options: Any
+    url: str, benchmark: Benchmark, count: int, method: str, **options: Any
 ) -> tuple[float, float]:
-    """Seconds for the first problems one after another: with all that a method asks at once, and one request at a time."""
+    """Time a method on the first problems of a benchmark, one problem after another.
+
+    Args:
+        url: The server.
+        benchmark: The problems.
+        count: How many of them.
+        method: Name of the method.
+        **options: Options of the method.
+
+    Returns:
+        Seconds in total with the method's own concurrency, and with one request at a time.
+    """
     seconds = list[float]()
     async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
-        for asked in (engine, SequentialEngine(engine)):
-            task, began = benchmark.task(asked), time.monotonic()
+        for timed in (engine, SequentialEngine(engine)):
+            task, began = benchmark.task(timed), time.monotonic()
             for case in benchmark.cases[:count]:
-                await named(by)(asked, case.problem, task=task, pacing=None, **options)
+                await find_method(method)(timed, case.problem, task=task, pacing=None, **options)
             seconds.append(time.monotonic() - began)
     return seconds[0], seconds[1]

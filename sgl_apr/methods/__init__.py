@@ -1,4 +1,4 @@
-"""Fixed ways to reason in parallel, under the budget and the metrics of the loop."""
+"""Methods of reasoning with a fixed structure, under the budget and the metrics of the fork-join loop."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Several replies at once, of which a verifier chooses: a function, a served reward model, or the model itself."""
+"""Best of N: several replies in parallel, and the best one by a verifier: a function, a reward model, or the model itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.session import MethodSession, gather, method_session
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.session import MethodSession, method_session
+from sgl_apr.methods.task import SampledTask, SelfJudgedTask, Task, require
+from sgl_apr.runtime.branch_group import gather
 
 Verifier = Callable[[Any, str], float | Awaitable[float]]
 Select = Literal["argmax", "weighted"]
@@ -22,93 +23,105 @@ async def best_of_n(
     engine: Engine,
     problem: Any,
     *,
-    task: Task[Any, Any],
+    task: Task[Any],
     n: int = 100,
     verifier: Verifier | Literal["judge"] | None = None,
     select: Select = "argmax",
     temperature: float = 0.7,
     **options: Any,
 ) -> MethodResult:
-    """Sample `n` replies and take the answer that a verifier thinks best (Cobbe 2021, arXiv 2110.14168, section 4.2).
+    """Sample `n` replies and return the answer that a verifier scores best (Cobbe 2021, arXiv 2110.14168, section 4.2).
 
-    n: 100 replies at T = 0.7 are the paper's; a budget that does not bear as many has fewer. verifier: gets the
-    problem and a whole reply; `RewardModel` is one. "judge" asks the model, in a fork behind each reply (Kadavath
-    2022, arXiv 2207.05221, section 3). None is the task's own check where that needs the problem only, else a judge.
-    select: "argmax" takes the highest score, "weighted" the answer with the highest sum of scores, which are then 0
-    or more (Li 2022, arXiv 2206.02336, section 3.2). Of equals it is the first. A reply that could not be scored is
-    not chosen.
+    On a tie, the earliest answer wins. Replies whose score failed are not chosen.
+
+    Args:
+        engine: The engine that decodes.
+        problem: A problem of the task.
+        task: A `SampledTask`, and a `SelfJudgedTask` if the model is the verifier.
+        n: Number of replies (100 in the paper); fewer if the budget cannot pay for them.
+        verifier: A function of the problem and a complete reply, such as `RewardModel`. "judge" asks the model itself,
+            in a fork after each reply (Kadavath 2022, arXiv 2207.05221, section 3). None is the task's own `verify`
+            where the task is verifiable, else "judge".
+        select: "argmax" takes the highest score, "weighted" the answer with the highest sum of scores, which then have
+            to be 0 or more (Li 2022, arXiv 2206.02336, section 3.2).
+        temperature: Sampling temperature (0.7 in the paper).
+        options: Those of `MethodSession`.
+
+    Raises:
+        Inapplicable: If the task is not of the required kind.
+        EngineError: The verifier's error, if it failed for every reply.
     """
     if select not in get_args(Select):
         raise AprError(f'select={select!r}, expected "argmax" or "weighted"')
     if verifier is None:
-        verifier = _checked(task) if task.verifiable else "judge"
-    judge = task.judge(problem) if verifier == "judge" else None
-    cost = len(engine.tokenizer.encode(judge.text)) + (judge.tokens or task.step) if judge else 0
-    ask = task.ask(problem)
+        verifier = _own_verifier(task) if task.verifiable else "judge"
+    judge = require(task, SelfJudgedTask).judge(problem) if verifier == "judge" else None
+    cost = len(engine.tokenizer.encode(judge.text)) + (judge.tokens or task.step_tokens) if judge else 0
+    prompt = require(task, SampledTask).ask(problem)
     options = {**options, "temperature": temperature}
-    async with method_session(engine, ask.text, "best_of_n", **options) as thoughts:
-        paths = thoughts.affordable_width(n, task.max_tokens + cost, calls=2 if judge else 1)
-        of = task.max_tokens / (task.max_tokens + cost)
-        found = await thoughts.fork(thoughts.root, [ask.without_text] * paths, of=of)
-        said = [(t, answer) for t in found if t.finish != "failed" and (answer := task.answer(t.text))]
-        replies = [thought for thought, _ in said]
+    async with method_session(engine, prompt.text, "best_of_n", **options) as session:
+        width = session.affordable_width(n, task.max_tokens + cost, calls=2 if judge else 1)
+        share = task.max_tokens / (task.max_tokens + cost)
+        samples = await session.fork(session.root, [prompt.without_text] * width, share=share)
+        answered = [(c, answer) for c in samples if c.finish != "failed" and (answer := task.answer(c.text))]
+        replies = [completion for completion, _ in answered]
         if judge:
-            scores = await _judged(thoughts, task, judge, replies)
+            scores = await _judge(session, require(task, SelfJudgedTask), judge, replies)
         else:
             assert callable(verifier)
-            scores = await _scored(thoughts, verifier, problem, replies)
+            scores = await _verify(session, verifier, problem, replies)
         votes: dict[Hashable, list[tuple[float, str]]] = {}
-        for (_, answer), score in zip(said, scores, strict=True):
+        for (_, answer), score in zip(answered, scores, strict=True):
             if score is not None:
-                votes.setdefault(task.vote_key(answer), []).append((_valid(score, select), answer))
-        worth = {key: _worth([score for score, _ in own], select) for key, own in votes.items()}
-        best = max(worth, key=worth.__getitem__, default=None)
+                votes.setdefault(task.vote_key(answer), []).append((_checked(score, select), answer))
+        totals = {key: _total([score for score, _ in own], select) for key, own in votes.items()}
+        best = max(totals, key=totals.__getitem__, default=None)
         _, answer = max(votes.get(best, [(0.0, "")]), key=lambda vote: vote[0])
-        return MethodResult("best_of_n", answer, thoughts.finish(), worth.get(best))
+        return MethodResult("best_of_n", answer, session.finish(), totals.get(best))
 
 
-def _worth(scores: list[float], select: Select) -> float:
+def _total(scores: list[float], select: Select) -> float:
     return sum(scores) if select == "weighted" else max(scores)
 
 
-def _valid(score: float, select: Select) -> float:
+def _checked(score: float, select: Select) -> float:
     if not isfinite(score) or (select == "weighted" and score < 0):
-        what = "0 or more, as its vote is weighted" if select == "weighted" else "a number"
-        raise AprError(f"the verifier says {score}, expected {what}")
+        expected = "0 or more, because its vote is weighted" if select == "weighted" else "a number"
+        raise AprError(f"the verifier returned {score}, expected {expected}")
     return score
 
 
-def _checked(task: Task[Any, Any]) -> Verifier:
+def _own_verifier(task: Task[Any]) -> Verifier:
     return lambda problem, text: float(bool(task.verify(problem, task.answer(text))))
 
 
-async def _judged(
-    thoughts: MethodSession, task: Task[Any, Any], judge: Prompt, replies: list[Completion]
+async def _judge(
+    session: MethodSession, task: SelfJudgedTask[Any], judge: Prompt, replies: list[Completion]
 ) -> list[float | None]:
-    """What the model says of each, in a fork behind it."""
+    """The model's score of each reply, decoded in a fork after it; None where there is none."""
     left = len(replies)
-    forks = [thoughts.fork(reply, [judge], of=1 / (left - k)) for k, reply in enumerate(replies)]
-    said = [thought for (thought,) in await gather(forks)]
-    return [task.judge_score(thought) if thought.text else None for thought in said]
+    forks = [session.fork(reply, [judge], share=1 / (left - k)) for k, reply in enumerate(replies)]
+    judgements = [completion for (completion,) in await gather(forks)]
+    return [task.judge_score(completion) if completion.text else None for completion in judgements]
 
 
-async def _scored(
-    thoughts: MethodSession, verifier: Verifier, problem: Any, replies: list[Completion]
+async def _verify(
+    session: MethodSession, verifier: Verifier, problem: Any, replies: list[Completion]
 ) -> list[float | None]:
-    """What a verifier says of each; None where it failed. Raises its error if it failed for all of them."""
+    """The verifier's score of each reply; None where it failed. Raises its error if it failed for all replies."""
     errors = list[EngineError]()
 
     async def score(text: str) -> float | None:
         try:
-            said = verifier(problem, text)
-            return float(await said if isawaitable(said) else said)
+            result = verifier(problem, text)
+            return float(await result if isawaitable(result) else result)
         except EngineError as error:
-            if thoughts.requests.plan.on_branch_failure == "raise":
+            if session.requests.options.on_branch_failure == "raise":
                 raise
             errors.append(error)
             return None
 
-    scores = await gather(thoughts.run_until_deadline(score(reply.text)) for reply in replies)
+    scores = await gather(session.run_until_deadline(score(reply.text)) for reply in replies)
     if errors and len(errors) == len(replies):
         raise errors[0]
     return scores

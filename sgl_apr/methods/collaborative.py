@@ -1,4 +1,4 @@
-"""Thinkers that write at once and then read each other, a chunk of tokens at a time; what each of them sees is the methods'."""
+"""Agents that write in parallel and read each other after every chunk of tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from sgl_apr.methods.session import MethodSession
 
 @dataclass
 class Agent:
-    """One of them: what it is writing, the tokens of all that it wrote, its last thought, whether it has ended by itself,
-    or cannot go on."""
+    """One of several agents.
+
+    Attributes:
+        text: What it is writing.
+        tokens: The number of tokens that it has decoded.
+        last: Its last completion.
+        ended: Whether it has ended by itself.
+        failed: Whether a request of it has failed for good.
+    """
 
     text: str = ""
     tokens: int = 0
@@ -30,33 +37,43 @@ T = TypeVar("T", bound=Agent)
 
 
 async def write_chunk(
-    thoughts: MethodSession,
-    thinkers: Sequence[T],
-    sees: Callable[[T], tuple[str, Prompt]],
+    session: MethodSession,
+    agents: Sequence[T],
+    context_of: Callable[[T], tuple[str, Prompt]],
     chunk: int,
     stop: tuple[str, ...] = (),
 ) -> bool:
-    """Let each that has not ended write up to `chunk` tokens, at once; false if none could write any.
+    """Let every unfinished agent decode up to `chunk` tokens, in parallel.
 
-    What the others write meanwhile it does not see: that is how stale its view is, at most.
+    Agents don't see what the others write in the same chunk, so their view is at most `chunk` tokens old.
+
+    Args:
+        session: Decodes.
+        agents: All agents.
+        context_of: The context of an agent, and the prompt that continues it.
+        chunk: Tokens per agent.
+        stop: Texts at which an agent pauses; they do not end it.
+
+    Returns:
+        Whether any agent could write.
     """
-    writing = [one for one in thinkers if not one.is_finished]
-    shown = [one.last for one in thinkers if one.last]
-    contexts = [(text, shown, _chunk(ask, chunk, stop)) for text, ask in map(sees, writing)]
+    writing = [agent for agent in agents if not agent.is_finished]
+    visible = [agent.last for agent in agents if agent.last]
+    contexts = [(text, visible, _limited(prompt, chunk, stop)) for text, prompt in map(context_of, writing)]
     wrote = False
-    for one, (_, _, ask), thought in zip(
-        writing, contexts, await thoughts.sample_with_context(contexts), strict=True
-    ):
-        paused = thought.finish == "stop" and any(thought.text.endswith(end) for end in stop)
-        one.ended, one.failed = thought.is_complete and not paused, thought.finish == "failed"
-        one.tokens += thought.sequence.tokens_used
-        if not one.failed:
-            one.text += ask.text + thought.text.rstrip("\ufffd")  # a character that the chunk cuts
-            one.last = thought
-            wrote = wrote or thought.is_complete or bool(thought.text)
+    completions = await session.sample_with_context(contexts)
+    for agent, (_, _, prompt), completion in zip(writing, contexts, completions, strict=True):
+        paused = completion.finish == "stop" and any(completion.text.endswith(end) for end in stop)
+        agent.ended = completion.is_complete and not paused
+        agent.failed = completion.finish == "failed"
+        agent.tokens += completion.sequence.tokens_used
+        if not agent.failed:
+            agent.text += prompt.text + completion.text.rstrip("\ufffd")  # a character that the chunk cuts
+            agent.last = completion
+            wrote = wrote or completion.is_complete or bool(completion.text)
     return wrote
 
 
-def _chunk(ask: Prompt, chunk: int, stop: tuple[str, ...]) -> Prompt:
-    tokens = chunk if ask.tokens is None else min(chunk, ask.tokens)
-    return replace(ask, tokens=tokens, stop=(*ask.stop, *stop))
+def _limited(prompt: Prompt, chunk: int, stop: tuple[str, ...]) -> Prompt:
+    tokens = chunk if prompt.tokens is None else min(chunk, prompt.tokens)
+    return replace(prompt, tokens=tokens, stop=(*prompt.stop, *stop))

@@ -1,4 +1,4 @@
-"""apr.solve: an expression that lets a method solve a problem."""
+"""`apr.solve`, the expression of `@sgl.function` programs that lets a method solve a problem."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solve:
-    """What an `apr.solve` expression asks for; it travels as `Reason` does."""
+    """The arguments of an `apr.solve` expression; they reach the backend as those of `apr.reason` do."""
 
     name: str
     problem: Any
     method: str
-    task: Callable[[Engine], Task[Any, Any]]
+    task: Callable[[Engine], Task[Any]]
     options: Mapping[str, Any]
     on_event: OnEvent | None = None
 
     async def run(self, engine: Engine) -> MethodResult:
-        """The method on the problem."""
+        """Run the method on the problem."""
         from sgl_apr.methods.registry import method
 
         options = {"on_event": self.on_event, **self.options}
@@ -45,20 +45,27 @@ def solve(
     problem: Any,
     *,
     method: str,
-    task: Callable[[Engine], Task[Any, Any]],
+    task: Callable[[Engine], Task[Any]],
     on_event: OnEvent | None = None,
     **options: Any,
 ) -> SglGen:
-    """Let a method of `sgl_apr.methods` solve a problem of a task; `state[name]` is its answer, which the program reads.
+    """Let a method of `sgl_apr.methods` solve a problem, and append its answer to the program.
 
-    The method asks its own prompts, and sees nothing of the program. `state.get_meta_info(name)` has its `Result`,
-    and the `Trajectory`. Options are those of the method, which samples as its paper says, not as the program does.
+    The method sends prompts of its own, and does not see the text of the program.
+
+    Args:
+        name: `state[name]` is the answer; `state.get_meta_info(name)` has the `MethodResult` and the `Trajectory`.
+        problem: A problem of the task.
+        method: The name of a method.
+        task: Makes the task for an engine; usually a subclass of `Task`.
+        on_event: Receives the events of the run.
+        options: Those of the method. It samples as its paper says, not with the program's sampling parameters.
 
     >>> s += apr.solve("answer", "Why?", method="self_consistency", task=QuestionTask)  # doctest: +SKIP
     """
     from sglang.lang.ir import SglGen
 
-    from sgl_apr.methods.registry import method as known
+    from sgl_apr.methods.registry import method as method_of_name
 
-    known(method)
+    method_of_name(method)
     return SglGen(name, dtype=Solve(name, problem, method, task, options, on_event))

@@ -1,4 +1,4 @@
-"""A graph of operations that a task has drawn: each is done as soon as all that it comes after have been."""
+"""Graph of thoughts: operations on thoughts, each run as soon as all that it depends on are done."""
 
 from __future__ import annotations
 
@@ -21,13 +21,20 @@ from sgl_apr.methods.graph_operations import (
 )
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.session import MethodSession, gather, method_session
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.session import MethodSession, method_session
+from sgl_apr.methods.task import GraphTask, Task, require
+from sgl_apr.runtime.branch_group import gather
 
 
 @dataclass(frozen=True)
 class Node:
-    """A state, what had been thought by then, and its score."""
+    """A state of a graph of thoughts.
+
+    Attributes:
+        state: The state, of the task's own type.
+        depends_on: The completions that led to the state or to its score.
+        score: The score of the state, None as long as it has none.
+    """
 
     state: Any
     depends_on: tuple[Completion, ...] = ()
@@ -35,112 +42,130 @@ class Node:
 
 
 async def graph_of_thoughts(
-    engine: Engine, problem: Any, *, task: Task[Any, Any], temperature: float = 1.0, **options: Any
+    engine: Engine, problem: Any, *, task: Task[Any], temperature: float = 1.0, **options: Any
 ) -> MethodResult:
     """Graph of Thoughts (Besta 2023, arXiv 2308.09687, section 3): generate, aggregate, refine, score, keep the best.
 
-    The task draws the graph (`Task.graph`; raises `GraphError` for one that cannot be run). A state is asked about in
-    a context of its own, and sees what its ask shows of its parents. Operations that wait for nothing run at once,
-    where the published controller runs one after another; each has an equal share of what those before it have left.
-    The answer is the best of the last operation that the task finds solved. T = 1 is the paper's (section 7.1).
+    The task defines the graph (`GraphTask.graph`). Each prompt about a state has a context of its own, and sees what
+    it shows of the parents of the state. Operations that do not depend on each other run in parallel, where the
+    published controller runs one after another. Each gets an equal share of what the operations before it have left
+    of the budget. The answer is the best state of the last operation that the task finds to be a solution.
+
+    Args:
+        engine: The engine that decodes.
+        problem: A problem of the task.
+        task: A `GraphTask`.
+        temperature: Sampling temperature (1.0 in the paper, section 7.1).
+        options: Those of `MethodSession`.
+
+    Raises:
+        Inapplicable: If the task is no `GraphTask`.
+        GraphError: If its graph cannot run.
     """
-    graph, options = validate_graph(task.graph(problem)), {**options, "temperature": temperature}
-    async with method_session(engine, "", "graph_of_thoughts", **options) as thoughts:
-        nodes = await _Run(thoughts, task, graph).all(Node(task.begin(problem)))
-        solved = [(node, answer) for node in nodes if (answer := task.solved(node.state)) is not None]
-        best, answer = max(solved, key=lambda found: found[0].score or 0.0, default=(None, ""))
-        return MethodResult("graph_of_thoughts", answer, thoughts.finish(), best.score if best else None)
+    graphed = require(task, GraphTask)
+    graph, options = validate_graph(graphed.graph(problem)), {**options, "temperature": temperature}
+    async with method_session(engine, "", "graph_of_thoughts", **options) as session:
+        nodes = await _Run(session, graphed, graph).run(Node(graphed.initial_state(problem)))
+        solved = [(node, answer) for node in nodes if (answer := graphed.solution(node.state)) is not None]
+        best, answer = max(solved, key=lambda pair: pair[0].score or 0.0, default=(None, ""))
+        return MethodResult("graph_of_thoughts", answer, session.finish(), best.score if best else None)
 
 
 @dataclass
 class _Run:
-    thoughts: MethodSession
-    task: Task[Any, Any]
+    session: MethodSession
+    task: GraphTask[Any, Any]
     graph: Graph
-    left: int = field(init=False)  # operations that ask something, and are not done yet
+    left: int = field(init=False)  # operations that need the model and are not done yet
 
     def __post_init__(self) -> None:
-        self.left = sum(map(_asks, self.graph.values()))
+        self.left = sum(map(_needs_model, self.graph.values()))
 
-    async def all(self, begin: Node) -> list[Node]:
-        """What the last operation leaves."""
+    async def run(self, root: Node) -> list[Node]:
+        """The nodes that the last operation leaves."""
         loop = asyncio.get_running_loop()
-        left = {name: loop.create_future() for name in self.graph}
+        results = {name: loop.create_future() for name in self.graph}
 
         async def run(name: str, operation: Operation) -> list[Node]:
-            before = [node for other in operation.depends_on for node in await left[other]]
-            found = await self.done(operation, before if operation.depends_on else [begin])
-            self.left -= _asks(operation)
-            left[name].set_result(found)
-            return found
+            inputs = [node for dependency in operation.depends_on for node in await results[dependency]]
+            nodes = await self.apply(operation, inputs if operation.depends_on else [root])
+            self.left -= _needs_model(operation)
+            results[name].set_result(nodes)
+            return nodes
 
-        found = await gather(run(name, operation) for name, operation in self.graph.items())
-        followed = {name for operation in self.graph.values() for name in operation.depends_on}
-        return next(nodes for name, nodes in zip(self.graph, found, strict=True) if name not in followed)
+        results_in_order = await gather(run(name, operation) for name, operation in self.graph.items())
+        needed = {name for operation in self.graph.values() for name in operation.depends_on}
+        return next(
+            nodes for name, nodes in zip(self.graph, results_in_order, strict=True) if name not in needed
+        )
 
-    async def done(self, operation: Operation, nodes: Sequence[Node]) -> list[Node]:
-        """What an operation makes of them."""
+    async def apply(self, operation: Operation, nodes: Sequence[Node]) -> list[Node]:
+        """The nodes that an operation makes of its inputs."""
         match operation:
             case Generate(ask=ask, read=read, k=k):
-                found = list[Node]()
-                for node, said in await self.asked([(node, ask(node.state)) for node in nodes], k):
-                    found += [node] if said is None else _led(node, said, read)
-                return found
-            case Aggregate(ask=every, read=read_all, k=k) if nodes:
-                whole = Node(
+                generated = list[Node]()
+                for node, replies in await self.sample([(node, ask(node.state)) for node in nodes], k):
+                    generated += [node] if replies is None else _children(node, replies, read)
+                return generated
+            case Aggregate(ask=ask_all, read=read_all, k=k) if nodes:
+                union = Node(
                     [node.state for node in nodes], tuple(t for node in nodes for t in node.depends_on)
                 )
-                ((_, said),) = await self.asked([(whole, every(whole.state))], k)
-                return _led(whole, said or (), read_all)
+                ((_, replies),) = await self.sample([(union, ask_all(union.state))], k)
+                return _children(union, replies or (), read_all)
             case Refine(ask=ask, read=read):
                 refined = list[Node]()
-                for node, said in await self.asked([(node, ask(node.state)) for node in nodes], 1):
-                    refined += _led(node, said or (), read)[:1] or [node]
+                for node, replies in await self.sample([(node, ask(node.state)) for node in nodes], 1):
+                    refined += _children(node, replies or (), read)[:1] or [node]
                 return refined
             case Score():
-                return await self.scored(operation, nodes)
+                return await self.score(operation, nodes)
             case KeepBest(n=n):
                 return sorted(nodes, key=lambda node: -(node.score or 0.0))[:n]
         return []
 
-    async def scored(self, operation: Score, nodes: Sequence[Node]) -> list[Node]:
-        """With their scores; without those whose score was asked for and did not come."""
-        worth = [operation.score(node.state) for node in nodes]
-        asks = [found if isinstance(found, Prompt) else None for found in worth]
-        said = await self.asked(list(zip(nodes, asks, strict=True)), operation.k)
-        found = list[Node]()
-        for known, (node, thoughts) in zip(worth, said, strict=True):
-            if not isinstance(known, Prompt):
-                found.append(replace(node, score=known))
-            elif thoughts and operation.read:
-                score = fmean(operation.read(node.state, thought) for thought in thoughts)
-                found.append(replace(node, depends_on=tuple(thoughts), score=score))
-        return found
+    async def score(self, operation: Score, nodes: Sequence[Node]) -> list[Node]:
+        """The nodes with their scores, without those whose score was requested and did not come."""
+        scores = [operation.score(node.state) for node in nodes]
+        prompts = [score if isinstance(score, Prompt) else None for score in scores]
+        samples = await self.sample(list(zip(nodes, prompts, strict=True)), operation.k)
+        scored = list[Node]()
+        for score, (node, replies) in zip(scores, samples, strict=True):
+            if not isinstance(score, Prompt):
+                scored.append(replace(node, score=score))
+            elif replies and operation.read:
+                mean = fmean(operation.read(node.state, reply) for reply in replies)
+                scored.append(replace(node, depends_on=tuple(replies), score=mean))
+        return scored
 
-    async def asked(
-        self, wanted: Sequence[tuple[Node, Prompt | None]], k: int
+    async def sample(
+        self, prompts: Sequence[tuple[Node, Prompt | None]], k: int
     ) -> list[tuple[Node, list[Completion] | None]]:
-        """Each with up to `k` replies, as far as the budget bears them; None where nothing was asked."""
-        asks = [replace(ask, depends_on=node.depends_on) for node, ask in wanted if ask]
+        """Each node with up to `k` replies to its prompt, within the budget; None for a node without a prompt."""
+        requests = [replace(prompt, depends_on=node.depends_on) for node, prompt in prompts if prompt]
         replies = iter(list[list[Completion]]())
-        if asks:
-            of, need = 1 / self.left, max(ask.tokens or self.task.step for ask in asks)
-            width = self.thoughts.affordable_width(len(asks) * k, need, of)
-            each = max(1, width // len(asks))
-            replies = iter(await self.thoughts.samples(asks[:width], each, of=of))
+        if requests:
+            share, tokens = (
+                1 / self.left,
+                max(request.tokens or self.task.step_tokens for request in requests),
+            )
+            width = self.session.affordable_width(len(requests) * k, tokens, share)
+            each = max(1, width // len(requests))
+            replies = iter(await self.session.samples(requests[:width], each, share=share))
         return [
-            (node, [t for t in next(replies, ()) if t.finish != "failed"] if ask else None)
-            for node, ask in wanted
+            (node, [t for t in next(replies, ()) if t.finish != "failed"] if prompt else None)
+            for node, prompt in prompts
         ]
 
 
-def _asks(operation: Operation) -> bool:
-    """Whether it asks the model something."""
+def _needs_model(operation: Operation) -> bool:
     return not isinstance(operation, KeepBest | Score) or (
         isinstance(operation, Score) and bool(operation.read)
     )
 
 
-def _led(node: Node, said: Iterable[Completion], read: Callable[[Any, str], Sequence[Any]]) -> list[Node]:
-    """What replies about a state have led to."""
-    return [Node(state, (thought,)) for thought in said for state in read(node.state, thought.text)]
+def _children(
+    node: Node, replies: Iterable[Completion], read: Callable[[Any, str], Sequence[Any]]
+) -> list[Node]:
+    """The nodes that replies about a node lead to."""
+    return [Node(state, (reply,)) for reply in replies for state in read(node.state, reply.text)]

@@ -1,4 +1,4 @@
-"""Operations on thoughts, and which comes behind which: what a task says of a graph; it is run elsewhere."""
+"""The operations of a graph of thoughts, and the check that a graph of them can run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ from sgl_apr.methods.prompt import Completion, Prompt
 
 
 class GraphError(AprError):
-    """A graph of operations that cannot be run."""
+    """A graph of operations that cannot run."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is done with all states that the operations it comes `after` have left; without any, with the first."""
+    """An operation on all states that other operations have left.
+
+    Attributes:
+        depends_on: The names of those operations; without any, the operation gets the initial state.
+    """
 
     depends_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Operation):
-    """`k` replies about each state, and the states that each leads to. What nothing is asked about stays as it is."""
+    """Replace each state by those that `k` replies about it lead to.
+
+    Attributes:
+        ask: The prompt about a state; None keeps the state as it is.
+        read: The states that a reply about a state leads to.
+        k: Number of replies per state.
+    """
 
     ask: Callable[[Any], Prompt | None]
     read: Callable[[Any, str], Sequence[Any]]
@@ -33,7 +43,13 @@ class Generate(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregate(Operation):
-    """`k` replies about all of the states together."""
+    """Replace all states by those that `k` replies about all of them lead to.
+
+    Attributes:
+        ask: The prompt about all states.
+        read: The states that a reply leads to.
+        k: Number of replies.
+    """
 
     ask: Callable[[Sequence[Any]], Prompt]
     read: Callable[[Sequence[Any], str], Sequence[Any]]
@@ -42,7 +58,12 @@ class Aggregate(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Refine(Operation):
-    """The first state that a reply about each leads to in its place, if there is something to ask and one to read."""
+    """Replace each state by the first one that a reply about it leads to; without one, the state stays.
+
+    Attributes:
+        ask: The prompt about a state; None keeps the state as it is.
+        read: The states that a reply about a state leads to.
+    """
 
     ask: Callable[[Any], Prompt | None]
     read: Callable[[Any, str], Sequence[Any]]
@@ -50,7 +71,13 @@ class Refine(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Operation):
-    """What each state is worth, the more the better. With `read` the model is asked: the mean of `k` replies."""
+    """Give each state a score.
+
+    Attributes:
+        score: The score of a state, higher is better; or the prompt that asks the model for it.
+        read: The score in a completion about a state; needed where `score` returns prompts.
+        k: Number of replies, of whose scores the mean counts.
+    """
 
     score: Callable[[Any], Prompt | float]
     read: Callable[[Any, Completion], float] | None = None
@@ -59,7 +86,7 @@ class Score(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class KeepBest(Operation):
-    """The `n` states with the highest scores."""
+    """Keep the `n` states with the highest scores."""
 
     n: int = 1
 
@@ -68,29 +95,35 @@ Graph = Mapping[str, Operation]
 
 
 def validate_graph(graph: Graph) -> Graph:
-    """The same; raises `GraphError` if it cannot be run: it has a cycle or no end, comes behind what is not there,
-    keeps the best of what has no score, or does something less than once.
+    """Check that a graph can run.
 
-    >>> checked({"think": Generate(ask=Ask, read=lambda state, text: [text]), "keep": KeepBest(depends_on=("think",))})
+    Returns:
+        The same graph.
+
+    Raises:
+        GraphError: If it has a cycle or not exactly one last operation, depends on an unknown operation, keeps the
+            best of states without scores, or runs an operation less than once.
+
+    >>> validate_graph({"think": Generate(ask=Prompt, read=lambda s, text: [text]), "keep": KeepBest(depends_on=("think",))})
     Traceback (most recent call last):
-    sgl_apr.methods.graph_operations.GraphError: 'keep' keeps the best of 'think', which says no score
+    sgl_apr.methods.graph_operations.GraphError: 'keep' keeps the best of 'think', which gives no scores
     """
     for name, operation in graph.items():
-        for before in operation.depends_on:
-            if before not in graph:
-                raise GraphError(f"{name!r} comes after {before!r}, expected one of {', '.join(graph)}")
-            if isinstance(operation, KeepBest) and not isinstance(graph[before], Score | KeepBest):
-                raise GraphError(f"{name!r} keeps the best of {before!r}, which says no score")
+        for dependency in operation.depends_on:
+            if dependency not in graph:
+                raise GraphError(f"{name!r} depends on {dependency!r}, expected one of {', '.join(graph)}")
+            if isinstance(operation, KeepBest) and not isinstance(graph[dependency], Score | KeepBest):
+                raise GraphError(f"{name!r} keeps the best of {dependency!r}, which gives no scores")
         if isinstance(operation, KeepBest) and not operation.depends_on:
-            raise GraphError(f"{name!r} keeps the best of nothing")
-        times = getattr(operation, "n" if isinstance(operation, KeepBest) else "k", 1)
-        if times < 1:
-            raise GraphError(f"{name!r} is to be done {times} times, expected 1 or more")
+            raise GraphError(f"{name!r} keeps the best of nothing, expected operations in depends_on")
+        repeats = getattr(operation, "n" if isinstance(operation, KeepBest) else "k", 1)
+        if repeats < 1:
+            raise GraphError(f"{name!r} runs {repeats} times, expected 1 or more")
     try:
         TopologicalSorter({name: operation.depends_on for name, operation in graph.items()}).prepare()
     except CycleError as error:
-        raise GraphError(f"a graph of operations has no cycle: {' -> '.join(error.args[1])}") from None
-    ends = set(graph) - {before for operation in graph.values() for before in operation.depends_on}
-    if len(ends) != 1:
-        raise GraphError(f"a graph of operations ends with one, not {len(ends)}: {', '.join(sorted(ends))}")
+        raise GraphError(f"found a cycle of operations: {' -> '.join(error.args[1])}") from None
+    last = set(graph) - {dependency for operation in graph.values() for dependency in operation.depends_on}
+    if len(last) != 1:
+        raise GraphError(f"found {len(last)} last operations, expected one: {', '.join(sorted(last))}")
     return graph

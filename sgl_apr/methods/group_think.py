@@ -1,4 +1,4 @@
-"""Thinkers that read each other as they write, each in a line of its own; by chunks, on an engine that knows none of it."""
+"""Group Think: agents that read each other as they write, emulated by chunks on any engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgl_apr.methods.collaborative import Agent, write_chunk
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.task import CollaborativeTask, Task, require
 from sgl_apr.methods.voting import vote
 
 
@@ -18,38 +18,50 @@ async def group_think(
     engine: Engine,
     problem: Any,
     *,
-    task: Task[Any, Any],
+    task: Task[Any],
     thinkers: int = 4,
     chunk: int = 32,
     enough: int | None = None,
     **options: Any,
 ) -> MethodResult:
-    """Group Think (Hsu 2025, arXiv 2505.11107, section 3), emulated by chunks: no claim of it about speed carries over.
+    """Group Think (Hsu 2025, arXiv 2505.11107, section 3), emulated by chunks: its claims about speed do not carry over.
 
-    There every token sees all tokens of the others so far, whose keys and values are shared. Here all thinkers write
-    `chunk` tokens at once, then each goes on behind the text of the others up to there and its own: it is at most
-    `chunk` tokens behind, and what it sees is computed again. The paper measures how much of a list the thinkers cover
-    together; how many there are here, and when they are done, is ours: it ends when `enough` of them have ended with
-    an answer (None: more than half), when all have ended, or at the budget. Those that have ended with one vote; where
-    none has, all do.
+    In the paper every token sees all tokens of the other agents so far, because they share keys and values. Here all
+    agents write `chunk` tokens in parallel. Then each continues after the text of the others up to there and its own:
+    it sees them at most `chunk` tokens late, and what it sees is computed again. The paper measures how much of a list
+    the agents cover together; their number here and the end are our choice. The method ends when `enough` agents have
+    ended with an answer, when all have ended, or at the budget. The agents that have ended with an answer vote; if
+    there are none, all vote.
+
+    Args:
+        engine: The engine that decodes.
+        problem: A problem of the task.
+        task: A `CollaborativeTask`.
+        thinkers: Number of agents; fewer if the budget cannot pay for them.
+        chunk: Tokens that an agent writes before it reads the others.
+        enough: Number of answers that end the run; None for more than half of the agents.
+        options: Those of `MethodSession`.
+
+    Raises:
+        Inapplicable: If the task is no `CollaborativeTask`.
     """
     for name, value in (("thinkers", thinkers), ("chunk", chunk)):
         if value < 1:
             raise AprError(f"{name}={value}, expected at least 1")
-    begin, _ = task.shared_context_prompt(problem, "", [""] * (thinkers - 1))
-    async with method_session(engine, begin, "group_think", **options) as thoughts:
-        group = [Agent() for _ in range(thoughts.affordable_width(thinkers, chunk))]
-        wanted = len(group) // 2 + 1 if enough is None else enough
+    shared = require(task, CollaborativeTask)
+    context, _ = shared.shared_context_prompt(problem, "", [""] * (thinkers - 1))
+    async with method_session(engine, context, "group_think", **options) as session:
+        agents = [Agent() for _ in range(session.affordable_width(thinkers, chunk))]
+        quorum = len(agents) // 2 + 1 if enough is None else enough
 
-        def sees(own: Agent) -> tuple[str, Prompt]:
-            return task.shared_context_prompt(
-                problem, own.text, [other.text for other in group if other is not own]
-            )
+        def context_of(agent: Agent) -> tuple[str, Prompt]:
+            others = [other.text for other in agents if other is not agent]
+            return shared.shared_context_prompt(problem, agent.text, others)
 
-        while await write_chunk(thoughts, group, sees, chunk):
-            answers = [task.answer(one.text) if one.ended else "" for one in group]
-            if all(one.is_finished for one in group) or sum(map(bool, answers)) >= wanted:
+        while await write_chunk(session, agents, context_of, chunk):
+            answers = [task.answer(agent.text) if agent.ended else "" for agent in agents]
+            if all(agent.is_finished for agent in agents) or sum(map(bool, answers)) >= quorum:
                 break
-        answers = [task.answer(one.text) if one.ended else "" for one in group]
-        answer, share = vote(task, answers if any(answers) else [task.answer(one.text) for one in group])
-        return MethodResult("group_think", answer, thoughts.finish(), share, f"groupthink-chunk({chunk})")
+        answers = [task.answer(agent.text) if agent.ended else "" for agent in agents]
+        answer, share = vote(task, answers if any(answers) else [task.answer(a.text) for a in agents])
+        return MethodResult("group_think", answer, session.finish(), share, f"groupthink-chunk({chunk})")

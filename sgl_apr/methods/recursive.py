@@ -1,4 +1,4 @@
-"""A model that writes programs which read its prompt and ask it about parts; where these run is `sgl_apr.methods.sandbox`'s."""
+"""Recursive language models: a model writes programs that read its prompt and ask models about parts of it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from sgl_apr.errors import AprError, CodeForbidden
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.sandbox.process import Limits, Sandbox
-from sgl_apr.methods.session import MethodSession, gather, method_session
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.session import MethodSession, method_session
+from sgl_apr.methods.task import ProgramTask, Task, require
+from sgl_apr.runtime.branch_group import gather
 
 BLOCK = re.compile(r"```repl[ \t]*\n(.*?)\n?```", re.DOTALL)
 FINAL = re.compile(r"^[ \t]*FINAL\((.*)\)[ \t]*$", re.DOTALL | re.MULTILINE)
 FINAL_VAR = re.compile(r"^[ \t]*FINAL_VAR\([ \t]*[\"']?(\w+)[\"']?[ \t]*\)", re.MULTILINE)
-ASK = """
-- llm_query(text): what a language model that sees nothing else says to a text.
-- llm_query_batched(texts): a list of that, all at once."""
-DEEP = """
+QUERY_RULES = """
+- llm_query(text): the reply of a language model that sees nothing but this text.
+- llm_query_batched(texts): a list of replies, decoded in parallel."""
+RECURSIVE_QUERY_RULES = """
 - rlm_query(text), rlm_query_batched(texts): the same, by a model that writes programs about the text as you do."""
 RULES = """You answer a question about a text that is too long to be read at once. The text is in the variable \
 `context` of a Python REPL: a string of {length} characters that begins with {begin!r}. You are asked again and again \
@@ -32,154 +33,177 @@ print(context[:1000])
 is run, and you are shown what it prints, the first {output} characters of it. Variables stay. There are also{more}
 - FINAL(text), FINAL_VAR(name): gives the answer, itself or in a variable, and ends the work.
 Look at the text first, cut it into parts, go through them, and keep what you find in variables. When you know the \
-answer, give it by one of the last two, in a program or in a line of its own behind all blocks.
+answer, give it by one of the last two, in a program or on a line of its own after all blocks.
 
 Question: {question}"""
-AGAIN = "REPL output:\n{output}\n\nGo on, or give the answer to the question: {question}"
-NOTHING = "(nothing was run: write Python in a ```repl block, or the answer as FINAL(...))"
-LAST = "Give the final answer to the question now, from what you know, and nothing else: {question}"
+NEXT_TURN = "REPL output:\n{output}\n\nGo on, or give the answer to the question: {question}"
+NOTHING_RAN = "(nothing was run: write Python in a ```repl block, or the answer as FINAL(...))"
+LAST_TURN = "Give the final answer to the question now, from what you know, and nothing else: {question}"
 
 
 async def recursive(
     engine: Engine,
     problem: Any,
     *,
-    task: Task[Any, Any],
+    task: Task[Any],
     allow_code: bool = False,
     depth: int = 1,
     iterations: int = 30,
     queries: int = 100,
-    at_once: int = 16,
-    turn: int = 1024,
+    concurrency: int = 16,
+    reply_tokens: int = 1024,
     limits: Limits | None = None,
     **options: Any,
 ) -> MethodResult:
     """A recursive language model (RLM: Zhang 2025, arXiv 2512.24601, section 2, algorithm 1).
 
-    The text is a variable of an interpreter; the model sees how long it is and how it begins, and writes programs
-    that look into it and ask models about parts of it. What they print, cut, is what it goes on from, until it, or a
-    program, gives the answer; else it is asked for one, as in the published code. Prompts are that code's, shorter.
+    The text of the problem is a variable of an interpreter. The model sees its length and its beginning, and writes
+    programs that read it and ask models about parts of it. The model continues from what they print, truncated, until
+    it or a program gives the answer. If neither does, it is asked for the answer, as in the published code. The prompts
+    are shorter versions of those in that code.
 
-    allow_code: runs what the model writes, in a sandbox; else `CodeForbidden` is raised. depth: 0 without models to
-    ask, 1 with models that only answer (the paper's, section 3.2), more with such that write programs themselves.
-    iterations: replies of each at most (30: published code). queries: to models in all, at_once: of those together,
-    turn: tokens of one reply; these three are ours. limits: of the programs.
+    Args:
+        engine: The engine that decodes.
+        problem: A problem of the task.
+        task: A `ProgramTask`.
+        allow_code: Whether programs of the model may run, in a sandbox.
+        depth: 0: programs cannot ask models. 1: they can ask models that only reply (the paper's, section 3.2).
+            More: also models that write programs themselves.
+        iterations: Replies of each program-writing model, at most (30 in the published code).
+        queries: Queries to models in total, at most (our choice).
+        concurrency: Queries in parallel, at most (our choice).
+        reply_tokens: Tokens of one reply, at most (our choice).
+        limits: Limits of the programs.
+        options: Those of `MethodSession`.
+
+    Raises:
+        CodeForbidden: Without `allow_code=True`.
+        Inapplicable: If the task is no `ProgramTask`.
+        SandboxUnavailable: If this machine cannot isolate programs.
     """
-    question, text = task.program(problem)
+    programmable = require(task, ProgramTask)
+    question, text = programmable.program(problem)
     if not allow_code:
         raise CodeForbidden(
             "recursive runs Python that the model writes: pass allow_code=True, and a sandbox runs it"
         )
-    for name, value, least in (("depth", depth, 0), ("iterations", iterations, 1), ("at_once", at_once, 1)):
-        if value < least:
-            raise AprError(f"{name}={value}, expected at least {least}")
+    minimums = (("depth", depth, 0), ("iterations", iterations, 1), ("concurrency", concurrency, 1))
+    for name, value, minimum in minimums:
+        if value < minimum:
+            raise AprError(f"{name}={value}, expected at least {minimum}")
     limits = limits or Limits()
-    prompt = task.chat_turn(_rules(question, text, depth, limits))
-    async with method_session(engine, prompt, "recursive", **options) as thoughts:
-        run = _Run(thoughts, task, iterations, queries, at_once, turn, limits)
-        final = await run.answered(thoughts.root, question, text, depth)
-        return MethodResult("recursive", task.answer(final) or final, thoughts.finish())
+    prompt = programmable.chat_turn(_rules(question, text, depth, limits))
+    async with method_session(engine, prompt, "recursive", **options) as session:
+        run = _Run(session, programmable, iterations, queries, concurrency, reply_tokens, limits)
+        final = await run.solve(session.root, question, text, depth)
+        return MethodResult("recursive", task.answer(final) or final, session.finish())
 
 
 @dataclass
 class _Run:
-    thoughts: MethodSession
-    task: Task[Any, Any]
+    session: MethodSession
+    task: ProgramTask[Any]
     iterations: int
-    queries: int  # that are left
-    at_once: int
-    turn: int
+    queries_left: int
+    concurrency: int
+    reply_tokens: int
     limits: Limits
-    running: int = 0  # models that write programs now
+    running: int = 0  # models that are writing programs now
 
-    async def answered(self, thought: Completion, question: str, text: str, depth: int) -> str:
-        """What a model comes to that goes on behind its prompt, with an interpreter of its own."""
-        asked = list[Completion]()  # since its last reply
+    async def solve(self, completion: Completion, question: str, text: str, depth: int) -> str:
+        """The answer of a model that continues after its prompt, with an interpreter of its own."""
+        queried = list[Completion]()  # since its last reply
 
         async def answer(texts: list[str], deep: bool) -> list[str]:
             if depth == 0:
                 return ["(there is no model to ask)"] * len(texts)
-            return await self.asked(thought, asked, texts, depth if deep else 1)
+            return await self.query(completion, queried, texts, depth if deep else 1)
 
         self.running += 1
         try:
             async with Sandbox({"context": text}, answer, self.limits) as sandbox:
-                ask = Prompt()
+                prompt = Prompt()
                 for _ in range(self.iterations):
-                    thought = await self.thoughts.continue_from(thought, replace(ask, tokens=self.tokens))
-                    if not thought.is_complete and not thought.text:
+                    completion = await self.session.continue_from(
+                        completion, replace(prompt, tokens=self.next_reply_tokens)
+                    )
+                    if not completion.is_complete and not completion.text:
                         return ""
-                    ran = await self.thoughts.run_until_deadline(self.ran(sandbox, thought.text))
+                    ran = await self.session.run_until_deadline(self.run_blocks(sandbox, completion.text))
                     if ran is None:  # the time is up
                         return ""
                     output, final = ran
                     if final is not None:
                         return final
-                    said = self.task.chat_turn(AGAIN.format(output=output, question=question), first=False)
-                    ask, asked[:] = Prompt(said, depends_on=tuple(asked)), []
-            last = self.task.chat_turn(LAST.format(question=question), first=False)
-            return (
-                await self.thoughts.continue_from(thought, replace(ask, text=last, tokens=self.tokens))
-            ).text
+                    turn = NEXT_TURN.format(output=output, question=question)
+                    prompt = Prompt(self.task.chat_turn(turn, first=False), depends_on=tuple(queried))
+                    queried[:] = []
+            last_turn = self.task.chat_turn(LAST_TURN.format(question=question), first=False)
+            prompt = replace(prompt, text=last_turn, tokens=self.next_reply_tokens)
+            return (await self.session.continue_from(completion, prompt)).text
         finally:
             self.running -= 1
 
     @property
-    def tokens(self) -> int:
-        """Of one reply, so that those who write at the same time have as much."""
-        left = self.thoughts.requests.left
-        return max(1, min(self.turn, left // max(1, self.running)))
+    def next_reply_tokens(self) -> int:
+        """Tokens of one reply: an equal share for each model that is writing now."""
+        left = self.session.requests.unreserved_tokens
+        return max(1, min(self.reply_tokens, left // max(1, self.running)))
 
-    async def ran(self, sandbox: Sandbox, reply: str) -> tuple[str, str | None]:
-        """What the blocks of a reply print, and the answer that they or it give."""
+    async def run_blocks(self, sandbox: Sandbox, reply: str) -> tuple[str, str | None]:
+        """Run the blocks of a reply: what they print, and the answer that they or the reply give."""
         blocks, outputs = BLOCK.findall(reply), list[str]()
         for block in blocks:
-            found = await sandbox.run(block)
-            outputs.append(found.output)
-            if found.final is not None:
-                return "", found.final
+            result = await sandbox.run(block)
+            outputs.append(result.output)
+            if result.final is not None:
+                return "", result.final
         rest = BLOCK.sub("", reply)
-        if named := FINAL_VAR.search(rest):
-            value = await sandbox.value(named[1])
-            outputs.append(f"there is no variable {named[1]}")
+        if variable := FINAL_VAR.search(rest):
+            value = await sandbox.value(variable[1])
+            outputs.append(f"there is no variable {variable[1]}")
             return "\n".join(outputs), value
-        given = FINAL.search(rest)
-        return "\n".join(outputs) if blocks else NOTHING, given[1].strip() if given else None
+        final = FINAL.search(rest)
+        return "\n".join(outputs) if blocks else NOTHING_RAN, final[1].strip() if final else None
 
-    async def asked(
-        self, at: Completion, asked: list[Completion], texts: Sequence[str], depth: int
+    async def query(
+        self, parent: Completion, queried: list[Completion], texts: Sequence[str], depth: int
     ) -> list[str]:
-        """What models say to each of the texts, some of them at once; behind those asked before, to which they come."""
-        found = list[str]()
-        for k in range(0, len(texts), self.at_once):
-            part, after = texts[k : k + self.at_once][: self.queries], (at, *asked)
-            if not part:
-                break
-            self.queries -= len(part)
-            if depth > 1:
-                said = await gather(self.deeper(at, after, text, depth - 1) for text in part)
-            else:
-                asks = [
-                    Prompt(self.task.chat_turn(text), tokens=self.turn, depends_on=after) for text in part
-                ]
-                thoughts = await self.thoughts.sample_independent(
-                    asks, of=1 - self.thoughts.budget.reserve, at=at
-                )
-                said = [(thought, thought.text or f"(no answer: {thought.finish})") for thought in thoughts]
-            asked += [thought for thought, _ in said]
-            found += [text for _, text in said]
-        return found + ["(no answer: no more queries)"] * (len(texts) - len(found))
+        """The replies of models to the texts, up to `concurrency` in parallel.
 
-    async def deeper(
-        self, at: Completion, after: tuple[Completion, ...], text: str, depth: int
+        They depend on the queries in `queried`, and are appended to it.
+        """
+        replies = list[str]()
+        for k in range(0, len(texts), self.concurrency):
+            batch = texts[k : k + self.concurrency][: self.queries_left]
+            if not batch:
+                break
+            depends_on = (parent, *queried)
+            self.queries_left -= len(batch)
+            if depth > 1:
+                answered = await gather(self.recurse(parent, depends_on, t, depth - 1) for t in batch)
+            else:
+                prompts = [
+                    Prompt(self.task.chat_turn(text), tokens=self.reply_tokens, depends_on=depends_on)
+                    for text in batch
+                ]
+                share = 1 - self.session.budget.reserve
+                completions = await self.session.sample_independent(prompts, share=share, parent=parent)
+                answered = [(c, c.text or f"(no answer: {c.finish})") for c in completions]
+            queried += [completion for completion, _ in answered]
+            replies += [text for _, text in answered]
+        return replies + ["(no answer: no more queries)"] * (len(texts) - len(replies))
+
+    async def recurse(
+        self, parent: Completion, depends_on: tuple[Completion, ...], text: str, depth: int
     ) -> tuple[Completion, str]:
-        """What one says that writes programs about a text, which is also its question."""
+        """The answer of a model that writes programs about a text, which is also its question."""
         question = "what the text asks"
         prompt = self.task.chat_turn(_rules(question, text, depth, self.limits))
-        (begun,) = await self.thoughts.prefill([Prompt(prompt, depends_on=after)], at=at)
-        return begun, await self.answered(begun, question, text, depth) or "(no answer)"
+        (root,) = await self.session.prefill([Prompt(prompt, depends_on=depends_on)], parent=parent)
+        return root, await self.solve(root, question, text, depth) or "(no answer)"
 
 
 def _rules(question: str, text: str, depth: int, limits: Limits) -> str:
-    more = (ASK if depth else "") + (DEEP if depth > 1 else "")
+    more = (QUERY_RULES if depth else "") + (RECURSIVE_QUERY_RULES if depth > 1 else "")
     return RULES.format(length=len(text), begin=text[:80], output=limits.output, more=more, question=question)

@@ -1,4 +1,4 @@
-"""What a method came to, the same for all of them; and their register. Nothing is run here."""
+"""The methods by name, and the result that all of them return."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from sgl_apr.errors import AprError
 from sgl_apr.trajectory.metrics import Metrics
 from sgl_apr.trajectory.trajectory import Trajectory
 
-_OWN = (
+_FIXED = (
     "sequential", "self_consistency", "best_of_n", "skeleton_of_thought", "tree_of_thoughts", "graph_of_thoughts",
     "mcts", "group_think", "hogwild", "recursive",
 )  # fmt: skip
 _ADAPTIVE = ("parathinker", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
-METHOD_MODULES = {name: name for name in _OWN} | dict.fromkeys(_ADAPTIVE, "native_formats")
+METHOD_MODULES = {name: name for name in _FIXED} | dict.fromkeys(_ADAPTIVE, "native_formats")
 METHOD_NAMES = tuple(METHOD_MODULES)
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """The answer of a method, and how it came about.
+    """The answer of a method, and how it was found.
 
-    answer: as its task reads it, empty if there is none. score: what the method chose it by (votes, a value, a
-    verifier's word), None where it chose nothing. label: what was run, honestly: "exact", or what it stands for.
+    Attributes:
+        method: The name of the method.
+        answer: The answer as the task reads it, empty if there is none.
+        trajectory: Everything that was decoded.
+        score: What the method chose the answer by (share of votes, value, verifier's score); None if it did not choose.
+        label: What exactly was run: "exact", or how it differs from the published method.
     """
 
     method: str
@@ -36,7 +40,7 @@ class MethodResult:
 
     @property
     def metrics(self) -> Metrics:
-        """Tokens, critical path, what the engine did."""
+        """Tokens, critical path, and the work of the engine."""
         return self.trajectory.metrics()
 
 
@@ -44,9 +48,13 @@ Method = Callable[..., Awaitable[MethodResult]]
 
 
 def method(name: str) -> Method:
-    """The method of that name; raises `AprError` that lists them."""
+    """The method of that name.
+
+    Raises:
+        AprError: If there is none; the message lists all names.
+    """
     if name not in METHOD_MODULES:
         raise AprError(f"no method {name!r}, expected one of {', '.join(METHOD_MODULES)}")
-    found: Mapping[str, Any] = vars(import_module(f"sgl_apr.methods.{METHOD_MODULES[name]}"))
-    run: Method = found[name]
+    module: Mapping[str, Any] = vars(import_module(f"sgl_apr.methods.{METHOD_MODULES[name]}"))
+    run: Method = module[name]
     return run

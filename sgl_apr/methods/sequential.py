@@ -1,4 +1,4 @@
-"""One chain of thought from beginning to end: what every other method is measured against."""
+"""A single chain of thought, the baseline of all other methods."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.task import SampledTask, Task, require
 
 
-async def sequential(engine: Engine, problem: Any, *, task: Task[Any, Any], **options: Any) -> MethodResult:
-    """Ask once, and read the answer (chain of thought: Wei 2022, arXiv 2201.11903).
+async def sequential(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
+    """Sample one reply and read its answer (chain of thought: Wei 2022, arXiv 2201.11903).
 
-    Options are those of `Thoughts`: budget, on_event, and sampling parameters.
+    Args:
+        engine: The engine that decodes.
+        problem: A problem of the task.
+        task: A `SampledTask`.
+        options: Those of `MethodSession`: `budget`, `on_event`, and sampling parameters.
+
+    Raises:
+        Inapplicable: If the task is no `SampledTask`.
     """
-    ask = task.ask(problem)
-    async with method_session(engine, ask.text, "sequential", **options) as thoughts:
-        thought = await thoughts.continue_from(thoughts.root, ask.without_text)
-        return MethodResult("sequential", task.answer(thought.text), thoughts.finish())
+    prompt = require(task, SampledTask).ask(problem)
+    async with method_session(engine, prompt.text, "sequential", **options) as session:
+        completion = await session.continue_from(session.root, prompt.without_text)
+        return MethodResult("sequential", task.answer(completion.text), session.finish())

@@ -1,160 +1,274 @@
-"""What methods ask of a task, and nothing of how they use it: to say a problem, steps, scores; to read and to judge."""
+"""What a task gives to the methods that solve its problems: prompts, and readings of what a model replies.
+
+`Task` is what all tasks have in common. Each family of methods needs one or more of its subclasses, so a task inherits
+from those whose methods it supports:
+
+| class | needed by |
+|---|---|
+| `SampledTask` | `sequential`, `self_consistency`, `best_of_n`, models that fork by themselves |
+| `SelfJudgedTask` | `best_of_n` without a verifier |
+| `SkeletonTask` | `skeleton_of_thought` |
+| `SearchTask` with `ValuedSearchTask` | `tree_of_thoughts`, `mcts` |
+| `SearchTask` with `VotedSearchTask` | `tree_of_thoughts` with `select="vote"` |
+| `GraphTask` | `graph_of_thoughts` |
+| `CollaborativeTask` | `group_think`, `hogwild` |
+| `ProgramTask` | `recursive` |
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
+from sgl_apr.methods.graph_operations import Graph
 from sgl_apr.methods.prompt import Completion, Prompt
 
 WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
-SENTENCE = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
-P = TypeVar("P")  # a problem
-S = TypeVar("S")  # how far a solution of it has come
+END_OF_PARAGRAPH = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
+P = TypeVar("P")
+S = TypeVar("S")
 
 
 class Inapplicable(AprError):
-    """A method asks for what a task, or the model, cannot express."""
+    """A method needs something that the task, or the model, cannot express."""
 
 
-class Task(Generic[P, S]):
-    """A kind of problem, as a model behind an engine is asked about it. What is not overridden cannot be expressed.
+class Task(Generic[P]):
+    """A kind of problem, for the model behind an engine. `P` is the type of a problem.
 
-    need, step: tokens that a whole attempt takes, and one step of a search. thoughts: how many steps lead to an
-    answer at most. verifiable: whether `verify` needs nothing but the problem, so that a method may ask it.
+    Attributes:
+        name: How errors name the task.
+        ability: What the family of methods requires of a task; errors say "NAME cannot ABILITY".
+        max_tokens: Tokens that a complete attempt may take.
+        step_tokens: Tokens of one step of a search, an operation of a graph, or a judgement.
+        verifiable: Whether `verify` needs only the problem, so that a method may use it as its verifier.
     """
 
     name = "task"
+    ability: ClassVar[str] = "be asked"
     max_tokens = 256
-    step = 64
-    thoughts = 3
+    step_tokens = 64
     verifiable = False
-    check = "Wait, am I doing redundant work? (yes/no): "  # what a worker is asked now and then
-    pause = "\n\n"  # what ends a paragraph of it
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    # Every method.
-
-    def ask(self, problem: P) -> Prompt:
-        """What a model is asked that is to solve all of it."""
-        self._cannot("be asked")
-
-    def prompt(self, problem: P, instruction: str = "") -> str:
-        """The same for a model that forks by itself, with what it has to be told for that."""
-        return self.ask(problem).text
-
     def answer(self, text: str) -> str:
-        """The answer that a reply ends with, empty if there is none."""
-        self._cannot("read an answer")
+        """The final answer of a reply, empty if it has none."""
+        raise Inapplicable(f"{self.name} cannot read an answer")
 
     def vote_key(self, answer: str) -> Hashable:
-        """What is counted in a vote: equal for answers that say the same."""
+        """What a vote counts: equal for answers that mean the same."""
         return " ".join(answer.split())
 
     def verify(self, problem: P, answer: str) -> bool | None:
-        """Whether an answer is right; None if nothing but a person can tell."""
+        """Whether an answer is correct; None if only a person can tell."""
         return None
 
-    # Searches.
 
-    def begin(self, problem: P) -> S:
-        """Where a search begins."""
-        self._cannot("be solved step by step")
+F = TypeVar("F", bound=Task[Any])
 
-    def propose(self, state: S) -> Prompt:
-        """What a model is asked that is to say the next step."""
-        self._cannot("be solved step by step")
 
-    def expand(self, state: S, text: str) -> Sequence[S]:
-        """What such a reply leads to; nothing if it is no step."""
-        self._cannot("be solved step by step")
+def require(task: Task[Any], family: type[F]) -> F:
+    """The task as one of a family.
 
-    def solved(self, state: S) -> str | None:
-        """The answer that a state has come to, None if it has not."""
-        self._cannot("be solved step by step")
+    Args:
+        task: Any task.
+        family: One of the subclasses of `Task` in this module.
 
-    def evaluate(self, state: S) -> Prompt | float:
-        """What a model is asked that is to say how good a state is; or that itself, where it is known."""
-        self._cannot("judge a step")
+    Raises:
+        Inapplicable: If the task does not inherit from the family.
+    """
+    if not isinstance(task, family):
+        raise Inapplicable(f"{task.name} cannot {family.ability}")
+    return task
 
-    def value(self, state: S, thought: Completion) -> float:
-        """What it said, as a number: the more the better, 0 for what leads nowhere."""
-        self._cannot("judge a step")
 
-    def show(self, state: S) -> str:
-        """A state as a text to choose among."""
-        self._cannot("choose among texts")
+class SampledTask(Task[P]):
+    """A task whose problems fit one prompt."""
 
-    def vote(self, problem: P, texts: Sequence[str]) -> Prompt:
-        """What a model is asked that is to choose one of several texts."""
-        self._cannot("choose among texts")
+    ability: ClassVar[str] = "be asked"
 
-    def choice(self, text: str, count: int) -> int | None:
-        """Which of so many it chose, from 0."""
-        self._cannot("choose among texts")
+    def ask(self, problem: P) -> Prompt:
+        """The prompt for a complete solution."""
+        raise NotImplementedError
 
-    # Single methods, which say more of what they need.
+    def prompt(self, problem: P, instruction: str = "") -> str:
+        """The same for a model that forks by itself, with the instruction that its format needs."""
+        return self.ask(problem).text
+
+
+class SelfJudgedTask(Task[P]):
+    """A task whose model can be asked whether a reply is correct."""
+
+    ability: ClassVar[str] = "judge an answer"
 
     def judge(self, problem: P) -> Prompt:
-        """Asks whether the reply that it stands behind is right."""
-        self._cannot("judge an answer")
+        """The question whether the reply before it is correct."""
+        raise NotImplementedError
 
-    def judge_score(self, thought: Completion) -> float:
-        """What it said, as a number from 0 to 1."""
-        self._cannot("judge an answer")
+    def judge_score(self, completion: Completion) -> float:
+        """The judgement as a number from 0 to 1."""
+        raise NotImplementedError
+
+
+class SkeletonTask(Task[P]):
+    """A task whose answers consist of points that can be written independently."""
+
+    ability: ClassVar[str] = "be answered point by point"
 
     def skeleton(self, problem: P) -> Prompt:
-        """Asks for the points of an answer, without what they say."""
-        self._cannot("be answered point by point")
+        """The prompt for a list of points, without their content."""
+        raise NotImplementedError
 
     def points(self, text: str) -> Sequence[str]:
-        """Those that such a reply has."""
-        self._cannot("be answered point by point")
+        """The points in such a reply."""
+        raise NotImplementedError
 
     def point(self, problem: P, skeleton: str | None, number: int, point: str) -> Prompt:
-        """Asks for one of the points, from 1, written out: what comes goes on behind "1. " and the point.
+        """The prompt to write out one point; the completion continues after "1. " and the point.
 
-        skeleton: the reply with all of them; None where it is asked behind that.
+        Args:
+            problem: The problem.
+            skeleton: The reply with all points; None if the prompt follows that reply.
+            number: The number of the point, from 1.
+            point: The text of the point.
         """
-        self._cannot("be answered point by point")
+        raise NotImplementedError
+
+
+class StateTask(Task[P], Generic[P, S]):
+    """A task that is solved through intermediate states. `S` is the type of a state; equal states are searched once."""
+
+    ability: ClassVar[str] = "be solved step by step"
+
+    def initial_state(self, problem: P) -> S:
+        """The state before the first step."""
+        raise NotImplementedError
+
+    def solution(self, state: S) -> str | None:
+        """The answer that a state contains, None if it is no solution yet."""
+        raise NotImplementedError
+
+
+class SearchTask(StateTask[P, S]):
+    """A task that is solved step by step.
+
+    Attributes:
+        max_steps: The largest number of steps that lead to an answer.
+    """
+
+    max_steps = 3
+
+    def propose(self, state: S) -> Prompt:
+        """The prompt for the next step; the reply may name several alternatives."""
+        raise NotImplementedError
+
+    def expand(self, state: S, text: str) -> Sequence[S]:
+        """The states that such a reply leads to; empty if it contains no step."""
+        raise NotImplementedError
+
+
+class ValuedSearchTask(SearchTask[P, S]):
+    """A search task whose states can be valued."""
+
+    ability: ClassVar[str] = "judge a step"
+
+    def evaluate(self, state: S) -> Prompt | float:
+        """The prompt for the value of a state, or the value itself where it is known."""
+        raise NotImplementedError
+
+    def value(self, state: S, completion: Completion) -> float:
+        """The value in such a completion: higher is better, 0 for a dead end."""
+        raise NotImplementedError
+
+
+class VotedSearchTask(SearchTask[P, S]):
+    """A search task whose model can choose among states."""
+
+    ability: ClassVar[str] = "choose among texts"
+
+    def show(self, state: S) -> str:
+        """A state as text."""
+        raise NotImplementedError
+
+    def vote(self, problem: P, texts: Sequence[str]) -> Prompt:
+        """The prompt to choose one of several texts."""
+        raise NotImplementedError
+
+    def choice(self, text: str, count: int) -> int | None:
+        """The index from 0 of the chosen one of `count` texts, None if the reply chooses none."""
+        raise NotImplementedError
+
+
+class GraphTask(StateTask[P, S]):
+    """A task that is solved by a graph of operations."""
+
+    ability: ClassVar[str] = "be cut into a graph of operations"
+
+    def graph(self, problem: P) -> Graph:
+        """The operations by name; `sgl_apr.methods.graph_operations` defines them."""
+        raise NotImplementedError
+
+
+class CollaborativeTask(Task[P]):
+    """A task that several workers can solve together while they read each other.
+
+    Attributes:
+        redundancy_question: What a worker is asked from time to time (Hogwild!, arXiv 2504.06261).
+        step_separator: The text that ends a paragraph of a worker.
+    """
+
+    ability: ClassVar[str] = "be thought about together"
+    redundancy_question = "Wait, am I doing redundant work? (yes/no): "
+    step_separator = "\n\n"
 
     def shared_context_prompt(
         self, problem: P, own: str, others: Sequence[str], past: str = ""
     ) -> tuple[str, Prompt]:
-        """What one of several thinkers sees that read each other as they write, and how it goes on.
+        """What one worker sees.
 
-        own, others: what they are writing. past: what they have finished together, where they keep that (Hogwild!).
+        Args:
+            problem: The problem.
+            own: What the worker is writing.
+            others: What the other workers are writing.
+            past: The steps that all of them have finished, where the method keeps those (Hogwild!).
+
+        Returns:
+            The context, and the prompt that continues it.
         """
-        self._cannot("be thought about together")
+        raise NotImplementedError
 
-    def opening(self, worker: int, number: int) -> str:
-        """What a step of one of the workers begins with (Hogwild!, section 3.2); both from 1."""
+    def step_opening(self, worker: int, number: int) -> str:
+        """How a step of a worker begins (Hogwild!, section 3.2); both numbers count from 1."""
         return f"**{WORKERS[(worker - 1) % len(WORKERS)]} [{number}]:** "
 
-    def paused(self, text: str) -> bool:
-        """Whether a step of theirs ends here: a sentence, and a paragraph, but not within code (appendix C)."""
-        return bool(SENTENCE.search(text)) and text.count("```") % 2 == 0
+    def is_step_complete(self, text: str) -> bool:
+        """Whether a step ends here: after a sentence and a paragraph, outside of code (Hogwild!, appendix C)."""
+        return bool(END_OF_PARAGRAPH.search(text)) and text.count("```") % 2 == 0
 
     def has_answer(self, text: str) -> bool:
-        """Whether a step of theirs says the answer."""
+        """Whether a step contains the final answer."""
         return bool(self.answer(text))
 
-    def graph(self, problem: P) -> Any:
-        """A graph of operations, as `sgl_apr.methods.graph_of_thoughts` runs it."""
-        self._cannot("be cut into a graph of operations")
+
+class ProgramTask(Task[P]):
+    """A task about a text that a model can read by programs."""
+
+    ability: ClassVar[str] = "be answered by a program"
 
     def program(self, problem: P) -> tuple[str, str]:
-        """A question, and the text that it is about, for a model that writes programs to read it."""
-        self._cannot("be answered by a program")
+        """The question, and the text that it is about."""
+        raise NotImplementedError
 
     def chat_turn(self, text: str, *, first: bool = True) -> str:
-        """What a user says as the model knows it, up to where its reply begins; `first`: nothing stands before it."""
-        return text if first else f"\n\n{text}\n\n"
+        """A user's message in the chat format of the model, up to where the reply begins.
 
-    def _cannot(self, what: str) -> NoReturn:
-        raise Inapplicable(f"{self.name} cannot {what}")
+        Args:
+            text: The message.
+            first: Whether nothing comes before it.
+        """
+        return text if first else f"\n\n{text}\n\n"

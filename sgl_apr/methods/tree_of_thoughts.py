@@ -1,4 +1,4 @@
-"""A search among steps that a model proposes and judges: breadth first or depth first, by value or by vote."""
+"""Tree of thoughts: a search over steps that a model proposes and judges, breadth first or depth first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, VotedSearchTask, require
 from sgl_apr.methods.tree_search import Node, SearchModel
 
 Search = Literal["bfs", "dfs"]
@@ -22,7 +22,7 @@ async def tree_of_thoughts(
     engine: Engine,
     problem: Any,
     *,
-    task: Task[Any, Any],
+    task: Task[Any],
     search: Search = "bfs",
     select: Select = "value",
     breadth: int = 5,
@@ -34,29 +34,44 @@ async def tree_of_thoughts(
 ) -> MethodResult:
     """Tree of Thoughts (Yao 2023, arXiv 2305.10601, section 3, algorithms 1 and 2).
 
-    breadth: states kept at each level (b = 5 for the Game of 24, section 4.1). proposals: samples of the next step
-    from each; a sample may name several. evaluations: samples of the value of each state (3 there, at T = 0.7), whose
-    mean is its value; with "vote" as many votes over all states of a level. threshold: depth first goes no further
-    into a state of this value or less. The states of a level are thought about at once, where the paper's code asks
-    for one after another; depth first the proposals of a state are, and their values.
+    The states of a level are expanded and valued in parallel, where the paper's code sends one request after another.
+    Depth first, the proposals of a state run in parallel, and their values.
+
+    Args:
+        engine: The engine that decodes.
+        problem: A problem of the task.
+        task: A `ValuedSearchTask`, or a `VotedSearchTask` with `select="vote"`.
+        search: "bfs" (algorithm 1) or "dfs" (algorithm 2).
+        select: "value" ranks states by the mean of their values, "vote" by votes over all states of a level.
+        breadth: States that are kept at each level (b = 5 for the Game of 24, section 4.1).
+        proposals: Samples of the next step from each state; one sample may name several steps.
+        evaluations: Samples of the value of each state (3 in section 4.1), or votes on each level.
+        threshold: Depth first, states of this value or less are not searched further.
+        temperature: Sampling temperature (0.7 in section 4.1).
+        options: Those of `MethodSession`.
+
+    Raises:
+        Inapplicable: If the task is not of the required kind.
     """
     if search not in get_args(Search) or select not in get_args(Select):
         raise AprError(f"search={search!r}, select={select!r}, expected bfs or dfs, value or vote")
     if search == "dfs" and select == "vote":
         raise AprError('select="vote" compares the states of a level, expected search="bfs"')
-    begin = Node(task.begin(problem))
+    searchable = require(task, SearchTask)
+    require(task, ValuedSearchTask if select == "value" else VotedSearchTask)
+    root = Node(searchable.initial_state(problem))
     options = {**options, "temperature": temperature}
-    async with method_session(engine, "", "tree_of_thoughts", **options) as thoughts:
-        tree = _Tree(thoughts, task, problem, select, breadth, proposals, evaluations)
-        best = await (tree.bfs(begin) if search == "bfs" else tree.dfs(begin, threshold))
-        answer = task.solved(best.state) if best else None
-        return MethodResult("tree_of_thoughts", answer or "", thoughts.finish(), best.value if best else None)
+    async with method_session(engine, "", "tree_of_thoughts", **options) as session:
+        tree = _Tree(session, searchable, problem, select, breadth, proposals, evaluations)
+        best = await (tree.bfs(root) if search == "bfs" else tree.dfs(root, threshold))
+        answer = searchable.solution(best.state) if best else None
+        return MethodResult("tree_of_thoughts", answer or "", session.finish(), best.value if best else None)
 
 
 @dataclass
 class _Tree:
-    thoughts: MethodSession
-    task: Task[Any, Any]
+    session: MethodSession
+    task: SearchTask[Any, Any]
     problem: Any
     select: Select
     breadth: int
@@ -64,54 +79,59 @@ class _Tree:
     evaluations: int
 
     @property
-    def steps(self) -> SearchModel:
-        return SearchModel(self.thoughts, self.task)
+    def model(self) -> SearchModel:
+        return SearchModel(self.session, self.task)
 
-    async def bfs(self, begin: Node) -> Node | None:
-        """Algorithm 1: all proposals of a level, of which the best go on. It ends early where one is a solution."""
-        level = [begin]
-        for _ in range(self.task.thoughts):
-            candidates = await self.grown(level)
+    async def bfs(self, root: Node) -> Node | None:
+        """Algorithm 1: keep the best states of each level; stop at a level whose best state is a solution."""
+        level = [root]
+        for _ in range(self.task.max_steps):
+            candidates = await self.expand(level)
             if self.select == "vote":
-                valued = await self.voted(candidates)
+                valued = await self.vote(candidates)
             else:
-                valued = await self.steps.evaluate(candidates, self.evaluations)
+                valued = await self.model.evaluate(candidates, self.evaluations)
             level = sorted(valued, key=lambda node: -node.value)[: self.breadth]
-            if not level or self.task.solved(level[0].state) is not None:
+            if not level or self.is_solution(level[0]):
                 break
-        return next((node for node in level if self.task.solved(node.state) is not None), None)
+        return next(filter(self.is_solution, level), None)
 
     async def dfs(self, node: Node, threshold: float, depth: int = 0) -> Node | None:
-        """Algorithm 2: the best proposal first, back where none is worth more than the threshold."""
-        if self.task.solved(node.state) is not None:
+        """Algorithm 2: search the best child first, and backtrack where no child is above the threshold."""
+        if self.is_solution(node):
             return node
-        if depth == self.task.thoughts:
+        if depth == self.task.max_steps:
             return None
-        children = await self.steps.evaluate(await self.grown([node]), self.evaluations)
+        children = await self.model.evaluate(await self.expand([node]), self.evaluations)
         for child in sorted(children, key=lambda child: -child.value):
-            if child.value > threshold and (found := await self.dfs(child, threshold, depth + 1)):
-                return found
+            if child.value > threshold and (solution := await self.dfs(child, threshold, depth + 1)):
+                return solution
         return None
 
-    async def grown(self, level: Sequence[Node]) -> list[Node]:
-        """What the steps proposed from each of them lead to, each state once."""
-        width = self.thoughts.affordable_width(len(level) * self.proposals, self.task.step)
-        level = level[:width]
-        said = await self.steps.proposed(level, width // len(level))
-        found: dict[Any, Node] = {}
-        for node, thoughts in zip(level, said, strict=True):
-            for child in self.steps.children(node, thoughts):
-                found.setdefault(child.state, child)
-        return list(found.values())
+    def is_solution(self, node: Node) -> bool:
+        return self.task.solution(node.state) is not None
 
-    async def voted(self, nodes: Sequence[Node]) -> list[Node]:
-        """With their shares of the votes of the model, which sees all of them."""
+    async def expand(self, level: Sequence[Node]) -> list[Node]:
+        """The children of all nodes of a level, each state once."""
+        width = self.session.affordable_width(len(level) * self.proposals, self.task.step_tokens)
+        level = level[:width]
+        proposals = await self.model.propose(level, width // len(level))
+        children: dict[Any, Node] = {}
+        for node, completions in zip(level, proposals, strict=True):
+            for child in self.model.children(node, completions):
+                children.setdefault(child.state, child)
+        return list(children.values())
+
+    async def vote(self, nodes: Sequence[Node]) -> list[Node]:
+        """The nodes with their shares of the model's votes; each vote sees all nodes."""
         if not nodes:
             return []
-        ask = self.task.vote(self.problem, [self.task.show(node.state) for node in nodes])
-        after = tuple(t for node in nodes for t in node.depends_on)
-        (said,) = await self.thoughts.samples([replace(ask, depends_on=after)], self.evaluations)
-        votes = Counter(self.task.choice(thought.text, len(nodes)) for thought in said)
+        task = require(self.task, VotedSearchTask)
+        prompt = task.vote(self.problem, [task.show(node.state) for node in nodes])
+        depends_on = tuple(completion for node in nodes for completion in node.depends_on)
+        (replies,) = await self.session.samples([replace(prompt, depends_on=depends_on)], self.evaluations)
+        votes = Counter(task.choice(completion.text, len(nodes)) for completion in replies)
         return [
-            replace(node, depends_on=tuple(said), value=votes[k] / len(said)) for k, node in enumerate(nodes)
+            replace(node, depends_on=tuple(replies), value=votes[k] / len(replies))
+            for k, node in enumerate(nodes)
         ]

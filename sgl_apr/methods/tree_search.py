@@ -1,4 +1,4 @@
-"""Steps that a model proposes and judges, asked about many states at once; which of them go on is a search's to say."""
+"""Steps that a model proposes and values, for many states at once; tree of thoughts and MCTS choose among them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from typing import Any
 
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.session import MethodSession
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.task import SearchTask, ValuedSearchTask, require
 
 
 @dataclass(frozen=True)
 class Node:
-    """A state, what had been thought by then, and what it is worth."""
+    """A state of a search.
+
+    Attributes:
+        state: The state, of the task's own type.
+        depends_on: The completions that led to the state or to its value.
+        value: The value of the state.
+    """
 
     state: Any
     depends_on: tuple[Completion, ...] = ()
@@ -23,34 +29,42 @@ class Node:
 
 @dataclass(frozen=True)
 class SearchModel:
-    """Those of one task in one run."""
+    """The model as proposer and judge of steps, in one session for one task."""
 
-    thoughts: MethodSession
-    task: Task[Any, Any]
+    session: MethodSession
+    task: SearchTask[Any, Any]
 
-    async def proposed(self, nodes: Sequence[Node], each: int) -> list[list[Completion]]:
-        """`each` samples of what comes next behind every one of them."""
-        asks = [replace(self.task.propose(node.state), depends_on=node.depends_on) for node in nodes]
-        return await self.thoughts.samples(asks, each)
+    async def propose(self, nodes: Sequence[Node], samples: int) -> list[list[Completion]]:
+        """Sample the next step `samples` times from each node."""
+        prompts = [replace(self.task.propose(node.state), depends_on=node.depends_on) for node in nodes]
+        return await self.session.samples(prompts, samples)
 
-    def children(self, node: Node, said: Sequence[Completion]) -> list[Node]:
-        """What those behind one lead to, each state once."""
-        found: dict[Any, Node] = {}
-        for thought in said:
-            for state in self.task.expand(node.state, thought.text):
-                found.setdefault(state, Node(state, (thought,)))
-        return list(found.values())
+    def children(self, node: Node, completions: Sequence[Completion]) -> list[Node]:
+        """The nodes that completions about a node lead to, each state once."""
+        children: dict[Any, Node] = {}
+        for completion in completions:
+            for state in self.task.expand(node.state, completion.text):
+                children.setdefault(state, Node(state, (completion,)))
+        return list(children.values())
 
-    async def evaluate(self, nodes: Sequence[Node], each: int) -> list[Node]:
-        """With the mean of `each` values that the model gives; what was cut gives 0."""
-        wanted = [(node, self.task.evaluate(node.state)) for node in nodes]
-        asks = [replace(ask, depends_on=node.depends_on) for node, ask in wanted if isinstance(ask, Prompt)]
-        said = iter(await self.thoughts.samples(asks, each))
+    async def evaluate(self, nodes: Sequence[Node], samples: int) -> list[Node]:
+        """The nodes with their values: the mean of `samples` values by the model; a completion without text counts 0."""
+        task = require(self.task, ValuedSearchTask)
+        evaluations = [(node, task.evaluate(node.state)) for node in nodes]
+        prompts = [
+            replace(prompt, depends_on=node.depends_on)
+            for node, prompt in evaluations
+            if isinstance(prompt, Prompt)
+        ]
+        replies = iter(await self.session.samples(prompts, samples))
         return [
-            self._mean(node, next(said)) if isinstance(ask, Prompt) else replace(node, value=ask)
-            for node, ask in wanted
+            _mean(task, node, next(replies))
+            if isinstance(evaluation, Prompt)
+            else replace(node, value=evaluation)
+            for node, evaluation in evaluations
         ]
 
-    def _mean(self, node: Node, said: Sequence[Completion]) -> Node:
-        value = fmean(self.task.value(node.state, thought) if thought.text else 0.0 for thought in said)
-        return replace(node, depends_on=tuple(said), value=value)
+
+def _mean(task: ValuedSearchTask[Any, Any], node: Node, completions: Sequence[Completion]) -> Node:
+    value = fmean(task.value(node.state, c) if c.text else 0.0 for c in completions)
+    return replace(node, depends_on=tuple(completions), value=value)

@@ -1,4 +1,4 @@
-"""The answer that most have come to; nothing is asked here."""
+"""Majority votes on answers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 from sgl_apr.methods.task import Task
 
 
-def vote(task: Task[Any, Any], answers: Sequence[str]) -> tuple[str, float]:
-    """The answer with the most votes, and its share of all that could vote; an empty one votes for nothing.
+def vote(task: Task[Any], answers: Sequence[str]) -> tuple[str, float]:
+    """The answer with the most votes, the earliest one on a tie.
 
-    Of answers with as many votes it is the one that came first.
+    Args:
+        task: Decides by `vote_key` which answers are equal.
+        answers: One answer per voter; an empty one is an abstention.
+
+    Returns:
+        The answer, and its share of all voters, abstentions included; ("", 0.0) without any vote.
     """
-    votes, first = Counter[Hashable](), dict[Hashable, str]()
+    votes, earliest = Counter[Hashable](), dict[Hashable, str]()
     for answer in filter(None, answers):
         votes[task.vote_key(answer)] += 1
-        first.setdefault(task.vote_key(answer), answer)
+        earliest.setdefault(task.vote_key(answer), answer)
     best = max(votes, key=votes.__getitem__, default=None)
-    return first.get(best, ""), votes[best] / len(answers) if votes else 0.0
+    return earliest.get(best, ""), votes[best] / len(answers) if votes else 0.0

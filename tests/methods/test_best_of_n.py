@@ -14,16 +14,16 @@ from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.reward_model import RewardModel
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import Inapplicable, SampledTask, SelfJudgedTask, Task
 
 REPLIES = ("so 1", "so 2", "hm 2", "so 3", "none")  # in turn
 SURE = {"1": "5", "2": "4", "3": "7"}
 
 
-class Digits(Task[str, Any]):
+class Digits(SampledTask[str], SelfJudgedTask[str]):
     """The digit that a reply ends with; 2 is right, and how sure the model is of each is said above."""
 
-    name, need, step = "digits", 10, 4
+    name, max_tokens, step_tokens = "digits", 10, 4
 
     def ask(self, problem: str) -> Prompt:
         return Prompt(f"{problem}?")
@@ -37,8 +37,8 @@ class Digits(Task[str, Any]):
     def judge(self, problem: str) -> Prompt:
         return Prompt(" sure?", tokens=2)
 
-    def judge_score(self, thought: Completion) -> float:
-        return int(thought.text[0]) / 10
+    def judge_score(self, completion: Completion) -> float:
+        return int(completion.text[0]) / 10
 
 
 class Checked(Digits):
@@ -46,7 +46,7 @@ class Checked(Digits):
 
 
 def best(
-    kind: type[Task[Any, Any]] = Digits, said: Any = None, **options: Any
+    kind: type[Task[Any]] = Digits, said: Any = None, **options: Any
 ) -> tuple[MethodResult, apr.ScriptedEngine]:
     """What it comes to for replies in turn, and the engine."""
     replies = iter(REPLIES * 30)
@@ -186,7 +186,7 @@ def test_calls_and_time_are_limited():
 
 @pytest.mark.parametrize("said", [-0.5, float("nan"), float("inf")])
 def test_scores_that_cannot_be_summed(said: float):
-    with pytest.raises(apr.AprError, match=f"the verifier says {said}, expected 0 or more"):
+    with pytest.raises(apr.AprError, match=f"the verifier returned {said}, expected 0 or more"):
         best(verifier=lambda problem, text: said, select="weighted")
 
 
@@ -194,8 +194,8 @@ def test_what_cannot_be_asked():
     with pytest.raises(apr.AprError, match=r'select=.most., expected "argmax" or "weighted"'):
         best(select="most")
 
-    class Silent(Digits):
-        judge = Task.judge
+    class Silent(SampledTask[str]):
+        name, ask, answer = Digits.name, Digits.ask, Digits.answer
 
     with pytest.raises(Inapplicable, match="digits cannot judge an answer"):
         best(Silent)
@@ -271,5 +271,5 @@ def test_no_reward_model_and_a_silent_one():
             await RewardModel(url, timeout=0.1)("Q", "A")
 
     asyncio.run(served(silent, program))
-    with pytest.raises(apr.EngineError, match=r"no answer of http://127\.0\.0\.1:1/classify"):
+    with pytest.raises(apr.EngineError, match=r"no answer from http://127\.0\.0\.1:1/classify"):
         asyncio.run(RewardModel("http://127.0.0.1:1")("Q", "A"))

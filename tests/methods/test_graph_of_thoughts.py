@@ -29,7 +29,7 @@ from sgl_apr.methods.graph_operations import (
 )
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult, method
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import GraphTask, Inapplicable, Task
 
 # What the model says to each prompt, in turn.
 REPLIES = {
@@ -45,15 +45,15 @@ def read(state: Any, text: str) -> Sequence[str]:
     return [text] if text else []
 
 
-class Sorting(Task[str, str]):
+class Sorting(GraphTask[str, str]):
     """Letters in their order, as the paper sorts: the halves, each the better of two, then the best merge of three."""
 
-    name, step = "sorting", 6
+    name, step_tokens = "sorting", 6
 
-    def begin(self, problem: str) -> str:
+    def initial_state(self, problem: str) -> str:
         return problem
 
-    def solved(self, state: str) -> str | None:
+    def solution(self, state: str) -> str | None:
         return state or None
 
     def graph(self, problem: str) -> Graph:
@@ -242,24 +242,24 @@ SAY = {"ask": lambda state: Prompt("say: "), "read": read}
 @pytest.mark.parametrize(
     ("graph", "error"),
     [
-        ({"a": Generate(**SAY, depends_on=("b",))}, "'a' comes after 'b', expected one of a"),
+        ({"a": Generate(**SAY, depends_on=("b",))}, "'a' depends on 'b', expected one of a"),
         (
             {
                 "a": Generate(**SAY, depends_on=("b",)),
                 "b": Refine(**SAY, depends_on=("a",)),
                 "c": Refine(**SAY, depends_on=("b",)),
             },
-            "has no cycle: . -> . -> .",
+            "found a cycle of operations: . -> . -> .",
         ),
-        ({"a": Generate(**SAY, depends_on=("a",))}, "has no cycle: a -> a"),
+        ({"a": Generate(**SAY, depends_on=("a",))}, "found a cycle of operations: a -> a"),
         (
             {"a": Generate(**SAY), "b": KeepBest(depends_on=("a",))},
-            "'b' keeps the best of 'a', which says no score",
+            "'b' keeps the best of 'a', which gives no scores",
         ),
         ({"b": KeepBest()}, "'b' keeps the best of nothing"),
-        ({"a": Generate(**SAY), "b": Generate(**SAY)}, "ends with one, not 2: a, b"),
-        ({}, "ends with one, not 0"),
-        ({"a": Generate(**SAY, k=0)}, "'a' is to be done 0 times"),
+        ({"a": Generate(**SAY), "b": Generate(**SAY)}, "found 2 last operations, expected one: a, b"),
+        ({}, "found 0 last operations, expected one"),
+        ({"a": Generate(**SAY, k=0)}, "'a' runs 0 times"),
     ],
 )
 def test_graphs_that_cannot_be_run(graph: Graph, error: str):
@@ -270,7 +270,7 @@ def test_graphs_that_cannot_be_run(graph: Graph, error: str):
 def test_what_cannot_be_asked():
     engine = apr.ScriptedEngine(replies())
     with pytest.raises(Inapplicable, match="task cannot be cut into a graph"):
-        asyncio.run(method("graph_of_thoughts")(engine, "X", task=Task[str, str](engine)))
+        asyncio.run(method("graph_of_thoughts")(engine, "X", task=Task[str](engine)))
     assert issubclass(GraphError, apr.AprError)
     graph = Sorting(engine).graph("cadb")
     assert validate_graph(graph) is graph

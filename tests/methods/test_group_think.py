@@ -12,10 +12,10 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult, method
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import CollaborativeTask, Inapplicable, Task
 
 
-class Talk(Task[str, str]):
+class Talk(CollaborativeTask[str]):
     """What a thinker sees: `Q[what others write][own>`. An answer stands behind "="."""
 
     name, max_tokens = "talk", 20
@@ -154,7 +154,7 @@ def test_what_cannot_be_asked():
         with pytest.raises(apr.AprError, match="expected at least 1"):
             think(speaker(""), **wrong)
 
-    class Plain(Task[str, str]):
+    class Plain(Task[str]):
         name = "plain"
 
     engine = apr.ScriptedEngine(speaker(""))

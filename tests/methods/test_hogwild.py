@@ -11,24 +11,24 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.problems import Problem
-from sgl_apr.evaluation.tasks.countdown.search import sequential
+from sgl_apr.evaluation.tasks.countdown.search import sequential_search
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult, method
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import CollaborativeTask, Inapplicable, Task
 
 
-class Talk(Task[str, str]):
+class Talk(CollaborativeTask[str]):
     """What a worker sees: `Q{what is finished}[what others write]own`. An answer stands behind "=", up to a point."""
 
-    name, need, check = "talk", 20, "?"
+    name, max_tokens, redundancy_question = "talk", 20, "?"
 
     def shared_context_prompt(
         self, problem: str, own: str, others: Sequence[str], past: str = ""
     ) -> tuple[str, Prompt]:
         return f"{problem}{{{past}}}[{'/'.join(others)}]{own}", Prompt()
 
-    def opening(self, worker: int, number: int) -> str:
+    def step_opening(self, worker: int, number: int) -> str:
         return f"{worker}.{number}:"
 
     def answer(self, text: str) -> str:
@@ -49,7 +49,7 @@ def speaker(*texts: str) -> Any:
     return script
 
 
-def work(script: Any, task: type[Task[str, str]] = Talk, **options: Any) -> tuple[MethodResult, list[str]]:
+def work(script: Any, task: type[Task[str]] = Talk, **options: Any) -> tuple[MethodResult, list[str]]:
     engine = apr.ScriptedEngine(script)
     options = {"chunk": 4, "seed": 0, **options}
     found = asyncio.run(method("hogwild")(engine, "Q", task=task(engine), **options))
@@ -94,7 +94,7 @@ def test_who_comes_to_an_end_goes_no_further():
     ],
 )
 def test_where_a_step_ends(text: str, ends: bool):
-    assert Task(apr.ScriptedEngine(speaker(""))).paused(text) is ends
+    assert CollaborativeTask(apr.ScriptedEngine(speaker(""))).is_step_complete(text) is ends
     _, prompts = work(speaker(text + "more"), workers=1, chunk=20)
     assert prompts[1:] == (
         [f"Q{{1.1:{text}}}[]1.2:"] if ends else [f"Q{{}}[]1.1:{text}"] if "\n\n" in text else []
@@ -112,8 +112,8 @@ def test_now_and_then_a_step_opens_with_the_question_whether_it_is_redundant():
 
 def test_the_words_are_the_papers():
     class Plain(Talk):
-        opening = Task.opening
-        check = Task.check
+        step_opening = CollaborativeTask.step_opening
+        redundancy_question = CollaborativeTask.redundancy_question
 
     engine = apr.ScriptedEngine(lambda request, prompt: "a.\n\n")
     found = asyncio.run(
@@ -171,7 +171,7 @@ def test_what_cannot_be_asked():
         with pytest.raises(apr.AprError, match=f"{name}=0, expected at least 1"):
             work(speaker(""), **{name: 0})
 
-    class Plain(Task[str, str]):
+    class Plain(Task[str]):
         name = "plain"
 
     with pytest.raises(Inapplicable, match="plain cannot be thought about together"):
@@ -181,7 +181,7 @@ def test_what_cannot_be_asked():
 def test_countdown_has_lines_for_steps_and_no_words():
     problem = Problem((3, 7, 8), 18)
     tokenizer = apr.ByteTokenizer(apr.dialect("spawn").tags)
-    lines = sequential(problem, 500).removeprefix("\n").splitlines(keepends=True)
+    lines = sequential_search(problem, 500).removeprefix("\n").splitlines(keepends=True)
     said = iter(lines * 2)
 
     def script(request: apr.Request, prompt: str) -> str:

@@ -13,29 +13,29 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult, method
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import Inapplicable, Task, ValuedSearchTask
 
 
 def worth(word: str) -> float:
     return round(random.Random(word).random(), 2)
 
 
-class Words(Task[str, str]):
+class Words(ValuedSearchTask[str, str]):
     """Words of a and b, letter by letter; `goal` is the answer, whose value is 1."""
 
-    name, need, step, thoughts = "words", 10, 4, 4
+    name, max_tokens, step_tokens, max_steps = "words", 10, 4, 4
     goal = "none"
 
-    def begin(self, problem: str) -> str:
+    def initial_state(self, problem: str) -> str:
         return ""
 
     def propose(self, state: str) -> Prompt:
-        return Prompt(f"next of {state!r}: ", tokens=self.step)
+        return Prompt(f"next of {state!r}: ", tokens=self.step_tokens)
 
     def expand(self, state: str, text: str) -> Sequence[str]:
         return [state + letter for letter in text if letter.isalpha()]
 
-    def solved(self, state: str) -> str | None:
+    def solution(self, state: str) -> str | None:
         return state if state == self.goal else None
 
     def evaluate(self, state: str) -> Prompt | float:
@@ -51,7 +51,7 @@ def script(request: apr.Request, prompt: str) -> str:
 
 
 def search(
-    task: type[Task[str, str]] = Words, script: Any = script, **options: Any
+    task: type[Task[str]] = Words, script: Any = script, **options: Any
 ) -> tuple[MethodResult, list[str], apr.ScriptedEngine]:
     """What it comes to, the states that were expanded in that order, and the engine."""
     engine = apr.ScriptedEngine(script)
@@ -213,7 +213,7 @@ def test_what_cannot_be_asked():
         with pytest.raises(apr.AprError, match="expected at least 1"):
             search(**wrong)
 
-    class Plain(Task[str, str]):
+    class Plain(Task[str]):
         name = "plain"
 
     with pytest.raises(Inapplicable, match="plain cannot be solved step by step"):

@@ -55,7 +55,14 @@ def test_recursive(smol: Server):
     budget = apr.Budget(tokens=1500)
     question = f"{NOTES}\n\nHow many balls does the red box hold?"
     result = solved(
-        smol, "recursive", question, allow_code=True, iterations=3, turn=150, budget=budget, temperature=0.0
+        smol,
+        "recursive",
+        question,
+        allow_code=True,
+        iterations=3,
+        reply_tokens=150,
+        budget=budget,
+        temperature=0.0,
     )
     assert result.metrics.engine_calls >= 1
     assert result.answer

@@ -12,13 +12,13 @@ import sgl_apr as apr
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.sandbox.process import Limits
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import Inapplicable, ProgramTask, Task
 
 TEXT = "one\ntwo\nthree\n" * 100
 QUICK = Limits(seconds=5.0)
 
 
-class Reading(Task[str, str]):
+class Reading(ProgramTask[str]):
     name = "reading"
 
     def program(self, problem: str) -> tuple[str, str]:
@@ -152,7 +152,7 @@ def test_a_batch_is_asked_at_once():
 
         engine.decode = counted  # type: ignore[method-assign]
         found = asyncio.run(
-            method("recursive")(engine, "?", task=Reading(engine), allow_code=True, at_once=at_once)
+            method("recursive")(engine, "?", task=Reading(engine), allow_code=True, concurrency=at_once)
         )
         assert found.answer == "ok"
         assert seen == most
@@ -240,11 +240,11 @@ def test_a_failure_stays_with_its_query():
 
 
 def test_what_cannot_be_asked():
-    for wrong in ({"depth": -1}, {"iterations": 0}, {"at_once": 0}):
+    for wrong in ({"depth": -1}, {"iterations": 0}, {"concurrency": 0}):
         with pytest.raises(apr.AprError, match="expected at least"):
             read(writer(""), **wrong)
 
-    class Plain(Task[str, str]):
+    class Plain(Task[str]):
         name = "plain"
 
     engine = apr.ScriptedEngine(writer(""))

@@ -12,10 +12,10 @@ import sgl_apr as apr
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.skeleton_of_thought import skeleton_of_thought
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import Inapplicable, SkeletonTask, Task
 
 
-class Letters(Task[str, Any]):
+class Letters(SkeletonTask[str]):
     """A skeleton is letters."""
 
     name = "letters"
@@ -138,4 +138,4 @@ def test_what_cannot_be_asked():
         written(mode="both")
     engine = apr.ScriptedEngine(script)
     with pytest.raises(Inapplicable, match="task cannot be answered point by point"):
-        asyncio.run(method("skeleton_of_thought")(engine, "X", task=Task[str, str](engine)))
+        asyncio.run(method("skeleton_of_thought")(engine, "X", task=Task[str](engine)))

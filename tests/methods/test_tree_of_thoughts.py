@@ -12,26 +12,26 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult, method
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import Inapplicable, Task, ValuedSearchTask, VotedSearchTask
 
 WORTH = {"a": 1, "b": 3, "c": 2, "ba": 0, "bb": 5, "ca": 4, "aa": 1, "bbx": 1, "cax": 7}
 
 
-class Letters(Task[str, str]):
+class Letters(ValuedSearchTask[str, str], VotedSearchTask[str, str]):
     """Words of three letters, letter by letter; the last has to be x."""
 
-    name, need, step, thoughts = "letters", 10, 4, 3
+    name, max_tokens, step_tokens, max_steps = "letters", 10, 4, 3
 
-    def begin(self, problem: str) -> str:
+    def initial_state(self, problem: str) -> str:
         return ""
 
     def propose(self, state: str) -> Prompt:
-        return Prompt(f"next of {state!r}: ", tokens=self.step)
+        return Prompt(f"next of {state!r}: ", tokens=self.step_tokens)
 
     def expand(self, state: str, text: str) -> Sequence[str]:
         return [state + letter for letter in text if letter.isalpha()]
 
-    def solved(self, state: str) -> str | None:
+    def solution(self, state: str) -> str | None:
         return state if state.endswith("x") else None
 
     def evaluate(self, state: str) -> Prompt | float:
@@ -176,7 +176,7 @@ def test_what_cannot_be_asked():
         with pytest.raises(apr.AprError, match="expected"):
             tree(**wrong)
 
-    class Plain(Task[str, str]):
+    class Plain(Task[str]):
         name = "plain"
 
     engine = apr.ScriptedEngine(script)

@@ -1,4 +1,4 @@
-"""What an evaluation asks: problems that stay the same, who asks a model for them, and what is right; it asks nothing."""
+"""What an evaluation needs: fixed problems, the task that puts them to a model, and what counts as correct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from sgl_apr.runtime.budget import Budget
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One problem. name: no other has it, in every run. problem: as its task takes it. size: the harder, the larger."""
+    """One problem.
+
+    Attributes:
+        name: Unique within its benchmark, and the same in every run.
+        problem: As its task takes it.
+        size: The harder the problem, the larger.
+    """
 
     name: str
     problem: Any
@@ -24,12 +30,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """task: what asks a model behind an engine. right: whether an answer to a case is. budget: of a reply, unless asked
-    otherwise. flags: of a server that is started for it."""
+    """A named set of problems.
+
+    Attributes:
+        name: Its name, as `benchmark` takes it.
+        cases: The problems.
+        task: Makes the task for an engine.
+        is_correct: Whether an answer to a case is correct.
+        budget: The default budget of a reply.
+        flags: Options of a server that is launched for it.
+
+    Raises:
+        AprError: Without a problem, or with two problems of the same name.
+    """
 
     name: str
     cases: Sequence[Case]
-    task: Callable[[Engine], Task[Any, Any]]
+    task: Callable[[Engine], Task[Any]]
     is_correct: Callable[[Case, str], bool]
     budget: Budget = field(default_factory=Budget)
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -38,11 +55,11 @@ class Benchmark:
         if not self.cases:
             raise AprError(f"{self.name} has no problem, expected at least one")
         if len({case.name for case in self.cases}) < len(self.cases):
-            raise AprError(f"{self.name} has two problems of one name, expected different ones")
+            raise AprError(f"{self.name} has two problems of the same name, expected different names")
 
     @property
     def directory(self) -> str:
-        """Its name as that of a directory.
+        """Its name, made fit for a directory.
 
         >>> Benchmark("gym:ab", [Case("1", "?")], Task, lambda case, answer: False).directory
         'gym-ab'

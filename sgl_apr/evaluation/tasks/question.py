@@ -1,4 +1,4 @@
-"""Open questions as methods ask them of a model that follows instructions; nothing knows whether an answer is right."""
+"""Open questions as a task, for a model that follows instructions; nothing verifies an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_template_for
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Refine, Score
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.task import Task
+from sgl_apr.methods.task import (
+    CollaborativeTask,
+    GraphTask,
+    ProgramTask,
+    SampledTask,
+    SelfJudgedTask,
+    SkeletonTask,
+    ValuedSearchTask,
+    VotedSearchTask,
+)
 
 ANSWER = re.compile(r"^\W*answer\W*:[\s*]*(\S.*?)[\s*.]*$", re.IGNORECASE | re.MULTILINE)
 POINT = re.compile(r"^\s*(\d+)[.)]\s*(\S.*?)\s*$", re.MULTILINE)
@@ -21,20 +30,34 @@ CHOICE = re.compile(r"choice\D*(\d+)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """How far an answer has come: a plan of it, and then itself."""
+    """An answer in the making: first a plan, then the text."""
 
     question: str
     plan: str = ""
     text: str = ""
 
 
-class QuestionTask(Task[str, Draft]):
-    """Prompts are those of the papers, in other words. chat: how the model is spoken to, by its tokenizer if left out."""
+class QuestionTask(
+    SampledTask[str],
+    SelfJudgedTask[str],
+    SkeletonTask[str],
+    ValuedSearchTask[str, Draft],
+    VotedSearchTask[str, Draft],
+    GraphTask[str, Draft],
+    CollaborativeTask[str],
+    ProgramTask[str],
+):
+    """Open questions, with prompts after those of the papers.
+
+    Args:
+        engine: Where the model decodes.
+        chat: How the model is addressed; by default chosen by its tokenizer.
+    """
 
     name = "question"
     max_tokens = 256
-    step = 128
-    thoughts = 2  # a plan, an answer
+    step_tokens = 128
+    max_steps = 2  # a plan and an answer
     ends = (
         'Think step by step. Then say the answer, in a few words, in a last line that begins with "Answer:".'
     )
@@ -53,79 +76,86 @@ class QuestionTask(Task[str, Draft]):
         return self.chat_turn("\n".join(filter(None, (problem, self.ends, instruction))))
 
     def answer(self, text: str) -> str:
-        """What the last line says that begins with "Answer:"; all of a reply that has none.
+        """What the last line "Answer:" says; the complete reply if there is no such line.
 
         >>> QuestionTask.answer(None, "7 times 6.\\n**Answer:** 42")
         '42'
         """
-        found = ANSWER.findall(text)
-        return str(found[-1] if found else text.strip())
+        matches = ANSWER.findall(text)
+        return str(matches[-1] if matches else text.strip())
 
     # Best of N: whether an answer is right, by the probability of "Yes" (Kadavath 2022, arXiv 2207.05221, section 3).
 
     def judge(self, problem: str) -> Prompt:
-        asked = "Is the answer above right? Say Yes or No."
+        message = "Is the answer above right? Say Yes or No."
         return Prompt(
-            self.chat_turn(asked, first=False),
+            self.chat_turn(message, first=False),
             tokens=1,
             grammar=self._one_of("Yes", "No"),
             sampling={"temperature": 1.0},
         )
 
-    def judge_score(self, thought: Completion) -> float:
-        sure = 1.0 if thought.logprob is None else exp(thought.logprob)
-        return sure if thought.text.strip().upper().startswith("Y") else 1 - sure
+    def judge_score(self, completion: Completion) -> float:
+        sure = 1.0 if completion.logprob is None else exp(completion.logprob)
+        return sure if completion.text.strip().upper().startswith("Y") else 1 - sure
 
     # Skeleton-of-Thought (Ning 2023, arXiv 2307.15337, appendix A).
 
     def skeleton(self, problem: str) -> Prompt:
-        asked = (
+        message = (
             "Organize an answer to the question below: write its skeleton only, as a list of points (1., 2., 3., ...), "
             "not what they say. There are 3 to 10 points, each of them 3 to 5 words and no sentence.\n\n"
             f"Question: {problem}"
         )
-        return Prompt(f"{self.chat_turn(asked)}1.", tokens=160)
+        return Prompt(f"{self.chat_turn(message)}1.", tokens=160)
 
     def points(self, text: str) -> Sequence[str]:
-        """
+        """The numbered points of a skeleton, up to the first gap in the numbers.
+
         >>> QuestionTask.points(None, " Warm fur\\n2. Good company.\\nAnd so on.")
         ['Warm fur', 'Good company.']
         """
-        found = POINT.findall(f"1.{text}")
-        return [point for k, (number, point) in enumerate(found, 1) if int(number) == k]
+        matches = POINT.findall(f"1.{text}")
+        return [point for k, (number, point) in enumerate(matches, 1) if int(number) == k]
 
     def point(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
-        asked = f"Write out point {number} in 1 or 2 short sentences, and no other point."
+        message = f"Write out point {number} in 1 or 2 short sentences, and no other point."
         if skeleton is None:
             return Prompt(
-                f"{self.chat_turn(asked, first=False)}{number}. {point}", tokens=self.step, name=point
+                f"{self.chat_turn(message, first=False)}{number}. {point}",
+                tokens=self.step_tokens,
+                name=point,
             )
         shown = (
             "You write one point of an answer to the question below, others write the others.\n\n"
-            f"Question: {problem}\n\nSkeleton of the answer:\n1.{skeleton}\n\n{asked}"
+            f"Question: {problem}\n\nSkeleton of the answer:\n1.{skeleton}\n\n{message}"
         )
-        return Prompt(f"{self.chat_turn(shown)}{number}. {point}", tokens=self.step, name=point)
+        return Prompt(f"{self.chat_turn(shown)}{number}. {point}", tokens=self.step_tokens, name=point)
 
     # Searches, as in creative writing: a plan, then the text (Yao 2023, arXiv 2305.10601, section 4.2).
 
-    def begin(self, problem: str) -> Draft:
+    def initial_state(self, problem: str) -> Draft:
         return Draft(problem)
 
     def propose(self, state: Draft) -> Prompt:
         if not state.plan:
-            asked = f"{state.question}\nDo not answer yet: write a plan of the answer, in a few short lines."
-            return Prompt(self.chat_turn(asked), tokens=self.step)
+            message = (
+                f"{state.question}\nDo not answer yet: write a plan of the answer, in a few short lines."
+            )
+            return Prompt(self.chat_turn(message), tokens=self.step_tokens)
         return Prompt(
             self.chat_turn(f"{state.question}\nAnswer by this plan.\n\nPlan:\n{state.plan}\n\n{self.ends}")
         )
 
     def expand(self, state: Draft, text: str) -> Sequence[Draft]:
-        said = text.strip()
-        if not said:
+        stripped = text.strip()
+        if not stripped:
             return []
-        return [Draft(state.question, state.plan, said) if state.plan else Draft(state.question, said)]
+        return [
+            Draft(state.question, state.plan, stripped) if state.plan else Draft(state.question, stripped)
+        ]
 
-    def solved(self, state: Draft) -> str | None:
+    def solution(self, state: Draft) -> str | None:
         return self.answer(state.text) or None
 
     def show(self, state: Draft) -> str:
@@ -133,47 +163,47 @@ class QuestionTask(Task[str, Draft]):
 
     def evaluate(self, state: Draft) -> Prompt:
         what = "this answer" if state.text else "this plan of an answer"
-        asked = (
+        message = (
             f"{state.question}\n\nLook at {what}:\n\n{self.show(state)}\n\n"
             'Say in one sentence how good it is, then give it a score from 1 to 10, in a last line like "Score: 5".'
         )
-        return Prompt(self.chat_turn(asked), tokens=self.step)
+        return Prompt(self.chat_turn(message), tokens=self.step_tokens)
 
-    def value(self, state: Draft, thought: Completion) -> float:
-        found = SCORE.findall(thought.text)
-        return min(10, int(found[-1])) / 10 if found else 0.0
+    def value(self, state: Draft, completion: Completion) -> float:
+        matches = SCORE.findall(completion.text)
+        return min(10, int(matches[-1])) / 10 if matches else 0.0
 
     def vote(self, problem: str, texts: Sequence[str]) -> Prompt:
         shown = "\n\n".join(f"Choice {k}:\n{text}" for k, text in enumerate(texts, 1))
-        asked = (
+        message = (
             f"{problem}\n\n{shown}\n\nWhich is the best? Say briefly what is good and bad about each, then conclude in a "
             'last line like "The best choice is 1".'
         )
-        return Prompt(self.chat_turn(asked), tokens=self.step)
+        return Prompt(self.chat_turn(message), tokens=self.step_tokens)
 
     def choice(self, text: str, count: int) -> int | None:
-        found = CHOICE.findall(text)
-        return int(found[-1]) - 1 if found and 1 <= int(found[-1]) <= count else None
+        matches = CHOICE.findall(text)
+        return int(matches[-1]) - 1 if matches and 1 <= int(matches[-1]) <= count else None
 
     # Thinkers that read each other: past first, then the others, then its own (Rodionov 2025, arXiv 2504.06261, 3.2).
 
     def shared_context_prompt(
         self, problem: str, own: str, others: Sequence[str], past: str = ""
     ) -> tuple[str, Prompt]:
-        told = (
+        instruction = (
             "Several of you work on this at once, and each sees what the others have written so far. Share the work, use "
             "what another has found, and leave what another is doing. Any of you may say the answer, for all."
         )
         shown = {"Past steps": past, "Work of others": "\n\n".join(filter(None, others))}
         parts = [f"### {name}\n\n{text.strip()}\n\n" for name, text in shown.items() if text.strip()]
         heading = ["### Own work\n\n"] if parts else []
-        return "".join([self.prompt(problem, told), *parts, *heading, own]), Prompt()
+        return "".join([self.prompt(problem, instruction), *parts, *heading, own]), Prompt()
 
     def has_answer(self, text: str) -> bool:
         return bool(ANSWER.search(text))
 
     def program(self, problem: str) -> tuple[str, str]:
-        """What stands behind the last blank line is the question, about all before it; of one paragraph, about itself.
+        """The last paragraph is the question about the paragraphs before it; a single paragraph is both.
 
         >>> QuestionTask.program(None, "A long story.\\n\\nIt ends.\\n\\nHow?")
         ('How?', 'A long story.\\n\\nIt ends.')
@@ -184,13 +214,15 @@ class QuestionTask(Task[str, Draft]):
     # Graph of Thoughts, as in merging documents (Besta 2023, arXiv 2308.09687, section 5.4).
 
     def graph(self, problem: str) -> Graph:
-        """Five answers, the best three of which become one, which is gone over once more."""
+        """Draft five answers, merge the best three into one, and improve that once."""
 
         def merge(drafts: Sequence[Draft]) -> Prompt:
-            return self._asked(problem, "Make one better answer of these", [draft.text for draft in drafts])
+            return self._list_prompt(
+                problem, "Make one better answer of these", [draft.text for draft in drafts]
+            )
 
         def better(draft: Draft) -> Prompt:
-            return self._asked(problem, "Improve this answer", [draft.text])
+            return self._list_prompt(problem, "Improve this answer", [draft.text])
 
         def read(_: object, text: str) -> Sequence[Draft]:
             return [Draft(problem, text=text.strip())] if text.strip() else []
@@ -203,7 +235,7 @@ class QuestionTask(Task[str, Draft]):
             "improve": Refine(ask=better, read=read, depends_on=("merge",)),
         }
 
-    def _asked(self, problem: str, what: str, texts: Sequence[str]) -> Prompt:
+    def _list_prompt(self, problem: str, what: str, texts: Sequence[str]) -> Prompt:
         shown = "\n\n".join(f"{k}. {text}" for k, text in enumerate(texts, 1))
         return Prompt(self.chat_turn(f"{problem}\n\n{what}:\n\n{shown}\n\n{self.ends}"))
 

@@ -71,7 +71,7 @@ def test_every_prompt_is_a_turn_of_the_chat_that_was_given():
 )
 def test_answers(task: QuestionTask, text: str, answer: str):
     assert task.answer(text) == answer
-    assert task.solved(Draft("Q", "plan", text)) == (answer or None)
+    assert task.solution(Draft("Q", "plan", text)) == (answer or None)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_choices(task: QuestionTask, text: str, choice: int | None):
 
 
 def test_an_answer_is_drafted_in_two_steps(task: QuestionTask):
-    begin = task.begin("Q")
-    (plan,) = task.expand(begin, " plan \n")
+    start = task.initial_state("Q")
+    (plan,) = task.expand(start, " plan \n")
     (done,) = task.expand(plan, "text")
-    assert [task.solved(state) for state in (begin, plan, done)] == [None, None, "text"]
+    assert [task.solution(state) for state in (start, plan, done)] == [None, None, "text"]
     assert [task.show(state) for state in (plan, done)] == ["plan", "text"]
     assert "plan" in task.propose(plan).text
-    assert task.expand(begin, "  ") == []
+    assert task.expand(start, "  ") == []
 
 
 def test_what_thinkers_see_of_each_other_and_when_they_are_done(task: QuestionTask):

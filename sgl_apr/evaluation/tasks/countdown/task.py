@@ -1,4 +1,4 @@
-"""Countdown as methods ask for it, in the words of a model trained on it: whole searches, first steps, sub problems."""
+"""Countdown as a task, in the format of a model trained on it: complete searches, first steps, sub searches."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from sgl_apr.formats.dialects import Dialect
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.methods.graph_operations import Generate, Graph, KeepBest, Score
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.task import Inapplicable, Task
+from sgl_apr.methods.task import CollaborativeTask, GraphTask, Inapplicable, SampledTask, ValuedSearchTask
 
 STEP = r" \d{1,2}[-+*\/] \d{1,2}= \d{1,2}"
 MESSAGE_STEP = re.compile(rf">({STEP});")
-MAX_PROPOSALS = 8  # steps that one proposal names at most
+MAX_PROPOSALS = 8  # steps in one proposal
 
 
 @dataclass(frozen=True, slots=True)
 class SearchState:
-    """How far a solution has come: the steps so far, and the numbers that they leave."""
+    """A partial solution: the steps so far."""
 
     problem: Problem
     steps: tuple[Step, ...] = ()
 
     @property
     def remaining(self) -> Problem:
-        """The problem that is left."""
+        """The problem that these steps leave."""
         numbers = self.problem.numbers
         for step in self.steps:
             numbers = numbers_after(numbers, step)
@@ -46,11 +46,11 @@ class SearchState:
 
     @property
     def text(self) -> str:
-        """Its steps, as a solution says them."""
+        """The steps, as a solution writes them."""
         return ",".join(step.text for step in self.steps)
 
     def apply(self, step: Step) -> SearchState | None:
-        """One step further; None if the numbers that are left do not allow it."""
+        """The state after one more step; None if the remaining numbers do not allow it."""
         return (
             SearchState(self.problem, (*self.steps, step))
             if step in legal_steps(self.remaining.numbers)
@@ -58,28 +58,37 @@ class SearchState:
         )
 
 
-class CountdownTask(Task[Problem, SearchState]):
-    """For models that write sub searches as `sgl_apr.evaluation.tasks.countdown.expert` does; raises `Inapplicable` for others."""
+class CountdownTask(
+    SampledTask[Problem],
+    ValuedSearchTask[Problem, SearchState],
+    GraphTask[Problem, SearchState],
+    CollaborativeTask[Problem],
+):
+    """Countdown, for models that write sub searches as `sgl_apr.evaluation.tasks.countdown.expert` does.
+
+    Raises:
+        Inapplicable: If the tokenizer of the engine belongs to another kind of model.
+    """
 
     name = "countdown"
-    max_tokens = 320  # of the longest search in a line, most are shorter
-    step = 180  # of a proposal of `WIDTH` steps
-    thoughts = 3
+    max_tokens = 320  # the longest sequential search; most are shorter
+    step_tokens = 180  # a proposal of `MAX_PROPOSALS` steps
+    max_steps = 3
     verifiable = True
-    check = ""  # there are no words in its vocabulary
-    pause = "\n"
+    redundancy_question = ""  # the model's vocabulary has no words
+    step_separator = "\n"
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        found = dialect_for(engine.tokenizer)
-        if found is None or found.branch_context != "message":
+        dialect = dialect_for(engine.tokenizer)
+        if dialect is None or dialect.branch_context != "message":
             raise Inapplicable(
                 "countdown needs a model trained on it, whose dialect joins by message: --model builtin"
             )
-        self.dialect: Dialect = found
+        self.dialect: Dialect = dialect
 
     def ask(self, problem: Problem) -> Prompt:
-        return Prompt(problem.text, grammar=self._alone)
+        return Prompt(problem.text, grammar=self._search_grammar)
 
     def answer(self, text: str) -> str:
         return extract_solution(text).strip()
@@ -87,117 +96,122 @@ class CountdownTask(Task[Problem, SearchState]):
     def verify(self, problem: Problem, answer: str) -> bool:
         return solves(problem, answer)
 
-    def begin(self, problem: Problem) -> SearchState:
+    def initial_state(self, problem: Problem) -> SearchState:
         return SearchState(problem)
 
     def propose(self, state: SearchState) -> Prompt:
-        """First steps, as the messages of a fork; of the last two numbers, what they give."""
+        """Propose steps as the messages of a fork; for the last two numbers, propose results."""
         if len(state.remaining.numbers) > 2:
             return Prompt(
                 f"{state.remaining.text}{self._tags[0]}",
-                grammar=self._fork,
+                grammar=self._proposal_grammar,
                 stop=(self._tags[3],),
-                tokens=self.step,
+                tokens=self.step_tokens,
             )
-        return Prompt(f"{self._told(state)}\n>", grammar="start: R\nR: /( [0-9]{1,2}){1,4}/\n", tokens=6)
+        return Prompt(f"{self._message(state)}\n>", grammar="start: R\nR: /( [0-9]{1,2}){1,4}/\n", tokens=6)
 
     def expand(self, state: SearchState, text: str) -> Sequence[SearchState]:
         if len(state.remaining.numbers) > 2:
-            named = [step for found in MESSAGE_STEP.findall(text) for step in parse_steps(found) or ()]
+            proposed = [step for match in MESSAGE_STEP.findall(text) for step in parse_steps(match) or ()]
         else:
             results = set(map(int, re.findall(r"\d+", text)))
-            named = [step for step in legal_steps(state.remaining.numbers) if step.result in results]
-        return [way for step in dict.fromkeys(named) if (way := state.apply(step))]
+            proposed = [step for step in legal_steps(state.remaining.numbers) if step.result in results]
+        return [child for step in dict.fromkeys(proposed) if (child := state.apply(step))]
 
-    def solved(self, state: SearchState) -> str | None:
+    def solution(self, state: SearchState) -> str | None:
         return state.text.strip() if state.remaining.numbers == (state.problem.target,) else None
 
     def evaluate(self, state: SearchState) -> Prompt | float:
-        """A sub search of what is left; a state without a step left is right or wrong."""
+        """A sub search of the remaining problem; 1 or 0 for a state with a single number left."""
         if len(state.remaining.numbers) == 1:
-            return float(self.solved(state) is not None)
-        return Prompt(self._told(state), grammar=self._body, stop=(self._return,), tokens=100)
+            return float(self.solution(state) is not None)
+        return Prompt(
+            self._message(state), grammar=self._sub_search_grammar, stop=(self._return_tag,), tokens=100
+        )
 
-    def value(self, state: SearchState, thought: Completion) -> float:
-        return float(SOLUTION_MARK in thought.text)
+    def value(self, state: SearchState, completion: Completion) -> float:
+        return float(SOLUTION_MARK in completion.text)
 
     def shared_context_prompt(
         self, problem: Problem, own: str, others: Sequence[str], past: str = ""
     ) -> tuple[str, Prompt]:
-        """What the others write stands above its own, as if it had written that; a step is a line, and has no name."""
+        """The text of the others stands above the worker's own, as if it had written that; a step is a line without a name."""
         above = (text.strip("\n") for text in (past, *others))
         return "\n".join([problem.text, *filter(None, above), own]), self.ask(problem).without_text
 
-    def opening(self, worker: int, number: int) -> str:
+    def step_opening(self, worker: int, number: int) -> str:
         return ""
 
-    def paused(self, text: str) -> bool:
-        return text.endswith(self.pause)
+    def is_step_complete(self, text: str) -> bool:
+        return text.endswith(self.step_separator)
 
     def graph(self, problem: Problem) -> Graph:
-        """First steps, a sub search behind each, and what solves the problem."""
+        """Propose first steps, run a sub search of each, and keep what solves the problem."""
         return {
             "propose": Generate(ask=self.propose, read=self.expand),
-            "search": Generate(ask=self._sub_search, read=self._searched, depends_on=("propose",)),
-            "score": Score(score=lambda way: float(self.solved(way) is not None), depends_on=("search",)),
+            "search": Generate(ask=self._sub_search, read=self._read_sub_search, depends_on=("propose",)),
+            "score": Score(
+                score=lambda state: float(self.solution(state) is not None), depends_on=("search",)
+            ),
             "best": KeepBest(depends_on=("score",)),
         }
 
     def _sub_search(self, state: SearchState) -> Prompt | None:
-        asked = self.evaluate(state)
-        return asked if isinstance(asked, Prompt) else None
+        prompt = self.evaluate(state)
+        return prompt if isinstance(prompt, Prompt) else None
 
-    def _searched(self, state: SearchState, text: str) -> Sequence[SearchState]:
-        """The solution that a sub search has found, which begins with the step that it was told."""
-        said = extract_solution(text.removesuffix(self._return)).strip()
-        way: SearchState | None = SearchState(state.problem, state.steps[:-1])
-        for step in parse_steps(f" {said}") or ():
-            way = way and way.apply(step)
-        return [way] if way and said else []
+    def _read_sub_search(self, state: SearchState, text: str) -> Sequence[SearchState]:
+        """The solution of a sub search, whose first step is the one in its message."""
+        solution = extract_solution(text.removesuffix(self._return_tag)).strip()
+        result: SearchState | None = SearchState(state.problem, state.steps[:-1])
+        for step in parse_steps(f" {solution}") or ():
+            result = result and result.apply(step)
+        return [result] if result and solution else []
 
-    def _told(self, state: SearchState) -> str:
+    def _message(self, state: SearchState) -> str:
+        """The message of a branch that searches on from a state."""
         last = state.steps[-1].text if state.steps else ""
         return f"{MESSAGE_MARK}{last};{state.remaining.text}" if last else state.remaining.text
 
     @cached_property
-    def _alone(self) -> str:
-        return self._lowered("trunk")
+    def _search_grammar(self) -> str:
+        return self._mask("trunk")
 
     @cached_property
-    def _body(self) -> str:
-        return self._lowered("branch")
+    def _sub_search_grammar(self) -> str:
+        return self._mask("branch")
 
-    def _lowered(self, phase: str) -> str:
+    def _mask(self, phase: str) -> str:
         tokenizer, backend = self.engine.tokenizer, self.engine.grammar_backend
         return self.dialect.lower(phase, tokenizer, backend, fork="forbidden", number="1")
 
     @cached_property
     def _tags(self) -> tuple[str, str, str, str]:
-        """What a fork opens with, one of its messages, what closes that, and the fork."""
+        """The opening tags of a fork and of a message, the closing tags of a message and of a fork."""
         grammar = self.dialect.grammar
-        written = grammar.render_rule("fork", each=[("1", "|")])
+        fork = grammar.render_rule("fork", each=[("1", "|")])
         opening, ending = grammar.opening_literal("fork"), grammar.closing_literal("fork")
         return (
             opening,
             grammar.opening_literal("outline"),
-            written.partition("|")[2].removesuffix(ending).strip(),
+            fork.partition("|")[2].removesuffix(ending).strip(),
             ending,
         )
 
     @property
-    def _return(self) -> str:
+    def _return_tag(self) -> str:
         return self.dialect.grammar.closing_literal("body", "1")
 
     @cached_property
-    def _fork(self) -> str:
-        """A fork behind its opening tag, each of whose messages is a step and what it leaves."""
-        _, told, end, ending = (self._tag(tag) for tag in self._tags)
+    def _proposal_grammar(self) -> str:
+        """A fork after its opening tag; each of its messages is a step and the problem that it leaves."""
+        _, message, end, ending = (self._tag(tag) for tag in self._tags)
         return (
             f'start: "\\n" m{{1,{MAX_PROPOSALS}}} {ending}\n'
-            f'm: {told} N ":>" STEP ";" LEFT {end} "\\n"\n'
+            f'm: {message} N ":>" STEP ";" LEFT {end} "\\n"\n'
             f"N: /[1-9]/\nSTEP: /{STEP}/\nLEFT: / [0-9]{{1,2}}:( [0-9]{{1,2}})+/\n"
         )
 
     def _tag(self, tag: str) -> str:
-        found = self.engine.tokenizer.special_token_id(tag)
-        return f'"{tag}"' if found is None else f"<[{found}]>"
+        token_id = self.engine.tokenizer.special_token_id(tag)
+        return f'"{tag}"' if token_id is None else f"<[{token_id}]>"
