@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.formats import dialect as dialects
+from sgl_apr.formats import dialects
 from tests.support.masked_sampler import Masked, SampledEngine
 from tests.support.paths import DOCS
 
@@ -60,7 +60,7 @@ def test_every_rule_and_fact_is_on_the_page():
 
 def test_an_entry_point_is_found_by_name(debate: apr.Dialect, monkeypatch: pytest.MonkeyPatch):
     """As an installed package would have it."""
-    point = EntryPoint("debate", "my_package:debate", dialects.ENTRY_POINTS)
+    point = EntryPoint("debate", "my_package:debate", dialects.ENTRY_POINT_GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: debate)
     monkeypatch.setattr(
         dialects, "entry_points", lambda **wanted: [point] if wanted.get("name", "debate") == "debate" else []
