@@ -94,11 +94,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _join(options: argparse.Namespace) -> int:
     from sgl_apr.engine.http import HttpEngine
-    from sgl_apr.server.kv_join import drift
+    from sgl_apr.server.kv_join import drift, drift_samples
     from sgl_apr.server.kv_join.probe import make_client
 
     path: Path | None = options.prompts
-    given = drift.read_samples(path) if path else drift.BUILTIN_SAMPLES
+    given = drift_samples.read_samples(path) if path else drift_samples.BUILTIN_SAMPLES
     key = getattr(options, "api_key", None)
 
     async def connected(url: str) -> HttpEngine:

@@ -1,4 +1,4 @@
-"""An SGLang server over HTTP, ids in and ids out; it starts no server and knows no dialect."""
+"""An engine that sends token ids to an SGLang server over HTTP."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
-PROBE_S = 20.0  # a healthy SGLang takes one or more: it looks once a second whether anything was decoded
+PROBE_S = 20.0  # a healthy SGLang takes a second or more: it looks once a second whether it decoded anything
 ABORT_S = 5.0
 KEEPALIVE_S = 1.0  # SGLang closes an idle connection after 5 (SGLANG_TIMEOUT_KEEP_ALIVE)
-LOAD_TTL_S = 0.5  # how long an answer about the load is good
+LOAD_TTL_S = 0.5  # how long a reported load is used
 
 
 class HttpEngine(SGLangEngine):
-    """A running SGLang server. Belongs to the event loop in which it was connected.
+    """A running SGLang server. It belongs to the event loop in which it was connected.
 
     >>> async with await HttpEngine.connect("http://127.0.0.1:30000") as engine:  # doctest: +SKIP
     ...     await apr.areason(engine, "Question: ...")
@@ -53,13 +53,13 @@ class HttpEngine(SGLangEngine):
     ) -> None:
         self.url, self._session, self._tokenizer, self._timeout = url, session, tokenizer, timeout
         self._circuit, self._step_timer = CircuitBreaker(url, self._health, reconnect_timeout), StepTimer()
-        self._replicas: list[str] | None = None  # those behind a router, if it is one
+        self._replicas: list[str] | None = None  # the replicas of a router, None if the server is none
         self._ranks = 1
         self._active_rids: set[str] = set()
         self._open: set[aiohttp.ClientResponse] = set()
         self._aborts: dict[str, asyncio.Task[None]] = {}
         self._loading: asyncio.Task[Load] | None = None
-        self._load_expires_at = 0.0  # when the answer about the load is no longer good
+        self._load_expires_at = 0.0  # when the reported load expires
         self.grammar_backend: GrammarBackend = "llguidance"
         self.supports_seeds = False
         self.joins_kv = False
@@ -75,20 +75,25 @@ class HttpEngine(SGLangEngine):
         timeout: float = 120.0,
         reconnect_timeout: float = 0.0,
     ) -> HttpEngine:
-        """Ask the server who it is, and load its tokenizer from the path or hub id that it names.
+        """Connect to a server and load its tokenizer from the path or hub id that it reports.
 
-        `timeout` is the longest silence, in seconds, between two pieces of an answer. `reconnect_timeout` is how
-        long requests wait for a server that has gone down to come back (see `Circuit`). Raises
-        `EngineError` if there is no SGLang server at `url` now, and `UnsupportedEngine` if it can't be
-        used: no such grammar backend, or a tokenizer that is not readable from here (then pass `tokenizer`).
-        `url` may be that of SGLang's router, whose replicas have to be reachable from here too.
+        Args:
+            url: The server, or SGLang's router. The replicas of a router have to be reachable from here too.
+            api_key: Sent as a bearer token.
+            tokenizer: The model's tokenizer, if it cannot be loaded from the path that the server reports.
+            timeout: The longest time, in seconds, between two chunks of a response.
+            reconnect_timeout: How many seconds requests wait for a server that is down (see `CircuitBreaker`).
+
+        Raises:
+            EngineError: There is no SGLang server at `url` now.
+            UnsupportedEngine: The server has another grammar backend, or its tokenizer cannot be loaded here.
         """
         url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # Connecting takes a server no time, but a loop that starts hundreds of replies at once may come to it late.
+        # A server connects at once, but an event loop that starts hundreds of requests may get to it late.
         limits = aiohttp.ClientTimeout(total=None, sock_connect=max(10.0, timeout / 10), sock_read=timeout)
-        # No limit on connections: a trajectory's branches must never wait for one another here. An idle one is
-        # given up long before the server does so: what is being sent at that very moment would be lost.
+        # No limit on connections: the branches of a trajectory must not wait for one another here. Idle connections
+        # are closed long before the server closes them, because a request sent at that moment would be lost.
         session = aiohttp.ClientSession(
             headers=headers,
             timeout=limits,
@@ -115,22 +120,24 @@ class HttpEngine(SGLangEngine):
         return engine
 
     async def _fetch_server_info(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the server says of its model and of itself; a router says neither, but its replicas do."""
+        """Return the server's model information and its own. A router has neither, so its replicas are queried."""
         try:
             info, server = await self._describe_server(self.url)
         except EngineError as error:
             if error.status != 404:
                 raise
             self._replicas = healthy_worker_urls(await self._get("/workers"))
-            said = await asyncio.gather(*map(self._describe_server, self._replicas), return_exceptions=True)
-            found = [answer for answer in said if not isinstance(answer, BaseException)]
-            if not found:
-                why = said[0] if said else "none of them is well"
+            results = await asyncio.gather(
+                *map(self._describe_server, self._replicas), return_exceptions=True
+            )
+            descriptions = [result for result in results if not isinstance(result, BaseException)]
+            if not descriptions:
+                why = results[0] if results else "none of them is healthy"
                 raise UnsupportedEngine(
                     f"{self.url} is a router, and its replicas have to be reachable from here too: {why}"
                 ) from error
-            info, server = found[0]  # they are alike
-            server["radix_cache_backend"] = None  # layouts are `lost`: joined prompts would be read in a line
+            info, server = descriptions[0]  # all replicas are alike
+            server["radix_cache_backend"] = None  # the router drops layouts, so nothing can be joined
         self._ranks = int(server.get("dp_size") or 1) * int(server.get("attn_dp_size") or 1)
         return info, server
 
@@ -138,7 +145,7 @@ class HttpEngine(SGLangEngine):
         return await self._get("/model_info", url), await self._get("/server_info", url)
 
     async def _context(self) -> int | None:
-        """The model's, which SGLang says among what OpenAI's clients ask for."""
+        """Return the context length of the model, which SGLang reports on OpenAI's route only."""
         try:
             (model, *_) = (await self._get("/v1/models", (self._replicas or [self.url])[0]))["data"]
             return int(model["max_model_len"])
@@ -146,10 +153,10 @@ class HttpEngine(SGLangEngine):
             return None
 
     async def close(self) -> None:
-        """Abort what is under way, which then fails, and close the connections."""
+        """Abort running requests, which then fail, and close the connections."""
         await self._circuit.close()
         await self.abort("")
-        for response in self._open:  # closing the session alone would leave its readers waiting
+        for response in self._open:  # readers would wait on if only the session were closed
             response.close()
         await self._session.close()
 
@@ -162,22 +169,24 @@ class HttpEngine(SGLangEngine):
         await self.close()
 
     async def abort(self, rid: str) -> None:
-        # The server takes whole ids only; it does nothing for one that has ended.
+        # The server takes complete ids only. It ignores those of requests that have ended.
         known = [r for r in self._active_rids | self._aborts.keys() if r.startswith(rid)]
         if known:
             await asyncio.wait([self._abort_soon(r) for r in known])
 
     def _abort_soon(self, rid: str) -> asyncio.Task[None]:
-        """The task that aborts one request, held until it is done: who gives a request up need not wait."""
+        """Return the task that aborts one request. It is kept until it is done, so callers need not wait for it."""
         task = self._aborts.get(rid)
-        if task is None or task.done() or task.cancelling():  # done and still there: it was cancelled
+        if (
+            task is None or task.done() or task.cancelling()
+        ):  # a task that is done but still listed was cancelled
             task = self._aborts[rid] = asyncio.create_task(self._abort(rid))
         return task
 
     async def _abort(self, rid: str) -> None:
-        # Where nobody listens nothing runs. One answer broken off doesn't say that of the others.
+        # If no server listens, no request runs. A broken connection alone does not show that.
         if not isinstance(self._circuit.error, aiohttp.ClientConnectorError):
-            # A router passes no abort on; a replica ignores what it does not know.
+            # A router does not forward aborts, and a replica ignores unknown ids.
             await asyncio.gather(*(self._abort_at(url, rid) for url in self._servers()))
         del self._aborts[rid]
 
@@ -190,22 +199,22 @@ class HttpEngine(SGLangEngine):
                 pass
 
     def _servers(self) -> list[str]:
-        """Whom to ask what a router does not pass on."""
+        """Return the servers to send to what a router does not forward."""
         return [self.url] if self._replicas is None else self._replicas
 
     async def load(self) -> Load:
-        """How busy the server is, or was just now: however many ask, one request is under way."""
+        """Return how busy the server is, at most `LOAD_TTL_S` ago. Concurrent calls share one request."""
         if self._loading is None or (self._loading.done() and time.monotonic() >= self._load_expires_at):
             self._loading = asyncio.create_task(self._load())
         return await asyncio.shield(self._loading)
 
     async def _load(self) -> Load:
         with self._errors():
-            if self._replicas is not None:  # some may have gone, or come
+            if self._replicas is not None:  # the router may have gained or lost some
                 self._replicas = healthy_worker_urls(await self._get("/workers"))
             loads = await asyncio.gather(*map(self._loads, self._servers()))
-            if not (ranks := [rank for found in loads for rank in found]):
-                raise EngineError(f"no replica of {self.url} says how busy it is")
+            if not (ranks := [rank for server_ranks in loads for rank in server_ranks]):
+                raise EngineError(f"no replica of {self.url} reports its load")
             load = Load(
                 running=sum(x["num_running_reqs"] for x in ranks),
                 waiting=sum(x["num_waiting_reqs"] for x in ranks),
@@ -218,14 +227,14 @@ class HttpEngine(SGLangEngine):
         return load
 
     async def _loads(self, url: str) -> list[dict[str, Any]]:
-        """Of each rank of one server; none of a replica that is not there."""
+        """Return the load of each rank of one server, or nothing for a replica that does not answer."""
         try:
-            found: list[dict[str, Any]] = (await self._get("/v1/loads", url))["loads"]
+            ranks: list[dict[str, Any]] = (await self._get("/v1/loads", url))["loads"]
         except EngineError:
             if self._replicas is None:
                 raise
             return []
-        return found
+        return ranks
 
     async def _health(self) -> None:
         limit = aiohttp.ClientTimeout(total=PROBE_S)
@@ -242,14 +251,22 @@ class HttpEngine(SGLangEngine):
         return data
 
     async def post(self, body: Mapping[str, Any]) -> Any:
-        """One `/generate` request as SGLang defines it, not streamed; its JSON answer."""
+        """Send a `/generate` request of SGLang without streaming and return its JSON.
+
+        Raises:
+            EngineError: The server did not answer, or answered with an error.
+        """
         async with self._answer(body) as response:
             return await response.json()
 
     async def events(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of one streamed `/generate` request; leaving early aborts it on the server."""
+        """Send a `/generate` request and yield its chunks. Closing the generator early aborts it on the server.
+
+        Raises:
+            EngineError: The server failed, or aborted the request.
+        """
         meta: dict[str, Any] = {}
-        heard, at = 0, 0.0
+        received, at = 0, 0.0
         async with self._answer({**body, "stream": True}) as response:
             async for line in response.content:
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
@@ -258,11 +275,11 @@ class HttpEngine(SGLangEngine):
                 if "error" in data:
                     raise EngineError(error_message(line[6:].decode(), 500), data["error"].get("code"))
                 meta = data["meta_info"]
-                if (tokens := int(meta["completion_tokens"])) > heard:
+                if (tokens := int(meta["completion_tokens"])) > received:
                     now = time.monotonic()
-                    if heard:
-                        self._step_timer.record_step(tokens - heard, now - at)
-                    heard, at = tokens, now
+                    if received:
+                        self._step_timer.record_step(tokens - received, now - at)
+                    received, at = tokens, now
                 yield data
         reason = meta.get("finish_reason")
         if not isinstance(reason, dict):
@@ -275,7 +292,7 @@ class HttpEngine(SGLangEngine):
     async def _generate(
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
-        # Streaming even where nobody listens: the server then notices at once that a client is gone.
+        # Streaming even without `on_tokens`: the server then notices at once that a client is gone.
         body = {
             **request.fields,
             "rid": request.rid,
@@ -297,7 +314,7 @@ class HttpEngine(SGLangEngine):
 
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The open answer to one `/generate` request, if it is one."""
+        """Send a `/generate` request and yield its response, if its status is 200."""
         await self._circuit.wait_until_up()
         body, headers = self._with_routing(body)
         with self._abort_on_error(body.get("rid")), self._step_timer.running():
@@ -315,20 +332,20 @@ class HttpEngine(SGLangEngine):
                         self._open.discard(response)
 
     def _with_routing(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        """The body and the headers that bring a request to where the others of its trajectory are."""
+        """Return the body and headers that route a request to the replica and rank of its trajectory."""
         body, direct = dict(body), self._replicas is None
         key = body.pop(ROUTING_KEY_FIELD, None) or routing_key(str(body.get("rid") or ""))
         if not direct and (names := dropped_by_router(body)):
-            raise UnsupportedEngine(f"{self.url} is a router, which does not pass on {', '.join(names)}")
+            raise UnsupportedEngine(f"{self.url} is a router, which does not forward {', '.join(names)}")
         if self._ranks > 1 and key:
-            name = "routed_dp_rank" if direct else "data_parallel_rank"  # a router knows the older name only
+            name = "routed_dp_rank" if direct else "data_parallel_rank"  # a router only knows the older name
             body.setdefault(name, dp_rank(key, self._ranks))
         return body, {ROUTING_KEY_HEADER: key} if key else {}
 
     @contextlib.contextmanager
     def _abort_on_error(self, rid: str | None) -> Iterator[None]:
-        """Abort the request on the server, soon, if it is not heard to its end."""
-        if rid is None:  # a batch, whose parts the server names: it notices a client that is gone
+        """Start to abort the request on the server unless the block ends without an exception."""
+        if rid is None:  # the server names the requests of a batch; it notices that the client is gone
             yield
             return
         self._active_rids.add(rid)
@@ -341,7 +358,7 @@ class HttpEngine(SGLangEngine):
             self._active_rids.discard(rid)
 
     def _errors(self, url: str = "") -> contextlib.AbstractContextManager[None]:
-        """Every exception of the HTTP library as ours. Failed connections to a replica do not open the circuit."""
+        """Translate exceptions of the HTTP library. Failed connections to a replica do not open the circuit."""
         url = url or self.url
         on_failure = self._circuit.record_failure if url == self.url else None
         connect_s = self._session.timeout.sock_connect or 0.0

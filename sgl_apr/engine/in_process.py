@@ -1,4 +1,4 @@
-"""An SGLang engine in this process, ids in and ids out: the server's own, or an `sgl.Engine`; it knows no dialect."""
+"""An engine that uses an SGLang TokenizerManager in this process: that of the server itself, or of an `sgl.Engine`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class InProcessEngine(SGLangEngine):
-    """The engine behind a TokenizerManager of SGLang, in the event loop that the manager runs in.
+    """An engine on a TokenizerManager of SGLang. It belongs to the event loop that the manager runs in.
 
-    `timeout` is the longest silence, in seconds, between two pieces of an answer. Raises `UnsupportedEngine`
-    for another grammar backend than llguidance and xgrammar, or a tokenizer that cannot be read.
+    Args:
+        manager: The TokenizerManager.
+        tokenizer: The model's tokenizer. None loads it from the path that the manager names.
+        timeout: The longest time, in seconds, between two chunks of a response.
+
+    Raises:
+        UnsupportedEngine: The grammar backend is neither llguidance nor xgrammar, or the tokenizer cannot be loaded.
     """
 
     def __init__(self, manager: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
@@ -48,17 +53,17 @@ class InProcessEngine(SGLangEngine):
         self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))
 
     async def abort(self, rid: str) -> None:
-        for live in [r for r in self._active_rids if r.startswith(rid)]:
+        for active in [r for r in self._active_rids if r.startswith(rid)]:
             try:
-                self.manager.abort_request(rid=live)
-            except Exception:  # of the socket to a scheduler that is gone
-                log.warning("%s could not be aborted", live, exc_info=True)
+                self.manager.abort_request(rid=active)
+            except Exception:  # the socket to a scheduler that is gone
+                log.warning("%s could not be aborted", active, exc_info=True)
 
     async def load(self) -> Load:
         self._check_loop()
         ranks = await self.manager.get_loads()
         if not ranks:
-            raise EngineError("the engine does not say yet how busy it is")
+            raise EngineError("the engine does not report its load yet")
         return Load(
             running=sum(x.num_running_reqs for x in ranks),
             waiting=sum(x.num_waiting_reqs for x in ranks),
@@ -98,11 +103,11 @@ class InProcessEngine(SGLangEngine):
     async def _chunks(
         self, request: Request, sampling: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """What the manager yields for one request; leaving early makes it abort the request."""
+        """Yield what the manager yields for one request. Closing the generator early aborts the request."""
         self._active_rids.add(request.rid)
         rank = dp_rank(routing_key(request.rid), self._ranks) if self._ranks > 1 else None
         try:
-            asked = GenerateReqInput(
+            manager_request = GenerateReqInput(
                 **{"routed_dp_rank": rank, **request.fields},
                 rid=request.rid,
                 input_ids=list(request.input_ids),
@@ -113,7 +118,7 @@ class InProcessEngine(SGLangEngine):
             now = asyncio.get_running_loop().time
             async with (
                 asyncio.timeout(self._timeout) as silence,
-                contextlib.aclosing(self.manager.generate_request(asked)) as chunks,
+                contextlib.aclosing(self.manager.generate_request(manager_request)) as chunks,
             ):
                 with self._step_timer.running():
                     async for data in chunks:
@@ -125,18 +130,18 @@ class InProcessEngine(SGLangEngine):
             raise EngineError(
                 f"the engine answered {error.status_code}: {error.detail}", error.status_code
             ) from error
-        except (ValueError, TypeError) as error:  # of SGLang's own checks: a request that cannot be served
-            raise EngineError(f"the engine refused the request: {error}", 400) from error
+        except (ValueError, TypeError) as error:  # SGLang's own checks of the request
+            raise EngineError(f"the engine rejected the request: {error}", 400) from error
         except Exception as error:
             raise EngineError(f"the engine failed: {error!r}", 500) from error
         finally:
             self._active_rids.discard(request.rid)
 
     def _check_loop(self) -> None:
-        """SGLang's sockets belong to the event loop that used the engine first: in another one all would wait."""
+        """Check the event loop: SGLang's sockets belong to the first one, and calls in another one never return."""
         loop = self.manager.event_loop
         if loop is not None and loop is not asyncio.get_running_loop():
             raise UnsupportedEngine(
-                "this sgl.Engine was first used in another event loop: await in that one, "
-                "or do all of it by `LocalEngine.run` and `LocalEngine.wait`"
+                "this sgl.Engine was first used in another event loop: await in that loop, "
+                "or use only `LocalEngine.run` and `LocalEngine.wait`"
             )

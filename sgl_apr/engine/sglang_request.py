@@ -1,4 +1,4 @@
-"""What engines have in common that send SGLang's `/generate` requests, by whatever way; nothing is sent in here."""
+"""What engines that send SGLang's `/generate` requests have in common, over HTTP or in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
 
 
 class SGLangEngine(ABC):
-    """Decodes, commits and forks by `_generate`: a fork is the server's cached prefix."""
+    """Decodes, commits and forks with `_generate`. A fork needs no state here: the server caches its prefix."""
 
     _tokenizer: Tokenizer
 
@@ -30,18 +30,18 @@ class SGLangEngine(ABC):
     async def fork(self, request: Request, size: int) -> tuple[Result, Sequence[Self]]:
         return await self.commit(request), [self] * size
 
-    async def release(self) -> None:  # noqa: B027  # it is whole
-        """Nothing to give back."""
+    async def release(self) -> None:  # noqa: B027  # complete, though empty
+        """Nothing to free."""
 
     @abstractmethod
     async def _generate(
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
-        """What came back for a request with these sampling parameters."""
+        """Run a request with these sampling parameters and return its result."""
 
 
 def decode_sampling_params(request: Request) -> dict[str, Any]:
-    """The sampling parameters of a request that decodes, under SGLang's names."""
+    """Return the sampling parameters of a request that decodes, under SGLang's names."""
     sampling = {
         "skip_special_tokens": False,
         **request.sampling,
@@ -56,7 +56,7 @@ def decode_sampling_params(request: Request) -> dict[str, Any]:
 
 
 def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str, Any]:
-    """The sampling parameters that carry a layout to the server's cache."""
+    """Return sampling parameters that carry a layout to the server's cache."""
     if layout is None:
         return dict(sampling)
     custom = {**(sampling.get("custom_params") or {}), LAYOUT_PARAM: json.dumps(layout)}
@@ -64,28 +64,48 @@ def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str,
 
 
 def make_result(
-    ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], asked: Request
+    ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], request: Request
 ) -> Result:
-    """What came back, from all ids and log-probabilities of the chunks and the last one's `meta_info`."""
+    """Return the result of a request.
+
+    Args:
+        ids: The ids of all chunks.
+        logprobs: The log-probabilities of all chunks.
+        meta: `meta_info` of the last chunk.
+        request: The request.
+    """
     version = meta.get("weight_version")
     return Result(
         token_ids=tuple(ids),
         finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
         prompt_tokens=int(meta["prompt_tokens"]),
         cached_tokens=int(meta["cached_tokens"]),
-        logprobs=tuple(logprobs) if asked.logprobs else None,
+        logprobs=tuple(logprobs) if request.logprobs else None,
         weight_version=None if version is None else str(version),
     )
 
 
 def new_logprobs(known: int, meta: Mapping[str, Any]) -> list[float]:
-    """The log-probabilities that are new in a chunk, where SGLang was asked for them."""
-    found: list[Any] = meta.get("output_token_logprobs") or []
-    new = found[known:] if len(found) == int(meta["completion_tokens"]) else found
+    """Return the log-probabilities that are new in a chunk, empty if none were requested.
+
+    Args:
+        known: How many log-probabilities earlier chunks had.
+        meta: `meta_info` of the chunk.
+    """
+    logprobs: list[Any] = meta.get("output_token_logprobs") or []
+    new = logprobs[known:] if len(logprobs) == int(meta["completion_tokens"]) else logprobs
     return [float(entry[0]) for entry in new]
 
 
 def new_token_ids(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
-    """The ids that are new in a chunk: SGLang sends all so far, or with incremental streaming the new ones only."""
+    """Return the ids that are new in a chunk.
+
+    SGLang sends all ids so far, or with incremental streaming only the new ones.
+
+    Args:
+        output_ids: The ids of the chunk.
+        known: How many ids earlier chunks had.
+        meta: `meta_info` of the chunk.
+    """
     total = int(meta["completion_tokens"])
     return output_ids[known:] if len(output_ids) == total else output_ids

@@ -1,4 +1,4 @@
-"""What an installation and a server of it can do, row by row; how KV joins agree with a model is in `doctor_join`."""
+"""Checks what an installation and a running server can do. `kv_join.drift` measures what KV joins do to a model."""
 
 from __future__ import annotations
 
@@ -26,25 +26,31 @@ from sgl_apr.server.launch.main import WARMUP_GRAMMARS
 from sgl_apr.tokenizer import Tokenizer
 
 GIB = 2**30
-MIN_FREE_MEMORY = 2 * GIB  # a server of a tiny model takes as much on a CPU
+MIN_FREE_MEMORY = 2 * GIB  # what a server of a tiny model takes on a CPU
 REQUIRED_PACKAGES = ("torch", "transformers", "llguidance", "lark", "tokenizers", "aiohttp")
 OPTIONAL_PACKAGES = {"datasets": "for apr.to_dataset", "opentelemetry-api": "for traces"}
 PLUGIN_ENTRY_POINTS = {
     "sglang.srt.plugins": "sgl_apr.server.plugin:activate",
     "sglang.srt.platforms": "sgl_apr.server.plugin:platform",
 }
-GRAMMAR_OUTPUT = re.compile(r"o?|ok[a-z]{0,4}")  # what SMALLEST lets through, cut anywhere
+GRAMMAR_OUTPUT = re.compile(r"o?|ok[a-z]{0,4}")  # what WARMUP_GRAMMARS allow, cut anywhere
 PREFIX_TOKENS = 48  # tokens that forks share
-ROUND_TRIP_TEXT = "If x < y, then <b>\n\u00fc\u4e2d</b>."  # what a tokenizer has to read as it is
+ROUND_TRIP_TEXT = (
+    "If x < y, then <b>\n\u00fc\u4e2d</b>."  # a tokenizer has to encode and decode this without changes
+)
 
 State = Literal["ok", "missing", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One row: what was looked at, whether it works, what was found, and what to do if it does not.
+    """The result of one check.
 
-    What is "missing" can be done without.
+    Attributes:
+        name: What was checked.
+        state: Whether it works. "missing" means that it is optional and not there.
+        found: What was found.
+        hint: What to do if it does not work.
     """
 
     name: str
@@ -54,7 +60,7 @@ class Finding:
 
 
 def is_healthy(findings: Sequence[Finding]) -> bool:
-    """Whether all that is needed works."""
+    """Return whether everything that is required works."""
     return all(f.state != "failed" for f in findings)
 
 
@@ -63,7 +69,7 @@ def _row(name: str, works: object, found: str, hint: str, otherwise: State = "fa
 
 
 def check_installation() -> Iterator[Finding]:
-    """What can be seen without a server."""
+    """Check what can be checked without a server."""
     yield Finding("python", "ok", platform.python_version())
     yield _sglang()
     for name in REQUIRED_PACKAGES:
@@ -96,21 +102,23 @@ def _sglang() -> Finding:
 
 
 def _entry_point(group: str) -> Finding:
-    wanted = PLUGIN_ENTRY_POINTS[group]
-    names = {e.name for e in entry_points(group=group) if e.value == wanted}
+    target = PLUGIN_ENTRY_POINTS[group]
+    names = {e.name for e in entry_points(group=group) if e.value == target}
     if not names:
-        return Finding(group, "failed", f"no {wanted}: SGLang would not load it", "pip install sgl-apr")
-    named = ", ".join(names)
+        return Finding(
+            group, "failed", f"{target} is missing: SGLang would not load it", "pip install sgl-apr"
+        )
+    listed = ", ".join(names)
     allowed = os.environ.get("SGLANG_PLUGINS") if group == "sglang.srt.plugins" else None
     if allowed and not names & set(map(str.strip, allowed.split(","))):
-        return Finding(group, "failed", f"SGLANG_PLUGINS={allowed}", f"add {named} to it, or unset it")
-    return Finding(group, "ok", named)
+        return Finding(group, "failed", f"SGLANG_PLUGINS={allowed}", f"add {listed} to it, or unset it")
+    return Finding(group, "ok", listed)
 
 
 def _gpu() -> Iterator[Finding]:
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA, but something else"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "another accelerator than CUDA"
     yield Finding("accelerator", "ok", name)
     found = _version("flashinfer-python")
     hint = "pip install flashinfer-python, or serve with another --attention-backend"
@@ -120,10 +128,10 @@ def _gpu() -> Iterator[Finding]:
 def _cpu() -> Iterator[Finding]:
     yield Finding("accelerator", "missing", "none: models run on the CPU")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    yield _row("C++ compiler", compiler, compiler or "none", "SGLang has a kernel compiled: install g++")
+    yield _row("C++ compiler", compiler, compiler or "none", "install g++: SGLang compiles a kernel")
     kernel = decode_kernel()
     found = "compiled" if kernel else "could not be compiled"
-    hint = "decoding is slower without it: install a C compiler with OpenMP"
+    hint = "install a C compiler with OpenMP: decoding is slower without the kernel"
     yield _row("decode kernel", kernel, found, hint, "missing")
 
 
@@ -131,47 +139,48 @@ def _memory() -> Finding:
     import psutil
 
     free = psutil.virtual_memory().available
-    hint = f"a server takes {MIN_FREE_MEMORY / GIB:g} GiB beside its model"
+    hint = f"a server takes {MIN_FREE_MEMORY / GIB:g} GiB in addition to its model"
     return _row("memory", free >= MIN_FREE_MEMORY, f"{free / GIB:.1f} GiB free", hint)
 
 
 def check_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
-    """What a running server can do; it is asked for some hundred tokens."""
+    """Check what a running server can do. The requests decode some hundred tokens."""
     try:
-        tokenizer, backend, joins = asyncio.run(_connected(url, api_key))
+        tokenizer, backend, joins = asyncio.run(_connect(url, api_key))
     except AprError as error:
-        yield Finding("server", "failed", str(error), f"sgl-apr serve --model MODEL, and its URL for {url}")
+        hint = "start a server with sgl-apr serve --model MODEL, and pass its URL"
+        yield Finding("server", "failed", str(error), hint)
         return
     yield Finding("server", "ok", f"{url}, grammars by {backend}")
-    yield _reads(tokenizer)
-    yield _tags(tokenizer)
-    ask = make_client(url, api_key)
-    yield _tried("grammar", lambda: _obeys(ask, WARMUP_GRAMMARS[backend]))
-    yield _tried("fork", lambda: _reuses(ask))
+    yield _check_tokenizer(tokenizer)
+    yield _check_tags(tokenizer)
+    client = make_client(url, api_key)
+    yield _run_check("grammar", lambda: _check_grammar(client, WARMUP_GRAMMARS[backend]))
+    yield _run_check("fork", lambda: _check_fork(client))
     if joins:
-        yield _tried("KV join", lambda: _joins(ask))
+        yield _run_check("KV join", lambda: _check_join(client))
     else:
-        hint = "branches are joined as text; sgl-apr serve says at start-up why"
+        hint = "branches are joined as text; sgl-apr serve prints the reason when it starts"
         yield Finding("KV join", "missing", "not in this server's cache", hint)
 
 
-async def _connected(url: str, api_key: str | None) -> tuple[Tokenizer, str, bool]:
+async def _connect(url: str, api_key: str | None) -> tuple[Tokenizer, str, bool]:
     async with await HttpEngine.connect(url, api_key=api_key) as engine:
         return engine.tokenizer, engine.grammar_backend, engine.joins_kv
 
 
-def _tried(name: str, work: Callable[[], Finding]) -> Finding:
+def _run_check(name: str, check: Callable[[], Finding]) -> Finding:
     try:
-        return work()
+        return check()
     except EngineError as error:
-        return Finding(name, "failed", str(error), "the server's log says more")
+        return Finding(name, "failed", str(error), "see the server's log")
 
 
-def _reads(tokenizer: Tokenizer) -> Finding:
+def _check_tokenizer(tokenizer: Tokenizer) -> Finding:
     found = tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)).strip()
     eos = ", ".join(map(str, sorted(tokenizer.eos_ids)))
-    good = f"reads what it has written; a reply ends with {eos or 'no token'}"
-    bad = f"reads {ROUND_TRIP_TEXT!r} as {found!r}"
+    good = f"decodes what it encodes; a reply ends with {f'token {eos}' if eos else 'no token'}"
+    bad = f"decodes {ROUND_TRIP_TEXT!r} as {found!r}"
     return _row(
         "tokenizer",
         found == ROUND_TRIP_TEXT,
@@ -180,45 +189,49 @@ def _reads(tokenizer: Tokenizer) -> Finding:
     )
 
 
-def _tags(tokenizer: Tokenizer) -> Finding:
-    whole = [
+def _check_tags(tokenizer: Tokenizer) -> Finding:
+    single_token = [
         name
         for name in dialect_names()
         if (tags := dialect(name).tags) and all(tokenizer.special_token_id(t) is not None for t in tags)
     ]
-    if not whole:
-        return Finding("tags", "missing", "of no dialect as tokens", "they are spelled out; name a dialect=")
+    if not single_token:
+        hint = "tags are spelled out; pass dialect="
+        return Finding("tags", "missing", "no dialect has all its tags as single tokens", hint)
     default = dialect_for(tokenizer)
-    said = f"{default.name} is the default" if default else "none is the default: name a dialect="
-    return Finding("tags", "ok", f"as tokens: {', '.join(whole)}; {said}")
+    choice = f"{default.name} is the default" if default else "there is no default: pass dialect="
+    return Finding("tags", "ok", f"as single tokens: {', '.join(single_token)}; {choice}")
 
 
-def _obeys(ask: GenerateClient, grammar: str) -> Finding:
-    answer = ask({"text": "a", "sampling_params": {"max_new_tokens": 8, "temperature": 1.0, "ebnf": grammar}})
+def _check_grammar(client: GenerateClient, grammar: str) -> Finding:
+    answer = client(
+        {"text": "a", "sampling_params": {"max_new_tokens": 8, "temperature": 1.0, "ebnf": grammar}}
+    )
     text = str(answer.get("text"))
     return _row(
         "grammar", GRAMMAR_OUTPUT.fullmatch(text), f"{grammar} gave {text!r}", "--grammar-backend llguidance"
     )
 
 
-def _reuses(ask: GenerateClient) -> Finding:
+def _check_fork(client: GenerateClient) -> Finding:
     prefix = tuple(random.choices(PROBE_TOKEN_IDS, k=PREFIX_TOKENS))
-    send_prompts(ask, [ProbePrompt(prefix)], 0)
-    cached = min(
-        r.cached for r in send_prompts(ask, [ProbePrompt((*prefix, i)) for i in PROBE_TOKEN_IDS[:2]], 1)
-    )
+    send_prompts(client, [ProbePrompt(prefix)], 0)
+    branches = [ProbePrompt((*prefix, i)) for i in PROBE_TOKEN_IDS[:2]]
+    cached = min(reply.cached for reply in send_prompts(client, branches, 1))
     found = f"{cached} of {PREFIX_TOKENS} tokens before a fork are cached"
     return _row(
         "fork", cached >= PREFIX_TOKENS - 1, found, "serve without --disable-radix-cache, with --page-size 1"
     )
 
 
-def _joins(ask: GenerateClient) -> Finding:
-    checks = check_identities(ask)
-    missed = [c for c in checks if not c.ok]
-    if missed:
-        hint = "serve with --radix-cache-backend stock: branches join as text then"
-        return Finding("KV join", "failed", "; ".join(map(str, missed)), hint)
-    found = f"these hold: {', '.join(c.name for c in checks if not c.is_uninformative)}"
-    blind = [c.name for c in checks if c.is_uninformative]
-    return Finding("KV join", "ok", f"{found}; not to be seen: {', '.join(blind)}" if blind else found)
+def _check_join(client: GenerateClient) -> Finding:
+    checks = check_identities(client)
+    failed = [c for c in checks if not c.ok]
+    if failed:
+        hint = "serve with --radix-cache-backend stock: branches are then joined as text"
+        return Finding("KV join", "failed", "; ".join(map(str, failed)), hint)
+    found = f"these identities hold: {', '.join(c.name for c in checks if not c.is_uninformative)}"
+    unknown = [c.name for c in checks if c.is_uninformative]
+    if unknown:
+        found += f"; this model does not show whether these hold: {', '.join(unknown)}"
+    return Finding("KV join", "ok", found)

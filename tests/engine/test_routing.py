@@ -198,7 +198,7 @@ def test_layouts_do_not_come_through_a_router(fleet: Fleet):
 @pytest.mark.slow
 @pytest.mark.server
 def test_what_a_router_would_lose_is_an_error(fleet: Fleet):
-    with pytest.raises(apr.UnsupportedEngine, match="does not pass on cache_salt"):
+    with pytest.raises(apr.UnsupportedEngine, match="does not forward cache_salt"):
         asyncio.run(ask(fleet.url, 1, cache_salt="mine"))
 
 

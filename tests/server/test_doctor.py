@@ -13,18 +13,8 @@ from sgl_apr.cli.main import main
 from sgl_apr.errors import AprError
 from sgl_apr.server import doctor, hooks
 from sgl_apr.server.doctor import Finding, check_installation, is_healthy
-from sgl_apr.server.kv_join.drift import (
-    BUILTIN_SAMPLES,
-    DistributionShift,
-    DriftMeasurement,
-    JoinSample,
-    divergence,
-    judge_drift,
-    measure_drift,
-    pool_measurements,
-    read_samples,
-    sample_from_model,
-)
+from sgl_apr.server.kv_join.drift_samples import BUILTIN_SAMPLES, JoinSample, read_samples
+from sgl_apr.server.kv_join.drift import DistributionShift, DriftMeasurement, divergence, judge_drift, measure_drift, pool_measurements, sample_from_model
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.tokenizer import load_tokenizer
 
@@ -142,9 +132,9 @@ def test_samples_of_a_file(tmp_path: Path):
         ("\n", "is empty"),
         ('question\n{"prefix": "p"}', 'line 2: expected "prefix"'),
         ("{", "line 1: expected"),
-        ('{"prefix": "p", "branches": ["a"], "header": "h"}', "two branches or more"),
-        ('{"prefix": "p", "branches": "ab", "header": "h"}', "two branches or more"),
-        ('{"prefix": "p", "branches": ["a", ""], "header": "h"}', "none of them empty"),
+        ('{"prefix": "p", "branches": ["a"], "header": "h"}', "at least two branches"),
+        ('{"prefix": "p", "branches": "ab", "header": "h"}', "at least two branches"),
+        ('{"prefix": "p", "branches": ["a", ""], "header": "h"}', "that are not empty"),
         ('{"prefix": "p", "branches": ["a", 3], "header": "h"}', "expected texts"),
     ],
 )

@@ -1,22 +1,22 @@
-"""Whether a model bears KV joins: its next tokens behind one, beside those behind a text join; the server is right.
+"""Measures how a model tolerates KV joins: how its next tokens after a KV join differ from those after a text join.
 
-A joined cache has positions and a visibility that an ordinary model never saw in training. So the greedy continuation
-of a text join is scored token by token (teacher forcing) behind three prompts of the same text: joined as text, joined
-in the cache, and joined as text with the branches in reversed order. What that harmless change does to a model is the
-measure of what the KV join does to it.
+`selfcheck` tests whether a server computes joins correctly. This module tests the model: a joined cache has positions
+and an attention pattern that an ordinary model never saw in training. The greedy continuation of a text join is scored
+token by token (teacher forcing) after three prompts of the same text: joined as text, joined in the cache, and joined
+as text with the branches in reversed order. Reversing the branches is a harmless change. Its effect on the model is
+the unit for the effect of the KV join.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, log
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 from sgl_apr.errors import AprError
+from sgl_apr.server.kv_join.drift_samples import JoinSample
 from sgl_apr.server.kv_join.probe import (
     GenerateClient,
     LogprobRow,
@@ -28,73 +28,28 @@ from sgl_apr.server.kv_join.probe import (
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import Layout
 
-CONTINUATION_TOKENS = 16  # tokens of a continuation
-TOP_TOKENS = 200  # the likeliest tokens that a divergence is over; all others count as one
-MIN_DIVERGENCE = 0.05  # nats: what is smaller counts as this, since few tokens are looked at
-TOLERATED_RATIO, BROKEN_RATIO = 2.0, 10.0  # divergences, in multiples of that of reversed text
-TOLERATED_DISAGREEMENT = 0.1  # by how much less often the likeliest token may be the same
-BRANCH_TOKENS, BRANCH_COUNT = 40, 3  # tokens of a branch that the model writes, and how many branches
-MIN_PROBABILITY = 1e-12  # for a probability that rounding has made 0
+CONTINUATION_TOKENS = 16
+TOP_TOKENS = 200  # a divergence is over this many of the likeliest tokens; all others count as one
+MIN_DIVERGENCE = 0.05  # nats: smaller divergences count as this, because they are measured on few tokens
+TOLERATED_RATIO, BROKEN_RATIO = 2.0, 10.0  # divergences, as multiples of that of reversed text
+TOLERATED_DISAGREEMENT = 0.1  # by how much less often the likeliest token may stay the same
+BRANCH_TOKENS, BRANCH_COUNT = (
+    40,
+    3,
+)  # tokens of a branch that the model writes, and how many branches it writes
+MIN_PROBABILITY = 1e-12  # replaces a probability that rounding has made 0
 
 Verdict = Literal["tolerates", "is disturbed by", "breaks under"]
 
 
 @dataclass(frozen=True, slots=True)
-class JoinSample:
-    """What stands before a fork, its branches, and what stands behind the join."""
-
-    prefix: str
-    branches: tuple[str, ...]
-    header: str
-
-
-BUILTIN_SAMPLES = (
-    JoinSample(
-        "Question: What should I know before I get a dog?\n\n",
-        (
-            "Idea 1: A dog needs time. It wants to be walked two or three times a day, in any weather.\n",
-            "Idea 2: A dog costs money. Food, a vet and insurance add up to more than a thousand a year.\n",
-            "Idea 3: A dog needs training, and most of all in its first year.\n",
-        ),
-        "\nIn short, before you get a dog,",
-    ),
-    JoinSample(
-        "Question: Anna has 3 bags with 4 apples each, and Ben has 5 apples. How many apples are there?\n\n",
-        ("Part 1: Anna has 3 times 4 apples, which is 12.\n", "Part 2: Ben has 5 apples.\n"),
-        "\nTogether they have",
-    ),
-    JoinSample(
-        "Compare whales and eagles.\n\n",
-        (
-            "Whales: They live in the sea, breathe air, and are the largest animals of all.\n",
-            "Eagles: They live on cliffs and in tall trees, and hunt from the air with their sharp eyes.\n",
-        ),
-        "\nWhat both have in common is that",
-    ),
-    JoinSample(
-        "Question: How can a city have less traffic?\n\n",
-        (
-            "1. Buses and trains that come often, so that nobody has to wait.\n",
-            "2. Safe lanes for bicycles.\n",
-            "3. A charge for driving into the centre.\n",
-            "4. Homes, shops and offices that are close to one another, so that people can walk.\n",
-        ),
-        "\nThe most important of these is",
-    ),
-    JoinSample(
-        "The detective had two witnesses.\n\n",
-        (
-            'The gardener said: "I saw a man in a red coat leave the house at nine."\n',
-            'The cook said: "At ten the lady was still alive. I brought her tea."\n',
-        ),
-        "\nFrom what the two had said the detective concluded that the man in the red",
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True)
 class DistributionShift:
-    """How the next tokens of a continuation change: divergence in nats, and how often the likeliest stays."""
+    """How the next tokens of a continuation change.
+
+    Attributes:
+        kl: The mean KL divergence, in nats.
+        agreement: How often the likeliest token stays the same, as a share.
+    """
 
     kl: float
     agreement: float
@@ -102,7 +57,14 @@ class DistributionShift:
 
 @dataclass(frozen=True, slots=True)
 class DriftMeasurement:
-    """Of one sample: what the KV join changes, and what reversed branches change, over `steps` tokens."""
+    """The measurement of one sample.
+
+    Attributes:
+        name: The first line of the sample's prefix.
+        steps: Tokens of the continuation.
+        kv: What the KV join changes.
+        reversed: What reversed branches change.
+    """
 
     name: str
     steps: int
@@ -110,73 +72,55 @@ class DriftMeasurement:
     reversed: DistributionShift
 
 
-def read_samples(path: Path) -> list[JoinSample | str]:
-    """Of a file: JSON lines with prefix, branches and header, and lines of text, which are questions.
+def sample_from_model(client: GenerateClient, tokenizer: Tokenizer, question: str) -> JoinSample:
+    """Return a sample whose branches the served model writes, each without seeing the others.
 
-    Raises AprError that names the line.
+    Raises:
+        EngineError: The server did not answer.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AprError(f"cannot read {path}: {error}") from None
-    found = [_sample(line, f"{path}, line {k}") for k, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise AprError(f"{path} is empty, expected samples or questions")
-    return found
-
-
-def _sample(line: str, where: str) -> JoinSample | str:
-    if not line.lstrip().startswith("{"):
-        return line.strip()
-    try:
-        data = json.loads(line)
-        sample = JoinSample(data["prefix"], tuple(data["branches"]), data["header"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AprError(f'{where}: expected "prefix", "branches" and "header" ({error!r})') from None
-    if not all(isinstance(t, str) and t for t in (sample.prefix, sample.header, *sample.branches)):
-        raise AprError(f"{where}: expected texts, and none of them empty")
-    if isinstance(data["branches"], str) or len(sample.branches) < 2:
-        raise AprError(f"{where}: expected a list of two branches or more")
-    return sample
-
-
-def sample_from_model(ask: GenerateClient, tokenizer: Tokenizer, question: str) -> JoinSample:
-    """A sample whose branches the served model writes itself, each without seeing the others."""
     prefix = f"Question: {question}\n\n"
-    begun = [f"Idea {k}:" for k in range(1, BRANCH_COUNT + 1)]
-    prompts = [ProbePrompt(tuple(tokenizer.encode(prefix + b, add_special_tokens=True))) for b in begun]
+    headers = [f"Idea {k}:" for k in range(1, BRANCH_COUNT + 1)]
+    prompts = [ProbePrompt(tuple(tokenizer.encode(prefix + h, add_special_tokens=True))) for h in headers]
     sampling = {"temperature": 0.8, "stop": ["\n"], "ignore_eos": False}
-    replies = send_prompts(ask, prompts, BRANCH_TOKENS, sampling=sampling)
+    replies = send_prompts(client, prompts, BRANCH_TOKENS, sampling=sampling)
     texts = [tokenizer.decode([t for t in r.tokens if t not in tokenizer.eos_ids]) for r in replies]
-    branches = tuple(f"{b}{t.rstrip()}\n" for b, t in zip(begun, texts, strict=True))
+    branches = tuple(f"{header}{text.rstrip()}\n" for header, text in zip(headers, texts, strict=True))
     return JoinSample(prefix, branches, "\nIn conclusion,")
 
 
 def measure_drift(
-    ask: GenerateClient, tokenizer: Tokenizer, sample: JoinSample, steps: int = CONTINUATION_TOKENS
+    client: GenerateClient, tokenizer: Tokenizer, sample: JoinSample, steps: int = CONTINUATION_TOKENS
 ) -> DriftMeasurement:
-    """What KV join and reversed branches do to one sample; raises EngineError where the server does not join."""
+    """Measure what the KV join and reversed branches do to one sample.
+
+    Args:
+        client: Sends requests to the server.
+        tokenizer: The model's tokenizer.
+        sample: The sample.
+        steps: Tokens of the continuation, at most.
+
+    Raises:
+        EngineError: The server does not join in its cache.
+        AprError: The header of the sample has no tokens.
+    """
     prefix = tuple(tokenizer.encode(sample.prefix, add_special_tokens=True))
     branches = [tuple(tokenizer.encode(b)) for b in sample.branches]
     header = tuple(tokenizer.encode(sample.header))
     if not header:
-        raise AprError(f"{sample.header!r} has no tokens, expected one at least behind a join")
-    ids, turned = ((*prefix, *(i for b in order for i in b), *header) for order in (branches, branches[::-1]))
+        raise AprError(f"{sample.header!r} has no tokens, expected at least one after a join")
+    ids, reversed_ids = (
+        (*prefix, *(i for branch in order for i in branch), *header) for order in (branches, branches[::-1])
+    )
     before: Layout = (len(prefix), tuple((len(b),) for b in branches))
 
-    text = send_prompts(ask, [ProbePrompt(ids)], steps, top=TOP_TOKENS, sampling={"ignore_eos": False})[0]
-    commit_branches(ask, [ProbePrompt(ids, (*before, len(header)))])
+    sampling = {"ignore_eos": False}
+    text = send_prompts(client, [ProbePrompt(ids)], steps, top=TOP_TOKENS, sampling=sampling)[0]
+    commit_branches(client, [ProbePrompt(ids, (*before, len(header)))])
     forced = [text.tokens[:k] for k in range(len(text.tokens))]
-    scored = send_prompts(
-        ask,
-        [
-            *(ProbePrompt(ids + f, (*before, len(header) + len(f))) for f in forced),
-            *(ProbePrompt(turned + f) for f in forced),
-        ],
-        1,
-        top=1,
-        tokens=[list(row) for row in text.rows] * 2,
-    )
+    joined_prompts = [ProbePrompt(ids + f, (*before, len(header) + len(f))) for f in forced]
+    reversed_prompts = [ProbePrompt(reversed_ids + f) for f in forced]
+    tokens = [list(row) for row in text.rows] * 2
+    replies = send_prompts(client, [*joined_prompts, *reversed_prompts], 1, top=1, tokens=tokens)
 
     def shift(replies: Sequence[ProbeReply]) -> DistributionShift:
         return DistributionShift(
@@ -185,41 +129,52 @@ def measure_drift(
         )
 
     name = sample.prefix.strip().splitlines()[0]
-    return DriftMeasurement(name, len(forced), shift(scored[: len(forced)]), shift(scored[len(forced) :]))
+    return DriftMeasurement(name, len(forced), shift(replies[: len(forced)]), shift(replies[len(forced) :]))
 
 
 def divergence(reference: LogprobRow, other: LogprobRow) -> float:
-    """KL(reference || other) in nats over the tokens of `reference`; all other tokens count as one.
+    """Return KL(reference || other) in nats, over the tokens of `reference`. All other tokens count as one.
 
-    That is at most the divergence over the whole vocabulary. `other` has to have the same tokens.
+    That is at most the divergence over the whole vocabulary.
+
+    Args:
+        reference: A row of log-probabilities.
+        other: Another row, with the same tokens.
     """
     p, q = [[exp(row[i]) for i in reference] for row in (reference, other)]
     pairs = [*zip(p, q, strict=True), (1 - sum(p), 1 - sum(q))]
     return max(0.0, sum(a * log(a / max(b, MIN_PROBABILITY)) for a, b in pairs if a > MIN_PROBABILITY))
 
 
-def pool_measurements(measured: Iterable[DriftMeasurement]) -> DriftMeasurement:
-    """All samples as one, each token counted once."""
-    every = list(measured)
-    steps = sum(m.steps for m in every)
+def pool_measurements(measurements: Iterable[DriftMeasurement]) -> DriftMeasurement:
+    """Return all measurements as one, in which every token has the same weight."""
+    samples = list(measurements)
+    steps = sum(m.steps for m in samples)
 
     def mean(shifts: Sequence[DistributionShift]) -> DistributionShift:
-        weights = [m.steps / steps for m in every]
+        weights = [m.steps / steps for m in samples]
         return DistributionShift(
             sum(w * s.kl for w, s in zip(weights, shifts, strict=True)),
             sum(w * s.agreement for w, s in zip(weights, shifts, strict=True)),
         )
 
-    return DriftMeasurement("all", steps, mean([m.kv for m in every]), mean([m.reversed for m in every]))
+    return DriftMeasurement("all", steps, mean([m.kv for m in samples]), mean([m.reversed for m in samples]))
 
 
 def judge_drift(kv: DistributionShift, reversed: DistributionShift) -> Verdict:
-    """A model tolerates KV joins if they change it at most twice as much as reversed branches do, and its likeliest
-    tokens at most a tenth more often; it breaks if they change it ten times as much, or half of its likeliest
-    tokens that reversed branches leave alone."""
-    times = kv.kl / max(reversed.kl, MIN_DIVERGENCE)
-    if times <= TOLERATED_RATIO and kv.agreement >= reversed.agreement - TOLERATED_DISAGREEMENT:
+    """Judge what KV joins do to a model by what reversed branches do to it.
+
+    A model tolerates KV joins if their divergence is at most twice that of reversed branches, and the likeliest token
+    stays the same at most a tenth less often. It breaks under them if the divergence is more than ten times as large,
+    or if the likeliest token stays the same less than half as often.
+
+    Args:
+        kv: What KV joins change.
+        reversed: What reversed branches change.
+    """
+    ratio = kv.kl / max(reversed.kl, MIN_DIVERGENCE)
+    if ratio <= TOLERATED_RATIO and kv.agreement >= reversed.agreement - TOLERATED_DISAGREEMENT:
         return "tolerates"
-    if times > BROKEN_RATIO or kv.agreement < reversed.agreement / 2:
+    if ratio > BROKEN_RATIO or kv.agreement < reversed.agreement / 2:
         return "breaks under"
     return "is disturbed by"
