@@ -17,6 +17,7 @@ from .errors import EngineTimeout as EngineTimeout
 from .errors import GrammarError as GrammarError
 from .errors import KvJoinUnavailable as KvJoinUnavailable
 from .errors import LaunchError as LaunchError
+from .errors import MissingExtra as MissingExtra
 from .errors import SandboxUnavailable as SandboxUnavailable
 from .errors import TraceError as TraceError
 from .errors import UnsupportedEngine as UnsupportedEngine
@@ -106,6 +107,7 @@ __all__ = [
     "Load",
     "LocalEngine",
     "Metrics",
+    "MissingExtra",
     "Outcomes",
     "Pacing",
     "PacingDecision",

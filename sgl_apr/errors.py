@@ -1,38 +1,43 @@
-"""Every error that sgl_apr raises on purpose; it does not decide when.
+"""Every exception that sgl_apr raises on purpose.
 
 AprError
-├── GrammarError          a grammar file or its lowering is not usable
+├── GrammarError          a grammar file, or a mask requested from it, is not usable
 ├── TraceError            a text does not follow its dialect (line, column, found, expected)
-├── ConversionError       a trajectory that another dialect cannot express
-├── BudgetExceeded        a budget that cannot be met, or that ran out where nothing can be closed
+├── ConversionError       the target dialect cannot express a trajectory
+├── BudgetExceeded        a budget is impossible, or ran out where nothing valid could be closed
 ├── LaunchError           a server could not be started
-├── UnsupportedEngine     the engine or model lacks something that was asked for
-├── KvJoinUnavailable     a KV join was asked for and cannot be done
-├── CodeForbidden         a method runs programs that a model writes, and was not allowed to
-├── SandboxUnavailable    such programs cannot be shut in on this machine
-└── EngineError           the engine failed while it worked
-    ├── EngineTimeout     it did not answer in time
+├── UnsupportedEngine     the engine or its model lacks a requested feature
+├── KvJoinUnavailable     branches cannot be joined in the KV cache
+├── CodeForbidden         a method runs model-written programs, and this was not allowed
+├── SandboxUnavailable    this machine cannot isolate model-written programs
+├── MissingExtra          an optional dependency is not installed
+└── EngineError           the engine failed during a request
+    ├── EngineTimeout     the engine did not respond in time
     └── BranchFailed      one branch failed, and the trajectory with it
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class AprError(Exception):
-    """Base of every error of this package."""
+    """Base class of every exception of this package."""
 
 
 class GrammarError(AprError):
-    """A grammar file, or what was asked of it, is not usable."""
+    """A grammar file, or a mask requested from it, is not usable."""
 
 
 class TraceError(AprError):
-    """A text that does not follow its dialect.
+    """A text does not follow its dialect.
 
-    `line` and `column` count from 1; `found` is the offending piece (empty at the end of the text),
-    `expected` what the grammar would have taken there.
+    Attributes:
+        line: Line of the error, counted from 1.
+        column: Column of the error, counted from 1.
+        found: The offending piece of text; empty at the end of the text.
+        expected: What the grammar would have accepted there.
     """
 
     def __init__(self, line: int, column: int, found: str, expected: Sequence[str]) -> None:
@@ -42,19 +47,19 @@ class TraceError(AprError):
 
 
 class ConversionError(AprError):
-    """A trajectory holds what the dialect it is to be written in cannot express."""
+    """The target dialect cannot express something that the trajectory holds."""
 
 
 class BudgetExceeded(AprError):
-    """A budget is impossible, or it ran out where nothing well formed could be made."""
+    """A budget is impossible, or ran out where no well-formed reply could be completed."""
 
 
 class LaunchError(AprError):
-    """A server could not be started; the message says why in one line."""
+    """A server could not be started. The message gives the reason in one line."""
 
 
 class UnsupportedEngine(AprError):
-    """The engine or its model cannot do what was asked."""
+    """The engine or its model does not support the request."""
 
 
 class KvJoinUnavailable(AprError):
@@ -62,15 +67,23 @@ class KvJoinUnavailable(AprError):
 
 
 class CodeForbidden(AprError):
-    """A method runs programs that a model writes, and nobody has said that it may."""
+    """A method runs model-written programs, and the caller has not allowed it."""
 
 
 class SandboxUnavailable(AprError):
-    """Programs that a model writes cannot be shut in on this machine; they are not run."""
+    """This machine cannot isolate model-written programs, so they are not run."""
+
+
+class MissingExtra(AprError):
+    """An optional dependency is not installed. The message names the extra that installs it."""
 
 
 class EngineError(AprError):
-    """The engine failed: unreachable, died, or answered with an error. `status` is the HTTP status, if any."""
+    """The engine failed: it was unreachable, died, or responded with an error.
+
+    Attributes:
+        status: The HTTP status of the response, if there was one.
+    """
 
     def __init__(self, message: str, status: int | None = None) -> None:
         self.status = status
@@ -78,12 +91,35 @@ class EngineError(AprError):
 
 
 class EngineTimeout(EngineError):
-    """The engine did not answer in time."""
+    """The engine did not respond in time."""
 
 
 class BranchFailed(EngineError):
-    """A branch failed; `path` says which (block, branch number, ...). The cause is chained."""
+    """A branch failed. The cause is chained.
+
+    Attributes:
+        path: The branch, as (block, branch number, ...).
+    """
 
     def __init__(self, message: str, path: Sequence[int] = (), status: int | None = None) -> None:
         self.path = tuple(path)
         super().__init__(message, status)
+
+
+def require_extra(module: str, extra: str, message: str) -> None:
+    """Check that the module of an optional dependency is installed, without importing it.
+
+    >>> require_extra("no_such_module", "plot", "plots need matplotlib")
+    Traceback (most recent call last):
+    sgl_apr.errors.MissingExtra: plots need matplotlib: pip install 'sgl-apr[plot]'
+
+    Args:
+        module: Name of the module.
+        extra: The extra of this package that installs it.
+        message: What needs which package.
+
+    Raises:
+        MissingExtra: If it is not installed.
+    """
+    if find_spec(module) is None:
+        raise MissingExtra(f"{message}: pip install 'sgl-apr[{extra}]'")

@@ -30,7 +30,7 @@ def test_every_public_name_is_there(name: str):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+    with pytest.raises(AttributeError, match="No sgl_apr attribute nope"):
         _ = apr.nope
 
 

@@ -1,4 +1,4 @@
-"""Pictures: the share that is solved within a context, tokens, a critical path, seconds; and how a training run went."""
+"""Figures: the share of problems solved within a limit, with confidence bands; and the curves of a training run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, require_extra
 from sgl_apr.evaluation.metrics import RESAMPLES, AttemptMetrics, MethodResults
 from sgl_apr.evaluation.store import RUN_FILE, read_results
 
@@ -20,12 +20,12 @@ AXIS_LABELS = {
     "critical_path": "critical path (tokens)",
     "wall": "wall time (s)",
 }
-AXIS_FIELDS = {"wall": "took_s"}  # of an attempt, where an axis has another name
+AXIS_FIELDS = {"wall": "took_s"}  # fields of `AttemptMetrics` that are not named like their axis
 SUFFIXES = (".pdf", ".svg", ".png")
-# Told apart by the colour-blind and, by their strokes, in print without colours.
+# Readers who are colour-blind can tell the colours apart; the line styles still differ in print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("solid", "dashed", "dashdot", "dotted")
-# As a paper takes it: the size of its captions, a face like its text's, and fonts that are embedded as fonts.
+# The style of a paper: caption-sized text, a serif face, fonts embedded as fonts.
 PAPER_STYLE = {
     "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9, "legend.fontsize": 8, "axes.linewidth": 0.6,
     "xtick.labelsize": 8, "ytick.labelsize": 8, "pdf.fonttype": 42, "svg.hashsalt": "sgl_apr",
@@ -33,39 +33,53 @@ PAPER_STYLE = {
 
 
 def load_results(directories: Sequence[Path]) -> list[MethodResults]:
-    """The methods of some evaluations; of several, each has the name of its directory. Raises `AprError` for one without attempts."""
-    found, names = list[MethodResults](), [directory.name for directory in directories]
+    """The methods of some evaluations.
+
+    With several directories each method is named after its directory.
+
+    Args:
+        directories: Directories that `sgl-apr eval -o` wrote.
+
+    Raises:
+        AprError: If a directory has no attempt.
+    """
+    results, names = list[MethodResults](), [directory.name for directory in directories]
     for directory in directories:
-        if not (own := read_results(directory)):
-            raise AprError(f"{directory / RUN_FILE} holds no attempt, expected at least one")
-        place = directory.name if names.count(directory.name) == 1 else directory
-        for row in own:
-            name = f"{place}" if len(own) == 1 else f"{place}, {row.method}"
-            found.append(replace(row, method=name) if len(directories) > 1 else row)
-    return found
+        if not (rows := read_results(directory)):
+            raise AprError(f"{directory / RUN_FILE} has no attempt, expected at least one")
+        label = directory.name if names.count(directory.name) == 1 else directory
+        for row in rows:
+            name = f"{label}" if len(rows) == 1 else f"{label}, {row.method}"
+            results.append(replace(row, method=name) if len(directories) > 1 else row)
+    return results
 
 
 def attempt_metric(axis: str) -> Callable[[AttemptMetrics], Any]:
-    """What an attempt cost; None where that is not known."""
+    """A function that reads the value of an attempt on an axis of `AXIS_LABELS`; None where it was not recorded."""
     return attrgetter(AXIS_FIELDS.get(axis, axis))
 
 
 def solved_share_curve(
-    row: MethodResults, of: Callable[[AttemptMetrics], Any]
+    row: MethodResults, metric: Callable[[AttemptMetrics], Any]
 ) -> tuple[list[Any], list[float]]:
-    """(limit, share solved within it), a step at every solved problem."""
-    limits = sorted(of(a) for a in row.attempts if a.correct)
+    """Limits in ascending order, and the share of problems solved within each; one step per solved problem."""
+    limits = sorted(metric(a) for a in row.attempts if a.correct)
     return limits, [(k + 1) / len(row.attempts) for k in range(len(limits))]
 
 
 def bootstrap_band(solved: int, attempts: int) -> tuple[Sequence[float], Sequence[float]]:
-    """95% bootstrap bounds of a curve behind none of its steps, behind one, ..., each for itself.
+    """Pointwise 95% bootstrap bounds of a solved-share curve.
 
-    Every solved one of the attempts is a step.
+    Args:
+        solved: Solved problems, each of which is one step of the curve.
+        attempts: All problems.
+
+    Returns:
+        The lower and the upper bound after 0, 1, ..., `solved` steps.
     """
     import numpy as np
 
-    odds = [1 / attempts] * solved + [1 - solved / attempts]  # what was not solved never counts
+    odds = [1 / attempts] * solved + [1 - solved / attempts]  # the last entry: drawn, but not solved
     drawn = np.random.default_rng(0).multinomial(attempts, odds, size=RESAMPLES)[:, :solved]
     low, high = np.quantile(drawn.cumsum(axis=1) / attempts, (0.025, 0.975), axis=0)
     return [0.0, *low.tolist()], [0.0, *high.tolist()]
@@ -74,14 +88,18 @@ def bootstrap_band(solved: int, attempts: int) -> tuple[Sequence[float], Sequenc
 def plot_methods(
     rows: Sequence[MethodResults], path: Path, title: str = "", axes: Sequence[str] = ()
 ) -> None:
-    """One panel for each cost, one line with its band for each row, into a PDF, SVG or PNG.
+    """Plot the share of problems solved within a limit: one panel per axis, one line with its band per method.
 
-    axes: some of `LABELS`; by default those that are known of every row. Raises `AprError` for one that is not, for
-    rows without attempts, and for another suffix.
+    Args:
+        rows: Results of the methods.
+        path: A PDF, SVG or PNG file to write.
+        title: Title of the figure.
+        axes: Some of `AXIS_LABELS`; by default those that every method has values for.
+
+    Raises:
+        AprError: For another suffix, for methods without attempts, and for an axis that a method has no values for.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
+    matplotlib, Figure = _matplotlib()
     if path.suffix not in SUFFIXES:
         raise AprError(
             f"cannot draw a {path.suffix or 'file without a suffix'}, expected {', '.join(SUFFIXES)}"
@@ -91,8 +109,8 @@ def plot_methods(
     panels = axes or [axis for axis in AXIS_LABELS if not axes_without_data(rows, axis)]
     for axis in panels:
         if missing := axes_without_data(rows, axis):
-            raise AprError(f"{axis} is not known of {', '.join(missing)}, which older versions evaluated")
-    with rc_context(PAPER_STYLE):
+            raise AprError(f"{', '.join(missing)} has no values for {axis}: an older version evaluated it")
+    with matplotlib.rc_context(PAPER_STYLE):
         figure: Any = Figure(figsize=(2.35 * len(panels) + 0.4, 2.5), layout="constrained")
         for panel, axis in zip(
             figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
@@ -106,27 +124,36 @@ def plot_methods(
 
 
 def axes_without_data(rows: Sequence[MethodResults], axis: str) -> list[str]:
-    """The methods of which a cost is not known."""
+    """The methods that have no values for an axis."""
     return [row.method for row in rows if None in map(attempt_metric(axis), row.attempts)]
 
 
+def _matplotlib() -> tuple[Any, Any]:
+    """Matplotlib and its `Figure`, which only plots need."""
+    require_extra("matplotlib", "plot", "plots need matplotlib")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    return matplotlib, Figure
+
+
 def _panel(panel: Any, rows: Sequence[MethodResults], axis: str) -> None:
-    of = attempt_metric(axis)
-    solved = [solved_share_curve(row, of)[0] for row in rows]
-    most = max(of(a) for row in rows for a in row.attempts)
-    end = max(map(max, filter(None, solved)), default=most)  # behind it all lines are flat
+    metric = attempt_metric(axis)
+    solved = [solved_share_curve(row, metric)[0] for row in rows]
+    largest = max(metric(a) for row in rows for a in row.attempts)
+    end = max(map(max, filter(None, solved)), default=largest)  # all lines are flat beyond it
     for row, steps, colour, stroke in zip(rows, solved, cycle(COLOURS), cycle(LINE_STYLES), strict=False):
         attempts = len(row.attempts)
-        behind = {0: 0} | {cost: k for k, cost in enumerate(steps, 1)} | {end: len(steps)}
+        solved_at = {0: 0} | {limit: k for k, limit in enumerate(steps, 1)} | {end: len(steps)}
         low, high = bootstrap_band(len(steps), attempts)
         panel.fill_between(
-            [*behind], [low[k] for k in behind.values()], [high[k] for k in behind.values()], step="post", color=colour,
-            alpha=0.2, linewidth=0,
+            [*solved_at], [low[k] for k in solved_at.values()], [high[k] for k in solved_at.values()], step="post",
+            color=colour, alpha=0.2, linewidth=0,
         )  # fmt: skip
-        shares = [k / attempts for k in behind.values()]
-        label = f"{row.method} ({row.accuracy + 1e-9:.1%})"  # a half is rounded up, as people do
+        shares = [k / attempts for k in solved_at.values()]
+        label = f"{row.method} ({row.accuracy + 1e-9:.1%})"  # rounds a half up
         panel.step(
-            [*behind], shares, where="post", color=colour, linestyle=stroke, label=label, linewidth=1.2
+            [*solved_at], shares, where="post", color=colour, linestyle=stroke, label=label, linewidth=1.2
         )
     panel.set_xlabel(AXIS_LABELS[axis])
     panel.set_xlim(0, 1.02 * end or 1)
@@ -135,9 +162,14 @@ def _panel(panel: Any, rows: Sequence[MethodResults], axis: str) -> None:
 
 
 def plot_training_log(log: Path, path: Path, names: Sequence[str]) -> None:
-    """Some numbers of a training log, one panel each, by step."""
-    from matplotlib.figure import Figure
+    """Plot some numbers of a training log by step, one panel each.
 
+    Args:
+        log: Lines of JSON with a "step".
+        path: The image to write.
+        names: Keys of the lines.
+    """
+    _, Figure = _matplotlib()
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure: Any = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

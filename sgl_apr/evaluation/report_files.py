@@ -1,4 +1,4 @@
-"""Files with trajectories, of `sgl-apr eval ... -o` and of `apr.run_many`, as entries of a page; none is written."""
+"""Read trajectories from the files of `sgl-apr eval ... -o` and of `apr.run_many` as entries of an HTML page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from sgl_apr.evaluation.store import RUN_FILE
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page_entry import PageEntry
 
-TITLE_FIELDS = ("task", "model", "split", "seed", "temperature")  # of an evaluation, for its title
+TITLE_FIELDS = ("task", "model", "split", "seed", "temperature")  # settings that describe an evaluation
 
 
 def read_entries(paths: Sequence[Path]) -> Iterator[PageEntry]:
-    """The trajectories of files, or of directories with a run.jsonl, one file after another.
+    """The trajectories of some files, one file after another.
 
-    Of several files each method goes by the name of its file as well. Half a line at the end, of a run that still
-    writes or was interrupted, is passed over. Raises `AprError` that names the line for anything else.
+    An incomplete last line, of a run that is still writing or was interrupted, is skipped. With several files each method
+    is labelled with the name of its file too.
+
+    Args:
+        paths: Files, or directories with a run.jsonl.
+
+    Raises:
+        AprError: If a line is anything else; the message names it.
     """
     names = _names(paths) if len(paths) > 1 else [""]
     for path, name in zip(map(resolve_run_file, paths), names, strict=True):
@@ -28,30 +34,34 @@ def read_entries(paths: Sequence[Path]) -> Iterator[PageEntry]:
 
 
 def describe_evaluations(paths: Sequence[Path]) -> str:
-    """What was asked in the evaluations among them, in a line."""
-    found = list[str]()
+    """The settings of the evaluations among some files, in one line."""
+    descriptions = list[str]()
     for path in map(resolve_run_file, paths):
         head = _head(path)
-        shown = [f"{name} {head[name]}" for name in TITLE_FIELDS if head.get(name) is not None]
-        found.append(", ".join(shown).removeprefix("task "))
-    return " · ".join(dict.fromkeys(filter(None, found)))
+        settings = [f"{name} {head[name]}" for name in TITLE_FIELDS if head.get(name) is not None]
+        descriptions.append(", ".join(settings).removeprefix("task "))
+    return " · ".join(dict.fromkeys(filter(None, descriptions)))
 
 
 def count_trajectories(paths: Sequence[Path]) -> int:
-    """How many trajectories there are to read, if they are."""
-    found = 0
+    """The number of lines with a trajectory, without parsing them."""
+    total = 0
     for path in map(resolve_run_file, paths):
-        lines = sum(1 for _ in _whole_lines(path))
-        found += lines - (lines > 0 and not _is_trajectory(_head(path)))
-    return found
+        lines = sum(1 for _ in _complete_lines(path))
+        total += lines - (lines > 0 and not _is_trajectory(_head(path)))
+    return total
 
 
 def resolve_run_file(path: Path) -> Path:
-    """The file itself; raises `AprError` if there is none."""
-    found = path / RUN_FILE if path.is_dir() else path
-    if not found.is_file():
-        raise AprError(f"no file {found}, expected what `sgl-apr eval ... -o` or `apr.run_many` has written")
-    return found
+    """The file itself, or the run.jsonl of a directory.
+
+    Raises:
+        AprError: If there is no such file.
+    """
+    file = path / RUN_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise AprError(f"no file {file}, expected the output of `sgl-apr eval ... -o` or `apr.run_many`")
+    return file
 
 
 def _entry(data: Mapping[str, Any], where: str, prefix: str) -> PageEntry:
@@ -65,24 +75,22 @@ def _entry(data: Mapping[str, Any], where: str, prefix: str) -> PageEntry:
         )  # fmt: skip
     except (AprError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, KeyError) and error.args == ("trajectory",):
-            raise AprError(
-                f"{where}: no trajectory: an older sgl-apr has written it, which kept none"
-            ) from None
+            raise AprError(f"{where}: no trajectory: an older version wrote it without them") from None
         raise AprError(f"{where}: not a trajectory of an evaluation or of run_many: {error!r}") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where each line with a trajectory stands, and its object."""
-    for number, line in enumerate(_whole_lines(path), 1):
+    """The location and the object of each line with a trajectory."""
+    for number, line in enumerate(_complete_lines(path), 1):
         where = f"{path}, line {number}"
         data = _object(line, where)
         if number > 1 or _is_trajectory(data):
             yield where, data
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
+def _complete_lines(path: Path) -> Iterator[bytes]:
     try:
-        with open(path, "rb") as file:  # half a line may end within a character
+        with open(path, "rb") as file:  # bytes: an incomplete line may end within a character
             for line in file:
                 if line.endswith(b"\n"):
                     yield line
@@ -91,11 +99,11 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def _head(path: Path) -> Mapping[str, Any]:
-    return _object(next(_whole_lines(path), b"{}"), f"{path}, line 1")
+    return _object(next(_complete_lines(path), b"{}"), f"{path}, line 1")
 
 
 def _is_trajectory(data: Mapping[str, Any]) -> bool:
-    """Otherwise it is the head of an evaluation."""
+    """Whether a line holds a trajectory; otherwise it is the head of an evaluation."""
     return "trajectory" in data or "method" in data
 
 
@@ -110,7 +118,7 @@ def _object(line: bytes, where: str) -> Mapping[str, Any]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell the files apart, or the paths."""
+    """File names without their suffix, or full paths if those are not distinct."""
     short = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     short = [
         p.resolve().parent.name if p.name == RUN_FILE else name for p, name in zip(paths, short, strict=True)

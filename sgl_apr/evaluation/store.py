@@ -1,4 +1,4 @@
-"""An evaluation and its file: a line for every attempt as it ends; a run that was interrupted goes on behind them."""
+"""The attempts of an evaluation, and its file: one line per attempt, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from sgl_apr.trajectory.jsonl import open_for_append
 from sgl_apr.trajectory.trajectory import Trajectory
 
 RUN_FILE, SUMMARY_FILE = "run.jsonl", "summary.json"
-WRITE_ONLY_FIELDS = ("answer", "trajectory")  # of an attempt, and not kept: there are thousands
+WRITE_ONLY_FIELDS = ("answer", "trajectory")  # written to the file, but not held in memory
 
 
 class ResultStore:
-    """Attempts by method and by the number of the problem; `file` gets a line for each that is added."""
+    """Attempts by method and by the number of the problem.
+
+    Attributes:
+        file: A file descriptor that gets a line for each new attempt, or None.
+        attempts: By method, then by problem number.
+        seconds: By method, for how long it has run.
+    """
 
     def __init__(self, file: int | None = None) -> None:
         self.file = file
@@ -36,7 +42,16 @@ class ResultStore:
         answer: str = "",
         trajectory: Trajectory | None = None,
     ) -> None:
-        """One attempt, and for how long its method had been running by then; how it came about is only written."""
+        """Add one attempt.
+
+        Args:
+            method: Name of the method.
+            number: Number of the problem.
+            measured: Metrics of the attempt.
+            seconds: For how long the method had run when the attempt ended.
+            answer: The answer, for the file only.
+            trajectory: The trajectory, for the file only.
+        """
         if self.file is not None:
             line = {"method": method, "number": number, "seconds": round(seconds, 2), **asdict(measured)}
             text = json.dumps({**line, "answer": answer})
@@ -46,15 +61,23 @@ class ResultStore:
         self._keep(method, number, measured, seconds)
 
     def results_of(self, method: str) -> MethodResults:
-        """What a method has come to so far, in the order of the problems."""
-        made = self.attempts.get(method, {})
-        return MethodResults(method, [made[number] for number in sorted(made)], self.seconds.get(method, 0.0))
+        """The attempts of one method so far, in the order of the problems."""
+        attempts = self.attempts.get(method, {})
+        ordered = [attempts[number] for number in sorted(attempts)]
+        return MethodResults(method, ordered, self.seconds.get(method, 0.0))
 
     def load(self, path: Path) -> dict[str, Any] | None:
-        """Attempts from such a file, and what all of them have in common; None for an empty one. Raises `AprError`."""
+        """Load the attempts of a file that this class wrote.
+
+        Returns:
+            The settings that all attempts share; None if the file is empty.
+
+        Raises:
+            AprError: If it is another file.
+        """
         try:
             with path.open(encoding="utf-8") as file:
-                asked = json.loads(next(file, "null"))
+                settings: dict[str, Any] | None = json.loads(next(file, "null"))
                 for text in file:
                     line = json.loads(text)
                     method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
@@ -62,9 +85,8 @@ class ResultStore:
                         line.pop(name, None)
                     self._keep(method, number, AttemptMetrics(**line), seconds)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AprError(f"{path} is no file that `sgl-apr eval ... -o` has written: {error!r}") from None
-        found: dict[str, Any] | None = asked
-        return found
+            raise AprError(f"{path} was not written by `sgl-apr eval ... -o`: {error!r}") from None
+        return settings
 
     def _keep(self, method: str, number: int, measured: AttemptMetrics, seconds: float) -> None:
         self.attempts.setdefault(method, {})[number] = measured
@@ -72,28 +94,37 @@ class ResultStore:
 
 
 @contextmanager
-def open_evaluation(directory: Path | None, asked: Mapping[str, Any]) -> Iterator[ResultStore]:
-    """The evaluation in a directory, with what is there already; without one it is kept nowhere.
+def open_evaluation(directory: Path | None, settings: Mapping[str, Any]) -> Iterator[ResultStore]:
+    """Open the evaluation in a directory, with the attempts that it already has.
 
-    `asked` is what all attempts have in common. Raises `AprError` if the directory holds those of another.
+    Args:
+        directory: Created if needed; None keeps attempts in memory only.
+        settings: What all attempts have in common.
+
+    Raises:
+        AprError: If the directory holds an evaluation with other settings.
     """
     if directory is None:
         yield ResultStore()
         return
     directory.mkdir(parents=True, exist_ok=True)
-    path, given = directory / RUN_FILE, json.loads(json.dumps(asked))
+    path, expected = directory / RUN_FILE, json.loads(json.dumps(settings))
     with open_for_append(path) as file:
-        found = ResultStore(file)
-        before = found.load(path)
-        if before is None:
-            os.write(file, json.dumps(given).encode() + b"\n")
-        elif before != given:
-            raise AprError(f"{path} is of another evaluation: {before}, expected {given}")
-        yield found
+        store = ResultStore(file)
+        stored = store.load(path)
+        if stored is None:
+            os.write(file, json.dumps(expected).encode() + b"\n")
+        elif stored != expected:
+            raise AprError(f"{path} holds another evaluation: {stored}, expected {expected}")
+        yield store
 
 
 def read_results(directory: Path) -> list[MethodResults]:
-    """The rows of an evaluation; raises `AprError` for a directory without one."""
-    found = ResultStore()
-    found.load(directory / RUN_FILE)
-    return [found.results_of(method) for method in found.attempts]
+    """The methods of the evaluation in a directory.
+
+    Raises:
+        AprError: If the directory has no evaluation.
+    """
+    store = ResultStore()
+    store.load(directory / RUN_FILE)
+    return [store.results_of(method) for method in store.attempts]

@@ -99,7 +99,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "50.0%" in shown
     assert "[red]" in shown
     assert main(["eval", "--compare", str(a), str(tmp_path / "none")]) == 1
-    assert "is no file that `sgl-apr eval ... -o` has written" in capsys.readouterr().err
+    assert "was not written by `sgl-apr eval ... -o`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_every_task_has_a_directory_of_its_own(tmp_path: Path, capsys: pytest.Ca
         "game24": "game24",
     }
     assert main([*words, "--seed", "1"]) == 1
-    assert "of another evaluation" in capsys.readouterr().err
+    assert "holds another evaluation" in capsys.readouterr().err
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]):

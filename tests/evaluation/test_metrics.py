@@ -96,7 +96,10 @@ def test_how_an_answer_came_about_is_written_and_not_kept(tmp_path: Path):
 def test_another_evaluation_is_not_mixed_in(tmp_path: Path):
     with open_evaluation(tmp_path, {"seed": 0}) as found:
         found.add("apr", 0, ONE, 0.5)
-    with pytest.raises(apr.AprError, match="of another evaluation"), open_evaluation(tmp_path, {"seed": 1}):
+    with (
+        pytest.raises(apr.AprError, match="holds another evaluation"),
+        open_evaluation(tmp_path, {"seed": 1}),
+    ):
         pass
     with (
         open_evaluation(tmp_path, {"seed": 0}),
@@ -104,7 +107,7 @@ def test_another_evaluation_is_not_mixed_in(tmp_path: Path):
         open_evaluation(tmp_path, {"seed": 0}),
     ):
         pass
-    with pytest.raises(apr.AprError, match="is no file that"):
+    with pytest.raises(apr.AprError, match="was not written by"):
         read_results(tmp_path / "nothing")
 
 
@@ -115,7 +118,7 @@ def test_a_file_of_something_else_is_a_clear_error(tmp_path: Path, text: str):
         lambda: read_results(tmp_path),
         lambda: open_evaluation(tmp_path, {"seed": 0}).__enter__(),
     ):
-        with pytest.raises(apr.AprError, match="is no file that"):
+        with pytest.raises(apr.AprError, match="was not written by"):
             reading()
 
 

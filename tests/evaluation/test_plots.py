@@ -104,7 +104,7 @@ def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
             ["-o", "figure.pdf", "--x", "size"],
             "--x 'size', expected some of context, tokens, critical_path, wall",
         ),
-        (["-o", "figure.pdf", "--x", "wall"], "wall is not known of apr, which older versions evaluated"),
+        (["-o", "figure.pdf", "--x", "wall"], "apr has no values for wall: an older version evaluated it"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys, argv: list[str], message: str):
@@ -115,9 +115,9 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys, argv: list[str], m
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path, capsys):
     assert main(["plot", str(kept(tmp_path / "run")), "-o", str(tmp_path / "figure.pdf")]) == 1
-    assert f"{RUN_FILE} holds no attempt, expected at least one" in capsys.readouterr().err
+    assert f"{RUN_FILE} has no attempt, expected at least one" in capsys.readouterr().err
     assert main(["plot", str(tmp_path / "nothing"), "-o", str(tmp_path / "figure.pdf")]) == 1
-    assert "is no file that `sgl-apr eval" in capsys.readouterr().err
+    assert "was not written by `sgl-apr eval" in capsys.readouterr().err
     with pytest.raises(apr.AprError, match="expected attempts of every method"):
         plot_methods([MethodResults("apr", SOME), MethodResults("mcts", ())], tmp_path / "figure.pdf")
 

@@ -168,7 +168,7 @@ def test_attempts_at_other_problems_are_an_error():
     found = ResultStore()
     ran(apr.ScriptedEngine(adds), found, "sequential")
     other = replace(SUMS, cases=[replace(SUMS.cases[0], name="sum x"), *SUMS.cases[1:]])
-    with pytest.raises(apr.AprError, match="was asked 'sum 0', which sums has not"):
+    with pytest.raises(apr.AprError, match="has an attempt at 'sum 0', which is not that problem of sums"):
         asyncio.run(evaluate("http://127.0.0.1:9", other, "sequential", found))
     row = asyncio.run(evaluate("http://127.0.0.1:9", SUMS, "sequential", found))
     assert len(row.attempts) == 3, "nobody is asked where all is there"

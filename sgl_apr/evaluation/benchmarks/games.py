@@ -1,4 +1,4 @@
-"""Countdown and the Game of 24 as benchmarks, for a model that has learned to write such searches."""
+"""Countdown and the Game of 24 as benchmarks, for a model that was trained on such searches."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ GAME24_TARGET, GAME24_CARDS, GAME24_LARGEST_CARD = 24, 4, 13
 
 
 def game24_problems(seed: int = 0) -> Iterator[Problem]:
-    """Different games of four cards from 1 to 13 that make 24 in whole steps, the same for the same seed.
+    """Different games of four cards from 1 to 13 that reach 24 without fractions, the same for the same seed.
 
-    They end where new ones are rare; those that need a fraction on the way are left out.
+    The iterator ends when hardly any new game can be found.
     """
     rng, seen, tries = random.Random(seed), set[Problem](), 0
     while (tries := tries + 1) <= MAX_TRIES:
@@ -40,16 +40,18 @@ def game24_problems(seed: int = 0) -> Iterator[Problem]:
 
 
 def countdown(limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
-    """Problems of three and four numbers; the size is how many."""
+    """Countdown with three and four numbers; the size of a problem is how many numbers it has."""
     cases = [Case(p.text, p, len(p.numbers)) for p in generate_problems(limit, split, seed=seed)]
     return _benchmark("countdown", cases)
 
 
 def game24(limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
-    """Those of the games that belong to a split of Countdown, which models learn the other one of; fewer than `limit` if
-    there are no more. The size is 1 where there are 8 ways and more, up to 4 where there is one."""
-    mine = (game for game in game24_problems(seed) if game.split == split)
-    cases = [Case(p.text, p, 5 - min(4, count_solutions(p).bit_length())) for p in islice(mine, limit)]
+    """Game of 24, restricted to the games in a split of Countdown, so that a model was not trained on them.
+
+    There may be fewer than `limit`. The size is 1 for a game with 8 solutions or more, up to 4 for a game with one.
+    """
+    games = (game for game in game24_problems(seed) if game.split == split)
+    cases = [Case(p.text, p, 5 - min(4, count_solutions(p).bit_length())) for p in islice(games, limit)]
     return _benchmark("game24", cases)
 
 

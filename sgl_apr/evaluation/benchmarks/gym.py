@@ -1,24 +1,21 @@
-"""Any dataset of `reasoning-gym` as a benchmark; the library runs in a process of its own, and judges there."""
+"""Datasets of `reasoning-gym` as benchmarks; the library generates and judges in a process of its own."""
 
 from __future__ import annotations
 
 import re
 from functools import partial
-from importlib.util import find_spec
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, require_extra
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.countdown.problems import Split
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
 from sgl_apr.evaluation.tasks.question import QuestionTask
 
 ANSWER_TAGS = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
-GENERATE_TIMEOUT_S, JUDGE_TIMEOUT_S = (
-    900.0,
-    30.0,
-)  # longest until all problems are made, and until one answer is judged
-TRAIN_SEED_OFFSET = 1 << 31  # added to the seed of problems that settings are chosen by
-# One thread, or a judge that may start none waits for others; one order of sets, or a seed makes different problems.
+GENERATE_TIMEOUT_S, JUDGE_TIMEOUT_S = 900.0, 30.0  # for all problems, and for one answer
+TRAIN_SEED_OFFSET = 1 << 31  # added to the seed of the split "train"
+# One thread: the sandboxed judge may not start more, and would wait for them. A fixed hash seed: some datasets iterate
+# over sets, and would generate other problems from the same seed.
 JUDGE_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 JUDGE = JsonWorker(
     "sgl_apr.evaluation.benchmarks.gym_judge", timeout_s=JUDGE_TIMEOUT_S, environment=JUDGE_ENVIRONMENT
@@ -26,43 +23,52 @@ JUDGE = JsonWorker(
 
 
 class GymTask(QuestionTask):
-    """Its answers may have several lines, and stand between tags, as in the library's own evaluations."""
+    """Answers stand between tags, as in the library's own evaluations, and may have several lines."""
 
     name = "gym"
     max_tokens = 512
     ends = "Think step by step. Then put the answer, and nothing else, between <answer> and </answer>."
 
     def answer(self, text: str) -> str:
-        """
+        """The text between the last pair of tags; without tags, as for any question.
+
         >>> GymTask.answer(None, "So: <answer>\\n1 2\\n2 1\\n</answer>")
         '1 2\\n2 1'
         """
-        found = ANSWER_TAGS.findall(text)
-        return str(found[-1]) if found else QuestionTask.answer(self, text)
+        matches = ANSWER_TAGS.findall(text)
+        return str(matches[-1]) if matches else QuestionTask.answer(self, text)
 
     def has_answer(self, text: str) -> bool:
         return bool(ANSWER_TAGS.search(text)) or super().has_answer(text)
 
 
 def gym(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
-    """The dataset of that name, by default as hard as it is there; raises `AprError` for one that there is not."""
-    if find_spec("reasoning_gym") is None:
-        raise AprError(f"gym:{name} needs reasoning-gym: pip install 'sgl-apr[gym]'")
-    made = (name, seed + TRAIN_SEED_OFFSET * (split == "train"), limit)
-    found = JUDGE.call("problems", *made, timeout_s=GENERATE_TIMEOUT_S)
-    if found is None or "error" in found:
-        raise AprError(
-            found["error"]
-            if found
-            else f"gym:{name} has not made {limit} problems in {GENERATE_TIMEOUT_S:g} s"
-        )
-    cases = [Case(f"{name} {made[1]}-{k}", *problem) for k, problem in enumerate(found["problems"])]
-    return Benchmark(f"gym:{name}", cases, GymTask, partial(_is_correct, made))
+    """A dataset of reasoning-gym, at its default difficulty.
+
+    Args:
+        name: Name of the dataset.
+        limit: Number of problems.
+        split: "test", or "train" to choose settings by.
+        seed: Seed of the problems.
+
+    Raises:
+        AprError: If there is no such dataset, or it does not generate the problems.
+        MissingExtra: If reasoning-gym is not installed.
+    """
+    require_extra("reasoning_gym", "gym", f"gym:{name} needs reasoning-gym")
+    dataset = (name, seed + TRAIN_SEED_OFFSET * (split == "train"), limit)
+    response = JUDGE.call("problems", *dataset, timeout_s=GENERATE_TIMEOUT_S)
+    if response is None:
+        raise AprError(f"gym:{name} did not generate {limit} problems in {GENERATE_TIMEOUT_S:g} s")
+    if "error" in response:
+        raise AprError(response["error"])
+    cases = [Case(f"{name} {dataset[1]}-{k}", *problem) for k, problem in enumerate(response["problems"])]
+    return Benchmark(f"gym:{name}", cases, GymTask, partial(_is_correct, dataset))
 
 
-def _is_correct(made: tuple[str, int, int], case: Case, answer: str) -> bool:
-    """Whether the dataset gives an answer all of its points; parts of them are for what is near."""
-    score = JUDGE.call("score", *made, int(case.name.rpartition("-")[2]), answer)
+def _is_correct(dataset: tuple[str, int, int], case: Case, answer: str) -> bool:
+    """Whether the dataset gives an answer the full score; near misses get a part of it."""
+    score = JUDGE.call("score", *dataset, int(case.name.rpartition("-")[2]), answer)
     if not isinstance(score, float):
-        raise AprError(f"the judge of gym:{made[0]} has ended: {score}")
+        raise AprError(f"the judge of gym:{dataset[0]} has ended: {score}")
     return score >= 1

@@ -1,7 +1,7 @@
-"""Problems of one dataset of `reasoning-gym` and what it says to answers, a line of JSON for each; run as a program.
+"""Generate problems of a `reasoning-gym` dataset and score answers, one line of JSON each; run as a program.
 
-Some of its datasets read an answer with `eval`. Each is judged in a process of its own that can open nothing, start
-nothing and reach nobody; all that it can do is to be wrong about itself.
+Some datasets read an answer with `eval`. Each answer is therefore scored in a forked process that can open no file, start
+no process and reach no network: the worst that it can do is to misreport its own score.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from typing import Any
 
 from sgl_apr.methods.sandbox import seccomp
 
-warnings.simplefilter("ignore")  # of the library's own code
+warnings.simplefilter("ignore")  # the library's own
 
-with redirect_stdout(sys.stderr):  # what is printed here is an answer
+with redirect_stdout(sys.stderr):  # stdout carries the answers of this program
     from reasoning_gym.factory import DATASETS, create_dataset
 
-ANSWER_TIMEOUT_S = 10  # for one answer
+ANSWER_TIMEOUT_S = 10
 MEMORY_BYTES = 4 << 30
 
 
 class Judge:
-    """One dataset; its problems are made again for the same seed."""
+    """One dataset, generated from a seed.
+
+    Raises:
+        ValueError: If there is no such dataset, or answers cannot be isolated on this machine.
+    """
 
     def __init__(self, name: str, seed: int, size: int) -> None:
         if name not in DATASETS:
@@ -41,23 +45,23 @@ class Judge:
             )
         self.dataset = create_dataset(name, seed=seed, size=size)
         self.entries: list[Mapping[str, Any]] = [self.dataset[k] for k in range(size)]
-        for entry in self.entries:  # what judging needs is imported meanwhile; later that is not possible
+        for entry in self.entries:  # imports what scoring needs, which the sandbox would forbid later
             with suppress(Exception):
                 self.dataset.score_answer(entry["answer"], entry)
         if self.score_if_finished(0, "") is None:
-            raise ValueError("answers cannot be judged here: nothing shuts in what they run")
+            raise ValueError("answers cannot be judged here: this machine cannot isolate what they run")
 
     @property
     def problems(self) -> list[tuple[str, int]]:
-        """Questions, and how hard each is."""
+        """(question, size) of each problem."""
         return [(str(entry["question"]), problem_size(entry)) for entry in self.entries]
 
     def score(self, number: int, answer: str) -> float:
-        """What the dataset says to an answer, from 0 to 1; 0 if it comes to no end."""
+        """The dataset's score of an answer, from 0 to 1; 0 if scoring does not finish."""
         return self.score_if_finished(number, answer) or 0.0
 
     def score_if_finished(self, number: int, answer: str) -> float | None:
-        """The same; None if it comes to no end."""
+        """The same; None if scoring does not finish."""
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
@@ -69,18 +73,18 @@ class Judge:
                 os._exit(0)
         os.close(writing)
         try:
-            said = os.read(reading, 64) if select([reading], [], [], ANSWER_TIMEOUT_S)[0] else b""
+            output = os.read(reading, 64) if select([reading], [], [], ANSWER_TIMEOUT_S)[0] else b""
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os.close(reading)
         with suppress(ValueError):
-            return min(1.0, max(0.0, float(said)))
+            return min(1.0, max(0.0, float(output)))
         return None
 
 
 def enter_sandbox() -> None:
-    """Leave this process what it has: no other file, process, or peer."""
+    """Take away from this process all files, the network, and the right to start processes."""
     for file in (0, 1, 2):
         os.close(file)
     sys.stdout = sys.stderr = io.StringIO()
@@ -93,36 +97,38 @@ def enter_sandbox() -> None:
 
 
 def problem_size(entry: Mapping[str, Any]) -> int:
-    """How hard a problem is: the first thing that its dataset varies and that it says of this one, else its words.
+    """How hard a problem is.
 
-    >>> size({"question": "1 + 2?", "metadata": {"num_terms": 2, "difficulty": {"num_terms": (2, 6)}}})
+    That is the first parameter that its dataset varies and its metadata records; otherwise the words of the question.
+
+    >>> problem_size({"question": "1 + 2?", "metadata": {"num_terms": 2, "difficulty": {"num_terms": (2, 6)}}})
     2
     """
     metadata = entry["metadata"]
     varied = metadata.get("difficulty")
     for name in varied if isinstance(varied, Mapping) else ():
-        for found in (metadata.get(name), metadata.get(f"num_{name}")):
-            if isinstance(found, (list, tuple, str)):
-                return len(found)
-            if isinstance(found, int):
-                return found
+        for value in (metadata.get(name), metadata.get(f"num_{name}")):
+            if isinstance(value, (list, tuple, str)):
+                return len(value)
+            if isinstance(value, int):
+                return value
     return len(str(entry["question"]).split())
 
 
 def main() -> None:
-    """Answer each line, in order: what is wanted of which dataset, seed and size; a number and an answer, for a score."""
+    """Answer each line in order: `[function, dataset, seed, size]`, or with a problem number and an answer, to score it."""
     judge = cache(Judge)
     print("ready", flush=True)
     for line in sys.stdin:
-        _, name, seed, size, *asked = json.loads(line)
-        said: Any
+        _, name, seed, size, *arguments = json.loads(line)
+        response: Any
         try:
             with redirect_stdout(sys.stderr):
-                found = judge(name, seed, size)
-                said = found.score(*asked) if asked else {"problems": found.problems}
-        except Exception as error:  # of any kind: each dataset is code of its own
-            said = {"error": f"{error}"}
-        print(json.dumps(said), flush=True)
+                dataset = judge(name, seed, size)
+                response = dataset.score(*arguments) if arguments else {"problems": dataset.problems}
+        except Exception as error:  # any kind: each dataset is third-party code
+            response = {"error": f"{error}"}
+        print(json.dumps(response), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Problems of a file with their answers, in the style of AIME and MATH, as a benchmark; formulas are compared elsewhere."""
+"""Mathematics problems of a file with their answers, in the style of AIME and MATH, as a benchmark."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ EXPECTED_LINE = '{"problem" or "question": str, "answer": str, "id"?: str, "leve
 
 
 def problem_file(path: str | Path, limit: int) -> Benchmark:
-    """The first problems of a file with a JSON object in each line; raises `AprError` that names another line.
+    """The first problems of a file with one JSON object per line.
 
-    A problem without an id has one by its text; its size is the number in its level ("Level 5"), 0 if it has none.
+    Args:
+        path: Lines `{"problem": ..., "answer": ..., "id": ..., "level": ...}`. Without an id the name is a digest of the
+            text. The size is the number in the level ("Level 5" is 5), or 0.
+        limit: Problems at most.
+
+    Raises:
+        AprError: If the file cannot be read, or a line is not such an object; the message names it.
     """
     path = Path(path)
     cases, answers = list[Case](), dict[str, str]()
@@ -36,9 +42,11 @@ def problem_file(path: str | Path, limit: int) -> Benchmark:
                 answers[case.name] = answer
     except (OSError, UnicodeDecodeError) as error:
         raise AprError(f"cannot read {path}: {error}") from None
-    return Benchmark(
-        path.stem, cases, MathTask, lambda case, said: MathAnswer(answers[case.name]) == MathAnswer(said)
-    )
+
+    def is_correct(case: Case, answer: str) -> bool:
+        return MathAnswer(answers[case.name]) == MathAnswer(answer)
+
+    return Benchmark(path.stem, cases, MathTask, is_correct)
 
 
 def _read(data: Mapping[str, Any]) -> tuple[Case, str]:

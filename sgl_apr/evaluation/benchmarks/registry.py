@@ -1,4 +1,4 @@
-"""Benchmarks by name."""
+"""Find a benchmark by its name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ BENCHMARK_NAMES = ("countdown", "game24", "gym:NAME", "FILE.jsonl")
 
 
 def benchmark(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
-    """The one of that name, with so many problems at the most; raises `AprError` for one that there is not.
+    """The benchmark of a name.
 
-    `split` and `seed` are of those that are made here; problems of a file are taken in its order.
+    Args:
+        name: "countdown", "game24", "gym:NAME" or a path "FILE.jsonl".
+        limit: Problems at most.
+        split: For generated problems: "test", or "train" to choose settings by.
+        seed: Seed of generated problems. The problems of a file are taken in order.
+
+    Raises:
+        AprError: If there is no such benchmark.
     """
     from sgl_apr.evaluation.benchmarks import games, gym, problem_file
 
@@ -20,8 +27,8 @@ def benchmark(name: str, limit: int, split: Split = "test", seed: int = 0) -> Be
     if limit < 1:
         raise AprError(f"limit={limit}, expected at least 1")
     if name in ("countdown", "game24"):
-        made: Benchmark = getattr(games, name)(limit, split, seed)
-        return made
+        game: Benchmark = getattr(games, name)(limit, split, seed)
+        return game
     if kind == "gym" and rest:
         return gym.gym(rest, limit, split, seed)
     if name.endswith(".jsonl"):

@@ -1,4 +1,4 @@
-"""How a model is spoken to: what stands around a message, and behind a reply; no other template is rendered."""
+"""How a message is put to a model: the text around a user's message, and after a reply."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from sgl_apr.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """before, after: what stands around a user's message, up to where the reply begins. end: behind the reply."""
+    """A chat template without roles other than user and assistant.
+
+    Attributes:
+        user_prefix: Text before a user's message.
+        user_suffix: Text after it, up to the start of the reply.
+        reply_suffix: Text after a reply.
+    """
 
     user_prefix: str
     user_suffix: str
     reply_suffix: str
 
     def turn(self, message: str, *, first: bool = True) -> str:
-        """What a user says; `first`: no reply stands before it.
+        """A user's message; `first` means that no reply comes before it.
 
         >>> CHATML.turn("Why?")
         '<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n'
@@ -25,7 +31,7 @@ class ChatTemplate:
 
 
 CHATML = ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
-PLAIN = ChatTemplate("", "\n\n", "\n\n")  # for models that know no turns
+PLAIN = ChatTemplate("", "\n\n", "\n\n")  # for models without a chat format
 
 
 def chat_template_for(tokenizer: Tokenizer) -> ChatTemplate:

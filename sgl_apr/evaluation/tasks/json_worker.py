@@ -1,4 +1,4 @@
-"""A program of this package in a process of its own that answers lines of JSON, and can be ended; it knows no question."""
+"""Run a module of this package as a process that answers lines of JSON, with a timeout."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ START_TIMEOUT_S, ANSWER_TIMEOUT_S = 120.0, 10.0
 
 
 class JsonWorker:
-    """Runs a module, begun when it is first asked, and anew where it was ended. seconds: until an answer is given up.
+    """A process that starts on the first call, and restarts after it was ended.
 
-    The module says a line when it is ready, and then one for each that it reads.
+    The module prints one line when it is ready, and then one line for each that it reads.
+
+    Args:
+        module: The module to run, by its full name.
+        timeout_s: Seconds after which a call is given up.
+        environment: Added to the environment of the process.
     """
 
     def __init__(
@@ -34,7 +39,19 @@ class JsonWorker:
         self._lock = Lock()
 
     def call(self, name: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """What a function there says; None if it does not come to an end, or needs too much memory."""
+        """Call a function of the process.
+
+        Args:
+            name: Name of the function.
+            *arguments: JSON values.
+            timeout_s: Overrides the worker's timeout.
+
+        Returns:
+            Its result; None if it does not finish in time or runs out of memory.
+
+        Raises:
+            AprError: If the process does not start.
+        """
         with self._lock:
             process = self._running()
             assert process.stdin
@@ -42,14 +59,14 @@ class JsonWorker:
                 process.stdin.write(json.dumps([name, *arguments]) + "\n")
                 process.stdin.flush()
                 return json.loads(self._line(process, timeout_s or self.timeout_s) or "null")
-            except BaseException as error:  # an answer that was not read would be taken for the next one
+            except BaseException as error:  # an answer left unread would be taken for the next one
                 self.close()
                 if isinstance(error, BrokenPipeError):
                     return None
                 raise
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         if self._process:
             self._process.kill()
             self._process.communicate()
@@ -67,11 +84,13 @@ class JsonWorker:
         return self._process
 
     def _line(self, process: subprocess.Popen[str], seconds: float) -> str:
-        """Its next line; empty, and it is ended, if none comes."""
+        """Its next line; if none comes in time, the process is ended and the line is empty."""
         assert process.stdout
-        heard = poll()  # not `select`: hundreds of requests have descriptors too large for that
-        heard.register(process.stdout, POLLIN)
-        line = process.stdout.readline() if heard.poll(1000 * seconds) else ""
+        output = (
+            poll()
+        )  # not `select`, which fails for large descriptors, and hundreds of requests may be open
+        output.register(process.stdout, POLLIN)
+        line = process.stdout.readline() if output.poll(1000 * seconds) else ""
         if not line:
             self.close()
         return line

@@ -1,21 +1,28 @@
-"""Mathematics as methods ask for it; what an answer says is found out by `math-verify`, in a process of its own."""
+"""Mathematics as a task: answers are formulas, which `math-verify` reads and compares in a process of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from sgl_apr.engine.base import Engine
+from sgl_apr.errors import require_extra
 from sgl_apr.evaluation.tasks.chat_template import ChatTemplate
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
 from sgl_apr.evaluation.tasks.question import ANSWER, QuestionTask
 
 
 class MathTask(QuestionTask):
-    """Questions whose answer is a formula: what a reply has in a box, its last formula, or its line "Answer:".
+    """Questions whose answer is a formula.
 
-    answers: those that are right, by question, as far as they are known; no method sees them.
+    The answer of a reply is its last box, or else its last formula, or else its line "Answer:".
+
+    Args:
+        engine: Where the model decodes.
+        chat: How the model is addressed; by default chosen by its tokenizer.
+        answers: Correct answers by question, as far as they are known; no method sees them.
     """
 
     name = "mathematics"
@@ -29,8 +36,8 @@ class MathTask(QuestionTask):
         self.answers = answers or {}
 
     def answer(self, text: str) -> str:
-        named = ANSWER.findall(text)
-        return str(FORMULA_WORKER.call("found", text) or (named[-1] if named else ""))
+        lines = ANSWER.findall(text)
+        return str(FORMULA_WORKER.call("extract_answer", text) or (lines[-1] if lines else ""))
 
     def has_answer(self, text: str) -> bool:
         return "\\boxed{" in text or super().has_answer(text)
@@ -39,21 +46,21 @@ class MathTask(QuestionTask):
         return MathAnswer(answer)
 
     def verify(self, problem: str, answer: str) -> bool | None:
-        right = self.answers.get(problem)
-        return None if right is None else MathAnswer(right) == MathAnswer(answer)
+        correct = self.answers.get(problem)
+        return None if correct is None else MathAnswer(correct) == MathAnswer(answer)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MathAnswer:
-    """An answer, which equals all that say the same: 0.5 and 1/2, x + 1 and 1 + x."""
+    """An answer that equals every answer of the same value: 0.5 and 1/2, x + 1 and 1 + x."""
 
     text: str
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, MathAnswer) and (self.text == other.text or _equal(self.text, other.text))
+        return isinstance(other, MathAnswer) and (self.text == other.text or _match(self.text, other.text))
 
     def __hash__(self) -> int:
-        return 0  # what says the same may look like anything
+        return 0  # equal answers may be written in any way
 
 
 class FormulaWorker(JsonWorker):
@@ -62,10 +69,14 @@ class FormulaWorker(JsonWorker):
     def __init__(self) -> None:
         super().__init__("sgl_apr.evaluation.tasks.formula_worker")
 
+    def call(self, name: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        require_extra("math_verify", "eval", "answers of mathematics need math-verify")
+        return super().call(name, *arguments, timeout_s=timeout_s)
+
 
 FORMULA_WORKER = FormulaWorker()
 
 
 @lru_cache(maxsize=1 << 14)
-def _equal(one: str, other: str) -> bool:
-    return bool(FORMULA_WORKER.call("equal", one, other))
+def _match(one: str, other: str) -> bool:
+    return bool(FORMULA_WORKER.call("answers_match", one, other))

@@ -123,18 +123,18 @@ def test_from_another_thread():
 
 def test_a_process_that_is_gone_or_hangs_is_begun_anew(monkeypatch: pytest.MonkeyPatch):
     formulas = FormulaWorker()
-    assert formulas.call("found", "$1$") == "1"
+    assert formulas.call("extract_answer", "$1$") == "1"
     assert formulas._process
     os.kill(formulas._process.pid, signal.SIGKILL)
     formulas._process.wait()
-    assert formulas.call("found", "$2$") == "2"
+    assert formulas.call("extract_answer", "$2$") == "2"
     os.kill(formulas._process.pid, signal.SIGSTOP)
     formulas.timeout_s = 0.3
-    assert formulas.call("found", "$3$") is None
+    assert formulas.call("extract_answer", "$3$") is None
     assert formulas._process is None
     formulas.timeout_s = ANSWER_TIMEOUT_S
-    assert formulas.call("found", "$4$") == "4"
+    assert formulas.call("extract_answer", "$4$") == "4"
     formulas.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(apr.AprError, match="did not start"):
-        formulas.call("found", "$5$")
+        formulas.call("extract_answer", "$5$")

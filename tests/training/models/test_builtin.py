@@ -54,7 +54,7 @@ def test_it_solves_and_an_evaluation_goes_on_where_it_was(
     assert again[:9] == lines[:9]
     assert sorted(json.loads(line)["number"] for line in again[1:]) == list(range(LIMIT))
     assert main([*words, "--seed", "1"]) == 1
-    assert "of another evaluation" in capsys.readouterr().err
+    assert "holds another evaluation" in capsys.readouterr().err
 
 
 def test_the_demo_shows_what_it_chose(url: str):

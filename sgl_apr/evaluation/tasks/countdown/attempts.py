@@ -1,4 +1,4 @@
-"""A served model on Countdown: trajectories of many problems at once, and what became of them; nothing is trained."""
+"""Attempts of a served model at many Countdown problems at once."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.evaluation.tasks.countdown.search import extract_solution
 from sgl_apr.formats.dialects import Dialect
-from sgl_apr.methods.session import gather
+from sgl_apr.runtime.branch_group import gather
 from sgl_apr.runtime.loop import areason
 from sgl_apr.trajectory.trajectory import Trajectory
 
-# How a server is started that answers many at once while nobody reads along: room for what they hold, and few words
-# for many tokens, which is half of the processor time of its front and of ours.
+# Options of a server for many requests at once whose output nobody watches: room for their contexts, and few messages for
+# many tokens, since a message per token takes half of the processor time of the server's front end and of ours.
 SERVER_OPTIONS: dict[str, Any] = {"max_total_tokens": 131072, "stream_interval": 32}
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A problem and what a model did with it."""
+    """A problem, and the trajectory of a model that tried to solve it."""
 
     problem: Problem
     trajectory: Trajectory
 
     @property
     def correct(self) -> bool:
-        """Whether it ends with a right solution."""
+        """Whether it ends with a correct solution."""
         return solves(self.problem, final_solution(self.trajectory))
 
 
 def final_solution(trajectory: Trajectory) -> str:
-    """The solution that a reply ends with; empty if it ends with none."""
+    """The solution that a reply ends with; empty if there is none."""
     return extract_solution(trajectory.answer)
 
 
@@ -47,14 +47,26 @@ async def attempt_problems(
     width: int | None = None,
     **options: Any,
 ) -> list[Attempt]:
-    """One attempt at each of the problems, in their order; options are those of `areason`, and so are errors.
+    """Attempt each of the problems once.
 
-    `width` is stated in the prompts, for a model that has learned to heed it.
+    Args:
+        engine: Where the model decodes.
+        problems: The problems.
+        dialect: As for `areason`.
+        at_once: Problems under way at the same time.
+        width: Branches per fork that the prompts ask for, for a model that was trained with such prompts.
+        **options: Options of `areason`.
+
+    Returns:
+        The attempts, in the order of the problems.
+
+    Raises:
+        AprError: As `areason`.
     """
     gate = asyncio.Semaphore(at_once)
 
-    async def one(problem: Problem) -> Attempt:
+    async def attempt(problem: Problem) -> Attempt:
         async with gate:
             return Attempt(problem, await areason(engine, problem.prompt(width), dialect, **options))
 
-    return await gather(map(one, problems))
+    return await gather(map(attempt, problems))

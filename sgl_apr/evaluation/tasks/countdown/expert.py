@@ -1,4 +1,4 @@
-"""The symbolic search as a model that an engine is asked for: it makes trajectories to learn from; it learns nothing."""
+"""The symbolic Countdown search as a scripted model, whose trajectories are demonstrations to learn from."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ from sgl_apr.runtime.loop import areason
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
-BRANCH_TOKENS = 43  # tokens of the longest message and its result, tags included
-MESSAGE_MARK = ">"  # what a message begins with
+BRANCH_TOKENS = 43  # of the longest message and its result, tags included
+MESSAGE_MARK = ">"  # starts a message
 
 
 @dataclass(frozen=True, slots=True)
 class SearchStyle:
-    """How the search goes about it; what it does by chance is for a model to find better ways in.
+    """How the expert searches; what it decides at random, a trained model can decide better.
 
-    window: tokens that one context may have. forks: how often it forks, by how many numbers there are.
-    width: the fewest and the most branches of a fork. again: how often it forks once more where all of
-    them have failed. lucky: how often the first fork has a step among its few that leads to a solution.
+    Attributes:
+        window: Tokens of the longest context.
+        forks: Probability of a fork, by how many numbers the problem has.
+        width: Smallest and largest number of branches of a fork.
+        revisit_rate: Probability of another fork after one whose branches all failed.
+        hint_rate: Probability that the first fork has few branches, one of them with a step that leads to a solution.
     """
 
     window: int = 512
@@ -52,26 +55,26 @@ class SearchStyle:
 class Expert:
     """Answers the requests of one trajectory, in a dialect whose branches get a message."""
 
-    def __init__(self, problem: Problem, rng: random.Random, habits: SearchStyle, to: Dialect) -> None:
-        self.problem, self.rng, self.habits, self.to = problem, rng, habits, to
-        self.left: list[Step] = []  # first steps not tried yet, the next at the end
-        self.tried: list[Step] = []
+    def __init__(self, problem: Problem, rng: random.Random, style: SearchStyle, dialect: Dialect) -> None:
+        self.problem, self.rng, self.style, self.dialect = problem, rng, style, dialect
+        self.untried: list[Step] = []  # first steps, the next at the end
+        self.last_fork: list[Step] = []  # first steps of the branches of the last fork
 
     def __call__(self, request: Request, prompt: str) -> str:
         if not prompt.startswith(self.problem.text):
             return self.branch(prompt)
-        if self.left or self.tried:
+        if self.untried or self.last_fork:
             return self.after_join(len(request.input_ids))
-        if self.rng.random() >= self.habits.forks.get(len(self.problem.numbers), 0):
-            return sequential_search(self.problem, self.habits.window)
-        self.left = legal_steps(self.problem.numbers)[::-1]
-        if self.rng.random() < self.habits.hint_rate:
-            self.left = self.hinted_steps()
+        if self.rng.random() >= self.style.forks.get(len(self.problem.numbers), 0):
+            return sequential_search(self.problem, self.style.window)
+        self.untried = legal_steps(self.problem.numbers)[::-1]
+        if self.rng.random() < self.style.hint_rate:
+            self.untried = self.hinted_steps()
         return self.fork(self.affordable_branches(len(request.input_ids)))
 
     def hinted_steps(self) -> list[Step]:
-        """Some of the first steps, one that leads to a solution among them if there is one, in their order."""
-        every, most = self.left, self.rng.randint(*self.habits.width)
+        """A few first steps, in order; one of them leads to a solution, if any does."""
+        every, width = self.untried, self.rng.randint(*self.style.width)
         leading = [
             s
             for s in every
@@ -79,48 +82,51 @@ class Expert:
         ]
         chosen = {
             *self.rng.sample(leading, min(1, len(leading))),
-            *self.rng.sample(every, min(most - 1, len(every))),
+            *self.rng.sample(every, min(width - 1, len(every))),
         }
         return [step for step in every if step in chosen]
 
     def affordable_branches(self, context: int) -> int:
-        """How many branches the window has room for."""
-        return (self.habits.window - context - CONCLUSION_TOKENS) // BRANCH_TOKENS
+        """How many branches still fit into the window."""
+        return (self.style.window - context - CONCLUSION_TOKENS) // BRANCH_TOKENS
 
     def fork(self, room: int) -> str:
-        width = min(self.rng.randint(*self.habits.width), len(self.left), room)
-        self.tried = [self.left.pop() for _ in range(width)]
-        messages = [self.message(step) for step in self.tried]
-        first = self.to.first_number
-        return self.to.grammar.render_rule("fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)])
+        width = min(self.rng.randint(*self.style.width), len(self.untried), room)
+        self.last_fork = [self.untried.pop() for _ in range(width)]
+        messages = [self.message(step) for step in self.last_fork]
+        first = self.dialect.first_number
+        return self.dialect.grammar.render_rule(
+            "fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)]
+        )
 
     def message(self, step: Step) -> str:
-        """What a branch is told: a first step, and the problem of one number less that it leads to.
+        """The message of a branch: a first step, and the problem that it leaves.
 
-        A message loses white space around it, and a number without the space before it is another token.
+        A message loses the white space around it, and a number without a space before it is another token. So the message
+        starts with a mark.
         """
         left = Problem(numbers_after(self.problem.numbers, step), self.problem.target)
         return f"{MESSAGE_MARK}{step.text};{left.text}"
 
     def branch(self, prompt: str) -> str:
-        told, _, rest = prompt.removeprefix(MESSAGE_MARK).partition(";")
-        given = Problem.parse(rest)
-        found = search_small(given.numbers, given.target)
-        if found.solution is None:  # and which step it was: who forked it does not see its message any more
-            said = NO_SOLUTION_MARK + told.partition("=")[0]
+        step, _, rest = prompt.removeprefix(MESSAGE_MARK).partition(";")
+        problem = Problem.parse(rest)
+        trace = search_small(problem.numbers, problem.target)
+        if trace.solution is None:  # names its step, since the parent no longer sees the message
+            result = NO_SOLUTION_MARK + step.partition("=")[0]
         else:
-            said = conclusion([*(parse_steps(told) or []), *found.solution])
-        return f"\n{found.text}{self.to.grammar.render_rule('closer', text=said)}"
+            result = conclusion([*(parse_steps(step) or []), *trace.solution])
+        return f"\n{trace.text}{self.dialect.grammar.render_rule('closer', text=result)}"
 
     def after_join(self, context: int) -> str:
-        """The first solution that came back, another fork, or none."""
-        for step in self.tried:
-            found = search_small(numbers_after(self.problem.numbers, step), self.problem.target)
-            if found.solution is not None:
-                return conclusion([step, *found.solution])
+        """The first solution that a branch returned; or else another fork, or no solution."""
+        for step in self.last_fork:
+            trace = search_small(numbers_after(self.problem.numbers, step), self.problem.target)
+            if trace.solution is not None:
+                return conclusion([step, *trace.solution])
         room = (
             self.affordable_branches(context)
-            if self.left and self.rng.random() < self.habits.revisit_rate
+            if self.untried and self.rng.random() < self.style.revisit_rate
             else 0
         )
         return self.fork(room) if room > 0 else conclusion(None)
@@ -135,9 +141,15 @@ async def demonstration(
     target_dialect: Dialect | str = "spawn",
     state_width: bool = False,
 ) -> Trajectory:
-    """A trajectory of the search of a problem, just as the loop records it.
+    """The trajectory of the expert's search of a problem, recorded by the loop.
 
-    `state_width`: all of its forks have one width, drawn from those of its habits, which the prompt says.
+    Args:
+        problem: The problem.
+        tokenizer: Tokenizes the text.
+        seed: Seed of the random choices.
+        style: How the expert searches.
+        target_dialect: A dialect whose branches get a message.
+        state_width: Give all forks of the trajectory one width, drawn from the style's, and state it in the prompt.
     """
     target = dialect(target_dialect) if isinstance(target_dialect, str) else target_dialect
     rng, style, stated = random.Random(f"{seed} {problem.text}"), style or SearchStyle(), None

@@ -1,4 +1,4 @@
-"""Countdown: reach a target from all of some numbers; problems by seed, and an exact verifier that evaluates no text."""
+"""Countdown: combine all given numbers to reach a target. Generated problems, and an exact verifier."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from typing import Literal
 
 from sgl_apr.errors import AprError
 
-LARGEST_INTERMEDIATE = 99  # no number on the way is larger: each is one token of a small vocabulary
-LARGEST_NUMBER, TARGET_RANGE = 25, (10, 99)  # of the numbers given, and where targets lie
-MAX_TRIES = 20_000  # tries without a new problem, behind which there are hardly any left
-MAX_SOLUTIONS = 6  # most ways that a problem has: with more of them the first that comes to mind is one
+LARGEST_INTERMEDIATE = 99  # so that every number is one token of a small vocabulary
+LARGEST_NUMBER, TARGET_RANGE = 25, (10, 99)  # bounds of the given numbers, and of targets
+MAX_TRIES = 20_000  # without a new problem, after which hardly any is left
+MAX_SOLUTIONS = 6  # of a generated problem; with more, almost any steps solve it
 STEP = re.compile(r" (\d{1,4})([-+*/]) (\d{1,4})= (\d{1,4})")
 Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation. `a` is the larger of two that are subtracted or divided, the smaller of others."""
+    """One operation on two numbers.
+
+    Attributes:
+        a: The larger number of a subtraction or division, the smaller one of a sum or product.
+        operator: One of "+-*/".
+        b: The other number.
+        result: The result that the step claims.
+    """
 
     a: int
     operator: str
@@ -32,7 +39,8 @@ class Step:
 
     @property
     def text(self) -> str:
-        """
+        """The step as a solution writes it.
+
         >>> Step(12, "-", 8, 4).text
         ' 12- 8= 4'
         """
@@ -40,72 +48,73 @@ class Step:
 
     @property
     def is_correct(self) -> bool:
-        """Whether it says what comes of it, a whole number above zero."""
+        """Whether the result is right, and a positive whole number."""
         a, b = self.a, self.b
-        whole = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else 0}
-        return self.result == whole[self.operator] > 0
+        results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else 0}
+        return self.result == results[self.operator] > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Numbers, ascending, and what is to be made of all of them."""
+    """Numbers in ascending order, and the target to make of all of them."""
 
     numbers: tuple[int, ...]
     target: int
 
     @property
     def text(self) -> str:
-        """
+        """The problem as a model reads it.
+
         >>> Problem((3, 7, 8, 12), 24).text
         ' 24: 3 7 8 12'
         """
         return f" {self.target}:" + "".join(f" {n}" for n in self.numbers)
 
     def prompt(self, width: int | None = None) -> str:
-        """What a model is asked; with a width, how many branches each of its forks is to have.
+        """The problem; with a width, also how many branches each fork of the reply is to have.
 
-        >>> Problem((3, 7, 8, 12), 24).asked(width=4)
+        >>> Problem((3, 7, 8, 12), 24).prompt(width=4)
         ' 24: 3 7 8 12; 4'
         """
         return self.text if width is None else f"{self.text}; {width}"
 
     @classmethod
     def parse(cls, text: str) -> Problem:
-        """The problem that such a text begins with; raises `AprError` for another."""
-        found = re.match(r" (\d{1,4}):((?: \d{1,4})+)(?!\d)", text)
-        if not found:
+        """The problem at the start of a text; raises `AprError` for any other text."""
+        match = re.match(r" (\d{1,4}):((?: \d{1,4})+)(?!\d)", text)
+        if not match:
             raise AprError(f"expected a problem like ' 24: 3 7 8 12', found {text[:40]!r}")
-        return cls(tuple(sorted(map(int, found[2].split()))), int(found[1]))
+        return cls(tuple(sorted(map(int, match[2].split()))), int(match[1]))
 
     @property
     def split(self) -> Split:
-        """Which part it belongs to, by its content: one problem in ten is for testing, whoever makes it."""
+        """The split that the problem belongs to, by its content: about one problem in ten is for testing."""
         digest = hashlib.sha256(self.text.encode()).digest()
         return "test" if digest[0] < 26 else "train"
 
 
 def legal_steps(numbers: Sequence[int]) -> list[Step]:
-    """Every operation on two of the numbers, in a fixed order; those that give a number from 1 to 99.
+    """Every operation on two of the numbers with a result from 1 to 99, in a fixed order.
 
-    Multiplying or dividing by one is left out: it only loses the one, as nothing else can.
+    Multiplying or dividing by one is left out: all that it does is use up the one.
     """
-    found: dict[Step, None] = {}
+    steps: dict[Step, None] = {}
     for i, a in enumerate(numbers):
         for b in numbers[i + 1 :]:
             low, high = min(a, b), max(a, b)
             if low + high <= LARGEST_INTERMEDIATE:
-                found[Step(low, "+", high, low + high)] = None
+                steps[Step(low, "+", high, low + high)] = None
             if high > low:
-                found[Step(high, "-", low, high - low)] = None
+                steps[Step(high, "-", low, high - low)] = None
             if low > 1 and low * high <= LARGEST_INTERMEDIATE:
-                found[Step(low, "*", high, low * high)] = None
+                steps[Step(low, "*", high, low * high)] = None
             if low > 1 and high % low == 0:
-                found[Step(high, "/", low, high // low)] = None
-    return list(found)
+                steps[Step(high, "/", low, high // low)] = None
+    return list(steps)
 
 
 def numbers_after(numbers: Sequence[int], step: Step) -> tuple[int, ...]:
-    """What is left of the numbers behind a step, ascending."""
+    """The numbers that remain after a step, in ascending order."""
     left = list(numbers)
     left.remove(step.a)
     left.remove(step.b)
@@ -113,13 +122,15 @@ def numbers_after(numbers: Sequence[int], step: Step) -> tuple[int, ...]:
 
 
 def parse_steps(text: str) -> list[Step] | None:
-    """The steps of a solution like ' 3+ 7= 10, 8+ 10= 18'; None for any other text."""
-    found = [STEP.fullmatch(part) for part in text.split(",")]
-    return [Step(int(m[1]), m[2], int(m[3]), int(m[4])) for m in found if m] if all(found) else None
+    """The steps of a solution such as ' 3+ 7= 10, 8+ 10= 18'; None for any other text."""
+    matches = [STEP.fullmatch(part) for part in text.split(",")]
+    return [Step(int(m[1]), m[2], int(m[3]), int(m[4])) for m in matches if m] if all(matches) else None
 
 
 def solves(problem: Problem, text: str) -> bool:
-    """Whether a text (white space around it aside) is a solution: right steps that use up all numbers and end at the target.
+    """Whether a text is a solution: correct steps that use up all numbers and end at the target.
+
+    White space around the text does not matter.
 
     >>> solves(Problem((3, 7, 8), 18), " 3+ 7= 10, 8+ 10= 18")
     True
@@ -141,12 +152,12 @@ def _count_solutions(numbers: tuple[int, ...], target: int) -> int:
 
 
 def count_solutions(problem: Problem) -> int:
-    """In how many ways, as sequences of steps, it can be solved: the fewer, the harder."""
+    """In how many ways, as sequences of steps, a problem can be solved: the fewer, the harder."""
     return _count_solutions(problem.numbers, problem.target)
 
 
 def two_number_problems(split: Split) -> list[Problem]:
-    """All problems of two numbers, in a fixed order."""
+    """All problems of two numbers in a split, in a fixed order."""
     every = [(a, b) for a in range(1, LARGEST_NUMBER + 1) for b in range(a, LARGEST_NUMBER + 1)]
     reached = [(pair, step.result) for pair in every for step in legal_steps(pair)]
     found = dict.fromkeys(Problem(pair, n) for pair, n in reached if TARGET_RANGE[0] <= n <= TARGET_RANGE[1])
@@ -156,9 +167,16 @@ def two_number_problems(split: Split) -> list[Problem]:
 def generate_problems(
     count: int, split: Split, *, seed: int = 0, numbers: Sequence[int] = (3, 4, 4, 4)
 ) -> Iterator[Problem]:
-    """Different problems with 1 to `WAYS` solutions, the same for the same arguments.
+    """Different random problems with 1 to `MAX_SOLUTIONS` solutions, the same for the same arguments.
 
-    `numbers`: how many each has, one in turn. Raises `AprError` if there are not so many.
+    Args:
+        count: How many.
+        split: The split that they belong to.
+        seed: Seed of the problems.
+        numbers: How many numbers a problem has; problems take these in turn.
+
+    Raises:
+        AprError: If hardly any further problem can be found.
     """
     rng, seen, tries = random.Random(f"countdown {split} {seed}"), set[Problem](), 0
     while len(seen) < count:

@@ -1,4 +1,4 @@
-"""A symbolic search of Countdown, written out as a model is to write it: in a line, or with sub searches."""
+"""A symbolic Countdown search, written out in the format that a model is trained on."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, legal_steps, numbers_after
 
 TOKEN = re.compile(r" ?\d+|.", re.DOTALL)
-CONCLUSION_TOKENS = 20  # tokens of the longest conclusion
-SOLUTION_MARK, NO_SOLUTION_MARK = "!", "?"  # what a solution begins with, and what stands for none
+CONCLUSION_TOKENS = 20  # of the longest conclusion
+SOLUTION_MARK, NO_SOLUTION_MARK = "!", "?"
 
 
 @dataclass(frozen=True, slots=True)
 class SearchTrace:
-    """Lines of a search, and the steps that reach the target, if they did."""
+    """The text of a search, and the steps that reach the target, if it found them."""
 
     text: str
     solution: tuple[Step, ...] | None
 
 
 def conclusion(solution: Sequence[Step] | None) -> str:
-    """
+    """The last line of a search.
+
     >>> conclusion([Step(3, "+", 7, 10), Step(8, "+", 10, 18)])
     '! 3+ 7= 10, 8+ 10= 18'
     """
@@ -30,9 +31,9 @@ def conclusion(solution: Sequence[Step] | None) -> str:
 
 
 def extract_solution(text: str) -> str:
-    """That of a text behind the last join.
+    """The solution in the last line of a reply; empty if there is none.
 
-    >>> solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
+    >>> extract_solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
     ' 5- 4= 1, 1+ 19= 20'
     """
     return text.rstrip().rpartition("\n")[2].partition(SOLUTION_MARK)[2]
@@ -41,7 +42,7 @@ def extract_solution(text: str) -> str:
 def search_last_pair(numbers: Sequence[int], target: int) -> SearchTrace:
     """The results of all steps on the last two numbers, up to the target.
 
-    >>> last((10, 12), 22).text
+    >>> search_last_pair((10, 12), 22).text
     ' 22'
     """
     text = ""
@@ -53,52 +54,56 @@ def search_last_pair(numbers: Sequence[int], target: int) -> SearchTrace:
 
 
 def search_small(numbers: Sequence[int], target: int) -> SearchTrace:
-    """All of a search from two or three numbers, in a fixed order, up to the first solution.
+    """Search all of a problem with two or three numbers in a fixed order, up to the first solution.
 
-    A line says a step, the number it leaves, and what the two of them give. Only a target is written before a
-    colon, so that a small model finds it by that, and its text ends with it where it is reached.
+    A line has a step, the number that it leaves, and the results of those two. The text ends with the target where it is
+    reached; elsewhere the target stands only before a colon, so that a small model can tell by it that the search is over.
 
-    >>> low((4, 5, 19), 20).text
+    >>> search_small((4, 5, 19), 20).text
     ' 4+ 5= 9, 19> 28 10\\n 5- 4= 1, 19> 20'
     """
     if len(numbers) == 2:
-        found = search_last_pair(numbers, target)
-        return SearchTrace(f">{found.text}" if found.solution else f">{found.text}\n", found.solution)
+        pair = search_last_pair(numbers, target)
+        return SearchTrace(f">{pair.text}" if pair.solution else f">{pair.text}\n", pair.solution)
     text = ""
     for step in legal_steps(numbers):
-        found = search_last_pair(left := numbers_after(numbers, step), target)
+        pair = search_last_pair(left := numbers_after(numbers, step), target)
         rest = list(left)
         rest.remove(step.result)
-        text += f"{step.text}, {rest[0]}>{found.text}"
-        if found.solution:
-            return SearchTrace(text, (step, *found.solution))
+        text += f"{step.text}, {rest[0]}>{pair.text}"
+        if pair.solution:
+            return SearchTrace(text, (step, *pair.solution))
         text += "\n"
     return SearchTrace(text, None)
 
 
 def count_tokens(text: str) -> int:
-    """How many a text has where every number is one, and so is every other character."""
+    """The number of tokens of a text in which every number is one token, and so is every other character."""
     return len(TOKEN.findall(text))
 
 
 def sequential_search(problem: Problem, max_tokens: int) -> str:
-    """The whole reply of a search in a line, in at most so many tokens: it gives up where its next part has no room.
+    """The complete reply of a sequential search.
 
-    All steps are taken in their fixed order, in which a small model learns soon to leave none out and to repeat none.
+    All steps are tried in their fixed order, so that a small model soon learns to leave none out and to repeat none.
+
+    Args:
+        problem: The problem.
+        max_tokens: The search gives up where its next part does not fit.
     """
     text, solution = "\n", None
     if len(problem.numbers) < 4:
-        found = search_small(problem.numbers, problem.target)
-        text, solution = text + found.text, found.solution
+        trace = search_small(problem.numbers, problem.target)
+        text, solution = text + trace.text, trace.solution
     else:
         for step in legal_steps(problem.numbers):
             left = numbers_after(problem.numbers, step)
-            found = search_small(left, problem.target)
-            part = f"{step.text};{''.join(f' {n}' for n in left)}\n{found.text}"
+            trace = search_small(left, problem.target)
+            part = f"{step.text};{''.join(f' {n}' for n in left)}\n{trace.text}"
             if count_tokens(text + part) > max_tokens - CONCLUSION_TOKENS:
                 break
             text += part
-            if found.solution:
-                solution = (step, *found.solution)
+            if trace.solution:
+                solution = (step, *trace.solution)
                 break
     return text + conclusion(solution)
