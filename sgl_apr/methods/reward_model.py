@@ -1,4 +1,4 @@
-"""A served reward model as a verifier of `best_of_n`; it launches no server and knows no chat template."""
+"""A served reward model as a verifier of `best_of_n`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import aiohttp
-
-from sgl_apr.errors import EngineError, EngineTimeout
+from sgl_apr.engine.http_client import post_json_async
+from sgl_apr.errors import EngineError
 
 
 def concatenate(problem: Any, text: str) -> str:
-    """A problem and a reply, one below the other."""
+    """A problem and a reply on consecutive lines."""
     return f"{problem}\n{text}"
 
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A server with a reward model, `sglang.launch_server --is-embedding` or one that answers alike.
+    """A server with a reward model: `sglang.launch_server --is-embedding`, or one with the same API.
 
-    route: "classify" scores one text, which `show` makes of a problem and a reply, as the chat template of the reward
-    model wants it; "v1/rerank", of cross encoders, gets the two apart. timeout: seconds that an answer may take.
-    Calling it raises an `EngineError` if there is no answer or no score in it, `EngineTimeout` if it takes too long.
+    Attributes:
+        url: The address of the server.
+        route: "classify" scores one text; "v1/rerank", of cross encoders, gets the problem and the reply separately.
+        show: Makes the one text of a problem and a reply, as the chat template of the reward model expects it.
+        timeout: Seconds that a request may take.
+        api_key: Sent as a bearer token.
 
     >>> await best_of_n(engine, "Why?", task=task, verifier=RewardModel("http://127.0.0.1:30001"))  # doctest: +SKIP
     """
@@ -34,36 +36,23 @@ class RewardModel:
     api_key: str | None = None
 
     async def __call__(self, problem: Any, text: str) -> float:
-        """The score of a reply."""
+        """The score of a reply.
+
+        Raises:
+            EngineTimeout: If the server takes longer than `timeout`.
+            EngineError: If there is no answer, or not exactly one score in it.
+        """
         if self.route == "classify":
-            asked: dict[str, Any] = {"text": self.show(problem, text)}
+            body: dict[str, Any] = {"text": self.show(problem, text)}
         else:
-            asked = {"query": str(problem), "documents": [text]}
-        said = await self._post(asked)
+            body = {"query": str(problem), "documents": [text]}
+        url = f"{self.url.rstrip('/')}/{self.route}"
+        answer = await post_json_async(url, body, api_key=self.api_key, timeout=self.timeout)
         try:
-            scores = [float(one["score"]) for one in said] if isinstance(said, list) else said["embedding"]
+            scores = (
+                [float(one["score"]) for one in answer] if isinstance(answer, list) else answer["embedding"]
+            )
             (score,) = scores
             return float(score)
         except (KeyError, TypeError, ValueError):
-            raise EngineError(f"{self._at} says {str(said)[:200]!r}, expected one score") from None
-
-    @property
-    def _at(self) -> str:
-        return f"{self.url.rstrip('/')}/{self.route}"
-
-    async def _post(self, body: dict[str, Any]) -> Any:
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limit = aiohttp.ClientTimeout(total=self.timeout)
-        try:
-            async with (
-                aiohttp.ClientSession(headers=headers, timeout=limit) as session,
-                session.post(self._at, json=body) as response,
-            ):
-                if response.status != 200:
-                    said = " ".join((await response.text()).split())[:300]
-                    raise EngineError(f"{self._at} answered {response.status}: {said}", response.status)
-                return await response.json()
-        except TimeoutError as error:
-            raise EngineTimeout(f"{self._at} did not answer within {self.timeout:g} s") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise EngineError(f"no answer of {self._at}: {error!r}") from error
+            raise EngineError(f"{url} answered {str(answer)[:200]!r}, expected one score") from None

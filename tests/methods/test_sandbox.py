@@ -255,7 +255,7 @@ def test_messages_of_its_own_are_no_more_than_questions():
     (found,) = ran("""
         import json, os, sys
         os.write(1, json.dumps({"query": ["forged"], "deep": False}).encode() + b"\\n")
-        print(json.loads(llm_query.__closure__[0].cell_contents.heard.readline()))
+        print(json.loads(llm_query.__closure__[0].cell_contents.received.readline()))
     """)
     assert found.output == "{'answers': ['FORGED']}\n"
     (found,) = ran("""
@@ -356,7 +356,7 @@ def test_it_dies_with_its_parent():
 
 def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(process.sys, "platform", "darwin")
-    with pytest.raises(apr.SandboxUnavailable, match="Linux's namespaces, found darwin"):
+    with pytest.raises(apr.SandboxUnavailable, match="Linux namespaces, found darwin"):
         ran("print(1)")
 
 
@@ -390,7 +390,7 @@ def test_a_kernel_that_refuses_is_an_error_and_nothing_runs(tmp_path: Path):
         textwrap.dedent(code),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "SandboxUnavailable: programs cannot be shut in here: [Errno 1] unshare" in done.stderr
+    assert "SandboxUnavailable: programs cannot be isolated here: [Errno 1] unshare" in done.stderr
     assert "ran" not in done.stdout
 
 

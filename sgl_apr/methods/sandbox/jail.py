@@ -1,7 +1,8 @@
-"""Shuts a process in: no files but Python's own, no network, no other processes, little memory. Linux only, no fallback.
+"""Isolates a process: no files except the standard library, no network, no other processes, limited memory. Linux only.
 
-Three processes, so that nothing outlives whoever asked: `outer` dies with its parent, `init` with `outer`, and with
-`init`, the first of a process namespace, the kernel ends all that is in there. Only the third runs what a model wrote.
+There are three nested processes, so that none outlives the parent. `outer` dies with its parent, and `init` with
+`outer`. `init` is the first process of a process namespace: when it dies, the kernel kills all others in there. Only
+the third process, `inner`, runs the code of a model.
 """
 
 from __future__ import annotations
@@ -16,75 +17,100 @@ import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import seccomp  # relative: the process inside imports this folder alone
+from . import seccomp  # relative, because the isolated process imports only this folder
 from .repl import Repl
 
-NEW_USER = 0x10000000
-NEW = {"mount": 1 << 17, "cgroup": 1 << 25, "uts": 1 << 26, "ipc": 1 << 27, "pid": 1 << 29, "net": 1 << 30}
+CLONE_NEWUSER = 0x10000000
+NAMESPACES = {
+    "mount": 1 << 17,
+    "cgroup": 1 << 25,
+    "uts": 1 << 26,
+    "ipc": 1 << 27,
+    "pid": 1 << 29,
+    "net": 1 << 30,
+}
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
-KEPT = {0x2: NO_SUID, 0x4: NO_DEV, 0x8: NO_EXEC, 0x400: 1024, 0x800: 2048, 0x1000: 1 << 21}  # statvfs: mount
+MOUNT_FLAGS = {
+    0x2: NO_SUID,
+    0x4: NO_DEV,
+    0x8: NO_EXEC,
+    0x400: 1024,
+    0x800: 2048,
+    0x1000: 1 << 21,
+}  # flags of statvfs: flags of mount
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-DETACH, PARENT_DIES, CAPABILITIES = 2, 1, 0x20080522  # of umount2, of prctl, the version of capset
-DROP = 65534  # a user that owns nothing
-ROOT = "/tmp"  # covered, in a namespace of its own
+MNT_DETACH, PR_SET_PDEATHSIG, CAPABILITY_VERSION = 2, 1, 0x20080522  # of umount2, prctl and capset
+NOBODY = 65534  # a user that owns nothing
+ROOT = "/tmp"  # the new root is mounted over it, in a namespace of its own
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class ResourceLimits:
-    """memory: bytes of address space. cpu: seconds of it in all. output: characters kept of what a block prints."""
+    """Limits of the isolated process.
+
+    Attributes:
+        memory: Bytes of address space.
+        cpu: Seconds of CPU time in total.
+        output: Characters of a block's output that are returned.
+    """
 
     memory: int
     cpu: int
     output: int
 
 
-def main(parent: int, walls: ResourceLimits) -> NoReturn:
-    """Shut in, then serve; what does not work is said in one line to who asked."""
+def main(parent: int, limits: ResourceLimits) -> NoReturn:
+    """Isolate this process and serve; print what does not work as one line of JSON.
+
+    Args:
+        parent: The id of the process that started this one.
+        limits: Limits of the isolated process.
+    """
     try:
-        outer(parent, walls)
+        outer(parent, limits)
     except Exception as error:
         print(json.dumps({"error": f"{error}"}), flush=True)
     os._exit(1)
 
 
-def outer(parent: int, walls: ResourceLimits) -> NoReturn:
-    """Leave all namespaces, and wait for what goes on in the new ones."""
-    _with_parent()
-    if os.getppid() != parent:  # it died before that
+def outer(parent: int, limits: ResourceLimits) -> NoReturn:
+    """Leave all namespaces, and wait for the processes in the new ones."""
+    _die_with_parent()
+    if os.getppid() != parent:  # it died before the line above
         os._exit(1)
     machine = platform.machine()
     if machine not in PIVOT_ROOT:
         raise OSError(f"no list of system calls for {machine}, only for {', '.join(PIVOT_ROOT)}")
     user, group = os.geteuid(), os.getegid()
-    _check("unshare", LIBC.unshare(sum(NEW.values()) | (NEW_USER if user else 0)))
+    _check("unshare", LIBC.unshare(sum(NAMESPACES.values()) | (CLONE_NEWUSER if user else 0)))
     if user:
-        maps = {"setgroups": "deny", "uid_map": f"{DROP} {user} 1", "gid_map": f"{DROP} {group} 1"}
+        maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
         for name, text in maps.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-    _wait(_fork(lambda: init(machine, not user, walls)))
+    _wait(_fork(lambda: init(machine, not user, limits)))
 
 
-def init(machine: str, drop: bool, walls: ResourceLimits) -> NoReturn:
-    """Be the first process: see nothing but the library, give up all rights, and wait for the third."""
-    _with_parent()
+def init(machine: str, drop: bool, limits: ResourceLimits) -> NoReturn:
+    """Be the first process of the namespace: mount only the library, give up all rights, and wait for `inner`."""
+    _die_with_parent()
     _new_root(machine)
-    if drop:  # else a user of its own namespace, who has never been more than they are outside
+    if drop:  # otherwise the user is one of its own namespace, without rights outside
         os.setgroups([])
-        os.setresgid(DROP, DROP, DROP)
-        os.setresuid(DROP, DROP, DROP)
-    header = struct.pack("=IiIIIIII", CAPABILITIES, 0, 0, 0, 0, 0, 0, 0)
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    header = struct.pack("=IiIIIIII", CAPABILITY_VERSION, 0, 0, 0, 0, 0, 0, 0)
     _check("capset", LIBC.capset(header[:8], header[8:]))
-    _with_parent()  # anew, as it is forgotten where rights change
-    _wait(_fork(lambda: inner(machine, walls)))
+    _die_with_parent()  # again, because a change of rights resets it
+    _wait(_fork(lambda: inner(machine, limits)))
 
 
-def inner(machine: str, walls: ResourceLimits) -> NoReturn:
-    """Serve, behind limits and without system calls that lead out."""
-    limits = {
-        resource.RLIMIT_AS: walls.memory,
-        resource.RLIMIT_CPU: walls.cpu,
+def inner(machine: str, limits: ResourceLimits) -> NoReturn:
+    """Serve with resource limits, and without system calls that reach outside."""
+    resource_limits = {
+        resource.RLIMIT_AS: limits.memory,
+        resource.RLIMIT_CPU: limits.cpu,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,
@@ -92,50 +118,52 @@ def inner(machine: str, walls: ResourceLimits) -> NoReturn:
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
-    for limit, value in limits.items():
+    for limit, value in resource_limits.items():
         resource.setrlimit(limit, (value, value))
-    heard, said = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
-    repl = Repl(heard, said, walls.output)
+    received, sent = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
+    repl = Repl(received, sent, limits.output)
     seccomp.install(machine)
     repl.serve()
     os._exit(0)
 
 
 def _new_root(machine: str) -> None:
-    """A file system that holds the standard library, without what was installed into it, and takes no writes."""
-    where = os.path.dirname(os.__file__)
-    library = os.open(where, os.O_PATH)  # it may lie in what is covered next
+    """Change to a read-only file system with only the standard library, without installed packages."""
+    path = os.path.dirname(os.__file__)
+    library = os.open(path, os.O_PATH)  # the next mount may hide it
     _mount("/", RECURSIVE | PRIVATE)
     _mount(ROOT, NO_SUID | NO_DEV | NO_EXEC, b"none", b"tmpfs", b"size=64k,nr_inodes=64,mode=755")
-    os.makedirs(ROOT + where)
-    _mount(ROOT + where, BIND | RECURSIVE, f"/proc/self/fd/{library}".encode())
+    os.makedirs(ROOT + path)
+    _mount(ROOT + path, BIND | RECURSIVE, f"/proc/self/fd/{library}".encode())
     os.close(library)
     for packages in ("site-packages", "dist-packages"):
-        if os.path.isdir(hidden := f"{ROOT}{where}/{packages}"):
+        if os.path.isdir(hidden := f"{ROOT}{path}/{packages}"):
             _mount(hidden, READ_ONLY | NO_SUID | NO_DEV | NO_EXEC, b"none", b"tmpfs", b"size=4k,mode=755")
-    have = os.statvfs(ROOT + where).f_flag
-    kept = sum(flag for has, flag in KEPT.items() if have & has)
-    _mount(ROOT + where, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV | kept)
+    current = os.statvfs(ROOT + path).f_flag
+    flags = sum(mount for statvfs, mount in MOUNT_FLAGS.items() if current & statvfs)
+    _mount(ROOT + path, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV | flags)
     os.chdir(ROOT)
     _check("pivot_root", LIBC.syscall(PIVOT_ROOT[machine], b".", b"."))
-    _check("umount2", LIBC.umount2(b".", DETACH))
+    _check("umount2", LIBC.umount2(b".", MNT_DETACH))
     os.chdir("/")
     _mount("/", REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV | NO_EXEC)
 
 
 def _mount(
-    where: str, flags: int, what: bytes | None = None, kind: bytes | None = None, data: Any = None
+    target: str, flags: int, source: bytes | None = None, kind: bytes | None = None, data: Any = None
 ) -> None:
-    _check(f"mount {where}", LIBC.mount(what, where.encode(), kind, ctypes.c_ulong(flags), data))
+    _check(f"mount {target}", LIBC.mount(source, target.encode(), kind, ctypes.c_ulong(flags), data))
 
 
-def _with_parent() -> None:
-    _check("prctl", LIBC.prctl(PARENT_DIES, ctypes.c_ulong(signal.SIGKILL), *map(ctypes.c_ulong, (0, 0, 0))))
+def _die_with_parent() -> None:
+    _check(
+        "prctl", LIBC.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), *map(ctypes.c_ulong, (0, 0, 0)))
+    )
 
 
-def _check(what: str, result: int) -> None:
+def _check(call: str, result: int) -> None:
     if result:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
 
 
 def _fork(work: Any) -> int:
@@ -150,7 +178,7 @@ def _fork(work: Any) -> int:
 
 
 def _wait(child: int) -> NoReturn:
-    """Until it has ended, without holding on to what it is told and says."""
+    """Wait until a child has ended, with this process's own ends of its input and output closed."""
     os.close(0)
     os.close(1)
     _, status = os.waitpid(child, 0)

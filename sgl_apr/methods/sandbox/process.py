@@ -1,4 +1,7 @@
-"""A sandbox from outside: it is started, asked, and ended in time; nothing that comes out of it is trusted."""
+"""A sandbox seen from outside: it starts the process, exchanges messages with it, and kills it in time.
+
+Nothing that comes from the process is trusted.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,23 @@ from typing import Any
 
 from sgl_apr.errors import SandboxUnavailable
 
-LINE = 8 << 20  # bytes of the longest message that is read
-START_S, END_S = 20.0, 10.0
-MOST = 10_000  # texts that a program asks about at once
-Answer = Callable[[list[str], bool], Awaitable[list[str]]]  # whether each is for one that writes programs
+MAX_MESSAGE_BYTES = 8 << 20
+START_TIMEOUT_S, END_TIMEOUT_S = 20.0, 10.0
+MAX_QUERIES = 10_000  # texts in one query of a program
+NO_MESSAGE = "stopped: it wrote what is no message"
+ENDED = "it ended"
+Answer = Callable[[list[str], bool], Awaitable[list[str]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What programs may take.
+    """Limits of the programs in a sandbox.
 
-    seconds: of one block, without those that a model takes to answer it. cpu: of all blocks together. memory: bytes,
-    the interpreter's own included. output: characters of what a block prints that are kept (20,000: published code of
-    RLM).
+    Attributes:
+        seconds: Wall time of one block, without the time that its queries to a model take.
+        cpu: Seconds of CPU time of all blocks together.
+        memory: Bytes of address space, including the interpreter's own.
+        output: Characters of a block's output that are returned (20,000 in the published code of RLM).
     """
 
     seconds: float = 10.0
@@ -37,22 +44,35 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a block came to: what it printed, and the answer that it gave, if any."""
+    """The result of a block.
+
+    Attributes:
+        output: What it printed, errors included.
+        final: The answer that it gave, None if it gave none.
+    """
 
     output: str
     final: str | None = None
 
 
 class SandboxDied(Exception):
-    """The sandbox has ended, with all of its variables; the message says why."""
+    """The process in the sandbox has ended, and its variables are lost; the message says why."""
 
 
 class Sandbox:
-    """An interpreter for blocks of Python, which hold `variables` and share what they make. Use it with `async with`.
+    """An interpreter for blocks of Python that share their variables. Use it with `async with`.
 
-    A program may ask for what a model says, which `answer` finds. Where a block takes too long, too much, or breaks
-    the interpreter, that is ended; the next block finds a new one. Raises `SandboxUnavailable` where programs cannot
-    be shut in: they never run otherwise.
+    When a block takes too much time or memory, or breaks the interpreter, the process is killed; the next block gets
+    a new one.
+
+    Args:
+        variables: Variables that blocks can read, by name.
+        answer: Answers the queries of programs to a model. It gets the texts, and whether the model may write
+            programs about them; it returns one reply per text.
+        limits: Limits of the programs.
+
+    Raises:
+        SandboxUnavailable: On entry, if this machine cannot isolate programs; they never run without isolation.
     """
 
     def __init__(self, variables: dict[str, str], answer: Answer, limits: Limits | None = None) -> None:
@@ -61,28 +81,28 @@ class Sandbox:
 
     async def __aenter__(self) -> Sandbox:
         try:
-            await self._started()
+            await self._start()
         except BaseException:
-            await asyncio.shield(self.end())
+            await asyncio.shield(self.close())
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.shield(self.end())
+        await asyncio.shield(self.close())
 
     async def run(self, code: str) -> RunResult:
         """Run one block."""
         try:
-            said = await self._exchange({"run": code})
-        except SandboxDied as lost:
-            return RunResult(f"{lost}; its variables are lost")
-        output, chars, final = said.get("output", ""), said.get("chars"), said.get("final")
-        text = _clean(output)[: self.limits.output]
+            response = await self._exchange({"run": code})
+        except SandboxDied as died:
+            return RunResult(f"{died}; its variables are lost")
+        output, chars, final = response.get("output", ""), response.get("chars"), response.get("final")
+        text = _encodable(output)[: self.limits.output]
         if isinstance(chars, int) and chars > len(text):
             text += f"... + [{chars - len(text)} chars...]"
-        return RunResult(text, None if final is None else _clean(final))
+        return RunResult(text, None if final is None else _encodable(final))
 
     async def value(self, name: str) -> str | None:
         """A variable as text; None if there is none of that name."""
@@ -90,10 +110,10 @@ class Sandbox:
             value = (await self._exchange({"value": name})).get("value")
         except SandboxDied:
             return None
-        return None if value is None else _clean(value)
+        return None if value is None else _encodable(value)
 
-    async def end(self) -> None:
-        """End it, with all that runs in it."""
+    async def close(self) -> None:
+        """Kill the process, and everything that runs in it."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -103,65 +123,69 @@ class Sandbox:
         assert process.stdout
         process.stdin.close()
         try:
-            async with asyncio.timeout(END_S):
-                while await process.stdout.read(LINE):  # its end: nobody is left who could write
+            async with asyncio.timeout(END_TIMEOUT_S):
+                while await process.stdout.read(
+                    MAX_MESSAGE_BYTES
+                ):  # ends once nobody is left who could write
                     pass
         except TimeoutError:
             pass
         await process.wait()
 
-    async def _started(self) -> asyncio.subprocess.Process:
+    async def _start(self) -> asyncio.subprocess.Process:
+        """The running process, a new one if it has ended."""
         if self._process and self._process.returncode is None:
             return self._process
-        await self.end()
+        await self.close()
         if sys.platform != "linux":
-            raise SandboxUnavailable(f"programs are shut in by Linux's namespaces, found {sys.platform}")
-        walls = {name: value for name, value in asdict(self.limits).items() if name != "seconds"}
+            raise SandboxUnavailable(f"programs are isolated by Linux namespaces, found {sys.platform}")
+        limits = {name: value for name, value in asdict(self.limits).items() if name != "seconds"}
         start = (
             "import sys; sys.path.append(sys.argv[1]); from sandbox.jail import ResourceLimits, main; "
-            f"main({os.getpid()}, ResourceLimits(**{walls}))"
+            f"main({os.getpid()}, ResourceLimits(**{limits}))"
         )
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", start, str(Path(__file__).parents[1]),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            env={}, cwd="/", limit=LINE, start_new_session=True,
+            env={}, cwd="/", limit=MAX_MESSAGE_BYTES, start_new_session=True,
         )  # fmt: skip
         try:
-            said = await self._said(self._process, START_S)
-            error = None if said.get("ready") else said.get("error")
-        except SandboxDied as lost:
-            said, error = {}, f"{lost}"
-        if not said.get("ready"):
-            await self.end()
-            raise SandboxUnavailable(f"programs cannot be shut in here: {_clean(error)}")
+            response = await self._receive(self._process, START_TIMEOUT_S)
+            error = None if response.get("ready") else response.get("error")
+        except SandboxDied as died:
+            response, error = {}, f"{died}"
+        if not response.get("ready"):
+            await self.close()
+            raise SandboxUnavailable(f"programs cannot be isolated here: {_encodable(error)}")
         try:
             await self._exchange({"set": self.variables})
-        except SandboxDied as lost:
+        except SandboxDied as died:
             raise SandboxUnavailable(
-                f"the text does not fit into a sandbox of {self.limits.memory} bytes: {lost}"
+                f"the text does not fit into a sandbox of {self.limits.memory} bytes: {died}"
             ) from None
         return self._process
 
     async def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
-        """What it says to a message in the end; until then it may ask. Raises `Lost`, and it is over."""
-        process, left = await self._started(), self.limits.seconds
+        """Send a message, answer queries, and return the response. Raises `SandboxDied` after killing the process."""
+        process, left = await self._start(), self.limits.seconds
         clock = asyncio.get_running_loop().time
         while True:
-            began = clock()
+            started = clock()
             try:
-                said = await self._said(process, left, message)
-                texts = _texts(said)
+                response = await self._receive(process, left, message)
+                texts = _queries(response)
             except SandboxDied:
-                await self.end()
+                await self.close()
                 raise
-            left -= clock() - began
+            left -= clock() - started
             if texts is None:
-                return said
-            message = {"answers": await self.answer(texts, bool(said.get("deep")))}
+                return response
+            message = {"answers": await self.answer(texts, bool(response.get("deep")))}
 
-    async def _said(
+    async def _receive(
         self, process: asyncio.subprocess.Process, seconds: float, message: dict[str, Any] | None = None
     ) -> dict[str, Any]:
+        """Send a message, if any, and return the next one that comes back."""
         assert process.stdin
         assert process.stdout
         try:
@@ -170,32 +194,32 @@ class Sandbox:
                     process.stdin.write(json.dumps(message).encode() + b"\n")
                     await process.stdin.drain()
                 line = await process.stdout.readline()
-            said = json.loads(line) if line else None
+            response = json.loads(line) if line else None
         except TimeoutError:
             raise SandboxDied(f"stopped: it took more than {self.limits.seconds:g} s") from None
         except OSError:
-            raise SandboxDied("it ended") from None
+            raise SandboxDied(ENDED) from None
         except (ValueError, RecursionError):
-            raise SandboxDied("stopped: it wrote what is no message") from None
-        if not isinstance(said, dict):
-            raise SandboxDied("it ended" if said is None else "stopped: it wrote what is no message")
-        return said
+            raise SandboxDied(NO_MESSAGE) from None
+        if not isinstance(response, dict):
+            raise SandboxDied(ENDED if response is None else NO_MESSAGE)
+        return response
 
 
-def _texts(said: dict[str, Any]) -> list[str] | None:
-    """Those that a model is asked about; None if it is not. Raises `Lost` where that cannot be."""
-    if "error" in said:
-        raise SandboxDied("it ended")
-    texts = said.get("query")
+def _queries(response: dict[str, Any]) -> list[str] | None:
+    """The texts that a program asks a model about; None if the response is no query."""
+    if "error" in response:
+        raise SandboxDied(ENDED)
+    texts = response.get("query")
     if texts is None:
         return None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise SandboxDied("stopped: it wrote what is no message")
-    if len(texts) > MOST:
-        raise SandboxDied(f"stopped: it asked about more than {MOST} texts at once")
-    return [*map(_clean, texts)]
+        raise SandboxDied(NO_MESSAGE)
+    if len(texts) > MAX_QUERIES:
+        raise SandboxDied(f"stopped: it asked about more than {MAX_QUERIES} texts at once")
+    return [*map(_encodable, texts)]
 
 
-def _clean(text: object) -> str:
-    """As text that can be encoded; a program may make others."""
+def _encodable(text: object) -> str:
+    """Text without lone surrogates, which a program can produce and UTF-8 cannot encode."""
     return str(text).encode(errors="replace").decode()

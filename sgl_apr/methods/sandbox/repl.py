@@ -1,4 +1,4 @@
-"""The interpreter inside the sandbox: it runs blocks of Python that share their variables, and trusts none of them."""
+"""The interpreter inside the sandbox. It runs blocks of Python that share their variables, and trusts none of them."""
 
 from __future__ import annotations
 
@@ -12,59 +12,79 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 NAME = "<repl>"
-for module in ("binascii", "bz2", "hashlib", "lzma", "zlib"):  # they need libraries that are not there later
+for module in (
+    "binascii",
+    "bz2",
+    "hashlib",
+    "lzma",
+    "zlib",
+):  # they need libraries that are unavailable later
     with suppress(ImportError):
         importlib.import_module(module)
 
 
 class Output(io.TextIOBase):
-    """What is printed: its first `most` characters, and how many there were."""
+    """Collects printed text.
 
-    def __init__(self, most: int) -> None:
-        self.most, self.kept, self.chars = most, "", 0
+    Attributes:
+        max_chars: How many characters are stored.
+        stored: The first `max_chars` characters.
+        chars: How many characters were printed.
+    """
+
+    def __init__(self, max_chars: int) -> None:
+        self.max_chars, self.stored, self.chars = max_chars, "", 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        self.kept += text[: max(0, self.most - len(self.kept))]
+        self.stored += text[: max(0, self.max_chars - len(self.stored))]
         self.chars += len(text)
         return len(text)
 
 
 class Repl:
-    """Answers each message, a line of JSON, with another; in between a program may ask what a model says."""
+    """Answers each message, a line of JSON, with another. Meanwhile, a program may query a model by messages of its own.
 
-    def __init__(self, heard: TextIO, said: TextIO, most: int) -> None:
-        self.heard, self.said, self.most = heard, said, most
+    Args:
+        received: Messages from outside.
+        sent: Messages to the outside.
+        max_chars: Characters of a block's output that are sent.
+    """
+
+    def __init__(self, received: TextIO, sent: TextIO, max_chars: int) -> None:
+        self.received, self.sent, self.max_chars = received, sent, max_chars
         self.final: str | None = None
         self.scope: dict[str, Any] = {
             "__name__": "__main__",
-            "llm_query": lambda text: self.ask([text])[0],
-            "llm_query_batched": lambda texts: self.ask(texts),
-            "rlm_query": lambda text: self.ask([text], deep=True)[0],
-            "rlm_query_batched": lambda texts: self.ask(texts, deep=True),
-            "FINAL": self.end,
-            "FINAL_VAR": lambda name: self.end(self.scope.get(name, name) if isinstance(name, str) else name),
+            "llm_query": lambda text: self.query([text])[0],
+            "llm_query_batched": lambda texts: self.query(texts),
+            "rlm_query": lambda text: self.query([text], deep=True)[0],
+            "rlm_query_batched": lambda texts: self.query(texts, deep=True),
+            "FINAL": self.set_final,
+            "FINAL_VAR": lambda name: self.set_final(
+                self.scope.get(name, name) if isinstance(name, str) else name
+            ),
         }
 
     def serve(self) -> None:
-        """Until nothing more is asked."""
-        self.tell({"ready": True})
-        for line in self.heard:
+        """Answer messages until the input ends."""
+        self.send({"ready": True})
+        for line in self.received:
             message: dict[str, Any] = json.loads(line)
             if "set" in message:
                 self.scope.update(message["set"])
-                self.tell({})
+                self.send({})
             elif "run" in message:
-                self.tell(self.run(message["run"]))
+                self.send(self.run(message["run"]))
             else:
                 name = message["value"]
-                self.tell({"value": str(self.scope[name]) if name in self.scope else None})
+                self.send({"value": str(self.scope[name]) if name in self.scope else None})
 
     def run(self, code: str) -> dict[str, Any]:
-        """What a block prints, errors included, and the answer, if it gives one."""
-        output, self.final = Output(self.most), None
+        """Run a block: its output, errors included, and the answer if it gives one."""
+        output, self.final = Output(self.max_chars), None
         sys.stdout = sys.stderr = output
         sys.stdin = io.StringIO()
         try:
@@ -72,17 +92,17 @@ class Repl:
         except BaseException as error:
             trace = error.__traceback__.tb_next if error.__traceback__ else None
             output.write("".join(traceback.format_exception(type(error), error, trace)))
-        return {"output": output.kept, "chars": output.chars, "final": self.final}
+        return {"output": output.stored, "chars": output.chars, "final": self.final}
 
-    def ask(self, texts: Sequence[str], deep: bool = False) -> list[str]:
-        """What a model says to each of them; `deep`: as one that can write programs about it."""
-        self.tell({"query": [str(text) for text in texts], "deep": deep})
-        answers: list[str] = json.loads(self.heard.readline())["answers"]
+    def query(self, texts: Sequence[str], deep: bool = False) -> list[str]:
+        """The replies of a model to the texts; `deep`: of one that can write programs about them."""
+        self.send({"query": [str(text) for text in texts], "deep": deep})
+        answers: list[str] = json.loads(self.received.readline())["answers"]
         return answers
 
-    def end(self, value: object) -> None:
+    def set_final(self, value: object) -> None:
         self.final = str(value)
 
-    def tell(self, message: dict[str, Any]) -> None:
-        self.said.write(json.dumps(message) + "\n")
-        self.said.flush()
+    def send(self, message: dict[str, Any]) -> None:
+        self.sent.write(json.dumps(message) + "\n")
+        self.sent.flush()

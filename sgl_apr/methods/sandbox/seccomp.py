@@ -1,12 +1,12 @@
-"""The system calls that a program in the sandbox may make: those of an interpreter that reads, computes and prints."""
+"""The system calls that a program in the sandbox may make: those that an interpreter needs to read, compute and print."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
 
-# What is not listed is refused: new processes and threads, sockets, signals to others, anything that changes a file.
-# By machine, as AUDIT_ARCH and numbers of its own (asm/unistd_64.h, asm-generic/unistd.h); - where it has none.
+# All other calls are refused: new processes and threads, sockets, signals to others, changes to files. The numbers are
+# those of x86_64 and aarch64 (asm/unistd_64.h, asm-generic/unistd.h); - means that the machine has no such call.
 CALLS = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, lseek 8 62, close 3 57, fcntl 72 25, dup 32 23,
 open 2 -, openat 257 56, stat 4 -, lstat 6 -, fstat 5 80, newfstatat 262 79, statx 332 291, access 21 -,
@@ -20,30 +20,30 @@ getrandom 318 278, uname 63 160, sched_yield 24 124, exit 60 93, exit_group 231 
 """
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 NO_NEW_PRIVS, SECCOMP, FILTER = 38, 22, 2  # of prctl
-LOAD, EQUAL, RETURN = (
-    0x20,
-    0x15,
-    0x06,
-)  # of BPF, at words of the call's description: its number, its architecture
-NUMBER, ARCHITECTURE = 0, 4
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06  # instructions of BPF
+NUMBER, ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
 ALLOW, REFUSE, KILL = (
     0x7FFF0000,
     0x00050000 | 13,
     0x80000000,
-)  # refused: EACCES, which Python takes for an answer
+)  # refused calls return EACCES, which Python handles
 
 
 def numbers(machine: str) -> list[int]:
-    """The allowed calls of a machine; raises `KeyError` for one that is not known."""
+    """The numbers of the allowed calls on a machine.
+
+    Raises:
+        KeyError: If the machine is unknown.
+    """
     column = 1 + list(ARCHITECTURES).index(machine) if machine in ARCHITECTURES else 0
     if not column:
         raise KeyError(machine)
-    every = (call.split()[column] for call in CALLS.strip().split(","))
-    return [int(number) for number in every if number != "-"]
+    calls = (call.split()[column] for call in CALLS.strip().split(","))
+    return [int(number) for number in calls if number != "-"]
 
 
 def program(machine: str) -> bytes:
-    """The filter, as BPF: 8 bytes an instruction, jumps counted from the next one."""
+    """The filter as BPF code: 8 bytes per instruction; jumps count from the next instruction."""
     allowed = numbers(machine)
     steps = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, ARCHITECTURES[machine]), (RETURN, 0, 0, KILL)]
     steps += [(LOAD, 0, 0, NUMBER)]
@@ -53,7 +53,11 @@ def program(machine: str) -> bytes:
 
 
 def install(machine: str) -> None:
-    """From here on nothing else, for this process and all that it could ever start; raises `OSError`."""
+    """Allow only these calls from now on, for this process and all its children.
+
+    Raises:
+        OSError: If the kernel refuses the filter.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     code = program(machine)
     buffer = ctypes.create_string_buffer(code, len(code))
