@@ -1,4 +1,4 @@
-"""What one thought of a model is asked, and what came of it; nothing is asked here."""
+"""A prompt of a method, and the completion that a model wrote for it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from sgl_apr.trajectory.spans import Finish
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one thought is asked: `text` is written first, then the model goes on.
+    """What is written before a model decodes, and how it decodes.
 
-    tokens: decoded at most; None leaves it to the budget. grammar: for the engine's grammar backend. stop: texts
-    that end it, and stay in it. sampling: SGLang's parameters, over those of the run. name: for people. after: what
-    it comes behind without seeing it, where it has a context of its own.
+    Attributes:
+        text: Written first.
+        tokens: Tokens to decode, at most; None leaves it to the budget.
+        grammar: Text for the engine's grammar backend.
+        stop: Texts that end decoding and stay in the output.
+        sampling: SGLang's sampling parameters, over those of the run.
+        name: A label for people.
+        depends_on: Completions that it follows in time without seeing them, if it has a context of its own.
     """
 
     text: str = ""
@@ -30,15 +35,20 @@ class Prompt:
 
     @property
     def without_text(self) -> Prompt:
-        """The same where the text is there already."""
+        """The same for a context that already has the text."""
         return replace(self, text="")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote when it was asked, and where that stands.
+    """What a model wrote, and the sequence that it stands in.
 
-    text: decoded, without an end of text. logprob: the mean over its tokens, None if there are none.
+    Attributes:
+        sequence: Can be continued or forked.
+        engine: Decodes for that sequence.
+        text: What was decoded, without an end-of-text token.
+        finish: How it ended.
+        logprob: Mean log-probability of its tokens, None if there are none.
     """
 
     sequence: SequenceState
@@ -49,5 +59,5 @@ class Completion:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it ended by itself."""
+        """Whether the model ended it."""
         return self.finish in ("stop", "eos")

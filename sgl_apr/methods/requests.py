@@ -1,4 +1,4 @@
-"""The requests of one run of a method: within its budget, behind prefixes that are known; what is asked is not decided here."""
+"""Requests of one run of a method: within its budget, after prefixes that the engine has computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from sgl_apr.engine.base import Engine, Request
+from sgl_apr.engine.base import Engine
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.allocation import Allowance
 from sgl_apr.runtime.budget import Budget
@@ -23,11 +23,17 @@ from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 
+PROMPT_LIMIT = "prompt"  # the limit that a prompt sets itself; it is not recorded as one of the budget's
 
-class Requests:
-    """All sequences pay from one allowance; what a request may write is reserved before it is sent.
 
-    Options are those of a `Plan` that concern requests.
+class MethodRequests:
+    """Sends the requests of a method. All sequences pay from one allowance; tokens are reserved before decoding.
+
+    Args:
+        engine: Decodes.
+        budget: Limits of the run.
+        on_event: Is called with every event.
+        options: The fields of `ReasonOptions` that concern requests, and sampling parameters.
     """
 
     def __init__(
@@ -35,112 +41,117 @@ class Requests:
     ) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.budget = budget or Budget()
-        self.plan = make_options(None, self.tokenizer, budget=self.budget, **{"logprobs": True, **options})
-        self.record = TrajectoryRecorder(self.tokenizer, on_event)
+        self.options = make_options(None, self.tokenizer, budget=self.budget, **{"logprobs": True, **options})
+        self.recorder = TrajectoryRecorder(self.tokenizer, on_event)
         self.rid = f"apr-{uuid.uuid4().hex}"
-        self.seed = self.plan.seed if self.plan.seed is not None else random.getrandbits(31)
-        self.decoder = RequestRunner(engine, self.plan, self.record, self.rid, self.seed)
+        self.seed = self.options.seed if self.options.seed is not None else random.getrandbits(31)
+        self.runner = RequestRunner(engine, self.options, self.recorder, self.rid, self.seed)
         self.allowance = Allowance.of(self.budget)
         self._reserved = 0
-        self._known = list[tuple[int, ...]]()  # what the engine has computed, in order
+        self._computed = list[tuple[int, ...]]()  # prefixes that the engine has computed, sorted
         self._forked = list[Engine]()
 
     @property
-    def left(self) -> int:
-        """Tokens that nobody has reserved."""
+    def unreserved_tokens(self) -> int:
+        """Tokens that no request has reserved."""
         return self.allowance.tokens - self._reserved
 
-    def reserve(self, asks: Sequence[Prompt], of: float = 1.0, most: int | None = None) -> list[int]:
-        """An equal share of what is left for each, `most` at most, and no more than it asks for; set aside until
-        `decode` gives it back."""
-        share = max(0, int(self.left * of) // len(asks))
-        share = share if most is None else min(share, most)
-        tokens = [share if ask.tokens is None else min(share, ask.tokens) for ask in asks]
+    def reserve(
+        self, prompts: Sequence[Prompt], share: float = 1.0, max_tokens: int | None = None
+    ) -> list[int]:
+        """Set tokens aside for each prompt until `decode` gives them back.
+
+        Args:
+            prompts: What will be decoded after.
+            share: The part of the unreserved tokens that all of them may take.
+            max_tokens: Tokens for each prompt, at most.
+
+        Returns:
+            The tokens of each prompt, no more than it asks for.
+        """
+        equal = max(0, int(self.unreserved_tokens * share) // len(prompts))
+        equal = equal if max_tokens is None else min(equal, max_tokens)
+        tokens = [equal if p.tokens is None else min(equal, p.tokens) for p in prompts]
         self._reserved += sum(tokens)
         return tokens
 
-    def write(self, sequence: SequenceState, text: str) -> None:
-        """What a thought is asked, if there is room for it: else nothing can be decoded behind it either."""
-        if len(self.tokenizer.encode(text)) < self.left:
+    def write(self, sequence: SequenceState, text: str, waits_for: tuple[int, ...] = ()) -> None:
+        """Write the text of a prompt. A prompt without room for it cuts the sequence."""
+        if len(self.tokenizer.encode(text)) < self.unreserved_tokens:
             role: Role = "text" if not sequence.path else "body" if sequence.span_order else "header"
-            self.record.inject(sequence, role, text, label=sequence.outline if role == "header" else "")
+            label = sequence.identity.outline if role == "header" else ""
+            sequence.inject(role, text, label, waits_for=waits_for)
         elif text:
             sequence.scope.cancel("length", "tokens")
 
-    async def forks(
-        self, thought: Completion, branches: Sequence[SequenceState], tokens: int
+    async def fork(
+        self, parent: Completion, branches: Sequence[SequenceState], tokens: int
     ) -> tuple[Sequence[Engine], int]:
-        """An engine for each, behind what all have in common. That is committed first; where it is not what one thought
-        has come to, only if it is not known yet."""
-        engine, size = thought.engine, len(branches)
+        """Commit what branches have in common, unless the engine has computed it.
+
+        Returns:
+            An engine for each branch, none if they may only be closed, and how many branches run at once.
+        """
+        engine, size = parent.engine, len(branches)
         if engine is None or not branches:
             return (), size
-        prefix = common([branch.context for branch in branches])
-        new = self._new(prefix) if prefix else 0
-        if size == 1 or not prefix or (new <= 1 and prefix != thought.sequence.context):
+        prefix = common_prefix([branch.context for branch in branches])
+        new = self._uncomputed_tokens(prefix) if prefix else 0
+        if size == 1 or not prefix or (new <= 1 and prefix != parent.sequence.context):
             return [engine] * size, size
-        shared = replace(thought.sequence, context=prefix, span_order=[], kv_layout=())
-        engines, load = await self.decoder.fork(engine, shared, size, new)
-        insort(self._known, prefix)
+        shared = replace(parent.sequence, context=prefix, span_order=[], kv_layout=())
+        engines, load = await self.runner.fork(engine, shared, size, new)
+        insort(self._computed, prefix)
         self._forked += engines
-        return engines, self.decoder.choose_parallelism(thought.sequence, size, tokens, load)
+        return engines, self.runner.choose_parallelism(parent.sequence, size, tokens, load)
 
     async def decode(
-        self, engine: Engine | None, sequence: SequenceState, ask: Prompt, tokens: int
+        self, engine: Engine | None, sequence: SequenceState, prompt: Prompt, tokens: int
     ) -> Completion:
-        """One request, of at most the `tokens` reserved for it, which are given back."""
-        limits = (
-            {} if ask.tokens is None else {"asked": ask.tokens}
-        )  # first: where all is granted, nothing acts
+        """Decode after a sequence, at most the `tokens` reserved for it, which are given back."""
+        # A prompt's own limit comes first: where it is granted in full, no limit of the budget acts.
+        limits = {} if prompt.tokens is None else {PROMPT_LIMIT: prompt.tokens}
         limits["tokens"] = tokens
         if sequence.path and self.budget.branch_tokens is not None:
             limits["branch_tokens"] = self.budget.branch_tokens
-        limits["critical_tokens"] = self.allowance.critical_path_cap - self.record.critical_path_to(sequence)
+        limits["critical_tokens"] = self.allowance.critical_path_cap - sequence.critical_path
         if self.engine.context is not None:
             limits["context"] = self.engine.context - len(sequence.context)
         limit = min(limits, key=limits.__getitem__)
-        most = limits[limit]
+        max_tokens = limits[limit]
         try:
             if self.allowance.calls < 1:
-                limit, most = "calls", 0
-            if engine is None or most < 1 or sequence.scope.cancel_reason:
-                return self._cut(sequence, engine, limit if most < 1 else sequence.scope.limit)
-            return await self._asked(engine, sequence, ask, most, limit)
+                limit, max_tokens = "calls", 0
+            if engine is None or max_tokens < 1 or sequence.scope.cancel_reason:
+                return self._cut(sequence, engine, limit if max_tokens < 1 else sequence.scope.limit)
+            return await self._complete(engine, sequence, prompt, max_tokens, limit)
         finally:
             self._reserved -= tokens
 
     def _cut(self, sequence: SequenceState, engine: Engine | None, limit: str) -> Completion:
-        self.record.record_limit(limit, sequence)
+        self.recorder.log.record_limit(limit, sequence.path)
         finish: Finish = sequence.scope.cancel_reason or "length"
-        self.record.append(
-            sequence, PhaseOutput((SpanDraft(self._role(sequence), "decoded", "", ()),), finish), None
-        )
+        self._append(sequence, "", (), finish, None)
         return Completion(sequence, engine, "", finish)
 
-    def _role(self, sequence: SequenceState) -> Role:
-        return "body" if sequence.path else "text"
+    def _append(
+        self, sequence: SequenceState, text: str, ids: tuple[int, ...], finish: Finish, call: int | None
+    ) -> PhaseOutput:
+        draft = SpanDraft("body" if sequence.path else "text", "decoded", text, ids)
+        output = PhaseOutput((draft,), finish)
+        sequence.append_output(output, call)
+        return output
 
-    async def _asked(
-        self, engine: Engine, sequence: SequenceState, ask: Prompt, most: int, limit: str
+    async def _complete(
+        self, engine: Engine, sequence: SequenceState, prompt: Prompt, max_tokens: int, limit: str
     ) -> Completion:
-        special = [self.tokenizer.special(tag) for tag in ask.stop]
-        request = Request(
-            self.rid,
-            sequence.context,
-            most,
-            {**self.plan.sampling, **ask.sampling},
-            ask.grammar,
-            tuple(i for i in special if i is not None),
-            tuple(t for t, i in zip(ask.stop, special, strict=True) if i is None),
-            logprobs=self.plan.logprobs,
-            fields=self.plan.request_fields,
+        request = self.runner.builder.decode(
+            sequence.context, max_tokens, grammar=prompt.grammar, stop=prompt.stop, sampling=prompt.sampling
         )
-        stream = IncrementalDetokenizer(
-            self.tokenizer, sequence.context, self.record.delta_callback(sequence)
-        )
-        result, call = await self.decoder.send_request(
-            engine, sequence, "ask", self._new(sequence.context), request, stream
-        )
+        emit = self.recorder.events.delta_callback(sequence.path)
+        stream = IncrementalDetokenizer(self.tokenizer, sequence.context, emit)
+        new = self._uncomputed_tokens(sequence.context)
+        result, call = await self.runner.send_request(engine, sequence, "ask", new, request, stream)
         ids = result.token_ids if result else tuple(stream.received_ids)
         ended = bool(ids) and ids[-1] in self.tokenizer.eos_ids
         own = ids[:-1] if ended else ids
@@ -148,44 +159,40 @@ class Requests:
         if result is None:
             finish = sequence.scope.cancel_reason or "aborted"
             if finish != "failed":
-                self.record.record_limit(sequence.scope.limit, sequence)
+                self.recorder.log.record_limit(sequence.scope.limit, sequence.path)
         elif result.finish == "length":
             finish = "length"
-            if limit != "asked":
-                self.record.record_limit(limit, sequence)
+            if limit != PROMPT_LIMIT:
+                self.recorder.log.record_limit(limit, sequence.path)
         elif ended:
             finish = "eos"
         if finish == "failed":
             own = ()
-        insort(self._known, (*sequence.context, *own[:-1]))
+        insort(self._computed, (*sequence.context, *own[:-1]))
         text = self.tokenizer.decode(own, sequence.context)
-        step = PhaseOutput((SpanDraft(self._role(sequence), "decoded", text, own),), finish)
-        self.record.append(sequence, step, call)
-        stream.finish(step)
+        stream.finish(self._append(sequence, text, own, finish, call))
         logprobs = result.logprobs if result else None
         return Completion(sequence, engine, text, finish, fmean(logprobs) if logprobs else None)
 
-    def _new(self, ids: tuple[int, ...]) -> int:
-        """How many of these no request has computed yet; the last is always computed again."""
-        at = bisect(self._known, ids)  # in order, those next to it share most with it
-        return len(ids) - max(
-            (len(common([ids, known])) for known in self._known[max(0, at - 1) : at + 1]), default=0
-        )
+    def _uncomputed_tokens(self, ids: tuple[int, ...]) -> int:
+        """How many of these ids no request has computed. The last one is always computed again."""
+        at = bisect(self._computed, ids)  # sorted: its neighbours share most with it
+        neighbours = self._computed[max(0, at - 1) : at + 1]
+        return len(ids) - max((len(common_prefix([ids, known])) for known in neighbours), default=0)
 
     async def release(self) -> None:
-        """Give the engine back what was forked."""
+        """Release the engines of all forks."""
         for engine in self._forked:
             await engine.release()
 
 
-def common(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What all of them begin with.
 
-    >>> common([(1, 2, 3), (1, 2), (1, 2, 4)])
+    >>> common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)])
     (1, 2)
     """
     low, high = min(sequences), max(sequences)  # all others lie between, and share what these do
-    same = next(
-        (k for k, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
-    )
-    return low[:same]
+    pairs = enumerate(zip(low, high, strict=False))
+    length = next((k for k, (a, b) in pairs if a != b), min(len(low), len(high)))
+    return low[:length]

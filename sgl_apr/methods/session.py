@@ -1,37 +1,62 @@
-"""What programs of a fixed structure are written in: thoughts that follow a prompt or one another, in one trajectory."""
+"""What methods of a fixed structure are written in: completions that follow a prompt or one another, in one trajectory."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BudgetExceeded
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.requests import Requests
-from sgl_apr.runtime.branches import first_error
+from sgl_apr.methods.requests import MethodRequests
+from sgl_apr.runtime.branch_group import BranchGroup, gather
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
-from sgl_apr.runtime.events import BranchEnded, Forked, Joined, OnEvent
-from sgl_apr.runtime.join_policy import Policy, stop_condition
-from sgl_apr.runtime.sequence import SequenceState
-from sgl_apr.trajectory.blocks import outcome
+from sgl_apr.runtime.events import OnEvent
+from sgl_apr.runtime.join_policy import Policy
+from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
-BranchStart = tuple[
-    tuple[int, ...], tuple[int, ...], tuple[int, ...], Prompt
-]  # context, tip, after, and what is asked
+
+
+@dataclass(frozen=True, slots=True)
+class BranchStart:
+    """Where a branch begins.
+
+    Attributes:
+        prompt: What is written first, and how to decode after it.
+        context: The token ids before that.
+        frontier: Spans that it is conditioned on.
+        waits_for: Spans that it follows in time only.
+    """
+
+    prompt: Prompt
+    context: tuple[int, ...] = ()
+    frontier: tuple[int, ...] = ()
+    waits_for: tuple[int, ...] = ()
 
 
 class MethodSession:
-    """One run of a method under one budget: what is asked together runs at once behind one committed prefix.
+    """One run of a method under one budget. Use `method_session`, which cleans up.
 
-    Options are those of `areason` that concern requests (retry, failed, pacing, seed, logprobs, temperature, ...).
-    A budget's `width` limits what runs at once, `branch_tokens` what one thought may decode; its depth, blocks and
-    outlines are for models that fork by themselves. Use `thinking`, which cleans up.
+    Prompts that are sent together run at once after one committed prefix. Of a budget, `width` limits how many run
+    at once and `branch_tokens` what one completion may decode. Its depth, blocks and outlines are for models that
+    fork by themselves.
+
+    Args:
+        engine: Decodes.
+        prompt: Text, or token ids that are sent as they are.
+        method: The name of the method, for the trajectory.
+        budget: Limits of the run.
+        on_event: Is called with every event.
+        options: Options of `areason` that concern requests: retry, on_branch_failure, pacing, seed, temperature.
+
+    Attributes:
+        root: The prompt as a completion without text.
     """
 
     def __init__(
@@ -45,222 +70,238 @@ class MethodSession:
         **options: Any,
     ) -> None:
         self.method = method
-        self.requests = Requests(engine, budget, on_event, options)
-        self.record, self.budget = self.requests.record, self.requests.budget
-        self._within = dict[
-            int, list[tuple[int, SequenceState]]
-        ]()  # branches of sequences, and before which of their spans
+        self.requests = MethodRequests(engine, budget, on_event, options)
+        self.recorder, self.budget = self.requests.recorder, self.requests.budget
+        # The branches of a sequence, and before which of its spans each belongs.
+        self._branches = dict[SequenceState, list[tuple[int, SequenceState]]]()
         tokenizer = engine.tokenizer
-        ids = tuple(tokenizer.encode(prompt, first=True)) if isinstance(prompt, str) else tuple(prompt)
+        ids = (
+            tuple(tokenizer.encode(prompt, add_special_tokens=True))
+            if isinstance(prompt, str)
+            else tuple(prompt)
+        )
         if engine.context is not None and len(ids) >= engine.context:
             raise BudgetExceeded(
                 f"the prompt has {len(ids)} tokens, expected fewer than the {engine.context} of the engine's context"
             )
         seconds = self.budget.seconds
         deadline = asyncio.get_running_loop().time() + seconds if seconds is not None else None
-        self.root = Completion(
-            self.record.trunk(ids, self.requests.allowance, CancelScope(None, deadline, "seconds")), engine
-        )
+        scope = CancelScope(None, deadline, "seconds")
+        self.root = Completion(self.recorder.start_trunk(ids, self.requests.allowance, scope), engine)
 
-    async def continue_from(self, thought: Completion, ask: Prompt | str = "") -> Completion:
-        """Let a thought go on: it is asked in its own context."""
-        ask = self._ask(ask)
-        thought.sequence.waits_for = self._tips(ask.depends_on) if ask.depends_on else ()
-        self.requests.write(thought.sequence, ask.text)
-        (tokens,) = self.requests.reserve([ask])
-        return await self.requests.decode(thought.engine, thought.sequence, ask, tokens)
+    async def continue_from(self, completion: Completion, prompt: Prompt | str = "") -> Completion:
+        """Continue a completion in its own context."""
+        prompt = _as_prompt(prompt)
+        waits_for = self._ends(prompt.depends_on) if prompt.depends_on else ()
+        self.requests.write(completion.sequence, prompt.text, waits_for)
+        (tokens,) = self.requests.reserve([prompt])
+        return await self.requests.decode(completion.engine, completion.sequence, prompt, tokens)
 
     async def fork(
-        self, thought: Completion, asks: Sequence[Prompt | str], *, of: float = 1.0, policy: Policy = "all"
+        self,
+        completion: Completion,
+        prompts: Sequence[Prompt | str],
+        *,
+        share: float = 1.0,
+        policy: Policy = "all",
     ) -> list[Completion]:
-        """Thoughts that follow one, at once, each in a context of its own behind it; in their order.
+        """Completions that continue one in parallel, each in a context of its own after it.
 
-        `of` is the share of what is left of the budget that they may take. Those that `policy` cuts are there too,
-        as they were, and those that failed, with no text.
+        Args:
+            completion: What all of them follow.
+            prompts: One for each branch.
+            share: The part of the unreserved tokens that they may take together.
+            policy: When the others are cut.
+
+        Returns:
+            One completion for each prompt, in order, also those that were cut, and those that failed, without text.
         """
-        sequence = thought.sequence
-        begun = self._begin(
-            sequence, [(sequence.context, sequence.frontier, (), self._ask(ask)) for ask in asks]
-        )
-        return await self._run(thought, begun, of, policy)
+        parent = completion.sequence
+        starts = [BranchStart(_as_prompt(p), parent.context, parent.frontier) for p in prompts]
+        return await self._run(completion, starts, share, policy)
 
     async def sample_independent(
         self,
-        asks: Sequence[Prompt | str],
+        prompts: Sequence[Prompt | str],
         *,
-        of: float = 1.0,
+        share: float = 1.0,
         policy: Policy = "all",
-        at: Completion | None = None,
+        parent: Completion | None = None,
     ) -> list[Completion]:
-        """Thoughts that see nothing but what each is asked, at once. `at`: the thought that goes on behind them."""
-        at = at or self.root
-        return await self._run(at, self._begin(at.sequence, self._apart(asks)), of, policy)
+        """Completions in parallel that see nothing but their own prompt.
+
+        `parent` is the completion that continues after them, by default the root.
+        """
+        return await self._run(parent or self.root, self._independent(prompts), share, policy)
 
     async def prefill(
-        self, asks: Sequence[Prompt | str], *, at: Completion | None = None
+        self, prompts: Sequence[Prompt | str], *, parent: Completion | None = None
     ) -> list[Completion]:
-        """Contexts of their own with what each is asked, behind which nothing is decoded yet: to go on there."""
-        at = at or self.root
-        begun = self._begin(at.sequence, self._apart(asks))
-        engines, _ = await self.requests.forks(at, [branch for branch, _ in begun], 0)
-        opened = [Completion(branch, engines[k] if engines else None) for k, (branch, _) in enumerate(begun)]
-        self._joined(begun, opened)
-        return opened
+        """Contexts of their own that hold a prompt each, to continue from later. Nothing is decoded."""
+        parent = parent or self.root
+        group, _ = self._start(parent.sequence, self._independent(prompts))
+        engines, _ = await self.requests.fork(parent, group.branches, 0)
+        for branch in group.branches:
+            group.end(branch)
+        if group.branches:
+            group.joined()
+        return [
+            Completion(branch, engines[k] if engines else None) for k, branch in enumerate(group.branches)
+        ]
 
-    async def samples(self, asks: Sequence[Prompt], n: int, *, of: float = 1.0) -> list[list[Completion]]:
-        """`n` thoughts behind each of several contexts of their own, all at once; by context, in their order."""
-        opened = await self.prefill(asks)
-        share = int(self.requests.left * of) // max(1, len(asks) * n)
+    async def samples(
+        self, prompts: Sequence[Prompt], n: int, *, share: float = 1.0
+    ) -> list[list[Completion]]:
+        """`n` completions of each prompt, all in parallel, each prompt in a context of its own."""
+        prefilled = await self.prefill(prompts)
+        max_tokens = int(self.requests.unreserved_tokens * share) // max(1, len(prompts) * n)
 
-        def behind(one: Completion, ask: Prompt) -> Coroutine[Any, Any, list[Completion]]:
-            sequence = one.sequence
-            begun = self._begin(sequence, [(sequence.context, sequence.frontier, (), ask.without_text)] * n)
-            return self._run(one, begun, 1.0, "all", share)
+        def sample(completion: Completion, prompt: Prompt) -> Coroutine[Any, Any, list[Completion]]:
+            parent = completion.sequence
+            starts = [BranchStart(prompt.without_text, parent.context, parent.frontier)] * n
+            return self._run(completion, starts, 1.0, "all", max_tokens)
 
-        return await gather([behind(one, ask) for one, ask in zip(opened, asks, strict=True)])
+        return await gather(sample(c, p) for c, p in zip(prefilled, prompts, strict=True))
 
     async def sample_with_context(
-        self, contexts: Sequence[tuple[str, Sequence[Completion], Prompt]], *, of: float = 1.0
+        self, contexts: Sequence[tuple[str, Sequence[Completion], Prompt]], *, share: float = 1.0
     ) -> list[Completion]:
-        """Thoughts behind any text, at once, each with the thoughts that the text shows, whose copies are not counted."""
-        found = [
-            (tuple(self.requests.tokenizer.encode(text, first=True)), self._tips(shown), (), ask)
-            for text, shown, ask in contexts
+        """Completions in parallel after any text.
+
+        Args:
+            contexts: For each completion the text before it, the completions that the text quotes, whose copies do
+                not count as tokens, and its prompt.
+            share: The part of the unreserved tokens that they may take together.
+        """
+        encode = self.requests.tokenizer.encode
+        starts = [
+            BranchStart(prompt, tuple(encode(text, add_special_tokens=True)), self._ends(quoted))
+            for text, quoted, prompt in contexts
         ]
-        return await self._run(self.root, self._begin(self.root.sequence, found), of, "all")
+        return await self._run(self.root, starts, share, "all")
 
     async def run_until_deadline(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """What something else than the engine comes to; None if the time is up before."""
+        """The result of work that is no request; None if the time is up before."""
         try:
             return await self.root.sequence.scope.run(work)
         except ScopeCancelled:
             return None
 
-    def affordable_width(self, wanted: int, need: int = 1, of: float = 1.0, calls: int = 1) -> int:
-        """How many of so many wanted thoughts the budget bears, if each is to get so many tokens and calls; at least one."""
-        bears = [wanted, max(1, int(self.requests.left * of) // max(1, need))]
-        limits = ["", "tokens"]
+    def affordable_width(self, wanted: int, tokens: int = 1, share: float = 1.0, calls: int = 1) -> int:
+        """How many of `wanted` completions the budget can pay for, at least one. The limit that acts is recorded.
+
+        Args:
+            wanted: How many there are to be.
+            tokens: Tokens that each is to get.
+            share: The part of the unreserved tokens that they may take together.
+            calls: Calls that each is to get.
+        """
+        by_tokens = int(self.requests.unreserved_tokens * share) // max(1, tokens)
+        affordable = {"": wanted, "tokens": max(1, by_tokens)}
         if self.budget.width is not None:
-            bears.append(self.budget.width)
-            limits.append("width")
+            affordable["width"] = self.budget.width
         if self.budget.calls is not None:
-            bears.append(max(1, (self.requests.allowance.calls - 1) // calls))
-            limits.append("calls")
-        least = min(bears)
-        if least < wanted:
-            self.record.record_limit(limits[bears.index(least)], self.root.sequence)
-        return least
+            affordable["calls"] = max(1, (self.requests.allowance.calls - 1) // calls)
+        limit = min(affordable, key=affordable.__getitem__)
+        if affordable[limit] < wanted:
+            self.recorder.log.record_limit(limit, ())
+        return affordable[limit]
 
     def finish(self) -> Trajectory:
-        """All that was thought; the last thing to be asked for."""
-        sequence = self.root.sequence
-        sequence.span_order = list(self._order(sequence))
-        return self.record.finish(
-            sequence, self.method, self.requests.seed, self.requests.decoder.supports_seeds
+        """The trajectory. Call it last."""
+        trunk = self.root.sequence
+        trunk.span_order = self._ordered_spans(trunk)
+        return self.recorder.finish(
+            trunk, self.method, self.requests.seed, self.requests.runner.supports_seeds
         )
 
-    def _ask(self, ask: Prompt | str) -> Prompt:
-        return Prompt(ask) if isinstance(ask, str) else ask
+    def _ends(self, completions: Sequence[Completion]) -> tuple[int, ...]:
+        """The last spans of completions, or of the root if there are none."""
+        ends = (i for completion in completions or [self.root] for i in completion.sequence.frontier)
+        return tuple(dict.fromkeys(ends))
 
-    def _tips(self, thoughts: Sequence[Completion]) -> tuple[int, ...]:
-        return tuple(
-            dict.fromkeys(t for thought in thoughts or [self.root] for t in thought.sequence.frontier)
-        )
+    def _independent(self, prompts: Sequence[Prompt | str]) -> list[BranchStart]:
+        return [BranchStart(p, waits_for=self._ends(p.depends_on)) for p in map(_as_prompt, prompts)]
 
-    def _apart(self, asks: Sequence[Prompt | str]) -> list[BranchStart]:
-        return [((), (), self._tips(ask.depends_on), ask) for ask in map(self._ask, asks)]
-
-    def _order(self, sequence: SequenceState) -> Sequence[int]:
+    def _ordered_spans(self, sequence: SequenceState) -> list[int]:
         """The spans of a sequence with those of its branches where they were forked: parents come first."""
-        inside, found, at = self._within.get(id(sequence), []), list[int](), 0
-        for before, branch in inside:
-            found += sequence.span_order[at:before]
-            found += self._order(branch)
-            at = before
-        return [*found, *sequence.span_order[at:]]
+        spans, start = list[int](), 0
+        for before, branch in self._branches.get(sequence, []):
+            spans += sequence.span_order[start:before]
+            spans += self._ordered_spans(branch)
+            start = before
+        return [*spans, *sequence.span_order[start:]]
 
-    def _begin(
-        self, sequence: SequenceState, begun: Sequence[BranchStart]
-    ) -> list[tuple[SequenceState, Prompt]]:
-        """The branches of a fork of `sequence`, with what each is asked."""
-        if not begun:
-            return []
-        sequence.blocks += 1
-        block = (*sequence.path, sequence.blocks)
-        self.record.emit(Forked(block, tuple((f"{k}", ask.name) for k, (*_, ask) in enumerate(begun, 1))))
-        outer, branches = CancelScope(sequence.scope), list[tuple[SequenceState, Prompt]]()
-        for k, (context, tip, after, ask) in enumerate(begun, 1):
+    def _start(
+        self, sequence: SequenceState, starts: Sequence[BranchStart]
+    ) -> tuple[BranchGroup, list[Prompt]]:
+        """Start the branches of a fork of `sequence`."""
+        if not starts:
+            return BranchGroup((*sequence.path, 0), self.recorder.events), []
+        group = BranchGroup(sequence.next_block(), self.recorder.events)
+        identities = [
+            BranchIdentity((*group.block, k), f"{k}", start.prompt.name) for k, start in enumerate(starts, 1)
+        ]
+        group.announce(identities)
+        outer = CancelScope(sequence.scope)
+        for identity, start in zip(identities, starts, strict=True):
             branch = SequenceState(
-                (*block, k), context, tip, self.requests.allowance, CancelScope(outer), number=f"{k}", outline=ask.name, waits_for=after,
-                tolerate_failure=self.requests.plan.on_branch_failure != "raise",
-            )  # fmt: skip
-            self._within.setdefault(id(sequence), []).append((len(sequence.span_order), branch))
-            self.requests.write(branch, ask.text)
-            branch.waits_for = () if branch.span_order else after
-            branches.append((branch, ask))
-        return branches
+                identity,
+                sequence.graph,
+                start.context,
+                start.frontier,
+                self.requests.allowance,
+                CancelScope(outer),
+                prefix_tokens=len(start.context),
+                tolerate_failure=self.requests.options.on_branch_failure != "raise",
+            )
+            self._branches.setdefault(sequence, []).append((len(sequence.span_order), branch))
+            self.requests.write(branch, start.prompt.text, start.waits_for)
+            group.branches.append(branch)
+        return group, [start.prompt for start in starts]
 
     async def _run(
         self,
-        thought: Completion,
-        begun: Sequence[tuple[SequenceState, Prompt]],
-        of: float,
+        parent: Completion,
+        starts: Sequence[BranchStart],
+        share: float,
         policy: Policy,
-        most: int | None = None,
+        max_tokens: int | None = None,
     ) -> list[Completion]:
-        """Let branches decode, at once or as paced, until enough of them have ended; the others are cut."""
-        if not begun:
+        """Start branches and let them decode, at once or as paced, until `policy` has enough of them."""
+        if not starts:
             return []
-        tokens = self.requests.reserve([ask for _, ask in begun], of, most)
-        engines, at_once = await self.requests.forks(thought, [branch for branch, _ in begun], max(tokens))
-        gate, ended, done = asyncio.Semaphore(at_once), list[Completion](), stop_condition(policy, len(begun))
+        group, prompts = self._start(parent.sequence, starts)
+        tokens = self.requests.reserve(prompts, share, max_tokens)
+        engines, parallelism = await self.requests.fork(parent, group.branches, max(tokens))
+        index = {branch: k for k, branch in enumerate(group.branches)}
+        completions = dict[SequenceState, Completion]()
 
-        async def run(k: int, branch: SequenceState, ask: Prompt) -> Completion:
-            async with gate:
-                found = await self.requests.decode(engines[k] if engines else None, branch, ask, tokens[k])
-            if found.finish != "failed":
-                ended.append(found)
-            if len(ended) < len(begun) and done([self.record.branch(t.sequence) for t in ended]):
-                for other, _ in begun:
-                    if all(t.sequence is not other for t in ended):
-                        other.scope.cancel("aborted", "policy")
-            return found
+        async def decode(branch: SequenceState) -> None:
+            k = index[branch]
+            engine = engines[k] if engines else None
+            completions[branch] = await self.requests.decode(engine, branch, prompts[k], tokens[k])
+            group.end(branch)
 
-        found = await gather(run(k, branch, ask) for k, (branch, ask) in enumerate(begun))
-        self._joined(begun, found)
-        return found
-
-    def _joined(self, begun: Sequence[tuple[SequenceState, Prompt]], found: Sequence[Completion]) -> None:
-        for thought in found:
-            self.record.emit(BranchEnded(thought.sequence.path, outcome(thought.finish) or "ok"))
-        if begun:
-            block = begun[0][0].path[:-1]
-            self.record.emit(Joined(block, tuple(branch.path[-1] for branch, _ in begun)))
+        await group.run(decode, policy=policy, parallelism=parallelism)
+        group.joined()
+        return [completions[branch] for branch in group.branches]
 
 
-async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What several come to that run at once; the first failure cancels the others, and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as failed:  # the group has cancelled and awaited the others
-        raise first_error(failed) from first_error(failed).__cause__
-    return [task.result() for task in tasks]
+def _as_prompt(prompt: Prompt | str) -> Prompt:
+    return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
 @asynccontextmanager
 async def method_session(
-    engine: Engine,
-    prompt: str | Sequence[int],
-    method: str,
-    **options: Any,
+    engine: Engine, prompt: str | Sequence[int], method: str, **options: Any
 ) -> AsyncIterator[MethodSession]:
-    """Thoughts whose requests are aborted if anything fails, and whose forks are given back."""
-    run = MethodSession(engine, prompt, method, **options)
+    """A session whose requests are aborted if anything fails, and whose forks are released."""
+    session = MethodSession(engine, prompt, method, **options)
     try:
-        yield run
+        yield session
     except BaseException:
-        await asyncio.shield(engine.abort(run.requests.rid))
+        await asyncio.shield(engine.abort(session.requests.rid))
         raise
     finally:
-        await run.requests.release()
+        await session.requests.release()

@@ -1,97 +1,112 @@
-"""Branches that run while their sequence goes on: async_branches one at a time, and waited for where it asks for them."""
+"""Branches that run while their sequence continues: started one at a time, and joined where it waits for them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.formats.segmenter import Outline
-from sgl_apr.runtime.branches import Branches
-from sgl_apr.runtime.events import Forked, Joined
+from sgl_apr.runtime.allocation import BudgetAllocator
+from sgl_apr.runtime.branch_group import BranchGroup
+from sgl_apr.runtime.branches import BranchStarter
+from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.message_join import write_results
 from sgl_apr.runtime.sequence import PendingBranch, PendingBranches, SequenceState
 
+RunBranchOn = Callable[[Engine | None, BranchGroup, SequenceState], Coroutine[Any, Any, None]]
+
 
 class AsyncBranches:
-    """The asynchronous forks of one trajectory; they run in `tasks`."""
+    """The asynchronous forks of one trajectory. Branches run in `tasks`."""
 
-    def __init__(self, branches: Branches, tasks: asyncio.TaskGroup) -> None:
-        self.branches, self.tasks = branches, tasks
-        self.record, self.grammar = branches.record, branches.grammar
+    def __init__(
+        self,
+        runner: RequestRunner,
+        allocator: BudgetAllocator,
+        starter: BranchStarter,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.runner, self.allocator, self.starter, self.tasks = runner, allocator, starter, tasks
+        self.dialect, self.options = starter.dialect, starter.options
         self._engines = list[Engine]()
 
-    async def spawn(self, engine: Engine | None, sequence: SequenceState, outline: Outline) -> int:
-        """Start one branch and go on beside it. Its share is set aside until it is joined."""
-        make, returned, allowance = self.branches, self.branches.returned, sequence.allowance
-        if not sequence.waiting:
-            sequence.blocks, sequence.ahead = sequence.blocks + 1, PendingBranches()
-            allowance.blocks -= 1
-        ahead = sequence.ahead or PendingBranches()
+    async def spawn(
+        self, engine: Engine | None, sequence: SequenceState, outline: Outline, run_branch: RunBranchOn
+    ) -> int:
+        """Start one branch and continue. Its share is set aside until it is joined.
+
+        Returns:
+            Tokens of the sequence that the engine has not computed: none.
+        """
+        if not sequence.pending_count:
+            group = BranchGroup(sequence.next_block(), self.runner.events)
+            sequence.pending = PendingBranches(group)
+            sequence.allowance.spend(blocks=1)
+        pending = sequence.pending
+        assert pending is not None
+        group = pending.group
         engines: Sequence[Engine] = ()
         if engine:
-            engines, _ = await make.decoder.fork(engine, sequence, 1)
+            engines, _ = await self.runner.fork(engine, sequence, 1)
             self._engines += engines
-        share = make.allocator.branch_allowance(
-            allowance, self.record.critical_path_to(sequence), make.plan.width
+        by_message, overhead = self.allocator.joins_by_message, self.allocator.overhead.branch
+        share = self.allocator.branch_allowance(
+            sequence.allowance, sequence.critical_path, self.options.width
         )
-        make.record.emit(
-            Forked(
-                (*sequence.path, sequence.blocks),
-                ((make.number(outline, ahead.forked), outline.text),),
-                ahead.forked + 1,
-            )
+        (identity,) = self.starter.identities(group.block, [outline], len(group.branches))
+        group.announce([identity])
+        fork_span = sequence.span_order[-1]
+        branch = self.starter.start(sequence, identity, share, self.starter.scope(sequence), fork_span)
+        group.branches.append(branch)
+        task = self.tasks.create_task(run_branch(engines[0] if engines else None, group, branch))
+        reserved = PendingBranch(
+            branch,
+            task,
+            tokens=share.tokens * (1 + by_message) + overhead,
+            closing_tokens=share.critical_path_cap * by_message + overhead,
+            latest_end=branch.allowance.critical_path_cap + overhead,
+            max_result_tokens=min(share.tokens, share.critical_path_cap),
         )
-        branch = make.start_branch(
-            sequence, ahead.forked, outline, share, (sequence.span_order[-1],), make.scope(sequence)
+        sequence.allowance.spend(
+            reserved.tokens, critical_path=reserved.closing_tokens, calls=share.calls, blocks=share.blocks
         )
-        ahead.forked += 1
-        new = len(branch.context) - (0 if returned else len(sequence.context))
-        task = self.tasks.create_task(make.run(engines[0] if engines else None, branch, new))
-        one = make.allocator.overhead.branch
-        tokens, chain = share.tokens * (1 + returned) + one, share.critical_path_cap * returned + one
-        most = min(share.tokens, share.critical_path_cap)
-        aside = PendingBranch(branch, task, tokens, chain, branch.allowance.critical_path_cap + one, most)
-        allowance.tokens -= aside.tokens
-        allowance.critical_path_cap -= aside.closing_tokens
-        allowance.calls -= share.calls
-        allowance.blocks -= share.blocks
-        ahead.running[branch.number] = aside
+        pending.running[identity.number] = reserved
         return 0
 
     async def join(self, sequence: SequenceState, number: str) -> int:
-        """Wait for one branch (its result comes back), or for all of them (they are put behind the wait)."""
-        ahead = sequence.ahead
-        if ahead is None:
+        """Wait for one branch, whose result comes back, or for all, whose text follows the wait.
+
+        Returns:
+            The number of new tokens.
+        """
+        pending, before = sequence.pending, len(sequence.context)
+        if pending is None:
             return 0
-        numbers = [number] if self.branches.returned else list(ahead.running)
-        tips, before, block = [*sequence.frontier], len(sequence.context), (*sequence.path, sequence.blocks)
-        joined = [ahead.running.pop(n) for n in numbers]
-        for aside in joined:
-            await aside.task
-            sequence.allowance.tokens += aside.tokens
-            sequence.allowance.critical_path_cap += aside.closing_tokens
-            self.record.merge_branch(sequence, aside.branch)
-        branches = [a.branch for a in joined]
-        if self.branches.returned:
-            write_results(self.record, self.branches.dialect, sequence, branches, joined[0].max_result_tokens)
+        by_message = self.allocator.joins_by_message
+        numbers = [number] if by_message else list(pending.running)
+        joined = [pending.running.pop(n) for n in numbers]
+        for one in joined:
+            await one.task
+            sequence.allowance.refund(one.tokens, critical_path=one.closing_tokens)
+            sequence.merge(one.branch)
+        branches = [one.branch for one in joined]
+        if by_message:
+            write_results(self.dialect, sequence, branches, joined[0].max_result_tokens)
         else:
-            for branch in branches:
-                prefix = len(branch.context) - sum(self.record.spans[i].tokens for i in branch.span_order)
-                sequence.context += branch.context[prefix:]
-                tips += branch.frontier
-            sequence.frontier = tuple(tips)
-        self.record.emit(Joined(block, tuple(b.path[-1] for b in branches)))
+            sequence.append_branches(branches, after_frontier=True)
+        pending.group.joined(branches)
         return len(sequence.context) - before
 
     async def join_remaining(self, sequence: SequenceState) -> None:
-        """Wait for what the sequence never asked for, because it could not any more."""
-        while sequence.ahead and sequence.ahead.running:
-            number = next(iter(sequence.ahead.running))
-            self.record.inject(sequence, "wait", self.grammar.render_rule("wait", number))
+        """Wait for the branches that a sequence has not waited for when it ends."""
+        while sequence.pending and sequence.pending.running:
+            number = next(iter(sequence.pending.running))
+            sequence.inject("wait", self.dialect.grammar.render_rule("wait", number))
             await self.join(sequence, number)
 
     async def release(self) -> None:
-        """Give back the engines that the forks took."""
-        for forked in self._engines:
-            await forked.release()
+        """Release the engines of all forks."""
+        for engine in self._engines:
+            await engine.release()

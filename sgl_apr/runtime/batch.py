@@ -1,4 +1,4 @@
-"""Many trajectories at once, each written to a file as it ends, and a run that was interrupted goes on; it scores none."""
+"""Run many prompts at once. Each trajectory is written to a file when it ends, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """What became of the problems, by their ids: finished now, found finished, or failed. What failed is not
-    in the file, so that another run tries it again."""
+    """What became of the problems.
+
+    Attributes:
+        finished: Ids of those that this run has finished.
+        skipped: Ids of those that were in the file.
+        failed: Errors by id. They are not in the file, so that the next run tries them again.
+    """
 
     finished: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -47,7 +52,10 @@ def run_many(
     reconnect_timeout: float = 300.0,
     **options: Any,
 ) -> Outcomes:
-    """`arun_many` against the server at `url`, blocking. A server that goes away is waited for, `reconnect_timeout` s."""
+    """`arun_many` against the server at `url`, blocking.
+
+    A server that goes down is waited for, up to `reconnect_timeout` seconds.
+    """
     from sgl_apr.engine.http import HttpEngine
 
     async def once() -> Outcomes:
@@ -69,32 +77,41 @@ async def arun_many(
     progress_bar: bool = False,
     **options: Any,
 ) -> Outcomes:
-    """Let the model answer every problem, `concurrency` of them at once, begun in their order.
+    """Run every problem, in order, `concurrency` of them at once.
 
-    Each trajectory is appended to `path` the moment it ends: one line, `{"id": ..., "trajectory": ...}`
-    (`read_many` reads them). What stands there already is not done again, whatever ended the run that wrote
-    it, and half a line that it left is removed. Options are those of `areason`; a `seed` gives every
-    problem one of its own. Raises `AprError` for a file of another run: other problems under the same ids,
-    or a run that still writes to it.
+    Args:
+        engine: Decodes.
+        problems: Prompts by id.
+        path: Each trajectory is appended to this file when it ends, as one line `{"id": ..., "trajectory": ...}`.
+            Problems that are in the file are skipped. Half a line that an interrupted run left is removed.
+        dialect: As in `areason`.
+        concurrency: How many run at once.
+        progress_bar: Show one on standard error.
+        options: As in `areason`. A `seed` gives every problem a seed of its own.
+
+    Raises:
+        AprError: The file belongs to another run: it has other problems under the same ids, or is being written.
     """
     if concurrency < 1:
         raise AprError(f"concurrency={concurrency}, expected at least 1")
-    asked = make_options(dialect, engine.tokenizer, **options)
+    base = make_options(dialect, engine.tokenizer, **options)
 
     def ids(prompt: Prompt) -> tuple[int, ...]:
-        return tuple(engine.tokenizer.encode(prompt, first=True) if isinstance(prompt, str) else prompt)
+        return tuple(
+            engine.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        )
 
     with open_for_append(Path(path)) as file:
-        found = _found(Path(path), problems)
-        todo = iter([name for name in problems if name not in found])
+        skipped = _finished_ids(Path(path), problems)
+        todo = iter([name for name in problems if name not in skipped])
         finished, failed = list[str](), dict[str, AprError]()
-        bar = _bar(len(problems), len(found)) if progress_bar else None
+        bar = _progress_bar(len(problems), len(skipped)) if progress_bar else None
 
         async def work() -> None:
             for name in todo:
-                seed = None if asked.seed is None else derive_seed(asked.seed, name)
+                seed = None if base.seed is None else derive_seed(base.seed, name)
                 try:
-                    trajectory = await run_with_options(engine, ids(problems[name]), replace(asked, seed=seed))
+                    trajectory = await run_with_options(engine, ids(problems[name]), replace(base, seed=seed))
                 except AprError as error:
                     log.warning("problem %s failed: %s", name, error)
                     failed[name] = error
@@ -108,18 +125,21 @@ async def arun_many(
 
         try:
             async with asyncio.TaskGroup() as workers:
-                for _ in range(min(concurrency, len(problems) - len(found))):
+                for _ in range(min(concurrency, len(problems) - len(skipped))):
                     workers.create_task(work())
         finally:
             if bar:
                 bar.close()
-        return Outcomes(tuple(finished), tuple(found), failed)
+        return Outcomes(tuple(finished), tuple(skipped), failed)
 
 
 def read_many(path: str | Path) -> Iterator[tuple[str, Trajectory]]:
-    """The id and trajectory of every line that `run_many` wrote, in the order in which they ended.
+    """Yield the id and trajectory of every line that `run_many` wrote, in the order in which they ended.
 
-    Raises `AprError` that names the line for anything else, but passes over half a line at the end.
+    Half a line at the end is skipped.
+
+    Raises:
+        AprError: A line is something else.
     """
     for name, data in _lines(Path(path)):
         yield name, Trajectory.from_json(json.dumps(data))
@@ -137,25 +157,25 @@ def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 raise AprError(f'{path}, line {number}: expected {{"id": ..., "trajectory": ...}}') from None
 
 
-def _found(path: Path, problems: Mapping[str, Prompt]) -> dict[str, None]:
+def _finished_ids(path: Path, problems: Mapping[str, Prompt]) -> dict[str, None]:
     """The ids of the problems whose trajectories are in the file."""
-    found = dict[str, None]()
+    finished = dict[str, None]()
     for name, data in _lines(path):
         try:
             first = data["spans"][0]
-            asked, problem = first["text"], problems[name]
-            same = asked == problem if isinstance(problem, str) else first["token_ids"] == list(problem)
+            prompt, problem = first["text"], problems[name]
+            same = prompt == problem if isinstance(problem, str) else first["token_ids"] == list(problem)
         except (KeyError, IndexError, TypeError):
             raise AprError(f"{path} holds {name!r}, which is none of the problems of this run") from None
         if not same:
-            raise AprError(f"{path} holds another problem under the id {name!r}: {asked[:60]!r}")
-        if name in found:
+            raise AprError(f"{path} holds another problem under the id {name!r}: {prompt[:60]!r}")
+        if name in finished:
             raise AprError(f"{path} holds {name!r} twice")
-        found[name] = None
-    return found
+        finished[name] = None
+    return finished
 
 
-def _bar(total: int, done: int) -> Any:
+def _progress_bar(total: int, done: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, initial=done, unit="trajectory")

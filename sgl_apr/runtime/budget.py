@@ -1,4 +1,4 @@
-"""What a trajectory may spend, as asked for; `runtime.allowance` divides it before anything is decoded."""
+"""Limits of one trajectory. `runtime.allocation` divides them before anything is decoded."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import Any
 
 from sgl_apr.errors import BudgetExceeded
 
-REAL = ("seconds", "reserve")  # all other limits are whole numbers
+FLOAT_FIELDS = ("seconds", "reserve")  # all other limits are whole numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Limits of one trajectory, its nested branches included; `Trajectory.limits` says which acted where.
+    """Limits of one trajectory, its nested branches included.
 
-    None leaves a limit out. Where one runs out, what is open is closed by injection, and the trunk goes on
-    with what was reserved for it, so that every reply is whole.
+    None leaves a limit out. `Trajectory.limits` says which limit acted where. When a limit is reached, open tags are
+    closed by injection and the trunk continues with what was reserved for it, so that every reply is complete.
 
-    tokens: decoded and injected tokens of the whole reply, branches included.
-    critical_tokens: the same along the longest chain (the critical path).
-    branch_tokens: decoded tokens of one branch.
-    width: branches a fork may have, made impossible to exceed by the mask; None leaves it to the dialect.
-    depth: how deep forks may nest.
-    blocks: forks, nested ones included. calls: engine requests, commits and retries included. Branches of
-        a fork get equal parts of both, so that what one may do never depends on how fast another is.
-    outline_chars: characters of one outline, which is then one line without `<`; None leaves it free.
-    seconds: wall time. Branches have to end early enough to leave the trunk its reserve.
-    reserve: share of the tokens, calls and time left at a fork that its branches leave to the text behind
-        the join.
+    Attributes:
+        tokens: Decoded and injected tokens of the whole reply.
+        critical_tokens: Tokens along the longest chain, the critical path.
+        branch_tokens: Decoded tokens of one branch.
+        width: Branches of a fork. The mask enforces it. None leaves it to the dialect.
+        depth: How deep forks may nest.
+        blocks: Forks, nested ones included. The branches of a fork get equal parts of `blocks` and `calls`, so that
+            what one may do does not depend on how fast another is.
+        calls: Engine requests, commits and retries included.
+        outline_chars: Characters of one outline, which is then one line without `<`.
+        seconds: Wall time. Branches end early enough to leave the trunk its reserve.
+        reserve: Share of the tokens, calls and time left at a fork that is kept for the text after the join.
     """
 
     tokens: int = 4096
@@ -57,12 +58,17 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """A budget from text, as on a command line; raises `BudgetExceeded` that lists the names.
+        """A budget from text, as on a command line.
+
+        Raises:
+            BudgetExceeded: The text is no list of limits. The message names the limits.
 
         >>> Budget.parse("tokens=1024,seconds=2.5")
         Budget(tokens=1024, critical_tokens=None, branch_tokens=None, width=None, depth=1, blocks=None, calls=None, outline_chars=None, seconds=2.5, reserve=0.25)
         """
-        kinds: dict[str, type[int | float]] = {f.name: int for f in fields(cls)} | dict.fromkeys(REAL, float)
+        kinds: dict[str, type[int | float]] = {f.name: int for f in fields(cls)} | dict.fromkeys(
+            FLOAT_FIELDS, float
+        )
         limits: dict[str, Any] = {}
         for item in filter(None, text.split(",")):
             name, _, value = item.partition("=")
@@ -77,20 +83,26 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """What closing costs at most, in tokens: a cut-off fork, one branch around its text, and the join."""
+    """What closing costs at most, in tokens.
+
+    Attributes:
+        fork: To complete a fork that was cut off.
+        branch: For the tags around one branch, and its result.
+        join: For the join and the end of the text after it.
+    """
 
     fork: int
     branch: int
     join: int
 
     def of(self, branches: int) -> int:
-        """Enough to close a fork of that many branches that was cut off as it began."""
+        """Tokens that close a fork of so many branches that was cut off at its start."""
         return self.fork + branches * self.branch + self.join
 
 
 def lead_chars(tokens: int) -> int:
-    """Characters of text before a fork that has to come, so that most of a phase's tokens are left for it.
+    """Characters of text before a fork that has to come, so that most of the tokens are left for the fork.
 
-    A power of two: there are few of them, and the server keeps a compiled mask for each.
+    It is a power of two, since the server keeps a compiled mask for every value.
     """
     return 1 << max(3, (tokens // 8).bit_length())

@@ -1,4 +1,4 @@
-"""How long a sequence may go on: to a deadline, or until somebody stops it; it decides nothing about why."""
+"""Cancels what a sequence awaits, at a deadline or on request, with everything inside it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ T = TypeVar("T")
 
 
 class ScopeCancelled(Exception):
-    """What was awaited was cut off: the scope that it ran in is over."""
+    """The scope that the work ran in was cancelled, or its deadline has passed."""
 
 
 class CancelScope:
-    """A stretch of work that can be stopped from outside, with everything inside it.
+    """Work that can be cancelled from outside, with all scopes inside it.
 
-    `deadline` is of the event loop's clock; the earlier of one's own and the outer one holds, and `limit`
-    names where it comes from. Stopping cuts what is awaited at once; the sequence itself goes on, and closes
-    what is open.
+    Cancelling ends what is awaited at once. The sequence itself continues without requests, and closes what is open.
+
+    Args:
+        outer: The scope around this one. The earlier of both deadlines holds.
+        deadline: On the event loop's clock.
+        limit: Names the limit that the deadline comes from.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class CancelScope:
 
     @property
     def cancel_reason(self) -> Finish | None:
-        """Why nothing more is to be awaited here, or None."""
+        """Why nothing may be awaited any more, or None."""
         if self.reason is None and self.remaining_seconds() == 0:
             self.reason = "timeout"
         return self.reason
@@ -51,7 +54,7 @@ class CancelScope:
         return max(0.0, self.deadline - asyncio.get_running_loop().time())
 
     def cancel(self, reason: Finish, limit: str = "") -> None:
-        """Cut what is under way here and inside, and let nothing more begin. The first reason stays."""
+        """Cancel what runs here and inside, and let nothing start. The first reason stays."""
         if self.reason is None:
             self.reason, self.limit = reason, limit
         for timeout in self._running:
@@ -61,12 +64,16 @@ class CancelScope:
             scope.cancel(reason, limit)
 
     def detach(self) -> None:
-        """The work is done: the outer scope forgets it."""
+        """Leave the outer scope, once the work is done."""
         if self._outer and self in self._outer._inner:
             self._outer._inner.remove(self)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`; raises `Cut` if this scope ends first, with `work` cancelled and awaited."""
+        """The result of `work`.
+
+        Raises:
+            ScopeCancelled: The scope was cancelled first. `work` has been cancelled and awaited.
+        """
         if self.cancel_reason:
             work.close()
             raise ScopeCancelled

@@ -1,4 +1,4 @@
-"""Token chunks to text as it is written; what the text means is read elsewhere."""
+"""Turns token chunks of one request into text as they arrive."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from sgl_apr.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Hears the token chunks of one request and emits text, if anybody listens; holds back an unfinished
-    character and the end-of-text token. `heard` are the ids so far, `sent` the characters emitted."""
+    """Emits text for the token chunks of one request. Call it with each chunk.
+
+    It holds back an unfinished character and the end-of-text token.
+
+    Args:
+        tokenizer: Decodes.
+        context: The token ids before the first chunk.
+        emit: Receives the text. Without it no text is decoded.
+
+    Attributes:
+        received_ids: The ids so far.
+        emitted_chars: The characters emitted so far.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, context: tuple[int, ...], emit: Callable[[str], None] | None
@@ -22,14 +33,14 @@ class IncrementalDetokenizer:
         self.emitted_chars = 0
 
     def reset(self) -> int:
-        """Forget all of it: the request begins anew. Returns how many characters had been emitted."""
-        sent = self.emitted_chars
+        """Start over for a repeated request. Returns how many characters had been emitted."""
+        emitted = self.emitted_chars
         self.context, self.received_ids, self.pending, self.emitted_chars = self._before, [], [], 0
-        return sent
+        return emitted
 
     def __call__(self, ids: Sequence[int]) -> None:
         self.received_ids += ids
-        if self.emit is None:  # decoding text takes longer than all the rest
+        if self.emit is None:  # decoding would take longer than all else here
             return
         self.pending += [i for i in ids if i not in self._ends]
         text = self.tokenizer.decode(self.pending, self.context)
@@ -39,8 +50,8 @@ class IncrementalDetokenizer:
             self.emitted_chars += len(text)
             self.emit(text)
 
-    def finish(self, step: PhaseOutput) -> None:
-        """Emit what the chunks did not bring: a held-back end, and what was injected."""
-        rest = "".join(piece.text for piece in step.pieces)[self.emitted_chars :]
+    def finish(self, output: PhaseOutput) -> None:
+        """Emit the rest: what was held back, and what was injected."""
+        rest = "".join(piece.text for piece in output.pieces)[self.emitted_chars :]
         if rest and self.emit:
             self.emit(rest)

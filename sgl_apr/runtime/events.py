@@ -1,10 +1,13 @@
-"""What one hears of a trajectory while it is written, and the trajectory rebuilt from it; nothing runs here.
+"""Events of a trajectory while it is written, and the trajectory rebuilt from them.
 
-The order: `Wrote` of the prompt, then what the trunk does. A sequence's `Delta`s come before the `Wrote` of the
-spans that they belong to; `Forked` before anything of its branches; `Ended` behind the last that its branch
-writes; then, in a join by message, what the branch returned, which has its path; `Joined` behind the `Ended` of
-every branch it joins and all that is written at the join. `Done` is the last. What branches of one fork do is
-interleaved as it happens.
+Events come in this order:
+
+1. `SpanFinished` of the prompt, then what the trunk does.
+2. `Delta`s of a sequence, before the `SpanFinished` of the spans that they belong to.
+3. `Forked`, before all events of its branches. Events of parallel branches are interleaved.
+4. `BranchEnded`, after the last event of its branch. In a join by message the result follows, with the branch's path.
+5. `Joined`, after the `BranchEnded` of every branch that it joins and after all that is written at the join.
+6. `Done`, last.
 """
 
 from __future__ import annotations
@@ -29,9 +32,13 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class TextRetracted:
-    """What was heard of a request that failed is void, and comes again: the last `chars` characters at `path`,
-    or, where a branch begins anew (None), all of it and of what it forked; the text of its header comes
-    again, its span does not."""
+    """Text of a request that failed is void, and is sent again.
+
+    Attributes:
+        path: The sequence.
+        chars: How many of its last characters are void. None if a branch restarts: all of its text and of what it
+            forked is void. The text of its header is sent again, the header's span is not.
+    """
 
     path: Path
     chars: int | None
@@ -39,7 +46,7 @@ class TextRetracted:
 
 @dataclass(frozen=True, slots=True)
 class SpanFinished:
-    """A finished span, with the number that other spans call it by in `parents` and `after`."""
+    """A finished span, with the index that other spans use in `parents` and `waits_for`."""
 
     index: int
     span: Span
@@ -55,12 +62,18 @@ class RequestFinished:
 
 @dataclass(frozen=True, slots=True)
 class Forked:
-    """Block `path` has these branches: number and outline, as written. Where a trunk goes on beside its
-    branches there is one event for each, with `first` counting on."""
+    """A fork.
+
+    Attributes:
+        path: The block.
+        branches: Number and outline of each branch, as written.
+        first_branch: The first of these branches, counted from 1. A trunk that continues while its branches run emits
+            one event for each branch.
+    """
 
     path: Path
     branches: tuple[tuple[str, str], ...]
-    first_number: int = 1
+    first_branch: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +86,7 @@ class BranchEnded:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Branches of block `path` (by their last path entry) are in the text of the sequence that forked them."""
+    """Branches of block `path`, by their last path entry, are in the text of the sequence that forked them."""
 
     path: Path
     branches: tuple[int, ...]
@@ -81,7 +94,7 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end: in which order the spans stand in the text, and what holds for the whole of it."""
+    """The end: the order of the spans in the text, and what holds for the whole trajectory."""
 
     order: tuple[int, ...]
     dialect: str
@@ -98,7 +111,11 @@ OnEvent = Callable[[Event], None]
 
 
 def rebuild(events: Iterable[Event]) -> Trajectory:
-    """The trajectory that these events are of, all of them; raises `AprError` if they end before it does."""
+    """The trajectory that these events belong to.
+
+    Raises:
+        AprError: `Done` is missing.
+    """
     spans: dict[int, Span] = {}
     calls: dict[int, Call] = {}
     for event in events:

@@ -83,6 +83,16 @@ class ReasonOptions:
         )
 
     @property
+    def min_forks(self) -> int:
+        """Forks that the trunk has to make."""
+        return max(1, self.min_blocks) if self.mode == "parallel" else self.min_blocks
+
+    @property
+    def max_forks(self) -> int | None:
+        """Forks that the trunk may make; None leaves it to the budget."""
+        return 0 if self.mode == "sequential" else self.max_blocks
+
+    @property
     def effective_policy(self) -> Policy:
         """The policy, or the dialect's own."""
         return self.policy or self.dialect.policy
@@ -119,18 +129,11 @@ class ReasonOptions:
             raise AprError(f'mode={self.mode!r}, expected "auto", "sequential" or "parallel"')
         if self.mode == "sequential" and self.min_blocks:
             raise AprError(f'mode="sequential" forbids the min_blocks={self.min_blocks} blocks asked for')
-        if self.mode == "sequential":
-            object.__setattr__(self, "max_blocks", 0)
-        if self.mode == "parallel":
-            object.__setattr__(self, "min_blocks", max(1, self.min_blocks))
-        if "trunk" not in d.grammar.rules and (self.max_blocks == 0 or self.min_blocks > 1):
-            raise AprError(
-                f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={self.min_blocks}"
-            )
-        if self.min_blocks < 0 or (self.max_blocks is not None and self.max_blocks < self.min_blocks):
-            raise AprError(
-                f"min_blocks={self.min_blocks}, max_blocks={self.max_blocks}: expected 0 <= min <= max"
-            )
+        min_forks, max_forks = self.min_forks, self.max_forks
+        if "trunk" not in d.grammar.rules and (max_forks == 0 or min_forks > 1):
+            raise AprError(f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={min_forks}")
+        if min_forks < 0 or (max_forks is not None and max_forks < min_forks):
+            raise AprError(f"min_blocks={min_forks}, max_blocks={max_forks}: expected 0 <= min <= max")
 
 
 def make_options(

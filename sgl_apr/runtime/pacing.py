@@ -1,4 +1,4 @@
-"""How many branches of a fork run at once on the engine as it is now; it starts none of them."""
+"""How many branches of a fork run at once, given the load of the engine."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from sgl_apr.errors import AprError
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A fork that is about to run: its branches, and the tokens that each may write at the most."""
+    """A fork that is about to run: how many branches, and how many tokens each may write."""
 
     branches: int
     tokens: int
 
 
-# How many at once (1 to all of them), and why.
+# Returns how many branches run at once, and why.
 PacingFunction = Callable[[Demand, Load], tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Pacing:
-    """The default pace: all branches at once, unless fewer at a time end sooner or all do not fit.
+    """Runs all branches at once, unless fewer at a time end sooner or not all fit into memory.
 
-    speed: n branches, k at a time, take n/k rounds (rounded up) of steps with k more requests than run
-        now, by the step times that this client has measured (`Load.step_s`), under whatever load others put
-        on the engine meanwhile. Fewer are run where that ends `gain` times sooner than all at once; where
-        nothing was measured, all are.
-    memory: no more than fit into the free KV tokens, if each writes `fill` of what it may (SGLang's own
-        scheduler expects 0.7 at first, and less and less as it goes on).
-    most: never more than so many.
+    n branches, k at a time, take n/k rounds (rounded up) of decoding steps with k more requests than run now. Step
+    times are those that this client has measured (`Load.step_s`). Without a measurement all branches run at once.
+
+    Attributes:
+        min_speedup: Fewer branches run at once only if that ends so many times sooner.
+        expected_fill: The share of its tokens that a branch is expected to write. No more branches run at once than
+            fit into the free KV tokens. SGLang's scheduler expects 0.7 at first, and less as it continues.
+        max_parallel: How many run at once, at most.
     """
 
     min_speedup: float = 1.1
@@ -44,20 +45,20 @@ class Pacing:
             or not 0 < self.expected_fill <= 1
             or (self.max_parallel is not None and self.max_parallel < 1)
         ):
-            raise AprError(f"{self}: expected gain >= 1, 0 < fill <= 1, most >= 1")
+            raise AprError(f"{self}: expected min_speedup >= 1, 0 < expected_fill <= 1, max_parallel >= 1")
 
     def __call__(self, demand: Demand, load: Load) -> tuple[int, str]:
         n = demand.branches
-        ways = [(n, "all at once"), self._by_speed(n, load), self._by_memory(demand, load)]
+        choices = [(n, "all at once"), self._by_speed(n, load), self._by_memory(demand, load)]
         if self.max_parallel is not None:
-            ways.append((min(n, self.max_parallel), f"at most {self.max_parallel}"))
-        return min(ways, key=lambda way: way[0])
+            choices.append((min(n, self.max_parallel), f"at most {self.max_parallel}"))
+        return min(choices, key=lambda choice: choice[0])
 
     def _by_speed(self, n: int, load: Load) -> tuple[int, str]:
         def seconds(k: int) -> float:
             return -(-n // k) * (load.step_s(load.running + k) or 0.0)
 
-        best = min(range(n, 0, -1), key=seconds)  # of equals the one with the most at once
+        best = min(range(n, 0, -1), key=seconds)  # on a tie, the most at once
         sooner = seconds(n) >= self.min_speedup * seconds(best) > 0
         return (best, f"{best} at a time end {seconds(n) / seconds(best):.2f}x sooner") if sooner else (n, "")
 

@@ -1,4 +1,4 @@
-"""What a phase wrote and what follows from it: pure, and apart from any engine."""
+"""Parses what one phase decoded, and closes what was left open. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.dialects import BranchNumbering, Dialect, Phase
 from sgl_apr.formats.segmenter import Outline, Segment
 from sgl_apr.runtime.budget import Overhead
-from sgl_apr.tokenizer import Tokenizer, split_ids
+from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.spans import Finish, Origin, Role
 
 FAILURE_NOTE = " (failed)"  # what the model reads in place of what a failed branch would have written
@@ -18,7 +18,7 @@ FAILURE_NOTE = " (failed)"  # what the model reads in place of what a failed bra
 
 @dataclass(frozen=True, slots=True)
 class SpanDraft:
-    """A span before it has a place in the graph."""
+    """A span that has no place in the graph yet."""
 
     role: Role
     origin: Origin
@@ -29,10 +29,14 @@ class SpanDraft:
 
 @dataclass(frozen=True, slots=True)
 class PhaseOutput:
-    """A finished phase: its pieces, how it ended, and what follows from it.
+    """What a phase wrote, and what follows.
 
-    `forked` says that it forks, into `outlines` if the format has them; `wait` is the number that the
-    trunk waits for ("" where a format waits for all), None if it does not. With neither, it is over.
+    Attributes:
+        pieces: Its spans.
+        finish: How it ended.
+        forked: It forks.
+        outlines: What the branches are to do, if the format says so.
+        wait: The number of the branch that the trunk waits for, "" for all, None if it does not wait.
     """
 
     pieces: tuple[SpanDraft, ...]
@@ -48,112 +52,120 @@ class PhaseOutput:
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing follows."""
+        """Whether the sequence ends here: it neither forks nor waits."""
         return not self.forked and self.wait is None
 
 
 def parse_phase_output(
     dialect: Dialect,
     phase: Phase,
-    place: BranchNumbering,
+    numbering: BranchNumbering,
     context: tuple[int, ...],
     decoded: tuple[int, ...],
     cut: Finish | None,
     tokenizer: Tokenizer,
 ) -> PhaseOutput:
-    """Read what `phase` decoded behind `context`, and close by injection what was left open.
+    """Parse what a phase decoded, and close by injection what was left open.
 
-    `cut` says what ended it from outside: a limit, another branch, or a failure, which is noted in the
-    text. Ids are only ever split, never encoded again; a trailing end-of-text id is dropped, because
-    whatever comes next writes its own. Text that leaves the dialect (possible only without the grammar)
-    becomes one `malformed` piece.
+    Decoded ids are only split, never encoded again. A trailing end-of-text id is dropped, since whatever comes next
+    writes its own. Text that leaves the dialect, possible only without the grammar, becomes one `malformed` span.
+
+    Args:
+        dialect: The format.
+        phase: The grammar's phase.
+        numbering: The numbers that the phase could write.
+        context: The ids before it.
+        decoded: The ids that the engine returned.
+        cut: What ended the phase from outside: a limit, another branch, or a failure, which is noted in the text.
+        tokenizer: Of the model.
     """
     ended = bool(decoded) and decoded[-1] in tokenizer.eos_ids
     ids = decoded[:-1] if ended else decoded
     text = tokenizer.decode(ids, context)
     in_branch = phase in ("branch", "rejoin")
-    closing, found = "", (None if cut == "failed" else _whole(dialect, phase, place, text))
-    itself = found is not None
+    closing, segments = "", None
+    if cut != "failed":
+        segments = _try_parse(dialect, phase, numbering, text)
+    is_complete = segments is not None
     for note in (FAILURE_NOTE, "") if cut == "failed" else ("",):
-        if found is None:
-            closing = note + (dialect.completion(phase, text + note, place) or "")
-            found = _whole(dialect, phase, place, text + closing)
-    if found is None:
-        return PhaseOutput((SpanDraft("body" if in_branch else "text", "decoded", text, ids),), "malformed")
-    fork = next((s for s in found if s.role == "fork"), None)
-    wait = next((s.number for s in found if s.role == "wait"), None)
-    closes = bool(found) and found[-1].role in ("fork", "wait", "closer")
-    # It closed itself, whichever token the engine ended on; where nothing closes a branch, its end does.
-    ends = closes or (in_branch and ended and not dialect.grammar.closing_literal("body", "1"))
-    finish: Finish = "stop" if itself and ends else cut or ("eos" if ended else "stop")
-    pieces = tuple(_pieces(found, text, ids, closing, tokenizer))
+        if segments is None:
+            closing = note + (dialect.complete_phase(phase, text + note, numbering) or "")
+            segments = _try_parse(dialect, phase, numbering, text + closing)
+    if segments is None:
+        draft = SpanDraft("body" if in_branch else "text", "decoded", text, ids)
+        return PhaseOutput((draft,), "malformed")
+    fork = next((s for s in segments if s.role == "fork"), None)
+    wait = next((s.number for s in segments if s.role == "wait"), None)
+    closes = bool(segments) and segments[-1].role in ("fork", "wait", "closer")
+    # A phase that closed itself has stopped, whichever token the engine ended on. In a format without a closing tag a
+    # branch stops where its text ends.
+    stops = closes or (in_branch and ended and not dialect.grammar.closing_literal("body", "1"))
+    finish: Finish = "stop" if is_complete and stops else cut or ("eos" if ended else "stop")
+    pieces = tuple(_draft_spans(segments, text, ids, closing, tokenizer))
     return PhaseOutput(pieces, finish, fork is not None, fork.outlines if fork else (), wait)
 
 
-def _whole(dialect: Dialect, phase: Phase, place: BranchNumbering, text: str) -> list[Segment] | None:
+def _try_parse(dialect: Dialect, phase: Phase, numbering: BranchNumbering, text: str) -> list[Segment] | None:
     try:
-        return dialect.segments(phase, text, place)
+        return dialect.parse_phase(phase, text, numbering)
     except TraceError:
         return None
 
 
-def _pieces(
-    found: list[Segment], text: str, ids: tuple[int, ...], closing: str, tokenizer: Tokenizer
+def _draft_spans(
+    segments: list[Segment], text: str, ids: tuple[int, ...], closing: str, tokenizer: Tokenizer
 ) -> list[SpanDraft]:
-    """Segments with their ids; a segment that decoding left unfinished becomes a decoded and an injected piece."""
-    cuts: list[tuple[Segment, int, int]] = []
-    for segment in found:
+    """Segments with their ids. A segment that decoding left unfinished becomes a decoded and an injected span."""
+    parts: list[tuple[Segment, int, int]] = []
+    for segment in segments:
         if segment.start < len(text) < segment.end:
-            cuts += [(segment, segment.start, len(text)), (segment, len(text), segment.end)]
+            parts += [(segment, segment.start, len(text)), (segment, len(text), segment.end)]
         else:
-            cuts.append((segment, segment.start, segment.end))
+            parts.append((segment, segment.start, segment.end))
     full = text + closing
-    decoded = [(s, a, b) for s, a, b in cuts if b <= len(text)]
-    injected = [(s, a, b) for s, a, b in cuts if b > len(text)]
-    split = split_ids(ids, text, [b for _, _, b in decoded], tokenizer) if decoded else iter(())
-    pieces = [
-        SpanDraft(s.role, "decoded", full[a:b], token_ids, s.label)
-        for (s, a, b), token_ids in zip(decoded, split, strict=True)
+    decoded = [(s, start, end) for s, start, end in parts if end <= len(text)]
+    injected = [(s, start, end) for s, start, end in parts if end > len(text)]
+    split = split_token_ids(ids, text, [end for _, _, end in decoded], tokenizer) if decoded else iter(())
+    drafts = [
+        SpanDraft(s.role, "decoded", full[start:end], token_ids, s.label)
+        for (s, start, end), token_ids in zip(decoded, split, strict=True)
     ]
-    return pieces + [
-        SpanDraft(s.role, "injected", full[a:b], tuple(tokenizer.encode(full[a:b])), s.label)
-        for s, a, b in injected
+    return drafts + [
+        SpanDraft(s.role, "injected", full[start:end], tuple(tokenizer.encode(full[start:end])), s.label)
+        for s, start, end in injected
     ]
 
 
 @lru_cache(maxsize=256)
 def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
-    """What the runtime may have to inject, in tokens of this tokenizer, at the most."""
+    """What the runtime may have to inject to close a fork, at most, in tokens of this tokenizer."""
 
     def cost(text: str | None) -> int:
         return len(tokenizer.encode(text or ""))
 
-    grammar = dialect.grammar
+    def cost_to_complete(phase: Phase, text: str = "") -> int:
+        return cost(dialect.complete_phase(phase, text, numbering))
+
+    grammar, by_message = dialect.grammar, dialect.branch_context == "message"
     number = str(dialect.first_number + dialect.max_width - 1)
     deepest = ".".join([number] * dialect.max_depth)
-    place = BranchNumbering(prefix=deepest[: -len(number)], number="" if grammar.repeats("fork") else number)
-    openings = [grammar.opening_literal(rule) for rule in ("fork", "wait")]
-    nests = "rejoin" in grammar.rules
-    returned = ""
-    if (
-        dialect.branch_context == "message"
-    ):  # which is told something, and whose result may name what was asked
-        name = "0" * grammar.longest_name("result")
-        returned = PLACEHOLDER + grammar.render_rule("result", deepest, PLACEHOLDER, name)
-    return Overhead(
-        fork=max(cost(dialect.completion("trunk", o, place)) + cost(o) for o in openings)
-        if "trunk" in grammar.rules
-        else 0,
-        branch=cost(
-            grammar.render_rule("header", deepest, PLACEHOLDER) if dialect.branch_context == "prefix" else ""
-        )
-        + cost(dialect.completion("branch", "", place))
-        + cost(FAILURE_NOTE)
-        + cost(returned)
-        + cost(grammar.closing_literal("wait", number)),
-        join=cost(grammar.render_rule("lead"))
-        + cost(grammar.render_rule("tail"))
-        + cost(dialect.completion("after", "", place))
-        + max(cost(dialect.completion("after", tag, place)) for tag in ("", *grammar.tag_literals))
-        + (cost(dialect.completion("rejoin", "", place)) if nests else 0),
+    numbering = BranchNumbering(
+        prefix=deepest[: -len(number)], number="" if grammar.has_repetition("fork") else number
     )
+    fork = 0
+    if "trunk" in grammar.rules:
+        openings = [grammar.opening_literal(rule) for rule in ("fork", "wait")]
+        fork = max(cost_to_complete("trunk", o) + cost(o) for o in openings)
+    header = result = ""
+    if by_message:  # the branch has a prompt, and its result may name its outline
+        name = "0" * grammar.max_name_chars("result")
+        result = PLACEHOLDER + grammar.render_rule("result", deepest, PLACEHOLDER, name)
+    else:
+        header = grammar.render_rule("header", deepest, PLACEHOLDER)
+    branch = cost(header) + cost_to_complete("branch") + cost(FAILURE_NOTE) + cost(result)
+    branch += cost(grammar.closing_literal("wait", number))
+    join = cost(grammar.render_rule("lead")) + cost(grammar.render_rule("tail")) + cost_to_complete("after")
+    join += max(cost_to_complete("after", tag) for tag in ("", *grammar.tag_literals))
+    if "rejoin" in grammar.rules:
+        join += cost_to_complete("rejoin")
+    return Overhead(fork, branch, join)

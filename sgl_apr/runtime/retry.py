@@ -1,4 +1,4 @@
-"""Which failures are worth another try, and how long to wait for it; what a failed branch costs is the loop's."""
+"""Which failed requests are repeated, and after how long."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RETRYABLE_STATUSES = frozenset({429, 500, 502, 503, 504})
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same request may do better later: the server broke off, was busy, or was not there.
+    """Whether the same request may succeed later: the server broke off, was busy, or did not listen.
 
-    Not silence: that has cost its whole timeout already. Requests have no effect but their answer, so all
-    are safe to repeat.
+    A timeout is not repeated, since it has used its whole time already. Requests have no side effects, so all are
+    safe to repeat.
     """
     if isinstance(error, EngineTimeout) or not isinstance(error, EngineError):
         return False
@@ -29,7 +29,13 @@ def is_retryable(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Repeat a request up to `attempts` times, waiting a random time that doubles from `wait` to `longest` s."""
+    """Repeat a failed request, after a random time that doubles with each attempt.
+
+    Attributes:
+        attempts: How often a request is sent, at most.
+        wait: Upper bound of the first wait, in seconds.
+        max_wait: Upper bound of every wait, in seconds.
+    """
 
     attempts: int = 3
     wait: float = 0.1
@@ -37,21 +43,26 @@ class Retry:
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or not 0 <= self.wait <= self.max_wait:
-            raise AprError(f"{self}: expected attempts >= 1 and 0 <= wait <= longest")
+            raise AprError(f"{self}: expected attempts >= 1 and 0 <= wait <= max_wait")
 
     async def __call__(self, attempt: Callable[[], Awaitable[T]], allowed: Callable[[], bool]) -> T:
-        """What `attempt` returns, or the error of the last one, as long as another is `allowed`."""
+        """What `attempt` returns, or the error of the last attempt.
+
+        Args:
+            attempt: Sends the request.
+            allowed: Whether another attempt may be made.
+        """
         try:
             return await attempt()
         except EngineError as error:
             failed: list[EngineError] = [error]
 
-        async def again() -> T:
+        async def next_attempt() -> T:
             if failed:
                 raise failed.pop()
             return await attempt()
 
-        # Only now: setting this up takes longer than all else that the loop does for a request.
+        # Only after a failure, since this set-up takes longer than the rest of the loop's work for a request.
         tries = tenacity.AsyncRetrying(
             stop=lambda state: state.attempt_number >= self.attempts or not allowed(),
             wait=tenacity.wait_random_exponential(self.wait, self.max_wait),
@@ -59,7 +70,7 @@ class Retry:
             before_sleep=lambda state: log.info("attempt %d: %s", state.attempt_number, _error(state)),
             reraise=True,
         )
-        return await tries(again)
+        return await tries(next_attempt)
 
 
 def _error(state: tenacity.RetryCallState) -> BaseException | None:

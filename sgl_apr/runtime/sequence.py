@@ -1,82 +1,264 @@
-"""The state of one sequence while it grows: the trunk, or a branch."""
+"""One sequence while it grows: the trunk, or a branch. It appends its own spans and pays for them."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from sgl_apr.runtime.allocation import Allowance
 from sgl_apr.runtime.cancel_scope import CancelScope
+from sgl_apr.runtime.events import Delta
+from sgl_apr.runtime.phase_output import PhaseOutput
+from sgl_apr.runtime.span_graph import SpanGraph
+from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.join_layout import Layout, extend_layout
-from sgl_apr.trajectory.spans import Path
+from sgl_apr.trajectory.spans import Finish, Path, Role, Span
+
+if TYPE_CHECKING:
+    from sgl_apr.runtime.branch_group import BranchGroup
+
+_RESTARTED = ("context", "frontier", "span_order", "blocks", "tokens_used", "kv_layout")
 
 
-@dataclass
-class SequenceState:
-    """One line of thought as it grows: the trunk, or a branch.
+@dataclass(frozen=True, slots=True)
+class BranchIdentity:
+    """Who a branch is, from its fork on.
 
-    `order` lists its spans as they stand in the text; `tip` are those that its next span follows. `allowance`
-    is what it may still spend, `spent` the tokens that it and its branches have. `number` is as its header
-    has it; `requests` counts its own. `lenient`: where the engine fails it ends with a note instead of
-    an error. `joined` is the layout of its context up to the end of the last join in the KV cache;
-    `committed`: all of a branch that has ended is in the cache.
+    Attributes:
+        path: Block and branch numbers from the trunk down: (1, 2) is branch 2 of the first block.
+        number: The number that its header shows.
+        outline: What the fork says that it is to do.
     """
 
     path: Path
-    context: tuple[int, ...]
-    frontier: tuple[int, ...]
-    allowance: Allowance
-    scope: CancelScope
-    span_order: list[int] = field(default_factory=list)
     number: str = ""
     outline: str = ""
-    waits_for: tuple[int, ...] = ()
-    blocks: int = 0
-    tokens_used: int = 0
-    requests: int = 0
-    tolerate_failure: bool = False
-    ahead: PendingBranches | None = None
-    kv_layout: Layout = ()
-    committed: bool = False
 
-    @property
-    def depth(self) -> int:
-        return len(self.path) // 2
-
-    @property
-    def name(self) -> str:
-        """Its path for people: "1.2"."""
+    def __str__(self) -> str:
         return ".".join(map(str, self.path))
 
-    @property
-    def layout(self) -> Layout | None:
-        """That of its context, None if it stands in a line."""
-        return extend_layout(self.kv_layout, len(self.context))
 
-    @property
-    def waiting(self) -> int:
-        """How many of its branches run while it goes on."""
-        return len(self.ahead.running) if self.ahead else 0
+TRUNK = BranchIdentity(())
 
 
 @dataclass(frozen=True, slots=True)
 class PendingBranch:
-    """A branch that runs while its sequence goes on, and what was set aside for it: `tokens` in all, of them
-    `chain` behind its end in the critical path, which it reaches at `end` at most. A result has at most
-    `most` tokens."""
+    """A branch that runs while its sequence continues, and what was set aside for it.
+
+    Attributes:
+        branch: The branch.
+        task: What runs it.
+        tokens: Tokens set aside for it.
+        closing_tokens: Of these, the tokens after its end on the critical path.
+        latest_end: Where on the critical path it ends at the latest.
+        max_result_tokens: Tokens that its result may have.
+    """
 
     branch: SequenceState
     task: asyncio.Task[None]
     tokens: int
     closing_tokens: int
-    end: int
+    latest_end: int
     max_result_tokens: int
 
 
 @dataclass
 class PendingBranches:
-    """Branches of a sequence that run while it goes on: `forked` are all of its open block, `running` those
-    not joined, by their numbers."""
+    """The open block of a sequence that continues while its branches run; `running` has those not joined, by number."""
 
-    forked: int = 0
+    group: BranchGroup
     running: dict[str, PendingBranch] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """A sequence and what it may still do.
+
+    Attributes:
+        identity: The branch that it is, or `TRUNK`.
+        graph: Where its spans are appended.
+        context: The token ids that its next token follows.
+        frontier: Indices of the spans that its next span follows.
+        allowance: What it may still spend.
+        scope: Until when it may send requests.
+        span_order: Indices of its spans as they stand in the text, its branches' included.
+        prefix_tokens: Tokens of `context` that it shares with the sequence that forked it.
+        blocks: Forks so far.
+        tokens_used: Tokens that it and its branches have written.
+        requests: Requests that it has sent.
+        tolerate_failure: A failing engine ends it with a note, and raises nothing.
+        pending: Its branches that run while it continues.
+        kv_layout: The layout of its context up to the end of the last join in the KV cache.
+        committed: All of a branch that has ended is in the KV cache.
+    """
+
+    identity: BranchIdentity
+    graph: SpanGraph
+    context: tuple[int, ...]
+    frontier: tuple[int, ...]
+    allowance: Allowance
+    scope: CancelScope
+    span_order: list[int] = field(default_factory=list)
+    prefix_tokens: int = 0
+    blocks: int = 0
+    tokens_used: int = 0
+    requests: int = 0
+    tolerate_failure: bool = False
+    pending: PendingBranches | None = None
+    kv_layout: Layout = ()
+    committed: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Its path; () is the trunk."""
+        return self.identity.path
+
+    @property
+    def depth(self) -> int:
+        """How many blocks it stands in."""
+        return len(self.path) // 2
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of its whole context, None if it is linear."""
+        return extend_layout(self.kv_layout, len(self.context))
+
+    @property
+    def pending_count(self) -> int:
+        """How many of its branches run while it continues."""
+        return len(self.pending.running) if self.pending else 0
+
+    @property
+    def spans(self) -> list[Span]:
+        """Its spans as they stand in the text, its branches' included."""
+        return [self.graph.spans[i] for i in self.span_order]
+
+    @property
+    def finish(self) -> Finish | None:
+        """How it has ended; None while it has not."""
+        return next((s.finish for s in reversed(self.spans) if s.path == self.path and s.finish), None)
+
+    @property
+    def critical_path(self) -> int:
+        """Tokens of the longest path to its next span. Pending branches count as long as they may become."""
+        pending = self.pending.running.values() if self.pending else ()
+        return max([self.graph.longest_path(self.frontier), *(p.latest_end for p in pending)])
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Tokens that the engine has not computed: those injected since its last decode."""
+        tokens = 0
+        for i in reversed(self.span_order):
+            if self.graph.spans[i].origin != "injected":
+                break
+            tokens += self.graph.spans[i].tokens
+        return tokens
+
+    def next_block(self) -> Path:
+        """Count a fork and return the path of its block."""
+        self.blocks += 1
+        return (*self.path, self.blocks)
+
+    def append_output(self, output: PhaseOutput, call: int | None) -> None:
+        """Append what a phase wrote.
+
+        Args:
+            output: The spans of the phase, without their place in the graph.
+            call: The index of the request that decoded them.
+        """
+        for i, draft in enumerate(output.pieces):
+            self._append(
+                Span(
+                    draft.role, draft.origin, draft.text, draft.token_ids, self.frontier, self.path, draft.label,
+                    finish=output.finish if i == len(output.pieces) - 1 else None,
+                    call=call if draft.origin == "decoded" else None,
+                )
+            )  # fmt: skip
+
+    def inject(
+        self,
+        role: Role,
+        text: str,
+        label: str = "",
+        *,
+        result_of: BranchIdentity | None = None,
+        waits_for: tuple[int, ...] = (),
+        charged: bool = True,
+    ) -> None:
+        """Append text that the model did not write. Empty text is not appended.
+
+        Args:
+            role: What the text is.
+            text: The text, which is encoded here.
+            label: What the grammar names in it.
+            result_of: The branch whose result it is.
+            waits_for: Spans that it follows in time without being conditioned on them.
+            charged: The sequence pays for it. A branch does not pay for a header that was set aside for it.
+        """
+        if not text:
+            return
+        starts_context = role == "header" and not self.context
+        ids = tuple(self.graph.tokenizer.encode(text, add_special_tokens=starts_context))
+        path = result_of.path if result_of else self.path
+        self.graph.events.emit(Delta(path, text))
+        self._append(
+            Span(
+                role, "injected", text, ids, self.frontier, path, label, waits_for=waits_for,
+                outline=result_of.outline if result_of else "",
+            ),
+            charged,
+        )  # fmt: skip
+
+    def append_branches(self, branches: Sequence[SequenceState], *, after_frontier: bool = False) -> None:
+        """Continue after the text of branches that shared this context.
+
+        Args:
+            branches: Branches that have ended, in the order of the text.
+            after_frontier: The next span also follows what this sequence wrote since the fork.
+        """
+        ends = tuple(i for branch in branches for i in branch.frontier)
+        self.frontier = (*self.frontier, *ends) if after_frontier else ends
+        for branch in branches:
+            self.context += branch.context[branch.prefix_tokens :]
+
+    def merge(self, branch: SequenceState) -> None:
+        """Take over the spans of a branch that has ended, and what it did not spend."""
+        self.span_order += branch.span_order
+        self.tokens_used += branch.tokens_used
+        left = branch.allowance
+        self.allowance.spend(branch.tokens_used, calls=-left.calls, blocks=-left.blocks)
+
+    def drop_fork(self) -> None:
+        """Continue from before the last fork, which may be in two spans. Its spans stay in the trajectory."""
+        while (span := self.graph.spans[self.frontier[0]]).role == "fork":
+            self.frontier = span.parents
+            self.context = self.context[: len(self.context) - span.tokens]
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The state to which `restart` returns."""
+        state = {name: getattr(self, name) for name in _RESTARTED}
+        return state | {"span_order": [*self.span_order], "allowance": replace(self.allowance)}
+
+    def restart(self, checkpoint: dict[str, Any]) -> None:
+        """Return to a checkpoint. Calls that were made since are still paid for."""
+        calls = self.allowance.calls
+        for name, value in checkpoint.items():
+            setattr(self, name, value)
+        self.allowance.spend(calls=self.allowance.calls - calls)
+
+    def as_branch(self) -> Branch:
+        """The branch as a join policy sees it. Its spans have no place in the text yet."""
+        tags = ("header", "closer", "result")
+        text = "".join(s.text for s in self.spans if s.path != self.path or s.role not in tags)
+        return Branch(self.path, self.identity.outline, text, "", self.finish, ())
+
+    def _append(self, span: Span, charged: bool = True) -> None:
+        index = self.graph.add(span)
+        self.span_order.append(index)
+        self.frontier = (index,)
+        self.context += span.token_ids or ()
+        self.tokens_used += span.tokens
+        if charged:
+            self.allowance.spend(span.tokens)

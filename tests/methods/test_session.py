@@ -10,7 +10,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.methods.requests import common
+from sgl_apr.methods.requests import common_prefix
 from sgl_apr.methods.session import MethodSession, method_session
 
 ENGINE = apr.ScriptedEngine
@@ -94,7 +94,7 @@ def test_what_is_shown_is_a_parent_and_is_not_counted_again():
 @pytest.mark.parametrize("tokens", [1, 5, 20, 61])
 def test_a_budget_is_never_exceeded(tokens: int):
     async def program(t: MethodSession):
-        found = await t.fork(t.root, ["ab"] * 3, of=0.5)
+        found = await t.fork(t.root, ["ab"] * 3, share=0.5)
         await asyncio.gather(t.fork(found[0], ["cd"] * 2), t.continue_from(t.root, "ef"))
 
     _, trajectory, engine = run(lambda request, prompt: "x" * 50, program, budget=apr.Budget(tokens=tokens))
@@ -106,7 +106,7 @@ def test_a_budget_is_never_exceeded(tokens: int):
 def test_other_limits():
     async def program(t: MethodSession):
         assert t.affordable_width(9) == 2
-        assert t.affordable_width(9, need=30, of=0.5) == 1
+        assert t.affordable_width(9, tokens=30, share=0.5) == 1
         for _ in range(3):
             await t.fork(t.root, ["a", "b"])
 
@@ -214,5 +214,5 @@ def test_a_prompt_that_the_context_does_not_hold():
 
 
 def test_common():
-    assert common([(1, 2)]) == (1, 2)
-    assert common([(1,), (2,)]) == ()
+    assert common_prefix([(1, 2)]) == (1, 2)
+    assert common_prefix([(1,), (2,)]) == ()

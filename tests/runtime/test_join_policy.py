@@ -88,6 +88,19 @@ def test_the_budget_of_time_is_earlier_than_a_later_deadline():
     assert {limit.limit for limit in trajectory.limits} == {"seconds"}
 
 
+def test_a_policy_function_receives_no_failed_branches():
+    received: list[tuple[tuple[int, ...], str | None]] = []
+
+    def first_of_those_that_work(ended) -> bool:
+        received.extend((branch.path, branch.finish) for branch in ended)
+        return bool(ended)
+
+    trajectory, took = Script(1).run(policy=first_of_those_that_work)
+    assert received == [((1, 2), "stop")]
+    assert outcomes(trajectory) == ["failed", "ok", "aborted", "aborted"]
+    assert took == pytest.approx(21, abs=1.5)
+
+
 @pytest.mark.parametrize("policy", ["some", "quorum:0", "quorum:", "deadline:", "deadline:-1", 3])
 def test_no_such_policy(policy):
     with pytest.raises(
@@ -164,7 +177,7 @@ def test_a_fork_may_be_narrowed_before_it_is_written():
     trunk = script.engine.requests[0].grammar
     assert "outline_2" in trunk
     assert "outline_3" not in trunk, "the mask has two branches at the most, the fewest of the dialect"
-    assert trajectory.decisions[0].reason == "narrowed: 0 KV tokens are free"
+    assert trajectory.decisions[0].reason == "capped: 0 KV tokens are free"
     with pytest.raises(apr.AprError, match="cap_width_by_load=True"):
         script.run(cap_width_by_load=True, pacing=None)
 

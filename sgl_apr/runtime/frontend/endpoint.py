@@ -258,7 +258,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
                 asked.on_event(event)
 
         future = self._start(self._reason(s, plan, on_event), s, lambda: events.put(None))
-        text = ProgramText(streams_answer=plan.max_blocks == 0)
+        text = ProgramText(streams_answer=plan.max_forks == 0)
         while (event := events.get()) is not None:
             s.text_, answer = text.feed(s.text_, event)
             if answer:

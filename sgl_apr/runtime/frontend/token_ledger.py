@@ -24,7 +24,11 @@ class ProgramTokens:
         if not text.startswith(self.text):
             return ProgramTokens().extended_to(text, tokenizer)
         rest = text[len(self.text) :]
-        return ProgramTokens(text, (*self.ids, *tokenizer.encode(rest, add_special_tokens=not self.ids))) if rest else self
+        return (
+            ProgramTokens(text, (*self.ids, *tokenizer.encode(rest, add_special_tokens=not self.ids)))
+            if rest
+            else self
+        )
 
     def with_decoded(self, text: str, ids: Sequence[int], tokenizer: Tokenizer) -> ProgramTokens:
         """With `ids` decoded behind it, of which the program keeps `text`.

@@ -1,0 +1,102 @@
+"""Builds the engine requests of one trajectory."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sgl_apr.engine.base import Engine, Request
+from sgl_apr.formats.dialects import BranchNumbering, Phase
+from sgl_apr.runtime.budget import lead_chars
+from sgl_apr.runtime.fork_rules import PhaseLimits
+from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.runtime.sequence import SequenceState
+
+
+class RequestBuilder:
+    """Requests that share one trajectory's id, options and tokenizer.
+
+    Args:
+        engine: Says which grammar backend and tokenizer the requests are for.
+        options: Of the trajectory.
+        rid: What the ids of its requests begin with.
+    """
+
+    def __init__(self, engine: Engine, options: ReasonOptions, rid: str) -> None:
+        self.options, self.dialect, self.rid = options, options.dialect, rid
+        self.tokenizer, self.backend = engine.tokenizer, engine.grammar_backend
+
+    def new_rid(self) -> str:
+        """A request id for one attempt. All have one length, since the server aborts by prefix."""
+        return f"{self.rid}-{uuid.uuid4().hex[:12]}"
+
+    def prefix(self, sequence: SequenceState) -> Request:
+        """A request for what a sequence has so far, to be committed."""
+        return Request(self.rid, sequence.context, fields=self.options.request_fields)
+
+    def decode(
+        self,
+        context: tuple[int, ...],
+        max_tokens: int,
+        *,
+        grammar: str | None,
+        stop: Sequence[str],
+        sampling: Mapping[str, Any],
+    ) -> Request:
+        """A request that decodes after `context`.
+
+        Args:
+            context: The prompt.
+            max_tokens: Tokens that may be decoded.
+            grammar: Text for the engine's grammar backend.
+            stop: Texts that end it and stay in the output. A tag that is one token is matched by its id.
+            sampling: SGLang's parameters, over those of the trajectory.
+        """
+        special = [self.tokenizer.special_token_id(text) for text in stop]
+        return Request(
+            self.rid,
+            context,
+            max_tokens,
+            {**self.options.sampling, **sampling},
+            grammar,
+            tuple(i for i in special if i is not None),
+            tuple(t for t, i in zip(stop, special, strict=True) if i is None),
+            logprobs=self.options.logprobs,
+            fields=self.options.request_fields,
+        )
+
+    def phase(
+        self, sequence: SequenceState, phase: Phase, numbering: BranchNumbering, limits: PhaseLimits
+    ) -> Request:
+        """The request of one phase of a sequence, under the grammar if the options say so."""
+        options, dialect = self.options, self.dialect
+        grammar = None
+        if options.constrain:
+            grammar = dialect.lower(
+                phase,
+                self.tokenizer,
+                self.backend,
+                width=max(limits.width, options.min_branches),
+                min_width=options.min_branches,
+                fork="auto" if dialect.rule_for_phase(phase) == "body" else limits.fork,
+                prefix=numbering.prefix,
+                number=numbering.number,
+                waiting=numbering.waiting,
+                lead_chars=lead_chars(limits.max_new_tokens) if limits.fork == "required" else None,
+                outline_chars=options.budget.outline_chars,
+                forbid_angle_brackets=options.forbid_angle_brackets,
+            )
+        stop = dialect.stop_strings(phase, numbering)
+        return self.decode(sequence.context, limits.max_new_tokens, grammar=grammar, stop=stop, sampling={})
+
+    def numbering(self, sequence: SequenceState) -> BranchNumbering:
+        """The numbers that the next phase of a sequence may write."""
+        first, number = self.dialect.first_number, sequence.identity.number
+        if self.dialect.asynchronous and not sequence.path:
+            pending = sequence.pending
+            started = len(pending.group.branches) if pending and pending.running else 0
+            waiting = tuple(pending.running) if pending else ()
+            return BranchNumbering(number=str(first + started), waiting=waiting)
+        nested = sequence.path and self.dialect.nested_numbering
+        return BranchNumbering(prefix=f"{number}." if nested else "", number=number)
