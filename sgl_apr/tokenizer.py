@@ -1,4 +1,7 @@
-"""A tokenizer as the runtime needs it: ids to text, injected text to ids; model output is never re-tokenized."""
+"""The tokenizer interface of the runtime, and its Hugging Face implementation.
+
+The runtime only encodes text that it injects. Model output stays as the ids that were sampled.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,53 @@ from typing import Protocol
 
 from sgl_apr.errors import UnsupportedEngine
 
+CONTEXT_TOKENS = 4  # tokens of context that decoding needs to keep a leading space
+REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
+
 
 class Tokenizer(Protocol):
-    """What grammar lowering, the loop and the scripted engine ask of a tokenizer."""
+    """What masks, the runtime loop and the scripted engine need from a tokenizer."""
 
     def __hash__(self) -> int: ...
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Ids that end a reply."""
+        """Token ids that end a reply."""
         ...
 
-    def encode(self, text: str, *, first: bool = False) -> list[int]:
-        """Ids of `text`; `first` adds what the tokenizer puts at the start of every prompt (a BOS)."""
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: The text. A tag that is one added token becomes that token.
+            add_special_tokens: Add what the tokenizer puts at the start of every prompt (a BOS token).
+        """
         ...
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """Text of `ids` as it reads behind `after`, special tokens included."""
+        """Return the text of token ids, special tokens included.
+
+        Args:
+            ids: The ids to decode.
+            after: The ids before them, which may decide about a leading space.
+        """
         ...
 
-    def special(self, tag: str) -> int | None:
-        """Id of `tag` if it is one added token that ordinary text cannot produce, else None."""
+    def special_token_id(self, tag: str) -> int | None:
+        """Return the id of a tag that is one added token, which ordinary text cannot produce; otherwise None."""
         ...
 
 
 class HfTokenizer:
-    """A `tokenizer.json` read by the `tokenizers` library: no torch, no transformers."""
+    """A `tokenizer.json`, read by the `tokenizers` library. Needs neither torch nor transformers.
+
+    Args:
+        directory: A local checkpoint directory, or a hub id.
+        eos_ids: Token ids that end a reply. By default those that the checkpoint declares.
+
+    Raises:
+        UnsupportedEngine: There is no usable `tokenizer.json`.
+    """
 
     def __init__(self, directory: str | Path, eos_ids: Iterable[int] = ()) -> None:
         from tokenizers import Tokenizer as Backend
@@ -60,36 +84,48 @@ class HfTokenizer:
     def eos_ids(self) -> frozenset[int]:
         return self._eos_ids
 
-    def encode(self, text: str, *, first: bool = False) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=first).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        # Some decoders drop a leading space: decode behind a little context, then take it off again.
-        context = list(after[-4:])
+        # Some decoders drop a leading space. Decoding with a little context keeps it.
+        context = list(after[-CONTEXT_TOKENS:])
         head = str(self._backend.decode(context, skip_special_tokens=False)) if context else ""
         return str(self._backend.decode([*context, *ids], skip_special_tokens=False))[len(head) :]
 
-    def special(self, tag: str) -> int | None:
+    def special_token_id(self, tag: str) -> int | None:
         return self._added.get(tag)
 
 
-def split_ids(
+def split_token_ids(
     ids: list[int] | tuple[int, ...], text: str, ends: list[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[int, ...]]:
-    """Cut `ids`, whose text is `text`, at the offsets `ends`; a token belongs where its first character lies."""
+    """Split token ids at character offsets of their text.
+
+    A token belongs to the piece in which its first character lies.
+
+    Args:
+        ids: Token ids whose text is `text`.
+        text: The decoded text.
+        ends: End offset of every piece in characters, ascending. The last is the length of the text.
+        tokenizer: The tokenizer of the ids.
+
+    Yields:
+        The ids of each piece.
+    """
     starts, high = [0] * len(ids), len(ids)
     cut = ends[-2] if len(ends) > 1 else 0
-    # Most end with a tag that is one token. Of a half character nobody can say whether it is whole.
-    if 0 < cut < len(text) and text[cut - 1] != "\ufffd" and tokenizer.decode(ids[:-1]) == text[:cut]:
+    # Fast path: most texts end with a tag that is one token. An incomplete character is ambiguous, so it is excluded.
+    if 0 < cut < len(text) and text[cut - 1] != REPLACEMENT and tokenizer.decode(ids[:-1]) == text[:cut]:
         high, starts[-1], text = high - 1, cut, text[:cut]
-    _place(starts, ids, 0, high, 0, text, ends, tokenizer)
+    _locate_tokens(starts, ids, 0, high, 0, text, ends, tokenizer)
     cuts = [0, *(bisect_left(starts, end) for end in ends)]
     cuts[-1] = len(ids)
     for first, last in pairwise(cuts):
         yield tuple(ids[first:last])
 
 
-def _place(
+def _locate_tokens(
     starts: list[int],
     ids: list[int] | tuple[int, ...],
     low: int,
@@ -99,32 +135,33 @@ def _place(
     ends: list[int],
     tokenizer: Tokenizer,
 ) -> None:
-    """Say where the tokens from `low` to `high` start, whose text is `text`, as far as a cut depends on it.
+    """Fill `starts[low:high]` with the character offsets of these tokens, precisely where a cut depends on it.
 
-    They are halved until no cut is left inside, so that few have to be decoded apart from the others.
+    Bisects until no cut is left inside, so that few pieces have to be decoded separately.
     """
-    inside = any(offset < end < offset + len(text) for end in ends)
+    has_cut = any(offset < end < offset + len(text) for end in ends)
     middle = (low + high) // 2
-    for cut in (*range(middle, high), *range(middle - 1, low, -1)) if inside else ():
+    for cut in (*range(middle, high), *range(middle - 1, low, -1)) if has_cut else ():
         if cut == low:
             continue
         piece = tokenizer.decode(ids[low:cut], ids[:low])
-        whole = not piece.endswith("\ufffd")  # half a character, unless the text itself has it there
-        if whole or piece + tokenizer.decode(ids[cut:high], ids[:cut]) == text:
-            _place(starts, ids, low, cut, offset, piece, ends, tokenizer)
-            _place(starts, ids, cut, high, offset + len(piece), text[len(piece) :], ends, tokenizer)
+        # A replacement character is either half of one that the cut splits, or stands in the text itself.
+        splits_no_character = not piece.endswith(REPLACEMENT)
+        if splits_no_character or piece + tokenizer.decode(ids[cut:high], ids[:cut]) == text:
+            _locate_tokens(starts, ids, low, cut, offset, piece, ends, tokenizer)
+            _locate_tokens(starts, ids, cut, high, offset + len(piece), text[len(piece) :], ends, tokenizer)
             return
     starts[low:high] = [offset] * (high - low)
 
 
 @lru_cache(maxsize=8)
 def load_tokenizer(directory: str) -> HfTokenizer:
-    """The tokenizer of a local checkpoint or hub id, read once."""
+    """Return the tokenizer of a local checkpoint or hub id. It is read once and cached."""
     return HfTokenizer(directory)
 
 
 def _eos_ids(directory: Path, added: dict[str, int]) -> Iterable[int]:
-    """End-of-reply ids as the checkpoint declares them: generation config, model config, tokenizer config."""
+    """The end-of-reply ids that a checkpoint declares in its generation, model or tokenizer configuration."""
     import json
 
     for name in ("generation_config.json", "config.json"):

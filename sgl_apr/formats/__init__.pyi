@@ -1,3 +1,5 @@
+from .branch_prompts import BranchPrompt as BranchPrompt
+from .branch_prompts import register_branch_prompt as register_branch_prompt
 from .conversion import convert as convert
 from .dialects import Dialect as Dialect
 from .dialects import dialect as dialect
@@ -13,6 +15,7 @@ from .presets import dialect_for as dialect_for
 from .presets import preset as preset
 
 __all__ = [
+    "BranchPrompt",
     "Defect",
     "Dialect",
     "Grammar",
@@ -26,4 +29,5 @@ __all__ = [
     "dialect_names",
     "preset",
     "read",
+    "register_branch_prompt",
 ]

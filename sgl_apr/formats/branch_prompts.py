@@ -1,63 +1,67 @@
-"""What a branch with a context of its own is told, and what of its work comes back; it runs nothing."""
+"""Branch prompts: how the prompt of a branch with its own context is made, and what its text returns.
+
+A dialect names one with the option `branch_prompt`. A package registers its own with `register_branch_prompt`, or
+declares it as an entry point of the group `sgl_apr.branch_prompts`, which is loaded when it is first used.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 from sgl_apr.errors import GrammarError
+
+ENTRY_POINT_GROUP = "sgl_apr.branch_prompts"
 
 
 @dataclass(frozen=True, slots=True)
 class BranchPrompt:
-    """How messages pass: `tell(context, outline)` makes the branch's whole prompt of what the parent has
-    written and of the call; `answer(body)` what its text says to the parent, empty for no result. `answer`
-    is asked only where the grammar has no closer that holds the answer.
+    """How messages pass between a sequence and a branch that does not see its text.
+
+    Attributes:
+        make_prompt: Takes the text of the parent's context and the outline of the branch, and returns the
+            complete prompt of the branch.
+        extract_result: Takes the text of the branch, and returns its result for the parent; an empty string
+            means that there is none. Only called if the grammar has no closer that holds the result.
     """
 
     make_prompt: Callable[[str, str], str]
     extract_result: Callable[[str], str]
 
 
-def _countdown_state(context: str, node: str) -> str:
-    """A node as its own search would begin: its state and the operations that led to it (APR, appendix)."""
-    states: dict[str, tuple[str, list[str]]] = {}
-    for found in re.finditer(_NODE, context):
-        moved, state, operations, generated, made, operation = found.groups()
-        if moved is not None:
-            states.setdefault(moved, (state, re.findall(r"'([^']*)'", operations)))
-        else:
-            before = states.get(generated.rpartition(",")[0], ("", []))[1]
-            states.setdefault(generated, (made, [*before, operation]))
-    if node not in states:
-        return f"Moving to Node #{node}\n"
-    state, steps = states[node]
-    return f"Moving to Node #{node}\nCurrent State: {state}, Operations: {steps}\n"
+_registered = {"outline": BranchPrompt(lambda context, outline: outline, lambda body: body.strip())}
 
 
-_STATE = r"(\d{1,9}:\[[\d, ]{0,200}\])"
-_NODE = (
-    rf"Moving to Node #([\d,]{{1,40}})\nCurrent State: {_STATE}, Operations: \[([^\]\n]{{0,400}})\]"
-    rf"|Generated Node #([\d,]{{1,40}}): {_STATE} Operation: ([^\n]{{1,60}})"
-)
-_REACHED = "Goal Reached\n"
+def register_branch_prompt(name: str, prompt: BranchPrompt) -> None:
+    """Make a branch prompt available to dialects under a name. A second one of that name replaces the first."""
+    _registered[name] = prompt
 
 
-def _countdown_answer(body: str) -> str:
-    """The path to the goal, which stands behind the line that says that it was reached; empty without one."""
-    _, reached, path = body.partition(_REACHED)
-    return path.strip() + "\n" if reached and path.strip() else ""
+def branch_prompt_names() -> list[str]:
+    """Return the names of all branch prompts, registered and of installed packages."""
+    return sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-BRANCH_PROMPTS = {
-    "outline": BranchPrompt(lambda context, outline: outline, lambda body: body.strip()),
-    "countdown": BranchPrompt(_countdown_state, _countdown_answer),
-}
+def has_branch_prompt(name: str) -> bool:
+    """Whether there is a branch prompt of that name. Loads nothing."""
+    return name in _registered or name in branch_prompt_names()
 
 
 def branch_prompt(name: str) -> BranchPrompt:
-    """The brief of that name; raises `GrammarError` that lists the names."""
-    if name not in BRANCH_PROMPTS:
-        raise GrammarError(f"no brief {name!r}, expected one of {', '.join(BRANCH_PROMPTS)}")
-    return BRANCH_PROMPTS[name]
+    """Return a branch prompt by name, loading it from an installed package if necessary.
+
+    Raises:
+        GrammarError: There is no branch prompt of that name, or its entry point is something else.
+    """
+    if name not in _registered:
+        for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+            prompt = point.load()
+            if not isinstance(prompt, BranchPrompt):
+                raise GrammarError(
+                    f"the entry point {point.value} of {name!r} is {prompt!r}, expected a BranchPrompt"
+                )
+            _registered[name] = prompt
+            return prompt
+        raise GrammarError(f"no branch prompt {name!r}, expected one of {', '.join(branch_prompt_names())}")
+    return _registered[name]

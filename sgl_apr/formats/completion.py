@@ -1,4 +1,4 @@
-"""What would complete a text that was cut off, in the grammar's order; it decodes nothing."""
+"""Completion of text that was cut off: the shortest text that closes everything that is open."""
 
 from __future__ import annotations
 
@@ -12,32 +12,43 @@ from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
 
-PLACEHOLDER = "..."  # what stands where the grammar wants text and none was written
-MOST_STEPS = 200
+PLACEHOLDER = "..."  # fills the place of text that the grammar requires and that was not written
+MAX_STEPS = 200
 
-# The number that belongs where so many have been written, behind this fixed text.
+# Takes how many numbers the text has so far and the fixed text before the next one, and returns the next number.
 NumberOf = Callable[[int, str], str]
 
 
-def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str | None:
-    """The shortest text that makes `text` a whole `start`, or None if it can't become one.
+def complete_text(grammar: Grammar, start: str, text: str, number: NumberOf) -> str | None:
+    """Return the shortest text that makes a cut-off text a complete match of a rule.
 
-    Used where decoding was cut: it closes what is open, in grammar order, and puts `FILLER` only
-    where the grammar wants text and there is none. It forks nothing and waits for nothing.
+    It closes what is open, in the order of the grammar, and adds `PLACEHOLDER` only where the grammar requires
+    text and there is none. It never adds a fork or a wait.
+
+    Args:
+        grammar: The grammar.
+        start: The rule that the completed text has to match.
+        text: The text as it was cut off.
+        number: Returns the number that belongs at a place.
+
+    Returns:
+        The text to append, or None if nothing completes `text`.
     """
     interactive = grammar.parser(start).parse_interactive(text)
     added, count, kind, last, missing = "", 0, "", "", ""
     try:
         for token in interactive.iter_parse():
-            # The text may end within a number, such as the 2 of 2.1: what is missing of it comes first.
-            whole = number(count, last) if token.type == NUMBER else ""
-            missing = whole[len(token) :] if whole.startswith(token) else ""
+            # The text can end within a number, such as the 2 of 2.1. The rest of the number comes first.
+            expected = number(count, last) if token.type == NUMBER else ""
+            missing = expected[len(token) :] if expected.startswith(token) else ""
             count, kind, last = count + (token.type == NUMBER), token.type, str(token)
         added = missing
     except UnexpectedInput as error:
-        # Or within a name, or a fixed piece, such as half a tag.
+        # The text can also end within a name or a fixed text, such as half a tag.
         rest = text[error.pos_in_stream :] if error.pos_in_stream is not None else ""
-        fixed = next((t for t in _fixed(grammar, start, interactive) if rest and t.startswith(rest)), None)
+        fixed = next(
+            (t for t in _fixed_tokens(grammar, start, interactive) if rest and t.startswith(rest)), None
+        )
         if rest and rest != missing and missing.startswith(rest):
             added = missing[len(rest) :]
         elif fixed is not None:
@@ -49,20 +60,21 @@ def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str
             return None
     avoid = {grammar.opening_literal(rule) for rule in ("fork", "wait")}
     if not added and "$END" not in interactive.accepts():
-        closing = [t for t in _fixed(grammar, start, interactive) if str(t) not in avoid]
-        for begun in _begun(closing, text):
-            more = completion(grammar, start, text + begun, number)
+        closing = [t for t in _fixed_tokens(grammar, start, interactive) if str(t) not in avoid]
+        for suffix in _missing_suffixes(closing, text):
+            more = complete_text(grammar, start, text + suffix, number)
             if more is not None:
-                return begun + more
+                return suffix + more
+    # Breadth-first search over what the parser accepts, so that the first complete text is the shortest.
     queue = deque([(interactive, added, count, last)])
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         if not queue:
             return None
         state, added, count, last = queue.popleft()
         accepted = state.accepts()
         if "$END" in accepted:
             return added
-        steps = [t for t in _fixed(grammar, start, state) if str(t) not in avoid]
+        steps = [t for t in _fixed_tokens(grammar, start, state) if str(t) not in avoid]
         for name in sorted(accepted):
             if name == NUMBER:
                 steps.append(Token(NUMBER, number(count, last)))
@@ -77,23 +89,23 @@ def completion(grammar: Grammar, start: str, text: str, number: NumberOf) -> str
     return None
 
 
-def _begun(options: list[Token], text: str) -> Iterator[str]:
-    """What is missing of each option that `text` ends with the beginning of: "ead>" behind "</Thr"."""
+def _missing_suffixes(options: list[Token], text: str) -> Iterator[str]:
+    """The missing rest of each option whose beginning is the end of `text`: "ead>" for "</Thr"."""
     for option in options:
         for known in range(len(option) - 1, 1, -1):
             if text.endswith(option[:known]):
                 yield str(option[known:])
 
 
-def _filler(grammar: Grammar, name: str, begun: str = "") -> str | None:
-    """What makes a terminal of `begun` that is a regular expression."""
+def _filler(grammar: Grammar, name: str, prefix: str = "") -> str | None:
+    """A text that, appended to `prefix`, matches a terminal that is a regular expression."""
     pattern = grammar.terminals.get(name)
     fillers = (PLACEHOLDER, "0", "x") if isinstance(pattern, str) else ()
-    return next((f for f in fillers if re.fullmatch(str(pattern), begun + f)), None)
+    return next((f for f in fillers if re.fullmatch(str(pattern), prefix + f)), None)
 
 
-def _fixed(grammar: Grammar, start: str, state: InteractiveParser) -> Iterator[Token]:
-    """The fixed texts that the parser would take next."""
+def _fixed_tokens(grammar: Grammar, start: str, state: InteractiveParser) -> Iterator[Token]:
+    """The fixed texts that the parser accepts next."""
     accepted = state.accepts()
     for terminal in grammar.parser(start).terminals:
         if terminal.name in accepted and isinstance(terminal.pattern, PatternStr):

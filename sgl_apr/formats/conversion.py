@@ -1,4 +1,4 @@
-"""A trajectory written in another dialect, as far as that can express it; nothing is run and nothing is lost."""
+"""Conversion of a trajectory to another dialect. Whatever the target cannot express is an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 @dataclass
 class BlockDraft:
-    """A block apart from any format. `results` are the messages that came back."""
+    """A block without a format.
+
+    Attributes:
+        outlines: The outline of each branch, empty where it has none.
+        branches: The texts and blocks of each branch, in order.
+        results: The message that each branch returned, empty where branches join otherwise.
+        conclusion: The conclusion of the block, empty if it has none.
+    """
 
     outlines: list[str] = field(default_factory=list)
     branches: list[list[str | BlockDraft]] = field(default_factory=list)
@@ -25,49 +32,60 @@ class BlockDraft:
 
 
 def convert(trajectory: Trajectory, to: Dialect | str, tokenizer: Tokenizer | None = None) -> Trajectory:
-    """The same text, blocks, outlines, branches and conclusions, in the format of `to`.
+    """Convert a trajectory to another dialect, with the same text, blocks, outlines, branches and conclusions.
 
-    Raises `ConversionError` where `to` has no place for something (nesting, a conclusion, outlines), wants
-    something that is not there, or lets its branches see something else. What was decoded is not told from
-    what was injected, and there are token ids only with a `tokenizer`: a converted reply was never sampled.
+    A converted reply was never sampled, so all of its spans count as decoded.
+
+    Args:
+        trajectory: The trajectory.
+        to: The target dialect, or its name.
+        tokenizer: Adds token ids to the result.
+
+    Raises:
+        ConversionError: The target cannot express something (nesting, a conclusion, outlines), requires something
+            that the trajectory does not have, or conditions its branches on something else.
     """
     target = dialect(to) if isinstance(to, str) else to
     where = f"{trajectory.dialect} to {target.name}"
     roles = {span.role for span in trajectory.reply_spans}
-    kept = trajectory.dialect == target.name
-    asynchronous, sees = "wait" in roles, "message" if "result" in roles else "prefix"
+    same_dialect = trajectory.dialect == target.name
+    asynchronous, branch_context = "wait" in roles, "message" if "result" in roles else "prefix"
     if (
         trajectory.blocks
-        and not kept
-        and (asynchronous or target.asynchronous or sees != target.branch_context)
+        and not same_dialect
+        and (asynchronous or target.asynchronous or branch_context != target.branch_context)
     ):
-        raise ConversionError(f"{where}: their branches see something else, or join at another time")
+        raise ConversionError(f"{where}: their branches see different contexts, or join at different times")
     try:
-        text = trajectory.text if kept else write(_read(trajectory, ()), target)
-        made = target.parse(text, tokenizer)
+        text = trajectory.text if same_dialect else render_blocks(_blocks_of(trajectory, ()), target)
+        converted = target.parse(text, tokenizer)
     except (TraceError, ConversionError) as error:
         raise ConversionError(f"{where}: {error}") from None
-    if _structure(made) != _structure(trajectory):
-        raise ConversionError(f"{where}: the text holds what {target.name} takes for tags")
+    if _summarize_blocks(converted) != _summarize_blocks(trajectory):
+        raise ConversionError(f"{where}: the text contains tags of {target.name}")
     prompts = [s for s in trajectory.spans if s.origin == "prompt"]
-    return made.with_prompt(trajectory.prompt, prompts[0].token_ids) if prompts else made
+    return converted.with_prompt(trajectory.prompt, prompts[0].token_ids) if prompts else converted
 
 
-def write(items: Sequence[str | BlockDraft], to: Dialect) -> str:
-    """Texts and blocks as a reply in a dialect; raises `ConversionError` for what it has no place for."""
+def render_blocks(items: Sequence[str | BlockDraft], to: Dialect) -> str:
+    """Write texts and blocks as a reply in a dialect.
+
+    Raises:
+        ConversionError: The dialect cannot express something.
+    """
     return _Writer(to).sequence(items, "", 0)
 
 
-def _structure(trajectory: Trajectory) -> list[object]:
+def _summarize_blocks(trajectory: Trajectory) -> list[object]:
     return [
         (block.path, block.conclusion, [(b.path, b.outline, b.result) for b in block.branches])
         for block in trajectory.blocks
     ]
 
 
-def _read(trajectory: Trajectory, path: Path) -> list[str | BlockDraft]:
-    """Texts and blocks of one sequence, in order."""
-    views = {block.path: block for block in trajectory.blocks}
+def _blocks_of(trajectory: Trajectory, path: Path) -> list[str | BlockDraft]:
+    """The texts and blocks of one sequence, in order."""
+    by_path = {block.path: block for block in trajectory.blocks}
     items: list[str | BlockDraft] = []
     ended = 0
     for span in trajectory.reply_spans:
@@ -75,20 +93,20 @@ def _read(trajectory: Trajectory, path: Path) -> list[str | BlockDraft]:
             items.append(span.text)
         elif span.path == path and span.role == "tail":
             ended += 1
-            view = views[(*path, ended)]
+            block = by_path[(*path, ended)]
             items.append(
                 BlockDraft(
-                    outlines=[b.outline for b in view.branches],
-                    branches=[_read(trajectory, b.path) for b in view.branches],
-                    results=[b.result for b in view.branches],
-                    conclusion=view.conclusion,
+                    outlines=[b.outline for b in block.branches],
+                    branches=[_blocks_of(trajectory, b.path) for b in block.branches],
+                    results=[b.result for b in block.branches],
+                    conclusion=block.conclusion,
                 )
             )
     return items
 
 
 class _Writer:
-    """Writes what was read by the rules of one dialect."""
+    """Writes texts and blocks by the rules of one dialect."""
 
     def __init__(self, target: Dialect) -> None:
         self.target, self.grammar = target, target.grammar
@@ -100,27 +118,26 @@ class _Writer:
         target, grammar = self.target, self.grammar
         if depth >= target.max_depth:
             raise ConversionError(f"{target.name} nests at most {target.max_depth} deep")
-        outlined = any(block.outlines)
-        if outlined and "outline" not in grammar.rules:
-            raise ConversionError(f"{target.name} has no outlines, and {block.outlines[0]!r} would be lost")
+        if any(block.outlines) and "outline" not in grammar.rules:
+            raise ConversionError(f"{target.name} has no outlines, so {block.outlines[0]!r} would be lost")
         if "outline" in grammar.rules and not all(block.outlines):
-            raise ConversionError(f"{target.name} wants an outline for each branch")
-        concluded, wanted = conclusion_support(grammar)
-        if block.conclusion and not concluded:
-            raise ConversionError(f"{target.name} has no conclusions, and {block.conclusion!r} would be lost")
-        if wanted and not block.conclusion:
-            raise ConversionError(f"{target.name} wants a conclusion behind every block")
+            raise ConversionError(f"{target.name} requires an outline for each branch")
+        can_conclude, must_conclude = conclusion_support(grammar)
+        if block.conclusion and not can_conclude:
+            raise ConversionError(f"{target.name} has no conclusions, so {block.conclusion!r} would be lost")
+        if must_conclude and not block.conclusion:
+            raise ConversionError(f"{target.name} requires a conclusion after every block")
         numbers = [f"{prefix}{target.first_number + k}" for k in range(len(block.branches))]
         outlines = [
             (n, self.with_whitespace("outline", o)) for n, o in zip(numbers, block.outlines, strict=True)
         ]
         if target.branch_context == "message":
-            middle = "".join(
+            branches = "".join(
                 grammar.render_rule("failure" if not r and "failure" in grammar.rules else "result", n, r, o)
                 for n, r, o in zip(numbers, block.results, block.outlines, strict=True)
             )
         else:
-            middle = "".join(
+            branches = "".join(
                 grammar.render_rule("header", n)
                 + self.sequence(branch, f"{n}.", depth + 1)
                 + grammar.closing_literal("body", n)
@@ -129,37 +146,37 @@ class _Writer:
         return (
             grammar.render_rule("fork", each=outlines)
             + grammar.render_rule("lead")
-            + middle
+            + branches
             + grammar.render_rule("tail")
             + grammar.render_rule("close", text=self.with_whitespace("close", block.conclusion))
         )
 
     def with_whitespace(self, rule: str, text: str) -> str:
-        """Text as formats set it: behind a line break it ends with one, behind a number it begins with a blank."""
+        """Add the white space that is customary: a text after a line break ends with one, one after a number begins with a space."""
         if rule == "close":
             tail = self.grammar.render_rule("tail")
             own_line = (
                 text
                 and tail.endswith("\n")
                 and self.grammar.opening_literal("close") == ""
-                and _bare(self.grammar)
+                and _begins_with_text(self.grammar)
             )
             return f"{text}\n" if own_line else text
         expr = self.grammar.rules.get(rule)
         items = expr.items if isinstance(expr, SequenceExpr) else ()
         if TEXT not in [i.name for i in items if isinstance(i, SymbolRef)]:
             return text
-        return f" {text}\n" if len(items) > 1 and self.grammar.is_break(items[1]) else f" {text}"
+        return f" {text}\n" if len(items) > 1 and self.grammar.is_line_break(items[1]) else f" {text}"
 
 
-def _bare(grammar: Grammar) -> bool:
-    """Whether a conclusion begins where the tail ends."""
+def _begins_with_text(grammar: Grammar) -> bool:
+    """Whether the text of a conclusion begins right after the tail."""
     close = grammar.rules.get("close")
     return isinstance(close, SequenceExpr) and close.items[0] == SymbolRef(TEXT)
 
 
 def conclusion_support(grammar: Grammar) -> tuple[bool, bool]:
-    """Whether a block can have a conclusion, and whether it has to."""
+    """Return whether a block of a grammar can have a conclusion, and whether it must have one."""
 
     def find(expr: object, optional: bool) -> tuple[bool, bool]:
         match expr:
@@ -167,11 +184,11 @@ def conclusion_support(grammar: Grammar) -> tuple[bool, bool]:
                 return True, not optional
             case SymbolRef(name) if name in grammar.rules:
                 return find(grammar.rules[name], optional)
-            case Repeat(item, low):
-                return find(item, optional or not low)
+            case Repeat(item, min_count):
+                return find(item, optional or not min_count)
             case SequenceExpr(items) | Alt(items):
-                found = [find(i, optional or isinstance(expr, Alt)) for i in items]
-                return any(f[0] for f in found), any(f[1] for f in found)
+                results = [find(i, optional or isinstance(expr, Alt)) for i in items]
+                return any(can for can, _ in results), any(must for _, must in results)
             case _:
                 return False, False
 

@@ -1,9 +1,8 @@
-"""Dialects: a grammar file plus the few facts it cannot say; no tag is spelled here."""
+"""Dialects: trajectory formats, each made of a grammar file and its options."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.metadata import entry_points
@@ -11,28 +10,30 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from sgl_apr.errors import GrammarError, TraceError
-from sgl_apr.formats import completion as complete
 from sgl_apr.formats import graph_builder
+from sgl_apr.formats.completion import complete_text
 from sgl_apr.formats.grammar import NUMBER, Grammar, grammar_path
 from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
 from sgl_apr.formats.masks.document import lower_document
 from sgl_apr.formats.masks.lower import lower
-from sgl_apr.formats.masks.writer import Backend, MaskOptions
-from sgl_apr.formats.options import FormatOptions, check_facts, read_facts
-from sgl_apr.formats.segmenter import Outline, Segment, error_at, segments
-from sgl_apr.tokenizer import Tokenizer, split_ids
+from sgl_apr.formats.masks.writer import GrammarBackend, MaskOptions
+from sgl_apr.formats.options import FormatOptions, parse_options, validate_options
+from sgl_apr.formats.segmenter import Outline, Segment, error_at, split_segments
+from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
 
 Phase = Literal["trunk", "after", "branch", "rejoin"]
-ENTRY_POINTS = "sgl_apr.dialects"
+ENTRY_POINT_GROUP = "sgl_apr.dialects"
 
 
 @dataclass(frozen=True, slots=True)
 class BranchNumbering:
-    """Where a phase decodes, as far as its numbers depend on it.
+    """The numbers that a phase can write.
 
-    `prefix` is that of the numbers of a fork (`3.` in branch 3); `number` that of the branch itself, or
-    of the next one in a dialect that forks one at a time; `waiting` are those it may wait for.
+    Attributes:
+        prefix: The prefix of the numbers of a fork (`3.` in branch 3).
+        number: The number of the branch itself, or of the next branch in a dialect that forks one at a time.
+        waiting: The numbers of the branches that the phase can wait for.
     """
 
     prefix: str = ""
@@ -42,22 +43,38 @@ class BranchNumbering:
 
 @dataclass(frozen=True)
 class Dialect(FormatOptions):
-    """One trajectory format: make one with `from_file` or `from_source`.
+    """One trajectory format. Use `from_file` or `from_source` to make one.
 
-    Rules with a meaning to the runtime: `trace` is a whole reply; `trunk` and `after` (of the trunk, first
-    and behind a join), `branch` and `rejoin` (the same in a branch; `body` where branches don't nest) are
-    the phases, what one request decodes; `lead`, `header`, `tail` and `result` are what the runtime writes
-    before the branches, before each, after them, and for what each returned; `fork` holds the `outline`s;
-    `wait` asks for a branch that was forked off before; `closer` and `close` end a branch and a block.
-    A grammar without `trunk` begins with its branches.
+    These rules of a grammar have a meaning for the runtime:
+
+    - `trace` is a complete reply.
+    - `trunk`, `after`, `branch` and `rejoin` are the phases, each of which is decoded by one request: the trunk
+      before and after a join, and a branch before and after a join of its own. Where branches do not nest, `body`
+      is the phase of a branch. A grammar without `trunk` begins with its branches.
+    - `lead`, `header`, `tail` and `result` are written by the runtime: before all branches, before each branch,
+      after all branches, and for what each branch returned.
+    - `fork` holds the `outline`s. `wait` requests the result of a branch that was forked off earlier.
+    - `closer` ends a branch, and `close` ends a block.
+
+    Attributes:
+        name: The name of the dialect.
+        source: The text of its grammar file.
     """
 
     name: str
     source: str = field(repr=False)
 
     @classmethod
-    def from_file(cls, path: str | Path, **facts: Any) -> Dialect:
-        """A dialect of your own from a .lark file; its name is the file's. `facts` win over those in the file."""
+    def from_file(cls, path: str | Path, **options: Any) -> Dialect:
+        """Make a dialect from a .lark file. Its name is the name of the file without the suffix.
+
+        Args:
+            path: The grammar file.
+            **options: Fields of `FormatOptions`. They override the options that the file declares.
+
+        Raises:
+            GrammarError: The file cannot be read or holds something that is not supported.
+        """
         path = Path(path)
         try:
             source = path.read_text(encoding="utf-8")
@@ -65,168 +82,217 @@ class Dialect(FormatOptions):
             raise GrammarError(
                 f"cannot read the grammar {path}: {getattr(error, 'strerror', error)}"
             ) from None
-        return cls.from_source(path.stem, source, **facts)
+        return cls.from_source(path.stem, source, **options)
 
     @classmethod
-    def from_source(cls, name: str, source: str, **facts: Any) -> Dialect:
-        """The same from text. Raises `GrammarError` with the line for what the file may not hold."""
+    def from_source(cls, name: str, source: str, **options: Any) -> Dialect:
+        """Make a dialect from the text of a grammar file.
+
+        Args:
+            name: The name of the dialect.
+            source: The text of the grammar file.
+            **options: Fields of `FormatOptions`. They override the options that the file declares.
+
+        Raises:
+            GrammarError: The file holds something that is not supported. The message names the line.
+        """
         where = f"{name}.lark"
         grammar = Grammar(source, where)
-        made = cls(name=name, source=source, **{**read_facts(grammar.facts, where), **facts})
-        check_facts(made, where)
-        needed = ["trace", "body", "after"]
-        needed += ["result"] if made.branch_context == "message" else []
-        needed += ["branch", "rejoin"] if made.max_depth > 1 else []
-        for rule in needed:
+        declared = parse_options(grammar.declared_options, where)
+        dialect = cls(name=name, source=source, **{**declared, **options})
+        validate_options(dialect, where)
+        required = ["trace", "body", "after"]
+        required += ["result"] if dialect.branch_context == "message" else []
+        required += ["branch", "rejoin"] if dialect.max_depth > 1 else []
+        for rule in required:
             grammar.rule(rule)
         grammar.parser("trace")
-        return made
+        return dialect
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The file as rules."""
+        """The grammar of the file."""
         return Grammar(self.source, f"{self.name}.lark")
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Every tag that a tokenizer may have as one token; numbered ones up to `max_width`."""
+        """Every tag that can be one token of a tokenizer. Numbered tags go up to `max_width`."""
         return self.grammar.tags([str(self.first_number + k) for k in range(self.max_width)])
 
     @property
     def asynchronous(self) -> bool:
-        """Whether the trunk goes on while its branches run, and waits for them later."""
+        """Whether the trunk continues while its branches run, and waits for them later."""
         return "wait" in self.grammar.rules
 
     @property
     def nested_numbering(self) -> bool:
-        """Whether the branches of branch 3 are 3.1, 3.2, ...; otherwise each fork counts anew."""
+        """Whether the branches of branch 3 are 3.1, 3.2, ...; otherwise each fork restarts the count."""
         pattern = self.grammar.terminals.get(NUMBER)
         return isinstance(pattern, str) and re.fullmatch(pattern, "1.1") is not None
 
     @property
     def unlabelled_branches(self) -> bool:
-        """Whether a fork says nothing of its branches, so that they differ by chance alone."""
+        """Whether a fork has no outlines, so that its branches differ only by sampling."""
         return "outline" not in self.grammar.rules and not self.asynchronous
 
     @property
     def removes_call_from_context(self) -> bool:
-        """Whether a join takes the fork out of what the trunk goes on from."""
+        """Whether a join removes the fork from the context of the trunk."""
         return self.branch_context == "message" and not self.asynchronous
 
     def parse(self, text: str, tokenizer: Tokenizer | None = None) -> Trajectory:
-        """A finished reply as a trajectory; raises `TraceError`. With a tokenizer it has token ids."""
-        found = segments(self.grammar, "trace", text)
-        ids: list[tuple[int, ...] | None] = [None] * len(found)
+        """Parse a complete reply.
+
+        Args:
+            text: The reply, without its prompt.
+            tokenizer: Adds token ids to the trajectory.
+
+        Raises:
+            TraceError: The text is not a valid reply of this dialect. `apr.read` accepts any text.
+        """
+        segments = split_segments(self.grammar, "trace", text)
+        ids: list[tuple[int, ...] | None] = [None] * len(segments)
         if tokenizer is not None:
-            ids = list(split_ids(tokenizer.encode(text), text, [s.end for s in found], tokenizer))
-        spans = graph_builder.build_spans(found, text, ids, self.structure(_raise_on_defect(text)))
+            ids = list(split_token_ids(tokenizer.encode(text), text, [s.end for s in segments], tokenizer))
+        spans = graph_builder.build_spans(segments, text, ids, self.span_builder(_raise_on_defect(text)))
         return Trajectory(tuple(spans), self.name)
 
-    def structure(
+    def span_builder(
         self, report: graph_builder.DefectReporter, start: ParserFrame | None = None
     ) -> SpanGraphBuilder:
-        """What places the segments of a text; `report` hears what is wrong."""
+        """Return a builder of span graphs. `report` is called for every defect."""
         return SpanGraphBuilder(self, report, asynchronous=self.asynchronous, start=start)
 
     def render(self, trajectory: Trajectory) -> str:
-        """The text of a trajectory: `render(parse(x)) == x`."""
+        """Return the text of a trajectory. It is the inverse of `parse`: `render(parse(text)) == text`."""
         return trajectory.text
 
     def validate(self, text: str) -> None:
-        """Raise `TraceError` if `text` is not a whole, rightly numbered reply of this dialect."""
-        found = segments(self.grammar, "trace", text)
-        graph_builder.build_spans(found, text, [None] * len(found), self.structure(_raise_on_defect(text)))
+        """Check that a text is a complete and correctly numbered reply of this dialect.
+
+        Raises:
+            TraceError: It is not. The exception has the line, the column, what was found and what was expected.
+        """
+        self.parse(text)
 
     def is_valid(self, text: str) -> bool:
-        """Whether `validate` passes."""
+        """Return whether `validate` accepts a text."""
         try:
             self.validate(text)
         except TraceError:
             return False
         return True
 
-    def llguidance(self, phase: str, tokenizer: Tokenizer, **shape: Any) -> str:
-        """The mask of one phase, as text for a server that runs llguidance.
+    def llguidance(self, phase: str, tokenizer: Tokenizer, **options: Any) -> str:
+        """Return the mask of a phase for a server that runs llguidance: `lower` with that backend."""
+        return self.lower(phase, tokenizer, "llguidance", **options)
 
-        `shape` are the fields of `sgl_apr.formats.masks.writer.Shape` (width, fork, ...). The phase "trace" is a
-        whole document, for which every tag has to be one token.
+    def lower(self, phase: str, tokenizer: Tokenizer, backend: GrammarBackend, **options: Any) -> str:
+        """Return the mask of a phase, as the text that a grammar backend compiles.
+
+        Args:
+            phase: A phase, or "trace" for a complete reply with all of its branches, which lets a stock engine
+                decode one sequentially in one request. "trace" needs llguidance and every tag as one token.
+            tokenizer: The tokenizer of the model. For xgrammar it needs every tag as one token.
+            backend: The grammar backend of the server.
+            **options: Fields of `sgl_apr.formats.MaskOptions` (`width`, `fork`, ...).
+
+        Raises:
+            GrammarError: The phase cannot be lowered with these options, or the dialect does not allow them.
         """
-        return self.lower(phase, tokenizer, "llguidance", **shape)
-
-    def xgrammar(self, phase: str, tokenizer: Tokenizer, **shape: Any) -> str:
-        """The same for a server that runs xgrammar; the tokenizer has to have every tag as one token."""
-        return self.lower(phase, tokenizer, "xgrammar", **shape)
-
-    def lower(self, phase: str, tokenizer: Tokenizer, backend: Backend, **shape: Any) -> str:
-        """The mask of one phase for a grammar backend."""
-        wanted = MaskOptions(
-            **{"first_number": self.first_number, "width": self.width, "min_width": self.min_width, **shape}
-        )
-        if not 1 <= wanted.min_width <= wanted.width <= self.max_width:
+        defaults = {"first_number": self.first_number, "width": self.width, "min_width": self.min_width}
+        mask_options = MaskOptions(**{**defaults, **options})
+        if not 1 <= mask_options.min_width <= mask_options.width <= self.max_width:
             raise GrammarError(
-                f"{self.name}: width {wanted.min_width} to {wanted.width}, expected within 1 to {self.max_width}"
+                f"{self.name}: width {mask_options.min_width} to {mask_options.width}, "
+                f"expected within 1 to {self.max_width}"
             )
-        if not 1 <= wanted.depth <= self.max_depth:
-            raise GrammarError(f"{self.name}: depth {wanted.depth}, expected within 1 to {self.max_depth}")
-        return _lowered(self, self.rule_for_phase(phase), tokenizer, wanted, backend)
+        if not 1 <= mask_options.depth <= self.max_depth:
+            raise GrammarError(
+                f"{self.name}: depth {mask_options.depth}, expected within 1 to {self.max_depth}"
+            )
+        return _lower(self, self.rule_for_phase(phase), tokenizer, mask_options, backend)
 
     def rule_for_phase(self, phase: str) -> str:
-        """The rule of a phase: `body` is the phase of a branch where branches don't nest."""
+        """Return the rule of a phase. Where branches do not nest, the rule of the phase "branch" is `body`."""
         return "body" if phase == "branch" and phase not in self.grammar.rules else phase
 
-    def stop_strings(self, phase: Phase, place: BranchNumbering = BranchNumbering()) -> tuple[str, ...]:
-        """Where decoding of a phase stops: behind a fork, a wait, or the end of a branch."""
-        found = [self.grammar.closing_literal("body", place.number)] if phase in ("branch", "rejoin") else []
+    def stop_strings(self, phase: Phase, numbering: BranchNumbering = BranchNumbering()) -> tuple[str, ...]:
+        """Return the texts at which decoding of a phase stops: the ends of a fork, of a wait, or of the branch."""
+        stops: list[str] = []
+        if phase in ("branch", "rejoin"):
+            stops.append(self.grammar.closing_literal("body", numbering.number))
         if self.rule_for_phase(phase) != "body":
-            found.append(self.grammar.closing_literal("fork", place.number))
-            found += [self.grammar.closing_literal("wait", n) for n in place.waiting]
-        return tuple(dict.fromkeys(s for s in found if s))
+            stops.append(self.grammar.closing_literal("fork", numbering.number))
+            stops += [self.grammar.closing_literal("wait", n) for n in numbering.waiting]
+        return tuple(dict.fromkeys(s for s in stops if s))
 
-    def segments(self, phase: Phase, text: str, place: BranchNumbering = BranchNumbering()) -> list[Segment]:
-        """What a finished phase wrote, cut by role; raises `TraceError`."""
+    def parse_phase(
+        self, phase: Phase, text: str, numbering: BranchNumbering = BranchNumbering()
+    ) -> list[Segment]:
+        """Split the text of a finished phase into segments.
+
+        Args:
+            phase: The phase.
+            text: What it decoded.
+            numbering: The numbers that it can write.
+
+        Raises:
+            TraceError: The text is not one that the phase can decode.
+        """
         *rules, last = self._candidate_rules(phase)
         for rule in rules:
             try:
-                return self._checked(segments(self.grammar, rule, text), text, place)
+                return self._check_numbers(split_segments(self.grammar, rule, text), text, numbering)
             except TraceError:
                 continue
         if not text and self._may_be_empty(phase):
             return []
-        return self._checked(segments(self.grammar, last, text), text, place)
+        return self._check_numbers(split_segments(self.grammar, last, text), text, numbering)
 
-    def _checked(self, found: list[Segment], text: str, place: BranchNumbering) -> list[Segment]:
-        sequence = ParserFrame(prefix=place.prefix, number=place.number)
-        if self.asynchronous and place.number:
-            ahead = [Outline(str(n), "", 0) for n in range(self.first_number, int(place.number))]
-            waiting = [o for o in ahead if o.number in place.waiting]
-            sequence.block = OpenBlock(1, ahead, waiting) if waiting else None
-        known = self.structure(_raise_on_defect(text), sequence)
-        for index, segment in enumerate(found):
-            known.place(segment, index)
-        return found
+    def _check_numbers(self, segments: list[Segment], text: str, numbering: BranchNumbering) -> list[Segment]:
+        sequence = ParserFrame(prefix=numbering.prefix, number=numbering.number)
+        if self.asynchronous and numbering.number:
+            forked = [Outline(str(n), "", 0) for n in range(self.first_number, int(numbering.number))]
+            waiting = [o for o in forked if o.number in numbering.waiting]
+            sequence.block = OpenBlock(1, forked, waiting) if waiting else None
+        builder = self.span_builder(_raise_on_defect(text), sequence)
+        for index, segment in enumerate(segments):
+            builder.place(segment, index)
+        return segments
 
-    def completion(self, phase: Phase, text: str, place: BranchNumbering = BranchNumbering()) -> str | None:
-        """What closes a phase that was cut off, or None if `text` is beyond repair."""
+    def complete_phase(
+        self, phase: Phase, text: str, numbering: BranchNumbering = BranchNumbering()
+    ) -> str | None:
+        """Return the shortest text that completes a phase that was cut off.
 
-        def number(count: int, behind: str) -> str:
-            if behind and behind == self.grammar.opening_literal("wait"):
-                return place.waiting[0] if place.waiting else str(self.first_number)
-            outlined = self.grammar.repeats("fork") and behind != self.grammar.opening_literal("closer")
-            return (not outlined and place.number) or f"{place.prefix}{self.first_number + count}"
+        Args:
+            phase: The phase.
+            text: What it decoded before it was cut off.
+            numbering: The numbers that it can write.
+
+        Returns:
+            The text to append, or None if nothing completes `text`.
+        """
+
+        def number(count: int, previous: str) -> str:
+            if previous and previous == self.grammar.opening_literal("wait"):
+                return numbering.waiting[0] if numbering.waiting else str(self.first_number)
+            after_closer = previous == self.grammar.opening_literal("closer")
+            in_fork = self.grammar.has_repetition("fork") and not after_closer
+            return (not in_fork and numbering.number) or f"{numbering.prefix}{self.first_number + count}"
 
         if not text and self._may_be_empty(phase):
             return ""
-        options = (
-            complete.completion(self.grammar, rule, text, number) for rule in self._candidate_rules(phase)
-        )
+        options = (complete_text(self.grammar, rule, text, number) for rule in self._candidate_rules(phase))
         return next((o for o in options if o is not None), None)
 
     def _may_be_empty(self, phase: Phase) -> bool:
-        """Whether a reply may end with the join; one that began with its branches has to say something."""
+        """Whether a reply can end with the join. A reply that began with its branches needs an answer."""
         return phase == "after" and "trunk" in self.grammar.rules and "close" not in self.grammar.rules
 
     def _candidate_rules(self, phase: Phase) -> tuple[str, ...]:
-        """Where decoding was cut, each of these rules is tried as the whole of what that phase wrote."""
+        """The rules that the text of a phase can match if it was cut off, in the order in which they are tried."""
         rule = self.rule_for_phase(phase)
         return ("close", rule) if phase == "after" and "close" in self.grammar.rules else (rule,)
 
@@ -239,33 +305,36 @@ def _raise_on_defect(text: str) -> graph_builder.DefectReporter:
 
 
 @lru_cache(maxsize=256)
-def _lowered(dialect: Dialect, rule: str, tokenizer: Tokenizer, shape: MaskOptions, backend: Backend) -> str:
+def _lower(
+    dialect: Dialect, rule: str, tokenizer: Tokenizer, options: MaskOptions, backend: GrammarBackend
+) -> str:
     if rule == "trace":
-        return lower_document(dialect.grammar, rule, tokenizer, shape, backend)
-    return lower(dialect.grammar, rule, tokenizer, shape, backend)
+        return lower_document(dialect.grammar, rule, tokenizer, options, backend)
+    return lower(dialect.grammar, rule, tokenizer, options, backend)
 
 
 @lru_cache
 def dialect(name: str) -> Dialect:
-    """A dialect by name, built in or of an installed package; raises `GrammarError` that lists the names."""
+    """Return a dialect by name: a built-in one, or one of an installed package.
+
+    A package declares its dialects as entry points of the group `sgl_apr.dialects`.
+
+    Raises:
+        GrammarError: There is no such dialect. The message lists the names.
+    """
     path = grammar_path(name)
     if path.exists():
         return Dialect.from_file(path)
-    for point in entry_points(group=ENTRY_POINTS, name=name):
-        made = point.load()
-        made = made() if callable(made) and not isinstance(made, Dialect) else made
-        if not isinstance(made, Dialect):
-            raise GrammarError(
-                f"the entry point {point.value} of {name!r} gives {made!r}, expected a Dialect"
-            )
-        return made
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        loaded = point.load()
+        loaded = loaded() if callable(loaded) and not isinstance(loaded, Dialect) else loaded
+        if not isinstance(loaded, Dialect):
+            raise GrammarError(f"the entry point {point.value} of {name!r} is {loaded!r}, expected a Dialect")
+        return loaded
     raise GrammarError(f"no dialect {name!r}, expected one of {', '.join(dialect_names())}")
 
 
 def dialect_names() -> list[str]:
-    """The names of all dialects, built in and of installed packages."""
-    return sorted({p.stem for p in grammar_path("any").parent.glob("*.lark")} | set(_installed()))
-
-
-def _installed() -> Iterator[str]:
-    return (point.name for point in entry_points(group=ENTRY_POINTS))
+    """Return the names of all dialects, built-in and of installed packages."""
+    built_in = {path.stem for path in grammar_path("any").parent.glob("*.lark")}
+    return sorted(built_in | {point.name for point in entry_points(group=ENTRY_POINT_GROUP)})

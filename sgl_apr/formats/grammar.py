@@ -1,4 +1,4 @@
-"""A dialect's .lark file as a value: its rules, its tags, its Lark parser; lowering to a mask is in lowering.py."""
+"""A dialect's .lark file: its rules, its tags, its fixed texts, and its Lark parsers."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ from sgl_apr.formats.lark_ast import (
     lark_meta_parser,
 )
 
-TEXT = "TEXT"  # the terminal that stands for whatever the model wants to write
-NUMBER = "NUMBER"  # the terminal that numbers repeated items 1..n
+TEXT = "TEXT"  # the terminal for free text
+NUMBER = "NUMBER"  # the terminal that numbers repeated items
 T = TypeVar("T")
 
 
 def merge_tag_parts(items: Sequence[T], number: str) -> list[T]:
-    """Items with the number put in, so that `<FORK-` NUMBER `>` is the one tag `<FORK-2>`."""
-    done: list[Any] = []
+    """Replace NUMBER by a number and merge the parts of tags: `<FORK-` NUMBER `>` becomes the tag `<FORK-2>`."""
+    merged: list[Any] = []
     for item in items:
-        last = done[-1] if done else None
+        last = merged[-1] if merged else None
         fixed = StringLiteral(number) if item == SymbolRef(NUMBER) else item
         if isinstance(last, StringLiteral) and isinstance(fixed, StringLiteral) and _is_open(last.text):
-            done[-1] = StringLiteral(last.text + fixed.text)
+            merged[-1] = StringLiteral(last.text + fixed.text)
         else:
-            done.append(fixed)
-    return done
+            merged.append(fixed)
+    return merged
 
 
 def _is_open(text: str) -> bool:
+    """Whether a text begins a tag that it does not end."""
     return text.startswith("<") and text.count(">") < text.count("<") and text != "<"
 
 
@@ -53,28 +54,42 @@ def _is_tag(item: object) -> TypeGuard[StringLiteral]:
     return isinstance(item, StringLiteral) and item.is_tag
 
 
-def _options(expr: Expr) -> tuple[Expr, ...]:
+def _alternatives(expr: Expr) -> tuple[Expr, ...]:
     return expr.options if isinstance(expr, Alt) else (expr,)
 
 
 class Grammar:
     """One grammar file, in the subset that Lark, llguidance and xgrammar share.
 
-    Rules are sequences, alternatives, `?`, `*`, `+`, string literals and terminals; terminals are a
-    string or one regular expression without look-around. `TEXT` and `NUMBER` have the meanings above.
-    Raises `GrammarError` with the line for anything else.
+    Rules are sequences, alternatives, `?`, `*`, `+`, string literals and terminals. A terminal is a string or
+    one regular expression without look-around. The terminal `TEXT` is free text, and `NUMBER` numbers repeated
+    items.
+
+    Args:
+        source: The text of the file.
+        name: The name of the file, for error messages.
+
+    Raises:
+        GrammarError: The file holds anything else. The message names the line.
+
+    Attributes:
+        declared_options: The options of the file's `//@` lines, as they are written.
+        rules: The rules by name.
+        terminals: The terminals by name: fixed texts, and regular expressions as strings.
     """
 
     def __init__(self, source: str, name: str = "grammar") -> None:
         self.source, self.name = source, name
-        self.facts = dict(_facts(source, name))
+        self.declared_options = dict(_declared_options(source, name))
         self.rules: dict[str, Expr] = {}
-        self.terminals: dict[str, StringLiteral | str] = {}  # a fixed text, or a regular expression
+        self.terminals: dict[str, StringLiteral | str] = {}
         try:
             tree = lark_meta_parser().parse(source if source.endswith("\n") else source + "\n")
         except UnexpectedInput as error:
             line = source.splitlines()[error.line - 1] if 0 < error.line <= source.count("\n") + 1 else ""
-            raise GrammarError(f"{name}, line {error.line}: not Lark syntax: {line.strip()!r}") from None
+            raise GrammarError(
+                f"{name}, line {error.line}: expected Lark syntax, found {line.strip()!r}"
+            ) from None
         for item in tree.children:
             self._add(item)
         if TEXT not in self.terminals:
@@ -86,7 +101,7 @@ class Grammar:
         if not isinstance(item, Tree) or item.data not in ("rule", "token"):
             what = item.data if isinstance(item, Tree) else item
             raise GrammarError(
-                f"{self.name}, line {line}: {what} is outside the shared subset: rules and terminals only"
+                f"{self.name}, line {line}: {what} is not supported, expected rules and terminals only"
             )
         try:
             key, expr = str(item.children[0]), ExpressionTransformer().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
@@ -94,38 +109,36 @@ class Grammar:
             cause = error.__context__ if isinstance(error.__context__, GrammarError) else error
             raise GrammarError(f"{self.name}, line {line}: {cause}") from None
         if any(is_present(child) for child in item.children[1:-1]):
-            raise GrammarError(
-                f"{self.name}, line {line}: templates and priorities are outside the shared subset"
-            )
+            raise GrammarError(f"{self.name}, line {line}: templates and priorities are not supported")
         if item.data == "rule":
             self.rules[key] = expr
         elif isinstance(expr, (StringLiteral, Regex)):
             self.terminals[key] = expr if isinstance(expr, StringLiteral) else expr.pattern
         else:
             raise GrammarError(
-                f"{self.name}, line {line}: terminal {key} is not one string or one regular expression"
+                f"{self.name}, line {line}: terminal {key}: expected one string or one regular expression"
             )
 
     @cached_property
     def tag_literals(self) -> tuple[str, ...]:
-        """What free text may not hold: every tag, or how it begins where it holds a number or a name."""
+        """Every tag, or its beginning if it holds a number or a name. Free text cannot contain these."""
         return tuple(dict.fromkeys(i.text for seq in self._sequences() for i in seq if _is_tag(i)))
 
     def tags(self, numbers: Sequence[str] = ()) -> tuple[str, ...]:
-        """Every tag that can be one token, in the order of the file; numbered ones once for each number."""
-        found: dict[str, None] = {}
+        """Return every tag that can be one token, in the order of the file. Numbered tags appear once for each number."""
+        unique: dict[str, None] = {}
         for seq in self._sequences():
             for n in numbers or ("",):
                 tags = [i.text for i in merge_tag_parts(seq, n) if _is_tag(i)]
-                found |= dict.fromkeys(
+                unique |= dict.fromkeys(
                     t
                     for t in tags
                     if not _is_open(t) or (t in self.tag_literals and SymbolRef(NUMBER) not in seq)
                 )
-        return tuple(found)
+        return tuple(unique)
 
     def _sequences(self, rules: Iterable[Expr] | None = None) -> Iterator[tuple[Expr, ...]]:
-        """Every sequence of the file, or of some rules, single items included."""
+        """Every sequence of all rules, or of the given ones. A single item counts as a sequence."""
 
         def visit(expr: Expr) -> Iterator[tuple[Expr, ...]]:
             match expr:
@@ -146,7 +159,11 @@ class Grammar:
             yield from visit(expr)
 
     def rule(self, name: str) -> Expr:
-        """The body of a rule; raises `GrammarError` if the file has none of that name."""
+        """Return the body of a rule.
+
+        Raises:
+            GrammarError: The file has no rule of that name.
+        """
         if name not in self.rules:
             raise GrammarError(
                 f"{self.name}: no rule {name!r}, expected one of {', '.join(sorted(self.rules))}"
@@ -161,10 +178,17 @@ class Grammar:
         name: str = "",
         each: Sequence[tuple[str, str]] = (),
     ) -> str:
-        """What the runtime injects for a rule: fixed text, its number, its text and what it names.
+        """Return the text that the runtime injects for a rule.
 
-        What is optional is left out without a `text` for it. A rule that is repeated is written once for
-        each (number, text) of `each`. An absent rule is an empty one.
+        Args:
+            rule: The name of the rule. A rule that the file does not have renders as an empty string.
+            number: Replaces NUMBER.
+            text: Replaces TEXT. Optional items are only rendered with a text.
+            name: Replaces any other terminal that is a regular expression.
+            each: (number, text) pairs. A repeated rule is rendered once for each.
+
+        Raises:
+            GrammarError: The rule holds something that has no fixed text.
         """
 
         def write(expr: Expr) -> str:
@@ -181,34 +205,35 @@ class Grammar:
                     return write(self.rules[key])
                 case SymbolRef(key) if key not in (NUMBER, TEXT) and name:
                     return name
-                case Repeat(item, many=False):
+                case Repeat(item, unbounded=False):
                     return write(item) if text else ""
-                case Repeat(SymbolRef(key), many=True) if each:
+                case Repeat(SymbolRef(key), unbounded=True) if each:
                     return "".join(self.render_rule(key, n, t, t) for n, t in each)
                 case SequenceExpr(items):
                     return "".join(map(write, items))
-            raise GrammarError(f"{self.name}: rule {rule!r} holds what cannot be written: {expr}")
+            raise GrammarError(f"{self.name}: rule {rule!r} cannot be rendered: {expr} has no fixed text")
 
         return write(self.rules[rule]) if rule in self.rules else ""
 
     def closing_literal(self, rule: str, number: str = "") -> str:
-        """What a rule always ends with, which is where decoding of it stops; empty if that is free text."""
-        return _ending(self, rule, number)
+        """Return the fixed text that a rule always ends with, at which its decoding stops; empty if it ends in free text."""
+        return _closing_literal(self, rule, number)
 
-    def is_break(self, expr: Expr) -> bool:
-        """Whether an item is a line break."""
+    def is_line_break(self, expr: Expr) -> bool:
+        """Return whether an item is a line break."""
         terminal = self.terminals.get(expr.name) if isinstance(expr, SymbolRef) else expr
         return terminal == StringLiteral("\n")
 
-    def repeats(self, rule: str) -> bool:
-        """Whether a rule repeats another, as a fork does its outlines."""
+    def has_repetition(self, rule: str) -> bool:
+        """Return whether a rule holds a repetition, as a fork repeats its outlines."""
         expr = self.rules.get(rule)
         return any(
-            isinstance(i, Repeat) and i.many for i in (expr.items if isinstance(expr, SequenceExpr) else ())
+            isinstance(i, Repeat) and i.unbounded
+            for i in (expr.items if isinstance(expr, SequenceExpr) else ())
         )
 
-    def longest_name(self, rule: str) -> int:
-        """Characters that the terminal of a rule which is neither TEXT nor NUMBER may have, at most."""
+    def max_name_chars(self, rule: str) -> int:
+        """Return the maximal length in characters of a rule's terminal that is neither TEXT nor NUMBER; 0 without one."""
         widths = {t.name: t.pattern.max_width for t in self.parser("trace").terminals}
         names = [
             i.name for seq in self._sequences([self.rule(rule)]) for i in seq if isinstance(i, SymbolRef)
@@ -217,12 +242,12 @@ class Grammar:
         return min(max((widths.get(n, 0) for n in own), default=0), 256)
 
     def tags_in_rule(self, rule: str) -> tuple[str, ...]:
-        """The marks that a rule itself holds."""
-        found = self._sequences([self.rules[rule]] if rule in self.rules else [])
-        return tuple(i.text for seq in found for i in seq if _is_tag(i))
+        """Return the tags in a rule itself, without those of the rules that it refers to."""
+        sequences = self._sequences([self.rules[rule]] if rule in self.rules else [])
+        return tuple(i.text for seq in sequences for i in seq if _is_tag(i))
 
     def opening_literal(self, rule: str) -> str:
-        """The fixed text that a rule begins with; empty if there is none."""
+        """Return the fixed text that a rule begins with; empty if there is none."""
         expr = self.rules.get(rule)
         first = expr.items[0] if isinstance(expr, SequenceExpr) else expr
         if isinstance(first, SymbolRef) and first.name in self.rules:
@@ -230,7 +255,7 @@ class Grammar:
         return first.text if isinstance(first, StringLiteral) else ""
 
     def parser(self, start: str) -> Lark:
-        """The Lark parser (LALR, contextual lexer) that begins at rule `start`; TEXT ends where a tag begins."""
+        """Return the Lark parser (LALR, contextual lexer) of rule `start`. Its TEXT ends where a tag begins."""
         if start not in self._parsers:
             self.rule(start)
             try:
@@ -252,34 +277,36 @@ class Grammar:
             terminal.pattern = PatternRE(rf"(?:(?!{tags})[\s\S])+" if tags else r"[\s\S]+")
 
 
-@lru_cache(maxsize=1024)  # asked several times for every request
-def _ending(grammar: Grammar, rule: str, number: str) -> str:
+@lru_cache(maxsize=1024)  # called several times for every request
+def _closing_literal(grammar: Grammar, rule: str, number: str) -> str:
     ends: set[str] = set()
-    for expr in _options(grammar.rules[rule]) if rule in grammar.rules else ():
+    for expr in _alternatives(grammar.rules[rule]) if rule in grammar.rules else ():
         last = merge_tag_parts(expr.items if isinstance(expr, SequenceExpr) else (expr,), number)[-1]
         if isinstance(last, SymbolRef) and last.name in grammar.rules:
-            ends.add(_ending(grammar, last.name, number))
+            ends.add(_closing_literal(grammar, last.name, number))
         else:
             ends.add(last.text if isinstance(last, StringLiteral) else "")
     if len(ends) > 1:
-        raise GrammarError(f"{grammar.name}: rule {rule!r} has to end with the same tag every time")
+        raise GrammarError(
+            f"{grammar.name}: rule {rule!r}: expected the same tag at the end of every alternative"
+        )
     return ends.pop() if ends else ""
 
 
-def _facts(source: str, name: str) -> Iterator[tuple[str, str]]:
-    """What `//@ key value, key value` lines declare."""
+def _declared_options(source: str, name: str) -> Iterator[tuple[str, str]]:
+    """The keys and values of lines of the form `//@ key value, key value`."""
     for number, line in enumerate(source.splitlines(), 1):
         if line.startswith("//@"):
-            for fact in line[3:].split(","):
-                key, _, value = fact.strip().partition(" ")
+            for option in line[3:].split(","):
+                key, _, value = option.strip().partition(" ")
                 if not key or not value.strip():
                     raise GrammarError(
-                        f"{name}, line {number}: {fact.strip()!r}, expected //@ key value, key value"
+                        f"{name}, line {number}: {option.strip()!r}, expected //@ key value, key value"
                     )
                 yield key, value.strip()
 
 
 def grammar_path(name: str) -> Path:
-    """Where a built-in grammar file lies: inside the wheel, or beside the package in a checkout."""
+    """Return the path of a built-in grammar file: inside the wheel, or next to the package in a checkout."""
     inside = Path(str(files("sgl_apr"))) / "grammars" / f"{name}.lark"
     return inside if inside.exists() else inside.parents[2] / "grammars" / f"{name}.lark"

@@ -1,4 +1,4 @@
-"""Segments of a reply to its structure: numbers checked, paths and parents found; it reads no text."""
+"""Builds the span graph of a reply from its segments: checks numbers, and finds the path and parents of each span."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from sgl_apr.formats.options import FormatOptions
 from sgl_apr.formats.segmenter import Outline, Segment
 from sgl_apr.trajectory.spans import Path, Span
 
-# Hears of what is wrong: its name, where it stands (start and end offsets), and what was expected.
+# Called for every defect, with its name, its start and end offsets, and what was expected.
 DefectReporter = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class SpanPlacement:
-    """Where a segment belongs: what its span gets besides its text."""
+    """Where a segment belongs: the fields of its span other than its text."""
 
     path: Path
     parents: tuple[int, ...]
@@ -25,19 +25,37 @@ class SpanPlacement:
 
 @dataclass
 class OpenBlock:
-    """A block whose branches are being read. `unread` are the outlines whose branch or result is to come."""
+    """A block whose branches are being read.
+
+    Attributes:
+        number: The number of the block in its sequence, from 1.
+        outlines: The outlines of all of its branches.
+        pending: The outlines of branches whose text or result has not been read yet.
+        fork_parents: For each branch, the spans that its first span follows.
+        branch_ends: The last spans of the branches that have been read.
+        branches_read: How many branches have been read.
+    """
 
     number: int
     outlines: list[Outline]
     pending: list[Outline]
-    forks: list[tuple[int, ...]] = field(default_factory=list)  # where each branch starts from
-    ends: list[int] = field(default_factory=list)
-    read: int = 0
+    fork_parents: list[tuple[int, ...]] = field(default_factory=list)
+    branch_ends: list[int] = field(default_factory=list)
+    branches_read: int = 0
 
 
 @dataclass
 class ParserFrame:
-    """The trunk or a branch, as far as it has been read. `tip` are the spans that its next span follows."""
+    """The trunk or a branch that is being read.
+
+    Attributes:
+        path: Its path.
+        prefix: The prefix of the numbers of its own branches (`3.` in branch 3).
+        number: Its number; empty for the trunk.
+        frontier: The spans that its next span follows.
+        blocks: How many blocks it has begun.
+        block: The block that is open, if there is one.
+    """
 
     path: Path = ()
     prefix: str = ""
@@ -48,138 +66,142 @@ class ParserFrame:
 
 
 class SpanGraphBuilder:
-    """Takes segments in order and knows where each belongs; ask `place` for the path and parents of the next.
+    """Takes segments in the order of the text and determines where each belongs.
 
-    `asynchronous` dialects fork one branch at a time and wait for it later.
+    Args:
+        options: The options of the dialect.
+        report: Called for every defect.
+        asynchronous: Whether the dialect forks one branch at a time and waits for it later.
+        start: The sequence to begin in, by default the trunk.
     """
 
     def __init__(
         self,
-        facts: FormatOptions,
+        options: FormatOptions,
         report: DefectReporter,
         *,
         asynchronous: bool,
         start: ParserFrame | None = None,
     ) -> None:
-        self.facts, self.report, self.asynchronous = facts, report, asynchronous
+        self.options, self.report, self.asynchronous = options, report, asynchronous
         self.sequences = [start or ParserFrame()]
-        # A join by message takes the call out of what the trunk goes on from.
-        self.keeps_calls = asynchronous or facts.branch_context == "prefix"
+        # A join by message removes the call from the context of the trunk.
+        self.keeps_calls = asynchronous or options.branch_context == "prefix"
 
     def place(self, segment: Segment, index: int) -> SpanPlacement:
-        """Where the segment that becomes span `index` belongs; reports what does not fit."""
+        """Return where the segment that becomes span `index` belongs, and report what does not fit."""
         sequence = self.sequences[-1]
-        placed = SpanPlacement(sequence.path, sequence.frontier, segment.label)
+        placement = SpanPlacement(sequence.path, sequence.frontier, segment.label)
         if segment.role in ("text", "body", "fork", "wait"):
             self._check_all_branches_present(sequence, segment)
         match segment.role:
             case "fork":
                 self._fork(sequence, segment, index)
             case "header":
-                placed = self._header(sequence, segment)
+                placement = self._header(sequence, segment)
                 sequence = self.sequences[-1]
             case "closer":
                 self._closer(sequence, segment, index)
             case "lead" if sequence.block:
-                sequence.block.forks = [(index,)] * len(sequence.block.forks)
+                sequence.block.fork_parents = [(index,)] * len(sequence.block.fork_parents)
             case "result":
-                placed = self._result(sequence, segment)
+                placement = self._result(sequence, segment)
             case "wait":
-                self._wait(sequence, segment, index)
+                self._wait(sequence, segment)
             case "tail":
-                placed = replace(placed, parents=self._tail(sequence, segment))
+                placement = replace(placement, parents=self._tail(sequence, segment))
         if segment.role != "fork" and not (
             segment.role == "closer" and sequence.path != self.sequences[0].path
         ):
             sequence.frontier = (index,)
-        return placed
+        return placement
 
-    def end(self, at: int) -> None:
-        """The text ends at offset `at`: nothing may be open."""
+    def end(self, offset: int) -> None:
+        """Report a block that is still open where the text ends."""
         block = self.sequences[0].block
         if block and block.pending:
             missing = block.pending[0].number or "the next one"
-            self.report("block never closed", at, at, f"branch {missing}, which was forked off")
+            self.report("block never closed", offset, offset, f"branch {missing}, which was forked off")
 
     def _check_all_branches_present(self, sequence: ParserFrame, segment: Segment) -> None:
-        """Where branches stand behind the wait for them, all do."""
+        """Once one branch of a wait has been read, all others have to follow at once."""
         block = sequence.block
-        if block and block.ends and block.pending:
+        if block and block.branch_ends and block.pending:
             self.report("missing branch", segment.start, segment.start, "a branch for every fork")
-            sequence.frontier, sequence.block = (*sequence.frontier, *block.ends), None
+            sequence.frontier, sequence.block = (*sequence.frontier, *block.branch_ends), None
 
     def _fork(self, sequence: ParserFrame, segment: Segment, index: int) -> None:
-        block, facts = sequence.block, self.facts
+        block, options = sequence.block, self.options
         if block is None or not (self.asynchronous and block.pending):
             sequence.blocks += 1
             block = sequence.block = OpenBlock(sequence.blocks, [], [])
-            if len(sequence.path) // 2 >= facts.max_depth:
+            if len(sequence.path) // 2 >= options.max_depth:
                 self.report(
-                    "nested too deep", segment.start, segment.end, f"at most {facts.max_depth} levels"
+                    "nested too deep", segment.start, segment.end, f"at most {options.max_depth} levels"
                 )
         for outline in segment.outlines:
-            want = f"{sequence.prefix}{facts.first_number + len(block.outlines)}"
-            if outline.number and outline.number != want:
-                known = any(o.number == outline.number for o in block.outlines)
+            expected = f"{sequence.prefix}{options.first_number + len(block.outlines)}"
+            if outline.number and outline.number != expected:
+                is_duplicate = any(o.number == outline.number for o in block.outlines)
                 self.report(
-                    "duplicate number" if known else "missing number",
-                    outline.at,
-                    outline.at + len(outline.number),
-                    f'"{want}"',
+                    "duplicate number" if is_duplicate else "missing number",
+                    outline.offset,
+                    outline.offset + len(outline.number),
+                    f'"{expected}"',
                 )
-            if len(block.outlines) >= facts.max_width:
+            if len(block.outlines) >= options.max_width:
                 self.report(
                     "too many branches",
-                    outline.at,
-                    outline.at + len(outline.number),
-                    f"at most {facts.max_width} outlines",
+                    outline.offset,
+                    outline.offset + len(outline.number),
+                    f"at most {options.max_width} outlines",
                 )
-            if not outline.number and len(segment.outlines) > 1:  # put in where it was missing
-                outline = outline._replace(number=want)
+            if not outline.number and len(segment.outlines) > 1:  # error recovery inserted the missing number
+                outline = outline._replace(number=expected)
             block.outlines.append(outline)
             block.pending.append(outline)
-            block.forks.append((index,))
+            block.fork_parents.append((index,))
         if not segment.outlines:
-            block.forks = [(index,)]
+            block.fork_parents = [(index,)]
         if self.keeps_calls:
             sequence.frontier = (index,)
 
     def _header(self, sequence: ParserFrame, segment: Segment) -> SpanPlacement:
-        block, facts = sequence.block, self.facts
+        block, options = sequence.block, self.options
         if block is None:  # a format whose reply begins with its branches
             if self.asynchronous:
                 self.report("branch without a fork", segment.start, segment.end, "one branch for every fork")
             sequence.blocks += 1
             block = sequence.block = OpenBlock(sequence.blocks, [], [], [sequence.frontier])
-        block.read += 1
+        block.branches_read += 1
         outline = block.pending.pop(0) if block.pending else None
-        label = outline.text if outline else ""
-        if block.outlines:
-            if outline is None or (segment.number and segment.number != outline.number):
-                known = any(o.number == segment.number for o in block.outlines[: block.read - 1])
-                self.report(
-                    "duplicate number"
-                    if known
-                    else "branch without an outline"
-                    if outline is None
-                    else "missing number",
-                    segment.start,
-                    segment.end,
-                    "the branch that is next in the outlines",
-                )
-        elif segment.number and segment.number != f"{sequence.prefix}{facts.first_number + block.read - 1}":
+        self._check_header_number(sequence, block, outline, segment)
+        if block.branches_read > options.max_width:
             self.report(
-                "missing number", segment.start, segment.end, f'"{facts.first_number + block.read - 1}"'
+                "too many branches", segment.start, segment.end, f"at most {options.max_width} branches"
             )
-        if block.read > facts.max_width:
-            self.report(
-                "too many branches", segment.start, segment.end, f"at most {facts.max_width} branches"
-            )
-        start = block.forks[min(block.read, len(block.forks)) - 1] if block.forks else sequence.frontier
-        path = (*sequence.path, block.number, block.read)
+        last_parents = min(block.branches_read, len(block.fork_parents)) - 1
+        parents = block.fork_parents[last_parents] if block.fork_parents else sequence.frontier
+        path = (*sequence.path, block.number, block.branches_read)
         prefix = f"{segment.number}." if segment.number else ""
         self.sequences.append(ParserFrame(path, prefix, segment.number))
-        return SpanPlacement(path, start, label)
+        return SpanPlacement(path, parents, outline.text if outline else "")
+
+    def _check_header_number(
+        self, sequence: ParserFrame, block: OpenBlock, outline: Outline | None, segment: Segment
+    ) -> None:
+        if block.outlines:
+            if outline is not None and (not segment.number or segment.number == outline.number):
+                return
+            if any(o.number == segment.number for o in block.outlines[: block.branches_read - 1]):
+                name = "duplicate number"
+            else:
+                name = "branch without an outline" if outline is None else "missing number"
+            self.report(name, segment.start, segment.end, "the branch that is next in the outlines")
+            return
+        expected = self.options.first_number + block.branches_read - 1
+        if segment.number and segment.number != f"{sequence.prefix}{expected}":
+            self.report("missing number", segment.start, segment.end, f'"{expected}"')
 
     def _closer(self, sequence: ParserFrame, segment: Segment, index: int) -> None:
         if segment.number and sequence.number and segment.number != sequence.number:
@@ -189,37 +211,38 @@ class SpanGraphBuilder:
         self.sequences.pop()
         outer = self.sequences[-1]
         if outer.block is not None:
-            outer.block.ends.append(index)
+            outer.block.branch_ends.append(index)
             if self.asynchronous and not outer.block.pending:
-                outer.frontier = (*outer.frontier, *outer.block.ends)
+                outer.frontier = (*outer.frontier, *outer.block.branch_ends)
                 outer.block = None
 
     def _result(self, sequence: ParserFrame, segment: Segment) -> SpanPlacement:
         block = sequence.block
-        open_ = block.pending if block else []
-        wanted = next((o for o in open_ if o.number == segment.number), None)
-        if block is None or wanted is None or (not self.asynchronous and wanted is not open_[0]):
+        pending = block.pending if block else []
+        outline = next((o for o in pending if o.number == segment.number), None)
+        if block is None or outline is None or (not self.asynchronous and outline is not pending[0]):
             self.report("missing number", segment.start, segment.end, "the branch that is next in the call")
-            path = (*sequence.path, sequence.blocks, (block.read if block else 0) + 1)
+            path = (*sequence.path, sequence.blocks, (block.branches_read if block else 0) + 1)
             return SpanPlacement(path, sequence.frontier, segment.label)
-        if segment.name and segment.name != wanted.text:
-            self.report("result of another branch", segment.start, segment.end, wanted.text)
-        open_.remove(wanted)
-        block.read += 1
-        path = (*sequence.path, block.number, block.outlines.index(wanted) + 1)
-        if self.asynchronous and not open_:
+        if segment.name and segment.name != outline.text:
+            self.report("result of another branch", segment.start, segment.end, outline.text)
+        pending.remove(outline)
+        block.branches_read += 1
+        path = (*sequence.path, block.number, block.outlines.index(outline) + 1)
+        if self.asynchronous and not pending:
             sequence.block = None
-        return SpanPlacement(path, sequence.frontier, segment.label, wanted.text)
+        return SpanPlacement(path, sequence.frontier, segment.label, outline.text)
 
-    def _wait(self, sequence: ParserFrame, segment: Segment, index: int) -> None:
-        unread = sequence.block.pending if sequence.block else []
-        known = [o.number for o in unread]
-        if not unread or (segment.number and segment.number not in known):
+    def _wait(self, sequence: ParserFrame, segment: Segment) -> None:
+        pending = sequence.block.pending if sequence.block else []
+        numbers = [o.number for o in pending]
+        if not pending or (segment.number and segment.number not in numbers):
             self.report(
-                "join without a fork", segment.start, segment.end, f"one of {', '.join(known) or 'none'}"
+                "join without a fork", segment.start, segment.end, f"one of {', '.join(numbers) or 'none'}"
             )
 
     def _tail(self, sequence: ParserFrame, segment: Segment) -> tuple[int, ...]:
+        """The parents of a tail: the ends of all branches."""
         block = sequence.block
         if block is None:
             return sequence.frontier
@@ -231,31 +254,38 @@ class SpanGraphBuilder:
                 f"branch {block.pending[0].number}, which has an outline",
             )
         sequence.block = None
-        return tuple(block.ends) if block.ends else sequence.frontier
+        return tuple(block.branch_ends) if block.branch_ends else sequence.frontier
 
 
 def build_spans(
-    found: Sequence[Segment],
+    segments: Sequence[Segment],
     text: str,
     ids: Sequence[tuple[int, ...] | None],
-    structure: SpanGraphBuilder,
+    builder: SpanGraphBuilder,
 ) -> list[Span]:
-    """Spans of a whole text, all of it counted as decoded; the structure reports what is wrong."""
+    """Build the spans of a complete text. All of them count as decoded.
+
+    Args:
+        segments: The segments of the text.
+        text: The text.
+        ids: The token ids of each segment, None where they are unknown.
+        builder: Places the segments, and reports defects.
+    """
     spans: list[Span] = []
-    for index, (segment, token_ids) in enumerate(zip(found, ids, strict=True)):
-        placed = structure.place(segment, index)
+    for index, (segment, token_ids) in enumerate(zip(segments, ids, strict=True)):
+        placement = builder.place(segment, index)
         spans.append(
             Span(
                 role=segment.role,
                 origin="decoded",
                 text=text[segment.start : segment.end],
                 token_ids=token_ids,
-                parents=placed.parents,
-                path=placed.path,
-                label=placed.label,
-                outline=placed.outline,
+                parents=placement.parents,
+                path=placement.path,
+                label=placement.label,
+                outline=placement.outline,
                 finish="stop" if segment.role == "closer" else None,
             )
         )
-    structure.end(len(text))
+    builder.end(len(text))
     return spans

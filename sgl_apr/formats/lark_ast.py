@@ -1,4 +1,4 @@
-"""The items of a .lark file, and Lark's own syntax tree read as them; what they mean is in grammar.py."""
+"""The expressions of a .lark file, and the transformer that makes them from Lark's own syntax tree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StringLiteral:
 
     @property
     def is_tag(self) -> bool:
-        """Whether it is a tag, or the beginning of one that a number or a name ends: `<FORK-`."""
+        """Whether it is a tag, or the beginning of one that a number or a name completes (`<FORK-`)."""
         return re.fullmatch(r"</?[A-Za-z][^<>]*>?", self.text) is not None
 
 
@@ -32,25 +32,31 @@ class SymbolRef:
 
 @dataclass(frozen=True, slots=True)
 class SequenceExpr:
-    """Items one after another."""
+    """Items in sequence."""
 
     items: tuple[Expr, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Alt:
-    """One of several."""
+    """Alternatives, one of which is taken."""
 
     options: tuple[Expr, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """`?` (0 or 1), `*` (0 or more) or `+` (1 or more)."""
+    """A repetition: `?`, `*` or `+`.
+
+    Attributes:
+        item: What is repeated.
+        min_count: 0 or 1.
+        unbounded: Whether it can occur more than once (`*` and `+`).
+    """
 
     item: Expr
-    low: int
-    many: bool
+    min_count: int
+    unbounded: bool
 
 
 Expr = StringLiteral | SymbolRef | SequenceExpr | Alt | Repeat
@@ -58,13 +64,16 @@ Expr = StringLiteral | SymbolRef | SequenceExpr | Alt | Repeat
 
 @dataclass(frozen=True, slots=True)
 class Regex:
-    """The whole of a terminal that is a regular expression."""
+    """A terminal that is a regular expression."""
 
     pattern: str
 
 
 class ExpressionTransformer(Transformer[Token, Expr]):
-    """Lark's own syntax tree of a file to expressions."""
+    """Turns Lark's syntax tree of a grammar file into expressions.
+
+    Raises `GrammarError` for everything outside of the subset that Lark, llguidance and xgrammar share.
+    """
 
     def literal(self, children: list[Token]) -> Expr | Regex:
         token = children[0]
@@ -72,9 +81,9 @@ class ExpressionTransformer(Transformer[Token, Expr]):
             return StringLiteral(_unescape(str(token)[1:-1]))
         if token.startswith("/") and token.endswith("/"):
             if re.search(r"\(\?[=!<]", token):
-                raise GrammarError(f"look-around in {token} is outside the shared subset")
+                raise GrammarError(f"look-around in {token} is not supported")
             return Regex(str(token)[1:-1])
-        raise GrammarError(f"flags in {token} are outside the shared subset")
+        raise GrammarError(f"flags in {token} are not supported")
 
     def name(self, children: list[Token]) -> Expr:
         return SymbolRef(str(children[0]))
@@ -87,11 +96,11 @@ class ExpressionTransformer(Transformer[Token, Expr]):
         if operator is None:
             return _expr(item)
         if any(r is not None for r in rest):
-            raise GrammarError("`~` counts are outside the shared subset, expected ?, * or +")
-        return Repeat(_expr(item), low=int(operator == "+"), many=operator != "?")
+            raise GrammarError("`~` counts are not supported, expected ?, * or +")
+        return Repeat(_expr(item), min_count=int(operator == "+"), unbounded=operator != "?")
 
     def maybe(self, children: list[Expr]) -> Expr:
-        return Repeat(children[0], low=0, many=False)
+        return Repeat(children[0], min_count=0, unbounded=False)
 
     def expansion(self, children: list[Expr]) -> Expr:
         items = tuple(c for c in children if c is not None)
@@ -99,25 +108,25 @@ class ExpressionTransformer(Transformer[Token, Expr]):
 
     def alias(self, children: list[Expr | None]) -> Expr:
         if len(children) > 1 and children[1] is not None:
-            raise GrammarError("aliases (->) are outside the shared subset")
+            raise GrammarError("aliases (->) are not supported")
         return _expr(children[0])
 
     def expansions(self, children: list[Expr]) -> Expr:
         return Alt(tuple(children)) if len(children) > 1 else children[0]
 
     def __default__(self, data: str, children: list[Expr], meta: object) -> Expr:
-        raise GrammarError(f"{data} is outside the shared subset")
+        raise GrammarError(f"{data} is not supported")
 
 
 def is_present(child: Tree[Token] | Token | None) -> bool:
-    """Whether an optional part of a rule's head (modifier, parameters, priority) was written."""
+    """Whether the file has an optional part of a rule's head (modifier, parameters, priority)."""
     return any(map(is_present, child.children)) if isinstance(child, Tree) else child is not None
 
 
 def _expr(item: object) -> Expr:
     if isinstance(item, (StringLiteral, SymbolRef, SequenceExpr, Alt, Repeat, Regex)):
-        return item  # type: ignore[return-value]  # a Regex is only ever the whole of a terminal
-    raise GrammarError(f"{item} is outside the shared subset")
+        return item  # type: ignore[return-value]  # a Regex only occurs as a complete terminal
+    raise GrammarError(f"{item} is not supported")
 
 
 def _unescape(text: str) -> str:
@@ -126,5 +135,5 @@ def _unescape(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def lark_meta_parser() -> Lark:
-    """Lark's own grammar of its grammar files."""
+    """Return a parser of grammar files, made from the grammar that Lark ships for them."""
     return Lark.open_from_package("lark", "lark.lark", ["grammars"], parser="lalr", propagate_positions=True)

@@ -1,11 +1,8 @@
-"""Finished text of any model, whatever it is worth: a trajectory of what can be read, and a list of what is wrong."""
+"""Lenient parsing of finished text from any model: a trajectory of what can be read, and a list of defects."""
 
 from __future__ import annotations
 
-import gc
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -17,15 +14,25 @@ from sgl_apr.formats.error_recovery import ErrorRecoveringParser, Repair
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
 from sgl_apr.formats.graph_builder import build_spans
 from sgl_apr.formats.segmenter import Segment, iter_segments
-from sgl_apr.tokenizer import Tokenizer, split_ids
+from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
 
-FALLBACK = "threadweaver"  # what a text without any tag is read as
+DEFAULT_DIALECT = "threadweaver"  # of a text without any tag
+MAX_FOUND_CHARS = 40  # how much of a defect's text is reported
 
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """One thing that is wrong. `offset` counts characters from 0, `line` and `column` from 1."""
+    """One defect of a text.
+
+    Attributes:
+        name: What kind of defect it is.
+        offset: Where it is, in characters from 0.
+        line: Its line, from 1.
+        column: Its column, from 1.
+        found: The text that stands there; empty if something is missing.
+        expected: What the dialect expects there.
+    """
 
     name: str
     offset: int
@@ -41,14 +48,19 @@ class Defect:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a text came to: `trajectory` holds all of it, character for character."""
+    """The result of `read`.
+
+    Attributes:
+        trajectory: The trajectory. It holds every character of the text.
+        defects: What is wrong with the text, in the order of the text; empty if it is valid.
+    """
 
     trajectory: Trajectory
     defects: tuple[Defect, ...] = ()
 
     @property
     def is_valid(self) -> bool:
-        """Whether strict parsing accepts it."""
+        """Whether strict parsing accepts the text."""
         return not self.defects
 
 
@@ -59,32 +71,40 @@ def read(
     prompt: str = "",
     tokenizer: Tokenizer | None = None,
 ) -> Reading:
-    """Read a reply, however broken: never raises for a text, in time linear in its length.
+    """Parse a reply, however broken it is. Takes time linear in the length of the text.
 
-    Without a `dialect` it is the one whose tags the text has (`detect`). Tags in `prompt` are not structure.
-    What is missing is assumed where that lets the rest be read, and tags in the wrong place count as text;
-    either is a defect.
+    A missing tag is assumed where that lets the rest be read, and a misplaced tag counts as text. Both are
+    reported as defects. No text raises an exception.
+
+    Args:
+        text: The reply.
+        dialect: The dialect, or its name. By default the one that `detect` finds.
+        prompt: The prompt of the reply. Tags in it have no meaning.
+        tokenizer: Adds token ids to the trajectory.
+
+    Returns:
+        The trajectory and the defects.
     """
-    known = _dialect(dialect or detect(text) or FALLBACK)
-    with _gc_paused():
-        try:
-            reading = Reading(known.parse(text, tokenizer))
-        except TraceError:
-            reading = _recovered(text, known, tokenizer)
+    resolved = _resolve_dialect(dialect or detect(text) or DEFAULT_DIALECT)
+    try:
+        reading = Reading(resolved.parse(text, tokenizer))
+    except TraceError:
+        reading = _parse_with_recovery(text, resolved, tokenizer)
     if not prompt:
         return reading
-    ids = tuple(tokenizer.encode(prompt, first=True)) if tokenizer else None
+    ids = tuple(tokenizer.encode(prompt, add_special_tokens=True)) if tokenizer else None
     return Reading(reading.trajectory.with_prompt(prompt, ids), reading.defects)
 
 
 def detect(text: str) -> str | None:
-    """The name of the dialect whose tags a text has, None if it has none.
+    """Return the name of the dialect whose tags a text has, or None if it has no tags.
 
-    The most of its tags decide, then whether it parses, then how few of the dialect's own tags are absent.
+    The dialect with the most tags in the text wins. Ties are broken by whether the text is valid, then by the
+    share of the dialect's tags that occur.
     """
     counts = {name: [text.count(m) for m in dialect(name).grammar.tag_literals] for name in dialect_names()}
-    most = max(map(sum, counts.values()))
-    tied = [name for name, found in counts.items() if sum(found) == most > 0]
+    highest = max(map(sum, counts.values()))
+    tied = [name for name, tag_counts in counts.items() if sum(tag_counts) == highest > 0]
     if len(tied) < 2:
         return tied[0] if tied else None
     return max(
@@ -93,52 +113,41 @@ def detect(text: str) -> str | None:
     )
 
 
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """A megabyte makes a million objects and no cycles: looking for some would take as long as reading."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+def _resolve_dialect(name: Dialect | str) -> Dialect:
+    return dialect(name) if isinstance(name, str) else name
 
 
-def _dialect(which: Dialect | str) -> Dialect:
-    return dialect(which) if isinstance(which, str) else which
-
-
-def _recovered(text: str, known: Dialect, tokenizer: Tokenizer | None) -> Reading:
-    recovery = ErrorRecoveringParser(known.grammar, text, known.max_depth)
+def _parse_with_recovery(text: str, dialect: Dialect, tokenizer: Tokenizer | None) -> Reading:
+    recovery = ErrorRecoveringParser(dialect.grammar, text, dialect.max_depth)
     recovery.run()
-    lines = [0, *(i + 1 for i, c in enumerate(text) if c == "\n")]
-    found: dict[tuple[str, int], Defect] = {}
+    line_starts = [0, *(i + 1 for i, c in enumerate(text) if c == "\n")]
+    defects: dict[tuple[str, int], Defect] = {}
 
-    def note(name: str, start: int, end: int, expected: str) -> None:
-        line = bisect_right(lines, start)
-        piece = text[start : min(end, start + 40)]
-        found.setdefault(
-            (name, start), Defect(name, start, line, start - lines[line - 1] + 1, piece, expected)
+    def report(name: str, start: int, end: int, expected: str) -> None:
+        line = bisect_right(line_starts, start)
+        piece = text[start : min(end, start + MAX_FOUND_CHARS)]
+        defects.setdefault(
+            (name, start), Defect(name, start, line, start - line_starts[line - 1] + 1, piece, expected)
         )
 
-    roles = _roles(known)
+    names = _defect_names_by_tag(dialect)
     for repair in recovery.repairs:
-        for name, expected in _named(repair, recovery, roles):
-            note(name, repair.at, repair.end, expected)
+        for name, expected in _defects_of(repair, recovery, names):
+            report(name, repair.offset, repair.end, expected)
     try:
-        pieces = _contiguous(_segments(known.grammar, recovery.tokens), len(text))
-    except UnexpectedInput:  # a grammar of which nothing short completes a reply
-        note("beyond repair", 0, len(text), f"a reply of {known.name}")
-        pieces = _contiguous([], len(text))
-    ids: list[tuple[int, ...] | None] = [None] * len(pieces)
+        segments = _cover_text(_segments(dialect.grammar, recovery.tokens), len(text))
+    except UnexpectedInput:  # nothing short completes a reply of this grammar
+        report("beyond repair", 0, len(text), f"a reply of {dialect.name}")
+        segments = _cover_text([], len(text))
+    ids: list[tuple[int, ...] | None] = [None] * len(segments)
     if tokenizer is not None:
-        ids = list(split_ids(tokenizer.encode(text), text, [p.end for p in pieces], tokenizer))
-    spans = build_spans(pieces, text, ids, known.structure(note))
-    if not found:  # the grammar's parser and this one disagree: strictness decides
-        note("not valid", 0, 0, f"a reply of {known.name}")
-    defects = tuple(sorted(found.values(), key=lambda d: d.offset))
-    return Reading(Trajectory(tuple(spans), known.name), defects)
+        ids = list(split_token_ids(tokenizer.encode(text), text, [s.end for s in segments], tokenizer))
+    spans = build_spans(segments, text, ids, dialect.span_builder(report))
+    if not defects:  # the strict parser rejects what recovery accepts, and the strict parser decides
+        report("not valid", 0, 0, f"a reply of {dialect.name}")
+    return Reading(
+        Trajectory(tuple(spans), dialect.name), tuple(sorted(defects.values(), key=lambda d: d.offset))
+    )
 
 
 def _segments(grammar: Grammar, tokens: list[Token]) -> list[Segment]:
@@ -149,20 +158,21 @@ def _segments(grammar: Grammar, tokens: list[Token]) -> list[Segment]:
     return list(iter_segments(grammar, tree, keep_empty=True))
 
 
-def _contiguous(found: list[Segment], size: int) -> list[Segment]:
-    """Segments that cover the whole text: what lies between two belongs to the first."""
-    if not found or found[0].start > 0:
-        found = [Segment("text", 0, found[0].start if found else size), *found]
-    ends = [s.start for s in found[1:]] + [size]
-    return [replace(s, end=max(end, s.start)) for s, end in zip(found, ends, strict=True)]
+def _cover_text(segments: list[Segment], size: int) -> list[Segment]:
+    """Extend segments so that they cover the whole text: what lies between two belongs to the first."""
+    if not segments or segments[0].start > 0:
+        segments = [Segment("text", 0, segments[0].start if segments else size), *segments]
+    ends = [s.start for s in segments[1:]] + [size]
+    return [replace(s, end=max(end, s.start)) for s, end in zip(segments, ends, strict=True)]
 
 
 @lru_cache(maxsize=64)
-def _roles(known: Dialect) -> dict[str, str]:
-    """What it means that a tag is missing, by the tag."""
-    grammar = known.grammar
+def _defect_names_by_tag(dialect: Dialect) -> dict[str, str]:
+    """The name of the defect that a missing tag is."""
+    grammar = dialect.grammar
     closing = grammar.closing_literal("body") or grammar.closing_literal("body", "1")
-    places = [
+    # For each rule, the defects of its missing opening and of its missing ending.
+    rules = [
         ("fork", "unopened block", "unclosed list of outlines"),
         ("outline", "missing outline", "unclosed outline"),
         ("header", "unopened branch", "unclosed branch"),
@@ -174,30 +184,32 @@ def _roles(known: Dialect) -> dict[str, str]:
         ("tail", "block never closed", "block never closed"),
         ("close", "missing conclusion", "block never closed"),
     ]
-    found = {mark: "unclosed branch" for mark in grammar.tag_literals if closing.startswith(mark)}
-    for rule, opening, ending in places:
-        for which, name in (
+    names = {tag: "unclosed branch" for tag in grammar.tag_literals if closing.startswith(tag)}
+    for rule, opening, ending in rules:
+        for literal, name in (
             (grammar.opening_literal(rule), opening),
             (grammar.closing_literal(rule), ending),
         ):
-            for mark in grammar.tag_literals:
-                if which.startswith(mark):
-                    found.setdefault(mark, name)
-        for mark in grammar.tags_in_rule(rule):
-            found.setdefault(mark, ending)
-    return found
+            for tag in grammar.tag_literals:
+                if literal.startswith(tag):
+                    names.setdefault(tag, name)
+        for tag in grammar.tags_in_rule(rule):
+            names.setdefault(tag, ending)
+    return names
 
 
-def _named(repair: Repair, recovery: ErrorRecoveringParser, roles: dict[str, str]) -> list[tuple[str, str]]:
-    """What a repair says of the text: names with what was expected."""
+def _defects_of(
+    repair: Repair, recovery: ErrorRecoveringParser, names: dict[str, str]
+) -> list[tuple[str, str]]:
+    """The defects that a repair stands for: names, with what was expected."""
     if not repair.inserted:
-        return [_misplaced(repair, recovery, roles)]
+        return [_defect_of_misplaced_text(repair, recovery, names)]
     tags = [recovery.fixed[name] for name in repair.inserted if name in recovery.tags]
-    names = dict.fromkeys((roles.get(tag, "missing tag"), tag) for tag in tags)
-    if {"unopened branch", "unclosed branch"} <= {name for name, _ in names}:
-        names = dict.fromkeys(("missing branch" if "branch" in n else n, tag) for n, tag in names)
-    if names:
-        return [(name, repr(tag)) for name, tag in names]
+    missing = dict.fromkeys((names.get(tag, "missing tag"), tag) for tag in tags)
+    if {"unopened branch", "unclosed branch"} <= {name for name, _ in missing}:
+        missing = dict.fromkeys(("missing branch" if "branch" in n else n, tag) for n, tag in missing)
+    if missing:
+        return [(name, repr(tag)) for name, tag in missing]
     if NUMBER in repair.inserted:
         return [("missing number", "a number")]
     if TEXT in repair.inserted:
@@ -205,14 +217,16 @@ def _named(repair: Repair, recovery: ErrorRecoveringParser, roles: dict[str, str
     return [("missing white space", " ".join(repr(recovery.fixed.get(n, n)) for n in repair.inserted))]
 
 
-def _misplaced(repair: Repair, recovery: ErrorRecoveringParser, roles: dict[str, str]) -> tuple[str, str]:
-    role = next((r for mark, r in roles.items() if recovery.text.startswith(mark, repair.at)), None)
-    if role is None:
+def _defect_of_misplaced_text(
+    repair: Repair, recovery: ErrorRecoveringParser, names: dict[str, str]
+) -> tuple[str, str]:
+    name = next((n for tag, n in names.items() if recovery.text.startswith(tag, repair.offset)), None)
+    if name is None:
         return "text where none belongs", "a tag"
-    if "conclusion" in role and repair.in_branch:
+    if "conclusion" in name and repair.in_branch:
         return "conclusion inside a branch", "the end of the branch"
-    if role == "unclosed branch":
+    if name == "unclosed branch":
         return "unopened branch", "the beginning of a branch before its end"
-    if role == "unopened block" and repair.in_branch:
+    if name == "unopened block" and repair.in_branch:
         return "nested too deep", "no fork in this branch"
     return "tag in the wrong place", "text"

@@ -1,4 +1,4 @@
-"""The published checkpoints and how each wants to be asked; and the dialect that a tokenizer was made for."""
+"""Published checkpoints with the prompts that they were trained on, and the dialect of a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from types import MappingProxyType
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
-from sgl_apr.formats.options import Join
+from sgl_apr.formats.options import JoinMethod
 from sgl_apr.tokenizer import Tokenizer
 
-NONE: Mapping[str, float] = MappingProxyType({})
+NO_SAMPLING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published model: it shows no parallel structure unless it is asked as it was trained.
+    """A published model. It only forks if its prompt is the one that it was trained on.
 
-    `models` are hub ids (none where only a recipe was published). `instruction` goes behind the question in
-    the user's turn; it is ours unless `verbatim`, and `prompt_source` says where the published one stands.
-    `sampling` is what its authors sampled with, empty where they do not say. `join` is the one that it was
-    trained for; `dialect.joins` are those that work here. `sources` say where all that is from.
+    Attributes:
+        name: The name of the preset.
+        dialect: The dialect of the model. `dialect.joins` are the join methods that work here.
+        models: Hub ids; empty if only a recipe was published.
+        instruction: Follows the question in the user's turn.
+        prompt_source: Where the published instruction can be found.
+        sources: Papers, repositories and model cards of the model.
+        sampling: Sampling parameters of its authors; empty if they do not state any.
+        verbatim: Whether `instruction` is the published one. If not, it is our own.
     """
 
     name: str
@@ -30,27 +35,27 @@ class Preset:
     instruction: str
     prompt_source: str
     sources: tuple[str, ...]
-    sampling: Mapping[str, float] = field(default_factory=lambda: NONE)
+    sampling: Mapping[str, float] = field(default_factory=lambda: NO_SAMPLING)
     verbatim: bool = False
 
     @property
-    def join(self) -> Join:
-        """How branches joined when it was trained."""
+    def join(self) -> JoinMethod:
+        """The join method that the model was trained for."""
         return self.dialect.published_join
 
-    def ask(self, question: str) -> str:
-        """The text of the user's turn."""
+    def format_question(self, question: str) -> str:
+        """Return the text of the user's turn."""
         return f"{question}\n{self.instruction}" if self.instruction else question
 
 
 def _presets() -> dict[str, Preset]:
-    found = [
+    presets = [
         Preset(
             name="threadweaver",
             dialect=dialect("threadweaver"),
             models=(),
             instruction="",
-            prompt_source="none: fine-tuned to fork without being told (arXiv 2512.07843, section 3)",
+            prompt_source="none: fine-tuned to fork without an instruction (arXiv 2512.07843, section 3)",
             sampling={"temperature": 1.0, "top_p": 1.0},
             sources=(
                 "arXiv 2512.07843",
@@ -70,7 +75,7 @@ def _presets() -> dict[str, Preset]:
             dialect=dialect("npr"),
             models=("bigai-NPR/NPR-4B", "bigai-NPR/NPR-4B-non-thinking"),
             instruction=_NPR,
-            prompt_source="the model card of bigai-NPR/NPR-4B-non-thinking: rules and an example, behind the question",
+            prompt_source="the model card of bigai-NPR/NPR-4B-non-thinking: rules and an example, after the question",
             sources=("bigai-nlco/Native-Parallel-Reasoner", "hub: bigai-NPR"),
         ),
         Preset(
@@ -82,7 +87,7 @@ def _presets() -> dict[str, Preset]:
             sources=("arXiv 2509.07980", "zhengkid/Parallel-R1"),
         ),
     ]
-    return {preset.name: preset for preset in found}
+    return {preset.name: preset for preset in presets}
 
 
 _NPR = (
@@ -99,26 +104,33 @@ _PARALLEL_R1 = (
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name, or of that hub id; raises `GrammarError` that lists them."""
-    known = _presets()
-    for found in known.values():
-        if name == found.name or name in found.models:
-            return found
-    raise GrammarError(f"no preset {name!r}, expected one of {', '.join(known)} or their hub ids")
+    """Return a preset by its name or by the hub id of one of its models.
+
+    Raises:
+        GrammarError: There is no such preset. The message lists the names.
+    """
+    presets = _presets()
+    for candidate in presets.values():
+        if name == candidate.name or name in candidate.models:
+            return candidate
+    raise GrammarError(f"no preset {name!r}, expected one of {', '.join(presets)} or their hub ids")
 
 
 def dialect_for(tokenizer: Tokenizer) -> Dialect | None:
-    """The dialect whose tags a tokenizer has as tokens; None if it has none whole, or those of several.
+    """Return the dialect whose tags are tokens of a tokenizer.
 
-    What a dialect may do without (an optional conclusion) may be missing. Of two of which one's tags are
-    among the other's it is the other.
+    Tags of an optional conclusion may be missing. If the tags of one dialect are a subset of another's, the
+    larger one is returned.
+
+    Returns:
+        The dialect, or None if the tokenizer has the tags of no dialect, or of several.
     """
-    whole: dict[str, set[str]] = {}
+    complete: dict[str, set[str]] = {}
     for name in dialect_names():
         known = dialect(name)
         grammar = known.grammar
         needed = set(grammar.tags([str(known.first_number)])) - set(grammar.tags_in_rule("conclusion"))
-        if needed and all(tokenizer.special(tag) is not None for tag in needed):
-            whole[name] = needed
-    best = max(whole, key=lambda name: len(whole[name]), default=None)
-    return dialect(best) if best and all(tags <= whole[best] for tags in whole.values()) else None
+        if needed and all(tokenizer.special_token_id(tag) is not None for tag in needed):
+            complete[name] = needed
+    best = max(complete, key=lambda name: len(complete[name]), default=None)
+    return dialect(best) if best and all(tags <= complete[best] for tags in complete.values()) else None

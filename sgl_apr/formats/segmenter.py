@@ -1,4 +1,4 @@
-"""A text cut into segments by the rules of its grammar; what they mean together is read in structure.py."""
+"""Parses a text by the rules of its grammar and splits it into segments, one for each role."""
 
 from __future__ import annotations
 
@@ -15,23 +15,35 @@ from sgl_apr.errors import TraceError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
 from sgl_apr.trajectory.spans import Role
 
-BRANCH_RULES = ("body", "branch", "rejoin")  # text in them is the text of a branch
+BRANCH_RULES = ("body", "branch", "rejoin")  # free text in these is the text of a branch
 
 
 class Outline(NamedTuple):
-    """What a fork says of one branch: its number (empty if the format has none), its text, and where it stands."""
+    """The outline of one branch in a fork.
+
+    Attributes:
+        number: The number of the branch; empty if the format has none.
+        text: The text of the outline.
+        offset: Where it begins in the text, in characters.
+    """
 
     number: str
     text: str
-    at: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of text with one role, as the grammar sees it.
+    """A piece of text with one role in the grammar.
 
-    `start` and `end` are offsets; `number` is what a header, result, wait or closer carries, `name` what
-    a result names; `outlines` are those of a fork; `label` is the text that a close, closer or result holds.
+    Attributes:
+        role: The role.
+        start: Offset of the first character.
+        end: Offset after the last character.
+        number: The number in a header, result, wait or closer.
+        name: The name in a result.
+        outlines: The outlines of a fork.
+        label: The text in a close, closer or result.
     """
 
     role: Role
@@ -43,13 +55,22 @@ class Segment:
     label: str = ""
 
 
-def segments(grammar: Grammar, start: str, text: str) -> list[Segment]:
-    """`text` cut into segments, which cover it without gaps; raises `TraceError` where it breaks the grammar."""
+def split_segments(grammar: Grammar, start: str, text: str) -> list[Segment]:
+    """Split a text into segments, which cover it without gaps.
+
+    Args:
+        grammar: The grammar.
+        start: The rule that the text has to match.
+        text: The text.
+
+    Raises:
+        TraceError: The text does not match the rule.
+    """
     return list(iter_segments(grammar, parse_tree(grammar, start, text)))
 
 
 def parse_tree(grammar: Grammar, start: str, text: str) -> Tree[Token]:
-    """Lark's tree of `text`, read as rule `start`."""
+    """Return Lark's tree of a text that matches rule `start`; raises `TraceError` if it does not."""
     parser = grammar.parser(start)
     try:
         return parser.parse(text)
@@ -58,7 +79,13 @@ def parse_tree(grammar: Grammar, start: str, text: str) -> Tree[Token]:
 
 
 def iter_segments(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = False) -> Iterator[Segment]:
-    """The segments of a tree, in the order of the text; empty ones only where something was put in."""
+    """Yield the segments of a tree in the order of the text.
+
+    Args:
+        grammar: The grammar of the tree.
+        tree: The tree.
+        keep_empty: Also yield segments without text, which stand for tokens that error recovery has inserted.
+    """
     stack: list[tuple[Tree[Token] | Token, bool]] = [(tree, False)]
     while stack:
         node, in_branch = stack.pop()
@@ -69,29 +96,29 @@ def iter_segments(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = Fal
                 yield Segment(role, start, end)
             continue
         rule = str(node.data)
-        if rule in _WHOLE_ROLES:
-            if found := _whole(grammar, node, _WHOLE_ROLES[rule]):
-                yield found
+        if rule in _SEGMENT_RULES:
+            if segment := _segment(grammar, node, _SEGMENT_RULES[rule]):
+                yield segment
         else:
             in_branch = in_branch or rule in BRANCH_RULES
             stack += [(child, in_branch) for child in reversed(node.children)]
 
 
-def _whole(grammar: Grammar, node: Tree[Token], role: Role) -> Segment | None:
+def _segment(grammar: Grammar, node: Tree[Token], role: Role) -> Segment | None:
     first, last = _boundary_token(node, first=True), _boundary_token(node, first=False)
-    if first is None or last is None:  # it is empty
+    if first is None or last is None:
         return None
     start, end = first.start_pos or 0, last.end_pos or 0
     if role == "fork":
         return Segment(role, start, end, outlines=tuple(_outlines(grammar, node)))
-    found = _tokens(grammar, node)
+    tokens = _tokens(grammar, node)
     return Segment(
         role,
         start,
         end,
-        number=str(found.get(NUMBER, "")),
-        name=str(found.get("", "")),
-        label=str(found.get(TEXT, "")).strip(),
+        number=str(tokens.get(NUMBER, "")),
+        name=str(tokens.get("", "")),
+        label=str(tokens.get(TEXT, "")).strip(),
     )
 
 
@@ -104,36 +131,36 @@ def _boundary_token(node: Tree[Token], *, first: bool) -> Token | None:
     return None
 
 
-# Rules that are one segment each.
-_WHOLE_ROLES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("prompt", "text", "body")}
-_WHOLE_ROLES["failure"] = "result"
+# Rules that are one segment each, with its role.
+_SEGMENT_RULES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("prompt", "text", "body")}
+_SEGMENT_RULES["failure"] = "result"
 
 
 def _outlines(grammar: Grammar, fork: Tree[Token]) -> Iterator[Outline]:
     for outline in [c for c in fork.children if isinstance(c, Tree)] or [fork]:
-        found = _tokens(grammar, outline)
-        text = found.get(TEXT, found.get(""))
+        tokens = _tokens(grammar, outline)
+        text = tokens.get(TEXT, tokens.get(""))
         if text is not None:
-            first = found.get(NUMBER, text)
-            yield Outline(str(found.get(NUMBER, "")), str(text).strip(), first.start_pos or 0)
+            first = tokens.get(NUMBER, text)
+            yield Outline(str(tokens.get(NUMBER, "")), str(text).strip(), first.start_pos or 0)
 
 
 def _tokens(grammar: Grammar, node: Tree[Token]) -> dict[str, Token]:
-    """The number, the text and, under "", what any other terminal names; the first of each."""
-    found: dict[str, Token] = {}
+    """The first number, the first text, and under "" the first match of any other regular expression."""
+    by_type: dict[str, Token] = {}
     tokens = [child for child in node.children if isinstance(child, Token)]
     if len(tokens) < len(node.children):
         tokens = list(node.scan_values(lambda v: isinstance(v, Token)))
     for token in tokens:
         if token.type in (NUMBER, TEXT):
-            found.setdefault(token.type, token)
+            by_type.setdefault(token.type, token)
         elif isinstance(grammar.terminals.get(token.type), str):
-            found.setdefault("", token)
-    return found
+            by_type.setdefault("", token)
+    return by_type
 
 
 def error_at(text: str, offset: int, found: str, expected: list[str]) -> TraceError:
-    """A `TraceError` with the line and column of an offset."""
+    """Return a `TraceError` with the line and column of an offset in characters."""
     line = text.count("\n", 0, offset) + 1
     return TraceError(line, offset - (text.rfind("\n", 0, offset) + 1) + 1, found, expected)
 

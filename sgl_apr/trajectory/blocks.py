@@ -34,10 +34,10 @@ class Branch:
     @property
     def outcome(self) -> Outcome | None:
         """`finish`, with "ok" for a branch that ended itself; None where a text was read."""
-        return outcome(self.finish)
+        return branch_outcome(self.finish)
 
 
-def outcome(finish: Finish | None) -> Outcome | None:
+def branch_outcome(finish: Finish | None) -> Outcome | None:
     """How a branch has ended, from the finish of its last span."""
     return "ok" if finish == "stop" else finish
 
@@ -51,7 +51,7 @@ class Block:
     conclusion: str
 
 
-def blocks(spans: Sequence[Span]) -> Iterator[Block]:
+def iter_blocks(spans: Sequence[Span]) -> Iterator[Block]:
     """Every block, outer before inner, in the order of the text."""
     forks: dict[Path, dict[Path, list[int]]] = {}
     for i, span in enumerate(spans):

@@ -88,12 +88,12 @@ class JoinRecord:
     why: str = ""
 
 
-def _with_path_tuple(data: Mapping[str, Any]) -> dict[str, Any]:
+def with_path_tuple(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "path": tuple(data["path"])}
 
 
-def _call(data: Mapping[str, Any]) -> Call:
+def call_from_json(data: Mapping[str, Any]) -> Call:
     logprobs = data["logprobs"]
     return Call(
-        **{**_with_path_tuple(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))}
+        **{**with_path_tuple(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))}
     )

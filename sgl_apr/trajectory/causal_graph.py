@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Literal
 
 from sgl_apr.errors import AprError
-from sgl_apr.trajectory.join_layout import Layout, masked_ranges, positions, size
+from sgl_apr.trajectory.join_layout import Layout, masked_ranges, layout_positions, token_count
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -28,10 +28,10 @@ class Causality:
     @cached_property
     def positions(self) -> tuple[int, ...]:
         """Of every token."""
-        return tuple(positions(self.layout))
+        return tuple(layout_positions(self.layout))
 
     @cached_property
-    def unseen(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def masked_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """For every token the ranges [first, last) of earlier tokens that it does not see, outer blocks first."""
         return tuple(masked_ranges(self.layout))
 
@@ -68,7 +68,7 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
                 items += [run, branches]
                 run = 0
             else:
-                run += sum(map(size, branches))
+                run += sum(map(token_count, branches))
         return (*items, run), tips
 
     layout, _ = sequence(range(len(spans)), 0, ())

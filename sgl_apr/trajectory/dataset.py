@@ -17,12 +17,12 @@ from sgl_apr.trajectory.trajectory import Trajectory
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
-BATCH = 1000  # rows that are Python objects at a time
+BATCH_ROWS = 1000  # rows that are Python objects at a time
 _SCALARS = {int: "int64", float: "float64", str: "string", bool: "bool"}
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class SummaryColumns:
     """Columns to filter by, computed from a trajectory and never read back.
 
     `total_tokens` and `critical_path` are those of `Trajectory.metrics`, None where tokens are unknown;
@@ -38,7 +38,7 @@ class Summary:
     branches: int
 
     @classmethod
-    def of(cls, trajectory: Trajectory) -> Summary:
+    def from_trajectory(cls, trajectory: Trajectory) -> SummaryColumns:
         """That of one trajectory."""
         t, total, critical = trajectory, None, None
         if all(s.token_ids is not None for s in t.reply):
@@ -58,10 +58,10 @@ def to_dataset(trajectories: Iterable[Trajectory]) -> Dataset:
     import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset, Features
 
-    schema = Features({**_feature(Trajectory), **_feature(Summary)}).arrow_schema
-    rows = ({**asdict(t), **asdict(Summary.of(t))} for t in trajectories)
+    schema = Features({**_feature(Trajectory), **_feature(SummaryColumns)}).arrow_schema
+    rows = ({**asdict(t), **asdict(SummaryColumns.from_trajectory(t))} for t in trajectories)
     tables = [schema.empty_table()]
-    while batch := list(islice(rows, BATCH)):
+    while batch := list(islice(rows, BATCH_ROWS)):
         try:
             tables.append(pa.Table.from_pylist(batch, schema))
         except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:

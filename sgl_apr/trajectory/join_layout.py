@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from sgl_apr.errors import AprError
 
-MOST_DEPTH, MOST_ITEMS = 16, 4096
+MAX_DEPTH, MAX_ITEMS = 16, 4096
 LAYOUT_PARAM = "apr_layout"  # the custom parameter of a request that holds its layout, as JSON
 
 Layout = Sequence["int | Sequence[Layout]"]
@@ -23,22 +23,22 @@ class LayoutError(AprError):
     """A layout that no prompt can have, or not this one."""
 
 
-def parse(text: str, tokens: int) -> Layout:
+def parse_layout(text: str, tokens: int) -> Layout:
     """The layout of a prompt of so many tokens, from JSON; raises `LayoutError` that says what was expected."""
     try:
         sequence = json.loads(text)
     except (ValueError, RecursionError):
         raise LayoutError("the layout is no JSON") from None
-    left = [MOST_ITEMS]
+    left = [MAX_ITEMS]
 
     def length(sequence: object, depth: int) -> int:
-        if not isinstance(sequence, list) or depth > MOST_DEPTH:
-            raise LayoutError(f"expected a list of runs and blocks, nested at most {MOST_DEPTH} deep")
+        if not isinstance(sequence, list) or depth > MAX_DEPTH:
+            raise LayoutError(f"expected a list of runs and blocks, nested at most {MAX_DEPTH} deep")
         total = 0
         for item in sequence:
             left[0] -= 1
             if left[0] < 0:
-                raise LayoutError(f"expected at most {MOST_ITEMS} runs, blocks and branches")
+                raise LayoutError(f"expected at most {MAX_ITEMS} runs, blocks and branches")
             if isinstance(item, list):
                 if not item:
                     raise LayoutError("expected a branch in every block")
@@ -57,29 +57,29 @@ def parse(text: str, tokens: int) -> Layout:
     return sequence  # type: ignore[no-any-return]  # as checked
 
 
-def size(layout: Layout) -> int:
+def token_count(layout: Layout) -> int:
     """How many tokens it has."""
-    return sum(i if isinstance(i, int) else sum(map(size, i)) for i in layout)
+    return sum(i if isinstance(i, int) else sum(map(token_count, i)) for i in layout)
 
 
-def length(layout: Layout) -> int:
+def chain_length(layout: Layout) -> int:
     """How many tokens its longest chain has: the position of what follows it."""
-    return sum(i if isinstance(i, int) else max(map(length, i)) for i in layout)
+    return sum(i if isinstance(i, int) else max(map(chain_length, i)) for i in layout)
 
 
 def extend_layout(joined: Layout, tokens: int) -> Layout | None:
     """The layout of a prompt of so many tokens of which the first are `joined`; None where nothing is."""
-    return (*joined, tokens - size(joined)) if joined else None
+    return (*joined, tokens - token_count(joined)) if joined else None
 
 
-def join(before: Layout, fork: int, branches: Sequence[tuple[Layout, int]]) -> Layout | None:
+def join_branches(before: Layout, fork: int, branches: Sequence[tuple[Layout, int]]) -> Layout | None:
     """What is joined behind a fork at token `fork` of a prompt that has joined `before` it.
 
     Each branch has the layout of its own joins, from the beginning of the prompt, and the tokens of its
     prompt. None if it has not kept what was joined before the fork.
     """
     sequences: list[Layout] = []
-    run = fork - size(before)
+    run = fork - token_count(before)
     for joined, tokens in branches:
         if tuple(joined[: len(before)]) != tuple(before):
             return None
@@ -91,7 +91,7 @@ def join(before: Layout, fork: int, branches: Sequence[tuple[Layout, int]]) -> L
     return (*before, run, tuple(sequences))
 
 
-def positions(layout: Layout) -> Iterator[int]:
+def layout_positions(layout: Layout) -> Iterator[int]:
     """The position of every token of a prompt: the length of its longest causal chain."""
 
     def walk(sequence: Layout, at: int) -> Iterator[int]:
@@ -102,7 +102,7 @@ def positions(layout: Layout) -> Iterator[int]:
             else:
                 for branch in item:
                     yield from walk(branch, at)
-                at += max(map(length, item))
+                at += max(map(chain_length, item))
 
     return walk(layout, 0)
 
@@ -125,7 +125,7 @@ def masked_ranges(layout: Layout) -> Iterator[tuple[tuple[int, int], ...]]:
             begun = at
             for branch in item:
                 yield from walk(branch, at, (*ranges, (begun, at)) if at > begun else ranges)
-                at += size(branch)
+                at += token_count(branch)
 
     return walk(layout, 0, ())
 
@@ -155,7 +155,7 @@ def commit_prompts(layout: Layout) -> Iterator[tuple[list[tuple[int, int]], Layo
             else:
                 for branch in item:
                     yield from walk(branch, at, ranges, before)
-                    end = at + size(branch)
+                    end = at + token_count(branch)
                     if end > at:
                         own = _merged([*before, *branch])
                         yield [*ranges, (at, end)], own if len(own) > 1 else None

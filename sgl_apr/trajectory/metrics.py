@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sgl_apr.trajectory.blocks import blocks
+from sgl_apr.trajectory.blocks import iter_blocks
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.spans import Span, ancestors
 
@@ -82,7 +82,7 @@ def compute_metrics(
     same (its tags stand inside the branch). "threadweaver" counts headers and closers of all
     branches as sequential and only the text between them as parallel.
     """
-    found = tuple(blocks(spans))
+    found = tuple(iter_blocks(spans))
     weights = [0 if s.origin == "prompt" else s.tokens for s in spans]
     sequential = 0
     if convention == "threadweaver":

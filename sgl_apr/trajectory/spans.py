@@ -58,7 +58,7 @@ def ancestors(spans: Sequence[Span], index: int) -> list[int]:
     return sorted(seen)
 
 
-def read_span(data: Mapping[str, Any], index: int) -> Span:
+def span_from_json(data: Mapping[str, Any], index: int) -> Span:
     """One span from its JSON, else `ValueError`; parents have to come first, which also keeps the graph acyclic."""
     names = {f.name for f in fields(Span)}
     if set(data) != names:

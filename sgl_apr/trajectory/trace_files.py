@@ -17,8 +17,8 @@ from sgl_apr.errors import AprError
 
 T = TypeVar("T")
 TEXT_KEYS = ("text", "response", "completion", "output", "trace")
-FEW = 64  # fewer than this are done before a pool has started
-BATCH = 2048
+MIN_PARALLEL_RECORDS = 64  # fewer than this are done before a pool has started
+BATCH_SIZE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class TextRecord:
     key: str = ""
 
 
-def records(paths: Sequence[str], key: str | None = None) -> Iterator[TextRecord]:
+def read_records(paths: Sequence[str], key: str | None = None) -> Iterator[TextRecord]:
     """The traces of files, `-` for stdin, in order. A `.jsonl` file has one JSON object a line, any other is one text.
 
     The text of an object is under `key`, or the first of `TEXT_KEYS` that it has; a string under
@@ -90,9 +90,9 @@ def parallel_map(
     from rich.progress import Progress
 
     waiting = iter(found)
-    head = list(islice(waiting, FEW))
+    head = list(islice(waiting, MIN_PARALLEL_RECORDS))
     jobs = jobs or len(os.sched_getaffinity(0))
-    if len(head) < FEW or jobs == 1:
+    if len(head) < MIN_PARALLEL_RECORDS or jobs == 1:
         yield from map(work, chain(head, waiting))
         return
     console = Console(stderr=True)
@@ -105,4 +105,4 @@ def parallel_map(
             for result in pool.map(work, head, chunksize=16):
                 progress.advance(task)
                 yield result
-            head = list(islice(waiting, BATCH))
+            head = list(islice(waiting, BATCH_SIZE))

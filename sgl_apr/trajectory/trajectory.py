@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from sgl_apr.errors import TraceError
-from sgl_apr.trajectory.blocks import Block, blocks
-from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision, _call, _with_path_tuple
+from sgl_apr.trajectory.blocks import Block, iter_blocks
+from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision, call_from_json, with_path_tuple
 from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics
-from sgl_apr.trajectory.spans import Finish, Span, ancestors, read_span
+from sgl_apr.trajectory.spans import Finish, Span, ancestors, span_from_json
 
 SCHEMA = "sgl_apr.trajectory/6"
 
@@ -115,7 +115,7 @@ class Trajectory:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """Every block, outer before inner, in the order of the text."""
-        return tuple(blocks(self.spans))
+        return tuple(iter_blocks(self.spans))
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
         """Tokens, critical path, parallelism and what the engine did: see `sgl_apr.trajectory.metrics`."""
@@ -137,13 +137,13 @@ class Trajectory:
             raise TraceError(1, 1, f"schema {found!r}", [f"schema {SCHEMA!r}"])
         try:
             trajectory = cls(
-                spans=tuple(read_span(s, i) for i, s in enumerate(data["spans"])),
+                spans=tuple(span_from_json(s, i) for i, s in enumerate(data["spans"])),
                 dialect=str(data["dialect"]),
-                calls=tuple(_call(c) for c in data["calls"]),
+                calls=tuple(call_from_json(c) for c in data["calls"]),
                 wall_s=float(data["wall_s"]),
-                limits=tuple(LimitHit(**_with_path_tuple(x)) for x in data["limits"]),
-                decisions=tuple(PacingDecision(**_with_path_tuple(d)) for d in data["decisions"]),
-                joins=tuple(JoinRecord(**_with_path_tuple(j)) for j in data["joins"]),
+                limits=tuple(LimitHit(**with_path_tuple(x)) for x in data["limits"]),
+                decisions=tuple(PacingDecision(**with_path_tuple(d)) for d in data["decisions"]),
+                joins=tuple(JoinRecord(**with_path_tuple(j)) for j in data["joins"]),
                 seed=data["seed"],
                 seeds_honoured=bool(data["seeds_honoured"]),
             )

@@ -64,12 +64,12 @@ def test_messages_convert_among_themselves():
     ("name", "to", "message"),
     [
         ("multiverse", "threadweaver", "nests at most 1 deep"),
-        ("threadweaver", "parallel_r1", "has no outlines, and 'x < y' would be lost"),
-        ("parallel_r1", "threadweaver", "wants an outline for each branch"),
+        ("threadweaver", "parallel_r1", "has no outlines, so 'x < y' would be lost"),
+        ("parallel_r1", "threadweaver", "requires an outline for each branch"),
         ("parallel_r1", "parathinker", "has no conclusions"),
-        ("threadweaver", "spawn", "see something else"),
-        ("asyncthink", "threadweaver", "see something else, or join at another time"),
-        ("threadweaver", "pasta", "join at another time"),
+        ("threadweaver", "spawn", "see different contexts"),
+        ("asyncthink", "threadweaver", "see different contexts, or join at different times"),
+        ("threadweaver", "pasta", "join at different times"),
     ],
 )
 def test_what_cannot_be_said_is_refused(name: str, to: str, message: str):
@@ -79,7 +79,7 @@ def test_what_cannot_be_said_is_refused(name: str, to: str, message: str):
 
 def test_a_missing_conclusion_is_not_made_up():
     text = TRACE.replace("<Conclusion>both</Conclusion>\n", "")
-    with pytest.raises(apr.ConversionError, match="wants a conclusion behind every block"):
+    with pytest.raises(apr.ConversionError, match="requires a conclusion after every block"):
         apr.convert(apr.dialect("threadweaver").parse(text), "npr")
 
 

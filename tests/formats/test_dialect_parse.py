@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import sgl_apr as apr
 from sgl_apr.errors import TraceError
-from sgl_apr.tokenizer import split_ids
+from sgl_apr.tokenizer import split_token_ids
 from tests.support.threadweaver_traces import TAGS, TRACE, traces
 
 DIALECT = apr.dialect("threadweaver")
@@ -83,9 +83,9 @@ def test_every_prefix_of_a_phase_can_be_completed(data: st.DataObject):
     text = data.draw(traces())
     for phase, whole in _phases(text):
         cut = whole[: data.draw(st.integers(0, len(whole)))]
-        added = DIALECT.completion(phase, cut)
+        added = DIALECT.complete_phase(phase, cut)
         assert added is not None
-        assert DIALECT.segments(phase, cut + added)[-1].end == len(cut + added)
+        assert DIALECT.parse_phase(phase, cut + added)[-1].end == len(cut + added)
 
 
 def _phases(text: str):
@@ -119,14 +119,14 @@ def _phases(text: str):
     ],
 )
 def test_completion(phase: str, cut: str, added: str | None):
-    assert DIALECT.completion(phase, cut) == added
+    assert DIALECT.complete_phase(phase, cut) == added
 
 
 def test_ids_are_split_where_their_first_character_lies():
     tokenizer = apr.ByteTokenizer()
     text = "aé\U0001f600b"
     ids = tokenizer.encode(text)
-    assert list(split_ids(ids, text, [1, 2, 3, 4], tokenizer)) == [
+    assert list(split_token_ids(ids, text, [1, 2, 3, 4], tokenizer)) == [
         tuple(b"a"), tuple("é".encode()), tuple("\U0001f600".encode()), tuple(b"b")
     ]  # fmt: skip
 
@@ -136,7 +136,7 @@ def test_ids_are_split_where_their_first_character_lies():
 def test_ids_are_split_as_pieces_were_encoded(pieces: list[str]):
     tokenizer = apr.ByteTokenizer(DIALECT.tags)
     text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
-    found = list(split_ids(tokenizer.encode(text), text, ends, tokenizer))
+    found = list(split_token_ids(tokenizer.encode(text), text, ends, tokenizer))
     assert found == [tuple(tokenizer.encode(piece)) for piece in pieces]
 
 

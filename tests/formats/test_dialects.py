@@ -109,20 +109,25 @@ def test_a_document_that_cannot_be_lowered_says_why():
     threadweaver, multiverse = apr.dialect("threadweaver"), apr.dialect("multiverse")
     for dialect, tokenizer, shape, message in [
         (threadweaver, masked("threadweaver", True), {}, "'<[A-Za-z]+>' is not one token"),
-        (threadweaver, masked("threadweaver"), {"fork": "required"}, "takes width, min_width, first, depth"),
+        (
+            threadweaver,
+            masked("threadweaver"),
+            {"fork": "required"},
+            "supports the options width, min_width, first_number, depth",
+        ),
         (threadweaver, masked("threadweaver"), {"depth": 2}, "depth 2, expected within 1 to 1"),
-        (multiverse, masked("multiverse"), {"width": 6, "depth": 5}, "6 wide and 5 deep takes more than"),
+        (multiverse, masked("multiverse"), {"width": 6, "depth": 5}, "6 wide and 5 deep needs more than"),
         (
             apr.dialect("parathinker"),
             masked("parathinker"),
             {"min_width": 1, "width": 1},
-            "a block of 1 to 1",
+            "a block cannot have 1 to 1 branches",
         ),
     ]:
         with pytest.raises(apr.GrammarError, match=message):
             dialect.llguidance("trace", tokenizer, **shape)
-    with pytest.raises(apr.GrammarError, match="to llguidance only"):
-        threadweaver.xgrammar("trace", masked("threadweaver"))
+    with pytest.raises(apr.GrammarError, match="needs llguidance, not xgrammar"):
+        threadweaver.lower("trace", masked("threadweaver"), "xgrammar")
 
 
 @dataclass(frozen=True)
@@ -272,7 +277,7 @@ def allowed(matcher: LLMatcher, tokenizer: Masked) -> set[int]:
     bits = masks.allocate_token_bitmask(1, size)
     masks.fill_next_token_bitmask(matcher, bits)
     one_each = np.unpackbits(bits.view(np.uint8), bitorder="little")[:size]
-    special = {tokenizer.special(tag) for tag in tokenizer.tags} | tokenizer.eos_ids
+    special = {tokenizer.special_token_id(tag) for tag in tokenizer.tags} | tokenizer.eos_ids
     return special & set(np.flatnonzero(one_each).tolist())
 
 
@@ -291,12 +296,12 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
         for _ in range(2):
             text, finished = asyncio.run(decoded(engine, dialect, case, lowered))
             if finished:
-                assert dialect.segments(case.phase, text, case.place)[-1].end == len(text)
+                assert dialect.parse_phase(case.phase, text, case.place)[-1].end == len(text)
             for end in {0, len(text), *(rng.randint(0, len(text)) for _ in range(20))}:
                 cut = text[:end]
-                added = dialect.completion(case.phase, cut, case.place)
+                added = dialect.complete_phase(case.phase, cut, case.place)
                 assert added is not None, (case, cut)
-                segments = dialect.segments(case.phase, cut + added, case.place)
+                segments = dialect.parse_phase(case.phase, cut + added, case.place)
                 assert (segments[-1].end if segments else 0) == len(cut + added)
 
 
@@ -324,13 +329,13 @@ def test_what_is_cut_within_a_tag_a_number_or_a_name(
     name: str, phase: str, number: str, cut: str, added: str
 ):
     place = BranchNumbering(prefix=f"{number}." if phase == "branch" else "", number=number)
-    assert apr.dialect(name).completion(phase, cut, place) == added
+    assert apr.dialect(name).complete_phase(phase, cut, place) == added
 
 
 async def decoded(engine: SampledEngine, dialect: apr.Dialect, case: Case, lowered: str) -> tuple[str, bool]:
     """What an engine that samples from the mask alone decodes of a phase, and whether it came to its end."""
     stops = dialect.stop_strings(case.phase, case.place)
-    ids = [engine.tokenizer.special(tag) for tag in stops]
+    ids = [engine.tokenizer.special_token_id(tag) for tag in stops]
     result = await engine.decode(
         apr.Request("r", (), 200, grammar=lowered, stop_ids=tuple(i for i in ids if i is not None))
     )

@@ -31,15 +31,15 @@ def test_no_module_spells_a_tag():
     ("source", "message"),
     [
         ("a: b~2..3\nTEXT: /x/", "line 1.*`~` counts"),
-        ("a: TEXT\n%ignore X\nTEXT: /x/", "line 2.*ignore is outside"),
+        ("a: TEXT\n%ignore X\nTEXT: /x/", "line 2.*ignore is not supported"),
         ("a: TEXT\nTEXT: /x(?=y)/", "line 2.*look-around"),
-        ("a: TEXT\nTEXT :: x", "line 2: not Lark syntax: 'TEXT :: x'"),
+        ("a: TEXT\nTEXT :: x", "line 2: expected Lark syntax, found 'TEXT :: x'"),
         ("a{x}: x\nTEXT: /x/", "line 1.*templates"),
         ("a.2: TEXT\nTEXT: /x/", "line 1.*priorities"),
         ("a: TEXT -> b\nTEXT: /x/", "line 1.*aliases"),
         ('a: "x"i\nTEXT: /x/', "line 1.*flags"),
         ('a: "x"', "no terminal TEXT"),
-        ('a: TEXT\nTEXT: /x/\nB: "x" | "y"', "line 3.*not one string or one regular expression"),
+        ('a: TEXT\nTEXT: /x/\nB: "x" | "y"', "line 3.*expected one string or one regular expression"),
     ],
 )
 def test_outside_the_subset_is_refused_with_line_and_reason(source: str, message: str):

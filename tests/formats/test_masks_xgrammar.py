@@ -37,7 +37,7 @@ def compiler() -> xgrammar.GrammarCompiler:
 
 
 def matcher(phase: str, name: str = "threadweaver", **options) -> xgrammar.GrammarMatcher:
-    text = apr.dialect(name).xgrammar(phase, masked(), **options)
+    text = apr.dialect(name).lower(phase, masked(), "xgrammar", **options)
     return xgrammar.GrammarMatcher(compiler().compile_grammar(text))
 
 
@@ -52,7 +52,7 @@ def allowed_tags(at: xgrammar.GrammarMatcher) -> set[str]:
     bits = xgrammar.allocate_token_bitmask(1, size)
     at.fill_next_token_bitmask(bits)
     ids = np.unpackbits(bits.numpy().view(np.uint8), bitorder="little")[:size]
-    return {tag for tag in EVERY_TAG if ids[masked().special(tag)]}
+    return {tag for tag in EVERY_TAG if ids[masked().special_token_id(tag)]}
 
 
 @pytest.mark.parametrize(("phase", "text", "accepted"), TABLE)
@@ -87,7 +87,7 @@ def test_spelled_tags_are_refused():
     with pytest.raises(
         apr.GrammarError, match=r"is not one token of this tokenizer.*expected a tokenizer with"
     ):
-        apr.dialect("threadweaver").xgrammar("trunk", apr.ByteTokenizer())
+        apr.dialect("threadweaver").lower("trunk", apr.ByteTokenizer(), "xgrammar")
 
 
 @pytest.mark.parametrize("name", apr.dialect_names())

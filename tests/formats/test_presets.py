@@ -13,7 +13,7 @@ def test_presets_say_how_and_why(name: str):
     assert preset.dialect is apr.dialect(name)
     assert preset.sources
     assert preset.prompt_source
-    assert preset.ask("Why?").startswith("Why?")
+    assert preset.format_question("Why?").startswith("Why?")
     assert all(apr.preset(model) is not None and "/" in model for model in preset.models)
 
 

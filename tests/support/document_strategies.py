@@ -149,7 +149,7 @@ class _Author:
             case Alt(options):
                 wanted = [o for o in options if at.move and starts_block(self.grammar, o, (at.move,))]
                 return self.write(rng.choice(wanted or [o for o in options if self._fits(o, at)]), at)
-            case Repeat(item, low, many=False):
+            case Repeat(item, low, unbounded=False):
                 return self.write(item, at) if low or rng.random() < 0.6 else ""
             case Repeat(item, low) if starts_block(self.grammar, item):
                 return self.blocks(item, low, at)
@@ -206,7 +206,7 @@ class _Author:
         return {
             i.item
             for i in items
-            if isinstance(i, Repeat) and i.many and not starts_block(self.grammar, i.item)
+            if isinstance(i, Repeat) and i.unbounded and not starts_block(self.grammar, i.item)
         }
 
     def _least(self, expr: Expr) -> int:
@@ -217,7 +217,7 @@ class _Author:
             case SequenceExpr(items):
                 counted = self._counted(items)
                 own = sum(
-                    i in counted or (isinstance(i, Repeat) and i.item in counted and i.low) for i in items
+                    i in counted or (isinstance(i, Repeat) and i.item in counted and i.min_count) for i in items
                 )
                 return max(own, *(self._least(i) for i in items if i not in counted))
             case Alt(options):
@@ -232,7 +232,7 @@ class _Author:
         """Whether it can be written with the levels that are left."""
         items = expr.items if isinstance(expr, SequenceExpr) else (expr,)
         return at.depth > 0 or not any(
-            isinstance(i, Repeat) and i.low and i.many and starts_block(self.grammar, i.item) for i in items
+            isinstance(i, Repeat) and i.min_count and i.unbounded and starts_block(self.grammar, i.item) for i in items
         )
 
 

@@ -28,7 +28,7 @@ class Masked:
         self.tags = tags
         self.guide = LLTokenizer(self.backend.to_str(), eos_token=self.backend.token_to_id("<eos>"))
 
-    def special(self, tag: str) -> int | None:
+    def special_token_id(self, tag: str) -> int | None:
         return self.backend.token_to_id(tag) if tag in self.tags else None
 
     def matcher(self, phase: str, **options) -> LLMatcher:
@@ -48,7 +48,7 @@ class Masked:
         matcher, ids = self.matcher(phase, **options), self.backend.encode(text).ids
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
-    def encode(self, text: str, *, first: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return list(self.backend.encode(text).ids)
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:

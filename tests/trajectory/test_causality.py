@@ -49,7 +49,7 @@ def test_it_is_the_longest_chain_and_the_ancestors(name: str):
         deep = max(deep, *(len(b.path) // 2 for b in trajectory.blocks), 0)
         flat = apr.causality(trajectory)
         assert flat.positions == tuple(range(len(found.token_ids))), "as text: in a line"
-        assert not any(flat.unseen)
+        assert not any(flat.masked_ranges)
     assert deep >= (1 if apr.dialect(name).max_depth > 1 else 0), "some nest"
 
 

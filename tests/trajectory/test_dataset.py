@@ -91,7 +91,7 @@ def test_every_field_has_a_column():
 
 @pytest.mark.parametrize("samples", [SAMPLES, [BARE]], ids=["all", "bare"])
 def test_there_and_back(samples: list[Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dataset, "BATCH", 2)
+    monkeypatch.setattr(dataset, "BATCH_ROWS", 2)
     made = to_dataset(iter(samples))
     assert from_dataset(made) == samples
     made.to_parquet(tmp_path / "t.parquet")

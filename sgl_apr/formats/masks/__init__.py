@@ -1,1 +1,1 @@
-"""Grammar rules lowered to what a grammar backend compiles into a token mask."""
+"""Token masks: grammar rules lowered to what a grammar backend compiles."""

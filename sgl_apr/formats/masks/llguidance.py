@@ -1,4 +1,4 @@
-"""Rules as llguidance's Lark: tags as token ids or spelled out; text is one lexeme up to what ends it."""
+"""Writes rules for llguidance, in its dialect of Lark."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sgl_apr.formats.lark_ast import StringLiteral
 from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding
 from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker
 
-# What llguidance is to prepare for: sets of tokens that are allowed as a whole in most places. Its own begin
-# with text for JSON; without `<` in them they fit free text, which is what tags begin with.
+# The slices that llguidance precomputes: sets of tokens that are allowed as a whole in most places. Its own are
+# made for JSON strings. Without `<`, with which tags begin, they fit free text.
 LLGUIDANCE_SLICES = (
     r'[^"\\\x00-\x1F\x7F<]{1,10}',
     r'[^"\\\x00-\x1F\x7F<]{1,30}',
@@ -23,7 +23,7 @@ LLGUIDANCE_SLICES = (
 
 
 class LlguidanceWriter(GrammarWriter):
-    """Lowering in both tag modes."""
+    """Writes a tag as its token if it is one, and spells it out if it is not."""
 
     def literal(self, text: str) -> str:
         token = self.token(text)
@@ -34,50 +34,57 @@ class LlguidanceWriter(GrammarWriter):
         return name
 
     def text(
-        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
+        self,
+        rest: list[Item],
+        *,
+        optional: bool = False,
+        max_chars: int | None = None,
+        single_line: bool = False,
     ) -> str:
-        """A tag that is spelled out is taken off `rest` and read with the text before it.
+        """Return the symbol of free text, together with a spelled tag that follows it.
 
-        A lexeme has no look-ahead, so text that ends at a spelled tag is one lexeme with it.
+        A lexeme has no look-ahead, so text and the spelled tag that ends it are one lexeme. The tag is removed
+        from `rest`.
         """
         following = next((i for i in rest if not isinstance(i, RuleMarker)), None)
         if (
-            most or self.shape.forbid_angle_brackets
-        ):  # without `<` in it, text ends by itself where a tag begins
-            name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
-            character = "[^<\\n]" if most and line else "[^<]"
-            self.lines[name] = f"/{character}{f'{{1,{most}}}' if most else '+'}/{self.only}"
+            max_chars or self.options.forbid_angle_brackets
+        ):  # text without `<` ends by itself where a tag begins
+            name = f"{'LINE' if single_line else 'LEAD'}_{max_chars}" if max_chars else "PLAIN"
+            character = "[^<\\n]" if max_chars and single_line else "[^<]"
+            count = f"{{1,{max_chars}}}" if max_chars else "+"
+            self.lines[name] = f"/{character}{count}/{self.text_constraint}"
             return name + "?" * optional
         if following is None or (
             isinstance(following, StringLiteral) and self.token(following.text) is not None
         ):
-            self.lines[TEXT] = f"/{self.free}/{self.only}"
+            self.lines[TEXT] = f"/{self.free_text}/{self.text_constraint}"
             return TEXT + "?" * optional
         if not (isinstance(following, StringLiteral) and following.is_tag):
             raise GrammarError(
-                f"{self.grammar.name}: {TEXT} must be followed by a tag or the end, not {following}"
+                f"{self.grammar.name}: {following} follows {TEXT}, expected a tag or the end of the rule"
             )
         rest.remove(following)
-        rule = f"/({self.free}){'?' * optional}{_regex(following.text)}/"
-        if self.only:
+        rule = f"/({self.free_text}){'?' * optional}{_escape(following.text)}/"
+        if self.text_constraint:
             pattern = self.grammar.terminals[TEXT]
-            rule += f" & /({pattern}){'?' * optional}{_regex(following.text)}/"
-        known = [name for name, written in self.lines.items() if written == rule]
-        name = known[0] if known else f"UNTIL_{len(self.lines)}"
+            rule += f" & /({pattern}){'?' * optional}{_escape(following.text)}/"
+        same = [name for name, body in self.lines.items() if body == rule]
+        name = same[0] if same else f"UNTIL_{len(self.lines)}"
         self.lines[name] = rule
         return name
 
     @property
-    def only(self) -> str:
-        """What a dialect's own TEXT adds: nothing if it is any text."""
+    def text_constraint(self) -> str:
+        """What the TEXT of the dialect requires in addition; empty if it matches any text."""
         pattern = self.grammar.terminals[TEXT]
         return "" if pattern == ANY_TEXT else f" & /{pattern}/"
 
     @cached_property
-    def free(self) -> str:
-        """A regular expression for text without a tag or what would pass for one (`names`, in any case)."""
+    def free_text(self) -> str:
+        """A regular expression for text without a tag and without anything that resembles one (`tag_names`)."""
         return text_excluding(self.tag_names)
 
 
-def _regex(text: str) -> str:
+def _escape(text: str) -> str:
     return re.escape(text).replace("/", "\\/").replace('\\"', '"')

@@ -1,68 +1,79 @@
-"""A grammar rule written out for a grammar backend, which turns it into a token mask; how, is the backend's module."""
+"""Flattens a phase of a grammar into sequences, and writes them as rules for a grammar backend.
+
+The backend compiles the rules into a token mask. Each backend has a subclass of `GrammarWriter`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal as OneOf
+from typing import Literal
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar, merge_tag_parts
 from sgl_apr.formats.lark_ast import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
 from sgl_apr.tokenizer import Tokenizer
 
-Fork = OneOf["auto", "required", "forbidden"]
-Backend = OneOf["llguidance", "xgrammar"]
+ForkMode = Literal["auto", "required", "forbidden"]
+GrammarBackend = Literal["llguidance", "xgrammar"]
 
 
 @dataclass(frozen=True, slots=True)
 class NumberedRepeat:
-    """A numbered rule, `low` times or more: written out as item 1, item 2, ... so that counting cannot fail."""
+    """A repetition of a numbered rule. It is written out as item 1, item 2, ..., so that the count cannot be wrong."""
 
     rule: str
-    low: int
+    min_count: int
 
 
 @dataclass(frozen=True, slots=True)
 class RuleMarker:
-    """In a flat sequence: here the rule begins that forks, or the one that waits for a branch."""
+    """Marks where the rule `fork` or `wait` begins in a flat sequence."""
 
     rule: str
 
 
 @dataclass(frozen=True, slots=True)
 class OptionalText:
-    """Optional free text, kept as one item: as two alternatives a lexer could not tell them apart in time."""
+    """Optional free text. It stays one item, because a lexer could not tell two alternatives apart in time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
-    """A rule that is written already; it begins with one token, or behind what is no text."""
+class RuleRef:
+    """A reference to a rule that is already written. The rule begins with one token, or follows something other
+    than text."""
 
     name: str
 
 
-Item = StringLiteral | SymbolRef | NumberedRepeat | RuleMarker | OptionalText | Ref
+Item = StringLiteral | SymbolRef | NumberedRepeat | RuleMarker | OptionalText | RuleRef
 FlatSequence = tuple[Item, ...]
 FORK, WAIT = RuleMarker("fork"), RuleMarker("wait")
 
 
 @dataclass(frozen=True, slots=True)
 class MaskOptions:
-    """What one request may decode of its phase.
+    """What one request can decode of its phase.
 
-    A fork gets `min_width` to `width` branches, numbered `prefix` + `first`, ... without gaps; `fork`
-    allows the phase to fork, makes it, or forbids it. `number` is that of the branch that decodes, or of
-    the next one that is forked off; `waiting` are the branches that the trunk may still wait for, and
-    has to before it ends. `lead_chars` bounds each text before a fork, and `outline_chars` makes each
-    outline one short line. With `forbid_angle_brackets`, and in text that is bounded, there is no `<`, which keeps a
-    small model from losing itself in tags of its own. `depth` is how deep blocks nest in a whole document.
+    Attributes:
+        min_width: The lowest number of branches of a fork.
+        width: The highest number of branches of a fork.
+        fork: Whether the phase can fork ("auto"), has to ("required"), or must not ("forbidden").
+        prefix: The prefix of the numbers of a fork (`3.` in branch 3).
+        first_number: The number of the first branch. Numbers have no gaps.
+        number: The number of the branch that decodes, or of the next one that is forked off.
+        waiting: The numbers of the branches that the trunk can wait for. It has to wait for them before it ends.
+        lead_chars: The maximal length of each text before a fork, in characters.
+        outline_chars: The maximal length of each outline, in characters. It also keeps an outline on one line.
+        forbid_angle_brackets: Exclude `<` from text, which keeps a small model from writing tags of its own. Text
+            with a maximal length never contains `<`.
+        depth: How deep blocks can nest in a complete document.
     """
 
     min_width: int = 2
     width: int = 8
-    fork: Fork = "auto"
+    fork: ForkMode = "auto"
     prefix: str = ""
     first_number: int = 1
     number: str = ""
@@ -73,39 +84,46 @@ class MaskOptions:
     depth: int = 1
 
 
-def alternatives(grammar: Grammar, phase: str, shape: MaskOptions) -> list[FlatSequence]:
-    """Every way through a phase that `shape` leaves, as flat sequences; raises `GrammarError` if there is none."""
+def alternatives(grammar: Grammar, phase: str, options: MaskOptions) -> list[FlatSequence]:
+    """Return every alternative of a phase that the options allow, as flat sequences.
+
+    Raises:
+        GrammarError: The options allow nothing.
+    """
     flats = list(dict.fromkeys(_flatten(grammar, SymbolRef(phase))))
-    if shape.fork != "auto":
-        flats = [f for f in flats if (FORK in f) == (shape.fork == "required")]
-    flats = [f for f in flats if WAIT not in f or shape.waiting]
+    if options.fork != "auto":
+        flats = [f for f in flats if (FORK in f) == (options.fork == "required")]
+    flats = [f for f in flats if WAIT not in f or options.waiting]
     if any(WAIT in f for f in flats):
         flats = [f for f in flats if FORK in f or WAIT in f]
     if not flats:
-        raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={shape.fork!r} allows nothing")
-    # Where the model may go on, it does: an alternative that neither forks nor ends in text says nothing.
-    speaking = [f for f in flats if FORK in f or f[-1:] == (SymbolRef(TEXT),)]
-    return speaking if any(f[-1:] == (SymbolRef(TEXT),) for f in flats) else flats
+        raise GrammarError(f"{grammar.name}: phase {phase!r} with fork={options.fork!r} allows nothing")
+    # If the model can continue, it has to: an alternative that neither forks nor ends in text has no content.
+    with_content = [f for f in flats if FORK in f or f[-1:] == (SymbolRef(TEXT),)]
+    return with_content if any(f[-1:] == (SymbolRef(TEXT),) for f in flats) else flats
 
 
 def _flatten(grammar: Grammar, expr: Expr) -> list[FlatSequence]:
-    """Every way through `expr` as a flat sequence; numbered repetitions stay folded as a `Chain`."""
+    """Every alternative of an expression as a flat sequence. Numbered repetitions stay folded."""
     match expr:
         case SymbolRef(name) if name in grammar.rules or name.islower():
-            mark: FlatSequence = (RuleMarker(name),) if name in ("fork", "wait") else ()
-            return [mark + flat for flat in _flatten(grammar, grammar.rule(name))]
+            marker: FlatSequence = (RuleMarker(name),) if name in ("fork", "wait") else ()
+            return [marker + flat for flat in _flatten(grammar, grammar.rule(name))]
         case SequenceExpr(items):
             return [sum(parts, ()) for parts in product(*(_flatten(grammar, item) for item in items))]
         case Alt(options):
             return [flat for option in options for flat in _flatten(grammar, option)]
-        case Repeat(SymbolRef(name), many=False) if name == TEXT:
+        case Repeat(SymbolRef(name), unbounded=False) if name == TEXT:
             return [(OptionalText(),)]
-        case Repeat(item, low, many=False):
-            return ([] if low else [()]) + _flatten(grammar, item)
-        case Repeat(SymbolRef(name), low) if name in grammar.rules and _is_numbered(grammar, name):
-            return [(NumberedRepeat(name, low),)]
+        case Repeat(item, min_count, unbounded=False):
+            return ([] if min_count else [()]) + _flatten(grammar, item)
+        case Repeat(SymbolRef(name), min_count) if name in grammar.rules and _is_numbered(grammar, name):
+            return [(NumberedRepeat(name, min_count),)]
         case Repeat():
-            raise GrammarError(f"{grammar.name}: a phase can repeat numbered rules only, not {expr.item}")
+            raise GrammarError(
+                f"{grammar.name}: a phase repeats {expr.item}, expected a rule in which every alternative "
+                f"has a {NUMBER}"
+            )
         case StringLiteral() | SymbolRef():
             return [(expr,)]
 
@@ -115,71 +133,98 @@ def _is_numbered(grammar: Grammar, rule: str) -> bool:
 
 
 class GrammarWriter(ABC):
-    """Writes rules once each; the name of a rule is what makes it the same. How text is written is the backend's."""
+    """Writes flat sequences as rules. Rules of the same name are the same rule, and written once.
+
+    Args:
+        grammar: The grammar.
+        tokenizer: The tokenizer of the model.
+        options: What the request can decode.
+    """
 
     DEFINES = ": "
     START = "start"
 
-    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, shape: MaskOptions) -> None:
-        self.grammar, self.shape, self.tokenizer = grammar, shape, tokenizer
-        self.lines: dict[str, str] = {}
+    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, options: MaskOptions) -> None:
+        self.grammar, self.options, self.tokenizer = grammar, options, tokenizer
+        self.lines: dict[str, str] = {}  # the body of each rule, by its name
 
     def write(self, flats: list[FlatSequence]) -> str:
-        shape = self.shape
+        """Return the text of a grammar whose start rule has these alternatives."""
+        options = self.options
         bodies: list[str] = []
         for flat in flats:
-            for number in shape.waiting if WAIT in flat else (shape.number,):
+            for number in options.waiting if WAIT in flat else (options.number,):
                 bodies.append(self.sequence(flat, number))
         body = " | ".join(dict.fromkeys(bodies))
         lines = [f"{name}{self.DEFINES}{rule}" for name, rule in {self.START: body, **self.lines}.items()]
         return "\n".join(lines) + "\n"
 
     def sequence(self, flat: FlatSequence, number: str, *, outline: bool = False) -> str:
+        """Return the body of a rule for a flat sequence.
+
+        Args:
+            flat: The sequence.
+            number: Replaces NUMBER.
+            outline: Whether the sequence is an outline.
+        """
         items = list(flat)
         before_fork = FORK in items
-        words: list[str] = []
+        symbols: list[str] = []
         items = merge_tag_parts(items, number) if number else items
         while items:
-            most = self.shape.lead_chars if before_fork else None
+            max_chars = self.options.lead_chars if before_fork else None
             item = items.pop(0)
             match item:
                 case RuleMarker(rule):
                     before_fork, outline = before_fork and rule != "fork", outline or rule == "fork"
                 case OptionalText():
-                    words.append(self.text(items, optional=True, most=most))
+                    symbols.append(self.text(items, optional=True, max_chars=max_chars))
                 case SymbolRef(name) if name == TEXT and outline:
-                    words.append(self.text(items, most=self.shape.outline_chars, line=True))
+                    symbols.append(self.text(items, max_chars=self.options.outline_chars, single_line=True))
                 case SymbolRef(name) if name == TEXT:
-                    words.append(self.text(items, most=most))
+                    symbols.append(self.text(items, max_chars=max_chars))
                 case SymbolRef(name):
-                    words.append(self.terminal(name))
+                    symbols.append(self.terminal(name))
                 case StringLiteral(text):
-                    words.append(self.literal(text))
-                case NumberedRepeat(rule, low):
-                    words.append(self.chain(rule, low))
-                case Ref(name):
-                    words.append(name)
-        return " ".join(words) or '""'
+                    symbols.append(self.literal(text))
+                case NumberedRepeat(rule, min_count):
+                    symbols.append(self.numbered_items(rule, min_count))
+                case RuleRef(name):
+                    symbols.append(name)
+        return " ".join(symbols) or '""'
 
     @abstractmethod
     def literal(self, text: str) -> str:
-        """Fixed text, or a tag as its token."""
+        """Return the symbol of a fixed text, or the token of a tag that is one token."""
 
     @abstractmethod
     def pattern(self, name: str, regex: str) -> str:
-        """A terminal that is a regular expression."""
+        """Return the symbol of a terminal that is a regular expression."""
 
     @abstractmethod
     def text(
-        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
+        self,
+        rest: list[Item],
+        *,
+        optional: bool = False,
+        max_chars: int | None = None,
+        single_line: bool = False,
     ) -> str:
-        """Free text before `rest`, of at most `most` characters without `<`; `line` keeps it on one line."""
+        """Return the symbol of free text.
+
+        Args:
+            rest: The items after the text. Items that are written together with it are removed from the list.
+            optional: Whether the text can be empty.
+            max_chars: The maximal length in characters. Such a text contains no `<`.
+            single_line: Whether a text with a maximal length has to stay on one line.
+        """
 
     def token(self, text: str) -> int | None:
-        """The id of a tag that is one token."""
-        return self.tokenizer.special(text) if StringLiteral(text).is_tag else None
+        """Return the id of a tag that is one token, otherwise None."""
+        return self.tokenizer.special_token_id(text) if StringLiteral(text).is_tag else None
 
     def terminal(self, name: str) -> str:
+        """Return the symbol of a terminal."""
         terminal = self.grammar.terminals.get(name)
         if terminal is None:
             raise GrammarError(f"{self.grammar.name}: terminal {name} is used but not defined")
@@ -191,20 +236,24 @@ class GrammarWriter(ABC):
 
     @property
     def tag_names(self) -> list[str]:
-        """What tags begin with, without brackets: a text that holds one behind `<` or `</` passes for a tag.
+        """The names of the tags, without brackets. Free text cannot contain one after `<` or `</`.
 
-        Reading takes `</outline>` or `<Outline 1>` for text; a model that writes one means the tag, and is
-        lost without it.
+        The parser reads `</outline>` or `<Outline 1>` as text. A model that writes one means the tag, and cannot
+        continue without it.
         """
-        return list(dict.fromkeys(mark.strip("</>") for mark in self.grammar.tag_literals))
+        return list(dict.fromkeys(tag.strip("</>") for tag in self.grammar.tag_literals))
 
-    def chain(self, rule: str, low: int) -> str:
-        low, high, shape = max(low, self.shape.min_width), self.shape.width, self.shape
+    def numbered_items(self, rule: str, min_count: int) -> str:
+        """Return the symbols of a numbered repetition: a rule for each number, as many as the options allow."""
+        options = self.options
+        low, high = max(min_count, options.min_width), options.width
         if low > high:
-            raise GrammarError(f"{self.grammar.name}: {low} to {high} {rule}s cannot be written")
+            raise GrammarError(
+                f"{self.grammar.name}: cannot write between {low} and {high} {rule}s, expected a width of {low} or more"
+            )
         flats = _flatten(self.grammar, SymbolRef(rule))
         for k in range(1, high + 1):
-            number = f"{shape.prefix}{shape.first_number + k - 1}"
+            number = f"{options.prefix}{options.first_number + k - 1}"
             self.lines[f"{rule}_{k}"] = " | ".join(self.sequence(f, number, outline=True) for f in flats)
             if k > low:
                 tail = f" {rule}_from_{k + 1}?" if k < high else ""

@@ -1,4 +1,7 @@
-"""Rules as xgrammar's EBNF: tags as token ids only, since it has no way to end free text at a tag that is spelled out."""
+"""Writes rules for xgrammar, in its EBNF.
+
+It supports tags that are single tokens only: xgrammar cannot end free text at a tag that is spelled out.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker
 
 
 class XgrammarWriter(GrammarWriter):
-    """Lowering for tokenizers that have every tag of the dialect as one token.
+    """Writes every tag as its token.
 
     xgrammar matches an added token by its spelling, so text without the spelling of a tag is without the tag.
     """
@@ -30,38 +33,43 @@ class XgrammarWriter(GrammarWriter):
             )
         if token is None:
             return json.dumps(text, ensure_ascii=False)
-        # Up to xgrammar 0.2.7 the compiler's cache takes grammars for the same that differ in token ids
-        # alone, and gives one the masks of the other. A rule that can never end tells them apart.
+        # Up to xgrammar 0.2.7 the compiler's cache confuses grammars that differ only in token ids, and returns the
+        # masks of the wrong one. A rule that can never match makes them different.
         self.lines[f"never_{token}"] = f'never_{token} "{token}"'
         self.lines[f"tag_{token}"] = f"Token({token}) | never_{token}"
         return f"tag_{token}"
 
     def pattern(self, name: str, regex: str) -> str:
-        self.lines[name] = _ebnf(regex)
+        self.lines[name] = _to_ebnf(regex)
         return name
 
     def text(
-        self, rest: list[Item], *, optional: bool = False, most: int | None = None, line: bool = False
+        self,
+        rest: list[Item],
+        *,
+        optional: bool = False,
+        max_chars: int | None = None,
+        single_line: bool = False,
     ) -> str:
         following = next((i for i in rest if not isinstance(i, RuleMarker)), None)
         if isinstance(following, StringLiteral):
             self.literal(following.text)
-        if most or self.shape.forbid_angle_brackets:
-            name = f"{'LINE' if line else 'LEAD'}_{most}" if most else "PLAIN"
-            character = "[^<\\n]" if most and line else "[^<]"
-            self.lines[name] = f"{character}{f'{{1,{most}}}' if most else '+'}"
+        if max_chars or self.options.forbid_angle_brackets:
+            name = f"{'LINE' if single_line else 'LEAD'}_{max_chars}" if max_chars else "PLAIN"
+            character = "[^<\\n]" if max_chars and single_line else "[^<]"
+            self.lines[name] = f"{character}{f'{{1,{max_chars}}}' if max_chars else '+'}"
             return name + "?" * optional
         if self.grammar.terminals[TEXT] != ANY_TEXT:
-            raise GrammarError(f"{self.grammar.name}: xgrammar takes a TEXT of /{ANY_TEXT}/ only")
-        # With the control tokens of chat models, `<|...`, which it would match by their spelling as well.
+            raise GrammarError(f"{self.grammar.name}: xgrammar supports only /{ANY_TEXT}/ as {TEXT}")
+        # `|` excludes the control tokens of chat models, `<|...`, which xgrammar would match by their spelling, too.
         self.lines["TEXT"] = (
             f"Regex({json.dumps(text_excluding([*self.tag_names, '|']), ensure_ascii=False)})"
         )
         return "TEXT" + "?" * optional
 
 
-def _ebnf(regex: str) -> str:
-    """A regular expression of the shared subset as an EBNF expression: literal characters are quoted."""
+def _to_ebnf(regex: str) -> str:
+    """Convert a regular expression to an EBNF expression, in which literal characters are quoted."""
     pieces = re.findall(r"\[(?:\\.|[^\]\\])*\]|\{[\d,]+\}|\\.|[()|*+?]|[^()|*+?\[\]{}\\]", regex)
     return (
         " ".join(p if p[0] in "[{()|*+?" else json.dumps(p[-1] if p[0] == "\\" else p) for p in pieces)
