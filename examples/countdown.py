@@ -1,60 +1,50 @@
-"""Countdown problems for a model that has learned when to fork, with the trees that it chose.
+"""Countdown problems for a model that has learned when to fork, and the trees that it chose.
 
-python examples/countdown.py [--model runs/rl/model] [--count 6] [--seed 0]     # see docs/training.md
+python examples/countdown.py [--model runs/rl/model] [--count 6] [--seed 0]     # docs/countdown.md: how to train one
 python examples/countdown.py --url URL
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-from contextlib import ExitStack
 
 from rich.console import Console
+from serving import example_parser, served
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS, Attempt, attempt_problems
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems
-from sgl_apr.training.models import locate_model
 from sgl_apr.views.tree import render_summary, render_tree
 
 
-async def solve(url: str, given: list[Problem]) -> list[Attempt]:
-    """All of them at once, greedily; the model decides whether it forks, and into how many."""
+async def solve(url: str, problems: list[Problem]) -> list[Attempt]:
+    """Solve all problems in parallel, greedily; the model decides whether to fork, and into how many branches."""
+    budget = apr.Budget(tokens=6000, width=16, branch_tokens=160)
     async with await apr.HttpEngine.connect(url) as engine:
-        budget = apr.Budget(tokens=6000, width=16, branch_tokens=160)
-        return await attempt_problems(engine, given, None, budget=budget, temperature=0.0)
+        return await attempt_problems(engine, problems, None, budget=budget, temperature=0.0)
 
 
 def main() -> None:
-    """Ask, show the trees and the figures, and print one JSON object last."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", default="builtin", help="a checkpoint, served for the time being")
-    which.add_argument("--url", help="a running server")
-    parser.add_argument("--count", type=int, default=6)
+    """Solve the problems, show the trees, and print one JSON object last."""
+    parser = example_parser(__doc__, "builtin")
+    parser.add_argument("--count", type=int, default=6, help="number of problems (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    with served(options, **SERVER_OPTIONS) as url:
+        problems = list(generate_problems(options.count, "test", seed=options.seed))
+        attempts = asyncio.run(solve(url, problems))
     console = Console(width=125)
-    with ExitStack() as stack:
-        url = options.url or stack.enter_context(apr.Server(locate_model(options.model), **SERVER_OPTIONS)).url
-        made = asyncio.run(solve(url, list(generate_problems(options.count, "test", seed=options.seed))))
-    for attempt in made:
-        said = "solved" if attempt.correct else "not solved"
-        console.print(
-            render_tree(
-                attempt.trajectory, f"make {attempt.problem.target} of {attempt.problem.numbers}: {said}"
-            )
-        )
-    console.print(render_summary({a.problem.text: a.trajectory for a in made}))
-    metrics = [a.trajectory.metrics() for a in made]
+    for attempt in attempts:
+        problem, outcome = attempt.problem, "solved" if attempt.correct else "not solved"
+        title = f"make {problem.target} of {problem.numbers}: {outcome}"
+        console.print(render_tree(attempt.trajectory, title))
+    console.print(render_summary({a.problem.text: a.trajectory for a in attempts}))
+    metrics = [a.trajectory.metrics() for a in attempts]
     figures = {
-        "ok": all(apr.dialect(a.trajectory.dialect).is_valid(a.trajectory.text) for a in made),
-        "problems": len(made),
-        "solved": sum(a.correct for a in made),
+        "ok": all(apr.dialect(a.trajectory.dialect).is_valid(a.trajectory.text) for a in attempts),
+        "problems": len(attempts),
+        "solved": sum(a.correct for a in attempts),
         "forked": sum(m.blocks > 0 for m in metrics),
         "branches": sum(m.branches for m in metrics),
         "total_tokens": sum(m.total for m in metrics),

@@ -1,10 +1,10 @@
-"""Hugging Face's Trainer on trajectories, at any scale: `pip install 'sgl-apr[trainer]'` first.
+"""Hugging Face's Trainer on trajectories, at any scale. Run `pip install 'sgl-apr[trainer]'` first.
 
 python examples/hf_trainer.py --model DIRECTORY --data trajectories.jsonl --output_dir out [any flag of TrainingArguments]
 accelerate launch --config_file configs/8b-fsdp.yaml examples/hf_trainer.py --model Qwen/Qwen3-8B ...    # see that file
 
-Every line of the data is a trajectory, of which structures are packed into rows of --length tokens. One row is a batch;
---gradient_accumulation_steps makes it more. --join kv trains for joins in the KV cache, text for joins by text.
+Every line of the data is a trajectory. Training trees of the trajectories are packed into rows of --length tokens. A batch
+is one row; use --gradient_accumulation_steps for more. --join kv trains for joins in the KV cache, text for joins by text.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 @dataclass
 class Arguments:
-    """What TrainingArguments does not say."""
+    """Arguments in addition to TrainingArguments."""
 
-    model: str = field(metadata={"help": "a directory or hub id; its tokenizer has the tags"})
-    data: Path = field(metadata={"help": "a trajectory in every line, as Trajectory.to_json writes it"})
-    length: int = field(default=8192, metadata={"help": "tokens of a row"})
+    model: str = field(metadata={"help": "a directory or hub id whose tokenizer has the tags"})
+    data: Path = field(metadata={"help": "a file with one Trajectory.to_json per line"})
+    length: int = field(default=8192, metadata={"help": "tokens per row"})
     join: Literal["text", "kv"] = field(default="text", metadata={"help": "how branches are joined"})
     attention: Literal["dense", "later"] = field(
         default="later",
-        metadata={"help": "later: FlexAttention, memory linear; dense: a matrix, for small rows"},
+        metadata={"help": "later: FlexAttention with linear memory; dense: a full mask, for small rows"},
     )
 
 
-class StructuredTrainer(Trainer):
-    """One loss for every token that a model decoded."""
+class TreeTrainer(Trainer):
+    """A trainer with one loss for every token that the model decoded."""
 
     def compute_loss(
         self,
@@ -50,17 +50,17 @@ class StructuredTrainer(Trainer):
 
 
 def rows(path: Path, eos: int, length: int, join: Literal["text", "kv"]) -> list[list[TrainingTree]]:
-    """The structures of a file, packed."""
+    """The training trees of a file, packed into rows."""
     with path.open(encoding="utf-8") as file:
-        made = [
-            one
+        trees = [
+            tree
             for line in file
-            for one in build_training_tree(
+            for tree in build_training_tree(
                 [Trajectory.from_json(line)], eos=eos, join=join, separate_contexts=True
             ).split()
-            if len(one.sources)
+            if len(tree.sources)
         ]
-    return list(pack_rows(made, length))
+    return list(pack_rows(trees, length))
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
         options.model, attn_implementation="sdpa" if options.attention == "dense" else "flex_attention"
     )
     collate = Collator(pad=eos, attention=options.attention)
-    trainer = StructuredTrainer(
+    trainer = TreeTrainer(
         model=model,
         args=training,
         train_dataset=rows(options.data, eos, options.length, options.join),  # type: ignore[arg-type]

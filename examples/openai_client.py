@@ -1,4 +1,4 @@
-"""The stock openai client against a running server: a reply whole, and one streamed by branch.
+"""The stock openai client against a running server: one complete reply, and one streamed by branch.
 
 sgl-apr serve --model MODEL          # e.g. $(sgl-apr model smollm2 --tags threadweaver)
 python examples/openai_client.py --url http://127.0.0.1:30000
@@ -24,37 +24,34 @@ APR = {
 
 
 def main() -> None:
+    """Send the question twice, and show both replies."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="default: %(default)s")
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--question", default="Why do people love dogs?")
     options = parser.parse_args()
     client, console = OpenAI(base_url=f"{options.url}/v1", api_key=options.api_key), Console()
-    asked = {
-        "model": "default",
-        "messages": [{"role": "user", "content": options.question}],
-        "max_tokens": 300,
-    }
+    messages = [{"role": "user", "content": options.question}]
+    request = {"model": "default", "messages": messages, "max_tokens": 300}
 
-    whole = client.chat.completions.create(
-        **asked, extra_body={"apr": {**APR, "separate_reasoning": True, "trajectory": True}}
-    )
-    console.print(
-        render_tree(apr.Trajectory.from_json(json.dumps(whole.apr["trajectory"])), options.question)
-    )
-    console.print("answer:", repr(whole.choices[0].message.content), whole.usage.apr, markup=False)
+    extra = {"apr": {**APR, "separate_reasoning": True, "trajectory": True}}
+    complete = client.chat.completions.create(**request, extra_body=extra)
+    trajectory = apr.Trajectory.from_json(json.dumps(complete.apr["trajectory"]))
+    console.print(render_tree(trajectory, options.question))
+    console.print("answer:", repr(complete.choices[0].message.content), complete.usage.apr, markup=False)
 
-    written: dict[tuple[int, ...], str] = {}
-    for chunk in client.chat.completions.create(**asked, stream=True, extra_body={"apr": APR}):
-        (choice,), apr_ = chunk.choices, chunk.apr
-        if "event" in apr_:
-            console.print(f"{apr_['event']} {apr_.get('path', '')} {apr_.get('outcome', '')}", markup=False)
+    texts: dict[tuple[int, ...], str] = {}
+    for chunk in client.chat.completions.create(**request, stream=True, extra_body={"apr": APR}):
+        (choice,), fields = chunk.choices, chunk.apr
+        if "event" in fields:
+            event = f"{fields['event']} {fields.get('path', '')} {fields.get('outcome', '')}"
+            console.print(event, markup=False)
         elif choice.delta.content:
-            path = tuple(apr_["path"])
-            written[path] = written.get(path, "") + choice.delta.content
-    for path, text in sorted(written.items()):
+            path = tuple(fields["path"])
+            texts[path] = texts.get(path, "") + choice.delta.content
+    for path, text in sorted(texts.items()):
         console.print(".".join(map(str, path)) or "trunk", repr(text), markup=False)
 
 

@@ -1,23 +1,21 @@
-"""Three questions to a small model that forks its own reasoning.
+"""Three questions for a small model that forks its own reasoning.
 
-python examples/quickstart.py               # builds the model and launches a server for it
-python examples/quickstart.py --url URL     # asks a server that runs (sgl-apr serve --model MODEL)
+python examples/quickstart.py [--model smollm2]   # builds SmolLM2-135M-Instruct (once) and serves it: about a minute
+python examples/quickstart.py --url URL           # uses a running server (sgl-apr serve --model MODEL)
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-from contextlib import ExitStack
 
 import sglang as sgl
 from rich.console import Console
 from rich.progress import track
+from serving import example_parser, served
 
 import sgl_apr as apr
 from benchmarks.runtime.replay import Replay, replay_serially
-from sgl_apr.training.models import smollm2
 from sgl_apr.views.tree import render_summary, render_tree
 
 QUESTIONS = [
@@ -26,10 +24,10 @@ QUESTIONS = [
     "How can I make new friends?",
 ]
 
-# It loops without a frequency penalty; with one, and some temperature, its branches differ.
+# Without a frequency penalty it repeats itself; with some temperature, its branches differ.
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "frequency_penalty": 0.4}
 
-# A model of 135M parameters has never seen the format: two worked examples show it.
+# The model has never seen the format: two worked examples show it.
 EXAMPLES = {
     "Why do people keep cats?": (
         [
@@ -64,9 +62,9 @@ def worked_example(parts: list[tuple[str, str]], conclusion: str, answer: str) -
 
 @sgl.function
 def solve(s, question):
-    """The program: two worked examples, the question, and the model's own forks and joins."""
-    for asked, reply in EXAMPLES.items():
-        s += sgl.user(asked)
+    """Two worked examples, the question, and the model's own forks and joins."""
+    for example, reply in EXAMPLES.items():
+        s += sgl.user(example)
         s += sgl.assistant(worked_example(*reply))
     s += sgl.user(question)
     budget = apr.Budget(tokens=300, width=4, branch_tokens=40, outline_chars=32)
@@ -78,7 +76,7 @@ def solve(s, question):
 
 
 async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:
-    """The same branches, decoded one after another."""
+    """Decode the same branches one after another."""
     async with await apr.HttpEngine.connect(url) as engine:
         return [
             await replay_serially(engine, t)
@@ -87,20 +85,11 @@ async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:
 
 
 def main() -> None:
-    """Ask, show the trees and the figures, and print one JSON object last."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--url", help="a running server; without it SmolLM2-135M is built and served")
-    url = parser.parse_args().url
-    console, progress = Console(width=125), Console(stderr=True)
-    trajectories: dict[str, apr.Trajectory] = {}
-    with ExitStack() as stack:
-        if url is None:
-            progress.print("building SmolLM2-135M-Instruct (once), then launching a server: about a minute")
-            url = stack.enter_context(apr.Server(smollm2(), max_total_tokens=8192)).url
-        endpoint = stack.enter_context(apr.Endpoint(url))
-        for question in track(QUESTIONS, "reasoning", console=progress):
+    """Ask the questions, show the trees, and print one JSON object last."""
+    options = example_parser(__doc__, "smollm2").parse_args()
+    console, trajectories = Console(width=125), dict[str, apr.Trajectory]()
+    with served(options, max_total_tokens=8192) as url, apr.Endpoint(url) as endpoint:
+        for question in track(QUESTIONS, "reasoning", console=Console(stderr=True)):
             state = solve.run(question=question, backend=endpoint, **SAMPLING)
             trajectories[question] = state.get_meta_info("answer")["trajectory"]
             console.print(render_tree(trajectories[question], question))
@@ -110,7 +99,7 @@ def main() -> None:
     parallel, serial = sum(r.parallel_s for r in replays), sum(r.serial_s for r in replays)
     tokens = sum(r.tokens for r in replays)
     console.print(
-        f"{tokens} branch tokens: {parallel:.1f} s at once, {serial:.1f} s one branch after another "
+        f"{tokens} branch tokens: {parallel:.1f} s in parallel, {serial:.1f} s one branch after another "
         f"({serial / parallel:.2f}x)"
     )
     metrics = [t.metrics() for t in runs]

@@ -1,9 +1,9 @@
-"""TRL's GRPOTrainer with a reward of this package, on Countdown problems: `pip install 'sgl-apr[trl]'` first.
+"""TRL's GRPOTrainer with a reward of this package, on Countdown problems. Run `pip install 'sgl-apr[trl]'` first.
 
 python examples/trl_grpo.py [--model builtin] [--steps 4] [--json]
 
-TRL samples in a line and without a grammar, so the reward first reads what came of it; a reply that forks gets no branches
-there. `sgl-apr train grpo` samples through the runtime instead, and learns from every branch.
+TRL samples sequentially and without a grammar, so the reward parses each reply, and a fork gets no branches. Use
+`sgl-apr train grpo` to sample through the runtime and to learn from every branch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sgl_apr.training.trl_verl import for_trl
 
 
 def correct(answer: str, problem: str) -> bool:
-    """Whether the text behind the last join solves the problem."""
+    """Whether the text after the last join solves the problem."""
     return solves(Problem.parse(problem), extract_solution(answer))
 
 
 def main() -> None:
-    """Train for a few steps and print what each of them earned."""
+    """Train for a few steps and print the mean reward of each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,11 +41,11 @@ def main() -> None:
     options = parser.parse_args()
     model = locate_model(options.model)
     texts = [p.text for p in generate_problems(8 * options.steps, "train", numbers=(3,))]
-    paid = for_trl(partial(gated, parallel=0.3), correct, HfTokenizer(model), column="problem")
+    reward = for_trl(partial(gated, parallel=0.3), correct, HfTokenizer(model), column="problem")
     with tempfile.TemporaryDirectory() as out:
         trainer: Any = GRPOTrainer(
             model=model,
-            reward_funcs=[paid],
+            reward_funcs=[reward],
             train_dataset=Dataset.from_dict({"prompt": texts, "problem": texts}),
             args=GRPOConfig(
                 output_dir=out, max_steps=options.steps, per_device_train_batch_size=32, num_generations=8,

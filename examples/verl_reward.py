@@ -1,8 +1,8 @@
-"""A reward of this package for verl, as its configuration names one.
+"""A reward of this package for verl. Name it in verl's configuration:
 
 custom_reward_function.path=examples/verl_reward.py custom_reward_function.name=compute_score
 
-python examples/verl_reward.py     # without verl: what some replies earn
+python examples/verl_reward.py     # prints the rewards of some replies, without verl
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sgl_apr.training.trl_verl import for_verl
 
 
 def correct(answer: str, problem: str) -> bool:
-    """Whether the text behind the last join solves the problem."""
+    """Whether the text after the last join solves the problem."""
     return solves(Problem.parse(problem), extract_solution(answer))
 
 

@@ -1,4 +1,4 @@
-"""Examples as they are: an answer in time on the model that comes with the package, and programs by a random one."""
+"""Examples run as scripts: answers in time by the built-in model, and programs by a random one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.paths import EXAMPLES
 
 
 def run(name: str, *arguments: str) -> tuple[dict[str, Any], str]:
-    """What an example printed last, and all of it."""
+    """The JSON object that an example prints last, and everything that it prints."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
@@ -26,24 +26,24 @@ def run(name: str, *arguments: str) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.server
-def test_answers_come_in_time(solver):
-    figures, said = run("deadline.py", "--url", solver.url, "--count", "3", "--seconds", "3")
+def test_deadline_answers_in_time(solver):
+    figures, output = run("deadline.py", "--url", solver.url, "--count", "3", "--seconds", "3")
     assert figures["ok"], figures
     assert figures["problems"] == 3
-    assert figures["solved"] >= 1, "the first has three numbers and takes no fork"
+    assert figures["solved"] >= 1, "the first problem has three numbers and needs no fork"
     assert figures["in_time"] <= figures["branches"]
-    assert "(right, no fork)" in said
+    assert "(right, no fork)" in output
 
 
 @pytest.mark.server
-def test_programs_are_tried(server):
-    figures, said = run("coding.py", "--url", server.url, "--tries", "2")
+def test_coding_counts_all_tries(server):
+    figures, output = run("coding.py", "--url", server.url, "--tries", "2")
     assert figures["tries"] == 2 * figures["exercises"]
-    assert figures["solved"] <= figures["exercises"], "a random model has luck at the most"
-    assert "def double(n):" in said
+    assert figures["solved"] <= figures["exercises"], "a random model solves them only by chance"
+    assert "def double(n):" in output
 
 
 @pytest.mark.slow
-def test_programs_of_a_small_model_pass_their_tests():
+def test_coding_solves_exercises_with_a_small_model():
     figures, _ = run("coding.py")
     assert figures["solved"] >= 2

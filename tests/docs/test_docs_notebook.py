@@ -1,4 +1,4 @@
-"""The notebook: it is kept without outputs, and runs from top to bottom on a server that it starts itself."""
+"""The notebook is stored without outputs, and runs from top to bottom on a server that it starts itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def notebook() -> NotebookNode:
     return nbformat.read(PATH, as_version=4)
 
 
-def test_it_is_kept_as_it_is_written(notebook: NotebookNode):
+def test_the_notebook_is_stored_without_outputs(notebook: NotebookNode):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) >= 8
@@ -28,14 +28,14 @@ def test_it_is_kept_as_it_is_written(notebook: NotebookNode):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_it_runs(notebook: NotebookNode, tmp_path: Path):
+def test_the_notebook_runs(notebook: NotebookNode, tmp_path: Path):
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
-    said = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
-    assert any("! 12/ 6= 2, 18- 2= 16, 16+ 23= 39" in text for text in said)
-    assert any("810 tokens, 308 on the critical path, 128 in one context" in text for text in said)
-    assert sum("whole: True" in text for text in said) == 1
-    assert any("report.html" in text for text in said)
-    assert not list(tmp_path.iterdir()), "what it writes is in a directory of its own"
+    outputs = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
+    assert any("! 12/ 6= 2, 18- 2= 16, 16+ 23= 39" in text for text in outputs)
+    assert any("810 tokens, 308 on the critical path, 128 in one context" in text for text in outputs)
+    assert sum("complete: True" in text for text in outputs) == 1
+    assert any("report.html" in text for text in outputs)
+    assert not list(tmp_path.iterdir()), "it writes only into a directory of its own"

@@ -117,6 +117,7 @@ def test_the_example_says_how_many_were_right(
         async def __aexit__(self, *error: object) -> None:
             assert not self.active
 
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as for a script
     monkeypatch.setattr(apr, "HttpEngine", Served)
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--url", "http://there", "--size", "6"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
