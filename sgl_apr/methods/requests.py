@@ -12,7 +12,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.runtime.allocation import Allowance
+from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer

@@ -17,7 +17,7 @@ from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
-from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
+from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -139,12 +139,13 @@ class MethodSession:
     ) -> list[Completion]:
         """Contexts of their own that hold a prompt each, to continue from later. Nothing is decoded."""
         parent = parent or self.root
+        if not prompts:
+            return []
         group, _ = self._start(parent.sequence, self._independent(prompts))
         engines, _ = await self.requests.fork(parent, group.branches, 0)
         for branch in group.branches:
             group.end(branch)
-        if group.branches:
-            group.joined()
+        group.joined()
         return [
             Completion(branch, engines[k] if engines else None) for k, branch in enumerate(group.branches)
         ]
@@ -236,28 +237,20 @@ class MethodSession:
         self, sequence: SequenceState, starts: Sequence[BranchStart]
     ) -> tuple[BranchGroup, list[Prompt]]:
         """Start the branches of a fork of `sequence`."""
-        if not starts:
-            return BranchGroup((*sequence.path, 0), self.recorder.events), []
-        group = BranchGroup(sequence.next_block(), self.recorder.events)
-        identities = [
-            BranchIdentity((*group.block, k), f"{k}", start.prompt.name) for k, start in enumerate(starts, 1)
-        ]
-        group.announce(identities)
+        group = BranchGroup(sequence)
+        identities = group.announce([(f"{k}", start.prompt.name) for k, start in enumerate(starts, 1)])
         outer = CancelScope(sequence.scope)
         for identity, start in zip(identities, starts, strict=True):
-            branch = SequenceState(
+            branch = group.start(
                 identity,
-                sequence.graph,
-                start.context,
-                start.frontier,
                 self.requests.allowance,
-                CancelScope(outer),
-                prefix_tokens=len(start.context),
+                outer,
+                context=start.context,
+                frontier=start.frontier,
                 tolerate_failure=self.requests.options.on_branch_failure != "raise",
             )
             self._branches.setdefault(sequence, []).append((len(sequence.span_order), branch))
             self.requests.write(branch, start.prompt.text, start.waits_for)
-            group.branches.append(branch)
         return group, [start.prompt for start in starts]
 
     async def _run(

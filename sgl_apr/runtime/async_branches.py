@@ -8,11 +8,10 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.formats.segmenter import Outline
-from sgl_apr.runtime.allocation import BudgetAllocator
 from sgl_apr.runtime.branch_group import BranchGroup
-from sgl_apr.runtime.branches import BranchStarter
 from sgl_apr.runtime.decoder import RequestRunner
-from sgl_apr.runtime.message_join import write_results
+from sgl_apr.runtime.fork_join import ForkJoin
+from sgl_apr.runtime.fork_rules import ForkRules
 from sgl_apr.runtime.sequence import PendingBranch, PendingBranches, SequenceState
 
 RunBranchOn = Callable[[Engine | None, BranchGroup, SequenceState], Coroutine[Any, Any, None]]
@@ -22,14 +21,11 @@ class AsyncBranches:
     """The asynchronous forks of one trajectory. Branches run in `tasks`."""
 
     def __init__(
-        self,
-        runner: RequestRunner,
-        allocator: BudgetAllocator,
-        starter: BranchStarter,
-        tasks: asyncio.TaskGroup,
+        self, runner: RequestRunner, rules: ForkRules, fork_join: ForkJoin, tasks: asyncio.TaskGroup
     ) -> None:
-        self.runner, self.allocator, self.starter, self.tasks = runner, allocator, starter, tasks
-        self.dialect, self.options = starter.dialect, starter.options
+        self.runner, self.rules, self.fork_join, self.tasks = runner, rules, fork_join, tasks
+        self.options = rules.options
+        self._groups = dict[SequenceState, BranchGroup]()  # the open block of each sequence
         self._engines = list[Engine]()
 
     async def spawn(
@@ -40,27 +36,18 @@ class AsyncBranches:
         Returns:
             Tokens of the sequence that the engine has not computed: none.
         """
-        if not sequence.pending_count:
-            group = BranchGroup(sequence.next_block(), self.runner.events)
-            sequence.pending = PendingBranches(group)
-            sequence.allowance.spend(blocks=1)
-        pending = sequence.pending
-        assert pending is not None
-        group = pending.group
+        if sequence.pending is None or not sequence.pending.running:
+            sequence.pending, self._groups[sequence] = PendingBranches(), BranchGroup(sequence)
+        group, pending = self._groups[sequence], sequence.pending
         engines: Sequence[Engine] = ()
         if engine:
             engines, _ = await self.runner.fork(engine, sequence, 1)
             self._engines += engines
-        by_message, overhead = self.allocator.joins_by_message, self.allocator.overhead.branch
-        share = self.allocator.branch_allowance(
-            sequence.allowance, sequence.critical_path, self.options.width
-        )
-        (identity,) = self.starter.identities(group.block, [outline], len(group.branches))
-        group.announce([identity])
-        fork_span = sequence.span_order[-1]
-        branch = self.starter.start(sequence, identity, share, self.starter.scope(sequence), fork_span)
-        group.branches.append(branch)
+        share = self.rules.branch_allowance(sequence, self.options.width)
+        (identity,) = self.fork_join.announce(group, [outline])
+        branch = self.fork_join.start(group, identity, share, self.fork_join.scope(sequence))
         task = self.tasks.create_task(run_branch(engines[0] if engines else None, group, branch))
+        by_message, overhead = self.rules.by_message, self.rules.overhead.branch
         reserved = PendingBranch(
             branch,
             task,
@@ -69,9 +56,9 @@ class AsyncBranches:
             latest_end=branch.allowance.critical_path_cap + overhead,
             max_result_tokens=min(share.tokens, share.critical_path_cap),
         )
-        sequence.allowance.spend(
-            reserved.tokens, critical_path=reserved.closing_tokens, calls=share.calls, blocks=share.blocks
-        )
+        sequence.set_aside(share, 1)
+        sequence.reserve(reserved)
+        pending.started += 1
         pending.running[identity.number] = reserved
         return 0
 
@@ -84,26 +71,25 @@ class AsyncBranches:
         pending, before = sequence.pending, len(sequence.context)
         if pending is None:
             return 0
-        by_message = self.allocator.joins_by_message
-        numbers = [number] if by_message else list(pending.running)
+        numbers = [number] if self.rules.by_message else list(pending.running)
         joined = [pending.running.pop(n) for n in numbers]
         for one in joined:
             await one.task
-            sequence.allowance.refund(one.tokens, critical_path=one.closing_tokens)
+            sequence.release(one)
             sequence.merge(one.branch)
         branches = [one.branch for one in joined]
-        if by_message:
-            write_results(self.dialect, sequence, branches, joined[0].max_result_tokens)
+        if self.rules.by_message:
+            self.fork_join.write_results(sequence, branches, joined[0].max_result_tokens)
         else:
             sequence.append_branches(branches, after_frontier=True)
-        pending.group.joined(branches)
+        self._groups[sequence].joined(branches)
         return len(sequence.context) - before
 
     async def join_remaining(self, sequence: SequenceState) -> None:
         """Wait for the branches that a sequence has not waited for when it ends."""
         while sequence.pending and sequence.pending.running:
             number = next(iter(sequence.pending.running))
-            sequence.inject("wait", self.dialect.grammar.render_rule("wait", number))
+            sequence.inject("wait", self.fork_join.grammar.render_rule("wait", number))
             await self.join(sequence, number)
 
     async def release(self) -> None:

@@ -1,4 +1,4 @@
-"""The branches of one block: announced, run in parallel as paced, cut when a policy has enough, and joined."""
+"""The branches of one block: started, run in parallel as paced, cut when a policy has enough, and merged."""
 
 from __future__ import annotations
 
@@ -6,33 +6,116 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from sgl_apr.runtime.cancel_scope import ScopeCancelled
+from sgl_apr.runtime.allowance import Allowance
+from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
 from sgl_apr.runtime.events import BranchEnded, Forked, Joined
 from sgl_apr.runtime.join_policy import Policy, stop_condition
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
-from sgl_apr.runtime.span_graph import EventEmitter
 from sgl_apr.trajectory.blocks import branch_outcome
-from sgl_apr.trajectory.spans import Path
 
 T = TypeVar("T")
 RunBranch = Callable[[SequenceState], Awaitable[None]]
 
 
 class BranchGroup:
-    """The branches of block `block`.
+    """The branches of the next block of `parent`.
 
     Attributes:
+        parent: The sequence that forks.
+        block: The path of the block.
         branches: Those started so far, in order.
     """
 
-    def __init__(self, block: Path, events: EventEmitter) -> None:
-        self.block, self._events = block, events
+    def __init__(self, parent: SequenceState) -> None:
+        self.parent, self.block = parent, parent.open_block()
         self.branches: list[SequenceState] = []
+        self._emit = parent.graph.events.emit
+        self._fork_span = parent.span_order[-1] if parent.span_order else None
 
-    def announce(self, identities: Sequence[BranchIdentity]) -> None:
-        """Emit that these branches are forked, before anything of theirs."""
-        labels = tuple((identity.number, identity.outline) for identity in identities)
-        self._events.emit(Forked(self.block, labels, len(self.branches) + 1))
+    def announce(self, labels: Sequence[tuple[str, str]]) -> list[BranchIdentity]:
+        """Name the next branches and emit that they are forked, before anything of theirs.
+
+        Args:
+            labels: Number and outline of each.
+        """
+        first = len(self.branches) + 1
+        self._emit(Forked(self.block, tuple(labels), first))
+        return [BranchIdentity((*self.block, k), *label) for k, label in enumerate(labels, first)]
+
+    def start(
+        self,
+        identity: BranchIdentity,
+        allowance: Allowance,
+        scope: CancelScope,
+        *,
+        context: tuple[int, ...] | None = None,
+        frontier: tuple[int, ...] = (),
+        tolerate_failure: bool = True,
+    ) -> SequenceState:
+        """Start a branch, without a header yet.
+
+        Args:
+            identity: From `announce`.
+            allowance: What it may spend.
+            scope: Until when the branches of the fork may run.
+            context: The token ids that it begins with. None for all of its parent's.
+            frontier: The spans that a context of its own follows.
+            tolerate_failure: A failing engine ends it with a note, and raises nothing.
+        """
+        if context is None:
+            context, frontier = self.parent.context, self.parent.frontier
+        branch = SequenceState(
+            identity,
+            self.parent.graph,
+            context,
+            frontier,
+            allowance,
+            CancelScope(scope),
+            prefix_tokens=len(context),
+            tolerate_failure=tolerate_failure,
+            kv_layout=self.parent.kv_layout,
+        )
+        self.branches.append(branch)
+        return branch
+
+    def start_with_header(
+        self,
+        identity: BranchIdentity,
+        share: Allowance,
+        scope: CancelScope,
+        header: str,
+        *,
+        tolerate_failure: bool,
+    ) -> SequenceState:
+        """Start a branch that continues its parent's context with a header. The header was set aside.
+
+        Args:
+            identity: From `announce`.
+            share: What it may spend; its critical path counts from the end of the header.
+            scope: Until when the branches of the fork may run.
+            header: The text of the header.
+            tolerate_failure: As in `start`.
+        """
+        branch = self.start(identity, share, scope, tolerate_failure=tolerate_failure)
+        branch.inject("header", header, identity.outline, charged=False)
+        branch.allowance = share.starting_at(branch.critical_path)
+        return branch
+
+    def start_with_prompt(
+        self,
+        identity: BranchIdentity,
+        share: Allowance,
+        scope: CancelScope,
+        prompt: str,
+        *,
+        tolerate_failure: bool,
+    ) -> SequenceState:
+        """Start a branch with a prompt in a context of its own, which it pays for. Arguments as in `start_with_header`."""
+        allowance = share.starting_at(self.parent.critical_path)
+        branch = self.start(identity, allowance, scope, context=(), tolerate_failure=tolerate_failure)
+        waits_for = () if self._fork_span is None else (self._fork_span,)
+        branch.inject("header", prompt, identity.outline, waits_for=waits_for)
+        return branch
 
     async def run(
         self,
@@ -86,12 +169,12 @@ class BranchGroup:
 
     def end(self, branch: SequenceState) -> None:
         """Emit that a branch has ended, after all that it wrote."""
-        self._events.emit(BranchEnded(branch.path, branch_outcome(branch.finish) or "ok"))
+        self._emit(BranchEnded(branch.path, branch_outcome(branch.finish) or "ok"))
 
     def joined(self, branches: Sequence[SequenceState] | None = None) -> None:
-        """Emit that branches (default: all) are in the text of the sequence that forked them."""
+        """Emit that branches (default: all) are in the text of their parent."""
         joined = self.branches if branches is None else branches
-        self._events.emit(Joined(self.block, tuple(branch.path[-1] for branch in joined)))
+        self._emit(Joined(self.block, tuple(branch.path[-1] for branch in joined)))
 
 
 async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,15 +1,18 @@
-"""What the next phase of a sequence may do: fork or not, how wide, and how many tokens it may decode."""
+"""What the next phase of a sequence may do, and how a fork divides what is left. Decided before anything is decoded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sgl_apr.engine.base import Load
 from sgl_apr.errors import BudgetExceeded
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.formats.masks.writer import ForkMode
 from sgl_apr.formats.segmenter import Outline
-from sgl_apr.runtime.allocation import Allowance, BudgetAllocator
+from sgl_apr.runtime.allowance import Allowance
+from sgl_apr.runtime.budget import Overhead
 from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.runtime.pacing import Demand
 from sgl_apr.runtime.phase_output import PhaseOutput
 from sgl_apr.runtime.request_log import RequestLog
 from sgl_apr.runtime.sequence import SequenceState
@@ -37,16 +40,18 @@ class ForkRules:
 
     Args:
         options: What was asked for.
-        allocator: Divides the budget.
+        overhead: What closing costs, in tokens.
         log: Records the limits that act.
         context_length: Tokens that a prompt and its output may have together, if the engine says.
     """
 
     def __init__(
-        self, options: ReasonOptions, allocator: BudgetAllocator, log: RequestLog, context_length: int | None
+        self, options: ReasonOptions, overhead: Overhead, log: RequestLog, context_length: int | None
     ) -> None:
-        self.options, self.allocator, self.log = options, allocator, log
+        self.options, self.overhead, self.log = options, overhead, log
         self.context_length = context_length
+        self.by_message = options.dialect.branch_context == "message"
+        self._commits = options.join == "kv"  # each branch takes one more call, to be joined in the cache
 
     def trunk_allowance(self, prompt_tokens: int) -> Allowance:
         """The whole budget, or what the engine's context leaves of it.
@@ -62,32 +67,114 @@ class ForkRules:
                 f"the prompt has {prompt_tokens} tokens, "
                 f"expected fewer than the {self.context_length} of the engine's context"
             )
-        return allowance if self.allocator.joins_by_message else allowance.limited_to(left, "context")
+        return allowance if self.by_message else allowance.limited_to(left, "context")
 
-    def next_fork(self, sequence: SequenceState) -> tuple[int, ForkMode]:
-        """How wide the next fork may be (0 for none), and whether it has to come, may come, or may not.
+    def may_fork(self, sequence: SequenceState) -> bool:
+        """Whether the options leave a sequence another block, whatever the budget says."""
+        options = self.options
+        if sequence.depth >= options.budget.depth or "fork" not in options.dialect.grammar.rules:
+            return False
+        return bool(sequence.path) or options.max_forks is None or sequence.blocks < options.max_forks
+
+    def phase_limits(self, sequence: SequenceState, phase: Phase, load: Load | None) -> PhaseLimits:
+        """The bounds of the next request of a sequence.
+
+        Args:
+            sequence: The sequence that continues.
+            phase: What it decodes next.
+            load: The engine's load, if the width is capped by it.
 
         Raises:
             BudgetExceeded: The first fork has to come and the budget has no room for it.
         """
-        options, is_trunk = self.options, not sequence.path
-        if sequence.depth >= options.budget.depth or "fork" not in options.dialect.grammar.rules:
-            return 0, "forbidden"
+        width, fork = self._next_fork(sequence)
+        if load:
+            width = self._cap_width_by_load(sequence, width, load)
+        branches = width + sequence.pending_count
+        may_fork = not sequence.path or width or phase != "branch"
+        tokens, field = self._max_new_tokens(sequence, branches if may_fork else None)
+        if self.context_length is not None:
+            left = self.context_length - len(sequence.context) - self.overhead.of(branches)
+            if left < tokens:
+                tokens, field = left, "context"
+        return PhaseLimits(width, fork, tokens, field)
+
+    def checked(self, output: PhaseOutput, sequence: SequenceState, limits: PhaseLimits) -> PhaseOutput:
+        """The output, as malformed if it forks where no fork is allowed, which only a grammar rules out.
+
+        A fork that was forbidden for want of room, and that fits all the same, is let through.
+        """
+        if output.forked and limits.fork == "forbidden" and not self._can_afford(sequence, output):
+            return replace(output, finish="malformed", forked=False)
+        return output
+
+    def opening_outlines(self, sequence: SequenceState) -> tuple[Outline, ...]:
+        """Outlines for a reply that begins with a fork.
+
+        Raises:
+            BudgetExceeded: The budget has no room for it.
+        """
+        if not (width := self._affordable_width(sequence)):
+            self._raise_unaffordable(sequence)
+        return self.unlabelled_outlines(width)
+
+    def unlabelled_outlines(self, width: int) -> tuple[Outline, ...]:
+        """Outlines of branches that differ by chance, or by their number alone. Width 0 is the fewest branches."""
+        first, size = self.options.dialect.first_number, width or self.options.min_branches
+        return tuple(Outline(str(first + k), "", 0) for k in range(size))
+
+    def branch_allowance(self, sequence: SequenceState, branches: int) -> Allowance:
+        """The equal part that each of so many branches gets; its critical path counts from where it begins.
+
+        A message that comes back may be as long as what its branch decoded. A branch that can only be closed gets
+        no tokens or no calls.
+        """
+        allowance, budget = sequence.allowance, self.options.budget
+        keep, o, n = 1 - budget.reserve, self.overhead, branches
+        tokens = int((allowance.tokens - n * o.branch - o.join) * keep) // (n * (1 + self.by_message))
+        field = allowance.limiting_field
+        if budget.branch_tokens is not None and budget.branch_tokens < tokens:
+            tokens, field = budget.branch_tokens, "branch_tokens"
+        messages = n if self.by_message else 0
+        path = allowance.critical_path_cap - sequence.critical_path - max(messages, 1) * o.branch - o.join
+        cap = int(path * keep) // (1 + messages)
+        left = allowance.calls - n * self._commits
+        calls = min(int(left * keep), left - 1) // n or int(left > n)
+        return Allowance(
+            max(0, tokens), max(0, cap), max(0, allowance.blocks) // (n + 1), max(0, calls), field
+        )
+
+    def _next_fork(self, sequence: SequenceState) -> tuple[int, ForkMode]:
+        """How wide the next fork may be (0 for none), and whether it has to come, may come, or may not."""
+        options = self.options
         if sequence.pending and sequence.pending.running:  # the open block may have more branches
-            more = len(sequence.pending.group.branches) < options.width
+            more = sequence.pending.started < options.width
             fits = more and not self._blocking_limit(sequence, sequence.pending_count + 1)
             return options.width, "auto" if fits else "forbidden"
-        if is_trunk and options.max_forks is not None and sequence.blocks >= options.max_forks:
+        if not self.may_fork(sequence):
             return 0, "forbidden"
-        required = is_trunk and sequence.blocks < options.min_forks
-        width = self.affordable_width(sequence)
+        required = not sequence.path and sequence.blocks < options.min_forks
+        width = self._affordable_width(sequence)
         if not width:
             if required and not sequence.blocks:
-                self.raise_unaffordable(sequence)
+                self._raise_unaffordable(sequence)
             return 0, "forbidden"
         return width, "required" if required else "auto"
 
-    def affordable_width(self, sequence: SequenceState) -> int:
+    def _cap_width_by_load(self, sequence: SequenceState, width: int, load: Load) -> int:
+        """At most as wide as would run in parallel now."""
+        options = self.options
+        if width <= options.min_branches or sequence.pending_count or options.pacing is None:
+            return width
+        share = self.branch_allowance(sequence, width)
+        parallelism, reason = options.pacing(Demand(width, share.tokens), load)
+        capped = max(options.min_branches, min(width, parallelism))
+        if capped < width:
+            block = (*sequence.path, sequence.blocks + 1)
+            self.log.record_pacing(block, width, capped, load, f"capped: {reason}")
+        return capped
+
+    def _affordable_width(self, sequence: SequenceState) -> int:
         """The widest fork that the sequence can pay for, 0 for none. The limit that narrows it is recorded."""
         first_limit = limit = None
         for width in range(self.options.width, self.options.min_branches - 1, -1):
@@ -99,45 +186,57 @@ class ForkRules:
             self.log.record_limit(first_limit, sequence.path)
         return 0 if limit else width
 
-    def phase_limits(self, sequence: SequenceState, width: int, fork: ForkMode, phase: Phase) -> PhaseLimits:
-        """The bounds of the next request of a sequence whose next fork may be so wide."""
-        branches = width + sequence.pending_count
-        may_fork = not sequence.path or width or phase != "branch"
-        tokens, field = self.allocator.max_new_tokens(
-            sequence.allowance, sequence.critical_path, branches if may_fork else None
-        )
-        if self.context_length is not None:
-            left = self.context_length - len(sequence.context) - self.allocator.overhead.of(branches)
-            if left < tokens:
-                tokens, field = left, "context"
-        return PhaseLimits(width, fork, tokens, field)
+    def _blocking_limit(self, sequence: SequenceState, branches: int) -> str | None:
+        """The limit that rules out a fork into so many branches, or None. Half of what is left has to be text."""
+        allowance = sequence.allowance
+        if allowance.blocks < 1:
+            return "blocks"
+        if allowance.calls < self._calls_for(branches):
+            return "calls"
+        if 2 * self.overhead.of(branches) > allowance.tokens:
+            return allowance.limiting_field
+        left = allowance.critical_path_cap - sequence.critical_path
+        return "critical_tokens" if 2 * self._critical_path_overhead(branches) > left else None
 
-    def can_afford(self, sequence: SequenceState, output: PhaseOutput) -> bool:
+    def _calls_for(self, branches: int) -> int:
+        """Calls that a fork needs: the fork, its commit, each branch, and the text after the join."""
+        return branches * (1 + self._commits) + 3
+
+    def _critical_path_overhead(self, branches: int) -> int:
+        """Tokens that closing a fork adds to the critical path. Messages follow one another, branches do not."""
+        return self.overhead.of(branches if self.by_message else min(branches, 1))
+
+    def _max_new_tokens(self, sequence: SequenceState, branches: int | None) -> tuple[int, str]:
+        """Tokens that one request may decode, and the limit that they come from.
+
+        What is left can close a fork into so many `branches` that is cut off at its end. None is for a branch that
+        may not fork, for which nothing is left to set aside.
+        """
+        allowance = sequence.allowance
+        if allowance.calls < 1:
+            return 0, "calls"
+        tokens, path = allowance.tokens, allowance.critical_path_cap - sequence.critical_path
+        if branches is not None:
+            tokens -= self.overhead.of(branches)
+            path -= self._critical_path_overhead(branches)
+        return (path, "critical_tokens") if path < tokens else (tokens, allowance.limiting_field)
+
+    def _can_afford(self, sequence: SequenceState, output: PhaseOutput) -> bool:
         """Whether a fork can run that was decoded without a grammar."""
-        options, allowance = self.options, sequence.allowance
-        if sequence.depth >= options.budget.depth or allowance.blocks < 1:
+        allowance = sequence.allowance
+        if allowance.blocks < 1 or not self.may_fork(sequence):
             return False
-        if not sequence.path and options.max_forks is not None and sequence.blocks >= options.max_forks:
-            return False
-        branches = len(output.outlines) or options.min_branches
-        written = len(output.token_ids) - self.allocator.overhead.fork
-        tokens = self.allocator.overhead.of(branches) + written
-        path = self.allocator.critical_path_overhead(branches) + written
+        branches = len(output.outlines) or self.options.min_branches
+        written = len(output.token_ids) - self.overhead.fork
+        tokens = self.overhead.of(branches) + written
+        path = self._critical_path_overhead(branches) + written
         return tokens <= allowance.tokens and path <= allowance.critical_path_cap - sequence.critical_path
 
-    def unlabelled_outlines(self, width: int) -> tuple[Outline, ...]:
-        """Outlines of branches that differ by chance, or by their number alone."""
-        first = self.options.dialect.first_number
-        return tuple(Outline(str(first + k), "", 0) for k in range(width))
-
-    def raise_unaffordable(self, sequence: SequenceState) -> None:
+    def _raise_unaffordable(self, sequence: SequenceState) -> None:
         """Raise what a fork that has to come lacks."""
         branches, budget = self.options.min_branches, self.options.budget
-        tokens, calls = 2 * self.allocator.overhead.of(branches), self.allocator.calls_for(branches)
+        tokens, calls = 2 * self.overhead.of(branches), self._calls_for(branches)
         limit = self._blocking_limit(sequence, branches)
         raise BudgetExceeded(
             f"a fork needs at least {tokens} tokens and {calls} calls here: {limit} of {budget} is too low"
         )
-
-    def _blocking_limit(self, sequence: SequenceState, width: int) -> str | None:
-        return self.allocator.blocking_limit(sequence.allowance, sequence.critical_path, width)

@@ -11,7 +11,7 @@ from typing import TypeVar
 from sgl_apr.engine.base import Engine, Request
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
 from sgl_apr.errors import EngineError
-from sgl_apr.runtime.allocation import Allowance
+from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.request_log import RequestLog
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.join_layout import commit_prompts, join_branches

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.branch_group import first_error
+from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.options import ReasonOptions, make_options
 from sgl_apr.runtime.reasoning_run import ReasoningRun
@@ -25,15 +27,20 @@ async def areason(
     on_event: OnEvent | None = None,
     **options: Any,
 ) -> Trajectory:
-    """Let the model behind `engine` answer `prompt` (text, or ids that are sent as they are).
+    """Let a model answer a prompt, forking and joining as it decides.
 
-    Without a `dialect` it is the one whose tags the model's tokenizer has, else "threadweaver".
-    Options are the fields of `Plan`; any other is a sampling parameter (temperature, ...).
-    `on_event` hears what happens as it happens (see `sgl_apr.runtime.events`).
-    Raises an `EngineError` when the engine fails for good where no branch can be blamed, or where a failed
-    branch is to raise, with every other request of the trajectory aborted; and `BudgetExceeded` for a
-    budget in which nothing fits, or a prompt that the engine's context does not hold. A budget above that
-    context is cut to it.
+    Args:
+        engine: Decodes.
+        prompt: Text, or token ids that are sent as they are.
+        dialect: The format. Without one it is the one whose tags the tokenizer has, else "threadweaver".
+        on_event: Called with every event as it happens. See `sgl_apr.runtime.events`.
+        options: The fields of `ReasonOptions`. Any other is a sampling parameter (temperature, top_p, ...).
+
+    Raises:
+        EngineError: The engine failed for good, where no branch is to blame or failed branches are to raise. All other
+            requests of the trajectory are aborted before.
+        BudgetExceeded: Nothing fits into the budget, or the prompt does not fit into the engine's context. A budget
+            above that context is cut to it.
     """
     tokenizer = engine.tokenizer
     ids = (
@@ -45,25 +52,23 @@ async def areason(
 async def stream(
     engine: Engine, prompt: str | Sequence[int], dialect: Dialect | str | None = None, **options: Any
 ) -> AsyncIterator[Event]:
-    """The events of `areason` as they happen; `apr.rebuild` makes the trajectory of them.
+    """Yield the events of `areason` as they happen. `apr.rebuild` makes the trajectory from them.
 
-    Raises what `areason` raises, behind the events before it. Leaving the iteration early cancels the
-    trajectory (at once inside `contextlib.aclosing`).
+    Leaving the iteration early cancels the trajectory, at once inside `contextlib.aclosing`. What `areason` raises is
+    raised after the events before it.
 
     >>> async for event in apr.stream(engine, "Question: ..."):  # doctest: +SKIP
     ...     if isinstance(event, apr.Delta):
     ...         print(event.path, event.text)
     """
-    events = asyncio.Queue[Event | None]()
-    task = asyncio.create_task(areason(engine, prompt, dialect, on_event=events.put_nowait, **options))
-    task.add_done_callback(lambda _: events.put_nowait(None))
-    try:
-        while (event := await events.get()) is not None:
-            yield event
-        await task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+
+    def start(on_event: OnEvent) -> Coroutine[Any, Any, Trajectory]:
+        return areason(engine, prompt, dialect, on_event=on_event, **options)
+
+    async with contextlib.aclosing(stream_events(start)) as events:
+        async for event in events:
+            if not isinstance(event, Trajectory):
+                yield event
 
 
 def run(
@@ -77,16 +82,16 @@ def run(
     on_event: OnEvent | None = None,
     **options: Any,
 ) -> Trajectory:
-    """`areason` against the server at `url`, blocking: for scripts without an event loop."""
+    """`areason` on the server at `url`, blocking, for scripts without an event loop."""
     from sgl_apr.engine.http import HttpEngine
 
-    async def once() -> Trajectory:
+    async def connect_and_run() -> Trajectory:
         async with await HttpEngine.connect(
             url, api_key=api_key, tokenizer=tokenizer, timeout=timeout
         ) as engine:
             return await areason(engine, prompt, dialect, on_event=on_event, **options)
 
-    return asyncio.run(once())
+    return asyncio.run(connect_and_run())
 
 
 async def run_with_options(

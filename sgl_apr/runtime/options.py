@@ -1,4 +1,4 @@
-"""What is asked of one trajectory, and whether it can be had; nothing here runs it."""
+"""The options of one trajectory, checked when they are made."""
 
 from __future__ import annotations
 
@@ -17,35 +17,40 @@ from sgl_apr.tokenizer import Tokenizer
 
 DEFAULT_DIALECT = "threadweaver"  # for models without tags of their own
 Mode = Literal["auto", "sequential", "parallel"]
-Failed = Literal["skip", "retry", "raise"]
+OnBranchFailure = Literal["skip", "retry", "raise"]
 REQUEST_FIELDS = ("lora_path", "cache_salt", "extra_key", "priority")
 
 
 @dataclass(frozen=True)
 class ReasonOptions:
-    """What is asked of one trajectory, checked when it is made.
+    """What is asked of one trajectory.
 
-    mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" wants at least one.
-    min_blocks, max_blocks: forks the trunk has to make, and may make (None: as many as the budget bears).
-        The text before a fork that has to come is bounded and without `<`; where tokens run out, fewer come.
-    min_width: branches that a fork has at least; None leaves it to the dialect.
-    join: how branches join. policy: when: "all", "first" or "quorum:k" of them have ended, "deadline:s"
-        seconds have passed, or a function of the branches that have ended says so; a branch that failed does
-        not count. The others are cut where they are. None takes what the dialect was published with, as far
-        as it works here.
-    pacing: how many branches run at once (`Pacing`); None never asks the engine. cap_width_by_load: a fork that is yet
-        to be written is bounded by that too, so that what is written depends on how busy the engine is.
-    retry: how often a request is repeated that failed in passing.
-    on_branch_failure: what becomes of a branch whose requests fail for good: "skip" closes it with a note that the
-        model reads, "retry" begins it anew once and then skips it, "raise" gives the trajectory up.
-    seed: every request samples by a seed derived from it, if the engine honours them; None draws one.
-    branch_prompt_template: makes a prompt of the message of a branch that has a context of its own, as a chat template does.
-    constrain: decode under the grammar; without it the text may leave the dialect.
-    forbid_angle_brackets: keep `<` out of free text, for models too small to tell tags from text.
-    logprobs: note the log-probability of every decoded token, in `trajectory.calls`.
-    sampling: SGLang sampling parameters for every request (temperature, top_p, ...).
-    request_fields: further fields of every request, under SGLang's names (`FIELDS`): what is cached under one adapter
-        or salt is not found under another.
+    Attributes:
+        dialect: The format.
+        budget: Limits.
+        join: How branches join: "text", "kv" or "message". None takes what works everywhere with this dialect.
+        mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" requires one.
+        min_blocks: Forks that the trunk has to make. The text before a required fork is bounded and has no `<`. Where
+            the tokens run out, fewer are made.
+        max_blocks: Forks that the trunk may make. None leaves it to the budget.
+        min_width: Branches that a fork has at least. None leaves it to the dialect.
+        policy: When branches join: "all", "first" or "quorum:k" of them have ended, "deadline:s" seconds have passed,
+            or a function of the ended branches returns true. Failed branches do not count. The others are cut where
+            they are. None takes the policy of the dialect.
+        pacing: How many branches run at once. None never asks the engine for its load.
+        cap_width_by_load: A fork is at most as wide as would run at once. What is written then depends on the load.
+        retry: How often a failed request is repeated.
+        on_branch_failure: What happens when the requests of a branch fail for good: "skip" closes the branch with a note
+            that the model reads, "retry" restarts it once and then skips it, "raise" ends the trajectory.
+        seed: The seeds of all requests are derived from it, if the engine supports seeds. None draws one.
+        branch_prompt_template: Makes a prompt from the message of a branch with a context of its own, as a chat
+            template does.
+        constrain: Decode under the grammar. Without it the text may leave the dialect.
+        forbid_angle_brackets: Keep `<` out of free text, for models too small to tell tags from text.
+        logprobs: Record the log-probability of every decoded token in `trajectory.calls`.
+        sampling: SGLang's sampling parameters for every request.
+        request_fields: Further fields of every request under SGLang's names (`REQUEST_FIELDS`). What is cached under one
+            adapter or salt is not found under another.
     """
 
     dialect: Dialect
@@ -59,7 +64,7 @@ class ReasonOptions:
     pacing: PacingFunction | None = field(default_factory=Pacing)
     cap_width_by_load: bool = False
     retry: Retry = field(default_factory=Retry)
-    on_branch_failure: Failed = "skip"
+    on_branch_failure: OnBranchFailure = "skip"
     seed: int | None = None
     branch_prompt_template: Callable[[str], str] | None = None
     constrain: bool = True
@@ -70,7 +75,7 @@ class ReasonOptions:
 
     @property
     def width(self) -> int:
-        """Branches that a fork may have; exactly so many where a fork does not list them."""
+        """Branches that a fork may have, and has where the fork does not list them."""
         return self.budget.width or self.dialect.width
 
     @property
@@ -94,7 +99,7 @@ class ReasonOptions:
 
     @property
     def effective_policy(self) -> Policy:
-        """The policy, or the dialect's own."""
+        """The policy, by default the dialect's."""
         return self.policy or self.dialect.policy
 
     def __post_init__(self) -> None:
@@ -119,12 +124,12 @@ class ReasonOptions:
             raise AprError(
                 f'{d.name} joins when the model says so: policy={policy!r}, expected "all" or "deadline:s"'
             )
-        if self.on_branch_failure not in get_args(Failed):
+        if self.on_branch_failure not in get_args(OnBranchFailure):
             raise AprError(
                 f'on_branch_failure={self.on_branch_failure!r}, expected "skip", "retry" or "raise"'
             )
         if self.cap_width_by_load and self.pacing is None:
-            raise AprError("cap_width_by_load=True bounds a fork by its pacing, and there is none")
+            raise AprError("cap_width_by_load=True needs pacing, found pacing=None")
         if self.mode not in ("auto", "sequential", "parallel"):
             raise AprError(f'mode={self.mode!r}, expected "auto", "sequential" or "parallel"')
         if self.mode == "sequential" and self.min_blocks:
@@ -139,10 +144,13 @@ class ReasonOptions:
 def make_options(
     dialect_: Dialect | str | None, tokenizer: Tokenizer | None = None, **options: Any
 ) -> ReasonOptions:
-    """A `Plan`, with the dialect by name or as it is; what is no field of it is one of `FIELDS`, or a
-    sampling parameter.
+    """Options from keyword arguments.
 
-    Without a dialect it is the one whose tags the tokenizer has as tokens, else `DEFAULT`.
+    Args:
+        dialect_: The dialect or its name. Without one it is the one whose tags the tokenizer has, else
+            `DEFAULT_DIALECT`.
+        tokenizer: Of the model.
+        options: Fields of `ReasonOptions`, names of `REQUEST_FIELDS`, and sampling parameters.
     """
     known = {f.name for f in fields(ReasonOptions)}
     request = {

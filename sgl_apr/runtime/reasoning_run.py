@@ -15,17 +15,14 @@ from sgl_apr.errors import BranchFailed, EngineError
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime import telemetry
-from sgl_apr.runtime.allocation import BudgetAllocator
 from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branch_group import BranchGroup
-from sgl_apr.runtime.branches import BranchStarter
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.events import Delta, OnEvent
+from sgl_apr.runtime.fork_join import ForkJoin
 from sgl_apr.runtime.fork_rules import ForkRules
-from sgl_apr.runtime.message_join import write_results
 from sgl_apr.runtime.options import ReasonOptions
-from sgl_apr.runtime.pacing import Demand
 from sgl_apr.runtime.phase_output import closing_overhead
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.sequence import SequenceState
@@ -55,12 +52,10 @@ class ReasoningRun:
         if template := options.branch_prompt_template:
             tokens = len(engine.tokenizer.encode(template(""), add_special_tokens=True))
             overhead = replace(overhead, branch=overhead.branch + tokens)
-        self.by_message = self.dialect.branch_context == "message"
-        self.allocator = BudgetAllocator(options.budget, overhead, self.by_message, options.join == "kv")
-        self.rules = ForkRules(options, self.allocator, self.recorder.log, engine.context)
+        self.rules = ForkRules(options, overhead, self.recorder.log, engine.context)
         self.runner = RequestRunner(engine, options, self.recorder, self.rid, self.seed)
-        self.starter = BranchStarter(options)
-        self.async_branches = AsyncBranches(self.runner, self.allocator, self.starter, tasks)
+        self.fork_join = ForkJoin(options, self.runner.kv_joiner)
+        self.async_branches = AsyncBranches(self.runner, self.rules, self.fork_join, tasks)
 
     async def run(self, prompt_ids: tuple[int, ...]) -> Trajectory:
         """Run from the prompt to the end of the trunk."""
@@ -86,21 +81,15 @@ class ReasoningRun:
             phase: The first phase.
             new: Tokens of its context that the engine has not computed.
         """
-        rules = self.rules
         next_phase: Phase = "after" if phase == "trunk" else "rejoin"
         if phase == "trunk" and phase not in self.dialect.grammar.rules:  # the reply begins with a fork
-            if not (width := rules.affordable_width(sequence)):
-                rules.raise_unaffordable(sequence)
-            outlines = rules.unlabelled_outlines(width)
+            outlines = self.rules.opening_outlines(sequence)
             new, phase = await self._fork_and_join(engine, sequence, outlines, new), next_phase
         while True:
-            width, fork = rules.next_fork(sequence)
-            if engine and self.options.cap_width_by_load:
-                width = await self._cap_width_by_load(engine, sequence, width)
-            limits = rules.phase_limits(sequence, width, fork, phase)
+            load = await self._load_for_width(engine, sequence)
+            limits = self.rules.phase_limits(sequence, phase, load)
             output, call = await self.runner.decode(engine, sequence, phase, new, limits)
-            if output.forked and fork == "forbidden" and not rules.can_afford(sequence, output):
-                output = replace(output, finish="malformed", forked=False)
+            output = self.rules.checked(output, sequence, limits)
             sequence.append_output(output, call)
             if output.is_final:
                 break
@@ -110,11 +99,18 @@ class ReasoningRun:
                 new = await self.async_branches.spawn(engine, sequence, output.outlines[0], self._run_branch)
             else:
                 outlines = output.outlines
-                if self.dialect.unlabelled_branches:  # `can_afford` has checked a fork that no grammar bounds
-                    outlines = rules.unlabelled_outlines(width or self.options.min_branches)
+                if self.dialect.unlabelled_branches:
+                    outlines = self.rules.unlabelled_outlines(limits.width)
                 new = await self._fork_and_join(engine, sequence, outlines)
             phase = next_phase
         await self.async_branches.join_remaining(sequence)
+
+    async def _load_for_width(self, engine: Engine | None, sequence: SequenceState) -> Load | None:
+        """The engine's load, if it is to cap the width of the next fork."""
+        wanted = engine and self.options.cap_width_by_load and not sequence.pending_count
+        if not (wanted and self.rules.may_fork(sequence)) or engine is None:
+            return None
+        return await self.runner.load(engine, sequence)
 
     async def _fork_and_join(
         self,
@@ -134,69 +130,35 @@ class ReasoningRun:
         Returns:
             Tokens of the sequence that the engine has not computed after the join.
         """
-        group = BranchGroup(sequence.next_block(), self.recorder.events)
-        sequence.allowance.spend(blocks=1)
-        fork_span = sequence.span_order[-1]
-        identities = self.starter.identities(group.block, outlines)
-        group.announce(identities)
-        if self.dialect.removes_call_from_context:
-            sequence.drop_fork()
-        else:
-            sequence.inject("lead", self.dialect.grammar.render_rule("lead"))
-            new = new if new is None else new + sequence.uncached_tokens
-        size = len(identities)
+        group = BranchGroup(sequence)
+        identities, size = self.fork_join.announce(group, outlines), len(outlines)
+        self.fork_join.open(sequence)
+        if new is not None:
+            new += sequence.uncached_tokens
         engines, load = await self.runner.fork(engine, sequence, size, new) if engine else ((), None)
-        share = self.allocator.branch_allowance(sequence.allowance, sequence.critical_path, size)
-        sequence.allowance.spend(calls=size * share.calls, blocks=size * share.blocks)
-        scope = self.starter.scope(sequence)
-        start = self.starter.start
-        group.branches = [start(sequence, identity, share, scope, fork_span) for identity in identities]
-        try:
-            await self._run_group(sequence, group, engines, share.tokens, load)
-        finally:
-            scope.detach()
-            for forked in engines:
-                await forked.release()
-        for branch in group.branches:
-            sequence.merge(branch)
-        if self.by_message:
-            max_tokens = min(share.tokens, share.critical_path_cap)
-            written = write_results(self.dialect, sequence, group.branches, max_tokens)
-        else:
-            written = self._join_context(sequence, group)
-        group.joined()
-        return written
-
-    async def _run_group(
-        self,
-        sequence: SequenceState,
-        group: BranchGroup,
-        engines: Sequence[Engine],
-        tokens: int,
-        load: Load | None,
-    ) -> None:
-        """Run the branches of a fork, and commit each that has ended if they join in the KV cache."""
+        share, scope = self.rules.branch_allowance(sequence, size), self.fork_join.scope(sequence)
+        sequence.set_aside(share, size)
+        for identity in identities:
+            self.fork_join.start(group, identity, share, scope)
         engine_of: dict[SequenceState, Engine] = dict(zip(group.branches, engines, strict=False))
 
         async def commit(branch: SequenceState) -> None:
             await self.runner.commit(engine_of[branch], sequence, branch)
 
-        await group.run(
-            lambda branch: self._run_branch(engine_of.get(branch), group, branch),
-            policy=self.options.effective_policy,
-            parallelism=self.runner.choose_parallelism(sequence, len(group.branches), tokens, load),
-            after_branch=commit if engines and self.options.join == "kv" else None,
-        )
-
-    def _join_context(self, sequence: SequenceState, group: BranchGroup) -> int:
-        """Continue after the branches, in the KV cache or as text, and return the tokens not computed."""
-        fork = len(sequence.context)
-        in_cache = self.options.join == "kv" and self.runner.kv_joiner.join(sequence, fork, group.branches)
-        sequence.append_branches(group.branches)
-        before = len(sequence.context)
-        sequence.inject("tail", self.dialect.grammar.render_rule("tail"))
-        uncached = 0 if in_cache else sum(branch.uncached_tokens for branch in group.branches)
-        return len(sequence.context) - before + uncached
+        try:
+            await group.run(
+                lambda branch: self._run_branch(engine_of.get(branch), group, branch),
+                policy=self.options.effective_policy,
+                parallelism=self.runner.choose_parallelism(sequence, size, share.tokens, load),
+                after_branch=commit if engines and self.options.join == "kv" else None,
+            )
+        finally:
+            scope.detach()
+            for forked in engines:
+                await forked.release()
+        uncached = self.fork_join.join(group, share)
+        group.joined()
+        return uncached
 
     async def _run_branch(self, engine: Engine | None, group: BranchGroup, branch: SequenceState) -> None:
         """Run one branch to its end. With on_branch_failure="retry" it restarts once when the engine fails it.
@@ -224,22 +186,6 @@ class ReasoningRun:
             await run()
         branch.scope.detach()
         group.end(branch)
-
-    async def _cap_width_by_load(self, engine: Engine, sequence: SequenceState, width: int) -> int:
-        """At most as wide as would run in parallel now, if the engine says how busy it is."""
-        options = self.options
-        if width <= options.min_branches or sequence.pending_count or options.pacing is None:
-            return width
-        load = await self.runner.load(engine, sequence)
-        if load is None:
-            return width
-        share = self.allocator.branch_allowance(sequence.allowance, sequence.critical_path, width)
-        parallelism, reason = options.pacing(Demand(width, share.tokens), load)
-        capped = max(options.min_branches, min(width, parallelism))
-        if capped < width:
-            block = (*sequence.path, sequence.blocks + 1)
-            self.recorder.log.record_pacing(block, width, capped, load, f"capped: {reason}")
-        return capped
 
     def report(self, error: BaseException | None) -> None:
         """Write the outcome to the log, and to OpenTelemetry if it is installed."""

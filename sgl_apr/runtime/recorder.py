@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgl_apr.runtime.allocation import Allowance
+from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.events import Done, OnEvent, assemble_trajectory
 from sgl_apr.runtime.request_log import RequestLog

@@ -95,7 +95,7 @@ class RequestBuilder:
         first, number = self.dialect.first_number, sequence.identity.number
         if self.dialect.asynchronous and not sequence.path:
             pending = sequence.pending
-            started = len(pending.group.branches) if pending and pending.running else 0
+            started = pending.started if pending and pending.running else 0
             waiting = tuple(pending.running) if pending else ()
             return BranchNumbering(number=str(first + started), waiting=waiting)
         nested = sequence.path and self.dialect.nested_numbering

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sgl_apr.runtime.allocation import Allowance
+from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.events import Delta
 from sgl_apr.runtime.phase_output import PhaseOutput
@@ -15,9 +15,6 @@ from sgl_apr.runtime.span_graph import SpanGraph
 from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.join_layout import Layout, extend_layout
 from sgl_apr.trajectory.spans import Finish, Path, Role, Span
-
-if TYPE_CHECKING:
-    from sgl_apr.runtime.branch_group import BranchGroup
 
 _RESTARTED = ("context", "frontier", "span_order", "blocks", "tokens_used", "kv_layout")
 
@@ -66,9 +63,14 @@ class PendingBranch:
 
 @dataclass
 class PendingBranches:
-    """The open block of a sequence that continues while its branches run; `running` has those not joined, by number."""
+    """The open block of a sequence that continues while its branches run.
 
-    group: BranchGroup
+    Attributes:
+        started: Branches of the block so far.
+        running: Branches that are not joined, by their numbers.
+    """
+
+    started: int = 0
     running: dict[str, PendingBranch] = field(default_factory=dict)
 
 
@@ -156,10 +158,23 @@ class SequenceState:
             tokens += self.graph.spans[i].tokens
         return tokens
 
-    def next_block(self) -> Path:
-        """Count a fork and return the path of its block."""
+    def open_block(self) -> Path:
+        """Pay for a fork and return the path of its block."""
         self.blocks += 1
+        self.allowance.spend(blocks=1)
         return (*self.path, self.blocks)
+
+    def set_aside(self, share: Allowance, branches: int) -> None:
+        """Set aside the calls and blocks of branches. `merge` gives back what they leave."""
+        self.allowance.spend(calls=branches * share.calls, blocks=branches * share.blocks)
+
+    def reserve(self, pending: PendingBranch) -> None:
+        """Set aside the tokens of a branch that runs while this sequence continues."""
+        self.allowance.spend(pending.tokens, critical_path=pending.closing_tokens)
+
+    def release(self, pending: PendingBranch) -> None:
+        """Take back what `reserve` has set aside."""
+        self.allowance.refund(pending.tokens, critical_path=pending.closing_tokens)
 
     def append_output(self, output: PhaseOutput, call: int | None) -> None:
         """Append what a phase wrote.

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import sgl_apr as apr
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
-from sgl_apr.trajectory.join_layout import commit_prompts, dense_mask, layout_positions
+from sgl_apr.trajectory.join_layout import commit_prompts, layout_positions
+from tests.support.dense_mask import dense_mask
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 

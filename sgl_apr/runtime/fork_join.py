@@ -1,0 +1,140 @@
+"""Starts the branches of a fork, and joins them: as text, in the KV cache, or by message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sgl_apr.formats.branch_prompts import branch_prompt
+from sgl_apr.formats.completion import PLACEHOLDER
+from sgl_apr.formats.segmenter import Outline
+from sgl_apr.runtime.allowance import Allowance
+from sgl_apr.runtime.branch_group import BranchGroup
+from sgl_apr.runtime.cancel_scope import CancelScope
+from sgl_apr.runtime.join_policy import deadline_seconds
+from sgl_apr.runtime.kv_join import KvJoiner
+from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.runtime.phase_output import FAILURE_NOTE
+from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
+from sgl_apr.tokenizer import Tokenizer
+
+
+class ForkJoin:
+    """Forks and joins under the options of one trajectory.
+
+    Args:
+        options: Of the trajectory.
+        kv_joiner: Joins in the KV cache, if the options ask for it.
+    """
+
+    def __init__(self, options: ReasonOptions, kv_joiner: KvJoiner) -> None:
+        self.options, self.dialect, self.kv_joiner = options, options.dialect, kv_joiner
+        self.grammar = options.dialect.grammar
+        self.by_message = options.dialect.branch_context == "message"
+
+    def announce(self, group: BranchGroup, outlines: Sequence[Outline]) -> list[BranchIdentity]:
+        """Name the branches of a fork, and emit it."""
+        first = self.dialect.first_number + len(group.branches)
+        return group.announce([(o.number or str(first + k), o.text) for k, o in enumerate(outlines)])
+
+    def scope(self, sequence: SequenceState) -> CancelScope:
+        """The scope of the branches of a fork. They leave the sequence its reserve of time."""
+        scope, now = sequence.scope, asyncio.get_running_loop().time()
+        left, policy_s = scope.remaining_seconds(), deadline_seconds(self.options.effective_policy)
+        deadlines = []
+        if left is not None:
+            deadlines.append((now + left * (1 - self.options.budget.reserve), scope.limit))
+        if policy_s is not None:
+            deadlines.append((now + policy_s, "policy"))
+        deadline, limit = min(deadlines, default=(None, ""))
+        return CancelScope(scope, deadline, limit)
+
+    def start(
+        self, group: BranchGroup, identity: BranchIdentity, share: Allowance, scope: CancelScope
+    ) -> SequenceState:
+        """Start a branch with its header, or with its prompt in a context of its own."""
+        tolerate = self.options.on_branch_failure == "skip"
+        share = replace(share)
+        if not self.by_message:
+            header = self.grammar.render_rule("header", identity.number)
+            return group.start_with_header(identity, share, scope, header, tolerate_failure=tolerate)
+        parent, tokenizer = group.parent, group.parent.graph.tokenizer
+        text = branch_prompt(self.dialect.branch_prompt).make_prompt(
+            tokenizer.decode(parent.context), identity.outline
+        )
+        max_tokens = min(share.tokens, share.critical_path_cap)  # the prompt comes out of the branch's share
+        prompt = truncate_tokens(tokenizer, text, max_tokens) or PLACEHOLDER
+        if self.options.branch_prompt_template:
+            prompt = self.options.branch_prompt_template(prompt)
+        return group.start_with_prompt(identity, share, scope, prompt, tolerate_failure=tolerate)
+
+    def open(self, sequence: SequenceState) -> None:
+        """Write what stands before the branches of a block, or drop the call that forked them."""
+        if self.dialect.removes_call_from_context:
+            sequence.drop_fork()
+        else:
+            sequence.inject("lead", self.grammar.render_rule("lead"))
+
+    def join(self, group: BranchGroup, share: Allowance) -> int:
+        """Write the branches of a block that have all ended into their parent.
+
+        Returns:
+            Tokens of the parent that the engine has not computed.
+        """
+        sequence, branches = group.parent, group.branches
+        for branch in branches:
+            sequence.merge(branch)
+        if self.by_message:
+            return self.write_results(sequence, branches, min(share.tokens, share.critical_path_cap))
+        fork = len(sequence.context)
+        in_cache = self.options.join == "kv" and self.kv_joiner.join(sequence, fork, branches)
+        sequence.append_branches(branches)
+        before = len(sequence.context)
+        sequence.inject("tail", self.grammar.render_rule("tail"))
+        uncached = 0 if in_cache else sum(branch.uncached_tokens for branch in branches)
+        return len(sequence.context) - before + uncached
+
+    def write_results(
+        self, sequence: SequenceState, branches: Sequence[SequenceState], max_tokens: int
+    ) -> int:
+        """Write what branches returned into the sequence that forked them.
+
+        Args:
+            sequence: The sequence that continues after them.
+            branches: Branches that have ended. Each result waits for its own branch.
+            max_tokens: Tokens that one result may have.
+
+        Returns:
+            The number of new tokens.
+        """
+        before = len(sequence.context)
+        sequence.inject("lead", self.grammar.render_rule("lead"))
+        for branch in branches:
+            identity, result = branch.identity, self._result(branch, max_tokens)
+            rule = "failure" if not result and "failure" in self.grammar.rules else "result"
+            text = self.grammar.render_rule(rule, identity.number, result, identity.outline)
+            sequence.inject("result", text, result.strip(), result_of=identity, waits_for=branch.frontier)
+        sequence.inject("tail", self.grammar.render_rule("tail"))
+        return len(sequence.context) - before
+
+    def _result(self, branch: SequenceState, max_tokens: int) -> str:
+        """What a branch returns. Empty if it was cut before it had written a result."""
+        grammar, tokenizer = self.grammar, branch.graph.tokenizer
+        if branch.finish == "failed" and "failure" not in grammar.rules:
+            return truncate_tokens(tokenizer, FAILURE_NOTE, max_tokens)
+        spans = [s for s in branch.spans if s.path == branch.path]
+        closers = [s for s in spans if s.role == "closer"]
+        if grammar.closing_literal("body", branch.identity.number):
+            text = closers[0].label if closers and all(s.origin == "decoded" for s in closers) else ""
+        else:
+            body = "".join(s.text for s in spans if s.role == "body" and s.origin == "decoded")
+            text = branch_prompt(self.dialect.branch_prompt).extract_result(body)
+        text = truncate_tokens(tokenizer, text, max_tokens)
+        return text if not any(tag in text for tag in grammar.tag_literals) else ""
+
+
+def truncate_tokens(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
+    """`text`, or its first `max_tokens` tokens."""
+    ids = tokenizer.encode(text)
+    return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens])
