@@ -198,7 +198,7 @@ def _event_summary(event: Event) -> dict[str, Any] | None:
     match event:
         case Forked(path, branches, first):
             numbered = [{"number": number, "outline": outline} for number, outline in branches]
-            return {"event": "forked", "path": path, "branches": numbered, "first": first}
+            return {"event": "forked", "path": path, "branches": numbered, "first_branch": first}
         case BranchEnded(path, outcome):
             return {"event": "branch_ended", "path": path, "outcome": outcome}
         case Joined(path, branches):
