@@ -1,4 +1,4 @@
-"""Trajectory formats: a grammar file each, parsing, repair, conversion, and token masks."""
+"""Trajectory formats: grammar files, parsing and error recovery, conversion, and token masks."""
 
 import lazy_loader
 

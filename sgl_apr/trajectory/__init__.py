@@ -1,4 +1,4 @@
-"""What happened in one reply: spans, calls, metrics, and their storage."""
+"""What happened in one reply: spans, engine calls, metrics, and how they are stored."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Blocks and branches, as a view of spans; what they say is read elsewhere."""
+"""Blocks and branches, as a view of the spans of a trajectory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ Outcome = Literal["ok", "eos", "length", "aborted", "timeout", "failed", "malfor
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A view: one branch of a block.
+    """One branch of a block.
 
-    `text` is what it wrote, without header and closer; `result` is the message that came back from it,
-    empty where branches join otherwise.
+    Attributes:
+        path: Its path: (block, number), preceded by the path of the sequence that forked.
+        outline: Its outline; empty if it has none.
+        text: Its text, without header and closer.
+        result: The message that it returned; empty where branches join otherwise.
+        finish: How it ended; None where a text was parsed.
+        spans: The indices of its spans, those of its own branches included.
     """
 
     path: Path
@@ -28,23 +33,29 @@ class Branch:
 
     @property
     def number(self) -> int:
-        """1-based, as written in its header."""
+        """Its number in the block, from 1."""
         return self.path[-1]
 
     @property
     def outcome(self) -> Outcome | None:
-        """`finish`, with "ok" for a branch that ended itself; None where a text was read."""
+        """How it ended, with "ok" for a branch that closed itself; None where a text was parsed."""
         return branch_outcome(self.finish)
 
 
 def branch_outcome(finish: Finish | None) -> Outcome | None:
-    """How a branch has ended, from the finish of its last span."""
+    """Return how a branch ended, from the finish of its last span."""
     return "ok" if finish == "stop" else finish
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A view: one fork with its branches and what the join concluded (empty if nothing)."""
+    """One fork with its branches.
+
+    Attributes:
+        path: Its path: the path of the sequence that forked, and the number of the block in it.
+        branches: Its branches.
+        conclusion: The conclusion after the join; empty if there is none.
+    """
 
     path: Path
     branches: tuple[Branch, ...]
@@ -52,7 +63,7 @@ class Block:
 
 
 def iter_blocks(spans: Sequence[Span]) -> Iterator[Block]:
-    """Every block, outer before inner, in the order of the text."""
+    """Yield every block, outer blocks before inner ones, in the order of the text."""
     forks: dict[Path, dict[Path, list[int]]] = {}
     for i, span in enumerate(spans):
         for depth in range(2, len(span.path) + 1, 2):
@@ -81,7 +92,7 @@ def _branch(spans: Sequence[Span], path: Path, ids: tuple[int, ...]) -> Branch:
 
 
 def _conclusion(spans: Sequence[Span], block: Path) -> str:
-    """The label of what closes the block: the n-th tail of its sequence ends block n."""
+    """The label of the span that closes a block. The n-th tail of a sequence ends its block n."""
     ended = 0
     for span in spans:
         if span.path == block[:-1]:

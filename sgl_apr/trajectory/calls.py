@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sgl_apr.trajectory.spans import Path
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One engine request as the engine reported it. Times are seconds since the trajectory began.
+    """One engine request, as the engine reported it.
 
-    `new_tokens` is how much of the prompt no earlier call of this trajectory had computed, so
-    `prompt_tokens - new_tokens` is the prefix it shares with them; `cached_tokens` is None where the request
-    was cut or failed before the engine said it. `seed` is that of its sampling (see `Trajectory.seeds_honoured`),
-    `retries` how often it was repeated after an error. `logprobs` are those of all output tokens, an end of
-    text included, under the grammar's mask and the temperature, where they were asked for; `weights` is what
-    the engine calls the weights that it used.
+    Attributes:
+        phase: What it decoded.
+        path: The sequence that it belongs to.
+        prompt_tokens: The tokens of its prompt.
+        cached_tokens: How many of them came from the engine's cache; None if the request was cut or failed before
+            the engine reported it.
+        new_tokens: How many of them no earlier call of this trajectory had computed.
+        output_tokens: The tokens that it decoded.
+        started: When it started, in seconds since the trajectory began.
+        ended: When it ended, in seconds since the trajectory began.
+        seed: The seed of its sampling (see `Trajectory.seeds_honoured`).
+        retries: How often it was repeated after an error.
+        logprobs: The log-probabilities of all output tokens, an end of text included, under the grammar's mask
+            and the temperature; None if they were not requested.
+        weight_version: The engine's name of the weights that it used.
     """
 
     phase: str
@@ -43,14 +49,19 @@ class Call:
         return self.prompt_tokens - self.new_tokens
 
     @property
-    def reprefilled(self) -> int:
-        """Shared tokens that were computed once more because the cache did not hold them, as far as known."""
+    def reprefilled_tokens(self) -> int:
+        """Shared tokens that were computed again because the cache did not hold them; 0 if that is unknown."""
         return 0 if self.cached_tokens is None else max(0, self.shared_tokens - self.cached_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class LimitHit:
-    """A field of the budget, "context" (the engine's), or "policy", that acted: it cut the sequence at `path`, or took forks from it."""
+    """A limit that cut a sequence or prevented it from forking.
+
+    Attributes:
+        limit: A field of the budget, "context" (that of the engine), or "policy".
+        path: The sequence.
+    """
 
     limit: str
     path: Path
@@ -58,10 +69,17 @@ class LimitHit:
 
 @dataclass(frozen=True, slots=True)
 class PacingDecision:
-    """How many of the branches of block `path` were run at once, and what was known when it was decided.
+    """How many branches of a block ran at once, and what was known when this was decided.
 
-    Counts are the engine's when it was asked; `step_s` are the seconds of one decoding step measured at
-    so many requests, None where none was measured yet.
+    Attributes:
+        path: The block.
+        branches: How many branches it has.
+        parallelism: How many of them ran at once.
+        running: Requests that the engine was running.
+        waiting: Requests that were waiting at the engine.
+        free_tokens: Tokens that were free in the engine's cache.
+        step_s: Seconds of one decoding step with that many requests; None if none was measured yet.
+        reason: Why.
     """
 
     path: Path
@@ -76,11 +94,13 @@ class PacingDecision:
 
 @dataclass(frozen=True, slots=True)
 class JoinRecord:
-    """How a block was joined, where more than one way was asked for: by "kv" (its branches side by side in
-    the cache) or by "text" (all read in a line), and why not otherwise.
+    """How a block was joined, if a KV join was requested.
 
-    With the path of a sequence in place of a block's: the cache lost what that sequence had joined, and it read
-    all of it in a line from there on.
+    Attributes:
+        path: The block. If it is the path of a sequence instead, the cache lost what that sequence had joined, and
+            the sequence was read as text from there on.
+        by: "kv" (its branches stay parallel in the cache) or "text" (they were read sequentially).
+        why: Why it was joined as text.
     """
 
     path: Path
@@ -89,10 +109,12 @@ class JoinRecord:
 
 
 def with_path_tuple(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON of a record with its path as a tuple."""
     return {**data, "path": tuple(data["path"])}
 
 
 def call_from_json(data: Mapping[str, Any]) -> Call:
+    """Return a call from its JSON."""
     logprobs = data["logprobs"]
     return Call(
         **{**with_path_tuple(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))}

@@ -1,4 +1,4 @@
-"""What every token of a trajectory sees, and its position: one rule for KV joins, training and reference; no tensors."""
+"""The attention structure of a trajectory: what each of its tokens sees, and the position of each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from itertools import groupby
 from typing import Literal
 
 from sgl_apr.errors import AprError
-from sgl_apr.trajectory.join_layout import Layout, masked_ranges, layout_positions, token_count
+from sgl_apr.trajectory.join_layout import Layout, layout_positions, masked_ranges, token_count
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class Causality:
-    """The tokens of a trajectory, prompt included, in the order of the text, and how they see one another.
+    """The tokens of a trajectory in the order of the text, and how they see one another.
 
-    A token sees all before it but those of other branches of a block that it stands in. Its position is the
-    length of its longest causal chain (Multiverse, arXiv 2506.09991, section 4; NPR, Parallel-R1 "unseen"):
-    branches begin at the same one, and what follows a block goes on behind its longest branch.
+    A token sees all tokens before it except those of other branches of a block that it stands in. Its position is
+    the length of its longest causal chain (Multiverse, arXiv 2506.09991, section 4; NPR, Parallel-R1 "unseen"): all
+    branches of a block begin at the same position, and what follows the block begins after its longest branch.
+
+    Attributes:
+        token_ids: The ids of all tokens, prompt included.
+        layout: Which of them belong to parallel branches.
     """
 
     token_ids: tuple[int, ...]
@@ -27,7 +31,7 @@ class Causality:
 
     @cached_property
     def positions(self) -> tuple[int, ...]:
-        """Of every token."""
+        """The position of every token."""
         return tuple(layout_positions(self.layout))
 
     @cached_property
@@ -37,39 +41,48 @@ class Causality:
 
 
 def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None) -> Causality:
-    """That of all tokens of `trajectory`, with its blocks joined as it says, or all of them as `join` says.
+    """Return how all tokens of a trajectory see one another.
 
-    A block that was joined as text stands in a line, as it was read behind the join; so does one of which
-    nothing is said. Raises `AprError` where no one order holds for all of it: branches that saw a message
-    alone, or that ran beside their trunk; a join that the cache lost in the middle.
+    Args:
+        trajectory: The trajectory, with token ids.
+        join: Treat all blocks as joined in this way. By default each block as the trajectory records it, and as
+            text where it records nothing. The branches of a text join are sequential: each sees those before it,
+            as what follows the join does.
+
+    Raises:
+        AprError: No single order holds for all tokens: branches saw only a message, or ran in parallel to their
+            trunk, or the cache lost a join in the middle.
     """
     spans = trajectory.spans
-    lost = [j for j in trajectory.joins if len(j.path) % 2 == 0]
-    if lost and join is None:
-        raise AprError(f"in the middle of this trajectory a join was lost: {lost[0].why}")
+    if join is None and (lost := trajectory.lost_joins):
+        raise AprError(f"the cache lost a join in the middle of this trajectory: {lost[0].why}")
     joined = {j.path for j in trajectory.joins if j.by == "kv"}
 
-    def sequence(indices: Iterable[int], depth: int, tips: tuple[int, ...]) -> tuple[Layout, tuple[int, ...]]:
-        """The layout of the spans of one sequence, which follows `tips`, and what follows it in turn."""
+    def sequence(
+        indices: Iterable[int], depth: int, frontier: tuple[int, ...]
+    ) -> tuple[Layout, tuple[int, ...]]:
+        """The layout of one sequence whose first span follows `frontier`, and the frontier after it."""
         items: list[int | tuple[Layout, ...]] = []
         run = 0
         for block, group in groupby(indices, key=lambda i: spans[i].path[: depth + 1]):
             if len(block) == depth:
                 for i in group:
-                    if spans[i].parents != tips:
-                        found = f"span {i} follows {spans[i].parents}, expected {tips}"
-                        raise AprError(f"{found}: no one order holds for the tokens of this trajectory")
-                    run, tips = run + spans[i].tokens, (i,)
+                    if spans[i].parents != frontier:
+                        raise AprError(
+                            f"span {i} follows {spans[i].parents}, expected {frontier}: "
+                            "no one order holds for the tokens of this trajectory"
+                        )
+                    run, frontier = run + spans[i].tokens, (i,)
                 continue
             own = groupby(group, key=lambda i: spans[i].path[: depth + 2])
-            branches, ends = zip(*(sequence(members, depth + 2, tips) for _, members in own), strict=True)
-            tips = tuple(i for end in ends for i in end)
+            branches, ends = zip(*(sequence(members, depth + 2, frontier) for _, members in own), strict=True)
+            frontier = tuple(i for end in ends for i in end)
             if join == "kv" or (join is None and block in joined):
                 items += [run, branches]
                 run = 0
             else:
                 run += sum(map(token_count, branches))
-        return (*items, run), tips
+        return (*items, run), frontier
 
     layout, _ = sequence(range(len(spans)), 0, ())
     return Causality(tuple(t for s in spans for t in s.token_ids or ()), layout)

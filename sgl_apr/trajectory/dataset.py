@@ -1,4 +1,4 @@
-"""Trajectories as rows of a Hugging Face dataset, Arrow and Parquet without loss; where they are kept is the caller's."""
+"""Converts trajectories to rows of a Hugging Face dataset and back, without loss."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from sgl_apr.trajectory.trajectory import Trajectory
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
-BATCH_ROWS = 1000  # rows that are Python objects at a time
+BATCH_ROWS = 1000  # rows that are held as Python objects at a time
 _SCALARS = {int: "int64", float: "float64", str: "string", bool: "bool"}
 
 
 @dataclass(frozen=True, slots=True)
 class SummaryColumns:
-    """Columns to filter by, computed from a trajectory and never read back.
+    """Columns to filter by. They are computed from a trajectory, and ignored by `from_dataset`.
 
-    `total_tokens` and `critical_path` are those of `Trajectory.metrics`, None where tokens are unknown;
-    `branches` counts the branches of all blocks.
+    Attributes:
+        prompt: The text of the prompt.
+        text: The text of the reply.
+        answer: The text after the last join.
+        finish: How the trunk ended.
+        total_tokens: `Metrics.total`; None where tokens are unknown.
+        critical_path: `Metrics.critical_path`; None where tokens are unknown.
+        branches: The number of branches of all blocks.
     """
 
     prompt: str
@@ -39,7 +45,7 @@ class SummaryColumns:
 
     @classmethod
     def from_trajectory(cls, trajectory: Trajectory) -> SummaryColumns:
-        """That of one trajectory."""
+        """Return the summary of a trajectory."""
         t, total, critical = trajectory, None, None
         if all(s.token_ids is not None for s in t.reply):
             weights = [0 if s.origin == "prompt" else s.tokens for s in t.spans]
@@ -49,11 +55,17 @@ class SummaryColumns:
 
 
 def to_dataset(trajectories: Iterable[Trajectory]) -> Dataset:
-    """One row a trajectory: a column for each of its fields, nested as they are, then those of `Summary`.
+    """Return a dataset with one row for each trajectory.
 
-    The trajectories are taken in batches, so an iterator of them is never in memory at once; the Arrow
-    table is, as nothing is written to the cache of `datasets`. Raises `AprError` for what Arrow cannot
-    hold: an integer beyond 64 bits, half a surrogate pair.
+    It has a column for each field of `Trajectory`, nested as the field is, and columns with the prompt, the text, the
+    answer, the finish, the total tokens, the critical path and the number of branches, to filter by.
+
+    Args:
+        trajectories: The trajectories. They are read in batches, so an iterator is never in memory as a whole. The
+            Arrow table is, because nothing is written to the cache of `datasets`.
+
+    Raises:
+        AprError: Arrow cannot hold a value: an integer beyond 64 bits, or half a surrogate pair.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset, Features
@@ -65,14 +77,15 @@ def to_dataset(trajectories: Iterable[Trajectory]) -> Dataset:
         try:
             tables.append(pa.Table.from_pylist(batch, schema))
         except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-            raise AprError(f"a trajectory that Arrow cannot hold: {error}") from None
+            raise AprError(f"Arrow cannot hold a trajectory: {error}") from None
     return Dataset(pa.concat_tables(tables))
 
 
 def from_dataset(dataset: Dataset) -> list[Trajectory]:
-    """The trajectories that `to_dataset` wrote, whatever other columns stand beside them.
+    """Return the trajectories of a dataset that `to_dataset` has made. Additional columns are ignored.
 
-    Raises `AprError` for a dataset that lacks one of their columns, or holds something else in it.
+    Raises:
+        AprError: The dataset lacks a column of a trajectory, or a column has another type.
     """
     from datasets import Dataset
 
@@ -81,45 +94,45 @@ def from_dataset(dataset: Dataset) -> list[Trajectory]:
     columns = _feature(Trajectory)
     if missing := [name for name in columns if name not in dataset.features]:
         raise AprError(f"the dataset has no column {', '.join(missing)}, expected {', '.join(columns)}")
-    for name, wanted in columns.items():
-        if (found := dataset.features[name]) != wanted:
-            raise AprError(f"column {name} of the dataset: found {found}, expected {wanted}")
+    for name, expected in columns.items():
+        if (found := dataset.features[name]) != expected:
+            raise AprError(f"column {name} of the dataset: found {found}, expected {expected}")
     rows = dataset.select_columns(list(columns)).with_format(None)
     return [_value(Trajectory, row, f"row {number}") for number, row in enumerate(rows)]
 
 
 @cache
-def _kinds(cls: type) -> dict[str, Any]:
+def _field_types(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _feature(kind: Any) -> Any:
-    """The feature that holds a `kind`; all are nullable in Arrow."""
+def _feature(type_: Any) -> Any:
+    """The feature of a type. Every feature is nullable in Arrow."""
     from datasets import List, Value
 
-    origin, inner = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return {name: _feature(k) for name, k in _kinds(kind).items()}
+    origin, inner = get_origin(type_), get_args(type_)
+    if isinstance(type_, type) and is_dataclass(type_):
+        return {name: _feature(t) for name, t in _field_types(type_).items()}
     if origin in (Union, UnionType):  # X | None
         return _feature(inner[0])
     if origin is tuple:
         return List(_feature(inner[0]))
-    return Value("string" if origin is Literal else _SCALARS[kind])
+    return Value("string" if origin is Literal else _SCALARS[type_])
 
 
-def _value(kind: Any, data: Any, where: str) -> Any:
-    """A `kind` from what its feature gave back, which can only be wrong in a null or a name."""
-    origin, inner = get_origin(kind), get_args(kind)
+def _value(type_: Any, data: Any, where: str) -> Any:
+    """A value of a type from the data of its feature, in which only nulls and names can be wrong."""
+    origin, inner = get_origin(type_), get_args(type_)
     if origin in (Union, UnionType):
         return None if data is None else _value(inner[0], data, where)
     if data is None:
         raise AprError(f"{where}: found null, expected a value")
     if origin is Literal and data not in inner:
         raise AprError(f"{where}: found {data!r}, expected {' or '.join(inner)}")
-    if isinstance(kind, type) and is_dataclass(kind):
-        return kind(**{n: _value(k, data[n], f"{where}, {n}") for n, k in _kinds(kind).items()})
+    if isinstance(type_, type) and is_dataclass(type_):
+        return type_(**{n: _value(t, data[n], f"{where}, {n}") for n, t in _field_types(type_).items()})
     if origin is tuple:
-        if inner[0] is int and None not in data:  # token ids are nearly all there is to read
+        if inner[0] is int and None not in data:  # a fast path: token ids are most of the data
             return tuple(data)
         return tuple(_value(inner[0], item, where) for item in data)
     return data

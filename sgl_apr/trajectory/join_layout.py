@@ -1,9 +1,9 @@
-"""The layout of a joined prompt: which of its tokens were written side by side; pure, and no cache in here.
+"""The layout of a joined prompt: which of its tokens belong to parallel branches.
 
-A prompt is a sequence: runs of tokens (how many) and blocks (one sequence for each branch), in the order of the
-flat token ids. `[12, [[5], [7, [[2], [3]], 1]], 3]` is a prefix of 12 tokens, a block of two branches, of which
-the second forked again, and 3 tokens behind the join. Branches begin at the same position and never see one
-another; what follows a block begins behind its longest branch.
+A layout is a sequence of runs (a number of tokens) and blocks (one layout for each branch), in the order of the flat
+token ids. `[12, [[5], [7, [[2], [3]], 1]], 3]` is a prefix of 12 tokens, a block of two branches, of which the second
+forked again, and 3 tokens after the join. All branches of a block begin at the same position, and never see one
+another. What follows a block begins after its longest branch.
 """
 
 from __future__ import annotations
@@ -20,71 +20,94 @@ Layout = Sequence["int | Sequence[Layout]"]
 
 
 class LayoutError(AprError):
-    """A layout that no prompt can have, or not this one."""
+    """A layout is malformed, or does not fit its prompt."""
 
 
 def parse_layout(text: str, tokens: int) -> Layout:
-    """The layout of a prompt of so many tokens, from JSON; raises `LayoutError` that says what was expected."""
+    """Parse the layout of a prompt.
+
+    Args:
+        text: The layout as JSON.
+        tokens: The number of tokens of the prompt.
+
+    Raises:
+        LayoutError: The layout is malformed or does not fit. The message says what was expected.
+    """
     try:
         sequence = json.loads(text)
     except (ValueError, RecursionError):
-        raise LayoutError("the layout is no JSON") from None
-    left = [MAX_ITEMS]
+        raise LayoutError("expected a layout as JSON") from None
+    items_left = MAX_ITEMS
 
-    def length(sequence: object, depth: int) -> int:
+    def count_tokens(sequence: object, depth: int) -> int:
+        nonlocal items_left
         if not isinstance(sequence, list) or depth > MAX_DEPTH:
             raise LayoutError(f"expected a list of runs and blocks, nested at most {MAX_DEPTH} deep")
         total = 0
         for item in sequence:
-            left[0] -= 1
-            if left[0] < 0:
+            items_left -= 1
+            if items_left < 0:
                 raise LayoutError(f"expected at most {MAX_ITEMS} runs, blocks and branches")
             if isinstance(item, list):
                 if not item:
                     raise LayoutError("expected a branch in every block")
-                left[0] -= len(item)
-                total += sum(length(branch, depth + 1) for branch in item)
+                items_left -= len(item)
+                total += sum(count_tokens(branch, depth + 1) for branch in item)
             elif type(item) is int and 0 <= item <= tokens:
                 total += item
             else:
                 raise LayoutError(f"expected a run of 0 to {tokens} tokens, found {item!r:.40}")
         return total
 
-    if (total := length(sequence, 0)) != tokens:
+    if (total := count_tokens(sequence, 0)) != tokens:
         raise LayoutError(f"the layout has {total} tokens, expected the {tokens} of the prompt")
     if not sequence or type(sequence[-1]) is not int or sequence[-1] < 1 or len(sequence) < 2:
-        raise LayoutError("expected a block, and at least one token behind the last one")
+        raise LayoutError("expected a block, and at least one token after the last block")
     return sequence  # type: ignore[no-any-return]  # as checked
 
 
 def token_count(layout: Layout) -> int:
-    """How many tokens it has."""
+    """Return the number of tokens of a layout."""
     return sum(i if isinstance(i, int) else sum(map(token_count, i)) for i in layout)
 
 
 def chain_length(layout: Layout) -> int:
-    """How many tokens its longest chain has: the position of what follows it."""
+    """Return the number of tokens of the longest causal chain, which is the position of what follows the layout."""
     return sum(i if isinstance(i, int) else max(map(chain_length, i)) for i in layout)
 
 
 def extend_layout(joined: Layout, tokens: int) -> Layout | None:
-    """The layout of a prompt of so many tokens of which the first are `joined`; None where nothing is."""
+    """Return the layout of a prompt that begins with a joined prompt.
+
+    Args:
+        joined: The layout of the beginning; empty if nothing is joined.
+        tokens: The number of tokens of the whole prompt.
+
+    Returns:
+        The layout, or None if nothing is joined.
+    """
     return (*joined, tokens - token_count(joined)) if joined else None
 
 
 def join_branches(before: Layout, fork: int, branches: Sequence[tuple[Layout, int]]) -> Layout | None:
-    """What is joined behind a fork at token `fork` of a prompt that has joined `before` it.
+    """Return the layout of a join.
 
-    Each branch has the layout of its own joins, from the beginning of the prompt, and the tokens of its
-    prompt. None if it has not kept what was joined before the fork.
+    Args:
+        before: What the prompt had joined before the fork.
+        fork: The number of tokens of the prompt at the fork.
+        branches: For each branch the layout of its own joins, from the beginning of the prompt, and the number of
+            tokens of its prompt.
+
+    Returns:
+        The layout, or None if a branch has lost what was joined before the fork.
     """
     sequences: list[Layout] = []
     run = fork - token_count(before)
     for joined, tokens in branches:
         if tuple(joined[: len(before)]) != tuple(before):
             return None
-        own = extend_layout(joined, tokens) or (tokens,)
-        first, *rest = own[len(before) :]
+        layout = extend_layout(joined, tokens) or (tokens,)
+        first, *rest = layout[len(before) :]
         if not isinstance(first, int) or first < run:
             return None
         sequences.append((first - run, *rest))
@@ -92,81 +115,76 @@ def join_branches(before: Layout, fork: int, branches: Sequence[tuple[Layout, in
 
 
 def layout_positions(layout: Layout) -> Iterator[int]:
-    """The position of every token of a prompt: the length of its longest causal chain."""
+    """Yield the position of every token: the length of its longest causal chain."""
 
-    def walk(sequence: Layout, at: int) -> Iterator[int]:
+    def visit(sequence: Layout, position: int) -> Iterator[int]:
         for item in sequence:
             if isinstance(item, int):
-                yield from range(at, at + item)
-                at += item
+                yield from range(position, position + item)
+                position += item
             else:
                 for branch in item:
-                    yield from walk(branch, at)
-                at += max(map(chain_length, item))
+                    yield from visit(branch, position)
+                position += max(map(chain_length, item))
 
-    return walk(layout, 0)
+    return visit(layout, 0)
 
 
 def masked_ranges(layout: Layout) -> Iterator[tuple[tuple[int, int], ...]]:
-    """For every token the ranges [first, last) of earlier tokens that it does not see: those of other branches.
+    """Yield for every token the ranges [first, last) of earlier tokens that it does not see.
 
-    There is at most one range for each block that the token stands in, outer before inner, none for what
-    stands in no block.
+    These are the tokens of other branches. There is at most one range for each block that a token stands in, outer
+    blocks first.
     """
 
-    def walk(
-        sequence: Layout, at: int, ranges: tuple[tuple[int, int], ...]
+    def visit(
+        sequence: Layout, index: int, ranges: tuple[tuple[int, int], ...]
     ) -> Iterator[tuple[tuple[int, int], ...]]:
         for item in sequence:
             if isinstance(item, int):
                 yield from [ranges] * item
-                at += item
+                index += item
                 continue
-            begun = at
+            start = index
             for branch in item:
-                yield from walk(branch, at, (*ranges, (begun, at)) if at > begun else ranges)
-                at += token_count(branch)
+                yield from visit(branch, index, (*ranges, (start, index)) if index > start else ranges)
+                index += token_count(branch)
 
-    return walk(layout, 0, ())
-
-
-def dense_mask(layout: Layout) -> list[list[bool]]:
-    """For every token which tokens it sees, itself included, as a dense matrix: for checks, in O(n^2)."""
-    hidden = list(masked_ranges(layout))
-    return [
-        [j <= i and not any(first <= j < last for first, last in ranges) for j in range(len(hidden))]
-        for i, ranges in enumerate(hidden)
-    ]
+    return visit(layout, 0, ())
 
 
 def commit_prompts(layout: Layout) -> Iterator[tuple[list[tuple[int, int]], Layout | None]]:
-    """The prompts that bring all branches of a prompt into a cache, in an order in which each finds its own.
+    """Yield the prompts that bring all branches of a prompt into a cache.
 
-    Each is given as ranges [first, last) of the whole prompt, and the layout that it has.
+    In this order each prompt finds its own prefix in the cache.
+
+    Yields:
+        The ranges [first, last) of the whole prompt that make up the prompt, and the layout of the prompt; None if
+        nothing in it is joined.
     """
 
-    def walk(
-        sequence: Layout, at: int, ranges: list[tuple[int, int]], before: list[int | Sequence[Layout]]
+    def visit(
+        sequence: Layout, index: int, ranges: list[tuple[int, int]], before: list[int | Sequence[Layout]]
     ) -> Iterator[tuple[list[tuple[int, int]], Layout | None]]:
         for item in sequence:
-            begun = at
+            start = index
             if isinstance(item, int):
-                at += item
+                index += item
             else:
                 for branch in item:
-                    yield from walk(branch, at, ranges, before)
-                    end = at + token_count(branch)
-                    if end > at:
-                        own = _merged([*before, *branch])
-                        yield [*ranges, (at, end)], own if len(own) > 1 else None
-                    at = end
-            ranges, before = [*ranges, (begun, at)], [*before, item]
+                    yield from visit(branch, index, ranges, before)
+                    end = index + token_count(branch)
+                    if end > index:
+                        prompt_layout = _merge_runs([*before, *branch])
+                        yield [*ranges, (index, end)], prompt_layout if len(prompt_layout) > 1 else None
+                    index = end
+            ranges, before = [*ranges, (start, index)], [*before, item]
 
-    return walk(layout, 0, [], [])
+    return visit(layout, 0, [], [])
 
 
-def _merged(layout: Sequence[int | Sequence[Layout]]) -> Layout:
-    """The same without runs that follow one another."""
+def _merge_runs(layout: Sequence[int | Sequence[Layout]]) -> Layout:
+    """The same layout with adjacent runs merged."""
     merged: list[int | Sequence[Layout]] = []
     for item in layout:
         if isinstance(item, int) and merged and isinstance(last := merged[-1], int):

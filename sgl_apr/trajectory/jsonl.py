@@ -1,35 +1,87 @@
-"""A file of lines that a run writes as it goes, whole ones only, and goes on with after whatever ended it."""
+"""JSON Lines files: one reader, and an appender that lets an interrupted run continue."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sgl_apr.errors import AprError
 
 
+def read_lines(path: str | Path, *, allow_partial: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number (from 1) and the object of every line of a file. Blank lines are skipped.
+
+    Args:
+        path: The file.
+        allow_partial: Skip a last line that does not end with a line break: a run that still writes the file, or
+            was interrupted, leaves one.
+
+    Raises:
+        AprError: The file cannot be read, or a line is not a JSON object. The message names the file and the line.
+    """
+    try:
+        with open(path, "rb") as file:  # as bytes, because a partial line can end within a character
+            lines = (line for line in file if not allow_partial or line.endswith(b"\n"))
+            yield from parse_lines(lines, str(path))
+    except OSError as error:
+        raise AprError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_lines(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what `read_lines` yields, from lines instead of a file.
+
+    Args:
+        lines: The lines.
+        name: Stands for the file in error messages.
+
+    Raises:
+        AprError: A line is not a JSON object.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise AprError(f"{name}, line {number}: expected a JSON object, found no JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise AprError(f"{name}, line {number}: expected a JSON object, found {type(data).__name__}")
+        yield number, data
+
+
 @contextmanager
 def open_for_append(path: Path) -> Iterator[int]:
-    """The file, for whole lines at its end and for nobody else meanwhile."""
+    """Open a file to append lines, and lock it against other processes.
+
+    A partial line at its end, which an interrupted run has left, is removed.
+
+    Args:
+        path: The file. It is created if it does not exist.
+
+    Yields:
+        The file descriptor. One `os.write` of a line that ends with a line break appends it.
+
+    Raises:
+        AprError: Another process appends to the file.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise AprError(f"another run writes to {path}") from None
-        os.ftruncate(file, _whole(path))
+        os.ftruncate(file, _complete_bytes(path))
         yield file
     finally:
         os.close(file)
 
 
-def _whole(path: Path) -> int:
-    """The length of a file without half a line at its end."""
-    length = 0
+def _complete_bytes(path: Path) -> int:
+    """The length of a file in bytes, without a partial line at its end."""
     with open(path, "rb") as file:
-        for line in file:
-            length += len(line) if line.endswith(b"\n") else 0
-    return length
+        return sum(len(line) for line in file if line.endswith(b"\n"))

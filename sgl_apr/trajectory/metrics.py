@@ -1,4 +1,4 @@
-"""Metrics of one trajectory, as pure functions of its graph; what was not measured is not estimated."""
+"""Metrics of one trajectory: tokens, critical path, parallelism, and the cost of its engine calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ Convention = Literal["causal", "threadweaver", "multiverse"]
 
 @dataclass(frozen=True, slots=True)
 class PhaseCost:
-    """What the engine did for one phase (trunk, commit, body, after), summed over its calls."""
+    """What the engine did for one phase (trunk, commit, body, after), summed over its calls.
+
+    Attributes:
+        calls: The number of calls.
+        prompt_tokens: Prompt tokens, cached or not.
+        cached_tokens: Prompt tokens that came from the cache.
+        reprefilled_tokens: Prompt tokens that were computed more than once.
+        output_tokens: Decoded tokens.
+        wall_s: Seconds in which at least one of the calls ran.
+    """
 
     calls: int
     prompt_tokens: int
@@ -27,7 +36,21 @@ class PhaseCost:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Counts in tokens, times in seconds; prompts are not in `total` or `critical_path`."""
+    """Metrics of a trajectory. Lengths are in tokens, times in seconds.
+
+    Attributes:
+        total: All tokens of the reply, without prompts.
+        critical_path: Tokens of the longest causal chain, without prompts.
+        branch_tokens: Tokens inside of branches.
+        longest_context: The longest context that a token was conditioned on, prompt included.
+        blocks: The number of blocks.
+        branches: The number of branches of all blocks.
+        closers_decoded: How many branches the model closed itself.
+        closers_injected: How many branches the runtime closed.
+        engine_calls: Engine calls, retries included.
+        wall_s: Seconds from the start to the end of the trajectory.
+        phases: The cost of each phase.
+    """
 
     total: int
     critical_path: int
@@ -53,7 +76,7 @@ class Metrics:
 
     @property
     def genuine_parallelism(self) -> float:
-        """Share of the tokens that stand inside branches (NPR)."""
+        """Share of the tokens that are inside of branches (NPR)."""
         return self.branch_tokens / self.total if self.total else 0.0
 
     @property
@@ -63,26 +86,30 @@ class Metrics:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the engine took from its cache, over all calls."""
+        """Prompt tokens that came from the cache, over all calls."""
         return sum(p.cached_tokens for p in self.phases.values())
 
     @property
     def reprefilled_tokens(self) -> int:
-        """Tokens computed more than once: at a text join, all branches but the first."""
+        """Prompt tokens that were computed more than once: at a text join, those of all branches but the first."""
         return sum(p.reprefilled_tokens for p in self.phases.values())
 
 
 def compute_metrics(
     spans: Sequence[Span], calls: Sequence[Call], wall_s: float = 0.0, convention: Convention = "causal"
 ) -> Metrics:
-    """All metrics of a trajectory with these spans and calls.
+    """Compute the metrics of a trajectory.
 
-    `convention` decides what of a branch counts as parallel. "causal", the default, follows the
-    graph: header, body and closer of a branch run beside the other branches; "multiverse" is the
-    same (its tags stand inside the branch). "threadweaver" counts headers and closers of all
-    branches as sequential and only the text between them as parallel.
+    Args:
+        spans: Its spans, with token ids.
+        calls: Its engine calls.
+        wall_s: Its duration in seconds.
+        convention: Which tokens of a branch count as parallel. "causal" follows the span graph, in which header,
+            body and closer of a branch run in parallel to the other branches. "multiverse" is the same, because
+            its tags are part of the branch. "threadweaver" counts the headers and closers of all branches as
+            sequential, and only the text between them as parallel.
     """
-    found = tuple(iter_blocks(spans))
+    all_blocks = tuple(iter_blocks(spans))
     weights = [0 if s.origin == "prompt" else s.tokens for s in spans]
     sequential = 0
     if convention == "threadweaver":
@@ -90,7 +117,7 @@ def compute_metrics(
         sequential = sum(weights[i] for i in tags)
         for i in tags:
             weights[i] = 0
-    # A closer that the model began and the runtime finished is an injected one.
+    # A closer that the model began and the runtime completed counts as injected.
     closers = {
         s.path: s.origin for s in sorted(spans, key=lambda s: s.origin == "injected") if s.role == "closer"
     }
@@ -102,8 +129,8 @@ def compute_metrics(
         longest_context=max(
             (sum(spans[a].tokens for a in ancestors(spans, i)) for i in range(len(spans))), default=0
         ),
-        blocks=len(found),
-        branches=sum(len(b.branches) for b in found),
+        blocks=len(all_blocks),
+        branches=sum(len(b.branches) for b in all_blocks),
         closers_decoded=origins.count("decoded"),
         closers_injected=origins.count("injected"),
         engine_calls=sum(1 + c.retries for c in calls),
@@ -113,7 +140,7 @@ def compute_metrics(
 
 
 def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]:
-    """For every span the weight of the heaviest chain that ends with it (parents come before children)."""
+    """Return for every span the weight of the heaviest chain that ends with it. Parents come before children."""
     ends: list[int] = []
     for span, weight in zip(spans, weights, strict=True):
         ends.append(weight + max((ends[p] for p in (*span.parents, *span.waits_for)), default=0))
@@ -129,7 +156,7 @@ def _phases(calls: Sequence[Call]) -> dict[str, PhaseCost]:
             calls=len(own),
             prompt_tokens=sum(c.prompt_tokens for c in own),
             cached_tokens=sum(c.cached_tokens or 0 for c in own),
-            reprefilled_tokens=sum(c.reprefilled for c in own),
+            reprefilled_tokens=sum(c.reprefilled_tokens for c in own),
             output_tokens=sum(c.output_tokens for c in own),
             wall_s=_union_length([(c.started, c.ended) for c in own]),
         )
@@ -137,7 +164,7 @@ def _phases(calls: Sequence[Call]) -> dict[str, PhaseCost]:
 
 
 def _union_length(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union: branches that ran at once count once."""
+    """The length of the union of intervals: time in which several branches ran counts once."""
     total, edge = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, edge))

@@ -1,4 +1,4 @@
-"""The pieces that a trajectory is made of: runs of tokens with one origin and one meaning; it knows no grammar."""
+"""Spans: the runs of tokens that a trajectory consists of."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of tokens with one origin and one meaning.
+    """A run of tokens with one origin and one role.
 
-    `parents` are indices of the spans it directly follows, so ancestors are what it was conditioned on;
-    `after` are those that it waited for without seeing them, as a join by message does. `path` says where it stands: `()` is the trunk, `(1, 2)` branch 2 of the first
-    block, and so on inside. `label` is what the grammar names in it: the outline (header), the
-    conclusion (close), the message that a branch returned (closer, result);
-    `outline` is that of the branch whose result it is. `token_ids` is None where a text was read without a tokenizer. A token that
-    straddles two spans belongs to the one in which it begins.
+    A token that straddles two spans belongs to the one in which it begins.
+
+    Attributes:
+        role: Its role in the grammar.
+        origin: Whether it is part of the prompt, was decoded by the model, or was injected by the runtime.
+        text: Its text.
+        token_ids: Its token ids; None if the text was parsed without a tokenizer.
+        parents: Indices of the spans that it directly follows. Its ancestors are what it was conditioned on.
+        path: Where it stands: `()` is the trunk, `(1, 2)` is branch 2 of the first block, and so on.
+        label: The text that the grammar names in it: the outline (header), the conclusion (close), or the message
+            that a branch returned (closer, result).
+        finish: How its sequence ended, if it ended with this span.
+        call: The index of the engine call that decoded it.
+        waits_for: Indices of spans that it waited for without seeing them, as a join by message does.
+        outline: The outline of the branch whose result it is.
     """
 
     role: Role
@@ -42,31 +51,41 @@ class Span:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens; raises `AprError` if they are unknown."""
+        """The number of its tokens; raises `AprError` if they are unknown."""
         if self.token_ids is None:
-            raise AprError("this trajectory was read from text: parse it with tokenizer= to count its tokens")
+            raise AprError(
+                "this trajectory was parsed from text without token ids: parse it with tokenizer= to count its tokens"
+            )
         return len(self.token_ids)
 
 
 def ancestors(spans: Sequence[Span], index: int) -> list[int]:
-    """What span `index` was conditioned on, and itself, in the order of the text."""
+    """Return the indices of what a span was conditioned on, and its own, in the order of the text."""
     seen, stack = {index}, [index]
     while stack:
-        fresh = [p for p in spans[stack.pop()].parents if p not in seen]
-        seen.update(fresh)
-        stack.extend(fresh)
+        new = [p for p in spans[stack.pop()].parents if p not in seen]
+        seen.update(new)
+        stack.extend(new)
     return sorted(seen)
 
 
 def span_from_json(data: Mapping[str, Any], index: int) -> Span:
-    """One span from its JSON, else `ValueError`; parents have to come first, which also keeps the graph acyclic."""
+    """Return a span from its JSON.
+
+    Args:
+        data: The JSON.
+        index: The index of the span. Its parents have to come before it, which keeps the graph acyclic.
+
+    Raises:
+        ValueError: The JSON is not that of a span.
+    """
     names = {f.name for f in fields(Span)}
     if set(data) != names:
-        raise ValueError(f"span fields {sorted(set(data) ^ names)}")
+        raise ValueError(f"span {index} lacks or adds the fields {sorted(set(data) ^ names)}")
     if data["role"] not in get_args(Role) or data["origin"] not in get_args(Origin):
-        raise ValueError(f"span role {data['role']!r}, origin {data['origin']!r}")
+        raise ValueError(f"span {index} has the role {data['role']!r} and the origin {data['origin']!r}")
     if data["finish"] not in (None, *get_args(Finish)):
-        raise ValueError(f"span finish {data['finish']!r}")
+        raise ValueError(f"span {index} has the finish {data['finish']!r}")
     before = [*data["parents"], *data["waits_for"]]
     if not all(isinstance(p, int) and 0 <= p < index for p in before):
         raise ValueError(f"span {index} follows {before}, expected spans before it")

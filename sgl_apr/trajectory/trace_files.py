@@ -1,4 +1,4 @@
-"""Traces in files, one text or JSON lines, read and worked on over all cores; what is done with them is the caller's."""
+"""Reads traces from text files and JSON Lines files, and processes them on all cores."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from sgl_apr.errors import AprError
+from sgl_apr.trajectory.jsonl import parse_lines, read_lines
 
 T = TypeVar("T")
 TEXT_KEYS = ("text", "response", "completion", "output", "trace")
-MIN_PARALLEL_RECORDS = 64  # fewer than this are done before a pool has started
-BATCH_SIZE = 2048
+MIN_PARALLEL_RECORDS = 64  # fewer take less time than the start of a process pool
+BATCH_SIZE = 2048  # records in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:
-    """One trace: where it comes from, its text and prompt, and the JSON object around it, if there is one."""
+    """One trace.
+
+    Attributes:
+        source: Where it comes from: a file, or a file and a line (`replies.jsonl:3`).
+        text: Its text.
+        prompt: Its prompt; empty if it has none.
+        fields: The JSON object that holds it, if there is one.
+        key: The key of the text in that object.
+    """
 
     source: str
     text: str
@@ -33,67 +42,81 @@ class TextRecord:
 
 
 def read_records(paths: Sequence[str], key: str | None = None) -> Iterator[TextRecord]:
-    """The traces of files, `-` for stdin, in order. A `.jsonl` file has one JSON object a line, any other is one text.
+    """Yield the traces of files, in order.
 
-    The text of an object is under `key`, or the first of `TEXT_KEYS` that it has; a string under
-    `prompt` is its prompt. Raises `AprError` that names the file and line.
+    A `.jsonl` file has one JSON object in each line. Any other file is one text. The prompt of an object is the
+    string under `prompt`, if there is one.
+
+    Args:
+        paths: The files; `-` is stdin, which can be either.
+        key: The key of the text in an object. By default the first of `TEXT_KEYS` that it has.
+
+    Raises:
+        AprError: A file cannot be read, or a line has no text. The message names the file and the line.
     """
     for path in paths:
         if path == "-":
-            yield from _read(sys.stdin, "<stdin>", None, key)
-            continue
-        try:
-            with open(path, encoding="utf-8") as file:
-                yield from _read(file, path, Path(path).suffix == ".jsonl", key)
-        except (OSError, UnicodeDecodeError) as error:
-            raise AprError(f"cannot read {path}: {error}") from None
+            yield from _read_stdin(sys.stdin, key)
+        elif Path(path).suffix == ".jsonl":
+            yield from _from_objects(read_lines(path), path, key)
+        else:
+            try:
+                with open(path, encoding="utf-8") as file:
+                    yield TextRecord(path, file.read())
+            except (OSError, UnicodeDecodeError) as error:
+                raise AprError(f"cannot read {path}: {error}") from None
 
 
-def _read(file: TextIO, name: str, lines: bool | None, key: str | None) -> Iterator[TextRecord]:
-    first = file.readline()
-    if lines is None:  # stdin has no name to go by
-        lines = first.lstrip().startswith("{") and _object(first) is not None
-    if not lines:
-        yield TextRecord(name, first + file.read())
-        return
-    for number, line in enumerate(chain([first], file), 1):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        fields = _object(line)
-        if fields is None:
-            raise AprError(f"{where}: not a JSON object")
-        found = key or next((k for k in TEXT_KEYS if isinstance(fields.get(k), str)), None)
-        if found is None or not isinstance(fields.get(found), str):
-            wanted = key or ", ".join(TEXT_KEYS)
-            raise AprError(f"{where}: no text, expected a string under {wanted} (name the key with --key)")
-        prompt = fields.get("prompt")
-        yield TextRecord(where, fields[found], prompt if isinstance(prompt, str) else "", fields, found)
+def _read_stdin(file: TextIO, key: str | None) -> Iterator[TextRecord]:
+    name, first_line = "<stdin>", file.readline()
+    if first_line.lstrip().startswith("{") and _is_json(first_line):
+        yield from _from_objects(parse_lines(chain([first_line], file), name), name, key)
+    else:
+        yield TextRecord(name, first_line + file.read())
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def _is_json(line: str) -> bool:
     try:
-        value = json.loads(line)
+        json.loads(line)
     except json.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
+        return False
+    return True
+
+
+def _from_objects(
+    lines: Iterable[tuple[int, dict[str, Any]]], name: str, key: str | None
+) -> Iterator[TextRecord]:
+    for number, fields in lines:
+        text_key = key or next((k for k in TEXT_KEYS if isinstance(fields.get(k), str)), None)
+        if text_key is None or not isinstance(fields.get(text_key), str):
+            expected = key or ", ".join(TEXT_KEYS)
+            raise AprError(
+                f"{name}, line {number}: no text, expected a string under {expected} (name the key with --key)"
+            )
+        prompt = fields.get("prompt")
+        yield TextRecord(
+            f"{name}:{number}", fields[text_key], prompt if isinstance(prompt, str) else "", fields, text_key
+        )
 
 
 def parallel_map(
-    work: Callable[[TextRecord], T], found: Iterable[TextRecord], jobs: int | None = None
+    work: Callable[[TextRecord], T], records: Iterable[TextRecord], jobs: int | None = None
 ) -> Iterator[T]:
-    """`work` on every record, in order, in `jobs` processes (None: one a core), with its progress on stderr.
+    """Yield the result of a function for every record, in order, with a progress bar on stderr.
 
-    `work` has to be a function of a module, or a partial of one.
+    Args:
+        work: The function. Other processes import it, so it has to be a function of a module, or a partial of one.
+        records: The records.
+        jobs: The number of processes. By default one for each core.
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    waiting = iter(found)
-    head = list(islice(waiting, MIN_PARALLEL_RECORDS))
+    remaining = iter(records)
+    batch = list(islice(remaining, MIN_PARALLEL_RECORDS))
     jobs = jobs or len(os.sched_getaffinity(0))
-    if len(head) < MIN_PARALLEL_RECORDS or jobs == 1:
-        yield from map(work, chain(head, waiting))
+    if len(batch) < MIN_PARALLEL_RECORDS or jobs == 1:
+        yield from map(work, chain(batch, remaining))
         return
     console = Console(stderr=True)
     with (
@@ -101,8 +124,8 @@ def parallel_map(
         Progress(console=console, disable=not console.is_terminal, transient=True) as progress,
     ):
         task = progress.add_task("traces", total=None)
-        while head:
-            for result in pool.map(work, head, chunksize=16):
+        while batch:
+            for result in pool.map(work, batch, chunksize=16):
                 progress.advance(task)
                 yield result
-            head = list(islice(waiting, BATCH_SIZE))
+            batch = list(islice(remaining, BATCH_SIZE))

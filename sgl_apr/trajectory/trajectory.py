@@ -1,4 +1,4 @@
-"""The one noun: an immutable graph of spans, with blocks and branches as a view; it knows no grammar."""
+"""The trajectory: an immutable graph of spans, with blocks and branches as a view of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from functools import cached_property
 
 from sgl_apr.errors import TraceError
 from sgl_apr.trajectory.blocks import Block, iter_blocks
-from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision, call_from_json, with_path_tuple
+from sgl_apr.trajectory.calls import (
+    Call,
+    JoinRecord,
+    LimitHit,
+    PacingDecision,
+    call_from_json,
+    with_path_tuple,
+)
 from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics
 from sgl_apr.trajectory.spans import Finish, Span, ancestors, span_from_json
 
@@ -18,11 +25,18 @@ SCHEMA = "sgl_apr.trajectory/6"
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Everything that happened in one answer, spans in the order in which they stand in the text.
+    """Everything that happened in one reply.
 
-    `limits` and `decisions` say where the budget acted and how forks were paced, `joins` what became of the
-    KV joins asked for, in the order in which it happened. The seeds of the calls are derived from `seed`;
-    `seeds_honoured` says whether the engine honours them.
+    Attributes:
+        spans: The spans, in the order of the text.
+        dialect: The name of the dialect.
+        calls: The engine calls.
+        wall_s: Seconds from start to end.
+        limits: Where the budget or another limit acted, in the order of time.
+        decisions: How forks were paced, in the order of time.
+        joins: How blocks were joined where a KV join was requested, in the order of time.
+        seed: The seed from which the seeds of the calls are derived.
+        seeds_honoured: Whether the engine supports seeds.
 
     >>> import sgl_apr as apr
     >>> t = apr.dialect("threadweaver").parse("six times seven is 42")
@@ -47,51 +61,55 @@ class Trajectory:
 
     @property
     def text(self) -> str:
-        """The whole reply, tags and injected text included, prompt excluded.
+        """The complete reply, tags and injected text included, without the prompt.
 
-        Of a branch that saw nothing but a message it holds the result alone, as the trunk does.
+        Of a branch that saw only a message it holds only the result, as the context of the trunk does.
         """
         return "".join(s.text for s in self.reply_spans)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The ids of `text`, in order, just as the engine was sent and returned them."""
+        """The token ids of `text`, as the engine received and returned them."""
         return tuple(i for s in self.reply_spans if s.tokens for i in s.token_ids or ())
 
     @property
     def reply_spans(self) -> tuple[Span, ...]:
-        """The spans of `text`: the reply without branches that had a context of their own."""
-        apart: list[bool] = []
+        """The spans of `text`: the reply without branches that had their own context."""
+        separate: list[bool] = []  # whether a span belongs to a branch with its own context
         for span in self.spans:
-            apart.append(all(apart[p] for p in span.parents) if span.parents else bool(span.waits_for))
-        return tuple(s for s, own in zip(self.spans, apart, strict=True) if not own and s.origin != "prompt")
+            separate.append(all(separate[p] for p in span.parents) if span.parents else bool(span.waits_for))
+        return tuple(
+            span
+            for span, is_separate in zip(self.spans, separate, strict=True)
+            if not is_separate and span.origin != "prompt"
+        )
 
     @property
     def context_ids(self) -> tuple[int, ...]:
-        """The ids that whatever comes next is conditioned on, prompt included: `text` without dropped calls."""
-        document = set(map(id, self.reply_spans))
-        last = max((i for i, s in enumerate(self.spans) if id(s) in document), default=len(self.spans) - 1)
+        """The token ids that further text is conditioned on: the prompt and `text`, without calls that a join removed."""
+        in_reply = set(map(id, self.reply_spans))
+        last = max((i for i, s in enumerate(self.spans) if id(s) in in_reply), default=len(self.spans) - 1)
         return tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
 
     def ancestors(self, index: int) -> list[int]:
-        """What span `index` was conditioned on, and itself, in the order of the text."""
+        """Return the indices of what a span was conditioned on, and its own, in the order of the text."""
         return ancestors(self.spans, index)
 
     @property
     def reply(self) -> tuple[Span, ...]:
-        """Every span but the prompt."""
+        """All spans except the prompt."""
         return tuple(s for s in self.spans if s.origin != "prompt")
 
     def with_prompt(self, prompt: str, token_ids: tuple[int, ...] | None = None) -> Trajectory:
-        """The same reply behind a prompt; for a trajectory that has none."""
+        """Return the same reply with a prompt, for a trajectory that has none."""
 
-        def moved(indices: tuple[int, ...]) -> tuple[int, ...]:
+        def shift(indices: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(i + 1 for i in indices)
 
         first = Span("prompt", "prompt", prompt, token_ids, ())
         spans = (
             replace(
-                s, parents=moved(s.parents) or (() if s.waits_for else (0,)), waits_for=moved(s.waits_for)
+                s, parents=shift(s.parents) or (() if s.waits_for else (0,)), waits_for=shift(s.waits_for)
             )
             for s in self.spans
         )
@@ -99,12 +117,12 @@ class Trajectory:
 
     @property
     def finish(self) -> Finish | None:
-        """How the trunk ended; `malformed` if its text left the dialect (possible with the grammar off)."""
+        """How the trunk ended; "malformed" if its text is not valid (possible without a grammar)."""
         return next((s.finish for s in reversed(self.spans) if s.path == () and s.finish), None)
 
     @property
     def answer(self) -> str:
-        """Trunk text after the last join (all of it if there was none), leading white space removed."""
+        """The trunk's text after the last join, or all of it without a join, without leading white space."""
         tail: list[str] = []
         for span in reversed(self.reply):
             if span.role != "text" or span.path != ():
@@ -112,22 +130,27 @@ class Trajectory:
             tail.append(span.text)
         return "".join(reversed(tail)).lstrip()
 
+    @property
+    def lost_joins(self) -> tuple[JoinRecord, ...]:
+        """The KV joins that the cache lost in the middle of a sequence, which continued with a text join."""
+        return tuple(j for j in self.joins if len(j.path) % 2 == 0)
+
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Every block, outer before inner, in the order of the text."""
+        """All blocks, outer blocks before inner ones, in the order of the text."""
         return tuple(iter_blocks(self.spans))
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
-        """Tokens, critical path, parallelism and what the engine did: see `sgl_apr.trajectory.metrics`."""
+        """Return tokens, critical path, parallelism and engine costs: see `sgl_apr.trajectory.compute_metrics`."""
         return compute_metrics(self.spans, self.calls, self.wall_s, convention)
 
     def to_json(self) -> str:
-        """One JSON object with its schema version, read back by `from_json` without loss."""
+        """Return one JSON object with its schema version. `from_json` reads it without loss."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Trajectory:
-        """The trajectory that `to_json` wrote; raises `TraceError` for anything else."""
+        """Return the trajectory that `to_json` has written; raises `TraceError` for anything else."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

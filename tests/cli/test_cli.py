@@ -178,9 +178,9 @@ def test_parse_prints_a_line_for_each_record(replies: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "bad.jsonl:2: not a JSON object"),
-        ('{"prompt": "x"}', "bad.jsonl:2: no text, expected a string under text, response"),
-        ("[]", "bad.jsonl:2: not a JSON object"),
+        ("{", "bad.jsonl, line 2: expected a JSON object"),
+        ('{"prompt": "x"}', "bad.jsonl, line 2: no text, expected a string under text, response"),
+        ("[]", "bad.jsonl, line 2: expected a JSON object"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, capsys, line: str, message: str):

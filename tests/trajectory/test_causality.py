@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.trajectory.join_layout import dense_mask
+from tests.support.dense_mask import dense_mask
 from tests.support.masked_sampler import SampledEngine, masked
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
-from sgl_apr.trajectory.join_layout import dense_mask, layout_positions, token_count
+from sgl_apr.trajectory.join_layout import layout_positions, token_count
 from tests.server.kv_join.test_radix_cache import LAYOUTS, NEW, commit, generate, prompt
+from tests.support.dense_mask import dense_mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server, pytest.mark.timeout(600)]
 HIDDEN = {"float16": 256, "bfloat16": 512}  # heads of 64 and of 128 dimensions, both of which flashinfer has

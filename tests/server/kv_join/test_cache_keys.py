@@ -11,15 +11,15 @@ import pytest
 from sgl_apr.server.kv_join.cache_keys import lookup_cost, resolve
 from sgl_apr.trajectory.join_layout import (
     LayoutError,
+    chain_length,
     commit_prompts,
-    dense_mask,
     extend_layout,
     join_branches,
-    chain_length,
-    parse_layout,
     layout_positions,
+    parse_layout,
     token_count,
 )
+from tests.support.dense_mask import dense_mask
 
 EXAMPLE = [12, [[5], [7, [[2], [3]], 1]], 3]  # the one of the module's docstring
 
@@ -123,12 +123,12 @@ def test_a_tree_is_named_by_the_secret():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonsense", "no JSON"),
-        ("[" * 100_000, "no JSON"),
+        ("nonsense", "expected a layout as JSON"),
+        ("[" * 100_000, "expected a layout as JSON"),
         ("null", "expected a list"),
         ("[33]", "expected a block"),
-        ("[12, [[5], [16]]]", "one token behind"),
-        ("[12, [[5], [16]], 0]", "one token behind"),
+        ("[12, [[5], [16]]]", "one token after"),
+        ("[12, [[5], [16]], 0]", "one token after"),
         ("[12, [[5], [15]], 3]", "has 35 tokens, expected the 33"),
         ("[12, [], 21]", "a branch in every block"),
         ("[12, [5], 16]", "expected a list"),

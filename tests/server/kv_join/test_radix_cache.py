@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.trajectory.join_layout import dense_mask, layout_positions, token_count
+from sgl_apr.trajectory.join_layout import layout_positions, token_count
 from tests.server.kv_join.test_cache_keys import random_layout
+from tests.support.dense_mask import dense_mask
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 NEW = 16
