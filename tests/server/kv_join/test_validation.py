@@ -74,8 +74,8 @@ def openai(**fields: object) -> tuple[str, dict]:
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 HOSTILE = {
-    "no JSON": (native("[20, [["), "no JSON"),
-    "nested a hundred thousand deep": (native("[" * 50_000), "no JSON"),
+    "no JSON": (native("[20, [["), "expected a layout as JSON"),
+    "nested a hundred thousand deep": (native("[" * 50_000), "expected a layout as JSON"),
     "a megabyte": (native("[" + "1," * 500_000 + "1]"), "65536 characters"),
     "a list": (native(LAYOUT), "as JSON in a string"),
     "null": (native(None), "as JSON in a string"),
@@ -83,10 +83,10 @@ HOSTILE = {
     "an object": (native('{"a": 1}'), "expected a list"),
     "too long": (native("[20, [[6], [9]], 3]"), "has 38 tokens, expected the 32"),
     "too short": (native("[20, [[6], [1]], 3]"), "has 30 tokens, expected the 32"),
-    "nothing behind": (native("[20, [[6], [6]]]"), "one token behind"),
+    "nothing behind": (native("[20, [[6], [6]]]"), "one token after"),
     "negative": (native("[-3, [[26], [6]], 3]"), "found -3"),
     "huge": (native("[99999999999999999999, [[6], [3]], 3]"), "found 9999"),
-    "huger": (native("[" + "9" * 5000 + ", [[6], [3]], 3]"), "no JSON"),
+    "huger": (native("[" + "9" * 5000 + ", [[6], [3]], 3]"), "expected a layout as JSON"),
     "a float": (native("[20.0, [[6], [3]], 3]"), "found 20.0"),
     "not a number": (native("[NaN, [[6], [3]], 3]"), "found nan"),
     "a bool": (native("[20, [[6], [true]], 3]"), "found True"),
