@@ -95,3 +95,17 @@ def test_every_exception_is_explained():
     )
     page = ERRORS.read_text()
     assert [name for name in names if f"`{name}`" not in page] == []
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code():
+    source = "".join(path.read_text() for path in Path(ROOT / "sgl_apr").rglob("*.py"))
+    page = (DOCS / "troubleshooting.md").read_text()
+    rows = re.search(r"\| message, or symptom .*?\n\n", page, re.DOTALL)
+    assert rows
+    quoted = [
+        *re.findall(r"`([^`]+)`", "".join(re.findall(r"^\| (.*?) \|", rows[0], re.MULTILINE))),
+        "another run writes to ...",
+    ]
+    parts = [part.strip() for message in quoted for part in message.split("...") if part.strip()]
+    assert len(parts) > 8
+    assert [part for part in parts if part not in source] == []
