@@ -32,7 +32,7 @@ from rich.table import Table
 import sgl_apr as apr
 from benchmarks.kv_join.soak_operations import OPERATIONS, Answer, NotCached, Soak, Violation, fork, prefix
 from sgl_apr.training.models import random_llama
-from sgl_apr.trajectory.join_layout import dense_mask, extend_layout, positions
+from sgl_apr.trajectory.join_layout import extend_layout, layout_positions, masked_ranges
 
 ENVIRONMENT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
@@ -107,11 +107,11 @@ def differs(model: Any, answer: Answer) -> bool:
 
     ids, new = [*answer.sequence.ids, *answer.ids], len(answer.ids)
     layout = extend_layout(answer.sequence.joined, len(ids)) or (len(ids),)
-    sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     for token, ranges in enumerate(masked_ranges(layout)):
         for first, last in ranges:
-            sees[token, first:last] = False
-    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
+            visible[token, first:last] = False
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
     with torch.no_grad():
         logits = model(
             torch.tensor([ids]),

@@ -31,11 +31,19 @@ def test_a_soak():
     assert found["compared"]["differ"] == 0
     assert (found["ok"], found["operations"], done.returncode) == (True, COUNT, 0)
     # It was what it says that it is.
-    assert found["compared"]["behind_joins"] >= 20
+    assert found["compared"]["after_joins"] >= 20
     assert found["computed_tokens"] > 3 * found["pool_tokens"]
     assert found["retractions"] >= FEWEST
-    for what in ("fork", "commit", "join_as_it_is", "join_what_was_kept", "nest", "go_on", "read_in_a_line"):
+    for what in (
+        "fork",
+        "commit",
+        "join_without_commit",
+        "join_after_commit",
+        "nest",
+        "continue_sequence",
+        "read_sequentially",
+    ):
         assert found["outcomes"][f"{what} done"] >= FEWEST
-    for what in ("join_what_never_was", "join_with_another_salt", "give_up"):
+    for what in ("join_unknown_branches", "join_with_wrong_salt", "abort"):
         assert found["outcomes"][f"{what} done"] >= FEWEST // 2
-    assert found["outcomes"]["join_as_it_is lost"] >= FEWEST
+    assert found["outcomes"]["join_without_commit lost"] >= FEWEST
