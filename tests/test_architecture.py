@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -102,3 +103,66 @@ def test_a_package_hands_on_what_it_lists(name: str):
         value = getattr(package, exported)
         is_module = f"{name}.{exported}" in modules() or (PACKAGE / exported).is_dir()
         assert not is_module or inspect.ismodule(value), exported
+
+
+# Words of an earlier vocabulary. Each has a standard term: sequence, allowance, join, in parallel, after, at most.
+RETIRED_NAMES = {
+    "strand", "purse", "stitch", "stitched", "desk", "wish", "envelope", "tally", "told", "said", "heard", "asked",
+    "apart", "behind", "hinders",
+}  # fmt: skip
+RETIRED_PROSE = re.compile(
+    r"\b(strands?|purses?|stitch(es|ed|ing)?|in a line|side by side|behind(?! (a|the|an|one) (router|proxy))|at the (most|least)|begins? anew)\b",
+    re.IGNORECASE,
+)
+PROSE = (*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PACKAGE.rglob("*.py"))
+
+
+def words(identifier: str) -> set[str]:
+    """The words of a name in snake case or in camel case."""
+    return set(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", identifier).lower().split("_"))
+
+
+def identifiers(path: Path) -> set[str]:
+    """The names that a module defines: classes, functions, parameters, variables and attributes."""
+    names = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return names
+
+
+def test_no_name_is_a_retired_word():
+    retired = {
+        f"{name}: {identifier}"
+        for name, path in modules().items()
+        for identifier in identifiers(path)
+        if words(identifier) & RETIRED_NAMES
+    }
+    assert not retired
+
+
+def test_no_prose_has_a_retired_word():
+    retired = [
+        f"{path.relative_to(ROOT)}:{number}: {found[0]}"
+        for path in PROSE
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if (found := RETIRED_PROSE.search(line))
+    ]
+    assert not retired, "\n".join(retired)
+
+
+@pytest.mark.parametrize("name", ["sgl_apr"])
+def test_a_public_name_has_one_definition(name: str):
+    """No two modules define a class of one name, so that an import can be read without its module."""
+    defined: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                defined.setdefault(node.name, []).append(module)
+    assert {name: where for name, where in defined.items() if len(where) > 1} == {}

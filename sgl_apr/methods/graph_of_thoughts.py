@@ -27,7 +27,7 @@ from sgl_apr.runtime.branch_group import gather
 
 
 @dataclass(frozen=True)
-class Node:
+class GraphNode:
     """A state of a graph of thoughts.
 
     Attributes:
@@ -65,7 +65,7 @@ async def graph_of_thoughts(
     graphed = require(task, GraphTask)
     graph, options = validate_graph(graphed.graph(problem)), {**options, "temperature": temperature}
     async with method_session(engine, "", "graph_of_thoughts", **options) as session:
-        nodes = await _Run(session, graphed, graph).run(Node(graphed.initial_state(problem)))
+        nodes = await _Run(session, graphed, graph).run(GraphNode(graphed.initial_state(problem)))
         solved = [(node, answer) for node in nodes if (answer := graphed.solution(node.state)) is not None]
         best, answer = max(solved, key=lambda pair: pair[0].score or 0.0, default=(None, ""))
         return MethodResult("graph_of_thoughts", answer, session.finish(), best.score if best else None)
@@ -81,12 +81,12 @@ class _Run:
     def __post_init__(self) -> None:
         self.left = sum(map(_needs_model, self.graph.values()))
 
-    async def run(self, root: Node) -> list[Node]:
+    async def run(self, root: GraphNode) -> list[GraphNode]:
         """The nodes that the last operation leaves."""
         loop = asyncio.get_running_loop()
         results = {name: loop.create_future() for name in self.graph}
 
-        async def run(name: str, operation: Operation) -> list[Node]:
+        async def run(name: str, operation: Operation) -> list[GraphNode]:
             inputs = [node for dependency in operation.depends_on for node in await results[dependency]]
             nodes = await self.apply(operation, inputs if operation.depends_on else [root])
             self.left -= _needs_model(operation)
@@ -99,22 +99,22 @@ class _Run:
             nodes for name, nodes in zip(self.graph, results_in_order, strict=True) if name not in needed
         )
 
-    async def apply(self, operation: Operation, nodes: Sequence[Node]) -> list[Node]:
+    async def apply(self, operation: Operation, nodes: Sequence[GraphNode]) -> list[GraphNode]:
         """The nodes that an operation makes of its inputs."""
         match operation:
             case Generate(ask=ask, read=read, k=k):
-                generated = list[Node]()
+                generated = list[GraphNode]()
                 for node, replies in await self.sample([(node, ask(node.state)) for node in nodes], k):
                     generated += [node] if replies is None else _children(node, replies, read)
                 return generated
             case Aggregate(ask=ask_all, read=read_all, k=k) if nodes:
-                union = Node(
+                union = GraphNode(
                     [node.state for node in nodes], tuple(t for node in nodes for t in node.depends_on)
                 )
                 ((_, replies),) = await self.sample([(union, ask_all(union.state))], k)
                 return _children(union, replies or (), read_all)
             case Refine(ask=ask, read=read):
-                refined = list[Node]()
+                refined = list[GraphNode]()
                 for node, replies in await self.sample([(node, ask(node.state)) for node in nodes], 1):
                     refined += _children(node, replies or (), read)[:1] or [node]
                 return refined
@@ -124,12 +124,12 @@ class _Run:
                 return sorted(nodes, key=lambda node: -(node.score or 0.0))[:n]
         return []
 
-    async def score(self, operation: Score, nodes: Sequence[Node]) -> list[Node]:
+    async def score(self, operation: Score, nodes: Sequence[GraphNode]) -> list[GraphNode]:
         """The nodes with their scores, without those whose score was requested and did not come."""
         scores = [operation.score(node.state) for node in nodes]
         prompts = [score if isinstance(score, Prompt) else None for score in scores]
         samples = await self.sample(list(zip(nodes, prompts, strict=True)), operation.k)
-        scored = list[Node]()
+        scored = list[GraphNode]()
         for score, (node, replies) in zip(scores, samples, strict=True):
             if not isinstance(score, Prompt):
                 scored.append(replace(node, score=score))
@@ -139,8 +139,8 @@ class _Run:
         return scored
 
     async def sample(
-        self, prompts: Sequence[tuple[Node, Prompt | None]], k: int
-    ) -> list[tuple[Node, list[Completion] | None]]:
+        self, prompts: Sequence[tuple[GraphNode, Prompt | None]], k: int
+    ) -> list[tuple[GraphNode, list[Completion] | None]]:
         """Each node with up to `k` replies to its prompt, within the budget; None for a node without a prompt."""
         requests = [replace(prompt, depends_on=node.depends_on) for node, prompt in prompts if prompt]
         replies = iter(list[list[Completion]]())
@@ -165,7 +165,7 @@ def _needs_model(operation: Operation) -> bool:
 
 
 def _children(
-    node: Node, replies: Iterable[Completion], read: Callable[[Any, str], Sequence[Any]]
-) -> list[Node]:
+    node: GraphNode, replies: Iterable[Completion], read: Callable[[Any, str], Sequence[Any]]
+) -> list[GraphNode]:
     """The nodes that replies about a node lead to."""
-    return [Node(state, (reply,)) for reply in replies for state in read(node.state, reply.text)]
+    return [GraphNode(state, (reply,)) for reply in replies for state in read(node.state, reply.text)]

@@ -13,7 +13,7 @@ from sgl_apr.errors import AprError, require_extra
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, require
-from sgl_apr.methods.tree_search import Node as SearchNode
+from sgl_apr.methods.tree_search import SearchNode as SearchNode
 from sgl_apr.methods.tree_search import SearchModel
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, VotedSearchTask, require
-from sgl_apr.methods.tree_search import Node, SearchModel
+from sgl_apr.methods.tree_search import SearchNode, SearchModel
 
 Search = Literal["bfs", "dfs"]
 Select = Literal["value", "vote"]
@@ -59,7 +59,7 @@ async def tree_of_thoughts(
         raise AprError('select="vote" compares the states of a level, expected search="bfs"')
     searchable = require(task, SearchTask)
     require(task, ValuedSearchTask if select == "value" else VotedSearchTask)
-    root = Node(searchable.initial_state(problem))
+    root = SearchNode(searchable.initial_state(problem))
     options = {**options, "temperature": temperature}
     async with method_session(engine, "", "tree_of_thoughts", **options) as session:
         tree = _Tree(session, searchable, problem, select, breadth, proposals, evaluations)
@@ -82,7 +82,7 @@ class _Tree:
     def model(self) -> SearchModel:
         return SearchModel(self.session, self.task)
 
-    async def bfs(self, root: Node) -> Node | None:
+    async def bfs(self, root: SearchNode) -> SearchNode | None:
         """Algorithm 1: keep the best states of each level; stop at a level whose best state is a solution."""
         level = [root]
         for _ in range(self.task.max_steps):
@@ -96,7 +96,7 @@ class _Tree:
                 break
         return next(filter(self.is_solution, level), None)
 
-    async def dfs(self, node: Node, threshold: float, depth: int = 0) -> Node | None:
+    async def dfs(self, node: SearchNode, threshold: float, depth: int = 0) -> SearchNode | None:
         """Algorithm 2: search the best child first, and backtrack where no child is above the threshold."""
         if self.is_solution(node):
             return node
@@ -108,21 +108,21 @@ class _Tree:
                 return solution
         return None
 
-    def is_solution(self, node: Node) -> bool:
+    def is_solution(self, node: SearchNode) -> bool:
         return self.task.solution(node.state) is not None
 
-    async def expand(self, level: Sequence[Node]) -> list[Node]:
+    async def expand(self, level: Sequence[SearchNode]) -> list[SearchNode]:
         """The children of all nodes of a level, each state once."""
         width = self.session.affordable_width(len(level) * self.proposals, self.task.step_tokens)
         level = level[:width]
         proposals = await self.model.propose(level, width // len(level))
-        children: dict[Any, Node] = {}
+        children: dict[Any, SearchNode] = {}
         for node, completions in zip(level, proposals, strict=True):
             for child in self.model.children(node, completions):
                 children.setdefault(child.state, child)
         return list(children.values())
 
-    async def vote(self, nodes: Sequence[Node]) -> list[Node]:
+    async def vote(self, nodes: Sequence[SearchNode]) -> list[SearchNode]:
         """The nodes with their shares of the model's votes; each vote sees all nodes."""
         if not nodes:
             return []

@@ -13,7 +13,7 @@ from sgl_apr.methods.task import SearchTask, ValuedSearchTask, require
 
 
 @dataclass(frozen=True)
-class Node:
+class SearchNode:
     """A state of a search.
 
     Attributes:
@@ -34,20 +34,20 @@ class SearchModel:
     session: MethodSession
     task: SearchTask[Any, Any]
 
-    async def propose(self, nodes: Sequence[Node], samples: int) -> list[list[Completion]]:
+    async def propose(self, nodes: Sequence[SearchNode], samples: int) -> list[list[Completion]]:
         """Sample the next step `samples` times from each node."""
         prompts = [replace(self.task.propose(node.state), depends_on=node.depends_on) for node in nodes]
         return await self.session.samples(prompts, samples)
 
-    def children(self, node: Node, completions: Sequence[Completion]) -> list[Node]:
+    def children(self, node: SearchNode, completions: Sequence[Completion]) -> list[SearchNode]:
         """The nodes that completions about a node lead to, each state once."""
-        children: dict[Any, Node] = {}
+        children: dict[Any, SearchNode] = {}
         for completion in completions:
             for state in self.task.expand(node.state, completion.text):
-                children.setdefault(state, Node(state, (completion,)))
+                children.setdefault(state, SearchNode(state, (completion,)))
         return list(children.values())
 
-    async def evaluate(self, nodes: Sequence[Node], samples: int) -> list[Node]:
+    async def evaluate(self, nodes: Sequence[SearchNode], samples: int) -> list[SearchNode]:
         """The nodes with their values: the mean of `samples` values by the model; a completion without text counts 0."""
         task = require(self.task, ValuedSearchTask)
         evaluations = [(node, task.evaluate(node.state)) for node in nodes]
@@ -65,6 +65,6 @@ class SearchModel:
         ]
 
 
-def _mean(task: ValuedSearchTask[Any, Any], node: Node, completions: Sequence[Completion]) -> Node:
+def _mean(task: ValuedSearchTask[Any, Any], node: SearchNode, completions: Sequence[Completion]) -> SearchNode:
     value = fmean(task.value(node.state, c) if c.text else 0.0 for c in completions)
     return replace(node, depends_on=tuple(completions), value=value)

@@ -1,4 +1,4 @@
-"""A trajectory that has ended as OpenTelemetry spans, where the API is installed; it configures no SDK."""
+"""Exports a finished trajectory as OpenTelemetry spans, if the API is installed. It configures no SDK."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def export(
     attributes: Mapping[str, Attribute] = {},
     error: BaseException | None = None,
 ) -> None:
-    """Tell OpenTelemetry of a trajectory that ended just now, after so many seconds, with `error` if it failed.
+    """Export a trajectory that has just ended.
 
-    Its span is a child of the current one; in it is a span for each branch, nested as they are, and in
-    these one for each call. Never raises; without a configured SDK it does next to nothing.
+    Its span is a child of the current span. It has a span for each branch, nested as the branches are, and these have
+    one for each call. The function never raises, and costs almost nothing without a configured SDK.
+
+    Args:
+        dialect: The format.
+        calls: The requests.
+        seconds: How long the trajectory took.
+        attributes: Further attributes of its span.
+        error: Why it failed, if it did.
     """
     ended = time.time_ns()
     began = ended - round(seconds * 1e9)
@@ -44,13 +51,13 @@ def export(
         if error is not None:
             _fail(root, error, ended)
         root.end(ended)
-    except Exception:  # of an exporter or a span processor; the answer is worth more
+    except Exception:  # of an exporter or a span processor: the reply matters more
         log.warning("a trajectory could not be exported", exc_info=True)
 
 
 @cache
 def _tracer() -> Tracer | None:
-    """The tracer, which follows a provider that is set later; None where there is no OpenTelemetry."""
+    """The tracer, which follows a provider that is set later. None without OpenTelemetry."""
     try:
         from opentelemetry import trace
     except ImportError:
@@ -81,7 +88,7 @@ def _export_calls(tracer: Tracer, root: Span, began: int, calls: Sequence[Call])
 
 
 def _branches(calls: Sequence[Call]) -> dict[Path, tuple[float, float]]:
-    """When each branch began and ended, those inside of it included; outer before inner."""
+    """When each branch began and ended, inner branches included. Outer branches come first."""
     periods: dict[Path, tuple[float, float]] = {}
     for call in calls:
         for depth in range(2, len(call.path) + 1, 2):
@@ -92,7 +99,7 @@ def _branches(calls: Sequence[Call]) -> dict[Path, tuple[float, float]]:
 
 
 def _attributes(call: Call) -> dict[str, Attribute]:
-    """What is known of a call; names under `gen_ai` are those of OpenTelemetry's semantic conventions."""
+    """Attributes of a call. Names under `gen_ai` are those of OpenTelemetry's semantic conventions."""
     values: dict[str, Attribute | None] = {
         "apr.path": _dotted(call.path),
         "gen_ai.usage.input_tokens": call.prompt_tokens,
