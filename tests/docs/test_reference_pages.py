@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.events import Event
 from sgl_apr.runtime.options import REQUEST_FIELDS, ReasonOptions
 from sgl_apr.runtime.pacing import Pacing
 from sgl_apr.runtime.retry import Retry
@@ -95,6 +97,15 @@ def test_every_exception_is_explained():
     )
     page = ERRORS.read_text()
     assert [name for name in names if f"`{name}`" not in page] == []
+
+
+def test_every_event_is_listed_with_its_fields():
+    page = (DOCS / "runtime.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)\(([^)]*)\)` \|", page, re.MULTILINE))
+    assert set(rows) == {kind.__name__ for kind in get_args(Event)}
+    for kind in get_args(Event):
+        listed = rows[kind.__name__]
+        assert listed == "..." or listed.split(", ") == [field.name for field in fields(kind)]
 
 
 def test_messages_that_troubleshooting_quotes_are_in_the_code():
