@@ -1,4 +1,4 @@
-"""Rewards to advantages: how much better each reply of a group was than the group; pure, and no tensors."""
+"""Turn rewards into advantages: how much better each reply is than its group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def grpo(rewards: Sequence[float], eps: float = EPS) -> list[float]:
 
 
 def mean_only(rewards: Sequence[float]) -> list[float]:
-    """`r - mean`: ThreadWeaver's P-GRPO (arXiv 2512.07843), given to every call of the reply.
+    """`r - mean`: ThreadWeaver's P-GRPO (arXiv 2512.07843), applied to every call of the reply.
 
     >>> mean_only([1.0, 0.0])
     [0.5, -0.5]
@@ -35,13 +35,15 @@ def mean_only(rewards: Sequence[float]) -> list[float]:
 def papo(groups: Sequence[Sequence[float | None]], eps: float = EPS) -> list[list[float]]:
     """NPR's PAPO: the mean of the group, the standard deviation of the batch.
 
-    None is a malformed reply: it counts in neither, and has advantage 0.
+    Args:
+        groups: Rewards by group. None stands for a malformed reply: it counts in neither statistic, and its advantage is 0.
+        eps: Added to the standard deviation.
     """
-    kept = [[r for r in group if r is not None] for group in groups]
-    every = [r for group in kept for r in group]
-    std = pstdev(every) if len(every) > 1 else 0.0
-    found = []
-    for group, known in zip(groups, kept, strict=True):
-        mean = fmean(known) if len(known) > 1 else None
-        found.append([0.0 if r is None or mean is None else (r - mean) / (std + eps) for r in group])
-    return found
+    well_formed = [[r for r in group if r is not None] for group in groups]
+    batch = [r for group in well_formed for r in group]
+    std = pstdev(batch) if len(batch) > 1 else 0.0
+    advantages = []
+    for group, counted in zip(groups, well_formed, strict=True):
+        mean = fmean(counted) if len(counted) > 1 else None
+        advantages.append([0.0 if r is None or mean is None else (r - mean) / (std + eps) for r in group])
+    return advantages

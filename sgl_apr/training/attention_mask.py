@@ -1,4 +1,4 @@
-"""Which token of a structure sees which, for attention: a function for FlexAttention, its blocks, a dense matrix."""
+"""Attention masks of training trees: a function and a `BlockMask` for FlexAttention, or a dense matrix."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Of rows of tokens, as tensors: token k is seen by q if k <= q < ends[k], or from first to last of one of its
-    `joined`. Padding is seen by nothing but itself.
+    """Which token sees which, for rows of tokens.
 
-    ends: (rows, length). joined: (rows, joins, length, 2), with as many joins as the token that has most.
+    Token q sees token k if `k <= q < ends[k]`, or if q lies in one of the ranges `joined[k]`. Padding sees only itself, and
+    nothing else sees it.
+
+    Attributes:
+        ends: (rows, length), int32.
+        joined: (rows, joins, length, 2), int32, ranges [first, last); `joins` is the largest number of any token.
     """
 
     ends: Tensor
@@ -28,12 +32,12 @@ class Visibility:
 
     @classmethod
     def from_trees(cls, rows: Sequence[FlatTree], length: int | None = None) -> Visibility:
-        """That of trees, one in a row each, padded to a length."""
+        """The visibility of trees, one in each row, padded to a length (by default that of the longest)."""
         length = length or max(len(row.ends) for row in rows)
         ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (len(rows), 1))
         places = [_places(row.joined[:, 0]) for row in rows]
-        most = max((int(place.max(initial=-1)) + 1 for place in places), default=0)
-        joined = np.zeros((len(rows), most, length, 2), dtype=np.int32)
+        joins = max((int(place.max(initial=-1)) + 1 for place in places), default=0)
+        joined = np.zeros((len(rows), joins, length, 2), dtype=np.int32)
         for k, (row, place) in enumerate(zip(rows, places, strict=True)):
             ends[k, : len(row.ends)] = row.ends
             joined[k, place, row.joined[:, 0]] = row.joined[:, 1:]
@@ -45,7 +49,7 @@ class Visibility:
 
     @property
     def mask_mod(self) -> MaskMod:
-        """For `torch.nn.attention.flex_attention`; memory is linear in the tokens."""
+        """The mask as a function for `torch.nn.attention.flex_attention`; its memory is linear in the tokens."""
         ends, joined = self.ends, self.joined
 
         def sees(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -59,15 +63,15 @@ class Visibility:
     def block_mask(self, size: int = 128) -> Any:
         """A `BlockMask` of all rows for FlexAttention, in blocks of `size` tokens.
 
-        Its own `create_block_mask` computes the whole matrix to count what is seen in each block (gigabytes for
-        28,000 tokens); intervals say the same of a block and one key at a time. A block counts as full only where
-        each key is seen by all of it in one interval: as partial it is no less right.
+        FlexAttention's `create_block_mask` computes the complete matrix to find which blocks have visible tokens (gigabytes for
+        28,000 tokens). Here intervals give that for a block of queries and one key at a time. A block counts as full only if each
+        of its keys is visible to all queries in one interval; a full block that is counted as partial is no less correct.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
         rows, length = self.ends.shape
         number = -(-length // size)
-        first = torch.arange(number, device=self.ends.device).unsqueeze(1) * size  # of the queries of a block
+        first = torch.arange(number, device=self.ends.device).unsqueeze(1) * size  # first query of each block
         last = (first + size).clamp(max=length)
         shape = (rows, number, number * size)
         touched = torch.zeros(shape, dtype=torch.bool, device=self.ends.device)
@@ -87,13 +91,13 @@ class Visibility:
         )
 
     def _intervals(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(first, last) of the queries that see each key, (rows, length) each."""
+        """Ranges [first, last) of the queries that see each key, (rows, length) each."""
         yield torch.arange(self.ends.shape[1], device=self.ends.device).unsqueeze(0), self.ends
         for j in range(self.joined.shape[1]):
             yield self.joined[:, j, :, 0], self.joined[:, j, :, 1]
 
     def dense_mask(self) -> Tensor:
-        """(rows, 1, length, length), True where a query (third axis) sees a key; memory is quadratic."""
+        """(rows, 1, length, length), True where a query (third axis) sees a key; memory is quadratic in the tokens."""
         rows, length = self.ends.shape
         at = torch.arange(length, device=self.ends.device)
         row = torch.arange(rows, device=self.ends.device).view(-1, 1, 1)
@@ -101,7 +105,7 @@ class Visibility:
 
 
 def _places(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """For every row of `joined` the how manieth of its token it is."""
+    """Number the rows of `joined` that belong to the same token: 0, 1, ..."""
     order = np.argsort(tokens, kind="stable")
     ordered = tokens[order]
     begins = np.r_[True, ordered[1:] != ordered[:-1]] if len(ordered) else np.empty(0, dtype=bool)
@@ -112,6 +116,6 @@ def _places(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, n, n) as FlexAttention has it, for all heads: how many blocks of keys each block of queries has, and which."""
+    """Convert (rows, n, n) to FlexAttention's format: the number of key blocks of each query block, and their indices."""
     which = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), which.int().unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Trees of a chunk as batches of about the same length, in an order of their own; no model is asked."""
+"""Batch training trees of similar length, in a random but reproducible order."""
 
 from __future__ import annotations
 
@@ -13,33 +13,46 @@ from sgl_apr.training.training_tree import TrainingTree
 def batch_by_length(
     trees: Sequence[TrainingTree], max_tokens: int, rng: random.Random
 ) -> list[list[TrainingTree]]:
-    """Trees of like length together, so that little is padding, in batches of at most so many tokens."""
-    made: list[list[TrainingTree]] = []
+    """Group trees of similar length, so that there is little padding, and shuffle the batches.
+
+    Args:
+        trees: The trees; those without a loss are left out.
+        max_tokens: Tokens of a batch at most, padding included.
+        rng: Shuffles the batches.
+
+    Raises:
+        AprError: If a tree has more tokens than that.
+    """
+    batches: list[list[TrainingTree]] = []
     longest = 0
     for tree in sorted((t for t in trees if len(t.sources)), key=lambda t: t.tokens):
         if tree.tokens > max_tokens:
             raise AprError(f"a tree of {tree.tokens} tokens does not fit into a batch of {max_tokens}")
         longest = max(longest, tree.tokens)
-        if not made or longest * (len(made[-1]) + 1) > max_tokens:
-            made.append([])
+        if not batches or longest * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
             longest = tree.tokens
-        made[-1].append(tree)
-    rng.shuffle(made)
-    return made
+        batches[-1].append(tree)
+    rng.shuffle(batches)
+    return batches
 
 
-BatchPosition = tuple[int, int]  # the number of a chunk, and of a batch in it
+BatchPosition = tuple[int, int]  # the number of a chunk, and the number of a batch in it
 
 
 def batch_stream(
-    examples: Examples, max_tokens: int, seed: int, begin: BatchPosition = (0, 0)
+    examples: Examples, max_tokens: int, seed: int, start: BatchPosition = (0, 0)
 ) -> Iterator[tuple[list[TrainingTree], BatchPosition]]:
-    """Batches without end, each with the place of the one behind it, where a run that is taken up begins."""
-    number, first = begin
+    """Batches without end, each with the position of the next one, from which an interrupted run continues.
+
+    Raises:
+        AprError: If there is nothing to learn from.
+    """
+    number, first = start
     while True:
-        made = batch_by_length(examples.chunk(number), max_tokens, random.Random(f"{seed} {number}"))
-        if not made:
+        batches = batch_by_length(examples.chunk(number), max_tokens, random.Random(f"{seed} {number}"))
+        if not batches:
             raise AprError("nothing to learn from: no trajectory has a decoded token")
-        for k in range(first, len(made)):
-            yield made[k], (number, k + 1)
+        for k in range(first, len(batches)):
+            yield batches[k], (number, k + 1)
         number, first = number + 1, 0

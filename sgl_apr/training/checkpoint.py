@@ -1,4 +1,4 @@
-"""The directory of a training run: whose it is, its last checkpoint, and the model that comes of it."""
+"""The directory of a training run: its configuration, its last checkpoint, its log, and the model that it exports."""
 
 from __future__ import annotations
 
@@ -23,23 +23,38 @@ TOKENIZER_FILES = (
 
 
 def start_run(config: Any, start: Path, out: Path) -> Path:
-    """`start`, the checkpoint that a run begins with, with `out` made or found to be of the same run.
+    """Create the directory of a run, or find it with the same configuration.
 
-    Raises `AprError` where it belongs to a run with another configuration, or `start` is no checkpoint.
+    Args:
+        config: The configuration, a dataclass.
+        start: The checkpoint that the run starts from.
+        out: The directory.
+
+    Returns:
+        `start`.
+
+    Raises:
+        AprError: If the directory belongs to a run with another configuration, or `start` is not a checkpoint.
     """
     if not (start / "config.json").is_file():
-        raise AprError(f"{start} is no checkpoint: it has no config.json")
+        raise AprError(f"{start} is not a checkpoint: it has no config.json")
     out.mkdir(parents=True, exist_ok=True)
-    known, asked = out / CONFIG_FILE, json.dumps(asdict(config), indent=1) + "\n"
-    if known.exists() and known.read_text(encoding="utf-8") != asked:
+    config_file, config_json = out / CONFIG_FILE, json.dumps(asdict(config), indent=1) + "\n"
+    if config_file.exists() and config_file.read_text(encoding="utf-8") != config_json:
         raise AprError(f"{out} holds a run with another configuration: choose another directory")
-    known.write_text(asked, encoding="utf-8")
+    config_file.write_text(config_json, encoding="utf-8")
     return start
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What of a run is done: steps, tokens, and the place in its examples where it goes on."""
+    """How far a run has come.
+
+    Attributes:
+        step: Steps done.
+        tokens: Tokens computed.
+        place: The position of the next batch, see `sgl_apr.training.batches`.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -49,7 +64,7 @@ class Progress:
 def save_checkpoint(
     out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, done: Progress
 ) -> None:
-    """A checkpoint, whole or not at all."""
+    """Save a checkpoint atomically."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": asdict(done)}
     partial = out / f"{CHECKPOINT_FILE}.partial"
     torch.save(state, partial)
@@ -57,7 +72,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """What is done, with model and optimizer as they were then; lines of the log behind that are dropped."""
+    """Load the last checkpoint of a run into a model and an optimizer.
+
+    Log lines of later steps are removed.
+
+    Returns:
+        The progress at that checkpoint; none if there is no checkpoint yet.
+    """
     if not (out / CHECKPOINT_FILE).exists():
         (out / LOG_FILE).unlink(missing_ok=True)
         return Progress()
@@ -71,7 +92,7 @@ def load_checkpoint(out: Path, model: torch.nn.Module, optimizer: torch.optim.Op
 
 
 def export_model(target: Path, model: Any, start: Path) -> Path:
-    """The model, with the tokenizer of where it began, as a checkpoint that a server loads."""
+    """Save the model as a checkpoint that a server can load, with the tokenizer of the checkpoint that the run started from."""
     model.save_pretrained(target)
     for name in TOKENIZER_FILES:
         if (start / name).exists():

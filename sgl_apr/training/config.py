@@ -1,4 +1,4 @@
-"""What a training run is asked for, read from a TOML file and checked; nothing is run here."""
+"""The configuration of a training run, read from a TOML file and validated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Where a run begins: a checkpoint, or a small Llama for Countdown with fresh weights."""
+    """Where a run starts: a checkpoint, or a small Llama for Countdown with fresh weights.
+
+    Attributes:
+        path: A checkpoint; empty for fresh weights.
+        layers: Of the fresh model.
+        hidden: Hidden size of the fresh model.
+        seed: Seed of the fresh weights.
+    """
 
     path: str = ""
     layers: int = 5
@@ -25,17 +32,24 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is learned from.
+    """What the model learns from.
 
-    path: lines of JSON, each a trajectory; empty for Countdown, searched by the symbolic expert.
-    kind: "sequential" searches in a line, "parallel" forks. window: tokens of the longest context.
-    problems: how many different ones. numbers: how many each has, one in turn. forks: how often a problem of
-    so many numbers is forked. width: fewest and most branches. again: how often a fork follows one that failed.
-    lucky: how often the first fork has a step among its few that leads to a solution.
-    branches: of how many branches of a trajectory it is learned from, first those that found a solution; 0 is
-    all. They are alike, and most of the tokens, so that a few leave more for what forks them.
-    state_width: the prompt says how many branches all forks of a reply have.
-    join: how blocks are joined in the training structure, where not as they were.
+    Attributes:
+        path: A file with one trajectory in JSON per line; empty for demonstrations of Countdown by the symbolic expert.
+        kind: "sequential" searches without forks, "parallel" with them.
+        dialect: Dialect of the demonstrations.
+        problems: Number of different problems.
+        numbers: How many numbers a problem has; problems take these in turn.
+        window: Tokens of the longest context.
+        forks: Probability of a fork, by how many numbers the problem has.
+        width: Smallest and largest number of branches of a fork.
+        revisit_rate: Probability of another fork after one whose branches all failed.
+        hint_rate: Probability that the first fork has few branches, one of them with a step that leads to a solution.
+        branches: How many branches of a trajectory have a loss, those with a solution first; 0 is all. Branches are much
+            alike and have most of the tokens, so a few of them leave more of a batch to what forks them.
+        state_width: Whether the prompt says how many branches all forks of the reply have.
+        join: How blocks are joined in the training tree; empty is as they were joined.
+        seed: Seed of problems and demonstrations.
     """
 
     path: str = ""
@@ -56,10 +70,17 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How it is learned: Muon, a linear warm-up, then a cosine down to a tenth of the rate.
+    """How it learns: Muon, a linear warm-up, then a cosine decay to a tenth of the rate.
 
-    tokens: computed in all, each prefix once. batch: tokens of one step, padding included.
-    checkpoint: steps between checkpoints.
+    Attributes:
+        tokens: Tokens computed in all; each prefix counts once.
+        batch: Tokens of one step, padding included.
+        rate: Peak learning rate.
+        warmup: Steps of the warm-up.
+        weight_decay: Weight decay.
+        clip: Gradient norm above which gradients are clipped.
+        checkpoint: Steps between checkpoints.
+        seed: Seed of PyTorch and of the order of batches.
     """
 
     tokens: int = 20_000_000
@@ -74,7 +95,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class SftConfig:
-    """`sgl-apr train sft`."""
+    """Configuration of `sgl-apr train sft`."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -83,12 +104,23 @@ class SftConfig:
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """What a step of reinforcement is learned from: so many replies to each of so many problems, by a real server.
+    """What one GRPO step learns from: `group` replies to each of `problems` problems, by a real server.
 
-    tokens, branch_tokens, width, blocks: of the budget of each reply.
-    reward: one of `sgl_apr.training.rewards`; `parallel` weighs the parallel term of "gated", `length` what
-    "gated" and "apr" take off for 1,000 tokens of the critical path.
-    advantage: "mean" (ThreadWeaver's P-GRPO), "grpo" or "papo".
+    Attributes:
+        problems: Problems of one step.
+        group: Replies to each.
+        numbers: How many numbers a problem has; problems take these in turn.
+        temperature: Of the replies.
+        tokens: Budget of each reply, as are `branch_tokens`, `width` and `blocks`.
+        branch_tokens: See `tokens`.
+        width: See `tokens`.
+        blocks: See `tokens`.
+        mode: As for `areason`.
+        reward: One of `sgl_apr.training.rewards`.
+        parallel: Weight of the parallel term of "gated".
+        length: What "gated" and "apr" subtract for 1,000 tokens of the critical path.
+        advantage: "mean" (ThreadWeaver's P-GRPO), "grpo" or "papo".
+        seed: Seed of the problems.
     """
 
     problems: int = 32
@@ -109,11 +141,19 @@ class Rollouts:
 
 @dataclass(frozen=True, slots=True)
 class Updates:
-    """How it is learned: plain steps along the gradient, one for all replies of a step, `rate` long where its norm is
-    `clip` or more, and shorter in proportion where it is less.
+    """How it learns from them: one gradient step for all replies of a step.
 
-    branches: the weight of what branches decode, against 1 of what the trunk does: how good a reply is says little of
-    each of its branches. batch: tokens that go through the model at once.
+    The step has length `rate` where the norm of the gradient is `clip` or more, and is proportionally shorter below.
+
+    Attributes:
+        steps: Number of steps.
+        rate: Learning rate.
+        branches: Weight of tokens that branches decode, relative to those of the trunk: the reward of a reply says little
+            about each of its branches.
+        batch: Tokens that go through the model at once.
+        clip: Gradient norm above which gradients are clipped.
+        checkpoint: Steps between checkpoints.
+        seed: Seed of PyTorch.
     """
 
     steps: int = 30
@@ -127,7 +167,7 @@ class Updates:
 
 @dataclass(frozen=True, slots=True)
 class GrpoConfig:
-    """`sgl-apr train grpo`."""
+    """Configuration of `sgl-apr train grpo`."""
 
     model: Model
     dialect: str = "spawn"
@@ -136,15 +176,23 @@ class GrpoConfig:
 
 
 def load_config(kind: type[T], path: Path) -> T:
-    """The configuration in a file; raises `AprError` that names the entry and says what was expected."""
+    """Read a configuration.
+
+    Args:
+        kind: `SftConfig` or `GrpoConfig`.
+        path: A TOML file.
+
+    Raises:
+        AprError: If the file or one of its entries is not usable; the message names the entry and what was expected.
+    """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AprError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise AprError(f"{path} is no TOML file: {error}") from None
-    made: T = _build(kind, found, f"{path}: ")
-    return made
+        raise AprError(f"{path} is not a TOML file: {error}") from None
+    config: T = _build(kind, table, f"{path}: ")
+    return config
 
 
 def _build(kind: Any, given: Any, where: str) -> Any:
@@ -168,7 +216,7 @@ def _check_value(kind: Any, given: Any, where: str) -> Any:
             raise AprError(f"{where} = {given!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
         return given
     origin = getattr(kind, "__origin__", kind)
-    if isinstance(kind, UnionType):  # of a type and None, which TOML has not
+    if isinstance(kind, UnionType):  # of a type and None, which TOML does not have
         return _check_value(get_args(kind)[0], given, where)
     if origin is tuple:
         if not isinstance(given, list):

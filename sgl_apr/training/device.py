@@ -1,4 +1,4 @@
-"""Where a training run computes: on a GPU where there is one. `CUDA_VISIBLE_DEVICES=` hides them."""
+"""The device of a training run: a GPU if there is one (`CUDA_VISIBLE_DEVICES=` hides it)."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def device() -> torch.device:
-    """The first GPU, else the CPU."""
+    """The first GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

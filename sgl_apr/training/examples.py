@@ -1,4 +1,4 @@
-"""Where the structures of a training run come from: the symbolic expert, or lines of trajectories; the same for a seed."""
+"""The training trees of an SFT run, from the symbolic expert or from a file of trajectories; reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -21,40 +21,45 @@ from sgl_apr.training.config import Data
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
 from sgl_apr.trajectory.trajectory import Trajectory
 
-CHUNK_SIZE = 256  # trajectories that are made, cut into trees, and put in order of length at once
+CHUNK_SIZE = 256  # trajectories that are made, split into trees and batched by length together
 
 
 class Examples(Protocol):
-    """What a run learns from, in chunks; the n-th is the same whenever it is asked for."""
+    """What a run learns from, in chunks; chunk n is the same every time."""
 
     def chunk(self, number: int) -> list[TrainingTree]:
-        """Trees of the trajectories of one chunk."""
+        """The trees of the trajectories of one chunk."""
         ...
 
 
 class CountdownExamples:
-    """The expert on training problems; it goes about a problem in another way each time it comes to it."""
+    """Demonstrations of training problems by the expert, who searches in another way each time that a problem comes up.
+
+    Raises:
+        AprError: If the configuration asks for impossible problems or widths.
+    """
 
     def __init__(self, data: Data, tokenizer: Tokenizer) -> None:
         self.data, self.tokenizer, self.eos = data, tokenizer, min(tokenizer.eos_ids)
         forks = {int(size): share for size, share in data.forks.items()} if data.kind == "parallel" else {}
         if len(data.width) != 2:
-            raise AprError(f"width = {list(data.width)}, expected the fewest and the most branches")
-        self.habits = SearchStyle(
+            raise AprError(
+                f"width = {list(data.width)}, expected the smallest and the largest number of branches"
+            )
+        self.style = SearchStyle(
             data.window, forks, (data.width[0], data.width[1]), data.revisit_rate, data.hint_rate
         )
         self.problems: Sequence[Problem] = list(_training_problems(data))
-        self.to = dialect(data.dialect)
+        self.dialect = dialect(data.dialect)
 
     def chunk(self, number: int) -> list[TrainingTree]:
         first = number * CHUNK_SIZE
-        made = asyncio.run(self._demonstrations(range(first, first + CHUNK_SIZE)))
+        trajectories = asyncio.run(self._demonstrations(range(first, first + CHUNK_SIZE)))
         rng = random.Random(f"{self.data.seed} {number}")
-        return [tree for one in made for tree in self._select_trees(one, rng)]
+        return [tree for trajectory in trajectories for tree in self._select_trees(trajectory, rng)]
 
     def _select_trees(self, trajectory: Trajectory, rng: random.Random) -> list[TrainingTree]:
-        """The tree of the trunk, and those of some of its branches by chance, but first of those that found a solution:
-        most did not."""
+        """The tree of the trunk and the trees of a few random branches, first of branches that found a solution."""
         trees = [
             t
             for t in build_training_tree([trajectory], eos=self.eos, separate_contexts=True).split()
@@ -76,8 +81,8 @@ class CountdownExamples:
                 self.problems[n % size],
                 self.tokenizer,
                 seed=n // size,
-                style=self.habits,
-                target_dialect=self.to,
+                style=self.style,
+                target_dialect=self.dialect,
                 state_width=self.data.state_width,
             )
             for n in numbers
@@ -85,7 +90,7 @@ class CountdownExamples:
 
 
 def _training_problems(data: Data) -> Iterator[Problem]:
-    """As many problems as asked for, their sizes in turn. Those of two numbers are few, and come again."""
+    """As many problems as configured, their sizes in turn. Problems of two numbers are few, and repeat."""
     if data.problems < 1 or not data.numbers or min(data.numbers) < 2:
         raise AprError(
             f"problems = {data.problems} with numbers = {list(data.numbers)}, expected some, with at least 2 each"
@@ -96,47 +101,54 @@ def _training_problems(data: Data) -> Iterator[Problem]:
         for size, count in Counter(sizes).items()
         if size > 2
     }
-    few = two_number_problems("train")
-    pools[2] = cycle(random.Random(data.seed).sample(few, len(few)))
+    two_numbers = two_number_problems("train")
+    pools[2] = cycle(random.Random(data.seed).sample(two_numbers, len(two_numbers)))
     for size in sizes:
         yield next(pools[size])
 
 
 class FileExamples:
-    """Trajectories from lines of JSON, in an order that changes with every pass over them."""
+    """Trajectories of a file, in another order on every pass.
+
+    Raises:
+        AprError: If the file is empty or cannot be read, or another tokenizer made it.
+    """
 
     def __init__(self, data: Data, tokenizer: Tokenizer) -> None:
         self.data, self.eos, self.path = data, min(tokenizer.eos_ids), Path(data.path)
-        self.lines = list(_line_offsets(self.path))
-        if not self.lines:
+        self.offsets = list(_line_offsets(self.path))
+        if not self.offsets:
             raise AprError(f"{self.path} is empty, expected a trajectory in every line")
         for text in islice(self._texts(0), 8):
             _check_tokenizer(Trajectory.from_json(text), tokenizer, self.path)
 
     def chunk(self, number: int) -> list[TrainingTree]:
-        made = map(Trajectory.from_json, self._texts(number))
+        trajectories = map(Trajectory.from_json, self._texts(number))
         join = self.data.join or None
         return [
             tree
-            for one in made
-            for tree in build_training_tree([one], eos=self.eos, join=join, separate_contexts=True).split()
+            for trajectory in trajectories
+            for tree in build_training_tree(
+                [trajectory], eos=self.eos, join=join, separate_contexts=True
+            ).split()
         ]
 
-    @lru_cache(maxsize=2)  # noqa: B019  # of the one that a run has
-    def _order(self, turn: int) -> list[int]:
-        """Where the lines begin, as they come in one pass."""
-        return random.Random(f"{self.data.seed} {turn}").sample(self.lines, len(self.lines))
+    @lru_cache(maxsize=2)  # noqa: B019  # a run has one instance
+    def _order(self, epoch: int) -> list[int]:
+        """Byte offsets of the lines, in the order of one pass."""
+        return random.Random(f"{self.data.seed} {epoch}").sample(self.offsets, len(self.offsets))
 
     def _texts(self, number: int) -> Iterator[str]:
+        """The lines of one chunk."""
         with self.path.open("rb") as file:
             for k in range(number * CHUNK_SIZE, (number + 1) * CHUNK_SIZE):
-                turn, at = divmod(k, len(self.lines))
-                file.seek(self._order(turn)[at])
+                epoch, index = divmod(k, len(self.offsets))
+                file.seek(self._order(epoch)[index])
                 yield file.readline().decode("utf-8")
 
 
 def _line_offsets(path: Path) -> Iterator[int]:
-    """Where the lines begin."""
+    """Byte offsets of the lines that are not blank."""
     try:
         with path.open("rb") as file:
             at = 0
@@ -156,11 +168,11 @@ def _check_tokenizer(trajectory: Trajectory, tokenizer: Tokenizer, path: Path) -
             and span.text.isascii()
         ):
             raise AprError(
-                f"{path} was made with another tokenizer: its ids {list(span.token_ids[:8])} "
-                f"do not say {span.text[:40]!r} in that of the model"
+                f"{path} was made with another tokenizer: the model's does not decode its ids "
+                f"{list(span.token_ids[:8])} to {span.text[:40]!r}"
             )
 
 
 def make_examples(data: Data, tokenizer: Tokenizer) -> Examples:
-    """Those that a configuration asks for."""
+    """The examples that a configuration asks for."""
     return FileExamples(data, tokenizer) if data.path else CountdownExamples(data, tokenizer)

@@ -1,4 +1,4 @@
-"""Learning from rewards: replies by a real server through the runtime, one update, new weights to the server, again."""
+"""GRPO: sample replies on a real server through the runtime, update the policy, load the new weights into the server, repeat."""
 
 from __future__ import annotations
 
@@ -42,16 +42,29 @@ from sgl_apr.training.rewards import reward
 from sgl_apr.training.training_tree import Floats, TrainingTree, build_training_tree
 from sgl_apr.trajectory.trajectory import Trajectory
 
-PROBLEM_POOL_SIZE = 20_000  # training problems that prompts are drawn from
-WEIGHTS_DIR = "weights"  # what the server loads
+PROBLEM_POOL_SIZE = 20_000  # training problems that every step draws from
+WEIGHTS_DIR = "weights"  # from which the server loads each update
 
 
 @dataclass(frozen=True, slots=True)
 class GrpoStepLog:
-    """What one step came to; a line of the log. Means over its replies.
+    """One step, and one line of the log; means over the replies of the step.
 
-    weights: what the server called those that it answered with. forked: share of the replies that forked,
-    forked_3, forked_4: of those to problems of so many numbers. norm, agreement: see `learn`. sample_s, learn_s: seconds.
+    Attributes:
+        step: Counted from 0.
+        weights: The server's version of the weights that wrote the replies.
+        reward: Mean reward.
+        accuracy: Share of correct replies.
+        total: Decoded tokens.
+        critical_path: Tokens of the critical path.
+        forked: Share of replies with a fork.
+        forked_3: The same for problems of three numbers.
+        forked_4: The same for problems of four numbers.
+        width: Branches per fork.
+        norm: See `update_policy`.
+        gradient_cosine: See `update_policy`.
+        sample_s: Seconds of sampling.
+        learn_s: Seconds of the update.
     """
 
     step: int
@@ -71,19 +84,29 @@ class GrpoStepLog:
 
 
 def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None] | None = None) -> Path:
-    """Train as configured, into the directory `out`; the checkpoint that a server loads is returned.
+    """Train as configured.
 
-    Where a run with the same configuration was interrupted it goes on behind its last checkpoint. Problems
-    are drawn anew in every step, by its number. Raises `AprError` for what cannot be run.
+    A run that was interrupted continues after its last checkpoint. Each step draws its problems by its own number.
+
+    Args:
+        config: The configuration.
+        out: Directory of the run, for log, checkpoints and model.
+        on_update: Called after each step.
+
+    Returns:
+        The trained model, as a checkpoint that a server can load.
+
+    Raises:
+        AprError: If the configuration cannot be run.
     """
-    reward(config.rollouts.reward)  # an unknown one is an error before anything is run
+    reward(config.rollouts.reward)  # raises for an unknown name before anything runs
     if config.rollouts.reward == "npr" and config.rollouts.advantage != "papo":
         raise AprError('reward = "npr" drops malformed replies, expected advantage = "papo"')
     start = start_run(config, Path(config.model.path), out)
     torch.manual_seed(config.updates.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device())
-    # Not Adam: it makes all coordinates of a gradient alike, of which most are chance with a few hundred replies.
+    # Not Adam: it scales all coordinates of the gradient alike, and most of them are noise with a few hundred replies.
     optimizer = torch.optim.SGD(model.parameters(), lr=config.updates.rate)
     step = load_checkpoint(out, model, optimizer).step
     pool = list(
@@ -122,25 +145,22 @@ async def _step(
     began = time.monotonic()
     drawn = random.Random(f"{config.rollouts.seed} {step}").sample(pool, config.rollouts.problems)
     async with await HttpEngine.connect(url, timeout=600) as engine:
-        made = await sample_attempts(
-            engine, drawn, config
-        )  # all of them have ended: no weight changes within a reply
+        made = await sample_attempts(engine, drawn, config)  # all end before the weights change
         sampled = time.monotonic()
         rollouts = config.rollouts
-        paid = reward(rollouts.reward, step=step, parallel=rollouts.parallel, length=rollouts.length)
-        rewards = [paid(attempt.trajectory, attempt.correct) for attempt in made]
+        score = reward(rollouts.reward, step=step, parallel=rollouts.parallel, length=rollouts.length)
+        rewards = [score(attempt.trajectory, attempt.correct) for attempt in made]
         advantages = _advantages(rollouts, rewards)
         eos = min(HfTokenizer(start).eos_ids)
-        norm, agreement = update_policy(
-            model, optimizer, [a.trajectory for a in made], advantages, eos, config
-        )
+        trajectories = [attempt.trajectory for attempt in made]
+        norm, cosine = update_policy(model, optimizer, trajectories, advantages, eos, config)
         export_model(out / WEIGHTS_DIR, model, start)
         await load_weights(url, out / WEIGHTS_DIR, f"{step + 1}")
-    return _step_log(step, made, rewards, norm, agreement, sampled - began, time.monotonic() - sampled)
+    return _step_log(step, made, rewards, norm, cosine, sampled - began, time.monotonic() - sampled)
 
 
 async def sample_attempts(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfig) -> list[Attempt]:
-    """A group of attempts at each problem, one behind another."""
+    """Sample a group of attempts at each problem, one group after another in the list."""
     rollouts = config.rollouts
     budget = Budget(
         tokens=rollouts.tokens,
@@ -163,21 +183,25 @@ def update_policy(
     eos: int,
     config: GrpoConfig,
 ) -> tuple[float, float]:
-    """One step: the log-probabilities of a reply's decoded tokens, summed, weighted by its advantage; mean over replies.
+    """One policy-gradient step.
 
-    No division by length (Dr. GRPO: Liu 2025, arXiv 2503.20783, section 3). The replies come from these very weights,
-    so that ratios of new to old policy are 1 and clip nothing (on-policy, without a KL term). What the grammar's mask
-    takes from the policy is not replayed. Returned are the gradient's norm, and the cosine between those of the two
-    halves of the replies, which says how much of it is not chance; 0 if there is none.
+    The loss sums the log-probabilities of a reply's decoded tokens, weighted by its advantage, and averages over replies. It does
+    not divide by length (Dr. GRPO: Liu 2025, arXiv 2503.20783, section 3). The replies come from these very weights, so
+    ratios of new to old policy are 1 and clip nothing (on-policy, without a KL term). The grammar's mask on the policy is not
+    replayed.
+
+    Returns:
+        The norm of the gradient, and the cosine between the gradients of the two halves of the replies, which shows how
+        much of it is not noise; both are 0 if there is no gradient.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     half, halves = len(trajectories) // 2, list[torch.Tensor]()
     for part in (slice(half), slice(half, None)):
         trees = _weighted_trees(trajectories[part], advantages[part], eos, config.updates.branches)
-        own, collate = {id(tree): weights for tree, weights in trees}, Collator(pad=eos)
+        weights_of, collate = {id(tree): weights for tree, weights in trees}, Collator(pad=eos)
         for rows in batch_by_length([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
-            batch = to_device(collate(rows, [[own[id(tree)]] for tree in rows]), model.device)
+            batch = to_device(collate(rows, [[weights_of[id(tree)]] for tree in rows]), model.device)
             (-(batch["weights"] * log_probabilities(model, batch)).sum() / len(trajectories)).backward()
         halves.append(_flat_gradient(model))
     first, second = halves[0], halves[1] - halves[0]
@@ -194,15 +218,15 @@ def update_policy(
 def _weighted_trees(
     trajectories: Sequence[Trajectory], advantages: Sequence[float], eos: int, branches: float
 ) -> list[tuple[TrainingTree, Floats]]:
-    """The trees that something is learned from, and the weight of each of their losses."""
-    found = list[tuple[TrainingTree, Floats]]()
+    """The trees with a loss of nonzero weight, and the weights of their losses."""
+    weighted = list[tuple[TrainingTree, Floats]]()
     for trajectory, advantage in zip(trajectories, advantages, strict=True):
         for tree in build_training_tree([trajectory], eos=eos, separate_contexts=True).split():
-            inside = np.array([bool(trajectory.spans[k].path) for k in tree.spans], dtype=bool)
-            weights = (advantage * np.where(inside, branches, 1.0)).astype(np.float32)
+            in_branch = np.array([bool(trajectory.spans[k].path) for k in tree.spans], dtype=bool)
+            weights = (advantage * np.where(in_branch, branches, 1.0)).astype(np.float32)
             if weights.any():
-                found.append((tree, weights))
-    return found
+                weighted.append((tree, weights))
+    return weighted
 
 
 def _flat_gradient(model: Any) -> torch.Tensor:
@@ -211,18 +235,26 @@ def _flat_gradient(model: Any) -> torch.Tensor:
 
 
 def _advantages(rollouts: Rollouts, rewards: Sequence[float | None]) -> list[float]:
-    rest = iter(rewards)
-    groups = [list(islice(rest, rollouts.group)) for _ in range(rollouts.problems)]
+    remaining = iter(rewards)
+    groups = [list(islice(remaining, rollouts.group)) for _ in range(rollouts.problems)]
     if rollouts.advantage == "papo":
         return [a for group in papo(groups) for a in group]
-    one = mean_only if rollouts.advantage == "mean" else grpo
-    return [a for group in groups for a in one([r for r in group if r is not None])]
+    group_advantages = mean_only if rollouts.advantage == "mean" else grpo
+    return [a for group in groups for a in group_advantages([r for r in group if r is not None])]
 
 
 async def load_weights(url: str, path: Path, version: str) -> None:
-    """Let the server load a checkpoint in place; its cache, which the old weights have made, is dropped.
+    """Load a checkpoint into a running server, in place, and drop its cache, which belongs to the old weights.
 
-    A weight update waits for requests, not for trajectories: drain those first. Raises `EngineError`.
+    The server waits for running requests, but not for trajectories: wait for those first.
+
+    Args:
+        url: The server.
+        path: The checkpoint.
+        version: Name of the new weights.
+
+    Raises:
+        EngineError: If the server does not load it.
     """
     body = {"model_path": str(path.resolve()), "weight_version": version, "flush_cache": True}
     try:
@@ -238,7 +270,7 @@ def _step_log(
     made: Sequence[Attempt],
     rewards: Sequence[float | None],
     norm: float,
-    agreement: float,
+    cosine: float,
     sample_s: float,
     learn_s: float,
 ) -> GrpoStepLog:
@@ -264,7 +296,7 @@ def _step_log(
         forked_4=mean(forked[4]),
         width=mean([float(len(b.branches)) for a in made for b in a.trajectory.blocks]),
         norm=round(norm, 4),
-        gradient_cosine=round(agreement, 4),
+        gradient_cosine=round(cosine, 4),
         sample_s=round(sample_s, 2),
         learn_s=round(learn_s, 2),
     )

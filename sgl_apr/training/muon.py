@@ -1,4 +1,4 @@
-"""Muon for the matrices of a model and Adam for the rest of it; PyTorch's own computes in bfloat16, which few CPUs have."""
+"""The Muon optimizer, in float32: PyTorch's own computes in bfloat16, which few CPUs support."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the iteration, which takes singular values between about 0.7 and 1.2
+# The iteration brings singular values to between about 0.7 and 1.2.
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_ITERATIONS = 5
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearly orthogonal matrices of the same row and column spaces; (n, rows, columns), by Newton-Schulz iterations.
+    """Nearly orthogonal matrices with the same row and column spaces, by Newton-Schulz iterations.
 
     As in "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024).
+
+    Args:
+        matrices: (n, rows, columns).
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
@@ -31,10 +31,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):  # type: ignore[misc]  # untyped there
-    """Steps of like size for each parameter, so that one rate does for all.
+    """Muon for the matrices of a model and Adam for its other parameters, with updates of similar size, so that they share a rate.
 
-    Two dimensional parameters of groups with `matrices=True` take orthogonal steps, scaled to the size of Adam's
-    (0.2 x the root of the larger side, "Muon is Scalable for LLM Training", 2.2); all others are Adam's.
+    Two-dimensional parameters in groups with `matrices=True` take orthogonal updates, scaled to the size of Adam's
+    (0.2 times the root of the larger side, "Muon is Scalable for LLM Training", section 2.2). All others take Adam's.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]  # untyped there
         )
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One step, of all parameters with a gradient."""
+        """Update all parameters that have a gradient."""
         with torch.no_grad():
             for group in self.param_groups:
                 self._step(group, [p for p in group["params"] if p.grad is not None])
@@ -57,14 +57,14 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]  # untyped there
             for p in own:
                 p.sub_(self._adam(p, group), alpha=group["lr"])
             return
-        for shape in {p.shape for p in own}:  # at once, since one by one they are too small for a CPU
-            alike = [p for p in own if p.shape == shape]
-            updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
-            for p, update in zip(alike, updates, strict=True):
+        for shape in {p.shape for p in own}:  # stacked, since single matrices are too small to use a CPU well
+            same_shape = [p for p in own if p.shape == shape]
+            updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in same_shape]))
+            for p, update in zip(same_shape, updates, strict=True):
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
 
     def _momentum(self, p: Tensor, share: float) -> Tensor:
-        """Nesterov's."""
+        """Nesterov momentum."""
         state, grad = self.state[p], p.grad
         assert grad is not None
         if "momentum" not in state:

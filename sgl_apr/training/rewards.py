@@ -1,4 +1,4 @@
-"""What a reply is worth, as pure functions of a trajectory and of whether its answer is right; nothing is judged here."""
+"""Rewards: pure functions of a trajectory and of whether its answer is correct."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import Reading
 from sgl_apr.trajectory.trajectory import Trajectory
 
-Reward = Callable[[Trajectory, bool], float | None]  # None: the reply does not count
+Reward = Callable[[Trajectory, bool], float | None]  # None drops the reply
 
 STRUCTURE_PENALTY, STRAY_TEXT_PENALTY, ADJACENCY_PENALTY, NO_BLOCK_PENALTY = (
     -1.0,
@@ -22,21 +22,27 @@ LOWEST_FORMAT_SCORE = -1.9  # of all of them together: the format penalty lies i
 
 
 def well_formed(trajectory: Trajectory) -> bool:
-    """Whether it forked at least once, and nothing of it left the dialect."""
+    """Whether the reply forked at least once and followed its dialect throughout."""
     return bool(trajectory.blocks) and all(s.finish != "malformed" for s in trajectory.spans)
 
 
 def accuracy(trajectory: Trajectory, correct: bool) -> float:
-    """1 for a right answer, else 0: the outcome alone."""
+    """1 for a correct answer, else 0."""
     return float(correct)
 
 
 def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0, length: float = 0.0) -> float:
     """`R = 1[correct] * (1 + parallel * (1 - L_critical / L_total) - length * L_critical / 1000)`.
 
-    The accuracy gate on ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5), unbounded by a cap, and
-    on the length of the critical path, since the ratio alone also rises with what is written in vain. A wrong
-    answer never earns anything, and a right one at least 0.
+    ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5) behind an accuracy gate and without a cap, less a term
+    for the length of the critical path, since the ratio alone also rises with useless text. A wrong answer earns nothing,
+    and a correct one at least 0.
+
+    Args:
+        trajectory: The reply.
+        correct: Whether its answer is correct.
+        parallel: Weight of the acceleration ratio.
+        length: Subtracted for 1,000 tokens of the critical path.
     """
     if not correct:
         return 0.0
@@ -52,9 +58,9 @@ def threadweaver(
     weight: float = 0.5,
     max_acceleration: float = 0.2,
 ) -> float:
-    """ThreadWeaver as released (arXiv 2512.07843): 1 and a bonus of `weight * min(acceleration, most)`, or `wrong`.
+    """ThreadWeaver's reward as released (arXiv 2512.07843): `1 + weight * min(acceleration, max_acceleration)`, or `wrong`.
 
-    Their code says -1 for a wrong answer, their text 0.
+    Their code has -1 for a wrong answer, their paper 0.
     """
     return 1 + weight * min(trajectory.metrics().acceleration, max_acceleration) if correct else wrong
 
@@ -62,8 +68,13 @@ def threadweaver(
 def parallel_r1(trajectory: Trajectory, correct: bool, *, step: int) -> float:
     """Parallel-R1's alternating schedule (arXiv 2509.07980): accuracy in 8 of every 10 steps, structure in 2.
 
-    In the former 1 or -1; in the latter 1.2 for a right answer with a well-formed block, 1 for one without a
-    block, else -1. `step` counts the training steps from 0.
+    In accuracy steps it is 1 or -1. In structure steps it is 1.2 for a correct answer with a well-formed block, 1 for a
+    correct answer without a block, else -1.
+
+    Args:
+        trajectory: The reply.
+        correct: Whether its answer is correct.
+        step: The training step, counted from 0.
     """
     if step % 10 < 8 or not correct:
         return 1.0 if correct else -1.0
@@ -73,65 +84,74 @@ def parallel_r1(trajectory: Trajectory, correct: bool, *, step: int) -> float:
 
 
 def parallel_r1_product(trajectory: Trajectory, correct: bool) -> float:
-    """Parallel-R1's other reward: accuracy times format times parallel, each 0 or 1."""
+    """Parallel-R1's other reward: accuracy times format times parallelism, each 0 or 1."""
     return float(correct and well_formed(trajectory))
 
 
 def npr_format(reading: Reading) -> float:
-    """NPR's format penalty of stage 1, from 0 for a clean reply with a block down to `LOWEST`.
+    """NPR's format penalty of stage 1, from 0 for a valid reply with a block down to `LOWEST_FORMAT_SCORE`.
 
-    Each kind of defect counts once: -1 for wrong counts, missing or stray tags; -0.4 for text among the
-    plans; -0.2 for text between tags that follow one another; -1.5 where there is no block at all.
+    Each kind of defect counts once: -1 for wrong counts, and for missing or stray tags; -0.4 for text among the plans; -0.2 for
+    text between adjacent tags; -1.5 if there is no block at all.
     """
     trajectory = reading.trajectory
     if not trajectory.blocks:
         return NO_BLOCK_PENALTY
     text, grammar = trajectory.text, dialect(trajectory.dialect).grammar
     opening, ending = grammar.opening_literal("fork"), grammar.closing_literal("fork")
-    found = set[float]()
+    penalties = set[float]()
     for defect in reading.defects:
         if defect.name == "text where none belongs":
             before = text[: defect.offset]
-            found.add(
+            penalties.add(
                 STRAY_TEXT_PENALTY if before.rfind(opening) > before.rfind(ending) else ADJACENCY_PENALTY
             )
         elif defect.name == "missing white space":
-            found.add(ADJACENCY_PENALTY)
+            penalties.add(ADJACENCY_PENALTY)
         else:
-            found.add(STRUCTURE_PENALTY)
-    return max(LOWEST_FORMAT_SCORE, sum(found))
+            penalties.add(STRUCTURE_PENALTY)
+    return max(LOWEST_FORMAT_SCORE, sum(penalties))
 
 
 def npr(trajectory: Trajectory, correct: bool) -> float | None:
-    """NPR's stage 2: accuracy; None for a malformed rollout, which is dropped before PAPO's advantages."""
+    """NPR's reward of stage 2: accuracy; None for a malformed reply, which is dropped before PAPO's advantages."""
     return float(correct) if well_formed(trajectory) or not trajectory.blocks else None
 
 
 def apr(trajectory: Trajectory, correct: bool, *, length: float = 0.0, threads: float = 0.0) -> float:
     """APR's reward (arXiv 2504.15466): the outcome, with optional terms for a short critical path and for threads.
 
-    `length` is taken off for each 1,000 tokens of the critical path, `threads` is paid for each branch; both
-    are 0 there.
+    Args:
+        trajectory: The reply.
+        correct: Whether its answer is correct.
+        length: Subtracted for 1,000 tokens of the critical path; 0 in the paper.
+        threads: Added for each branch; 0 in the paper.
     """
     metrics = trajectory.metrics()
     return float(correct) - length * metrics.critical_path / 1000 + threads * metrics.branches
 
 
 def naive_threads(trajectory: Trajectory, correct: bool, *, each: float = 0.1) -> float:
-    """A reward that is gamed, kept as a warning: each branch is paid for, whatever it is good for.
+    """A reward that can be gamed, kept as a warning: each branch earns `each`, whatever it contributes.
 
-    Empty branches behind a wrong answer earn more than a right one; see the tests.
+    Empty branches with a wrong answer earn more than a correct answer without branches; see the tests.
     """
     return float(correct) + each * trajectory.metrics().branches
 
 
 def reward(name: str, *, step: int = 0, parallel: float = 1.0, length: float = 0.0) -> Reward:
-    """The reward of that name, in a training step, with the weights of its terms where it has them: of what runs
-    in parallel ("gated"), and of the critical path ("gated", "apr").
+    """The reward of a name.
 
-    Raises `AprError` that lists the names.
+    Args:
+        name: One of the functions of this module.
+        step: The training step, for "parallel_r1".
+        parallel: Weight of the parallel term of "gated".
+        length: Weight of the critical path in "gated" and "apr".
+
+    Raises:
+        AprError: If there is no such reward; the message lists the names.
     """
-    known: dict[str, Reward] = {
+    rewards: dict[str, Reward] = {
         "accuracy": accuracy,
         "gated": partial(gated, parallel=parallel, length=length),
         "threadweaver": threadweaver,
@@ -141,6 +161,6 @@ def reward(name: str, *, step: int = 0, parallel: float = 1.0, length: float = 0
         "apr": partial(apr, length=length),
         "naive_threads": naive_threads,
     }
-    if name not in known:
-        raise AprError(f"no reward {name!r}, expected one of {', '.join(known)}")
-    return known[name]
+    if name not in rewards:
+        raise AprError(f"no reward {name!r}, expected one of {', '.join(rewards)}")
+    return rewards[name]

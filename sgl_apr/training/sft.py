@@ -1,4 +1,4 @@
-"""Learning from demonstrations: a plain loop over batches of trees, which a killed run takes up where it was."""
+"""Supervised fine-tuning: a loop over batches of training trees, which continues where an interrupted run stopped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,17 @@ MODEL_DIR, START_DIR = "model", "begin"
 
 @dataclass(frozen=True, slots=True)
 class SftStepLog:
-    """What one step came to; a line of the log. loss: mean of the negative log-probabilities of `losses` tokens."""
+    """One step, and one line of the log.
+
+    Attributes:
+        step: Counted from 1.
+        tokens: Tokens computed so far.
+        losses: Tokens of this step with a loss.
+        loss: Mean negative log-probability of those.
+        rate: Learning rate.
+        norm: Gradient norm before clipping.
+        seconds: Seconds that the step took.
+    """
 
     step: int
     tokens: int
@@ -48,16 +58,26 @@ class SftStepLog:
 
 
 def learning_rate(steps: Steps, step: int, done: float) -> float:
-    """The learning rate of a step (from 0) where a share of the tokens is `done`."""
+    """The learning rate of a step, counted from 0, when a share `done` of the tokens has been computed."""
     warm = min(1.0, (step + 1) / max(1, steps.warmup))
     return steps.rate * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
 
 
 def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | None = None) -> Path:
-    """Train as configured, into the directory `out`; the checkpoint that a server loads is returned.
+    """Train as configured.
 
-    `out` holds the log, the last checkpoint, and at the end the model. Where a run with the same configuration
-    was interrupted it goes on, to the same losses. Raises `AprError` if `out` belongs to another one.
+    A run that was interrupted continues after its last checkpoint, with the same losses.
+
+    Args:
+        config: The configuration.
+        out: Directory of the run, for log, checkpoints and model.
+        on_step: Called after each step.
+
+    Returns:
+        The trained model, as a checkpoint that a server can load.
+
+    Raises:
+        AprError: If the directory belongs to a run with another configuration, or the configuration cannot be run.
     """
     start = start_run(config, _start(config, out), out)
     torch.manual_seed(config.steps.seed)
@@ -76,9 +96,9 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
         while tokens < config.steps.tokens:
             trees, place = next(batches)
             began = time.monotonic()
-            now = learning_rate(config.steps, step, tokens / config.steps.tokens)
+            rate = learning_rate(config.steps, step, tokens / config.steps.tokens)
             for group in optimizer.param_groups:
-                group["lr"] = now
+                group["lr"] = rate
             batch = to_device(collate(trees), model.device)
             loss = -log_probabilities(model, batch).mean()
             loss.backward()
@@ -88,10 +108,10 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
             tokens += sum(tree.tokens for tree in trees)
             step += 1
             seconds = time.monotonic() - began
-            made = SftStepLog(step, tokens, len(batch["targets"]), loss.item(), now, norm, seconds)
-            log.write(json.dumps(asdict(made)) + "\n")
+            step_log = SftStepLog(step, tokens, len(batch["targets"]), loss.item(), rate, norm, seconds)
+            log.write(json.dumps(asdict(step_log)) + "\n")
             if on_step:
-                on_step(made)
+                on_step(step_log)
             if step % config.steps.checkpoint == 0:
                 save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
     save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
@@ -99,7 +119,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
 
 
 def _start(config: SftConfig, out: Path) -> Path:
-    """The checkpoint that the run begins with, made first if it is to have fresh weights."""
+    """The checkpoint that the run starts from, created first if it is to have fresh weights."""
     if config.model.path:
         return Path(config.model.path)
     if not (out / START_DIR / "config.json").is_file():
@@ -109,17 +129,17 @@ def _start(config: SftConfig, out: Path) -> Path:
 
 
 def _parameter_groups(model: Any, decay: float) -> list[dict[str, Any]]:
-    """The matrices of the layers, embeddings and heads, and norms, which are not decayed."""
-    ends = {
+    """Three groups: matrices of layers; embedding and head; norms, which have no weight decay."""
+    embeddings = {
         id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
     }
-    every = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {
-            "params": [p for p in every if p.dim() == 2 and id(p) not in ends],
+            "params": [p for p in parameters if p.dim() == 2 and id(p) not in embeddings],
             "weight_decay": decay,
             "matrices": True,
         },
-        {"params": [p for p in every if id(p) in ends], "weight_decay": decay},
-        {"params": [p for p in every if p.dim() != 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in embeddings], "weight_decay": decay},
+        {"params": [p for p in parameters if p.dim() != 2], "weight_decay": 0.0},
     ]

@@ -1,4 +1,4 @@
-"""A prefix tree of token sequences that are merged as they are put in, KV joins included; it knows no trajectory."""
+"""A prefix tree of token sequences, which are merged as they are inserted, with KV joins."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A place in the tree: behind node `node` (-1: at the root), and behind all of `ends` where they are joined.
+    """A position in the tree.
 
-    What begins in one `lane` is never merged with what begins in another: branches that are to be joined stay
-    apart even where they say the same, as they do in a KV cache that is read behind the join.
+    Attributes:
+        node: The last node of the sequence, -1 at the root.
+        ends: After a join: the last nodes of all joined branches.
+        join_group: What starts in one group is never merged with what starts in another. Branches that will be joined stay
+            separate even if their text is the same, as they do in a KV cache that is read after the join.
     """
 
     node: int = -1
@@ -25,7 +28,7 @@ class Cursor:
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        """The nodes that what comes next follows."""
+        """The nodes that the next token follows."""
         return self.ends or ((self.node,) if self.node >= 0 else ())
 
 
@@ -34,7 +37,7 @@ ROOT = Cursor()
 
 @dataclass(slots=True)
 class _Run:
-    """Consecutive nodes: `first` is the first of them, behind `at`; `runs` branch off from them."""
+    """Consecutive nodes: `first` is the first of them, which follows `at`; `runs` branch off from them."""
 
     first: int
     ids: Ints
@@ -45,12 +48,14 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class FlatTree:
-    """A tree in one line, depth first; n tokens.
+    """A tree of n tokens, flattened depth first.
 
-    token_ids, positions: (n,). A position is the length of the longest chain that ends before the token.
-    parents: (n,), the index of the token that predicts this one, -1 where none does: at a root, behind a join.
-    ends: (n,), the index behind the last of its descendants.
-    joined: (k, 3), rows (index, first, last): the token is also seen from `first` up to `last`, behind a join.
+    Attributes:
+        token_ids: (n,).
+        positions: (n,), the length of the longest chain that ends before the token.
+        parents: (n,), index of the token that predicts this one; -1 at a root and directly after a join.
+        ends: (n,), index after the last descendant.
+        joined: (k, 3), rows (index, first, last): the token is also visible from `first` up to `last`, after a join.
     """
 
     token_ids: Ints
@@ -60,7 +65,7 @@ class FlatTree:
     joined: Ints
 
     def slice_tokens(self, begin: int, end: int) -> FlatTree:
-        """The tokens from `begin` to `end`, between which whole trees stand."""
+        """The tokens from `begin` to `end`, which must be complete trees."""
         own = (self.joined[:, 0] >= begin) & (self.joined[:, 0] < end)
         here = slice(begin, end)
         cut = FlatTree(
@@ -69,24 +74,26 @@ class FlatTree:
         return cut.shifted(-begin)
 
     def shifted(self, by: int) -> FlatTree:
-        """The same, so many tokens further on in a row."""
+        """The same tree, `by` tokens further on in its row."""
         parents = np.where(self.parents < 0, -1, self.parents + by).astype(np.int32)
         move = np.int32(by)
         return replace(self, parents=parents, ends=self.ends + move, joined=self.joined + move)
 
     def concatenate(self, others: Sequence[FlatTree]) -> FlatTree:
-        """One row of this and others, which are shifted to where they stand."""
+        """This tree and others in one row, each shifted to its place."""
         rows = [self, *others]
         names = ("token_ids", "positions", "parents", "ends", "joined")
         return FlatTree(*(np.concatenate([getattr(row, name) for row in rows]) for name in names))
 
 
 class Trie:
-    """Nodes are numbered as they are put in; a token that follows the same ones as another is the same node.
+    """A prefix tree; nodes are numbered in the order of insertion.
+
+    A token that follows the same nodes as an equal one is the same node.
 
     >>> trie = Trie()
     >>> _ = trie.insert(ROOT, [1, 2, 3]), trie.insert(ROOT, [1, 2, 4])
-    >>> flat, index = trie.flat()
+    >>> flat, index = trie.flatten()
     >>> flat.token_ids.tolist(), flat.positions.tolist()
     ([1, 2, 3, 4], [0, 1, 2, 2])
     """
@@ -100,24 +107,28 @@ class Trie:
         return len(self._run_of_node)
 
     def insert(self, cursor: Cursor, ids: Sequence[int]) -> tuple[Cursor, Ints]:
-        """Ids behind a cursor: the cursor behind the last of them, and the node of each."""
-        given = np.asarray(ids, dtype=np.int32)
-        nodes, done = np.empty(len(given), dtype=np.int32), 0
-        while done < len(given):
-            node = self._find_child(cursor, int(given[done]))
+        """Insert ids after a cursor.
+
+        Returns:
+            The cursor after the last of them, and the node of each.
+        """
+        new = np.asarray(ids, dtype=np.int32)
+        nodes, done = np.empty(len(new), dtype=np.int32), 0
+        while done < len(new):
+            node = self._find_child(cursor, int(new[done]))
             if node is None:
-                node = self._add_run(cursor, given[done:])
+                node = self._add_run(cursor, new[done:])
             run = self._runs[self._run_of_node[node]]
-            known = run.ids[node - run.first :][: len(given) - done]
-            other = np.flatnonzero(known != given[done : done + len(known)])
-            same = int(other[0]) if len(other) else len(known)
+            known = run.ids[node - run.first :][: len(new) - done]
+            different = np.flatnonzero(known != new[done : done + len(known)])
+            same = int(different[0]) if len(different) else len(known)
             nodes[done : done + same] = np.arange(node, node + same)
             done += same
             cursor = Cursor(node + same - 1)
         return cursor, nodes
 
     def join(self, fork: Cursor, ends: Sequence[Cursor]) -> Cursor:
-        """Behind all of `ends`, which branched off at `fork` and do not see one another."""
+        """The cursor after all of `ends`, which branched off at `fork` and do not see one another."""
         nodes = tuple(dict.fromkeys(node for end in ends for node in end.nodes))
         return Cursor(fork.node, nodes)
 
@@ -129,11 +140,11 @@ class Trie:
         return run.depth + node - run.first
 
     def _find_child(self, cursor: Cursor, token: int) -> int | None:
-        """The node of a token behind a cursor, if there is one."""
+        """The node of a token after a cursor, if there is one."""
         if cursor.node >= 0 and not cursor.ends and not cursor.join_group:
-            run, behind = self._runs[self._run_of_node[cursor.node]], cursor.node + 1
-            if behind < run.first + len(run.ids) and run.ids[behind - run.first] == token:
-                return behind
+            run, following = self._runs[self._run_of_node[cursor.node]], cursor.node + 1
+            if following < run.first + len(run.ids) and run.ids[following - run.first] == token:
+                return following
         return self._children.get((cursor, token))
 
     def _add_run(self, cursor: Cursor, ids: Ints) -> int:
@@ -148,15 +159,16 @@ class Trie:
         return first
 
     def flatten(self) -> tuple[FlatTree, Ints]:
-        """All of it in a line, and where in it every node stands.
+        """Flatten the tree depth first, in O(n) time and memory.
 
-        In O(n) time and memory, and a row of `joined` for every token that is joined.
+        Returns:
+            The flat tree, and the index of every node in it.
         """
         n = len(self._run_of_node)
         sizes = [len(run.ids) for run in self._runs]
         for run, size in zip(reversed(self._runs), reversed(sizes), strict=True):
             if run.at.node >= 0:
-                sizes[self._run_of_node[run.at.node]] += size  # by then all of its own are counted
+                sizes[self._run_of_node[run.at.node]] += size  # complete by now: descendants come later
         token_ids, positions, parents, ends, index = (np.empty(n, dtype=np.int32) for _ in range(5))
         starts = dict[int, int]()
         at = 0
@@ -171,12 +183,12 @@ class Trie:
             parents[here] = np.arange(begin - 1, begin + length - 1)
             parents[begin] = index[run.at.node] if run.at.node >= 0 and not run.at.ends else -1
             ends[here] = end = begin + length
-            # What branches off late stands first, so that the descendants of every token are in one piece.
-            for off in sorted(run.runs, key=lambda off: -off.at.node):
-                own = self._run_of_node[off.first]
+            # The run that branches off last comes first, so that the descendants of every token are contiguous.
+            for child in sorted(run.runs, key=lambda child: -child.at.node):
+                own = self._run_of_node[child.first]
                 starts[own] = end
                 end += sizes[own]
-                ends[begin : begin + off.at.node - run.first + 1] = end
+                ends[begin : begin + child.at.node - run.first + 1] = end
         return FlatTree(token_ids, positions, parents, ends, self._joined_rows(index, ends)), index
 
     def _joined_rows(self, index: Ints, ends: Ints) -> Ints:
@@ -191,8 +203,8 @@ class Trie:
         return np.concatenate(rows)
 
     def _joined_nodes(self, cursor: Cursor) -> Ints:
-        """The nodes that lead from its fork to the ends that a cursor is behind of."""
-        last = dict[int, int]()  # of each run the last node that is among them
+        """The nodes from the fork of a joined cursor to its ends."""
+        last = dict[int, int]()  # by run: the last node that is included
         pieces, stack = [np.empty(0, dtype=np.int32)], list(cursor.ends)
         while stack:
             node = stack.pop()
@@ -202,7 +214,7 @@ class Trie:
             run, known = self._runs[own], last.get(own)
             if known is not None and known >= node:
                 continue
-            inside = run.first <= cursor.node < node  # the fork stands in the same run
+            inside = run.first <= cursor.node < node  # the fork is in the same run
             first = cursor.node + 1 if inside else run.first
             pieces.append(np.arange(first if known is None else known + 1, node + 1, dtype=np.int32))
             last[own] = node

@@ -1,4 +1,4 @@
-"""Our rewards as other trainers want them: TRL's reward functions, verl's `compute_score`; neither is imported."""
+"""Our rewards as TRL's reward functions and as verl's `compute_score`; neither library is imported."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ def for_trl(
 ) -> Callable[..., list[float]]:
     """A reward function for TRL's `GRPOTrainer(reward_funcs=...)`.
 
-    Each completion is read as a reply of `dialect` (by default the one whose tags it has); `correct` judges its
-    answer, the text after the last join, by the dataset's `column`. TRL leaves special tokens out of its texts,
-    and tags may be such: what is read is the ids that it passes beside them.
+    TRL drops special tokens from its texts, and tags may be special tokens. So the ids that TRL also passes are read instead.
 
-    >>> paid = for_trl(lambda trajectory, right: float(right), lambda answer, truth: answer == truth, None)
-    >>> paid(prompts=["6 * 7 = "], completions=["42"], answer=["42"])
+    >>> score = for_trl(lambda trajectory, correct: float(correct), lambda answer, truth: answer == truth, None)
+    >>> score(prompts=["6 * 7 = "], completions=["42"], answer=["42"])
     [1.0]
+
+    Args:
+        reward: One of `sgl_apr.training.rewards`.
+        correct: Compares the answer of a reply, its text after the last join, with the dataset's.
+        tokenizer: The model's tokenizer.
+        dialect: How replies are read; by default recognized by their tags.
+        column: The dataset's column of answers.
     """
 
-    def paid(
+    def score(
         completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any
     ) -> list[float]:
         truths = columns.get(column) or [None] * len(completions)
@@ -46,7 +51,7 @@ def for_trl(
             for text, truth in zip(texts, truths, strict=True)
         ]
 
-    return paid
+    return score
 
 
 def for_verl(
@@ -54,7 +59,13 @@ def for_verl(
 ) -> Callable[..., float]:
     """A `compute_score` for verl's `custom_reward_function`: (data_source, solution_str, ground_truth, extra_info).
 
-    verl's reward managers leave special tokens out of `solution_str`: the tags must be other tokens there.
+    verl's reward managers drop special tokens from `solution_str`, so the tags must not be special tokens.
+
+    Args:
+        reward: One of `sgl_apr.training.rewards`.
+        correct: Compares the answer of a reply with the ground truth.
+        tokenizer: The model's tokenizer.
+        dialect: How replies are read; by default recognized by their tags.
     """
 
     def compute_score(
@@ -74,8 +85,8 @@ def _reward_text(
     dialect: Dialect | str | None,
 ) -> float:
     trajectory = read(text, dialect, tokenizer=tokenizer).trajectory
-    paid = reward(trajectory, correct(trajectory.answer, truth))
-    return 0.0 if paid is None else paid
+    score = reward(trajectory, correct(trajectory.answer, truth))
+    return 0.0 if score is None else score
 
 
 def _completion_text(completion: Any) -> str:

@@ -139,7 +139,7 @@ def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture)
         ("[data]\nkind = 'tree'", "data.kind = 'tree', expected one of 'sequential', 'parallel'"),
         ("[data]\nwidth = 3", "data.width = 3, expected a list"),
         ("data = 3", "data: expected a table of path"),
-        ("[data", "is no TOML file"),
+        ("[data", "is not a TOML file"),
         (None, "cannot be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Small checkpoints for tests and examples; nothing is downloaded."""
+"""Small checkpoints for tests and examples, built or shipped without a download."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The model that comes with this package: a small one that decides for itself when to fork, trained on Countdown."""
+"""The model that ships with this package: small, trained on Countdown, and it decides for itself when to fork."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ NAME = "builtin"
 
 
 def builtin_path() -> Path:
-    """Its checkpoint."""
+    """The directory of its checkpoint."""
     return Path(__file__).parent / "countdown-spawn"
 
 
 def locate_model(model: str) -> str:
-    """A model as the command line names it: `builtin`, or whatever SGLang can load."""
+    """Resolve a model as the command line names it: `builtin`, or anything that SGLang can load."""
     return str(builtin_path()) if model == NAME else model

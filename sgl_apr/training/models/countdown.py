@@ -1,4 +1,4 @@
-"""A small Llama for Countdown, not trained yet: every number up to 99 is one token, and so is every tag."""
+"""A small untrained Llama for Countdown, in whose vocabulary every number up to 99 and every tag is one token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ END = "<|endoftext|>"
 
 
 def countdown_tokenizer(tags: Sequence[str]) -> Any:
-    """A byte-level BPE, so that any text can be encoded, whose merges are " 0" to " 99" and "10" to "99"."""
+    """A byte-level BPE whose merges are " 0" to " 99" and "10" to "99"; it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    space, digits = "Ġ", "0123456789"  # byte-level BPE writes a space as the first of these
+    space, digits = "Ġ", "0123456789"  # byte-level BPE writes a space as "Ġ"
     merges = [(space, d) for d in digits]
     merges += [(space + a, b) for a in digits[1:] for b in digits] + [
         (a, b) for a in digits[1:] for b in digits
@@ -35,7 +35,18 @@ def countdown_tokenizer(tags: Sequence[str]) -> Any:
 def countdown_llama(
     directory: Path, tags: Sequence[str], *, layers: int = 5, hidden: int = 128, seed: int = 0
 ) -> Path:
-    """Writes the checkpoint (float32, tied embeddings) into `directory` and returns it."""
+    """Write the checkpoint (float32, tied embeddings) into a directory.
+
+    Args:
+        directory: Where to write it.
+        tags: Tags of the dialect, one special token each.
+        layers: Number of layers.
+        hidden: Hidden size.
+        seed: Seed of the weights.
+
+    Returns:
+        The directory.
+    """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 

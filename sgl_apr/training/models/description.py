@@ -1,4 +1,4 @@
-"""Says what a checkpoint on disk is, from its files; it loads no weights."""
+"""Describe a checkpoint from its files, without loading its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from sgl_apr.errors import AprError
 
 
 class Description(TypedDict):
-    """What `describe` says; every value is plain JSON."""
+    """The result of `describe`, in JSON values.
+
+    Attributes:
+        path: The checkpoint.
+        model_type: As in its config.json.
+        vocab_size: As in its config.json.
+        parameters: Number of parameters; tied weights count once.
+        dtype: As in its config.json.
+        eos: End-of-text tokens.
+        tags: Tags that are single tokens.
+        bytes: Size on disk.
+    """
 
     path: str
     model_type: str
@@ -26,10 +37,14 @@ class Description(TypedDict):
 
 
 def describe(path: Path | str, tags: Sequence[str] | None = None) -> Description:
-    """Describes the checkpoint in `path`: tied weights count once, `bytes` is its size on disk.
+    """Describe the checkpoint in a directory.
 
-    `tags` are those of the given tags that are single added tokens; if none are given, all added tokens that
-    come as a pair `<x>`, `</x>`.
+    Args:
+        path: The checkpoint.
+        tags: Tags to look for among the added tokens; by default all pairs `<x>`, `</x>`.
+
+    Raises:
+        AprError: If the directory is not a checkpoint.
     """
     from safetensors import safe_open
     from tokenizers import Tokenizer

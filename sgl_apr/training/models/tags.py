@@ -1,4 +1,4 @@
-"""Adds a dialect's tags to a tokenizer and a model, one special token each; it trains nothing."""
+"""Add the tags of a dialect to a tokenizer and to a model, one special token each."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from sgl_apr.errors import AprError
 
 
 def validate_tags(tags: Sequence[str]) -> list[str]:
-    """The tags as a list, or an `AprError` where one is empty, repeated or padded with white space."""
+    """The tags as a list.
+
+    Raises:
+        AprError: If a tag is empty, repeated, or has white space around it.
+    """
     if isinstance(tags, str):
-        raise AprError(f"tags must be a sequence of strings, not the string {tags!r}")
+        raise AprError(f"tags = {tags!r}, expected a sequence of strings")
     for tag in tags:
         if not tag or tag != tag.strip():
-            raise AprError(f"a tag must be text without white space around it, not {tag!r}")
+            raise AprError(f"tag {tag!r}, expected text without white space around it")
     if repeated := sorted({tag for tag in tags if list(tags).count(tag) > 1}):
-        raise AprError(f"these tags are given more than once: {' '.join(repeated)}")
+        raise AprError(f"tags given more than once: {' '.join(repeated)}")
     return list(tags)
 
 
 def add_to_tokenizer(tokenizer: Any, tags: Sequence[str]) -> None:
-    """Makes each tag one special token of a transformers tokenizer, never normalized, merged or split."""
+    """Make each tag one special token of a transformers tokenizer, never normalized, merged or split."""
     from transformers import AddedToken
 
     added = [AddedToken(tag, special=True, normalized=False) for tag in tags]
@@ -29,15 +33,16 @@ def add_to_tokenizer(tokenizer: Any, tags: Sequence[str]) -> None:
 
 
 def tag_text(tag: str) -> str:
-    """What a tag says, to start its embedding from: `<Thread>` -> `Thread`, `</Thread>` -> `/Thread`."""
+    """The text of a tag without its brackets, `<Thread>` -> `Thread`, `</Thread>` -> `/Thread`."""
     return tag.strip("<>[]|") or tag
 
 
 def add_to_model(model: Any, tokenizer: Any, tags: Sequence[str]) -> None:
-    """Adds the tags to both; a new row is the mean of the rows of the pieces of the tag's `words`.
+    """Add tags to a model and to its tokenizer.
 
-    A closer has the piece of its slash besides, so that it differs from its opener. Input and output rows are
-    set alike. A tag that was in the vocabulary keeps its row, and so does every other token.
+    The embedding of a new tag is the mean of the embeddings of the pieces of its text. A closing tag also has the piece of its
+    slash, so that it differs from the opening tag. Input and output embeddings are treated alike. Tags that were in the
+    vocabulary, and all other tokens, keep their embeddings.
     """
     import torch
 

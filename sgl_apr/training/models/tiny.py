@@ -1,4 +1,4 @@
-"""A random-weight Llama with a few hundred tokens, made in seconds for tests; it knows nothing."""
+"""A random-weight Llama with a few hundred tokens, built in seconds for tests."""
 
 from __future__ import annotations
 
@@ -42,21 +42,33 @@ def random_llama(
     tag_bias: float = 0.0,
     eos_bias: float = 0.0,
 ) -> Path:
-    """Writes the checkpoint (float32) into `directory` and returns it; the same arguments, the same weights.
+    """Write the checkpoint (float32) into a directory; the same arguments give the same weights.
 
-    The tokenizer is a byte-level BPE (any text can be encoded, few tokens are words), with one special token
-    for each of `tags`; without them tags are ordinary text. What the model says depends on the whole context,
-    but its next-token distribution is nearly flat (logits of standard deviation 0.5, about), so that sampling
-    reaches everything a grammar allows. `tag_bias` and `eos_bias` are added, within 1%, to the logits of the
-    tags and of `<|im_end|>`: at temperature 1 such a token is exp(bias) times as likely as another.
+    The tokenizer is a byte-level BPE that can encode any text, in which few tokens are words. The next-token distribution
+    depends on the complete context, but is nearly flat (logits with a standard deviation of about 0.5), so that sampling
+    reaches everything that a grammar allows.
+
+    Args:
+        directory: Where to write it.
+        tags: One special token each; without them tags are ordinary text.
+        layers: Number of layers.
+        hidden: Hidden size.
+        seed: Seed of the weights.
+        tag_bias: Added to the logits of the tags, within 1%: at temperature 1 a tag is exp(tag_bias) times as likely as
+            another token.
+        eos_bias: The same for `<|im_end|>`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AprError: If the hidden size does not fit the heads.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     if hidden % (2 * HEADS) or hidden < 2 * HEADS:
-        raise AprError(
-            f"hidden has to be a multiple of {2 * HEADS}, for {HEADS} heads of even size: {hidden}"
-        )
+        raise AprError(f"hidden = {hidden}, expected a multiple of {2 * HEADS}: {HEADS} heads of even size")
     tokenizer = _tokenizer(validate_tags(tags))
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = LlamaConfig(
@@ -104,11 +116,11 @@ def _tokenizer(tags: Sequence[str]) -> Any:
 
 
 def _draw_weights(model: Any, seed: int, biases: dict[int, float]) -> None:
-    """Draws the weights so that hidden unit 0 is a constant, which turns column 0 of lm_head into a bias.
+    """Draw the weights so that hidden unit 0 is a constant, which turns column 0 of lm_head into a bias.
 
-    Llama has no bias. Unit 0 gets the same large value from every embedding, no layer reads it (norm weight
-    0) or writes it (output row 0), and it outweighs the other units in every RMS: so the final norm, with
-    weight 1/sqrt(hidden) there, gives nearly 1, and the other units come through the norms unscaled.
+    Llama has no bias. Unit 0 gets the same large value from every embedding; no layer reads it (norm weight 0) or writes
+    it (output row 0), and it outweighs the other units in every RMS. So the final norm, with weight 1/sqrt(hidden) there,
+    gives nearly 1, and the other units pass the norms unscaled.
     """
     import torch
 
@@ -123,7 +135,7 @@ def _draw_weights(model: Any, seed: int, biases: dict[int, float]) -> None:
                 continue
             std = 1.0 if "embed_tokens" in name else 1 / sqrt(weight.shape[1])
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                std *= 3  # attention that picks tokens, instead of averaging all: the far past counts too
+                std *= 3  # sharp attention instead of an average, so that the far past counts too
             if writes := name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= sqrt(2 * model.config.num_hidden_layers)  # the sum over the layers keeps its scale
             weight.normal_(std=std, generator=generator)

@@ -1,4 +1,4 @@
-"""Many traces to trajectories with forks, by any OpenAI-compatible endpoint; each is written as it is done, or why not."""
+"""Rewrite many sequential traces into trajectories with forks, by any OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 
 class ChatJsonModel:
-    """Asks a chat endpoint with `response_format`, so that a server that constrains decoding answers by the schema."""
+    """A chat endpoint that is asked for JSON with `response_format`.
+
+    Args:
+        base_url: URL of the endpoint.
+        model: Name of the model there.
+        api_key: Key of the endpoint.
+        max_tokens: Tokens of an answer.
+        **options: Further options of a chat completion.
+    """
 
     def __init__(
         self,
@@ -41,11 +49,14 @@ class ChatJsonModel:
     async def __call__(self, prompt: str, schema: Mapping[str, Any]) -> str:
         from openai import OpenAIError
 
-        shape: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
+        response_format: Any = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": dict(schema)},
+        }
         messages: Any = [{"role": "user", "content": prompt}]
         try:
             answer = await self.client.chat.completions.create(
-                model=self.model, messages=messages, response_format=shape, **self.options
+                model=self.model, messages=messages, response_format=response_format, **self.options
             )
         except OpenAIError as error:
             raise EngineError(f"{self.client.base_url} did not answer: {error}") from error
@@ -54,9 +65,15 @@ class ChatJsonModel:
 
 @dataclass(frozen=True)
 class RewriteStatistics:
-    """What became of the traces: how many make trajectories, and of the others how many for which reason.
+    """What became of the traces.
 
-    Means over the trajectories: blocks, branches of a block, tokens, and total tokens over the critical path.
+    Attributes:
+        kept: Number of trajectories.
+        rejected: Number of other traces by reason.
+        blocks: Mean blocks per trajectory.
+        width: Mean branches per block.
+        tokens: Mean tokens per trajectory.
+        parallelism: Mean of total tokens over the critical path.
     """
 
     kept: int
@@ -69,8 +86,8 @@ class RewriteStatistics:
 
 async def rewrite_traces(
     traces: Iterable[TextRecord],
-    ask: JsonModel,
-    to: Dialect,
+    model: JsonModel,
+    dialect: Dialect,
     out: Path,
     *,
     tokenizer: Tokenizer | None = None,
@@ -78,11 +95,26 @@ async def rewrite_traces(
     at_once: int = 16,
     on_done: Callable[[], None] | None = None,
 ) -> RewriteStatistics:
-    """Rewrite traces into `to`, a line of `out` for each: `{"id": ..., "trajectory": ...}` or `{"id": ..., "rejected": ...}`.
+    """Rewrite traces, and write one line for each: `{"id": ..., "trajectory": ...}` or `{"id": ..., "rejected": ...}`.
 
-    A trace is known by where it comes from (`Record.source`). One that stands in `out` is not done again; one for
-    which the endpoint failed does not, so that another run tries it again, and the first such error is raised
-    when the others are done.
+    A trace is identified by its origin (`TextRecord.source`). Traces that are in `out` already are skipped. A trace for which
+    the endpoint failed gets no line, so that another run tries it again.
+
+    Args:
+        traces: The traces.
+        model: Answers questions about them.
+        dialect: Dialect of the trajectories.
+        out: File to append to.
+        tokenizer: Adds token ids to the trajectories.
+        width: Branches of a fork at most.
+        at_once: Traces under way at the same time.
+        on_done: Called after each trace.
+
+    Returns:
+        Statistics of the complete file.
+
+    Raises:
+        EngineError: The first failure of the endpoint, once all other traces are done.
     """
     failed: list[EngineError] = []
     with open_for_append(out) as file:
@@ -92,17 +124,17 @@ async def rewrite_traces(
         async def work() -> None:
             for trace in todo:
                 try:
-                    made = await parallelize(trace.text, ask, to, tokenizer, width=width)
+                    made = await parallelize(trace.text, model, dialect, tokenizer, width=width)
                     ids = (
                         tuple(tokenizer.encode(trace.prompt, add_special_tokens=True)) if tokenizer else None
                     )
-                    said = f'"trajectory": {made.with_prompt(trace.prompt, ids).to_json()}'
+                    outcome = f'"trajectory": {made.with_prompt(trace.prompt, ids).to_json()}'
                 except RejectedTrace as error:
-                    said = f'"rejected": {json.dumps(error.reason)}'
+                    outcome = f'"rejected": {json.dumps(error.reason)}'
                 except EngineError as error:
                     failed.append(error)
                     continue
-                os.write(file, f'{{"id": {json.dumps(trace.source)}, {said}}}\n'.encode())
+                os.write(file, f'{{"id": {json.dumps(trace.source)}, {outcome}}}\n'.encode())
                 if on_done:
                     on_done()
 
@@ -115,22 +147,22 @@ async def rewrite_traces(
 
 
 def read_trajectories(path: Path) -> Iterator[Trajectory]:
-    """Those of a file that `rewrite` has written."""
+    """The trajectories of a file that `rewrite_traces` wrote."""
     for _, data in _lines(path):
         if "trajectory" in data:
             yield Trajectory.from_json(json.dumps(data["trajectory"]))
 
 
 def rewrite_statistics(path: Path) -> RewriteStatistics:
-    """What a file that `rewrite` has written holds."""
+    """Statistics of a file that `rewrite_traces` wrote."""
     rejected = Counter(str(data["rejected"]) for _, data in _lines(path) if "rejected" in data)
-    made = list(read_trajectories(path))
-    blocks = [block for t in made for block in t.blocks]
-    counted = [t.metrics() for t in made if all(s.token_ids is not None for s in t.spans)]
+    trajectories = list(read_trajectories(path))
+    blocks = [block for t in trajectories for block in t.blocks]
+    counted = [t.metrics() for t in trajectories if all(s.token_ids is not None for s in t.spans)]
     return RewriteStatistics(
-        kept=len(made),
+        kept=len(trajectories),
         rejected=dict(rejected.most_common()),
-        blocks=fmean(len(t.blocks) for t in made) if made else 0.0,
+        blocks=fmean(len(t.blocks) for t in trajectories) if trajectories else 0.0,
         width=fmean(len(b.branches) for b in blocks) if blocks else 0.0,
         tokens=fmean(m.total for m in counted) if counted else None,
         parallelism=fmean(m.parallelism for m in counted) if counted else None,

@@ -1,8 +1,8 @@
-"""A trace of thought in a line, made into one with forks: what of it is independent, and how that is written; no I/O.
+"""Rewrite a sequential trace of thought into one with forks.
 
-Questions are put to a language model (`Asker`), each with a JSON schema for its answer: where steps begin; which earlier
-steps each needs; how a branch is put so that it does not speak of the others of its fork; what the fork says
-of it beforehand; and what they came to, where a dialect wants that said. All else is decided here.
+A language model (`JsonModel`) answers questions, each with a JSON schema: where steps begin; which earlier steps each step
+needs; the text of a branch without references to the other branches of its fork; its outline; and the conclusion of the
+fork, if the dialect has one. All else is decided here.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def _object_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def step_start_schema(lines: int) -> dict[str, Any]:
-    """The schema of an answer that says of every line whether a step begins there."""
+    """The schema of an answer that has one boolean per line: whether a step begins there."""
     return _object_schema(
         "begins", {"type": "array", "items": {"type": "boolean"}, "minItems": lines, "maxItems": lines}
     )
 
 
 def dependency_schema(steps: int) -> dict[str, Any]:
-    """The schema of an answer that lists for every step the earlier ones that it needs."""
+    """The schema of an answer that lists for every step the earlier steps that it needs."""
     lists = [
         {
             "type": "array",
@@ -78,12 +78,20 @@ class JsonModel(Protocol):
     """A language model that answers in JSON."""
 
     async def __call__(self, prompt: str, schema: Mapping[str, Any]) -> str:
-        """Its answer to a prompt, which follows a JSON schema; raises an `EngineError` where there is none."""
+        """Answer a prompt with JSON that follows a schema.
+
+        Raises:
+            EngineError: If there is no answer.
+        """
         ...
 
 
 class RejectedTrace(AprError):
-    """A trace that makes no trajectory; `reason` is one of a few, to be counted."""
+    """A trace that cannot be rewritten.
+
+    Attributes:
+        reason: One of a few reasons, to be counted.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
@@ -92,40 +100,56 @@ class RejectedTrace(AprError):
 
 @dataclass(frozen=True, slots=True)
 class ReasoningStep:
-    """A step of a line of thought: its text, and the places of the steps that it needs."""
+    """A step of a trace.
+
+    Attributes:
+        text: Its text.
+        needs: Indices of the earlier steps that it needs.
+    """
 
     text: str
     needs: frozenset[int]
 
 
-async def split_steps(trace: str, ask: JsonModel) -> list[ReasoningStep]:
-    """The steps that a model finds in a trace; raises `Unusable` where its answers do not follow their schema."""
+async def split_steps(trace: str, model: JsonModel) -> list[ReasoningStep]:
+    """Split a trace into the steps that a model finds in it.
+
+    Raises:
+        RejectedTrace: If the model's answers do not follow their schema, or the trace has too many or too few lines.
+    """
     lines = trace.strip().splitlines(keepends=True)
     if not 1 < len(lines) <= MAX_LINES:
         raise RejectedTrace(f"not 2 to {MAX_LINES} lines", f"{len(lines)}")
     numbered = "".join(f"{k}: {line}" for k, line in enumerate(lines, 1))
-    where = await _request_value(ask, ASK_BEGINS + numbered, step_start_schema(len(lines)))
-    if not (isinstance(where, list) and len(where) == len(lines) and all(isinstance(b, bool) for b in where)):
+    begins = await _request_value(model, ASK_BEGINS + numbered, step_start_schema(len(lines)))
+    if (
+        not isinstance(begins, list)
+        or len(begins) != len(lines)
+        or not all(isinstance(b, bool) for b in begins)
+    ):
         raise RejectedTrace("an answer does not follow its schema", "begins")
-    starts = [0, *(k for k, begin in enumerate(where) if begin and k)]
+    starts = [0, *(k for k, begin in enumerate(begins) if begin and k)]
     texts = ["".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
     numbered = "".join(f"{k}: {text}" for k, text in enumerate(texts, 1))
-    lists = await _request_value(ask, ASK_NEEDS + numbered, dependency_schema(len(texts)))
+    lists = await _request_value(model, ASK_NEEDS + numbered, dependency_schema(len(texts)))
     try:
-        found = [frozenset(int(n) - 1 for n in own) for own in lists]
+        needs = [frozenset(int(n) - 1 for n in numbers) for numbers in lists]
     except (TypeError, ValueError):
-        found = []
-    if len(found) != len(texts) or any(not 0 <= n < k for k, own in enumerate(found) for n in own):
+        needs = []
+    if len(needs) != len(texts) or any(not 0 <= n < k for k, own in enumerate(needs) for n in own):
         raise RejectedTrace("an answer does not follow its schema", "needs")
-    return [ReasoningStep(text, own) for text, own in zip(texts, found, strict=True)]
+    return [ReasoningStep(text, own) for text, own in zip(texts, needs, strict=True)]
 
 
 def plan_forks(steps: Sequence[ReasoningStep]) -> list[int | list[list[int]]]:
-    """The places of the steps, in order: each by itself, or a fork of branches, which are lists of places.
+    """Group the steps, in order: each is a step of the trunk, or belongs to a branch of a fork.
 
-    A fork takes in as many steps that follow one another as it can: a step joins the branch of what it needs
-    within the fork, opens one of its own if it needs nothing there, and ends the fork if it needs two branches.
-    The last step, which has the answer, is in none.
+    A fork takes as many consecutive steps as it can. A step joins the branch of what it needs within the fork, starts a new
+    branch if it needs nothing there, and ends the fork if it needs two branches. The last step, which has the answer, stays in the
+    trunk.
+
+    Returns:
+        Indices of steps; a fork is a list of branches, which are lists of indices.
     """
     plan: list[int | list[list[int]]] = []
     at = 0
@@ -151,23 +175,32 @@ def plan_forks(steps: Sequence[ReasoningStep]) -> list[int | list[list[int]]]:
 
 
 async def parallelize(
-    trace: str, ask: JsonModel, to: Dialect, tokenizer: Tokenizer | None = None, *, width: int = 8
+    trace: str, model: JsonModel, dialect: Dialect, tokenizer: Tokenizer | None = None, *, width: int = 8
 ) -> Trajectory:
-    """The same line of thought with forks, in a dialect whose branches see what is before the fork.
+    """Rewrite a trace with forks, in a dialect whose branches see the text before the fork.
 
-    Raises `Unusable` with a reason to be counted: nothing in it is independent of the rest, a fork is wider
-    than `width`, or what the model wrote is no reply of the dialect.
+    Args:
+        trace: The sequential trace.
+        model: Answers questions about it.
+        dialect: Dialect of the result.
+        tokenizer: Adds token ids to the result.
+        width: Branches of a fork at most.
+
+    Raises:
+        AprError: If the dialect's branches get a message, or are not awaited.
+        RejectedTrace: If nothing in the trace is independent of the rest, a fork is too wide, or the result is not valid in
+            the dialect.
     """
-    if to.branch_context == "message" or to.asynchronous:
+    if dialect.branch_context == "message" or dialect.asynchronous:
         raise AprError(
-            f"{to.name}: expected a dialect whose branches see the text before the fork, and are awaited"
+            f"{dialect.name}: expected a dialect whose branches see the text before the fork, and are awaited"
         )
-    steps = await split_steps(trace, ask)
+    steps = await split_steps(trace, model)
     plan = plan_forks(steps)
-    found = [item for item in plan if not isinstance(item, int)]
-    if not found:
+    forks = [item for item in plan if not isinstance(item, int)]
+    if not forks:
         raise RejectedTrace("no independent parts")
-    if widest := max(map(len, found)) if max(map(len, found)) > width else 0:
+    if (widest := max(map(len, forks))) > width:
         raise RejectedTrace("a fork is too wide", f"{widest} branches")
     items: list[str | BlockDraft] = []
     for item in plan:
@@ -178,34 +211,36 @@ async def parallelize(
         items.append(
             BlockDraft(
                 outlines=[
-                    " ".join((await _request_text(ask, ASK_OUTLINE + text, OUTLINE)).split())
+                    " ".join((await _request_text(model, ASK_OUTLINE + text, OUTLINE)).split())
                     for text in texts
                 ]
-                if "outline" in to.grammar.rules
+                if "outline" in dialect.grammar.rules
                 else [""] * len(texts),
-                branches=[["\n" + await _request_text(ask, ASK_TEXT + text, TEXT) + "\n"] for text in texts],
-                conclusion=await _request_text(ask, ASK_CONCLUSION + "\n".join(texts), TEXT)
-                if conclusion_support(to.grammar)[1]
+                branches=[
+                    ["\n" + await _request_text(model, ASK_TEXT + text, TEXT) + "\n"] for text in texts
+                ],
+                conclusion=await _request_text(model, ASK_CONCLUSION + "\n".join(texts), TEXT)
+                if conclusion_support(dialect.grammar)[1]
                 else "",
             )
         )
     try:
-        return to.parse(render_blocks(items, to), tokenizer)
+        return dialect.parse(render_blocks(items, dialect), tokenizer)
     except (ConversionError, TraceError) as error:
         raise RejectedTrace("not in the dialect", str(error)) from None
 
 
-async def _request_value(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> Any:
-    """The one entry of an answer."""
+async def _request_value(model: JsonModel, prompt: str, schema: Mapping[str, Any]) -> Any:
+    """The value of the single entry of an answer."""
     (name,) = schema["required"]
     try:
-        return json.loads(await ask(prompt, schema))[name]
+        return json.loads(await model(prompt, schema))[name]
     except (ValueError, KeyError, TypeError) as error:
         raise RejectedTrace("an answer does not follow its schema", f"{name}: {error!r}") from None
 
 
-async def _request_text(ask: JsonModel, prompt: str, schema: Mapping[str, Any]) -> str:
-    said = await _request_value(ask, prompt, schema)
-    if not isinstance(said, str) or not said.strip():
+async def _request_text(model: JsonModel, prompt: str, schema: Mapping[str, Any]) -> str:
+    text = await _request_value(model, prompt, schema)
+    if not isinstance(text, str) or not text.strip():
         raise RejectedTrace("an answer does not follow its schema", "expected a text")
-    return said.strip()
+    return text.strip()

@@ -116,11 +116,11 @@ def test_wrong_checksum_says_expected_and_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"label": "x"}, "no tags"),
-        ({"tags": ["<a>"], "label": "../x"}, "a label is"),
+        ({"label": "x"}, "without tags"),
+        ({"tags": ["<a>"], "label": "../x"}, "expected letters, digits"),
         ({"tags": ["<a>", "<a>"]}, "more than once: <a>"),
         ({"tags": [" <a>"]}, "white space"),
-        ({"tags": "<a>"}, "not the string"),
+        ({"tags": "<a>"}, "expected a sequence of strings"),
     ],
 )
 def test_wrong_arguments(tmp_path, arguments, message):
