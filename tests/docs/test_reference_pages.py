@@ -13,6 +13,8 @@ from typing import get_args
 
 import pytest
 
+from sgl_apr import methods
+from sgl_apr.cli.eval_tables import show
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.events import Event
 from sgl_apr.runtime.options import REQUEST_FIELDS, ReasonOptions
@@ -106,6 +108,28 @@ def test_every_event_is_listed_with_its_fields():
     for kind in get_args(Event):
         listed = rows[kind.__name__]
         assert listed == "..." or listed.split(", ") == [field.name for field in fields(kind)]
+
+
+def test_columns_of_the_evaluation_table_are_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    show("countdown", [], False)
+    headings = next(line for line in capsys.readouterr().out.splitlines() if "method" in line)
+    columns = {heading.strip() for heading in headings.split("\u2503")} - {"", "method", "accuracy", "95% CI"}
+    cells = re.findall(r"^\| (.*?) \|", (DOCS / "evaluating.md").read_text(), re.MULTILINE)
+    assert columns <= {name for cell in cells for name in cell.split(", ")}
+
+
+def test_every_method_and_family_of_tasks_is_listed():
+    rows = set(
+        re.findall(
+            r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", (DOCS / "methods.md").read_text(), re.MULTILINE))
+        )
+    )
+    assert [name for name in methods.METHOD_NAMES if name not in rows] == []
+    families = {name for name in methods.__all__ if name.endswith("Task")} - {"Task", "SearchTask"}  # bases
+    assert families <= rows
 
 
 def test_messages_that_troubleshooting_quotes_are_in_the_code():
