@@ -1,4 +1,4 @@
-"""The same reply in another format: what can be said stays, what cannot is an error."""
+"""Conversion to another format: what the target can express is kept, anything else is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parsed(name: str) -> apr.Trajectory:
     return apr.dialect(name).parse(DOCUMENTS[name])
 
 
-def shape(trajectory: apr.Trajectory):
+def summarize(trajectory: apr.Trajectory):
     return [
         (block.path, block.conclusion, [(b.outline, b.text.strip(), b.result) for b in block.branches])
         for block in trajectory.blocks
@@ -21,27 +21,27 @@ def shape(trajectory: apr.Trajectory):
 
 
 @pytest.mark.parametrize("to", ["multiverse", "npr"])
-def test_there_and_back_is_the_same_text(to: str):
-    there = apr.convert(parsed("threadweaver"), to)
-    assert there.dialect == to
-    assert apr.dialect(to).is_valid(there.text)
-    assert shape(there) == shape(parsed("threadweaver"))
-    assert there.answer == parsed("threadweaver").answer
-    assert apr.convert(there, "threadweaver").text == TRACE
+def test_a_round_trip_restores_the_text(to: str):
+    converted = apr.convert(parsed("threadweaver"), to)
+    assert converted.dialect == to
+    assert apr.dialect(to).is_valid(converted.text)
+    assert summarize(converted) == summarize(parsed("threadweaver"))
+    assert converted.answer == parsed("threadweaver").answer
+    assert apr.convert(converted, "threadweaver").text == TRACE
 
 
 def test_blocks_in_sequence_and_one_branch():
-    there = apr.convert(parsed("npr"), "multiverse")
-    assert shape(there) == shape(parsed("npr"))
+    converted = apr.convert(parsed("npr"), "multiverse")
+    assert summarize(converted) == summarize(parsed("npr"))
 
 
 @pytest.mark.parametrize("name", apr.dialect_names())
-def test_to_itself_is_the_same(name: str):
+def test_conversion_to_the_same_dialect_keeps_the_text(name: str):
     assert apr.convert(parsed(name), name).text == DOCUMENTS[name]
 
 
 @pytest.mark.parametrize("name", apr.dialect_names())
-def test_text_without_blocks_fits_where_a_reply_may_have_none(name: str):
+def test_text_without_blocks_converts_where_a_reply_needs_none(name: str):
     plain = apr.dialect("threadweaver").parse("Just an answer, x < y.")
     if name == "parathinker":
         with pytest.raises(apr.ConversionError):
@@ -50,14 +50,14 @@ def test_text_without_blocks_fits_where_a_reply_may_have_none(name: str):
         assert apr.convert(plain, name).answer == "Just an answer, x < y."
 
 
-def test_messages_convert_among_themselves():
-    there = apr.convert(parsed("apr"), "spawn")
-    assert [b.result for b in there.blocks[0].branches] == [
+def test_message_dialects_convert_to_one_another():
+    converted = apr.convert(parsed("apr"), "spawn")
+    assert [b.result for b in converted.blocks[0].branches] == [
         "",
         "Moving to Node #0,1\n27,27 equal: Goal Reached",
     ]
     with pytest.raises(apr.ConversionError, match="spawn to apr"):
-        apr.convert(parsed("spawn"), "apr")  # its messages are no nodes
+        apr.convert(parsed("spawn"), "apr")  # its messages are not nodes
 
 
 @pytest.mark.parametrize(
@@ -72,24 +72,24 @@ def test_messages_convert_among_themselves():
         ("threadweaver", "pasta", "join at different times"),
     ],
 )
-def test_what_cannot_be_said_is_refused(name: str, to: str, message: str):
+def test_what_the_target_cannot_express_is_an_error(name: str, to: str, message: str):
     with pytest.raises(apr.ConversionError, match=message):
         apr.convert(parsed(name), to)
 
 
-def test_a_missing_conclusion_is_not_made_up():
+def test_a_missing_conclusion_is_an_error():
     text = TRACE.replace("<Conclusion>both</Conclusion>\n", "")
     with pytest.raises(apr.ConversionError, match="requires a conclusion after every block"):
         apr.convert(apr.dialect("threadweaver").parse(text), "npr")
 
 
-def test_text_that_holds_tags_of_the_target_is_refused():
+def test_text_with_tags_of_the_target_is_an_error():
     text = TRACE.replace(" A\n", " a </Path> b\n")
     with pytest.raises(apr.ConversionError):
         apr.convert(apr.dialect("threadweaver").parse(text), "multiverse")
 
 
-def test_the_prompt_stays():
-    there = apr.convert(parsed("threadweaver").with_prompt("Q: "), "npr")
-    assert (there.prompt, there.spans[1].parents) == ("Q: ", (0,))
-    assert apr.Trajectory.from_json(there.to_json()) == there
+def test_the_prompt_is_kept():
+    converted = apr.convert(parsed("threadweaver").with_prompt("Q: "), "npr")
+    assert (converted.prompt, converted.spans[1].parents) == ("Q: ", (0,))
+    assert apr.Trajectory.from_json(converted.to_json()) == converted

@@ -1,4 +1,4 @@
-"""Reading finished text: round trips, errors with their place, and completions of what was cut off."""
+"""Parsing of complete replies: round trips, errors with their position, and completion of text that was cut off."""
 
 from __future__ import annotations
 
@@ -79,17 +79,17 @@ def test_more_branches_than_the_format_has():
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_every_prefix_of_a_phase_can_be_completed(data: st.DataObject):
-    """Wherever the token limit cuts, what is open is closed, and what was written stays."""
+    """Wherever a token limit cuts, everything open is closed, and the decoded text is kept."""
     text = data.draw(traces())
-    for phase, whole in _phases(text):
-        cut = whole[: data.draw(st.integers(0, len(whole)))]
+    for phase, full in _phases(text):
+        cut = full[: data.draw(st.integers(0, len(full)))]
         added = DIALECT.complete_phase(phase, cut)
         assert added is not None
         assert DIALECT.parse_phase(phase, cut + added)[-1].end == len(cut + added)
 
 
 def _phases(text: str):
-    """What the requests of a trace would have decoded."""
+    """The phases of a trace, and what a request decodes of each."""
     for block in DIALECT.parse(text).blocks:
         for branch in block.branches:
             yield "body", branch.text + "</Thread>"
@@ -122,7 +122,7 @@ def test_completion(phase: str, cut: str, added: str | None):
     assert DIALECT.complete_phase(phase, cut) == added
 
 
-def test_ids_are_split_where_their_first_character_lies():
+def test_a_token_belongs_to_the_piece_of_its_first_character():
     tokenizer = apr.ByteTokenizer()
     text = "aé\U0001f600b"
     ids = tokenizer.encode(text)
@@ -136,19 +136,19 @@ def test_ids_are_split_where_their_first_character_lies():
 def test_ids_are_split_as_pieces_were_encoded(pieces: list[str]):
     tokenizer = apr.ByteTokenizer(DIALECT.tags)
     text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
-    found = list(split_token_ids(tokenizer.encode(text), text, ends, tokenizer))
-    assert found == [tuple(tokenizer.encode(piece)) for piece in pieces]
+    split = list(split_token_ids(tokenizer.encode(text), text, ends, tokenizer))
+    assert split == [tuple(tokenizer.encode(piece)) for piece in pieces]
 
 
 @pytest.mark.parametrize(
     "text", ["", "null", "[]", "{}", '{"schema": "other/1"}', '{"schema": "sgl_apr.trajectory/1"}', "{"]
 )
-def test_foreign_json_is_refused(text: str):
+def test_other_json_is_an_error(text: str):
     with pytest.raises(TraceError, match="expected"):
         apr.Trajectory.from_json(text)
 
 
-def test_json_with_a_broken_span_is_refused():
+def test_json_with_a_broken_span_is_an_error():
     good = DIALECT.parse(TRACE).to_json()
     for old, new in [
         ('"role": "fork"', '"role": "spoon"'),

@@ -1,4 +1,4 @@
-"""Every dialect alike, from its grammar file alone: documents, what breaks them, masks, completions, trajectories."""
+"""All dialects, tested from their grammar files: valid and broken documents, masks, completions, trajectories."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ WIDTH = 3
 
 
 @cache
-def whole(name: str) -> LLMatcher:
-    """What a whole document may be, as one mask."""
+def document_matcher(name: str) -> LLMatcher:
+    """The mask of a complete document."""
     dialect = apr.dialect(name)
     depth = min(2, dialect.max_depth)
     return masked(name).matcher("trace", dialect=dialect, width=WIDTH, min_width=1, depth=depth)
 
 
 def is_decodable(name: str, text: str) -> bool:
-    matcher, ids = whole(name).deep_copy(), masked(name).encode(text)
+    matcher, ids = document_matcher(name).deep_copy(), masked(name).encode(text)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
 @every_dialect
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), spelled=st.booleans())
-def test_documents_are_read_and_written_without_loss(name: str, data: st.DataObject, spelled: bool):
+def test_documents_are_parsed_without_loss(name: str, data: st.DataObject, spelled: bool):
     dialect = apr.dialect(name)
     text = data.draw(documents(dialect))
     dialect.validate(text)
@@ -61,7 +61,7 @@ def test_documents_are_read_and_written_without_loss(name: str, data: st.DataObj
 
 
 @every_dialect
-def test_no_tag_can_go_and_no_two_can_be_swapped(name: str):
+def test_removed_and_swapped_tags_are_rejected(name: str):
     dialect = apr.dialect(name)
     broken = 0
     for seed in range(10):
@@ -75,8 +75,8 @@ def test_no_tag_can_go_and_no_two_can_be_swapped(name: str):
     assert broken > 100
 
 
-def test_what_a_tag_names_may_change_places():
-    """Nothing but the promise holds its topic, so there is nothing that two swapped topics could contradict."""
+def test_names_in_tags_can_be_swapped():
+    """Only the promise holds its topic, so two swapped topics contradict nothing."""
     dialect = apr.dialect("pasta")
     text = '<promise topic="a"/><promise topic="b"/><sync/><async>1</async><async>2</async>'
     (swapped,) = [t for t in with_tags_swapped(dialect, text, named=True) if dialect.is_valid(t)]
@@ -87,7 +87,7 @@ def test_what_a_tag_names_may_change_places():
 @every_dialect
 @pytest.mark.parametrize("width", [2, 5])
 def test_width_and_depth_bound_a_document(name: str, width: int):
-    """The mask of a document takes just those that are no wider and no deeper than it says."""
+    """The mask of a document accepts exactly the documents within its width and depth."""
     dialect, seen = apr.dialect(name), set()
     depth = min(2, dialect.max_depth)
     matcher = masked(name).matcher("trace", dialect=dialect, width=width, min_width=1, depth=1)
@@ -101,13 +101,13 @@ def test_width_and_depth_bound_a_document(name: str, width: int):
         seen.add(fits)
     nests = (
         depth > 1 and dialect.branch_context == "prefix"
-    )  # a document holds no more of a child than its result
+    )  # a document holds only the result of a child
     assert seen == ({True, False} if width < 4 or nests else {True})
 
 
-def test_a_document_that_cannot_be_lowered_says_why():
+def test_a_document_that_cannot_be_lowered_is_an_error():
     threadweaver, multiverse = apr.dialect("threadweaver"), apr.dialect("multiverse")
-    for dialect, tokenizer, shape, message in [
+    for dialect, tokenizer, options, message in [
         (threadweaver, masked("threadweaver", True), {}, "'<[A-Za-z]+>' is not one token"),
         (
             threadweaver,
@@ -125,32 +125,32 @@ def test_a_document_that_cannot_be_lowered_says_why():
         ),
     ]:
         with pytest.raises(apr.GrammarError, match=message):
-            dialect.llguidance("trace", tokenizer, **shape)
+            dialect.llguidance("trace", tokenizer, **options)
     with pytest.raises(apr.GrammarError, match="needs llguidance, not xgrammar"):
         threadweaver.lower("trace", masked("threadweaver"), "xgrammar")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A phase where the runtime would decode it."""
+    """A phase at a place where the runtime decodes it."""
 
     phase: str
-    place: BranchNumbering = field(default_factory=BranchNumbering)
+    numbering: BranchNumbering = field(default_factory=BranchNumbering)
 
-    def lowered(self, dialect: apr.Dialect, tokenizer: Masked, **shape) -> str | None:
-        """Its mask, or None if the shape leaves nothing of it. Branches that do not nest cannot fork."""
+    def lowered(self, dialect: apr.Dialect, tokenizer: Masked, **options) -> str | None:
+        """Its mask, or None if the options allow nothing. Branches that do not nest cannot fork."""
         if dialect.rule_for_phase(self.phase) == "body":
-            shape["fork"] = "auto"
-        shape = {"width": min(WIDTH, dialect.max_width), "min_width": 1} | shape
-        place = self.place
+            options["fork"] = "auto"
+        options = {"width": min(WIDTH, dialect.max_width), "min_width": 1} | options
+        numbering = self.numbering
         try:
             return dialect.llguidance(
                 self.phase,
                 tokenizer,
-                prefix=place.prefix,
-                number=place.number,
-                waiting=place.waiting,
-                **shape,
+                prefix=numbering.prefix,
+                number=numbering.number,
+                waiting=numbering.waiting,
+                **options,
             )
         except apr.GrammarError as error:
             if "allows nothing" not in str(error):
@@ -159,7 +159,7 @@ class Case:
 
 
 def cases(dialect: apr.Dialect) -> Iterator[Case]:
-    """Every phase of a dialect, with other branches forked off and not."""
+    """Every phase of a dialect, with and without pending branches."""
     one, two, three = (str(dialect.first_number + k) for k in range(3))
     if dialect.asynchronous:
         yield Case("trunk", BranchNumbering(number=one))
@@ -170,13 +170,13 @@ def cases(dialect: apr.Dialect) -> Iterator[Case]:
     else:
         yield from (Case(phase) for phase in ("trunk", "after") if phase in dialect.grammar.rules)
     for number in (two, str(dialect.first_number + dialect.max_width - 1)):
-        place = BranchNumbering(prefix=f"{number}." if dialect.nested_numbering else "", number=number)
-        yield Case("branch", place)
+        numbering = BranchNumbering(prefix=f"{number}." if dialect.nested_numbering else "", number=number)
+        yield Case("branch", numbering)
         if "rejoin" in dialect.grammar.rules:
-            yield Case("rejoin", place)
+            yield Case("rejoin", numbering)
 
 
-SHAPES = [
+MASK_OPTIONS = [
     {},
     {"fork": "required", "lead_chars": 8},
     {"fork": "forbidden"},
@@ -186,13 +186,13 @@ SHAPES = [
 
 
 @every_dialect
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(s) or "auto")
-def test_masks_allow_the_tags_that_a_reference_does(name: str, shape: dict):
-    """Along random paths, the tags and the end that the mask allows are those that Lark's parser would take."""
+@pytest.mark.parametrize("options", MASK_OPTIONS, ids=lambda s: "-".join(s) or "auto")
+def test_masks_allow_the_same_tags_as_a_reference_parser(name: str, options: dict):
+    """Along random paths, the mask allows the tags, and the end, that Lark's parser accepts."""
     dialect, tokenizer = apr.dialect(name), masked(name)
     rng, compared = random.Random(0), 0
     for case in cases(dialect):
-        lowered = case.lowered(dialect, tokenizer, **shape)
+        lowered = case.lowered(dialect, tokenizer, **options)
         if lowered is None:
             continue
         reference = Reference(lowered)
@@ -202,7 +202,7 @@ def test_masks_allow_the_tags_that_a_reference_does(name: str, shape: dict):
 
 
 class NoLexer(Lexer):
-    """Terminals are fed, not lexed."""
+    """A lexer without text: the test feeds terminals to the parser."""
 
     def __init__(self, conf):
         pass
@@ -212,7 +212,7 @@ class NoLexer(Lexer):
 
 
 class Reference:
-    """llguidance's text as Lark's LALR parser, without any text: a terminal for each tag, string and expression."""
+    """llguidance's grammar in Lark's LALR parser, with a terminal for each tag, string and regular expression."""
 
     def __init__(self, lowered: str) -> None:
         self.lowered = lowered
@@ -244,7 +244,7 @@ class Reference:
         return name
 
     def walk(self, rng: random.Random, tokenizer: Masked) -> int:
-        """One random path through it; the number of states in which both were asked."""
+        """Follow one random path, and return the number of states that were compared."""
         matcher = LLMatcher(tokenizer.guide, self.lowered)
         state = self.parser.parse_interactive("")
         for step in itertools.count(1):
@@ -252,10 +252,10 @@ class Reference:
             expected = {self.tags[a] for a in accepted if a in self.tags}
             expected |= tokenizer.eos_ids if "$END" in accepted else set()
             assert allowed(matcher, tokenizer) == expected, (self.lowered[:500], step)
-            going = sorted(accepted - {"$END"})
-            if not going or step > 40:
+            terminals = sorted(accepted - {"$END"})
+            if not terminals or step > 40:
                 return step
-            name = rng.choice(going)
+            name = rng.choice(terminals)
             state.feed_token(Token(name, ""))
             for k, token in enumerate(ids := self._ids(name, rng, tokenizer), 1):
                 assert matcher.consume_token(token)
@@ -272,7 +272,7 @@ class Reference:
 
 
 def allowed(matcher: LLMatcher, tokenizer: Masked) -> set[int]:
-    """The tags, and the end, that the mask allows."""
+    """The tags that the mask allows, and the end of text if it does."""
     size = tokenizer.backend.get_vocab_size()
     bits = masks.allocate_token_bitmask(1, size)
     masks.fill_next_token_bitmask(matcher, bits)
@@ -284,24 +284,24 @@ def allowed(matcher: LLMatcher, tokenizer: Masked) -> set[int]:
 @every_dialect
 @both_modes
 def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
-    """Wherever the token limit cuts, what is open is closed, and what was written stays."""
+    """Wherever a token limit cuts, everything open is closed, and the decoded text is kept."""
     dialect, tokenizer = apr.dialect(name), masked(name, spelled)
     engine, rng = SampledEngine(tokenizer, seed=2), random.Random(2)
     wide = {"width": min(12, dialect.max_width), "min_width": min(11, dialect.max_width), "outline_chars": 1}
-    shapes = ({"outline_chars": 12}, wide, SHAPES[1], SHAPES[2])
-    for case, shape in itertools.product(cases(dialect), shapes):
-        lowered = case.lowered(dialect, tokenizer, **shape)
+    all_options = ({"outline_chars": 12}, wide, MASK_OPTIONS[1], MASK_OPTIONS[2])
+    for case, options in itertools.product(cases(dialect), all_options):
+        lowered = case.lowered(dialect, tokenizer, **options)
         if lowered is None:
             continue
         for _ in range(2):
             text, finished = asyncio.run(decoded(engine, dialect, case, lowered))
             if finished:
-                assert dialect.parse_phase(case.phase, text, case.place)[-1].end == len(text)
+                assert dialect.parse_phase(case.phase, text, case.numbering)[-1].end == len(text)
             for end in {0, len(text), *(rng.randint(0, len(text)) for _ in range(20))}:
                 cut = text[:end]
-                added = dialect.complete_phase(case.phase, cut, case.place)
+                added = dialect.complete_phase(case.phase, cut, case.numbering)
                 assert added is not None, (case, cut)
-                segments = dialect.parse_phase(case.phase, cut + added, case.place)
+                segments = dialect.parse_phase(case.phase, cut + added, case.numbering)
                 assert (segments[-1].end if segments else 0) == len(cut + added)
 
 
@@ -311,7 +311,7 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
         ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n", "2.1:...</Outline>\n</Goal>"),
         ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2", ".1:...</Outline>\n</Goal>"),
         ("multiverse", "branch", "2", "<Parallel>\n<Goal>\n<Outline>\n2.", "1:...</Outline>\n</Goal>"),
-        # What may be half a fork stays text: it may be forbidden here.
+        # What could be half a fork stays text, because a fork can be forbidden here.
         ("multiverse", "branch", "2", "x<P", "</Path>"),
         ("multiverse", "branch", "2", "x</P", "ath>"),
         ("parathinker", "branch", "2", "x</think ", "2>"),
@@ -325,16 +325,16 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
         ),
     ],
 )
-def test_what_is_cut_within_a_tag_a_number_or_a_name(
+def test_completion_within_a_tag_a_number_or_a_name(
     name: str, phase: str, number: str, cut: str, added: str
 ):
-    place = BranchNumbering(prefix=f"{number}." if phase == "branch" else "", number=number)
-    assert apr.dialect(name).complete_phase(phase, cut, place) == added
+    numbering = BranchNumbering(prefix=f"{number}." if phase == "branch" else "", number=number)
+    assert apr.dialect(name).complete_phase(phase, cut, numbering) == added
 
 
 async def decoded(engine: SampledEngine, dialect: apr.Dialect, case: Case, lowered: str) -> tuple[str, bool]:
-    """What an engine that samples from the mask alone decodes of a phase, and whether it came to its end."""
-    stops = dialect.stop_strings(case.phase, case.place)
+    """What an engine that samples from the mask decodes of a phase, and whether the phase ended."""
+    stops = dialect.stop_strings(case.phase, case.numbering)
     ids = [engine.tokenizer.special_token_id(tag) for tag in stops]
     result = await engine.decode(
         apr.Request("r", (), 200, grammar=lowered, stop_ids=tuple(i for i in ids if i is not None))
@@ -365,16 +365,16 @@ def test_trajectories_are_valid_whatever_is_sampled(name: str, depth: int, mode:
 @pytest.mark.timeout(3600)
 @every_dialect
 def test_ten_thousand_trajectories_are_valid(name: str):
-    found = trajectories(name, min(2, apr.dialect(name).max_depth), "auto", 10_000)
-    print(f"\n{name}: {found}")
-    assert found["valid"] == 10_000
+    counts = trajectories(name, min(2, apr.dialect(name).max_depth), "auto", 10_000)
+    print(f"\n{name}: {counts}")
+    assert counts["valid"] == 10_000
 
 
 def trajectories(name: str, depth: int, mode: str, count: int) -> dict[str, int]:
-    """Runs them, checks each, and says how many were valid and forked, and how their branches were closed."""
+    """Run and check trajectories, and count how many were valid, forked, and closed in which way."""
     dialect = apr.dialect(name)
     spelled, options = MODES[mode]
-    # One that soon closes what is open, and one that seldom does: the runtime has to.
+    # The first engine closes its branches soon. The second one rarely does, so the runtime has to.
     engines = [SampledEngine(masked(name, spelled), seed=depth, tag_weight=w) for w in (30.0, 2.0)]
     closing = closing_overhead(dialect, engines[0].tokenizer).of(WIDTH)
     budget = apr.Budget(
@@ -383,31 +383,31 @@ def trajectories(name: str, depth: int, mode: str, count: int) -> dict[str, int]
         depth=depth,
         outline_chars=12 if spelled else None,
     )
-    found = dict.fromkeys(("valid", "forked", "nested", "branches", "decoded", "injected", "tokens"), 0)
+    counts = dict.fromkeys(("valid", "forked", "nested", "branches", "decoded", "injected", "tokens"), 0)
 
     async def run() -> None:
         for engine in itertools.islice(itertools.cycle(engines), count):
             trajectory = await apr.areason(engine, "Q: ", dialect, budget=budget, **options)
             engine.requests.clear()
             metrics = check(trajectory, dialect, engine.tokenizer, budget)
-            found["valid"] += 1
-            found["forked"] += bool(trajectory.blocks)
-            found["nested"] += any(len(b.path) > 1 for b in trajectory.blocks)
-            found["branches"] += metrics.branches
-            found["decoded"] += metrics.closers_decoded
-            found["injected"] += metrics.closers_injected
-            found["tokens"] += metrics.total
+            counts["valid"] += 1
+            counts["forked"] += bool(trajectory.blocks)
+            counts["nested"] += any(len(b.path) > 1 for b in trajectory.blocks)
+            counts["branches"] += metrics.branches
+            counts["decoded"] += metrics.closers_decoded
+            counts["injected"] += metrics.closers_injected
+            counts["tokens"] += metrics.total
 
     asyncio.run(run())
-    assert found["nested"] > 0 or depth == 1 or spelled
-    assert found["decoded"] + found["injected"] > 0 or not dialect.grammar.closing_literal("body", "1")
-    return found
+    assert counts["nested"] > 0 or depth == 1 or spelled
+    assert counts["decoded"] + counts["injected"] > 0 or not dialect.grammar.closing_literal("body", "1")
+    return counts
 
 
 def check(
     trajectory: apr.Trajectory, dialect: apr.Dialect, tokenizer: Masked, budget: apr.Budget
 ) -> apr.Metrics:
-    """Its metrics; raises `AssertionError` or `TraceError` if a trajectory is not as it has to be."""
+    """Check a trajectory, and return its metrics."""
     text, metrics = trajectory.text, trajectory.metrics()
     assert dialect.render(dialect.parse(text)) == text
     assert tokenizer.decode(trajectory.token_ids) == text

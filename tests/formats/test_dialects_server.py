@@ -1,4 +1,4 @@
-"""Every dialect on a real server: random weights follow it, in `areason` and in programs, on both grammar backends."""
+"""All dialects on a real server with random weights: in `areason` and in programs, on both grammar backends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def budget(dialect: apr.Dialect) -> apr.Budget:
 
 
 def replies(url: str, dialect: apr.Dialect, count: int, **options) -> list[apr.Trajectory]:
-    """`count` of them, 32 at once, each asked to fork."""
+    """`count` replies, 32 at once, each of which has to fork if it can."""
     options = {"temperature": 1.5, "mode": "parallel", "budget": budget(dialect), **options}
 
     async def all_of_them() -> list[apr.Trajectory]:
@@ -45,7 +45,7 @@ def replies(url: str, dialect: apr.Dialect, count: int, **options) -> list[apr.T
     return asyncio.run(all_of_them())
 
 
-# A tag that is spelled out is twenty tokens of the random model's.
+# A tag that is spelled out takes twenty tokens of the random model.
 SPELLED = apr.Budget(tokens=1500, width=3, branch_tokens=40, outline_chars=8)
 
 
@@ -66,16 +66,16 @@ def test_random_weights_follow_it(server: Server, name: str):
     check(dialect, found)
     if dialect.max_depth > 1 and dialect.grammar.closing_literal(
         "body", "1"
-    ):  # where nothing else ends a branch it just stops
+    ):  # otherwise a branch ends without a tag
         assert any(len(block.path) > 1 for t in found for block in t.blocks), "some branch forked again"
     if dialect.policy == "first":
         finishes = [b.finish for t in found for b in t.blocks[0].branches]
-        assert "aborted" in finishes, "the others were stopped where they were"
+        assert "aborted" in finishes, "the other branches were stopped"
 
 
 @every
 def test_in_a_program(server: Server, name: str):
-    """Native forks: nested ones, ones that run while the trunk goes on, and ones with a context of their own."""
+    """Native forks: nested, asynchronous, and with their own context."""
     dialect = apr.dialect(name)
 
     @sgl.function
@@ -92,21 +92,21 @@ def test_in_a_program(server: Server, name: str):
             assert state["rest"] is not None
 
 
-def test_a_branch_with_a_context_of_its_own_shares_nothing(server: Server):
+def test_a_branch_with_its_own_context_shares_nothing(server: Server):
     for t in replies(server.url, apr.dialect("spawn"), 2):
         first = {call.path: call for call in reversed(t.calls) if call.path and call.phase == "branch"}
         for call in first.values():
-            assert call.prompt_tokens < 24, "the message alone"
+            assert call.prompt_tokens < 24, "only the message"
         headers = [i for i, s in enumerate(t.spans) if s.role == "header"]
         assert all(t.spans[i].parents == () and t.spans[i].waits_for for i in headers)
         after = next(s for s in t.spans if s.role == "lead")
         fork = next(i for i, s in enumerate(t.spans) if s.role == "fork")
         assert fork not in t.ancestors(t.spans.index(after)), (
-            "the call is gone from what the trunk goes on from"
+            "the call is not in the context of the trunk after the join"
         )
 
 
-def test_the_trunk_goes_on_while_its_branches_run(server: Server):
+def test_the_trunk_continues_while_its_branches_run(server: Server):
     found = replies(server.url, apr.dialect("asyncthink"), 12)
     overlaps = 0
     for t in found:
@@ -129,7 +129,7 @@ def test_a_policy_joins_before_all_have_ended(server: Server, policy: str):
 
 
 def test_the_server_names_the_dialect(tmp_path: Path):
-    """With the tags of one dialect in the tokenizer nothing else has to be said."""
+    """A tokenizer with the tags of one dialect determines the dialect."""
     model = random_llama(tmp_path / "model", tags=apr.dialect("npr").tags, tag_bias=5.0)
     assert apr.dialect_for(load_tokenizer(str(model))) is apr.dialect("npr")
 
@@ -138,7 +138,7 @@ def test_the_server_names_the_dialect(tmp_path: Path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["xgrammar tokens", "llguidance tokens", "llguidance text"])
 def test_forty_of_forty(tmp_path: Path, kind: str):
-    """Two hundred of them are what benchmarks.masks.mask_latency asks for."""
+    """benchmarks.masks.mask_latency does the same with two hundred."""
     backend, mode = kind.split()
     tags = tuple(dict.fromkeys(t for n in apr.dialect_names() for t in apr.dialect(n).tags))
     model = random_llama(tmp_path / "model", tags=tags if mode == "tokens" else (), tag_bias=5.0)

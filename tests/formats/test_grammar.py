@@ -1,4 +1,4 @@
-"""The grammar file: what is read from it, and what is refused."""
+"""The grammar file: what is read from it, and what is an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_no_module_spells_a_tag():
     tags = Grammar(SOURCE).tags()
     sources = [p for p in package.rglob("*.py") if "models" not in p.parts]
     spelled = [(p.name, tag) for p in sources for tag in tags if f'"{tag}"' in p.read_text()]
-    assert [s for s in spelled if s[0] != "scripted.py"] == []  # its doctest may
+    assert [s for s in spelled if s[0] != "scripted.py"] == []  # its doctest contains one
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_no_module_spells_a_tag():
         ('a: TEXT\nTEXT: /x/\nB: "x" | "y"', "line 3.*expected one string or one regular expression"),
     ],
 )
-def test_outside_the_subset_is_refused_with_line_and_reason(source: str, message: str):
+def test_unsupported_syntax_is_an_error_with_line_and_reason(source: str, message: str):
     with pytest.raises(apr.GrammarError, match=message):
         Grammar(source, "mine.lark")
 

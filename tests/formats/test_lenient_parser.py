@@ -1,4 +1,4 @@
-"""Reading whatever a model wrote: every defect has a name and a place, nothing raises, nothing is lost, time is linear."""
+"""Lenient parsing: every defect has a name and a position, nothing raises, nothing is lost, and time is linear."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.threadweaver_traces import TRACE, traces
 every = pytest.mark.parametrize("name", apr.dialect_names())
 
 
-def kept(reading: apr.Reading) -> str:
+def all_text(reading: apr.Reading) -> str:
     return "".join(s.text for s in reading.trajectory.spans)
 
 
 def pieces(name: str, text: str) -> list[str]:
-    """A document cut at its tags, tags included."""
+    """A document split at its tags, tags included."""
     marks = sorted(map(re.escape, apr.dialect(name).grammar.tag_literals), key=len, reverse=True)
     return [p for p in re.split(f"({'|'.join(marks)})", text) if p]
 
@@ -97,14 +97,14 @@ def test_a_seeded_defect_is_named(name: str, old: str, new: str, defect: str):
     text = DOCUMENTS[name].replace(old, new, 1)
     reading = read(text, name)
     assert defect in [d.name for d in reading.defects]
-    assert kept(reading) == text
+    assert all_text(reading) == text
     lines = text.split("\n")
     for d in reading.defects:
         assert len("\n".join(lines[: d.line - 1])) + (d.line > 1) + d.column - 1 == d.offset
         assert text.startswith(d.found, d.offset)
 
 
-def test_what_is_right_around_a_defect_is_read():
+def test_the_text_around_a_defect_is_parsed():
     text = TRACE + TRACE.replace("\n</Thread><Thread>", "\n<Thread>") + TRACE
     reading = read(text)
     assert [d.name for d in reading.defects] == ["unclosed branch"]
@@ -122,7 +122,7 @@ def test_tags_in_the_prompt_are_not_structure():
 
 
 def mutated(name: str, rng: random.Random) -> str:
-    """A document with a few tags or characters deleted, swapped, doubled or put in."""
+    """A document with a few tags or characters deleted, swapped, duplicated or inserted."""
     parts = pieces(name, DOCUMENTS[name] * rng.randint(1, 2))
     marks = [m for other in (name, name, "multiverse") for m in apr.dialect(other).grammar.tag_literals]
     for _ in range(rng.randint(1, 4)):
@@ -146,7 +146,7 @@ def mutated(name: str, rng: random.Random) -> str:
 
 def check(text: str, name: str | None) -> apr.Reading:
     reading = read(text, name)
-    assert kept(reading) == text
+    assert all_text(reading) == text
     assert reading.is_valid == apr.dialect(reading.trajectory.dialect).is_valid(text)
     for i, span in enumerate(reading.trajectory.spans):
         assert all(p < i for p in span.parents)
@@ -204,11 +204,11 @@ LARGE = {
 
 
 @pytest.mark.parametrize("case", LARGE)
-def test_a_large_document_takes_no_time(case: str):
+def test_a_large_document_takes_linear_time(case: str):
     name, unit = LARGE[case]
     text = unit * (SIZE // len(unit))
     began = time.monotonic()
     reading = read(text, name)
-    # It is under 1 s on an idle machine; anything but linear would take minutes.
+    # It takes less than 1 s on an idle machine. Anything slower than linear would take minutes.
     assert time.monotonic() - began < 10
-    assert kept(reading) == text
+    assert all_text(reading) == text

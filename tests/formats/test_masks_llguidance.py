@@ -1,4 +1,4 @@
-"""The mask, on llguidance itself: what can be decoded, token by token, in both tag modes."""
+"""Masks in llguidance: what can be decoded, token by token, with tags as tokens and spelled out."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_fork_required_and_forbidden(masked: Masked):
 @both
 @settings(max_examples=60, deadline=None)
 @given(text=free_text())
-def test_any_text_that_is_no_tag_can_be_written(masked: Masked, text: str):
+def test_any_text_without_tags_can_be_decoded(masked: Masked, text: str):
     assert masked.accepts("body", text + "</Thread>")
     assert masked.accepts("trunk", text)
 
@@ -105,8 +105,8 @@ def test_a_tag_that_is_a_token_cannot_be_spelled_out():
 
 
 @both
-def test_the_file_is_what_counts(masked: Masked, tmp_path):
-    """Editing a copy of the grammar changes the parser, the mask and what is injected."""
+def test_everything_follows_the_grammar_file(masked: Masked, tmp_path):
+    """A changed copy of the grammar changes the parser, the mask and the injected text."""
     copy = tmp_path / "worker.lark"
     source = grammar_path("threadweaver").read_text()
     copy.write_text(
@@ -118,7 +118,7 @@ def test_the_file_is_what_counts(masked: Masked, tmp_path):
     assert mine.grammar.render_rule("header", "1") == "<Worker>\n1:"
     assert masked.accepts("trunk", FORK.replace(": ", ") "), dialect=mine)
     assert not masked.accepts("trunk", FORK, dialect=mine)
-    # In it </Thread> is ordinary text, unless the tokenizer has it as a token of its own.
+    # There </Thread> is ordinary text, unless it is a token.
     assert masked.accepts("body", "a</Thread>b</Worker>", dialect=mine) is (masked is SPELLED)
     trace = FORK.replace(": ", ") ") + "\n<Worker>\n1:a</Worker><Worker>\n2:b</Worker>\n</Parallel>"
     assert [b.text for b in mine.parse(trace).blocks[0].branches] == ["a", "b"]
@@ -145,5 +145,5 @@ def test_text_before_a_fork_that_has_to_come_is_bounded(masked, phase):
         concluded = "<Conclusion>12345678</Conclusion>\n</Parallel>"
         assert masked.accepts(phase, concluded + "12345678" + FORK, **options)
         assert not masked.accepts(phase, concluded.replace("8", "89") + FORK, **options)
-    # What stands in the fork is free.
+    # The outlines of the fork are not bounded.
     assert masked.accepts(phase, before + FORK.replace("1: x", "1: a longer outline, x < y"), **options)

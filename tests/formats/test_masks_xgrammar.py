@@ -1,4 +1,4 @@
-"""The mask on xgrammar itself: the same texts as on llguidance, tags as tokens only."""
+"""Masks in xgrammar: the same texts as in llguidance, with tags as tokens only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def masked() -> Masked:
 
 @cache
 def compiler() -> xgrammar.GrammarCompiler:
-    """One for all tests, as a server has it: its cache must not take one grammar for another."""
+    """One compiler for all tests, as a server has one: its cache must not confuse grammars."""
     fast = PreTrainedTokenizerFast(tokenizer_object=masked().backend, eos_token="<eos>")
     size, eos = masked().backend.get_vocab_size(), list(masked().eos_ids)
     return xgrammar.GrammarCompiler(
@@ -76,14 +76,14 @@ def test_no_tag_in_free_text():
     assert not allowed_tags(at) & set(apr.dialect("threadweaver").tags) - {"</Thread>"}
 
 
-def test_grammars_that_differ_in_tags_alone_are_not_taken_for_one_another():
-    """xgrammar's cache would: `<JOIN-1>` and `<JOIN-2>` are the same to it."""
+def test_grammars_that_differ_only_in_tags_are_not_confused():
+    """xgrammar's cache does not distinguish `<JOIN-1>` and `<JOIN-2>`."""
     for number in ("1", "2", "3", "1"):
         at = matcher("trunk", "asyncthink", number="4", waiting=(number,), fork="forbidden")
         assert allowed_tags(at) & set(apr.dialect("asyncthink").tags) == {f"<JOIN-{number}>"}
 
 
-def test_spelled_tags_are_refused():
+def test_spelled_tags_are_an_error():
     with pytest.raises(
         apr.GrammarError, match=r"is not one token of this tokenizer.*expected a tokenizer with"
     ):

@@ -1,4 +1,4 @@
-"""Published checkpoints, and dialects recognised by their tags."""
+"""Presets of published checkpoints, and the dialect of a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sgl_apr as apr
 
 
 @pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr", "parallel_r1"])
-def test_presets_say_how_and_why(name: str):
+def test_presets_have_prompts_and_sources(name: str):
     preset = apr.preset(name)
     assert preset.dialect is apr.dialect(name)
     assert preset.sources
@@ -17,7 +17,7 @@ def test_presets_say_how_and_why(name: str):
     assert all(apr.preset(model) is not None and "/" in model for model in preset.models)
 
 
-def test_the_published_join_is_said():
+def test_a_preset_has_the_published_join():
     assert apr.preset("multiverse").join == "kv"
     assert apr.preset("threadweaver").join == "text"
     apr.reason("answer", "multiverse", join="kv")
@@ -35,10 +35,10 @@ def test_a_tokenizer_names_its_dialect(name: str):
     assert apr.dialect_for(apr.ByteTokenizer(apr.dialect(name).tags)) is apr.dialect(name)
 
 
-def test_half_the_tags_or_none_are_no_dialect():
+def test_a_tokenizer_without_all_tags_has_no_dialect():
     tags = apr.dialect("threadweaver").tags
     assert apr.dialect_for(apr.ByteTokenizer(tags[:4])) is None
     assert apr.dialect_for(apr.ByteTokenizer()) is None
-    assert apr.dialect_for(apr.ByteTokenizer([*tags, *apr.dialect("npr").tags])) is None, "which of the two?"
+    assert apr.dialect_for(apr.ByteTokenizer([*tags, *apr.dialect("npr").tags])) is None, "it has the tags of two dialects"
     without = [t for t in tags if "Conclusion" not in t]
     assert apr.dialect_for(apr.ByteTokenizer(without)) is apr.dialect("threadweaver")

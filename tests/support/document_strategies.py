@@ -1,4 +1,4 @@
-"""Valid documents of any dialect, made from its grammar alone, and what breaks them; no dialect is named here."""
+"""Generates valid and broken documents of any dialect from its grammar."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ NAMES = ("0", "0,1", "12,3,4", "a topic", "größe & co")
 
 
 def documents(dialect: apr.Dialect, width: int = 3, depth: int = 2) -> st.SearchStrategy[str]:
-    """Whole valid replies."""
+    """A strategy for valid replies."""
     return st.randoms(use_true_random=False).map(lambda rng: document(dialect, rng, width, depth))
 
 
 def document(dialect: apr.Dialect, rng: random.Random, width: int = 3, depth: int = 2) -> str:
-    """One of them: blocks of at most `width` branches, nested at most `depth` deep if the dialect nests."""
+    """A valid reply with blocks of at most `width` branches, nested at most `depth` deep if the dialect nests."""
     author = _Author(dialect.grammar, rng, min(width, dialect.max_width), dialect.first_number)
     return author.write(SymbolRef("trace"), _At(min(depth, dialect.max_depth)))
 
 
 def tags(dialect: apr.Dialect, text: str, *, named: bool = False) -> list[re.Match[str]]:
-    """What stands in `text` that free text may not hold, numbers included; with `named`, names as well.
+    """The tags in a text, with their numbers.
 
-    `<promise topic="` is such a tag, and the topic is what it says; with `named` it is all up to `>`.
+    `<promise topic="` is such a tag. With `named` it includes the topic, up to `>`.
     """
     found = {t.text for seq in dialect.grammar._sequences() for t in merge_tag_parts(seq, "\0") if _is_tag(t)}
     patterns = (re.escape(t).replace("\0", r"[0-9.]+") for t in sorted(found, key=len, reverse=True))
@@ -61,14 +61,14 @@ def tags(dialect: apr.Dialect, text: str, *, named: bool = False) -> list[re.Mat
 
 
 def without_a_tag(dialect: apr.Dialect, text: str) -> Iterator[str]:
-    """`text` without one of its tags, each in turn."""
+    """The text without one of its tags, for each tag."""
     for named in (False, True):
         for tag in tags(dialect, text, named=named):
             yield text[: tag.start()] + text[tag.end() :]
 
 
 def with_tags_swapped(dialect: apr.Dialect, text: str, *, named: bool = False) -> Iterator[str]:
-    """`text` with two tags swapped that are different and next to one another, each pair in turn."""
+    """The text with two adjacent and different tags swapped, for each pair."""
     for a, b in pairwise(tags(dialect, text, named=named)):
         if a[0] != b[0]:
             swapped = text[: a.start()] + b[0] + text[a.end() : b.start()] + a[0] + text[b.end() :]
@@ -77,7 +77,7 @@ def with_tags_swapped(dialect: apr.Dialect, text: str, *, named: bool = False) -
 
 
 def free_text(grammar: Grammar, rng: random.Random) -> str:
-    """Anything a model may write that is no tag, does not pass for one, and is not just the beginnings of tags."""
+    """Text without tags, without anything that resembles one, and not only of beginnings of tags."""
     marks = [mark.strip("</>") for mark in grammar.tag_literals]
     names = "|".join(map(re.escape, marks))
     begun = "|".join(
@@ -92,17 +92,17 @@ def free_text(grammar: Grammar, rng: random.Random) -> str:
             pieces.append(chr(rng.randint(0x20, 0xD7FF)))
         rng.shuffle(pieces)
         text = "".join(pieces)
-        says = re.sub(rf"</?(?:{begun}|)", "", text, flags=re.IGNORECASE)
-        if says and not re.search(rf"</?(?:{names})", text, re.IGNORECASE):
+        content = re.sub(rf"</?(?:{begun}|)", "", text, flags=re.IGNORECASE)
+        if content and not re.search(rf"</?(?:{names})", text, re.IGNORECASE):
             return text
 
 
 @dataclass(frozen=True)
 class _At:
-    """Where in the document: levels of blocks left, the number of the branch, and what its block has.
+    """A position in the structure of a document.
 
-    `names` are those that the block gave to its branches; `move` is "fork" or "wait" where one of them
-    has to come.
+    `depth` levels of blocks are left, `branches` is the number of branches of the block, `names` are the names of its
+    branches, and `move` is "fork" or "wait" where one of them has to follow.
     """
 
     depth: int
@@ -120,11 +120,11 @@ class _Author:
     width: int
     first: int
 
-    def open(self, expr: Expr, at: _At) -> str:
-        """`expr` in which a new block may have its branches."""
+    def write_block(self, expr: Expr, at: _At) -> str:
+        """Write an expression that can hold the branches of a new block."""
         if not has_per_branch_items(self.grammar, expr):
             return self.write(expr, at)
-        low = self._least(expr)
+        low = self._min_branches(expr)
         return self.write(expr, replace(at, branches=self.rng.randint(low, max(low, self.width)), names={}))
 
     def write(self, expr: Expr, at: _At) -> str:
@@ -137,7 +137,7 @@ class _Author:
             case SymbolRef(name) if name == TEXT:
                 return free_text(self.grammar, rng)
             case SymbolRef(name) if name in rules:
-                return (self.open if name == "trace" else self.write)(rules[name], at)
+                return (self.write_block if name == "trace" else self.write)(rules[name], at)
             case SymbolRef(name):
                 terminal = self.grammar.terminals[name]
                 if isinstance(terminal, StringLiteral):
@@ -145,25 +145,25 @@ class _Author:
                 fitting = [n for n in NAMES if re.fullmatch(terminal, n)]
                 return at.names.setdefault(at.number, rng.choice(fitting))
             case SequenceExpr(items):
-                return self.in_order(items, at)
+                return self.write_sequence(items, at)
             case Alt(options):
-                wanted = [o for o in options if at.move and starts_block(self.grammar, o, (at.move,))]
-                return self.write(rng.choice(wanted or [o for o in options if self._fits(o, at)]), at)
+                required = [o for o in options if at.move and starts_block(self.grammar, o, (at.move,))]
+                return self.write(rng.choice(required or [o for o in options if self._fits(o, at)]), at)
             case Repeat(item, low, unbounded=False):
                 return self.write(item, at) if low or rng.random() < 0.6 else ""
             case Repeat(item, low) if starts_block(self.grammar, item):
                 return self.blocks(item, low, at)
             case Repeat():
-                return self.in_order((expr,), at)
+                return self.write_sequence((expr,), at)
 
-    def in_order(self, items: tuple[Expr, ...], at: _At) -> str:
-        """Items one after another, what is counted once for each branch."""
-        counted = self._counted(items)
-        once = sum(i in counted for i in items)
+    def write_sequence(self, items: tuple[Expr, ...], at: _At) -> str:
+        """Write items in sequence, and per-branch items once for each branch."""
+        per_branch = self._per_branch_items(items)
+        once = sum(i in per_branch for i in items)
         written, k = "", 0
         for item in items:
             branch = item.item if isinstance(item, Repeat) else item
-            if branch not in counted:
+            if branch not in per_branch:
                 written += self.write(item, at)
                 continue
             for _ in range(at.branches - once if isinstance(item, Repeat) else 1):
@@ -173,11 +173,11 @@ class _Author:
         return written
 
     def blocks(self, item: Expr, low: int, at: _At) -> str:
-        """What may come any number of times; what was forked off is waited for."""
+        """Write any number of blocks, and wait for every branch that was forked off."""
         at = replace(at, depth=at.depth - 1, names={})
         times = self.rng.randint(low, max(low, 2)) if at.depth >= 0 else 0
         if "wait" not in self.grammar.rules:
-            return "".join(self.open(item, at) for _ in range(times))
+            return "".join(self.write_block(item, at) for _ in range(times))
         written, forked, waiting = "", 0, list[str]()
         for left in reversed(range(3 * times)):
             if not left and waiting:
@@ -202,37 +202,43 @@ class _Author:
         number = waiting.pop(self.rng.randrange(len(waiting)))
         return self.write(item, replace(at, number=number, move="wait"))
 
-    def _counted(self, items: tuple[Expr, ...]) -> set[Expr]:
+    def _per_branch_items(self, items: tuple[Expr, ...]) -> set[Expr]:
         return {
             i.item
             for i in items
             if isinstance(i, Repeat) and i.unbounded and not starts_block(self.grammar, i.item)
         }
 
-    def _least(self, expr: Expr) -> int:
-        """The fewest branches with which `expr` can be written."""
+    def _min_branches(self, expr: Expr) -> int:
+        """The lowest number of branches with which an expression can be written."""
         match expr:
             case SymbolRef(name) if name in self.grammar.rules:
-                return self._least(self.grammar.rules[name])
+                return self._min_branches(self.grammar.rules[name])
             case SequenceExpr(items):
-                counted = self._counted(items)
+                per_branch = self._per_branch_items(items)
                 own = sum(
-                    i in counted or (isinstance(i, Repeat) and i.item in counted and i.min_count) for i in items
+                    i in per_branch or (isinstance(i, Repeat) and i.item in per_branch and i.min_count)
+                    for i in items
                 )
-                return max(own, *(self._least(i) for i in items if i not in counted))
+                return max(own, *(self._min_branches(i) for i in items if i not in per_branch))
             case Alt(options):
-                return max(map(self._least, options))
+                return max(map(self._min_branches, options))
             case Repeat(item, low, many):
                 return (
-                    low if many and not starts_block(self.grammar, item) else 0 if many else self._least(item)
+                    low
+                    if many and not starts_block(self.grammar, item)
+                    else 0
+                    if many
+                    else self._min_branches(item)
                 )
         return 0
 
     def _fits(self, expr: Expr, at: _At) -> bool:
-        """Whether it can be written with the levels that are left."""
+        """Whether an expression can be written with the levels that are left."""
         items = expr.items if isinstance(expr, SequenceExpr) else (expr,)
         return at.depth > 0 or not any(
-            isinstance(i, Repeat) and i.min_count and i.unbounded and starts_block(self.grammar, i.item) for i in items
+            isinstance(i, Repeat) and i.min_count and i.unbounded and starts_block(self.grammar, i.item)
+            for i in items
         )
 
 

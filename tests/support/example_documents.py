@@ -1,4 +1,4 @@
-"""One valid document of every dialect, written by hand, with what it holds."""
+"""One valid document of every dialect, written by hand, and the widths of its blocks."""
 
 from __future__ import annotations
 

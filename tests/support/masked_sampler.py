@@ -1,4 +1,4 @@
-"""A byte-level tokenizer under llguidance's masks, and an engine that samples from what they allow: no model, no server."""
+"""A byte-level tokenizer with llguidance's masks, and an engine that samples from them, without a model or a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgl_apr.engine.base import Load
 
 
 class Masked:
-    """A byte-level tokenizer, with or without the tags as tokens, and llguidance on it."""
+    """A byte-level tokenizer, with or without tags as tokens, and its llguidance tokenizer."""
 
     def __init__(self, tags: tuple[str, ...]) -> None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -37,14 +37,14 @@ class Masked:
         assert not matcher.is_error(), matcher.get_error()
         return matcher
 
-    @lru_cache(maxsize=4096)  # noqa: B019  # compiling is most of what a reply costs here
+    @lru_cache(maxsize=4096)  # noqa: B019  # compiling takes most of the time of a reply
     def compiled(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self.guide, grammar)
         assert not matcher.is_error(), (matcher.get_error(), grammar)
         return matcher
 
     def accepts(self, phase: str, text: str, **options) -> bool:
-        """Whether all of `text` can be decoded and decoding may end there."""
+        """Whether a text can be decoded, and decoding can end there."""
         matcher, ids = self.matcher(phase, **options), self.backend.encode(text).ids
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
@@ -62,7 +62,7 @@ def masked(name: str, spelled: bool = False) -> Masked:
 
 
 class SampledEngine:
-    """Samples every request from its grammar's mask alone; `tag_weight` is how much likelier a tag is than a byte."""
+    """Samples every request from its mask; a tag is `tag_weight` times as likely as a byte."""
 
     grammar_backend = "llguidance"
     supports_seeds = True
@@ -72,7 +72,7 @@ class SampledEngine:
         self.tokenizer, self.random = tokenizer, random.Random(seed)
         self.size = tokenizer.backend.get_vocab_size()
         self.weights = np.ones(self.size)
-        # Mostly letters: text of any bytes would be no text.
+        # Mostly letters, because random bytes are not text.
         for i in range(self.size):
             token = tokenizer.backend.id_to_token(i)
             if len(token) == 1 and not (

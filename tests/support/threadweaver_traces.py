@@ -1,4 +1,4 @@
-"""Valid ThreadWeaver traces for tests: one by hand, and a hypothesis strategy for any."""
+"""Valid ThreadWeaver traces: one written by hand, and a hypothesis strategy."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TRACE = """Let me see.
 The answer is 4."""
 
 
-BEGINNINGS = re.compile(r"(</?\w*)*")  # says nothing, and is no text under a mask
+BEGINNINGS = re.compile(r"(</?\w*)*")  # not a text under a mask
 
 
 def free_text() -> st.SearchStrategy[str]:
-    """Anything a model may write that is no tag, angle brackets included."""
+    """Text without tags, but with angle brackets."""
     pieces = st.one_of(
         st.text(max_size=12), st.sampled_from(["<", ">", "</", "<b>", "Thread>", "<Paral", "\n", "1:", "..."])
     )
@@ -44,7 +44,7 @@ def free_text() -> st.SearchStrategy[str]:
 
 @st.composite
 def traces(draw: st.DrawFn) -> str:
-    """A whole valid reply of zero to three blocks."""
+    """A valid reply with zero to three blocks."""
     text = draw(st.one_of(st.just(""), free_text()))
     for _ in range(draw(st.integers(0, 3))):
         n = draw(st.integers(1, 4))

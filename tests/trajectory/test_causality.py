@@ -1,4 +1,4 @@
-"""Positions and visibility of a trajectory against its graph, by brute force, in every dialect that has one order."""
+"""Positions and attention masks of trajectories, compared with their span graphs by brute force."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sampled(name: str, seed: int) -> apr.Trajectory:
 
 
 def graph(trajectory: apr.Trajectory) -> tuple[list[int], list[list[bool]]]:
-    """The longest chain before every token, and what it sees: from `Span.parents` alone."""
+    """The longest chain before every token, and what it sees, computed from `Span.parents`."""
     spans = trajectory.spans
     ends: list[int] = []
     at: list[int] = []
@@ -37,7 +37,7 @@ def graph(trajectory: apr.Trajectory) -> tuple[list[int], list[list[bool]]]:
 
 
 @pytest.mark.parametrize("name", KV)
-def test_it_is_the_longest_chain_and_the_ancestors(name: str):
+def test_positions_are_longest_chains_and_tokens_see_their_ancestors(name: str):
     deep = 0
     for seed in range(8):
         trajectory = sampled(name, seed)
@@ -48,19 +48,19 @@ def test_it_is_the_longest_chain_and_the_ancestors(name: str):
         assert found.token_ids == tuple(t for s in trajectory.spans for t in s.token_ids)
         deep = max(deep, *(len(b.path) // 2 for b in trajectory.blocks), 0)
         flat = apr.causality(trajectory)
-        assert flat.positions == tuple(range(len(found.token_ids))), "as text: in a line"
+        assert flat.positions == tuple(range(len(found.token_ids))), "text joins are sequential"
         assert not any(flat.masked_ranges)
     assert deep >= (1 if apr.dialect(name).max_depth > 1 else 0), "some nest"
 
 
-def test_what_has_no_one_order_is_refused():
+def test_a_trajectory_without_one_order_is_an_error():
     with pytest.raises(apr.AprError, match="no one order"):
         apr.causality(sampled("apr", 0), "kv")
     with pytest.raises(apr.AprError, match="no one order"):
         apr.causality(sampled("pasta", 0), "kv")
 
 
-def test_a_text_that_was_read_has_one_too():
+def test_a_parsed_text_has_positions():
     dialect = apr.dialect("multiverse")
     read = dialect.parse(sampled("multiverse", 1).text, apr.ByteTokenizer(dialect.tags))
     found, (at, sees) = apr.causality(read, "kv"), graph(read)

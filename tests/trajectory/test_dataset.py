@@ -1,4 +1,4 @@
-"""Trajectories through Arrow and Parquet, field by field; and what is refused on the way."""
+"""Round trips of trajectories through Arrow and Parquet, and what is an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIALECT = apr.dialect("threadweaver")
 TOKENIZER = apr.ByteTokenizer(TAGS)
 HIGHEST = 2**63 - 1
 
-# Nothing is as its default has it, and one is None next to each value that may be None.
+# No field has its default value, and every optional field is once None and once not.
 FULL = Trajectory(
     spans=(
         Span("prompt", "prompt", "Q: \0ü\U0001f600", (0, HIGHEST), ()),
@@ -59,7 +59,7 @@ SAMPLES = [
 
 
 def values(value: Any) -> Iterator[Any]:
-    """A dataclass and those inside of it."""
+    """A dataclass and the dataclasses in it."""
     if is_dataclass(value):
         yield value
         value = tuple(getattr(value, f.name) for f in fields(value))
@@ -69,7 +69,7 @@ def values(value: Any) -> Iterator[Any]:
 
 
 def test_the_sample_leaves_no_default():
-    """Else a field that is lost could pass for one that came back."""
+    """Otherwise a field that is lost could go unnoticed."""
     found = list(values(FULL))
     assert {type(v) for v in found} == {Trajectory, Span, Call, LimitHit, PacingDecision, JoinRecord}
     for kind in map(type, found):
@@ -90,7 +90,7 @@ def test_every_field_has_a_column():
 
 
 @pytest.mark.parametrize("samples", [SAMPLES, [BARE]], ids=["all", "bare"])
-def test_there_and_back(samples: list[Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_round_trip(samples: list[Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dataset, "BATCH_ROWS", 2)
     made = to_dataset(iter(samples))
     assert from_dataset(made) == samples
@@ -128,14 +128,14 @@ def test_columns_to_filter_by():
     assert (bare["total_tokens"], bare["critical_path"], bare["branches"]) == (0, 0, 0)
 
 
-def test_what_was_filtered_reordered_and_added_to_is_read():
+def test_a_filtered_and_extended_dataset_is_read():
     made = to_dataset(SAMPLES).filter(lambda row: row["branches"] > 1).select([1, 0])
     made = made.add_column("score", [1.0, 2.0]).with_format("numpy")
     assert from_dataset(made) == [SAMPLES[3], SAMPLES[2]]
 
 
 def columns(**changed: Any) -> Dataset:
-    """One full row with some columns changed, their types left."""
+    """One complete row with some columns changed, of the same types."""
     made = to_dataset([FULL])
     return Dataset.from_list([{**made[0], **changed}], features=made.features)
 
@@ -163,7 +163,7 @@ def span(**changed: Any) -> list[dict[str, Any]]:
         (lambda: columns(spans=span(finish="ok")), "row 0, spans, finish: found 'ok', expected stop or eos"),
     ],
 )  # fmt: skip
-def test_anything_else_is_refused(wrong: Any, message: str):
+def test_another_dataset_is_an_error(wrong: Any, message: str):
     with pytest.raises(apr.AprError, match=message):
         from_dataset(wrong())
 
@@ -174,7 +174,7 @@ def test_what_arrow_cannot_hold(change: dict[str, Any]):
         to_dataset([replace(FULL, **change)])
 
 
-def test_an_error_of_the_iterator_is_its_own():
+def test_an_error_of_the_iterator_is_not_changed():
     def broken() -> Iterator[Trajectory]:
         yield FULL
         raise OverflowError("mine")

@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand, and identities that hold for any trace."""
+"""Metrics compared with numbers computed by hand, and identities that hold for every trace."""
 
 from __future__ import annotations
 
