@@ -1,5 +1,6 @@
-"""Times one attention layer on the same tensors: SGLang's torch_native against apr_cpu, and apr_cpu against itself
-without reading once what the branches of a fork have in common; no model, no server.
+"""Time of one attention layer on the same tensors, without a model or a server.
+
+It compares apr_cpu with SGLang's torch_native, and with an apr_cpu that reads the shared prefix of a fork for each branch.
 
 python -m benchmarks.kernels.attention [--json] [--check] [--repeats 9]
 """
@@ -24,7 +25,7 @@ from rich.table import Table
 from benchmarks.common.machine import hardware
 from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 
-os.environ |= SERVER_ENVIRONMENT | dict(os.environ)  # as the server has it; read when torch is loaded
+os.environ |= SERVER_ENVIRONMENT | dict(os.environ)  # as in the server; torch reads it when it is loaded
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -32,16 +33,24 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sgl_apr.server.cpu.attention import AprCpuAttention
 
 RUNNER = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
-FORK_BAR = 2.0  # for 8 branches after 1,024 tokens
+FORK_BAR = 2.0  # minimal speed-up for 8 branches after 1,024 tokens
 SHAPES = {"smollm2": (9, 3, 64, 30), "tiny": (4, 2, 32, 3)}  # query heads, key heads, head dim, layers
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`requests` contexts of about `context` tokens; `new` tokens each (0: decode), `shared` in common.
+    """A batch to time.
 
-    Slots are scattered over the cache at random, unless `runs`: a prefill that finds free space gets one run.
-    `spread` is how far lengths fall below `context`. `bar` is the speed-up asked for, None if none is.
+    Attributes:
+        name: The name of the case.
+        shape: A key of `SHAPES`.
+        requests: Number of requests.
+        context: Tokens of the longest context.
+        new: New tokens of each request; 0 means decoding.
+        shared: Tokens that all contexts have in common.
+        spread: By which share of `context` the shortest context is shorter.
+        runs: Whether cache slots are contiguous, as for a prefill into free space, instead of random.
+        bar: The minimal speed-up, None without one.
     """
 
     name: str
@@ -57,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Medians over the repeats, in milliseconds a layer; `max_difference` is between the two outputs."""
+    """Median milliseconds per layer, and the largest difference between the two outputs."""
 
     case: Case
     torch_native_ms: float
@@ -96,15 +105,22 @@ def cases() -> list[Case]:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Queries [tokens, heads, dim], `caches` of keys and values [slots, kv_heads, dim], rows of slots and so on."""
+    """The tensors of a case.
+
+    Attributes:
+        case: The case.
+        query: Queries [tokens, heads, dim].
+        caches: Pairs of keys and values [slots, kv_heads, dim], which the layers use in turn.
+        indices: The remaining tensor arguments: the table of slots, request indices, lengths and so on.
+    """
 
     case: Case
     query: torch.Tensor
     caches: list[tuple[torch.Tensor, torch.Tensor]]
-    where: tuple[torch.Tensor, ...]
+    indices: tuple[torch.Tensor, ...]
 
     def forward(self, backend: Any) -> torch.Tensor:
-        """A forward pass of all layers, planning included, as in the server; the last layer's output."""
+        """Run all layers, including planning, as in the server; returns the last layer's output."""
         _, _, dim, layers = SHAPES[self.case.shape]
         options = {"scaling": dim**-0.5, "enable_gqa": True, "causal": bool(self.case.new)}
         run = getattr(backend, f"_run_sdpa_forward_{'extend' if self.case.new else 'decode'}")
@@ -112,12 +128,12 @@ class Batch:
         backend.init_forward_metadata(SimpleNamespace(out_cache_loc=None))
         for layer in range(layers):
             keys, values = self.caches[layer % len(self.caches)]
-            run(self.query, output, keys, values, *self.where, **options)
+            run(self.query, output, keys, values, *self.indices, **options)
         return output
 
 
 def batch_of(case: Case, caches: int = 1) -> Batch:
-    """The layers take `caches` in turn: with one for all of them, it stays in the processor's own."""
+    """The tensors of a case. With a single cache for all layers, it stays in the cache of the processor."""
     heads, kv_heads, dim, _ = SHAPES[case.shape]
     torch.manual_seed(0)
     lengths = torch.linspace(case.context * (1 - case.spread), case.context, case.requests).long()
@@ -129,18 +145,19 @@ def batch_of(case: Case, caches: int = 1) -> Batch:
         table[i, : len(part)] = part
     shared = min(case.shared, int(lengths.min()) - 1)
     table[:, :shared] = table[0, :shared].clone()
-    kept = [(torch.randn(size, kv_heads, dim), torch.randn(size, kv_heads, dim)) for _ in range(caches)]
+    pairs = [(torch.randn(size, kv_heads, dim), torch.randn(size, kv_heads, dim)) for _ in range(caches)]
     query = torch.randn(case.requests * max(case.new, 1), heads, dim)
-    where: tuple[torch.Tensor, ...] = (table, torch.arange(case.requests), lengths)
+    indices: tuple[torch.Tensor, ...] = (table, torch.arange(case.requests), lengths)
     if case.new:
-        where += (lengths - case.new, torch.full_like(lengths, case.new))
-    return Batch(case, query, kept, where)
+        indices += (lengths - case.new, torch.full_like(lengths, case.new))
+    return Batch(case, query, pairs, indices)
 
 
 def compare(batch: Batch, backends: tuple[Any, Any], repeats: int) -> tuple[list[list[float]], float]:
-    """Milliseconds a layer of each repeat for both, and the largest difference of their outputs.
+    """Time two backends alternately, so that other load on the machine affects both.
 
-    In turn, so that a busy moment of the machine hits both, and each as often the first.
+    Returns:
+        Milliseconds per layer of each repetition for both, and the largest difference of their outputs.
     """
     first, second = (batch.forward(backend) for backend in backends)
     taken: list[list[float]] = [[], []]
@@ -162,15 +179,18 @@ def measure(case: Case, repeats: int) -> Timing:
 def fork_attention_speedup(
     branches: int = 8, prefix: int = 1024, own: int = 32, repeats: int = 60
 ) -> dict[str, float | int | bool]:
-    """Decode attention for the branches of a fork: apr_cpu over apr_cpu that reads their prefix for each of them.
+    """The speed-up of decode attention when the prefix of a fork is read once instead of once per branch.
 
-    SmolLM2-135M's shapes in float32; slots are strewn, and every layer has its own keys and values, as in a server.
-    `speedup` is the median of the ratios of `repeats` forward passes each, in turn; `low` and `high` their quartiles.
+    It uses SmolLM2-135M's shapes in float32, random slots, and separate keys and values for every layer, as in a server.
+
+    Returns:
+        The sizes, median milliseconds per layer, `speedup` (the median ratio of `repeats` forward passes), and `low` and
+        `high`, its quartiles.
     """
     case = Case("fork", "smollm2", branches, prefix + own, shared=prefix, spread=0)
     backends = (AprCpuAttention(RUNNER, share=False), AprCpuAttention(RUNNER, share=True))
     taken, difference = compare(batch_of(case, caches=SHAPES[case.shape][3]), backends, repeats)
-    ratios = [apart / shared for apart, shared in zip(*taken, strict=True)]
+    ratios = [separate / shared for separate, shared in zip(*taken, strict=True)]
     low, speedup, high = statistics.quantiles(ratios, n=4)
     without, with_it = (statistics.median(times) for times in taken)
     return {
@@ -195,7 +215,7 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     return hardware() | {"torch_threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -215,30 +235,33 @@ def table_of(timings: list[Timing]) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Print a table, or JSON; with --check, status 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="per case (default: %(default)s)")
     options = parser.parse_args()
     fork = fork_attention_speedup()
     timings = [measure(case, options.repeats) for case in cases()]
     if options.json:
         rows = [asdict(t) | {"passed": t.passed} for t in timings]
-        found = {
-            "hardware": surroundings(),
+        result = {
+            "hardware": environment(),
             "repeats": options.repeats,
             "fork": fork,
             "timings": rows,
         }
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
     else:
         console = Console()
         console.print(table_of(timings))
         console.print(
-            "{branches} branches after {prefix} tokens, {own} of their own: {with_ms:.2f} ms a layer where the prefix is "
-            "read once, {without_ms:.2f} ms where each reads it: {speedup:.1f}x (bar {bar:g}x)".format(**fork)
+            "{branches} branches of {own} tokens after {prefix} tokens: {with_ms:.2f} ms per layer if the prefix is "
+            "read once, {without_ms:.2f} ms if each reads it: {speedup:.1f}x (bar {bar:g}x)".format(**fork)
         )
-        console.print(", ".join(f"{key} {value}" for key, value in surroundings().items()))
+        console.print(", ".join(f"{key} {value}" for key, value in environment().items()))
     return int(options.check and not (fork["passed"] and all(t.passed for t in timings)))
 
 

@@ -1,9 +1,9 @@
-"""What needs a GPU: training rows of 28,000 tokens, steps of the recipe, and forks and joins of an 8B Llama's shape.
+"""Times on a GPU: training rows of 28,000 tokens, steps of the recipe, and forks and joins in the shape of an 8B Llama.
 
 python -m benchmarks.kernels.gpu [--json] [--check] [--reps 5] [--parts attention model sft forks joins]
 
-`attention` is one layer's, under FlexAttention and under a dense mask; `model` is a step of a 1B Llama on a prefix tree,
-against its sequences one by one. The server of `forks` and `joins` has weights of chance: they take as long as any others.
+`attention` times one layer under FlexAttention and under a dense mask. `model` compares a step of a 1B Llama on a prefix
+tree with its sequences one by one. The server of `forks` and `joins` has random weights, which take as long as any others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import sgl_apr as apr
 from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware, versions
-from benchmarks.training.tree_build import made, reply
+from benchmarks.training.tree_build import reply, tree_and_mask
 from sgl_apr.training.attention_mask import Visibility
 from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, load_config
@@ -54,30 +54,30 @@ PREFIX, NEW, WIDTHS = 2000, 256, (1, 2, 4, 8, 16, 32)
 
 
 def timed(work: Callable[[], object], reps: int) -> dict[str, float]:
-    """Median seconds, and the peak of memory above what was there before; the first run is not counted."""
+    """Median seconds, and peak memory above the memory before; the first run is not counted."""
     work()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, seconds = torch.cuda.memory_allocated(), []
     for _ in range(reps):
-        began = time.perf_counter()
+        started = time.perf_counter()
         work()
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() - before
     return {"seconds": statistics.median(seconds), "peak_mb": peak / 2**20}
 
 
 def attention(reps: int) -> dict[str, Any]:
-    """Forward and backward of one layer, bfloat16; `error`: of some rows of the output, from double precision."""
+    """Time forward and backward of one layer in bfloat16; `error` compares rows of the output with double precision."""
     torch.manual_seed(0)
-    sight = made(reply(random.Random(0)))[1].to("cuda")
-    length = sight.ends.shape[1]
+    visibility = tree_and_mask(reply(random.Random(0)))[1].to("cuda")
+    length = visibility.ends.shape[1]
     heads = [
         torch.randn(1, n, length, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for n in (HEADS, KV_HEADS, KV_HEADS)
     ]
-    blocks, compiled = sight.block_mask(), torch.compile(flex_attention)
+    blocks, compiled = visibility.block_mask(), torch.compile(flex_attention)
 
     def flex() -> torch.Tensor:
         out: torch.Tensor = compiled(*heads, block_mask=blocks, enable_gqa=True)
@@ -91,43 +91,43 @@ def attention(reps: int) -> dict[str, Any]:
     def both(forward: Callable[[], torch.Tensor]) -> None:
         torch.autograd.grad(forward().sum(), heads)
 
-    found: dict[str, Any] = {"tokens": length, "scores_mb": HEADS * length**2 * 2 / 2**20}
-    found["blocks"] = timed(sight.block_mask, reps)
-    found["flex"] = timed(lambda: both(flex), reps)
-    found["error"] = _error(flex().detach(), [h.detach() for h in heads], sight)
-    mask = sight.dense_mask()
-    found["dense"] = timed(lambda: both(dense), reps)
-    return found
+    result: dict[str, Any] = {"tokens": length, "scores_mb": HEADS * length**2 * 2 / 2**20}
+    result["blocks"] = timed(visibility.block_mask, reps)
+    result["flex"] = timed(lambda: both(flex), reps)
+    result["error"] = _error(flex().detach(), [h.detach() for h in heads], visibility)
+    mask = visibility.dense_mask()
+    result["dense"] = timed(lambda: both(dense), reps)
+    return result
 
 
-def _error(output: torch.Tensor, heads: list[torch.Tensor], sight: Visibility) -> float:
-    """By the norm, of 64 queries spread over the row."""
+def _error(output: torch.Tensor, heads: list[torch.Tensor], visibility: Visibility) -> float:
+    """The relative error, by the norm, of 64 queries spread over the row."""
     at = torch.linspace(0, output.shape[2] - 1, 64, device=output.device).long()
     keys = torch.arange(output.shape[2], device=output.device)
     none = torch.zeros(1, dtype=torch.long, device=output.device)
-    seen = sight.mask_mod(none, none, at.unsqueeze(1), keys.unsqueeze(0))
+    mask = visibility.mask_mod(none, none, at.unsqueeze(1), keys.unsqueeze(0))
     query, key, value = (h.double() for h in heads)
-    expected = scaled_dot_product_attention(query[:, :, at], key, value, attn_mask=seen, enable_gqa=True)
+    expected = scaled_dot_product_attention(query[:, :, at], key, value, attn_mask=mask, enable_gqa=True)
     return float((output[:, :, at].double() - expected).norm() / expected.norm())
 
 
 def model(reps: int) -> dict[str, Any]:
-    """Forward and backward of a Llama in bfloat16, activations computed again: the tree, and every path of it by itself."""
-    found, _ = made(reply(random.Random(0)))
-    tree, rng = found.tree, torch.Generator().manual_seed(0)
+    """Time forward and backward of a Llama in bfloat16 with gradient checkpointing, on the tree and on each of its paths."""
+    training_tree, _ = tree_and_mask(reply(random.Random(0)))
+    tree, rng = training_tree.tree, torch.Generator().manual_seed(0)
     lengths = [int(p) + 1 for k, p in enumerate(tree.positions) if tree.ends[k] == k + 1]
-    batch = to_device(Collator(attention="later")([found]), "cuda")
+    batch = to_device(Collator(attention="later")([training_tree]), "cuda")
     paths = [torch.randint(1000, (1, n), generator=rng).to("cuda") for n in lengths]
 
-    def fresh(kind: str) -> Any:
+    def new_model(kind: str) -> Any:
         torch.manual_seed(0)
         with torch.device("cuda"):
             config = LlamaConfig(**SMALL, max_position_embeddings=32768)
-            one: Any = AutoModelForCausalLM.from_config(
+            llama: Any = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=kind
             )
-        one.gradient_checkpointing_enable()
-        return one.train()
+        llama.gradient_checkpointing_enable()
+        return llama.train()
 
     def step(net: Any, work: Callable[[Any], None]) -> None:
         work(net)
@@ -138,28 +138,28 @@ def model(reps: int) -> dict[str, Any]:
 
     def by_path(net: Any) -> None:
         for ids in paths:
-            logits = net(ids, logits_to_keep=len(found.sources) // len(paths), use_cache=False).logits
+            logits = net(ids, logits_to_keep=len(training_tree.sources) // len(paths), use_cache=False).logits
             logits.float().log_softmax(-1)[..., 0].mean().backward()
 
-    net = fresh("flex_attention")
+    net = new_model("flex_attention")
     size = sum(p.numel() for p in net.parameters())
     by_tree = timed(lambda: step(net, as_tree), reps)
-    net = fresh("sdpa")
-    alone = timed(lambda: step(net, by_path), reps)
+    net = new_model("sdpa")
+    separately = timed(lambda: step(net, by_path), reps)
     return {
-        "parameters": size, "tokens": found.tokens, "paths": len(paths), "path_tokens": sum(lengths), "tree": by_tree,
-        "by_path": alone, "speedup": alone["seconds"] / by_tree["seconds"],
+        "parameters": size, "tokens": training_tree.tokens, "paths": len(paths), "path_tokens": sum(lengths), "tree": by_tree,
+        "by_path": separately, "speedup": separately["seconds"] / by_tree["seconds"],
     }  # fmt: skip
 
 
 def sft(tokens: int = 600_000) -> dict[str, Any]:
-    """Steps of the recipe for the built-in model, of 0.9M parameters; without the time that its examples take."""
+    """Steps of the recipe for the built-in model of 0.9M parameters, without the time to make examples."""
     recipe = load_config(SftConfig, RECIPE)
     config = replace(recipe, steps=replace(recipe.steps, tokens=tokens))
     with tempfile.TemporaryDirectory() as directory:
-        began = time.perf_counter()
+        started = time.perf_counter()
         train(config, Path(directory) / "out")
-        wall = time.perf_counter() - began
+        wall = time.perf_counter() - started
         lines = [
             json.loads(line) for line in (Path(directory) / "out" / "log.jsonl").read_text().splitlines()
         ]
@@ -172,8 +172,8 @@ def sft(tokens: int = 600_000) -> dict[str, Any]:
 
 
 @contextmanager
-def large() -> Iterator[str]:
-    """A server of an 8B Llama's shape, which reads no weights."""
+def large_server() -> Iterator[str]:
+    """The address of a server with random weights in the shape of an 8B Llama."""
     with tempfile.TemporaryDirectory() as name:
         directory = random_llama(Path(name), layers=1, hidden=64)
         (directory / "model.safetensors").unlink()
@@ -186,7 +186,7 @@ def large() -> Iterator[str]:
 
 
 async def forks(url: str, reps: int) -> list[dict[str, Any]]:
-    """Seconds from the fork of a cached prefix until the last of so many branches has its tokens."""
+    """Seconds from the fork of a cached prefix until the last branch has its tokens, for several widths."""
     rng, rows = random.Random(0), []
     sampling = {"temperature": 0, "ignore_eos": True}
 
@@ -198,21 +198,21 @@ async def forks(url: str, reps: int) -> list[dict[str, Any]]:
         async def fork(width: int) -> tuple[float, int]:
             prefix = tuple(rng.randrange(1000, 40000) for _ in range(PREFIX))
             await engine.commit(request(prefix, 0))
-            began = time.perf_counter()
+            started = time.perf_counter()
             branches = (engine.decode(request((*prefix, 1000 + k), NEW)) for k in range(width))
             results = await asyncio.gather(*branches)
             assert all(len(r.token_ids) == NEW for r in results)
-            return time.perf_counter() - began, min(r.cached_tokens or 0 for r in results)
+            return time.perf_counter() - started, min(r.cached_tokens or 0 for r in results)
 
         await fork(2)
         for width in WIDTHS:
-            found = [await fork(width) for _ in range(reps)]
-            seconds = statistics.median(f[0] for f in found)
+            samples = [await fork(width) for _ in range(reps)]
+            seconds = statistics.median(s[0] for s in samples)
             rows.append(
                 {
                     "branches": width,
                     "seconds": seconds,
-                    "cached": min(f[1] for f in found),
+                    "cached": min(s[1] for s in samples),
                     "tokens_per_s": width * NEW / seconds,
                 }
             )
@@ -222,77 +222,80 @@ async def forks(url: str, reps: int) -> list[dict[str, Any]]:
 
 
 async def joins(url: str, reps: int) -> list[dict[str, Any]]:
-    """As `join.py` has them, of the same sizes."""
-    from benchmarks.kv_join.latency import joined  # only here: it imports SGLang
+    """The latency of joins, with the sizes of `benchmarks.kv_join.latency`."""
+    from benchmarks.kv_join.latency import measure_joins  # only here, because it imports SGLang
 
-    return [asdict(row) for row in await joined(url, reps)]
+    return [asdict(row) for row in await measure_joins(url, reps)]
 
 
-def missed(found: dict[str, Any]) -> list[str]:
-    """What is not as it has to be."""
-    wrong = []
-    if (error := found.get("attention", {}).get("error", 0.0)) > 0.01:
-        wrong.append(f"FlexAttention is {error:.3g} from dense attention, expected 0.01")
-    wrong += [
+def missed(results: dict[str, Any]) -> list[str]:
+    """The bars that are missed, one sentence each."""
+    problems = []
+    if (error := results.get("attention", {}).get("error", 0.0)) > 0.01:
+        problems.append(f"FlexAttention is {error:.3g} from dense attention, expected 0.01")
+    problems += [
         f"{row['branches']} branches: {row['cached']} tokens of the prefix were cached, expected {PREFIX}"
-        for row in found.get("forks", ())
+        for row in results.get("forks", ())
         if row["cached"] < PREFIX
     ]
-    return wrong + [
-        f"{row['branches']} x {row['tokens']}: {row['kv_reprefilled']} tokens computed behind a KV join, expected a header's"
-        for row in found.get("joins", ())
+    return problems + [
+        f"{row['branches']} x {row['tokens']}: {row['kv_reprefilled']} tokens computed after a KV join, expected only the header"
+        for row in results.get("joins", ())
         if row["kv_reprefilled"] > 12
     ]
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     console = Console(width=120)
     for part in ("attention", "model", "sft"):
-        if part in found:
-            console.print({part: found[part]})
+        if part in results:
+            console.print({part: results[part]})
     for part in ("forks", "joins"):
-        if part in found:
-            table = Table(*found[part][0], title=part)
-            for row in found[part]:
+        if part in results:
+            table = Table(*results[part][0], title=part)
+            for row in results[part]:
                 table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
             console.print(table)
 
 
 def main() -> int:
-    """Print tables, or JSON; with --check, status 1 if a bar is missed. Without a GPU there is nothing to measure."""
+    """Print tables, or JSON; with --check, status 1 if a bar is missed. Without a GPU it measures nothing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all of it)")
-    add("--reps", type=int, default=5, help="of which the median counts (default: %(default)s)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
+    add("--reps", type=int, default=5, help="repetitions, whose median counts (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object on stdout instead of tables")
     add("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
-    found: dict[str, Any] = {"hardware": hardware(), "versions": versions("sgl-apr", "torch", "transformers")}
+    results: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": versions("sgl-apr", "torch", "transformers"),
+    }
     if not torch.cuda.is_available():
-        Console(stderr=True).print("there is no GPU: nothing was measured")
-        print(json.dumps(found | {"skipped": "no GPU"})) if options.json else None
+        Console(stderr=True).print("no GPU found: nothing was measured")
+        print(json.dumps(results | {"skipped": "no GPU"})) if options.json else None
         return 0
-    found["hardware"] |= {"gpu": torch.cuda.get_device_name()}
+    results["hardware"] |= {"gpu": torch.cuda.get_device_name()}
 
-    def note(part: str, came_to: Any) -> None:
-        found[part] = came_to
-        print(json.dumps({part: came_to}), file=sys.stderr, flush=True)
+    def record(part: str, value: Any) -> None:
+        results[part] = value
+        print(json.dumps({part: value}), file=sys.stderr, flush=True)
 
     for name, measure in (("attention", attention), ("model", model)):
         if name in options.parts:
-            note(name, measure(options.reps))
+            record(name, measure(options.reps))
     if "sft" in options.parts:
-        note("sft", sft())
+        record("sft", sft())
     if {"forks", "joins"} & set(options.parts):
         torch.cuda.empty_cache()
-        with large() as url:
+        with large_server() as url:
             if "forks" in options.parts:
-                note("forks", asyncio.run(forks(url, options.reps)))
+                record("forks", asyncio.run(forks(url, options.reps)))
             if "joins" in options.parts:
-                note("joins", asyncio.run(joins(url, options.reps)))
-    return finish(found, missed(found), show, options)
+                record("joins", asyncio.run(joins(url, options.reps)))
+    return finish(results, missed(results), show, options)
 
 
 if __name__ == "__main__":

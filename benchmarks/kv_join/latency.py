@@ -1,4 +1,4 @@
-"""Times joins in the KV cache against text joins on SmolLM2, and what the patched server costs those who do not join.
+"""Latency of joins in the KV cache and of text joins on SmolLM2, and the cost of the patched server without joins.
 
 python -m benchmarks.kv_join.latency [--json] [--check] [--reps 3] [--pairs 20] [--parts joins stock attention]
 """
@@ -28,22 +28,29 @@ from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware, versions
 from benchmarks.kernels.attention import (
     fork_attention_speedup,
-)  # before anything that loads torch: it sets the threads' spinning
+)  # first: it sets how threads wait, before torch is loaded
 from sgl_apr.training.models import random_llama, smollm2
 from sgl_apr.trajectory.join_layout import join_branches
 
 BRANCHES, TOKENS = (2, 4, 8), (64, 256, 512, 1024)
 PREFIX, HEADER = 64, 12
 PARTS = ("joins", "stock", "attention")
-STOCK = {"SGLANG_APR_KV_JOIN": "0"}  # the plugin leaves SGLang's cache and positions alone
+STOCK = {"SGLANG_APR_KV_JOIN": "0"}  # the plugin then leaves SGLang's cache and positions unchanged
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One size; medians over the repeats of seconds from the last branch's end to the first token behind the join.
+    """The results for one size: medians over all repetitions.
 
-    Reprefilled are the tokens that the joined prompt had computed before its first token, of the header and
-    of all that was not found in the cache. A KV join commits every branch first: `kv_s` has that in it.
+    Attributes:
+        branches: Number of branches.
+        tokens: Tokens per branch.
+        text_reprefilled: Tokens of the prompt that a text join computes before its first token: those of the header,
+            and those that were not found in the cache.
+        kv_reprefilled: The same for a KV join.
+        text_s: Seconds from the end of the last branch to the first token after a text join.
+        kv_s: The same for a KV join, including the commits of all branches.
+        speedup: `text_s / kv_s`.
     """
 
     branches: int
@@ -56,15 +63,16 @@ class Row:
 
 
 async def first_token(engine: apr.HttpEngine, request: apr.Request) -> tuple[float, apr.Result]:
-    began = time.perf_counter()
+    """Seconds that a request takes, and its result."""
+    started = time.perf_counter()
     result = await engine.decode(request)
-    return time.perf_counter() - began, result
+    return time.perf_counter() - started, result
 
 
 async def once(
     engine: apr.HttpEngine, rng: random.Random, branches: int, tokens: int
 ) -> tuple[float, int, float, int]:
-    """(seconds, reprefilled) of the KV join and of the text join of the same branches, written just now."""
+    """Seconds and prefilled tokens of the KV join, then of the text join, of the same new branches."""
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(1000, 40000) for _ in range(count))
@@ -76,18 +84,18 @@ async def once(
     await engine.commit(request(prefix, 0))
 
     async def branch() -> tuple[int, ...]:
-        """As a branch is when it has ended: in the cache but for its last token, which was only just decoded."""
+        """A branch that has just ended: all of it is in the cache except the last token."""
         text = ids(tokens - 1)
         return text + (await engine.decode(request(prefix + text))).token_ids[:1]
 
-    written = [await branch() for _ in range(branches)]
-    flat = prefix + tuple(t for b in written for t in b)
-    joined = join_branches((), len(prefix), [((), len(prefix) + len(b)) for b in written])
+    ended = [await branch() for _ in range(branches)]
+    flat = prefix + tuple(t for b in ended for t in b)
+    joined = join_branches((), len(prefix), [((), len(prefix) + len(b)) for b in ended])
 
-    began = time.perf_counter()
-    await asyncio.gather(*(engine.commit(request(prefix + b, 0)) for b in written))
+    started = time.perf_counter()
+    await asyncio.gather(*(engine.commit(request(prefix + b, 0)) for b in ended))
     _, by_kv = await first_token(engine, request(flat + header, layout=(*(joined or ()), len(header))))
-    kv_s = time.perf_counter() - began  # a fall-back would have raised 409
+    kv_s = time.perf_counter() - started  # a join that falls back to text would have raised 409
     text_s, by_text = await first_token(engine, request(flat + header))
     cached = [by_kv.cached_tokens, by_text.cached_tokens]
     assert None not in cached
@@ -96,35 +104,35 @@ async def once(
 
 
 def joins(reps: int) -> list[Row]:
-    """SmolLM2 on one server: both kinds of join, same branches, same attention."""
+    """Measure both kinds of join on a server with SmolLM2."""
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     with apr.Server(
         smollm2(), radix_cache_backend="apr", max_total_tokens=32768, context_length=10240
     ) as server:
-        return asyncio.run(joined(server.url, reps))
+        return asyncio.run(measure_joins(server.url, reps))
 
 
-async def joined(url: str, reps: int) -> list[Row]:
-    """Both kinds of join on a server that has the context for them."""
+async def measure_joins(url: str, reps: int) -> list[Row]:
+    """Measure both kinds of join on a server with a context of at least 10,240 tokens."""
     rng, rows = random.Random(0), []
     async with await apr.HttpEngine.connect(url, timeout=600) as engine:
         await once(engine, rng, 2, 16)  # warm
         sizes = [(b, t) for b in BRANCHES for t in TOKENS]
         for branches, tokens in track(sizes, "joins", console=Console(stderr=True)):
-            found = [await once(engine, rng, branches, tokens) for _ in range(reps)]
-            kv_s, text_s = (statistics.median(f[k] for f in found) for k in (0, 2))
-            speedup = statistics.median(f[2] / f[0] for f in found)
-            kv, text = (int(statistics.median(f[k] for f in found)) for k in (1, 3))
+            samples = [await once(engine, rng, branches, tokens) for _ in range(reps)]
+            kv_s, text_s = (statistics.median(s[k] for s in samples) for k in (0, 2))
+            speedup = statistics.median(s[2] / s[0] for s in samples)
+            kv, text = (int(statistics.median(s[k] for s in samples)) for k in (1, 3))
             rows.append(Row(branches, tokens, text, kv, text_s, kv_s, speedup))
     return rows
 
 
 async def work(url: str, seed: int) -> float:
-    """Seconds for ordinary requests: 16 at once behind a shared prefix, 32 tokens each, twice."""
+    """Seconds for ordinary requests: twice 16 in parallel after a shared prefix, 32 tokens each."""
     rng = random.Random(seed)
     prefix = tuple(rng.randrange(300, 400) for _ in range(200))
     async with await apr.HttpEngine.connect(url) as engine:
-        began = time.perf_counter()
+        started = time.perf_counter()
         for turn in range(2):
             await asyncio.gather(
                 *(
@@ -137,17 +145,17 @@ async def work(url: str, seed: int) -> float:
                     for k in range(16)
                 )
             )  # fmt: skip
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
 
 def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]:
-    """95% bootstrap interval of the median."""
+    """The 95% bootstrap interval of the median."""
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
     return medians[50], medians[1949]
 
 
 def patched_over_stock(pairs: int) -> dict[str, Any]:
-    """Seconds on the joining server, no join in flight, over those without its cache and hook; both resident."""
+    """The time of ordinary requests on a server that can join, relative to one without the cache and the hook."""
     rng, ratios = random.Random(1), list[float]()
     options: dict[str, Any] = {"max_total_tokens": 16384, "context_length": 2048}
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
@@ -166,41 +174,43 @@ def patched_over_stock(pairs: int) -> dict[str, Any]:
     return {"patched_over_stock": statistics.median(ratios), "interval": [low, high], "pairs": pairs}
 
 
-def missed(found: dict[str, Any]) -> list[str]:
-    """What is not as it has to be."""
-    wrong = [
+def missed(results: dict[str, Any]) -> list[str]:
+    """The bars that are missed, one sentence each."""
+    problems = [
         f"{r['branches']} x {r['tokens']}: {r['kv_reprefilled']} tokens computed, expected the header's {HEADER}"
-        for r in found.get("rows", ())
+        for r in results.get("rows", ())
         if r["kv_reprefilled"] != HEADER
     ]
-    for row in found.get("rows", ()):
+    for row in results.get("rows", ()):
         if (row["branches"], row["tokens"]) == (4, 512) and row["speedup"] < 5:
-            wrong.append(f"4 x 512: {row['speedup']:.1f} times as fast, expected 5")
-    if "interval" in found and not (
-        found["interval"][0] <= 1 <= found["interval"][1] or found["interval"][1] < 1.03
+            problems.append(f"4 x 512: {row['speedup']:.1f} times as fast, expected 5")
+    if "interval" in results and not (
+        results["interval"][0] <= 1 <= results["interval"][1] or results["interval"][1] < 1.03
     ):
-        wrong.append(f"patched over stock: {found['interval']}, expected 1 in it, or all below 1.03")
-    if found.get("fork_attention_speedup", 2) < 2:
-        wrong.append(f"attention of a fork: {found['fork_attention_speedup']:.2f} times as fast, expected 2")
-    return wrong
+        problems.append(f"patched over stock: {results['interval']}, expected 1 in it, or all below 1.03")
+    if results.get("fork_attention_speedup", 2) < 2:
+        problems.append(
+            f"attention of a fork: {results['fork_attention_speedup']:.2f} times as fast, expected 2"
+        )
+    return problems
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     return {"hardware": hardware(), "versions": versions("sgl-apr", "sglang", "torch")}
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     console = Console(width=120)
-    if rows := found.get("rows"):
+    if rows := results.get("rows"):
         table = Table(
-            *rows[0], title="From the last branch's end to the first token behind the join (SmolLM2)"
+            *rows[0], title="From the end of the last branch to the first token after the join (SmolLM2)"
         )
         for row in rows:
             table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
         console.print(table)
     for name in ("patched_over_stock", "interval", "fork_attention_speedup"):
-        if name in found:
-            console.print(f"{name}: {found[name]}")
+        if name in results:
+            console.print(f"{name}: {results[name]}")
 
 
 def main() -> int:
@@ -209,21 +219,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all of it)")
-    add("--reps", type=int, default=3, help="of every join (default: %(default)s)")
-    add("--pairs", type=int, default=20, help="of patched and stock (default: %(default)s)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
+    add("--reps", type=int, default=3, help="repetitions of every join (default: %(default)s)")
+    add("--pairs", type=int, default=20, help="pairs of patched and stock runs (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object on stdout instead of tables")
     add("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if "joins" in options.parts:
-        found["rows"] = [asdict(row) for row in joins(options.reps)]
+        results["rows"] = [asdict(row) for row in joins(options.reps)]
     if "stock" in options.parts:
-        found |= patched_over_stock(options.pairs)
+        results |= patched_over_stock(options.pairs)
     if "attention" in options.parts:
-        found["fork_attention_speedup"] = fork_attention_speedup()["speedup"]
-    found |= surroundings()
-    return finish(found, missed(found), show, options)
+        results["fork_attention_speedup"] = fork_attention_speedup()["speedup"]
+    results |= environment()
+    return finish(results, missed(results), show, options)
 
 
 if __name__ == "__main__":

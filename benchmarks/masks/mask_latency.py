@@ -1,4 +1,4 @@
-"""Every dialect: valid replies of a random model on a real server, with the grammar and without, and what a mask costs."""
+"""Latency of masks in every dialect, and valid replies of a random model with the grammar and without it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.models import random_llama, smollm2
 
 TAGS = tuple(dict.fromkeys(tag for name in apr.dialect_names() for tag in apr.dialect(name).tags))
-WALKS, STEPS = 6, 120  # for the cost of a mask: walks through each phase, tokens of each
+WALKS, STEPS = 6, 120  # for the latency of a mask: walks through each phase, tokens per walk
 TOKENS = 400
-TOKENS_OFF = 150  # without the grammar nothing keeps a random model from using them all
+TOKENS_WITHOUT_GRAMMAR = 150  # a random model uses all of them
 
 
 def budget(dialect: apr.Dialect, tokens: int) -> apr.Budget:
-    """Small enough for a hundred replies a minute on two cores, deep enough to nest."""
+    """A budget that is small enough for a hundred replies a minute on two cores, and deep enough to nest."""
     nests = dialect.max_depth > 1
     return apr.Budget(
         tokens=tokens * (2 if nests else 1),
@@ -50,18 +50,18 @@ def budget(dialect: apr.Dialect, tokens: int) -> apr.Budget:
 
 
 async def replies(url: str, dialect: apr.Dialect, runs: int, constrain: bool) -> list[apr.Trajectory]:
-    """`runs` replies at temperature 1.5, 32 at once, each asked to fork."""
+    """`runs` replies at temperature 1.5, 32 in parallel, each with one fork requested."""
     async with await apr.HttpEngine.connect(url) as engine:
-        gate = asyncio.Semaphore(32)
+        semaphore = asyncio.Semaphore(32)
 
         async def one(i: int) -> apr.Trajectory:
-            async with gate:
+            async with semaphore:
                 return await apr.areason(
                     engine,
                     f"Question {i}: ",
                     dialect,
-                    budget=budget(dialect, TOKENS if constrain else TOKENS_OFF),
-                    mode="parallel" if constrain else "auto",  # which nothing could hold it to
+                    budget=budget(dialect, TOKENS if constrain else TOKENS_WITHOUT_GRAMMAR),
+                    mode="parallel" if constrain else "auto",  # only the grammar can enforce "parallel"
                     constrain=constrain,
                     temperature=1.5,
                 )
@@ -70,7 +70,7 @@ async def replies(url: str, dialect: apr.Dialect, runs: int, constrain: bool) ->
 
 
 def validity(url: str, dialect: apr.Dialect, runs: int) -> dict[str, int]:
-    """How many replies are valid, with the grammar and without, and who closed the branches."""
+    """How many replies are valid, with the grammar and without it, and who closed the branches."""
     counts: Counter[str] = Counter(runs=runs)
     for trajectory in asyncio.run(replies(url, dialect, runs, constrain=True)):
         metrics = trajectory.metrics()
@@ -81,7 +81,7 @@ def validity(url: str, dialect: apr.Dialect, runs: int) -> dict[str, int]:
         counts["closers_injected"] += metrics.closers_injected
         counts["over_budget"] += metrics.total > budget(dialect, TOKENS).tokens
     for trajectory in asyncio.run(replies(url, dialect, runs, constrain=False)):
-        # Text that never forks is valid in most dialects, and no answer to what was asked.
+        # Text that never forks is valid in most dialects, but the prompt asked for a fork.
         counts["valid_grammar_off"] += dialect.is_valid(trajectory.text) and bool(trajectory.blocks)
     names = ["runs", "valid", "valid_grammar_off", "forked", "nested", "closers_decoded", "closers_injected"]
     return {name: counts[name] for name in [*names, "over_budget"]}
@@ -118,12 +118,12 @@ def phases(dialect: apr.Dialect, vocabulary: Vocabulary, backend: GrammarBackend
 def walk(
     fill: Callable[[], np.ndarray], accept: Callable[[int], bool], vocabulary: Vocabulary, rng: random.Random
 ) -> Iterator[float]:
-    """Microseconds for each mask along a random text that the grammar takes."""
+    """Microseconds for each mask along a random text that the grammar allows."""
     special = [vocabulary.backend.token_to_id(t) for t in vocabulary.tags]
     for _ in range(STEPS):
-        began = time.perf_counter()
+        started = time.perf_counter()
         bits = fill()
-        yield (time.perf_counter() - began) * 1e6
+        yield (time.perf_counter() - started) * 1e6
         allowed = np.unpackbits(bits.view(np.uint8), bitorder="little")[: vocabulary.size]
         allowed[vocabulary.eos] = 0
         tags = [t for t in special if allowed[t]]
@@ -139,9 +139,9 @@ def llguidance_cost(dialect: apr.Dialect, vocabulary: Vocabulary) -> tuple[list[
     bits: np.ndarray = masks.allocate_token_bitmask(1, vocabulary.size)
     for text in phases(dialect, vocabulary, "llguidance"):
         for seed in range(WALKS):
-            began = time.perf_counter()
+            started = time.perf_counter()
             matcher = LLMatcher(vocabulary.guide, text)
-            compiles.append((time.perf_counter() - began) * 1e3)
+            compiles.append((time.perf_counter() - started) * 1e3)
             assert not matcher.is_error(), matcher.get_error()
 
             def fill(matcher: LLMatcher = matcher) -> np.ndarray:
@@ -153,7 +153,7 @@ def llguidance_cost(dialect: apr.Dialect, vocabulary: Vocabulary) -> tuple[list[
 
 
 def xgrammar_cost(dialect: apr.Dialect, vocabulary: Vocabulary, compiler: Any) -> list[float]:
-    """The same for xgrammar."""
+    """Microseconds of each mask by xgrammar."""
     costs: list[float] = []
     bits = xgrammar.allocate_token_bitmask(1, vocabulary.size)
     view: np.ndarray = bits.numpy()
@@ -175,32 +175,32 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def costs(console: Console) -> dict[str, dict[str, float]]:
-    """What a mask costs in every dialect."""
+    """The latency of masks in every dialect."""
     directory = smollm2()
     tokens = Vocabulary(FastTokenizer.from_file(str(directory / "tokenizer.json")), tags=True)
     spelled = Vocabulary(FastTokenizer.from_file(str(directory / "tokenizer.json")), tags=False)
-    hugging = AutoTokenizer.from_pretrained(directory)
-    hugging.add_special_tokens({"additional_special_tokens": list(TAGS)})
+    hf_tokenizer = AutoTokenizer.from_pretrained(directory)
+    hf_tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS)})
     info = xgrammar.TokenizerInfo.from_huggingface(
-        hugging, vocab_size=tokens.size, stop_token_ids=[tokens.eos]
+        hf_tokenizer, vocab_size=tokens.size, stop_token_ids=[tokens.eos]
     )
     compiler = xgrammar.GrammarCompiler(info)
-    found = {}
+    results = {}
     for name in track(apr.dialect_names(), "masks", console=console):
         dialect = apr.dialect(name)
-        compiles, single = llguidance_cost(dialect, tokens)
-        _, text = llguidance_cost(dialect, spelled)
-        other = xgrammar_cost(dialect, tokens, compiler)
-        found[name] = {
+        compiles, tagged = llguidance_cost(dialect, tokens)
+        _, text_mode = llguidance_cost(dialect, spelled)
+        by_xgrammar = xgrammar_cost(dialect, tokens, compiler)
+        results[name] = {
             "compile_ms": round(statistics.median(compiles), 2),
-            "mask_us_p50": percentile(single, 50),
-            "mask_us_p99": percentile(single, 99),
-            "xgrammar_mask_us_p50": percentile(other, 50),
-            "xgrammar_mask_us_p99": percentile(other, 99),
-            "text_mode_mask_us_p50": percentile(text, 50),
-            "text_mode_mask_us_p99": percentile(text, 99),
+            "mask_us_p50": percentile(tagged, 50),
+            "mask_us_p99": percentile(tagged, 99),
+            "xgrammar_mask_us_p50": percentile(by_xgrammar, 50),
+            "xgrammar_mask_us_p99": percentile(by_xgrammar, 99),
+            "text_mode_mask_us_p50": percentile(text_mode, 50),
+            "text_mode_mask_us_p99": percentile(text_mode, 99),
         }
-    return found
+    return results
 
 
 def main() -> int:
@@ -208,24 +208,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=50, help="replies of each dialect (default: %(default)s)")
     parser.add_argument("--backend", default="llguidance", choices=["llguidance", "xgrammar"])
-    parser.add_argument("--text", action="store_true", help="a model without the tags as tokens")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--text", action="store_true", help="use a model whose tags are not tokens")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
     options = parser.parse_args()
     console = Console(stderr=True)
-    found: dict[str, dict[str, float]] = costs(console)
+    results: dict[str, dict[str, float]] = costs(console)
     with tempfile.TemporaryDirectory() as directory:
         model = random_llama(Path(directory), tags=() if options.text else TAGS, tag_bias=5.0)
         with apr.Server(model, grammar_backend=options.backend) as server:
             for name in track(apr.dialect_names(), "replies", console=console):
-                found[name] = {**validity(server.url, apr.dialect(name), options.runs), **found[name]}
+                counts = validity(server.url, apr.dialect(name), options.runs)
+                results[name] = {**counts, **results[name]}
     if options.json:
-        print(json.dumps({"dialects": found}))
+        print(json.dumps({"dialects": results}))
     else:
-        table = Table("dialect", *next(iter(found.values())), title="Random weights at temperature 1.5")
-        for name, row in found.items():
+        table = Table("dialect", *next(iter(results.values())), title="Random weights at temperature 1.5")
+        for name, row in results.items():
             table.add_row(name, *map(str, row.values()))
         Console(width=200).print(table)
-    return int(any(row["valid"] != row["runs"] for row in found.values()))
+    return int(any(row["valid"] != row["runs"] for row in results.values()))
 
 
 if __name__ == "__main__":

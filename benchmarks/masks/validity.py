@@ -1,4 +1,4 @@
-"""How many replies of a real model fork and follow the dialect, with the grammar on and off, in both tag modes."""
+"""How many replies of SmolLM2 fork and follow the dialect, with the grammar on and off, with both kinds of tags."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUBJECTS = ["dogs", "trees", "books", "bread", "rain", "music", "bridges", "salt
 
 
 def prompt(subject: str) -> str:
-    """One worked example, then the question."""
+    """A worked example, then the question."""
     return (
         f"<|im_start|>user\nWhy do people keep cats?<|im_end|>\n<|im_start|>assistant\n{EXAMPLE}<|im_end|>\n"
         f"<|im_start|>user\nWhy do people need {subject}?<|im_end|>\n<|im_start|>assistant\n"
@@ -32,19 +32,19 @@ def prompt(subject: str) -> str:
 
 
 async def replies(url: str, count: int, constrain: bool) -> list[apr.Trajectory]:
-    """`count` replies at temperature 1, four at a time."""
+    """`count` replies at temperature 1, four in parallel."""
     budget = apr.Budget(tokens=240, width=3, branch_tokens=32)
     async with await apr.HttpEngine.connect(url) as engine:
-        gate = asyncio.Semaphore(4)
+        semaphore = asyncio.Semaphore(4)
 
         async def one(i: int) -> apr.Trajectory:
-            async with gate:
+            async with semaphore:
                 text = prompt(SUBJECTS[i % len(SUBJECTS)])
                 return await apr.areason(
                     engine,
                     text,
                     budget=budget,
-                    mode="parallel",  # without the grammar nothing can hold the model to it
+                    mode="parallel",  # which only the grammar can enforce
                     max_blocks=1,
                     constrain=constrain,
                     temperature=1.0,
@@ -56,20 +56,22 @@ async def replies(url: str, count: int, constrain: bool) -> list[apr.Trajectory]
 
 
 def measure(tags: bool, count: int) -> list[dict[str, object]]:
-    """Serve one model and count, with the grammar and without it."""
+    """Count replies of a model with tags as tokens or spelled out, with the grammar and without it."""
     model = smollm2(DIALECT.tags, label=DIALECT.name) if tags else smollm2()
     rows: list[dict[str, object]] = []
     with apr.Server(model, max_total_tokens=16384) as server:
         for constrain in (True, False):
-            found = asyncio.run(replies(server.url, count, constrain))
-            metrics = [t.metrics() for t in found]
+            trajectories = asyncio.run(replies(server.url, count, constrain))
+            metrics = [t.metrics() for t in trajectories]
             rows.append(
                 {
                     "tags": "tokens" if tags else "text",
                     "grammar": constrain,
                     "replies": count,
-                    "valid": sum(DIALECT.is_valid(t.text) for t in found),
-                    "valid_and_forked": sum(DIALECT.is_valid(t.text) and bool(t.blocks) for t in found),
+                    "valid": sum(DIALECT.is_valid(t.text) for t in trajectories),
+                    "valid_and_forked": sum(
+                        DIALECT.is_valid(t.text) and bool(t.blocks) for t in trajectories
+                    ),
                     "closers_decoded": sum(m.closers_decoded for m in metrics),
                     "closers_injected": sum(m.closers_injected for m in metrics),
                 }
@@ -80,8 +82,8 @@ def measure(tags: bool, count: int) -> list[dict[str, object]]:
 def main() -> int:
     """Print a table, or JSON; status 1 if a reply under the grammar is not valid."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=30)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--count", type=int, default=30, help="replies of each kind (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
     options = parser.parse_args()
     rows = [row for tags in (True, False) for row in measure(tags, options.count)]
     if options.json:

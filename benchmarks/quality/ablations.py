@@ -1,14 +1,14 @@
-"""Open questions of adaptive parallel reasoning, asked in miniature: short runs, and a table for each.
+"""Open questions of adaptive parallel reasoning in miniature: short runs, and a table for each.
 
 python -m benchmarks.quality.ablations --model MODEL --twin SEQUENTIAL [--rl MODEL] [--parts rewards,scaffold,ability,width] -o DIR
 
-rewards   Which reward keeps parallelism? Short reinforcement by each; then some on by accuracy alone: do they go back?
-scaffold  Does a model keep what reinforcement gave it where it may not fork?
-ability   Is a demonstration a format or an ability? The twin, which has only seen forks of short problems, made to fork by
-          the grammar; and the trained model without a grammar.
-width     Does a model that was told how many branches it may have during training do as it is told?
+rewards   Which reward keeps parallelism? It trains shortly with each reward, then with accuracy alone.
+scaffold  Does a model keep the gain of reinforcement if it must not fork?
+ability   Do demonstrations teach a format or an ability? The grammar forces the twin to fork, which has only seen forks of
+          short problems; and the trained model runs without a grammar.
+width     Does a model follow the number of branches in its prompt, if it was trained with such prompts?
 
-Everything is kept in DIR: run again, it goes on where it was. Replies are sampled at temperature 1.
+All results are stored in DIR, and a second run continues. Replies are sampled at temperature 1.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ REWARDS = {
     "parallel_r1": "alternating, 8 steps of 10 accuracy alone",
     "gated": "accuracy x (1 + 0.3 x critical-path ratio)",
 }
-RELAXED = ("naive_threads", "gated")  # what pays for branches most, and least
+RELAXED = ("naive_threads", "gated")  # the rewards that pay most and least for branches
 WIDTHS = (2, 4, 6, 8)
 
 
-class Told(CountdownTask):
-    """Says in the prompt how many branches each fork is to have."""
+class WidthPromptTask(CountdownTask):
+    """A task whose prompts say how many branches each fork shall have."""
 
     def __init__(self, engine: apr.Engine, width: int) -> None:
         super().__init__(engine)
@@ -63,92 +63,95 @@ class Told(CountdownTask):
         return problem.prompt(self.width)
 
 
-class Arms:
-    """Runs and evaluations in one directory."""
+class Experiments:
+    """Training runs and evaluations in one directory."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out
-        self.given = countdown(options.limit, "test", seed=1)
+        self.benchmark = countdown(options.limit, "test", seed=1)
 
-    def learned(self, name: str, start: Path, reward: str) -> Path:
-        """The model behind some steps of reinforcement."""
+    def reinforced_model(self, name: str, start: Path, reward: str) -> Path:
+        """The model after some steps of reinforcement; trains it if it does not exist yet."""
         model: Path = self.out / name / "model"
         if model.is_dir():
             return model
         rollouts = Rollouts(problems=self.options.problems, tokens=BUDGET.tokens, reward=reward)
-        # The schedule pays for structure in the last two of ten.
+        # This reward pays for structure in the last two of ten steps.
         steps = self.options.steps * (2 if reward == "parallel_r1" else 1)
         updates = Updates(steps=steps, rate=self.options.rate, branches=0.0)
-        shown = iter(track(range(updates.steps), name, console=Console(stderr=True)))
+        progress = iter(track(range(updates.steps), name, console=Console(stderr=True)))
         config = GrpoConfig(Model(path=str(start)), rollouts=rollouts, updates=updates)
 
         def advance(_: grpo.GrpoStepLog) -> None:
-            next(shown, None)
+            next(progress, None)
 
         return grpo.train(config, self.out / name, advance)
 
-    def measured(self, name: str, model: Path, width: int | None = None, **options: Any) -> MethodResults:
-        """What a model makes of the problems; with a width, told so."""
-        directory, given = self.out / "eval" / name.replace(" ", "-"), self.given
-        told = options if width is None else {**options, "width": width}
-        asked = {"model": str(model), "limit": len(given.cases)} | {k: str(v) for k, v in told.items()}
+    def evaluate(self, name: str, model: Path, width: int | None = None, **options: Any) -> MethodResults:
+        """The results of a model on the problems; `width` is stated in the prompts."""
+        directory, benchmark = self.out / "eval" / name.replace(" ", "-"), self.benchmark
+        stated = options if width is None else {**options, "width": width}
+        settings = {"model": str(model), "limit": len(benchmark.cases)} | {
+            k: str(v) for k, v in stated.items()
+        }
         if width is not None:
-            given = replace(given, task=partial(Told, width=width))
+            benchmark = replace(benchmark, task=partial(WidthPromptTask, width=width))
         options = {"mode": "auto", "temperature": 1.0, "budget": BUDGET} | options
-        with open_evaluation(directory, asked) as found:
-            if len(found.attempts.get(name, ())) == len(given.cases):
-                return found.results_of(name)
+        with open_evaluation(directory, settings) as store:
+            if len(store.attempts.get(name, ())) == len(benchmark.cases):
+                return store.results_of(name)
             log = self.out / "server.log"
             with Server(model, log_path=log, context_length=2048, **SERVER_OPTIONS) as server:
-                return asyncio.run(evaluate(server.url, given, name, found, by="apr", **options))
+                return asyncio.run(evaluate(server.url, benchmark, name, store, by="apr", **options))
 
 
-def rewards(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
-    """Each reward, and what becomes of some when only accuracy is paid for."""
-    yield arms.measured("before", options.model)
+def rewards(experiments: Experiments, options: argparse.Namespace) -> Iterator[MethodResults]:
+    """Each reward, and some of them followed by accuracy alone."""
+    yield experiments.evaluate("before", options.model)
     for reward in REWARDS:
-        model = arms.learned(reward, options.model, reward)
-        yield arms.measured(reward, model)
+        model = experiments.reinforced_model(reward, options.model, reward)
+        yield experiments.evaluate(reward, model)
         if reward in RELAXED:
-            yield arms.measured(
-                f"{reward} then accuracy", arms.learned(f"{reward}-relaxed", model, "accuracy")
+            yield experiments.evaluate(
+                f"{reward} then accuracy",
+                experiments.reinforced_model(f"{reward}-relaxed", model, "accuracy"),
             )
 
 
-def scaffold(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
-    """Before and after reinforcement, free and without forks; and the twin."""
+def scaffold(experiments: Experiments, options: argparse.Namespace) -> Iterator[MethodResults]:
+    """Before and after reinforcement, with and without forks; and the twin."""
     for name, model in (("before", options.model), ("after", options.rl)):
-        yield arms.measured(f"{name} free", model)
-        yield arms.measured(f"{name} no forks", model, mode="sequential")
-    yield arms.measured("twin no forks", options.twin, mode="sequential")
+        yield experiments.evaluate(f"{name} free", model)
+        yield experiments.evaluate(f"{name} no forks", model, mode="sequential")
+    yield experiments.evaluate("twin no forks", options.twin, mode="sequential")
 
 
-def ability(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
-    """Forks by grammar, by training, by both."""
-    yield arms.measured("trained grammar", options.model)
-    yield arms.measured("trained no grammar", options.model, constrain=False)
-    yield arms.measured("twin grammar", options.twin)
-    yield arms.measured("twin grammar forks", options.twin, mode="parallel")
+def ability(experiments: Experiments, options: argparse.Namespace) -> Iterator[MethodResults]:
+    """Forks by grammar, by training, and by both."""
+    yield experiments.evaluate("trained grammar", options.model)
+    yield experiments.evaluate("trained no grammar", options.model, constrain=False)
+    yield experiments.evaluate("twin grammar", options.twin)
+    yield experiments.evaluate("twin grammar forks", options.twin, mode="parallel")
 
 
-def width(arms: Arms, options: argparse.Namespace) -> Iterator[MethodResults]:
-    """A model that learned with its width in the prompt, told several."""
+def width(experiments: Experiments, options: argparse.Namespace) -> Iterator[MethodResults]:
+    """A model that was trained with its width in the prompt, with several widths."""
     data = Data(numbers=(3, 4), problems=8000, state_width=True)
     steps = Steps(tokens=options.tokens, batch=4096, rate=1e-3)
-    model = arms.out / "width" / "model"
+    model = experiments.out / "width" / "model"
     if not model.is_dir():
         config = SftConfig(Model(path=str(options.model)), data, steps)
-        with Console(stderr=True).status("learning with a stated width"):
-            model = sft.train(config, arms.out / "width")
+        with Console(stderr=True).status("training with a stated width"):
+            model = sft.train(config, experiments.out / "width")
     for stated in WIDTHS:
-        yield arms.measured(f"told {stated}", model, width=stated)
+        yield experiments.evaluate(f"told {stated}", model, width=stated)
 
 
 PARTS = {"rewards": rewards, "scaffold": scaffold, "ability": ability, "width": width}
 
 
 def line(row: MethodResults) -> dict[str, Any]:
-    """The figures of one arm."""
+    """The figures of one experiment."""
     low, high = row.ci95
     four = [a for a in row.attempts if a.size == 4]
     forked = [a for a in four if a.forks]
@@ -166,22 +169,30 @@ def line(row: MethodResults) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print a table for each question, or one JSON object."""
+    """Run the experiments, and print a table for each question or one JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="trained on demonstrations that fork")
-    add("--twin", type=Path, required=True, help="trained on demonstrations in a line")
-    add("--rl", type=Path, help="--model after reinforcement, for scaffold")
+    add("--model", type=Path, required=True, help="the model that was trained on demonstrations that fork")
+    add("--twin", type=Path, required=True, help="the model that was trained on sequential demonstrations")
+    add("--rl", type=Path, help="--model after reinforcement; needed by the part scaffold")
     add("--parts", default=",".join(PARTS), help="default: %(default)s")
-    add("--steps", type=int, default=5, help="of reinforcement in each arm (default: %(default)s)")
-    add("--problems", type=int, default=16, help="of each step, 8 replies each (default: %(default)s)")
-    add("--rate", type=float, default=0.06, help="of learning (default: %(default)s)")
+    add("--steps", type=int, default=5, help="steps of reinforcement per reward (default: %(default)s)")
     add(
-        "--tokens", type=int, default=2_000_000, help="of learning with a stated width (default: %(default)s)"
+        "--problems",
+        type=int,
+        default=16,
+        help="problems per step, with 8 replies each (default: %(default)s)",
     )
-    add("--limit", type=int, default=200, help="held-out problems of each evaluation (default: %(default)s)")
+    add("--rate", type=float, default=0.06, help="learning rate (default: %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        default=2_000_000,
+        help="training tokens with a stated width (default: %(default)s)",
+    )
+    add("--limit", type=int, default=200, help="held-out problems per evaluation (default: %(default)s)")
     add("-o", "--out", type=Path, required=True)
     add("--json", action="store_true")
     options = parser.parse_args()
@@ -189,13 +200,13 @@ def main() -> None:
     if "scaffold" in parts and options.rl is None:
         parser.error("scaffold needs --rl")
     options.out.mkdir(parents=True, exist_ok=True)
-    arms = Arms(options)
-    found = {name: [line(row) for row in PARTS[name](arms, options)] for name in parts}
+    experiments = Experiments(options)
+    results = {name: [line(row) for row in PARTS[name](experiments, options)] for name in parts}
     if options.json:
-        print(json.dumps({"hardware": hardware(), **found}))
+        print(json.dumps({"hardware": hardware(), **results}))
         return
     console = Console(width=150)
-    for name, lines in found.items():
+    for name, lines in results.items():
         table = Table(*lines[0], title=name)
         for cells in lines:
             table.add_row(*map(str, cells.values()))

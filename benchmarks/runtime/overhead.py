@@ -1,4 +1,4 @@
-"""What the loop costs beside the engine, and how many trajectories a process carries; it judges no model."""
+"""Time of the fork-join loop in addition to the engine's, and throughput of many trajectories in one process."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.models import random_llama
 
 DIALECT = apr.dialect("threadweaver")
-BARS = {"loop_overhead_us": 200, "wall_ratio_vs_bare": 1.05, "wall_ratio_vs_serial": 1.0}  # at the most
-WIDTHS = (4, 5, 6, 8)  # of the trajectories that run side by side for the wall times
+BARS = {"loop_overhead_us": 200, "wall_ratio_vs_bare": 1.05, "wall_ratio_vs_serial": 1.0}  # upper limits
+WIDTHS = (4, 5, 6, 8)  # branches of the trajectories that run in parallel for the wall times
 FORK: dict[str, Any] = {"mode": "parallel", "temperature": 1.0}
 FORCED = FORK | {"budget": apr.Budget(tokens=1600), "max_blocks": 1}
 FREE = FORK | {"budget": apr.Budget(tokens=160, width=4, outline_chars=8)}
-WHOLE, NOTHING, EACH = 1 << 30, 0, 1  # ids passed on at a time
+CHUNK_COMPLETE, CHUNK_NONE, CHUNK_TOKEN = 1 << 30, 0, 1  # ids per streamed chunk
 EXAMPLES = """examples:
   python -m benchmarks.runtime.overhead --json --check
   python -m benchmarks.runtime.overhead --parts overhead
@@ -44,7 +44,7 @@ EXAMPLES = """examples:
 
 
 def script(tokenizer: Tokenizer, width: int, tokens: int) -> Iterator[tuple[int, ...]]:
-    """What a model would write: a fork, branches of so many tokens each, a conclusion and an answer."""
+    """The output of each request: a fork, branches of `tokens` tokens each, and a conclusion with an answer."""
     rng, encode = random.Random(width), tokenizer.encode
 
     def words(count: int) -> str:
@@ -57,15 +57,20 @@ def script(tokenizer: Tokenizer, width: int, tokens: int) -> Iterator[tuple[int,
     yield (*encode(f"<Conclusion>{words(6)}</Conclusion>\n</Parallel>{words(8)}"), min(tokenizer.eos_ids))
 
 
-class Scripted:
-    """An engine without latency: answers in the order of a script, and the same ids alike ever after.
+class ReplayEngine:
+    """An engine without latency. It answers new prompts in the order of a script, and known prompts as before.
 
-    `requests` are what it was asked for the first time, `prefix` is what it last forked behind. `calls` and
-    `seconds` are how often it was asked, and the time that it took; it passes on `chunk` ids at a time.
+    Attributes:
+        chunk: Ids per streamed chunk.
+        calls: Number of calls.
+        seconds: Time in this engine.
+        answers: Answers by prompt.
+        requests: Requests with new prompts.
+        prefix: The prompt of the last fork.
     """
 
     grammar_backend: GrammarBackend = "llguidance"
-    supports_seeds, context, joins_kv, chunk = False, None, False, WHOLE
+    supports_seeds, context, joins_kv, chunk = False, None, False, CHUNK_COMPLETE
 
     def __init__(self, tokenizer: Tokenizer, answers: Iterator[tuple[int, ...]]) -> None:
         self.tokenizer, self._script, self.calls, self.seconds = tokenizer, answers, 0, 0.0
@@ -74,13 +79,13 @@ class Scripted:
         self.prefix: Sequence[int] = ()
 
     async def decode(self, request: apr.Request, on_tokens: TokenSink | None = None) -> apr.Result:
-        began = time.perf_counter()
+        started = time.perf_counter()
         if (ids := self.answers.get(request.input_ids)) is None:
             ids = self.answers[request.input_ids] = next(self._script)
             self.requests.append(request)
         result = apr.Result(ids, "stop", len(request.input_ids), 0)
         self.calls += 1
-        self.seconds += time.perf_counter() - began  # what hears the ids belongs to the loop
+        self.seconds += time.perf_counter() - started  # the time of `on_tokens` is the loop's
         if on_tokens and self.chunk:
             for k in range(0, len(ids), self.chunk):
                 on_tokens(ids[k : k + self.chunk])
@@ -90,7 +95,7 @@ class Scripted:
         self.calls += 1
         return apr.Result((), "length", len(request.input_ids), 0)
 
-    async def fork(self, request: apr.Request, size: int) -> tuple[apr.Result, list[Scripted]]:
+    async def fork(self, request: apr.Request, size: int) -> tuple[apr.Result, list[ReplayEngine]]:
         self.prefix = request.input_ids
         return await self.commit(request), [self] * size
 
@@ -103,35 +108,35 @@ class Scripted:
 
 
 async def overhead_us(runs: int, chunk: int) -> float:
-    """Microseconds of the loop per engine call: a fork into 4, answered at once."""
+    """Microseconds of the loop per engine call, for a fork into 4 that is answered immediately."""
     tokenizer = apr.ByteTokenizer(DIALECT.tags)
-    engine = Scripted(tokenizer, script(tokenizer, 4, 32))
+    engine = ReplayEngine(tokenizer, script(tokenizer, 4, 32))
     engine.chunk = chunk
-    found: list[float] = []
+    results: list[float] = []
     for _ in range(runs + 20):
-        engine.calls, engine.seconds, began = 0, 0.0, time.perf_counter()
+        engine.calls, engine.seconds, started = 0, 0.0, time.perf_counter()
         trajectory = await apr.areason(engine, "Question: ", DIALECT, **FORCED)
-        found.append((time.perf_counter() - began - engine.seconds) / engine.calls * 1e6)
+        results.append((time.perf_counter() - started - engine.seconds) / engine.calls * 1e6)
     assert engine.calls == 7, "trunk, commit, 4 branches, conclusion"
     assert DIALECT.is_valid(trajectory.text)
-    return round(statistics.median(found[20:]), 1)  # the first ones lower the grammars
+    return round(statistics.median(results[20:]), 1)  # the first runs lower the grammars
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A trajectory known beforehand: what trunk, commit, branches and conclusion send and get."""
+    """A known trajectory: its prompt, and body and answer of the requests of trunk, commit, branches and conclusion."""
 
     prompt: tuple[int, ...]
     requests: list[tuple[dict[str, Any], tuple[int, ...]]]
 
 
-async def recorded(tokenizer: Tokenizer, width: int) -> Tree:
-    """All that the loop asks of an engine for one fork into so many, with grammars that force the answers."""
-    engine = Scripted(tokenizer, script(tokenizer, width, 48))
+async def record_tree(tokenizer: Tokenizer, width: int) -> Tree:
+    """The requests of the loop for one fork into `width` branches, with grammars that force the answers."""
+    engine = ReplayEngine(tokenizer, script(tokenizer, width, 48))
     prompt = tuple(tokenizer.encode(f"Question {width}: ", add_special_tokens=True))
     assert DIALECT.is_valid((await apr.areason(engine, prompt, DIALECT, **FORCED)).text)
 
-    def known(request: apr.Request) -> tuple[dict[str, Any], tuple[int, ...]]:
+    def forced(request: apr.Request) -> tuple[dict[str, Any], tuple[int, ...]]:
         answer = engine.answers[request.input_ids]
         sampling = {
             "skip_special_tokens": False,
@@ -143,12 +148,12 @@ async def recorded(tokenizer: Tokenizer, width: int) -> Tree:
         return {"input_ids": list(request.input_ids), "sampling_params": sampling}, answer
 
     commit = {"input_ids": list(engine.prefix), "sampling_params": {"max_new_tokens": 0}}
-    trunk, *others = map(known, engine.requests)
+    trunk, *others = map(forced, engine.requests)
     return Tree(prompt, [trunk, (commit, ()), *others])
 
 
 class ForcedEngine(apr.HttpEngine):
-    """Puts the grammar that forces the known answer in place of the loop's."""
+    """Replaces the loop's grammar by one that forces the known answer."""
 
     known: dict[tuple[int, ...], tuple[str, tuple[int, ...]]]
 
@@ -160,12 +165,12 @@ class ForcedEngine(apr.HttpEngine):
 
 
 async def loop(engine: ForcedEngine, trees: Sequence[Tree]) -> None:
-    """The trees through the loop, which does not know them."""
+    """Run the trees through the loop, which does not know them."""
     await asyncio.gather(*(apr.areason(engine, t.prompt, DIALECT, **FORCED) for t in trees))
 
 
-async def bare(url: str, trees: Sequence[Tree], at_once: bool) -> None:
-    """A client that knows the trees, and nothing of this package; branches at once, or one after another."""
+async def bare(url: str, trees: Sequence[Tree], parallel: bool) -> None:
+    """Run the trees by a bare HTTP client that knows them, with branches in parallel or one after another."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def answer(body: dict[str, Any], expected: tuple[int, ...]) -> None:
@@ -175,28 +180,28 @@ async def bare(url: str, trees: Sequence[Tree], at_once: bool) -> None:
                         data = json.loads(line[6:])
             assert tuple(data["output_ids"]) == expected
 
-        async def whole(tree: Tree) -> None:
+        async def run(tree: Tree) -> None:
             trunk, commit, *branches, conclusion = tree.requests
             await answer(*trunk)
             await answer(*commit)
-            if at_once:
+            if parallel:
                 await asyncio.gather(*(answer(*branch) for branch in branches))
             else:
                 for branch in branches:
                     await answer(*branch)
             await answer(*conclusion)
 
-        await asyncio.gather(*map(whole, trees))
+        await asyncio.gather(*map(run, trees))
 
 
 async def timed(arm: str, engine: ForcedEngine, trees: Sequence[Tree]) -> tuple[float, float]:
-    """Seconds of one arm, and those of this process's CPU; the server has no prefix and no grammar cached."""
+    """Wall seconds and CPU seconds of this process for one kind of run; it empties the caches of the server first."""
     flush = f"{engine.url}/flush_cache?timeout=30"
     async with aiohttp.ClientSession(raise_for_status=True) as session, session.post(flush):
         pass
-    began, cpu = time.perf_counter(), time.process_time()
-    await (loop(engine, trees) if arm == "loop" else bare(engine.url, trees, at_once=arm == "bare"))
-    return time.perf_counter() - began, time.process_time() - cpu
+    started, cpu = time.perf_counter(), time.process_time()
+    await (loop(engine, trees) if arm == "loop" else bare(engine.url, trees, parallel=arm == "bare"))
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -207,21 +212,21 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 async def walls(url: str, pairs: int, console: Console) -> dict[str, Any]:
-    """The loop's wall time over the bare client's, in turn, and in every 4th pair over branches in series."""
+    """Wall times of the loop relative to the bare client, alternately, and in every 4th pair to sequential branches."""
     async with await ForcedEngine.connect(url) as engine:
         assert isinstance(engine, ForcedEngine)
-        trees = [await recorded(engine.tokenizer, width) for width in WIDTHS]
+        trees = [await record_tree(engine.tokenizer, width) for width in WIDTHS]
         engine.known = {
             tuple(body["input_ids"]): (body["sampling_params"].get("ebnf"), answer)
             for tree in trees
             for body, answer in tree.requests
         }
-        found: list[dict[str, tuple[float, float]]] = []
+        results: list[dict[str, tuple[float, float]]] = []
         for i in track(range(-1, pairs), "pairs", console=console):  # the first warms up
             arms = ["loop", "bare", *["serial"] * (i % 4 == 0)]
-            found.append({arm: await timed(arm, engine, trees) for arm in arms[:: 1 if i % 2 else -1]})
-    taken = {arm: [f[arm] for f in found[1:] if arm in f] for arm in ("loop", "bare", "serial")}
-    vs_bare, vs_serial = ([f["loop"][0] / f[a][0] for f in found[1:] if a in f] for a in ("bare", "serial"))
+            results.append({arm: await timed(arm, engine, trees) for arm in arms[:: 1 if i % 2 else -1]})
+    taken = {arm: [f[arm] for f in results[1:] if arm in f] for arm in ("loop", "bare", "serial")}
+    vs_bare, vs_serial = ([f["loop"][0] / f[a][0] for f in results[1:] if a in f] for a in ("bare", "serial"))
     walls, cpus = ({a: round(statistics.median(x[k] for x in taken[a]), 3) for a in taken} for k in (0, 1))
     return {
         "wall_ratio_vs_bare": round(statistics.median(vs_bare), 3),
@@ -234,61 +239,61 @@ async def walls(url: str, pairs: int, console: Console) -> dict[str, Any]:
     }
 
 
-async def throughput(url: str, at_once: int) -> dict[str, Any]:
-    """Trajectories that decode freely; `wall_s` are the shortest, the median and the longest."""
-    # Four rounds of few, one of many: each level takes seconds enough to be measured.
-    problems = {str(i): f"Question {i}: " for i in range(max(at_once, min(4 * at_once, 128)))}
+async def throughput(url: str, concurrency: int) -> dict[str, Any]:
+    """Throughput of trajectories that decode freely; `wall_s` is the shortest, the median and the longest."""
+    # Few trajectories run four times, so that each level takes long enough to measure.
+    problems = {str(i): f"Question {i}: " for i in range(max(concurrency, min(4 * concurrency, 128)))}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trajectories.jsonl"
         async with await apr.HttpEngine.connect(url, timeout=600) as engine:
-            began = time.perf_counter()
-            await apr.arun_many(engine, problems, path, DIALECT, concurrency=at_once, **FREE)
-            seconds, peak = time.perf_counter() - began, peak_rss_mb()
-        found = [trajectory for _, trajectory in apr.read_many(path)]
-    walls, calls = [t.wall_s for t in found], [call for t in found for call in t.calls]
+            started = time.perf_counter()
+            await apr.arun_many(engine, problems, path, DIALECT, concurrency=concurrency, **FREE)
+            seconds, peak = time.perf_counter() - started, peak_rss_mb()
+        results = [trajectory for _, trajectory in apr.read_many(path)]
+    walls, calls = [t.wall_s for t in results], [call for t in results for call in t.calls]
     return {
         "trajectories": len(problems),
-        "valid": sum(DIALECT.is_valid(t.text) and bool(t.blocks) for t in found),
+        "valid": sum(DIALECT.is_valid(t.text) and bool(t.blocks) for t in results),
         "requests": len(calls),
         "tokens_per_s": round(sum(call.output_tokens for call in calls) / seconds, 1),
-        "trajectories_per_s": round(len(found) / seconds, 2),
+        "trajectories_per_s": round(len(results) / seconds, 2),
         "wall_s": [round(s, 2) for s in (min(walls), statistics.median(walls), max(walls))],
         "peak_rss_mb": peak,
     }
 
 
 def peak_rss_mb() -> float:
-    """The most memory of this process so far: as levels only rise, that of the last one."""
+    """Peak memory of this process so far; because levels only rise, that of the last level."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def on_server(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The parts that need a server, all on one."""
-    found: dict[str, Any] = {}
+    """Run the parts that need a server, all on the same one."""
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
-        # In a process of its own: torch stays out of this one, whose memory is measured.
+        # In a separate process, so that torch does not count in the memory of this one.
         likes, spawn = {"tags": DIALECT.tags, "tag_bias": 3.0}, multiprocessing.get_context("spawn")
         maker = spawn.Process(target=random_llama, args=(Path(directory),), kwargs=likes)
         maker.start()
         maker.join()
         with apr.Server(directory, max_total_tokens=65536, context_length=2048) as server:
             if "walls" in options.parts:
-                found |= asyncio.run(walls(server.url, options.pairs, console))
+                results |= asyncio.run(walls(server.url, options.pairs, console))
             if "throughput" in options.parts:
                 levels = track(sorted(options.levels), "levels", console=console)
                 ran = {str(n): asyncio.run(throughput(server.url, n)) for n in levels}
-                found |= {"throughput": {n: x["tokens_per_s"] for n, x in ran.items()}, "levels": ran}
-    return found
+                results |= {"throughput": {n: x["tokens_per_s"] for n, x in ran.items()}, "levels": ran}
+    return results
 
 
-def missed(found: dict[str, Any]) -> list[str]:
-    """What is not as it has to be."""
-    over = [f"{name} {found[name]} > {bar}" for name, bar in BARS.items() if found.get(name, 0) > bar]
-    levels = found.get("levels", {}).items()
-    return over + [f"{n} at once: not all valid" for n, x in levels if x["valid"] != x["trajectories"]]
+def missed(results: dict[str, Any]) -> list[str]:
+    """The bars that are missed, one sentence each."""
+    over = [f"{name} {results[name]} > {bar}" for name, bar in BARS.items() if results.get(name, 0) > bar]
+    levels = results.get("levels", {}).items()
+    return over + [f"{n} in parallel: not all valid" for n, x in levels if x["valid"] != x["trajectories"]]
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     return {
         "peak_rss_mb": peak_rss_mb(),
         "hardware": hardware(),
@@ -296,15 +301,15 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     console = Console(width=150)
-    table = Table("figure", "value", title="The loop")
-    for name, value in found.items():
+    table = Table("figure", "value", title="The fork-join loop")
+    for name, value in results.items():
         if name not in ("levels", "throughput"):
             table.add_row(name, json.dumps(value))
     console.print(table)
-    if levels := found.get("levels"):
-        table = Table("at once", *next(iter(levels.values())), title="Trajectories that decode freely")
+    if levels := results.get("levels"):
+        table = Table("concurrency", *next(iter(levels.values())), title="Trajectories that decode freely")
         for n, level in levels.items():
             table.add_row(n, *map(json.dumps, level.values()))
         console.print(table)
@@ -315,23 +320,29 @@ def main() -> int:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=kind)
     add, parts, levels = parser.add_argument, ["overhead", "walls", "throughput"], [1, 16, 64, 256, 1000]
-    add("--parts", nargs="+", choices=parts, default=parts, help="what to measure (default: all of it)")
+    add("--parts", nargs="+", choices=parts, default=parts, help="what to measure (default: everything)")
     add("--runs", type=int, default=1000, help="trajectories for the overhead (default: %(default)s)")
-    add("--pairs", type=int, default=20, help="for the wall times (default: %(default)s)")
-    add("--levels", nargs="+", type=int, default=levels, help="at once (default: %(default)s)")
+    add("--pairs", type=int, default=20, help="pairs for the wall times (default: %(default)s)")
+    add(
+        "--levels",
+        nargs="+",
+        type=int,
+        default=levels,
+        help="numbers of concurrent trajectories (default: %(default)s)",
+    )
     add("--json", action="store_true", help="one JSON object on stdout instead of tables")
     add("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
     console = Console(stderr=True)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if "overhead" in options.parts:
-        ways = {"": WHOLE, "_not_streamed": NOTHING, "_token_by_token": EACH}
-        for name, chunk in track(ways.items(), "overhead", console=console):
-            found[f"loop_overhead_us{name}"] = asyncio.run(overhead_us(options.runs, chunk))
+        chunks = {"": CHUNK_COMPLETE, "_not_streamed": CHUNK_NONE, "_token_by_token": CHUNK_TOKEN}
+        for name, chunk in track(chunks.items(), "overhead", console=console):
+            results[f"loop_overhead_us{name}"] = asyncio.run(overhead_us(options.runs, chunk))
     if options.parts != ["overhead"]:
-        found |= on_server(options, console)
-    found |= surroundings()
-    return finish(found, missed(found), show, options)
+        results |= on_server(options, console)
+    results |= environment()
+    return finish(results, missed(results), show, options)
 
 
 if __name__ == "__main__":

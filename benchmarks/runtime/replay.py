@@ -1,4 +1,4 @@
-"""The branches of a trajectory decoded once more, one after another: what parallel decoding gained."""
+"""Decode the branches of a trajectory again, one after another, to measure what parallel decoding gained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Seconds for the same branch tokens: at once (from the run's own record) and one branch after another."""
+    """Times for the same branch tokens.
+
+    Attributes:
+        parallel_s: Seconds in parallel, from the record of the original run.
+        serial_s: Seconds with one branch after another.
+        tokens: Number of tokens.
+    """
 
     parallel_s: float
     serial_s: float
@@ -20,10 +26,10 @@ class Replay:
 
 
 async def replay_serially(engine: Engine, trajectory: Trajectory) -> Replay:
-    """Decode each branch of `trajectory` again, alone and token for token, behind the same cached prefix.
+    """Decode each branch of a trajectory again, alone and token for token, after the same cached prefix.
 
-    A grammar of single tokens leaves the model one choice per step, so that the work is the same
-    and only the order differs. Both times run from the first branch request of a block to its last.
+    A grammar of single tokens leaves the model one choice per step, so the work is the same and only the order differs.
+    Both times run from the first branch request of a block to its last.
     """
     parallel = serial = 0.0
     tokens = 0
@@ -35,14 +41,14 @@ async def replay_serially(engine: Engine, trajectory: Trajectory) -> Replay:
         for branch in block.branches:
             first = min(i for i in branch.spans if trajectory.spans[i].call is not None)
             context = _context(trajectory, first)
-            own = tuple(
+            ids = tuple(
                 t
                 for i in branch.spans
                 if trajectory.spans[i].origin == "decoded"
                 for t in trajectory.spans[i].token_ids or ()
             )
-            forced = "start: " + " ".join(f"<[{t}]>" for t in own) + "\n"
-            request = Request(f"apr-{uuid.uuid4().hex}", context, len(own), {"temperature": 0}, forced)
+            forced = "start: " + " ".join(f"<[{t}]>" for t in ids) + "\n"
+            request = Request(f"apr-{uuid.uuid4().hex}", context, len(ids), {"temperature": 0}, forced)
             started = time.monotonic()
             result = await engine.decode(request)
             serial += time.monotonic() - started
@@ -55,5 +61,5 @@ def _calls(trajectory: Trajectory, block: tuple[int, ...]) -> list[int]:
 
 
 def _context(trajectory: Trajectory, index: int) -> tuple[int, ...]:
-    """The ids that a span was decoded behind: its ancestors, in the order of the text."""
+    """The ids that a span was decoded after: its ancestors, in the order of the text."""
     return tuple(t for i in trajectory.ancestors(index)[:-1] for t in trajectory.spans[i].token_ids or ())

@@ -1,9 +1,9 @@
-"""Times the training structure of 16 sequences that inference has run, 28,000 tokens in a line, and its memory.
+"""Time and memory to build the training tree of 16 sequences of a trajectory, 28,000 tokens in one row.
 
 python -m benchmarks.training.tree_build [--json] [--check] [--reps 9]
 
-One reply of three forks into four: four requests of the trunk and twelve of branches, of which all but the first of each
-fork are read again behind the join.
+The trajectory has three forks into four branches: four requests of the trunk and twelve of branches. After each join, all
+branches except the first are read again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sgl_apr.training.attention_mask import Visibility
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
 
 FORKS, WIDTH, BRANCH, TRUNK = 3, 4, 1290, 180
-SECONDS = 0.1
+MAX_SECONDS = 0.1
 
 
 def reply(rng: random.Random) -> apr.Trajectory:
-    """As a server would have written it, one token a character."""
+    """A trajectory as a server would return it, one token per character."""
 
     def words(count: int) -> str:
         return "".join(rng.choice(string.ascii_lowercase + " ") for _ in range(count))
@@ -44,26 +44,28 @@ def reply(rng: random.Random) -> apr.Trajectory:
     return dialect.parse(text, apr.ByteTokenizer(dialect.tags)).with_prompt("Q: ", tuple(b"Q: "))
 
 
-def made(trajectory: apr.Trajectory) -> tuple[TrainingTree, Visibility]:
-    found = build_training_tree([trajectory])
-    return found, Visibility.from_trees([found.tree])
+def tree_and_mask(trajectory: apr.Trajectory) -> tuple[TrainingTree, Visibility]:
+    """The training tree of a trajectory, and the visibility of its tokens."""
+    tree = build_training_tree([trajectory])
+    return tree, Visibility.from_trees([tree.tree])
 
 
-def measured(reps: int) -> dict[str, Any]:
+def measure(reps: int) -> dict[str, Any]:
+    """Sizes, median seconds over `reps` runs, and peak memory."""
     trajectory = reply(random.Random(0))
     seconds = []
     for _ in range(reps):
-        began = time.perf_counter()
-        found, _ = made(trajectory)
-        seconds.append(time.perf_counter() - began)
+        started = time.perf_counter()
+        tree, _ = tree_and_mask(trajectory)
+        seconds.append(time.perf_counter() - started)
     tracemalloc.start()
-    made(trajectory)
+    tree_and_mask(trajectory)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {
         "sequences": FORKS * (WIDTH + 1) + 1,
-        "flat_tokens": found.tokens,
-        "losses": len(found.sources),
+        "flat_tokens": tree.tokens,
+        "losses": len(tree.sources),
         "seconds": statistics.median(seconds),
         "peak_mb": peak / 2**20,
     }
@@ -75,21 +77,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--reps", type=int, default=9, help="of which the median counts (default: %(default)s)"
+        "--reps", type=int, default=9, help="repetitions, whose median counts (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 above {SECONDS} s")
+    parser.add_argument("--check", action="store_true", help=f"exit with 1 above {MAX_SECONDS} s")
     options = parser.parse_args()
-    found = measured(options.reps)
-    found["hardware"] = hardware()
+    result = measure(options.reps)
+    result["hardware"] = hardware()
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
         Console().print(
-            f"{found['flat_tokens']:,} tokens of {found['sequences']} sequences: {1000 * found['seconds']:.1f} ms, "
-            f"{found['peak_mb']:.1f} MB at the most"
+            f"{result['flat_tokens']:,} tokens of {result['sequences']} sequences: {1000 * result['seconds']:.1f} ms, "
+            f"{result['peak_mb']:.1f} MB at most"
         )
-    return int(options.check and found["seconds"] > SECONDS)
+    return int(options.check and result["seconds"] > MAX_SECONDS)
 
 
 if __name__ == "__main__":
