@@ -1,4 +1,4 @@
-"""What the soak does at random: forks, joins, aborts and malformed requests, each checked as far as it can be."""
+"""The random operations of the soak: forks, joins, aborts and malformed requests, with checks of their answers."""
 
 from __future__ import annotations
 

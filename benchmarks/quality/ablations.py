@@ -144,7 +144,7 @@ def width(experiments: Experiments, options: argparse.Namespace) -> Iterator[Met
         with Console(stderr=True).status("training with a stated width"):
             model = sft.train(config, experiments.out / "width")
     for stated in WIDTHS:
-        yield experiments.evaluate(f"told {stated}", model, width=stated)
+        yield experiments.evaluate(f"width {stated}", model, width=stated)
 
 
 PARTS = {"rewards": rewards, "scaffold": scaffold, "ability": ability, "width": width}

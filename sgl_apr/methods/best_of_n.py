@@ -98,7 +98,7 @@ def _own_verifier(task: Task[Any]) -> Verifier:
 async def _judge(
     session: MethodSession, task: SelfJudgedTask[Any], judge: Prompt, replies: list[Completion]
 ) -> list[float | None]:
-    """The model's score of each reply, decoded in a fork after it; None where there is none."""
+    """The model's score of each reply, decoded in a fork after it; None if it is empty."""
     left = len(replies)
     forks = [session.fork(reply, [judge], share=1 / (left - k)) for k, reply in enumerate(replies)]
     judgements = [completion for (completion,) in await gather(forks)]

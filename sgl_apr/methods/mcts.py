@@ -13,8 +13,7 @@ from sgl_apr.errors import AprError, require_extra
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, require
-from sgl_apr.methods.tree_search import SearchNode as SearchNode
-from sgl_apr.methods.tree_search import SearchModel
+from sgl_apr.methods.tree_search import SearchModel, SearchNode
 
 if TYPE_CHECKING:
     from treequest.algos.standard_mcts import MCTSState

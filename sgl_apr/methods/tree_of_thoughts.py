@@ -12,7 +12,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, VotedSearchTask, require
-from sgl_apr.methods.tree_search import SearchNode, SearchModel
+from sgl_apr.methods.tree_search import SearchModel, SearchNode
 
 Search = Literal["bfs", "dfs"]
 Select = Literal["value", "vote"]

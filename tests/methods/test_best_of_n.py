@@ -1,4 +1,4 @@
-"""Best of N against the papers: which replies are asked and judged, which is chosen, and what a verifier that fails costs."""
+"""Best of N against the papers: prompts and judgements, the choice, and verifiers that fail."""
 
 from __future__ import annotations
 
@@ -94,18 +94,18 @@ def test_a_weighted_vote_sums_the_scores_of_an_answer(select: Any, answer: str, 
     assert (found.answer, found.score) == (answer, score)
 
 
-def test_of_equals_it_is_the_first():
+def test_the_earliest_wins_a_tie():
     found, _ = best(verifier=lambda problem, text: 1)
     assert (found.answer, found.score) == ("1", 1.0)
 
 
-def test_a_task_that_can_check_is_asked_by_itself():
+def test_a_verifiable_task_is_its_own_verifier():
     found, engine = best(Checked)
     assert (found.answer, found.score) == ("2", 1.0)
     assert len(engine.requests) == 5  # no judge
 
 
-def test_else_the_model_judges_in_a_fork_behind_each_reply():
+def test_otherwise_the_model_judges_in_a_fork_after_each_reply():
     found, engine = best()
     assert (found.answer, found.score) == ("3", 0.7)  # what is right is not looked up
     assert sorted(asked(engine)[5:]) == sorted(f"which?{text} sure?" for text in REPLIES[:4])
@@ -116,7 +116,7 @@ def test_else_the_model_judges_in_a_fork_behind_each_reply():
     assert (found.answer, found.score) == ("2", pytest.approx(0.8))
 
 
-def test_replies_and_their_judges_run_at_once():
+def test_replies_and_their_judges_run_in_parallel():
     under_way = list[int]()
     engine = apr.ScriptedEngine(
         lambda request, prompt: under_way.append(len(engine.active)) or apr.Reply("5 is 1", delay=0.005)
@@ -190,7 +190,7 @@ def test_scores_that_cannot_be_summed(said: float):
         best(verifier=lambda problem, text: said, select="weighted")
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     with pytest.raises(apr.AprError, match=r'select=.most., expected "argmax" or "weighted"'):
         best(select="most")
 

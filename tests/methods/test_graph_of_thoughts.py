@@ -1,4 +1,4 @@
-"""Graph of Thoughts against the paper: operations in the order of their edges and at once, what each sees, what is kept."""
+"""Graph of Thoughts against the paper: the order and parallelism of operations, what each sees, and what it keeps."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class Sorting(GraphTask[str, str]):
         }
 
 
-def replies(told: dict[str, list[str]] = REPLIES) -> Any:
-    left = {prompt: list(said) for prompt, said in told.items()}
+def replies(script: dict[str, list[str]] = REPLIES) -> Any:
+    left = {prompt: list(said) for prompt, said in script.items()}
     return lambda request, prompt: left[prompt].pop(0)
 
 
@@ -103,7 +103,7 @@ def test_sorting_as_in_the_paper():
     assert all(c.cached_tokens >= c.shared_tokens - 1 for c in calls)
 
 
-def test_an_aggregate_comes_behind_all_of_its_parents():
+def test_an_aggregate_depends_on_all_of_its_parents():
     found, _, _ = run()
     spans = found.trajectory.spans
     merge = next(i for i, s in enumerate(spans) if s.text.startswith("merge"))
@@ -113,7 +113,7 @@ def test_an_aggregate_comes_behind_all_of_its_parents():
     assert found.metrics.critical_path == sum(chain)
 
 
-def test_ready_operations_run_at_once_and_wait_for_no_other():
+def test_ready_operations_run_in_parallel_and_wait_for_no_other():
     heard = list[str]()
     said = replies()
 
@@ -167,7 +167,7 @@ def test_a_model_scores_by_the_mean_of_its_replies():
     assert (found.answer, found.score) == ("b", 6.0)
 
 
-def test_what_is_asked_nothing_goes_on_as_it_is():
+def test_a_state_without_a_prompt_stays_as_it_is():
     graph = {
         "letters": Generate(ask=lambda _: Prompt("letters: "), read=lambda _, text: list(text)),
         "twice": Generate(
@@ -262,12 +262,12 @@ SAY = {"ask": lambda state: Prompt("say: "), "read": read}
         ({"a": Generate(**SAY, k=0)}, "'a' runs 0 times"),
     ],
 )
-def test_graphs_that_cannot_be_run(graph: Graph, error: str):
+def test_invalid_graphs_are_errors(graph: Graph, error: str):
     with pytest.raises(GraphError, match=error):
         run(graph, lambda request, prompt: pytest.fail("it was asked"))
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     engine = apr.ScriptedEngine(replies())
     with pytest.raises(Inapplicable, match="task cannot be cut into a graph"):
         asyncio.run(method("graph_of_thoughts")(engine, "X", task=Task[str](engine)))
@@ -288,7 +288,7 @@ def test_what_cannot_be_asked():
         (Problem((3, 8), 11), (), True),
     ],
 )
-def test_countdown_searches_behind_each_first_step(problem: Problem, proposed: Sequence[str], solved: bool):
+def test_countdown_searches_after_each_first_step(problem: Problem, proposed: Sequence[str], solved: bool):
     asked = list[str]()
     tokenizer = ByteTokenizer(["<Spawn>", "</Spawn>", "<Message>", "</Message>", "<Join>", "</Join>", "<Result>", "</Result>", "<Return>", "</Return>"])  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Group Think by chunks: who sees what, how stale it is, when it ends, and who votes."""
+"""Group Think by chunks: what each agent sees and how late, when the method ends, and who votes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgl_apr.methods.task import CollaborativeTask, Inapplicable, Task
 
 
 class Talk(CollaborativeTask[str]):
-    """What a thinker sees: `Q[what others write][own>`. An answer stands behind "="."""
+    """What a thinker sees: `Q[what others write][own>`. An answer follows "="."""
 
     name, max_tokens = "talk", 20
 
@@ -76,20 +76,20 @@ def test_it_ends_when_more_than_half_have_an_answer():
     assert len(prompts) == 3 + 3 + 1 + 1, "who has ended writes no more"
 
 
-def test_what_is_not_finished_is_no_answer():
+def test_unfinished_text_is_no_answer():
     found, *_ = think(speaker("=123456", "x=5", "y=5"), thinkers=3)
     assert found.answer == "5"
     found, *_ = think(speaker("=12345678", "=12945678"), budget=apr.Budget(tokens=6))
     assert found.answer == "12", "at the limit all that there is counts"
 
 
-def test_who_ends_without_an_answer_has_no_vote():
+def test_agents_without_an_answer_have_no_vote():
     found, prompts, _ = think(speaker("no", "none", "c=4"), thinkers=3)
     assert (found.answer, found.score) == ("4", pytest.approx(1 / 3))
     assert len(prompts) == 5
 
 
-def test_a_chunk_is_written_at_once_behind_a_committed_prompt():
+def test_a_chunk_is_written_in_parallel_after_a_committed_prompt():
     script = speaker("abcdef", "uvwxyz")
     engine = apr.ScriptedEngine(script)
     most, decode = 0, engine.decode
@@ -149,7 +149,7 @@ def test_a_character_cut_by_a_chunk_is_not_shown_in_part():
     assert bytes(engine.requests[1].input_ids) == b"Q[][ab>"
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     for wrong in ({"thinkers": 0}, {"chunk": 0}):
         with pytest.raises(apr.AprError, match="expected at least 1"):
             think(speaker(""), **wrong)

@@ -1,4 +1,4 @@
-"""Hogwild! by chunks: the shared history, the steps of the others, its own; where a step ends, and where all do."""
+"""Hogwild! by chunks: the shared history, the current steps, where a step ends, and when the method ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sgl_apr.methods.task import CollaborativeTask, Inapplicable, Task
 
 
 class Talk(CollaborativeTask[str]):
-    """What a worker sees: `Q{what is finished}[what others write]own`. An answer stands behind "=", up to a point."""
+    """What a worker sees: `Q{what is finished}[what others write]own`. An answer follows "=", up to a period."""
 
     name, max_tokens, redundancy_question = "talk", 20, "?"
 
@@ -76,7 +76,7 @@ def test_one_answer_is_enough_and_it_may_be_more():
     assert len(prompts) == 4
 
 
-def test_who_comes_to_an_end_goes_no_further():
+def test_a_worker_that_has_ended_writes_no_more():
     found, prompts = work(speaker("so.", "ab.\n\ncd.\n\ne=4"), chunk=6)
     assert found.answer == "4"
     assert [p.rpartition("]")[2] for p in prompts] == ["1.1:", "2.1:", "2.2:", "2.3:"]
@@ -101,16 +101,16 @@ def test_where_a_step_ends(text: str, ends: bool):
     )
 
 
-def test_now_and_then_a_step_opens_with_the_question_whether_it_is_redundant():
+def test_some_steps_open_with_the_question_whether_they_are_redundant():
     steps = "".join(f"{k:3}.\n\n" for k in range(8))
     _, prompts = work(speaker(steps, steps), chunk=6, every=41)
     openings = [p.rpartition("]")[2] for p in prompts]
     asked = [k for k, opening in enumerate(openings) if opening.endswith("?")]
-    assert openings[asked[0]] == "1.4:?", "behind two steps of each there are 40 tokens"
+    assert openings[asked[0]] == "1.4:?", "after two steps of each there are 40 tokens"
     assert all(later - former > 3 for former, later in pairwise(asked))
 
 
-def test_the_words_are_the_papers():
+def test_the_default_texts_are_those_of_the_paper():
     class Plain(Talk):
         step_opening = CollaborativeTask.step_opening
         redundancy_question = CollaborativeTask.redundancy_question
@@ -125,7 +125,7 @@ def test_the_words_are_the_papers():
     assert texts[4] == "**Bob [2]:** "
 
 
-def test_chunks_are_written_at_once_and_what_is_read_again_is_not_counted():
+def test_chunks_are_written_in_parallel_and_copies_are_not_counted():
     script = speaker("abcdefgh", "stuvwxyz")
     engine = apr.ScriptedEngine(script)
     most, decode = 0, engine.decode
@@ -166,7 +166,7 @@ def test_a_failure_stays_with_its_worker():
     assert "[1.1:abcd]" in prompts[-1], "what it had written stays"
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     for name in ("workers", "chunk", "every", "enough"):
         with pytest.raises(apr.AprError, match=f"{name}=0, expected at least 1"):
             work(speaker(""), **{name: 0})

@@ -1,4 +1,4 @@
-"""Monte Carlo tree search: which leaves are selected, against UCT written out here; several at once; where it ends."""
+"""Monte Carlo tree search: the selected leaves against UCT as written out here, parallel leaves, and the end."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_an_answer_of_less_is_kept_until_the_end():
     assert "a" not in expanded
 
 
-def test_values_are_means_cut_to_what_the_tree_takes():
+def test_values_are_means_clipped_to_0_and_1():
     said = {"a": iter([4, 0, 0, 0]), "b": iter([0.9, 0.9, 0.9, 0.9])}
 
     def noisy(request: apr.Request, prompt: str) -> str:
@@ -165,7 +165,7 @@ def test_a_leaf_without_steps_is_worth_nothing():
     assert {"b", "ba"} <= {*expanded}
 
 
-def test_leaves_and_values_are_asked_for_at_once():
+def test_leaves_and_values_are_sampled_in_parallel():
     engine = apr.ScriptedEngine(lambda request, prompt: apr.Reply(script(request, prompt), delay=0.002))
     most, decode = 0, engine.decode
 
@@ -178,7 +178,7 @@ def test_leaves_and_values_are_asked_for_at_once():
     found = asyncio.run(
         method("mcts")(engine, "words", task=Words(engine), simulations=5, leaves=2, proposals=3)
     )
-    assert most == 6, "three proposals behind each of two leaves"
+    assert most == 6, "three proposals from each of two leaves"
     calls = [c for c in found.trajectory.calls if c.cached_tokens is not None]
     assert all(c.cached_tokens >= c.shared_tokens - 1 for c in calls)
     assert apr.Trajectory.from_json(found.trajectory.to_json()) == found.trajectory
@@ -208,7 +208,7 @@ def test_a_failure_stays_with_its_leaf():
     assert any(b.outcome == "failed" for block in found.trajectory.blocks for b in block.branches)
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     for wrong in ({"simulations": 0}, {"leaves": 0}, {"proposals": 0}):
         with pytest.raises(apr.AprError, match="expected at least 1"):
             search(**wrong)

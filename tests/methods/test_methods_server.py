@@ -1,4 +1,4 @@
-"""Every method on Countdown, with the model that comes with the package on a real server: what it asks, and at what cost."""
+"""Every method on Countdown with the built-in model on a real server: its requests and its cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import sglang as sgl
 
 import sgl_apr as apr
-from sgl_apr.cli.eval import ONE_REPLY
+from sgl_apr.cli.eval import SINGLE_REPLY_METHODS
 from sgl_apr.cli.main import main
 from sgl_apr.evaluation.tasks.countdown.problems import generate_problems, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
@@ -34,7 +34,7 @@ GIVEN = list(generate_problems(1, "test", seed=0))
 
 def greedy(name: str) -> dict[str, float]:
     """As `sgl-apr eval` asks those that one reply is the answer of."""
-    return {"temperature": 0.0} if name in ONE_REPLY else {}
+    return {"temperature": 0.0} if name in SINGLE_REPLY_METHODS else {}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def results(solver: Server) -> Mapping[str, list[MethodResult]]:
 
 
 @pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
-def test_it_is_honest(results: Mapping[str, list[MethodResult]], name: str):
+def test_labels_and_metrics_say_what_was_run(results: Mapping[str, list[MethodResult]], name: str):
     """Within its budget, from the cache what the cache has, and an answer that its trajectory holds."""
     for problem, result in zip(GIVEN, results[name], strict=True):
         metrics = result.metrics
@@ -80,7 +80,7 @@ def test_some_are_right(results: Mapping[str, list[MethodResult]]):
 
 
 def test_a_model_that_forks_by_itself(solver: Server):
-    """On a problem that it does not find easy: a call for each branch, and one behind each join."""
+    """On a problem that is not easy for the model: a call for each branch, and one after each join."""
     problem = next(p for p in generate_problems(9, "test", seed=0) if len(p.numbers) == 4)
 
     async def asked() -> MethodResult:
@@ -96,7 +96,7 @@ def test_a_model_that_forks_by_itself(solver: Server):
     assert called["trunk"] + called["after"] == 1 + result.metrics.blocks
 
 
-def test_branches_run_at_once(results: Mapping[str, list[MethodResult]]):
+def test_branches_run_in_parallel(results: Mapping[str, list[MethodResult]]):
     for name in ("self_consistency", "tree_of_thoughts"):
         for result in results[name]:
             spans = sorted((c.started, c.ended) for c in result.trajectory.calls if c.output_tokens)
@@ -104,7 +104,7 @@ def test_branches_run_at_once(results: Mapping[str, list[MethodResult]]):
 
 
 @pytest.mark.parametrize("name", [name for name in METHOD_MODULES if name not in NULL])
-def test_how_much_is_asked(results: Mapping[str, list[MethodResult]], name: str):
+def test_the_number_of_requests(results: Mapping[str, list[MethodResult]], name: str):
     """Branches and calls of each row: those of the papers' structures, where the model has no say."""
     (result,) = results[name]
     called = Counter(call.phase for call in result.trajectory.calls)
@@ -123,7 +123,7 @@ def test_how_much_is_asked(results: Mapping[str, list[MethodResult]], name: str)
             assert (outer[0], inner[0]) == (1, 3)
             assert inner[1 : 1 + outer[1]] == [3] * outer[1]
             assert 3 + outer[1] <= called["branch"] <= sum(inner)  # what the budget cuts is not asked
-        case "graph_of_thoughts":  # a proposal, and a search behind each step that it names
+        case "graph_of_thoughts":  # a proposal, and a search after each step that it names
             assert (outer, inner) == ([1, outer[1]], [1] * (1 + outer[1]))
             assert called == {"branch": 1 + outer[1]}
         case "mcts":  # a proposal, a value of each child, then the leaves that are selected
@@ -142,7 +142,7 @@ def test_how_much_is_asked(results: Mapping[str, list[MethodResult]], name: str)
 
 
 @pytest.mark.parametrize("name", NULL)
-def test_what_countdown_has_no_words_for(solver: Server, name: str):
+def test_methods_that_countdown_does_not_support(solver: Server, name: str):
     async def asked() -> None:
         async with await apr.HttpEngine.connect(solver.url) as engine:
             await method(name)(engine, GIVEN[0], task=CountdownTask(engine))
@@ -221,7 +221,7 @@ def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
     assert "point by point" in capsys.readouterr().out
 
 
-def test_a_model_without_the_words(server: Server):
+def test_a_model_that_was_not_trained_on_countdown(server: Server):
     async def asked() -> None:
         async with await apr.HttpEngine.connect(server.url) as engine:
             CountdownTask(engine)

@@ -1,4 +1,4 @@
-"""The methods that Countdown has no words for, on a language model that follows instructions a little."""
+"""The methods that Countdown does not support, on a language model that follows instructions a little."""
 
 from __future__ import annotations
 

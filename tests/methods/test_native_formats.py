@@ -1,4 +1,4 @@
-"""Formats that fork by themselves as methods: how each is asked, joined and labelled."""
+"""Formats of models that fork by themselves, as methods: their prompts, joins and labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def asked(name: str, tags: tuple[str, ...], **options: Any) -> tuple[MethodResul
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_it_is_asked_as_its_authors_say_and_labelled_by_what_was_run(name: str):
+def test_prompts_are_those_of_the_authors_and_labels_say_what_was_run(name: str):
     dialect = apr.dialect(DIALECTS[name])
     result, prompts = asked(name, dialect.tags)
     assert result.method == name
@@ -46,6 +46,6 @@ def test_a_model_without_the_tags_is_forced():
 
 
 @pytest.mark.parametrize("name", ["threadweaver", "multiverse"])
-def test_a_join_that_cannot_be_had_is_an_error(name: str):
+def test_an_unavailable_join_is_an_error(name: str):
     with pytest.raises(apr.KvJoinUnavailable):
         asked(name, apr.dialect(name).tags, join="kv")

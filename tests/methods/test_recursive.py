@@ -1,4 +1,4 @@
-"""Recursive language models against the paper's algorithm: what the model sees, what its programs may ask, where it ends."""
+"""Recursive language models against the paper: what the model sees, what its programs may query, and the end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def block(code: str) -> str:
     return f"Let me see.\n```repl\n{code}\n```\n"
 
 
-def test_nothing_runs_that_was_not_allowed():
+def test_no_code_runs_without_permission():
     with pytest.raises(apr.CodeForbidden, match="allow_code=True"):
         read(writer(""), allow_code=False)
     engine = apr.ScriptedEngine(writer(""))
@@ -111,7 +111,7 @@ def test_an_answer(last: str, answer: str):
         ("```python\nprint(3)\n```", "(nothing was run"),
     ],
 )
-def test_what_is_none_is_said(reply: str, shown: str):
+def test_invalid_replies_are_reported_to_the_model(reply: str, shown: str):
     found, prompts, _ = read(writer(reply, "FINAL(ok)"), limits=Limits(seconds=1.0, output=60))
     assert found.answer == "ok"
     assert shown in prompts[1]
@@ -122,16 +122,14 @@ def test_programs_ask_models_that_see_nothing_else():
     found, prompts, _ = read(writer(block(asked), "FINAL(done)"))
     assert prompts[1:5] == ["<one>", "<two>", "<three>", "<last>"]
     assert "['ONE', 'TWO', 'THREE'] LAST" in prompts[5]
-    told = next(span for span in found.trajectory.spans if span.text.startswith("\n<REPL"))
+    output = next(span for span in found.trajectory.spans if span.text.startswith("\n<REPL"))
     own = sum(span.tokens for span in found.trajectory.spans if not span.path and span.origin != "prompt")
-    assert found.metrics.critical_path == own + len("<three>THREE") + len("<last>LAST"), (
-        "one behind the other"
-    )
-    assert len(told.waits_for) == 4, "what follows waits for all of them"
+    assert found.metrics.critical_path == own + len("<three>THREE") + len("<last>LAST"), "one after the other"
+    assert len(output.waits_for) == 4, "what follows waits for all of them"
     assert apr.Trajectory.from_json(found.trajectory.to_json()) == found.trajectory
 
 
-def test_a_batch_is_asked_at_once():
+def test_a_batch_of_queries_runs_in_parallel():
     batch = block("print(len(llm_query_batched([str(k) for k in range(6)])))")
 
     def script(request: apr.Request, prompt: str) -> apr.Reply:
@@ -167,7 +165,7 @@ def test_queries_are_limited():
     assert "['A', 'B', '(no answer: no more queries)']\n(no answer: no more queries)" in prompts[-1]
 
 
-def test_models_deeper_down_write_programs_of_their_own():
+def test_recursive_queries_write_programs_of_their_own():
     def script(request: apr.Request, prompt: str) -> str:
         if "REPL" not in prompt:
             return prompt.upper()
@@ -201,7 +199,7 @@ def test_rlm_queries_at_depth_one_are_plain():
     assert prompts[1] == "<a>"
 
 
-def test_it_is_asked_for_an_answer_in_the_end():
+def test_the_model_is_asked_for_an_answer_at_the_end():
     found, prompts, _ = read(writer(*[block("print(1)")] * 3, "It is one."), iterations=3)
     assert found.answer == "It is one."
     assert len(prompts) == 4
@@ -239,7 +237,7 @@ def test_a_failure_stays_with_its_query():
     assert "['yes', '(no answer: failed)']" in prompts[-1]
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     for wrong in ({"depth": -1}, {"iterations": 0}, {"concurrency": 0}):
         with pytest.raises(apr.AprError, match="expected at least"):
             read(writer(""), **wrong)
@@ -252,7 +250,7 @@ def test_what_cannot_be_asked():
         asyncio.run(method("recursive")(engine, "?", task=Plain(engine), allow_code=True))
 
 
-def test_a_question_stands_behind_its_text():
+def test_a_question_follows_its_text():
     engine = apr.ScriptedEngine(writer(block("FINAL(context[:5])")))
     task = QuestionTask(engine)
     problem = "Once upon a time.\n\nThey lived.\n\nHow does it begin?"

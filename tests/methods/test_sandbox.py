@@ -1,4 +1,4 @@
-"""The sandbox: what a program may do, what it may not, what ends it, and that nothing of it is left."""
+"""The sandbox: what programs may and may not do, what ends them, and that nothing of them is left."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_values_are_read_by_their_names():
     assert asyncio.run(read()) == ["[1, 2]", "abc", None]
 
 
-def test_programs_ask_what_a_model_says():
+def test_programs_query_a_model():
     text = printed("""
         print(llm_query("one"), llm_query_batched(["two", "three"]), rlm_query("four"), rlm_query_batched(["5"]))
     """)
     assert text == "ONE ['TWO', 'THREE'] FOUR! ['5!']"
 
 
-def test_its_time_does_not_run_while_a_model_answers():
+def test_time_stops_while_a_model_answers():
     async def slow(texts: list[str], deep: bool) -> list[str]:
         await asyncio.sleep(1.0)
         return texts
@@ -80,7 +80,7 @@ def test_errors_are_printed_and_nothing_is_lost():
     assert ran("x = 1\n1 / 0", "print(x)")[1].output == "1\n"
 
 
-def test_what_is_printed_is_cut():
+def test_output_is_truncated():
     (found,) = ran("for _ in range(3000): print('x' * 999)", limits=Limits(output=50))
     assert found.output == "x" * 50 + "... + [2999950 chars...]"
 
@@ -120,7 +120,7 @@ FORBIDDEN = [
 ]
 
 
-def test_what_it_may_not():
+def test_forbidden_actions_fail():
     names = "os, sys, signal, resource, subprocess, threading, multiprocessing, socket, urllib.request"
     tried = (
         f"try:\n    {each}\nexcept Exception as error:\n    print('refused', error)" for each in FORBIDDEN
@@ -131,7 +131,7 @@ def test_what_it_may_not():
     ] == []
 
 
-def test_there_is_nothing_to_see():
+def test_no_files_are_visible():
     text = printed("""
         import os
         packages = os.path.join(os.path.dirname(os.__file__), "site-packages")
@@ -141,7 +141,7 @@ def test_there_is_nothing_to_see():
     assert text == f"{[Path(os.__file__).parts[1]]} [] 2\nset()"
 
 
-def test_nobody_hears_of_it():
+def test_no_signal_or_message_leaves_the_sandbox():
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         port = server.getsockname()[1]
@@ -177,7 +177,7 @@ def test_system_calls_by_their_numbers():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="code of this machine")
-def test_the_system_calls_of_another_architecture_end_it():
+def test_system_calls_of_another_architecture_kill_the_process():
     one, two = ran(
         """
         import ctypes, mmap
@@ -185,10 +185,10 @@ def test_the_system_calls_of_another_architecture_end_it():
         memory.write(bytes.fromhex("b802000000cd80c3"))  # mov eax, 2 (fork); int 0x80; ret
         ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
         """,
-        "print('anew')",
+        "print('new')",
     )
     assert one.output == "it ended; its variables are lost"
-    assert two.output == "anew\n"
+    assert two.output == "new\n"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_system_calls_of_another_architecture_end_it():
         ("import os\nos.read(0, 1)", "it took more than 1 s"),
     ],
 )
-def test_what_ends_it(block: str, why: str):
+def test_blocks_that_end_the_process(block: str, why: str):
     begun = time.monotonic()
     one, two, three = ran("x = 1", block, "print('x' in globals())", limits=Limits(seconds=1.0))
     assert one.output == ""
@@ -223,9 +223,9 @@ def test_what_ends_it(block: str, why: str):
 
 
 def test_memory_is_limited():
-    one, two = ran("x = [bytearray(1 << 20) for _ in range(4096)]", "print('goes on')")
+    one, two = ran("x = [bytearray(1 << 20) for _ in range(4096)]", "print('continues')")
     assert "MemoryError" in one.output
-    assert two.output == "goes on\n"
+    assert two.output == "continues\n"
     with pytest.raises(apr.SandboxUnavailable, match="does not fit"):
         ran("", limits=Limits(memory=100 << 20), context="x" * (60 << 20))
 
@@ -251,7 +251,7 @@ def test_a_fork_bomb_has_no_second_process():
     assert found[0].output == "10000\n"
 
 
-def test_messages_of_its_own_are_no_more_than_questions():
+def test_forged_messages_are_only_queries():
     (found,) = ran("""
         import json, os, sys
         os.write(1, json.dumps({"query": ["forged"], "deep": False}).encode() + b"\\n")
@@ -265,7 +265,7 @@ def test_messages_of_its_own_are_no_more_than_questions():
     assert found == RunResult("5", f"['{'x' * 100}']")
 
 
-def test_text_that_is_none_is_replaced():
+def test_text_that_cannot_be_encoded_is_replaced():
     (found,) = ran("print('\\ud800')\nFINAL('\\udfff')")
     assert found == RunResult("?\n", "?")
 
@@ -306,7 +306,7 @@ def test_nothing_is_left():
     assert gone(pids)
 
 
-def test_nothing_is_left_of_what_is_cancelled():
+def test_nothing_is_left_after_cancelling():
     async def once() -> list[int]:
         async with Sandbox({}, upper, Limits(seconds=60)) as sandbox:
             assert sandbox._process
@@ -319,7 +319,7 @@ def test_nothing_is_left_of_what_is_cancelled():
 
 
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.1])
-def test_nothing_is_left_of_what_is_cancelled_as_it_starts(after: float):
+def test_nothing_is_left_after_cancelling_at_the_start(after: float):
     before = family(os.getpid())
 
     async def once() -> None:
@@ -394,7 +394,7 @@ def test_a_kernel_that_refuses_is_an_error_and_nothing_runs(tmp_path: Path):
     assert "ran" not in done.stdout
 
 
-def test_a_sandbox_that_says_nothing_is_unavailable(monkeypatch: pytest.MonkeyPatch):
+def test_a_sandbox_that_does_not_respond_is_unavailable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(process.sys, "executable", "/bin/true")
     with pytest.raises(apr.SandboxUnavailable, match="it ended"):
         ran("print(1)")

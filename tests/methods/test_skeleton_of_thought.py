@@ -1,4 +1,4 @@
-"""Skeleton-of-Thought against the paper: a skeleton, every point at once with its own prompt or behind it, put together."""
+"""Skeleton-of-Thought against the paper: a skeleton, then all points in parallel, concatenated."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_fork_sees_the_skeleton_as_it_was_written():
 
 
 @pytest.mark.parametrize("mode", ["prompt", "fork"])
-def test_points_are_written_at_once_behind_the_skeleton(mode: Any):
+def test_points_are_written_in_parallel_after_the_skeleton(mode: Any):
     under_way = list[int]()
 
     def slow(request: apr.Request, prompt: str) -> Any:
@@ -89,7 +89,7 @@ def test_points_are_written_at_once_behind_the_skeleton(mode: Any):
 
 
 @pytest.mark.parametrize("mode", ["prompt", "fork"])
-def test_a_width_has_fewer_written_at_a_time(mode: Any):
+def test_a_width_limits_the_points_written_in_parallel(mode: Any):
     under_way = list[int]()
 
     def slow(request: apr.Request, prompt: str) -> Any:
@@ -103,7 +103,7 @@ def test_a_width_has_fewer_written_at_a_time(mode: Any):
     assert found.answer == "1. a=a!\n2. b=b!\n3. c=c!"
 
 
-def test_ten_points_at_most():
+def test_at_most_ten_points():
     found, engine = written(lambda r, prompt: "a b c d e f g h i j k l" if prompt.endswith(": ") else "")
     assert len(engine.requests) == 11
     assert found.answer.splitlines()[-1] == "10. j"
@@ -133,7 +133,7 @@ def test_a_budget_is_kept(tokens: int, mode: Any):
     assert "tokens" in {limit.limit for limit in found.trajectory.limits} or tokens == 90
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     with pytest.raises(apr.AprError, match=r'mode=.both., expected "prompt" or "fork"'):
         written(mode="both")
     engine = apr.ScriptedEngine(script)

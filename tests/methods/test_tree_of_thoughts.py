@@ -1,4 +1,4 @@
-"""Tree of Thoughts against the paper's algorithms: which prompts are asked, what is kept, which way it goes back."""
+"""Tree of Thoughts against the paper: the prompts, what is kept, and backtracking."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_values_are_means():
     assert asked["next of 'b': "] == 2  # worth 3, where one sample of a was 3 too, and its mean is 2
 
 
-def test_depth_first_goes_back():
+def test_depth_first_search_backtracks():
     found, asked = tree(search="dfs", threshold=3.0, proposals=1, evaluations=1)
     assert (found.answer, found.score) == ("", None)  # only b is worth more; what follows bb is not
     assert [asked[f"next of {s!r}: "] for s in ("a", "b", "c", "bb", "ca")] == [0, 0, 0, 0, 0]
@@ -119,7 +119,7 @@ def test_votes_compare_a_level():
     assert not any(prompt.startswith("worth") for prompt in asked)
 
 
-def test_a_level_is_thought_about_at_once_behind_committed_prompts():
+def test_a_level_is_sampled_in_parallel_after_committed_prompts():
     engine = apr.ScriptedEngine(lambda request, prompt: apr.Reply(script(request, prompt), delay=0.005))
     most = 0
     decode = engine.decode
@@ -139,7 +139,7 @@ def test_a_level_is_thought_about_at_once_behind_committed_prompts():
     assert found.metrics.critical_path < found.metrics.total / 2
 
 
-def test_the_answer_comes_behind_all_that_led_to_it():
+def test_the_answer_follows_everything_that_led_to_it():
     found, _ = tree(breadth=2)
     spans = found.trajectory.spans
     last = max(i for i, s in enumerate(spans) if "'ca'" in s.text and s.text.startswith("next"))
@@ -171,7 +171,7 @@ def test_a_failure_stays_with_its_thought():
     assert found.answer == "cax"
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_and_tasks_are_errors():
     for wrong in ({"search": "best"}, {"select": "coin"}, {"search": "dfs", "select": "vote"}):
         with pytest.raises(apr.AprError, match="expected"):
             tree(**wrong)
