@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.store import RUN_FILE
+from sgl_apr.trajectory.jsonl import count_lines, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page_entry import PageEntry
 
@@ -47,7 +47,7 @@ def count_trajectories(paths: Sequence[Path]) -> int:
     """The number of lines with a trajectory, without parsing them."""
     total = 0
     for path in map(resolve_run_file, paths):
-        lines = sum(1 for _ in _complete_lines(path))
+        lines = count_lines(path)
         total += lines - (lines > 0 and not _is_trajectory(_head(path)))
     return total
 
@@ -66,7 +66,7 @@ def resolve_run_file(path: Path) -> Path:
 
 def _entry(data: Mapping[str, Any], where: str, prefix: str) -> PageEntry:
     try:
-        trajectory = Trajectory.from_json(json.dumps(data["trajectory"]))
+        trajectory = Trajectory.from_dict(data["trajectory"])
         if "id" in data:
             return PageEntry(str(data["id"]), trajectory, f"{prefix}{trajectory.dialect}")
         return PageEntry(
@@ -81,40 +81,20 @@ def _entry(data: Mapping[str, Any], where: str, prefix: str) -> PageEntry:
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The location and the object of each line with a trajectory."""
-    for number, line in enumerate(_complete_lines(path), 1):
-        where = f"{path}, line {number}"
-        data = _object(line, where)
+    for number, data in read_lines(path, allow_partial=True):
         if number > 1 or _is_trajectory(data):
-            yield where, data
-
-
-def _complete_lines(path: Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:  # bytes: an incomplete line may end within a character
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield line
-    except OSError as error:
-        raise AprError(f"cannot read {path}: {error}") from None
+            yield f"{path}, line {number}", data
 
 
 def _head(path: Path) -> Mapping[str, Any]:
-    return _object(next(_complete_lines(path), b"{}"), f"{path}, line 1")
+    """The first line of a file."""
+    _, head = next(read_lines(path, allow_partial=True), (0, dict[str, Any]()))
+    return head
 
 
 def _is_trajectory(data: Mapping[str, Any]) -> bool:
     """Whether a line holds a trajectory; otherwise it is the head of an evaluation."""
     return "trajectory" in data or "method" in data
-
-
-def _object(line: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise AprError(f"{where}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise AprError(f"{where}: expected an object, found {type(data).__name__}")
-    return data
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
-from sgl_apr.trajectory.jsonl import open_for_append
+from sgl_apr.trajectory.jsonl import open_for_append, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory
 
 RUN_FILE, SUMMARY_FILE = "run.jsonl", "summary.json"
@@ -76,15 +76,14 @@ class ResultStore:
             AprError: If it is another file.
         """
         try:
-            with path.open(encoding="utf-8") as file:
-                settings: dict[str, Any] | None = json.loads(next(file, "null"))
-                for text in file:
-                    line = json.loads(text)
-                    method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
-                    for name in WRITE_ONLY_FIELDS:
-                        line.pop(name, None)
-                    self._keep(method, number, AttemptMetrics(**line), seconds)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            lines = read_lines(path)
+            _, settings = next(lines, (0, None))
+            for _, line in lines:
+                method, number, seconds = (line.pop(name) for name in ("method", "number", "seconds"))
+                for name in WRITE_ONLY_FIELDS:
+                    line.pop(name, None)
+                self._keep(method, number, AttemptMetrics(**line), seconds)
+        except (AprError, KeyError, TypeError) as error:
             raise AprError(f"{path} was not written by `sgl-apr eval ... -o`: {error!r}") from None
         return settings
 

@@ -18,8 +18,10 @@ from sgl_apr.runtime.decoder import derive_seed
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.jsonl import open_for_append
+from sgl_apr.trajectory.jsonl import open_for_append, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory
+
+LINE_FORMAT = '{"id": ..., "trajectory": ...}'
 
 Prompt = str | Sequence[int]
 log = logging.getLogger(__name__)
@@ -142,19 +144,14 @@ def read_many(path: str | Path) -> Iterator[tuple[str, Trajectory]]:
         AprError: A line is something else.
     """
     for name, data in _lines(Path(path)):
-        yield name, Trajectory.from_json(json.dumps(data))
+        yield name, Trajectory.from_dict(data)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(path, "rb") as file:  # half a line may end within a character
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):  # interrupted
-                return
-            try:
-                data = json.loads(line)
-                yield str(data["id"]), data["trajectory"]
-            except (ValueError, KeyError, TypeError):
-                raise AprError(f'{path}, line {number}: expected {{"id": ..., "trajectory": ...}}') from None
+    for number, line in read_lines(path, allow_partial=True, expected=LINE_FORMAT):
+        if not {"id", "trajectory"} <= set(line):
+            raise AprError(f"{path}, line {number}: expected {LINE_FORMAT}, found the keys {', '.join(line)}")
+        yield str(line["id"]), line["trajectory"]
 
 
 def _finished_ids(path: Path, problems: Mapping[str, Prompt]) -> dict[str, None]:

@@ -13,13 +13,16 @@ from typing import Any
 from sgl_apr.errors import AprError
 
 
-def read_lines(path: str | Path, *, allow_partial: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_lines(
+    path: str | Path, *, allow_partial: bool = False, expected: str = "a JSON object"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number (from 1) and the object of every line of a file. Blank lines are skipped.
 
     Args:
         path: The file.
         allow_partial: Skip a last line that does not end with a line break: a run that still writes the file, or
             was interrupted, leaves one.
+        expected: What a line has to be, for error messages.
 
     Raises:
         AprError: The file cannot be read, or a line is not a JSON object. The message names the file and the line.
@@ -27,17 +30,20 @@ def read_lines(path: str | Path, *, allow_partial: bool = False) -> Iterator[tup
     try:
         with open(path, "rb") as file:  # as bytes, because a partial line can end within a character
             lines = (line for line in file if not allow_partial or line.endswith(b"\n"))
-            yield from parse_lines(lines, str(path))
+            yield from parse_lines(lines, str(path), expected=expected)
     except OSError as error:
         raise AprError(f"cannot read {path}: {error.strerror}") from None
 
 
-def parse_lines(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def parse_lines(
+    lines: Iterable[str | bytes], name: str, *, expected: str = "a JSON object"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield what `read_lines` yields, from lines instead of a file.
 
     Args:
         lines: The lines.
         name: Stands for the file in error messages.
+        expected: What a line has to be, for error messages.
 
     Raises:
         AprError: A line is not a JSON object.
@@ -48,10 +54,23 @@ def parse_lines(lines: Iterable[str | bytes], name: str) -> Iterator[tuple[int, 
         try:
             data = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise AprError(f"{name}, line {number}: expected a JSON object, found no JSON: {error}") from None
+            raise AprError(f"{name}, line {number}: expected {expected}, found no JSON: {error}") from None
         if not isinstance(data, dict):
-            raise AprError(f"{name}, line {number}: expected a JSON object, found {type(data).__name__}")
+            raise AprError(f"{name}, line {number}: expected {expected}, found {type(data).__name__}")
         yield number, data
+
+
+def count_lines(path: str | Path) -> int:
+    """Return the number of complete lines of a file, without parsing them.
+
+    Raises:
+        AprError: The file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return sum(line.endswith(b"\n") and not line.isspace() for line in file)
+    except OSError as error:
+        raise AprError(f"cannot read {path}: {error.strerror}") from None
 
 
 @contextmanager

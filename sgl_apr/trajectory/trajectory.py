@@ -155,8 +155,13 @@ class Trajectory:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise TraceError(error.lineno, error.colno, text[error.pos : error.pos + 20], ["JSON"]) from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: object) -> Trajectory:
+        """Return the trajectory of a parsed JSON object of `to_json`; raises `TraceError` for anything else."""
         found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
-        if found != SCHEMA:
+        if not isinstance(data, Mapping) or found != SCHEMA:
             raise TraceError(1, 1, f"schema {found!r}", [f"schema {SCHEMA!r}"])
         try:
             trajectory = cls(

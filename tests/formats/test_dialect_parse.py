@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import accumulate
 
 import pytest
@@ -146,6 +147,13 @@ def test_ids_are_split_as_pieces_were_encoded(pieces: list[str]):
 def test_other_json_is_an_error(text: str):
     with pytest.raises(TraceError, match="expected"):
         apr.Trajectory.from_json(text)
+
+
+def test_a_parsed_json_object_is_a_trajectory_too():
+    trajectory = DIALECT.parse(TRACE)
+    assert apr.Trajectory.from_dict(json.loads(trajectory.to_json())) == trajectory
+    with pytest.raises(TraceError, match="schema 'list', expected"):
+        apr.Trajectory.from_dict([])
 
 
 def test_json_with_a_broken_span_is_an_error():

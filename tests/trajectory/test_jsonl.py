@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.trajectory.jsonl import open_for_append, parse_lines, read_lines
+from sgl_apr.trajectory.jsonl import count_lines, open_for_append, parse_lines, read_lines
 
 
 def test_lines_have_numbers_and_blank_lines_are_skipped(tmp_path: Path):
@@ -24,6 +24,7 @@ def test_a_partial_last_line_can_be_skipped(tmp_path: Path, partial: bytes):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n' + partial)
     assert list(read_lines(path, allow_partial=True)) == [(1, {"a": 1})]
+    assert count_lines(path) == 1
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,8 @@ def test_lines_without_a_file():
     assert list(parse_lines(['{"a": 1}\n', b'{"b": 2}'], "stdin")) == [(1, {"a": 1}), (2, {"b": 2})]
     with pytest.raises(apr.AprError, match="stdin, line 1: expected a JSON object"):
         list(parse_lines(["x"], "stdin"))
+    with pytest.raises(apr.AprError, match="stdin, line 1: expected a problem, found list"):
+        list(parse_lines(["[]"], "stdin", expected="a problem"))
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path):
@@ -54,6 +57,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path):
         list(read_lines(tmp_path / "none.jsonl"))
     with pytest.raises(apr.AprError, match=r"cannot read .*: Is a directory"):
         list(read_lines(tmp_path))
+    with pytest.raises(apr.AprError, match="cannot read"):
+        count_lines(tmp_path / "none.jsonl")
 
 
 def test_an_appender_removes_a_partial_line_and_excludes_others(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from hashlib import sha256
@@ -13,6 +12,7 @@ from typing import Any
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.mathematics import MathAnswer, MathTask
+from sgl_apr.trajectory.jsonl import read_lines
 
 EXPECTED_LINE = '{"problem" or "question": str, "answer": str, "id"?: str, "level"?: int}'
 
@@ -30,18 +30,13 @@ def problem_file(path: str | Path, limit: int) -> Benchmark:
     """
     path = Path(path)
     cases, answers = list[Case](), dict[str, str]()
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = ((number, text) for number, text in enumerate(file, 1) if text.strip())
-            for number, text in islice(lines, limit):
-                try:
-                    case, answer = _read(json.loads(text))
-                except (ValueError, KeyError, AttributeError):
-                    raise AprError(f"{path}, line {number}: expected {EXPECTED_LINE}") from None
-                cases.append(case)
-                answers[case.name] = answer
-    except (OSError, UnicodeDecodeError) as error:
-        raise AprError(f"cannot read {path}: {error}") from None
+    for number, data in islice(read_lines(path, expected=EXPECTED_LINE), limit):
+        try:
+            case, answer = _read(data)
+        except (ValueError, KeyError):
+            raise AprError(f"{path}, line {number}: expected {EXPECTED_LINE}") from None
+        cases.append(case)
+        answers[case.name] = answer
 
     def is_correct(case: Case, answer: str) -> bool:
         return MathAnswer(answers[case.name]) == MathAnswer(answer)

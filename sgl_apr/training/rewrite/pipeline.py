@@ -16,9 +16,11 @@ from sgl_apr.errors import AprError, EngineError
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.rewrite.rewriter import JsonModel, RejectedTrace, parallelize
-from sgl_apr.trajectory.jsonl import open_for_append
+from sgl_apr.trajectory.jsonl import open_for_append, read_lines
 from sgl_apr.trajectory.trace_files import TextRecord
 from sgl_apr.trajectory.trajectory import Trajectory
+
+LINE_FORMAT = '{"id": ..., "trajectory" or "rejected": ...}'
 
 
 class ChatJsonModel:
@@ -150,7 +152,7 @@ def read_trajectories(path: Path) -> Iterator[Trajectory]:
     """The trajectories of a file that `rewrite_traces` wrote."""
     for _, data in _lines(path):
         if "trajectory" in data:
-            yield Trajectory.from_json(json.dumps(data["trajectory"]))
+            yield Trajectory.from_dict(data["trajectory"])
 
 
 def rewrite_statistics(path: Path) -> RewriteStatistics:
@@ -170,12 +172,7 @@ def rewrite_statistics(path: Path) -> RewriteStatistics:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                data = json.loads(line)
-                yield str(data["id"]), data
-            except (ValueError, KeyError, TypeError):
-                raise AprError(
-                    f'{path}, line {number}: expected {{"id": ..., "trajectory" or "rejected": ...}}'
-                ) from None
+    for number, line in read_lines(path, expected=LINE_FORMAT):
+        if "id" not in line:
+            raise AprError(f"{path}, line {number}: expected {LINE_FORMAT}, found the keys {', '.join(line)}")
+        yield str(line["id"]), line
