@@ -1,4 +1,4 @@
-"""A trajectory in the terminal while it is written, from its events alone; it prints nothing by itself."""
+"""Shows a trajectory in the terminal while it is written, from its events."""
 
 from __future__ import annotations
 
@@ -31,23 +31,32 @@ OUTCOME_LABELS: dict[Outcome | None, tuple[str, str]] = {
     None: ("running", "blue"),
     "ok": ("done", "green"),
     "eos": ("ended early", "yellow"),
-    "length": ("cut at its limit", "yellow"),
+    "length": ("token limit", "yellow"),
     "aborted": ("aborted", "yellow"),
     "timeout": ("out of time", "yellow"),
     "failed": ("failed", "red"),
-    "malformed": ("left the dialect", "red"),
+    "malformed": ("malformed", "red"),
 }
-TAG_ROLES = ("fork", "lead", "header", "result", "tail")  # the layout says what they say
-MIN_PANEL_WIDTH = 26  # columns of a branch: enough for its number and any state
-MIN_TRUNK_LINES = 4  # lines of the trunk that stay in view above its branches
+TAG_ROLES = (
+    "fork",
+    "lead",
+    "header",
+    "result",
+    "tail",
+)  # not shown: the arrangement on the screen replaces them
+MIN_PANEL_WIDTH = 26  # columns that fit the number and any state of a branch
+MIN_TRUNK_LINES = 4  # lines of the trunk that stay visible above its branches
 
 
 class LiveView:
-    """Hears a trajectory (`on_event=view`) and shows it (`rich.live.Live(view)`) in the height there is.
+    """Receives the events of a trajectory (`on_event=view`) and shows it (`rich.live.Live(view)`).
 
-    Below the trunk stand its branches until they are joined; then each is one line of the trunk. Any thread
-    may tell it events: they are queued, and taken in when it is next shown. Model text is never markup, and
-    comes without the characters that a terminal would obey.
+    It uses the height of the terminal. Branches are shown below the trunk until they are joined. After that each
+    branch is one line of the trunk. Any thread may send events. They are queued and applied when the view is next
+    rendered. The text of a model is never markup, and has no control characters.
+
+    Args:
+        title: The first line.
     """
 
     def __init__(self, title: str) -> None:
@@ -96,27 +105,27 @@ class LiveView:
         return sequence
 
     def _summary(self, done: Done) -> str:
-        acted = ", ".join(dict.fromkeys(limit.limit for limit in done.limits)) or "none"
-        return f"branches: {self._trunk.forked} · limits that acted: {acted} · {done.wall_s:.1f} s"
+        limits = ", ".join(dict.fromkeys(limit.limit for limit in done.limits)) or "none"
+        return f"branches: {self._trunk.forked} · limits reached: {limits} · {done.wall_s:.1f} s"
 
     def _body(self, console: Console, width: int, height: int) -> list[RenderableType]:
-        apart = [] if self._done else [b for b in self._trunk.branches.values() if not b.joined]
-        above = self._trunk.lines(console, width, height, apart)
-        if not apart:
-            return [*above]
-        grid, taken = _branch_grid(console, apart, width, height - min(MIN_TRUNK_LINES, len(above)))
-        return [*above[max(0, len(above) + taken - height) :], grid]
+        unjoined = [] if self._done else [b for b in self._trunk.branches.values() if not b.joined]
+        trunk = self._trunk.lines(console, width, height, unjoined)
+        if not unjoined:
+            return [*trunk]
+        grid, used = _branch_grid(console, unjoined, width, height - min(MIN_TRUNK_LINES, len(trunk)))
+        return [*trunk[max(0, len(trunk) + used - height) :], grid]
 
 
 @dataclass(eq=False)
 class _SequenceView:
-    """The trunk, or a branch: what it has written, without tags, and its branches by block and number.
+    """The trunk or a branch: its text without tags, and its own branches by block and number.
 
-    `at` says where a branch stands in the text of the sequence that forked it.
+    `position` is where a branch is in the text of the sequence that forked it.
     """
 
     name: str = ""
-    at: int = 0
+    position: int = 0
     outcome: Outcome | None = None
     joined: bool = False
     header: str = ""
@@ -129,7 +138,7 @@ class _SequenceView:
 
     @property
     def forked(self) -> int:
-        """How many branches it has, and those of its branches."""
+        """The number of its branches, including nested ones."""
         return sum(1 + branch.forked for branch in self.branches.values())
 
     def read(self, start: int, end: int) -> str:
@@ -137,8 +146,8 @@ class _SequenceView:
         return self.text.read(max(0, end - start))
 
     def write(self, text: str) -> None:
-        begun = self.text.seek(0, io.SEEK_END)
-        if begun or text != self.header:  # a branch that begins anew has it again, but no span for it
+        length = self.text.seek(0, io.SEEK_END)
+        if length or text != self.header:  # a retried branch repeats its header, without a span for it
             self.text.write(text)
 
     def hide(self, tag: Span) -> None:
@@ -154,62 +163,69 @@ class _SequenceView:
         self.text.truncate(max(0, self.size - chars))
 
     def join(self, block: int, numbers: Collection[int]) -> None:
-        """What has ended is joined as well: a join may leave branches out of the text."""
+        """Mark branches as joined, also those that have ended but that the join leaves out of the text."""
         for key, branch in list(self.branches.items()):
             if key[0] == block and not branch.joined and (key[1] in numbers or branch.outcome):
-                branch.joined, branch.at = True, self.size
-                self.branches[key] = self.branches.pop(key)  # so that `at` never falls
+                branch.joined, branch.position = True, self.size
+                self.branches[key] = self.branches.pop(key)  # keeps `position` in ascending order
 
     def lines(
-        self, console: Console, width: int, most: int, but: Collection[_SequenceView] = ()
+        self, console: Console, width: int, height: int, excluded: Collection[_SequenceView] = ()
     ) -> list[Text]:
-        """Its last lines, with rows for its branches but those."""
+        """Return its last `height` lines, with rows for its branches except `excluded`."""
         lines, end = list[Text](), self.size
         for branch in reversed(self.branches.values()):
-            if branch not in but and len(lines) < most:
-                after = self._wrapped(console, branch.at, end, width, most)
-                lines, end = [*_rows(branch, width), *after, *lines], branch.at
-        return [*self._wrapped(console, 0, end, width, most), *lines][-most:]
+            if branch not in excluded and len(lines) < height:
+                after = self._wrapped(console, branch.position, end, width, height)
+                lines, end = [*_rows(branch, width), *after, *lines], branch.position
+        return [*self._wrapped(console, 0, end, width, height), *lines][-height:]
 
-    def _wrapped(self, console: Console, start: int, end: int, width: int, most: int) -> list[Text]:
-        """The end of a stretch, as many lines or more. Reading begins in leaps, so that lines stay as they broke."""
-        leap = width * most
-        text = _printable(self.read(start + max(0, (end - start) // leap - 1) * leap, end)).strip()
+    def _wrapped(self, console: Console, start: int, end: int, width: int, height: int) -> list[Text]:
+        """Return at least the last `height` lines of the text from `start` to `end`.
+
+        It is read from a multiple of `width * height` on, so that lines stay wrapped as they were.
+        """
+        step = width * height
+        text = _printable(self.read(start + max(0, (end - start) // step - 1) * step, end)).strip()
         return list(Text(text).wrap(console, width)) if text else []
 
 
 def _branch_grid(
     console: Console, branches: Sequence[_SequenceView], width: int, height: int
 ) -> tuple[Table, int]:
-    """Branches in panels, or in single lines where panels were too low to read; and how high that is."""
-    widest = max(1, width // MIN_PANEL_WIDTH)
-    rows = ceil(len(branches) / widest)
-    columns, high = ceil(len(branches) / rows), height // rows
+    """Arrange branches in panels, or in single lines if panels would be too low to read.
+
+    Returns:
+        The grid and its height.
+    """
+    max_columns = max(1, width // MIN_PANEL_WIDTH)
+    rows = ceil(len(branches) / max_columns)
+    columns, cell_height = ceil(len(branches) / rows), height // rows
     cells: list[RenderableType]
-    if high < 4 or width < MIN_PANEL_WIDTH:
-        columns, high = min(widest, ceil(len(branches) / max(1, height))), 1
+    if cell_height < 4 or width < MIN_PANEL_WIDTH:
+        columns, cell_height = min(max_columns, ceil(len(branches) / max(1, height))), 1
         cells = [_row(branch, width // columns - 1) for branch in branches]
     else:
-        inside = width // columns - 4
-        texts = [branch.lines(console, inside, high - 2) for branch in branches]
-        high = 2 + max(1, *map(len, texts))
-        cells = [_panel(b, text, inside, high) for b, text in zip(branches, texts, strict=True)]
+        inner_width = width // columns - 4
+        texts = [branch.lines(console, inner_width, cell_height - 2) for branch in branches]
+        cell_height = 2 + max(1, *map(len, texts))
+        cells = [_panel(b, text, inner_width, cell_height) for b, text in zip(branches, texts, strict=True)]
     grid = Table.grid()
     for first in range(0, len(cells), columns):
         grid.add_row(*cells[first : first + columns])
     for column in grid.columns:
         column.width = width // columns
-    return grid, high * len(grid.rows)
+    return grid, cell_height * len(grid.rows)
 
 
-def _panel(branch: _SequenceView, lines: Sequence[Text], inside: int, height: int) -> Panel:
+def _panel(branch: _SequenceView, lines: Sequence[Text], inner_width: int, height: int) -> Panel:
     state, style = OUTCOME_LABELS[branch.outcome]
-    title, subtitle = _single_line(branch.name, inside - 2, "cyan"), Text(state, style)
+    title, subtitle = _single_line(branch.name, inner_width - 2, "cyan"), Text(state, style)
     return Panel(Text("\n").join(lines), title=title, subtitle=subtitle, border_style=style, height=height)
 
 
 def _row(branch: _SequenceView, width: int) -> Text:
-    """A branch in one line: its state, and its last words while it runs, its first when it has ended."""
+    """Return a branch in one line: its state, and the end of its text while it runs or the beginning once it ended."""
     state, style = OUTCOME_LABELS[branch.outcome]
     name = _single_line(branch.name, min(width // 3, max(6, width - len(state) - 4)), "cyan")
     row = Text.assemble(name, "  ", (state, style), "  ", no_wrap=True)
@@ -221,7 +237,7 @@ def _row(branch: _SequenceView, width: int) -> Text:
 
 
 def _rows(branch: _SequenceView, width: int) -> list[Text]:
-    """The row of a branch and, while it runs, those of its own branches."""
+    """Return the row of a branch and, while it runs, the rows of its own branches."""
     inner = () if branch.outcome else branch.branches.values()
     below = [Text("  ", no_wrap=True).append_text(row) for b in inner for row in _rows(b, width - 2)]
     return [_row(branch, width), *below]
@@ -234,5 +250,5 @@ def _single_line(text: str, width: int, style: str = "") -> Text:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, and those that turn the direction of writing."""
+    """Remove control characters and characters that change the writing direction."""
     return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)

@@ -1,4 +1,4 @@
-"""Trajectories as one HTML file that needs nothing else: timelines, texts and plots; no file of theirs is read here."""
+"""Renders trajectories as one HTML file that needs no other files: timelines, texts and plots."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 from sgl_apr.views.page_entry import PageEntry, full_entry, list_row
 
 WEB_DIRECTORY = Path(__file__).parent / "web"
-# Scripts, in the order in which they need one another while they are read.
-PAGE_SCRIPTS = ["words", "entries", "graph", "list", "detail", "drawing", "timeline", "reader", "plots", "overview", "main"]  # fmt: skip
+# Scripts, in the order in which they depend on one another while they load.
+PAGE_SCRIPTS = ["dom", "entries", "graph", "list", "detail", "drawing", "timeline", "reader", "plots", "overview", "main"]  # fmt: skip
 LIVE_SCRIPTS = [*PAGE_SCRIPTS, "run", "live"]
 PLACEHOLDER = re.compile(r"{{(\w+)}}")
-# What could end a script element, or begin a comment in it; and what is no line break in JSON but was one in scripts.
+# Characters that could end a script element or begin a comment in it, and line breaks of JavaScript that JSON allows.
 JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 SECURITY_POLICY = {
     "default-src": "'none'",
@@ -32,11 +32,22 @@ SECURITY_POLICY = {
 
 
 def render_page(entries: Iterable[PageEntry], title: str = "Trajectories", facts: str = "") -> str:
-    """A page of trajectories, in their order. It asks no network for anything, and runs no script but its own.
+    """Render a page of trajectories.
 
-    The list is there at once; a trajectory is unpacked when it is selected. Whatever a model wrote is data: in the
-    file no character of it could end the element that it stands in, and the script only ever sets it as text.
-    Raises `AprError` for a trajectory whose tokens are unknown.
+    The page loads nothing from the network and runs no script but its own. A trajectory is unpacked when it is
+    selected. The text of a model is data: in the file no character of it can end its element, and the script only
+    ever sets it as text.
+
+    Args:
+        entries: The trajectories, in the order of the list.
+        title: The title of the page.
+        facts: A line below the title.
+
+    Returns:
+        The HTML.
+
+    Raises:
+        AprError: The token counts of a trajectory are unknown.
     """
     rows, packed = list[Mapping[str, Any]](), list[str]()
     for entry in entries:
@@ -50,7 +61,7 @@ def render_page(entries: Iterable[PageEntry], title: str = "Trajectories", facts
 
 
 def render_live_page() -> str:
-    """The page that a server serves: it asks that server, and nobody else, for trajectories as they are written."""
+    """Render the page that a server serves. It sends prompts to that server only, and shows the trajectories live."""
     return _fill_template(
         LIVE_SCRIPTS, {"connect-src": "'self'"},
         title="Live trajectories", facts="", data="", index=_index([]), live=_read("live.html"),
@@ -58,7 +69,7 @@ def render_live_page() -> str:
 
 
 def safe_json(value: Any) -> str:
-    """JSON in ASCII that cannot end an element or begin a comment, whatever text it holds.
+    """Return JSON in ASCII that cannot end an element or begin a comment, whatever text it contains.
 
     >>> safe_json("</script><!--")
     '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
@@ -67,24 +78,24 @@ def safe_json(value: Any) -> str:
 
 
 def _index(rows: list[Mapping[str, Any]]) -> str:
-    """Names once, and the rows without them."""
+    """Return the rows as JSON, with the names of the columns only once."""
     columns = list(rows[0]) if rows else []
     return safe_json({"columns": columns, "rows": [list(r.values()) for r in rows]})
 
 
 def _pack(value: Any) -> str:
-    """Deflated, in letters that end nothing."""
+    """Return JSON, compressed, in characters that cannot end an element."""
     return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)).decode()
 
 
 def _fill_template(scripts: Sequence[str], policy: Mapping[str, str], **parts: str) -> str:
-    """The page with its style and scripts, which are all that its policy lets run, by their hashes."""
+    """Fill the template. Its security policy allows only these scripts and this style, by their hashes."""
     style, script = _read("page.css"), "\n".join(_read(f"{name}.js") for name in scripts)
     allowed = {**SECURITY_POLICY, "script-src": _hash(script), "style-src": _hash(style), **policy}
     parts |= {"policy": "; ".join(map(" ".join, allowed.items())), "style": style, "script": script}
     return PLACEHOLDER.sub(
         lambda slot: parts[slot[1]], _read("page.html")
-    )  # in one pass: parts are not looked into
+    )  # one pass: placeholders in parts are not filled
 
 
 def _hash(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the page knows of one trajectory: a row of its list, and all of it without token ids; plain JSON values."""
+"""Converts a trajectory to the JSON of the HTML page: a row for the list, and its full content without token ids."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
-MAX_LIST_LANES = 12  # of a trajectory in the list
+MAX_LIST_LANES = 12  # lanes in the small picture of a trajectory
 SPAN_FIELDS = [f.name for f in fields(Span) if f.name != "token_ids"]
 CALL_FIELDS = [f.name for f in fields(Call) if f.name not in ("logprobs", "seed")]
 
 
 @dataclass(frozen=True, slots=True)
 class PageEntry:
-    """A trajectory and what is known of it besides: None for what nobody judged, or what has no size."""
+    """A trajectory on the page.
+
+    Attributes:
+        name: Its name in the list, such as the prompt.
+        trajectory: The trajectory.
+        method: The method that made it. Empty: the dialect's name is shown.
+        label: A further label.
+        answer: The answer. None: the trajectory's own.
+        correct: Whether the answer is correct. None if it was not judged.
+        size: The size of the problem. None if it has none.
+    """
 
     name: str
     trajectory: Trajectory
@@ -29,8 +39,11 @@ class PageEntry:
 
 
 def list_row(entry: PageEntry) -> dict[str, Any]:
-    """The figures that the list is filtered and sorted by, and plots are made of; raises `AprError` where tokens
-    are unknown."""
+    """Return the row of a trajectory: the figures that the list is filtered and sorted by, and that plots show.
+
+    Raises:
+        AprError: The token counts of the trajectory are unknown.
+    """
     m = entry.trajectory.metrics()
     return {
         "name": entry.name,
@@ -55,7 +68,7 @@ def list_row(entry: PageEntry) -> dict[str, Any]:
 
 
 def full_entry(trajectory: Trajectory) -> dict[str, Any]:
-    """All that is drawn or read of a trajectory: spans and calls as they are, with counts in place of token ids."""
+    """Return everything that the page shows of a trajectory, with token counts in place of token ids."""
     return {
         "dialect": trajectory.dialect,
         "wall": trajectory.wall_s,
@@ -68,26 +81,26 @@ def full_entry(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def lane_extents(trajectory: Trajectory) -> list[int]:
-    """Where the trunk and its first branches begin and end in the longest chain, in percent of it.
+    """Return where the trunk and the first branches begin and end, in percent of the longest chain.
 
     >>> import sgl_apr as apr
     >>> ids = apr.ByteTokenizer()
-    >>> shape(apr.dialect("threadweaver").parse("six times seven is 42", ids))
+    >>> lane_extents(apr.dialect("threadweaver").parse("six times seven is 42", ids))
     [0, 100]
     """
     spans = trajectory.spans
     weights = [0 if s.origin == "prompt" else s.tokens for s in spans]
     ends = longest_paths(spans, weights)
-    most = max(1, *ends) if ends else 1
-    reach: dict[Path, tuple[int, int]] = {}
+    longest = max(1, *ends) if ends else 1
+    extents: dict[Path, tuple[int, int]] = {}
     for span, weight, end in zip(spans, weights, ends, strict=True):
-        low, high = reach.get(lane := _lane(span), (end - weight, end))
-        reach[lane] = min(low, end - weight), max(high, end)
-    return [round(100 * x / most) for lane in sorted(reach)[:MAX_LIST_LANES] for x in reach[lane]]
+        low, high = extents.get(lane := _lane(span), (end - weight, end))
+        extents[lane] = min(low, end - weight), max(high, end)
+    return [round(100 * x / longest) for lane in sorted(extents)[:MAX_LIST_LANES] for x in extents[lane]]
 
 
 def _lane(span: Span) -> Path:
-    """The sequence in whose text it stands: what a branch returned is in that of who forked it."""
+    """Return the sequence whose text contains the span: the result of a branch is in its parent's text."""
     return span.path[:-2] if span.role == "result" else span.path
 
 
@@ -96,5 +109,5 @@ def _span(span: Span) -> dict[str, Any]:
 
 
 def _call(call: Call) -> dict[str, Any]:
-    made = {name: getattr(call, name) for name in CALL_FIELDS}
-    return {**made, "started": round(call.started, 4), "ended": round(call.ended, 4)}
+    fields = {name: getattr(call, name) for name in CALL_FIELDS}
+    return {**fields, "started": round(call.started, 4), "ended": round(call.ended, 4)}

@@ -1,4 +1,4 @@
-"""A trajectory as a tree in the terminal, and its figures as a table; it prints nothing by itself."""
+"""Renders a trajectory as a tree for the terminal, and its metrics as a table."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from sgl_apr.trajectory.blocks import Block
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.trajectory import Trajectory
 
-MAX_CACHE_SHARES = 4  # shares of the cache that are shown
+MAX_CACHE_SHARES = 4  # branches whose cached share is listed
 FINISH_LABELS = {
-    "length": "cut at its limit",
+    "length": "stopped at its token limit",
     "eos": "ended early",
-    "aborted": "cut when enough had ended",
-    "timeout": "cut at its deadline",
+    "aborted": "stopped when enough branches had ended",
+    "timeout": "stopped at its deadline",
     "failed": "failed",
-    "malformed": "left the dialect",
+    "malformed": "malformed",
 }
 
 
 def render_tree(trajectory: Trajectory, title: str) -> Tree:
-    """Trunk, branches side by side, conclusion and answer. Model text is shown as it is, never as markup."""
+    """Render the trunk, the branches in columns, the conclusions and the answer.
+
+    The text of a model is shown as it is, never as markup.
+
+    Args:
+        trajectory: The trajectory.
+        title: The root of the tree.
+    """
     root = Tree(Text(title, style="bold"))
     blocks = {block.path: block for block in trajectory.blocks}
     answering = _answer_spans(trajectory)
@@ -42,24 +49,24 @@ def render_tree(trajectory: Trajectory, title: str) -> Tree:
 
 
 def _answer_spans(trajectory: Trajectory) -> set[int]:
-    """The spans whose text is the answer: trunk text behind the last join."""
-    found: set[int] = set()
+    """Return the spans whose text is the answer: text of the trunk after the last join."""
+    answer: set[int] = set()
     for i in reversed(range(len(trajectory.spans))):
         if trajectory.spans[i].role != "text" or trajectory.spans[i].path != ():
             break
-        found.add(i)
-    return found
+        answer.add(i)
+    return answer
 
 
 def _add_block(root: Tree, block: Block) -> None:
     panels = []
     for branch in block.branches:
-        mark = FINISH_LABELS.get(branch.finish or "", "")
+        label = FINISH_LABELS.get(branch.finish or "", "")
         panels.append(
             Panel(
                 Text(branch.text.strip()),
                 title=Text(f"{branch.number}: {branch.outline}", style="cyan"),
-                subtitle=Text(mark, style="yellow") if mark else None,
+                subtitle=Text(label, style="yellow") if label else None,
                 width=38,
             )
         )
@@ -70,8 +77,12 @@ def _add_block(root: Tree, block: Block) -> None:
 
 
 def render_summary(trajectories: dict[str, Trajectory]) -> Table:
-    """One row per trajectory, by its title; tokens and seconds as the engine reported them."""
-    table = Table(title="What the engine did")
+    """Render a table with one row per trajectory.
+
+    Args:
+        trajectories: The trajectories by title. Tokens and seconds are those that the engine reported.
+    """
+    table = Table(title="Metrics")
     table.add_column("question", max_width=32)
     names = (
         "blocks",
@@ -100,14 +111,14 @@ def render_summary(trajectories: dict[str, Trajectory]) -> Table:
 
 
 def _cached(calls: Sequence[Call]) -> str:
-    """How much of what branches share came from the cache: of each, or of how many where they are many."""
-    found = Counter(f"{c.cached_tokens}/{c.shared_tokens}" for c in calls if c.phase == "branch")
-    if found.total() <= MAX_CACHE_SHARES:
-        return ", ".join(found.elements())
-    shown = [f"{branches} x {share}" for share, branches in found.most_common(MAX_CACHE_SHARES)]
-    return ", ".join(shown) + (", ..." if len(found) > MAX_CACHE_SHARES else "")
+    """Return how much of the shared prefix was cached, for each branch, or as counts if there are many branches."""
+    shares = Counter(f"{c.cached_tokens}/{c.shared_tokens}" for c in calls if c.phase == "branch")
+    if shares.total() <= MAX_CACHE_SHARES:
+        return ", ".join(shares.elements())
+    listed = [f"{branches} x {share}" for share, branches in shares.most_common(MAX_CACHE_SHARES)]
+    return ", ".join(listed) + (", ..." if len(shares) > MAX_CACHE_SHARES else "")
 
 
 def render_report(trajectory: Trajectory, title: str) -> RenderableType:
-    """The tree and the one-row table together."""
+    """Render the tree of a trajectory and its metrics."""
     return Group(render_tree(trajectory, title), render_summary({title: trajectory}))

@@ -98,7 +98,7 @@ def test_run_on_a_server(server, capsys):
     trajectory = apr.Trajectory.from_json(capsys.readouterr().out)
     apr.dialect("threadweaver").validate(trajectory.text)
     assert main(argv) == 0
-    assert "What the engine did" in capsys.readouterr().out
+    assert "Metrics" in capsys.readouterr().out
     assert main([*argv, "--live", "--policy", "first", "--json"]) == 0
     out, err = capsys.readouterr()
     assert apr.Trajectory.from_json(out).blocks

@@ -30,11 +30,11 @@ from sgl_apr.views.live import LiveView
 WORDS = {
     "ok": "done",
     "eos": "ended early",
-    "length": "cut at its limit",
+    "length": "token limit",
     "aborted": "aborted",
     "timeout": "out of time",
     "failed": "failed",
-    "malformed": "left the dialect",
+    "malformed": "malformed",
 }
 FORK = Forked((1,), (("1", "count"), ("2", "guess")))
 BOTH = (Delta((1, 1), "one two three"), Delta((1, 2), "perhaps five"))
@@ -198,7 +198,7 @@ def test_nested_branches_stand_in_the_panel_of_theirs():
         BranchEnded((1, 2, 1, 2), "ok"),
     )
     lines = see(*events, *ended, Joined((1, 2, 1), (1, 2)), Delta((1, 2), "between them"))
-    assert "cut at its limit" in lines[line_of(lines, "2.1: low")]
+    assert "token limit" in lines[line_of(lines, "2.1: low")]
     assert line_of(lines, "2.2: high  done  upwards") < line_of(lines, "between them")
     assert not said(lines, "deepest")
 
@@ -209,14 +209,14 @@ def test_nested_branches_have_a_line_each_in_a_narrow_panel():
     view = view_of(*crowd(3), inner, *(Delta((1, 3, 1, k), "a few words") for k in (1, 2)), *ended)
     lines = screen(view, width=80)
     first = line_of(lines, "3.1")
-    assert "cut at its" in lines[first]
+    assert "token limit" in lines[first]
     assert "left the dia" in lines[first + 1]
     assert "╰" in lines[first + 2]
 
 
 def test_a_trunk_may_go_on_beside_its_branches():
     events: list[Event] = [Delta((), "first "), Forked((1,), (("1", "count"),)), Delta((), "second ")]
-    events += [Forked((1,), (("2", "guess"),), first_number=2), Delta((), "third"), *BOTH]
+    events += [Forked((1,), (("2", "guess"),), first_branch=2), Delta((), "third"), *BOTH]
     lines = see(*events)
     assert line_of(lines, "third") < line_of(lines, "1: count") == line_of(lines, "2: guess")
     assert line_of(lines, "one two three") == line_of(lines, "perhaps five")
@@ -310,7 +310,7 @@ def test_fifty_branches_fit(width, height):
     shown = "\n".join(screen(view, width, height))
     assert "before" in shown
     assert shown.count("running") == 49
-    assert shown.count("left the dialect") == 1
+    assert shown.count("malformed") == 1
     followed = [k for k in range(1, 51) if k != 7 and f"of{k} " in shown.replace("│", " ")]
     assert len(followed) == 49, "the last words of each are in view"
     for k in range(1, 51):
@@ -354,8 +354,8 @@ def test_the_end_says_what_it_took():
     limits = (LimitHit("branch_tokens", (1, 1)), LimitHit("branch_tokens", (1, 2)), LimitHit("seconds", ()))
     inner = Forked((1, 2, 1), (("2.1", "low"), ("2.2", "high")))
     lines = see(FORK, *BOTH, inner, *JOIN, finished(*limits))
-    assert lines[-1] == "branches: 4 · limits that acted: branch_tokens, seconds · 3.2 s"
-    assert see(Delta((), "42"), finished())[1:] == ["42", "branches: 0 · limits that acted: none · 3.2 s"]
+    assert lines[-1] == "branches: 4 · limits reached: branch_tokens, seconds · 3.2 s"
+    assert see(Delta((), "42"), finished())[1:] == ["42", "branches: 0 · limits reached: none · 3.2 s"]
     assert see(FORK, *BOTH, finished())[1:3] == [
         "1: count  running  one two three",
         "2: guess  running  perhaps five",

@@ -164,9 +164,9 @@ LINE = '"method": "apr", "problem": "p", "size": 3, "correct": true, "label": ""
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonsense\n", "line 1: not JSON"),
-        ("[1]\n", "line 1: expected an object, found list"),
-        (HEAD + f"{{{LINE}}}\n", "line 2: no trajectory: an older sgl-apr"),
+        ("nonsense\n", "line 1: expected a JSON object, found no JSON"),
+        ("[1]\n", "line 1: expected a JSON object, found list"),
+        (HEAD + f"{{{LINE}}}\n", "line 2: no trajectory: an older version"),
         (HEAD + f'{{{LINE}, "trajectory": {{}}}}\n', "line 2: not a trajectory"),
         (HEAD + '{"method": "apr"}\n', "line 2: no trajectory"),
         ('{"id": "a", "trajectory": 3}\n', "line 1: not a trajectory"),
@@ -245,7 +245,7 @@ def test_a_thinghas_the_trunk_and_its_branches():
 
 
 def test_a_text_without_tokens_is_refused():
-    with pytest.raises(apr.AprError, match="read from text"):
+    with pytest.raises(apr.AprError, match="parsed from text"):
         render_page([PageEntry("p", apr.dialect("threadweaver").parse("42"))])
 
 

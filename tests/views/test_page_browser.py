@@ -97,7 +97,7 @@ def number(text: str) -> float:
 def test_lanes_and_totals_are_those_of_the_trajectory(browser, report: Path, made, axis: str):
     shown = opened(browser, report, 0)
     for k, t in enumerate(made.values()):
-        shown.page.evaluate("k => open(known.entries[k])", k)
+        shown.page.evaluate("k => openEntry(known.entries[k])", k)
         shown.until(f"view.entry.id === {k}")
         shown.page.locator(f"input[value={axis}]").check(force=True)
         m = t.metrics()
@@ -118,7 +118,7 @@ def test_lanes_and_totals_are_those_of_the_trajectory(browser, report: Path, mad
 def test_spans_begin_where_the_longest_chain_of_what_they_follow_ends(browser, report: Path, made):
     shown = opened(browser, report, 0)
     for k, t in enumerate(made.values()):
-        shown.page.evaluate("k => { view.axis = 'tokens'; return open(known.entries[k]) }", k)
+        shown.page.evaluate("k => { view.axis = 'tokens'; return openEntry(known.entries[k]) }", k)
         ends = longest_paths(t.spans, [0 if s.origin == "prompt" else s.tokens for s in t.spans])
         assert shown.page.evaluate("view.layout.ends") == ends
         chain = shown.page.evaluate("chainOf(view.t.spans, view.layout.ends)")
@@ -126,10 +126,10 @@ def test_spans_begin_where_the_longest_chain_of_what_they_follow_ends(browser, r
             sum(t.spans[i].tokens for i in chain if t.spans[i].origin != "prompt")
             == t.metrics().critical_path
         )
-        figures = shown.page.evaluate("figures(view.t)")
+        figures = shown.page.evaluate("computeFigures(view.t)")
         m = t.metrics()
         assert figures == {
-            "tokens": m.total, "critical": m.critical_path, "inside": m.in_branches, "blocks": m.blocks, "branches": m.branches,
+            "tokens": m.total, "critical": m.critical_path, "inside": m.branch_tokens, "blocks": m.blocks, "branches": m.branches,
             "wall": m.wall_s, "calls": m.engine_calls, "prompt": m.prompt_tokens, "cached": m.cached_tokens,
             "again": m.reprefilled_tokens,
         }  # fmt: skip
@@ -142,7 +142,9 @@ def test_decoded_spans_stand_where_their_request_was_under_way(browser, report: 
     for i, span in enumerate(t.spans):
         begin, end = placed["starts"][i], placed["ends"][i]
         if span.call is None:
-            assert begin == end == max((placed["ends"][p] for p in (*span.parents, *span.after)), default=0)
+            assert (
+                begin == end == max((placed["ends"][p] for p in (*span.parents, *span.waits_for)), default=0)
+            )
         else:
             call = t.calls[span.call]
             assert call.started - 1e-4 <= begin <= end <= call.ended + 1e-4
@@ -158,7 +160,7 @@ READ = """() => Object.fromEntries(view.lanes.map(({ key }) => {
 def test_every_text_can_be_read(browser, report: Path, made):
     shown = opened(browser, report, 0)
     for k, t in enumerate(made.values()):
-        shown.page.evaluate("k => open(known.entries[k])", k)
+        shown.page.evaluate("k => openEntry(known.entries[k])", k)
         expected: dict[str, list] = {named(path): [] for path in {(), *(s.path for s in t.spans)}}
         for i, span in enumerate(t.spans):
             expected[named(lane_of(span))] += [[i, plain(span.text), span.origin]] if span.text else []
@@ -176,16 +178,16 @@ def test_facts_of_a_branch(browser, report: Path, made):
     assert int(facts["injected"]) == sum(s.tokens for s in own if s.origin == "injected")
     assert int(facts["cached"]) == call.cached_tokens
     assert int(facts["prefilled"]) == call.prompt_tokens - call.cached_tokens
-    assert facts["finish"] == "ended itself"
+    assert facts["finish"] == "complete"
 
 
 def test_a_join_by_message_has_dashed_edges_and_a_fork_whole_ones(browser, report: Path, made):
     shown = opened(browser, report, list(made).index("spawn"))
     spans = made["spawn"].spans
-    crossing = [(p, s) for s in spans for p in s.after if lane_of(s) != lane_of(spans[p])]
+    crossing = [(p, s) for s in spans for p in s.waits_for if lane_of(s) != lane_of(spans[p])]
     assert crossing
     assert shown.page.locator(".edge.message").count() == len(crossing)
-    shown.page.evaluate("open(known.entries[0])")
+    shown.page.evaluate("openEntry(known.entries[0])")
     shown.until("view.entry.id === 0")
     assert shown.page.locator(".edge.seen").count() == 4, "two branches, forked and joined"
     assert shown.page.locator(".edge.message").count() == 0
@@ -401,19 +403,19 @@ def test_nothing_moves_for_who_wants_it_calm(browser, judged: Path):
 # Hostile texts
 
 
-COUNTED = "Object.entries(Object.groupBy(document.querySelectorAll('*'), n => n.tagName)).map(([k, v]) => [k, v.length])"
-SAID = "[...document.querySelectorAll('#reader [data-span]')].map(n => n.textContent).join('')"
+ELEMENT_COUNTS = "Object.entries(Object.groupBy(document.querySelectorAll('*'), n => n.tagName)).map(([k, v]) => [k, v.length])"
+SHOWN_TEXT = "[...document.querySelectorAll('#reader [data-span]')].map(n => n.textContent).join('')"
 
 
 def test_a_hostile_text_changes_nothing(browser, tmp_path: Path):
     path = many(tmp_path / "texts.jsonl", {text: saying(text) for text in ("a benign text", *HOSTILE)})
     shown, counts = opened(browser, written(path), 0), []
     for k, text in enumerate(("a benign text", *HOSTILE)):
-        shown.page.evaluate("k => open(known.entries[k])", k)
+        shown.page.evaluate("k => openEntry(known.entries[k])", k)
         shown.until(f"view.entry.id === {k}")
         shown.page.locator('[data-lane="1.1"]').click()
-        counts.append(shown.page.evaluate(COUNTED))
-        assert shown.page.evaluate(SAID) == plain(text * 2)
+        counts.append(shown.page.evaluate(ELEMENT_COUNTS))
+        assert shown.page.evaluate(SHOWN_TEXT) == plain(text * 2)
     assert counts == counts[:1] * len(counts)
     assert shown.page.evaluate("window.pwned") is None
     assert (shown.complaints, shown.page.title()) == ([], "A report")
@@ -424,12 +426,12 @@ def test_a_huge_text_is_shown_bit_by_bit(browser, tmp_path: Path):
     path = many(tmp_path / "texts.jsonl", {"huge": saying(text)})
     shown = opened(browser, written(path), 0)
     shown.page.locator('[data-lane="1.1"]').click()
-    said = shown.page.evaluate(SAID)
+    said = shown.page.evaluate(SHOWN_TEXT)
     assert said
     assert len(said) < 100_000
     assert text.startswith(said)
     shown.page.click("#reader .more")
-    assert shown.page.evaluate(SAID) == text * 2
+    assert shown.page.evaluate(SHOWN_TEXT) == text * 2
 
 
 def test_nothing_is_asked_of_any_network(browser, judged: Path):

@@ -117,14 +117,16 @@ def ask(browser: Any, url: str, prompt: str = "Q: ", **options: Any) -> Tab:
 
 def also(shown: Tab, options: dict) -> None:
     """Have the page ask for more than it has fields for."""
-    shown.page.evaluate(f"asked = (old => () => ({{ ...old(), ...{json.dumps(options)} }}))(asked)")
+    shown.page.evaluate(
+        f"requestBody = (old => () => ({{ ...old(), ...{json.dumps(options)} }}))(requestBody)"
+    )
 
 
 def check(shown: Tab, t: apr.Trajectory) -> None:
     """What the page ends with is this trajectory, text for text, with the figures of its metrics."""
     m = t.metrics()
     shown.until("!live.run && view.entry?.id !== 'running'")
-    figures = shown.page.evaluate("figures(view.t)")
+    figures = shown.page.evaluate("computeFigures(view.t)")
     assert figures == {
         "tokens": m.total, "critical": m.critical_path, "inside": m.branch_tokens, "blocks": m.blocks, "branches": m.branches,
         "wall": m.wall_s, "calls": m.engine_calls, "prompt": m.prompt_tokens, "cached": m.cached_tokens,
@@ -139,8 +141,8 @@ def check(shown: Tab, t: apr.Trajectory) -> None:
     found = shown.page.evaluate("view.t")
     for name in ("calls", "limits", "decisions", "joins", "dialect"):
         assert found[name] == kept[name]
-    assert [(s["parents"], s["after"]) for s in found["spans"]] == [
-        (s["parents"], s["after"]) for s in kept["spans"]
+    assert [(s["parents"], s["waits_for"]) for s in found["spans"]] == [
+        (s["parents"], s["waits_for"]) for s in kept["spans"]
     ]
     assert shown.page.evaluate("known.entries.at(-1).answer") == t.answer
 
@@ -291,7 +293,7 @@ def test_the_key_is_asked_for_and_kept_nowhere(browser):
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         shown = ask(browser, url)
         shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")
-        assert shown.text("#state") == "This server wants an API key."
+        assert shown.text("#state") == "This server needs an API key."
         assert shown.page.evaluate("document.activeElement.id") == "key"
         shown.page.fill("#key", KEY)
         shown.page.click("#run")

@@ -31,7 +31,7 @@ def test_on_a_real_server(browser, server: Server):
     shown.page.fill("#prompt", "Why do cats purr?")
     shown.page.click("#run")
     shown.until("!live.run && known.entries.length", 120)
-    figures = shown.page.evaluate("figures(view.t)")
+    figures = shown.page.evaluate("computeFigures(view.t)")
     assert figures["blocks"] > 0
     assert figures["critical"] < figures["tokens"] <= 300
     assert number(shown.text("[data-figure=tokens] b")) == figures["tokens"]

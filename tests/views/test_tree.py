@@ -50,4 +50,4 @@ def test_what_branches_had_from_the_cache(shares, said: str):
 def test_tree_and_figures():
     text = shown(render_report(parsed(), "title"))
     assert text.count("title") == 2
-    assert "What the engine did" in text
+    assert "Metrics" in text

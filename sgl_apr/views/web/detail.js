@@ -1,12 +1,12 @@
-// One trajectory: its figures, and what acted on it.
+// Shows one trajectory: its figures, and the limits, joins and pacing that affected it.
 
 const view = { entry: null, t: null, lanes: [], lane: "trunk", axis: "tokens" };
 
-/** Show a trajectory, and with `focus` go to its timeline. */
-async function open(entry, { focus = false, quietly = false, lane = "trunk" } = {}) {
-  const asked = (open.asked = entry);
+/** Shows a trajectory. With `focus`, the focus moves to its timeline. */
+async function openEntry(entry, { focus = false, quietly = false, lane = "trunk" } = {}) {
+  openEntry.requested = entry;
   const t = await trajectoryOf(entry);
-  if (open.asked !== asked) return; // another one was selected meanwhile
+  if (openEntry.requested !== entry) return; // another one was selected meanwhile
   goTo("detail", `#t${entry.id}`, quietly);
   show(entry, t, lane);
   if (focus) $("lanes").focus();
@@ -37,7 +37,7 @@ function headOf(entry) {
   const go = (by) => {
     if (!list.shown[list.at + by]) return;
     moveTo(list.at + by);
-    open(list.shown[list.at]);
+    openEntry(list.shown[list.at]);
   };
   const step = (by, label, d) => el("button", { type: "button", "aria-label": label, onclick: () => go(by) }, icon(d));
   return el(
@@ -49,7 +49,7 @@ function headOf(entry) {
       icon("M10 3 5 8l5 5"),
     ),
     el("h2", {}, el("bdi", {}, short(entry.name, 300) || "(no name)")),
-    el("div", { class: "steps" }, step(-1, "The one before", "M3 10l5-5 5 5"), step(1, "The next one", "M3 6l5 5 5-5")),
+    el("div", { class: "steps" }, step(-1, "Previous", "M3 10l5-5 5 5"), step(1, "Next", "M3 6l5 5 5-5")),
     el(
       "p",
       { class: "answer" },
@@ -84,11 +84,11 @@ function tilesOf(entry) {
       "critical",
       count(entry.critical),
       "critical path",
-      entry.tokens && `${percent(1 - entry.critical / entry.tokens)} less than all`,
+      entry.tokens && `${percent(1 - entry.critical / entry.tokens)} fewer than all tokens`,
     ),
-    tile("parallelism", times(entry.parallelism), "parallelism", "tokens by critical path"),
-    tile("branches", count(entry.branches), entry.branches === 1 ? "branch" : "branches", many(entry.blocks, "fork")),
-    tile("wall", seconds(entry.wall), "wall time", many(entry.calls, "request")),
+    tile("parallelism", times(entry.parallelism), "parallelism", "tokens / critical path"),
+    tile("branches", count(entry.branches), entry.branches === 1 ? "branch" : "branches", plural(entry.blocks, "fork")),
+    tile("wall", seconds(entry.wall), "wall time", plural(entry.calls, "request")),
     tile(
       "cached",
       entry.prompt ? percent(entry.cached / entry.prompt) : "–",
@@ -99,17 +99,17 @@ function tilesOf(entry) {
   );
 }
 
-/** Where a limit acted, and what became of the joins in the cache. */
+/** Lists the limits that applied, how blocks were joined, and where pacing reduced the parallelism. */
 function notesOf(t) {
   const by = new Map();
   const note = (what, path) => by.set(what, [...(by.get(what) ?? []), nameOf(path)]);
-  t.limits.forEach(({ limit, path }) => note(`limit that acted: ${limit}`, path));
-  t.joins.forEach(({ path, by: way, why }) =>
-    note(way === "kv" ? "joined in the KV cache" : `read in a line${why ? `: ${why}` : ""}`, path),
+  t.limits.forEach(({ limit, path }) => note(`limit reached: ${limit}`, path));
+  t.joins.forEach(({ path, by: kind, why }) =>
+    note(kind === "kv" ? "joined in the KV cache" : `joined as text${why ? `: ${why}` : ""}`, path),
   );
   t.decisions
     .filter((d) => d.parallelism < d.branches)
-    .forEach((d) => note(`${d.parallelism} of ${d.branches} branches at once: ${d.reason}`, d.path));
+    .forEach((d) => note(`${d.parallelism} of ${d.branches} branches in parallel: ${d.reason}`, d.path));
   if (!by.size) return [];
   const items = [...by].map(([what, paths]) =>
     el(
@@ -119,7 +119,7 @@ function notesOf(t) {
       el("span", { class: "soft" }, ` at ${paths.slice(0, 8).join(", ")}${paths.length > 8 ? " …" : ""}`),
     ),
   );
-  return [el("ul", { class: "notes", "aria-label": "What acted on it" }, items)];
+  return [el("ul", { class: "notes", "aria-label": "Limits, joins and pacing" }, items)];
 }
 
 function otherAttempts(entry) {
@@ -128,7 +128,7 @@ function otherAttempts(entry) {
   const links = others.map((e) =>
     el(
       "button",
-      { type: "button", class: `chip hue-${e.hue}`, onclick: () => open(e) },
+      { type: "button", class: `chip hue-${e.hue}`, onclick: () => openEntry(e) },
       el("span", { class: "method" }, el("bdi", {}, short(e.method, 40))),
       e.correct === null ? "" : e.correct ? "✓" : "✗",
       ` ${count(e.tokens)} tokens`,

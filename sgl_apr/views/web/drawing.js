@@ -1,9 +1,9 @@
-// What is drawn of a trajectory: lanes, and what stands above them.
+// Draws the lanes of a trajectory, and the axis above them.
 
-const HEAD = 62; // height of what stands above the lanes
+const HEAD = 62; // height of the part above the lanes
 const STUB = 26; // width of the prompt, which is not part of any chain
 
-/** Everything that is drawn of a trajectory, in pixels. */
+/** Returns the positions of everything that is drawn of a trajectory, in pixels. */
 function layout() {
   const { t, lanes, axis } = view,
     placed = axis === "time" ? placedByTime(t) : placedByTokens(t);
@@ -11,10 +11,10 @@ function layout() {
     label = isWide() ? 208 : 88,
     width = Math.max(120, box.clientWidth - label - 18);
   const row = lanes.length <= 12 ? 32 : lanes.length <= 48 ? 26 : 20;
-  const most = axis === "time" ? Math.max(t.wall, largest(placed.ends, 0), 1e-3) : Math.max(1, largest(placed.ends, 0));
+  const max = axis === "time" ? Math.max(t.wall, largest(placed.ends, 0), 1e-3) : Math.max(1, largest(placed.ends, 0));
   const prompt = sum(t.spans.filter(isPrompt).map((span) => span.tokens)),
     stub = axis === "tokens" && prompt ? STUB : 0;
-  const x = (value) => (value < 0 ? stub * (1 + Math.max(-1, value / prompt)) : stub + (value / most) * (width - stub));
+  const x = (value) => (value < 0 ? stub * (1 + Math.max(-1, value / prompt)) : stub + (value / max) * (width - stub));
   const lines = new Map(lanes.map((lane, k) => [lane.key, k * row + row / 2]));
   const y = (i) => lines.get(nameOf(laneOf(t.spans[i])));
   return {
@@ -25,7 +25,7 @@ function layout() {
     label,
     width,
     row,
-    most,
+    max,
     prompt,
     stub,
     x,
@@ -36,13 +36,13 @@ function layout() {
   };
 }
 
-/** The lanes, from back to front: grid, the critical path as if marked with a pen, edges, what was read, what was written. */
+/** Draws the lanes, from back to front: grid, critical path, edges, prompts that were read, spans that were written. */
 function drawing(l, chain, on) {
   const root = svg("svg", { class: "drawing", width: l.width + 10, height: l.height, "aria-hidden": "true" });
   root.append(
     svg("path", {
       class: "grid",
-      d: ticks(l.most, l.width / 90)
+      d: ticks(l.max, l.width / 90)
         .map((v) => `M${l.x(v)} 0V${l.height}`)
         .join(""),
     }),
@@ -52,7 +52,7 @@ function drawing(l, chain, on) {
     ...l.t.calls.flatMap((call, c) => strip(l, call, c)),
     ...bars(l, on),
     ...dots(l),
-    svg("path", { class: "hair", d: "" }),
+    svg("path", { class: "crosshair", d: "" }),
   );
   return root;
 }
@@ -80,7 +80,7 @@ function markOf(l, chain) {
   return group;
 }
 
-/** Where a strand waits. */
+/** Draws a line where a sequence waits. */
 function baselines(l) {
   return l.lanes
     .map((lane) => {
@@ -95,7 +95,7 @@ function baselines(l) {
     .filter(Boolean);
 }
 
-/** From strand to strand: down to a branch where it is forked, up from it where it is joined. */
+/** Returns the path between two sequences: down to a branch at its fork, up from it at its join. */
 function curve(x0, y0, x1, y1) {
   const bend = Math.min(6, x1 - x0, Math.abs(y1 - y0)),
     turn = y1 > y0 ? bend : -bend;
@@ -104,16 +104,16 @@ function curve(x0, y0, x1, y1) {
   return `M${x0} ${y0}H${x1 - bend}Q${x1} ${y0} ${x1} ${y0 + turn}V${y1}`;
 }
 
-/** From strand to strand: forks and joins; dashed where nothing but a message goes. */
+/** Draws forks and joins between sequences, dashed if only a message is joined. */
 function edges(l, chain) {
   const critical = new Set(chain.slice(0, -1).map((i, k) => `${chain[k + 1]} ${i}`)),
-    found = [[], []];
+    drawn = [[], []]; // off and on the critical path
   l.t.spans.forEach((span, i) => {
-    for (const p of before(span)) {
+    for (const p of predecessors(span)) {
       if (l.y(p) === l.y(i)) continue;
       const on = critical.has(`${p} ${i}`),
         kind = span.waits_for.includes(p) ? "message" : "seen";
-      found[Number(on)].push(
+      drawn[Number(on)].push(
         svg("path", {
           class: `edge ${kind}${on ? " on" : ""}`,
           d: curve(l.x(isPrompt(l.t.spans[p]) ? 0 : l.ends[p]), l.y(p), l.x(l.starts[i]), l.y(i)),
@@ -121,10 +121,10 @@ function edges(l, chain) {
       );
     }
   });
-  return found.flat();
+  return drawn.flat();
 }
 
-/** What a request read: by tokens the context before what it wrote; by time the shares of its prompt. */
+/** Draws what a request read: by tokens, the context before its output; by time, the cached share of its prompt. */
 function strip(l, call, c) {
   const y = l.lines.get(nameOf(call.path)) + l.bar / 2 + 2.5,
     high = Math.max(2.5, l.row * 0.11);
@@ -145,14 +145,14 @@ function readByTime(l, call) {
 function readByTokens(l, call, c) {
   const own = view.lanes.find((lane) => lane.key === nameOf(call.path)).spans,
     first = own.find((i) => l.t.spans[i].call === c);
-  if (first === undefined) return [0, 0, 0]; // it wrote nothing, as a commit does
+  if (first === undefined) return [0, 0, 0]; // it wrote nothing: a commit
   const end = l.starts[first],
     earlier = own.filter((i) => i < first && l.t.spans[i].call !== null).map((i) => l.ends[i]);
   const left = Math.max(end - call.prompt_tokens, -l.prompt, largest(earlier));
   return [left, Math.max(left, end - (call.prompt_tokens - (call.cached_tokens ?? 0))), end].map(l.x);
 }
 
-/** What stands in the text. Decoded spans come last: they are over what takes their place in the chain. */
+/** Draws the spans. Decoded spans come last, so that they cover others at the same place. */
 function bars(l, on) {
   const order = l.t.spans
     .map((_, i) => i)
@@ -175,11 +175,11 @@ function bars(l, on) {
     .filter(Boolean);
 }
 
-/** Where strands part and meet, and how they ended if not by themselves. */
+/** Draws forks and joins, and marks sequences that were stopped. */
 function dots(l) {
   const at = new Map();
   l.t.spans.forEach((span, i) => {
-    for (const p of before(span)) {
+    for (const p of predecessors(span)) {
       if (l.y(p) === l.y(i) || isPrompt(l.t.spans[p])) continue;
       const forks = laneOf(span).length > laneOf(l.t.spans[p]).length;
       const spot = forks ? [l.x(l.ends[p]), l.y(p)] : [l.x(l.starts[i]), l.y(i)];
@@ -187,7 +187,7 @@ function dots(l) {
     }
   });
   const ends = l.lanes
-    .filter((lane) => BRIEF[lane.finish] && lane.spans.length)
+    .filter((lane) => SHORT_FINISH[lane.finish] && lane.spans.length)
     .map((lane) => {
       const x = l.x(largest(lane.spans.map((i) => l.ends[i]))) + 2,
         y = l.lines.get(lane.key);
@@ -201,25 +201,25 @@ function dots(l) {
   ];
 }
 
-/** How many strands decode at once, and the axis. */
+/** Draws how many sequences decode in parallel, and the axis. */
 function drawHead(l) {
   const root = svg("svg", { width: l.label + l.width + 18, height: HEAD }),
-    steps = widths(l.lanes, l.t.spans, l);
-  const most = largest(
+    steps = concurrency(l.lanes, l.t.spans, l);
+  const max = largest(
       steps.map((s) => s[1]),
       1,
     ),
     floor = 34,
-    y = (n) => floor - (n / most) * 24,
+    y = (n) => floor - (n / max) * 24,
     left = l.label;
   let d = `M${left + l.x(0)} ${floor}`;
   for (const [at, n] of steps) d += `H${left + l.x(at)}V${y(n)}`;
   root.append(
     svg("path", { class: "profile", d: `${d}V${floor}Z` }),
-    svg("text", { class: "soft", x: 8, y: floor - 10 }, isWide() ? `at once, up to ${most}` : `up to ${most}`),
+    svg("text", { class: "soft", x: 8, y: floor - 10 }, isWide() ? `in parallel, up to ${max}` : `up to ${max}`),
     svg("path", { class: "axis", d: `M${left} ${floor}H${left + l.width}` }),
     svg("text", { class: "soft", x: 8, y: floor + 18 }, l.axis === "time" ? "seconds" : "tokens"),
-    ...ticks(l.most, l.width / 90).map((v) =>
+    ...ticks(l.max, l.width / 90).map((v) =>
       svg("text", { class: "tick", x: left + l.x(v), y: floor + 18, "text-anchor": "middle" }, WHOLE.format(v)),
     ),
   );

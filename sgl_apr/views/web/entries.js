@@ -1,4 +1,4 @@
-// What there is to see: a row for each trajectory, and the trajectory behind it, unpacked when it is asked for.
+// The trajectories of the page: a row for each, and the trajectory itself, which is unpacked when it is selected.
 
 const known = { entries: [], methods: [] };
 
@@ -7,7 +7,7 @@ function readIndex() {
   rows.forEach((row) => addEntry(Object.fromEntries(columns.map((column, k) => [column, row[k]]))));
 }
 
-/** A row of the list; `loaded` is its trajectory where it is not packed in this page. */
+/** Adds a row to the list. `loaded` is its trajectory, if it is not packed in this page. */
 function addEntry(row, loaded = null) {
   const entry = { ...row, id: known.entries.length, loaded, parallelism: row.critical ? row.tokens / row.critical : 1 };
   if (!known.methods.includes(entry.method)) known.methods.push(entry.method);

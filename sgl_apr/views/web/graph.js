@@ -1,10 +1,10 @@
-// A trajectory as a graph: strands, where spans begin and end, the longest chain. Nothing is drawn here.
+// A trajectory as a graph: its sequences, where spans begin and end, and the critical path.
 
 const nameOf = (path) => path.join(".") || "trunk";
-const before = (span) => [...span.parents, ...span.waits_for];
+const predecessors = (span) => [...span.parents, ...span.waits_for];
 const isPrompt = (span) => span.origin === "prompt";
 
-/** The path of the strand in whose text a span stands: what a branch returned is in that of who forked it. */
+/** Returns the path of the sequence whose text contains a span: the result of a branch is in its parent's text. */
 const laneOf = (span) => (span.role === "result" ? span.path.slice(0, -2) : span.path);
 
 function byPath(a, b) {
@@ -13,7 +13,7 @@ function byPath(a, b) {
   return a.path.length - b.path.length;
 }
 
-/** Strands in the order of the text: path, the indices of their spans and calls, outline, finish, tokens. */
+/** Returns the sequences in the order of the text: path, indices of their spans and calls, outline, finish, tokens. */
 function lanesOf(t) {
   const lanes = new Map();
   const lane = (path) => {
@@ -29,25 +29,25 @@ function lanesOf(t) {
     const own = lane(laneOf(span));
     own.spans.push(i);
     own.tokens += isPrompt(span) ? 0 : span.tokens;
-    const goesOn = span.finish === "stop" && (span.role === "fork" || span.role === "wait");
-    if (!goesOn) own.finish = span.finish ?? own.finish;
+    const continues = span.finish === "stop" && (span.role === "fork" || span.role === "wait");
+    if (!continues) own.finish = span.finish ?? own.finish;
     if (span.role === "header" || span.role === "result") {
       const branch = lane(span.path);
       branch.outline ||= span.outline || span.label;
     }
   });
   t.calls.forEach((call, c) => lane(call.path).calls.push(c));
-  t.forks?.forEach(({ path, outline }) => (lane(path).outline ||= outline)); // of what has written nothing yet
+  t.forks?.forEach(({ path, outline }) => (lane(path).outline ||= outline)); // branches without text so far
   return [...lanes.values()].sort(byPath);
 }
 
-/** Where each span begins and ends in tokens: behind the longest chain of what it follows. */
+/** Returns where each span begins and ends in tokens: it begins at the end of the longest chain before it. */
 function placedByTokens({ spans }) {
   const starts = [],
     ends = [];
   spans.forEach((span, i) => {
     starts[i] = largest(
-      before(span).map((p) => ends[p]),
+      predecessors(span).map((p) => ends[p]),
       0,
     );
     ends[i] = starts[i] + (isPrompt(span) ? 0 : span.tokens);
@@ -55,7 +55,7 @@ function placedByTokens({ spans }) {
   return { starts, ends };
 }
 
-/** Where each span begins and ends in seconds: decoded ones share the time of their request by their tokens. */
+/** Returns where each span begins and ends in seconds. Decoded spans share the time of their request by tokens. */
 function placedByTime({ spans, calls }) {
   const starts = [],
     ends = [],
@@ -72,26 +72,26 @@ function placedByTime({ spans, calls }) {
   spans.forEach((span, i) => {
     if (starts[i] === undefined)
       starts[i] = ends[i] = largest(
-        before(span).map((p) => ends[p]),
+        predecessors(span).map((p) => ends[p]),
         0,
       );
   });
   return { starts, ends };
 }
 
-/** The longest chain, from its end to its beginning. */
+/** Returns the longest chain of spans, the critical path, from its end to its beginning. */
 function chainOf(spans, ends) {
   const chain = [];
   let at = ends.reduce((best, end, i) => (best < 0 || end >= ends[best] ? i : best), -1);
   while (at >= 0) {
     chain.push(at);
-    at = before(spans[at]).reduce((best, p) => (best < 0 || ends[p] > ends[best] ? p : best), -1);
+    at = predecessors(spans[at]).reduce((best, p) => (best < 0 || ends[p] > ends[best] ? p : best), -1);
   }
   return chain;
 }
 
-/** How many strands decode at once, as steps [from, how many]. */
-function widths(lanes, spans, { starts, ends }) {
+/** Returns how many sequences decode in parallel, as steps [from, number]. */
+function concurrency(lanes, spans, { starts, ends }) {
   const changes = [];
   for (const lane of lanes) {
     for (const i of lane.spans) {
@@ -109,8 +109,8 @@ function widths(lanes, spans, { starts, ends }) {
   return steps;
 }
 
-/** What a trajectory comes to, by its graph, as `Trajectory.metrics()` has it: of those that no index has a row of. */
-function figures(t) {
+/** Computes the metrics of a trajectory that has no row in the index, as `Trajectory.metrics()` does. */
+function computeFigures(t) {
   const lanes = lanesOf(t),
     { ends } = placedByTokens(t);
   const critical = largest(ends, 0),
@@ -129,6 +129,6 @@ function figures(t) {
   };
 }
 
-/** Prompt tokens of a call that were computed once more, as far as known. */
+/** Returns how many prompt tokens of a call were prefilled again, 0 if that is unknown. */
 const again = (call) =>
   call.cached_tokens === null ? 0 : Math.max(0, call.prompt_tokens - call.new_tokens - call.cached_tokens);

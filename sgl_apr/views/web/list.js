@@ -1,4 +1,4 @@
-// The list: filters, order, and those rows that can be seen.
+// The list of trajectories: filters, order, and the visible rows.
 
 const SORTS = {
   number: "order",
@@ -9,7 +9,7 @@ const SORTS = {
   wall: "wall time",
   size: "size",
 };
-const list = { shown: [], at: 0, height: 64 }; // a row is as high as the style has it
+const list = { shown: [], at: 0, height: 64 }; // the height of a row, as in the style
 
 function setUpList() {
   for (const [value, name] of Object.entries(SORTS)) $("sort").append(el("option", { value }, name));
@@ -25,7 +25,7 @@ function setUpList() {
   new ResizeObserver(drawRows).observe($("rows"));
 }
 
-/** Choices that only make sense for what is there. */
+/** Shows only those filters that apply to the trajectories of the page. */
 function offerChoices() {
   const { entries, methods } = known,
     chosen = $("method").value;
@@ -62,14 +62,14 @@ function refilter() {
   const all = known.entries.length;
   $("found").textContent =
     list.shown.length === all
-      ? many(all, "trajectory", "trajectories")
+      ? plural(all, "trajectory", "trajectories")
       : `${count(list.shown.length)} of ${count(all)}`;
   $("rows").scrollTop = 0;
   reveal(list.at);
   drawRows();
 }
 
-/** Only the rows that can be seen are there. */
+/** Draws the visible rows only. */
 function drawRows() {
   const box = $("rows"),
     { shown, height } = list;
@@ -96,7 +96,7 @@ function rowOf(entry, k) {
       "aria-setsize": list.shown.length,
       "aria-posinset": k + 1,
     },
-    silhouette(entry.shape),
+    thumbnail(entry.shape),
     el("span", { class: "name" }, el("bdi", {}, short(entry.name, 90) || "(no name)")),
     verdictOf(entry),
     el(
@@ -116,8 +116,8 @@ function verdictOf(entry) {
   return el("span", { class: `verdict ${entry.correct ? "right" : "wrong"}` }, entry.correct ? "✓ right" : "✗ wrong");
 }
 
-/** A trajectory in a few strokes: its trunk, and its branches below one another. */
-function silhouette(shape) {
+/** Draws a small picture of a trajectory: its trunk, and its branches below it. */
+function thumbnail(shape) {
   const rows = shape.length / 2,
     step = Math.min(7, 34 / Math.max(1, rows));
   const top = 20 - ((rows - 1) * step) / 2;
@@ -127,13 +127,13 @@ function silhouette(shape) {
   );
   return svg(
     "svg",
-    { class: "silhouette", viewBox: "0 0 64 40", "aria-hidden": "true" },
+    { class: "thumbnail", viewBox: "0 0 64 40", "aria-hidden": "true" },
     svg("path", { class: "trunk", d: strokes[0] ?? "" }),
     svg("path", { d: strokes.slice(1).join("") }),
   );
 }
 
-/** Scroll so that row `k` can be seen. */
+/** Scrolls until row `k` is visible. */
 function reveal(k) {
   const box = $("rows"),
     top = k * list.height;
@@ -145,7 +145,7 @@ function onListClick(event) {
   const row = event.target.closest("[data-k]");
   if (!row) return;
   moveTo(Number(row.dataset.k));
-  open(list.shown[list.at]);
+  openEntry(list.shown[list.at]);
 }
 
 function onListKey(event) {
@@ -153,9 +153,9 @@ function onListKey(event) {
   const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
   if (event.key in steps) {
     moveTo(list.at + steps[event.key]);
-    if (isWide() && list.shown.length) open(list.shown[list.at], { quietly: true });
+    if (isWide() && list.shown.length) openEntry(list.shown[list.at], { quietly: true });
   } else if (event.key === "Enter" || event.key === " ") {
-    if (list.shown.length) open(list.shown[list.at], { focus: true });
+    if (list.shown.length) openEntry(list.shown[list.at], { focus: true });
   } else return;
   event.preventDefault();
 }

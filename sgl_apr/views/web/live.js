@@ -1,12 +1,12 @@
-// What a server adds: trajectories that it is asked for here, followed as they are written.
+// The live page of a server: sends prompts and shows trajectories while they are written.
 
-const OFTEN = 120; // milliseconds between two pictures
-const TAIL = 420; // characters of a branch that can be read while it runs
-const CARDS = 12; // branches whose text is shown while they run
+const REDRAW_MS = 120;
+const TAIL_CHARS = 420; // characters of a branch that are shown while it runs
+const MAX_CARDS = 12; // branches whose text is shown while they run
 const live = { run: null };
 
-/** What is asked for, without what is left to the server. */
-function asked() {
+/** Returns the body of a request. What is undefined is left to the server. */
+function requestBody() {
   const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
   const budget = { width: number("width"), tokens: number("tokens") };
   return {
@@ -20,7 +20,7 @@ function asked() {
   };
 }
 
-/** A request to the server that this page is from. The key is in its field and nowhere else. */
+/** Sends a request to the server of this page. The API key is stored in its input field only. */
 async function request(path, options = {}) {
   const headers = { "Content-Type": "application/json" };
   if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
@@ -34,13 +34,13 @@ async function request(path, options = {}) {
   if (response.ok) return response;
   if (response.status === 401) {
     $("key").focus();
-    throw new Error("This server wants an API key.");
+    throw new Error("This server needs an API key.");
   }
   const { error } = await response.json().catch(() => ({}));
   throw new Error(error?.message ?? error ?? `The server answered with status ${response.status}.`);
 }
 
-/** The events of a stream, one object each. */
+/** Yields the events of a stream. */
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let left = "";
@@ -53,27 +53,27 @@ async function* eventsOf(response) {
   }
 }
 
-async function ask(event) {
+async function submitPrompt(event) {
   event.preventDefault();
   if (live.run || !$("prompt").value) return;
-  const run = (live.run = begin($("prompt").value));
-  const drawing = setInterval(() => run.entry && drawRun(run), OFTEN);
-  say("Asked …");
+  const run = (live.run = startRun($("prompt").value));
+  const drawing = setInterval(() => run.entry && drawRun(run), REDRAW_MS);
+  showStatus("Sent …");
   try {
     const response = await request("generate", {
       method: "POST",
-      body: JSON.stringify(asked()),
+      body: JSON.stringify(requestBody()),
       signal: run.stopping.signal,
     });
-    for await (const heard of eventsOf(response)) {
-      if (heard.error) throw new Error(heard.error.message);
-      HEARD[heard.event]?.(run, heard);
+    for await (const data of eventsOf(response)) {
+      if (data.error) throw new Error(data.error.message);
+      EVENT_HANDLERS[data.event]?.(run, data);
       if (!run.entry) drawRun(run);
     }
     finish(run);
   } catch (error) {
     if (run.entry) drawRun(run);
-    say(run.stopping.signal.aborted ? "Stopped." : plain(String(error.message)), !run.stopping.signal.aborted);
+    showStatus(run.stopping.signal.aborted ? "Stopped." : plain(String(error.message)), !run.stopping.signal.aborted);
   } finally {
     clearInterval(drawing);
     live.run = null;
@@ -82,7 +82,7 @@ async function ask(event) {
   }
 }
 
-function say(text, wrong = false) {
+function showStatus(text, wrong = false) {
   $("state").textContent = text;
   $("state").classList.toggle("wrong", wrong);
   showButtons();
@@ -96,35 +96,35 @@ function showButtons() {
 }
 
 function finish(run) {
-  if (!run.done) throw new Error("The stream ended before the trajectory did.");
-  const t = soFar(run),
+  if (!run.done) throw new Error("The stream ended before the trajectory was complete.");
+  const t = currentTrajectory(run),
     seen = view.entry === run.entry,
     { lane } = view,
     entry = addEntry(rowFor(run, t), t);
   $("overview").replaceChildren();
   offerChoices();
   refilter();
-  say(`Done in ${seconds(t.wall)}.`);
-  if (seen) open(entry, { quietly: true, lane });
+  showStatus(`Done in ${seconds(t.wall)}.`);
+  if (seen) openEntry(entry, { quietly: true, lane });
 }
 
 function drawRun(run) {
-  const t = soFar(run),
+  const t = currentTrajectory(run),
     row = rowFor(run, t),
     first = !run.entry;
   run.entry = Object.assign(run.entry ?? { id: "running", hue: 0 }, row);
   run.entry.parallelism = row.critical ? row.tokens / row.critical : 1;
-  say(`${seconds(clock(run))}, about ${many(row.tokens, "token")}, ${many(row.branches, "branch", "branches")}`);
+  showStatus(`${seconds(clock(run))}, about ${plural(row.tokens, "token")}, ${plural(row.branches, "branch", "branches")}`);
   if (first) showRun(run, t);
   else if (view.entry === run.entry) redraw(run, t);
 }
 
 function showRun(run, t) {
   view.axis = "time";
-  open.asked = run.entry;
+  openEntry.requested = run.entry;
   goTo("detail", "#running", true);
   show(run.entry, t, "trunk");
-  $("reader").before(el("section", { id: "now", "aria-label": "Branches under way" }));
+  $("reader").before(el("section", { id: "now", "aria-label": "Running branches" }));
   redraw(run, t);
 }
 
@@ -137,16 +137,16 @@ function redraw(run, t) {
   showButtons();
 }
 
-/** The ends of the texts of branches that are not joined, side by side. */
+/** Shows the ends of the texts of branches that are not joined yet, in parallel. */
 function drawCards(run, t) {
-  const apart = [...run.forks.entries()].filter(([key]) => !run.joined.has(key));
+  const unjoined = [...run.forks.entries()].filter(([key]) => !run.joined.has(key));
   const text = (key) =>
     t.spans
       .filter((span) => nameOf(span.path) === key && span.role !== "header")
       .map((span) => span.text)
       .join("");
-  const cards = apart
-    .slice(0, CARDS)
+  const cards = unjoined
+    .slice(0, MAX_CARDS)
     .map(([key, { outline, outcome }]) =>
       el(
         "div",
@@ -156,33 +156,33 @@ function drawCards(run, t) {
           {},
           el("b", {}, key),
           el("bdi", {}, short(outline, 60)),
-          el("span", { class: "soft" }, outcome ? FINISH[outcome === "ok" ? "stop" : outcome] : "writes"),
+          el("span", { class: "soft" }, outcome ? FINISH[outcome === "ok" ? "stop" : outcome] : "running"),
         ),
-        el("div", { class: "tail" }, el("bdi", {}, plain(text(key).slice(-TAIL)))),
+        el("div", { class: "tail" }, el("bdi", {}, plain(text(key).slice(-TAIL_CHARS)))),
       ),
     );
-  if (apart.length > CARDS)
-    cards.push(el("p", { class: "soft" }, `and ${many(apart.length - CARDS, "branch", "branches")} more`));
+  if (unjoined.length > MAX_CARDS)
+    cards.push(el("p", { class: "soft" }, `and ${plural(unjoined.length - MAX_CARDS, "branch", "branches")} more`));
   $("now").replaceChildren(...cards);
 }
 
-/** What the server can be asked for, when that is to be seen. */
+/** Loads the dialects of the server when the options are opened. */
 async function offerDialects() {
   try {
-    const { default: usual, dialects } = await (await request("dialects")).json();
+    const { default: fallback, dialects } = await (await request("dialects")).json();
     const options = dialects.map(({ name }) => el("option", { value: name }, name));
-    $("dialect").replaceChildren(el("option", { value: "" }, `as the model: ${usual}`), ...options);
+    $("dialect").replaceChildren(el("option", { value: "" }, `the model's own: ${fallback}`), ...options);
   } catch (error) {
     $("options").addEventListener("toggle", offerDialects, { once: true });
-    say(plain(String(error.message)), true);
+    showStatus(plain(String(error.message)), true);
   }
 }
 
-$("ask").addEventListener("submit", ask);
+$("ask").addEventListener("submit", submitPrompt);
 $("prompt").addEventListener(
   "keydown",
   (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && $("ask").requestSubmit(),
 );
 $("stop").addEventListener("click", () => live.run?.stopping.abort());
-$("follow").addEventListener("click", () => showRun(live.run, soFar(live.run)));
+$("follow").addEventListener("click", () => showRun(live.run, currentTrajectory(live.run)));
 $("options").addEventListener("toggle", offerDialects, { once: true });

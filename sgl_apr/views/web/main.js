@@ -1,23 +1,23 @@
-// Where one is, and how the page begins.
+// Navigation between the views, and the start of the page.
 
-/** Show the list (on its own where there is no room beside it), the overview, or a trajectory. */
+/** Shows the list (alone on a narrow screen), the overview, or a trajectory. */
 function goTo(name, hash, quietly = false) {
   document.body.dataset.view = name;
   $("detail").hidden = name !== "detail";
   if (location.hash !== hash && !(hash === "#" && !location.hash))
     history[quietly ? "replaceState" : "pushState"](null, "", hash);
-  if (name !== "detail") open.asked = view.entry = null;
+  if (name !== "detail") openEntry.requested = view.entry = null;
   if (name === "overview" && !$("overview").childElementCount) drawOverview();
   if (!isWide() && !quietly) scrollTo(0, 0);
 }
 
 function route() {
   const entry = known.entries[/^#t(\d+)$/.exec(location.hash)?.[1]];
-  if (entry) open(entry, { quietly: true });
+  if (entry) openEntry(entry, { quietly: true });
   else goTo(location.hash === "#all" || isWide() ? "overview" : "list", location.hash || "#", true);
 }
 
-/** Escape goes back one step: from a text to its lane, from there to the list, from a trajectory to the overview. */
+/** Escape goes back one step: from a text to its lane, then to the list, and from a trajectory to the overview. */
 function onEscape(event) {
   if (event.key !== "Escape") return;
   if (event.target.closest("#reader")) $("lanes").focus();

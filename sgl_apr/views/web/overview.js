@@ -1,8 +1,8 @@
-// All trajectories: a table of methods, and their plots.
+// The overview of all trajectories: a table of methods, and plots.
 
 function drawOverview() {
-  if (!known.entries.length) return $("overview").replaceChildren(el("p", { class: "nothing" }, "Nothing here yet."));
-  PLOT.width = isWide() ? 460 : 340;
+  if (!known.entries.length) return $("overview").replaceChildren(el("p", { class: "nothing" }, "No trajectories yet."));
+  PLOT_SIZE.width = isWide() ? 460 : 340;
   const groups = known.methods.map((method, k) => ({
     method,
     k,
@@ -30,7 +30,7 @@ function drawOverview() {
 function methodTable(groups, judged) {
   const columns = [
     ["attempts", ({ own }) => count(own.length)],
-    judged && ["right, 95% interval", ({ own }) => within(own.filter((e) => e.correct).length, own.length)],
+    judged && ["accuracy, 95% interval", ({ own }) => within(own.filter((e) => e.correct).length, own.length)],
     ["tokens", ({ own }) => count(mean(own.map((e) => e.tokens)))],
     ["critical path", ({ own }) => count(mean(own.map((e) => e.critical)))],
     ["parallelism", ({ own }) => times(mean(own.map((e) => e.parallelism)))],
@@ -43,10 +43,10 @@ function methodTable(groups, judged) {
     el(
       "tr",
       {
-        onpointerenter: () => single(group.k),
-        onpointerleave: () => single(null),
-        onfocusin: () => single(group.k),
-        onfocusout: () => single(null),
+        onpointerenter: () => highlight(group.k),
+        onpointerleave: () => highlight(null),
+        onfocusin: () => highlight(group.k),
+        onfocusout: () => highlight(null),
       },
       el("th", { scope: "row" }, methodButton(group)),
       columns.map(([, value]) => el("td", {}, value(group))),
@@ -57,7 +57,7 @@ function methodTable(groups, judged) {
     el(
       "table",
       {},
-      el("caption", { class: "unseen" }, "Methods, means over their attempts"),
+      el("caption", { class: "unseen" }, "Methods: means over their attempts"),
       el(
         "thead",
         {},
@@ -73,7 +73,7 @@ function methodTable(groups, judged) {
   );
 }
 
-/** The name of a method, which lists its attempts. */
+/** Returns a button with the name of a method. It lists the attempts of the method. */
 function methodButton(group) {
   const choose = () => {
     $("method").value = group.method;
@@ -89,12 +89,12 @@ function methodButton(group) {
   return el("button", { type: "button", class: "bare", onclick: choose }, key, el("bdi", {}, short(group.method, 60)));
 }
 
-/** How a method is drawn. */
+/** Returns the attributes of what is drawn for a method. */
 const drawn = (k, kind) => ({ class: `${kind} hue-${k % 8}${k >= 8 ? " dashed" : ""}`, "data-method": k });
 const lineOf = ({ k, method }, d) => svg("path", { d, ...drawn(k, "line") }, svg("title", {}, plain(method)));
 
-/** Let all methods but one step back in the plots; none with null. Of many, only that one has its bounds. */
-function single(k) {
+/** Highlights one method in the plots, or none with null. With many methods, only the highlighted one shows bounds. */
+function highlight(k) {
   for (const node of document.querySelectorAll("#overview figure [data-method]"))
     for (const [name, is] of [
       ["faint", k !== null && node.dataset.method !== String(k)],

@@ -1,14 +1,14 @@
 // Plots of methods.
 
-const PLOT = { width: 460, height: 280, left: 52, right: 14, top: 14, bottom: 44 };
+const PLOT_SIZE = { width: 460, height: 280, left: 52, right: 14, top: 14, bottom: 44 };
 
-/** A plot with its axes. `draw` gets the scales and returns what is drawn in it; `said` says the same in words. */
-function plot(title, x, y, said, draw) {
-  const { width, height, left, right, top, bottom } = PLOT,
+/** Returns a plot with axes. `draw` gets the scales and returns the contents. `description` has the contents in words. */
+function plot(title, x, y, description, draw) {
+  const { width, height, left, right, top, bottom } = PLOT_SIZE,
     floor = height - bottom;
   const sx = (v) => left + x.place(v) * (width - left - right),
-    sy = (v) => floor - (v / y.most) * (floor - top);
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${said}` });
+    sy = (v) => floor - (v / y.max) * (floor - top);
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${description}` });
   root.append(
     svg("path", { class: "grid", d: y.ticks.map((v) => `M${left} ${sy(v)}H${width - right}`).join("") }),
     svg("path", { class: "axis", d: `M${left} ${floor}H${width - right}` }),
@@ -27,29 +27,29 @@ function plot(title, x, y, said, draw) {
   return el("figure", { class: "card" }, el("figcaption", {}, title), root);
 }
 
-const linear = (most, label, about = 5, format = WHOLE.format) => ({
-  most,
+const linear = (max, label, about = 5, format = WHOLE.format) => ({
+  max,
   label,
   format,
-  place: (v) => v / most,
-  ticks: ticks(most, about),
+  place: (v) => v / max,
+  ticks: ticks(max, about),
 });
-const shares = (label, most = 1) => ({ ...linear(most, label, 5, percent) });
+const shares = (label, max = 1) => ({ ...linear(max, label, 5, percent) });
 
-/** By orders of magnitude, which is what it takes to see methods that spend so differently. */
-function logarithmic(least, most, label) {
-  const found = [];
-  for (let power = 10 ** Math.floor(Math.log10(least)); power <= most; power *= 10)
-    found.push(...[1, 2, 5].map((k) => k * power));
+/** Returns a logarithmic scale, for methods whose costs differ by orders of magnitude. */
+function logarithmic(min, max, label) {
+  const marks = [];
+  for (let power = 10 ** Math.floor(Math.log10(min)); power <= max; power *= 10)
+    marks.push(...[1, 2, 5].map((k) => k * power));
   return {
     label,
     format: WHOLE.format,
-    place: (v) => Math.max(0, Math.log(v / least) / Math.log(most / least)),
-    ticks: found.filter((v) => v >= least && v <= most),
+    place: (v) => Math.max(0, Math.log(v / min) / Math.log(max / min)),
+    ticks: marks.filter((v) => v >= min && v <= max),
   };
 }
 
-/** 95% bounds of a share, k of n: Wilson's score interval. */
+/** Returns the 95% bounds of a share, k of n: Wilson's score interval. */
 function bounds(k, n) {
   const z2 = 1.96 ** 2,
     middle = k + z2 / 2,
@@ -57,14 +57,14 @@ function bounds(k, n) {
   return [Math.max(0, (middle - off) / (n + z2)), Math.min(1, (middle + off) / (n + z2))];
 }
 
-/** Such a share with its bounds, in words. */
+/** Returns such a share with its bounds, as text. */
 function within(k, n) {
   if (!n) return "none";
   const [low, high] = bounds(k, n).map(percent);
   return `${percent(k / n)} (${low} to ${high})`;
 }
 
-/** The share of all attempts of a method that are right and cost no more than so much, with its bounds. */
+/** Plots the share of a method's attempts that are correct at a given cost or less, with its bounds. */
 function solvedPlot(groups, of, title, label, format = WHOLE.format) {
   const curves = groups.map((g) => ({
     ...g,
@@ -74,19 +74,19 @@ function solvedPlot(groups, of, title, label, format = WHOLE.format) {
       .sort((a, b) => a - b),
   }));
   const all = curves.flatMap((c) => c.limits).sort((a, b) => a - b),
-    most = all.at(-1) || 1,
-    least = Math.max(1, all[0] ?? 1);
-  const far = most / (all[Math.floor(all.length / 10)] || 1) > 12 && most > 12 * least;
-  const said = curves
+    max = all.at(-1) || 1,
+    min = Math.max(1, all[0] ?? 1);
+  const wideRange = max / (all[Math.floor(all.length / 10)] || 1) > 12 && max > 12 * min;
+  const description = curves
     .map((c) => `${plain(c.method)}: ${within(c.limits.length, c.own.length)} in all`)
     .join("; ");
   return plot(
     title,
-    far ? logarithmic(least, most * 1.05, label) : linear(most * 1.02, label, 5, format),
-    shares("solved"),
-    said,
+    wideRange ? logarithmic(min, max * 1.05, label) : linear(max * 1.02, label, 5, format),
+    shares("accuracy"),
+    description,
     (sx, sy) => {
-      const end = PLOT.width - PLOT.right;
+      const end = PLOT_SIZE.width - PLOT_SIZE.right;
       const steps = (c, height) =>
         c.limits.map((limit, k) => `H${sx(limit).toFixed(1)}V${sy(height(k + 1)).toFixed(1)}`).join("") + `H${end}`;
       const back = (c) =>
@@ -94,7 +94,7 @@ function solvedPlot(groups, of, title, label, format = WHOLE.format) {
           .map((limit, k) => `V${sy(bounds(k + 1, c.own.length)[0]).toFixed(1)}H${sx(limit).toFixed(1)}`)
           .reverse()
           .join("");
-      const from = sx(far ? least : 0);
+      const from = sx(wideRange ? min : 0);
       const band = (c) =>
         `M${from} ${sy(0)}V${sy(bounds(0, c.own.length)[1])}${steps(c, (k) => bounds(k, c.own.length)[1])}${back(c)}V${sy(0)}Z`;
       return [
@@ -116,7 +116,7 @@ function widthPlot(groups) {
       .filter(([, own]) => own.length)
       .map(([s, own]) => [s, mean(own.map((e) => e.branches))]),
   }));
-  const most =
+  const max =
     largest(
       lines.flatMap((l) => l.points.map((p) => p[1])),
       1,
@@ -127,10 +127,10 @@ function widthPlot(groups) {
     ticks: sizes,
     place: (s) => (sizes.indexOf(s) + 0.5) / sizes.length,
   };
-  const said = lines
+  const description = lines
     .map((l) => `${plain(l.method)}: ${l.points.map(([s, n]) => `${n.toFixed(1)} at size ${s}`).join(", ")}`)
     .join("; ");
-  return plot("Width against size", x, linear(most, "branches, mean"), said, (sx, sy) =>
+  return plot("Width against size", x, linear(max, "branches, mean"), description, (sx, sy) =>
     lines.flatMap((l) => [
       lineOf(l, l.points.map(([s, n], k) => `${k ? "L" : "M"}${sx(s)} ${sy(n)}`).join("")),
       ...l.points.map(([s, n]) => svg("circle", { cx: sx(s), cy: sy(n), r: 4, ...drawn(l.k, "point") })),
@@ -139,14 +139,14 @@ function widthPlot(groups) {
 }
 
 function parallelismPlot(groups) {
-  const most = Math.ceil(
+  const max = Math.ceil(
       largest(
         known.entries.map((e) => e.parallelism),
         2,
       ),
     ),
     bins = 24,
-    wide = (most - 1) / bins;
+    wide = (max - 1) / bins;
   const filled = groups.map((g) => {
     const counts = Array(bins).fill(0);
     for (const e of g.own) counts[Math.min(bins - 1, Math.floor((e.parallelism - 1) / wide))]++;
@@ -157,15 +157,15 @@ function parallelismPlot(groups) {
     0.1,
   );
   const x = {
-    label: "parallelism: tokens by critical path",
+    label: "parallelism: tokens / critical path",
     format: (v) => `${v}×`,
-    ticks: ticks(most - 1, 5).map((v) => v + 1),
-    place: (v) => (v - 1) / (most - 1),
+    ticks: ticks(max - 1, 5).map((v) => v + 1),
+    place: (v) => (v - 1) / (max - 1),
   };
-  const said = filled
+  const description = filled
     .map((f) => `${plain(f.method)}: ${times(mean(f.own.map((e) => e.parallelism)))} on average`)
     .join("; ");
-  return plot("Distribution of parallelism", x, shares("of trajectories", Math.min(1, high * 1.08)), said, (sx, sy) =>
+  return plot("Distribution of parallelism", x, shares("of trajectories", Math.min(1, high * 1.08)), description, (sx, sy) =>
     filled.flatMap((f) => {
       let d = `M${sx(1)} ${sy(0)}`;
       f.counts.forEach((share, b) => (d += `V${sy(share)}H${sx(1 + (b + 1) * wide)}`));
@@ -175,13 +175,13 @@ function parallelismPlot(groups) {
 }
 
 function scatterPlot(groups) {
-  const most =
+  const max =
       largest(
         known.entries.map((e) => e.tokens),
         1,
       ) * 1.04,
     every = Math.ceil(known.entries.length / 3000);
-  const said = groups
+  const description = groups
     .map(
       (g) =>
         `${plain(g.method)}: ${count(mean(g.own.map((e) => e.tokens)))} tokens, critical path ${count(mean(g.own.map((e) => e.critical)))} on average`,
@@ -189,11 +189,11 @@ function scatterPlot(groups) {
     .join("; ");
   return plot(
     "Critical path against tokens",
-    linear(most, "tokens"),
-    linear(most, "tokens of the critical path"),
-    said,
+    linear(max, "tokens"),
+    linear(max, "tokens of the critical path"),
+    description,
     (sx, sy) => [
-      svg("path", { class: "axis", d: `M${sx(0)} ${sy(0)}L${sx(most)} ${sy(most)}` }),
+      svg("path", { class: "axis", d: `M${sx(0)} ${sy(0)}L${sx(max)} ${sy(max)}` }),
       ...known.entries
         .filter((e) => e.id % every === 0)
         .map((e) =>

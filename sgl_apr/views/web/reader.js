@@ -1,6 +1,6 @@
-// What a branch wrote.
+// Shows the text of a sequence, with its figures.
 
-const MOST_TEXT = 60_000; // characters that are shown at first
+const MAX_TEXT_CHARS = 60_000; // characters that are shown at first
 
 function drawReader() {
   const lane = view.lanes.find((l) => l.key === view.lane),
@@ -19,35 +19,35 @@ function drawReader() {
       ),
       factsOf(lane),
     ),
-    textOf(lane, MOST_TEXT),
+    textOf(lane, MAX_TEXT_CHARS),
   );
 }
 
 function factsOf(lane) {
   const { spans, calls } = view.t,
     own = lane.spans.map((i) => spans[i]),
-    asked = lane.calls.map((c) => calls[c]);
+    requests = lane.calls.map((c) => calls[c]);
   const tokens = (origin) => sum(own.filter((span) => span.origin === origin).map((span) => span.tokens));
   const facts = [
     ["decoded", count(tokens("decoded"))],
     ["injected", count(tokens("injected"))],
   ];
   if (tokens("prompt")) facts.unshift(["prompt", count(tokens("prompt"))]);
-  if (asked.length) {
-    const known = asked.filter((call) => call.cached_tokens !== null),
+  if (requests.length) {
+    const known = requests.filter((call) => call.cached_tokens !== null),
       cached = sum(known.map((call) => call.cached_tokens));
     facts.push(
       ["cached", count(cached)],
       ["prefilled", count(sum(known.map((call) => call.prompt_tokens)) - cached)],
-      ["requests", count(asked.length)],
+      ["requests", count(requests.length)],
     );
     facts.push(
-      ["from", seconds(Math.min(...asked.map((call) => call.started)))],
-      ["to", seconds(largest(asked.map((call) => call.ended)))],
+      ["from", seconds(Math.min(...requests.map((call) => call.started)))],
+      ["to", seconds(largest(requests.map((call) => call.ended)))],
     );
   }
-  const retries = sum(asked.map((call) => call.retries));
-  if (retries) facts.push(["repeated", count(retries)]);
+  const retries = sum(requests.map((call) => call.retries));
+  if (retries) facts.push(["retries", count(retries)]);
   if (lane.finish) facts.push(["finish", FINISH[lane.finish]]);
   return el(
     "dl",
@@ -56,12 +56,12 @@ function factsOf(lane) {
   );
 }
 
-/** The text of a strand with links to its branches where they were forked; `most` characters of it. */
-function textOf(lane, most) {
+/** Returns the first `max` characters of the text of a sequence, with links to its branches where they were forked. */
+function textOf(lane, max) {
   const { spans } = view.t,
     text = el("div", { class: "text", dir: "auto" }),
     seen = new Set();
-  let left = most,
+  let left = max,
     rest = 0;
   spans.forEach((span, i) => {
     const own = laneOf(span);

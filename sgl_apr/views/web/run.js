@@ -1,7 +1,7 @@
-// A trajectory under way: spans and calls by their numbers, and text that is in no span yet. The events are those of
-// `sgl_apr.runtime.event_json`, in the order that `sgl_apr.runtime.events` promises.
+// A running trajectory: its spans and calls so far, and text that is in no span yet. The events are those of
+// `sgl_apr.runtime.event_json`, in the order that `sgl_apr.runtime.events` documents.
 
-function begin(prompt) {
+function startRun(prompt) {
   return {
     prompt,
     entry: null,
@@ -17,30 +17,30 @@ function begin(prompt) {
   };
 }
 
-/** Seconds since the trajectory began, by the clock of the server as far as it has told it. */
+/** Returns the seconds since the trajectory began, by the clock of the server once a request has reported it. */
 const clock = (run) => (performance.now() - run.started) / 1000 - (Number.isFinite(run.skew) ? run.skew : 0);
 
 const inside = (path, outer) => path.length >= outer.length && outer.every((p, k) => path[k] === p);
 
-/** What each kind of event changes. */
-const HEARD = {
+/** Apply an event to a run, by the kind of the event. */
+const EVENT_HANDLERS = {
   delta(run, { path, text }) {
     const key = nameOf(path);
     if (!run.writing.has(key)) {
       const own = run.spans.filter((span) => span && nameOf(span.path) === key);
-      if (own.length === 1 && own[0].role === "header" && own[0].text === text) return; // it begins anew, its header does not
+      if (own.length === 1 && own[0].role === "header" && own[0].text === text) return; // a retry repeats the header, which already has a span
       run.writing.set(key, { path, text: "", since: clock(run) });
     }
     run.writing.get(key).text += text;
   },
-  retried(run, { path, chars }) {
+  text_retracted(run, { path, chars }) {
     const key = nameOf(path),
-      written = [...(run.writing.get(key)?.text ?? "")]; // characters are counted as Python does
-    if (chars === null) forget(run, path);
+      written = [...(run.writing.get(key)?.text ?? "")]; // counts code points, as Python does
+    if (chars === null) resetBranch(run, path);
     else if (written.length > chars) run.writing.get(key).text = written.slice(0, written.length - chars).join("");
     else run.writing.delete(key);
   },
-  wrote(run, { index, span }) {
+  span_finished(run, { index, span }) {
     const key = nameOf(span.path),
       writing = run.writing.get(key),
       { token_ids, ...rest } = span;
@@ -50,17 +50,17 @@ const HEARD = {
     if (writing.text) writing.since = clock(run);
     else run.writing.delete(key);
   },
-  called(run, { index, call }) {
+  request_finished(run, { index, call }) {
     run.calls[index] = call;
     run.skew = Math.min(run.skew, (performance.now() - run.started) / 1000 - call.ended);
   },
-  forked(run, { path, branches, first }) {
+  forked(run, { path, branches, first_branch }) {
     branches.forEach(([number, outline], k) => {
-      const branch = [...path, first + k];
+      const branch = [...path, first_branch + k];
       run.forks.set(nameOf(branch), { path: branch, outline: outline || number, outcome: null });
     });
   },
-  ended(run, { path, outcome }) {
+  branch_ended(run, { path, outcome }) {
     run.forks.get(nameOf(path)).outcome = outcome;
   },
   joined(run, { path, branches }) {
@@ -71,8 +71,8 @@ const HEARD = {
   },
 };
 
-/** A branch that begins anew loses all but its header, and all that it has forked. */
-function forget(run, path) {
+/** Resets a branch that is retried: it keeps only its header, and loses its own branches. */
+function resetBranch(run, path) {
   const isOwn = (other) => nameOf(other) === nameOf(path);
   run.spans.forEach((span, i) => {
     if (span && inside(span.path, path) && !(isOwn(span.path) && span.role === "header")) delete run.spans[i];
@@ -82,8 +82,8 @@ function forget(run, path) {
   if (run.forks.has(nameOf(path))) run.forks.get(nameOf(path)).outcome = null;
 }
 
-/** The trajectory as far as it is known. What is in no span yet becomes one that is open, its tokens estimated. */
-function soFar(run) {
+/** Returns the trajectory so far. Text that is in no span yet becomes an open span, with estimated tokens. */
+function currentTrajectory(run) {
   const place = new Map(),
     calls = [...run.calls].filter(Boolean);
   const spans = [];
@@ -109,7 +109,7 @@ function soFar(run) {
       ended: Math.max(since, clock(run)),
       retries: 0,
     };
-    const tip = spans.findLastIndex((span) => nameOf(laneOf(span)) === nameOf(path));
+    const last = spans.findLastIndex((span) => nameOf(laneOf(span)) === nameOf(path));
     const open = {
       role: "text",
       origin: "decoded",
@@ -121,7 +121,7 @@ function soFar(run) {
       finish: null,
       open: true,
     };
-    spans.push({ ...open, parents: tip < 0 ? [] : [tip], after: [], call: calls.push(call) - 1 });
+    spans.push({ ...open, parents: last < 0 ? [] : [last], waits_for: [], call: calls.push(call) - 1 });
   }
   return { ...common(run), running: true, spans, calls, forks: [...run.forks.values()] };
 }
@@ -132,7 +132,7 @@ function common({ done, ...run }) {
   return { dialect, wall, limits, decisions, joins };
 }
 
-/** A row of the list for a trajectory that no file has one of. */
+/** Returns a row of the list for a trajectory of this page. */
 function rowFor(run, t) {
   return {
     name: run.prompt,
@@ -141,12 +141,12 @@ function rowFor(run, t) {
     answer: answerOf(t),
     correct: null,
     size: null,
-    ...figures(t),
+    ...computeFigures(t),
     shape: shapeOf(t),
   };
 }
 
-/** Text of the trunk behind the last join, as `Trajectory.answer` has it. */
+/** Returns the text of the trunk after the last join, as `Trajectory.answer` does. */
 function answerOf({ spans }) {
   const reply = spans.filter((span) => !isPrompt(span)),
     last = reply.findLastIndex((span) => span.role !== "text" || span.path.length);
@@ -159,13 +159,13 @@ function answerOf({ spans }) {
 
 function shapeOf(t) {
   const { starts, ends } = placedByTokens(t),
-    most = Math.max(1, largest(ends, 0));
+    max = Math.max(1, largest(ends, 0));
   return lanesOf(t)
     .filter((lane) => lane.spans.length)
-    .slice(0, CARDS)
+    .slice(0, MAX_CARDS)
     .flatMap(({ spans }) =>
       [Math.min(...spans.map((i) => starts[i])), largest(spans.map((i) => ends[i]))].map((x) =>
-        Math.round((100 * x) / most),
+        Math.round((100 * x) / max),
       ),
     );
 }

@@ -1,4 +1,4 @@
-// The timeline of a trajectory as a card: its lanes, how one is chosen, and what is said where a pointer is.
+// The timeline of a trajectory: its lanes, their selection, and the tooltip.
 
 const LEGEND = [
   ["decoded", "decoded"],
@@ -11,8 +11,8 @@ const LEGEND = [
 ];
 const CAPTION = {
   tokens:
-    "Thick: what was written, behind the longest chain of what it follows. Thin: what each request had read before it wrote.",
-  time: "Thick: requests while they decoded. Thin: which share of its prompt each of them had from the cache.",
+    "Thick bars are what was written; each begins at the end of the longest chain before it. Thin bars are what each request read first.",
+  time: "Thick bars are requests while they decoded. Thin bars are the share of each prompt that was cached.",
 };
 function timelineCard() {
   const radio = (value, name) =>
@@ -56,7 +56,7 @@ function timelineCard() {
         id: "lanes",
         role: "listbox",
         tabindex: "0",
-        "aria-label": "Branches: arrows to choose, Enter to read, Escape to go back",
+        "aria-label": "Branches: select with the arrow keys, read with Enter, go back with Escape",
         onkeydown: onLaneKey,
         onclick: onLaneClick,
       }),
@@ -81,10 +81,10 @@ function drawTimeline() {
 
 function laneRow(lane, on) {
   const critical = lane.spans.some((i) => on.has(i) && !isPrompt(view.t.spans[i]));
-  const said = [
+  const description = [
     lane.path.length ? `Branch ${lane.key}` : "Trunk",
     lane.outline && short(lane.outline, 120),
-    many(lane.tokens, "token"),
+    plural(lane.tokens, "token"),
     FINISH[lane.finish],
     critical && "on the critical path",
   ].filter(Boolean);
@@ -93,13 +93,13 @@ function laneRow(lane, on) {
     { class: "lane-name" },
     el("b", {}, nameOf(lane.path)),
     el("bdi", { class: "outline" }, short(lane.outline, 80)),
-    BRIEF[lane.finish] && el("span", { class: `end ${lane.finish}` }, BRIEF[lane.finish]),
+    SHORT_FINISH[lane.finish] && el("span", { class: `end ${lane.finish}` }, SHORT_FINISH[lane.finish]),
     el("span", { class: "tokens" }, count(lane.tokens)),
   );
   name.style.paddingInlineStart = `${8 + Math.max(0, lane.depth - 1) * (isWide() ? 14 : 5)}px`;
   return el(
     "div",
-    { role: "option", class: "lane", id: `lane-${lane.key}`, "data-lane": lane.key, "aria-label": said.join(", ") },
+    { role: "option", class: "lane", id: `lane-${lane.key}`, "data-lane": lane.key, "aria-label": description.join(", ") },
     name,
   );
 }
@@ -110,9 +110,9 @@ function onPoint(event) {
     at = event.clientX - box.left - l.label;
   const lane = l.lanes[Math.floor((event.clientY - box.top) / l.row)];
   if (!lane || at < 0 || at > l.width) return unpoint();
-  $("lanes").querySelector(".hair").setAttribute("d", `M${at} 0V${l.height}`);
-  const value = at < l.stub ? null : ((at - l.stub) / (l.width - l.stub)) * l.most;
-  $("tip").replaceChildren(...told(l, lane, value).map((line) => el("span", {}, line)));
+  $("lanes").querySelector(".crosshair").setAttribute("d", `M${at} 0V${l.height}`);
+  const value = at < l.stub ? null : ((at - l.stub) / (l.width - l.stub)) * l.max;
+  $("tip").replaceChildren(...tooltipLines(l, lane, value).map((line) => el("span", {}, line)));
   $("tip").hidden = false;
   const outer = $("tip").parentElement.getBoundingClientRect(),
     wide = $("tip").offsetWidth;
@@ -122,28 +122,28 @@ function onPoint(event) {
 
 function unpoint() {
   $("tip").hidden = true;
-  $("lanes").querySelector(".hair")?.setAttribute("d", "");
+  $("lanes").querySelector(".crosshair")?.setAttribute("d", "");
 }
 
-/** What there is at a place of a lane. */
-function told(l, lane, value) {
-  if (value === null) return [`prompt: ${many(l.prompt, "token")}`];
+/** Returns the lines of the tooltip at a place of a lane. */
+function tooltipLines(l, lane, value) {
+  if (value === null) return [`prompt: ${plural(l.prompt, "token")}`];
   const i = lane.spans.findLast((s) => l.starts[s] <= value && value < l.ends[s]),
     span = l.t.spans[i];
-  const step = widths(l.lanes, l.t.spans, l).findLast(([x]) => x <= value);
-  const lines = [`${l.axis === "time" ? `at ${seconds(value)}` : `token ${count(value)}`}: ${step?.[1] ?? 0} at once`];
-  if (!span) return [...lines, `${nameOf(lane.path)} waits, or is not there`];
+  const step = concurrency(l.lanes, l.t.spans, l).findLast(([x]) => x <= value);
+  const lines = [`${l.axis === "time" ? `at ${seconds(value)}` : `token ${count(value)}`}: ${step?.[1] ?? 0} in parallel`];
+  if (!span) return [...lines, `${nameOf(lane.path)} waits or does not exist`];
   lines.push(
-    `${nameOf(lane.path)}: ${span.role}, ${span.open ? "about " : ""}${many(span.tokens, "token")} ${span.origin}`,
+    `${nameOf(lane.path)}: ${span.role}, ${span.open ? "about " : ""}${plural(span.tokens, "token")} ${span.origin}`,
   );
   const call = l.t.calls[span.call];
   if (call?.prompt_tokens)
     lines.push(
-      `read ${many(call.prompt_tokens, "token")}, ${call.cached_tokens === null ? "unknown how many" : count(call.cached_tokens)} from the cache`,
+      `read ${plural(call.prompt_tokens, "token")}, ${call.cached_tokens === null ? "unknown number" : count(call.cached_tokens)} cached`,
     );
   if (call)
     lines.push(
-      `${seconds(call.started)} to ${seconds(call.ended)}${call.retries ? `, after ${many(call.retries, "failure")}` : ""}`,
+      `${seconds(call.started)} to ${seconds(call.ended)}${call.retries ? `, after ${plural(call.retries, "failure")}` : ""}`,
     );
   return lines;
 }
