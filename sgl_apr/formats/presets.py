@@ -127,10 +127,10 @@ def dialect_for(tokenizer: Tokenizer) -> Dialect | None:
     """
     complete: dict[str, set[str]] = {}
     for name in dialect_names():
-        known = dialect(name)
-        grammar = known.grammar
-        needed = set(grammar.tags([str(known.first_number)])) - set(grammar.tags_in_rule("conclusion"))
-        if needed and all(tokenizer.special_token_id(tag) is not None for tag in needed):
-            complete[name] = needed
+        candidate = dialect(name)
+        grammar = candidate.grammar
+        required = set(grammar.tags([str(candidate.first_number)])) - set(grammar.tags_in_rule("conclusion"))
+        if required and all(tokenizer.special_token_id(tag) is not None for tag in required):
+            complete[name] = required
     best = max(complete, key=lambda name: len(complete[name]), default=None)
     return dialect(best) if best and all(tags <= complete[best] for tags in complete.values()) else None

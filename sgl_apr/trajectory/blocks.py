@@ -78,15 +78,18 @@ def iter_blocks(spans: Sequence[Span]) -> Iterator[Block]:
 
 
 def _branch(spans: Sequence[Span], path: Path, ids: tuple[int, ...]) -> Branch:
-    own = [spans[i] for i in ids]
+    branch_spans = [spans[i] for i in ids]
     return Branch(
         path=path,
         outline=next(
-            (s.outline or s.label for s in own if s.role in ("header", "result") and s.path == path), ""
+            (s.outline or s.label for s in branch_spans if s.role in ("header", "result") and s.path == path),
+            "",
         ),
-        text="".join(s.text for s in own if s.path != path or s.role not in ("header", "closer", "result")),
-        result="".join(s.label for s in own if s.path == path and s.role == "result"),
-        finish=next((s.finish for s in reversed(own) if s.path == path and s.finish), None),
+        text="".join(
+            s.text for s in branch_spans if s.path != path or s.role not in ("header", "closer", "result")
+        ),
+        result="".join(s.label for s in branch_spans if s.path == path and s.role == "result"),
+        finish=next((s.finish for s in reversed(branch_spans) if s.path == path and s.finish), None),
         spans=ids,
     )
 

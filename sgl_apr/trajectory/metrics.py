@@ -151,14 +151,14 @@ def _phases(calls: Sequence[Call]) -> dict[str, PhaseCost]:
     names = dict.fromkeys(call.phase for call in calls)
     costs = {}
     for name in names:
-        own = [c for c in calls if c.phase == name]
+        phase_calls = [c for c in calls if c.phase == name]
         costs[name] = PhaseCost(
-            calls=len(own),
-            prompt_tokens=sum(c.prompt_tokens for c in own),
-            cached_tokens=sum(c.cached_tokens or 0 for c in own),
-            reprefilled_tokens=sum(c.reprefilled_tokens for c in own),
-            output_tokens=sum(c.output_tokens for c in own),
-            wall_s=_union_length([(c.started, c.ended) for c in own]),
+            calls=len(phase_calls),
+            prompt_tokens=sum(c.prompt_tokens for c in phase_calls),
+            cached_tokens=sum(c.cached_tokens or 0 for c in phase_calls),
+            reprefilled_tokens=sum(c.reprefilled_tokens for c in phase_calls),
+            output_tokens=sum(c.output_tokens for c in phase_calls),
+            wall_s=_union_length([(c.started, c.ended) for c in phase_calls]),
         )
     return costs
 

@@ -38,10 +38,11 @@ class Trajectory:
         seed: The seed from which the seeds of the calls are derived.
         seeds_honoured: Whether the engine supports seeds.
 
-    >>> import sgl_apr as apr
-    >>> t = apr.dialect("threadweaver").parse("six times seven is 42")
-    >>> t.answer, t.blocks
-    ('six times seven is 42', ())
+    Examples:
+        >>> import sgl_apr as apr
+        >>> t = apr.dialect("threadweaver").parse("six times seven is 42")
+        >>> t.answer, t.blocks
+        ('six times seven is 42', ())
     """
 
     spans: tuple[Span, ...]
