@@ -1,4 +1,4 @@
-"""`sgl-apr doctor` and `sgl-apr doctor join`: which server they look at, and how what they find is shown."""
+"""`sgl-apr doctor` and `sgl-apr doctor join`: check an installation and a server, and measure the drift of KV joins."""
 
 from __future__ import annotations
 
@@ -16,47 +16,45 @@ from sgl_apr.errors import AprError, LaunchError, UnsupportedEngine
 STATES = {"ok": "[green]ok", "missing": "[yellow]missing (optional)", "failed": "[red]failed"}
 
 
-def add_commands(commands: Any) -> None:
-    """Add `doctor` to an argparse parser."""
+def add_command(commands: Any) -> None:
+    """Add `doctor` and `doctor join` to the subcommands of an argparse parser."""
     doctor = commands.add_parser(
         "doctor",
-        help="check the installation, a server, and how a model bears KV joins; status 1 if something fails",
+        help="check the installation, a server, and the drift of KV joins; status 1 if something fails",
         epilog="examples:\n  sgl-apr doctor\n  sgl-apr doctor --url http://127.0.0.1:30000\n"
         "  sgl-apr doctor join --model $(sgl-apr model smollm2)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _where(doctor)
+    _add_server_arguments(doctor)
     doctor.set_defaults(command=_doctor)
     join = doctor.add_subparsers(metavar="[join]").add_parser(
         "join",
-        help="what KV joins do to a model's next tokens, beside text joins",
+        help="compare a model's next tokens after KV joins with those after text joins",
         epilog="example: sgl-apr doctor join --url http://127.0.0.1:30000 --prompts questions.txt",
     )
-    _where(join)
+    _add_server_arguments(join)
     join.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help='lines of JSON with "prefix", "branches" and "header", or questions, for which the model writes '
-        "the branches (default: five samples of our own)",
+        "the branches (default: five built-in samples)",
     )
     join.set_defaults(command=_join)
 
 
-def _where(parser: argparse.ArgumentParser) -> None:
-    # No defaults: those of the inner parser would overwrite what the outer one has read.
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--url", default=argparse.SUPPRESS, help="a running server")
-    which.add_argument(
-        "--model", default=argparse.SUPPRESS, help="a directory or hub id, served for the time being"
-    )
-    parser.add_argument("--api-key", default=argparse.SUPPRESS)
+def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    # No defaults: those of the inner parser would overwrite what the outer one has parsed.
+    server = parser.add_mutually_exclusive_group()
+    server.add_argument("--url", default=argparse.SUPPRESS, help="a running server")
+    server.add_argument("--model", default=argparse.SUPPRESS, help="a directory or hub id to serve meanwhile")
+    parser.add_argument("--api-key", default=argparse.SUPPRESS, help="key of the server")
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
 
 
 @contextlib.contextmanager
 def _server(options: argparse.Namespace) -> Iterator[str | None]:
-    """The URL of the server that was asked for, None if none was."""
+    """The URL of the server that the options name, launched if needed; None if they name none."""
     from sgl_apr.server.launch.launcher import Server
 
     if model := getattr(options, "model", None):
@@ -72,7 +70,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from sgl_apr.server.doctor import Finding, is_healthy, check_installation, check_server
+    from sgl_apr.server.doctor import Finding, check_installation, check_server, is_healthy
 
     findings = list(check_installation())
     try:
@@ -80,7 +78,7 @@ def _doctor(options: argparse.Namespace) -> int:
             if url:
                 findings += check_server(url, getattr(options, "api_key", None))
     except LaunchError as error:
-        findings.append(Finding("server", "failed", str(error), "the log says more"))
+        findings.append(Finding("server", "failed", str(error), "see its log"))
     if getattr(options, "json", False):
         print(json.dumps({"ok": is_healthy(findings), "findings": [asdict(f) for f in findings]}))
     else:
@@ -98,34 +96,35 @@ def _join(options: argparse.Namespace) -> int:
     from sgl_apr.server.kv_join.probe import make_client
 
     path: Path | None = options.prompts
-    given = drift_samples.read_samples(path) if path else drift_samples.BUILTIN_SAMPLES
+    samples = drift_samples.read_samples(path) if path else drift_samples.BUILTIN_SAMPLES
     key = getattr(options, "api_key", None)
 
-    async def connected(url: str) -> HttpEngine:
+    async def connect(url: str) -> HttpEngine:
         async with await HttpEngine.connect(url, api_key=key) as engine:
             return engine
 
     with _server(options) as url:
         if url is None:
             raise AprError("no server: give --url URL, or --model MODEL")
-        engine = asyncio.run(connected(url))
+        engine = asyncio.run(connect(url))
         if not engine.joins_kv:
             raise UnsupportedEngine(f"{url} does not join in its cache: serve with --radix-cache-backend apr")
-        ask = make_client(url, key)
-        found = []
-        for one in given:
-            sample = drift.sample_from_model(ask, engine.tokenizer, one) if isinstance(one, str) else one
-            found.append(drift.measure_drift(ask, engine.tokenizer, sample))
-    every = drift.pool_measurements(found)
-    said = drift.judge_drift(every.kv, every.reversed)
+        client, tokenizer = make_client(url, key), engine.tokenizer
+        measured = []
+        for item in samples:
+            sample = drift.sample_from_model(client, tokenizer, item) if isinstance(item, str) else item
+            measured.append(drift.measure_drift(client, tokenizer, sample))
+    overall = drift.pool_measurements(measured)
+    verdict = drift.judge_drift(overall.kv, overall.reversed)
     if getattr(options, "json", False):
-        print(json.dumps({"verdict": said, "samples": [asdict(m) for m in found], "overall": asdict(every)}))
+        samples_json = [asdict(m) for m in measured]
+        print(json.dumps({"verdict": verdict, "samples": samples_json, "overall": asdict(overall)}))
     else:
-        _show([*found, every], f"This model {said} KV joins.")
+        _print_drift([*measured, overall], f"This model {verdict} KV joins.")
     return 0
 
 
-def _show(measured: list[Any], said: str) -> None:
+def _print_drift(measured: list[Any], verdict: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -140,7 +139,7 @@ def _show(measured: list[Any], said: str) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Next tokens behind a KV join, and behind text with the branches reversed, beside those behind text: "
-        "divergence in nats, and how often the likeliest is the same."
+        "Next tokens after a KV join, and after text with the branches reversed, compared with those after text: "
+        "divergence in nats, and how often the most likely token is the same."
     )
-    console.print(said)
+    console.print(verdict)

@@ -1,4 +1,4 @@
-"""What evaluations came to, as tables for people; the figures are made elsewhere."""
+"""Tables of evaluations and comparisons for the terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from rich.table import Table
 from sgl_apr.evaluation.compare import MethodPair
 from sgl_apr.evaluation.metrics import MethodResults
 
-WIDE = 150  # columns
+PIPE_WIDTH = 150  # columns
 
 
-def show(task: str, rows: Sequence[MethodResults], several: bool) -> None:
-    """A line for each method; notes below, as what keeps one from being asked. The task has a title among several."""
+def print_results(task: str, rows: Sequence[MethodResults], several: bool) -> None:
+    """Print a table with a row for each method, and notes below, such as why a method cannot run.
+
+    Args:
+        task: Name of the task.
+        rows: Results of the methods.
+        several: Whether other tasks have tables too, so that each needs a title.
+    """
     table = Table(
         "method", "accuracy", "95% CI", "total tokens", "critical path", "context", "forked", "alike", "answers", "calls",
         "cached", "wall s", "one by one", title=escape(task) if several else None,
@@ -38,22 +44,22 @@ def show(task: str, rows: Sequence[MethodResults], several: bool) -> None:
     console = _console()
     console.print(table)
     for row in rows:
-        line, side = (
+        sequential, parallel = (
             (row.mean_known(lambda a: a.sequential_s), row.mean_known(lambda a: a.parallel_s))
             if row.attempts
-            else (0, 0)
+            else (None, None)
         )
-        if line and side:
+        if sequential and parallel:
             took = row.mean_known(lambda a: a.took_s) or 0.0
-            said = f"{line:.2f} s in a line, {side:.2f} s with its forks by the engine's cost, {took:.2f} s as it was"
-            console.print(f"{row.method}: {said}", markup=False, highlight=False, soft_wrap=True)
+            times = f"{sequential:.2f} s predicted without forks, {parallel:.2f} s with its forks, {took:.2f} s measured"
+            console.print(f"{row.method}: {times}", markup=False, highlight=False, soft_wrap=True)
     for note, methods in notes.items():
         if note != "exact":
             console.print(f"{', '.join(methods)}: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_pairs(pairs: Sequence[MethodPair]) -> None:
-    """A line for each comparison: differences are the second's over the first's, with their 95% intervals."""
+def print_comparisons(pairs: Sequence[MethodPair]) -> None:
+    """Print a row for each pair; differences are the second minus the first, with 95% intervals."""
     table = Table(
         "first", "second", "problems", "accuracy", "difference", "p", "total tokens", "critical path"
     )
@@ -75,6 +81,6 @@ def _share(value: float | None) -> str:
 
 
 def _console() -> Console:
-    """A file or a pipe is as wide as it takes to read the table, unless COLUMNS says how wide it is."""
+    """A console that is wide enough for the tables in a file or a pipe, unless COLUMNS sets its width."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PIPE_WIDTH)

@@ -1,4 +1,4 @@
-"""`sgl-apr plot`: which evaluations are drawn, and into which file; nothing is computed here."""
+"""`sgl-apr plot`: plot evaluations into a file."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from sgl_apr.errors import AprError
 AXES = ("context", "tokens", "critical_path", "wall")
 
 
-def add_commands(commands: Any) -> None:
-    """Add `plot` to an argparse parser."""
+def add_command(commands: Any) -> None:
+    """Add `plot` to the subcommands of an argparse parser."""
     parser = commands.add_parser(
         "plot",
-        help="accuracy against context, tokens, critical path and wall time, as a figure",
-        description="Draws what `sgl-apr eval ... -o DIRECTORY` has kept: a panel for each cost, a line for each method "
-        "(of several directories, for each directory), each with the 95% bootstrap interval of every point.",
+        help="plot accuracy against context, tokens, critical path and wall time",
+        description="Plots the results of `sgl-apr eval ... -o DIRECTORY`: one panel for each axis, one line for each method "
+        "(with several directories, for each directory), with the 95% bootstrap interval of every point.",
         epilog="examples:\n"
         "  sgl-apr plot out -o figure.pdf\n"
         "  sgl-apr plot runs/eval/sequential runs/eval/parallel -o figure.svg --x context,critical_path",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "directories", nargs="+", type=Path, metavar="RUN_DIR", help="what eval -o has written"
+        "directories", nargs="+", type=Path, metavar="RUN_DIR", help="a directory that eval -o wrote"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="a .pdf, .svg or .png")
     parser.add_argument(
         "--x",
         metavar="NAME,...",
-        help=f"some of {', '.join(AXES)} (default: those that are known of every method)",
+        help=f"some of {', '.join(AXES)} (default: those that every method has values for)",
     )
-    parser.add_argument("--title", default="")
-    parser.add_argument("--json", action="store_true", help="print what was drawn as JSON")
+    parser.add_argument("--title", default="", help="title of the figure")
+    parser.add_argument("--json", action="store_true", help="print what was plotted as JSON")
     parser.set_defaults(command=_plot)
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from sgl_apr.evaluation.plots import axes_without_data, plot_methods, load_results
+    from sgl_apr.evaluation.plots import axes_without_data, load_results, plot_methods
 
-    asked = options.x.split(",") if options.x else []
-    if wrong := [axis for axis in asked if axis not in AXES]:
+    axes = options.x.split(",") if options.x else []
+    if wrong := [axis for axis in axes if axis not in AXES]:
         raise AprError(f"--x {wrong[0]!r}, expected some of {', '.join(AXES)}")
-    drawn = load_results(options.directories)
-    missing = {} if asked else {axis: names for axis in AXES if (names := axes_without_data(drawn, axis))}
-    plot_methods(drawn, options.out, options.title, asked)
+    results = load_results(options.directories)
+    missing = {} if axes else {axis: names for axis in AXES if (names := axes_without_data(results, axis))}
+    plot_methods(results, options.out, options.title, axes)
     for axis, names in missing.items():
-        print(f"no panel for {axis}: older versions evaluated {', '.join(names)}", file=sys.stderr)
+        print(f"no panel for {axis}: an older version evaluated {', '.join(names)}", file=sys.stderr)
     if options.json:
         lines = [
             {"name": row.method, "attempts": len(row.attempts), "accuracy": row.accuracy, "ci95": row.ci95}
-            for row in drawn
+            for row in results
         ]
-        panels = asked or [axis for axis in AXES if axis not in missing]
+        panels = axes or [axis for axis in AXES if axis not in missing]
         print(json.dumps({"file": str(options.out), "panels": panels, "lines": lines}))
     else:
         print(options.out)

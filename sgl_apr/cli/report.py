@@ -1,4 +1,4 @@
-"""`sgl-apr report`: files with trajectories into one HTML page; what is on it is the page's business."""
+"""`sgl-apr report`: write trajectories into one HTML page."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from sgl_apr.errors import AprError
 
 
-def add_commands(commands: Any) -> None:
-    """Add `report` to an argparse parser."""
+def add_command(commands: Any) -> None:
+    """Add `report` to the subcommands of an argparse parser."""
     parser = commands.add_parser(
         "report",
         help="show trajectories in one HTML page: timelines, texts, plots",
         epilog="examples:\n"
-        "  sgl-apr report out -o report.html                 # of `sgl-apr eval ... -o out`\n"
-        "  sgl-apr report answers.jsonl                      # of `apr.run_many`\n"
-        "  sgl-apr report parallel sequential --title Twins  # beside one another\n\n"
-        "The page needs no network and nothing beside it, and works on a phone.",
+        "  sgl-apr report out -o report.html                 # the output of `sgl-apr eval ... -o out`\n"
+        "  sgl-apr report answers.jsonl                      # the output of `apr.run_many`\n"
+        "  sgl-apr report parallel sequential --title Twins  # two evaluations on one page\n\n"
+        "The page is a single file, needs no network, and works on a phone.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -27,10 +27,12 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a .jsonl file, or a directory with run.jsonl; of several, methods go by the names of their files too",
+        help="a .jsonl file, or a directory with a run.jsonl; with several, methods are labelled with their file",
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="default: %(default)s")
-    parser.add_argument("--title", help="default: the names of the inputs")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), help="the page to write (default: %(default)s)"
+    )
+    parser.add_argument("--title", help="title of the page (default: the names of the inputs)")
     parser.add_argument(
         "--json", action="store_true", help="print what was written as JSON, not just its path"
     )
@@ -41,7 +43,7 @@ def _report(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.evaluation.report_files import count_trajectories, read_entries, describe_evaluations
+    from sgl_apr.evaluation.report_files import count_trajectories, describe_evaluations, read_entries
     from sgl_apr.views.page import render_page
 
     title = options.title or ", ".join(map(str, options.inputs))
@@ -50,9 +52,9 @@ def _report(options: argparse.Namespace) -> int:
         raise AprError(f"no trajectory in {title}")
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        found = progress.track(read_entries(options.inputs), total=lines, description="trajectories")
-        text = render_page(found, title, describe_evaluations(options.inputs))
-    data = text.encode(errors="replace")  # the name of a file may be no text
+        entries = progress.track(read_entries(options.inputs), total=lines, description="trajectories")
+        text = render_page(entries, title, describe_evaluations(options.inputs))
+    data = text.encode(errors="replace")  # the name of a file may not be valid text
     try:
         options.out.write_bytes(data)
     except OSError as error:

@@ -1,37 +1,43 @@
-"""`sgl-apr train sft`: the configuration and the directory of a run, its progress on stderr; it trains nothing itself."""
+"""`sgl-apr train sft` and `sgl-apr train grpo`: run a training configuration, with progress on stderr."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sgl_apr.cli.arguments import add_training_arguments
+from sgl_apr.errors import MissingExtra
 
 if TYPE_CHECKING:
     from sgl_apr.training.grpo import GrpoStepLog
     from sgl_apr.training.sft import SftStepLog
 
+SFT_CURVES = ("loss", "rate", "norm")
+GRPO_CURVES = ("reward", "accuracy", "critical_path", "total", "forked_3", "forked_4", "width")
 
-def add_commands(commands: Any) -> None:
-    """Add `train` to an argparse parser."""
+
+def add_command(commands: Any) -> None:
+    """Add `train` to the subcommands of an argparse parser."""
     train = commands.add_parser(
         "train",
         help="train a model on trajectories",
         epilog="examples:\n"
         "  sgl-apr train sft configs/countdown-short.toml -o runs/short\n"
-        "  sgl-apr train sft configs/countdown-short.toml -o runs/short    # again: goes on where it was",
+        "  sgl-apr train sft configs/countdown-short.toml -o runs/short    # again: continues where it stopped",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = train.add_subparsers(required=True, metavar="KIND")
     sft = kinds.add_parser("sft", help="learn from demonstrations")
-    sft.add_argument("config", type=Path, help="a TOML file: see configs/ and sgl_apr/training/config.py")
-    sft.add_argument("-o", "--out", type=Path, required=True, help="log, checkpoints and model go there")
-    sft.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    add_training_arguments(sft)
     sft.set_defaults(command=_sft)
-    grpo = kinds.add_parser("grpo", help="learn from rewards, on replies of a server that this starts")
-    grpo.add_argument("config", type=Path, help="a TOML file: see configs/ and sgl_apr/training/config.py")
-    grpo.add_argument("-o", "--out", type=Path, required=True, help="log, checkpoints and model go there")
-    grpo.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    grpo = kinds.add_parser(
+        "grpo", help="learn from rewards, on replies of a server that this command starts"
+    )
+    add_training_arguments(grpo)
     grpo.set_defaults(command=_grpo)
 
 
@@ -39,7 +45,6 @@ def _sft(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from sgl_apr.evaluation.plots import plot_training_log
     from sgl_apr.training.config import SftConfig, load_config
     from sgl_apr.training.sft import train
 
@@ -52,16 +57,11 @@ def _sft(options: argparse.Namespace) -> int:
         def on_step(step: SftStepLog) -> None:
             last[:] = [step]
             speed = f"{step.tokens // max(1, step.step):,} tokens a step"
-            progress.update(
-                bar,
-                completed=step.tokens,
-                description=f"sft: step {step.step}, loss {step.loss:.3f}, {speed}",
-            )
+            description = f"sft: step {step.step}, loss {step.loss:.3f}, {speed}"
+            progress.update(bar, completed=step.tokens, description=description)
 
         model = train(config, options.out, on_step)
-    plot_training_log(options.out / "log.jsonl", options.out / "log.png", ("loss", "rate", "norm"))
-    found = {"model": str(model)} | ({"step": last[0].step, "loss": last[0].loss} if last else {})
-    print(json.dumps(found) if options.json else model)
+    _finish(options, model, SFT_CURVES, {"step": last[0].step, "loss": last[0].loss} if last else {})
     return 0
 
 
@@ -69,7 +69,6 @@ def _grpo(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.evaluation.plots import plot_training_log
     from sgl_apr.training.config import GrpoConfig, load_config
     from sgl_apr.training.grpo import train
 
@@ -80,12 +79,25 @@ def _grpo(options: argparse.Namespace) -> int:
 
         def on_update(update: GrpoStepLog) -> None:
             last[:] = [update]
-            said = f"reward {update.reward:.3f}, accuracy {update.accuracy:.1%}, critical path {update.critical_path:.0f}"
-            progress.update(bar, completed=update.step + 1, description=f"grpo: {said}")
+            description = (
+                f"grpo: reward {update.reward:.3f}, accuracy {update.accuracy:.1%}, "
+                f"critical path {update.critical_path:.0f}"
+            )
+            progress.update(bar, completed=update.step + 1, description=description)
 
         model = train(config, options.out, on_update)
-    shown = ("reward", "accuracy", "critical_path", "total", "forked_3", "forked_4", "width")
-    plot_training_log(options.out / "log.jsonl", options.out / "log.png", shown)
-    found = {"model": str(model)} | ({"step": last[0].step, "accuracy": last[0].accuracy} if last else {})
-    print(json.dumps(found) if options.json else model)
+    _finish(options, model, GRPO_CURVES, {"step": last[0].step, "accuracy": last[0].accuracy} if last else {})
     return 0
+
+
+def _finish(
+    options: argparse.Namespace, model: Path, curves: Sequence[str], last_step: dict[str, Any]
+) -> None:
+    """Plot the log, if matplotlib is installed, and print the result."""
+    from sgl_apr.evaluation.plots import plot_training_log
+
+    try:
+        plot_training_log(options.out / "log.jsonl", options.out / "log.png", curves)
+    except MissingExtra as error:
+        print(f"no log.png: {error}", file=sys.stderr)
+    print(json.dumps({"model": str(model), **last_step}) if options.json else model)

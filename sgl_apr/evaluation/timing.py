@@ -6,9 +6,11 @@ import asyncio
 import random
 import uuid
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from statistics import median
 
 from sgl_apr.engine.base import Engine, Request
+from sgl_apr.engine.http import HttpEngine
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.cost_model import EngineCost
 
@@ -85,6 +87,23 @@ class EngineTimer:
     def new_request_id(self) -> str:
         """An id that no other request has."""
         return f"apr-{uuid.uuid4().hex}"
+
+
+async def load_or_measure_cost(url: str, path: Path | None = None) -> EngineCost:
+    """The cost of a server, read from a file if it exists, or else measured and written to it.
+
+    Args:
+        url: The server.
+        path: The file; None only measures.
+    """
+    if path and path.exists():
+        return EngineCost.from_json(path.read_text(encoding="utf-8"))
+    async with await HttpEngine.connect(url) as engine:
+        cost = await EngineTimer(engine).measure_cost()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(cost.to_json() + "\n", encoding="utf-8")
+    return cost
 
 
 def _now() -> float:

@@ -34,7 +34,7 @@ def accuracy(trajectory: Trajectory, correct: bool) -> float:
 def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0, length: float = 0.0) -> float:
     """`R = 1[correct] * (1 + parallel * (1 - L_critical / L_total) - length * L_critical / 1000)`.
 
-    ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5) behind an accuracy gate and without a cap, less a term
+    ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5) with an accuracy gate and without a cap, less a term
     for the length of the critical path, since the ratio alone also rises with useless text. A wrong answer earns nothing,
     and a correct one at least 0.
 

@@ -103,7 +103,7 @@ def test_several_tasks_and_what_forks_should_gain(
         assert "allow_code=True" in none["reason"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "s with its forks by the engine's cost" in shown
+    assert "s predicted without forks" in shown
     assert "recursive: recursive runs Python that the model writes" in shown
     assert EngineCost.from_json((out / "cost.json").read_text()) == cost, "it is read where it is"
     assert main(["eval", "--compare", str(out / "a"), f"{out / 'a'}:threadweaver", "--json"]) == 0

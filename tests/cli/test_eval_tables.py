@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sgl_apr.cli.eval_tables import show
+from sgl_apr.cli.eval_tables import print_results
 from sgl_apr.evaluation.metrics import MethodResults
 
 
@@ -13,7 +13,7 @@ def test_a_pipe_is_wide_enough(columns, whole, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    show(
+    print_results(
         "countdown",
         [MethodResults("self_consistency", [], 0.0, reason="it has no words for it")],
         several=False,

@@ -125,7 +125,7 @@ def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[
         (["chess"], "no task 'chess', expected one of countdown, game24, gym:NAME, FILE.jsonl"),
         (["game24", "none.jsonl"], "cannot read none.jsonl"),
         (["countdown", "--limit", "0"], "limit=0"),
-        (["game24", "game24", "-o", "out"], "two tasks of one name"),
+        (["game24", "game24", "-o", "out"], "two tasks of the same name"),
         (["countdown", "game24", "--limit", "2"], "no server at http://127.0.0.1:9"),
     ],
 )

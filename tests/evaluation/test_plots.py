@@ -78,7 +78,7 @@ def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], s
     assert found["panels"] == ["context", "tokens", "critical_path"]
     assert [(line["name"], line["attempts"]) for line in found["lines"]] == [("apr", 30), ("mcts", 30)]
     assert found["lines"][0]["accuracy"] == pytest.approx(2 / 3)
-    assert err == "no panel for wall: older versions evaluated apr, mcts\n"
+    assert err == "no panel for wall: an older version evaluated apr, mcts\n"
 
 
 def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):

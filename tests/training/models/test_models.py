@@ -92,7 +92,7 @@ def test_another_recipe_replaces_and_a_stranger_stays(tmp_path):
     path = cache.build_once("m", {"v": 2}, lambda target: (target / "new").touch(), tmp_path)
     assert sorted(file.name for file in path.iterdir()) == ["new", cache.RECIPE_FILE]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(AprError, match="not made here"):
+    with pytest.raises(AprError, match="not built here"):
         cache.build_once("mine", {}, lambda target: None, tmp_path)
     assert (tmp_path / "mine").is_dir()
 

@@ -1,0 +1,65 @@
+"""`sgl-apr convert`: write finished traces in another dialect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sgl_apr.cli.arguments import add_trace_arguments
+from sgl_apr.errors import ConversionError
+from sgl_apr.formats.conversion import convert
+from sgl_apr.formats.dialects import dialect
+from sgl_apr.formats.lenient_parser import read
+from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionResult:
+    """A record with its text in the new dialect, or with the reason why there is none."""
+
+    record: TextRecord
+    text: str
+    error: str = ""
+
+
+def add_command(commands: Any) -> None:
+    """Add `convert` to the subcommands of an argparse parser."""
+    parser = commands.add_parser(
+        "convert",
+        help="write finished traces in another dialect",
+        epilog="example: sgl-apr convert replies.jsonl --to multiverse > converted.jsonl",
+    )
+    parser.add_argument("file", help="a text, a .jsonl file, or - for stdin")
+    add_trace_arguments(parser)
+    parser.add_argument("--to", required=True, metavar="DIALECT", help="dialect to write them in")
+    parser.set_defaults(command=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    dialect(options.to)  # raises for a wrong name before any file is read
+    work = partial(_convert_record, dialect_name=options.dialect, to=options.to)
+    failed = 0
+    for result in parallel_map(work, read_records([options.file], options.key), options.jobs):
+        record = result.record
+        if result.error:
+            failed += 1
+            print(f"sgl-apr: error: {record.source}: {result.error}", file=sys.stderr)
+        elif record.fields is None:
+            sys.stdout.write(result.text)
+        else:
+            print(json.dumps({**record.fields, record.key: result.text}, ensure_ascii=False))
+    return int(failed > 0)
+
+
+def _convert_record(record: TextRecord, dialect_name: str | None, to: str) -> ConversionResult:
+    reading = read(record.text, dialect_name)
+    if not reading.is_valid:
+        return ConversionResult(record, "", f"{reading.trajectory.dialect}: {reading.defects[0]}")
+    try:
+        return ConversionResult(record, convert(reading.trajectory, to).text)
+    except ConversionError as error:
+        return ConversionResult(record, "", str(error))

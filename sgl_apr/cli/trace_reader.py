@@ -1,0 +1,43 @@
+"""Reads the traces of `parse` and `validate` in parallel processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from sgl_apr.formats.dialects import dialect
+from sgl_apr.formats.lenient_parser import Reading, read
+from sgl_apr.tokenizer import Tokenizer, load_tokenizer
+from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
+
+
+def read_traces(
+    files: Sequence[str],
+    dialect_name: str | None,
+    key: str | None,
+    jobs: int | None,
+    tokenizer: str | None = None,
+) -> Iterator[tuple[TextRecord, Reading]]:
+    """Read the traces of some files.
+
+    Args:
+        files: Texts, .jsonl files, or "-" for stdin.
+        dialect_name: Dialect of the traces; None recognizes it by the tags.
+        key: Key of the text in an object of a .jsonl file.
+        jobs: Number of processes; None is one per core.
+        tokenizer: Directory or hub id of a tokenizer, to count tokens.
+
+    Raises:
+        AprError: If there is no such dialect, or a file is not usable.
+    """
+    if dialect_name:
+        dialect(dialect_name)  # raises for a wrong name before any file is read
+    work = partial(_read_record, dialect_name=dialect_name, tokenizer=tokenizer)
+    return parallel_map(work, read_records(files, key), jobs)
+
+
+def _read_record(
+    record: TextRecord, dialect_name: str | None, tokenizer: str | None
+) -> tuple[TextRecord, Reading]:
+    loaded: Tokenizer | None = load_tokenizer(tokenizer) if tokenizer else None
+    return record, read(record.text, dialect_name, prompt=record.prompt, tokenizer=loaded)
