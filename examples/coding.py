@@ -67,7 +67,7 @@ class CodingTask(SampledTask[Exercise]):
     name = "coding"
     max_tokens = 64
 
-    def ask(self, problem: Exercise) -> Prompt:
+    def prompt(self, problem: Exercise) -> Prompt:
         chat = chat_template_for(self.engine.tokenizer)
         example, solution = WORKED_EXAMPLE
         shown = f"{chat.turn(example.instruction)}{FENCE}python\n{example.code}{solution}{FENCE}"

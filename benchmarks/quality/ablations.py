@@ -59,7 +59,7 @@ class WidthPromptTask(CountdownTask):
         super().__init__(engine)
         self.width = width
 
-    def prompt(self, problem: Problem, instruction: str = "") -> str:
+    def prompt_text(self, problem: Problem, instruction: str = "") -> str:
         return problem.prompt(self.width)
 
 

@@ -55,9 +55,9 @@ async def best_of_n(
         raise AprError(f'select={select!r}, expected "argmax" or "weighted"')
     if verifier is None:
         verifier = _own_verifier(task) if task.verifiable else "judge"
-    judge = require(task, SelfJudgedTask).judge(problem) if verifier == "judge" else None
+    judge = require(task, SelfJudgedTask).judge_prompt(problem) if verifier == "judge" else None
     cost = len(engine.tokenizer.encode(judge.text)) + (judge.tokens or task.step_tokens) if judge else 0
-    prompt = require(task, SampledTask).ask(problem)
+    prompt = require(task, SampledTask).prompt(problem)
     options = {**options, "temperature": temperature}
     async with method_session(engine, prompt.text, "best_of_n", **options) as session:
         width = session.affordable_width(n, task.max_tokens + cost, calls=2 if judge else 1)

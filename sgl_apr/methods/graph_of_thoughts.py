@@ -102,20 +102,20 @@ class _Run:
     async def apply(self, operation: Operation, nodes: Sequence[GraphNode]) -> list[GraphNode]:
         """The nodes that an operation makes of its inputs."""
         match operation:
-            case Generate(ask=ask, read=read, k=k):
+            case Generate(prompt=prompt_for, read=read, k=k):
                 generated = list[GraphNode]()
-                for node, replies in await self.sample([(node, ask(node.state)) for node in nodes], k):
+                for node, replies in await self.sample([(node, prompt_for(node.state)) for node in nodes], k):
                     generated += [node] if replies is None else _children(node, replies, read)
                 return generated
-            case Aggregate(ask=ask_all, read=read_all, k=k) if nodes:
+            case Aggregate(prompt=prompt_for_all, read=read_all, k=k) if nodes:
                 union = GraphNode(
                     [node.state for node in nodes], tuple(t for node in nodes for t in node.depends_on)
                 )
-                ((_, replies),) = await self.sample([(union, ask_all(union.state))], k)
+                ((_, replies),) = await self.sample([(union, prompt_for_all(union.state))], k)
                 return _children(union, replies or (), read_all)
-            case Refine(ask=ask, read=read):
+            case Refine(prompt=prompt_for, read=read):
                 refined = list[GraphNode]()
-                for node, replies in await self.sample([(node, ask(node.state)) for node in nodes], 1):
+                for node, replies in await self.sample([(node, prompt_for(node.state)) for node in nodes], 1):
                     refined += _children(node, replies or (), read)[:1] or [node]
                 return refined
             case Score():

@@ -31,12 +31,12 @@ class Generate(Operation):
     """Replace each state by those that `k` replies about it lead to.
 
     Attributes:
-        ask: The prompt about a state; None keeps the state as it is.
+        prompt: The prompt about a state; None keeps the state as it is.
         read: The states that a reply about a state leads to.
         k: Number of replies per state.
     """
 
-    ask: Callable[[Any], Prompt | None]
+    prompt: Callable[[Any], Prompt | None]
     read: Callable[[Any, str], Sequence[Any]]
     k: int = 1
 
@@ -46,12 +46,12 @@ class Aggregate(Operation):
     """Replace all states by those that `k` replies about all of them lead to.
 
     Attributes:
-        ask: The prompt about all states.
+        prompt: The prompt about all states.
         read: The states that a reply leads to.
         k: Number of replies.
     """
 
-    ask: Callable[[Sequence[Any]], Prompt]
+    prompt: Callable[[Sequence[Any]], Prompt]
     read: Callable[[Sequence[Any], str], Sequence[Any]]
     k: int = 1
 
@@ -61,11 +61,11 @@ class Refine(Operation):
     """Replace each state by the first one that a reply about it leads to; without one, the state stays.
 
     Attributes:
-        ask: The prompt about a state; None keeps the state as it is.
+        prompt: The prompt about a state; None keeps the state as it is.
         read: The states that a reply about a state leads to.
     """
 
-    ask: Callable[[Any], Prompt | None]
+    prompt: Callable[[Any], Prompt | None]
     read: Callable[[Any, str], Sequence[Any]]
 
 
@@ -104,7 +104,7 @@ def validate_graph(graph: Graph) -> Graph:
         GraphError: If it has a cycle or not exactly one last operation, depends on an unknown operation, keeps the
             best of states without scores, or runs an operation less than once.
 
-    >>> validate_graph({"think": Generate(ask=Prompt, read=lambda s, text: [text]), "keep": KeepBest(depends_on=("think",))})
+    >>> validate_graph({"think": Generate(prompt=Prompt, read=lambda s, text: [text]), "keep": KeepBest(depends_on=("think",))})
     Traceback (most recent call last):
     sgl_apr.methods.graph_operations.GraphError: 'keep' keeps the best of 'think', which gives no scores
     """

@@ -54,7 +54,7 @@ async def _run(
     join: JoinMethod = options.get("join") or form.published_join
     if not options.get("join") and (join not in form.joins or (join == "kv" and not engine.joins_kv)):
         join = "text"  # the published join is unavailable, and the label says so; an explicit join stays, and fails
-    prompt = sampled.prompt(problem, _instruction(name))
+    prompt = sampled.prompt_text(problem, _instruction(name))
     trajectory = await areason(engine, prompt, form, **{**options, "join": join})
     label = _label(name, dialect_name, join, engine)
     return MethodResult(name, task.answer(trajectory.answer), trajectory, label=label)

@@ -35,7 +35,7 @@ async def self_consistency(
     Raises:
         Inapplicable: If the task is no `SampledTask`.
     """
-    prompt = require(task, SampledTask).ask(problem)
+    prompt = require(task, SampledTask).prompt(problem)
     options = {**options, "temperature": temperature}
     async with method_session(engine, prompt.text, "self_consistency", **options) as session:
         width = session.affordable_width(n, task.max_tokens)

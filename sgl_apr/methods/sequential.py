@@ -22,7 +22,7 @@ async def sequential(engine: Engine, problem: Any, *, task: Task[Any], **options
     Raises:
         Inapplicable: If the task is no `SampledTask`.
     """
-    prompt = require(task, SampledTask).ask(problem)
+    prompt = require(task, SampledTask).prompt(problem)
     async with method_session(engine, prompt.text, "sequential", **options) as session:
         completion = await session.continue_from(session.root, prompt.without_text)
         return MethodResult("sequential", task.answer(completion.text), session.finish())

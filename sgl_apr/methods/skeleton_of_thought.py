@@ -47,12 +47,12 @@ async def skeleton_of_thought(
     if mode not in get_args(Mode):
         raise AprError(f'mode={mode!r}, expected "prompt" or "fork"')
     pointwise = require(task, SkeletonTask)
-    outline, options = pointwise.skeleton(problem), {**options, "temperature": temperature}
+    outline, options = pointwise.skeleton_prompt(problem), {**options, "temperature": temperature}
     async with method_session(engine, outline.text, "skeleton_of_thought", **options) as session:
         skeleton = await session.continue_from(session.root, outline.without_text)
         points = list(enumerate(pointwise.points(skeleton.text)[:MAX_POINTS], 1))
         shown = skeleton.text if mode == "prompt" else None
-        prompts = [pointwise.point(problem, shown, number, point) for number, point in points]
+        prompts = [pointwise.point_prompt(problem, shown, number, point) for number, point in points]
         written = list[Completion]()
         while len(written) < len(prompts):
             batch = prompts[len(written) :][: session.budget.width]

@@ -92,13 +92,13 @@ class SampledTask(Task[P]):
 
     ability: ClassVar[str] = "be asked"
 
-    def ask(self, problem: P) -> Prompt:
+    def prompt(self, problem: P) -> Prompt:
         """The prompt for a complete solution."""
         raise NotImplementedError
 
-    def prompt(self, problem: P, instruction: str = "") -> str:
+    def prompt_text(self, problem: P, instruction: str = "") -> str:
         """The same for a model that forks by itself, with the instruction that its format needs."""
-        return self.ask(problem).text
+        return self.prompt(problem).text
 
 
 class SelfJudgedTask(Task[P]):
@@ -106,7 +106,7 @@ class SelfJudgedTask(Task[P]):
 
     ability: ClassVar[str] = "judge an answer"
 
-    def judge(self, problem: P) -> Prompt:
+    def judge_prompt(self, problem: P) -> Prompt:
         """The question whether the reply before it is correct."""
         raise NotImplementedError
 
@@ -120,7 +120,7 @@ class SkeletonTask(Task[P]):
 
     ability: ClassVar[str] = "be answered point by point"
 
-    def skeleton(self, problem: P) -> Prompt:
+    def skeleton_prompt(self, problem: P) -> Prompt:
         """The prompt for a list of points, without their content."""
         raise NotImplementedError
 
@@ -128,7 +128,7 @@ class SkeletonTask(Task[P]):
         """The points in such a reply."""
         raise NotImplementedError
 
-    def point(self, problem: P, skeleton: str | None, number: int, point: str) -> Prompt:
+    def point_prompt(self, problem: P, skeleton: str | None, number: int, point: str) -> Prompt:
         """The prompt to write out one point; the completion continues after "1. " and the point.
 
         Args:
@@ -163,7 +163,7 @@ class SearchTask(StateTask[P, S]):
 
     max_steps = 3
 
-    def propose(self, state: S) -> Prompt:
+    def proposal_prompt(self, state: S) -> Prompt:
         """The prompt for the next step; the reply may name several alternatives."""
         raise NotImplementedError
 
@@ -195,7 +195,7 @@ class VotedSearchTask(SearchTask[P, S]):
         """A state as text."""
         raise NotImplementedError
 
-    def vote(self, problem: P, texts: Sequence[str]) -> Prompt:
+    def vote_prompt(self, problem: P, texts: Sequence[str]) -> Prompt:
         """The prompt to choose one of several texts."""
         raise NotImplementedError
 

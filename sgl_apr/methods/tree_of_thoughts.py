@@ -127,7 +127,7 @@ class _Tree:
         if not nodes:
             return []
         task = require(self.task, VotedSearchTask)
-        prompt = task.vote(self.problem, [task.show(node.state) for node in nodes])
+        prompt = task.vote_prompt(self.problem, [task.show(node.state) for node in nodes])
         depends_on = tuple(completion for node in nodes for completion in node.depends_on)
         (replies,) = await self.session.samples([replace(prompt, depends_on=depends_on)], self.evaluations)
         votes = Counter(task.choice(completion.text, len(nodes)) for completion in replies)

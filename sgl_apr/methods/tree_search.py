@@ -36,7 +36,9 @@ class SearchModel:
 
     async def propose(self, nodes: Sequence[SearchNode], samples: int) -> list[list[Completion]]:
         """Sample the next step `samples` times from each node."""
-        prompts = [replace(self.task.propose(node.state), depends_on=node.depends_on) for node in nodes]
+        prompts = [
+            replace(self.task.proposal_prompt(node.state), depends_on=node.depends_on) for node in nodes
+        ]
         return await self.session.samples(prompts, samples)
 
     def children(self, node: SearchNode, completions: Sequence[Completion]) -> list[SearchNode]:
@@ -65,6 +67,8 @@ class SearchModel:
         ]
 
 
-def _mean(task: ValuedSearchTask[Any, Any], node: SearchNode, completions: Sequence[Completion]) -> SearchNode:
+def _mean(
+    task: ValuedSearchTask[Any, Any], node: SearchNode, completions: Sequence[Completion]
+) -> SearchNode:
     value = fmean(task.value(node.state, c) if c.text else 0.0 for c in completions)
     return replace(node, depends_on=tuple(completions), value=value)

@@ -186,7 +186,7 @@ def test_how_a_dataset_is_asked():
     from sgl_apr.evaluation.benchmarks.gym import GymTask
 
     task = GymTask(apr.ScriptedEngine(lambda request, prompt: ""))
-    assert "<answer>" in task.ask("Why?").text
+    assert "<answer>" in task.prompt("Why?").text
     assert task.answer("<answer>1</answer>, no: <answer>\n2 3\n4 5\n</answer> it is") == "2 3\n4 5"
     assert task.answer("I think.\nAnswer: 42") == "42"
     assert [task.has_answer(text) for text in ("so 1", "<answer>1</answer>", "Answer: 1")] == [

@@ -25,7 +25,7 @@ class Digits(SampledTask[str], SelfJudgedTask[str]):
 
     name, max_tokens, step_tokens = "digits", 10, 4
 
-    def ask(self, problem: str) -> Prompt:
+    def prompt(self, problem: str) -> Prompt:
         return Prompt(f"{problem}?")
 
     def answer(self, text: str) -> str:
@@ -34,7 +34,7 @@ class Digits(SampledTask[str], SelfJudgedTask[str]):
     def verify(self, problem: str, answer: str) -> bool:
         return answer == "2"
 
-    def judge(self, problem: str) -> Prompt:
+    def judge_prompt(self, problem: str) -> Prompt:
         return Prompt(" sure?", tokens=2)
 
     def judge_score(self, completion: Completion) -> float:
@@ -195,7 +195,7 @@ def test_invalid_arguments_and_tasks_are_errors():
         best(select="most")
 
     class Silent(SampledTask[str]):
-        name, ask, answer = Digits.name, Digits.ask, Digits.answer
+        name, prompt, answer = Digits.name, Digits.prompt, Digits.answer
 
     with pytest.raises(Inapplicable, match="digits cannot judge an answer"):
         best(Silent)

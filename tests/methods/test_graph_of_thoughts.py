@@ -60,19 +60,21 @@ class Sorting(GraphTask[str, str]):
         half = len(problem) // 2
         graph: dict[str, Any] = {}
         for name, part in {"left": slice(half), "right": slice(half, None)}.items():
-            graph[name] = Generate(ask=lambda word, part=part: Prompt(f"sort {word[part]}: "), read=read, k=2)
+            graph[name] = Generate(
+                prompt=lambda word, part=part: Prompt(f"sort {word[part]}: "), read=read, k=2
+            )
             graph[f"score {name}"] = Score(score=order, depends_on=(name,))
             graph[f"best {name}"] = KeepBest(depends_on=(f"score {name}",))
         return graph | {
             "merge": Aggregate(
-                ask=lambda words: Prompt(f"merge {' '.join(words)}: "),
+                prompt=lambda words: Prompt(f"merge {' '.join(words)}: "),
                 read=read,
                 k=3,
                 depends_on=("best left", "best right"),
             ),
             "score": Score(score=order, depends_on=("merge",)),
             "best": KeepBest(depends_on=("score",)),
-            "fix": Refine(ask=lambda word: Prompt(f"fix {word}: "), read=read, depends_on=("best",)),
+            "fix": Refine(prompt=lambda word: Prompt(f"fix {word}: "), read=read, depends_on=("best",)),
         }
 
 
@@ -125,10 +127,10 @@ def test_ready_operations_run_in_parallel_and_wait_for_no_other():
         def graph(self, problem: str) -> Graph:
             graph = dict(super().graph(problem))
             graph["fix right"] = Refine(
-                ask=lambda word: Prompt(f"fix {word}: "), read=read, depends_on=("best right",)
+                prompt=lambda word: Prompt(f"fix {word}: "), read=read, depends_on=("best right",)
             )
             return graph | {"merge": Aggregate(
-                ask=graph["merge"].ask, read=read, k=3, depends_on=("best left", "fix right")
+                prompt=graph["merge"].prompt, read=read, k=3, depends_on=("best left", "fix right")
             )}  # fmt: skip
 
     said = replies(REPLIES | {"fix bd: ": ["bd"]})
@@ -140,12 +142,12 @@ def test_ready_operations_run_in_parallel_and_wait_for_no_other():
 
 
 def test_only_the_best_are_kept_in_the_order_of_their_scores():
-    letters = Generate(ask=lambda _: Prompt("letters: "), read=lambda _, text: list(text))
+    letters = Generate(prompt=lambda _: Prompt("letters: "), read=lambda _, text: list(text))
     graph = {
         "letters": letters,
         "score": Score(score=lambda letter: float(ord(letter)), depends_on=("letters",)),
         "best": KeepBest(n=2, depends_on=("score",)),
-        "say": Aggregate(ask=lambda states: Prompt(f"say {states}: "), read=read, depends_on=("best",)),
+        "say": Aggregate(prompt=lambda states: Prompt(f"say {states}: "), read=read, depends_on=("best",)),
     }
     _, asked, _ = run(graph, lambda request, prompt: "xbzay" if prompt == "letters: " else "ok")
     assert asked == {"letters: ": 1, "say ['z', 'y']: ": 1}
@@ -156,7 +158,7 @@ def test_a_model_scores_by_the_mean_of_its_replies():
         return float(thought.text)
 
     graph = {
-        "letters": Generate(ask=lambda _: Prompt("letters: "), read=lambda _, text: list(text)),
+        "letters": Generate(prompt=lambda _: Prompt("letters: "), read=lambda _, text: list(text)),
         "score": Score(
             score=lambda letter: Prompt(f"{letter}? ", tokens=2), read=value, k=2, depends_on=("letters",)
         ),
@@ -169,20 +171,20 @@ def test_a_model_scores_by_the_mean_of_its_replies():
 
 def test_a_state_without_a_prompt_stays_as_it_is():
     graph = {
-        "letters": Generate(ask=lambda _: Prompt("letters: "), read=lambda _, text: list(text)),
+        "letters": Generate(prompt=lambda _: Prompt("letters: "), read=lambda _, text: list(text)),
         "twice": Generate(
-            ask=lambda letter: None if letter == "a" else Prompt(f"{letter}: "),
+            prompt=lambda letter: None if letter == "a" else Prompt(f"{letter}: "),
             read=read,
             k=2,
             depends_on=("letters",),
         ),
         "fix": Refine(
-            ask=lambda word: Prompt(f"fix {word}: ") if len(word) > 1 else None,
+            prompt=lambda word: Prompt(f"fix {word}: ") if len(word) > 1 else None,
             read=read,
             depends_on=("twice",),
         ),
         "say": Aggregate(
-            ask=lambda states: Prompt(f"say {' '.join(states)}: "), read=read, depends_on=("fix",)
+            prompt=lambda states: Prompt(f"say {' '.join(states)}: "), read=read, depends_on=("fix",)
         ),
     }
     said = {
@@ -236,7 +238,7 @@ def test_calls_are_limited():
     assert sum(asked.values()) <= 6
 
 
-SAY = {"ask": lambda state: Prompt("say: "), "read": read}
+SAY = {"prompt": lambda state: Prompt("say: "), "read": read}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Words(ValuedSearchTask[str, str]):
     def initial_state(self, problem: str) -> str:
         return ""
 
-    def propose(self, state: str) -> Prompt:
+    def proposal_prompt(self, state: str) -> Prompt:
         return Prompt(f"next of {state!r}: ", tokens=self.step_tokens)
 
     def expand(self, state: str, text: str) -> Sequence[str]:

@@ -23,13 +23,13 @@ class Letters(SkeletonTask[str]):
     def answer(self, text: str) -> str:
         return text
 
-    def skeleton(self, problem: str) -> Prompt:
+    def skeleton_prompt(self, problem: str) -> Prompt:
         return Prompt(f"outline {problem}: ")
 
     def points(self, text: str) -> Sequence[str]:
         return text.split()
 
-    def point(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
+    def point_prompt(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
         shown = "; " if skeleton is None else f"{problem} in {skeleton}, "
         return Prompt(f"{shown}point {number}. {point}", name=point)
 

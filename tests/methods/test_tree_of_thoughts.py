@@ -25,7 +25,7 @@ class Letters(ValuedSearchTask[str, str], VotedSearchTask[str, str]):
     def initial_state(self, problem: str) -> str:
         return ""
 
-    def propose(self, state: str) -> Prompt:
+    def proposal_prompt(self, state: str) -> Prompt:
         return Prompt(f"next of {state!r}: ", tokens=self.step_tokens)
 
     def expand(self, state: str, text: str) -> Sequence[str]:
@@ -43,7 +43,7 @@ class Letters(ValuedSearchTask[str, str], VotedSearchTask[str, str]):
     def show(self, state: str) -> str:
         return state
 
-    def vote(self, problem: str, texts: Sequence[str]) -> Prompt:
+    def vote_prompt(self, problem: str, texts: Sequence[str]) -> Prompt:
         return Prompt(f"best of {' '.join(texts)}: ", tokens=2)
 
     def choice(self, text: str, count: int) -> int | None:

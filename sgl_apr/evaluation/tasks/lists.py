@@ -95,15 +95,15 @@ class ListTask(GraphTask[ListProblem, Numbers]):
 
         best = ("left best", "right best")
         return graph | {
-            "merged": Aggregate(ask=merge_prompt, read=_parse_list, k=5, depends_on=best),
+            "merged": Aggregate(prompt=merge_prompt, read=_parse_list, k=5, depends_on=best),
             "scored": Score(score=lambda answer: -problem.count_errors(answer), depends_on=("merged",)),
             "best": KeepBest(depends_on=("scored",)),
-            "corrected": Refine(ask=correction_prompt, read=_parse_list, depends_on=("best",)),
+            "corrected": Refine(prompt=correction_prompt, read=_parse_list, depends_on=("best",)),
         }
 
     def _best_of_half(self, side: str, part: ListProblem) -> Graph:
         return {
-            side: Generate(ask=lambda _: self._list_prompt(part.text, part), read=_parse_list, k=5),
+            side: Generate(prompt=lambda _: self._list_prompt(part.text, part), read=_parse_list, k=5),
             f"{side} scored": Score(score=lambda answer: -part.count_errors(answer), depends_on=(side,)),
             f"{side} best": KeepBest(depends_on=(f"{side} scored",)),
         }

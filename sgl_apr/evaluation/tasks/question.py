@@ -69,10 +69,10 @@ class QuestionTask(
     def chat_turn(self, text: str, *, first: bool = True) -> str:
         return self.chat.turn(text, first=first)
 
-    def ask(self, problem: str) -> Prompt:
-        return Prompt(self.prompt(problem))
+    def prompt(self, problem: str) -> Prompt:
+        return Prompt(self.prompt_text(problem))
 
-    def prompt(self, problem: str, instruction: str = "") -> str:
+    def prompt_text(self, problem: str, instruction: str = "") -> str:
         return self.chat_turn("\n".join(filter(None, (problem, self.ends, instruction))))
 
     def answer(self, text: str) -> str:
@@ -86,7 +86,7 @@ class QuestionTask(
 
     # Best of N: whether an answer is right, by the probability of "Yes" (Kadavath 2022, arXiv 2207.05221, section 3).
 
-    def judge(self, problem: str) -> Prompt:
+    def judge_prompt(self, problem: str) -> Prompt:
         message = "Is the answer above right? Say Yes or No."
         return Prompt(
             self.chat_turn(message, first=False),
@@ -101,7 +101,7 @@ class QuestionTask(
 
     # Skeleton-of-Thought (Ning 2023, arXiv 2307.15337, appendix A).
 
-    def skeleton(self, problem: str) -> Prompt:
+    def skeleton_prompt(self, problem: str) -> Prompt:
         message = (
             "Organize an answer to the question below: write its skeleton only, as a list of points (1., 2., 3., ...), "
             "not what they say. There are 3 to 10 points, each of them 3 to 5 words and no sentence.\n\n"
@@ -118,7 +118,7 @@ class QuestionTask(
         matches = POINT.findall(f"1.{text}")
         return [point for k, (number, point) in enumerate(matches, 1) if int(number) == k]
 
-    def point(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
+    def point_prompt(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
         message = f"Write out point {number} in 1 or 2 short sentences, and no other point."
         if skeleton is None:
             return Prompt(
@@ -137,7 +137,7 @@ class QuestionTask(
     def initial_state(self, problem: str) -> Draft:
         return Draft(problem)
 
-    def propose(self, state: Draft) -> Prompt:
+    def proposal_prompt(self, state: Draft) -> Prompt:
         if not state.plan:
             message = (
                 f"{state.question}\nDo not answer yet: write a plan of the answer, in a few short lines."
@@ -173,7 +173,7 @@ class QuestionTask(
         matches = SCORE.findall(completion.text)
         return min(10, int(matches[-1])) / 10 if matches else 0.0
 
-    def vote(self, problem: str, texts: Sequence[str]) -> Prompt:
+    def vote_prompt(self, problem: str, texts: Sequence[str]) -> Prompt:
         shown = "\n\n".join(f"Choice {k}:\n{text}" for k, text in enumerate(texts, 1))
         message = (
             f"{problem}\n\n{shown}\n\nWhich is the best? Say briefly what is good and bad about each, then conclude in a "
@@ -197,7 +197,7 @@ class QuestionTask(
         shown = {"Past steps": past, "Work of others": "\n\n".join(filter(None, others))}
         parts = [f"### {name}\n\n{text.strip()}\n\n" for name, text in shown.items() if text.strip()]
         heading = ["### Own work\n\n"] if parts else []
-        return "".join([self.prompt(problem, instruction), *parts, *heading, own]), Prompt()
+        return "".join([self.prompt_text(problem, instruction), *parts, *heading, own]), Prompt()
 
     def has_answer(self, text: str) -> bool:
         return bool(ANSWER.search(text))
@@ -228,11 +228,11 @@ class QuestionTask(
             return [Draft(problem, text=text.strip())] if text.strip() else []
 
         return {
-            "draft": Generate(ask=lambda _: self.ask(problem), read=read, k=5),
+            "draft": Generate(prompt=lambda _: self.prompt(problem), read=read, k=5),
             "score": Score(score=self.evaluate, read=self.value, k=3, depends_on=("draft",)),
             "best": KeepBest(n=3, depends_on=("score",)),
-            "merge": Aggregate(ask=merge, read=read, depends_on=("best",)),
-            "improve": Refine(ask=better, read=read, depends_on=("merge",)),
+            "merge": Aggregate(prompt=merge, read=read, depends_on=("best",)),
+            "improve": Refine(prompt=better, read=read, depends_on=("merge",)),
         }
 
     def _list_prompt(self, problem: str, what: str, texts: Sequence[str]) -> Prompt:

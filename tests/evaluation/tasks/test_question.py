@@ -42,21 +42,21 @@ def test_every_prompt_is_a_turn_of_the_chat_that_was_given():
     task = QuestionTask(apr.ScriptedEngine(lambda request, prompt: ""), LLAMA)
     plan = Draft("Q", "plan")
     whole = [
-        task.ask("Q"),
-        task.propose(Draft("Q")),
-        task.propose(plan),
+        task.prompt("Q"),
+        task.proposal_prompt(Draft("Q")),
+        task.proposal_prompt(plan),
         task.evaluate(plan),
-        task.vote("Q", ["a", "b"]),
+        task.vote_prompt("Q", ["a", "b"]),
     ]
     for ask in whole:
         assert ask.text.startswith("<user>")
         assert ask.text.endswith("</user><model>")
         assert ask.text.count("<user>") == 1
-    assert task.skeleton("Q").text.endswith("</user><model>1.")
-    assert task.judge("Q").text.startswith("</model><user>")
-    assert task.point("Q", " a\n2. b", 2, "b").text.endswith("</user><model>2. b")
-    assert task.point("Q", None, 2, "b").text.startswith("</model><user>")
-    assert task.prompt("Q", "Fork.").endswith("\nFork.</user><model>")
+    assert task.skeleton_prompt("Q").text.endswith("</user><model>1.")
+    assert task.judge_prompt("Q").text.startswith("</model><user>")
+    assert task.point_prompt("Q", " a\n2. b", 2, "b").text.endswith("</user><model>2. b")
+    assert task.point_prompt("Q", None, 2, "b").text.startswith("</model><user>")
+    assert task.prompt_text("Q", "Fork.").endswith("\nFork.</user><model>")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_points(task: QuestionTask, text: str, points: list[str]):
 
 
 def test_point_prompts_share_all_but_the_point(task: QuestionTask):
-    one, two = (task.point("Why?", " a\n2. b", k, p).text for k, p in ((1, "a"), (2, "b")))
+    one, two = (task.point_prompt("Why?", " a\n2. b", k, p).text for k, p in ((1, "a"), (2, "b")))
     same = one[: next(k for k, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)]
     assert "Why?" in same
     assert "1. a\n2. b" in same
@@ -106,7 +106,7 @@ def test_point_prompts_share_all_but_the_point(task: QuestionTask):
 )  # fmt: skip
 def test_a_judge_says_how_likely_yes_is(task: QuestionTask, thought: Completion, score: float):
     assert task.judge_score(thought) == pytest.approx(score)
-    ask = task.judge("Q")
+    ask = task.judge_prompt("Q")
     assert (ask.tokens, ask.sampling) == (1, {"temperature": 1.0})
     assert ask.grammar == 'start: "Yes" | "No"\n'
 
@@ -115,7 +115,9 @@ def test_a_judge_in_the_words_of_another_grammar_backend():
     class Other(apr.ScriptedEngine):
         grammar_backend = "xgrammar"  # type: ignore[assignment]
 
-    assert QuestionTask(Other(lambda request, prompt: "")).judge("Q").grammar == 'root ::= "Yes" | "No"\n'
+    assert (
+        QuestionTask(Other(lambda request, prompt: "")).judge_prompt("Q").grammar == 'root ::= "Yes" | "No"\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,13 +146,13 @@ def test_an_answer_is_drafted_in_two_steps(task: QuestionTask):
     (done,) = task.expand(plan, "text")
     assert [task.solution(state) for state in (start, plan, done)] == [None, None, "text"]
     assert [task.show(state) for state in (plan, done)] == ["plan", "text"]
-    assert "plan" in task.propose(plan).text
+    assert "plan" in task.proposal_prompt(plan).text
     assert task.expand(start, "  ") == []
 
 
 def test_what_thinkers_see_of_each_other_and_when_they_are_done(task: QuestionTask):
     alone, _ = task.shared_context_prompt("Q", "", ["", ""])
-    assert alone == task.prompt("Q", alone.split("\n")[3].removesuffix("<|im_end|>"))
+    assert alone == task.prompt_text("Q", alone.split("\n")[3].removesuffix("<|im_end|>"))
     seen, ask = task.shared_context_prompt("Q", "mine so", ["one", "", "two"], "done.\n\n")
     assert (
         seen

@@ -87,7 +87,7 @@ class CountdownTask(
             )
         self.dialect: Dialect = dialect
 
-    def ask(self, problem: Problem) -> Prompt:
+    def prompt(self, problem: Problem) -> Prompt:
         return Prompt(problem.text, grammar=self._search_grammar)
 
     def answer(self, text: str) -> str:
@@ -99,7 +99,7 @@ class CountdownTask(
     def initial_state(self, problem: Problem) -> SearchState:
         return SearchState(problem)
 
-    def propose(self, state: SearchState) -> Prompt:
+    def proposal_prompt(self, state: SearchState) -> Prompt:
         """Propose steps as the messages of a fork; for the last two numbers, propose results."""
         if len(state.remaining.numbers) > 2:
             return Prompt(
@@ -137,7 +137,7 @@ class CountdownTask(
     ) -> tuple[str, Prompt]:
         """The text of the others stands above the worker's own, as if it had written that; a step is a line without a name."""
         above = (text.strip("\n") for text in (past, *others))
-        return "\n".join([problem.text, *filter(None, above), own]), self.ask(problem).without_text
+        return "\n".join([problem.text, *filter(None, above), own]), self.prompt(problem).without_text
 
     def step_opening(self, worker: int, number: int) -> str:
         return ""
@@ -148,8 +148,8 @@ class CountdownTask(
     def graph(self, problem: Problem) -> Graph:
         """Propose first steps, run a sub search of each, and keep what solves the problem."""
         return {
-            "propose": Generate(ask=self.propose, read=self.expand),
-            "search": Generate(ask=self._sub_search, read=self._read_sub_search, depends_on=("propose",)),
+            "propose": Generate(prompt=self.proposal_prompt, read=self.expand),
+            "search": Generate(prompt=self._sub_search, read=self._read_sub_search, depends_on=("propose",)),
             "score": Score(
                 score=lambda state: float(self.solution(state) is not None), depends_on=("search",)
             ),
