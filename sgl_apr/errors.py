@@ -109,9 +109,10 @@ class BranchFailed(EngineError):
 def require_extra(module: str, extra: str, message: str) -> None:
     """Check that the module of an optional dependency is installed, without importing it.
 
-    >>> require_extra("no_such_module", "plot", "plots need matplotlib")
-    Traceback (most recent call last):
-    sgl_apr.errors.MissingExtra: plots need matplotlib: pip install 'sgl-apr[plot]'
+    Examples:
+        >>> require_extra("no_such_module", "plot", "plots need matplotlib")
+        Traceback (most recent call last):
+        sgl_apr.errors.MissingExtra: plots need matplotlib: pip install 'sgl-apr[plot]'
 
     Args:
         module: Name of the module.

@@ -48,10 +48,11 @@ def translate_errors(
 def error_message(text: str, status: int) -> str:
     """Return the message of an error response in one line.
 
-    >>> error_message('{"error": {"message": "out of memory"}}', 500)
-    'the server answered 500: out of memory'
-    >>> error_message('{"message": "no such model"}', 400)
-    'the server answered 400: no such model'
+    Examples:
+        >>> error_message('{"error": {"message": "out of memory"}}', 500)
+        'the server answered 500: out of memory'
+        >>> error_message('{"message": "no such model"}', 400)
+        'the server answered 400: no such model'
 
     Args:
         text: The body of the response, JSON in one of the shapes that SGLang sends, or text.

@@ -22,8 +22,9 @@ ROUTER_DROPPED_FIELDS = frozenset(
 def routing_key(rid: str) -> str:
     """Return the key of a request that has none of its own: the trajectory's part of its id.
 
-    >>> routing_key("apr-1f3a-01"), routing_key("apr-1f3a")
-    ('apr-1f3a', 'apr-1f3a')
+    Examples:
+        >>> routing_key("apr-1f3a-01"), routing_key("apr-1f3a")
+        ('apr-1f3a', 'apr-1f3a')
     """
     return "-".join(rid.split("-")[:2])
 
@@ -36,8 +37,9 @@ def dp_rank(key: str, ranks: int) -> int:
 def dropped_by_router(body: Mapping[str, Any]) -> list[str]:
     """Return the names of what a router would drop from a `/generate` request.
 
-    >>> dropped_by_router({"cache_salt": "mine", "sampling_params": {"logit_bias": {"5": 1.0}, "stop_regex": ()}})
-    ['cache_salt', 'logit_bias']
+    Examples:
+        >>> dropped_by_router({"cache_salt": "mine", "sampling_params": {"logit_bias": {"5": 1.0}, "stop_regex": ()}})
+        ['cache_salt', 'logit_bias']
     """
     sampling = body.get("sampling_params")
     fields = {**body, **sampling} if isinstance(sampling, Mapping) else body
@@ -47,8 +49,9 @@ def dropped_by_router(body: Mapping[str, Any]) -> list[str]:
 def healthy_worker_urls(answer: Mapping[str, Any]) -> list[str]:
     """Return the URLs of the healthy replicas from a router's `/workers`, which may list each rank of a replica.
 
-    >>> healthy_worker_urls({"workers": [{"url": f"http://one:1@{rank}", "is_healthy": True} for rank in (0, 1)]})
-    ['http://one:1']
+    Examples:
+        >>> healthy_worker_urls({"workers": [{"url": f"http://one:1@{rank}", "is_healthy": True} for rank in (0, 1)]})
+        ['http://one:1']
     """
     healthy = (str(worker["url"]) for worker in answer["workers"] if worker["is_healthy"])
     return sorted({re.sub(r"/?(@\d+)?$", "", url) for url in healthy})

@@ -15,8 +15,9 @@ from sgl_apr.tokenizer import Tokenizer
 class ByteTokenizer:
     """UTF-8 bytes as ids 0-255, 256 as end of text, and one id for each tag given.
 
-    >>> ByteTokenizer(["<Thread>"]).encode("a<Thread>")
-    [97, 257]
+    Examples:
+        >>> ByteTokenizer(["<Thread>"]).encode("a<Thread>")
+        [97, 257]
     """
 
     EOS = 256

@@ -22,11 +22,12 @@ class Bucket:
 class StepTimer:
     """Counts the running requests of this process and measures the decoding steps that they take part in.
 
-    >>> timer = StepTimer()
-    >>> with timer.running():
-    ...     timer.record_step(2, 0.5)
-    >>> timer.steps
-    ((1.0, 0.25),)
+    Examples:
+        >>> timer = StepTimer()
+        >>> with timer.running():
+        ...     timer.record_step(2, 0.5)
+        >>> timer.steps
+        ((1.0, 0.25),)
     """
 
     def __init__(self) -> None:

@@ -15,8 +15,9 @@ EXCLUDED_ROLES = ("header", "closer")  # all branches have these alike
 def token_ngrams(ids: Sequence[int], size: int = NGRAM_SIZE) -> frozenset[tuple[int, ...]]:
     """All runs of `size` consecutive tokens; a shorter sequence is one run.
 
-    >>> sorted(token_ngrams((1, 2, 3), 2)), token_ngrams((7,))
-    ([(1, 2), (2, 3)], frozenset({(7,)}))
+    Examples:
+        >>> sorted(token_ngrams((1, 2, 3), 2)), token_ngrams((7,))
+        ([(1, 2), (2, 3)], frozenset({(7,)}))
     """
     return frozenset(tuple(ids[k : k + size]) for k in range(max(1, len(ids) - size + 1)))
 

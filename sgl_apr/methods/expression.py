@@ -61,7 +61,8 @@ def solve(
         on_event: Receives the events of the run.
         options: Those of the method. It samples as its paper says, not with the program's sampling parameters.
 
-    >>> s += apr.solve("answer", "Why?", method="self_consistency", task=QuestionTask)  # doctest: +SKIP
+    Examples:
+        >>> s += apr.solve("answer", "Why?", method="self_consistency", task=QuestionTask)  # doctest: +SKIP
     """
     from sglang.lang.ir import SglGen
 

@@ -104,9 +104,10 @@ def validate_graph(graph: Graph) -> Graph:
         GraphError: If it has a cycle or not exactly one last operation, depends on an unknown operation, keeps the
             best of states without scores, or runs an operation less than once.
 
-    >>> validate_graph({"think": Generate(prompt=Prompt, read=lambda s, text: [text]), "keep": KeepBest(depends_on=("think",))})
-    Traceback (most recent call last):
-    sgl_apr.methods.graph_operations.GraphError: 'keep' keeps the best of 'think', which gives no scores
+    Examples:
+        >>> validate_graph({"think": Generate(prompt=Prompt, read=lambda s, text: [text]), "keep": KeepBest(depends_on=("think",))})
+        Traceback (most recent call last):
+        sgl_apr.methods.graph_operations.GraphError: 'keep' keeps the best of 'think', which gives no scores
     """
     for name, operation in graph.items():
         for dependency in operation.depends_on:

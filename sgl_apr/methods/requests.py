@@ -189,8 +189,9 @@ class MethodRequests:
 def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What all of them begin with.
 
-    >>> common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)])
-    (1, 2)
+    Examples:
+        >>> common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)])
+        (1, 2)
     """
     low, high = min(sequences), max(sequences)  # all others lie between, and share what these do
     pairs = enumerate(zip(low, high, strict=False))

@@ -26,7 +26,8 @@ class RewardModel:
         timeout: Seconds that a request may take.
         api_key: Sent as a bearer token.
 
-    >>> await best_of_n(engine, "Why?", task=task, verifier=RewardModel("http://127.0.0.1:30001"))  # doctest: +SKIP
+    Examples:
+        >>> await best_of_n(engine, "Why?", task=task, verifier=RewardModel("http://127.0.0.1:30001"))  # doctest: +SKIP
     """
 
     url: str

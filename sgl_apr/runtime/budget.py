@@ -63,8 +63,9 @@ class Budget:
         Raises:
             BudgetExceeded: The text is no list of limits. The message names the limits.
 
-        >>> Budget.parse("tokens=1024,seconds=2.5")
-        Budget(tokens=1024, critical_tokens=None, branch_tokens=None, width=None, depth=1, blocks=None, calls=None, outline_chars=None, seconds=2.5, reserve=0.25)
+        Examples:
+            >>> Budget.parse("tokens=1024,seconds=2.5")
+            Budget(tokens=1024, critical_tokens=None, branch_tokens=None, width=None, depth=1, blocks=None, calls=None, outline_chars=None, seconds=2.5, reserve=0.25)
         """
         kinds: dict[str, type[int | float]] = {f.name: int for f in fields(cls)} | dict.fromkeys(
             FLOAT_FIELDS, float

@@ -57,9 +57,10 @@ async def stream(
     Leaving the iteration early cancels the trajectory, at once inside `contextlib.aclosing`. What `areason` raises is
     raised after the events before it.
 
-    >>> async for event in apr.stream(engine, "Question: ..."):  # doctest: +SKIP
-    ...     if isinstance(event, apr.Delta):
-    ...         print(event.path, event.text)
+    Examples:
+        >>> async for event in apr.stream(engine, "Question: ..."):  # doctest: +SKIP
+        ...     if isinstance(event, apr.Delta):
+        ...         print(event.path, event.text)
     """
 
     def start(on_event: OnEvent) -> Coroutine[Any, Any, Trajectory]:

@@ -24,9 +24,10 @@ class LocalEngine(InProcessEngine):
 
     The engine belongs to one event loop. If you have no loop of your own, block on the engine's:
 
-    >>> with apr.LocalEngine.launch("./my-model") as engine:  # doctest: +SKIP
-    ...     trajectory = engine.run("Question: ...", mode="parallel")
-    ...     outcomes = engine.wait(apr.arun_many(engine, problems, "out.jsonl"))
+    Examples:
+        >>> with apr.LocalEngine.launch("./my-model") as engine:  # doctest: +SKIP
+        ...     trajectory = engine.run("Question: ...", mode="parallel")
+        ...     outcomes = engine.wait(apr.arun_many(engine, problems, "out.jsonl"))
 
     In a coroutine, `await apr.areason(engine, ...)` as with any engine, and always in the same loop.
     `sgl.Engine` spawns processes, so a script that makes one has to guard its main part by `__name__`.

@@ -13,8 +13,9 @@ def grpo(rewards: Sequence[float], eps: float = EPS) -> list[float]:
 
     A group of one has nothing to be compared with: its advantage is 0.
 
-    >>> grpo([1.0, 0.0])
-    [0.999998000004, -0.999998000004]
+    Examples:
+        >>> grpo([1.0, 0.0])
+        [0.999998000004, -0.999998000004]
     """
     if len(rewards) < 2:
         return [0.0] * len(rewards)
@@ -25,8 +26,9 @@ def grpo(rewards: Sequence[float], eps: float = EPS) -> list[float]:
 def mean_only(rewards: Sequence[float]) -> list[float]:
     """`r - mean`: ThreadWeaver's P-GRPO (arXiv 2512.07843), applied to every call of the reply.
 
-    >>> mean_only([1.0, 0.0])
-    [0.5, -0.5]
+    Examples:
+        >>> mean_only([1.0, 0.0])
+        [0.5, -0.5]
     """
     mean = fmean(rewards) if len(rewards) > 1 else None
     return [0.0 if mean is None else r - mean for r in rewards]

@@ -91,11 +91,12 @@ class Trie:
 
     A token that follows the same nodes as an equal one is the same node.
 
-    >>> trie = Trie()
-    >>> _ = trie.insert(ROOT, [1, 2, 3]), trie.insert(ROOT, [1, 2, 4])
-    >>> flat, index = trie.flatten()
-    >>> flat.token_ids.tolist(), flat.positions.tolist()
-    ([1, 2, 3, 4], [0, 1, 2, 2])
+    Examples:
+        >>> trie = Trie()
+        >>> _ = trie.insert(ROOT, [1, 2, 3]), trie.insert(ROOT, [1, 2, 4])
+        >>> flat, index = trie.flatten()
+        >>> flat.token_ids.tolist(), flat.positions.tolist()
+        ([1, 2, 3, 4], [0, 1, 2, 2])
     """
 
     def __init__(self) -> None:

@@ -24,9 +24,10 @@ def for_trl(
 
     TRL drops special tokens from its texts, and tags may be special tokens. So the ids that TRL also passes are read instead.
 
-    >>> score = for_trl(lambda trajectory, correct: float(correct), lambda answer, truth: answer == truth, None)
-    >>> score(prompts=["6 * 7 = "], completions=["42"], answer=["42"])
-    [1.0]
+    Examples:
+        >>> score = for_trl(lambda trajectory, correct: float(correct), lambda answer, truth: answer == truth, None)
+        >>> score(prompts=["6 * 7 = "], completions=["42"], answer=["42"])
+        [1.0]
 
     Args:
         reward: One of `sgl_apr.training.rewards`.

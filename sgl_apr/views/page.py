@@ -71,8 +71,9 @@ def render_live_page() -> str:
 def safe_json(value: Any) -> str:
     """Return JSON in ASCII that cannot end an element or begin a comment, whatever text it contains.
 
-    >>> safe_json("</script><!--")
-    '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
+    Examples:
+        >>> safe_json("</script><!--")
+        '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
     """
     return json.dumps(value, separators=(",", ":")).translate(JSON_ESCAPES)
 

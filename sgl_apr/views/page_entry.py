@@ -83,10 +83,11 @@ def full_entry(trajectory: Trajectory) -> dict[str, Any]:
 def lane_extents(trajectory: Trajectory) -> list[int]:
     """Return where the trunk and the first branches begin and end, in percent of the longest chain.
 
-    >>> import sgl_apr as apr
-    >>> ids = apr.ByteTokenizer()
-    >>> lane_extents(apr.dialect("threadweaver").parse("six times seven is 42", ids))
-    [0, 100]
+    Examples:
+        >>> import sgl_apr as apr
+        >>> ids = apr.ByteTokenizer()
+        >>> lane_extents(apr.dialect("threadweaver").parse("six times seven is 42", ids))
+        [0, 100]
     """
     spans = trajectory.spans
     weights = [0 if s.origin == "prompt" else s.tokens for s in spans]

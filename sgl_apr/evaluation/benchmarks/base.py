@@ -61,7 +61,8 @@ class Benchmark:
     def directory(self) -> str:
         """Its name, made fit for a directory.
 
-        >>> Benchmark("gym:ab", [Case("1", "?")], Task, lambda case, answer: False).directory
-        'gym-ab'
+        Examples:
+            >>> Benchmark("gym:ab", [Case("1", "?")], Task, lambda case, answer: False).directory
+            'gym-ab'
         """
         return re.sub(r"[^\w.-]+", "-", self.name)

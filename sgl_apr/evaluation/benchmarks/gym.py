@@ -32,8 +32,9 @@ class GymTask(QuestionTask):
     def answer(self, text: str) -> str:
         """The text between the last pair of tags; without tags, as for any question.
 
-        >>> GymTask.answer(None, "So: <answer>\\n1 2\\n2 1\\n</answer>")
-        '1 2\\n2 1'
+        Examples:
+            >>> GymTask.answer(None, "So: <answer>\\n1 2\\n2 1\\n</answer>")
+            '1 2\\n2 1'
         """
         matches = ANSWER_TAGS.findall(text)
         return str(matches[-1]) if matches else QuestionTask.answer(self, text)

@@ -101,8 +101,9 @@ def problem_size(entry: Mapping[str, Any]) -> int:
 
     That is the first parameter that its dataset varies and its metadata records; otherwise the words of the question.
 
-    >>> problem_size({"question": "1 + 2?", "metadata": {"num_terms": 2, "difficulty": {"num_terms": (2, 6)}}})
-    2
+    Examples:
+        >>> problem_size({"question": "1 + 2?", "metadata": {"num_terms": 2, "difficulty": {"num_terms": (2, 6)}}})
+        2
     """
     metadata = entry["metadata"]
     varied = metadata.get("difficulty")

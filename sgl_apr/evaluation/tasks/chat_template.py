@@ -24,8 +24,9 @@ class ChatTemplate:
     def turn(self, message: str, *, first: bool = True) -> str:
         """A user's message; `first` means that no reply comes before it.
 
-        >>> CHATML.turn("Why?")
-        '<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n'
+        Examples:
+            >>> CHATML.turn("Why?")
+            '<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n'
         """
         return f"{'' if first else self.reply_suffix}{self.user_prefix}{message}{self.user_suffix}"
 

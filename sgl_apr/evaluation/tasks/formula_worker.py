@@ -23,8 +23,9 @@ LATEX = [LatexExtractionConfig()]  # LaTeX only: math-verify would evaluate anyt
 def extract_answer(text: str) -> str:
     """The answer of a reply, as written: the last box, or else the last formula; empty if there is none.
 
-    >>> extract_answer("Half of it is $0.5$, so \\\\boxed{\\\\frac{1}{2}}.")
-    '\\\\frac{1}{2}'
+    Examples:
+        >>> extract_answer("Half of it is $0.5$, so \\\\boxed{\\\\frac{1}{2}}.")
+        '\\\\frac{1}{2}'
     """
     formulas = _parse(text)
     return str(formulas[-1]) if formulas else ""
@@ -33,8 +34,9 @@ def extract_answer(text: str) -> str:
 def answers_match(one: str, other: str) -> bool:
     """Whether two answers are equal; symmetric, unlike math-verify's own comparison.
 
-    >>> answers_match("1/2", "0.5"), answers_match("x=5", "5"), answers_match("(1,2)", "(2,1)")
-    (True, True, False)
+    Examples:
+        >>> answers_match("1/2", "0.5"), answers_match("x=5", "5"), answers_match("(1,2)", "(2,1)")
+        (True, True, False)
     """
     first, second = (_parse(f"\\boxed{{{text}}}") for text in (one, other))
     return any(verify(*pair, timeout_seconds=TIMEOUT_S) for pair in ((first, second), (second, first)))

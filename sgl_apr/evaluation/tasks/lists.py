@@ -32,8 +32,9 @@ class ListProblem:
     def text(self) -> str:
         """The problem in words.
 
-        >>> ListProblem((3, 1)).text
-        'Sort this list in ascending order: [3, 1]'
+        Examples:
+            >>> ListProblem((3, 1)).text
+            'Sort this list in ascending order: [3, 1]'
         """
         if self.others is None:
             return f"Sort this list in ascending order: {list(self.numbers)}"
@@ -42,8 +43,9 @@ class ListProblem:
     def count_errors(self, answer: Sequence[int]) -> int:
         """Extra and missing numbers, and, for sorting, neighbours in the wrong order (Besta 2023, sections 5.1 and 5.2).
 
-        >>> ListProblem((3, 1, 2)).count_errors((2, 1, 3)), ListProblem((3, 1, 2), (1, 3)).count_errors((2, 1))
-        (1, 2)
+        Examples:
+            >>> ListProblem((3, 1, 2)).count_errors((2, 1, 3)), ListProblem((3, 1, 2), (1, 3)).count_errors((2, 1))
+            (1, 2)
         """
         expected = Counter(n for n in self.numbers if self.others is None or n in self.others)
         wrong = (expected - Counter(answer)) + (Counter(answer) - expected)

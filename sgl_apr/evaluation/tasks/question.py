@@ -78,8 +78,9 @@ class QuestionTask(
     def answer(self, text: str) -> str:
         """What the last line "Answer:" says; the complete reply if there is no such line.
 
-        >>> QuestionTask.answer(None, "7 times 6.\\n**Answer:** 42")
-        '42'
+        Examples:
+            >>> QuestionTask.answer(None, "7 times 6.\\n**Answer:** 42")
+            '42'
         """
         matches = ANSWER.findall(text)
         return str(matches[-1] if matches else text.strip())
@@ -112,8 +113,9 @@ class QuestionTask(
     def points(self, text: str) -> Sequence[str]:
         """The numbered points of a skeleton, up to the first gap in the numbers.
 
-        >>> QuestionTask.points(None, " Warm fur\\n2. Good company.\\nAnd so on.")
-        ['Warm fur', 'Good company.']
+        Examples:
+            >>> QuestionTask.points(None, " Warm fur\\n2. Good company.\\nAnd so on.")
+            ['Warm fur', 'Good company.']
         """
         matches = POINT.findall(f"1.{text}")
         return [point for k, (number, point) in enumerate(matches, 1) if int(number) == k]
@@ -205,8 +207,9 @@ class QuestionTask(
     def program(self, problem: str) -> tuple[str, str]:
         """The last paragraph is the question about the paragraphs before it; a single paragraph is both.
 
-        >>> QuestionTask.program(None, "A long story.\\n\\nIt ends.\\n\\nHow?")
-        ('How?', 'A long story.\\n\\nIt ends.')
+        Examples:
+            >>> QuestionTask.program(None, "A long story.\\n\\nIt ends.\\n\\nHow?")
+            ('How?', 'A long story.\\n\\nIt ends.')
         """
         text, _, question = problem.strip().rpartition("\n\n")
         return question, text or question

@@ -88,8 +88,9 @@ def as_flags(options: Mapping[str, object]) -> list[str]:
 
     A list gives a flag several values. `None` and `False` leave the flag out.
 
-    >>> as_flags({"context_length": 4096, "disable_radix_cache": True, "api_key": None})
-    ['--context-length', '4096', '--disable-radix-cache']
+    Examples:
+        >>> as_flags({"context_length": 4096, "disable_radix_cache": True, "api_key": None})
+        ['--context-length', '4096', '--disable-radix-cache']
     """
     arguments: list[str] = []
     for name, value in options.items():

@@ -55,8 +55,9 @@ python -m sglang.launch_server --help lists SGLang's flags.
 class Server:
     """A server that runs inside a `with` block, or from `start` to `stop`.
 
-    >>> with Server("./my-model", context_length=4096) as server:  # doctest: +SKIP
-    ...     sgl.set_default_backend(apr.Endpoint(server.url))
+    Examples:
+        >>> with Server("./my-model", context_length=4096) as server:  # doctest: +SKIP
+        ...     sgl.set_default_backend(apr.Endpoint(server.url))
 
     Args:
         model: A directory or a Hugging Face id.

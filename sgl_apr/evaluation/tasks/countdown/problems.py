@@ -41,8 +41,9 @@ class Step:
     def text(self) -> str:
         """The step as a solution writes it.
 
-        >>> Step(12, "-", 8, 4).text
-        ' 12- 8= 4'
+        Examples:
+            >>> Step(12, "-", 8, 4).text
+            ' 12- 8= 4'
         """
         return f" {self.a}{self.operator} {self.b}= {self.result}"
 
@@ -65,16 +66,18 @@ class Problem:
     def text(self) -> str:
         """The problem as a model reads it.
 
-        >>> Problem((3, 7, 8, 12), 24).text
-        ' 24: 3 7 8 12'
+        Examples:
+            >>> Problem((3, 7, 8, 12), 24).text
+            ' 24: 3 7 8 12'
         """
         return f" {self.target}:" + "".join(f" {n}" for n in self.numbers)
 
     def prompt(self, width: int | None = None) -> str:
         """The problem; with a width, also how many branches each fork of the reply is to have.
 
-        >>> Problem((3, 7, 8, 12), 24).prompt(width=4)
-        ' 24: 3 7 8 12; 4'
+        Examples:
+            >>> Problem((3, 7, 8, 12), 24).prompt(width=4)
+            ' 24: 3 7 8 12; 4'
         """
         return self.text if width is None else f"{self.text}; {width}"
 
@@ -132,8 +135,9 @@ def solves(problem: Problem, text: str) -> bool:
 
     White space around the text does not matter.
 
-    >>> solves(Problem((3, 7, 8), 18), " 3+ 7= 10, 8+ 10= 18")
-    True
+    Examples:
+        >>> solves(Problem((3, 7, 8), 18), " 3+ 7= 10, 8+ 10= 18")
+        True
     """
     taken = parse_steps(" " + text.strip())
     left = problem.numbers

@@ -24,8 +24,9 @@ class SearchTrace:
 def conclusion(solution: Sequence[Step] | None) -> str:
     """The last line of a search.
 
-    >>> conclusion([Step(3, "+", 7, 10), Step(8, "+", 10, 18)])
-    '! 3+ 7= 10, 8+ 10= 18'
+    Examples:
+        >>> conclusion([Step(3, "+", 7, 10), Step(8, "+", 10, 18)])
+        '! 3+ 7= 10, 8+ 10= 18'
     """
     return NO_SOLUTION_MARK if solution is None else SOLUTION_MARK + ",".join(step.text for step in solution)
 
@@ -33,8 +34,9 @@ def conclusion(solution: Sequence[Step] | None) -> str:
 def extract_solution(text: str) -> str:
     """The solution in the last line of a reply; empty if there is none.
 
-    >>> extract_solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
-    ' 5- 4= 1, 1+ 19= 20'
+    Examples:
+        >>> extract_solution(" 5- 4= 1, 19> 20! 5- 4= 1, 1+ 19= 20")
+        ' 5- 4= 1, 1+ 19= 20'
     """
     return text.rstrip().rpartition("\n")[2].partition(SOLUTION_MARK)[2]
 
@@ -42,8 +44,9 @@ def extract_solution(text: str) -> str:
 def search_last_pair(numbers: Sequence[int], target: int) -> SearchTrace:
     """The results of all steps on the last two numbers, up to the target.
 
-    >>> search_last_pair((10, 12), 22).text
-    ' 22'
+    Examples:
+        >>> search_last_pair((10, 12), 22).text
+        ' 22'
     """
     text = ""
     for step in legal_steps(numbers):
@@ -59,8 +62,9 @@ def search_small(numbers: Sequence[int], target: int) -> SearchTrace:
     A line has a step, the number that it leaves, and the results of those two. The text ends with the target where it is
     reached; elsewhere the target stands only before a colon, so that a small model can tell by it that the search is over.
 
-    >>> search_small((4, 5, 19), 20).text
-    ' 4+ 5= 9, 19> 28 10\\n 5- 4= 1, 19> 20'
+    Examples:
+        >>> search_small((4, 5, 19), 20).text
+        ' 4+ 5= 9, 19> 28 10\\n 5- 4= 1, 19> 20'
     """
     if len(numbers) == 2:
         pair = search_last_pair(numbers, target)
