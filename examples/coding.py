@@ -22,11 +22,11 @@ from sgl_apr.evaluation.tasks.chat_template import chat_template_for
 from sgl_apr.methods.best_of_n import best_of_n
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.sandbox.process import Limits, Sandbox
+from sgl_apr.methods.sandbox.process import Sandbox, SandboxLimits
 from sgl_apr.methods.task import SampledTask
 from sgl_apr.views.tree import render_summary
 
-LIMITS = Limits(seconds=2.0, cpu=4)
+LIMITS = SandboxLimits(seconds=2.0, cpu=4)
 FENCE = "```"
 
 
@@ -85,7 +85,7 @@ async def passed(problem: Exercise, text: str) -> float:
         count = 0
         for arguments, expected in problem.tests:
             await sandbox.run(f"found = None\nfound = repr({problem.name}(*{arguments!r}))")
-            count += await sandbox.value("found") == repr(expected)
+            count += await sandbox.read_variable("found") == repr(expected)
     return count / len(problem.tests)
 
 

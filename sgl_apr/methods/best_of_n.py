@@ -12,7 +12,7 @@ from sgl_apr.errors import AprError, EngineError
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
-from sgl_apr.methods.task import SampledTask, SelfJudgedTask, Task, require
+from sgl_apr.methods.task import SampledTask, SelfJudgedTask, Task, require_family
 from sgl_apr.runtime.branch_group import gather
 
 Verifier = Callable[[Any, str], float | Awaitable[float]]
@@ -55,9 +55,9 @@ async def best_of_n(
         raise AprError(f'select={select!r}, expected "argmax" or "weighted"')
     if verifier is None:
         verifier = _own_verifier(task) if task.verifiable else "judge"
-    judge = require(task, SelfJudgedTask).judge_prompt(problem) if verifier == "judge" else None
+    judge = require_family(task, SelfJudgedTask).judge_prompt(problem) if verifier == "judge" else None
     cost = len(engine.tokenizer.encode(judge.text)) + (judge.tokens or task.step_tokens) if judge else 0
-    prompt = require(task, SampledTask).prompt(problem)
+    prompt = require_family(task, SampledTask).prompt(problem)
     options = {**options, "temperature": temperature}
     async with method_session(engine, prompt.text, "best_of_n", **options) as session:
         width = session.affordable_width(n, task.max_tokens + cost, calls=2 if judge else 1)
@@ -66,7 +66,7 @@ async def best_of_n(
         answered = [(c, answer) for c in samples if c.finish != "failed" and (answer := task.answer(c.text))]
         replies = [completion for completion, _ in answered]
         if judge:
-            scores = await _judge(session, require(task, SelfJudgedTask), judge, replies)
+            scores = await _judge(session, require_family(task, SelfJudgedTask), judge, replies)
         else:
             assert callable(verifier)
             scores = await _verify(session, verifier, problem, replies)

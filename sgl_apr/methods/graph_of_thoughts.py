@@ -22,7 +22,7 @@ from sgl_apr.methods.graph_operations import (
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
-from sgl_apr.methods.task import GraphTask, Task, require
+from sgl_apr.methods.task import GraphTask, Task, require_family
 from sgl_apr.runtime.branch_group import gather
 
 
@@ -62,7 +62,7 @@ async def graph_of_thoughts(
         Inapplicable: If the task is no `GraphTask`.
         GraphError: If its graph cannot run.
     """
-    graphed = require(task, GraphTask)
+    graphed = require_family(task, GraphTask)
     graph, options = validate_graph(graphed.graph(problem)), {**options, "temperature": temperature}
     async with method_session(engine, "", "graph_of_thoughts", **options) as session:
         nodes = await _Run(session, graphed, graph).run(GraphNode(graphed.initial_state(problem)))

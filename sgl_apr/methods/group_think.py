@@ -10,7 +10,7 @@ from sgl_apr.methods.collaborative import Agent, write_chunk
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
-from sgl_apr.methods.task import CollaborativeTask, Task, require
+from sgl_apr.methods.task import CollaborativeTask, Task, require_family
 from sgl_apr.methods.voting import vote
 
 
@@ -48,7 +48,7 @@ async def group_think(
     for name, value in (("thinkers", thinkers), ("chunk", chunk)):
         if value < 1:
             raise AprError(f"{name}={value}, expected at least 1")
-    shared = require(task, CollaborativeTask)
+    shared = require_family(task, CollaborativeTask)
     context, _ = shared.shared_context_prompt(problem, "", [""] * (thinkers - 1))
     async with method_session(engine, context, "group_think", **options) as session:
         agents = [Agent() for _ in range(session.affordable_width(thinkers, chunk))]

@@ -11,7 +11,7 @@ from sgl_apr.methods.collaborative import Agent, write_chunk
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
-from sgl_apr.methods.task import CollaborativeTask, Task, require
+from sgl_apr.methods.task import CollaborativeTask, Task, require_family
 from sgl_apr.methods.voting import vote
 
 
@@ -70,7 +70,7 @@ async def hogwild(
     for name, value in (("workers", workers), ("chunk", chunk), ("every", every), ("enough", enough)):
         if value < 1:
             raise AprError(f"{name}={value}, expected at least 1")
-    shared = require(task, CollaborativeTask)
+    shared = require_family(task, CollaborativeTask)
     context, _ = shared.shared_context_prompt(problem, "", [""] * (workers - 1))
     async with method_session(engine, context, "hogwild", **options) as session:
         width = session.affordable_width(workers, chunk)

@@ -12,7 +12,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, require_extra
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
-from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, require
+from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, require_family
 from sgl_apr.methods.tree_search import SearchModel, SearchNode
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ async def mcts(
     for name, value in (("simulations", simulations), ("leaves", leaves), ("proposals", proposals)):
         if value < 1:
             raise AprError(f"{name}={value}, expected at least 1")
-    searchable = require(require(task, SearchTask), ValuedSearchTask)
+    searchable = require_family(require_family(task, SearchTask), ValuedSearchTask)
     options = {**options, "temperature": temperature}
     root = SearchNode(searchable.initial_state(problem))
     async with method_session(engine, "", "mcts", **options) as session:

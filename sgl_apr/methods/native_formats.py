@@ -10,7 +10,7 @@ from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.options import JoinMethod
 from sgl_apr.formats.presets import dialect_for, preset
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.task import SampledTask, Task, require
+from sgl_apr.methods.task import SampledTask, Task, require_family
 from sgl_apr.runtime.loop import areason
 
 
@@ -50,7 +50,7 @@ async def apr(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) 
 async def _run(
     name: str, dialect_name: str, engine: Engine, problem: Any, task: Task[Any], options: dict[str, Any]
 ) -> MethodResult:
-    sampled, form = require(task, SampledTask), dialect(dialect_name)
+    sampled, form = require_family(task, SampledTask), dialect(dialect_name)
     join: JoinMethod = options.get("join") or form.published_join
     if not options.get("join") and (join not in form.joins or (join == "kv" and not engine.joins_kv)):
         join = "text"  # the published join is unavailable, and the label says so; an explicit join stays, and fails

@@ -11,9 +11,9 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, CodeForbidden
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.sandbox.process import Limits, Sandbox
+from sgl_apr.methods.sandbox.process import Sandbox, SandboxLimits
 from sgl_apr.methods.session import MethodSession, method_session
-from sgl_apr.methods.task import ProgramTask, Task, require
+from sgl_apr.methods.task import ProgramTask, Task, require_family
 from sgl_apr.runtime.branch_group import gather
 
 BLOCK = re.compile(r"```repl[ \t]*\n(.*?)\n?```", re.DOTALL)
@@ -52,7 +52,7 @@ async def recursive(
     queries: int = 100,
     concurrency: int = 16,
     reply_tokens: int = 1024,
-    limits: Limits | None = None,
+    limits: SandboxLimits | None = None,
     **options: Any,
 ) -> MethodResult:
     """A recursive language model (RLM: Zhang 2025, arXiv 2512.24601, section 2, algorithm 1).
@@ -81,7 +81,7 @@ async def recursive(
         Inapplicable: If the task is no `ProgramTask`.
         SandboxUnavailable: If this machine cannot isolate programs.
     """
-    programmable = require(task, ProgramTask)
+    programmable = require_family(task, ProgramTask)
     question, text = programmable.program(problem)
     if not allow_code:
         raise CodeForbidden(
@@ -91,7 +91,7 @@ async def recursive(
     for name, value, minimum in minimums:
         if value < minimum:
             raise AprError(f"{name}={value}, expected at least {minimum}")
-    limits = limits or Limits()
+    limits = limits or SandboxLimits()
     prompt = programmable.chat_turn(_rules(question, text, depth, limits))
     async with method_session(engine, prompt, "recursive", **options) as session:
         run = _Run(session, programmable, iterations, queries, concurrency, reply_tokens, limits)
@@ -107,7 +107,7 @@ class _Run:
     queries_left: int
     concurrency: int
     reply_tokens: int
-    limits: Limits
+    limits: SandboxLimits
     running: int = 0  # models that are writing programs now
 
     async def solve(self, completion: Completion, question: str, text: str, depth: int) -> str:
@@ -160,7 +160,7 @@ class _Run:
                 return "", result.final
         rest = BLOCK.sub("", reply)
         if variable := FINAL_VAR.search(rest):
-            value = await sandbox.value(variable[1])
+            value = await sandbox.read_variable(variable[1])
             outputs.append(f"there is no variable {variable[1]}")
             return "\n".join(outputs), value
         final = FINAL.search(rest)
@@ -204,6 +204,6 @@ class _Run:
         return root, await self.solve(root, question, text, depth) or "(no answer)"
 
 
-def _rules(question: str, text: str, depth: int, limits: Limits) -> str:
+def _rules(question: str, text: str, depth: int, limits: SandboxLimits) -> str:
     more = (QUERY_RULES if depth else "") + (RECURSIVE_QUERY_RULES if depth > 1 else "")
     return RULES.format(length=len(text), begin=text[:80], output=limits.output, more=more, question=question)

@@ -7,7 +7,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
-from sgl_apr.methods.task import SampledTask, Task, require
+from sgl_apr.methods.task import SampledTask, Task, require_family
 from sgl_apr.methods.voting import vote
 
 
@@ -35,7 +35,7 @@ async def self_consistency(
     Raises:
         Inapplicable: If the task is no `SampledTask`.
     """
-    prompt = require(task, SampledTask).prompt(problem)
+    prompt = require_family(task, SampledTask).prompt(problem)
     options = {**options, "temperature": temperature}
     async with method_session(engine, prompt.text, "self_consistency", **options) as session:
         width = session.affordable_width(n, task.max_tokens)

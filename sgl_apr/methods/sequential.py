@@ -7,7 +7,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
-from sgl_apr.methods.task import SampledTask, Task, require
+from sgl_apr.methods.task import SampledTask, Task, require_family
 
 
 async def sequential(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
@@ -22,7 +22,7 @@ async def sequential(engine: Engine, problem: Any, *, task: Task[Any], **options
     Raises:
         Inapplicable: If the task is no `SampledTask`.
     """
-    prompt = require(task, SampledTask).prompt(problem)
+    prompt = require_family(task, SampledTask).prompt(problem)
     async with method_session(engine, prompt.text, "sequential", **options) as session:
         completion = await session.continue_from(session.root, prompt.without_text)
         return MethodResult("sequential", task.answer(completion.text), session.finish())

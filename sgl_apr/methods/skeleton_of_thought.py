@@ -10,7 +10,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.methods.prompt import Completion
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
-from sgl_apr.methods.task import SkeletonTask, Task, require
+from sgl_apr.methods.task import SkeletonTask, Task, require_family
 
 Mode = Literal["prompt", "fork"]
 LABELS = {"prompt": "exact", "fork": "fork-of-skeleton"}
@@ -46,7 +46,7 @@ async def skeleton_of_thought(
     """
     if mode not in get_args(Mode):
         raise AprError(f'mode={mode!r}, expected "prompt" or "fork"')
-    pointwise = require(task, SkeletonTask)
+    pointwise = require_family(task, SkeletonTask)
     outline, options = pointwise.skeleton_prompt(problem), {**options, "temperature": temperature}
     async with method_session(engine, outline.text, "skeleton_of_thought", **options) as session:
         skeleton = await session.continue_from(session.root, outline.without_text)

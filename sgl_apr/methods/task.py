@@ -72,7 +72,7 @@ class Task(Generic[P]):
 F = TypeVar("F", bound=Task[Any])
 
 
-def require(task: Task[Any], family: type[F]) -> F:
+def require_family(task: Task[Any], family: type[F]) -> F:
     """The task as one of a family.
 
     Args:

@@ -11,7 +11,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
-from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, VotedSearchTask, require
+from sgl_apr.methods.task import SearchTask, Task, ValuedSearchTask, VotedSearchTask, require_family
 from sgl_apr.methods.tree_search import SearchModel, SearchNode
 
 Search = Literal["bfs", "dfs"]
@@ -57,8 +57,8 @@ async def tree_of_thoughts(
         raise AprError(f"search={search!r}, select={select!r}, expected bfs or dfs, value or vote")
     if search == "dfs" and select == "vote":
         raise AprError('select="vote" compares the states of a level, expected search="bfs"')
-    searchable = require(task, SearchTask)
-    require(task, ValuedSearchTask if select == "value" else VotedSearchTask)
+    searchable = require_family(task, SearchTask)
+    require_family(task, ValuedSearchTask if select == "value" else VotedSearchTask)
     root = SearchNode(searchable.initial_state(problem))
     options = {**options, "temperature": temperature}
     async with method_session(engine, "", "tree_of_thoughts", **options) as session:
@@ -126,7 +126,7 @@ class _Tree:
         """The nodes with their shares of the model's votes; each vote sees all nodes."""
         if not nodes:
             return []
-        task = require(self.task, VotedSearchTask)
+        task = require_family(self.task, VotedSearchTask)
         prompt = task.vote_prompt(self.problem, [task.show(node.state) for node in nodes])
         depends_on = tuple(completion for node in nodes for completion in node.depends_on)
         (replies,) = await self.session.samples([replace(prompt, depends_on=depends_on)], self.evaluations)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.session import MethodSession
-from sgl_apr.methods.task import SearchTask, ValuedSearchTask, require
+from sgl_apr.methods.task import SearchTask, ValuedSearchTask, require_family
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SearchModel:
 
     async def evaluate(self, nodes: Sequence[SearchNode], samples: int) -> list[SearchNode]:
         """The nodes with their values: the mean of `samples` values by the model; a completion without text counts 0."""
-        task = require(self.task, ValuedSearchTask)
+        task = require_family(self.task, ValuedSearchTask)
         evaluations = [(node, task.evaluate(node.state)) for node in nodes]
         prompts = [
             replace(prompt, depends_on=node.depends_on)

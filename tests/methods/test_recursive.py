@@ -11,11 +11,11 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.methods.registry import MethodResult, method
-from sgl_apr.methods.sandbox.process import Limits
+from sgl_apr.methods.sandbox.process import SandboxLimits
 from sgl_apr.methods.task import Inapplicable, ProgramTask, Task
 
 TEXT = "one\ntwo\nthree\n" * 100
-QUICK = Limits(seconds=5.0)
+QUICK = SandboxLimits(seconds=5.0)
 
 
 class Reading(ProgramTask[str]):
@@ -112,7 +112,7 @@ def test_an_answer(last: str, answer: str):
     ],
 )
 def test_invalid_replies_are_reported_to_the_model(reply: str, shown: str):
-    found, prompts, _ = read(writer(reply, "FINAL(ok)"), limits=Limits(seconds=1.0, output=60))
+    found, prompts, _ = read(writer(reply, "FINAL(ok)"), limits=SandboxLimits(seconds=1.0, output=60))
     assert found.answer == "ok"
     assert shown in prompts[1]
 
@@ -218,7 +218,7 @@ def test_time_is_kept():
     found, *_ = read(
         writer(block("import time\ntime.sleep(60)")),
         budget=apr.Budget(seconds=1.0),
-        limits=Limits(seconds=100),
+        limits=SandboxLimits(seconds=100),
     )
     assert found.answer == ""
     assert found.trajectory.wall_s < 3

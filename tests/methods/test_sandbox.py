@@ -18,16 +18,18 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.sandbox import process, seccomp
-from sgl_apr.methods.sandbox.process import Limits, RunResult, Sandbox
+from sgl_apr.methods.sandbox.process import RunResult, Sandbox, SandboxLimits
 
-QUICK = Limits(seconds=5.0)
+QUICK = SandboxLimits(seconds=5.0)
 
 
 async def upper(texts: list[str], deep: bool) -> list[str]:
     return [f"{text.upper()}{'!' * deep}" for text in texts]
 
 
-def ran(*blocks: str, limits: Limits = QUICK, answer: Any = upper, **variables: str) -> list[RunResult]:
+def ran(
+    *blocks: str, limits: SandboxLimits = QUICK, answer: Any = upper, **variables: str
+) -> list[RunResult]:
     """What each block comes to, in one sandbox."""
 
     async def all_of_them() -> list[RunResult]:
@@ -51,7 +53,7 @@ def test_values_are_read_by_their_names():
     async def read() -> list[str | None]:
         async with Sandbox({"context": "abc"}, upper, QUICK) as sandbox:
             await sandbox.run("found = [1, 2]")
-            return [await sandbox.value(name) for name in ("found", "context", "nothing")]
+            return [await sandbox.read_variable(name) for name in ("found", "context", "nothing")]
 
     assert asyncio.run(read()) == ["[1, 2]", "abc", None]
 
@@ -68,7 +70,7 @@ def test_time_stops_while_a_model_answers():
         await asyncio.sleep(1.0)
         return texts
 
-    assert printed("print(llm_query('a'))", answer=slow, limits=Limits(seconds=0.5)) == "a"
+    assert printed("print(llm_query('a'))", answer=slow, limits=SandboxLimits(seconds=0.5)) == "a"
 
 
 def test_errors_are_printed_and_nothing_is_lost():
@@ -81,7 +83,7 @@ def test_errors_are_printed_and_nothing_is_lost():
 
 
 def test_output_is_truncated():
-    (found,) = ran("for _ in range(3000): print('x' * 999)", limits=Limits(output=50))
+    (found,) = ran("for _ in range(3000): print('x' * 999)", limits=SandboxLimits(output=50))
     assert found.output == "x" * 50 + "... + [2999950 chars...]"
 
 
@@ -214,7 +216,7 @@ def test_system_calls_of_another_architecture_kill_the_process():
 )
 def test_blocks_that_end_the_process(block: str, why: str):
     begun = time.monotonic()
-    one, two, three = ran("x = 1", block, "print('x' in globals())", limits=Limits(seconds=1.0))
+    one, two, three = ran("x = 1", block, "print('x' in globals())", limits=SandboxLimits(seconds=1.0))
     assert one.output == ""
     assert why in two.output
     assert two.output.endswith("its variables are lost")
@@ -227,11 +229,11 @@ def test_memory_is_limited():
     assert "MemoryError" in one.output
     assert two.output == "continues\n"
     with pytest.raises(apr.SandboxUnavailable, match="does not fit"):
-        ran("", limits=Limits(memory=100 << 20), context="x" * (60 << 20))
+        ran("", limits=SandboxLimits(memory=100 << 20), context="x" * (60 << 20))
 
 
 def test_processor_time_is_limited_in_all():
-    outputs = [found.output for found in ran(*["while True: pass"], limits=Limits(seconds=20, cpu=1))]
+    outputs = [found.output for found in ran(*["while True: pass"], limits=SandboxLimits(seconds=20, cpu=1))]
     assert outputs == ["it ended; its variables are lost"]
 
 
@@ -308,7 +310,7 @@ def test_nothing_is_left():
 
 def test_nothing_is_left_after_cancelling():
     async def once() -> list[int]:
-        async with Sandbox({}, upper, Limits(seconds=60)) as sandbox:
+        async with Sandbox({}, upper, SandboxLimits(seconds=60)) as sandbox:
             assert sandbox._process
             found = family(sandbox._process.pid)
             with pytest.raises(TimeoutError):
@@ -324,7 +326,7 @@ def test_nothing_is_left_after_cancelling_at_the_start(after: float):
 
     async def once() -> None:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(after), Sandbox({}, upper, Limits(seconds=60)) as sandbox:
+            async with asyncio.timeout(after), Sandbox({}, upper, SandboxLimits(seconds=60)) as sandbox:
                 await sandbox.run("while True: pass")
 
     asyncio.run(once())
@@ -334,10 +336,10 @@ def test_nothing_is_left_after_cancelling_at_the_start(after: float):
 def test_it_dies_with_its_parent():
     code = """
         import asyncio
-        from sgl_apr.methods.sandbox.process import Limits, Sandbox
+        from sgl_apr.methods.sandbox.process import SandboxLimits, Sandbox
 
         async def main():
-            async with Sandbox({}, None, Limits(seconds=60)) as sandbox:
+            async with Sandbox({}, None, SandboxLimits(seconds=60)) as sandbox:
                 print(sandbox._process.pid, flush=True)
                 await sandbox.run("while True: pass")
 

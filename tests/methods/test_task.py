@@ -19,7 +19,7 @@ from sgl_apr.methods.task import (
     Task,
     ValuedSearchTask,
     VotedSearchTask,
-    require,
+    require_family,
 )
 
 FAMILIES = {
@@ -43,9 +43,9 @@ def engine() -> apr.ScriptedEngine:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_a_task_without_a_family_is_an_error(engine: apr.ScriptedEngine, family: type[Task]):
     with pytest.raises(Inapplicable, match=f"^task cannot {FAMILIES[family]}$"):
-        require(Task(engine), family)
+        require_family(Task(engine), family)
     task = QuestionTask(engine)
-    assert require(task, family) is task
+    assert require_family(task, family) is task
 
 
 def test_a_task_may_support_one_family_only(engine: apr.ScriptedEngine):
@@ -57,9 +57,9 @@ def test_a_search_without_values_is_no_valued_search(engine: apr.ScriptedEngine)
     class Unvalued(SearchTask[str, str]):
         name = "unvalued"
 
-    task = require(Unvalued(engine), SearchTask)
+    task = require_family(Unvalued(engine), SearchTask)
     with pytest.raises(Inapplicable, match=r"^unvalued cannot judge a step$"):
-        require(task, ValuedSearchTask)
+        require_family(task, ValuedSearchTask)
 
 
 def test_an_answer_that_no_task_reads_is_an_error(engine: apr.ScriptedEngine):

@@ -26,7 +26,7 @@ Answer = Callable[[list[str], bool], Awaitable[list[str]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SandboxLimits:
     """Limits of the programs in a sandbox.
 
     Attributes:
@@ -75,8 +75,10 @@ class Sandbox:
         SandboxUnavailable: On entry, if this machine cannot isolate programs; they never run without isolation.
     """
 
-    def __init__(self, variables: dict[str, str], answer: Answer, limits: Limits | None = None) -> None:
-        self.variables, self.answer, self.limits = variables, answer, limits or Limits()
+    def __init__(
+        self, variables: dict[str, str], answer: Answer, limits: SandboxLimits | None = None
+    ) -> None:
+        self.variables, self.answer, self.limits = variables, answer, limits or SandboxLimits()
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Sandbox:
@@ -104,7 +106,7 @@ class Sandbox:
             text += f"... + [{chars - len(text)} chars...]"
         return RunResult(text, None if final is None else _encodable(final))
 
-    async def value(self, name: str) -> str | None:
+    async def read_variable(self, name: str) -> str | None:
         """A variable as text; None if there is none of that name."""
         try:
             value = (await self._exchange({"value": name})).get("value")
