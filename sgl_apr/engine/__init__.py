@@ -1,4 +1,4 @@
-"""Engines take token ids and return token ids: over HTTP, in this process, or scripted."""
+"""Engines take token ids and return token ids, over HTTP, in this process or from a script."""
 
 import lazy_loader
 

@@ -15,6 +15,7 @@ import aiohttp
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit_breaker import CircuitBreaker
 from sgl_apr.engine.http_errors import error_message, translate_errors
+from sgl_apr.engine.http_session import open_session
 from sgl_apr.engine.routing import (
     ROUTING_KEY_FIELD,
     ROUTING_KEY_HEADER,
@@ -24,7 +25,15 @@ from sgl_apr.engine.routing import (
     routing_key,
 )
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
-from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
+from sgl_apr.engine.sglang_request import (
+    SGLangEngine,
+    check_finished,
+    make_result,
+    new_logprobs,
+    new_token_ids,
+    sum_loads,
+    with_layout,
+)
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
@@ -32,15 +41,15 @@ from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_S = 20.0  # a healthy SGLang takes a second or more: it looks once a second whether it decoded anything
 ABORT_S = 5.0
-KEEPALIVE_S = 1.0  # SGLang closes an idle connection after 5 (SGLANG_TIMEOUT_KEEP_ALIVE)
 LOAD_TTL_S = 0.5  # how long a reported load is used
 
 
 class HttpEngine(SGLangEngine):
     """A running SGLang server. It belongs to the event loop in which it was connected.
 
-    >>> async with await HttpEngine.connect("http://127.0.0.1:30000") as engine:  # doctest: +SKIP
-    ...     await apr.areason(engine, "Question: ...")
+    Examples:
+        >>> async with await HttpEngine.connect("http://127.0.0.1:30000") as engine:  # doctest: +SKIP
+        ...     await apr.areason(engine, "Question: ...")
     """
 
     def __init__(
@@ -89,17 +98,7 @@ class HttpEngine(SGLangEngine):
             UnsupportedEngine: The server has another grammar backend, or its tokenizer cannot be loaded here.
         """
         url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # A server connects at once, but an event loop that starts hundreds of requests may get to it late.
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=max(10.0, timeout / 10), sock_read=timeout)
-        # No limit on connections: the branches of a trajectory must not wait for one another here. Idle connections
-        # are closed long before the server closes them, because a request sent at that moment would be lost.
-        session = aiohttp.ClientSession(
-            headers=headers,
-            timeout=limits,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-            read_bufsize=1 << 20,
-        )
+        session = open_session(api_key, timeout)
         engine = cls(url, session, tokenizer, timeout, reconnect_timeout)  # type: ignore[arg-type]  # set below, before anyone sees it
         try:
             info, server = await engine._fetch_server_info()
@@ -177,9 +176,8 @@ class HttpEngine(SGLangEngine):
     def _abort_soon(self, rid: str) -> asyncio.Task[None]:
         """Return the task that aborts one request. It is kept until it is done, so callers need not wait for it."""
         task = self._aborts.get(rid)
-        if (
-            task is None or task.done() or task.cancelling()
-        ):  # a task that is done but still listed was cancelled
+        # A task that is done but still listed was cancelled.
+        if task is None or task.done() or task.cancelling():
             task = self._aborts[rid] = asyncio.create_task(self._abort(rid))
         return task
 
@@ -215,14 +213,7 @@ class HttpEngine(SGLangEngine):
             loads = await asyncio.gather(*map(self._loads, self._servers()))
             if not (ranks := [rank for server_ranks in loads for rank in server_ranks]):
                 raise EngineError(f"no replica of {self.url} reports its load")
-            load = Load(
-                running=sum(x["num_running_reqs"] for x in ranks),
-                waiting=sum(x["num_waiting_reqs"] for x in ranks),
-                used_tokens=sum(x["num_used_tokens"] for x in ranks),
-                max_tokens=sum(x["max_total_num_tokens"] for x in ranks),
-                max_running_requests=sum(x.get("max_running_requests", 0) for x in ranks) or None,
-                steps=self._step_timer.steps,
-            )
+            load = sum_loads(ranks, self._step_timer.steps)
         self._load_expires_at = time.monotonic() + LOAD_TTL_S
         return load
 
@@ -281,13 +272,7 @@ class HttpEngine(SGLangEngine):
                         self._step_timer.record_step(tokens - received, now - at)
                     received, at = tokens, now
                 yield data
-        reason = meta.get("finish_reason")
-        if not isinstance(reason, dict):
-            raise EngineError(f"{self.url} ended its answer without a finish reason: it died or is stopping")
-        if reason["type"] == "abort":
-            raise EngineError(
-                f"{self.url} aborted the request: {reason.get('message')}", reason.get("status_code")
-            )
+        check_finished(self.url, meta)
 
     async def _generate(
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None

@@ -15,7 +15,16 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.routing import dp_rank, routing_key
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
-from sgl_apr.engine.sglang_request import SGLangEngine, make_result, new_logprobs, new_token_ids, with_layout
+from sgl_apr.engine.sglang_request import (
+    LOAD_FIELDS,
+    SGLangEngine,
+    check_finished,
+    make_result,
+    new_logprobs,
+    new_token_ids,
+    sum_loads,
+    with_layout,
+)
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
@@ -64,13 +73,8 @@ class InProcessEngine(SGLangEngine):
         ranks = await self.manager.get_loads()
         if not ranks:
             raise EngineError("the engine does not report its load yet")
-        return Load(
-            running=sum(x.num_running_reqs for x in ranks),
-            waiting=sum(x.num_waiting_reqs for x in ranks),
-            used_tokens=sum(x.num_used_tokens for x in ranks),
-            max_tokens=sum(x.max_total_num_tokens for x in ranks),
-            max_running_requests=sum(x.max_running_requests for x in ranks) or None,
-            steps=self._step_timer.steps,
+        return sum_loads(
+            [{name: getattr(rank, name) for name in LOAD_FIELDS} for rank in ranks], self._step_timer.steps
         )
 
     async def _generate(
@@ -93,11 +97,7 @@ class InProcessEngine(SGLangEngine):
                     received += new
                     if on_tokens:
                         on_tokens(new)
-        reason = meta.get("finish_reason") or {"type": "abort", "message": "it ended without a finish reason"}
-        if reason["type"] == "abort":
-            raise EngineError(
-                f"the engine aborted the request: {reason.get('message')}", reason.get("status_code")
-            )
+        check_finished("the engine", meta)
         return make_result(received, logprobs, meta, request)
 
     async def _chunks(

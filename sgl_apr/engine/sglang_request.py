@@ -7,9 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from sgl_apr.engine.base import Request, Result, TokenSink
+from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.errors import EngineError
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
+
+# What SGLang reports of each of its ranks, as far as `sum_loads` uses it.
+LOAD_FIELDS = (
+    "num_running_reqs",
+    "num_waiting_reqs",
+    "num_used_tokens",
+    "max_total_num_tokens",
+    "max_running_requests",
+)
 
 
 class SGLangEngine(ABC):
@@ -82,6 +92,40 @@ def make_result(
         cached_tokens=int(meta["cached_tokens"]),
         logprobs=tuple(logprobs) if request.logprobs else None,
         weight_version=None if version is None else str(version),
+    )
+
+
+def check_finished(name: str, meta: Mapping[str, Any]) -> None:
+    """Check that a request has ended by itself.
+
+    Args:
+        name: The engine, for the message.
+        meta: `meta_info` of the last chunk.
+
+    Raises:
+        EngineError: The output ended early, or the engine aborted the request.
+    """
+    reason = meta.get("finish_reason")
+    if not isinstance(reason, dict):
+        raise EngineError(f"{name} ended its answer without a finish reason: it died or is stopping")
+    if reason["type"] == "abort":
+        raise EngineError(f"{name} aborted the request: {reason.get('message')}", reason.get("status_code"))
+
+
+def sum_loads(ranks: Sequence[Mapping[str, Any]], steps: tuple[tuple[float, float], ...]) -> Load:
+    """Return the load of an engine from SGLang's report for each of its ranks.
+
+    Args:
+        ranks: The reports.
+        steps: `Load.steps`.
+    """
+    return Load(
+        running=sum(rank["num_running_reqs"] for rank in ranks),
+        waiting=sum(rank["num_waiting_reqs"] for rank in ranks),
+        used_tokens=sum(rank["num_used_tokens"] for rank in ranks),
+        max_tokens=sum(rank["max_total_num_tokens"] for rank in ranks),
+        max_running_requests=sum(rank.get("max_running_requests", 0) for rank in ranks) or None,
+        steps=steps,
     )
 
 

@@ -1,4 +1,4 @@
-"""What extends SGLang's server, and how it is launched."""
+"""Extends SGLang's server, and launches it."""
 
 import lazy_loader
 

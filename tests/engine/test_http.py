@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer, unused_port
 
 import sgl_apr as apr
 from sgl_apr.engine.base import Load
-from sgl_apr.engine.http import KEEPALIVE_S
+from sgl_apr.engine.http_session import KEEPALIVE_S
 from tests.support.fake_sglang_server import TOKENIZER, SglangServer
 
 

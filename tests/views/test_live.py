@@ -210,7 +210,7 @@ def test_nested_branches_have_a_line_each_in_a_narrow_panel():
     lines = screen(view, width=80)
     first = line_of(lines, "3.1")
     assert "token limit" in lines[first]
-    assert "left the dia" in lines[first + 1]
+    assert "malformed" in lines[first + 1]
     assert "╰" in lines[first + 2]
 
 

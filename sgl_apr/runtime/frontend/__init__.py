@@ -1,1 +1,1 @@
-"""The loop inside `@sgl.function` programs."""
+"""Runs the loop inside `@sgl.function` programs."""

@@ -1,4 +1,4 @@
-"""An SGLang front-end backend that sends ids, and runs `apr.reason`; the loop itself is in runtime.loop."""
+"""The backend for `@sgl.function` programs that sends token ids and runs `apr.reason` and `apr.solve`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,22 @@ LOGPROB_PARAMS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "re
 class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     """A running SGLang server as the backend of `@sgl.function` programs.
 
-    Everything that works on SGLang's own `RuntimeEndpoint` works here (gen, select, fork, roles,
-    streaming, batches), and `apr.reason` and `apr.solve` besides. A program sends the ids that it received, never its
-    text again. Where a program fails, reading its variables raises the error.
+    Everything that works on SGLang's own `RuntimeEndpoint` works here (gen, select, fork, roles, streaming, batches),
+    and also `apr.reason` and `apr.solve`. A program sends the ids that it received, and does not encode its text
+    again. If a program fails, reading its variables raises the error.
 
-    Raises `EngineError` if no server answers at `base_url`, and `UnsupportedEngine` if it can't serve
-    (see `HttpEngine.connect`, also for `tokenizer`, `timeout` and `reconnect_timeout`).
+    Args:
+        base_url: The server.
+        api_key: Sent as a bearer token.
+        verify: As in `RuntimeEndpoint`.
+        chat_template_name: The name of a chat template of SGLang. None guesses it.
+        tokenizer: As in `HttpEngine.connect`, also the following.
+        timeout: The longest time, in seconds, between two chunks of a response.
+        reconnect_timeout: How many seconds requests wait for a server that is down.
+
+    Raises:
+        EngineError: No server answers at `base_url`.
+        UnsupportedEngine: The server cannot be used (see `HttpEngine.connect`).
     """
 
     raises_errors = True
@@ -63,7 +73,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     ) -> None:
         patch_frontend()
         base_url = base_url.rstrip("/")
-        # By program: what a native fork of the loop commits, and what that came to.
+        # By program: what a native fork of the loop has to commit, and the results.
         self.pending_commits: dict[str, Request] = {}
         self.commit_results: dict[str, Result] = {}
         self._running: dict[str, Future[Any]] = {}
@@ -80,15 +90,15 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             )
             try:
                 super().__init__(base_url, api_key, verify, chat_template_name)
-            except (RuntimeError, OSError) as error:  # a router with --dp-aware knows no model
+            except (RuntimeError, OSError) as error:  # a router with --dp-aware reports no model
                 self._wait(self.http.close())
-                raise EngineError(f"{base_url} does not say what its model is: {error}") from error
+                raise EngineError(f"{base_url} does not report its model: {error}") from error
         except BaseException:
             self._loop.close()
             raise
-        # The runtime joins by text; SGLang's own way posts to a route that no server has.
+        # The runtime joins as text. SGLang's own concatenation posts to a route that no server has.
         self.support_concate_and_append = False
-        # SGLang guesses the template by the model's path; the tokenizer knows better.
+        # SGLang guesses the template from the model's path. The tags of the tokenizer are more reliable.
         guessed = chat_template_name is None and self.get_chat_template().name == "default"
         if guessed and self.tokenizer.special_token_id("<|im_start|>") is not None:
             self.chat_template = get_chat_template("chatml")
@@ -99,7 +109,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         return self.http.tokenizer
 
     def close(self) -> None:
-        """Cancel what is running, abort it on the server, and close the connections and threads."""
+        """Cancel running programs, abort their requests on the server, and close connections and threads."""
         if self._loop.is_running:
             self._loop.close(self.http.close)
 
@@ -110,11 +120,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         self.close()
 
     def cancel(self, state: ProgramState) -> None:
-        """Stop what `state` is generating: it is aborted on the server, and reading the program raises."""
+        """Stop a program. Its requests are aborted on the server, and reading the program raises an error."""
         if future := self._running.get(state.stream_executor.sid):
             future.cancel()
 
-    # What SGLang's interpreter calls.
+    # Called by SGLang's interpreter.
 
     def commit_lazy_operations(self, s: StreamExecutor) -> None:
         if s.images_:
@@ -126,18 +136,18 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
         match sampling_params.dtype:
-            case Reason() as asked:
-                running = self._reason(s, self._plan(asked, sampling_params), asked.on_event)
+            case Reason() as expression:
+                running = self._reason(s, self._options(expression, sampling_params), expression.on_event)
                 return self._finish(s, self._wait(running, s), s.text_)
             case DecodeCall() as call:
                 return self._branch(s, call)
-            case EngineCall() as asked:
-                solved = self._wait(asked.run(ProgramEngine(self, s)), s)
-                return solved.answer, {**_meta(solved.trajectory), "result": solved}
+            case EngineCall() as expression:
+                result = self._wait(expression.run(ProgramEngine(self, s)), s)
+                return result.answer, {**_meta(result.trajectory), "result": result}
         if s.images_:
             return super().generate(s, sampling_params)  # type: ignore[no-any-return]
         answer = self._wait(self.http.post(self._body(s, sampling_params)), s)
-        if isinstance(answer, list):  # n > 1: the program goes on from the first, as SGLang defines it
+        if isinstance(answer, list):  # n > 1: the program continues with the first one, as in SGLang
             self._record_answer(s, s.text_, answer[0])
             return [a["text"] for a in answer], answer[0]["meta_info"]
         self._record_answer(s, s.text_, answer)
@@ -168,19 +178,17 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         wait_for(future)
         self._record_answer(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
 
-    # How it is done.
-
     def route(self, s: StreamExecutor) -> str:
-        """The key by which a program and its forks keep to one replica; forks copy variables."""
+        """Return the routing key that keeps a program and its forks on one replica. Forks copy it as a variable."""
         return str(s.variables.setdefault(ROUTE_VARIABLE, uuid.uuid4().hex))
 
     def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
         return program_tokens(s.text_, s.variables, self.tokenizer).ids
 
     def _record_answer(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
-        """Enter an answer into the ledger; SGLang appends its text to the program afterwards."""
-        ledger = program_tokens(before, s.variables, self.tokenizer)
-        s.variables[TOKENS_VARIABLE] = ledger.with_decoded(
+        """Add the tokens of an answer to the program. SGLang appends its text afterwards."""
+        tokens = program_tokens(before, s.variables, self.tokenizer)
+        s.variables[TOKENS_VARIABLE] = tokens.with_decoded(
             answer["text"], answer["output_ids"], self.tokenizer
         )
 
@@ -196,23 +204,23 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             },
             **{k: v for k in LOGPROB_PARAMS if (v := getattr(params, k)) is not None},
         }
-        return body if params.n > 1 else {"rid": _rid(), **body}  # SGLang names the parts of a batch itself
+        return body if params.n > 1 else {"rid": _rid(), **body}  # SGLang makes the ids of a batch itself
 
     async def _forward_chunks(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
         async for chunk in self.http.events(body):
             chunks.put(chunk)
 
     def _branch(self, s: StreamExecutor, call: DecodeCall) -> tuple[str, dict[str, Any]]:
-        """A gen inside a native fork: it decodes what the loop asked for, and tells the loop."""
-        known = program_tokens(s.text_, s.variables, self.tokenizer)
+        """Run a gen inside a native fork: decode the request of the loop and return the result to it."""
+        tokens = program_tokens(s.text_, s.variables, self.tokenizer)
         context = call.request.input_ids
-        if context[: len(known.ids)] == known.ids:
-            s.text_ += self.tokenizer.decode(context[len(known.ids) :], known.ids)  # what the loop injected
+        if context[: len(tokens.ids)] == tokens.ids:
+            s.text_ += self.tokenizer.decode(context[len(tokens.ids) :], tokens.ids)  # what the loop injected
         else:  # a branch with a context of its own
             s.text_ = self.tokenizer.decode(context)
         s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_, context)
         future = self._loop.submit(self.http.decode(call.request, call.on_tokens))
-        # A branch that the loop has given up on is aborted; the future of an ended loop is never awaited.
+        # A branch that the loop has cancelled is aborted. The future of an ended loop is never awaited.
         self._loop.call_soon(
             call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
         )
@@ -227,38 +235,45 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
 
     def _reason(
-        self, s: StreamExecutor, plan: ReasonOptions, on_event: OnEvent | None
+        self, s: StreamExecutor, options: ReasonOptions, on_event: OnEvent | None
     ) -> Coroutine[Any, Any, Trajectory]:
-        return run_with_options(ProgramEngine(self, s), self._ids(s), plan, on_event)
+        return run_with_options(ProgramEngine(self, s), self._ids(s), options, on_event)
 
-    def _plan(self, asked: Reason, params: SglSamplingParams) -> ReasonOptions:
-        return asked.plan(self.tokenizer, {name: getattr(params, name) for name in PROGRAM_SAMPLING_PARAMS})
+    def _options(self, expression: Reason, params: SglSamplingParams) -> ReasonOptions:
+        return expression.resolve_options(
+            self.tokenizer, {name: getattr(params, name) for name in PROGRAM_SAMPLING_PARAMS}
+        )
 
     def _finish(self, s: StreamExecutor, trajectory: Trajectory, before: str) -> tuple[str, dict[str, Any]]:
-        """Put the trace into the program but for the answer, which SGLang appends, and report."""
+        """Put the trace without the answer into the program, because SGLang appends the answer.
+
+        Returns:
+            The answer and its meta information.
+        """
         trace, answer = trajectory.text, trajectory.answer
         s.variables[TOKENS_VARIABLE] = ProgramTokens(before + trace, trajectory.context_ids)
         s.text_ = before + trace[: len(trace) - len(answer)]
         return answer, _meta(trajectory)
 
     def _stream_reason(
-        self, s: StreamExecutor, asked: Reason, params: SglSamplingParams
+        self, s: StreamExecutor, expression: Reason, params: SglSamplingParams
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The program's text grows as the trunk is written, a block at a time where it forks.
+        """Stream an `apr.reason` expression.
 
-        The variable gets the answer when it is known to be the answer: as it is written if the trunk
-        may not fork, else at the end. Of an answer that is repeated after an error the stream has both.
+        The text of the program grows as the trunk is written, and block by block where it forks. The variable streams
+        the answer as it is written if the trunk cannot fork, else it gets the answer at the end. If an answer is
+        retried after an error, the stream contains both.
         """
         events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        before, plan = s.text_, self._plan(asked, params)
+        before, options = s.text_, self._options(expression, params)
 
         def on_event(event: Event) -> None:
             events.put(event)
-            if asked.on_event:
-                asked.on_event(event)
+            if expression.on_event:
+                expression.on_event(event)
 
-        future = self._start(self._reason(s, plan, on_event), s, lambda: events.put(None))
-        text = ProgramText(streams_answer=plan.max_forks == 0)
+        future = self._start(self._reason(s, options, on_event), s, lambda: events.put(None))
+        text = ProgramText(streams_answer=options.max_forks == 0)
         while (event := events.get()) is not None:
             s.text_, answer = text.feed(s.text_, event)
             if answer:
@@ -268,7 +283,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         trajectory = wait_for(future)
         answer, meta = self._finish(s, trajectory, before)
         s.text_ += answer
-        s.variables[asked.name] = answer
+        s.variables[expression.name] = answer
         yield "", meta
 
     def _start(self, work: Coroutine[Any, Any, T], s: StreamExecutor, then: Any) -> Future[T]:
@@ -278,7 +293,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         return future
 
     def _wait(self, work: Coroutine[Any, Any, T], s: StreamExecutor | None = None) -> T:
-        """The result of `work`, run in the endpoint's event loop; given up when the program is at its end."""
+        """Run `work` in the endpoint's event loop and return its result. Cancelling the program `s` cancels it."""
         return wait_for(self._start(work, s, lambda: None) if s else self._loop.submit(work))
 
 
@@ -292,7 +307,7 @@ def _resolve_future(done: asyncio.Future[Result], result: Result | None, error: 
 
 
 def _meta(trajectory: Trajectory) -> dict[str, Any]:
-    """What `get_meta_info` returns: SGLang's own fields, summed over the calls, and the trajectory."""
+    """Return what `get_meta_info` returns: SGLang's own fields, summed over the requests, and the trajectory."""
     metrics = trajectory.metrics()
     return {
         "id": None,

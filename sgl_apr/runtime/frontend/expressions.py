@@ -1,4 +1,4 @@
-"""`apr.reason` and `apr.solve`: expressions for `@sgl.function` programs; the backend that runs them is `apr.Endpoint`."""
+"""Expressions for `@sgl.function` programs: `apr.reason`, and the interface of `apr.solve`. `apr.Endpoint` runs them."""
 
 from __future__ import annotations
 
@@ -22,35 +22,47 @@ class EngineResult(Protocol):
 
     @property
     def answer(self) -> str:
-        """What the program's variable gets."""
+        """The value of the program's variable."""
         ...
 
     @property
     def trajectory(self) -> Trajectory:
-        """How the answer was found."""
+        """The trajectory that led to the answer."""
         ...
 
 
 @runtime_checkable
 class EngineCall(Protocol):
-    """An expression that runs over the engine of a program, such as `apr.solve`. It travels in `dtype`."""
+    """An expression that runs on the engine of a program, such as `apr.solve`. It is passed in `dtype`."""
 
     async def run(self, engine: Engine) -> EngineResult:
-        """Run it."""
+        """Run the expression and return its result."""
         ...
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What an `apr.reason` expression asks for. It travels in `dtype`, which any other backend refuses."""
+    """An `apr.reason` expression. It is passed in `dtype`, which other backends reject.
+
+    Attributes:
+        name: The program's variable.
+        dialect: The dialect, or None for the model's own.
+        options: Options of `apr.reason`.
+        on_event: Receives the events.
+    """
 
     name: str
     dialect: Dialect | str | None
     options: Mapping[str, Any]
     on_event: OnEvent | None = None
 
-    def plan(self, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> ReasonOptions:
-        """The plan for a model with this tokenizer; its own sampling parameters win over these."""
+    def resolve_options(self, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> ReasonOptions:
+        """Return the options for a model.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            sampling: The program's sampling parameters. Those of the expression override them.
+        """
         return make_options(self.dialect, tokenizer, **{**sampling, **self.options})
 
     def __str__(self) -> str:
@@ -62,16 +74,23 @@ class Reason:
 def reason(
     name: str, dialect: Dialect | str | None = None, *, on_event: OnEvent | None = None, **options: Any
 ) -> SglGen:
-    """Let the model think, forking and joining as it decides; `state[name]` is its answer.
+    """Let the model reason, forking and joining as it decides.
 
-    Without a `dialect` it is the one whose tags the model's tokenizer has, else "threadweaver". The answer
-    is the text after the last join; `state.text()` holds the whole trace, and
-    `state.get_meta_info(name)["trajectory"]` the `Trajectory`. Options are the fields of `Plan` (budget,
-    mode, policy, ...), and are checked here: what the dialect does not allow raises at once. Any other is a
-    sampling parameter of SGLang's (temperature, top_p, ...), over those of the program. `on_event` hears
-    what happens as it happens, in a thread of the backend's.
+    The variable `state[name]` is the answer, the text after the last join. `state.text()` has the complete trace, and
+    `state.get_meta_info(name)["trajectory"]` the `Trajectory`.
 
-    >>> s += sgl.assistant(apr.reason("answer", dialect="threadweaver", budget=apr.Budget(width=4)))  # doctest: +SKIP
+    Args:
+        name: The program's variable.
+        dialect: The dialect. None takes the one whose tags the model's tokenizer has, else "threadweaver".
+        on_event: Receives the events as they happen, in a thread of the backend.
+        **options: Fields of `ReasonOptions` (budget, mode, policy, ...) and sampling parameters of SGLang
+            (temperature, top_p, ...), which override those of the program.
+
+    Raises:
+        AprError: An option is wrong, or not possible with the dialect.
+
+    Examples:
+        >>> s += sgl.assistant(apr.reason("answer", dialect="threadweaver", budget=apr.Budget(width=4)))  # doctest: +SKIP
     """
     from sglang.lang.ir import SglGen
 

@@ -1,4 +1,4 @@
-"""The engine inside a running `@sgl.function` program: its forks are SGLang's native forks of that program."""
+"""The engine inside a running `@sgl.function` program. Its forks are SGLang's native forks of that program."""
 
 from __future__ import annotations
 
@@ -20,20 +20,32 @@ from sgl_apr.tokenizer import Tokenizer
 
 
 class ProgramServer(Protocol):
-    """What an engine needs of the backend that its program runs on."""
+    """What an engine needs from the backend that its program runs on.
+
+    Attributes:
+        http: The connection to the server.
+        pending_commits: What a native fork has to commit, by program.
+        commit_results: The results of these commits, by program.
+    """
 
     http: HttpEngine
     pending_commits: dict[str, Request]
     commit_results: dict[str, Result]
 
     def route(self, s: StreamExecutor) -> str:
-        """The key that keeps a program and its forks on one replica."""
+        """Return the routing key that keeps a program and its forks on one replica."""
         ...
 
 
 @dataclass
 class DecodeCall:
-    """One decode call on its way through a forked program; travels in the `dtype` of a native gen."""
+    """A decode call for a forked program, passed in the `dtype` of a native gen.
+
+    Attributes:
+        request: The request.
+        on_tokens: Receives the ids of each chunk.
+        done: Gets the result. Cancelling it aborts the request.
+    """
 
     request: Request
     on_tokens: TokenSink | None
@@ -43,14 +55,19 @@ class DecodeCall:
 class ProgramEngine:
     """Decodes for one executor: the program's own, or a native fork of it.
 
-    The program's own worker thread is busy running `apr.reason`, so the trunk goes straight to the
-    server and a fork is made from a copy; a forked branch decodes through its own executor.
+    The program's own worker thread is busy running `apr.reason`. So the trunk sends its requests directly to the
+    server, and a fork is made from a copy of the program. A forked branch decodes through its own executor.
+
+    Args:
+        server: The backend of the program.
+        executor: The executor.
+        state: The program state of a native fork, None for the program itself.
     """
 
     def __init__(
         self, server: ProgramServer, executor: StreamExecutor, state: ProgramState | None = None
     ) -> None:
-        # A native fork ends with its `ProgramState`, so a forked engine holds on to it.
+        # A native fork ends when its `ProgramState` is deleted, so a forked engine keeps a reference.
         self.server, self.executor, self.state = server, executor, state
 
     @property
@@ -71,7 +88,7 @@ class ProgramEngine:
             return await self.server.http.decode(request, on_tokens)
         call = DecodeCall(request, on_tokens)
         self.state += SglGen("branch", dtype=call)
-        return await call.done  # if this is cancelled, so is the future, and with it the request
+        return await call.done  # cancelling this cancels the future, and with it the request
 
     @property
     def context(self) -> int | None:
@@ -88,7 +105,7 @@ class ProgramEngine:
         return await asyncio.to_thread(self._fork, self._routed(request), size)
 
     def _routed(self, request: Request) -> Request:
-        """With the key of the program: its prompt is where the rest of it is."""
+        """Return the request with the routing key of the program, so that its prefix is cached where it runs."""
         return replace(
             request, fields={ROUTING_KEY_FIELD: self.server.route(self.executor), **request.fields}
         )
@@ -104,7 +121,7 @@ class ProgramEngine:
             copy.messages_, copy.cur_role = list(source.messages_), source.cur_role
             copy.cur_role_begin_pos = source.cur_role_begin_pos
             self.server.pending_commits[copy.sid] = request
-            if size == 1:  # SGLang commits before a fork into several only
+            if size == 1:  # SGLang itself commits only before a fork into several
                 copy.submit(SglCommitLazy())
             group = ProgramState(copy).fork(size)
             committed = self.server.commit_results.pop(copy.sid, None)

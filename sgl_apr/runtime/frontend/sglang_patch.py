@@ -1,4 +1,7 @@
-"""The one patch of SGLang's front end: a program whose worker died raises, and hangs nobody; one that streams is read once it has begun."""
+"""Patches SGLang's front end, so that reading a failed program raises its error instead of waiting forever.
+
+It also lets a program that streams be read as soon as it has started.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,35 @@ from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import UnsupportedEngine
 
-SUPPORTED_SGLANG = "0.5.23"
-START_TIMEOUT_S = (
-    5.0  # seconds for a program to begin in, behind which a name that it does not know is an error
-)
+START_TIMEOUT_S = 5.0  # how long a program may take to start, before reading an unknown variable is an error
 
 
 def check_sglang() -> None:
-    """Raise `UnsupportedEngine` unless the SGLang that this package was built against is installed."""
+    """Check that the supported version of SGLang is installed.
+
+    Raises:
+        UnsupportedEngine: It is another version, or SGLang is not installed.
+    """
     try:
-        found = version("sglang")
+        installed = version("sglang")
     except PackageNotFoundError:
-        found = "none"
-    if found != SUPPORTED_SGLANG:
-        raise UnsupportedEngine(f"sglang {found} is installed, expected sglang=={SUPPORTED_SGLANG}")
+        installed = "none"
+    if installed != SUPPORTED_SGLANG:
+        raise UnsupportedEngine(f"sglang {installed} is installed, expected sglang=={SUPPORTED_SGLANG}")
 
 
 def patch_frontend() -> None:
-    """Make reads of a failed program raise its error, for backends that say `raises_errors`.
+    """Make reads of a failed program raise its error, for backends with `raises_errors`.
 
-    In SGLang 0.5.23 a worker thread that fails sets the events it knows and ends: reading a variable
-    then raises KeyError, and reading one that is submitted later waits for ever, as `sync` may. Its
-    last event comes before the mark that it has ended, so that a reader in between waits for ever too.
+    In SGLang 0.5.23, a worker thread that fails sets the events that it knows and ends. Reading a variable then raises
+    KeyError. Reading a variable that is submitted later waits forever, and so may `sync`. The worker sets its last
+    event before it is marked as ended, so a reader in between waits forever too.
+
+    Raises:
+        UnsupportedEngine: Another version of SGLang is installed.
     """
     from sglang.lang.interpreter import ProgramState, StreamExecutor
 
@@ -91,8 +99,8 @@ def _raises_errors(executor: Any) -> bool:
 
 
 def _wait_for_variable(executor: Any, name: str) -> bool:
-    """Wait until `name` is there (True) or its worker has failed without it (False)."""
-    # A streamed program begins in a thread of its own: for a moment nobody knows what it will write.
+    """Wait until a variable is there (True) or its worker has failed without it (False)."""
+    # A streamed program starts in a thread of its own, so at first its variables are unknown.
     deadline = time.monotonic() + (START_TIMEOUT_S if executor.stream_text_event else 0.0)
     while name not in executor.variable_event and name not in executor.variables:
         if not executor.worker.is_alive() or time.monotonic() > deadline:

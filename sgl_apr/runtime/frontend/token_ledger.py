@@ -1,4 +1,4 @@
-"""The token ids behind a program's text: what was decoded is kept id for id, only added text is encoded."""
+"""Keeps the token ids of a program's text: decoded ids are kept as they are, and only added text is encoded."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import Any
 
 from sgl_apr.tokenizer import Tokenizer
 
-# Native forks copy a program's variables and nothing else of a backend's, so the ledger is one of them.
+# Native forks copy the variables of a program and nothing else of the backend, so the ids are one of the variables.
 TOKENS_VARIABLE = "__apr_ledger__"
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramTokens:
-    """A program's text so far, and its ids."""
+    """A program's text so far, and its ids.
+
+    Attributes:
+        text: The text.
+        ids: The token ids of the text.
+    """
 
     text: str = ""
     ids: tuple[int, ...] = ()
 
     def extended_to(self, text: str, tokenizer: Tokenizer) -> ProgramTokens:
-        """The ledger of `text`. Where text was rewritten rather than added to, it starts anew."""
+        """Return the tokens of a longer text. Text that was changed rather than extended is encoded as a whole."""
         if not text.startswith(self.text):
             return ProgramTokens().extended_to(text, tokenizer)
         rest = text[len(self.text) :]
@@ -31,22 +36,33 @@ class ProgramTokens:
         )
 
     def with_decoded(self, text: str, ids: Sequence[int], tokenizer: Tokenizer) -> ProgramTokens:
-        """With `ids` decoded behind it, of which the program keeps `text`.
+        """Return the tokens after decoded output was appended.
 
-        They differ by a final end-of-text token, by a stop string that was cut off, and by special tokens
-        that were left out: ids are kept as far as their text is the program's, and the rest is encoded.
+        The text can lack a final end-of-text token, a stop string, or special tokens. The ids are kept while their
+        text is the program's, and the rest of the text is encoded.
+
+        Args:
+            text: What the program keeps of the output.
+            ids: The decoded ids.
+            tokenizer: The tokenizer.
         """
         kept = [i for i in ids[-1:] if i not in tokenizer.eos_ids]
         kept = [*ids[:-1], *kept]
         while kept and not text.startswith(tokenizer.decode(kept, self.ids)):
             kept.pop()
-        known = ProgramTokens(self.text + tokenizer.decode(kept, self.ids), (*self.ids, *kept))
-        return known.extended_to(self.text + text, tokenizer)
+        extended = ProgramTokens(self.text + tokenizer.decode(kept, self.ids), (*self.ids, *kept))
+        return extended.extended_to(self.text + text, tokenizer)
 
 
 def program_tokens(text: str, variables: MutableMapping[str, Any], tokenizer: Tokenizer) -> ProgramTokens:
-    """The ledger of a program, brought up to its text and stored with its variables."""
-    known = variables.get(TOKENS_VARIABLE)
-    ledger = (known if isinstance(known, ProgramTokens) else ProgramTokens()).extended_to(text, tokenizer)
-    variables[TOKENS_VARIABLE] = ledger
-    return ledger
+    """Return the tokens of a program, updated to its text, and store them with its variables.
+
+    Args:
+        text: The program's text.
+        variables: The program's variables.
+        tokenizer: The tokenizer.
+    """
+    stored = variables.get(TOKENS_VARIABLE)
+    tokens = (stored if isinstance(stored, ProgramTokens) else ProgramTokens()).extended_to(text, tokenizer)
+    variables[TOKENS_VARIABLE] = tokens
+    return tokens

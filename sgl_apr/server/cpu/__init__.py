@@ -1,1 +1,1 @@
-"""Attention and platform for servers without a GPU."""
+"""The attention backend and the platform of servers without a GPU."""

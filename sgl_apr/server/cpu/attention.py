@@ -1,14 +1,13 @@
-"""The attention backend "apr_cpu": batched, grouped-query aware, no padded queries.
+"""The attention backend "apr_cpu": batched, aware of grouped queries, without padded queries.
 
-Decoding in float32 goes through a small C kernel where one can be compiled, everything else through torch.
+Decoding in float32 uses a small C kernel if one can be compiled. Everything else uses torch.
 
-It computes what SGLang's `torch_native` does and leaves to it what is rare on a CPU: sliding windows, cross
-and encoder attention, and a cache in another type than the queries.
+The results are those of SGLang's `torch_native`, which still handles what is rare on a CPU: sliding windows, cross and
+encoder attention, and a cache with another type than the queries.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
 
+from sgl_apr.server.constants import SHARED_PREFIX_ENV
 from sgl_apr.server.cpu.attention_plan import (
     AttentionPlan,
     QuerySpan,
@@ -26,26 +26,26 @@ from sgl_apr.server.cpu.attention_plan import (
 )
 from sgl_apr.server.cpu.decode_schedule import DecodeSchedule, plan_pieces
 from sgl_apr.server.cpu.kernel import decode_kernel
-
-# "0" in the environment: when decoding, every request reads all of its keys and values by itself.
-SHARED_PREFIX_ENV = "SGLANG_APR_SHARED_PREFIX"
+from sgl_apr.server.hooks import is_enabled
 
 
 class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
     """Overrides the two methods of `torch_native` that run attention on gathered keys and values.
 
-    Where decoding requests begin with the same slots, as the branches of a fork do, these are read once for all;
-    not so without `share`, for comparisons. By default the environment says so (`SHARED_PREFIX`).
+    Args:
+        model_runner: SGLang's model runner.
+        share: Whether slots that several decoding requests begin with, as the branches of a fork do, are read once for
+            all of them. None reads the environment variable `SHARED_PREFIX_ENV`.
     """
 
     def __init__(self, model_runner: Any, *, share: bool | None = None) -> None:
         super().__init__(model_runner)
-        self._share = os.environ.get(SHARED_PREFIX_ENV) != "0" if share is None else share
-        # For the current forward pass, and never for another: by then a slot may be another request's.
+        self._share = is_enabled(SHARED_PREFIX_ENV) if share is None else share
+        # Valid for the current forward pass only: in the next one a slot may belong to another request.
         self._schedule: DecodeSchedule | None = None
         self._plans: dict[int, AttentionPlan] = {}  # by number of key heads
         self._scratch = GatherBuffer()
-        decode_kernel()  # compiled now rather than at the first token
+        decode_kernel()  # compile it now rather than at the first token
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -120,18 +120,18 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
 
 
 class GatherBuffer:
-    """Memory for gathered keys or values, kept: the pages of fresh memory cost more than the copy."""
+    """Reusable memory for gathered keys or values, because the pages of new memory cost more than the copy."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def gather(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """`rows[slots]` [n, dim] in float32, good until the next call."""
+        """Return `rows[slots]` [n, dim] in float32. It is valid until the next call."""
         size = slots.numel() * rows.shape[1]
         if self._memory.numel() < size or self._memory.dtype != rows.dtype:
             self._memory = torch.empty(size, dtype=rows.dtype)
-        found = self._memory[:size].view(-1, rows.shape[1])
-        return torch.index_select(rows, 0, slots, out=found).float()
+        gathered = self._memory[:size].view(-1, rows.shape[1])
+        return torch.index_select(rows, 0, slots, out=gathered).float()
 
 
 def attend(
@@ -143,11 +143,24 @@ def attend(
     scaling: float | None,
     scratch: GatherBuffer,
 ) -> torch.Tensor:
-    """Fills `output` [tokens, heads, v_dim]; `query` [tokens, heads, dim], caches [slots, kv_heads, ...]."""
+    """Compute attention with torch.
+
+    Args:
+        plan: Which rows are attended together.
+        query: [tokens, heads, dim].
+        output: [tokens, heads, v_dim], where the result is written.
+        k_cache: [slots, kv_heads, dim].
+        v_cache: [slots, kv_heads, v_dim].
+        scaling: The factor for the scores, 1 / sqrt(dim) by default.
+        scratch: Memory to gather keys and values into.
+
+    Returns:
+        `output`.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, outputs = (x.unflatten(1, (k_cache.shape[1], -1)) for x in (query, output))
     if plan.groups:
-        # Sums are kept in float32 whatever the model's type, as the fused kernels do.
+        # Sums are in float32 whatever the model's type, as in the fused kernels.
         rows = (queries if plan.rows is None else queries.index_select(0, plan.rows)).float() * scale
         parts = rows.split([group.size for group in plan.groups])
         results = [
@@ -166,7 +179,18 @@ def attend(
 def _attend_group(
     group: RowGroup, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scratch: GatherBuffer
 ) -> torch.Tensor:
-    """`query` [rows, kv_heads, group, dim], scaled; returns the same with the values' dim."""
+    """Attend the rows of one group.
+
+    Args:
+        group: The rows and their slots.
+        query: [rows, kv_heads, group, dim], already scaled.
+        k_cache: [slots, kv_heads, dim].
+        v_cache: [slots, kv_heads, v_dim].
+        scratch: Memory to gather keys and values into.
+
+    Returns:
+        [rows, kv_heads, group, v_dim].
+    """
     rows, heads, size, _ = query.shape
     shared, own = group.prefix, group.own.shape[2]
 
@@ -176,17 +200,17 @@ def _attend_group(
     scores = torch.bmm(query.flatten(0, 1), gather_own(k_cache).transpose(1, 2)).view(rows, heads, size, own)
     if group.padding is not None:
         scores.masked_fill_(group.padding[:, None, None, :], float("-inf"))
-    if shared:  # every row against the same keys: one larger product per head
-        together = query.transpose(0, 1).reshape(heads, rows * size, -1)
-        first = torch.bmm(together, _read(k_cache, group.shared).float().permute(1, 2, 0))
-        scores = torch.cat([first.view(heads, rows, size, shared).transpose(0, 1), scores], dim=-1)
+    if shared:  # all rows with the same keys: one larger product per head
+        stacked = query.transpose(0, 1).reshape(heads, rows * size, -1)
+        prefix = torch.bmm(stacked, _read(k_cache, group.shared).float().permute(1, 2, 0))
+        scores = torch.cat([prefix.view(heads, rows, size, shared).transpose(0, 1), scores], dim=-1)
     weights = scores.softmax(-1)
 
     result = torch.bmm(weights[..., shared:].flatten(0, 1), gather_own(v_cache)).view(rows, heads, size, -1)
     if shared:
-        together = weights[..., :shared].transpose(0, 1).reshape(heads, rows * size, shared)
-        first = torch.bmm(together, _read(v_cache, group.shared).float().transpose(0, 1))
-        result += first.view(heads, rows, size, -1).transpose(0, 1)
+        stacked = weights[..., :shared].transpose(0, 1).reshape(heads, rows * size, shared)
+        prefix = torch.bmm(stacked, _read(v_cache, group.shared).float().transpose(0, 1))
+        result += prefix.view(heads, rows, size, -1).transpose(0, 1)
     return result
 
 
@@ -198,14 +222,16 @@ def _attend_span(
     v_cache: torch.Tensor,
     scale: float,
 ) -> None:
-    """One fused call; the heads of a group share keys through a stride of 0, so nothing is repeated."""
+    """Attend one span with a fused call. The heads of a group share keys by a stride of 0, so nothing is copied."""
     query = queries[span.start : span.stop].permute(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
     size = query.shape[1]
     keys = _read(k_cache, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
     values = _read(v_cache, span.slots).transpose(0, 1)[:, None].expand(-1, size, -1, -1)
     mask = None
     if span.prefix:
-        last = torch.arange(span.prefix, span.prefix + query.shape[2])  # the last key each query sees
+        last = torch.arange(
+            span.prefix, span.prefix + query.shape[2]
+        )  # the last key that each query attends to
         mask = torch.arange(keys.shape[2]) <= last[:, None]
     result = scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
@@ -220,9 +246,9 @@ def _read(cache: torch.Tensor, slots: Slots) -> torch.Tensor:
 def _is_unsupported(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: Mapping[str, Any]
 ) -> bool:
-    """Whether `torch_native` has to do it."""
+    """Return whether `torch_native` has to handle the request."""
     window = options.get("sliding_window_size")
     if options.get("is_cross_attn") or (window is not None and window > -1):
         return True
-    flat = k_cache.is_contiguous() and v_cache.is_contiguous()
-    return not (query.dtype == k_cache.dtype == v_cache.dtype and flat)
+    contiguous = k_cache.is_contiguous() and v_cache.is_contiguous()
+    return not (query.dtype == k_cache.dtype == v_cache.dtype and contiguous)

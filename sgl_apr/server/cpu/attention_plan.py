@@ -1,8 +1,8 @@
-"""Which query rows torch attends together, decided once per forward pass; no keys or values are touched here.
+"""Plans which query rows torch attends together, once per forward pass.
 
-A row is one query token: a request that decodes is one row, and a short extension is one row per new token.
-Rows whose first slots are the same (branches of one fork) form a family: their common prefix is read once
-for all of them. What is left of each row is padded only to rows of similar length.
+A row is one query token: a request that decodes is one row, and a short extension is one row per new token. Rows that
+begin with the same slots (branches of one fork) form a family, whose common prefix is read once for all rows. The rest
+of each row is padded only to rows of similar length.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 
 from sgl_apr.server.cpu.prefix_tree import PrefixNode, build_prefix_trees, unshared_rows
 
-MAX_ROW_TOKENS = 16  # an extension of up to so many tokens is taken apart into rows
-QUERY_BLOCK = 512  # queries per call for longer ones after a prefix: bounds the mask, skips keys to come
-GROUP_COST = 1024  # what one more group costs, in tokens read: sharing or splitting has to save more
-GROUP_TOKENS = 8192  # padded tokens per group, so that what is gathered stays near the cores
+MAX_ROW_TOKENS = 16  # an extension of at most this many tokens is split into rows
+QUERY_BLOCK = 512  # queries per call for longer ones after a prefix: bounds the mask, skips later keys
+GROUP_COST = 1024  # the cost of one more group, in tokens read: sharing or splitting has to save more
+GROUP_TOKENS = 8192  # padded tokens per group, so that gathered keys stay in the cores' caches
 
 Family = tuple[list[int], int]  # rows, and the length of their common prefix
-# A slice where they follow each other, as after one prefill: read without a copy.
+# A slice if the slots are consecutive, as after one prefill. It is read without a copy.
 Slots: TypeAlias = torch.Tensor | slice
 
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Rows that are attended at once. Shapes: b rows, p shared slots, m further slots for each row."""
+    """Rows that are attended at once: b rows, p shared slots, and m further slots for each row."""
 
     size: int  # b
     prefix: int  # p, may be 0
     shared: Slots  # [p] cache slots that begin every row
     own: torch.Tensor  # [b, heads, m] slot * heads + head, for a cache seen as [slots * heads, dim]
-    padding: torch.Tensor | None  # [b, m], True where a row has ended
+    padding: torch.Tensor | None  # [b, m], True after the end of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class QuerySpan:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Every query token of a batch is in exactly one group or span; the groups take `rows` in turn."""
+    """The plan for a batch: every query token is in exactly one group or span, and the groups take `rows` in turn."""
 
     rows: torch.Tensor | None  # places in the query tensor; None if that is every token in order
     groups: tuple[RowGroup, ...]
@@ -59,9 +59,14 @@ class AttentionPlan:
 def plan_decode(
     slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int, *, share: bool = True
 ) -> AttentionPlan:
-    """`slots` [requests, context] is SGLang's req_to_token, `requests` [b] the batch's places in it.
+    """Plan a batch that decodes.
 
-    Without `share` no two requests have a prefix in common.
+    Args:
+        slots: [requests, context], SGLang's req_to_token.
+        requests: [b], the batch's places in `slots`.
+        lengths: Tokens of each request.
+        heads: Key heads.
+        share: Whether to share common prefixes.
     """
     trees = build_prefix_trees(slots, requests, lengths) if share else unshared_rows(lengths)
     order, groups = _groups(slots, requests, lengths, heads, trees)
@@ -72,7 +77,15 @@ def plan_decode(
 def plan_extend(
     slots: torch.Tensor, requests: torch.Tensor, prefixes: Sequence[int], new: Sequence[int], heads: int
 ) -> AttentionPlan:
-    """`prefixes` and `new` count the cached and the new tokens of every request."""
+    """Plan a batch that extends requests.
+
+    Args:
+        slots: [requests, context], SGLang's req_to_token.
+        requests: [b], the batch's places in `slots`.
+        prefixes: Cached tokens of each request.
+        new: New tokens of each request.
+        heads: Key heads.
+    """
     spans: list[QuerySpan] = []
     places: list[int] = []
     owners: list[int] = []
@@ -100,7 +113,7 @@ def _groups(
     heads: int,
     trees: Sequence[PrefixNode],
 ) -> tuple[list[int], tuple[RowGroup, ...]]:
-    """The rows in the order in which the groups take them, and the groups."""
+    """Return the rows in the order in which the groups take them, and the groups."""
     if not lengths:
         return [], ()
     table = slots[requests, : max(lengths)]
@@ -112,7 +125,7 @@ def _groups(
             longest = int(ends.max())
             own = table[rows, prefix : prefix + longest]
             padding = torch.arange(longest) >= ends[:, None] if int(ends.min()) < longest else None
-            if padding is not None:  # a stale slot may hold anything, even NaN; the row's own first is sound
+            if padding is not None:  # a stale slot may hold anything, even NaN; the row's first slot is valid
                 own = torch.where(padding, own[:, :1], own)
             by_head = own[:, None] * heads + torch.arange(heads, dtype=own.dtype)[:, None]
             groups.append(RowGroup(len(rows), prefix, _slots(table[rows[0], :prefix]), by_head, padding))
@@ -127,34 +140,38 @@ def _slots(slots: torch.Tensor) -> Slots:
 
 
 def _families(trees: Sequence[PrefixNode], lengths: Sequence[int]) -> list[Family]:
-    """Cuts the trees so that reading every common prefix once saves most; what shares little comes last."""
+    """Cut the trees into families so that reading every common prefix once saves most.
+
+    Rows that share little form the last family, without a common prefix.
+    """
 
     def split(node: PrefixNode) -> tuple[int, list[Family], list[int]]:
-        """(tokens saved, families, rows left over)"""
+        """Return (tokens saved, families, remaining rows)."""
         rows = list(node.rows)
-        prefix = min(
-            node.shared_length, min(lengths[row] for row in rows) - 1
-        )  # a slot at least stays a row's own
-        together = prefix * (len(rows) - 1) - GROUP_COST
-        apart, parts, left = 0, list[Family](), list[int]()
+        # Every row keeps at least one slot of its own.
+        prefix = min(node.shared_length, min(lengths[row] for row in rows) - 1)
+        saved_as_one = prefix * (len(rows) - 1) - GROUP_COST
+        saved, families, remaining = 0, list[Family](), list[int]()
         for child in node.children:
-            saved, inner, lonely = split(child)
-            apart, parts, left = apart + saved, parts + inner, left + lonely
-        if together > 0 and together >= apart:
-            return together, [(rows, prefix)], []
-        return apart, parts, left if parts else rows
+            child_saved, child_families, child_remaining = split(child)
+            saved += child_saved
+            families += child_families
+            remaining += child_remaining
+        if saved_as_one > 0 and saved_as_one >= saved:
+            return saved_as_one, [(rows, prefix)], []
+        return saved, families, remaining if families else rows
 
     families: list[Family] = []
-    alone: list[int] = []
+    unshared: list[int] = []
     for tree in trees:
-        _, parts, left = split(tree)
-        families += parts
-        alone += left
-    return families + ([(sorted(alone), 0)] if alone else [])
+        _, tree_families, remaining = split(tree)
+        families += tree_families
+        unshared += remaining
+    return families + ([(sorted(unshared), 0)] if unshared else [])
 
 
 def _split_by_length(rows: list[int], lengths: Sequence[int], cost: int) -> list[list[int]]:
-    """Cuts rows, longest first, where padding would cost more than another group, or a group gets too big."""
+    """Split rows, longest first, where padding would cost more than another group, or a group gets too large."""
     parts: list[list[int]] = []
     longest = waste = 0
     for length, row in sorted(zip(lengths, rows, strict=True), reverse=True):

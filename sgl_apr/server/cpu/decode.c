@@ -1,26 +1,26 @@
-// Decode attention on a CPU: one query token per row, keys and values read where they lie in the cache.
-// Nothing is gathered first: with scattered slots that copy costs more than the attention itself.
+// Decode attention on a CPU: one query token per row. Keys and values are read from the cache without gathering them
+// first, because with scattered slots the copy costs more than the attention.
 //
-// The work comes in pieces: up to PIECE slots of a request, and the rows that see them. A piece leaves a part for each
-// query of these rows: the sum of the weighted values, the greatest score, the sum of the weights. The parts of a
-// query are merged at the end, by their greatest scores.
+// The work is split into pieces: up to PIECE slots of a request, and the rows that attend to them. A piece computes a
+// part for each query of these rows: the sum of the weighted values, the highest score, the sum of the weights. The
+// parts of a query are merged at the end, by their highest scores.
 #include <math.h>
 #include <stdint.h>
 
-#define TILE 8     // sums that are kept in registers at once; divides PIECE
-#define AHEAD 8    // tokens: slots are scattered, so the processor cannot guess the next one
-#define NARROW 3   // up to so many queries most of the lanes would idle
-#define MANY 65536 // numbers to merge that are worth waking the other threads
+#define TILE 8               // sums that are kept in registers at once; divides PIECE
+#define PREFETCH_DISTANCE 8  // tokens: slots are scattered, so the processor cannot predict the next one
+#define MAX_NARROW 3         // with at most this many queries, the lanes run over a key instead of over the queries
+#define PARALLEL_MERGE 65536 // numbers to merge that are worth waking the other threads
 #ifdef __AVX512F__
 #define LANES 16
 #else
 #define LANES 8
 #endif
 
-typedef float lanes __attribute__((vector_size(4 * LANES))); // a number for each of so many queries
+typedef float lanes __attribute__((vector_size(4 * LANES))); // one number for each of LANES queries
 
 typedef struct {
-  int64_t request, first, last; // the slots from `first` to `last` of a request, which all these rows have in common
+  int64_t request, first, last; // slots `first` to `last` of a request, which all these rows share
   int64_t member, rows, part;   // members[member], ... are the rows; their parts are `part`, `part + 1`, ...
 } Piece;
 
@@ -47,17 +47,17 @@ static void prefetch(const float *row, int64_t size) {
   for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(row + i); // a cache line
 }
 
-// One key at a time, for each query in turn: the lanes run over the numbers of a key.
+// Computes a piece for few queries, one key at a time: the lanes run over the numbers of a key.
 static void narrow(const Batch *b, const Piece *p, int64_t head) {
   const int64_t n = p->last - p->first, queries = p->rows * b->group, dim = b->dim, vdim = b->vdim;
   const int32_t *slot = b->slots + p->request * b->stride + p->first;
-  const float *keys = b->keys + head * dim, *values = b->values + head * vdim, *query[NARROW];
-  float weights[NARROW][PIECE], *part[NARROW];
+  const float *keys = b->keys + head * dim, *values = b->values + head * vdim, *query[MAX_NARROW];
+  float weights[MAX_NARROW][PIECE], *part[MAX_NARROW];
   for (int64_t i = 0; i < queries; i++) query[i] = query_of(b, p, head, i), part[i] = part_of(b, p, head, i);
 
   for (int64_t t = 0; t < n; t++) {
     const float *key = keys + slot[t] * b->heads * dim;
-    if (t + AHEAD < n) prefetch(keys + slot[t + AHEAD] * b->heads * dim, dim);
+    if (t + PREFETCH_DISTANCE < n) prefetch(keys + slot[t + PREFETCH_DISTANCE] * b->heads * dim, dim);
     prefetch(values + slot[t] * b->heads * vdim, vdim);
     for (int64_t i = 0; i < queries; i++) {
       float sum = 0;
@@ -66,11 +66,11 @@ static void narrow(const Batch *b, const Piece *p, int64_t head) {
     }
   }
   for (int64_t i = 0; i < queries; i++) {
-    float *w = weights[i], most = w[0], sum = 0;
-    for (int64_t t = 1; t < n; t++) most = w[t] > most ? w[t] : most;
-    for (int64_t t = 0; t < n; t++) sum += w[t] = expf(w[t] - most);
+    float *w = weights[i], highest = w[0], sum = 0;
+    for (int64_t t = 1; t < n; t++) highest = w[t] > highest ? w[t] : highest;
+    for (int64_t t = 0; t < n; t++) sum += w[t] = expf(w[t] - highest);
     for (int64_t v = 0; v < vdim; v++) part[i][v] = 0;
-    part[i][vdim] = most, part[i][vdim + 1] = sum;
+    part[i][vdim] = highest, part[i][vdim + 1] = sum;
   }
   for (int64_t t = 0; t < n; t++) {
     const float *value = values + slot[t] * b->heads * vdim;
@@ -79,7 +79,7 @@ static void narrow(const Batch *b, const Piece *p, int64_t head) {
   }
 }
 
-// `count` numbers of each value, from `column` on; inlined, so that `count` is known and the sums are registers.
+// Sums `count` numbers of each value, from `column` on. Inlined, so that `count` is known and the sums are registers.
 static inline __attribute__((always_inline)) void weigh(const lanes *weights, const float **value, int64_t n,
                                                         int64_t column, int count, float **part, int64_t queries) {
   lanes sum[TILE] = {0};
@@ -89,13 +89,14 @@ static inline __attribute__((always_inline)) void weigh(const lanes *weights, co
     for (int i = 0; i < count; i++) part[l][column + i] = sum[i][l];
 }
 
-// The lanes run over the queries from `first` on: each number of a key or value that is read serves them all.
+// Computes a piece for the queries from `first` on. The lanes run over the queries, so each number of a key or value is
+// read once for all of them.
 static void wide(const Batch *b, const Piece *p, int64_t head, int64_t first) {
   const int64_t n = p->last - p->first, left = p->rows * b->group - first, dim = b->dim, vdim = b->vdim;
   const int64_t queries = left < LANES ? left : LANES;
   const int32_t *slot = b->slots + p->request * b->stride + p->first;
   const float *key[PIECE + TILE], *value[PIECE];
-  lanes query[dim], weights[PIECE], most, sum = {0};
+  lanes query[dim], weights[PIECE], highest, sum = {0};
   float *part[LANES];
   for (int64_t l = 0; l < LANES; l++) { // an idle lane repeats the first query
     const int64_t i = first + (l < queries ? l : 0);
@@ -119,29 +120,29 @@ static void wide(const Batch *b, const Piece *p, int64_t head, int64_t first) {
       for (int i = 0; i < TILE; i++) score[i] += key[t + i][d] * query[d];
     for (int i = 0; i < TILE; i++) weights[t + i] = score[i];
   }
-  most = weights[0];
+  highest = weights[0];
   for (int64_t t = 1; t < n; t++)
-    for (int l = 0; l < LANES; l++) most[l] = weights[t][l] > most[l] ? weights[t][l] : most[l];
-  for (int64_t t = 0; t < n; t++) weights[t] -= most;
+    for (int l = 0; l < LANES; l++) highest[l] = weights[t][l] > highest[l] ? weights[t][l] : highest[l];
+  for (int64_t t = 0; t < n; t++) weights[t] -= highest;
   for (float *w = (float *)weights, *end = (float *)(weights + n); w < end; w++) *w = expf(*w);
   for (int64_t t = 0; t < n; t++) sum += weights[t];
 
   int64_t column = 0;
   for (; column + TILE <= vdim; column += TILE) weigh(weights, value, n, column, TILE, part, queries);
   for (; column < vdim; column++) weigh(weights, value, n, column, 1, part, queries);
-  for (int64_t l = 0; l < queries; l++) part[l][vdim] = most[l], part[l][vdim + 1] = sum[l];
+  for (int64_t l = 0; l < queries; l++) part[l][vdim] = highest[l], part[l][vdim + 1] = sum[l];
 }
 
-// `parts` are those of the same head, the next one `size` further; `found` says which are this row's.
-static void merge(const float *parts, int64_t size, const int64_t *found, int64_t count, int64_t vdim, float *out) {
-  float most = parts[found[0] * size + vdim], sum = 0;
+// Merges the parts of one query. `parts` are those of its head, `size` apart; `indices` are those of its row.
+static void merge(const float *parts, int64_t size, const int64_t *indices, int64_t count, int64_t vdim, float *out) {
+  float highest = parts[indices[0] * size + vdim], sum = 0;
   for (int64_t i = 1; i < count; i++) {
-    const float other = parts[found[i] * size + vdim];
-    most = other > most ? other : most;
+    const float other = parts[indices[i] * size + vdim];
+    highest = other > highest ? other : highest;
   }
   for (int64_t v = 0; v < vdim; v++) out[v] = 0;
   for (int64_t i = 0; i < count; i++) {
-    const float *part = parts + found[i] * size, weight = expf(part[vdim] - most);
+    const float *part = parts + indices[i] * size, weight = expf(part[vdim] - highest);
     sum += weight * part[vdim + 1];
     for (int64_t v = 0; v < vdim; v++) out[v] += weight * part[v];
   }
@@ -149,9 +150,9 @@ static void merge(const float *parts, int64_t size, const int64_t *found, int64_
 }
 
 // query, out: [rows, heads, group, dim | vdim]; keys, values: [slots, heads, dim | vdim]; slots: [requests, stride].
-// parts: [begin[rows], heads, group, vdim + 2]; those of row r are found[begin[r]], ..., found[begin[r + 1] - 1].
+// parts: [begin[rows], heads, group, vdim + 2]; those of row r are indices[begin[r]], ..., indices[begin[r + 1] - 1].
 void apr_decode(const float *query, float *out, const float *keys, const float *values, const int32_t *slots,
-                float *parts, const Piece *pieces, const int64_t *members, const int64_t *found, const int64_t *begin,
+                float *parts, const Piece *pieces, const int64_t *members, const int64_t *indices, const int64_t *begin,
                 int64_t stride, int64_t count, int64_t rows, int64_t heads, int64_t group, int64_t dim, int64_t vdim,
                 float scale) {
   const Batch b = {query, keys, values, slots, parts, members, stride, heads, group, dim, vdim, scale};
@@ -159,13 +160,13 @@ void apr_decode(const float *query, float *out, const float *keys, const float *
 #pragma omp parallel for collapse(2) schedule(dynamic)
   for (int64_t p = 0; p < count; p++)
     for (int64_t h = 0; h < heads; h++)
-      if (pieces[p].rows * group <= NARROW) narrow(&b, pieces + p, h);
+      if (pieces[p].rows * group <= MAX_NARROW) narrow(&b, pieces + p, h);
       else
         for (int64_t i = 0; i < pieces[p].rows * group; i += LANES) wide(&b, pieces + p, h, i);
 
-#pragma omp parallel for collapse(2) if (begin[rows] * each * vdim > MANY)
+#pragma omp parallel for collapse(2) if (begin[rows] * each * vdim > PARALLEL_MERGE)
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < each; i++)
-      merge(parts + i * (vdim + 2), each * (vdim + 2), found + begin[r], begin[r + 1] - begin[r], vdim,
+      merge(parts + i * (vdim + 2), each * (vdim + 2), indices + begin[r], begin[r + 1] - begin[r], vdim,
             out + (r * each + i) * vdim);
 }

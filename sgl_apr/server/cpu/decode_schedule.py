@@ -1,7 +1,7 @@
-"""What `decode.c` works on: a batch that decodes, in pieces of slots, made once per forward pass.
+"""Makes the work list of `decode.c` for a batch that decodes: pieces of slots, once per forward pass.
 
-Slots that several rows have in common, as the branches of a fork do, are pieces of all these rows, at every level of
-nested forks: read once, whoever sees them. No keys or values are touched here.
+Slots that several rows have in common, as the branches of a fork do, are in one piece for all these rows, at every
+level of nested forks. So they are read once.
 """
 
 from __future__ import annotations
@@ -15,27 +15,33 @@ import torch
 from sgl_apr.server.cpu.prefix_tree import PrefixNode, build_prefix_trees, unshared_rows
 
 PIECE_SLOTS = (
-    256  # slots in a piece, at most: enough pieces for all cores, and weights that stay near each of them
+    256  # slots of a piece, at most: enough pieces for all cores, and weights that fit into a core's cache
 )
-MIN_SHARED_SLOTS = 16  # slots in common that are worth a piece: each of its rows has one more part to merge
+MIN_SHARED_SLOTS = (
+    16  # common slots that are worth a piece, because each of its rows has one more part to merge
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeSchedule:
-    """A batch that decodes, as `decode.c` takes it; every slot of every row is in one piece. All are int64."""
+    """A batch that decodes, as `decode.c` takes it. Every slot of every row is in one piece. All tensors are int64."""
 
     pieces: torch.Tensor  # [pieces, 6]: request, first and last slot, place in `members`, rows, first part
-    members: torch.Tensor  # the rows of every piece in turn
+    members: torch.Tensor  # the rows of each piece in turn
     part_indices: torch.Tensor  # [parts]: the parts of row 0, then those of row 1, ...
-    begin: torch.Tensor  # [rows + 1]: where they begin in `found`
+    begin: torch.Tensor  # [rows + 1]: where the parts of each row begin in `part_indices`
 
 
 def plan_pieces(
     slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], *, share: bool = True
 ) -> DecodeSchedule:
-    """`slots` [requests, context] is SGLang's req_to_token, `requests` [b] the batch's places in it.
+    """Plan a batch that decodes.
 
-    Without `share` every row is read by itself.
+    Args:
+        slots: [requests, context], SGLang's req_to_token.
+        requests: [b], the batch's places in `slots`.
+        lengths: Tokens of each request.
+        share: Whether common slots are read once. Otherwise every row is read by itself.
     """
     places = requests.tolist()
     pieces: list[tuple[int, ...]] = []
@@ -51,21 +57,24 @@ def plan_pieces(
                 parts[row].append(count)
                 count += 1
         members += rows
-    found = [part for row in parts for part in row]
+    part_indices = [part for row in parts for part in row]
     begin = [0, *accumulate(map(len, parts))]
     return DecodeSchedule(
-        *(torch.tensor(numbers, dtype=torch.long) for numbers in (pieces, members, found, begin))
+        *(torch.tensor(numbers, dtype=torch.long) for numbers in (pieces, members, part_indices, begin))
     )
 
 
 def _segments(trees: Sequence[PrefixNode]) -> list[tuple[tuple[int, ...], int, int]]:
-    """(rows, first, last): what every node adds to its parent; what is too short is added by its children."""
-    found = []
-    todo = [(node, 0) for node in trees]
-    while todo:
-        node, known = todo.pop()
-        if node.shared_length - known >= (MIN_SHARED_SLOTS if node.children else 1):
-            found.append((node.rows, known, node.shared_length))
-            known = node.shared_length
-        todo += [(child, known) for child in node.children]
-    return found
+    """Return (rows, first, last) for the slots that each node adds to its parent.
+
+    Slots that are too few for a segment are added by the node's children.
+    """
+    segments = []
+    stack = [(node, 0) for node in trees]
+    while stack:
+        node, covered = stack.pop()
+        if node.shared_length - covered >= (MIN_SHARED_SLOTS if node.children else 1):
+            segments.append((node.rows, covered, node.shared_length))
+            covered = node.shared_length
+        stack += [(child, covered) for child in node.children]
+    return segments

@@ -1,4 +1,4 @@
-"""The C decode kernel, compiled for this processor when first wanted; what cannot be compiled is done without."""
+"""Compiles the C decode kernel for this processor when it is first needed. It is optional."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sgl_apr.server.cpu.decode_schedule import PIECE_SLOTS, DecodeSchedule
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.c")
-# -ffast-math only while compiling: a linker that sees it makes the whole process flush denormals.
+# -ffast-math only for compiling: a linker that sees it makes the whole process flush denormals.
 COMPILE_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", f"-DPIECE={PIECE_SLOTS}", "-c")
-COMPILE_TIMEOUT_S = 60.0  # seconds; it takes a fraction of one
+COMPILE_TIMEOUT_S = 60.0  # compiling takes a fraction of a second
 
 
 class DecodeKernel:
@@ -44,9 +44,19 @@ class DecodeKernel:
         work: DecodeSchedule,
         scale: float,
     ) -> torch.Tensor:
-        """Fills `output` [rows, heads, v_dim]; `query` [rows, heads, dim], caches [slots, kv_heads, ...].
+        """Compute attention.
 
-        `slots` [requests, n] int32 says where the tokens of a request lie, and `work` what each row sees.
+        Args:
+            query: [rows, heads, dim].
+            output: [rows, heads, v_dim], where the result is written.
+            k_cache: [slots, kv_heads, dim].
+            v_cache: [slots, kv_heads, v_dim].
+            slots: [requests, n] int32, the slots of each request's tokens.
+            work: Which slots each row attends to.
+            scale: The factor for the scores.
+
+        Returns:
+            `output`.
         """
         rows, heads, dim = query.shape
         kv_heads, v_dim = v_cache.shape[1:]
@@ -62,14 +72,14 @@ class DecodeKernel:
 
     @staticmethod
     def supports(*tensors: torch.Tensor, slots: torch.Tensor) -> bool:
-        """Whether these can be read as they lie."""
-        flat = all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)
-        return flat and slots.dtype == torch.int32 and slots.stride(1) == 1
+        """Return whether the kernel can read these tensors: contiguous, in float32, with int32 slots."""
+        readable = all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)
+        return readable and slots.dtype == torch.int32 and slots.stride(1) == 1
 
 
 @lru_cache(maxsize=1)
 def decode_kernel() -> DecodeKernel | None:
-    """The kernel, or None (and a warning) where no C compiler with OpenMP makes it."""
+    """Return the kernel, or None (with a warning) if there is no C compiler with OpenMP."""
     try:
         return DecodeKernel(ctypes.CDLL(str(_compiled_library())))
     except (OSError, subprocess.SubprocessError) as error:
@@ -78,7 +88,7 @@ def decode_kernel() -> DecodeKernel | None:
 
 
 def _compiled_library() -> Path:
-    """The shared library in the user's cache, one for each source and processor."""
+    """Return the shared library in the user's cache, one for each source and processor. Compile it if needed."""
     compiler = os.environ.get("CC", "cc")
     processor = platform.machine() + _processor_flags()
     key = hashlib.sha256(
@@ -88,10 +98,10 @@ def _compiled_library() -> Path:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            part, whole = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
-            _run(compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(part))
-            _run(compiler, "-shared", "-fopenmp", str(part), "-o", str(whole), "-lm")
-            whole.replace(library)  # whole or not at all, also when two servers start at once
+            compiled, linked = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
+            _run(compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(compiled))
+            _run(compiler, "-shared", "-fopenmp", str(compiled), "-o", str(linked), "-lm")
+            linked.replace(library)  # atomic, for two servers that start at once
     return library
 
 
@@ -102,7 +112,7 @@ def _run(*command: str) -> None:
 
 
 def _processor_flags() -> str:
-    """What the processor can do, where Linux says it: a cache may be shared by several machines."""
+    """Return the processor's features, which Linux lists. Several machines may share one cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,1 +1,1 @@
-"""Starting an SGLang server with our defaults."""
+"""Starts SGLang servers with the defaults of this package."""
