@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
+import sgl_apr as apr
 from sgl_apr import methods
-from sgl_apr.cli.eval_tables import show
+from sgl_apr.cli.eval_tables import print_results
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.events import Event
 from sgl_apr.runtime.options import REQUEST_FIELDS, ReasonOptions
@@ -23,11 +25,13 @@ from sgl_apr.runtime.retry import Retry
 from sgl_apr.server import constants
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.options import OPTION_NAMES
+from tests.support.doc_runner import PAGES, name
 from tests.support.paths import DOCS, ROOT
 
 OPTIONS = DOCS / "reference" / "options.md"
 ERRORS = DOCS / "errors.md"
 SECTIONS = {ReasonOptions: "Options of a run", Budget: "Budget", Pacing: "Pacing", Retry: "Retry"}
+ENTRY_POINT_GROUPS = {"sgl_apr.dialects", "sgl_apr.branch_prompts"}
 NAMED_DEFAULTS = {"dialect"}  # the page describes these in words
 
 
@@ -114,7 +118,7 @@ def test_columns_of_the_evaluation_table_are_explained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "200")
-    show("countdown", [], False)
+    print_results("countdown", [], False)
     headings = next(line for line in capsys.readouterr().out.splitlines() if "method" in line)
     columns = {heading.strip() for heading in headings.split("\u2503")} - {"", "method", "accuracy", "95% CI"}
     cells = re.findall(r"^\| (.*?) \|", (DOCS / "evaluating.md").read_text(), re.MULTILINE)
@@ -130,6 +134,29 @@ def test_every_method_and_family_of_tasks_is_listed():
     assert [name for name in methods.METHOD_NAMES if name not in rows] == []
     families = {name for name in methods.__all__ if name.endswith("Task")} - {"Task", "SearchTask"}  # bases
     assert families <= rows
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name)
+def test_names_of_the_package_that_a_page_uses_exist(page: Path):
+    text = page.read_text()
+    paths = set(re.findall(r"(?<!::: )\bsgl_apr(?:\.\w+)+", text)) - ENTRY_POINT_GROUPS
+    assert [path for path in sorted(paths) if not resolves(path)] == []
+    calls = set(re.findall(r"(?<![\w.`])apr\.([A-Za-z]\w*)\(|`apr\.([A-Za-z]\w*)\(", text))
+    assert {a or b for a, b in calls} <= set(apr.__all__)
+
+
+def resolves(path: str) -> bool:
+    """Whether a dotted path is a module, or a name in one."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: object = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part, None)
+        return found is not None
+    return False
 
 
 def test_messages_that_troubleshooting_quotes_are_in_the_code():
