@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,13 @@ def test_a_model_without_the_words_has_a_row_too():
     row = ran(apr.ScriptedEngine(adds), ResultStore(), "sequential", budget=apr.Budget(tokens=1, width=2))
     assert row.attempts
     assert not any(a.correct for a in row.attempts), "there is no room for an answer"
+
+
+def test_a_method_whose_package_is_missing_has_a_reason(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "treequest", None)
+    row = ran(apr.ScriptedEngine(adds), ResultStore(), "mcts")
+    assert not row.attempts
+    assert row.reason == "the method mcts needs treequest: pip install 'sgl-apr[mcts]'"
 
 
 @pytest.mark.parametrize("name", ["countdown", "game24"])
