@@ -157,7 +157,7 @@ def test_they_run_on_open_questions(server: Server, name: str):
 
     async def asked() -> MethodResult:
         async with await apr.HttpEngine.connect(server.url) as engine:
-            options = {"allow_code": True, "iterations": 2, "turn": 20} if name == "recursive" else {}
+            options = {"allow_code": True, "iterations": 2, "reply_tokens": 20} if name == "recursive" else {}
             return await method(name)(
                 engine, "What is it?", task=QuestionTask(engine), budget=apr.Budget(tokens=2000), **options
             )
