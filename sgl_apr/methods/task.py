@@ -37,7 +37,7 @@ class Inapplicable(AprError):
 
 
 class Task(Generic[P]):
-    """A kind of problem, for the model behind an engine. `P` is the type of a problem.
+    """A kind of problem, posed to the model of an engine. `P` is the type of a problem.
 
     Attributes:
         name: How errors name the task.
