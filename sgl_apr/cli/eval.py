@@ -93,7 +93,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--cost-model",
         action="store_true",
-        help="first time the server's prompts and decoding steps for some seconds, to predict what forks gain there; kept as "
+        help="first measure the server's prompts and decoding steps for some seconds, to predict what forks gain there; kept as "
         f"{COST_FILE} in the directory of -o, and read from there the next time",
     )
     parser.add_argument(

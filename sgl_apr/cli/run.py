@@ -73,7 +73,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--join",
         choices=["text", "kv", "message"],
-        help="how branches join (default: the dialect's first way)",
+        help="how branches join (default: the first kind that the dialect has)",
     )
     parser.add_argument("--seed", type=int, help="sampling seed, if the server supports seeds")
     parser.add_argument("--temperature", type=float, help="default: 1, or that of a method's paper")

@@ -81,12 +81,13 @@ class AttemptMetrics:
         cost: EngineCost | None = None,
     ) -> AttemptMetrics:
         """Measure one attempt; for `answer_key` see `sgl_apr.evaluation.diversity.diversity`."""
-        m, made = result.metrics, result.trajectory
-        predicted = predict_speedup(made, cost) if cost else None
+        m, trajectory = result.metrics, result.trajectory
+        predicted = predict_speedup(trajectory, cost) if cost else None
         return cls(
             case.name, case.size, correct, m.total, m.critical_path, m.longest_context, m.branches, m.blocks,
-            m.engine_calls, m.prompt_tokens, m.cached_tokens, result.label, redundancy(made), diversity(made, answer_key),
-            made.wall_s, predicted.sequential_s if predicted else None, predicted.parallel_s if predicted else None,
+            m.engine_calls, m.prompt_tokens, m.cached_tokens, result.label, redundancy(trajectory),
+            diversity(trajectory, answer_key), trajectory.wall_s, predicted.sequential_s if predicted else None,
+            predicted.parallel_s if predicted else None,
         )  # fmt: skip
 
 

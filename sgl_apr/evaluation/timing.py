@@ -37,7 +37,7 @@ class EngineTimer:
             )
 
     async def measure_cost(self) -> EngineCost:
-        """Measure the whole cost; decoding steps of at least one and two requests."""
+        """Measure the cost; decoding steps of one and two requests at least, of more as time allows."""
         prompt = self.unique_prompt(SHORT_PROMPT)
         await self.time_decoding(prompt, 1, MIN_STEPS)  # warm-up: the first request takes longer
         short = await self.median_seconds(lambda: self.time_prefill(SHORT_PROMPT))

@@ -195,41 +195,41 @@ def load_config(kind: type[T], path: Path) -> T:
     return config
 
 
-def _build(kind: Any, given: Any, where: str) -> Any:
+def _build(kind: Any, value: Any, where: str) -> Any:
     if not is_dataclass(kind):
-        return _check_value(kind, given, where)
+        return _check_value(kind, value, where)
     names = [f.name for f in fields(kind)]
-    if not isinstance(given, dict):
+    if not isinstance(value, dict):
         raise AprError(f"{where.rstrip('. :')}: expected a table of {', '.join(names)}")
-    if unknown := sorted(set(given) - set(names)):
+    if unknown := sorted(set(value) - set(names)):
         raise AprError(f"{where}{unknown[0]} is not known, expected one of {', '.join(names)}")
     kinds = get_type_hints(kind)
-    if missing := [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory]:
+    if missing := [f.name for f in fields(kind) if f.name not in value and f.default is f.default_factory]:
         raise AprError(f"{where}{missing[0]} is missing")
-    return kind(**{name: _build(kinds[name], value, f"{where}{name}.") for name, value in given.items()})  # type: ignore[operator]
+    return kind(**{name: _build(kinds[name], item, f"{where}{name}.") for name, item in value.items()})  # type: ignore[operator]
 
 
-def _check_value(kind: Any, given: Any, where: str) -> Any:
+def _check_value(kind: Any, value: Any, where: str) -> Any:
     where = where.rstrip(".")
     if getattr(kind, "__origin__", None) is Literal:
-        if given not in get_args(kind):
-            raise AprError(f"{where} = {given!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
-        return given
+        if value not in get_args(kind):
+            raise AprError(f"{where} = {value!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
+        return value
     origin = getattr(kind, "__origin__", kind)
     if isinstance(kind, UnionType):  # of a type and None, which TOML does not have
-        return _check_value(get_args(kind)[0], given, where)
+        return _check_value(get_args(kind)[0], value, where)
     if origin is tuple:
-        if not isinstance(given, list):
-            raise AprError(f"{where} = {given!r}, expected a list")
-        return tuple(_check_value(get_args(kind)[0], item, where) for item in given)
+        if not isinstance(value, list):
+            raise AprError(f"{where} = {value!r}, expected a list")
+        return tuple(_check_value(get_args(kind)[0], item, where) for item in value)
     if origin is dict:
-        if not isinstance(given, dict):
-            raise AprError(f"{where} = {given!r}, expected a table")
+        if not isinstance(value, dict):
+            raise AprError(f"{where} = {value!r}, expected a table")
         return {
-            name: _check_value(get_args(kind)[1], item, f"{where}.{name}") for name, item in given.items()
+            name: _check_value(get_args(kind)[1], item, f"{where}.{name}") for name, item in value.items()
         }
-    if origin is float and isinstance(given, int) and not isinstance(given, bool):
-        return float(given)
-    if type(given) is not origin:
-        raise AprError(f"{where} = {given!r}, expected {origin.__name__}")
-    return given
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not origin:
+        raise AprError(f"{where} = {value!r}, expected {origin.__name__}")
+    return value

@@ -145,18 +145,18 @@ async def _step(
     began = time.monotonic()
     drawn = random.Random(f"{config.rollouts.seed} {step}").sample(pool, config.rollouts.problems)
     async with await HttpEngine.connect(url, timeout=600) as engine:
-        made = await sample_attempts(engine, drawn, config)  # all end before the weights change
+        attempts = await sample_attempts(engine, drawn, config)  # all end before the weights change
         sampled = time.monotonic()
         rollouts = config.rollouts
         score = reward(rollouts.reward, step=step, parallel=rollouts.parallel, length=rollouts.length)
-        rewards = [score(attempt.trajectory, attempt.correct) for attempt in made]
+        rewards = [score(attempt.trajectory, attempt.correct) for attempt in attempts]
         advantages = _advantages(rollouts, rewards)
         eos = min(HfTokenizer(start).eos_ids)
-        trajectories = [attempt.trajectory for attempt in made]
+        trajectories = [attempt.trajectory for attempt in attempts]
         norm, cosine = update_policy(model, optimizer, trajectories, advantages, eos, config)
         export_model(out / WEIGHTS_DIR, model, start)
         await load_weights(url, out / WEIGHTS_DIR, f"{step + 1}")
-    return _step_log(step, made, rewards, norm, cosine, sampled - began, time.monotonic() - sampled)
+    return _step_log(step, attempts, rewards, norm, cosine, sampled - began, time.monotonic() - sampled)
 
 
 async def sample_attempts(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfig) -> list[Attempt]:
@@ -267,7 +267,7 @@ async def load_weights(url: str, path: Path, version: str) -> None:
 
 def _step_log(
     step: int,
-    made: Sequence[Attempt],
+    attempts: Sequence[Attempt],
     rewards: Sequence[float | None],
     norm: float,
     cosine: float,
@@ -277,24 +277,24 @@ def _step_log(
     def mean(values: Sequence[float]) -> float:
         return round(fmean(values), 4) if values else 0.0
 
-    metrics = [a.trajectory.metrics() for a in made]
+    metrics = [a.trajectory.metrics() for a in attempts]
     forked = {
-        n: [float(bool(a.trajectory.blocks)) for a in made if len(a.problem.numbers) == n] for n in (3, 4)
+        n: [float(bool(a.trajectory.blocks)) for a in attempts if len(a.problem.numbers) == n] for n in (3, 4)
     }
-    versions = {c.weight_version for a in made for c in a.trajectory.calls if c.weight_version}
+    versions = {c.weight_version for a in attempts for c in a.trajectory.calls if c.weight_version}
     if len(versions) > 1:
         raise AprError(f"replies of one step came from several weights: {sorted(versions)}")
     return GrpoStepLog(
         step=step,
         weights=next(iter(versions), ""),
         reward=mean([r for r in rewards if r is not None]),
-        accuracy=mean([float(a.correct) for a in made]),
+        accuracy=mean([float(a.correct) for a in attempts]),
         total=mean([m.total for m in metrics]),
         critical_path=mean([m.critical_path for m in metrics]),
-        forked=mean([float(bool(a.trajectory.blocks)) for a in made]),
+        forked=mean([float(bool(a.trajectory.blocks)) for a in attempts]),
         forked_3=mean(forked[3]),
         forked_4=mean(forked[4]),
-        width=mean([float(len(b.branches)) for a in made for b in a.trajectory.blocks]),
+        width=mean([float(len(b.branches)) for a in attempts for b in a.trajectory.blocks]),
         norm=round(norm, 4),
         gradient_cosine=round(cosine, 4),
         sample_s=round(sample_s, 2),

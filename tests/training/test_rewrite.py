@@ -141,14 +141,14 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
     with pytest.raises(apr.EngineError, match="down"):
         asyncio.run(rewrite_traces(traces, ask, dialect, out, tokenizer=tokenizer))
     found = rewrite_statistics(out)
-    assert (found.kept, found.rejected) == (1, {"no independent parts": 1})
+    assert (found.accepted, found.rejected) == (1, {"no independent parts": 1})
     assert (found.blocks, found.width) == (1, 3)
     assert found.parallelism > 1
     asked = len(ask.asked)
     with out.open("a") as file:
         file.write('{"id": "half')
     traces[2] = TextRecord("c", TRACE)
-    assert asyncio.run(rewrite_traces(traces, ask, dialect, out, tokenizer=tokenizer)).kept == 2
+    assert asyncio.run(rewrite_traces(traces, ask, dialect, out, tokenizer=tokenizer)).accepted == 2
     assert 0 < len(ask.asked) - asked < asked
     first = next(read_trajectories(out))
     assert first.prompt == "How large is it? "
@@ -164,7 +164,7 @@ def test_through_a_real_endpoint(server, tmp_path: Path):
     out = tmp_path / "out.jsonl"
     found = asyncio.run(rewrite_traces(traces, ask, apr.dialect("threadweaver"), out))
     assert isinstance(found, RewriteStatistics)
-    assert found.kept + sum(found.rejected.values()) == 8
+    assert found.accepted + sum(found.rejected.values()) == 8
     steps = asyncio.run(
         rewriting.split_steps(TRACE, ChatJsonModel(f"{server.url}/v1", max_tokens=700, temperature=1.0))
     )

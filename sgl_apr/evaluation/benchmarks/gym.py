@@ -27,7 +27,9 @@ class GymTask(QuestionTask):
 
     name = "gym"
     max_tokens = 512
-    ends = "Think step by step. Then put the answer, and nothing else, between <answer> and </answer>."
+    answer_instruction = (
+        "Think step by step. Then put the answer, and nothing else, between <answer> and </answer>."
+    )
 
     def answer(self, text: str) -> str:
         """The text between the last pair of tags; without tags, as for any question.

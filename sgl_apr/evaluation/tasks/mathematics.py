@@ -22,12 +22,12 @@ class MathTask(QuestionTask):
     Args:
         engine: Where the model decodes.
         chat: How the model is addressed; by default chosen by its tokenizer.
-        answers: Correct answers by question, as far as they are known; no method sees them.
+        answers: Correct answers by question, where they are known; methods do not see them.
     """
 
     name = "mathematics"
     max_tokens = 512
-    ends = "Think step by step, and put the answer into \\boxed{}."
+    answer_instruction = "Think step by step, and put the answer into \\boxed{}."
 
     def __init__(
         self, engine: Engine, chat: ChatTemplate | None = None, *, answers: Mapping[str, str] | None = None

@@ -58,7 +58,7 @@ class QuestionTask(
     max_tokens = 256
     step_tokens = 128
     max_steps = 2  # a plan and an answer
-    ends = (
+    answer_instruction = (
         'Think step by step. Then say the answer, in a few words, in a last line that begins with "Answer:".'
     )
 
@@ -73,7 +73,7 @@ class QuestionTask(
         return Prompt(self.prompt_text(problem))
 
     def prompt_text(self, problem: str, instruction: str = "") -> str:
-        return self.chat_turn("\n".join(filter(None, (problem, self.ends, instruction))))
+        return self.chat_turn("\n".join(filter(None, (problem, self.answer_instruction, instruction))))
 
     def answer(self, text: str) -> str:
         """What the last line "Answer:" says; the complete reply if there is no such line.
@@ -146,7 +146,9 @@ class QuestionTask(
             )
             return Prompt(self.chat_turn(message), tokens=self.step_tokens)
         return Prompt(
-            self.chat_turn(f"{state.question}\nAnswer by this plan.\n\nPlan:\n{state.plan}\n\n{self.ends}")
+            self.chat_turn(
+                f"{state.question}\nAnswer by this plan.\n\nPlan:\n{state.plan}\n\n{self.answer_instruction}"
+            )
         )
 
     def expand(self, state: Draft, text: str) -> Sequence[Draft]:
@@ -240,7 +242,7 @@ class QuestionTask(
 
     def _list_prompt(self, problem: str, what: str, texts: Sequence[str]) -> Prompt:
         shown = "\n\n".join(f"{k}. {text}" for k, text in enumerate(texts, 1))
-        return Prompt(self.chat_turn(f"{problem}\n\n{what}:\n\n{shown}\n\n{self.ends}"))
+        return Prompt(self.chat_turn(f"{problem}\n\n{what}:\n\n{shown}\n\n{self.answer_instruction}"))
 
     def _one_of(self, *words: str) -> str:
         begins = "root ::=" if self.engine.grammar_backend == "xgrammar" else "start:"

@@ -70,7 +70,7 @@ class RewriteStatistics:
     """What became of the traces.
 
     Attributes:
-        kept: Number of trajectories.
+        accepted: Number of trajectories.
         rejected: Number of other traces by reason.
         blocks: Mean blocks per trajectory.
         width: Mean branches per block.
@@ -78,7 +78,7 @@ class RewriteStatistics:
         parallelism: Mean of total tokens over the critical path.
     """
 
-    kept: int
+    accepted: int
     rejected: Mapping[str, int] = field(default_factory=dict)
     blocks: float = 0.0
     width: float = 0.0
@@ -126,11 +126,11 @@ async def rewrite_traces(
         async def work() -> None:
             for trace in todo:
                 try:
-                    made = await parallelize(trace.text, model, dialect, tokenizer, width=width)
+                    trajectory = await parallelize(trace.text, model, dialect, tokenizer, width=width)
                     ids = (
                         tuple(tokenizer.encode(trace.prompt, add_special_tokens=True)) if tokenizer else None
                     )
-                    outcome = f'"trajectory": {made.with_prompt(trace.prompt, ids).to_json()}'
+                    outcome = f'"trajectory": {trajectory.with_prompt(trace.prompt, ids).to_json()}'
                 except RejectedTrace as error:
                     outcome = f'"rejected": {json.dumps(error.reason)}'
                 except EngineError as error:
@@ -162,7 +162,7 @@ def rewrite_statistics(path: Path) -> RewriteStatistics:
     blocks = [block for t in trajectories for block in t.blocks]
     counted = [t.metrics() for t in trajectories if all(s.token_ids is not None for s in t.spans)]
     return RewriteStatistics(
-        kept=len(trajectories),
+        accepted=len(trajectories),
         rejected=dict(rejected.most_common()),
         blocks=fmean(len(t.blocks) for t in trajectories) if trajectories else 0.0,
         width=fmean(len(b.branches) for b in blocks) if blocks else 0.0,

@@ -162,10 +162,10 @@ def count_solutions(problem: Problem) -> int:
 
 def two_number_problems(split: Split) -> list[Problem]:
     """All problems of two numbers in a split, in a fixed order."""
-    every = [(a, b) for a in range(1, LARGEST_NUMBER + 1) for b in range(a, LARGEST_NUMBER + 1)]
-    reached = [(pair, step.result) for pair in every for step in legal_steps(pair)]
-    found = dict.fromkeys(Problem(pair, n) for pair, n in reached if TARGET_RANGE[0] <= n <= TARGET_RANGE[1])
-    return [problem for problem in found if problem.split == split]
+    all_pairs = [(a, b) for a in range(1, LARGEST_NUMBER + 1) for b in range(a, LARGEST_NUMBER + 1)]
+    reached = [(pair, step.result) for pair in all_pairs for step in legal_steps(pair)]
+    unique = dict.fromkeys(Problem(pair, n) for pair, n in reached if TARGET_RANGE[0] <= n <= TARGET_RANGE[1])
+    return [problem for problem in unique if problem.split == split]
 
 
 def generate_problems(
@@ -188,8 +188,8 @@ def generate_problems(
         if tries > MAX_TRIES:
             raise AprError(f"expected at most about {len(seen)} problems with {sorted(set(numbers))} numbers")
         size = numbers[len(seen) % len(numbers)]
-        given = tuple(sorted(rng.randint(1, LARGEST_NUMBER) for _ in range(size)))
-        problem = Problem(given, rng.randint(*TARGET_RANGE))
+        drawn = tuple(sorted(rng.randint(1, LARGEST_NUMBER) for _ in range(size)))
+        problem = Problem(drawn, rng.randint(*TARGET_RANGE))
         if problem in seen or problem.split != split or not 1 <= count_solutions(problem) <= MAX_SOLUTIONS:
             continue
         seen.add(problem)
