@@ -1,4 +1,4 @@
-"""The servers that a test run starts once, and how they start in seconds."""
+"""Fixtures for the servers that a test run starts once, and how pytest distributes the tests that use them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import locate_model, random_llama
-from tests.support.forked_server import Nursery, share
+from tests.support.forked_server import ForkServer, cores_per_worker
 
-SERVED = "pytest.mark.server"
+SERVER_MARK = "pytest.mark.server"
 GPU = has_accelerator()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes one has all files with tests that ask a server, so that each is started once.
+    """With several workers, give all files with server tests to one of them, so that each server starts once.
 
-    With the slow ones that one would have most of the work, and files are taken as they come.
+    With the slow tests that worker would have most of the work, so files are then distributed as they come.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -33,52 +33,52 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if "not slow" not in config.option.markexpr:
                 return file
-            return "servers" if SERVED in (config.rootpath / file).read_text(encoding="utf-8") else file
+            return "servers" if SERVER_MARK in (config.rootpath / file).read_text(encoding="utf-8") else file
 
     return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
-    """Of several processes each computes on its share of the cores: threads beyond that wait for one another."""
-    if threads := share():
+    """With several workers, let each compute on its share of the cores, because more threads wait for one another."""
+    if threads := cores_per_worker():
         torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What asks a server says so, and what needs a GPU is skipped without one."""
+    """Skip GPU tests without a GPU, and check that server tests are marked."""
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
-        if "warm" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("server"):
-            raise pytest.UsageError(f"{item.nodeid} asks a server, expected @{SERVED}")
+        if "forked_server" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("server"):
+            raise pytest.UsageError(f"{item.nodeid} uses a server, expected @{SERVER_MARK}")
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[type[Server]]:
-    """Starts servers that need not import SGLang first, on the CPU."""
-    nursery = Nursery()
+def forked_server() -> Iterator[type[Server]]:
+    """A `Server` class whose servers start on the CPU, without importing SGLang again."""
+    fork_server = ForkServer()
 
-    class Warm(Server):
-        popen = staticmethod(nursery.popen)
+    class ForkedServer(Server):
+        popen = staticmethod(fork_server.popen)
 
-    yield Warm
-    nursery.close()
+    yield ForkedServer
+    fork_server.close()
 
 
 @pytest.fixture(scope="session")
-def server(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Serves a random model that likes tags; those of all dialects are its tokens."""
+def server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a random model that often writes tags. The tags of all dialects are its tokens."""
     directory = tmp_path_factory.mktemp("served")
     tags = dict.fromkeys(tag for name in dialect_names() for tag in dialect(name).tags)
     random_llama(directory, tags=list(tags), tag_bias=5.0)
-    with warm(directory, log_path=directory / "server.log") as server:
+    with forked_server(directory, log_path=directory / "server.log") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def solver(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Serves the model that comes with the package, which solves Countdown."""
-    with warm(
+def solver(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the model that comes with the package, which solves Countdown."""
+    with forked_server(
         locate_model("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER_OPTIONS
     ) as server:
         yield server
@@ -86,16 +86,16 @@ def solver(warm: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def untagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model without tags, for `checked`."""
+    """A random model without tags, which `checked` serves."""
     return random_llama(tmp_path_factory.mktemp("checked"), seed=3)
 
 
 @pytest.fixture(scope="session")
-def checked(warm: type[Server], untagged: Path) -> Iterator[Server]:
-    """A small pool, and checks of it at every step: its log says what was wrong."""
+def checked(forked_server: type[Server], untagged: Path) -> Iterator[Server]:
+    """A server with a small KV pool that SGLang checks at every step. It logs what is wrong."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
         patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
         options = {"max_total_tokens": 4096, "context_length": 1024, "enable_custom_logit_processor": True}
-        with warm(untagged, log_path=untagged / "log", **options) as server:
+        with forked_server(untagged, log_path=untagged / "log", **options) as server:
             yield server

@@ -12,7 +12,7 @@ from sgl_apr.errors import EngineError
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
 
-# What SGLang reports of each of its ranks, as far as `sum_loads` uses it.
+# What SGLang reports for each rank: the fields that `sum_loads` uses.
 LOAD_FIELDS = (
     "num_running_reqs",
     "num_waiting_reqs",

@@ -20,7 +20,7 @@ SERVED = [
 @pytest.mark.server
 @pytest.mark.parametrize("page", SERVED)
 def test_what_a_page_shows_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, warm
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, forked_server
 ):
-    monkeypatch.setattr(apr, "Server", warm)  # what it starts is the same, sooner
+    monkeypatch.setattr(apr, "Server", forked_server)  # the same servers, started faster
     run(page, tmp_path, request.getfixturevalue(server_of(page)).url, monkeypatch)

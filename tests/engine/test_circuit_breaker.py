@@ -342,12 +342,12 @@ def test_closing_does_not_wait_for_the_server():
 
 CLASSES = {  # failure: its message, its status, and whether the server is in doubt after it
     "dies": ("broke off the answer", None, True),
-    "just ends": ("without a finish reason", None, False),
+    "ends early": ("without a finish reason", None, False),
     "aborts": ("aborted the request", None, False),
     "status 500": ("out of memory", 500, False),
     "reports an error": ("KV cache is full", 507, False),
-    "writes nonsense": ("does not answer like an SGLang server", None, False),
-    "goes silent": ("did not answer within", None, False),
+    "sends no JSON": ("does not answer like an SGLang server", None, False),
+    "stops sending": ("did not answer within", None, False),
 }
 
 
@@ -360,7 +360,7 @@ def test_what_is_told_of_a_failure(failure):
         async with connected(fake, timeout=1.0) as engine:
             error = await fails(engine, message, "1:")
             assert error.status == status
-            assert isinstance(error, apr.EngineTimeout) == (failure == "goes silent")
+            assert isinstance(error, apr.EngineTimeout) == (failure == "stops sending")
             await decode(engine)
             assert fake.health.calls == doubt
 

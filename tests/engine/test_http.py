@@ -128,11 +128,11 @@ def test_an_idle_connection_is_used_again_only_long_before_the_server_closes_it(
 FAILURES = {
     "status 500": "the server answered 500: out of memory",
     "dies": "broke off the answer",
-    "just ends": "without a finish reason",
+    "ends early": "without a finish reason",
     "aborts": "aborted the request: scheduler restarts",
     "reports an error": "KV cache is full",
-    "writes nonsense": "does not answer like an SGLang server",
-    "leaves the protocol": "does not answer like an SGLang server",
+    "sends no JSON": "does not answer like an SGLang server",
+    "sends another protocol": "does not answer like an SGLang server",
 }
 
 
@@ -169,7 +169,7 @@ def test_every_phase_can_fail(phase, failure):
 
 
 def test_silence_is_a_timeout():
-    fake = SglangServer(branch_1="goes silent")
+    fake = SglangServer(branch_1="stops sending")
     with pytest.raises(apr.BranchFailed, match=r"did not answer within 0\.5 s") as raised:
         reason(fake, timeout=0.5, on_branch_failure="raise")
     assert isinstance(raised.value.__cause__, apr.EngineTimeout)
@@ -201,7 +201,7 @@ def test_cancelling_aborts_what_runs():
                 await task
             assert fake.aborted == {fake.rids["branch 1"], fake.rids["branch 2"]}
             # The connection is still good.
-            fake.wrong.clear()
+            fake.failures.clear()
             await apr.areason(engine, "Q: ")
         return fake
 

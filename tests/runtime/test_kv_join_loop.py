@@ -30,11 +30,11 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def joining(warm: type[Server], model: Path) -> Iterator[Server]:
+def joining(forked_server: type[Server], model: Path) -> Iterator[Server]:
     options = {"radix_cache_backend": "apr", "max_total_tokens": 16384, "context_length": 2048}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
-        with warm(model, log_path=model / "log", **options) as server:
+        with forked_server(model, log_path=model / "log", **options) as server:
             yield server
 
 

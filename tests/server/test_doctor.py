@@ -1,4 +1,4 @@
-"""What the doctor finds, on this installation and a real server; divergences and verdicts by hand."""
+"""The doctor on this installation and a real server, and divergences and verdicts that are computed by hand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from sgl_apr.cli.main import main
 from sgl_apr.errors import AprError
 from sgl_apr.server import doctor, hooks
 from sgl_apr.server.doctor import Finding, check_installation, is_healthy
+from sgl_apr.server.kv_join.drift import (
+    DistributionShift,
+    DriftMeasurement,
+    divergence,
+    judge_drift,
+    measure_drift,
+    pool_measurements,
+    sample_from_model,
+)
 from sgl_apr.server.kv_join.drift_samples import BUILTIN_SAMPLES, JoinSample, read_samples
-from sgl_apr.server.kv_join.drift import DistributionShift, DriftMeasurement, divergence, judge_drift, measure_drift, pool_measurements, sample_from_model
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.tokenizer import load_tokenizer
 
@@ -24,25 +32,25 @@ def by_name(findings) -> dict[str, Finding]:
 
 
 def test_this_installation_is_healthy():
-    found = list(check_installation())
-    assert is_healthy(found), [f for f in found if f.state == "failed"]
-    assert {"sglang", "sglang.srt.plugins", "decode kernel", "memory"} <= by_name(found).keys()
+    findings = list(check_installation())
+    assert is_healthy(findings), [f for f in findings if f.state == "failed"]
+    assert {"sglang", "sglang.srt.plugins", "decode kernel", "memory"} <= by_name(findings).keys()
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    """Each by what takes it away: another SGLang, a plugin that SGLang is told not to load, no compiler, no memory."""
+    """Another SGLang, a plugin that SGLang does not load, no compiler, no memory."""
     monkeypatch.setattr(hooks, "SUPPORTED_SGLANG", "0")
     monkeypatch.setenv("SGLANG_PLUGINS", "others")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(doctor, "MIN_FREE_MEMORY", 1 << 60)
-    found = by_name(check_installation())
+    findings = by_name(check_installation())
     for name in ("sglang", "sglang.srt.plugins", "C++ compiler", "memory"):
-        assert found[name].state == "failed"
-        assert found[name].hint
-    assert not is_healthy(found.values())
+        assert findings[name].state == "failed"
+        assert findings[name].hint
+    assert not is_healthy(findings.values())
 
 
-def test_what_is_missing_can_be_done_without():
+def test_what_is_missing_is_optional():
     assert is_healthy([Finding("a", "ok", ""), Finding("b", "missing", "")])
     assert not is_healthy([Finding("a", "ok", ""), Finding("b", "failed", "")])
 
@@ -64,7 +72,7 @@ def test_the_join_needs_a_server(capsys):
 
 
 @pytest.mark.server
-def test_a_sound_server_is_healthy(server, capsys):
+def test_a_correct_server_is_healthy(server, capsys):
     assert main(["doctor", "--url", server.url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     states = {f["name"]: f["state"] for f in found["findings"]}
@@ -73,47 +81,49 @@ def test_a_sound_server_is_healthy(server, capsys):
 
 
 @pytest.mark.server
-def test_the_table_is_for_people(server, capsys):
+def test_the_findings_are_printed_as_a_table(server, capsys):
     assert main(["doctor", "--url", server.url]) == 0
     assert "KV join" in capsys.readouterr().out
 
 
-def test_a_divergence_by_hand():
+def test_a_divergence_computed_by_hand():
     """Over tokens 1 and 2, and all others as one: (0.5, 0.25, 0.25) against (0.25, 0.25, 0.5)."""
     reference, other = {1: log(0.5), 2: log(0.25)}, {1: log(0.25), 2: log(0.25)}
     assert divergence(reference, other) == pytest.approx(0.5 * log(2) + 0.25 * log(0.5))
     assert divergence(reference, reference) == 0
-    assert divergence({1: 0.0}, {1: log(0.5)}) == pytest.approx(log(2)), "nothing is left for the others"
-    assert divergence({1: log(0.5)}, {1: 0.0}) > 10, "the others cannot come there"
+    assert divergence({1: 0.0}, {1: log(0.5)}) == pytest.approx(log(2)), (
+        "no probability is left for the other tokens"
+    )
+    assert divergence({1: log(0.5)}, {1: 0.0}) > 10, "the other tokens have no probability there"
 
 
 @pytest.mark.parametrize(
-    ("kv", "turned", "said"),
+    ("kv", "turned", "expected"),
     [
         (DistributionShift(0.15, 0.85), DistributionShift(0.1, 0.9), "tolerates"),
         (
             DistributionShift(0.09, 1.0),
             DistributionShift(0.0, 1.0),
             "tolerates",
-        ),  # next to nothing, whatever reversed text does
+        ),  # a small divergence, whatever reversed text changes
         (DistributionShift(0.15, 0.7), DistributionShift(0.1, 0.9), "is disturbed by"),  # other tokens
         (DistributionShift(0.5, 0.9), DistributionShift(0.1, 0.9), "is disturbed by"),
         (DistributionShift(1.5, 0.9), DistributionShift(0.1, 0.9), "breaks under"),
         (DistributionShift(0.5, 0.4), DistributionShift(0.1, 0.9), "breaks under"),
     ],
 )
-def test_verdicts(kv: DistributionShift, turned: DistributionShift, said: str):
-    assert judge_drift(kv, turned) == said
+def test_verdicts(kv: DistributionShift, turned: DistributionShift, expected: str):
+    assert judge_drift(kv, turned) == expected
 
 
 def test_every_token_counts_once():
-    found = pool_measurements(
+    pooled = pool_measurements(
         [
             DriftMeasurement("a", 1, DistributionShift(4.0, 0.0), DistributionShift(0.0, 1.0)),
             DriftMeasurement("b", 3, DistributionShift(0.0, 1.0), DistributionShift(4.0, 0.0)),
         ]
     )
-    assert (found.steps, found.kv, found.reversed) == (
+    assert (pooled.steps, pooled.kv, pooled.reversed) == (
         4,
         DistributionShift(1.0, 0.75),
         DistributionShift(3.0, 0.25),
@@ -148,7 +158,7 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str):
 
 
 @pytest.mark.server
-def test_a_join_is_measured(server, capsys):
+def test_drift_is_measured(server, capsys):
     assert main(["doctor", "join", "--url", server.url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["samples"]) == len(BUILTIN_SAMPLES)
@@ -159,18 +169,18 @@ def test_a_join_is_measured(server, capsys):
 
 
 @pytest.mark.server
-def test_one_branch_that_is_all_is_measured_as_nothing(server):
-    """Without a second branch that has tokens of its own, text and cache are the same prompt."""
+def test_a_single_branch_has_no_drift(server):
+    """With one branch, the text join and the KV join are the same prompt."""
     tokenizer = load_tokenizer(server_model(server))
-    found = measure_drift(
+    measurement = measure_drift(
         make_client(server.url), tokenizer, JoinSample("The numbers: ", ("one two three",), " end")
     )
-    assert found.kv.kl < 1e-6
-    assert found.kv.agreement == found.reversed.agreement == 1
+    assert measurement.kv.kl < 1e-6
+    assert measurement.kv.agreement == measurement.reversed.agreement == 1
 
 
 @pytest.mark.server
-def test_the_model_writes_branches_itself(server, tmp_path: Path, capsys):
+def test_the_model_writes_the_branches(server, tmp_path: Path, capsys):
     path = tmp_path / "questions"
     path.write_text("What is y?\n")
     assert main(["doctor", "join", "--url", server.url, "--prompts", str(path)]) == 0
@@ -183,6 +193,6 @@ def test_the_model_writes_branches_itself(server, tmp_path: Path, capsys):
 
 
 def server_model(server) -> str:
-    """Where its tokenizer is."""
+    """Return the path of the model, which has the tokenizer."""
     with urllib.request.urlopen(f"{server.url}/model_info") as answer:
         return json.load(answer)["tokenizer_path"]

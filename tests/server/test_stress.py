@@ -1,4 +1,4 @@
-"""The real server under crowds, aborts, kills and faults: nothing is lost, nothing is left, nothing else changes."""
+"""A real server under many clients, aborts, kills and faults: no result is lost and no request is left running."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ url, path, count, concurrency = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(
 problems = {f"p{i}": f"Problem {i}: " for i in range(count)}
 outcomes = apr.run_many(url, problems, path, concurrency=concurrency, mode="parallel", temperature=1.0,
                         budget=apr.Budget(**json.loads(sys.argv[5])))
-print(json.dumps([len(outcomes.finished), len(outcomes.found), len(outcomes.failed)]))
+print(json.dumps([len(outcomes.finished), len(outcomes.skipped), len(outcomes.failed)]))
 """
 
 
 def client(url: str, path: Path, count: int) -> subprocess.Popen:
-    """Another process that lets so many problems be answered, all at once."""
+    """Start a process that runs `count` problems in parallel."""
     argv = [sys.executable, "-c", CLIENT, url, str(path), str(count), str(count), json.dumps(BUDGET)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
 
@@ -48,25 +48,25 @@ def lines(path: Path) -> int:
 
 
 def check(path: Path, count: int) -> list[apr.Trajectory]:
-    """Every problem exactly once, and every trajectory whole."""
-    found = list(apr.read_many(path))
-    assert Counter(name for name, _ in found) == Counter(f"p{i}" for i in range(count))
-    for name, trajectory in found:
+    """Check that every problem is in the file once, with a complete trajectory, and return the trajectories."""
+    outcomes = list(apr.read_many(path))
+    assert Counter(name for name, _ in outcomes) == Counter(f"p{i}" for i in range(count))
+    for name, trajectory in outcomes:
         assert trajectory.prompt == f"Problem {name[1:]}: "
         apr.dialect("threadweaver").validate(trajectory.text)
         assert trajectory.blocks
         assert trajectory.metrics().total <= BUDGET["tokens"]
-    return [trajectory for _, trajectory in found]
+    return [trajectory for _, trajectory in outcomes]
 
 
 @pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_crowd_whose_client_is_killed_midway(server: Server, tmp_path: Path, count: int):
+def test_a_batch_whose_client_is_killed_midway(server: Server, tmp_path: Path, count: int):
     path = tmp_path / "out.jsonl"
     first = client(server.url, path, count)
     until(lambda: lines(path) >= count // 4 or first.poll() is not None, 600)
     first.kill()
     first.wait()
-    assert lines(path) < count, "it was in the middle"
+    assert lines(path) < count, "the client was killed before it finished"
     second, memory = client(server.url, path, count), 0
     while second.poll() is None:
         try:
@@ -74,20 +74,20 @@ def test_a_crowd_whose_client_is_killed_midway(server: Server, tmp_path: Path, c
         except psutil.NoSuchProcess:
             break
         time.sleep(0.2)
-    finished, found, failed = json.loads(second.communicate()[0])
-    assert (finished + found, failed) == (count, 0)
-    assert found >= count // 4
-    took = sorted(t.wall_s for t in check(path, count)[found:])
+    finished, skipped, failed = json.loads(second.communicate()[0])
+    assert (finished + skipped, failed) == (count, 0)
+    assert skipped >= count // 4
+    took = sorted(t.wall_s for t in check(path, count)[skipped:])
     print(
         f"\n{count}: {memory / 2**20:.0f} MB, {took[0]:.1f} to {took[-1]:.1f} s, median {took[len(took) // 2]:.1f}"
     )
-    # All begin at once, and none waits for ever: the slowest is as slow as the run, the fastest no exception.
+    # All start in parallel, and none waits forever: the slowest takes as long as the run.
     assert memory < 2 * 2**30
     until(lambda: idle(server.url), 30)
 
 
 def idle(url: str) -> bool:
-    """Nothing runs, nothing waits, and no KV token is held by anything but the cache."""
+    """Return whether no request runs or waits, and only the cache holds KV tokens."""
 
     async def once() -> apr.Load:
         async with await apr.HttpEngine.connect(url) as engine:
@@ -104,13 +104,15 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def strict(warm: type[Server], model: Path) -> Iterator[Server]:
-    """A server that checks its memory at every step, and dies of a leak."""
+def strict(forked_server: type[Server], model: Path) -> Iterator[Server]:
+    """A server that checks its memory at every step, and exits if there is a leak."""
     environment = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        with warm(model, max_total_tokens=16384, context_length=1024, log_path=model / "log") as server:
+        with forked_server(
+            model, max_total_tokens=16384, context_length=1024, log_path=model / "log"
+        ) as server:
             yield server
 
 
@@ -132,8 +134,8 @@ def test_a_server_that_is_killed_and_restarted_midway(model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
-    """Cancelled, out of time, cut off: the server is idle afterwards, whole, and answers."""
+def test_fifty_trajectories_that_are_cancelled(strict: Server, rounds: int):
+    """Cancelled, out of time, or disconnected: the server is idle afterwards, and still answers."""
     rng, late = random.Random(0), list[float]()
 
     async def one(engine: apr.HttpEngine, kind: str) -> str:
@@ -142,7 +144,7 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
         if kind == "timeout":
             options["budget"] = apr.Budget(tokens=400, width=4, seconds=0.05 + reconnect_timeout)
         elif kind == "policy":
-            # Four branches that end by themselves, one soon: the others are cut.
+            # Four branches that end by themselves, one early: the others are stopped.
             options |= {
                 "policy": "first",
                 "min_width": 4,
@@ -159,11 +161,11 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
         apr.dialect("threadweaver").validate(trajectory.text)
         if kind == "timeout":
             late.append(trajectory.wall_s - options["budget"].seconds)
-        cut = {b.outcome for block in trajectory.blocks for b in block.branches} | {trajectory.finish}
-        return next((c for c in ("timeout", "aborted") if c in cut), "whole")
+        outcomes = {b.outcome for block in trajectory.blocks for b in block.branches} | {trajectory.finish}
+        return next((c for c in ("timeout", "aborted") if c in outcomes), "complete")
 
     async def disconnect(url: str) -> str:
-        """A client that is gone in the middle, without a word."""
+        """A client that disconnects in the middle of a trajectory."""
         engine = await apr.HttpEngine.connect(url)
         engine._abort = lambda rid: asyncio.sleep(0)
         task = asyncio.create_task(apr.areason(engine, "Q: ", "threadweaver", mode="parallel"))
@@ -174,24 +176,24 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
         return "disconnected"
 
     async def go() -> Counter[str]:
-        found: Counter[str] = Counter()
+        results: Counter[str] = Counter()
         async with await apr.HttpEngine.connect(strict.url) as engine:
             for _ in range(rounds):
                 kinds = rng.choices(["cancel", "timeout", "policy", "disconnect"], [4, 4, 2, 1], k=50)
-                found.update(
+                results.update(
                     await asyncio.gather(
                         *(disconnect(strict.url) if k == "disconnect" else one(engine, k) for k in kinds)
                     )
                 )
-        return found
+        return results
 
-    found = asyncio.run(go())
+    results = asyncio.run(go())
     late.sort()
-    print(f"\n{dict(found)}; {late[-1]:.3f} s beyond the time limit at most")
-    assert late[int(0.9 * len(late))] < 2, "a step of the engine and of this client; never an answer"
-    assert late[-1] < 20, "nor where the machine stood still for others"
-    assert found.total() == 50 * rounds
-    assert min(found[kind] for kind in ("cancelled", "timeout", "aborted", "disconnected")) >= rounds
+    print(f"\n{dict(results)}; {late[-1]:.3f} s beyond the time limit at most")
+    assert late[int(0.9 * len(late))] < 2, "a step of the engine and of this client, never a complete answer"
+    assert late[-1] < 20, "also while the machine was busy with other processes"
+    assert results.total() == 50 * rounds
+    assert min(results[kind] for kind in ("cancelled", "timeout", "aborted", "disconnected")) >= rounds
     until(lambda: idle(strict.url), 60)
     trajectory = apr.run(strict.url, "Q: ", mode="parallel", budget=apr.Budget(tokens=200, width=3))
     apr.dialect("threadweaver").validate(trajectory.text)
@@ -202,7 +204,7 @@ def test_fifty_at_once_that_are_given_up(strict: Server, rounds: int):
 
 
 def greedy(url: str, fault: tuple[int, ...] | None = None, **options) -> apr.Trajectory:
-    """One greedy trajectory with four branches; the requests of branch `fault` fail half-way."""
+    """Run a greedy trajectory with four branches. The requests of branch `fault` fail half-way."""
 
     async def once() -> apr.Trajectory:
         async with await apr.HttpEngine.connect(url) as engine:
@@ -237,26 +239,26 @@ def test_greedy_runs_are_the_same(strict: Server):
     assert written(greedy(strict.url)) == written(greedy(strict.url))
 
 
-def test_the_same_model_thinks_either_way(strict: Server):
-    """Sequential, parallel or as it likes, call by call, on one server."""
+def test_a_model_reasons_in_every_mode(strict: Server):
+    """Sequential, parallel or as it decides, request by request, on one server."""
     budget = apr.Budget(tokens=200, width=3, outline_chars=8)
     for mode, forks in {"sequential": {False}, "parallel": {True}, "auto": {False, True}}.items():
-        found = {
+        forked = {
             bool(apr.run(strict.url, f"Q{i}: ", mode=mode, budget=budget, temperature=1.0, seed=i).blocks)
             for i in range(2)
         }
-        assert found <= forks
+        assert forked <= forks
 
 
 @pytest.mark.parametrize("failed", ["skip", "retry"])
 def test_a_fault_in_one_branch_changes_no_byte_of_the_others(strict: Server, failed: str):
-    whole, faulty = (
+    complete, faulty = (
         greedy(strict.url),
         greedy(strict.url, (1, 2), on_branch_failure=failed, retry=apr.Retry(wait=0.01)),
     )
     assert [b.outcome for b in faulty.blocks[0].branches][1] == "failed"
     assert all(b.outcome != "failed" for k, b in enumerate(faulty.blocks[0].branches) if k != 1)
     for k in (1, 3, 4):
-        kept, same = ([s for s in written(t) if s[0] == (1, k)] for t in (whole, faulty))
-        assert kept == same
+        expected, actual = ([s for s in written(t) if s[0] == (1, k)] for t in (complete, faulty))
+        assert expected == actual
     assert any(s.path == (1, 3) and s.origin == "decoded" and s.tokens > 10 for s in faulty.spans)

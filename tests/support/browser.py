@@ -1,4 +1,4 @@
-"""Chromium without a head, where there is one; what a page asks of the network, and what it complains of, is kept."""
+"""Runs pages in headless Chromium, and records their network requests and console messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
 @dataclass
 class Tab:
-    """A page in a context of its own."""
+    """A page in its own browser context.
+
+    Attributes:
+        page: Playwright's page.
+        requests: The URLs that the page requested.
+        complaints: Console messages, errors and dialogs of the page.
+    """
 
     page: Any
     requests: list[str] = field(default_factory=list)
@@ -36,7 +42,7 @@ class Tab:
         return self.page.locator(selector).inner_text()
 
     def until(self, expression: str, seconds: float = 10.0) -> None:
-        """Waits for it to be true. Playwright's own way evaluates text in the page, which its policy forbids."""
+        """Wait until an expression is true. Playwright's own method is forbidden by the page's security policy."""
         deadline = time.monotonic() + seconds
         while not self.page.evaluate(expression):
             assert time.monotonic() < deadline, expression
@@ -44,7 +50,7 @@ class Tab:
 
 
 def launched() -> Iterator[Any]:
-    """A browser for a fixture; skips where there is none."""
+    """Yield a browser for a fixture, or skip if there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:

@@ -1,4 +1,4 @@
-"""A server that speaks SGLang's HTTP and fails on demand: for what a real server cannot be made to do."""
+"""A server with SGLang's HTTP API that fails on demand, in ways that a real server rarely does."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def phase_of(prompt: str) -> str:
 
 
 class SglangServer:
-    """Answers the phases of one trajectory; `wrong` names a failure by phase (see `_fail`)."""
+    """Answers the requests of one trajectory. `failures` maps a phase to a failure (see `_fail`)."""
 
-    def __init__(self, *, incremental: bool = False, info: dict | None = None, **wrong: str) -> None:
-        self.wrong = {phase.replace("_", " "): failure for phase, failure in wrong.items()}
+    def __init__(self, *, incremental: bool = False, info: dict | None = None, **failures: str) -> None:
+        self.failures = {phase.replace("_", " "): failure for phase, failure in failures.items()}
         self.incremental = incremental
         self.info = {"grammar_backend": "llguidance", **(info or {})}
         self.rids: dict[str, str] = {}  # by phase
@@ -46,7 +46,7 @@ class SglangServer:
 
     @contextmanager
     def in_thread(self) -> Iterator[str]:
-        """Serve in a thread of its own, for callers that block."""
+        """Serve in another thread, for callers that block."""
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever)
         thread.start()
@@ -97,7 +97,7 @@ class SglangServer:
         body = await request.json()
         sampling = body["sampling_params"]
         phase = phase_of(TOKENIZER.decode(body["input_ids"])) if sampling["max_new_tokens"] else "commit"
-        rid, failure = body["rid"], self.wrong.get(phase)
+        rid, failure = body["rid"], self.failures.get(phase)
         self.rids[phase] = rid
         self.connections.append(request.transport.get_extra_info("peername")[1])
         if failure == "status 500":
@@ -150,15 +150,15 @@ class SglangServer:
             case "dies":
                 assert request.transport is not None
                 request.transport.abort()
-            case "goes silent":
+            case "stops sending":
                 await asyncio.sleep(3600)
-            case "just ends":
+            case "ends early":
                 await response.write(b"data: [DONE]\n\n")
             case "aborts":
                 await self._chunk(response, [5], 1, 1, {"type": "abort", "message": "scheduler restarts"})
             case "reports an error":
                 await response.write(b'data: {"error": {"message": "KV cache is full", "code": 507}}\n\n')
-            case "writes nonsense":
+            case "sends no JSON":
                 await response.write(b"data: {not json\n\n")
-            case "leaves the protocol":
+            case "sends another protocol":
                 await response.write(b'data: {"hello": 1}\n\n')

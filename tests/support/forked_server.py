@@ -1,7 +1,7 @@
-"""Servers as forks of one process that has imported SGLang: the same code, without half a minute of imports each.
+"""Starts servers as forks of one process that has imported SGLang, which saves half a minute of imports each time.
 
-They see no GPU: no fork keeps the state of one, and what they say is compared in single precision, for which SGLang has no
-kernels there. `test_server` and `test_launch` start theirs as users do, and so does `test_gpu_server`.
+The servers use no GPU, because the state of a GPU does not survive a fork, and because the tests compare results in
+single precision, for which SGLang has no kernels on a GPU. The tests in `launch` and `gpu` start servers as users do.
 """
 
 from __future__ import annotations
@@ -19,44 +19,46 @@ from typing import IO, Any
 from sgl_apr.server.constants import CACHE_SECRET_ENV, LAUNCHED_ENV
 from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 
-LIMIT = 1 << 20  # bytes of a message
-HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
+MAX_MESSAGE_BYTES = 1 << 20
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def share() -> int | None:
-    """How many cores this process and its servers have, if tests run in several."""
+def cores_per_worker() -> int | None:
+    """Return how many cores this process and its servers have if there are several pytest workers, else None."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
     return max(1, len(os.sched_getaffinity(0)) // processes) if processes else None
 
 
-class Nursery:
-    """The process that forks; it imports while the tests go on that need no server yet."""
+class ForkServer:
+    """The process that forks. It imports SGLang while tests run that need no server yet."""
 
     def __init__(self) -> None:
-        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._link, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", __file__]
-        environment = SERVER_ENVIRONMENT | dict(os.environ) | HIDDEN | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
-        if threads := share():
+        environment = (
+            SERVER_ENVIRONMENT | dict(os.environ) | NO_GPU | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
+        )
+        if threads := cores_per_worker():
             environment["OMP_NUM_THREADS"] = str(threads)
-        with theirs:
-            self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
+        with child_end:
+            self._process = subprocess.Popen(command, stdin=child_end.fileno(), env=environment)
 
-    def popen(self, command: Sequence[str], *, stdin: int, env: Mapping[str, str], **_: Any) -> Forked:
-        """As `subprocess.Popen` for a command of `ServerProcess`, whose other options are always the same."""
+    def popen(self, command: Sequence[str], *, stdin: int, env: Mapping[str, str], **_: Any) -> ForkedProcess:
+        """Take the place of `subprocess.Popen` in `ServerProcess`, which always passes the same other options."""
         begin = command.index("sgl_apr.server.launch.main") + 1
-        ours, theirs = os.pipe()
-        message = json.dumps([list(command[begin:]), dict(env) | HIDDEN, os.getcwd()]).encode()
-        socket.send_fds(self._link, [message], [stdin, theirs])
-        os.close(theirs)
-        return Forked(int(self._link.recv(64)), os.fdopen(ours, "rb"))
+        output, child_end = os.pipe()
+        message = json.dumps([list(command[begin:]), dict(env) | NO_GPU, os.getcwd()]).encode()
+        socket.send_fds(self._link, [message], [stdin, child_end])
+        os.close(child_end)
+        return ForkedProcess(int(self._link.recv(64)), os.fdopen(output, "rb"))
 
     def close(self) -> None:
         self._link.close()
         self._process.wait()
 
 
-class Forked:
-    """What a `subprocess.Popen` is to its child; how it ended only the nursery could know."""
+class ForkedProcess:
+    """Takes the place of a `subprocess.Popen`. The return code is unknown, because the fork server is the parent."""
 
     returncode = None
 
@@ -65,9 +67,9 @@ class Forked:
         self._process = os.pidfd_open(pid)
 
     def wait(self, timeout: float | None = None) -> None:
-        gone = select.poll()
-        gone.register(self._process, select.POLLIN)
-        if not gone.poll(None if timeout is None else timeout * 1000):
+        poll = select.poll()
+        poll.register(self._process, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
             raise subprocess.TimeoutExpired("a server", timeout or 0.0)
 
     def send_signal(self, number: int) -> None:
@@ -83,9 +85,9 @@ def main() -> None:
     import sgl_apr.server.api.install
     import sgl_apr.server.launch.main
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for them
     while True:
-        message, descriptors, _, _ = socket.recv_fds(link, LIMIT, 2)
+        message, descriptors, _, _ = socket.recv_fds(link, MAX_MESSAGE_BYTES, 2)
         if not message:
             return
         if (pid := os.fork()) == 0:
@@ -102,13 +104,13 @@ def main() -> None:
 
 
 def _become(environment: dict[str, str], stdin: int, stdout: int) -> None:
-    """The process that `ServerProcess` would have started."""
+    """Turn this fork into the process that `ServerProcess` would have started."""
     os.setsid()
     for descriptor, number in ((stdin, 0), (stdout, 1), (stdout, 2)):
         os.dup2(descriptor, number)
     os.close(stdin)
     os.close(stdout)
-    secret = os.environ[CACHE_SECRET_ENV]  # the plugin has it from here
+    secret = os.environ[CACHE_SECRET_ENV]  # the plugin has read it already
     os.environ.clear()
     os.environ.update(environment | {CACHE_SECRET_ENV: secret})
 

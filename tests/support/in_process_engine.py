@@ -1,4 +1,4 @@
-"""An sgl.Engine with the loop over it, in a process that it may end: what was seen goes out as one line of JSON."""
+"""Runs an `sgl.Engine` with the loop, in a process that SGLang may end. It prints its results as a line of JSON."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def main(asked: dict[str, Any]) -> None:
 
 
 def children() -> list[str]:
-    """The living processes below this one."""
-    found = psutil.Process().children(recursive=True)
-    return [" ".join(p.cmdline()) for p in found if p.status() != psutil.STATUS_ZOMBIE]
+    """Return the command lines of the living processes below this one."""
+    processes = psutil.Process().children(recursive=True)
+    return [" ".join(p.cmdline()) for p in processes if p.status() != psutil.STATUS_ZOMBIE]
 
 
 def failure(work: Any) -> list[Any]:
@@ -66,7 +66,7 @@ def failure(work: Any) -> list[Any]:
 
 
 async def cancelled(engine: apr.LocalEngine) -> dict[str, int]:
-    """A trajectory given up while its requests run."""
+    """Cancel a trajectory while its requests run."""
     budget = apr.Budget(tokens=6000)
     task = asyncio.create_task(
         apr.areason(engine, "Q: ", "threadweaver", mode="parallel", min_blocks=90, budget=budget)
@@ -79,17 +79,17 @@ async def cancelled(engine: apr.LocalEngine) -> dict[str, int]:
 
 
 async def silence(engine: apr.LocalEngine) -> list[Any]:
-    """An engine that takes longer than the timeout."""
-    hasty = InProcessEngine(engine.manager, timeout=0.0001)
+    """Send a request that takes longer than the timeout."""
+    impatient = InProcessEngine(engine.manager, timeout=0.0001)
     try:
-        await hasty.decode(apr.Request("apr-silence", (1, 2, 3), 500))
+        await impatient.decode(apr.Request("apr-silence", (1, 2, 3), 500))
     except apr.EngineError as error:
         return [type(error).__name__, (await idle(engine))["states"]]
     return ["nothing", 0]
 
 
 async def idle(engine: apr.LocalEngine) -> dict[str, int]:
-    """How much is left once the scheduler has heard of it, or after some seconds."""
+    """Return what is still running once the scheduler has processed the aborts, or after some seconds."""
     for _ in range(500):
         load = await engine.load()
         left = {"states": len(engine.manager.rid_to_state), "running": load.running, "used": load.used_tokens}

@@ -1,4 +1,4 @@
-"""Processes, for the tests that start some and want nothing left of them."""
+"""Finds and waits for processes, for tests that check that none are left."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SERVE = [
 
 
 def in_session(leader: int) -> set[int]:
-    """The living processes of a session."""
-    found = set()
+    """Return the living processes of a session."""
+    processes = set()
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.add(process.pid)
+                processes.add(process.pid)
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
-    return found
+    return processes
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.1)

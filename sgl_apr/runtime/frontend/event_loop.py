@@ -36,7 +36,7 @@ class EventLoopThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call_soon(self, callback: Callable[..., object], *arguments: Any) -> None:
-        """Call `callback` in the loop. After `close` it is dropped: nobody waits for it."""
+        """Call `callback` in the loop. After `close` it is dropped, because no caller waits for it."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *arguments)
 

@@ -9,7 +9,7 @@ from sgl_apr.trajectory.spans import Path
 class ProgramText:
     """Turns events into text of the program.
 
-    The trunk appears as it is written. The branches of a block appear together, in order, once the trunk goes on.
+    The trunk appears as it is written. The branches of a block appear together, in order, once the trunk continues.
 
     Args:
         streams_answer: The trunk may not fork, so that its text is the answer from the first character on.

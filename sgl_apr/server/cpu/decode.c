@@ -133,7 +133,7 @@ static void wide(const Batch *b, const Piece *p, int64_t head, int64_t first) {
   for (int64_t l = 0; l < queries; l++) part[l][vdim] = highest[l], part[l][vdim + 1] = sum[l];
 }
 
-// Merges the parts of one query. `parts` are those of its head, `size` apart; `indices` are those of its row.
+// Merges the parts of one query. `parts` are those of its head, `size` numbers from one to the next; `indices` are those of its row.
 static void merge(const float *parts, int64_t size, const int64_t *indices, int64_t count, int64_t vdim, float *out) {
   float highest = parts[indices[0] * size + vdim], sum = 0;
   for (int64_t i = 1; i < count; i++) {

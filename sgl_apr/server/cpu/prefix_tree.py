@@ -1,7 +1,7 @@
 """Builds trees of the rows of cache slots that begin alike.
 
 Rows are compared slot by slot. Two requests with the same slot at the same place have the same key and value there,
-whatever their tokens and positions, and however the slots are scattered. The trees are built anew for each batch, so
+whatever their tokens and positions, and however the slots are scattered. The trees are built for each batch, so
 a slot that was freed and used again is never mistaken for its former content.
 """
 

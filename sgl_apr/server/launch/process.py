@@ -127,7 +127,7 @@ class ServerProcess:
         return ReadyMessage(**message)
 
     def wait(self) -> str:
-        """Block until the server has ended, and return why it ended, as far as its log shows."""
+        """Block until the server has ended, and return why it ended, if its log shows the reason."""
         self._child.wait()
         return self._exit_reason()
 

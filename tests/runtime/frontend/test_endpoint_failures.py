@@ -124,7 +124,7 @@ def test_a_batch_fails_program_by_program():
 
 def test_silence_is_a_timeout():
     raises = pytest.raises(apr.EngineTimeout, match=r"within 0\.5 s")
-    with served(SglangServer(trunk="goes silent"), timeout=0.5) as endpoint, within(10), raises:
+    with served(SglangServer(trunk="stops sending"), timeout=0.5) as endpoint, within(10), raises:
         program.run(backend=endpoint)["answer"]
 
 
@@ -201,10 +201,10 @@ def test_cancelling_frees_the_server(server):
 
 @pytest.mark.server
 @pytest.mark.timeout(300)
-def test_a_server_that_is_killed_mid_branch(warm, tmp_path):
+def test_a_server_that_is_killed_mid_branch(forked_server, tmp_path):
     model = random_llama(tmp_path, tags=apr.dialect("threadweaver").tags, tag_bias=5.0)
     with (
-        warm(model, context_length=8192, max_total_tokens=8192) as server,
+        forked_server(model, context_length=8192, max_total_tokens=8192) as server,
         apr.Endpoint(server.url) as endpoint,
     ):
         pid = server.pid

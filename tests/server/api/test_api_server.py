@@ -405,7 +405,7 @@ def test_many_at_once(server: Server):
 
 
 @pytest.fixture(scope="module")
-def guarded(warm: type[Server], server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def guarded(forked_server: type[Server], server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same model with an API key, limits and metrics."""
     log = tmp_path_factory.mktemp("guarded") / "log"
     flags = {
@@ -422,7 +422,7 @@ def guarded(warm: type[Server], server: Server, tmp_path_factory: pytest.TempPat
         "apr_max_seconds": 60,
         "apr_max_concurrent": 2,
     }
-    with warm(get(server, "/model_info")["model_path"], log_path=log, **flags, **limits) as guarded:
+    with forked_server(get(server, "/model_info")["model_path"], log_path=log, **flags, **limits) as guarded:
         yield guarded
 
 

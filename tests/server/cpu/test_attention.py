@@ -1,4 +1,4 @@
-"""apr_cpu equals SGLang's torch_native and plain torch, whatever the batch; its plans cover every token once."""
+"""apr_cpu equals SGLang's torch_native and plain torch for any batch, and its plans cover every token once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS = [(9, 3, 64), (4, 4, 16), (4, 2, 32), (8, 1, 8), (5, 1, 20)]
 
 @dataclass(frozen=True)
 class Batch:
-    """A pool with scattered slots; `shared[i]` first tokens of request i are those of request 0."""
+    """A pool with scattered slots. The first `shared[i]` tokens of request i are those of request 0."""
 
     lengths: tuple[int, ...]
     shared: tuple[int, ...]
@@ -43,7 +43,7 @@ class Batch:
         free = torch.ones(size, dtype=torch.bool)
         for place, length in zip(places, self.lengths, strict=True):
             free[table[place, :length].long()] = False
-        key[free] = value[free] = float("nan")  # nobody's slots: reading one would show
+        key[free] = value[free] = float("nan")  # unused slots: reading one would show
         query = torch.randn(queries, heads, dim, dtype=self.dtype)
         return SimpleNamespace(query=query, key=key, value=value, table=table, places=places)
 
@@ -78,7 +78,7 @@ def extend(kind: str, batch: Batch, prefixes: tuple[int, ...], **options) -> tor
 
 @pytest.fixture(params=["kernel", "torch"])
 def way(request, monkeypatch) -> str:
-    """Decoding by the C kernel, and as where none can be compiled."""
+    """Decoding with the C kernel, and without one."""
     if request.param == "torch":
         monkeypatch.setattr("sgl_apr.server.cpu.attention.decode_kernel", lambda: None)
     else:
@@ -140,7 +140,7 @@ def test_any_batch(way, data):
     same(extend("apr_cpu", batch, prefixes), extend("torch_native", batch, prefixes))
 
 
-def test_slots_in_one_run(way):
+def test_consecutive_slots(way):
     batch = Batch((900, 905, 910, 40), (0, 800, 800, 0), scattered=False)
     same(decode("apr_cpu", batch), decode("torch_native", batch))
     prefixes = (0, 898, 600, 30)
@@ -153,7 +153,7 @@ def test_half_precision():
     same(extend("apr_cpu", batch, (298, 0)), extend("torch_native", batch, (298, 0)), 2e-2)
 
 
-def test_leaves_what_is_rare_to_torch_native():
+def test_rare_cases_use_torch_native():
     batch, window = Batch((30, 40), (0, 0)), {"sliding_window_size": 8}
     same(decode("apr_cpu", batch, **window), decode("torch_native", batch, **window), 0)
     same(extend("apr_cpu", batch, (0, 0), **window), extend("torch_native", batch, (0, 0), **window), 0)
@@ -190,9 +190,9 @@ def test_plan_covers_every_token_once(new):
 
 @dataclass(frozen=True)
 class Forks:
-    """Requests as they came to be: each begins with the first slots of an earlier one and goes on with its own.
+    """Requests that fork from one another: each begins with the first slots of an earlier one, then has its own.
 
-    `steps` has (which one, how many of its slots, how many of its own). Slots are strewn, as behind a KV join.
+    `steps` has (which earlier one, how many of its slots, how many own slots). Slots are scattered, as after a KV join.
     """
 
     steps: tuple[tuple[int, int, int], ...]
@@ -244,7 +244,7 @@ class Pool:
         torch.manual_seed(size)
         self.heads = heads
         self.key, self.value = (torch.full((size, heads[1], heads[2]), float("nan")) for _ in "kv")
-        self.table = torch.randint(0, size, (15, 2000), dtype=torch.int32)  # behind a row's end is anything
+        self.table = torch.randint(0, size, (15, 2000), dtype=torch.int32)  # any slot after the end of a row
         self.backend = backend("apr_cpu", **options)
 
     def decode(
@@ -252,7 +252,7 @@ class Pool:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A step as SGLang does it, and the same in plain torch; both [rows, heads, dim]."""
         places = list(range(len(rows) - 1, -1, -1)) if places is None else places
-        self.key.fill_(float("nan"))  # nobody's slots: reading one would show
+        self.key.fill_(float("nan"))  # unused slots: reading one would show
         self.value.fill_(float("nan"))
         for place, row in zip(places, rows, strict=True):
             slots = torch.tensor(row)
@@ -285,17 +285,17 @@ def test_any_forks(way, forks, heads):
     same(*Pool(2500, heads).decode(forks.rows))
 
 
-def test_slots_that_another_request_got(way):
-    """Same places, same lengths and the same slots, but no longer in common."""
+def test_slots_that_another_request_reuses(way):
+    """Same places, same lengths and the same slots, but no longer shared."""
     pool = Pool(2000, (9, 3, 64))
     rows = Forks(((0, 0, 620), (0, 600, 20), (0, 600, 20), (0, 0, 620))).rows
     same(*pool.decode(rows))
     before = [row.copy() for row in rows]
-    rows[1], rows[3] = before[3], before[1]  # two that change places
+    rows[1], rows[3] = before[3], before[1]  # two requests change places
     same(*pool.decode(rows))
-    rows[2] = [*before[2][:599], 1999, *before[2][600:]]  # one slot, the last that was in common
+    rows[2] = [*before[2][:599], 1999, *before[2][600:]]  # the last shared slot changes
     same(*pool.decode(rows))
-    rows = [row[::-1] for row in rows]  # all of them freed and given out again
+    rows = [row[::-1] for row in rows]  # all slots are freed and allocated again
     same(*pool.decode(rows))
 
 
@@ -305,7 +305,7 @@ def test_grows_slot_by_slot(way):
     for _ in range(5):
         same(*pool.decode(rows))
         rows = [[*row, next(free)] for row in rows]
-    same(*pool.decode(rows[2:5], [4, 3, 2]))  # and goes on with less
+    same(*pool.decode(rows[2:5], [4, 3, 2]))  # continues with fewer rows
     same(*pool.decode([rows[6]]))
 
 
@@ -333,7 +333,7 @@ def test_pieces_cover_every_slot_of_every_row_once(share, forks):
 
 
 def read(forks: Forks, **options) -> int:
-    """How many slots a step reads."""
+    """Return how many slots a step reads."""
     pool = Pool(2000, (4, 2, 32), **options)
     pool.decode(forks.rows)
     return sum(last - first for _, first, last, *_ in pool.backend._schedule.pieces.tolist())
@@ -350,7 +350,7 @@ def test_nested_forks_are_read_once_at_every_level(monkeypatch):
     assert read(forks) < alone
 
 
-def test_without_a_compiler_torch_does_it(monkeypatch, caplog):
+def test_without_a_compiler_torch_decodes(monkeypatch, caplog):
     from sgl_apr.server.cpu import kernel
 
     monkeypatch.setattr(kernel, "SOURCE", kernel.SOURCE.with_name("attention.py"))  # no C

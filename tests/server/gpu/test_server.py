@@ -1,4 +1,4 @@
-"""Joins in the cache of a server on a GPU as it is served by default, in half precision, with graphs of its steps."""
+"""Joins in the cache of a server on a GPU with the default flags: half precision, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def served(request, tmp_path_factory) -> Iterator[tuple[Server, Any]]:
         yield server, model
 
 
-def said(answer: dict) -> tuple[list[int], list[float]]:
+def output_of(answer: dict) -> tuple[list[int], list[float]]:
     assert answer["status"] == 200, answer
     return answer["output_ids"], [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
 
 
-def meant(model: Any, layout: list, ids: list[int]) -> list[float]:
+def expected_logprobs(model: Any, layout: list, ids: list[int]) -> list[float]:
     """Log-probabilities of the last `NEW` ids."""
     sees = torch.tensor(dense_mask(layout), device="cuda")
     mask = torch.zeros(sees.shape, device="cuda").masked_fill(~sees, torch.finfo(torch.float32).min)
@@ -53,12 +53,12 @@ def meant(model: Any, layout: list, ids: list[int]) -> list[float]:
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[-NEW:], device="cuda")[:, None])[:, 0].tolist()
 
 
-def off(one: list[float], other: list[float]) -> float:
-    return fmean(abs(a - b) for a, b in zip(one, other, strict=True))
+def mean_difference(left: list[float], right: list[float]) -> float:
+    return fmean(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
 def test_joins_are_what_the_model_computes(served: tuple[Server, Any]):
-    """All at once, with the same prompts in a line, whose error says what the precision is worth."""
+    """Joins and the same prompts as text, in parallel. The error of the text shows what the precision allows."""
     server, model = served
     prompts = [(layout, prompt(layout, seed)) for seed, layout in enumerate(LAYOUTS.values())]
 
@@ -69,27 +69,27 @@ def test_joins_are_what_the_model_computes(served: tuple[Server, Any]):
             joins = [
                 generate(session, server.url, ids, NEW, lay, return_logprob=True) for lay, ids in prompts
             ]
-            lines = [generate(session, server.url, ids, NEW, return_logprob=True) for _, ids in prompts]
-            both = await asyncio.gather(*joins, *lines)
+            texts = [generate(session, server.url, ids, NEW, return_logprob=True) for _, ids in prompts]
+            both = await asyncio.gather(*joins, *texts)
             return both[: len(joins)], both[len(joins) :]
 
-    joined, line, other = [], [], []
+    joined, text, swapped = [], [], []
     for (layout, ids), by_kv, by_text in zip(prompts, *asyncio.run(answers()), strict=True):
         assert by_kv["meta_info"]["cached_tokens"] == token_count(layout[:-1])
-        tokens, found = said(by_kv)
+        tokens, logprobs = output_of(by_kv)
         grown, flat = [*layout[:-1], layout[-1] + NEW], [len(ids) + NEW]
-        joined.append(off(found, meant(model, grown, ids + tokens)))
-        other.append(off(found, meant(model, flat, ids + tokens)))
-        tokens, found = said(by_text)
-        line.append(off(found, meant(model, flat, ids + tokens)))
+        joined.append(mean_difference(logprobs, expected_logprobs(model, grown, ids + tokens)))
+        swapped.append(mean_difference(logprobs, expected_logprobs(model, flat, ids + tokens)))
+        tokens, logprobs = output_of(by_text)
+        text.append(mean_difference(logprobs, expected_logprobs(model, flat, ids + tokens)))
     print(
-        f"off by {fmean(joined):.2g} joined, {fmean(line):.2g} in a line, {fmean(other):.2g} where one is the other"
+        f"off by {fmean(joined):.2g} joined, {fmean(text):.2g} as text, {fmean(swapped):.2g} if one is taken for the other"
     )
-    assert fmean(joined) < 2 * fmean(line) + 1e-3
-    assert fmean(other) > 5 * fmean(joined)
+    assert fmean(joined) < 2 * fmean(text) + 1e-3
+    assert fmean(swapped) > 5 * fmean(joined)
 
 
-def test_branches_find_their_prefix(served: tuple[Server, Any]):
+def test_the_prefix_of_branches_is_cached(served: tuple[Server, Any]):
     server, _ = served
     ids = prompt([300, [[1]], 1], 99)[:300]
 

@@ -1,4 +1,4 @@
-"""Layouts: what is one, the position and the view of every token, and where it is cached."""
+"""Layouts: which are valid, the position and visibility of every token, and where tokens are cached."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_example():
     assert at[12:17] == list(range(12, 17)), "branch 1"
     assert at[17:24] == list(range(12, 19)), "branch 2 begins where branch 1 does"
     assert (at[24:26], at[26:29], at[29]) == ([19, 20], [19, 20, 21], 22)
-    assert at[30:] == [23, 24, 25], "behind the longest branch"
+    assert at[30:] == [23, 24, 25], "after the longest branch"
     sees = dense_mask(EXAMPLE)
     assert not any(sees[17][12:17]), "branch 2 does not see branch 1"
     assert not any(sees[26][24:26])
@@ -61,25 +61,25 @@ def test_a_position_is_the_length_of_the_longest_chain():
         assert chain == at
 
 
-def test_parts_cover_the_prompt_and_nothing_twice():
+def test_segments_cover_the_prompt_exactly_once():
     rng, trees = random.Random(2), set()
     for _ in range(200):
         layout = random_layout(rng)
         if len(layout) < 2:
             continue
         ids = [rng.randrange(50) for _ in range(token_count(layout))]
-        found = resolve(layout, ids, "lora", b"secret")
-        keys = [(part, list(part.key(array("q", ids)))) for part in found.parts]
+        resolved = resolve(layout, ids, "lora", b"secret")
+        keys = [(part, list(part.key(array("q", ids)))) for part in resolved.parts]
         flat = [token for part, key in keys for token in key[len(key) - part.size :]]
-        assert flat + ids[len(ids) - found.tail :] == ids
-        assert sum(len(key) for _, key in keys) + found.tail <= lookup_cost(layout)
-        assert found.offset == list(layout_positions(layout))[-1] - (len(ids) - 1)
-        assert all(p.namespace == "lora" or p.namespace.startswith("apr:") for p in found.parts)
-        trees.add((found.namespace, json.dumps([layout[:-1], ids[: len(ids) - found.tail]])))
-    assert len({name for name, _ in trees}) == len(trees), "another past, another tree"
+        assert flat + ids[len(ids) - resolved.tail :] == ids
+        assert sum(len(key) for _, key in keys) + resolved.tail <= lookup_cost(layout)
+        assert resolved.offset == list(layout_positions(layout))[-1] - (len(ids) - 1)
+        assert all(p.namespace == "lora" or p.namespace.startswith("apr:") for p in resolved.parts)
+        trees.add((resolved.namespace, json.dumps([layout[:-1], ids[: len(ids) - resolved.tail]])))
+    assert len({name for name, _ in trees}) == len(trees), "different prefixes have different trees"
 
 
-def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
+def test_commits_come_after_the_commits_that_they_depend_on():
     rng = random.Random(3)
     for _ in range(200):
         layout = random_layout(rng)
@@ -87,10 +87,10 @@ def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
         cached: set[tuple] = set()  # (tree, key)
 
         def keep(prompt: list[int], own, cached=cached) -> None:
-            found = resolve(own or [len(prompt)], prompt, None, b"secret")
-            assert all((p.namespace, tuple(p.key(array("q", prompt)))) in cached for p in found.parts)
-            tail = prompt[len(prompt) - found.tail :]
-            cached.update((found.namespace, tuple(tail[:k])) for k in range(1, len(tail) + 1))
+            resolved = resolve(own or [len(prompt)], prompt, None, b"secret")
+            assert all((p.namespace, tuple(p.key(array("q", prompt)))) in cached for p in resolved.parts)
+            tail = prompt[len(prompt) - resolved.tail :]
+            cached.update((resolved.namespace, tuple(tail[:k])) for k in range(1, len(tail) + 1))
 
         for ranges, own in commit_prompts(layout):
             prompt = [i for first, last in ranges for i in ids[first:last]]
@@ -101,7 +101,7 @@ def test_commits_come_in_an_order_in_which_each_finds_what_it_needs():
 
 
 def test_a_join_of_what_was_joined():
-    """The example, as it comes to be: the second branch joins its own two first."""
+    """The example, step by step: the second branch joins its own two branches first."""
     inner = join_branches((), 12 + 7, [((), 12 + 7 + 2), ((), 12 + 7 + 3)])
     assert inner == (19, ((2,), (3,)))
     assert extend_layout(inner, 25) == (19, ((2,), (3,)), 1)

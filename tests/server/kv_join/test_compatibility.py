@@ -1,4 +1,4 @@
-"""Where branches are joined in the KV cache: which command lines take that cache, and what the others say. Nothing is started."""
+"""Which command lines join in the KV cache, and what the others print. No server is started."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ load_plugins()
 from sglang.srt.arg_groups.overrides import resolving_view
 from sgl_apr.server.launch.main import server_args
 for environment, argv in json.loads(sys.argv[1]):
-    said = io.StringIO()
+    stderr = io.StringIO()
     os.environ |= environment
     try:
-        with contextlib.redirect_stderr(said):
-            found = {"cache": resolving_view(server_args(argv)).radix_cache_backend}
+        with contextlib.redirect_stderr(stderr):
+            result = {"cache": resolving_view(server_args(argv)).radix_cache_backend}
     except Exception as error:
-        found = {"error": type(error).__name__, "why": str(error)}
+        result = {"error": type(error).__name__, "why": str(error)}
     for name in environment:
         del os.environ[name]
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("sgl-apr: ")]
-    print("FOUND", json.dumps(found | {"said": lines}), flush=True)
+    lines = [line for line in stderr.getvalue().splitlines() if line.startswith("sgl-apr: ")]
+    print("RESULT", json.dumps(result | {"printed": lines}), flush=True)
 """
 FLAGS = {
     "--page-size 16": ["--page-size", "16"],
@@ -55,8 +55,8 @@ MODELS = {
     "sparse": {"index_topk": 64},
     "does not generate": {"architectures": ["BertModel"]},
 }
-OF_MAMBA = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"]
-WORKS = {
+MAMBA_FLAGS = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"]
+COMPATIBLE = {
     "nothing": [],
     "tensors in parallel": ["--tp-size", "2"],
     "a pipeline": ["--pp-size", "2"],
@@ -67,56 +67,56 @@ WORKS = {
 
 @pytest.fixture(scope="module")
 def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], dict]:
-    """What comes of every command line, by its name and whether the cache was asked for; nothing is started."""
+    """The result of every command line, by its name and whether it requests the cache."""
     model = random_llama(tmp_path_factory.mktemp("model"))
     base = json.loads((model / "config.json").read_text())
     cases: dict[tuple[str, bool], tuple[dict, list[str]]] = {}
-    for asked in (False, True):
-        flag = ["--radix-cache-backend", "apr"] if asked else []
-        for name, flags in (FLAGS | WORKS).items():
-            cases[name, asked] = {}, ["--model", str(model), *flags, *flag]
+    for requested in (False, True):
+        flag = ["--radix-cache-backend", "apr"] if requested else []
+        for name, flags in (FLAGS | COMPATIBLE).items():
+            cases[name, requested] = {}, ["--model", str(model), *flags, *flag]
         for name, config in MODELS.items():
             directory = tmp_path_factory.mktemp("config")
             (directory / "config.json").write_text(json.dumps(base | config))
-            cases[name, asked] = {}, ["--model", str(directory), *OF_MAMBA, *flag]
+            cases[name, requested] = {}, ["--model", str(directory), *MAMBA_FLAGS, *flag]
         argv = ["--model", str(model), *flag]
-        cases["SGLANG_RADIX_FORCE_MISS", asked] = {"SGLANG_RADIX_FORCE_MISS": "1"}, argv
-        cases["SGLANG_APR_KV_JOIN=0", asked] = {"SGLANG_APR_KV_JOIN": "0"}, argv
+        cases["SGLANG_RADIX_FORCE_MISS", requested] = {"SGLANG_RADIX_FORCE_MISS": "1"}, argv
+        cases["SGLANG_APR_KV_JOIN=0", requested] = {"SGLANG_APR_KV_JOIN": "0"}, argv
     cases["stock", True] = {}, ["--model", str(model), "--radix-cache-backend", "stock", "--page-size", "16"]
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE, json.dumps(list(cases.values()))], capture_output=True, text=True
     )
-    found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert len(found) == len(cases), done.stderr[-2000:]
-    return dict(zip(cases, found, strict=True))
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == len(cases), done.stderr[-2000:]
+    return dict(zip(cases, results, strict=True))
 
 
-CANNOT = [*FLAGS, *MODELS, "SGLANG_RADIX_FORCE_MISS", "SGLANG_APR_KV_JOIN=0"]
+INCOMPATIBLE = [*FLAGS, *MODELS, "SGLANG_RADIX_FORCE_MISS", "SGLANG_APR_KV_JOIN=0"]
 
 
-@pytest.mark.parametrize("name", CANNOT)
-def test_where_it_cannot_join_it_is_not_the_default_and_says_why(resolved, name: str):
-    found = resolved[name, False]
-    assert found["cache"] is None
-    (line,) = found["said"]
+@pytest.mark.parametrize("name", INCOMPATIBLE)
+def test_a_server_that_cannot_join_prints_why(resolved, name: str):
+    result = resolved[name, False]
+    assert result["cache"] is None
+    (line,) = result["printed"]
     assert line.startswith("sgl-apr: branches are not joined in the KV cache: that does not work with ")
     assert name in line
 
 
-@pytest.mark.parametrize("name", CANNOT)
-def test_where_it_cannot_join_asking_for_it_is_an_error(resolved, name: str):
-    found = resolved[name, True]
-    assert found["error"] == "UsageError"
-    assert found["why"].startswith("--radix-cache-backend apr does not work with ")
-    assert name in found["why"]
-    assert found["said"] == []
+@pytest.mark.parametrize("name", INCOMPATIBLE)
+def test_requesting_the_cache_is_an_error_if_the_server_cannot_join(resolved, name: str):
+    result = resolved[name, True]
+    assert result["error"] == "UsageError"
+    assert result["why"].startswith("--radix-cache-backend apr does not work with ")
+    assert name in result["why"]
+    assert result["printed"] == []
 
 
-@pytest.mark.parametrize("asked", [False, True])
-@pytest.mark.parametrize("name", WORKS)
-def test_where_it_can_join_it_does(resolved, name: str, asked: bool):
-    assert resolved[name, asked] == {"cache": "apr", "said": []}
+@pytest.mark.parametrize("requested", [False, True])
+@pytest.mark.parametrize("name", COMPATIBLE)
+def test_a_server_joins_if_it_can(resolved, name: str, requested: bool):
+    assert resolved[name, requested] == {"cache": "apr", "printed": []}
 
 
-def test_another_cache_can_be_asked_for(resolved):
-    assert resolved["stock", True] == {"cache": "stock", "said": []}
+def test_another_cache_can_be_requested(resolved):
+    assert resolved["stock", True] == {"cache": "stock", "printed": []}

@@ -1,4 +1,4 @@
-"""Joins in the KV cache against a transformers forward with an explicit mask and explicit positions."""
+"""Joins in the KV cache, compared with a forward pass of transformers with an explicit mask and positions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def reference(model: Path):
 
 
 def expected(reference, layout: list, ids: list[int], new: int = NEW) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their log-probabilities; nothing of ours but the layout's mask and positions."""
+    """Greedy tokens and their log-probabilities by transformers, with the layout's mask and positions."""
     out: list[int] = []
     logprobs: list[float] = []
     for k in range(new):
@@ -81,11 +81,11 @@ async def generate(session, url: str, ids: list[int], new: int, layout: list | N
 
 
 class Evicted(Exception):
-    """What a part is to be joined to is no longer in the cache."""
+    """The prefix of a branch is no longer in the cache."""
 
 
 async def commit(session, url: str, layout: list, ids: list[int]) -> None:
-    """Leave every part of a prompt in the cache, each behind what it sees; raises `Evicted`."""
+    """Prefill every segment of a prompt into the cache, after the tokens it attends to; raises `Evicted`."""
 
     async def walk(sequence: list, at: int, before: list, seen: list[int]) -> int:
         for k, item in enumerate(sequence):
@@ -99,17 +99,17 @@ async def commit(session, url: str, layout: list, ids: list[int]) -> None:
                         raise Evicted
                     assert found["status"] == 200, found
                 continue
-            begun = at
+            start = at
             for branch in item:
                 at = await walk(branch, at, before, seen)
-            seen, before = [*seen, *ids[begun:at]], [*before, item]
+            seen, before = [*seen, *ids[start:at]], [*before, item]
         return at
 
     await walk(layout, 0, [], [])
 
 
 def merged(sequence: list) -> list:
-    """Runs that follow one another as one, as a request of its own has them."""
+    """Merge consecutive runs into one, as in a request of its own."""
     out: list = []
     for item in sequence:
         if isinstance(item, int) and out and isinstance(out[-1], int):
@@ -141,13 +141,13 @@ def test_a_join_is_what_the_model_computes(joining: Server, reference, name: str
         found = joined(joining.url, layout, ids)
         tokens, logprobs = expected(reference, layout, ids)
         assert found["output_ids"] == tokens
-        heard = [p for p, *_ in found["meta_info"]["output_token_logprobs"]]
-        assert max(abs(a - b) for a, b in zip(heard, logprobs, strict=True)) < 1e-4
+        logprobs_of_server = [p for p, *_ in found["meta_info"]["output_token_logprobs"]]
+        assert max(abs(a - b) for a, b in zip(logprobs_of_server, logprobs, strict=True)) < 1e-4
         cached = found["meta_info"]["cached_tokens"]
         assert cached == len(ids) - layout[-1], "nothing before the join is computed again"
 
 
-def test_a_text_join_is_another_thing(joining: Server, reference):
+def test_a_text_join_differs(joining: Server, reference):
     """The negative control: without a layout the branches see one another."""
     layout = LAYOUTS["unequal"]
     ids = prompt(layout, 7)
@@ -160,39 +160,39 @@ def test_a_text_join_is_another_thing(joining: Server, reference):
     assert before["output_ids"] == after["output_ids"]
     linear, logprobs = expected(reference, [len(ids)], ids)
     assert after["output_ids"] == linear, "an ordinary prompt never sees joined keys and values"
-    heard = [p for p, *_ in reply["meta_info"]["output_token_logprobs"]]
-    assert heard[0] != pytest.approx(logprobs[0], abs=1e-4)
+    logprobs_of_server = [p for p, *_ in reply["meta_info"]["output_token_logprobs"]]
+    assert logprobs_of_server[0] != pytest.approx(logprobs[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["unequal", "in sequence", "nested"])
-@pytest.mark.parametrize("line_first", [True, False])
-def test_a_join_and_the_same_text_in_a_line_share_only_what_is_alike(
-    joining: Server, reference, name: str, line_first: bool
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_join_and_the_same_text_share_only_the_first_branch(
+    joining: Server, reference, name: str, text_first: bool
 ):
-    """Whichever was there first, and with what was decoded behind it: the other finds the first branch at most."""
+    """Whichever was cached first, and whatever was decoded after it: the other reuses the first branch at most."""
     layout = LAYOUTS[name]
-    ids = prompt(layout, 70 + 2 * list(LAYOUTS).index(name) + line_first)
-    alike = layout[0] + layout[1][0][0]  # the prefix, and the first run of the first branch
+    ids = prompt(layout, 70 + 2 * list(LAYOUTS).index(name) + text_first)
+    shared = layout[0] + layout[1][0][0]  # the prefix, and the first run of the first branch
 
-    def line() -> dict:
+    def as_text() -> dict:
         async def once() -> dict:
             async with aiohttp.ClientSession() as session:
                 return await generate(session, joining.url, ids, NEW)
 
         return asyncio.run(once())
 
-    first = line() if line_first else None
+    first = as_text() if text_first else None
     reply = joined(joining.url, layout, ids)
     assert reply["output_ids"] == expected(reference, layout, ids)[0]
-    assert reply["meta_info"]["cached_tokens"] == len(ids) - layout[-1], "the end of the line is not its end"
-    read = first or line()
+    assert reply["meta_info"]["cached_tokens"] == len(ids) - layout[-1], "the end of the text is not shared"
+    read = first or as_text()
     assert read["output_ids"] == expected(reference, [len(ids)], ids)[0]
-    assert read["meta_info"]["cached_tokens"] <= alike
+    assert read["meta_info"]["cached_tokens"] <= shared
     assert joined(joining.url, layout, ids)["output_ids"] == reply["output_ids"]
-    assert line()["output_ids"] == read["output_ids"]
+    assert as_text()["output_ids"] == read["output_ids"]
 
 
-def test_what_is_decoded_behind_a_join_is_cached_there_and_only_there(joining: Server, reference):
+def test_what_is_decoded_after_a_join_is_cached_there_only(joining: Server, reference):
     layout = LAYOUTS["one"]
     ids = prompt(layout, 11)
     first = joined(joining.url, layout, ids)
@@ -218,7 +218,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_a_malformed_layout_is_refused_and_the_server_goes_on(joining: Server, message: str):
+def test_a_malformed_layout_is_rejected_and_the_server_continues(joining: Server, message: str):
     async def once() -> tuple[dict, dict]:
         async with aiohttp.ClientSession() as session:
             ids = prompt([32], 5)
@@ -235,7 +235,7 @@ def test_a_malformed_layout_is_refused_and_the_server_goes_on(joining: Server, m
     assert len(fine["output_ids"]) == 4
 
 
-def test_a_branch_that_is_not_cached_is_a_conflict(joining: Server):
+def test_a_branch_that_is_not_cached_is_a_cache_miss(joining: Server):
     async def once() -> dict:
         async with aiohttp.ClientSession() as session:
             layout = LAYOUTS["one"]
@@ -263,10 +263,8 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_joins_are_the_same_whatever_the_server_does_to_them(
-    model: Path, reference, tmp_path: Path, variant: str
-):
-    """Many at once; what was evicted between commit and join is committed again."""
+def test_joins_do_not_depend_on_the_servers_options(model: Path, reference, tmp_path: Path, variant: str):
+    """Many requests in parallel. Branches that were evicted between commit and join are committed again."""
     options, environment = VARIANTS[variant]
     rng = random.Random(variant)
     factor = 6 if variant == "eviction" else 1
@@ -284,7 +282,7 @@ def test_joins_are_the_same_whatever_the_server_does_to_them(
                     found = await generate(session, url, ids, NEW, layout)
                     if found["status"] != 409:
                         return found, misses
-        raise AssertionError("never cached all at once")
+        raise AssertionError("the branches were never all in the cache")
 
     async def go(url: str) -> list[tuple[dict, int]]:
         gate = asyncio.Semaphore(3 if variant == "eviction" else 6)

@@ -1,4 +1,4 @@
-"""KV joins for a long time: forks, joins, aborts, evictions and retractions at random on a server that checks itself."""
+"""A soak test of KV joins: random forks, joins, aborts, evictions and retractions on a server that checks itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from tests.support.paths import BENCHMARKS
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 SOAK = BENCHMARKS / "kv_join" / "soak.py"
-COUNT, FEWEST = (
-    400,
-    4,
-)  # operations, and of each kind that succeed at the least; left to itself, the program does 5,000
+COUNT = 400  # operations; the program's default is 5,000
+MIN_SUCCESSES = 4  # of each kind of operation
 
 
 @pytest.mark.slow
@@ -24,17 +22,17 @@ def test_a_soak():
     argv = [sys.executable, str(SOAK), "--json", "--count", str(COUNT), "--seed", "0"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.stdout, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    print("\n", found)
-    wrong = {name: found[name] for name in ("wrong", "violations", "held_when_idle")}
+    report = json.loads(done.stdout)
+    print("\n", report)
+    wrong = {name: report[name] for name in ("wrong", "violations", "held_when_idle")}
     assert wrong == {"wrong": {}, "violations": [], "held_when_idle": 0}
-    assert found["compared"]["differ"] == 0
-    assert (found["ok"], found["operations"], done.returncode) == (True, COUNT, 0)
-    # It was what it says that it is.
-    assert found["compared"]["after_joins"] >= 20
-    assert found["computed_tokens"] > 3 * found["pool_tokens"]
-    assert found["retractions"] >= FEWEST
-    for what in (
+    assert report["compared"]["differ"] == 0
+    assert (report["ok"], report["operations"], done.returncode) == (True, COUNT, 0)
+    # The soak did what it claims to do.
+    assert report["compared"]["after_joins"] >= 20
+    assert report["computed_tokens"] > 3 * report["pool_tokens"]
+    assert report["retractions"] >= MIN_SUCCESSES
+    for operation in (
         "fork",
         "commit",
         "join_without_commit",
@@ -43,7 +41,7 @@ def test_a_soak():
         "continue_sequence",
         "read_sequentially",
     ):
-        assert found["outcomes"][f"{what} done"] >= FEWEST
-    for what in ("join_unknown_branches", "join_with_wrong_salt", "abort"):
-        assert found["outcomes"][f"{what} done"] >= FEWEST // 2
-    assert found["outcomes"]["join_without_commit lost"] >= FEWEST
+        assert report["outcomes"][f"{operation} done"] >= MIN_SUCCESSES
+    for operation in ("join_unknown_branches", "join_with_wrong_salt", "abort"):
+        assert report["outcomes"][f"{operation} done"] >= MIN_SUCCESSES // 2
+    assert report["outcomes"]["join_without_commit lost"] >= MIN_SUCCESSES

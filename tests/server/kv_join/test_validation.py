@@ -1,4 +1,4 @@
-"""What does not get in: requests with layouts that no prompt has."""
+"""The validation of requests with a layout, on a real server."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def reference(model: Path):
 
 
 @pytest.fixture(scope="module")
-def door(checked: Server) -> Server:
-    """As it is served by default."""
+def joining(checked: Server) -> Server:
+    """A server with the default flags."""
     return checked
 
 
@@ -83,7 +83,7 @@ HOSTILE = {
     "an object": (native('{"a": 1}'), "expected a list"),
     "too long": (native("[20, [[6], [9]], 3]"), "has 38 tokens, expected the 32"),
     "too short": (native("[20, [[6], [1]], 3]"), "has 30 tokens, expected the 32"),
-    "nothing behind": (native("[20, [[6], [6]]]"), "one token after"),
+    "nothing after": (native("[20, [[6], [6]]]"), "one token after"),
     "negative": (native("[-3, [[26], [6]], 3]"), "found -3"),
     "huge": (native("[99999999999999999999, [[6], [3]], 3]"), "found 9999"),
     "huger": (native("[" + "9" * 5000 + ", [[6], [3]], 3]"), "expected a layout as JSON"),
@@ -95,7 +95,7 @@ HOSTILE = {
     "seventeen deep": (native("[1, " + "[[0, " * 17 + "1" + "]]" * 17 + ", 30]"), "at most 16 deep"),
     "ten thousand branches": (native(json.dumps([20, [[0]] * 10_000, 12])), "at most 4096"),
     "text": (native(ids=None, text="hello"), "input_ids instead of text"),
-    "text besides": (native(text="hello"), "input_ids instead of text"),
+    "text and ids": (native(text="hello"), "input_ids instead of text"),
     "texts": (native(ids=None, text=["hello", "you"]), "input_ids instead of text"),
     "one of two prompts is shorter": (native(ids=[IDS, IDS[:5]]), "found 20"),
     "embeddings": (native(ids=None, input_embeds=[[0.1] * 128] * 32), "input_embeds"),
@@ -104,9 +104,9 @@ HOSTILE = {
     "log-probabilities of the prompt": (native(return_logprob=True, logprob_start_len=0), "computed again"),
     "of its last token": (native(return_logprob=True, logprob_start_len=31), "computed again"),
     "a session": (native(session_params={"id": "none"}), "a session"),
-    "beams": (native(sampling={"beam_width": 4}), "beams"),
-    "parameters that are a list": (native(sampling={"custom_params": [1]}), "to be an object"),
-    "parameters that are text": (native(sampling={"custom_params": "apr_layout"}), "to be an object"),
+    "beams": (native(sampling={"beam_width": 4}), "beam search"),
+    "parameters that are a list": (native(sampling={"custom_params": [1]}), "expected an object"),
+    "parameters that are text": (native(sampling={"custom_params": "apr_layout"}), "expected an object"),
     "the namespace": (native(sampling={"custom_params": None}, extra_key="apr:00"), "cannot begin with"),
     "the namespace of one": (
         native(ids=[IDS, IDS], sampling={"custom_params": None}, extra_key=["a", "apr:"]),
@@ -122,33 +122,33 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_refused(door: Server, name: str):
-    """With a reason, and without any harm."""
+def test_invalid_requests_are_rejected(joining: Server, name: str):
+    """With a reason, and the server still answers."""
     (path, body), reason = HOSTILE[name]
 
     async def work(session) -> tuple[tuple[int, str], dict]:
-        return await post(session, door.url, path, body), await generate(session, door.url, IDS[:4], 1)
+        return await post(session, joining.url, path, body), await generate(session, joining.url, IDS[:4], 1)
 
     (status, text), fine = run(work)
     assert (status, reason in text) == (400, True), (status, text)
     assert fine["status"] == 200
 
 
-def test_a_stream_has_the_refusal_in_it(door: Server):
+def test_a_stream_contains_the_error(joining: Server):
     async def work(session) -> list[tuple[int, str]]:
-        return [await post(session, door.url, *native(x, stream=True)) for x in ("[", GOOD)]
+        return [await post(session, joining.url, *native(x, stream=True)) for x in ("[", GOOD)]
 
     (_, malformed), (_, missing) = run(work)
     assert '"code":400' in malformed
     assert '"status_code":409' in missing
 
 
-def test_joining_is_the_default_and_can_be_seen(door: Server):
-    assert ask(door.url, "/server_info")["radix_cache_backend"] == "apr"
+def test_joining_is_the_default_and_can_be_seen(joining: Server):
+    assert ask(joining.url, "/server_info")["radix_cache_backend"] == "apr"
 
 
-def test_a_batch_has_a_layout_for_each(door: Server, reference):
-    """Joined, joined otherwise and not joined in one request; two samples of the same."""
+def test_a_batch_has_a_layout_for_each(joining: Server, reference):
+    """One request with two joined prompts and an ordinary one; and two samples of one prompt."""
     other = [12, [[4], [4], [4]], 8]
     ids = [IDS, prompt(other, 22), prompt([32], 23)]
     layouts = [LAYOUT, other, None]
@@ -156,48 +156,48 @@ def test_a_batch_has_a_layout_for_each(door: Server, reference):
 
     async def work(session) -> tuple[list[dict], list[dict]]:
         for layout, one in zip(layouts[:2], ids, strict=False):
-            await commit(session, door.url, layout, one)
+            await commit(session, joining.url, layout, one)
         sampling = [greedy | ({"custom_params": {"apr_layout": json.dumps(x)}} if x else {}) for x in layouts]
         _, several = await post(
-            session, door.url, "/generate", {"input_ids": ids, "sampling_params": sampling}
+            session, joining.url, "/generate", {"input_ids": ids, "sampling_params": sampling}
         )
         _, twice = await post(
-            session, door.url, "/generate", {"input_ids": IDS, "sampling_params": sampling[0] | {"n": 2}}
+            session, joining.url, "/generate", {"input_ids": IDS, "sampling_params": sampling[0] | {"n": 2}}
         )
         return json.loads(several), json.loads(twice)
 
     several, twice = run(work)
-    wanted = [expected(reference, x or [32], one, NEW)[0] for x, one in zip(layouts, ids, strict=True)]
-    assert [a["output_ids"] for a in several] == wanted
-    assert [a["output_ids"] for a in twice] == [wanted[0]] * 2
+    outputs = [expected(reference, x or [32], one, NEW)[0] for x, one in zip(layouts, ids, strict=True)]
+    assert [a["output_ids"] for a in several] == outputs
+    assert [a["output_ids"] for a in twice] == [outputs[0]] * 2
 
 
-def test_completions_join_too(door: Server, reference):
+def test_completions_join_too(joining: Server, reference):
     async def work(session) -> tuple[int, str]:
-        await commit(session, door.url, LAYOUT, IDS)
+        await commit(session, joining.url, LAYOUT, IDS)
         body = openai(prompt=IDS, temperature=0, max_tokens=NEW, ignore_eos=True, return_token_ids=True)[1]
-        return await post(session, door.url, "/v1/completions", body)
+        return await post(session, joining.url, "/v1/completions", body)
 
     status, text = run(work)
     assert status == 200
     assert json.loads(text)["choices"][0]["token_ids"] == expected(reference, LAYOUT, IDS, NEW)[0]
 
 
-def test_logit_processors_have_their_parameters_besides(door: Server, reference):
+def test_logit_processors_keep_their_own_parameters(joining: Server, reference):
     from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
     likeliest = expected(reference, LAYOUT, IDS, 1)[0]
 
     async def work(session) -> tuple[dict, dict]:
-        await commit(session, door.url, LAYOUT, IDS)
-        free = await generate(session, door.url, IDS, 1, LAYOUT)
+        await commit(session, joining.url, LAYOUT, IDS)
+        free = await generate(session, joining.url, IDS, 1, LAYOUT)
         custom = {"apr_layout": GOOD, "token_ids": likeliest}
         body = {
             "input_ids": IDS,
             "sampling_params": {"max_new_tokens": 1, "temperature": 0, "custom_params": custom},
             "custom_logit_processor": DisallowedTokensLogitsProcessor.to_str(),
         }
-        return free, json.loads((await post(session, door.url, "/generate", body))[1])
+        return free, json.loads((await post(session, joining.url, "/generate", body))[1])
 
     free, forbidden = run(work)
     assert free["output_ids"] == likeliest
@@ -206,7 +206,7 @@ def test_logit_processors_have_their_parameters_besides(door: Server, reference)
 
 
 @pytest.mark.parametrize("name", ["cache_salt", "extra_key"])
-def test_nothing_is_joined_across_namespaces(door: Server, reference, name: str):
+def test_nothing_is_joined_across_namespaces(joining: Server, reference, name: str):
     """A LoRA adapter is part of SGLang's extra key."""
     ids = prompt(LAYOUT, 31 + len(name))
 
@@ -215,31 +215,31 @@ def test_nothing_is_joined_across_namespaces(door: Server, reference, name: str)
 
         async def keep(layout: list, *ranges: tuple[int, int]) -> None:
             part = [i for first, last in ranges for i in ids[first:last]]
-            assert (await generate(session, door.url, part, 0, **one))["status"] == 200
+            assert (await generate(session, joining.url, part, 0, **one))["status"] == 200
 
         await keep(LAYOUT, (0, 26))
         await keep(LAYOUT, (0, 20), (26, 29))
         others = [
-            (await generate(session, door.url, ids, NEW, LAYOUT, **fields))["status"]
+            (await generate(session, joining.url, ids, NEW, LAYOUT, **fields))["status"]
             for fields in ({}, {name: "another"}, {name: "one", "extra_key": "a", "cache_salt": "b"})
         ]
-        return others, await generate(session, door.url, ids, NEW, LAYOUT, **one)
+        return others, await generate(session, joining.url, ids, NEW, LAYOUT, **one)
 
     others, found = run(work)
     assert others == [409, 409, 409]
     assert found["output_ids"] == expected(reference, LAYOUT, ids, NEW)[0]
 
 
-def test_beams_of_others_do_not_matter(door: Server, reference):
-    """They have rows in the batch that no request stands for."""
+def test_beams_of_others_do_not_matter(joining: Server, reference):
+    """Beams have rows in the batch without a request of their own."""
     beams = {"max_new_tokens": 48, "beam_width": 4}
 
     async def work(session) -> list:
-        await commit(session, door.url, LAYOUT, IDS)
+        await commit(session, joining.url, LAYOUT, IDS)
         body = {"input_ids": prompt([32], 41), "sampling_params": beams}
         return await asyncio.gather(
-            post(session, door.url, "/generate", body),
-            *(generate(session, door.url, IDS, 24, LAYOUT) for _ in range(3)),
+            post(session, joining.url, "/generate", body),
+            *(generate(session, joining.url, IDS, 24, LAYOUT) for _ in range(3)),
         )
 
     (status, _), *joined = run(work)
@@ -247,15 +247,15 @@ def test_beams_of_others_do_not_matter(door: Server, reference):
     assert [a["output_ids"] for a in joined] == [expected(reference, LAYOUT, IDS, 24)[0]] * 3
 
 
-def test_nothing_is_left_of_all_that(door: Server, model: Path):
-    until(lambda: idle(door.url))
+def test_no_request_is_left_running(joining: Server, model: Path):
+    until(lambda: idle(joining.url))
     log = (model / "log").read_text(errors="replace")
     assert "leak" not in log.lower()
     assert "Traceback" not in log
 
 
-def test_the_work_of_a_layout_is_bounded():
-    """Every branch has all before the fork as its key: what is short to write may be long to look up."""
+def test_the_lookup_cost_of_a_layout_is_bounded():
+    """The key of every branch contains all tokens before the fork, so a short layout can be costly to look up."""
     layout = [100_000, [[1]] * 1000, 5]
     assert lookup_cost(layout) > MAX_LOOKUP_COST
 
@@ -275,7 +275,7 @@ def test_a_server_without_the_cache_refuses_layouts(model: Path):
 
         (status, text), fine = run(work)
     assert (status, "does not join" in text, fine["status"]) == (400, True, 200)
-    said = "branches are not joined in the KV cache: that does not work with --disable-radix-cache"
+    message = "branches are not joined in the KV cache: that does not work with --disable-radix-cache"
     assert [line for line in log.read_text().splitlines() if line.startswith("sgl-apr: ")] == [
-        f"sgl-apr: {said}"
+        f"sgl-apr: {message}"
     ]

@@ -1,4 +1,4 @@
-"""Flags, and every way in which a launch can fail: one line, a status, nothing left behind."""
+"""Flags, and every way in which a launch can fail: with one line, a status, and no process left."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def model(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("accelerator", [True, False])
 def test_sglang_knows_every_default(parser, accelerator):
-    found = parser.parse_args([*default_flags(accelerator=accelerator), "--model", "m"])
+    args = parser.parse_args([*default_flags(accelerator=accelerator), "--model", "m"])
     for flag, value in (GPU_FLAGS if accelerator else CPU_FLAGS).items():
-        given = getattr(found, flag[2:].replace("-", "_"))
-        assert given is True if value is None else str(given) == value
-    assert found.grammar_backend == "llguidance"
+        parsed = getattr(args, flag[2:].replace("-", "_"))
+        assert parsed is True if value is None else str(parsed) == value
+    assert args.grammar_backend == "llguidance"
 
 
 @pytest.mark.parametrize(
-    ("given", "name", "value"),
+    ("flags", "name", "value"),
     [
         (["--attention-backend", "torch_native"], "attention_backend", "torch_native"),
         (["--attention-backend=torch_native"], "attention_backend", "torch_native"),
@@ -74,9 +74,9 @@ def test_sglang_knows_every_default(parser, accelerator):
         (["--cuda-graph-backend-decode", "full"], "cuda_graph_backend_decode", "full"),
     ],
 )
-def test_flags_of_the_user_win(parser, given, name, value):
-    found = parser.parse_args([*default_flags(accelerator=False, max_tokens=5), "--model", "m", *given])
-    assert getattr(found, name) == value
+def test_flags_of_the_user_win(parser, flags, name, value):
+    args = parser.parse_args([*default_flags(accelerator=False, max_tokens=5), "--model", "m", *flags])
+    assert getattr(args, name) == value
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_flags_of_the_user_win(parser, given, name, value):
         ({}, "flashinfer"),
     ],
 )
-def test_attention_on_a_gpu_is_one_that_has_heads_of_that_size(parser, config, backend):
-    found = parser.parse_args([*default_flags(accelerator=True, config=config), "--model", "m"])
-    assert found.attention_backend == backend
+def test_the_attention_backend_of_a_gpu_supports_the_head_size(parser, config, backend):
+    args = parser.parse_args([*default_flags(accelerator=True, config=config), "--model", "m"])
+    assert args.attention_backend == backend
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_pool_fits_into_memory(config, available, tokens):
 
 
 @pytest.mark.parametrize(
-    ("log", "why"),
+    ("log", "reason"),
     [
         ([], None),
         (["starting", "fine"], None),
@@ -136,8 +136,8 @@ def test_the_pool_fits_into_memory(config, available, tokens):
         (["sgl-apr: error: SGLang 9", "ValueError: bad"], "SGLang 9"),
     ],
 )
-def test_reason(log, why):
-    assert failure_reason(log) == why
+def test_the_reason_of_a_failure(log, reason):
+    assert failure_reason(log) == reason
 
 
 def failure(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -171,24 +171,24 @@ def test_taken_port(model, capfd):
     assert (status, error.split(": ")[0]) == (1, f"cannot listen on 127.0.0.1:{port}")
 
 
-def test_a_port_is_held_for_the_server_alone():
-    wanted = preflight.LaunchRequest(None, "main", "127.0.0.1", preflight.free_port())
-    with preflight.reserve_port(wanted):
+def test_a_port_is_reserved_for_the_server():
+    request = preflight.LaunchRequest(None, "main", "127.0.0.1", preflight.free_port())
+    with preflight.reserve_port(request):
         with (
-            socket.create_server((wanted.host, wanted.port)),
+            socket.create_server((request.host, request.port)),
             pytest.raises(LaunchError, match="cannot listen"),
         ):
-            preflight.reserve_port(wanted)
+            preflight.reserve_port(request)
         others = [socket.socket() for _ in range(200)]
         for other in others:
-            other.bind((wanted.host, 0))
-        assert wanted.port not in {other.getsockname()[1] for other in others}
+            other.bind((request.host, 0))
+        assert request.port not in {other.getsockname()[1] for other in others}
         for other in others:
             other.close()
 
 
 def test_a_server_that_cannot_listen_is_not_waited_for():
-    """SGLang's does not end then: it asks whoever listens there whether it is ready."""
+    """SGLang does not end then: it sends its warm-up to the process that has the port."""
     line = "[2026-01-02 03:04:05] ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1): taken"
     program = f"print({line!r}, flush=True); import time; time.sleep(100)"
 
@@ -253,12 +253,12 @@ def test_a_failing_plugin_ends_only_processes_we_launched(monkeypatch):
         ("json:JSONEncoder.encode", ["thing"], r"takes \(o\), not \(thing\)"),
     ],
 )
-def test_a_moved_seam_is_named(path, parameters, message):
+def test_a_changed_function_of_sglang_is_named(path, parameters, message):
     with pytest.raises(LaunchError, match=message):
         require_sglang(path, parameters)
 
 
-def test_no_cpu_platform_beside_another(monkeypatch):
+def test_the_cpu_platform_is_used_without_any_other(monkeypatch):
     monkeypatch.setattr(plugin, "has_accelerator", lambda: True)
     assert plugin.platform() is None
     monkeypatch.setattr(plugin, "has_accelerator", lambda: False)
@@ -279,7 +279,7 @@ def test_unknown_flag(model, capfd):
     assert failure(argv, capfd) == (2, "unrecognized arguments: --no-such-flag")
 
 
-def test_start_up_timeout_leaves_nothing(model, tmp_path):
+def test_start_up_timeout_leaves_no_process(model, tmp_path):
     server = Server(model, startup_timeout=0.5, log_path=tmp_path / "log")
     before = psutil.Process().children()
     with pytest.raises(LaunchError, match=r"^the server was not ready after 0.5 s \(log: .*log\)$"):
@@ -293,7 +293,7 @@ def test_start_up_timeout_leaves_nothing(model, tmp_path):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -9)]
 )
-def test_a_signal_while_starting_leaves_nothing(model, number, status):
+def test_a_signal_while_starting_leaves_no_process(model, number, status):
     argv = [*SERVE, "--model", model, "--port", str(preflight.free_port())]
     with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as launcher:
         until(lambda: psutil.Process(launcher.pid).children())

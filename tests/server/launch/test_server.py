@@ -1,4 +1,4 @@
-"""A real server: what it announces, how it answers, and that nothing of it is left."""
+"""A real server: what it prints, how it answers, and that it leaves no process."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_the_plugin_took_effect(server: Server):
 def test_greedy_decoding_does_not_depend_on_the_batch(server: Server):
     prompts = ["The model thinks about", "If x is more than y, then", "1: the first thread"]
     sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-    alone = [ask(server.url, "/generate", {"text": text, "sampling_params": sampling}) for text in prompts]
+    separate = [ask(server.url, "/generate", {"text": text, "sampling_params": sampling}) for text in prompts]
     body = {"text": prompts * 3, "sampling_params": sampling}
-    together = ask(server.url, "/generate", body)
-    assert [answer["output_ids"] for answer in together] == [answer["output_ids"] for answer in alone] * 3
+    batch = ask(server.url, "/generate", body)
+    assert [answer["output_ids"] for answer in batch] == [answer["output_ids"] for answer in separate] * 3
 
 
 def test_a_lark_grammar_constrains(server: Server):
@@ -71,7 +71,7 @@ def test_serve_prints_one_line_and_stops_cleanly(model):
         assert len(in_session(child.pid)) >= 3
         commands = [" ".join(process.cmdline()) for process in child.children(recursive=True)]
         assert not [c for c in commands if "multiprocessing" in c], (
-            "they are forks: none imported SGLang again"
+            "all processes are forks: none imported SGLang again"
         )
         assert ask(f"http://127.0.0.1:{port}", "/server_info")["max_total_tokens"] == 2048
         launcher.send_signal(signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_serve_prints_one_line_and_stops_cleanly(model):
 
 
 @pytest.mark.slow
-def test_the_context_manager_leaves_nothing_when_its_body_raises(model):
+def test_the_context_manager_leaves_no_process_when_its_body_raises(model):
     server = Server(model, context_length=512, max_total_tokens=2048)
 
     def body() -> None:
