@@ -1,4 +1,4 @@
-"""Servers that go down and come back: who waits, who fails and how, and what is still aborted."""
+"""Servers that go down and come back: which requests wait, which fail, and which are aborted."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Probe:
 
     def __init__(self, failures: float = math.inf, takes: float = 0.0) -> None:
         self.failures, self.takes = failures, takes
-        self.calls = self.now = self.most = 0
+        self.calls = self.now = self.max_parallel = 0
 
     async def __call__(self) -> None:
         self.calls += 1
         self.now += 1
-        self.most = max(self.most, self.now)
+        self.max_parallel = max(self.max_parallel, self.now)
         try:
             await asyncio.sleep(self.takes)
         finally:
@@ -84,7 +84,7 @@ def test_all_who_wait_share_one_probe():
     async def once() -> None:
         circuit = down(probe := Probe(failures=2, takes=0.05), reconnect_timeout=60)
         await asyncio.gather(*(circuit.wait_until_up() for _ in range(500)))
-        assert (probe.calls, probe.most) == (3, 1)
+        assert (probe.calls, probe.max_parallel) == (3, 1)
         assert not others()
 
     asyncio.run(once())
@@ -92,7 +92,7 @@ def test_all_who_wait_share_one_probe():
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses made, which pass at once, on a clock that nothing else moves."""
+    """The pauses so far, on a clock that only they move. They pass at once."""
     pauses: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -119,7 +119,7 @@ def test_patience_counts_from_when_the_server_was_found_down(clock):
     circuit = CircuitBreaker(URL, refused, reconnect_timeout=9.0)
     circuit.record_failure(ConnectionResetError())
     clock.append(20.0)
-    circuit.record_failure(ConnectionResetError())  # found again, not anew
+    circuit.record_failure(ConnectionResetError())  # still the same outage
     with pytest.raises(apr.EngineError, match="for 20 s"):
         asyncio.run(circuit.wait_until_up())
     assert clock == [20.0]
@@ -154,7 +154,7 @@ def test_the_probe_ends_with_the_last_who_waits():
     asyncio.run(once())
 
 
-def test_a_probe_that_is_being_given_up_is_not_waited_for():
+def test_a_probe_that_is_being_cancelled_is_not_waited_for():
     calls = 0
 
     async def probe() -> None:
@@ -240,7 +240,7 @@ class Restartable(SglangServer):
         await self.server.close()
 
     async def refuse(self) -> None:
-        """Take no more connections, and go on with those there are."""
+        """Accept no more connections, and continue with the open ones."""
         assert self.server is not None
         assert self.server.runner is not None
         for site in list(self.server.runner.sites):
@@ -259,7 +259,7 @@ class Restartable(SglangServer):
         return await super()._abort(request)
 
 
-GONE = "no server at|broke off the answer"  # on a connection made now, or on one that is kept
+GONE = "no server at|broke off the answer"  # on a new connection, or on an open one
 
 
 @asynccontextmanager
@@ -304,7 +304,7 @@ def test_requests_wait_for_a_server_that_comes_back():
             await fake.start()
             results = await asyncio.gather(*waiting)
             assert {r.finish for r in results} == {"stop"}
-            assert (fake.health.calls, fake.health.most) == (3, 1)
+            assert (fake.health.calls, fake.health.max_parallel) == (3, 1)
 
     asyncio.run(once())
 
@@ -375,21 +375,21 @@ def test_who_gives_up_does_not_wait_for_the_abort():
         fake = Restartable(trunk="is slow")
         async with connected(fake) as engine:
             fake.let_abort.clear()
-            given_up = await start_decode(engine, fake, "given up")
+            cancelled = await start_decode(engine, fake, "cancelled")
             kept = await start_decode(engine, fake, "kept")
             began = time.monotonic()
-            given_up.cancel()
+            cancelled.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await given_up
-            assert time.monotonic() - began < 1  # the abort takes its whole 5 s otherwise
+                await cancelled
+            assert time.monotonic() - began < 1  # otherwise the abort would take 5 s
             await until(lambda: fake.aborting == 1)
             assert not fake.aborted
             fake.let_abort.set()
-            await engine.abort("given")
-            assert fake.aborted == {"given up"}
-            await engine.abort("given")  # known no longer
+            await engine.abort("canc")
+            assert fake.aborted == {"cancelled"}
+            await engine.abort("canc")  # no longer known
             assert fake.aborting == 1
-        assert fake.aborted == {"given up", "kept"}
+        assert fake.aborted == {"cancelled", "kept"}
         with pytest.raises(apr.EngineError):
             await kept
         await until(lambda: not others())
@@ -400,12 +400,12 @@ def test_who_gives_up_does_not_wait_for_the_abort():
 
 
 @pytest.mark.parametrize("cancelled", [False, True], ids=["under way", "cancelled itself"])
-def test_closing_delivers_the_abort_of_what_was_given_up(cancelled):
+def test_closing_delivers_the_abort_of_what_was_cancelled(cancelled):
     async def once() -> None:
         fake = Restartable(trunk="is slow")
         async with connected(fake) as engine:
             fake.let_abort.clear()
-            task = await start_decode(engine, fake, "given up")
+            task = await start_decode(engine, fake, "cancelled")
             task.cancel()
             await asyncio.wait([task])
             await until(lambda: fake.aborting == 1)
@@ -414,7 +414,7 @@ def test_closing_delivers_the_abort_of_what_was_given_up(cancelled):
                     abort.cancel()
                 await asyncio.sleep(0)
             asyncio.get_running_loop().call_later(0.2, fake.let_abort.set)
-        assert fake.aborted == {"given up"}
+        assert fake.aborted == {"cancelled"}
         assert fake.aborting == 1 + cancelled
 
     asyncio.run(once())
@@ -424,11 +424,11 @@ def test_one_answer_broken_off_does_not_keep_others_from_being_aborted():
     async def once() -> None:
         fake = Restartable(trunk="is slow", branch_1="dies")
         async with connected(fake) as engine:
-            task = await start_decode(engine, fake, "given up")
+            task = await start_decode(engine, fake, "cancelled")
             await fails(engine, "broke off the answer", "1:")
             task.cancel()
             await asyncio.wait([task])
-            await until(lambda: "given up" in fake.aborted)
+            await until(lambda: "cancelled" in fake.aborted)
 
     asyncio.run(once())
 
@@ -437,7 +437,7 @@ def test_nothing_is_aborted_where_nobody_listens():
     async def once() -> None:
         fake = Restartable(trunk="is slow")
         async with connected(fake) as engine:
-            task = await start_decode(engine, fake, "given up")
+            task = await start_decode(engine, fake, "cancelled")
             await fake.refuse()
             await fails(engine, GONE)
             again = TestServer(aborts := web.Application(), port=fake.port)

@@ -1,4 +1,4 @@
-"""The HTTP engine against servers that fail: typed errors within seconds, and nothing left decoding."""
+"""The HTTP engine with servers that fail: typed errors within seconds, and no request left running."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def connect(url: str, **options) -> None:
 
 @pytest.mark.parametrize("incremental", [False, True], ids=["cumulative", "incremental"])
 def test_both_ways_of_streaming_give_the_same_ids(incremental):
-    heard: list[str] = []
+    deltas: list[str] = []
     trajectory = reason(
         SglangServer(incremental=incremental),
-        on_event=lambda e: heard.append(e.text) if isinstance(e, apr.Delta) else None,
+        on_event=lambda e: deltas.append(e.text) if isinstance(e, apr.Delta) else None,
     )
     apr.dialect("threadweaver").validate(trajectory.text)
     assert [b.outline for b in trajectory.blocks[0].branches] == ["left", "right"]
     assert trajectory.answer.strip() == "Done."
-    assert len(heard) > 40
-    assert sorted("".join(heard)) == sorted(trajectory.text)
+    assert len(deltas) > 40
+    assert sorted("".join(deltas)) == sorted(trajectory.text)
 
 
 # Connecting
@@ -143,9 +143,9 @@ AT_ONCE = apr.Retry(wait=0)
 def test_a_branch_that_fails_is_skipped(failure):
     trajectory = reason(SglangServer(branch_1=failure), retry=AT_ONCE)
     apr.dialect("threadweaver").validate(trajectory.text)
-    failed, whole = trajectory.blocks[0].branches
+    failed, complete = trajectory.blocks[0].branches
     assert (failed.outcome, failed.text) == ("failed", " (failed)")
-    assert (whole.outcome, whole.text) == ("ok", " two is longer\n")
+    assert (complete.outcome, complete.text) == ("ok", " two is longer\n")
     assert trajectory.answer.strip() == "Done."
 
 

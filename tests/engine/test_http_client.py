@@ -22,7 +22,7 @@ RESPONSES = {
     "/plain": (503, "try again\nlater"),
     "/html": (200, "<html>"),
 }
-NOBODY = "http://127.0.0.1:9"
+NO_SERVER = "http://127.0.0.1:9"
 
 
 def blocking(url: str, body: dict, **options: Any) -> Any:
@@ -86,8 +86,8 @@ def test_errors_have_the_message_and_the_status(
 
 @pytest.mark.parametrize("post", [blocking, awaiting])
 def test_no_server_and_a_slow_one(url: str, post: Callable[..., Any]):
-    with pytest.raises(apr.EngineError, match=f"no answer from {NOBODY}"):
-        post(NOBODY, {})
+    with pytest.raises(apr.EngineError, match=f"no answer from {NO_SERVER}"):
+        post(NO_SERVER, {})
     with pytest.raises(apr.EngineTimeout, match=r"did not answer within 0.1 s"):
         post(f"{url}/slow", {}, timeout=0.1)
 
@@ -98,4 +98,4 @@ def test_a_url_exists_or_not(url: str):
         check_exists(f"{url}/refused", timeout=10.0)
     assert raised.value.status == 400
     with pytest.raises(apr.EngineError, match="no answer from"):
-        check_exists(NOBODY, timeout=10.0)
+        check_exists(NO_SERVER, timeout=10.0)

@@ -1,4 +1,4 @@
-"""The loop over an sgl.Engine in a process of its own, against the same model behind HTTP."""
+"""The loop on an `sgl.Engine`, compared with the same model over HTTP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def report(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What `local_engine.py` saw; it ends by itself, with all of its processes."""
     directory = tmp_path_factory.mktemp("local")
     model = requests.get(f"{server.url}/model_info", timeout=30).json()["model_path"]
-    asked = {
+    arguments = {
         "model": model,
         "prompts": PROMPTS,
         "options": OPTIONS,
@@ -32,10 +32,10 @@ def report(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict:
         "path": str(directory / "many"),
     }
     script = Path(__file__).parents[1] / "support" / "in_process_engine.py"
-    command = [sys.executable, str(script), json.dumps(asked)]
+    command = [sys.executable, str(script), json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stdout.splitlines()[-1]), "path": asked["path"]}
+    return {**json.loads(done.stdout.splitlines()[-1]), "path": arguments["path"]}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_it_is_what_http_gives(report: dict, by_http: list[apr.Trajectory]):
 
 
 def counts(trajectory: apr.Trajectory, phase: str = "") -> list[tuple]:
-    """What the engine said of the calls of a phase, or of all but the branches."""
+    """What the engine reported for the requests of a phase, or for all but the branches."""
     return sorted(
         (c.phase, c.path, c.prompt_tokens, c.reprefilled if phase else c.cached_tokens)
         for c in trajectory.calls
@@ -64,12 +64,12 @@ def counts(trajectory: apr.Trajectory, phase: str = "") -> list[tuple]:
 
 
 def test_events_come_as_they_do_over_http(report: dict, by_http: list[apr.Trajectory]):
-    assert report["heard"] == sorted(by_http[0].text)
+    assert report["deltas"] == sorted(by_http[0].text)
 
 
 def test_many_at_once(report: dict, by_http: list[apr.Trajectory]):
-    found = dict(apr.read_many(report["path"]))
-    assert {name: t.text for name, t in found.items()} == {str(i): t.text for i, t in enumerate(by_http)}
+    outcomes = dict(apr.read_many(report["path"]))
+    assert {name: t.text for name, t in outcomes.items()} == {str(i): t.text for i, t in enumerate(by_http)}
 
 
 @pytest.mark.parametrize("what", ["warmth", "lora_path"])

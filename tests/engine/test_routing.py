@@ -1,4 +1,4 @@
-"""Two real replicas behind SGLang's own router: a trajectory stays where its prefix is, and outlives that replica."""
+"""Two real replicas of SGLang's own router: a trajectory stays on the replica that has its prefix, and survives it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.processes import in_session, until
 
 SMALL = {"max_total_tokens": 8192, "context_length": 1024}
 BUDGET = apr.Budget(tokens=500, width=3, outline_chars=8)
-ASKED = {"mode": "parallel", "temperature": 1.0, "budget": BUDGET, "retry": apr.Retry(8, 0.2)}
+OPTIONS = {"mode": "parallel", "temperature": 1.0, "budget": BUDGET, "retry": apr.Retry(8, 0.2)}
 
 
 def test_one_key_for_a_trajectory():
@@ -50,7 +50,7 @@ def test_what_a_router_loses_is_named():
 
 def test_where_replicas_are():
     urls = {"http://one:1@0": True, "http://one:1@1": True, "http://two:2/": True, "http://three:3": False}
-    workers = [{"url": url, "is_healthy": well} for url, well in urls.items()]
+    workers = [{"url": url, "is_healthy": healthy} for url, healthy in urls.items()]
     assert healthy_worker_urls({"workers": workers}) == ["http://one:1", "http://two:2"]
 
 
@@ -107,20 +107,20 @@ def registered(url: str) -> int:
         return 0
 
 
-async def ask(url: str, count: int, **options) -> list[apr.Trajectory]:
+async def run_problems(url: str, count: int, **options) -> list[apr.Trajectory]:
     async with await apr.HttpEngine.connect(url, reconnect_timeout=60) as engine:
         prompts = (f"Question {uuid.uuid4()}: " for _ in range(count))
-        asked = (apr.areason(engine, p, "multiverse", **{**ASKED, **options}) for p in prompts)
-        return await asyncio.gather(*asked)
+        runs = (apr.areason(engine, p, "multiverse", **{**OPTIONS, **options}) for p in prompts)
+        return await asyncio.gather(*runs)
 
 
 async def ask_the_server(url: str, count: int) -> list[apr.Trajectory]:
     """The same of the loop inside the server, which sends no HTTP."""
 
     def one(i: int) -> apr.Trajectory:
-        asked = {"dialect": "multiverse", "mode": "parallel", "temperature": 1.0, "budget": asdict(BUDGET)}
+        options = {"dialect": "multiverse", "mode": "parallel", "temperature": 1.0, "budget": asdict(BUDGET)}
         answer = requests.post(
-            f"{url}/apr/generate", json={"prompt": f"Inside {i}: " * 9, **asked}, timeout=300
+            f"{url}/apr/generate", json={"prompt": f"Inside {i}: " * 9, **options}, timeout=300
         )
         return apr.Trajectory.from_json(answer.text)
 
@@ -128,12 +128,12 @@ async def ask_the_server(url: str, count: int) -> list[apr.Trajectory]:
 
 
 def missed(trajectories: Sequence[apr.Trajectory]) -> list[apr.Call]:
-    """The calls for which the cache did not hold what earlier ones had computed.
+    """Return the requests whose prompts were cached less than earlier requests should have achieved.
 
-    The last token that was sampled may have no keys yet, and behind a text join all branches but the first
+    The last token that was sampled may have no keys yet, and after a text join all branches but the first
     are read again: there only what was before the fork has to be cached.
     """
-    found = []
+    missed_calls = []
     for trajectory in trajectories:
         apr.dialect("multiverse").validate(trajectory.text)
         assert trajectory.blocks
@@ -142,11 +142,11 @@ def missed(trajectories: Sequence[apr.Trajectory]) -> list[apr.Call]:
             if call.phase == "commit":
                 forked[call.path] = call.prompt_tokens
             joined = call.phase == "after"
-            held = forked[call.path] if joined else call.shared_tokens
+            expected = forked[call.path] if joined else call.shared_tokens
             assert call.cached_tokens is not None
-            if call.cached_tokens < held - 1:
-                found.append(call)
-    return found
+            if call.cached_tokens < expected - 1:
+                missed_calls.append(call)
+    return missed_calls
 
 
 def scattered(patch: pytest.MonkeyPatch) -> None:
@@ -164,42 +164,42 @@ def test_all_requests_of_a_trajectory_reach_one_rank(model: Path, monkeypatch: p
     cores = 2 * sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
     with Server(model, dp_size=2, log_path=model / "dp.log", **SMALL) as server:
-        assert not missed(asyncio.run(ask(server.url, 12)))
+        assert not missed(asyncio.run(run_problems(server.url, 12)))
         assert not missed(asyncio.run(ask_the_server(server.url, 12)))
         log = (model / "dp.log").read_text(errors="replace")
         assert all(f"DP{rank}] Prefill batch" in log for rank in (0, 1)), "both had work"
         with router(model / "plain.log", [server.url]) as url:
-            assert not missed(asyncio.run(ask(url, 12)))
+            assert not missed(asyncio.run(run_problems(url, 12)))
         with router(model / "aware.log", [server.url], "--dp-aware") as url:
-            assert not missed(asyncio.run(ask(url, 12)))
+            assert not missed(asyncio.run(run_problems(url, 12)))
             with pytest.raises(apr.EngineError, match="does not say what its model is"):
                 apr.Endpoint(url)
         scattered(monkeypatch)
-        assert missed(asyncio.run(ask(server.url, 12)))
+        assert missed(asyncio.run(run_problems(server.url, 12)))
 
 
 @pytest.mark.slow
 @pytest.mark.server
 def test_all_requests_of_a_trajectory_reach_one_replica(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
     before = fleet.prefills()
-    assert not missed(asyncio.run(ask(fleet.url, 20)))
+    assert not missed(asyncio.run(run_problems(fleet.url, 20)))
     assert all(now > then for now, then in zip(fleet.prefills(), before, strict=True)), "both had work"
     scattered(monkeypatch)
-    assert missed(asyncio.run(ask(fleet.url, 20)))
+    assert missed(asyncio.run(run_problems(fleet.url, 20)))
 
 
 @pytest.mark.slow
 @pytest.mark.server
 def test_layouts_do_not_come_through_a_router(fleet: Fleet):
     with pytest.raises(apr.KvJoinUnavailable):
-        asyncio.run(ask(fleet.url, 1, join="kv"))
+        asyncio.run(run_problems(fleet.url, 1, join="kv"))
 
 
 @pytest.mark.slow
 @pytest.mark.server
 def test_what_a_router_would_lose_is_an_error(fleet: Fleet):
     with pytest.raises(apr.UnsupportedEngine, match="does not forward cache_salt"):
-        asyncio.run(ask(fleet.url, 1, cache_salt="mine"))
+        asyncio.run(run_problems(fleet.url, 1, cache_salt="mine"))
 
 
 @pytest.mark.slow
@@ -258,17 +258,17 @@ def test_a_replica_that_dies_costs_a_prefill_and_not_the_answer(fleet: Fleet):
         return int(requests.get(f"{dying.url}/v1/loads", timeout=30).json()["loads"][0]["num_running_reqs"])
 
     async def once() -> list[apr.Trajectory]:
-        task = asyncio.create_task(ask(fleet.url, 20))
+        task = asyncio.create_task(run_problems(fleet.url, 20))
         while await asyncio.to_thread(running) < 3:
             assert not task.done()
         for process in in_session(dying.pid):
             os.kill(process, signal.SIGKILL)
         return await task
 
-    found = asyncio.run(once())
-    assert any(call.retries for trajectory in found for call in trajectory.calls)
-    found += asyncio.run(ask(fleet.url, 4))  # who comes only now
-    assert len(found) == 24
-    for trajectory in found:
+    trajectories = asyncio.run(once())
+    assert any(call.retries for trajectory in trajectories for call in trajectory.calls)
+    trajectories += asyncio.run(run_problems(fleet.url, 4))  # new trajectories
+    assert len(trajectories) == 24
+    for trajectory in trajectories:
         apr.dialect("multiverse").validate(trajectory.text)
         assert all(b.outcome != "failed" for block in trajectory.blocks for b in block.branches)

@@ -22,73 +22,73 @@ def measured(*pairs: tuple[float, float]) -> Load:
     return Load(running=0, waiting=0, used_tokens=0, max_tokens=0, steps=pairs)
 
 
-def at(meter: StepTimer, running: int, *chunks: tuple[int, float]) -> None:
-    """Chunks (tokens, seconds) heard while so many requests run."""
+def at(timer: StepTimer, running: int, *chunks: tuple[int, float]) -> None:
+    """Record chunks (tokens, seconds) while `running` requests run."""
     with ExitStack() as stack:
         for _ in range(running):
-            stack.enter_context(meter.running())
+            stack.enter_context(timer.running())
         for tokens, seconds in chunks:
-            meter.record_step(tokens, seconds)
+            timer.record_step(tokens, seconds)
 
 
 # Measuring
 
 
-def test_nothing_is_known_before_anything_was_heard():
-    meter = StepTimer()
-    at(meter, 3)
-    assert meter.steps == ()
+def test_no_steps_before_the_first_chunk():
+    timer = StepTimer()
+    at(timer, 3)
+    assert timer.steps == ()
 
 
 def test_buckets_are_powers_of_two_with_the_mean_of_what_was_in_them():
-    meter = StepTimer()
+    timer = StepTimer()
     for running in (1, 2, 3, 4, 7, 8, 1023, 1024, 3000):
-        at(meter, running, (1, running / 1000))
+        at(timer, running, (1, running / 1000))
     expected = [(1, 0.001), (2.5, 0.0025), (5.5, 0.0055), (8, 0.008), (1023, 1.023), (2012, 2.012)]
-    assert [pair for pair in meter.steps] == [pytest.approx(pair) for pair in expected]
+    assert [pair for pair in timer.steps] == [pytest.approx(pair) for pair in expected]
 
 
 def test_a_chunk_of_several_tokens_is_several_steps():
-    meter = StepTimer()
-    at(meter, 1, (4, 1.0))
-    assert meter.steps == ((1.0, 0.25),)
+    timer = StepTimer()
+    at(timer, 1, (4, 1.0))
+    assert timer.steps == ((1.0, 0.25),)
 
 
 def test_a_request_that_failed_runs_no_longer():
-    meter = StepTimer()
-    with pytest.raises(ValueError, match="failed"), meter.running():
+    timer = StepTimer()
+    with pytest.raises(ValueError, match="failed"), timer.running():
         raise ValueError("failed")
-    at(meter, 1, (1, 0.5))
-    assert meter.steps == ((1.0, 0.5),)
+    at(timer, 1, (1, 0.5))
+    assert timer.steps == ((1.0, 0.5),)
 
 
 def test_a_plain_mean_at_first():
-    meter = StepTimer()
+    timer = StepTimer()
     seconds = [random.Random(0).random() for _ in range(AVERAGING_WINDOW)]
-    at(meter, 1, *((1, s) for s in seconds))
-    assert meter.steps[0][1] == pytest.approx(sum(seconds) / AVERAGING_WINDOW)
+    at(timer, 1, *((1, s) for s in seconds))
+    assert timer.steps[0][1] == pytest.approx(sum(seconds) / AVERAGING_WINDOW)
 
 
 @pytest.mark.parametrize("running", [1, 64])
 def test_then_what_is_older_counts_less(running):
-    """After `MEMORY` more steps, each heard by every request, 1/e of the old mean is left."""
-    meter = StepTimer()
-    at(meter, running, *[(1, 1.0)] * (AVERAGING_WINDOW * running * 10))
-    at(meter, running, *[(1, 0.0)] * (AVERAGING_WINDOW * running))
-    assert meter.steps[0][1] == pytest.approx(0.36, abs=0.01)
+    """After `AVERAGING_WINDOW` more steps, each received by every request, 1/e of the old mean is left."""
+    timer = StepTimer()
+    at(timer, running, *[(1, 1.0)] * (AVERAGING_WINDOW * running * 10))
+    at(timer, running, *[(1, 0.0)] * (AVERAGING_WINDOW * running))
+    assert timer.steps[0][1] == pytest.approx(0.36, abs=0.01)
 
 
 def test_one_slow_step_of_many_requests_does_not_become_the_mean():
-    meter = StepTimer()
-    at(meter, 512, *[(1, 0.01)] * (512 * AVERAGING_WINDOW), *[(1, 1.0)] * 512)
-    assert meter.steps[0][1] < 0.05
+    timer = StepTimer()
+    at(timer, 512, *[(1, 0.01)] * (512 * AVERAGING_WINDOW), *[(1, 1.0)] * 512)
+    assert timer.steps[0][1] < 0.05
 
 
 def test_pairs_ascend_whatever_was_heard():
-    meter, rng = StepTimer(), random.Random(1)
+    timer, rng = StepTimer(), random.Random(1)
     for _ in range(300):
-        at(meter, int(2 ** rng.uniform(0, 11)), (rng.randint(1, 5), rng.random()))
-    centres = [running for running, _ in meter.steps]
+        at(timer, int(2 ** rng.uniform(0, 11)), (rng.randint(1, 5), rng.random()))
+    centres = [running for running, _ in timer.steps]
     assert len(centres) == BUCKET_COUNT
     assert centres == sorted(set(centres))
 
@@ -131,12 +131,12 @@ class Busy(SglangServer):
 
     def __init__(self, slots: tuple[int, int] = (48, 48), **options) -> None:
         super().__init__(**options)
-        self.slots, self.asked, self.status = slots, 0, 200
+        self.slots, self.load_requests, self.status = slots, 0, 200
         self.answer = asyncio.Event()
         self.answer.set()
 
     async def _loads(self, request: web.Request) -> web.Response:
-        self.asked += 1
+        self.load_requests += 1
         await self.answer.wait()
         ranks = [
             {
@@ -186,7 +186,7 @@ def test_the_load_holds_what_decoding_measured():
             slow.cancel()
             load = await engine.load()
             assert 1 < load.steps[-1][0] <= 3
-            # The chunks of the slow one are a second apart, and it was not heard twice.
+            # The chunks of the slow one are a second apart, and it received only two.
             assert all(0 < seconds < 1 for _, seconds in load.steps)
 
     asyncio.run(once())
@@ -196,10 +196,10 @@ def test_the_first_tokens_measure_nothing():
     async def once() -> None:
         async with Busy(trunk="is slow").connected() as engine:
             await engine.commit(apr.Request("commit", tuple(TOKENIZER.encode("Q: "))))
-            heard = asyncio.Event()
+            received = asyncio.Event()
             request = apr.Request("r", tuple(TOKENIZER.encode("Q: ")), 400)
-            task = asyncio.ensure_future(engine.decode(request, lambda ids: heard.set()))
-            await heard.wait()
+            task = asyncio.ensure_future(engine.decode(request, lambda ids: received.set()))
+            await received.wait()
             task.cancel()
             assert (await engine.load()).steps == ()
 
@@ -211,14 +211,14 @@ def test_all_who_ask_at_once_share_a_request():
         fake = Busy()
         async with fake.connected() as engine:
             fake.answer.clear()
-            asking = [asyncio.ensure_future(engine.load()) for _ in range(50)]
-            while not fake.asked:
+            calls = [asyncio.ensure_future(engine.load()) for _ in range(50)]
+            while not fake.load_requests:
                 await asyncio.sleep(0.01)
-            asking[0].cancel()  # it began the request
-            await asyncio.wait(asking[:1])
+            calls[0].cancel()  # the call that sent the request
+            await asyncio.wait(calls[:1])
             fake.answer.set()
-            assert len(set(await asyncio.gather(*asking[1:]))) == 1
-            assert fake.asked == 1
+            assert len(set(await asyncio.gather(*calls[1:]))) == 1
+            assert fake.load_requests == 1
 
     asyncio.run(once())
 
@@ -229,12 +229,12 @@ def test_an_answer_is_good_for_a_while(monkeypatch):
         async with fake.connected() as engine:
             monkeypatch.setattr(http, "LOAD_TTL_S", 60.0)
             assert await engine.load() is await engine.load()
-            assert fake.asked == 1
+            assert fake.load_requests == 1
             engine._load_expires_at = 0.0
             monkeypatch.setattr(http, "LOAD_TTL_S", 0.0)
             await engine.load()
             await engine.load()
-            assert fake.asked == 3
+            assert fake.load_requests == 3
 
     asyncio.run(once())
 

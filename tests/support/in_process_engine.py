@@ -14,21 +14,21 @@ import sgl_apr as apr
 from sgl_apr.engine.in_process import InProcessEngine
 
 
-def main(asked: dict[str, Any]) -> None:
-    options, budget = asked["options"], apr.Budget(**asked["budget"])
+def main(arguments: dict[str, Any]) -> None:
+    options, budget = arguments["options"], apr.Budget(**arguments["budget"])
     seen: dict[str, Any] = {}
-    with apr.LocalEngine.launch(asked["model"]) as engine:
+    with apr.LocalEngine.launch(arguments["model"]) as engine:
         seen["children"] = len(children())
         seen["trajectories"] = [
-            engine.run(p, "threadweaver", budget=budget, **options).to_json() for p in asked["prompts"]
+            engine.run(p, "threadweaver", budget=budget, **options).to_json() for p in arguments["prompts"]
         ]
-        heard: list[object] = []
-        engine.run(asked["prompts"][0], "threadweaver", budget=budget, on_event=heard.append, **options)
-        seen["heard"] = sorted("".join(e.text for e in heard if isinstance(e, apr.Delta)))
-        problems = {str(i): p for i, p in enumerate(asked["prompts"])}
+        deltas: list[object] = []
+        engine.run(arguments["prompts"][0], "threadweaver", budget=budget, on_event=deltas.append, **options)
+        seen["deltas"] = sorted("".join(e.text for e in deltas if isinstance(e, apr.Delta)))
+        problems = {str(i): p for i, p in enumerate(arguments["prompts"])}
         engine.wait(
             apr.arun_many(
-                engine, problems, asked["path"], "threadweaver", budget=budget, concurrency=2, **options
+                engine, problems, arguments["path"], "threadweaver", budget=budget, concurrency=2, **options
             )
         )
         seen["refused"] = {

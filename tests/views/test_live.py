@@ -58,7 +58,7 @@ def screen(view: LiveView, width: int = 100, height: int = 30) -> list[str]:
 
 
 def see(*events: Event) -> list[str]:
-    """The screen behind these events, which was also shown behind each of them."""
+    """The screen after these events. It was also rendered after each of them."""
     view = view_of()
     for event in events:
         view(event)
@@ -68,11 +68,11 @@ def see(*events: Event) -> list[str]:
 
 def line_of(lines: list[str], words: str) -> int:
     """Where these words are, which have to be there once."""
-    (found,) = (i for i, line in enumerate(lines) if words in line)
-    return found
+    (index,) = (i for i, line in enumerate(lines) if words in line)
+    return index
 
 
-def said(lines: list[str], words: str) -> bool:
+def shows(lines: list[str], words: str) -> bool:
     return any(words in line for line in lines)
 
 
@@ -110,7 +110,7 @@ def test_many_panels_wrap_to_rows():
 
 
 @pytest.mark.parametrize("outcome", get_args(Outcome))
-def test_an_outcome_is_said_in_words(outcome):
+def test_an_outcome_has_a_label(outcome):
     lines = see(FORK, *BOTH, BranchEnded((1, 1), outcome))
     assert WORDS[outcome] in lines[-1].split("╯")[0]
     assert "running" in lines[-1].split("╯")[1]
@@ -161,23 +161,23 @@ def test_text_that_comes_again_is_shown_once():
         *BOTH,
         TextRetracted((1, 2), 4),
     )
-    assert said(lines, "I think not")
-    assert said(lines, "perhaps ")
-    assert not said(lines, "five")
-    assert said(lines, "one two three")
+    assert shows(lines, "I think not")
+    assert shows(lines, "perhaps ")
+    assert not shows(lines, "five")
+    assert shows(lines, "one two three")
 
 
-def test_a_branch_that_begins_anew_has_nothing_of_before():
+def test_a_retried_branch_has_no_earlier_text():
     inner = (Forked((1, 2, 1), (("2.1", "low"), ("2.2", "high"))), Delta((1, 2, 1, 1), "deep"))
     events = (FORK, *BOTH, *inner, BranchEnded((1, 2), "failed"))
-    assert said(see(*events), "2.1")
+    assert shows(see(*events), "2.1")
     lines = see(*events, TextRetracted((1, 2), None), Delta((1, 2), "seven"))
-    assert not any(said(lines, gone) for gone in ("perhaps", "2.1", "deep", "failed"))
+    assert not any(shows(lines, gone) for gone in ("perhaps", "2.1", "deep", "failed"))
     assert line_of(lines, "seven") == line_of(lines, "one two three")
     assert lines[-1].count("running") == 2
 
 
-def test_nested_branches_stand_in_the_panel_of_theirs():
+def test_nested_branches_are_in_the_panel_of_their_parent():
     inner = Forked((1, 2, 1), (("2.1", "low"), ("2.2", "high")))
     innermost = Forked((1, 2, 1, 1, 1), (("2.1.1", "deepest"),))
     deltas = (Delta((1, 2, 1, 2), "upwards"), Delta((1, 2, 1, 1, 1, 1), "down there"))
@@ -200,7 +200,7 @@ def test_nested_branches_stand_in_the_panel_of_theirs():
     lines = see(*events, *ended, Joined((1, 2, 1), (1, 2)), Delta((1, 2), "between them"))
     assert "token limit" in lines[line_of(lines, "2.1: low")]
     assert line_of(lines, "2.2: high  done  upwards") < line_of(lines, "between them")
-    assert not said(lines, "deepest")
+    assert not shows(lines, "deepest")
 
 
 def test_nested_branches_have_a_line_each_in_a_narrow_panel():
@@ -232,7 +232,7 @@ def test_a_trunk_may_go_on_beside_its_branches():
     )
     lines = see(*events, *late, Delta((), "fifth"))
     order = [line_of(lines, w) for w in ("third", "2: guess", "fourth", "1: count", "fifth")]
-    assert order == sorted(set(order)), "branches stand where they were joined"
+    assert order == sorted(set(order)), "branches are where they were joined"
     lines = see(*events, *JOIN, Delta((), "fifth"), Forked((2,), (("1", "again"),)))
     assert line_of(lines, "2: guess  failed") < line_of(lines, "fifth") < line_of(lines, "1: again")
 
@@ -244,7 +244,7 @@ def test_what_was_never_forked_is_shown_all_the_same():
         TextRetracted((2, 1), 5),
         Joined((3,), (1,)),
     )
-    assert said(lines, "out of nowhere")
+    assert shows(lines, "out of nowhere")
     assert lines[-1].count("done") == 1
     assert screen(LiveView("Why?")) == ["Why?"]
 
@@ -253,21 +253,21 @@ def test_tags_are_left_out():
     fork = wrote("fork", "<Parallel>1: count</Parallel>")
     header, result = wrote("header", "<Thread>1:", (1, 1)), wrote("result", "<Result>three</Result>", (1, 1))
     before = (Delta((), "Let me think."), *fork, FORK, *header, *BOTH)
-    assert not any(said(see(*before), tag) for tag in ("<Parallel>", "<Thread>"))
+    assert not any(shows(see(*before), tag) for tag in ("<Parallel>", "<Thread>"))
     after = see(*before, BranchEnded((1, 1), "ok"), *result, *JOIN[1:], *wrote("tail", "<Tail>"))
     assert not any("<" in line for line in after)
-    assert said(after, "Let me think.")
-    assert said(after, "one two three")
-    anew = see(*before, TextRetracted((1, 1), None), Delta((1, 1), "<Thread>1:"), Delta((1, 1), "four"))
-    assert line_of(anew, "four") == line_of(anew, "perhaps five")
-    assert not said(anew, "<Thread>")
+    assert shows(after, "Let me think.")
+    assert shows(after, "one two three")
+    retried = see(*before, TextRetracted((1, 1), None), Delta((1, 1), "<Thread>1:"), Delta((1, 1), "four"))
+    assert line_of(retried, "four") == line_of(retried, "perhaps five")
+    assert not shows(retried, "<Thread>")
 
 
 def test_a_tag_is_not_left_out_where_it_is_all_there_is_to_see():
-    assert said(see(*wrote("fork", "<Parallel>no", finish="malformed")), "<Parallel>no")
-    assert said(see(*wrote("text", "<b>")), "<b>")
+    assert shows(see(*wrote("fork", "<Parallel>no", finish="malformed")), "<Parallel>no")
+    assert shows(see(*wrote("text", "<b>")), "<b>")
     header = wrote("header", "<Thread>1:", (1, 1))
-    assert said(see(FORK, *header, *BOTH, Delta((1, 1), "<Thread>1:")), "one two three<Thread>1:")
+    assert shows(see(FORK, *header, *BOTH, Delta((1, 1), "<Thread>1:")), "one two three<Thread>1:")
 
 
 def test_model_text_is_no_markup():
@@ -277,13 +277,13 @@ def test_model_text_is_no_markup():
         view(event)
     running = screen(view)
     assert running[0] == odd
-    assert all(said(running, shown) for shown in ("T" + odd, "[i]1: " + odd, "B" + odd))
+    assert all(shows(running, shown) for shown in ("T" + odd, "[i]1: " + odd, "B" + odd))
     for event in (BranchEnded((1, 1), "ok"), Joined((1,), (1,))):
         view(event)
-    assert said(screen(view), f"B{odd}")
+    assert shows(screen(view), f"B{odd}")
 
 
-def test_a_model_does_not_drive_the_terminal():
+def test_model_text_cannot_control_the_terminal():
     odd = "a\x1b[2J\x1b]0;owned\x07b\x9b31m\u202ec\x08\x00\x7f\r\u2028\ud800d"
     view = LiveView(odd)
     events: list[Event] = [Delta((), odd), Forked((1,), ((odd, odd),)), Delta((1, 1), odd)]
@@ -298,7 +298,7 @@ def test_a_model_does_not_drive_the_terminal():
         view(event)
         lines = screen(view)
         assert all(c.isprintable() for line in lines for c in line)
-    assert said(lines, "owned")
+    assert shows(lines, "owned")
     file = io.StringIO()
     Console(file=file, force_terminal=True, color_system=None, width=100).print(view)
     assert "\x1b[2J" not in file.getvalue()
@@ -315,19 +315,19 @@ def test_fifty_branches_fit(width, height):
     assert len(followed) == 49, "the last words of each are in view"
     for k in range(1, 51):
         view(BranchEnded((1, k), "ok"))
-    for event in (Joined((1,), tuple(range(1, 51))), Delta((), "behind"), finished()):
+    for event in (Joined((1,), tuple(range(1, 51))), Delta((), "later"), finished()):
         view(event)
     lines = screen(view, width, height)
-    assert line_of(lines, "50: outline") < line_of(lines, "behind") < line_of(lines, "branches: 50")
+    assert line_of(lines, "50: outline") < line_of(lines, "later") < line_of(lines, "branches: 50")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 12, 20, 33, 50])
 def test_the_end_of_long_texts_is_in_view(size):
     lines = screen(view_of(Delta((), "before " * 500 + "latest"), *crowd(size, words=300)), height=24)
     assert len(lines) == 24 or size > 12
-    assert said(lines, "latest")
-    assert all(said(lines, f"w300of{k}") for k in range(1, size + 1))
-    assert not said(lines, "w1of")
+    assert shows(lines, "latest")
+    assert all(shows(lines, f"w300of{k}") for k in range(1, size + 1))
+    assert not shows(lines, "w1of")
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
@@ -350,7 +350,7 @@ def test_lines_stay_as_they_broke_while_text_grows():
     assert moved <= 10
 
 
-def test_the_end_says_what_it_took():
+def test_the_last_line_has_the_summary():
     limits = (LimitHit("branch_tokens", (1, 1)), LimitHit("branch_tokens", (1, 2)), LimitHit("seconds", ()))
     inner = Forked((1, 2, 1), (("2.1", "low"), ("2.2", "high")))
     lines = see(FORK, *BOTH, inner, *JOIN, finished(*limits))
@@ -383,5 +383,5 @@ def test_it_listens_to_any_thread_while_two_show_it(request):
         for writer in writers:
             writer.join()
     lines = screen(view)
-    assert all(said(lines, f"2998 end{k}") for k in range(1, 5))
+    assert all(shows(lines, f"2998 end{k}") for k in range(1, 5))
     assert "end4" in file.getvalue()

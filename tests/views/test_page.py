@@ -1,4 +1,4 @@
-"""The page as a file: what is read, what is in it, and that nothing a model wrote could end the element it is in."""
+"""The page as a file: what is read, what it contains, and that no text of a model can end its element."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def evaluation(directory: Path, attempts: dict[str, list[tuple[apr.Trajectory, b
     """What `sgl-apr eval ... -o directory` writes."""
     with open_evaluation(
         directory, {"task": "countdown", "model": "builtin", "seed": 0, "split": "test"}
-    ) as found:
+    ) as store:
         for method, tried in attempts.items():
             for number, (t, right) in enumerate(tried):
                 m = t.metrics()
                 figures = (m.total, m.critical_path, m.longest_context, m.branches, m.blocks)
                 measured = AttemptMetrics(f"problem {number}", 3 + number % 2, right, *figures, label="exact")
-                found.add(method, number, measured, 1.0, t.answer, t)
+                store.add(method, number, measured, 1.0, t.answer, t)
     return directory
 
 
@@ -87,7 +87,7 @@ def many(path: Path, trajectories: dict[str, apr.Trajectory]) -> Path:
 
 
 class Elements(HTMLParser):
-    """Which elements a file has, with what stands in its scripts."""
+    """The elements of a file, and the contents of its scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -108,8 +108,8 @@ class Elements(HTMLParser):
             self.scripts[self._in] = self.scripts.get(self._in, "") + data
 
     def index(self) -> list[dict]:
-        found = json.loads(self.scripts["script index"])
-        return [dict(zip(found["columns"], values, strict=True)) for values in found["rows"]]
+        index = json.loads(self.scripts["script index"])
+        return [dict(zip(index["columns"], values, strict=True)) for values in index["rows"]]
 
     def packed(self, number: int) -> dict:
         return json.loads(zlib.decompress(base64.b64decode(self.scripts[f"script t{number}"])))
@@ -121,14 +121,14 @@ class Elements(HTMLParser):
 def test_an_evaluation_is_read(tmp_path: Path):
     t = forked()
     directory = evaluation(tmp_path / "out", {"apr": [(t, True), (t, False)], "sequential": [(t, True)]})
-    found = list(read_entries([directory]))
-    assert found == list(read_entries([directory / "run.jsonl"]))
-    assert [(e.name, e.method, e.correct, e.size) for e in found] == [
+    entries = list(read_entries([directory]))
+    assert entries == list(read_entries([directory / "run.jsonl"]))
+    assert [(e.name, e.method, e.correct, e.size) for e in entries] == [
         ("problem 0", "apr", True, 3),
         ("problem 1", "apr", False, 4),
         ("problem 0", "sequential", True, 3),
     ]
-    assert all(e.trajectory == t and e.answer == t.answer == "Done." for e in found)
+    assert all(e.trajectory == t and e.answer == t.answer == "Done." for e in entries)
     assert describe_evaluations([directory]) == "countdown, model builtin, split test, seed 0"
     assert count_trajectories([directory]) == 3
 
@@ -194,8 +194,8 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys):
     assert capsys.readouterr().out == f"{out}\n"
     assert "<title>A &lt;title&gt;</title>" in out.read_text()
     assert main(["report", str(path), "-o", str(out), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said == {"page": str(out), "trajectories": 1, "bytes": out.stat().st_size}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"page": str(out), "trajectories": 1, "bytes": out.stat().st_size}
 
 
 @pytest.mark.parametrize("argv", [["/nowhere/at.all"], ["{path}", "-o", "/nowhere/x.html"]])
@@ -211,8 +211,8 @@ def test_what_is_not_there_is_said(tmp_path: Path, capsys, argv: list[str]):
 @pytest.mark.parametrize("name", dialect_names())
 def test_figures_are_those_of_the_metrics(name: str):
     t = sampled(name)
-    m, found = t.metrics(), list_row(PageEntry("p", t, "method"))
-    assert found == {
+    m, row = t.metrics(), list_row(PageEntry("p", t, "method"))
+    assert row == {
         "name": "p", "method": "method", "label": "", "answer": t.answer, "correct": None, "size": None, "tokens": m.total,
         "critical": m.critical_path, "context": m.longest_context, "inside": m.branch_tokens, "blocks": m.blocks,
         "branches": m.branches, "wall": round(m.wall_s, 3), "calls": m.engine_calls, "prompt": m.prompt_tokens,
@@ -222,14 +222,14 @@ def test_figures_are_those_of_the_metrics(name: str):
 
 def test_all_of_a_trajectory_is_there_but_its_token_ids():
     t = forked()
-    found = Elements(render_page([PageEntry("p", t)])).packed(0)
-    kept = json.loads(t.to_json())
-    for span in kept["spans"]:
+    packed = Elements(render_page([PageEntry("p", t)])).packed(0)
+    expected = json.loads(t.to_json())
+    for span in expected["spans"]:
         span["tokens"] = len(span.pop("token_ids"))
-    assert found["spans"] == kept["spans"]
-    assert [c["phase"] for c in found["calls"]] == [c.phase for c in t.calls]
-    assert [c["cached_tokens"] for c in found["calls"]] == [c.cached_tokens for c in t.calls]
-    assert found["wall"] == t.wall_s
+    assert packed["spans"] == expected["spans"]
+    assert [c["phase"] for c in packed["calls"]] == [c.phase for c in t.calls]
+    assert [c["cached_tokens"] for c in packed["calls"]] == [c.cached_tokens for c in t.calls]
+    assert packed["wall"] == t.wall_s
 
 
 def test_a_thinghas_the_trunk_and_its_branches():
@@ -268,7 +268,7 @@ def test_a_hostile_text_is_data(text: str):
     assert Elements(hostile).index()[0]["name"] == text
     assert Elements(hostile).packed(0)["spans"][0]["text"] == text
     strip = re.compile(r'id="index">.*?</script>|id="t0">.*?</script>', re.DOTALL)
-    assert strip.sub("", hostile) == strip.sub("", benign), "nothing else changes"
+    assert strip.sub("", hostile) == strip.sub("", benign), "only the text differs"
 
 
 @pytest.mark.parametrize(
@@ -277,17 +277,17 @@ def test_a_hostile_text_is_data(text: str):
 def test_the_policy_lets_its_own_script_run_and_nothing_else(made: str):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', made)
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
-    found = Elements(made).scripts
+    scripts = Elements(made).scripts
     for rule, element in (("script-src", "script "), ("style-src", "style ")):
-        digest = base64.b64encode(hashlib.sha256(found[element].encode()).digest()).decode()
+        digest = base64.b64encode(hashlib.sha256(scripts[element].encode()).digest()).decode()
         assert rules[rule] == f"'sha256-{digest}'"
     assert rules["default-src"] == rules["form-action"] == rules["base-uri"] == "'none'"
-    assert rules.get("connect-src") == ("'self'" if "generate" in found["script "] else None)
+    assert rules.get("connect-src") == ("'self'" if "generate" in scripts["script "] else None)
     assert set(re.findall(r"https?://[^'\" )]*", made)) == {"http://www.w3.org/2000/svg"}
     assert not re.search(
-        r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function)\b", found["script "]
+        r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function)\b", scripts["script "]
     )
-    assert ("fetch" in found["script "]) == ("connect-src" in rules), "a file has nothing that could ask"
+    assert ("fetch" in scripts["script "]) == ("connect-src" in rules), "a file cannot send requests"
 
 
 # Colours
@@ -317,11 +317,11 @@ def contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_contrast(scheme: int):
-    found = colours(Elements(render_live_page()).scripts["style "])[scheme]
+    palette = colours(Elements(render_live_page()).scripts["style "])[scheme]
     for text in ("ink", "soft", "accent", "right", "wrong", "warn"):
         for ground in ("paper", "card", "sunk"):
-            assert contrast(found[text], found[ground]) >= 4.5, (text, ground)
-    assert contrast(found["on-accent"], found["accent"]) >= 4.5
+            assert contrast(palette[text], palette[ground]) >= 4.5, (text, ground)
+    assert contrast(palette["on-accent"], palette["accent"]) >= 4.5
     for thing in (
         "edge",
         "decoded",
@@ -332,5 +332,7 @@ def test_contrast(scheme: int):
         *(f"hue-{k}" for k in range(8)),
     ):
         for ground in ("paper", "card"):
-            assert contrast(found[thing], found[ground]) >= 3, (thing, ground)
-    assert contrast(found["ink"], found["mark"]) >= 4.5, "the critical path is marked, and has edges in ink"
+            assert contrast(palette[thing], palette[ground]) >= 3, (thing, ground)
+    assert contrast(palette["ink"], palette["mark"]) >= 4.5, (
+        "the critical path is marked, and has edges in ink"
+    )

@@ -1,4 +1,4 @@
-"""The page in a browser: what is drawn is what the files hold, by mouse and by keyboard, and no text can change it."""
+"""The page in a browser: it draws what the files contain, works by mouse and keyboard, and no text can change it."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def written(source: Path) -> Path:
 
 
 def opened(browser: Any, path: Path, entry: int | None = None, **options: Any) -> Tab:
-    """The page, once all that was asked for is drawn."""
-    found = tab(browser, **options)
-    found.go(url(path, entry))
+    """Open the page and wait until the entry is drawn."""
+    opened_tab = tab(browser, **options)
+    opened_tab.go(url(path, entry))
     if entry is not None:
-        found.page.wait_for_selector("#lanes .lane")
-    return found
+        opened_tab.page.wait_for_selector("#lanes .lane")
+    return opened_tab
 
 
 def plain(text: str) -> str:
@@ -308,9 +308,9 @@ def test_focus_can_be_seen_and_everything_has_a_name(browser, judged: Path):
         "region",
     }
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
-    found = [n for n in nodes if not n["ignored"] and n["role"]["value"] in roles]
-    assert len(found) > 20
-    assert [n for n in found if not n["name"]["value"].strip()] == []
+    controls = [n for n in nodes if not n["ignored"] and n["role"]["value"] in roles]
+    assert len(controls) > 20
+    assert [n for n in controls if not n["name"]["value"].strip()] == []
 
 
 # Plots
@@ -426,10 +426,10 @@ def test_a_huge_text_is_shown_bit_by_bit(browser, tmp_path: Path):
     path = many(tmp_path / "texts.jsonl", {"huge": saying(text)})
     shown = opened(browser, written(path), 0)
     shown.page.locator('[data-lane="1.1"]').click()
-    said = shown.page.evaluate(SHOWN_TEXT)
-    assert said
-    assert len(said) < 100_000
-    assert text.startswith(said)
+    visible = shown.page.evaluate(SHOWN_TEXT)
+    assert visible
+    assert len(visible) < 100_000
+    assert text.startswith(visible)
     shown.page.click("#reader .more")
     assert shown.page.evaluate(SHOWN_TEXT) == text * 2
 

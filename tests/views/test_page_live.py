@@ -1,4 +1,4 @@
-"""The page of a server in a browser: it asks, follows what is written, and ends with the trajectory that the server has."""
+"""The live page of a server in a browser: it sends prompts, shows trajectories as they are written, and ends with the server's."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def browser() -> Iterator[Any]:
     yield from launched()
 
 
-class Kept(TrajectoryService):
-    """Keeps what it ran, on an engine of the test."""
+class RecordingService(TrajectoryService):
+    """Records the trajectories that it ran, on an engine of the test."""
 
     def __init__(self, engine: Any) -> None:
         model = SimpleNamespace(context_len=100_000, vocab_size=1000)
@@ -61,9 +61,9 @@ class Kept(TrajectoryService):
 
 
 @contextmanager
-def serving(engine: Any, key: str | None = None) -> Iterator[tuple[str, Kept]]:
+def serving(engine: Any, key: str | None = None) -> Iterator[tuple[str, RecordingService]]:
     """The routes of our server around an engine, in a thread; as SGLang guards them, if there is a key."""
-    service = Kept(engine)
+    service = RecordingService(engine)
 
     app = FastAPI()
     app.include_router(make_router(lambda: service))
@@ -88,12 +88,12 @@ def serving(engine: Any, key: str | None = None) -> Iterator[tuple[str, Kept]]:
 
 def slow(**replies: apr.Reply | str) -> apr.ScriptedEngine:
     """The engine of `test_loop` that forks once into two, at the pace of a reader."""
-    said = {name: r if isinstance(r, apr.Reply) else apr.Reply(r) for name, r in (REPLIES | replies).items()}
-    return scripted(**{name: r if r.delay else replace(r, delay=SLOW) for name, r in said.items()})
+    timed = {name: r if isinstance(r, apr.Reply) else apr.Reply(r) for name, r in (REPLIES | replies).items()}
+    return scripted(**{name: r if r.delay else replace(r, delay=SLOW) for name, r in timed.items()})
 
 
-def held(engine: apr.ScriptedEngine) -> threading.Event:
-    """Keeps branches 2 from ending before this is set, so that there is time to look."""
+def hold_branch_2(engine: apr.ScriptedEngine) -> threading.Event:
+    """Keep branch 2 from ending until the event is set, so that the test can inspect the page."""
     real, gate = engine.decode, threading.Event()
 
     async def decode(request: apr.Request, on_tokens: Any = None) -> apr.Result:
@@ -106,8 +106,8 @@ def held(engine: apr.ScriptedEngine) -> threading.Event:
     return gate
 
 
-def ask(browser: Any, url: str, prompt: str = "Q: ", **options: Any) -> Tab:
-    """The page once it has asked this."""
+def submit(browser: Any, url: str, prompt: str = "Q: ", **options: Any) -> Tab:
+    """Open the page and submit a prompt."""
     shown = tab(browser, **options)
     shown.go(url + UI_PATH)
     shown.page.fill("#prompt", prompt)
@@ -116,7 +116,7 @@ def ask(browser: Any, url: str, prompt: str = "Q: ", **options: Any) -> Tab:
 
 
 def also(shown: Tab, options: dict) -> None:
-    """Have the page ask for more than it has fields for."""
+    """Add options to the request that the page has no fields for."""
     shown.page.evaluate(
         f"requestBody = (old => () => ({{ ...old(), ...{json.dumps(options)} }}))(requestBody)"
     )
@@ -137,21 +137,21 @@ def check(shown: Tab, t: apr.Trajectory) -> None:
     for i, span in enumerate(t.spans):
         expected[named(lane_of(span))] += [[i, plain(span.text), span.origin]] if span.text else []
     assert shown.page.evaluate(READ) == expected
-    kept = json.loads(t.to_json())
-    found = shown.page.evaluate("view.t")
+    expected = json.loads(t.to_json())
+    actual = shown.page.evaluate("view.t")
     for name in ("calls", "limits", "decisions", "joins", "dialect"):
-        assert found[name] == kept[name]
-    assert [(s["parents"], s["waits_for"]) for s in found["spans"]] == [
-        (s["parents"], s["waits_for"]) for s in kept["spans"]
+        assert actual[name] == expected[name]
+    assert [(s["parents"], s["waits_for"]) for s in actual["spans"]] == [
+        (s["parents"], s["waits_for"]) for s in expected["spans"]
     ]
     assert shown.page.evaluate("known.entries.at(-1).answer") == t.answer
 
 
 def test_a_trajectory_is_followed_to_its_end(browser):
     engine = slow()
-    gate = held(engine)
+    gate = hold_branch_2(engine)
     with serving(engine) as (url, service):
-        shown = ask(browser, url)
+        shown = submit(browser, url)
         shown.until("document.querySelectorAll('#now .now').length === 2")
         assert [shown.text(f'[data-branch="1.{k}"] p bdi') for k in (1, 2)] == ["left", "right"]
         shown.until("view.t.spans.some(s => s.open)")  # what is in no span yet is drawn as well
@@ -193,21 +193,21 @@ def test_every_dialect_ends_as_the_server_has_it(browser):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"on_branch_failure": "retry", "retry": {"attempts": 1}}], ids=["again", "anew"]
+    "options", [{}, {"on_branch_failure": "retry", "retry": {"attempts": 1}}], ids=["request", "branch"]
 )
 def test_what_is_retried_is_void(browser, options: dict):
-    """Of a branch that fails when it has written something, and begins again or anew, nothing is left over."""
+    """A branch that fails after it has written text, and is retried, leaves none of that text."""
     failures = [apr.EngineError("boom", 503)]
     engine = slow()
-    script, gate = engine.script, held(engine)
+    script, gate = engine.script, hold_branch_2(engine)
 
     def fails_once(request: apr.Request, prompt: str) -> apr.Reply:
-        said = script(request, prompt)
-        assert isinstance(said, apr.Reply)
+        reply = script(request, prompt)
+        assert isinstance(reply, apr.Reply)
         return (
-            replace(said, text=" void 😀", error=failures.pop())
+            replace(reply, text=" void 😀", error=failures.pop())
             if prompt.endswith("1:") and failures
-            else said
+            else reply
         )
 
     engine.script = fails_once
@@ -230,7 +230,7 @@ def test_what_is_retried_is_void(browser, options: dict):
 def test_stopping_cancels(browser):
     engine = slow(branch_2=LONG)
     with serving(engine) as (url, service):
-        shown = ask(browser, url)
+        shown = submit(browser, url)
         shown.until("document.querySelectorAll('#now .now').length === 2")
         shown.page.click("#stop")
         shown.until("!live.run")
@@ -244,9 +244,9 @@ def test_stopping_cancels(browser):
 def test_another_is_looked_at_meanwhile(browser):
     engine = slow()
     with serving(engine) as (url, service):
-        shown = ask(browser, url)
+        shown = submit(browser, url)
         shown.until("!live.run && known.entries.length")
-        gate = held(engine)
+        gate = hold_branch_2(engine)
         shown.page.click("#run")
         shown.until("document.querySelectorAll('#now .now').length === 2")
         assert not shown.page.is_visible("#follow")
@@ -262,14 +262,14 @@ def test_another_is_looked_at_meanwhile(browser):
 
 
 @pytest.mark.parametrize(
-    ("replies", "more", "said"),
+    ("replies", "more", "message"),
     [
         ({"trunk": BOOM}, {}, "boom"),
         ({"after": BOOM}, {}, "boom"),
         ({}, {"budget": {"width": 99}}, "at most 50"),
     ],
 )
-def test_what_goes_wrong_is_said(browser, replies: dict, more: dict, said: str):
+def test_errors_are_shown(browser, replies: dict, more: dict, message: str):
     with serving(slow(**replies)) as (url, _):
         shown = tab(browser)
         shown.go(url + UI_PATH)
@@ -277,7 +277,7 @@ def test_what_goes_wrong_is_said(browser, replies: dict, more: dict, said: str):
         shown.page.fill("#prompt", "Q: ")
         shown.page.click("#run")
         shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")
-        assert said in shown.text("#state")
+        assert message in shown.text("#state")
         assert shown.page.is_enabled("#run")
 
 
@@ -291,7 +291,7 @@ def test_the_key_is_asked_for_and_kept_nowhere(browser):
         answer = requests.get(url + UI_PATH, timeout=10)
         assert (answer.status_code, answer.headers["X-Content-Type-Options"]) == (200, "nosniff")
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
-        shown = ask(browser, url)
+        shown = submit(browser, url)
         shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")
         assert shown.text("#state") == "This server needs an API key."
         assert shown.page.evaluate("document.activeElement.id") == "key"
@@ -312,9 +312,9 @@ def test_the_key_is_asked_for_and_kept_nowhere(browser):
 def test_hostile_words_change_nothing(browser):
     words = "".join(text for text in HOSTILE if "\ud800" not in text)
     engine = slow(branch_1=f" {words}\n</Thread>", branch_2=f" {words}\n</Thread>")
-    gate = held(engine)
+    gate = hold_branch_2(engine)
     with serving(engine) as (url, service):
-        shown = ask(browser, url, f"Q: {words}", viewport=PHONE)
+        shown = submit(browser, url, f"Q: {words}", viewport=PHONE)
         shown.until("document.querySelectorAll('#now .now').length === 2")
         assert shown.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         gate.set()

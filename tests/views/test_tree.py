@@ -31,20 +31,20 @@ def parsed(shares: list[tuple[int, int]] = ()) -> apr.Trajectory:
 
 def test_text_is_no_markup():
     text = shown(render_tree(parsed(), "[red]title"))
-    for whole in ("[red]title", "1: [red]a", "[bold]b[/]", "[/]c"):
-        assert whole in text
+    for text_as_written in ("[red]title", "1: [red]a", "[bold]b[/]", "[/]c"):
+        assert text_as_written in text
 
 
 @pytest.mark.parametrize(
-    ("shares", "said"),
+    ("shares", "shown_shares"),
     [
         ([(3, 5)] * 2, "3/4, 3/4"),
         ([(3, 5)] * 5 + [(6, 8)], "5 x 3/4, 1 x 6/7"),
         ([(k, 9) for k in range(6)], "1 x 0/8, 1 x 1/8, 1 x 2/8, 1 x 3/8, ..."),
     ],
 )
-def test_what_branches_had_from_the_cache(shares, said: str):
-    assert f" {said} " in shown(render_summary({"title": parsed(shares)}))
+def test_the_cached_shares_of_branches(shares, shown_shares: str):
+    assert f" {shown_shares} " in shown(render_summary({"title": parsed(shares)}))
 
 
 def test_tree_and_figures():

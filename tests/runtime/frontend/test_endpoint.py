@@ -54,8 +54,8 @@ class Wire:
     forks: list[int] = field(default_factory=list)
 
     def clear(self) -> None:
-        for heard in vars(self).values():
-            heard.clear()
+        for messages in vars(self).values():
+            messages.clear()
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +169,12 @@ def test_what_was_decoded_is_never_tokenized_again(endpoint, wire, tmp_path):
         ids_of_call[span.call] = ids_of_call.get(span.call, ()) + span.token_ids
     received = [ids[:-1] if ids[-1] in tokenizer.eos_ids else ids for ids in wire.received]
     assert sorted(ids_of_call.values()) == sorted(received)
-    # After the join the whole is sent as it was received, and so it is by the gen that follows.
+    # After the join the prompt is sent as it was received, also by the next gen.
     prompt = wire.sent[0]
-    whole = prompt + trajectory.token_ids
-    assert wire.sent[-1] == whole[: trajectory.calls[-1].prompt_tokens]
+    complete = prompt + trajectory.token_ids
+    assert wire.sent[-1] == complete[: trajectory.calls[-1].prompt_tokens]
     (posted,) = wire.posted
-    assert posted == (*whole, *tokenizer.encode(" So: "))
+    assert posted == (*complete, *tokenizer.encode(" So: "))
     assert state.stream_executor.variables[TOKENS_VARIABLE].ids[: len(posted)] == posted
 
 
@@ -204,31 +204,31 @@ def test_a_model_that_may_not_fork_just_answers(endpoint):
 
 
 def test_the_defaults_of_the_program_are_the_defaults_of_reason(endpoint, monkeypatch):
-    asked = []
+    sampling_params = []
     decode = endpoint.http.decode
 
     async def on_decode(request, on_tokens=None):
-        asked.append(request.sampling)
+        sampling_params.append(request.sampling)
         return await decode(request, on_tokens)
 
     monkeypatch.setattr(endpoint.http, "decode", on_decode)
     solve.run(backend=endpoint, temperature=0.25, top_p=0.5).sync()
-    assert {s["top_p"] for s in asked} == {0.5}
-    assert {s["temperature"] for s in asked} == {1.0}  # the expression's own
+    assert {s["top_p"] for s in sampling_params} == {0.5}
+    assert {s["temperature"] for s in sampling_params} == {1.0}  # the expression's own
 
 
 @pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_all_of_them_are_valid(endpoint, capsys, count: int):
-    """Temperature 1.5, and the model decides by chance: it likes tags, and most fork."""
+    """At temperature 1.5 the model decides at random. It prefers tags, so most trajectories fork."""
     arguments = [{"question": f"{QUESTION} {i}", "mode": "auto", "temperature": 1.5} for i in range(count)]
     states = solve.run_batch(arguments, backend=endpoint, progress_bar=True)
-    found = [trajectory_of(s) for s in states]
-    for trajectory in found:
+    trajectories = [trajectory_of(s) for s in states]
+    for trajectory in trajectories:
         DIALECT.validate(trajectory.text)
         assert DIALECT.render(DIALECT.parse(trajectory.text)) == trajectory.text
-    metrics = [t.metrics() for t in found]
-    forked = sum(bool(t.blocks) for t in found)
-    branches = [b for t in found for block in t.blocks for b in block.branches]
+    metrics = [t.metrics() for t in trajectories]
+    forked = sum(bool(t.blocks) for t in trajectories)
+    branches = [b for t in trajectories for block in t.blocks for b in block.branches]
     closed = sum(b.finish == "stop" for b in branches)
     with capsys.disabled():
         print(f"\n{count} replies, {forked} forked, {len(branches)} branches, {closed} closed themselves")
@@ -239,7 +239,7 @@ def test_all_of_them_are_valid(endpoint, capsys, count: int):
 
 
 def test_an_edited_grammar_file_changes_what_is_decoded_and_what_is_parsed(endpoint, tmp_path):
-    source = DIALECT.source.replace("Outline", "Plan").replace("Thread", "Strand")
+    source = DIALECT.source.replace("Outline", "Plan").replace("Thread", "Worker")
     assert source != DIALECT.source
     (tmp_path / "mine.lark").write_text(source)
     mine = apr.Dialect.from_file(tmp_path / "mine.lark")
@@ -248,7 +248,7 @@ def test_an_edited_grammar_file_changes_what_is_decoded_and_what_is_parsed(endpo
     for state in states:
         text = trajectory_of(state).text
         mine.validate(text)
-        assert "<Strand>" in text
+        assert "<Worker>" in text
         assert not DIALECT.is_valid(text)
 
 
@@ -272,7 +272,7 @@ def test_the_streamed_answer_is_the_answer(endpoint, mode):
         assert len(pieces) > 5
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
 def test_a_program_hears_its_events_and_keeps_its_policy_and_its_time(endpoint, stream):
     outcomes: list[str] = []
     for _ in range(5):  # until one is cut: they may all end in the same step
@@ -347,7 +347,7 @@ def typed(s):
 @pytest.mark.parametrize(
     "program", [plain, constrained, stopped, chosen, forked], ids=lambda p: p.func.__name__
 )
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
 def test_programs_do_what_they_do_on_sglangs_backend(server, endpoint, program, stream):
     if program is forked and stream:
         stream = False  # SGLang's own backend does not stream inside forks

@@ -1,4 +1,4 @@
-"""Programs whose server fails, or that are cancelled: a typed error where they are read, and nothing hangs."""
+"""Programs whose server fails, or that are cancelled: reading them raises a typed error, and no reader hangs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("failure", ["status 500", "dies", "reports an error"])
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
 def test_a_failed_branch_raises_wherever_the_program_is_read(failure, stream):
     fake = SglangServer(branch_1=failure, branch_2="is slow")
     with served(fake) as endpoint, within(10):
@@ -86,7 +86,7 @@ def lenient(s):
 
 
 @pytest.mark.parametrize("failure", ["status 500", "dies", "reports an error"])
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
 def test_a_failed_branch_is_skipped_and_the_program_goes_on(failure, stream):
     with served(SglangServer(branch_1=failure)) as endpoint, within(10):
         state = lenient.run(backend=endpoint, stream=stream)
@@ -94,17 +94,17 @@ def test_a_failed_branch_is_skipped_and_the_program_goes_on(failure, stream):
         assert [b.outcome for b in trajectory.blocks[0].branches] == ["failed", "ok"]
         assert state["answer"] == "Done."
         text = "".join(state.text_iter()) if stream else state.text()
-        assert text == "Q: " + trajectory.text + " So.", "what was heard of the failed branch is void"
+        assert text == "Q: " + trajectory.text + " So.", "the text of the failed branch is retracted"
 
 
 @pytest.mark.parametrize("variable", [None, "answer"])
 def test_streaming_from_a_program_that_fails_raises_at_its_end(variable):
     with served(SglangServer(branch_1="dies")) as endpoint, within(10):
         state = program.run(backend=endpoint, stream=True)
-        heard = []
+        pieces = []
         with pytest.raises(apr.BranchFailed):
-            heard.extend(state.text_iter(variable))
-        assert "".join(heard).startswith("Q: Think." if variable is None else "")
+            pieces.extend(state.text_iter(variable))
+        assert "".join(pieces).startswith("Q: Think." if variable is None else "")
 
     async def listen(endpoint: apr.Endpoint) -> None:
         async for _ in program.run(backend=endpoint, stream=True).text_async_iter():
@@ -139,7 +139,7 @@ def test_a_plain_gen_fails_the_same_way():
             plain.run(backend=endpoint, stream=stream)["answer"]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
 def test_a_cancelled_program(stream):
     fake = SglangServer(branch_1="is slow", branch_2="is slow")
     with served(fake) as endpoint:
