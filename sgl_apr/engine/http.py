@@ -99,7 +99,7 @@ class HttpEngine(SGLangEngine):
         """
         url = url.rstrip("/")
         session = open_session(api_key, timeout)
-        engine = cls(url, session, tokenizer, timeout, reconnect_timeout)  # type: ignore[arg-type]  # set below, before anyone sees it
+        engine = cls(url, session, tokenizer, timeout, reconnect_timeout)  # type: ignore[arg-type]  # set below, before it is returned
         try:
             info, server = await engine._fetch_server_info()
             backend = server.get("grammar_backend")

@@ -35,9 +35,8 @@ PLUGIN_ENTRY_POINTS = {
 }
 GRAMMAR_OUTPUT = re.compile(r"o?|ok[a-z]{0,4}")  # what WARMUP_GRAMMARS allow, cut anywhere
 PREFIX_TOKENS = 48  # tokens that forks share
-ROUND_TRIP_TEXT = (
-    "If x < y, then <b>\n\u00fc\u4e2d</b>."  # a tokenizer has to encode and decode this without changes
-)
+# A tokenizer has to encode and decode this without changes.
+ROUND_TRIP_TEXT = "If x < y, then <b>\n\u00fc\u4e2d</b>."
 
 State = Literal["ok", "missing", "failed"]
 

@@ -14,12 +14,10 @@ import torch
 
 from sgl_apr.server.cpu.prefix_tree import PrefixNode, build_prefix_trees, unshared_rows
 
-PIECE_SLOTS = (
-    256  # slots of a piece, at most: enough pieces for all cores, and weights that fit into a core's cache
-)
-MIN_SHARED_SLOTS = (
-    16  # common slots that are worth a piece, because each of its rows has one more part to merge
-)
+# Slots of a piece, at most: enough pieces for all cores, and weights that fit into a core's cache.
+PIECE_SLOTS = 256
+# Common slots that are worth a piece, because each of its rows has one more part to merge.
+MIN_SHARED_SLOTS = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ from typing import Any
 
 from sgl_apr.server.constants import CPU_ATTENTION_BACKEND
 
-DEFAULT_POOL_TOKENS = (
-    32768  # KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch
-)
+# KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch.
+DEFAULT_POOL_TOKENS = 32768
 
 # Threads that wait for each other spin for microseconds instead of milliseconds. On an idle machine that costs
 # nothing. On a busy one, a spinning thread keeps the thread that it waits for from running (60x slower).
@@ -22,9 +21,8 @@ SERVER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 # lpm: a branch whose prefix is cached goes first, and only one of several with the same uncached prefix prefills it.
 COMMON_FLAGS = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
 GPU_FLAGS = {"--attention-backend": "flashinfer", "--page-size": "1"}
-FLASHINFER_HEAD_DIM_MULTIPLE = (
-    64  # flashinfer's prefill has heads of a multiple of so many dimensions; Triton's has any
-)
+# The prefill of flashinfer supports multiples of this head dimension only. That of Triton supports any.
+FLASHINFER_HEAD_DIM_MULTIPLE = 64
 CPU_FLAGS = {
     "--device": "cpu",
     "--attention-backend": CPU_ATTENTION_BACKEND,
@@ -32,7 +30,7 @@ CPU_FLAGS = {
     "--dtype": "float32",
     "--cuda-graph-backend-decode": "disabled",
     "--cuda-graph-backend-prefill": "disabled",
-    "--sleep-on-idle": None,  # else an idle scheduler eats a core
+    "--sleep-on-idle": None,  # without it an idle scheduler uses a core
 }
 
 

@@ -216,7 +216,7 @@ FORKS = {
     "nested": Forks(
         ((0, 0, 340), (0, 320, 100), (1, 400, 5), (1, 410, 5), (0, 320, 60), (4, 370, 20), (0, 330, 9))
     ),
-    "a chain, as ahead of a trunk that goes on": Forks(
+    "a chain, as before a trunk that continues": Forks(
         ((0, 0, 200), *[(i, 150 + 20 * i, 30) for i in range(7)])
     ),
     "in common less than is worth it": Forks(

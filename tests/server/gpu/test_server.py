@@ -19,7 +19,7 @@ from tests.server.kv_join.test_radix_cache import LAYOUTS, NEW, commit, generate
 from tests.support.dense_mask import dense_mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server, pytest.mark.timeout(600)]
-HIDDEN = {"float16": 256, "bfloat16": 512}  # heads of 64 and of 128 dimensions, both of which flashinfer has
+HIDDEN = {"float16": 256, "bfloat16": 512}  # head dimensions 64 and 128, which flashinfer supports
 OPTIONS = {"max_total_tokens": 16384, "context_length": 1024}
 
 
