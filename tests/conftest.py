@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ GPU = has_accelerator()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers, give all files with server tests to one of them, so that each server starts once.
+    """With several workers, give all files that use one server to one of them, so that it starts once.
 
     With the slow tests that worker would have most of the work, so files are then distributed as they come.
     """
@@ -33,9 +34,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if "not slow" not in config.option.markexpr:
                 return file
-            return "servers" if SERVER_MARK in (config.rootpath / file).read_text(encoding="utf-8") else file
+            return shared_server(config.rootpath / file) or file
 
     return Scheduling(config, log)
+
+
+def shared_server(path: Path) -> str | None:
+    """The fixture of the shared server that the tests of a file use, if they use one."""
+    used = re.findall(
+        r"^ *(?:async )?def \w+\([^)]*\b(server|solver|checked)\b", path.read_text("utf-8"), re.M
+    )
+    return next((name for name in ("server", "solver", "checked") if name in used), None)
 
 
 def pytest_collection_finish() -> None:
