@@ -41,10 +41,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def shared_server(path: Path) -> str | None:
     """The fixture of the shared server that the tests of a file use, if they use one."""
-    used = re.findall(
-        r"^ *(?:async )?def \w+\([^)]*\b(server|solver|checked)\b", path.read_text("utf-8"), re.M
-    )
-    return next((name for name in ("server", "solver", "checked") if name in used), None)
+    text = path.read_text(encoding="utf-8")
+    used = re.findall(r"^ *(?:async )?def \w+\([^)]*\b(server|solver|checked)\b", text, re.MULTILINE)
+    own = re.findall(r"^def (server|solver|checked)\(", text, re.MULTILINE)
+    return next((name for name in ("server", "solver", "checked") if name in used and name not in own), None)
 
 
 def pytest_collection_finish() -> None:
