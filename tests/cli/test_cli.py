@@ -1,4 +1,4 @@
-"""The command line: output for people and machines, exit codes, one-line errors; and the examples, as they are."""
+"""The command line: output for people and machines, exit codes, one-line errors, and the quickstart."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_parse_prints_json_that_reads_back(trace: Path, capsys: pytest.CaptureFi
     assert apr.Trajectory.from_json(capsys.readouterr().out).text == TRACE
 
 
-def test_parse_says_where_a_trace_is_wrong(trace: Path, capsys: pytest.CaptureFixture[str]):
+def test_parse_locates_defects(trace: Path, capsys: pytest.CaptureFixture[str]):
     trace.write_text(TRACE.replace("2: and", "3: and"))
     assert main(["parse", str(trace)]) == 1
     out, err = capsys.readouterr()
@@ -107,7 +107,7 @@ def test_run_on_a_server(server, capsys):
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_the_quickstart_runs_as_it_is(server):
+def test_the_quickstart_runs_unchanged(server):
     """On a random model: nothing sensible, but every step, and the figures on the last line."""
     script = EXAMPLES / "quickstart.py"
     done = subprocess.run(
@@ -159,7 +159,7 @@ def test_convert_keeps_the_other_fields_and_the_order(replies: Path, capsys: pyt
     assert f"{replies}:1: threadweaver: line 5, column 10: duplicate number" in err
 
 
-def test_a_text_goes_through_a_pipe(trace: Path, capsys, monkeypatch):
+def test_a_text_passes_through_pipes(trace: Path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO(TRACE))
     assert main(["convert", "-", "--to", "npr"]) == 0
     converted = capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_parse_prints_a_line_for_each_record(replies: Path, capsys: pytest.Captu
         ("[]", "bad.jsonl, line 2: expected a JSON object"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, capsys, line: str, message: str):
+def test_an_error_names_the_bad_line(tmp_path: Path, capsys, line: str, message: str):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"text": TRACE}) + "\n" + line + "\n")
     assert main(["validate", str(path)]) == 1

@@ -1,4 +1,4 @@
-"""`sgl-apr eval` from its words to its files, on a server that has nothing but a script."""
+"""`sgl-apr eval` from its arguments to its files, on a scripted server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def problems(path: Path, count: int) -> str:
 
 
 def test_one_task(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = [
+    argv = [
         "eval",
         problems(tmp_path / "halves.jsonl", 4),
         "--url",
@@ -46,8 +46,8 @@ def test_one_task(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "--limit",
         "3",
     ]
-    words += ["-o", str(tmp_path / "out"), "--json"]
-    assert main(words) == 0
+    argv += ["-o", str(tmp_path / "out"), "--json"]
+    assert main(argv) == 0
     summary = json.loads(capsys.readouterr().out)
     assert set(summary) == {"task", "rows"}
     (row,) = summary["rows"]
@@ -69,15 +69,13 @@ def test_one_task(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         made = apr.Trajectory.from_json(json.dumps(line["trajectory"]))
         assert made.text.endswith("Done.")
         assert f"Half of {line['number']}?" in made.prompt
-    assert main(words) == 0
+    assert main(argv) == 0
     assert json.loads(capsys.readouterr().out) == summary, "all is there already"
 
 
-def test_several_tasks_and_what_forks_should_gain(
-    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_several_tasks_with_predicted_speedups(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out, files = tmp_path / "out", [problems(tmp_path / f"{name}.jsonl", 2) for name in ("a", "b")]
-    words = [
+    argv = [
         "eval",
         *files,
         "--url",
@@ -88,7 +86,7 @@ def test_several_tasks_and_what_forks_should_gain(
         str(out),
         "--cost-model",
     ]
-    assert main([*words, "--json"]) == 0
+    assert main([*argv, "--json"]) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
     cost = EngineCost.from_json((out / "cost.json").read_text())
     for name, task in zip("ab", tasks, strict=True):
@@ -101,7 +99,7 @@ def test_several_tasks_and_what_forks_should_gain(
         assert forks["took_s"] > 0
         assert forks["one_by_one_s"] > 0
         assert "allow_code=True" in none["reason"]
-    assert main(words) == 0
+    assert main(argv) == 0
     shown = capsys.readouterr().out
     assert "s predicted without forks" in shown
     assert "recursive: recursive runs Python that the model writes" in shown
@@ -111,9 +109,9 @@ def test_several_tasks_and_what_forks_should_gain(
     assert (pair["problems"], pair["difference"], pair["p"]) == (2, 0.0, 1.0)
 
 
-def test_no_figure_at_all_is_status_1(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["eval", problems(tmp_path / "a.jsonl", 2), "countdown", "--limit", "2", "--url", url]
-    assert main([*words, "--methods", "recursive", "--json"]) == 1
+def test_no_attempt_at_all_is_status_1(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["eval", problems(tmp_path / "a.jsonl", 2), "countdown", "--limit", "2", "--url", url]
+    assert main([*argv, "--methods", "recursive", "--json"]) == 1
     first, second = json.loads(capsys.readouterr().out)["tasks"]
     assert "allow_code=True" in first["rows"][0]["reason"]
     assert "needs a model trained on it" in second["rows"][0]["reason"]

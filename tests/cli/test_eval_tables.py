@@ -1,4 +1,4 @@
-"""Tables of evaluations: what is printed into a file or a pipe can be read there."""
+"""Tables of evaluations in files and pipes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from sgl_apr.cli.eval_tables import print_results
 from sgl_apr.evaluation.metrics import MethodResults
 
 
-@pytest.mark.parametrize(("columns", "whole"), [(None, True), ("60", False)])
-def test_a_pipe_is_wide_enough(columns, whole, capsys, monkeypatch):
+@pytest.mark.parametrize(("columns", "complete"), [(None, True), ("60", False)])
+def test_tables_in_a_pipe_are_wide_enough(columns, complete, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
@@ -19,5 +19,5 @@ def test_a_pipe_is_wide_enough(columns, whole, capsys, monkeypatch):
         several=False,
     )
     out = capsys.readouterr().out
-    assert all(word in out for word in ("self_consistency", "critical path", "one by one")) is whole
+    assert all(word in out for word in ("self_consistency", "critical path", "one by one")) is complete
     assert "it has no words for it" in out

@@ -1,4 +1,4 @@
-"""What an evaluation asks: problems that stay the same, what is right, and clear errors for what there is not."""
+"""Benchmarks: reproducible problems, correct answers, and errors for unknown names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(made: Benchmark) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["countdown", "game24"])
-def test_problems_are_the_same_for_a_seed_and_no_two_are_alike(name: str):
+def test_a_seed_reproduces_distinct_problems(name: str):
     found = benchmark(name, 40)
     assert names(found) == names(benchmark(name, 40))
     assert names(found)[:7] == names(benchmark(name, 7))
@@ -37,7 +37,7 @@ def test_problems_are_the_same_for_a_seed_and_no_two_are_alike(name: str):
     assert found.task is CountdownTask
 
 
-def test_countdown_is_what_it_was():
+def test_countdown_problems_do_not_change():
     given = list(generate_problems(30, "test", seed=3))
     found = benchmark("countdown", 30, seed=3)
     assert [case.problem for case in found.cases] == given
@@ -45,7 +45,7 @@ def test_countdown_is_what_it_was():
     assert found.budget == apr.Budget(tokens=6000, width=16, branch_tokens=160)
 
 
-def test_games_of_24():
+def test_game24_problems_reach_24():
     found = benchmark("game24", 2000)
     assert 100 < len(found.cases) < 200, "all of the split that there are"
     for case in found.cases:
@@ -95,14 +95,14 @@ def test_a_file_of_problems(file: Path):
     "line", ["{", "[]", "7", '{"answer": "1"}', '{"problem": "?"}', '{"problem": 1, "answer": "1"}',
              '{"problem": "?", "answer": " "}', '{"problem": "?", "answer": null}'],
 )  # fmt: skip
-def test_a_line_that_is_no_problem_is_named(file: Path, line: str):
+def test_an_error_names_the_line_that_is_not_a_problem(file: Path, line: str):
     file.write_text(file.read_text() + line + "\n")
     assert len(benchmark(str(file), 3).cases) == 3, "what is not asked for is not read"
     with pytest.raises(apr.AprError, match=r'small aime\.jsonl, line 5: expected \{"problem" or "question"'):
         benchmark(str(file), 100)
 
 
-def test_what_there_is_not(tmp_path: Path, file: Path):
+def test_an_unknown_benchmark_is_an_error(tmp_path: Path, file: Path):
     for name in ("chess", "gym:", "gym", "countdown:4"):
         with pytest.raises(apr.AprError, match="expected one of countdown, game24, gym:NAME"):
             benchmark(name, 1)
@@ -127,7 +127,7 @@ def judge() -> Iterator[JsonWorker]:
     JUDGE.close()
 
 
-def test_a_dataset_of_the_gym_judges_answers_itself(judge: JsonWorker):
+def test_a_gym_dataset_judges_its_own_answers(judge: JsonWorker):
     import reasoning_gym
 
     found = benchmark("gym:leg_counting", 6)
@@ -143,7 +143,7 @@ def test_a_dataset_of_the_gym_judges_answers_itself(judge: JsonWorker):
     assert found.directory == "gym-leg_counting"
 
 
-def test_answers_that_are_programs_reach_nothing(judge: JsonWorker, tmp_path: Path):
+def test_answers_that_are_programs_are_isolated(judge: JsonWorker, tmp_path: Path):
     """This dataset reads an answer with `eval`."""
     found, mark = benchmark("gym:spiral_matrix", 2), tmp_path / "mark"
     kept = tmp_path / "kept"
@@ -167,14 +167,14 @@ def spiral(grid: list[list[str]]) -> list[str]:
     return grid[0] + spiral([list(row) for row in zip(*grid[1:], strict=True)][::-1]) if grid else []
 
 
-def test_an_answer_that_takes_long_is_wrong(judge: JsonWorker):
+def test_a_slow_answer_is_wrong(judge: JsonWorker):
     found = benchmark("gym:spiral_matrix", 1)
     began = time.monotonic()
     assert not found.is_correct(found.cases[0], "[9**9**9]")
     assert time.monotonic() - began < 25
 
 
-def test_no_such_dataset(judge: JsonWorker, monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_dataset_is_an_error(judge: JsonWorker, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(apr.AprError, match="no dataset 'chess' in reasoning-gym, expected one of ab, acre"):
         benchmark("gym:chess", 2)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
@@ -182,7 +182,7 @@ def test_no_such_dataset(judge: JsonWorker, monkeypatch: pytest.MonkeyPatch):
         benchmark("gym:ab", 2)
 
 
-def test_how_a_dataset_is_asked():
+def test_the_gym_task_reads_answers_between_tags():
     from sgl_apr.evaluation.benchmarks.gym import GymTask
 
     task = GymTask(apr.ScriptedEngine(lambda request, prompt: ""))

@@ -1,4 +1,4 @@
-"""Evaluations side by side: which methods, on which problems, and what the figures are; and `sgl-apr eval` without a server."""
+"""Paired comparisons of evaluations, and `sgl-apr eval` without a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ONE = AttemptMetrics("p", 4, True, tokens=100, critical_path=60, context=40, bra
 
 
 def kept(directory: Path, rights: dict[str, list[bool]], first: int = 0, **more: int | str) -> Path:
-    """An evaluation whose methods took 10 tokens more for each problem behind its first."""
+    """An evaluation whose methods took 10 tokens more for each problem after the first."""
     with open_evaluation(directory, {"task": more.pop("task", "sums")}) as found:
         for method, solved in rights.items():
             for k, right in reversed(list(enumerate(solved))):
@@ -27,7 +27,7 @@ def kept(directory: Path, rights: dict[str, list[bool]], first: int = 0, **more:
     return directory
 
 
-def test_two_runs_of_one_method_each(tmp_path: Path):
+def test_two_evaluations_of_one_method_each(tmp_path: Path):
     a = kept(tmp_path / "a", {"sequential": [False] * 8 + [True] * 2})
     b = kept(tmp_path / "b", {"apr": [True] * 8 + [True, False]}, tokens=80, critical_path=30)
     (found,) = pair_evaluations(str(a), str(b))
@@ -48,14 +48,14 @@ def test_two_runs_of_one_method_each(tmp_path: Path):
 @pytest.mark.parametrize(
     "names", [("", ""), (f"/{RUN_FILE}", ""), (f"/{SUMMARY_FILE}", f"/{RUN_FILE}"), (":apr", ":apr")]
 )
-def test_however_a_run_is_named(tmp_path: Path, names: tuple[str, str]):
+def test_an_evaluation_is_named_by_its_directory_or_a_file(tmp_path: Path, names: tuple[str, str]):
     a, b = kept(tmp_path / "a", {"apr": [True, False]}), kept(tmp_path / "b:1", {"apr": [True, True]})
     (a / SUMMARY_FILE).touch()
     (found,) = pair_evaluations(f"{a}{names[0]}", f"{b}{names[1]}")
     assert found.comparison.difference == 0.5
 
 
-def test_methods_of_one_run_and_methods_that_both_have(tmp_path: Path):
+def test_methods_of_one_evaluation_and_methods_that_both_have(tmp_path: Path):
     a = kept(tmp_path / "a", {"apr": [True] * 3, "mcts": [False] * 3, "npr": [True] * 3})
     b = kept(tmp_path / "b", {"mcts": [True] * 3, "apr": [False] * 3})
     (found,) = pair_evaluations(f"{a}:apr", f"{a}:mcts")
@@ -71,7 +71,7 @@ def test_methods_of_one_run_and_methods_that_both_have(tmp_path: Path):
     assert len(pair_evaluations(f"{a}:apr", str(c))) == 1
 
 
-def test_only_problems_that_both_tried_count_in_whatever_order_they_are(tmp_path: Path):
+def test_only_common_problems_count_in_any_order(tmp_path: Path):
     a = kept(tmp_path / "a", {"apr": [True, False, True, False]})
     b = kept(tmp_path / "b", {"apr": [True, True]}, first=2)
     (found,) = pair_evaluations(str(a), str(b))
@@ -89,7 +89,7 @@ def test_only_problems_that_both_tried_count_in_whatever_order_they_are(tmp_path
         pair_evaluations(str(a), str(d))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     a, b = kept(tmp_path / "a", {"apr": [True, False] * 5}), kept(tmp_path / "b[red]", {"apr": [True] * 10})
     assert main(["eval", "--compare", str(a), str(b), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["pairs"]
@@ -103,7 +103,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         (["countdown"], "expected tasks, and --model or --url; or --compare"),
         (["--model", "builtin"], "expected tasks"),
@@ -112,15 +112,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["countdown", "--model", "a", "--budget", "speed=1"], "--budget"),
     ],
 )
-def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as left:
-        main(["eval", *words])
+        main(["eval", *argv])
     assert left.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         (["chess"], "no task 'chess', expected one of countdown, game24, gym:NAME, FILE.jsonl"),
         (["game24", "none.jsonl"], "cannot read none.jsonl"),
@@ -129,16 +129,16 @@ def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[
         (["countdown", "game24", "--limit", "2"], "no server at http://127.0.0.1:9"),
     ],
 )
-def test_errors_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["eval", *words, "--url", "http://127.0.0.1:9"]) == 1
+def test_errors_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", *argv, "--url", "http://127.0.0.1:9"]) == 1
     out, err = capsys.readouterr()
-    assert said in err
+    assert message in err
     assert err.splitlines()[-1].startswith("sgl-apr: error: ")
     assert not out
 
 
-def test_every_task_has_a_directory_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = [
+def test_each_task_has_its_own_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = [
         "eval",
         "countdown",
         "game24",
@@ -149,13 +149,13 @@ def test_every_task_has_a_directory_of_its_own(tmp_path: Path, capsys: pytest.Ca
         "-o",
         str(tmp_path),
     ]
-    assert main(words) == 1
+    assert main(argv) == 1
     heads = {p.parent.name: json.loads(p.read_text().splitlines()[0]) for p in tmp_path.glob(f"*/{RUN_FILE}")}
     assert {name: head["task"] for name, head in heads.items()} == {
         "countdown": "countdown",
         "game24": "game24",
     }
-    assert main([*words, "--seed", "1"]) == 1
+    assert main([*argv, "--seed", "1"]) == 1
     assert "holds another evaluation" in capsys.readouterr().err
 
 

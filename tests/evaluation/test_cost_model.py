@@ -1,4 +1,4 @@
-"""What an engine costs, measured on one of known cost in virtual time; and what forks gain there, against what they took."""
+"""Engine costs, measured on an engine of known cost in virtual time, and the speedups predicted from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KNOWN = EngineCost(
 
 
 class Timed(ScriptedEngine):
-    """Takes what a cost says: for prompts, one after another, and for steps that all who decode take together."""
+    """Takes the time of a known cost: for prompts, one after another, and for steps that all requests share."""
 
     def __init__(self, script: Any, tokenizer: Any = None, cost: EngineCost = KNOWN) -> None:
         super().__init__(script, tokenizer)
@@ -62,7 +62,7 @@ class Timed(ScriptedEngine):
         return await self.commit(request), [self] * size
 
 
-def test_a_stopwatch_reads_a_known_cost():
+def test_the_timer_measures_a_known_cost():
     watch = EngineTimer(Timed(lambda request, prompt: "x" * 100))
     watch.random = random.Random(0)  # texts of letters as tokens now and then begin alike
     cost, took = virtual_time.run(watch.measure_cost())
@@ -74,7 +74,7 @@ def test_a_stopwatch_reads_a_known_cost():
     assert took < 15
 
 
-def test_a_slow_engine_is_asked_no_more_than_it_needs():
+def test_a_slow_engine_gets_fewer_requests():
     slow = EngineCost(0.004, 0.0005, tuple((running, 50 * seconds) for running, seconds in KNOWN.steps))
     cost, _ = virtual_time.run(
         EngineTimer(Timed(lambda request, prompt: "x" * 100, cost=slow)).measure_cost()
@@ -83,14 +83,14 @@ def test_a_slow_engine_is_asked_no_more_than_it_needs():
     assert dict(cost.steps) == pytest.approx(dict(slow.steps[: len(cost.steps)]), rel=0.02)
 
 
-def test_a_context_that_is_too_short_to_be_timed():
+def test_a_context_too_short_to_time_is_an_error():
     engine = ScriptedEngine(lambda request, prompt: "")
     engine.context = 32
     with pytest.raises(apr.AprError, match="a context of 32 tokens, expected more than 80"):
         EngineTimer(engine)
 
 
-def test_a_cost_is_kept_as_json():
+def test_a_cost_round_trips_through_json():
     assert EngineCost.from_json(KNOWN.to_json()) == KNOWN
     for text in ("{", "[]", "{}", '{"request_s": 1, "prefill_s": 1, "steps": [[1]]}'):
         with pytest.raises(apr.AprError, match="not the cost of an engine"):
@@ -104,7 +104,7 @@ FORK = "Let me see.\n<Parallel>\n<Outlines>\n<Outline>1: one</Outline>\n<Outline
 
 
 def thinks(request: apr.Request, prompt: str) -> str:
-    """Forks into three of different lengths, and concludes."""
+    """Forks into three branches of different lengths, and concludes."""
     if "</Parallel>" in prompt:
         return " So it is 4, and that is all."
     for number in "123":
@@ -113,7 +113,7 @@ def thinks(request: apr.Request, prompt: str) -> str:
     return FORK
 
 
-def test_forks_take_what_their_cost_says():
+def test_forks_take_as_long_as_predicted():
     engine = Timed(thinks, apr.ByteTokenizer(apr.dialect("threadweaver").tags))
     made, took = virtual_time.run(apr.areason(engine, "How many?", "threadweaver", pacing=None))
     assert len(made.blocks[0].branches) == 3
@@ -128,7 +128,7 @@ def test_forks_take_what_their_cost_says():
 @pytest.mark.parametrize(
     "name", ["sequential", "self_consistency", "best_of_n", "tree_of_thoughts", "group_think"]
 )
-def test_so_do_methods(name: str):
+def test_methods_take_as_long_as_predicted(name: str):
     def says(request: apr.Request, prompt: str) -> str:
         return f"{'so ' * (10 + len(prompt) % 7)}\nScore: 7\nThe best choice is 1.\nAnswer: 4"
 
@@ -140,13 +140,13 @@ def test_so_do_methods(name: str):
     assert predict_speedup(result.trajectory, KNOWN).parallel_s == pytest.approx(took, rel=0.1)
 
 
-def test_nothing_was_asked_of_a_text():
+def test_a_parsed_trajectory_costs_nothing():
     made = apr.dialect("threadweaver").parse(TRACE, tokenizer=apr.ByteTokenizer())
     found = predict_speedup(made, KNOWN)
     assert (found.sequential_s, found.parallel_s, found.took_s) == (0.0, 0.0, 0.0)
 
 
-def test_calls_that_say_nothing_of_the_cache_or_come_from_elsewhere():
+def test_calls_without_cache_counts_or_without_spans():
     call = Call("trunk", (), 100, None, 100, 10, 0.0, 1.0)
     (span,) = apr.dialect("threadweaver").parse("x", tokenizer=apr.ByteTokenizer()).spans
     made = apr.Trajectory((replace(span, call=7),), "threadweaver", (call, replace(call, cached_tokens=90)))
@@ -159,7 +159,7 @@ def test_calls_that_say_nothing_of_the_cache_or_come_from_elsewhere():
 @pytest.mark.slow
 @pytest.mark.server
 def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = [
+    argv = [
         "eval",
         "countdown",
         "game24",
@@ -170,8 +170,8 @@ def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: py
         "--methods",
         "apr,self_consistency",
     ]
-    words += ["--budget", "tokens=1024", "--cost-model", "-o", str(tmp_path), "--json"]
-    assert main(words) == 0
+    argv += ["--budget", "tokens=1024", "--cost-model", "-o", str(tmp_path), "--json"]
+    assert main(argv) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
     cost = EngineCost.from_json((tmp_path / "cost.json").read_text())
     assert [task["task"] for task in tasks] == ["countdown", "game24"]
@@ -187,5 +187,5 @@ def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: py
         assert 0 <= sampled["redundancy"] <= 1
     assert 0 < cost.step_s(8) < 8 * cost.step_s(1), "batching pays"
     assert 0 < cost.prefill_s < cost.step_s(1)
-    assert main(words) == 0
+    assert main(argv) == 0
     assert EngineCost.from_json((tmp_path / "cost.json").read_text()) == cost, "it is read where it is"

@@ -1,4 +1,4 @@
-"""How alike branches are and how many answers they have: by hand, at the ends of the scale, and for any document."""
+"""Redundancy and diversity of branches: by hand, at both ends of the scale, and for any document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ids = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 
 
 def forked(*branches: str, results: bool = False) -> apr.Trajectory:
-    """A fork behind one token, a byte for each token; with `results` they return what they wrote in capitals."""
+    """A fork after one token, one token per byte; with `results` branches return their text in capitals."""
     spans = [Span("text", "decoded", "?", (0,), ())]
     for k, text in enumerate(branches, 1):
         spans.append(Span("header", "injected", "1:", (1, 1), (0,), (1, k)))
@@ -43,15 +43,15 @@ def forked(*branches: str, results: bool = False) -> apr.Trajectory:
         ((), None),
     ],
 )
-def test_by_hand(branches: tuple[str, ...], alike: float | None):
+def test_redundancy_matches_hand_computed_values(branches: tuple[str, ...], alike: float | None):
     assert redundancy(forked(*branches)) == (alike if alike is None else pytest.approx(alike))
 
 
-def test_headers_that_all_branches_have_are_not_counted():
+def test_headers_do_not_count():
     assert redundancy(forked("abcd", "efgh")) == 0.0
 
 
-def test_forks_count_alike():
+def test_forks_have_equal_weight():
     one, other = forked("abcdef", "abcdef"), forked("abcdef", "ghijkl", "mnopqr")
     moved = [
         Span(s.role, s.origin, s.text, s.token_ids, tuple(p + len(one.spans) for p in s.parents), (2, *s.path[1:]) if s.path else ())
@@ -61,7 +61,7 @@ def test_forks_count_alike():
 
 
 @given(ids, ids)
-def test_similarity_is_of_both_sides_and_full_for_the_same(one: list[int], other: list[int]):
+def test_similarity_is_symmetric_and_one_for_equal_texts(one: list[int], other: list[int]):
     first, second = token_ngrams(one), token_ngrams(other)
     assert jaccard_similarity(first, second) == jaccard_similarity(second, first)
     assert 0 <= jaccard_similarity(first, second) <= 1
@@ -85,11 +85,11 @@ def read(text: str) -> str | None:
         ((), None),
     ],
 )
-def test_answers_by_hand(branches: tuple[str, ...], different: float | None):
+def test_diversity_matches_hand_computed_values(branches: tuple[str, ...], different: float | None):
     assert diversity(forked(*branches), read) == different
 
 
-def test_a_message_is_the_answer_of_its_branch():
+def test_a_returned_message_is_the_answer_of_its_branch():
     made = forked("a = x", "b = y", results=True)
     assert diversity(made, read) == 1.0
     assert diversity(made, lambda text: text[-1].isupper()) == 0.5
@@ -98,7 +98,7 @@ def test_a_message_is_the_answer_of_its_branch():
 @pytest.mark.parametrize("name", dialect_names())
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_shares_whatever_was_written(name: str, data: st.DataObject):
+def test_both_are_shares_for_any_document(name: str, data: st.DataObject):
     dialect = apr.dialect(name)
     made = dialect.parse(data.draw(documents(dialect)), tokenizer=apr.ByteTokenizer(dialect.tags))
     alike, different = redundancy(made), diversity(made, lambda text: text.strip() or None)
@@ -106,8 +106,8 @@ def test_shares_whatever_was_written(name: str, data: st.DataObject):
     assert different is None or 0 < different <= 1
 
 
-def test_a_text_of_a_dialect():
-    """Its branches begin and end with the same tags."""
+def test_tags_of_a_dialect_do_not_count():
+    """All branches start and end with the same tags."""
     made = apr.dialect("threadweaver").parse(TRACE, tokenizer=apr.ByteTokenizer())
     assert redundancy(made) == 0.0
     assert diversity(made, str.strip) == 1.0

@@ -1,4 +1,4 @@
-"""Methods inside Inspect's own evaluations, on a scripted engine; needs the optional extra."""
+"""Methods in Inspect's own evaluations, on a scripted engine; needs the optional extra."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUMS = [Sample(input="One and one?", target="2"), Sample(input="Two and two?", t
 
 
 class Opened(apr.ScriptedEngine):
-    """Says when it is closed."""
+    """Records that it was closed."""
 
     closed = 0
 
@@ -34,14 +34,14 @@ class Opened(apr.ScriptedEngine):
 
 
 def evaluated(tmp_path: Path, how: Solver, **more: Any) -> Any:
-    """The log of an evaluation, as Inspect has kept it."""
+    """The log that Inspect wrote of an evaluation."""
     task = inspect_ai.Task(dataset=SUMS, solver=how, scorer=match(), **more)
     (log,) = inspect_ai.eval(task, model="none", log_dir=str(tmp_path), display="none", log_format="json")
     assert log.status == "success", log.error
     return log
 
 
-def test_an_evaluation(tmp_path: Path):
+def test_inspect_evaluates_a_method(tmp_path: Path):
     engine = Opened(lambda request, prompt: f"I think.\nAnswer: {2 if 'One' in prompt else 5}")
 
     async def connect() -> Opened:
@@ -70,15 +70,15 @@ def test_a_failing_engine_is_an_error_of_the_sample(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [({"method": "guess"}, "no method 'guess'"), ({"task": "chess"}, "no task 'chess'"), ({"budget": "x"}, "budget 'x'")],
 )  # fmt: skip
-def test_what_there_is_not(wrong: dict[str, str], said: str):
-    with pytest.raises(apr.AprError, match=said):
+def test_an_unknown_method_or_task_is_an_error(wrong: dict[str, str], message: str):
+    with pytest.raises(apr.AprError, match=message):
         reasoning(**wrong)
 
 
 @pytest.mark.server
-def test_on_a_server(server: Server, tmp_path: Path):
+def test_the_registered_solver_runs_on_a_server(server: Server, tmp_path: Path):
     log = evaluated(tmp_path, reasoning("sequential", server.url, budget="tokens=64", temperature=0.0))
     assert all(0 < sample.output.usage.output_tokens <= 64 for sample in log.samples)

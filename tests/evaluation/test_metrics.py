@@ -1,4 +1,4 @@
-"""What attempts come to: shares, intervals and paired comparisons against ones that were computed by hand."""
+"""Metrics of attempts against hand-computed shares, intervals and paired comparisons."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def row(name: str, rights: list[bool], **more) -> MethodResults:
     return MethodResults(name, made, 2.0)
 
 
-def test_within_a_limit_only_what_is_right_and_small_counts():
+def test_only_correct_and_small_attempts_count_within_a_limit():
     attempts = [ONE, replace(ONE, context=41), replace(ONE, correct=False), replace(ONE, context=400)]
     found = MethodResults("apr", attempts)
     assert found.accuracy == 0.75
@@ -31,7 +31,7 @@ def test_within_a_limit_only_what_is_right_and_small_counts():
     assert solved_share_curve(found, lambda a: a.context) == ([40, 41, 400], [0.25, 0.5, 0.75])
 
 
-def test_the_interval_holds_the_mean_and_narrows():
+def test_the_interval_contains_the_mean_and_narrows():
     values = [1.0] * 60 + [0.0] * 40
     low, high = bootstrap_interval(values)
     assert low < 0.6 < high
@@ -40,7 +40,7 @@ def test_the_interval_holds_the_mean_and_narrows():
     assert high - low < 0.05
 
 
-def test_a_paired_comparison():
+def test_a_paired_comparison_matches_hand_computed_values():
     rights = [Random(k).random() < 0.5 for k in range(40)]
     same = compare_methods(row("a", rights), row("b", rights))
     assert (same.difference, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))
@@ -53,7 +53,7 @@ def test_a_paired_comparison():
         compare_methods(row("a", [True, True]), MethodResults("b", [ONE, ONE]))
 
 
-def test_for_machines():
+def test_results_as_json():
     found = row("apr", [True, False]).as_json((32, 64))
     assert found["accuracy"] == 0.5
     assert found["fork_rate"] == 1.0
@@ -61,19 +61,19 @@ def test_for_machines():
     assert found["within_context"] == {32: 0.0, 64: 0.5}
 
 
-def test_a_picture(tmp_path: Path):
+def test_a_training_log_is_plotted(tmp_path: Path):
     plot_methods([row("a", [True] * 5), row("b", [False] * 5)], tmp_path / "curves.png", "two")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_was_interrupted_goes_on_behind_its_last_whole_line(tmp_path: Path):
-    asked = {"task": "countdown", "budget": {"tokens": 100}}
-    with open_evaluation(tmp_path, asked) as found:
+def test_an_interrupted_evaluation_continues_after_its_last_complete_line(tmp_path: Path):
+    settings = {"task": "countdown", "budget": {"tokens": 100}}
+    with open_evaluation(tmp_path, settings) as found:
         found.add("apr", 1, ONE, 0.5)
         found.add("apr", 0, replace(ONE, problem="q"), 1.5)
     with (tmp_path / RUN_FILE).open("a") as file:
         file.write('{"method": "apr", "num')
-    with open_evaluation(tmp_path, asked) as found:
+    with open_evaluation(tmp_path, settings) as found:
         assert sorted(found.attempts["apr"]) == [0, 1]
         assert found.seconds == {"apr": 1.5}
         found.add("apr", 2, ONE, 2.0)
@@ -81,7 +81,7 @@ def test_what_was_interrupted_goes_on_behind_its_last_whole_line(tmp_path: Path)
     assert (row.method, [a.problem for a in row.attempts], row.wall_s) == ("apr", ["q", "p", "p"], 2.0)
 
 
-def test_how_an_answer_came_about_is_written_and_not_kept(tmp_path: Path):
+def test_answers_and_trajectories_are_written_but_not_held_in_memory(tmp_path: Path):
     trajectory = apr.dialect("threadweaver").parse(TRACE + "\u2028\x85", tokenizer=apr.ByteTokenizer())
     with open_evaluation(tmp_path, {}) as found:
         found.add("apr", 0, ONE, 0.5, "4", trajectory)
@@ -93,7 +93,7 @@ def test_how_an_answer_came_about_is_written_and_not_kept(tmp_path: Path):
     assert row.attempts == [ONE, ONE]
 
 
-def test_another_evaluation_is_not_mixed_in(tmp_path: Path):
+def test_other_settings_are_an_error(tmp_path: Path):
     with open_evaluation(tmp_path, {"seed": 0}) as found:
         found.add("apr", 0, ONE, 0.5)
     with (
@@ -112,7 +112,7 @@ def test_another_evaluation_is_not_mixed_in(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ['{"seed": 0}\n{"method": "apr"}\n', "not JSON\n", '{"seed": 0}\n[1]\n'])
-def test_a_file_of_something_else_is_a_clear_error(tmp_path: Path, text: str):
+def test_another_file_is_an_error(tmp_path: Path, text: str):
     (tmp_path / RUN_FILE).write_text(text)
     for reading in (
         lambda: read_results(tmp_path),
@@ -122,7 +122,7 @@ def test_a_file_of_something_else_is_a_clear_error(tmp_path: Path, text: str):
             reading()
 
 
-def test_what_else_a_row_says():
+def test_further_metrics_of_a_method():
     attempts = [
         replace(ONE, context=40, redundancy=0.5, diversity=1.0, took_s=2.0, sequential_s=3.0, parallel_s=1.0),
         replace(ONE, context=60, redundancy=None, took_s=4.0),
@@ -140,7 +140,7 @@ def test_what_else_a_row_says():
     assert set(none) - {"reason"} == {n for n in found if not n.startswith(("by_", "within_"))}
 
 
-def test_what_a_fork_is_by_size():
+def test_fork_metrics_by_size():
     small = [
         replace(ONE, size=3, branches=4, forks=2),
         replace(ONE, size=3, branches=0, forks=0, correct=False),
@@ -152,7 +152,7 @@ def test_what_a_fork_is_by_size():
     assert (found[4]["width"], found[4]["redundancy"]) == (3, 0.25)
 
 
-def test_many_sizes_are_few_groups_of_like_sizes():
+def test_many_sizes_are_merged_into_few_groups():
     sizes = [k * k for k in range(100)]
     groups = MethodResults("apr", [replace(ONE, size=size) for size in sizes]).by_size
     assert len(groups) == 8
@@ -167,7 +167,7 @@ def test_many_sizes_are_few_groups_of_like_sizes():
     }
 
 
-def test_files_from_before_are_read(tmp_path: Path):
+def test_files_of_older_versions_are_read(tmp_path: Path):
     kept = {
         "problem": "p",
         "size": 4,

@@ -1,4 +1,4 @@
-"""Figures of evaluations: what their lines and bands say, what is drawn where something is not known, and the command."""
+"""Figures of evaluations: lines, bands, missing values, and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOME = [replace(ONE, problem=f"p{k}", correct=k % 3 > 0, tokens=50 + 10 * k) for
 
 
 def kept(directory: Path, *methods: str, seconds: bool = False) -> Path:
-    """An evaluation as `sgl-apr eval -o` writes it, with wall times or as older ones are."""
+    """An evaluation as `sgl-apr eval -o` writes it, or as older versions did, without wall times."""
     directory.mkdir()
     written: list[dict] = [{"task": "countdown"}]
     for method in methods:
@@ -32,7 +32,7 @@ def kept(directory: Path, *methods: str, seconds: bool = False) -> Path:
     return directory
 
 
-def test_a_band_ends_as_the_interval_of_the_accuracy():
+def test_a_band_ends_at_the_interval_of_the_accuracy():
     solved = sum(a.correct for a in SOME)
     low, high = bootstrap_band(solved, len(SOME))
     assert (len(low), low[0], high[0]) == (solved + 1, 0, 0)
@@ -45,13 +45,13 @@ def test_a_band_ends_as_the_interval_of_the_accuracy():
 
 
 @pytest.mark.parametrize("solved", [0, 1, 10])
-def test_a_band_of_few_or_all(solved: int):
+def test_a_band_of_none_few_or_all(solved: int):
     low, high = bootstrap_band(solved, 10)
     assert len(low) == len(high) == solved + 1
     assert low[-1] == high[-1] if solved in (0, 10) else low[-1] < high[-1]
 
 
-def test_what_attempts_cost_is_in_the_order_of_the_problems(tmp_path: Path):
+def test_attempt_metrics_are_in_the_order_of_the_problems(tmp_path: Path):
     (row,) = load_results([kept(tmp_path / "a", "apr", seconds=True)])
     assert [*map(attempt_metric("wall"), row.attempts)] == [1 + k for k in range(30)]
     assert [*map(attempt_metric("tokens"), row.attempts)][:2] == [50, 60]
@@ -59,7 +59,7 @@ def test_what_attempts_cost_is_in_the_order_of_the_problems(tmp_path: Path):
     assert {*map(attempt_metric("wall"), old.attempts)} == {None}
 
 
-def test_lines_have_names_that_tell_them_apart(tmp_path: Path):
+def test_lines_have_distinct_names(tmp_path: Path):
     one, two = kept(tmp_path / "one", "apr"), kept(tmp_path / "two", "apr", "mcts")
     assert [row.method for row in load_results([two])] == ["apr", "mcts"]
     assert [row.method for row in load_results([one, two])] == ["one", "two, apr", "two, mcts"]
@@ -69,19 +69,21 @@ def test_lines_have_names_that_tell_them_apart(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
-def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, begins: bytes):
+def test_the_plot_command_writes_a_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, begins: bytes
+):
     out = tmp_path / f"figure.{suffix}"
     assert main(["plot", str(kept(tmp_path / "run", "apr", "mcts")), "-o", str(out), "--json"]) == 0
-    said, err = capsys.readouterr()
+    printed, err = capsys.readouterr()
     assert out.read_bytes().startswith(begins)
-    found = json.loads(said)
+    found = json.loads(printed)
     assert found["panels"] == ["context", "tokens", "critical_path"]
     assert [(line["name"], line["attempts"]) for line in found["lines"]] == [("apr", 30), ("mcts", 30)]
     assert found["lines"][0]["accuracy"] == pytest.approx(2 / 3)
     assert err == "no panel for wall: an older version evaluated apr, mcts\n"
 
 
-def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
+def test_wall_time_has_a_panel_only_where_it_was_recorded(tmp_path: Path):
     random = Random(0)
     timed = [replace(attempt, took_s=random.random()) for attempt in SOME]
     drawn = [MethodResults(name, timed) for name in ("one <b>", "two & three")]
@@ -107,13 +109,13 @@ def test_wall_time_is_a_panel_where_it_is_known(tmp_path: Path):
         (["-o", "figure.pdf", "--x", "wall"], "apr has no values for wall: an older version evaluated it"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys, argv: list[str], message: str):
+def test_an_error_says_what_cannot_be_plotted(tmp_path: Path, capsys, argv: list[str], message: str):
     assert main(["plot", str(kept(tmp_path / "run", "apr")), *argv]) == 1
     assert message in capsys.readouterr().err
     assert not Path(argv[1]).exists()
 
 
-def test_nothing_to_draw_is_an_error(tmp_path: Path, capsys):
+def test_nothing_to_plot_is_an_error(tmp_path: Path, capsys):
     assert main(["plot", str(kept(tmp_path / "run")), "-o", str(tmp_path / "figure.pdf")]) == 1
     assert f"{RUN_FILE} has no attempt, expected at least one" in capsys.readouterr().err
     assert main(["plot", str(tmp_path / "nothing"), "-o", str(tmp_path / "figure.pdf")]) == 1
@@ -122,7 +124,7 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path, capsys):
         plot_methods([MethodResults("apr", SOME), MethodResults("mcts", ())], tmp_path / "figure.pdf")
 
 
-def test_every_axis_of_the_command_can_be_drawn():
+def test_the_command_has_every_axis():
     from sgl_apr.cli.plot import AXES
 
     assert tuple(AXIS_LABELS) == AXES

@@ -1,4 +1,4 @@
-"""Methods asked a benchmark's problems: what is kept, what is not repeated, and why some cannot be asked. No server."""
+"""Running methods on benchmarks, without a server: what is stored, what is not repeated, why a method cannot run."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SUMS = Benchmark(
 
 
 def adds(request: apr.Request, prompt: str) -> str:
-    """Knows all but the last, and says so in different words."""
+    """Answers all but the last problem correctly, each time in other words."""
     question = next((q for q in ANSWERS if q in prompt), "")
-    said = "5" if question == "Two and one?" else ANSWERS.get(question, "")
-    return f"Thinking of it {len(prompt)} times.\nAnswer: {said}"
+    answer = "5" if question == "Two and one?" else ANSWERS.get(question, "")
+    return f"Thinking of it {len(prompt)} times.\nAnswer: {answer}"
 
 
 def ran(
@@ -47,7 +47,7 @@ def ran(
     return asyncio.run(run_attempts(engine, given, method, found, **options))
 
 
-def test_a_text_task_from_beginning_to_end(tmp_path: Path):
+def test_a_text_task_end_to_end(tmp_path: Path):
     engine = apr.ScriptedEngine(adds)
     with open_evaluation(tmp_path, {"task": "sums"}) as found:
         row = ran(engine, found, "self_consistency", n=4)
@@ -68,7 +68,7 @@ def test_a_text_task_from_beginning_to_end(tmp_path: Path):
 
 
 @pytest.mark.parametrize("killed", ["between lines", "within a line"])
-def test_what_was_killed_is_neither_repeated_nor_lost(tmp_path: Path, killed: str):
+def test_a_killed_run_neither_repeats_nor_loses_attempts(tmp_path: Path, killed: str):
     engine = apr.ScriptedEngine(adds)
     with open_evaluation(tmp_path, {}) as found:
         ran(engine, found, "sequential")
@@ -85,7 +85,7 @@ def test_what_was_killed_is_neither_repeated_nor_lost(tmp_path: Path, killed: st
     assert sorted(numbers) == [0, 1, 2]
 
 
-def test_an_engine_that_dies_leaves_what_has_ended(tmp_path: Path):
+def test_a_dying_engine_keeps_finished_attempts(tmp_path: Path):
     def dies(request: apr.Request, prompt: str) -> apr.Reply:
         failed = apr.EngineError("it is gone") if "Two and one?" in prompt else None
         return apr.Reply(adds(request, prompt), error=failed)
@@ -99,7 +99,7 @@ def test_an_engine_that_dies_leaves_what_has_ended(tmp_path: Path):
     assert len(engine.requests) == 1
 
 
-def test_trajectories_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_trajectories_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = Counter[str]()
 
     class Seen(apr.Trajectory):
@@ -127,7 +127,7 @@ def test_trajectories_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest
     ("method", "why"),
     [("graph_of_thoughts", ""), ("recursive", "pass allow_code=True"), ("tree_of_thoughts", "")],
 )
-def test_a_method_that_cannot_be_asked_has_a_row_that_says_why(method: str, why: str):
+def test_a_method_that_cannot_run_has_a_reason(method: str, why: str):
     row = ran(apr.ScriptedEngine(adds), ResultStore(), method)
     assert why in row.reason
     assert bool(row.attempts) == (not why)
@@ -136,7 +136,7 @@ def test_a_method_that_cannot_be_asked_has_a_row_that_says_why(method: str, why:
     assert (figures["accuracy"] is None) == bool(why)
 
 
-def test_a_model_without_the_words_has_a_row_too():
+def test_an_unsuitable_model_has_a_reason():
     row = ran(apr.ScriptedEngine(adds), ResultStore(), "sequential", benchmark("countdown", 3))
     assert "needs a model trained on it" in row.reason
     row = ran(apr.ScriptedEngine(adds), ResultStore(), "sequential", budget=apr.Budget(tokens=1, width=2))
@@ -152,7 +152,7 @@ def test_a_method_whose_package_is_missing_has_a_reason(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["countdown", "game24"])
-def test_games_by_a_search_in_place_of_a_model(name: str):
+def test_games_solved_by_a_scripted_search(name: str):
     def searched(request: apr.Request, prompt: str) -> str:
         return sequential_search(Problem.parse(prompt), 1 << 20)
 
@@ -165,7 +165,7 @@ def test_games_by_a_search_in_place_of_a_model(name: str):
     assert {a.redundancy for a in row.attempts} == {a.diversity for a in row.attempts} == {None}
 
 
-def test_every_method_is_asked_a_text_task_or_says_why_not():
+def test_every_method_runs_on_a_text_task_or_has_a_reason():
     for method in METHOD_MODULES:
         row = ran(apr.ScriptedEngine(adds), ResultStore(), method, replace(SUMS, cases=SUMS.cases[:1]))
         assert row.attempts or row.reason, method

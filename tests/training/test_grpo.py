@@ -1,4 +1,4 @@
-"""Reinforcement through a real server: whose weights answer, what is learned from, and that a killed run goes on."""
+"""GRPO through a real server: whose weights reply, what is learned from, and that a killed run continues."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(begin: Path, **more) -> GrpoConfig:
     return GrpoConfig(Model(path=str(begin)), "spawn", rollouts, Updates(steps=2, batch=4096))
 
 
-def test_what_was_better_than_its_group_becomes_likelier(begin: Path):
+def test_replies_better_than_their_group_become_likelier(begin: Path):
     tokenizer = HfTokenizer(begin)
     eos = min(tokenizer.eos_ids)
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
@@ -57,8 +57,8 @@ def test_what_was_better_than_its_group_becomes_likelier(begin: Path):
     assert better - worse > 0.01
 
 
-def test_branches_weigh_what_is_asked(begin: Path):
-    """At 0 a step is that of the trunks alone, and a rate is its length."""
+def test_branches_have_the_configured_weight(begin: Path):
+    """With weight 0 a step is that of the trunks alone, and its length is the rate."""
     tokenizer = HfTokenizer(begin)
     eos = min(tokenizer.eos_ids)
     problem = next(generate_problems(1, "train", numbers=(4,)))
@@ -81,13 +81,13 @@ def test_branches_weigh_what_is_asked(begin: Path):
         )
         (-advantage * log_probabilities(model, Collator()([trunk])).sum()).backward()
     expected = -torch.cat([p.grad.flatten() for p in model.parameters()])
-    trunks, whole = step(0.0), step(1.0)
+    trunks, complete = step(0.0), step(1.0)
     assert torch.nn.functional.cosine_similarity(trunks, expected, dim=0) > 0.9999
     assert trunks.norm() == pytest.approx(0.1, rel=1e-3)
-    assert torch.nn.functional.cosine_similarity(trunks, whole, dim=0) < 0.99
+    assert torch.nn.functional.cosine_similarity(trunks, complete, dim=0) < 0.99
 
 
-def test_nothing_is_learned_where_all_are_alike(begin: Path):
+def test_equal_rewards_change_nothing(begin: Path):
     tokenizer = HfTokenizer(begin)
     model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -109,18 +109,18 @@ class Killed(Exception):
 def test_the_server_answers_with_the_weights_of_the_step(
     begin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Each reply's log-probabilities are those of the model that is then updated; nothing of the old weights stays."""
+    """The log-probabilities of each reply are those of the model that is then updated; no cache of old weights is left."""
     seen: list[float] = []
     learn = grpo.update_policy
 
     def compared(model, optimizer, trajectories, advantages, eos, config):
         for trajectory in trajectories:
             found = build_training_tree([trajectory], eos=eos)
-            said = [x for c in trajectory.calls for x in c.logprobs or ()]
+            reported = [x for c in trajectory.calls for x in c.logprobs or ()]
             with torch.no_grad():
                 mine = log_probabilities(model, Collator()([found])).numpy()
-            assert len(said) == len(mine)
-            seen.append(float(np.abs(np.sort(said) - np.sort(mine)).max()))
+            assert len(reported) == len(mine)
+            seen.append(float(np.abs(np.sort(reported) - np.sort(mine)).max()))
         return learn(model, optimizer, trajectories, [1.0, -1.0] * (len(trajectories) // 2), eos, config)
 
     asked = grpo.attempt_problems
@@ -145,7 +145,7 @@ def test_the_server_answers_with_the_weights_of_the_step(
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_a_killed_run_goes_on(begin: Path, tmp_path: Path):
+def test_a_killed_run_continues(begin: Path, tmp_path: Path):
     def kill(update: grpo.GrpoStepLog) -> None:
         raise Killed
 

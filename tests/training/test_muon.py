@@ -1,4 +1,4 @@
-"""The optimizer of training runs against PyTorch's own, which computes the matrices in bfloat16."""
+"""The Muon optimizer against PyTorch's own, which computes in bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sgl_apr.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (1, 24, 8)])
-def test_what_is_orthogonal(shape: tuple[int, int, int]):
+def test_orthogonalize(shape: tuple[int, int, int]):
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     found = torch.linalg.svdvals(orthogonalize(matrices))
@@ -19,8 +19,8 @@ def test_what_is_orthogonal(shape: tuple[int, int, int]):
     assert found.max() < 1.3
 
 
-def test_as_pytorch_does_it():
-    """Ten steps on a matrix and a vector: as far from where they began, and nearly at the same place."""
+def test_muon_matches_pytorch():
+    """Ten steps on a matrix and a vector: the same distance from the start, and nearly the same values."""
     torch.manual_seed(0)
     ours = torch.nn.Linear(32, 16)
     theirs, begun = copy.deepcopy(ours), copy.deepcopy(ours)
@@ -45,7 +45,7 @@ def test_as_pytorch_does_it():
     torch.testing.assert_close(ours.bias, theirs.bias, rtol=0, atol=1e-3)
 
 
-def test_what_has_no_gradient_stays():
+def test_parameters_without_a_gradient_stay():
     still = torch.nn.Parameter(torch.ones(2, 2))
     Muon([{"params": [still], "weight_decay": 0.5, "matrices": True}], lr=0.1).step()
     assert torch.equal(still, torch.ones(2, 2))

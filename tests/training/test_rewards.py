@@ -1,4 +1,4 @@
-"""Rewards and advantages: what is paid, what is not, and how a naive one is gamed."""
+"""Rewards and advantages, and how a naive reward is gamed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEQUENTIAL = DIALECT.parse("six times seven is 42", TOKENIZER)
 
 
 def spam(branches: int) -> apr.Trajectory:
-    """Many branches that say nothing, and no answer."""
+    """Many empty branches, and no answer."""
     outlines = "".join(f"<Outline>{k + 1}: .</Outline>\n" for k in range(branches))
     threads = "".join(f"<Thread>\n{k + 1}: .</Thread>" for k in range(branches))
     return DIALECT.parse(
@@ -136,7 +136,7 @@ def test_apr():
     )
 
 
-def test_an_unknown_name_lists_those_there_are():
+def test_an_unknown_reward_lists_the_names():
     assert rewards.reward("gated", parallel=0.5)(PARALLEL, True) == rewards.gated(
         PARALLEL, True, parallel=0.5
     )
@@ -153,7 +153,7 @@ def test_advantages():
     assert mean_only([2.0, 0.0, 1.0]) == [1.0, -1.0, 0.0]
 
 
-def test_papo_takes_the_mean_of_a_group_and_the_deviation_of_the_batch():
+def test_papo_uses_the_mean_of_a_group_and_the_deviation_of_the_batch():
     found = papo([[1.0, 0.0], [1.0, 1.0, None], [5.0]])
     std = (sum((r - 1.6) ** 2 for r in (1, 0, 1, 1, 5)) / 5) ** 0.5
     assert found[0] == pytest.approx([0.5 / std, -0.5 / std], rel=1e-5)

@@ -1,4 +1,4 @@
-"""From a trace in a line to one with forks: the plan, the filters, and many of them through a real endpoint."""
+"""Rewriting sequential traces with forks: the plan, the filters, and many traces through a real endpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Together that is 6 + 10 + 7 = 23.
 
 
 class Scripted:
-    """Answers as a model would that understands the trace."""
+    """Answers like a model that understands the trace."""
 
     def __init__(
         self, begins=(True,) * 6, needs=((), (1,), (2,), (1,), (1,), (3, 4, 5)), text: str | None = None
@@ -44,13 +44,13 @@ class Scripted:
         self.asked.append(prompt)
         (name,) = schema["required"]
         body = prompt.partition("\n\n")[2]
-        said = {
+        answers = {
             "begins": self.begins,
             "needs": self.needs,
             "text": self.text or body,
             "outline": body.split(".")[0],
         }
-        return json.dumps({name: said[name]})
+        return json.dumps({name: answers[name]})
 
 
 def made(
@@ -70,13 +70,13 @@ def made(
         (((), (), ()), [[[0], [1]], 2]),
     ],
 )
-def test_what_is_independent_forks(needs, plan):
+def test_independent_steps_fork(needs, plan):
     steps = [ReasoningStep(f"{k}", frozenset(own)) for k, own in enumerate(needs)]
     assert plan_forks(steps) == plan
 
 
-def test_a_fork_begins_where_independence_does():
-    """The first line is needed by all: it stands before the fork, and so may be seen by its branches."""
+def test_a_fork_starts_at_the_first_independent_step():
+    """All steps need the first line: it comes before the fork, so the branches see it."""
     trajectory = made()
     apr.dialect("threadweaver").validate(trajectory.text)
     (block,) = trajectory.blocks
@@ -90,7 +90,7 @@ def test_a_fork_begins_where_independence_does():
 
 
 @pytest.mark.parametrize("name", ["threadweaver", "multiverse", "npr", "parallel_r1"])
-def test_in_every_dialect_that_can_say_it(name: str):
+def test_every_dialect_that_can_express_it(name: str):
     dialect = apr.dialect(name)
     trajectory = made(name, tokenizer=apr.ByteTokenizer(dialect.tags))
     dialect.validate(trajectory.text)
@@ -110,13 +110,13 @@ def test_in_every_dialect_that_can_say_it(name: str):
         (Scripted(text=" "), "an answer does not follow its schema"),
     ],
 )
-def test_what_is_unusable_has_a_reason(ask: Scripted, reason: str):
+def test_a_rejected_trace_has_a_reason(ask: Scripted, reason: str):
     with pytest.raises(RejectedTrace) as caught:
         made(ask=ask)
     assert caught.value.reason == reason
 
 
-def test_too_wide_and_too_short():
+def test_a_trace_too_wide_or_too_short_is_rejected():
     with pytest.raises(RejectedTrace, match="too wide"):
         made(width=2)
     with pytest.raises(RejectedTrace, match="lines"):
@@ -125,7 +125,7 @@ def test_too_wide_and_too_short():
         made("spawn")
 
 
-def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
+def test_traces_are_counted_and_none_is_rewritten_twice(tmp_path: Path):
     class Sometimes(Scripted):
         async def __call__(self, prompt, schema):
             if "broken" in prompt:
@@ -158,7 +158,7 @@ def test_many_are_counted_and_none_is_done_twice(tmp_path: Path):
 @pytest.mark.server
 @pytest.mark.slow
 def test_through_a_real_endpoint(server, tmp_path: Path):
-    """Random weights under the schemas: every answer follows its schema as far as its length allows, all are counted."""
+    """A random model under the schemas: answers follow their schema up to the length limit, and all traces are counted."""
     traces = [TextRecord(f"{k}", TRACE) for k in range(8)]
     ask = ChatJsonModel(f"{server.url}/v1", max_tokens=700, temperature=1.0)
     out = tmp_path / "out.jsonl"
@@ -173,7 +173,7 @@ def test_through_a_real_endpoint(server, tmp_path: Path):
         apr.dialect("threadweaver").validate(trajectory.text)
 
 
-def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path):
+def test_an_unreachable_endpoint_is_an_error(tmp_path: Path):
     ask = ChatJsonModel("http://127.0.0.1:9/v1")
     ask.client = ask.client.with_options(max_retries=0)
     with pytest.raises(apr.EngineError, match="did not answer"):

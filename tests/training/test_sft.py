@@ -1,4 +1,4 @@
-"""Training from demonstrations: gradients against separate sequences, resuming, and what is refused."""
+"""Supervised fine-tuning: gradients against separate sequences, resuming, and errors."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["threadweaver", "npr", "pasta", "spawn"])
-def test_the_gradient_is_that_of_separate_sequences(tiny, name: str, device: str):
-    """Of the requests, each run by itself with a causal mask, in double precision."""
+def test_the_gradient_equals_that_of_separate_sequences(tiny, name: str, device: str):
+    """The reference runs each request separately with a causal mask, in double precision."""
     engine = SampledEngine(masked(name), seed=4)
     sent: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     decode = engine.decode
@@ -78,7 +78,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path):
+def test_a_killed_run_continues_with_the_same_losses(tmp_path: Path):
     train(SMALL, tmp_path / "whole")
     expected = losses(tmp_path / "whole")
     assert len(expected) > 8
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path):
     assert HfTokenizer(model).encode(" 12") == HfTokenizer(tmp_path / "whole" / "model").encode(" 12")
 
 
-def test_the_directory_of_another_run_is_left_alone(tmp_path: Path):
+def test_the_directory_of_another_run_is_an_error(tmp_path: Path):
     train(replace(SMALL, steps=replace(SMALL.steps, tokens=2000)), tmp_path)
     with pytest.raises(apr.AprError, match="another configuration"):
         train(SMALL, tmp_path)
@@ -132,7 +132,7 @@ def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[steps]\ntokens = 'many'", "steps.tokens = 'many', expected int"),
         ("[step]\ntokens = 5", "step is not known, expected one of model, data, steps"),
@@ -143,16 +143,18 @@ def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture)
         (None, "cannot be read"),
     ],
 )
-def test_a_bad_configuration_says_what_was_expected(tmp_path: Path, text: str | None, said: str):
+def test_a_bad_configuration_is_an_error_with_what_was_expected(
+    tmp_path: Path, text: str | None, message: str
+):
     path = tmp_path / "sft.toml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(apr.AprError, match=said.replace("[", r"\[")):
+    with pytest.raises(apr.AprError, match=message.replace("[", r"\[")):
         load_config(SftConfig, path)
 
 
 def test_fifty_steps_of_the_recipe(tmp_path: Path):
-    """The configuration in the repo, cut to fifty steps of a small model: the loss falls."""
+    """The loss falls with the repository's configuration, cut to fifty steps of a small model."""
     recipe = load_config(SftConfig, Path("configs/countdown-parallel.toml"))
     config = replace(
         recipe,

@@ -1,4 +1,4 @@
-"""Our structures and rewards inside other trainers, as their own programs run them; each needs its optional extra."""
+"""Our training trees and rewards in other trainers, run by their own programs; each needs its optional extra."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sgl_apr.trajectory.trajectory import Trajectory
 from tests.support.paths import EXAMPLES
 
 
-def ran(*words: object) -> str:
-    """What an example prints."""
+def ran(*argv: object) -> str:
+    """The output of an example."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -53,13 +53,13 @@ def test_one_row_through_the_models_own_forward(tmp_path: Path, attention: str):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ("--attention", "dense", "--use_cpu"),
         pytest.param(("--attention", "later"), marks=pytest.mark.gpu),
     ],
 )
-def test_hugging_face(tmp_path: Path, words: tuple[str, ...]):
+def test_hugging_face(tmp_path: Path, argv: tuple[str, ...]):
     pytest.importorskip("accelerate", reason="pip install 'sgl-apr[trainer]'")
     model = countdown_llama(tmp_path / "model", apr.dialect("spawn").tags, layers=2, hidden=64)
     tokenizer = HfTokenizer(model)
@@ -72,7 +72,7 @@ def test_hugging_face(tmp_path: Path, words: tuple[str, ...]):
     out = tmp_path / "out"
     ran(
         EXAMPLES / "hf_trainer.py", "--model", model, "--data", data, "--output_dir", out, "--max_steps", 2,
-        "--length", 2048, *words, "--logging_steps", 1, "--report_to", "none",
+        "--length", 2048, *argv, "--logging_steps", 1, "--report_to", "none",
         "--save_strategy", "steps", "--save_steps", 2, "--learning_rate", "1e-3",
     )  # fmt: skip
     logged = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
@@ -105,7 +105,7 @@ def test_verl():
     assert score("countdown", "! 5- 4= 1, 4+ 19= 20", " 20: 4 5 19", {}) == 0.0
 
 
-def test_what_the_reward_of_an_example_pays():
+def test_the_reward_of_an_example():
     line, forked, wrong = (float(row.split()[0]) for row in ran(EXAMPLES / "verl_reward.py").splitlines())
     assert (line, wrong) == (1.0, 0.0)
     assert 1.0 < forked < 1.3

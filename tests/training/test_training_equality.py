@@ -1,4 +1,4 @@
-"""What the server said of each token when it decoded it, against the training structure: the test of all the rest."""
+"""The log-probabilities of the server against those of the training tree: the end-to-end test of training data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = [
 
 
 class Noted(apr.HttpEngine):
-    """Notes the grammar of every request, by what it was sent and what it sent back."""
+    """Records the grammar of every request, by its prompt and its output."""
 
     noted: dict[tuple, str]
 
@@ -66,7 +66,7 @@ async def sampled(url: str, name: str, join: str, depth: int, seed: int) -> tupl
 
 
 def allowed(path: str, found: TrainingTree, trajectory: apr.Trajectory, noted: dict) -> torch.Tensor:
-    """(m, vocabulary), which tokens the mask allowed in place of each that was decoded."""
+    """(m, vocabulary), the tokens that the mask allowed where each target was decoded."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     guide, size = from_tokenizer(tokenizer, n_vocab=len(tokenizer)), len(tokenizer)
     dense = Visibility.from_trees([found.tree]).dense_mask()[0, 0].numpy()
@@ -102,16 +102,18 @@ def masked(model, found: TrainingTree, rows: torch.Tensor) -> torch.Tensor:
     ("name", "join", "depth"),
     [pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in dict.fromkeys(CASES)],
 )
-def test_it_is_what_the_server_said(server, path: str, model, name: str, join: str, depth: int):
+def test_log_probabilities_equal_those_of_the_server(
+    server, path: str, model, name: str, join: str, depth: int
+):
     trajectory, noted = asyncio.run(sampled(server.url, name, join, depth, 0))
     assert trajectory.blocks
     assert all(j.by == "kv" for j in trajectory.joins)
     assert {c.weight_version for c in trajectory.calls} != {None}
     found = build_training_tree([trajectory], eos=model.config.eos_token_id)
     assert len(found.sources) == sum(c.output_tokens for c in trajectory.calls) > 20
-    said = logprobs(found, [trajectory])
+    reported = logprobs(found, [trajectory])
     mine = masked(model, found, allowed(path, found, trajectory, noted)).numpy()
-    assert np.abs(said - mine).max() < 1e-3
+    assert np.abs(reported - mine).max() < 1e-3
     if join == "kv":  # the reverse has to differ: what is behind the join sees something else
         other = build_training_tree([trajectory], eos=model.config.eos_token_id, join="text")
         behind = np.array([trajectory.spans[s].path == () for s in found.spans])
@@ -120,8 +122,8 @@ def test_it_is_what_the_server_said(server, path: str, model, name: str, join: s
         assert np.abs(theirs - ours)[behind].max() > 1e-2
 
 
-def test_what_was_cut_has_none(server):
-    """The first branch that ends cuts the others: what they had written is there, and nothing was said of it."""
+def test_aborted_branches_have_none(server):
+    """The first branch that ends aborts the others: their text is there, without log-probabilities."""
     options = {
         "budget": apr.Budget(tokens=600, width=3, branch_tokens=60),
         "logprobs": True,
@@ -133,12 +135,12 @@ def test_what_was_cut_has_none(server):
         if any(s.call in cut and s.tokens for s in trajectory.spans):
             break
     found = build_training_tree([trajectory])
-    said = logprobs(found, [trajectory])
-    assert np.isnan(said).any()
-    assert [trajectory.spans[s].call in cut for s in found.spans] == np.isnan(said).tolist()
+    reported = logprobs(found, [trajectory])
+    assert np.isnan(reported).any()
+    assert [trajectory.spans[s].call in cut for s in found.spans] == np.isnan(reported).tolist()
 
 
-def test_one_that_was_made_without_them_is_an_error(server):
+def test_a_trajectory_without_log_probabilities_is_an_error(server):
     trajectory = apr.run(server.url, "Question: ", "npr", budget=apr.Budget(tokens=60))
     with pytest.raises(apr.AprError, match="logprobs=True"):
         logprobs(build_training_tree([trajectory]), [trajectory])

@@ -1,4 +1,4 @@
-"""Training structures against the requests that the engine was sent: each decoded token once, behind what it had read."""
+"""Training trees against the requests that the engine got: each decoded token once, after what it had read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
 
 
 class Noted(SampledEngine):
-    """Notes what was asked and what came back."""
+    """Records requests and their results."""
 
     def __init__(self, *args, **more) -> None:
         super().__init__(*args, **more)
@@ -41,7 +41,7 @@ def sampled(name: str, seed: int, **more) -> tuple[apr.Trajectory, Noted]:
 
 
 def read(found: TrainingTree) -> Counter:
-    """(what is seen, positions, the token that is to follow) of every loss."""
+    """(visible tokens, positions, target) of every loss."""
     dense = Visibility.from_trees([found.tree]).dense_mask()[0, 0].numpy()
     ids, at = found.tree.token_ids, found.tree.positions
     losses = Counter()
@@ -51,8 +51,8 @@ def read(found: TrainingTree) -> Counter:
     return losses
 
 
-def asked(engine: Noted) -> Counter:
-    """The same, from the requests."""
+def requests(engine: Noted) -> Counter:
+    """The same, computed from the requests."""
     losses = Counter()
     for request, decoded in engine.noted:
         layout = request.layout or (len(request.input_ids),)
@@ -63,28 +63,30 @@ def asked(engine: Noted) -> Counter:
 
 
 @pytest.mark.parametrize("name", apr.dialect_names())
-def test_each_decoded_token_has_one_loss_behind_what_it_had_read(name: str):
+def test_each_decoded_token_has_one_loss_after_what_it_had_read(name: str):
     blocks = 0
     for seed in range(6):
         trajectory, engine = sampled(name, seed)
         found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
-        assert read(found) == asked(engine)
+        assert read(found) == requests(engine)
         blocks += len(trajectory.blocks)
     assert blocks >= 6
 
 
 @pytest.mark.parametrize("name", KV)
-def test_joined_in_the_cache_too(name: str):
+def test_kv_joins_match_the_requests(name: str):
     for seed in range(6):
         trajectory, engine = sampled(name, seed, join="kv")
         assert all(join.by == "kv" for join in trajectory.joins)
         found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
-        assert read(found) == asked(engine)
-        whole = apr.causality(trajectory)
-        assert found.tree.token_ids.tolist() == list(whole.token_ids), "each token once"
-        assert found.tree.positions.tolist() == list(whole.positions)
+        assert read(found) == requests(engine)
+        expected = apr.causality(trajectory)
+        assert found.tree.token_ids.tolist() == list(expected.token_ids), "each token once"
+        assert found.tree.positions.tolist() == list(expected.positions)
         dense = Visibility.from_trees([found.tree]).dense_mask()[0, 0]
-        hidden = [{k for first, last in ranges for k in range(first, last)} for ranges in whole.masked_ranges]
+        hidden = [
+            {k for first, last in ranges for k in range(first, last)} for ranges in expected.masked_ranges
+        ]
         assert dense.tolist() == [
             [k <= q and k not in hidden[q] for k in range(len(hidden))] for q in range(len(hidden))
         ]
@@ -94,22 +96,22 @@ def test_joined_in_the_cache_too(name: str):
 def test_a_text_join_may_be_trained_as_a_kv_join(name: str):
     trajectory, _ = sampled(name, 1, join="text")
     assert len(build_training_tree([trajectory]).tree.token_ids) > trajectory.metrics().total, "read again"
-    as_kv, whole = build_training_tree([trajectory], join="kv"), apr.causality(trajectory, "kv")
-    assert as_kv.tree.token_ids.tolist() == list(whole.token_ids)
-    assert as_kv.tree.positions.tolist() == list(whole.positions)
+    as_kv, expected = build_training_tree([trajectory], join="kv"), apr.causality(trajectory, "kv")
+    assert as_kv.tree.token_ids.tolist() == list(expected.token_ids)
+    assert as_kv.tree.positions.tolist() == list(expected.positions)
     back, _ = sampled(name, 1, join="kv")
     assert read(build_training_tree([back], join="text")) == read(build_training_tree([trajectory])), (
         "and the reverse"
     )
 
 
-def test_trajectories_share_what_they_have_in_common():
+def test_trajectories_share_their_common_prefixes():
     made = [sampled("threadweaver", seed) for seed in range(4)]
     together = build_training_tree([t for t, _ in made], eos=apr.ByteTokenizer.EOS)
-    apart = [build_training_tree([t], eos=apr.ByteTokenizer.EOS) for t, _ in made]
-    assert read(together) == sum((read(s) for s in apart), Counter())
-    assert together.tokens <= sum(s.tokens for s in apart) - 3 * len("Q: ")
-    assert Counter(together.trajectories.tolist()) == {k: len(s.sources) for k, s in enumerate(apart)}
+    separate = [build_training_tree([t], eos=apr.ByteTokenizer.EOS) for t, _ in made]
+    assert read(together) == sum((read(s) for s in separate), Counter())
+    assert together.tokens <= sum(s.tokens for s in separate) - 3 * len("Q: ")
+    assert Counter(together.trajectories.tolist()) == {k: len(s.sources) for k, s in enumerate(separate)}
 
 
 def test_a_trajectory_without_ids_is_an_error():
@@ -118,7 +120,7 @@ def test_a_trajectory_without_ids_is_an_error():
         build_training_tree([trajectory])
 
 
-def test_one_that_lost_a_join_in_its_middle_is_an_error():
+def test_a_trajectory_that_lost_a_join_is_an_error():
     trajectory, _ = sampled("multiverse", 2, join="kv")
     lost = apr.JoinRecord((), "text", "forgotten")
     from dataclasses import replace
@@ -128,14 +130,14 @@ def test_one_that_lost_a_join_in_its_middle_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["apr", "spawn", "multiverse"])
-def test_contexts_of_their_own_are_taken_apart(name: str):
+def test_separate_contexts_are_split(name: str):
     trajectory, _ = sampled(name, 3)
-    whole = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
+    expected = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
     parts = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS, separate_contexts=True).split()
     roots = [s for s in trajectory.spans if not s.parents]
     assert len(parts) == len(roots)
     assert (len(parts) > 1) == (name != "multiverse")
-    assert sum((read(part) for part in parts), Counter()) == read(whole)
+    assert sum((read(part) for part in parts), Counter()) == read(expected)
 
 
 @pytest.mark.parametrize("join", ["text", "kv"])

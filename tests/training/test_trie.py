@@ -1,4 +1,4 @@
-"""The prefix tree against brute force on small random trees: what is seen, positions, and the order of the line."""
+"""The prefix tree against brute force on small random trees: visibility, positions, and order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgl_apr.training.trie import ROOT, Cursor, Trie
 
 
 def grown(rng: random.Random, joins: bool) -> tuple[Trie, dict[int, frozenset[int]], dict[int, int]]:
-    """A random tree, and by brute force what every node sees and its position."""
+    """A random tree, with the visible nodes and the position of every node by brute force."""
     trie, sees, at = Trie(), dict[int, frozenset[int]](), dict[int, int]()
     places: list[tuple[Cursor, frozenset[int], int]] = [(ROOT, frozenset(), -1)]
     while len(places) < 14:
@@ -54,7 +54,7 @@ def joined(trie, fork, ends):
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_it_is_the_ancestors_and_the_depth(joins: bool):
+def test_visibility_and_positions_match_brute_force(joins: bool):
     most = 0
     for seed in range(300):
         trie, sees, at = grown(random.Random(seed), joins)
@@ -69,7 +69,7 @@ def test_it_is_the_ancestors_and_the_depth(joins: bool):
     assert bool(most) == joins
 
 
-def test_the_same_tokens_are_the_same_nodes():
+def test_equal_prefixes_share_nodes():
     trie = Trie()
     long = list(range(50))
     _, first = trie.insert(ROOT, long)
@@ -81,7 +81,7 @@ def test_the_same_tokens_are_the_same_nodes():
     assert len(trie) == 51
 
 
-def test_what_predicts_a_token():
+def test_parents_predict_their_tokens():
     trie = Trie()
     cursor, _ = trie.insert(ROOT, [1, 2])
     ends = [trie.insert(cursor, [3])[0], trie.insert(cursor, [4, 5])[0]]
@@ -107,8 +107,8 @@ def test_rows_do_not_see_one_another():
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_blocks_are_those_that_flex_attention_counts(joins: bool):
-    """The same ones are looked at, with the same function; a full one may be taken for a partial one."""
+def test_block_masks_match_those_of_flex_attention(joins: bool):
+    """The same blocks are visited with the same function; a full block may count as partial."""
     full = 0
     for seed in range(40):
         rng = random.Random(seed)

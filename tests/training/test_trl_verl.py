@@ -1,4 +1,4 @@
-"""Rewards as TRL and verl call them: the same as on the trajectory."""
+"""Rewards as TRL and verl call them, against the same rewards of the trajectory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_trl():
     assert expected > 1
 
 
-def test_trl_leaves_special_tokens_out_of_its_texts():
+def test_trl_drops_special_tokens_from_its_texts():
     paid = for_trl(gated, right, TOKENIZER)
     ids = [*TOKENIZER.encode(FORKED), min(TOKENIZER.eos_ids)]
     assert paid(completions=["42"], completion_ids=[ids], answer=["42"]) == [gated(PARALLEL, True)]

@@ -1,4 +1,4 @@
-"""Countdown: what is a solution, which problems there are, and the expert that shows how to search."""
+"""Countdown: solutions, generated problems, and the expert that demonstrates the search."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def tokenizer(tmp_path_factory) -> HfTokenizer:
         ("__import__('os')", False),
     ],
 )
-def test_what_solves(text: str, right: bool):
+def test_solves(text: str, right: bool):
     assert solves(Problem((3, 7, 8), 18), text) is right
 
 
-def test_every_way_is_found():
-    """By brute force over orders of numbers and signs, left to right and in pairs."""
+def test_all_solutions_are_counted():
+    """Checked by brute force over orders of numbers and operators, left to right and in pairs."""
     rng = random.Random(0)
     for _ in range(60):
         numbers = tuple(sorted(rng.randint(1, 25) for _ in range(3)))
@@ -87,7 +87,7 @@ def test_every_way_is_found():
         } == reached
 
 
-def test_problems_are_the_same_for_a_seed_and_split_by_content():
+def test_a_seed_reproduces_problems_that_are_split_by_content():
     made = list(generate_problems(200, "train", seed=3))
     assert made == list(generate_problems(200, "train", seed=3))
     assert len(set(made)) == 200
@@ -98,7 +98,7 @@ def test_problems_are_the_same_for_a_seed_and_split_by_content():
         list(generate_problems(10**6, "test", numbers=(2,)))
 
 
-def test_a_problem_is_read_as_it_is_written():
+def test_a_problem_round_trips_through_its_text():
     for problem in generate_problems(50, "test"):
         assert Problem.parse(problem.text + "\n") == problem
     with pytest.raises(apr.AprError, match=" 24: 3 7 8 12"):
@@ -117,7 +117,7 @@ def test_numbers_and_tags_are_single_tokens(tokenizer: HfTokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_search_in_a_line_fits_its_window_and_solves(tokenizer: HfTokenizer):
+def test_a_sequential_search_fits_its_window_and_solves(tokenizer: HfTokenizer):
     solved = 0
     for problem in generate_problems(60, "train", numbers=(4,)):
         text = sequential_search(problem, 256)
@@ -144,42 +144,44 @@ def test_the_expert_forks_and_solves(tokenizer: HfTokenizer):
         if trajectory.blocks:
             first = trajectory.blocks[0].branches
             assert len(first) == min(11, len(legal_steps(problem.numbers))), "as many as fit the window"
-            told = [Problem.parse(b.outline.partition(";")[2]) for b in first]
-            assert all(len(t.numbers) == 3 and t.target == problem.target for t in told)
+            messages = [Problem.parse(b.outline.partition(";")[2]) for b in first]
+            assert all(len(t.numbers) == 3 and t.target == problem.target for t in messages)
 
 
-def test_a_branch_without_a_solution_says_what_it_tried(tokenizer: HfTokenizer):
+def test_a_branch_without_a_solution_names_its_step(tokenizer: HfTokenizer):
     habits = SearchStyle(forks={4: 1.0}, width=(3, 3), revisit_rate=1.0)
     failed = 0
     for problem in generate_problems(6, "train", numbers=(4,)):
         made = asyncio.run(demonstration(problem, tokenizer, seed=1, style=habits))
-        told = re.findall(r"<Message>\d+:>(.*?)=", made.text)
-        said = re.findall(r"<Result>\d+:(.*?)</Result>", made.text)
-        assert all(result in (f"?{step}", f"!{result[1:]}") for step, result in zip(told, said, strict=True))
-        failed += sum(result[0] == "?" for result in said)
+        messages = re.findall(r"<Message>\d+:>(.*?)=", made.text)
+        results = re.findall(r"<Result>\d+:(.*?)</Result>", made.text)
+        assert all(
+            result in (f"?{step}", f"!{result[1:]}") for step, result in zip(messages, results, strict=True)
+        )
+        failed += sum(result[0] == "?" for result in results)
     assert failed > 20
 
 
-def test_the_same_seed_shows_the_same(tokenizer: HfTokenizer):
+def test_a_seed_reproduces_demonstrations(tokenizer: HfTokenizer):
     problem = next(generate_problems(1, "train", numbers=(4,)))
     texts = [asyncio.run(demonstration(problem, tokenizer, seed=seed)).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_stated_width_is_that_of_all_forks(tokenizer: HfTokenizer):
+def test_all_forks_have_the_stated_width(tokenizer: HfTokenizer):
     widths = set()
     for problem in generate_problems(8, "train", numbers=(4,)):
         habits = SearchStyle(forks={4: 1.0}, revisit_rate=1.0)
         made = asyncio.run(demonstration(problem, tokenizer, seed=1, style=habits, state_width=True))
-        asked, _, stated = made.prompt.rpartition("; ")
-        assert asked == problem.text
+        problem_text, _, stated = made.prompt.rpartition("; ")
+        assert problem_text == problem.text
         assert len(made.blocks[0].branches) == int(stated)
         assert all(len(block.branches) <= int(stated) for block in made.blocks), "the last has what is left"
         widths.add(stated)
     assert len(widths) > 2
 
 
-def test_a_conclusion_is_read_back():
+def test_a_conclusion_round_trips():
     way = legal_steps((3, 7))[:1]
     assert parse_steps(conclusion(way)[1:]) == way
     assert conclusion(None) == "?"
@@ -192,7 +194,7 @@ def test_all_pairs_are_problems_of_two_numbers():
     assert set(generate_problems(50, "train", numbers=(2,))) <= set(found)
 
 
-def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenizer):
+def test_few_branches_are_selected_solutions_first(tokenizer: HfTokenizer):
     data = Data(problems=8, numbers=(2, 4), forks={"4": 1.0}, branches=1)
     few = CountdownExamples(data, tokenizer).chunk(0)
     every = CountdownExamples(replace(data, branches=0), tokenizer).chunk(0)
@@ -200,15 +202,15 @@ def test_few_branches_are_learned_from_and_solutions_first(tokenizer: HfTokenize
     assert {t.tobytes() for t in (tree.tree.token_ids for tree in few)} <= {
         t.tobytes() for t in (tree.tree.token_ids for tree in every)
     }
-    told = [text for text in texts if text.startswith(">")]
-    assert len(told) == CHUNK_SIZE // 2, "one of every fork"
-    assert len(texts) - len(told) == CHUNK_SIZE, "all trunks"
-    assert sum("!" in text for text in told) > 0.6 * len(told)
-    whole = [text for tree in every if (text := tokenizer.decode(tree.tree.token_ids)).startswith(">")]
-    assert sum("!" in text for text in whole) < 0.3 * len(whole)
+    messages = [text for text in texts if text.startswith(">")]
+    assert len(messages) == CHUNK_SIZE // 2, "one of every fork"
+    assert len(texts) - len(messages) == CHUNK_SIZE, "all trunks"
+    assert sum("!" in text for text in messages) > 0.6 * len(messages)
+    unselected = [text for tree in every if (text := tokenizer.decode(tree.tree.token_ids)).startswith(">")]
+    assert sum("!" in text for text in unselected) < 0.3 * len(unselected)
 
 
-def test_a_lucky_fork_holds_a_solution_among_few(tokenizer: HfTokenizer):
+def test_a_hinted_fork_has_a_solution_among_few_branches(tokenizer: HfTokenizer):
     habits = SearchStyle(forks={4: 1.0}, width=(2, 3), hint_rate=1.0)
     for problem in generate_problems(8, "train", numbers=(4,)):
         made = asyncio.run(demonstration(problem, tokenizer, seed=2, style=habits))
@@ -219,6 +221,6 @@ def test_a_lucky_fork_holds_a_solution_among_few(tokenizer: HfTokenizer):
 
 
 @pytest.mark.parametrize("wrong", [{"numbers": ()}, {"numbers": (3, 1)}, {"problems": 0}])
-def test_examples_of_nothing_are_an_error(tokenizer: HfTokenizer, wrong: dict):
+def test_impossible_examples_are_an_error(tokenizer: HfTokenizer, wrong: dict):
     with pytest.raises(apr.AprError, match="expected some, with at least 2 each"):
         CountdownExamples(replace(Data(problems=8), **wrong), tokenizer)

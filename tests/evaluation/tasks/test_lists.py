@@ -1,4 +1,4 @@
-"""Lists as a graph of operations, and the example: halves at once, the better merge, and errors that are counted."""
+"""Lists as a graph of operations, and the example: halves in parallel, the best merge, counted errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_errors_are_counted(problem: ListProblem, said: tuple[int, ...], errors:
 @pytest.mark.parametrize(
     ("problem", "answer"), [(SORT, [0, 1, 2, 3, 3, 9]), (INTERSECT, [1, 7, 9])], ids=["sort", "intersect"]
 )
-def test_halves_are_solved_and_put_together(problem: ListProblem, answer: list[int]):
+def test_halves_are_solved_and_merged(problem: ListProblem, answer: list[int]):
     found, verified, asked = solve(problem, right)
     assert (json.loads(found.answer), found.score, verified) == (answer, 0.0, True)
     begins = ("Sort", "Which")
@@ -64,7 +64,7 @@ def test_halves_are_solved_and_put_together(problem: ListProblem, answer: list[i
     assert len(asked) == 15  # and five merges, the best of which needs no mending
 
 
-def test_the_best_try_goes_on_and_what_is_wrong_is_asked_about_again():
+def test_the_best_answer_continues_and_errors_are_corrected():
     tries = iter(["9]", "1, 2, 3]", "3]", "", "4]"])
 
     def script(request: apr.Request, prompt: str) -> str:
@@ -80,14 +80,14 @@ def test_the_best_try_goes_on_and_what_is_wrong_is_asked_about_again():
     assert verified
 
 
-def test_a_model_that_is_wrong_is_said_to_be():
+def test_a_wrong_model_is_not_verified():
     found, verified, _ = solve(SORT, lambda request, prompt: "1, 2]")
     assert (found.answer, verified) == ("[1, 2]", False)
     assert SORT.count_errors(json.loads(found.answer)) == 4
 
 
 @pytest.mark.parametrize("kind", ["sort", "intersect"])
-def test_problems_by_seed(kind: Any):
+def test_a_seed_reproduces_problems(kind: Any):
     assert (
         list(generate_problems(kind, 3, size=6))
         == list(generate_problems(kind, 3, size=6))
@@ -100,7 +100,7 @@ def test_problems_by_seed(kind: Any):
 
 
 @pytest.mark.parametrize(("script", "solved"), [(right, 4), (lambda request, prompt: "1]", 0)])
-def test_the_example_says_how_many_were_right(
+def test_the_example_prints_how_many_were_correct(
     script: Callable[..., Any],
     solved: int,
     monkeypatch: pytest.MonkeyPatch,

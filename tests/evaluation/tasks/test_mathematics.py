@@ -1,4 +1,4 @@
-"""Mathematics as a task: what is read, voted on and checked by the library, and that no formula stops the others."""
+"""Mathematics as a task: reading, voting and verification by math-verify, with a timeout for each formula."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def test_answers(task: MathTask, text: str, answer: str):
         ("2", "3", False), ("", "0", False), ("__import__('os')", "0", False),
     ],
 )  # fmt: skip
-def test_answers_that_say_the_same_have_one_key(task: MathTask, one: str, other: str, same: bool):
+def test_equal_answers_have_equal_keys(task: MathTask, one: str, other: str, same: bool):
     assert (task.vote_key(one) == task.vote_key(other)) == same
     assert (task.vote_key(other) == task.vote_key(one)) == same
     assert len(Counter(map(task.vote_key, (one, other)))) == (1 if same else 2)
 
 
-def test_what_is_right(task: MathTask):
+def test_verify(task: MathTask):
     assert [task.verify("half?", answer) for answer in ("0.5", "1", "")] == [True, False, False]
     assert task.verify("x?", "5") is True
     assert task.verify("another?", "5") is None
     assert not task.verifiable  # by a method: it would have to know the answer
 
 
-def test_when_workers_have_an_answer(task: MathTask):
+def test_has_answer(task: MathTask):
     steps = ("so $x = 3$", "It is \\boxed{3}.", "Answer: 3")
     assert [task.has_answer(text) for text in steps] == [False, True, True]
 
@@ -86,7 +86,7 @@ def script() -> Any:
     return say
 
 
-def test_votes_are_counted_by_what_answers_say():
+def test_equal_answers_share_their_votes():
     engine = apr.ScriptedEngine(script())
     found = asyncio.run(self_consistency(engine, "half?", task=MathTask(engine), n=6))
     assert (found.answer, found.score) == ("\\frac{1}{2}", 0.5)  # 0.5, as the library writes it
@@ -96,7 +96,7 @@ def test_votes_are_counted_by_what_answers_say():
     assert MathAnswer(found.answer) == MathAnswer("1/2")
 
 
-def test_a_method_does_not_see_the_right_answer():
+def test_a_method_does_not_see_the_correct_answer():
     engine = apr.ScriptedEngine(script())
     task = MathTask(engine, answers={"half?": "1"})
     found = asyncio.run(best_of_n(engine, "half?", task=task, n=6))
@@ -114,14 +114,14 @@ def test_no_formula_takes_long(text: str):
 
 
 def test_from_another_thread():
-    said = list[bool]()
-    thread = Thread(target=lambda: said.append(MathAnswer("0.25") == MathAnswer("1/4")))
+    results = list[bool]()
+    thread = Thread(target=lambda: results.append(MathAnswer("0.25") == MathAnswer("1/4")))
     thread.start()
     thread.join(60)
-    assert said == [True]
+    assert results == [True]
 
 
-def test_a_process_that_is_gone_or_hangs_is_begun_anew(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_that_died_or_hangs_is_restarted(monkeypatch: pytest.MonkeyPatch):
     formulas = FormulaWorker()
     assert formulas.call("extract_answer", "$1$") == "1"
     assert formulas._process

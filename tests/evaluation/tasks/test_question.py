@@ -1,4 +1,4 @@
-"""Open questions as a task: what a model is asked by each method in the turns it knows, and what is read of its replies."""
+"""Open questions as a task: the prompts of each method, and how replies are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TAGS = ["<|im_start|>", "<|im_end|>"]
 LLAMA = ChatTemplate("<user>", "</user><model>", "</model>")
 
 
-def said(text: str, logprob: float | None = None) -> Completion:
+def completion(text: str, logprob: float | None = None) -> Completion:
     return Completion(None, None, text, "eos", logprob)  # type: ignore[arg-type]
 
 
@@ -28,7 +28,7 @@ def task() -> QuestionTask:
     return QuestionTask(apr.ScriptedEngine(lambda request, prompt: "", ByteTokenizer(TAGS)))
 
 
-def test_turns():
+def test_chat_turns():
     assert chat_template_for(ByteTokenizer(TAGS)) is CHATML
     assert chat_template_for(ByteTokenizer()) is PLAIN
     assert (
@@ -38,17 +38,17 @@ def test_turns():
     assert PLAIN.turn("Q") + "A" + PLAIN.turn("Sure?", first=False) == "Q\n\nA\n\nSure?\n\n"
 
 
-def test_every_prompt_is_a_turn_of_the_chat_that_was_given():
+def test_every_prompt_uses_the_given_chat_template():
     task = QuestionTask(apr.ScriptedEngine(lambda request, prompt: ""), LLAMA)
     plan = Draft("Q", "plan")
-    whole = [
+    prompts = [
         task.prompt("Q"),
         task.proposal_prompt(Draft("Q")),
         task.proposal_prompt(plan),
         task.evaluate(plan),
         task.vote_prompt("Q", ["a", "b"]),
     ]
-    for ask in whole:
+    for ask in prompts:
         assert ask.text.startswith("<user>")
         assert ask.text.endswith("</user><model>")
         assert ask.text.count("<user>") == 1
@@ -100,18 +100,18 @@ def test_point_prompts_share_all_but_the_point(task: QuestionTask):
 @pytest.mark.parametrize(
     ("thought", "score"),
     [
-        (said("Yes", log(0.8)), 0.8), (said("No", log(0.8)), 0.2), (said("Y", log(0.6)), 0.6), (said("Yes"), 1.0),
-        (said("No"), 0.0),
+        (completion("Yes", log(0.8)), 0.8), (completion("No", log(0.8)), 0.2), (completion("Y", log(0.6)), 0.6), (completion("Yes"), 1.0),
+        (completion("No"), 0.0),
     ],
 )  # fmt: skip
-def test_a_judge_says_how_likely_yes_is(task: QuestionTask, thought: Completion, score: float):
+def test_a_judge_scores_by_the_probability_of_yes(task: QuestionTask, thought: Completion, score: float):
     assert task.judge_score(thought) == pytest.approx(score)
     ask = task.judge_prompt("Q")
     assert (ask.tokens, ask.sampling) == (1, {"temperature": 1.0})
     assert ask.grammar == 'start: "Yes" | "No"\n'
 
 
-def test_a_judge_in_the_words_of_another_grammar_backend():
+def test_a_judge_prompt_for_another_grammar_backend():
     class Other(apr.ScriptedEngine):
         grammar_backend = "xgrammar"  # type: ignore[assignment]
 
@@ -124,7 +124,7 @@ def test_a_judge_in_the_words_of_another_grammar_backend():
     ("text", "value"), [("Fine.\nScore: 7", 0.7), ("**Score:** 10/10", 1.0), ("score 99", 1.0), ("good", 0.0)]
 )
 def test_values(task: QuestionTask, text: str, value: float):
-    assert task.value(Draft("Q"), said(text)) == value
+    assert task.value(Draft("Q"), completion(text)) == value
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_an_answer_is_drafted_in_two_steps(task: QuestionTask):
     assert task.expand(start, "  ") == []
 
 
-def test_what_thinkers_see_of_each_other_and_when_they_are_done(task: QuestionTask):
+def test_shared_context_and_the_end_of_workers(task: QuestionTask):
     alone, _ = task.shared_context_prompt("Q", "", ["", ""])
     assert alone == task.prompt_text("Q", alone.split("\n")[3].removesuffix("<|im_end|>"))
     seen, ask = task.shared_context_prompt("Q", "mine so", ["one", "", "two"], "done.\n\n")
@@ -164,8 +164,8 @@ def test_what_thinkers_see_of_each_other_and_when_they_are_done(task: QuestionTa
 
 def script(request: apr.Request, prompt: str) -> str:
     """A model that follows each of the instructions."""
-    asked = prompt.rpartition("<|im_start|>user\n")[2]
-    for told, reply in (
+    message = prompt.rpartition("<|im_start|>user\n")[2]
+    for instruction, reply in (
         ("write its skeleton", " Warm fur\n2. Good company"),
         ("Write out point 1", ": they are warm."),
         ("Write out point 2", ": they stay."),
@@ -176,7 +176,7 @@ def script(request: apr.Request, prompt: str) -> str:
         ("Improve this answer", "Better.\nAnswer: 42"),
         ("", "6 times 7.\nAnswer: 42"),
     ):
-        if told in asked:
+        if instruction in message:
             return reply
     raise AssertionError(prompt)
 

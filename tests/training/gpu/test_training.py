@@ -1,4 +1,4 @@
-"""What training computes on a GPU: FlexAttention against dense masks in double precision, and runs that use it."""
+"""Training on a GPU: FlexAttention against dense masks in double precision, and runs that use it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LENGTH = 700  # a block, in part full, and a last one that is cut
 
 
 def trees(joins: bool) -> list[FlatTree]:
-    """Two rows of a hundred tokens or more, padded."""
+    """Two padded rows of a hundred tokens or more."""
     rng = random.Random(1)
     rows = []
     for _ in range(2):
@@ -50,8 +50,8 @@ def trees(joins: bool) -> list[FlatTree]:
     ("dtype", "joins", "allowed"),
     [(torch.float32, False, 1e-5), (torch.float32, True, 1e-5), (torch.bfloat16, True, 2e-2)],
 )
-def test_flex_attention_is_attention_under_the_dense_mask(dtype: torch.dtype, joins: bool, allowed: float):
-    """Outputs and gradients, by their norm; key and value heads are shared by two of the queries'."""
+def test_flex_attention_equals_attention_with_the_dense_mask(dtype: torch.dtype, joins: bool, allowed: float):
+    """Compares outputs and gradients by their norm; two query heads share each key and value head."""
     torch.manual_seed(0)
     sight = Visibility.from_trees(trees(joins), LENGTH).to("cuda")
     assert bool(sight.joined.shape[1]) == joins
@@ -74,24 +74,24 @@ def searches(model: Path) -> list[TrainingTree]:
 
 
 @pytest.mark.gpu
-def test_a_row_under_flex_attention_has_the_gradient_of_a_dense_one(tmp_path: Path):
+def test_flex_attention_has_the_gradient_of_the_dense_mask(tmp_path: Path):
     path = countdown_llama(tmp_path, apr.dialect("spawn").tags, layers=2, hidden=64)
     made = searches(path)
-    gradients, said = [], []
+    gradients, outputs = [], []
     for attention, kind in (("dense", "sdpa"), ("later", "flex_attention")):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=kind)
         batch = to_device(Collator(attention=attention)([made]), "cuda")
         found = log_probabilities(model.to("cuda"), batch)
         found.sum().backward()
-        said.append(found.detach())
+        outputs.append(found.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(said[1], said[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-4)
     assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-4
 
 
 @pytest.mark.gpu
-def test_a_run_goes_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The same losses at first; later ones drift, since rounding does."""
+def test_a_run_has_the_losses_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first losses are equal; later ones drift by rounding."""
     config = replace(SMALL, steps=replace(SMALL.steps, tokens=6000))
     torch.cuda.reset_peak_memory_stats()
     train(config, tmp_path / "gpu")
@@ -103,7 +103,7 @@ def test_a_run_goes_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert dict(mine) == pytest.approx(dict(theirs), rel=1e-3)
 
 
-def test_a_block_mask_stays_where_it_is(tmp_path: Path):
+def test_a_block_mask_cannot_be_moved(tmp_path: Path):
     made = searches(countdown_llama(tmp_path, apr.dialect("spawn").tags, layers=1, hidden=32))
     with pytest.raises(AprError, match="later"):
         to_device(Collator(attention="flex")([made]), "cpu")

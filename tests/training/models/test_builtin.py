@@ -1,4 +1,4 @@
-"""The model that comes with the package, on a real server: it solves problems, and forks where that helps."""
+"""The model that ships with the package, on a real server: it solves problems, and forks where that helps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_it_is_small_and_has_its_tags(capsys: pytest.CaptureFixture[str]):
     assert locate_model("elsewhere") == "elsewhere"
 
 
-def test_it_solves_and_an_evaluation_goes_on_where_it_was(
+def test_it_solves_problems_and_an_evaluation_continues(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["eval", "countdown", "--url", url, "--limit", str(LIMIT), "-o", str(tmp_path), "--json"]
@@ -57,7 +57,7 @@ def test_it_solves_and_an_evaluation_goes_on_where_it_was(
     assert "holds another evaluation" in capsys.readouterr().err
 
 
-def test_the_demo_shows_what_it_chose(url: str):
+def test_the_demo_shows_its_choices(url: str):
     example = EXAMPLES / "countdown.py"
     done = subprocess.run(
         [sys.executable, str(example), "--url", url], capture_output=True, text=True, timeout=200, check=True

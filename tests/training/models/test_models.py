@@ -1,4 +1,4 @@
-"""Tests of the checkpoints: SmolLM2 from its package, the random tiny Llama, and what describes them."""
+"""Checkpoints: SmolLM2 from its package, the random tiny Llama, and their descriptions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_importing_models_imports_nothing_heavy():
 # The cache
 
 
-def test_one_build_when_two_ask_at_once(tmp_path):
+def test_concurrent_calls_build_once(tmp_path):
     builds = []
 
     def build(target):
@@ -87,7 +87,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert cache.build_once("m", {}, lambda target: None, tmp_path).is_dir()
 
 
-def test_another_recipe_replaces_and_a_stranger_stays(tmp_path):
+def test_another_recipe_replaces_but_foreign_directories_stay(tmp_path):
     cache.build_once("m", {"v": 1}, lambda target: (target / "old").touch(), tmp_path)
     path = cache.build_once("m", {"v": 2}, lambda target: (target / "new").touch(), tmp_path)
     assert sorted(file.name for file in path.iterdir()) == ["new", cache.RECIPE_FILE]
@@ -167,7 +167,7 @@ def test_smollm2_tokenizer_file_equals_transformers(plain):
 
 
 @pytest.mark.slow
-def test_tags_are_single_tokens_with_the_mean_of_their_words(plain, tagged):
+def test_tags_are_single_tokens_with_the_mean_of_their_pieces(plain, tagged):
     import torch
 
     old, _ = load(plain)
@@ -186,7 +186,7 @@ def test_tags_are_single_tokens_with_the_mean_of_their_words(plain, tagged):
     torch.testing.assert_close(after[..., :size], before, atol=1e-3, rtol=1e-5)
 
 
-def test_words_of_tags():
+def test_tag_text():
     assert [tag_text(tag) for tag in ("<Thread>", "</Thread>", "[Sub Search]", "<>")] == [
         "Thread",
         "/Thread",
@@ -207,7 +207,7 @@ def test_random_llama_is_small_and_deterministic(tiny, tmp_path):
     assert 300 <= describe(tiny)["vocab_size"] <= 700
 
 
-def test_random_llama_generates_and_looks_at_the_whole_context(tiny):
+def test_random_llama_depends_on_the_complete_context(tiny):
     import torch
 
     model, tokenizer = load(tiny)
@@ -239,7 +239,7 @@ def test_biases_raise_tags_and_eos_only(tmp_path, bias):
     assert 0.3 < spread.min() < spread.max() < 0.8
 
 
-def test_any_text_survives_and_tags_are_single(tiny):
+def test_any_text_round_trips_and_tags_are_single_tokens(tiny):
     _, tokenizer = load(tiny)
     for text in [*TEXTS, "".join(map(chr, range(0x20, 0x800))), "\U0010ffff", "".join(TAGS)]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -271,7 +271,7 @@ def test_llguidance_takes_the_tiny_tokenizer(tiny):
     assert matcher.is_accepting()
 
 
-def test_odd_hidden_size_is_refused(tmp_path):
+def test_an_odd_hidden_size_is_an_error(tmp_path):
     with pytest.raises(AprError, match="multiple of 8"):
         random_llama(tmp_path, hidden=100)
 
@@ -282,12 +282,12 @@ def test_odd_hidden_size_is_refused(tmp_path):
 def test_describe(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    said = describe(tiny)
-    assert said["tags"] == sorted(TAGS, key=lambda tag: (tag.strip("</"), tag.startswith("</")))
-    assert said["eos"] == ["<|im_end|>"]
-    assert said["dtype"] == "float32"
-    assert said["parameters"] == AutoModelForCausalLM.from_pretrained(tiny).num_parameters()
-    assert said["parameters"] * 4 < said["bytes"] < said["parameters"] * 5
+    description = describe(tiny)
+    assert description["tags"] == sorted(TAGS, key=lambda tag: (tag.strip("</"), tag.startswith("</")))
+    assert description["eos"] == ["<|im_end|>"]
+    assert description["dtype"] == "float32"
+    assert description["parameters"] == AutoModelForCausalLM.from_pretrained(tiny).num_parameters()
+    assert description["parameters"] * 4 < description["bytes"] < description["parameters"] * 5
     assert describe(tiny, ["<Thread>", "<Path>"])["tags"] == ["<Thread>"]
     with pytest.raises(AprError, match=r"no config\.json"):
         describe(tmp_path)
@@ -295,6 +295,6 @@ def test_describe(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_describe_smollm2(tagged):
-    said = describe(tagged)
-    assert said["parameters"] == 134_515_008 + len(TAGS) * 576
-    assert set(said["tags"]) == set(TAGS)
+    description = describe(tagged)
+    assert description["parameters"] == 134_515_008 + len(TAGS) * 576
+    assert set(description["tags"]) == set(TAGS)
