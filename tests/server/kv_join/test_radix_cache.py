@@ -210,7 +210,7 @@ def test_what_is_decoded_after_a_join_is_cached_there_only(joining: Server, refe
 
 
 BAD = {
-    "no JSON": "[1, [[",
+    "expected a layout as JSON": "[1, [[",
     "expected a list": "null",
     "expected the 32": "[20, [[6], [1]], 3]",
     "expected a run": '[20, [["6"], [6]], 3]',
