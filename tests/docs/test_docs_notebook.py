@@ -33,7 +33,9 @@ def test_the_notebook_runs(notebook: NotebookNode, tmp_path: Path):
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
-    outputs = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
+    outputs = [
+        "".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells
+    ]
     assert any("! 12/ 6= 2, 18- 2= 16, 16+ 23= 39" in text for text in outputs)
     assert any("810 tokens, 308 on the critical path, 128 in one context" in text for text in outputs)
     assert sum("complete: True" in text for text in outputs) == 1
