@@ -405,7 +405,9 @@ def test_many_at_once(server: Server):
 
 
 @pytest.fixture(scope="module")
-def guarded(forked_server: type[Server], server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def guarded(
+    forked_server: type[Server], server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """The same model with an API key, limits and metrics."""
     log = tmp_path_factory.mktemp("guarded") / "log"
     flags = {
