@@ -57,7 +57,7 @@ def test_it_is_what_http_gives(report: dict, by_http: list[apr.Trajectory]):
 def counts(trajectory: apr.Trajectory, phase: str = "") -> list[tuple]:
     """What the engine reported for the requests of a phase, or for all but the branches."""
     return sorted(
-        (c.phase, c.path, c.prompt_tokens, c.reprefilled if phase else c.cached_tokens)
+        (c.phase, c.path, c.prompt_tokens, c.reprefilled_tokens if phase else c.cached_tokens)
         for c in trajectory.calls
         if (c.phase == phase if phase else c.phase != "branch")
     )
