@@ -102,7 +102,9 @@ class Experiments:
                 return store.results_of(name)
             log = self.out / "server.log"
             with Server(model, log_path=log, context_length=2048, **SERVER_OPTIONS) as server:
-                return asyncio.run(evaluate(server.url, benchmark, name, store, implementation="apr", **options))
+                return asyncio.run(
+                    evaluate(server.url, benchmark, name, store, implementation="apr", **options)
+                )
 
 
 def rewards(experiments: Experiments, options: argparse.Namespace) -> Iterator[MethodResults]:

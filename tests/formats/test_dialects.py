@@ -99,9 +99,7 @@ def test_width_and_depth_bound_a_document(name: str, width: int):
         ids = masked(name).encode(text)
         assert (taken.try_consume_tokens(ids) == len(ids) and taken.is_accepting()) == fits, text
         seen.add(fits)
-    nests = (
-        depth > 1 and dialect.branch_context == "prefix"
-    )  # a document holds only the result of a child
+    nests = depth > 1 and dialect.branch_context == "prefix"  # a document holds only the result of a child
     assert seen == ({True, False} if width < 4 or nests else {True})
 
 
@@ -325,9 +323,7 @@ def test_every_prefix_of_a_phase_can_be_completed(name: str, spelled: bool):
         ),
     ],
 )
-def test_completion_within_a_tag_a_number_or_a_name(
-    name: str, phase: str, number: str, cut: str, added: str
-):
+def test_completion_within_a_tag_a_number_or_a_name(name: str, phase: str, number: str, cut: str, added: str):
     numbering = BranchNumbering(prefix=f"{number}." if phase == "branch" else "", number=number)
     assert apr.dialect(name).complete_phase(phase, cut, numbering) == added
 

@@ -39,6 +39,8 @@ def test_a_tokenizer_without_all_tags_has_no_dialect():
     tags = apr.dialect("threadweaver").tags
     assert apr.dialect_for(apr.ByteTokenizer(tags[:4])) is None
     assert apr.dialect_for(apr.ByteTokenizer()) is None
-    assert apr.dialect_for(apr.ByteTokenizer([*tags, *apr.dialect("npr").tags])) is None, "it has the tags of two dialects"
+    assert apr.dialect_for(apr.ByteTokenizer([*tags, *apr.dialect("npr").tags])) is None, (
+        "it has the tags of two dialects"
+    )
     without = [t for t in tags if "Conclusion" not in t]
     assert apr.dialect_for(apr.ByteTokenizer(without)) is apr.dialect("threadweaver")

@@ -97,7 +97,9 @@ def test_what_is_written_is_what_the_reference_writes(joining: Server, reference
     assert {(j.path, j.by) for j in trajectory.joins} == {(b.path, "kv") for b in trajectory.blocks}
     # What a branch had decoded when another one cut it may not have come into the cache.
     cut = {b.path for block in trajectory.blocks for b in block.branches if b.outcome == "aborted"}
-    assert all(c.reprefilled_tokens <= 1 for c in trajectory.calls if c.path not in cut), "nothing is computed again"
+    assert all(c.reprefilled_tokens <= 1 for c in trajectory.calls if c.path not in cut), (
+        "nothing is computed again"
+    )
     letters = plain(asyncio.run(tokenizer_of(joining.url)), reference.config.vocab_size)
     joined = regret(reference, trajectory, apr.causality(trajectory), letters)
     assert len(joined) > 15
