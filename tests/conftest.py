@@ -18,6 +18,7 @@ from sgl_apr.training.models import locate_model, random_llama
 from tests.support.forked_server import ForkServer, cores_per_worker
 
 SERVER_MARK = "pytest.mark.server"
+SPLIT = ("tests/docs/test_docs_served.py",)  # a minute for some of its tests: workers share them
 GPU = has_accelerator()
 
 
@@ -34,6 +35,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if "not slow" not in config.option.markexpr:
                 return file
+            if file in SPLIT:
+                return nodeid
             return shared_server(config.rootpath / file) or file
 
     return Scheduling(config, log)
