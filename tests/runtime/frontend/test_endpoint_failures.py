@@ -60,7 +60,8 @@ def test_a_failed_branch_raises_wherever_the_program_is_read(failure, stream):
         assert isinstance(state.error(), apr.BranchFailed)
         state.sync()
         assert state.text().startswith("Q: ")
-        assert fake.rids["branch 2"] in fake.aborted
+        # The other branch may have failed before this one was sent.
+        assert fake.rids.get("branch 2") in {None, *fake.aborted}
         until(lambda: not fake.live, 5)
 
 
