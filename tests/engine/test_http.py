@@ -157,7 +157,8 @@ def test_a_branch_that_fails_ends_the_other(failure):
         reason(fake, on_branch_failure="raise", retry=AT_ONCE)
     assert raised.value.path == (1, 1)
     assert time.monotonic() - began < 5
-    assert fake.rids["branch 2"] in fake.aborted
+    # The other branch may have failed before this one was sent.
+    assert fake.rids.get("branch 2") in {None, *fake.aborted}
     assert not fake.live
 
 
