@@ -1,4 +1,4 @@
-"""Every exception that sgl_apr raises on purpose.
+"""The exceptions that callers handle. Modules with an error of their own derive it from one of these.
 
 AprError
 ├── GrammarError          a grammar file, or a mask requested from it, is not usable
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 
 class AprError(Exception):
@@ -44,6 +45,10 @@ class TraceError(AprError):
         self.line, self.column, self.found, self.expected = line, column, found, tuple(expected)
         what = f"found {found!r}" if found else "the text ends"
         super().__init__(f"line {line}, column {column}: {what}, expected {' or '.join(self.expected)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickling: an exception is otherwise made again from its message alone."""
+        return type(self), (self.line, self.column, self.found, self.expected)
 
 
 class ConversionError(AprError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -83,6 +83,10 @@ class Dialect(FormatOptions):
                 f"cannot read the grammar {path}: {getattr(error, 'strerror', error)}"
             ) from None
         return cls.from_source(path.stem, source, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields alone: what is cached, such as a parser, is made again where it is unpickled."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_source(cls, name: str, source: str, **options: Any) -> Dialect:

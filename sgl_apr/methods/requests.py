@@ -14,12 +14,12 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.options import make_options
 from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
 from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.request_runner import RequestRunner
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 
@@ -129,7 +129,7 @@ class MethodRequests:
             self._reserved -= tokens
 
     def _cut(self, sequence: SequenceState, engine: Engine | None, limit: str) -> Completion:
-        self.recorder.log.record_limit(limit, sequence.path)
+        self.recorder.request_log.record_limit(limit, sequence.path)
         finish: Finish = sequence.scope.cancel_reason or "length"
         self._append(sequence, "", (), finish, None)
         return Completion(sequence, engine, "", finish)
@@ -145,7 +145,7 @@ class MethodRequests:
     async def _complete(
         self, engine: Engine, sequence: SequenceState, prompt: Prompt, max_tokens: int, limit: str
     ) -> Completion:
-        request = self.runner.builder.decode(
+        request = self.runner.builder.decode_request(
             sequence.context, max_tokens, grammar=prompt.grammar, stop=prompt.stop, sampling=prompt.sampling
         )
         emit = self.recorder.events.delta_callback(sequence.path)
@@ -159,11 +159,11 @@ class MethodRequests:
         if result is None:
             finish = sequence.scope.cancel_reason or "aborted"
             if finish != "failed":
-                self.recorder.log.record_limit(sequence.scope.limit, sequence.path)
+                self.recorder.request_log.record_limit(sequence.scope.limit, sequence.path)
         elif result.finish == "length":
             finish = "length"
             if limit != PROMPT_LIMIT:
-                self.recorder.log.record_limit(limit, sequence.path)
+                self.recorder.request_log.record_limit(limit, sequence.path)
         elif ended:
             finish = "eos"
         if finish == "failed":

@@ -205,7 +205,7 @@ class MethodSession:
             affordable["calls"] = max(1, (self.requests.allowance.calls - 1) // calls)
         limit = min(affordable, key=affordable.__getitem__)
         if affordable[limit] < wanted:
-            self.recorder.log.record_limit(limit, ())
+            self.recorder.request_log.record_limit(limit, ())
         return affordable[limit]
 
     def finish(self) -> Trajectory:

@@ -9,9 +9,9 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.branch_group import BranchGroup
-from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.fork_join import ForkJoin
 from sgl_apr.runtime.fork_rules import ForkRules
+from sgl_apr.runtime.request_runner import RequestRunner
 from sgl_apr.runtime.sequence import PendingBranch, PendingBranches, SequenceState
 
 RunBranchOn = Callable[[Engine | None, BranchGroup, SequenceState], Coroutine[Any, Any, None]]

@@ -14,9 +14,9 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect
-from sgl_apr.runtime.decoder import derive_seed
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.jsonl import open_for_append, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory

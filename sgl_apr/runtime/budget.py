@@ -1,4 +1,4 @@
-"""Limits of one trajectory. `runtime.allocation` divides them before anything is decoded."""
+"""Limits of one trajectory. `fork_rules` divides them before anything is decoded."""
 
 from __future__ import annotations
 

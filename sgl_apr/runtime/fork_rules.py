@@ -41,14 +41,14 @@ class ForkRules:
     Args:
         options: What was asked for.
         overhead: What closing costs, in tokens.
-        log: Records the limits that act.
+        request_log: Records the limits that act.
         context_length: Tokens that a prompt and its output may have together, if the engine says.
     """
 
     def __init__(
-        self, options: ReasonOptions, overhead: Overhead, log: RequestLog, context_length: int | None
+        self, options: ReasonOptions, overhead: Overhead, request_log: RequestLog, context_length: int | None
     ) -> None:
-        self.options, self.overhead, self.log = options, overhead, log
+        self.options, self.overhead, self.request_log = options, overhead, request_log
         self.context_length = context_length
         self.by_message = options.dialect.branch_context == "message"
         self._commits = options.join == "kv"  # each branch takes one more call, to be joined in the cache
@@ -126,23 +126,38 @@ class ForkRules:
     def branch_allowance(self, sequence: SequenceState, branches: int) -> Allowance:
         """The equal part that each of so many branches gets; its critical path counts from where it begins.
 
-        A message that comes back may be as long as what its branch decoded. A branch that can only be closed gets
-        no tokens or no calls.
+        The sequence keeps its reserve of everything, and what closing the fork costs. Each of the n branches gets
+
+        - tokens: (tokens - n * overhead of a branch - overhead of the join) * (1 - reserve) / n, half of that if it
+          returns a message, which may be as long as what the branch decoded;
+        - critical path: what is left of it after the join, times (1 - reserve), divided by 1 + n if messages follow one
+          another;
+        - calls and blocks: equal parts, rounded down. A branch that can only be closed gets none.
         """
-        allowance, budget = sequence.allowance, self.options.budget
-        keep, o, n = 1 - budget.reserve, self.overhead, branches
-        tokens = int((allowance.tokens - n * o.branch - o.join) * keep) // (n * (1 + self.by_message))
-        field = allowance.limiting_field
+        budget, allowance = self.options.budget, sequence.allowance
+        tokens, field = self._token_share(allowance, branches), allowance.limiting_field
         if budget.branch_tokens is not None and budget.branch_tokens < tokens:
             tokens, field = budget.branch_tokens, "branch_tokens"
-        messages = n if self.by_message else 0
-        path = allowance.critical_path_cap - sequence.critical_path - max(messages, 1) * o.branch - o.join
-        cap = int(path * keep) // (1 + messages)
-        left = allowance.calls - n * self._commits
-        calls = min(int(left * keep), left - 1) // n or int(left > n)
-        return Allowance(
-            max(0, tokens), max(0, cap), max(0, allowance.blocks) // (n + 1), max(0, calls), field
-        )
+        path = self._critical_path_share(allowance, sequence.critical_path, branches)
+        blocks, calls = allowance.blocks // (branches + 1), self._call_share(allowance, branches)
+        return Allowance(max(0, tokens), max(0, path), max(0, blocks), max(0, calls), field)
+
+    def _token_share(self, allowance: Allowance, branches: int) -> int:
+        left = allowance.tokens - branches * self.overhead.branch - self.overhead.join
+        return int(left * (1 - self.options.budget.reserve)) // (branches * (1 + self.by_message))
+
+    def _critical_path_share(self, allowance: Allowance, critical_path: int, branches: int) -> int:
+        messages = branches if self.by_message else 0
+        closing = max(messages, 1) * self.overhead.branch + self.overhead.join
+        left = allowance.critical_path_cap - critical_path - closing
+        return int(left * (1 - self.options.budget.reserve)) // (1 + messages)
+
+    def _call_share(self, allowance: Allowance, branches: int) -> int:
+        left = allowance.calls - branches * self._commits
+        shared = min(
+            int(left * (1 - self.options.budget.reserve)), left - 1
+        )  # one for the text after the join
+        return shared // branches or int(left > branches)
 
     def _next_fork(self, sequence: SequenceState) -> tuple[int, ForkMode]:
         """How wide the next fork may be (0 for none), and whether it has to come, may come, or may not."""
@@ -171,7 +186,7 @@ class ForkRules:
         capped = max(options.min_branches, min(width, parallelism))
         if capped < width:
             block = (*sequence.path, sequence.blocks + 1)
-            self.log.record_pacing(block, width, capped, load, f"capped: {reason}")
+            self.request_log.record_pacing(block, width, capped, load, f"capped: {reason}")
         return capped
 
     def _affordable_width(self, sequence: SequenceState) -> int:
@@ -183,7 +198,7 @@ class ForkRules:
             if not limit:
                 break
         if first_limit:
-            self.log.record_limit(first_limit, sequence.path)
+            self.request_log.record_limit(first_limit, sequence.path)
         return 0 if limit else width
 
     def _blocking_limit(self, sequence: SequenceState, branches: int) -> str | None:

@@ -24,12 +24,12 @@ class KvJoiner:
     """The joins of one trajectory.
 
     Args:
-        requests: Records the joins, and requests that commit a branch again.
+        request_log: Records the joins, and requests that commit a branch again.
         new_rid: Makes request ids.
     """
 
-    def __init__(self, requests: RequestLog, new_rid: Callable[[], str]) -> None:
-        self.log, self.new_rid = requests, new_rid
+    def __init__(self, request_log: RequestLog, new_rid: Callable[[], str]) -> None:
+        self.request_log, self.new_rid = request_log, new_rid
 
     def join(self, sequence: SequenceState, fork: int, branches: Sequence[SequenceState]) -> bool:
         """Join committed branches of a sequence that forked at token `fork`.
@@ -41,7 +41,7 @@ class KvJoiner:
         joined = join_branches(sequence.kv_layout, fork, [(b.kv_layout, len(b.context)) for b in branches])
         if not why and joined is None:
             why = "a branch has read as text what was joined before the fork"
-        self.log.record_join((*sequence.path, sequence.blocks), why)
+        self.request_log.record_join((*sequence.path, sequence.blocks), why)
         if not why and joined is not None:
             sequence.kv_layout = joined
         return not why
@@ -85,7 +85,7 @@ class KvJoiner:
         if allowance.calls < 1:
             raise miss
         log.info("%s is read as text: %s", request.rid, miss)
-        self.log.record_join(sequence.path, str(miss))
+        self.request_log.record_join(sequence.path, str(miss))
         sequence.kv_layout = ()
         allowance.spend(calls=1)
         return await attempt()
@@ -108,5 +108,5 @@ class KvJoiner:
                 if error.status != CACHE_MISS_STATUS:
                     raise
                 return False
-            self.log.record_request("recommit", sequence.path, result, 0, started, None, 0)
+            self.request_log.record_request("recommit", sequence.path, result, 0, started, None, 0)
         return True

@@ -39,8 +39,8 @@ async def areason(
     Raises:
         EngineError: The engine failed for good, where no branch is to blame or failed branches are to raise. All other
             requests of the trajectory are aborted before.
-        BudgetExceeded: Nothing fits into the budget, or the prompt does not fit into the engine's context. A budget
-            above that context is cut to it.
+        BudgetExceeded: A fork that has to come does not fit into the budget, or the prompt does not fit into the
+            engine's context. A budget above that context is cut to it.
     """
     tokenizer = engine.tokenizer
     ids = (

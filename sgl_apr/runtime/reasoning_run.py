@@ -18,13 +18,13 @@ from sgl_apr.runtime import telemetry
 from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.cancel_scope import CancelScope
-from sgl_apr.runtime.decoder import RequestRunner
 from sgl_apr.runtime.events import Delta, OnEvent
 from sgl_apr.runtime.fork_join import ForkJoin
 from sgl_apr.runtime.fork_rules import ForkRules
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import closing_overhead
 from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.request_runner import RequestRunner
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -52,7 +52,7 @@ class ReasoningRun:
         if template := options.branch_prompt_template:
             tokens = len(engine.tokenizer.encode(template(""), add_special_tokens=True))
             overhead = replace(overhead, branch=overhead.branch + tokens)
-        self.rules = ForkRules(options, overhead, self.recorder.log, engine.context)
+        self.rules = ForkRules(options, overhead, self.recorder.request_log, engine.context)
         self.runner = RequestRunner(engine, options, self.recorder, self.rid, self.seed)
         self.fork_join = ForkJoin(options, self.runner.kv_joiner)
         self.async_branches = AsyncBranches(self.runner, self.rules, self.fork_join, tasks)
@@ -182,14 +182,15 @@ class ReasoningRun:
             events.retract_text(branch.path, None)
             branch.restart(checkpoint)
             branch.tolerate_failure = True
-            events.emit(Delta(branch.path, branch.spans[0].text))
+            if branch.spans:  # a dialect without a header begins with nothing
+                events.emit(Delta(branch.path, branch.spans[0].text))
             await run()
         branch.scope.detach()
         group.end(branch)
 
     def report(self, error: BaseException | None) -> None:
         """Write the outcome to the log, and to OpenTelemetry if it is installed."""
-        requests = self.recorder.log
+        requests = self.recorder.request_log
         tokens = sum(s.tokens for s in self.recorder.graph.spans if s.origin != "prompt")
         outcome = repr(error) if error else "done"
         log.info("%s: %s, %d tokens in %d calls", self.rid, outcome, tokens, len(requests.calls))

@@ -19,13 +19,13 @@ class TrajectoryRecorder:
     Attributes:
         events: Passes events to the listener.
         graph: Appends spans.
-        log: Records requests and decisions.
+        request_log: Records requests and decisions.
     """
 
     def __init__(self, tokenizer: Tokenizer, on_event: OnEvent | None) -> None:
         self.events = EventEmitter(on_event)
         self.graph = SpanGraph(tokenizer, self.events)
-        self.log = RequestLog(self.events)
+        self.request_log = RequestLog(self.events)
 
     def start_trunk(
         self, prompt_ids: tuple[int, ...], allowance: Allowance, scope: CancelScope
@@ -39,7 +39,7 @@ class TrajectoryRecorder:
         self, trunk: SequenceState, dialect: str, seed: int | None, seeds_honoured: bool
     ) -> Trajectory:
         """The trajectory, once the trunk has ended."""
-        log = self.log
+        log = self.request_log
         limits, decisions, joins = tuple(log.limits), tuple(log.decisions), tuple(log.joins)
         order = tuple(trunk.span_order)
         done = Done(order, dialect, log.seconds, limits, decisions, joins, seed, seeds_honoured)

@@ -31,11 +31,11 @@ class RequestBuilder:
         """A request id for one attempt. All have one length, since the server aborts by prefix."""
         return f"{self.rid}-{uuid.uuid4().hex[:12]}"
 
-    def prefix(self, sequence: SequenceState) -> Request:
+    def commit_request(self, sequence: SequenceState) -> Request:
         """A request for what a sequence has so far, to be committed."""
         return Request(self.rid, sequence.context, fields=self.options.request_fields)
 
-    def decode(
+    def decode_request(
         self,
         context: tuple[int, ...],
         max_tokens: int,
@@ -66,7 +66,7 @@ class RequestBuilder:
             fields=self.options.request_fields,
         )
 
-    def phase(
+    def phase_request(
         self, sequence: SequenceState, phase: Phase, numbering: BranchNumbering, limits: PhaseLimits
     ) -> Request:
         """The request of one phase of a sequence, under the grammar if the options say so."""
@@ -88,7 +88,9 @@ class RequestBuilder:
                 forbid_angle_brackets=options.forbid_angle_brackets,
             )
         stop = dialect.stop_strings(phase, numbering)
-        return self.decode(sequence.context, limits.max_new_tokens, grammar=grammar, stop=stop, sampling={})
+        return self.decode_request(
+            sequence.context, limits.max_new_tokens, grammar=grammar, stop=stop, sampling={}
+        )
 
     def numbering(self, sequence: SequenceState) -> BranchNumbering:
         """The numbers that the next phase of a sequence may write."""

@@ -15,7 +15,7 @@ Convention = Literal["causal", "threadweaver", "multiverse"]
 
 @dataclass(frozen=True, slots=True)
 class PhaseCost:
-    """What the engine did for one phase (trunk, commit, body, after), summed over its calls.
+    """What the engine did for one phase (trunk, commit, branch, after), summed over its calls.
 
     Attributes:
         calls: The number of calls.

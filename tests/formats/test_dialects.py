@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import pickle
 import random
 import re
 from collections.abc import Iterator
@@ -415,3 +416,18 @@ def check(
         assert len(block.branches) <= (budget.width or dialect.max_width)
         assert len(block.path) <= 2 * budget.depth - 1
     return metrics
+
+
+@pytest.mark.parametrize("name", apr.dialect_names())
+def test_a_dialect_that_was_used_can_be_pickled(name: str):
+    dialect = apr.dialect(name)
+    text = dialect.parse("no fork").text if "trunk" in dialect.grammar.rules else ""
+    again = pickle.loads(pickle.dumps(dialect))
+    assert again == dialect
+    assert not text or again.parse(text).text == text
+
+
+def test_an_error_with_a_place_can_be_pickled():
+    error = pickle.loads(pickle.dumps(apr.TraceError(2, 5, "</Thread>", ["<Thread>"])))
+    assert (error.line, error.column, error.found, error.expected) == (2, 5, "</Thread>", ("<Thread>",))
+    assert str(error) == "line 2, column 5: found '</Thread>', expected <Thread>"

@@ -241,6 +241,38 @@ def test_begun_anew_it_is_skipped_at_last():
     assert [b.outcome for b in t.blocks[0].branches] == ["failed", "ok"]
 
 
+NO_HEADER = r"""//@ max_width 4, width 4
+trace : TEXT? (block TEXT?)*
+block : fork path+ tail
+fork : "<F>" NL outline+ "</F>"
+outline : "<o>" NUMBER ":" TEXT "</o>" NL
+path : body
+body : TEXT "</p>"
+tail : "</B>"
+trunk : TEXT? fork | TEXT
+after : trunk
+TEXT : /(.|\n)+/
+NUMBER : /[1-9][0-9]*/
+NL : "\n"
+"""
+
+
+def test_a_branch_without_a_header_is_retried():
+    failures = iter([apr.EngineError("boom", 400)] * 2)
+
+    def reply(request: apr.Request, prompt: str) -> apr.Reply:
+        if "</B>" in prompt:
+            return apr.Reply("end")
+        if "</F>" in prompt:
+            return apr.Reply("body</p>", error=next(failures, None))
+        return apr.Reply("<F>\n<o>1: a</o>\n<o>2: b</o>\n</F>")
+
+    engine = apr.ScriptedEngine(reply, apr.ByteTokenizer())
+    t = reason(engine, dialect=apr.Dialect.from_source("no_header", NO_HEADER), on_branch_failure="retry")
+    assert [b.outcome for b in t.blocks[0].branches] == ["ok", "ok"]
+    assert t.answer == "end"
+
+
 def test_what_passes_is_repeated_and_what_does_not_is_not():
     for status, asked in [(503, 2), (None, 2), (400, 1)]:
         replies = iter([apr.Reply(" oh", error=apr.EngineError("boom", status)), " one\n</Thread>"])

@@ -87,7 +87,8 @@ def reason(
             (temperature, top_p, ...), which override those of the program.
 
     Raises:
-        AprError: An option is wrong, or not possible with the dialect.
+        AprError: An option is wrong, or not possible with the dialect. Without a dialect this is raised where the
+            program reads the variable.
 
     Examples:
         >>> s += sgl.assistant(apr.reason("answer", dialect="threadweaver", budget=apr.Budget(width=4)))  # doctest: +SKIP

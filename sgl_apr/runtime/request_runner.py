@@ -48,10 +48,10 @@ class RequestRunner:
         self, engine: Engine, options: ReasonOptions, recorder: TrajectoryRecorder, rid: str, seed: int
     ) -> None:
         self.options, self.rid, self.seed = options, rid, seed
-        self.events, self.log = recorder.events, recorder.log
+        self.events, self.request_log = recorder.events, recorder.request_log
         self.supports_seeds = engine.supports_seeds
         self.builder = RequestBuilder(engine, options, rid)
-        self.kv_joiner = KvJoiner(self.log, self.builder.new_rid)
+        self.kv_joiner = KvJoiner(self.request_log, self.builder.new_rid)
 
     async def decode(
         self, engine: Engine | None, sequence: SequenceState, phase: Phase, new: int, limits: PhaseLimits
@@ -73,7 +73,7 @@ class RequestRunner:
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
         result, call = None, None
         if engine and limits.max_new_tokens > 0 and not sequence.scope.cancel_reason:
-            request = self.builder.phase(sequence, phase, numbering, limits)
+            request = self.builder.phase_request(sequence, phase, numbering, limits)
             result, call = await self.send_request(engine, sequence, phase, new, request, text)
         cut = sequence.scope.cancel_reason if result is None else None
         if cut is None and (result is None or result.finish == "length"):
@@ -81,9 +81,9 @@ class RequestRunner:
         ids = tuple(text.received_ids) if result is None else result.token_ids
         output = parse_phase_output(self.options.dialect, phase, numbering, context, ids, cut, tokenizer)
         if cut == "length":
-            self.log.record_limit(limits.limiting_field, sequence.path)
+            self.request_log.record_limit(limits.limiting_field, sequence.path)
         elif cut in ("timeout", "aborted") and output.finish == cut:
-            self.log.record_limit(sequence.scope.limit, sequence.path)
+            self.request_log.record_limit(sequence.scope.limit, sequence.path)
         text.finish(output)
         return output, call
 
@@ -118,7 +118,7 @@ class RequestRunner:
             self.events.retract_text(sequence.path, text.reset())
         received = result or Result(tuple(text.received_ids), "length", len(request.input_ids), None)
         name = "branch" if sequence.path else phase
-        call = self.log.record_request(name, sequence.path, received, new, started, seed, retries)
+        call = self.request_log.record_request(name, sequence.path, received, new, started, seed, retries)
         return result, call
 
     async def fork(
@@ -141,7 +141,7 @@ class RequestRunner:
         new, started = sequence.uncached_tokens if new is None else new, time.monotonic()
         load = asyncio.create_task(self.load(engine, sequence)) if self.options.pacing and size > 1 else None
         try:
-            prefix = self.builder.prefix(sequence)
+            prefix = self.builder.commit_request(sequence)
 
             async def attempt(request: Request) -> tuple[Result, Sequence[Engine]]:
                 return await engine.fork(request, size)
@@ -150,7 +150,7 @@ class RequestRunner:
                 sequence, lambda: self.kv_joiner.send(engine, sequence, sequence.allowance, prefix, attempt)
             )
             committed, engines = forked or (Result((), "length", len(sequence.context), None), ())
-            self.log.record_request("commit", sequence.path, committed, new, started, None, retries)
+            self.request_log.record_request("commit", sequence.path, committed, new, started, None, retries)
             return engines, await load if load and engines else None
         finally:
             if load:
@@ -163,7 +163,7 @@ class RequestRunner:
         parallelism, reason = self.options.pacing(Demand(size, tokens), load)
         parallelism = max(1, min(size, parallelism))
         block = (*sequence.path, sequence.blocks)
-        self.log.record_pacing(block, size, parallelism, load, reason)
+        self.request_log.record_pacing(block, size, parallelism, load, reason)
         return parallelism
 
     async def commit(self, engine: Engine, sequence: SequenceState, branch: SequenceState) -> None:
@@ -174,7 +174,7 @@ class RequestRunner:
         if sequence.scope.cancel_reason or sequence.allowance.calls < 2:
             return
         new, started = max(1, branch.uncached_tokens), time.monotonic()
-        prefix = self.builder.prefix(branch)
+        prefix = self.builder.commit_request(branch)
         result, retries = await self._run_with_retries(
             sequence,
             lambda: self.kv_joiner.send(engine, branch, sequence.allowance, prefix, engine.commit),
@@ -182,7 +182,7 @@ class RequestRunner:
         )
         if result:
             branch.committed = True
-            self.log.record_request("commit", branch.path, result, new, started, None, retries)
+            self.request_log.record_request("commit", branch.path, result, new, started, None, retries)
 
     async def load(self, engine: Engine, sequence: SequenceState) -> Load | None:
         """The engine's load, None if it does not answer in time."""
@@ -218,7 +218,7 @@ class RequestRunner:
             # With more calls, what the cache has lost could be committed again.
             out_of_calls = error.status == CACHE_MISS_STATUS and allowance.calls < 1
             if out_of_calls:
-                self.log.record_limit("calls", sequence.path)
+                self.request_log.record_limit("calls", sequence.path)
             if out_of_calls or ignore_failure:
                 log.info("%s: %s", self.rid, error)
                 return None, max(0, tries - 1)
