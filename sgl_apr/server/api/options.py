@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
@@ -17,21 +16,21 @@ from sgl_apr.runtime.options import DEFAULT_DIALECT, REQUEST_FIELDS, ReasonOptio
 from sgl_apr.runtime.pacing import Pacing
 from sgl_apr.runtime.retry import Retry
 from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.value_checks import (
+    SAMPLING_TYPES,
+    check_sampling,
+    check_type,
+    check_types,
+    drop_nulls,
+    shorten,
+)
 from sgl_apr.tokenizer import Tokenizer
 
-T = TypeVar("T")
 MAX_ATTEMPTS = 10  # of one engine request
-TYPE_NAMES: Mapping[type, str] = {
-    str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
-}  # fmt: skip
 OPTION_TYPES: Mapping[str, type] = {
     "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
     "cap_width_by_load": bool, "on_branch_failure": str, "seed": int, "constrain": bool, "forbid_angle_brackets": bool,
     "logprobs": bool,
-}  # fmt: skip
-SAMPLING_TYPES: Mapping[str, type] = {
-    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "frequency_penalty": float,
-    "presence_penalty": float, "repetition_penalty": float, "logit_bias": dict,
 }  # fmt: skip
 REQUEST_FIELD_TYPES: Mapping[str, type] = {n: int if n == "priority" else str for n in REQUEST_FIELDS}
 OPTION_NAMES = (
@@ -107,6 +106,7 @@ class OptionsParser:
         dialect_ = self._dialect(options.get("dialect"))
         budget = _check_numbers(Budget, "budget", options)
         if request.max_tokens is not None:
+            check_type("max_tokens", request.max_tokens, int)
             budget["tokens"] = min(request.max_tokens, budget.get("tokens", request.max_tokens))
         retry = Retry(**_check_numbers(Retry, "retry", options))
         if retry.attempts > MAX_ATTEMPTS:
@@ -120,7 +120,10 @@ class OptionsParser:
             branch_prompt_template=(
                 request.branch_prompt_template if dialect_.branch_context == "message" else None
             ),
-            sampling=_check_fields(sampling, SAMPLING_TYPES, "sampling ") | _select(options, SAMPLING_TYPES),
+            sampling=(
+                check_sampling(sampling, self.vocab_size, "sampling ")
+                | check_sampling(_select(options, SAMPLING_TYPES), self.vocab_size)
+            ),
             request_fields=_select(options, REQUEST_FIELD_TYPES),
             **_select(options, OPTION_TYPES),
         )
@@ -139,45 +142,15 @@ class OptionsParser:
         if name is None:
             return dialect_for(self.tokenizer) or dialect(DEFAULT_DIALECT)
         if name not in dialect_names():  # `dialect` also loads files by path, which a client must not do
-            raise GrammarError(f"no dialect {_shorten(name)}, expected one of {', '.join(dialect_names())}")
+            raise GrammarError(f"no dialect {shorten(name)}, expected one of {', '.join(dialect_names())}")
         return dialect(name)
 
 
-def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are not null."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def check_type(name: str, value: Any, kind: type[T]) -> T:
-    """Return the value if it has this type. A whole number is also a float, but a bool is never a number.
-
-    Raises:
-        AprError: It has another type, or is not finite.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    fits = isinstance(value, kind) and (number or kind not in (int, float))
-    if not (fits or (kind is float and number)):
-        raise AprError(f"{name}={_shorten(value)}, expected {TYPE_NAMES[kind]}")
-    return value  # type: ignore[no-any-return]
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _check_fields(values: Mapping[str, Any], types: Mapping[str, type], prefix: str) -> dict[str, Any]:
-    for name in values:
-        if name not in types:
-            raise AprError(f"no {prefix}{_shorten(name)}, expected some of {', '.join(types)}")
-    return {name: check_type(prefix + name, v, types[name]) for name, v in drop_nulls(values).items()}
-
-
 def _select(options: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
-    return _check_fields({name: value for name, value in options.items() if name in types}, types, "")
+    return check_types({name: value for name, value in options.items() if name in types}, types, "")
 
 
 def _check_numbers(kind: type, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the option `name`, an object with fields of the dataclass `kind`, all of which are numbers."""
     types: dict[str, type] = {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
-    return _check_fields(check_type(name, options.get(name, {}), dict), types, f"{name} ")
+    return check_types(check_type(name, options.get(name, {}), dict), types, f"{name} ")

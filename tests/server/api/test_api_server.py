@@ -318,11 +318,12 @@ WRONG = [
     (CHAT, {"apr": {}, "tools": [{"type": "function", "function": {"name": "f"}}]}, "apr_error", "tools"),
     (CHAT, {"apr": {}, "messages": []}, "apr_error", "[Mm]essages"),
     (CHAT, {"apr": {"lora_path": "nobody"}}, "engine_error", "[Ll]o[Rr][Aa]"),
-    (CHAT, {"apr": {}, "top_p": 7, "stream": True}, "engine_error", "top_p"),
+    (CHAT, {"apr": {}, "top_p": 7, "stream": True}, "apr_error", "top_p=7"),
     (TEXT, {"apr": {}, "echo": True}, "apr_error", "echo"),
     (TEXT, {"apr": {}, "prompt": ["a", "b"]}, "apr_error", "one prompt"),
-    (OWN, {"temperature": -1}, "engine_error", "temperature"),
-    (OWN, {"temperature": -1, "stream": True}, "engine_error", "temperature"),
+    (OWN, {"temperature": -1}, "apr_error", "temperature=-1"),
+    (OWN, {"temperature": -1, "stream": True}, "apr_error", "temperature=-1"),
+    (OWN, {"lora_path": "nobody", "stream": True}, "engine_error", "[Ll]o[Rr][Aa]"),
     (OWN, {"prompt": 5}, "apr_error", "expected one prompt"),
     (OWN, {"prompt": ""}, "apr_error", "expected one prompt"),
     (OWN, {"input_ids": [1]}, "apr_error", "not both"),
@@ -346,6 +347,42 @@ def test_a_body_that_is_no_object(server: Server, body: bytes):
     answer = requests.post(server.url + OWN, body, timeout=30)
     assert answer.status_code == 400
     assert "the body" in answer.json()["error"]["message"]
+
+
+BAD_VALUES = [
+    '"logit_bias": {"5": "x"}', '"logit_bias": {"5": null}', '"logit_bias": {"5": [1]}', '"logit_bias": {"5": 3e38}',
+    '"logit_bias": {"99999999": 1}', '"logit_bias": {"a": 1}', '"top_k": 99999999999999', '"top_k": 2147483648',
+    '"top_k": 0', '"temperature": 1e300', '"temperature": -1', '"top_p": 0', '"top_p": 1e-300', '"min_p": 2',
+    '"frequency_penalty": 3', '"presence_penalty": -3', '"repetition_penalty": 1e-40', '"repetition_penalty": 0',
+    '"seed": 9223372036854775808', '"seed": 18446744073709551617', f'"seed": {"9" * 400}',
+    '"priority": 9223372036854775808', f'"temperature": {"9" * 400}', f'"logit_bias": {{"5": {"9" * 400}}}',
+]  # fmt: skip
+
+
+def test_bad_values_leave_the_server_alive(server: Server):
+    """SGLang's scheduler, and the server with it, would end with some of these values."""
+    limits = '"budget": {"tokens": 20}'
+
+    def send(path: str, values: str) -> requests.Response:
+        base = json.dumps(BASE[path])[1:-1]
+        body = f"{{{base}, {values}}}".encode()
+        headers = {"Content-Type": "application/json"}
+        return requests.post(server.url + path, body, headers=headers, timeout=120)
+
+    for value in BAD_VALUES:
+        requests_ = [(OWN, f"{limits}, {value}"), (CHAT, f'"apr": {{{limits}, {value}}}')]
+        requests_ += [] if "priority" in value else [(CHAT, f'{value}, "apr": {{{limits}}}')]
+        if "seed" not in value and "priority" not in value:
+            requests_ += [(OWN, f'{limits}, "sampling": {{{value}}}')]
+        for path, values in requests_:
+            answer = send(path, values)
+            assert answer.status_code == 400, (path, values, answer.text)
+    good = '"top_k": 2147483647, "temperature": 1e-5, "logit_bias": {"5": 1e20, "6": -1e20}, "min_p": 1'
+    extreme = '"top_k": -1, "temperature": 1e38, "repetition_penalty": 1e-6, "top_p": 2e-38'
+    for value in (good, extreme, '"temperature": 1'):
+        answer = send(OWN, f"{limits}, {value}")
+        assert answer.status_code == 200, (value, answer.text)
+        assert answer.json()["spans"], value
 
 
 def test_the_client_raises_what_is_wrong(server: Server):

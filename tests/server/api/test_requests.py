@@ -86,6 +86,107 @@ def test_what_is_wrong_is_said(options, kind, message):
         parse(options)
 
 
+# Values that would end SGLang's scheduler, or that it refuses. The vocabulary of `parse` has 300 token ids.
+
+BAD_SAMPLING = [
+    ({"temperature": -1}, "temperature=-1, expected a number from 0 to"),
+    ({"temperature": float("inf")}, "temperature=inf, expected a number"),
+    ({"temperature": 1e300}, "temperature=1e\\+300, expected a number from 0 to 3e\\+38"),
+    ({"temperature": 10**400}, "temperature=1000.*, expected a number"),
+    ({"temperature": True}, "temperature=True, expected a number"),
+    ({"top_p": 0}, "top_p=0, expected a number above 0, at most 1"),
+    ({"top_p": 1e-300}, "top_p=1e-300, expected a number above 0"),
+    ({"top_p": 1.01}, "top_p=1.01, expected"),
+    ({"top_k": 0}, "top_k=0, expected -1 or a whole number from 1 to 2147483647"),
+    ({"top_k": -2}, "top_k=-2, expected -1 or"),
+    ({"top_k": 2**31}, "top_k=2147483648, expected"),
+    ({"top_k": 99999999999999}, "top_k=99999999999999, expected -1 or a whole number from 1 to 2147483647"),
+    ({"top_k": 1.5}, "top_k=1.5, expected a whole number"),
+    ({"min_p": -0.1}, "min_p=-0.1, expected a number from 0 to 1"),
+    ({"min_p": 2}, "min_p=2, expected a number from 0 to 1"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty=2.1, expected a number from -2 to 2"),
+    ({"presence_penalty": -3}, "presence_penalty=-3, expected a number from -2 to 2"),
+    ({"repetition_penalty": 0}, "repetition_penalty=0, expected a number from 1e-06 to 2"),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40, expected a number from 1e-06 to 2"),
+    ({"repetition_penalty": 3}, "repetition_penalty=3, expected"),
+    ({"logit_bias": {"5": "x"}}, "logit_bias\\['5'\\]='x', expected a number"),
+    ({"logit_bias": {"5": None}}, "logit_bias\\['5'\\]=None, expected a number"),
+    ({"logit_bias": {"5": [1]}}, "logit_bias\\['5'\\]=\\[1\\], expected a number"),
+    ({"logit_bias": {"5": True}}, "logit_bias\\['5'\\]=True, expected a number"),
+    ({"logit_bias": {"5": float("nan")}}, "logit_bias\\['5'\\]=nan, expected a number"),
+    ({"logit_bias": {"5": 10**400}}, "logit_bias\\['5'\\]=1000.*, expected a number"),
+    ({"logit_bias": {"5": 3e38}}, "logit_bias\\['5'\\]=3e\\+38, expected a number from -1e\\+20 to 1e\\+20"),
+    ({"logit_bias": {"300": 1}}, "logit_bias has the key '300', expected a token id from 0 to 299"),
+    ({"logit_bias": {300: 1}}, "logit_bias has the key 300, expected a token id"),
+    ({"logit_bias": {True: 1}}, "logit_bias has the key True, expected a token id"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias has the key '-1', expected a token id"),
+    ({"logit_bias": {"1_0": 1}}, "logit_bias has the key '1_0', expected a token id"),
+    ({"logit_bias": {"\u0663": 1}}, "logit_bias has the key '\u0663', expected a token id"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias has the key '9999.*, expected a token id"),
+    ({"logit_bias": {"": 1}}, "logit_bias has the key '', expected a token id"),
+    ({"logit_bias": [5]}, "logit_bias=\\[5\\], expected an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["option", "sampling"])
+@pytest.mark.parametrize(
+    ("sampling", "message"), BAD_SAMPLING, ids=[str(b[0])[:50].replace("\u0663", "3") for b in BAD_SAMPLING]
+)
+def test_a_bad_sampling_value_is_refused(sampling: dict, message: str, nested: bool):
+    with pytest.raises(apr.AprError, match=("^sampling " if nested else "^") + message):
+        parse({"sampling": sampling} if nested else sampling)
+
+
+def test_sampling_values_at_the_ends_of_their_ranges_are_accepted():
+    low = {
+        "temperature": 0, "top_p": 1e-6, "top_k": -1, "min_p": 0, "frequency_penalty": -2, "presence_penalty": -2,
+        "repetition_penalty": 1e-6, "logit_bias": {},
+    }  # fmt: skip
+    high = {
+        "temperature": 1e38, "top_p": 1, "top_k": 2**31 - 1, "min_p": 1, "frequency_penalty": 2,
+        "presence_penalty": 2, "repetition_penalty": 2, "logit_bias": {"299": -100, "0": 1e20},
+    }  # fmt: skip
+    for values in (low, high):
+        assert parse(values).sampling == parse({"sampling": values}).sampling == values
+    assert parse({"top_k": 1}).sampling == {"top_k": 1}
+
+
+def test_a_logit_bias_is_sent_with_strings_and_floats():
+    bias = parse({"logit_bias": {5: 10**30 // 10**12, "007": -1}}).sampling["logit_bias"]
+    assert bias == {"5": 1e18, "7": -1}
+    assert {type(value) for value in bias.values()} == {float}
+
+
+@pytest.mark.parametrize("name", ["seed", "priority", "min_blocks"])
+@pytest.mark.parametrize(
+    "value",
+    [2**63, -(2**63) - 1, 18446744073709551617, float(2**64), 10**400],
+    ids=lambda v: str(v)[:20],
+)
+def test_a_whole_number_of_more_than_64_bits_is_refused(name: str, value: float):
+    with pytest.raises(
+        apr.AprError, match=rf"^{name}=.*, expected a whole number from -2\*\*63 to 2\*\*63 - 1"
+    ):
+        parse({name: value})
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 0, 2**63 - 1])
+def test_a_seed_of_64_bits_is_accepted(seed: int):
+    assert parse({"seed": seed}).seed == seed
+
+
+@pytest.mark.parametrize("number", ["18446744073709551617", "9" * 400, "9" * 5000], ids=len)
+def test_a_body_with_a_seed_that_is_too_large_is_refused(number: str):
+    body = f'{{"input_ids": [1], "seed": {number}}}'.encode()
+    with pytest.raises(apr.AprError, match=r"seed=.*, expected a whole number|the body is not JSON"):
+        OptionsParser(NO_LIMITS, apr.ByteTokenizer(), 2000, 300).parse(ReasonRequest.from_json(body))
+
+
+def test_a_token_limit_that_is_too_large_is_refused():
+    with pytest.raises(apr.AprError, match=r"^max_tokens=1000.*, expected a whole number"):
+        parse({}, max_tokens=10**400)
+
+
 # Limits
 
 
