@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
 from sgl_apr.runtime.events import BranchEnded, Forked, Joined
-from sgl_apr.runtime.join_policy import Policy, stop_condition
+from sgl_apr.runtime.join_policy import Policy, required_branches
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
 from sgl_apr.trajectory.blocks import branch_outcome
 
@@ -137,9 +137,13 @@ class BranchGroup:
             BaseException: What a branch raised first. The others are cancelled and awaited before.
         """
         slots = asyncio.Semaphore(parallelism or max(1, len(self.branches)))
-        is_enough = stop_condition(policy, len(self.branches))
         ended: list[SequenceState] = []
         joins = asyncio.Event()
+
+        def is_enough() -> bool:
+            if callable(policy):
+                return policy([branch.as_branch() for branch in ended])
+            return len(ended) >= required_branches(policy, len(self.branches))
 
         async def run_one(branch: SequenceState) -> None:
             try:
@@ -155,7 +159,7 @@ class BranchGroup:
                 return
             ended.append(branch)
             others = [b for b in self.branches if b not in ended]
-            if others and not joins.is_set() and is_enough([b.as_branch() for b in ended]):
+            if others and not joins.is_set() and is_enough():
                 joins.set()
                 for other in others:
                     other.scope.cancel("aborted", "policy")

@@ -17,21 +17,15 @@ def is_valid_policy(policy: Policy) -> bool:
     return callable(policy) or (isinstance(policy, str) and bool(JOIN_POLICY_PATTERN.fullmatch(policy)))
 
 
-def stop_condition(policy: Policy, branches: int) -> StopCondition:
-    """The function that decides from the ended branches whether the join happens.
+def required_branches(policy: str, branches: int) -> int:
+    """How many of so many branches have to end before the join.
 
-    Its argument has the branches in the order in which they ended. Failed branches are not among them, so that a
-    fault never counts as the first or towards a quorum.
-
-    Args:
-        policy: The policy.
-        branches: How many branches the fork has.
+    Failed branches do not count, so that a fault never counts as the first or towards a quorum.
     """
-    if callable(policy):
-        return policy
     kind, _, k = policy.partition(":")
-    wanted = {"first": 1, "quorum": min(int(k), branches) if kind == "quorum" else 0}.get(kind, branches)
-    return lambda ended: len(ended) >= wanted
+    if kind == "first":
+        return 1
+    return min(int(k), branches) if kind == "quorum" else branches
 
 
 def deadline_seconds(policy: Policy) -> float | None:

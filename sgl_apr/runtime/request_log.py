@@ -58,7 +58,8 @@ class RequestLog:
             weight_version=result.weight_version,
         )
         self.calls.append(call)
-        self._events.emit(RequestFinished(len(self.calls) - 1, call))
+        if self._events.listening:
+            self._events.emit(RequestFinished(len(self.calls) - 1, call))
         return len(self.calls) - 1
 
     def record_limit(self, limit: str, path: Path) -> None:

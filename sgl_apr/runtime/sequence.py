@@ -140,7 +140,8 @@ class SequenceState:
     @property
     def finish(self) -> Finish | None:
         """How it has ended; None while it has not."""
-        return next((s.finish for s in reversed(self.spans) if s.path == self.path and s.finish), None)
+        spans = (self.graph.spans[i] for i in reversed(self.span_order))
+        return next((s.finish for s in spans if s.finish and s.path == self.path), None)
 
     @property
     def critical_path(self) -> int:
@@ -217,7 +218,8 @@ class SequenceState:
         starts_context = role == "header" and not self.context
         ids = tuple(self.graph.tokenizer.encode(text, add_special_tokens=starts_context))
         path = result_of.path if result_of else self.path
-        self.graph.events.emit(Delta(path, text))
+        if self.graph.events.listening:
+            self.graph.events.emit(Delta(path, text))
         self._append(
             Span(
                 role, "injected", text, ids, self.frontier, path, label, waits_for=waits_for,

@@ -10,10 +10,14 @@ from sgl_apr.trajectory.spans import Path, Span
 
 
 class EventEmitter:
-    """Passes events on to a listener, if there is one."""
+    """Passes events on to a listener, if there is one.
+
+    Attributes:
+        listening: Whether there is one. Check it before you make an event that is made often.
+    """
 
     def __init__(self, on_event: OnEvent | None) -> None:
-        self._on_event = on_event
+        self._on_event, self.listening = on_event, on_event is not None
 
     def emit(self, event: Event) -> None:
         """Call the listener."""
@@ -50,7 +54,8 @@ class SpanGraph:
         self._path_lengths.append(length + (0 if span.origin == "prompt" else span.tokens))
         self.spans.append(span)
         index = len(self.spans) - 1
-        self.events.emit(SpanFinished(index, span))
+        if self.events.listening:
+            self.events.emit(SpanFinished(index, span))
         return index
 
     def longest_path(self, ends: Iterable[int]) -> int:
