@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
-from sgl_apr.trajectory.jsonl import open_for_append, read_lines
+from sgl_apr.trajectory.jsonl import append_line, open_for_append, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory
 
 RUN_FILE, SUMMARY_FILE = "run.jsonl", "summary.json"
@@ -57,7 +56,7 @@ class ResultStore:
             text = json.dumps({**line, "answer": answer})
             if trajectory is not None:
                 text = f'{text[:-1]}, "trajectory": {trajectory.to_json()}}}'
-            os.write(self.file, text.encode() + b"\n")
+            append_line(self.file, text)
         self._keep(method, number, measured, seconds)
 
     def results_of(self, method: str) -> MethodResults:
@@ -112,7 +111,7 @@ def open_evaluation(directory: Path | None, settings: Mapping[str, Any]) -> Iter
         store = ResultStore(file)
         stored = store.load(path)
         if stored is None:
-            os.write(file, json.dumps(expected).encode() + b"\n")
+            append_line(file, json.dumps(expected))
         elif stored != expected:
             raise AprError(f"{path} holds another evaluation: {stored}, expected {expected}")
         yield store

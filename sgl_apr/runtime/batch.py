@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect
+from sgl_apr.runtime.branch_group import gather
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
 from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.jsonl import open_for_append, read_lines
+from sgl_apr.trajectory.jsonl import append_line, open_for_append, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory
 
 LINE_FORMAT = '{"id": ..., "trajectory": ...}'
@@ -92,7 +92,8 @@ async def arun_many(
         options: As in `areason`. A `seed` gives every problem a seed of its own.
 
     Raises:
-        AprError: The file belongs to another run: it has other problems under the same ids, or is being written.
+        AprError: The file belongs to another run: it has other problems under the same ids, or is being written. Or a
+            line could not be written, for example to a full disk.
     """
     if concurrency < 1:
         raise AprError(f"concurrency={concurrency}, expected at least 1")
@@ -104,7 +105,7 @@ async def arun_many(
         )
 
     with open_for_append(Path(path)) as file:
-        skipped = _finished_ids(Path(path), problems)
+        skipped = _finished_ids(Path(path), problems, ids)
         todo = iter([name for name in problems if name not in skipped])
         finished, failed = list[str](), dict[str, AprError]()
         bar = _progress_bar(len(problems), len(skipped)) if progress_bar else None
@@ -118,17 +119,13 @@ async def arun_many(
                     log.warning("problem %s failed: %s", name, error)
                     failed[name] = error
                 else:
-                    os.write(
-                        file, f'{{"id": {json.dumps(name)}, "trajectory": {trajectory.to_json()}}}\n'.encode()
-                    )
+                    append_line(file, f'{{"id": {json.dumps(name)}, "trajectory": {trajectory.to_json()}}}')
                     finished.append(name)
                 if bar:
                     bar.update()
 
         try:
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(min(concurrency, len(problems) - len(skipped))):
-                    workers.create_task(work())
+            await gather(work() for _ in range(min(concurrency, len(problems) - len(skipped))))
         finally:
             if bar:
                 bar.close()
@@ -154,14 +151,16 @@ def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield str(line["id"]), line["trajectory"]
 
 
-def _finished_ids(path: Path, problems: Mapping[str, Prompt]) -> dict[str, None]:
+def _finished_ids(
+    path: Path, problems: Mapping[str, Prompt], token_ids: Callable[[Prompt], tuple[int, ...]]
+) -> dict[str, None]:
     """The ids of the problems whose trajectories are in the file."""
     finished = dict[str, None]()
     for name, data in _lines(path):
         try:
             first = data["spans"][0]
-            prompt, problem = first["text"], problems[name]
-            same = prompt == problem if isinstance(problem, str) else first["token_ids"] == list(problem)
+            # By ids: the text of a prompt may differ from what was encoded, by a BOS token or a normalizer.
+            prompt, same = first["text"], first["token_ids"] == list(token_ids(problems[name]))
         except (KeyError, IndexError, TypeError):
             raise AprError(f"{path} holds {name!r}, which is none of the problems of this run") from None
         if not same:

@@ -83,7 +83,7 @@ def open_for_append(path: Path) -> Iterator[int]:
         path: The file. It is created if it does not exist.
 
     Yields:
-        The file descriptor. One `os.write` of a line that ends with a line break appends it.
+        The file descriptor, for `append_line`.
 
     Raises:
         AprError: Another process appends to the file.
@@ -98,6 +98,21 @@ def open_for_append(path: Path) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+
+
+def append_line(file: int, line: str) -> None:
+    """Append a line to a file from `open_for_append`, all of it or nothing.
+
+    Raises:
+        AprError: The line could not be written, for example to a full disk. What was written of it is removed.
+    """
+    data, start = line.encode() + b"\n", os.fstat(file).st_size
+    try:
+        while data:  # a write may be short, and the rest of it may then fail
+            data = data[os.write(file, data) :]
+    except OSError as error:
+        os.ftruncate(file, start)
+        raise AprError(f"a line could not be written, and is left out: {error.strerror}") from error
 
 
 def _complete_bytes(path: Path) -> int:

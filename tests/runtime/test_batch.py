@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,9 +78,26 @@ def test_a_seed_gives_every_problem_its_own(tmp_path: Path):
         ('{"id": "p1"}\n', r"out\.jsonl, line 1: expected"),
         ("nonsense\n", r"line 1: expected"),
         (json.dumps({"id": "p1", "trajectory": {"spans": []}}) + "\n", "none of the problems"),
-        (json.dumps({"id": "q", "trajectory": {"spans": [{"text": "Q1: "}]}}) + "\n", "none of the problems"),
-        (json.dumps({"id": "p1", "trajectory": {"spans": [{"text": "Q9: "}]}}) + "\n", "another problem"),
-        (2 * (json.dumps({"id": "p1", "trajectory": {"spans": [{"text": "Q1: "}]}}) + "\n"), "twice"),
+        (
+            json.dumps({"id": "q", "trajectory": {"spans": [{"text": "Q1: ", "token_ids": list(b"Q1: ")}]}})
+            + "\n",
+            "none of the problems",
+        ),
+        (
+            json.dumps({"id": "p1", "trajectory": {"spans": [{"text": "Q9: ", "token_ids": list(b"Q9: ")}]}})
+            + "\n",
+            "another problem",
+        ),
+        (
+            2
+            * (
+                json.dumps(
+                    {"id": "p1", "trajectory": {"spans": [{"text": "Q1: ", "token_ids": list(b"Q1: ")}]}}
+                )
+                + "\n"
+            ),
+            "twice",
+        ),
     ],
 )
 def test_the_file_of_another_run_is_refused(tmp_path: Path, content: str, message: str):
@@ -103,3 +123,38 @@ def test_what_cannot_be_is_refused_at_once(tmp_path: Path):
     for options in ({"concurrency": 0}, {"mode": "both"}, {"budget": apr.Budget(depth=2)}):
         with pytest.raises(apr.AprError):
             run(tmp_path / "out.jsonl", **options)
+
+
+class Normalizing(apr.ByteTokenizer):
+    """Decodes a prompt to another text than was encoded, as tokenizers with a normalizer or a BOS token do."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return super().encode(text.lower(), add_special_tokens=add_special_tokens)
+
+
+def test_a_prompt_whose_text_changes_is_found_again(tmp_path: Path):
+    engine = apr.ScriptedEngine(lambda request, prompt: "Done.", Normalizing())
+    path, problems = tmp_path / "out.jsonl", {"a": "WHY?", "b": "How?"}
+    assert asyncio.run(apr.arun_many(engine, problems, path)).finished == ("a", "b")
+    assert asyncio.run(apr.arun_many(engine, problems, path)).skipped == ("a", "b")
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_a_file_that_can_be_continued(tmp_path: Path):
+    engine, path = apr.ScriptedEngine(lambda request, prompt: "Done."), tmp_path / "out.jsonl"
+    problems = {f"p{k}": f"Q{k}: " for k in range(8)}
+    asyncio.run(apr.arun_many(engine, {"p0": problems["p0"]}, path))
+    with file_size_limit(int(2.5 * path.stat().st_size)), pytest.raises(apr.AprError, match="File too large"):
+        asyncio.run(apr.arun_many(engine, problems, path, concurrency=1))
+    assert [name for name, _ in apr.read_many(path)] == ["p0", "p1"]
+    assert len(asyncio.run(apr.arun_many(engine, problems, path)).finished) == 6
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

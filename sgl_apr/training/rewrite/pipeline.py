@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from sgl_apr.errors import AprError, EngineError
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.rewrite.rewriter import JsonModel, RejectedTrace, parallelize
-from sgl_apr.trajectory.jsonl import open_for_append, read_lines
+from sgl_apr.trajectory.jsonl import append_line, open_for_append, read_lines
 from sgl_apr.trajectory.trace_files import TextRecord
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -136,7 +135,7 @@ async def rewrite_traces(
                 except EngineError as error:
                     failed.append(error)
                     continue
-                os.write(file, f'{{"id": {json.dumps(trace.source)}, {outcome}}}\n'.encode())
+                append_line(file, f'{{"id": {json.dumps(trace.source)}, {outcome}}}')
                 if on_done:
                     on_done()
 
