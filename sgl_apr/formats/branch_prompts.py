@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 
 from sgl_apr.errors import GrammarError
+from sgl_apr.formats.entry_points import installed_entry_points
 
 ENTRY_POINT_GROUP = "sgl_apr.branch_prompts"
 
@@ -40,7 +40,7 @@ def register_branch_prompt(name: str, prompt: BranchPrompt) -> None:
 
 def branch_prompt_names() -> list[str]:
     """Return the names of all branch prompts, registered and of installed packages."""
-    return sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*_registered, *(point.name for point in installed_entry_points(ENTRY_POINT_GROUP))})
 
 
 def has_branch_prompt(name: str) -> bool:
@@ -55,7 +55,7 @@ def branch_prompt(name: str) -> BranchPrompt:
         GrammarError: There is no branch prompt of that name, or its entry point is something else.
     """
     if name not in _registered:
-        for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        for point in (p for p in installed_entry_points(ENTRY_POINT_GROUP) if p.name == name):
             prompt = point.load()
             if not isinstance(prompt, BranchPrompt):
                 raise GrammarError(

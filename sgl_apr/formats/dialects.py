@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.formats import graph_builder
 from sgl_apr.formats.completion import complete_text
+from sgl_apr.formats.entry_points import installed_entry_points
 from sgl_apr.formats.grammar import NUMBER, Grammar, grammar_path
 from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
 from sgl_apr.formats.masks.document import lower_document
@@ -329,7 +329,7 @@ def dialect(name: str) -> Dialect:
     path = grammar_path(name)
     if path.exists():
         return Dialect.from_file(path)
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+    for point in (p for p in installed_entry_points(ENTRY_POINT_GROUP) if p.name == name):
         loaded = point.load()
         loaded = loaded() if callable(loaded) and not isinstance(loaded, Dialect) else loaded
         if not isinstance(loaded, Dialect):
@@ -341,4 +341,4 @@ def dialect(name: str) -> Dialect:
 def dialect_names() -> list[str]:
     """Return the names of all dialects, built-in and of installed packages."""
     built_in = {path.stem for path in grammar_path("any").parent.glob("*.lark")}
-    return sorted(built_in | {point.name for point in entry_points(group=ENTRY_POINT_GROUP)})
+    return sorted(built_in | {point.name for point in installed_entry_points(ENTRY_POINT_GROUP)})

@@ -62,9 +62,7 @@ def test_an_entry_point_is_found_by_name(debate: apr.Dialect, monkeypatch: pytes
     """As an installed package would have it."""
     point = EntryPoint("debate", "my_package:debate", dialects.ENTRY_POINT_GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: debate)
-    monkeypatch.setattr(
-        dialects, "entry_points", lambda **wanted: [point] if wanted.get("name", "debate") == "debate" else []
-    )
+    monkeypatch.setattr(dialects, "installed_entry_points", lambda group: (point,))
     dialects.dialect.cache_clear()
     try:
         assert apr.dialect("debate") is debate

@@ -61,7 +61,7 @@ def test_a_dialect_does_not_load_its_branch_prompt():
 
 def test_an_entry_point_has_to_be_a_branch_prompt(monkeypatch: pytest.MonkeyPatch):
     wrong = EntryPoint("wrong", "json:dumps", branch_prompts.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(branch_prompts, "entry_points", lambda **_: [wrong])
+    monkeypatch.setattr(branch_prompts, "installed_entry_points", lambda group: (wrong,))
     with pytest.raises(apr.GrammarError, match=r"json:dumps of 'wrong' is .*, expected a BranchPrompt"):
         branch_prompt("wrong")
 

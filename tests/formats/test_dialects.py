@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import llguidance.numpy as masks
 import numpy as np
@@ -22,6 +23,7 @@ from lark.lexer import Lexer
 from llguidance import LLMatcher
 
 import sgl_apr as apr
+from sgl_apr.formats import entry_points
 from sgl_apr.formats.dialects import BranchNumbering, dialect_names
 from sgl_apr.runtime.phase_output import closing_overhead
 from tests.support.document_strategies import document, documents, tags, with_tags_swapped, without_a_tag
@@ -431,3 +433,17 @@ def test_an_error_with_a_place_can_be_pickled():
     error = pickle.loads(pickle.dumps(apr.TraceError(2, 5, "</Thread>", ["<Thread>"])))
     assert (error.line, error.column, error.found, error.expected) == (2, 5, "</Thread>", ("<Thread>",))
     assert str(error) == "line 2, column 5: found '</Thread>', expected <Thread>"
+
+
+def test_installed_packages_are_read_once_for_each_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads: list[str] = []
+    monkeypatch.setattr(entry_points, "entry_points", lambda group: reads.append(group) or ())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for _ in range(3):
+        assert "threadweaver" in apr.dialect_names()
+    assert reads == ["sgl_apr.dialects"]
+    monkeypatch.syspath_prepend(str(tmp_path / "another"))
+    apr.dialect_names()
+    assert len(reads) == 2
