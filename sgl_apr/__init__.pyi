@@ -73,6 +73,8 @@ from .trajectory.metrics import Metrics as Metrics
 from .trajectory.spans import Span as Span
 from .trajectory.trajectory import Trajectory as Trajectory
 
+__version__: str
+
 __all__ = [
     "AprError",
     "Block",

@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from sgl_apr import __version__
 from sgl_apr.cli import convert, doctor, eval, model, parse, plot, report, run, train, validate
+from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import AprError
 
 SUBCOMMANDS = (model, run, parse, validate, convert, doctor, train, eval, plot, report)
@@ -23,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgl_apr.server.launch.launcher import serve
 
         return serve(argv[1:])
+    if not argv:
+        build_parser().print_help()
+        return 0
     options = build_parser().parse_args(argv)
     try:
         return int(options.command(options))
@@ -51,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  sgl-apr plot out -o figure.pdf\n"
         "  sgl-apr report out -o report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"sgl-apr {__version__}, sglang {SUPPORTED_SGLANG}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="launch a patched SGLang server (takes every SGLang server flag)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,6 @@ def test_errors_are_one_line_and_status_1(argv, message, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["nope"],
         ["run"],
         ["run", "hi", "--mode", "both"],
@@ -188,3 +188,16 @@ def test_an_error_names_the_bad_line(tmp_path: Path, capsys, line: str, message:
     path.write_text(json.dumps({"text": TRACE}) + "\n" + line + "\n")
     assert main(["validate", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"sgl-apr {apr.__version__}, sglang {version('sglang')}\n"
+    assert apr.__version__ == version("sgl-apr")
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 0
+    assert "sgl-apr serve --model" in capsys.readouterr().out
