@@ -16,8 +16,9 @@ from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import ProgramTask, Task, require_family
 from sgl_apr.runtime.branch_group import gather
 
-BLOCK = re.compile(r"```repl[ \t]*\n(.*?)\n?```", re.DOTALL)
-FINAL = re.compile(r"^[ \t]*FINAL\((.*)\)[ \t]*$", re.DOTALL | re.MULTILINE)
+OPENING_FENCE, FENCE = re.compile(r"```repl[ \t]*\n"), "```"
+FINAL = re.compile(r"^[ \t]*FINAL\(", re.MULTILINE)
+END_OF_CALL = re.compile(r"\)[ \t]*$", re.MULTILINE)
 FINAL_VAR = re.compile(r"^[ \t]*FINAL_VAR\([ \t]*[\"']?(\w+)[\"']?[ \t]*\)", re.MULTILINE)
 QUERY_RULES = """
 - llm_query(text): the reply of a language model that sees nothing but this text.
@@ -152,19 +153,17 @@ class _Run:
 
     async def run_blocks(self, sandbox: Sandbox, reply: str) -> tuple[str, str | None]:
         """Run the blocks of a reply: what they print, and the answer that they or the reply give."""
-        blocks, outputs = BLOCK.findall(reply), list[str]()
+        (blocks, rest), outputs = split_blocks(reply), list[str]()
         for block in blocks:
             result = await sandbox.run(block)
             outputs.append(result.output)
             if result.final is not None:
                 return "", result.final
-        rest = BLOCK.sub("", reply)
         if variable := FINAL_VAR.search(rest):
             value = await sandbox.read_variable(variable[1])
             outputs.append(f"there is no variable {variable[1]}")
             return "\n".join(outputs), value
-        final = FINAL.search(rest)
-        return "\n".join(outputs) if blocks else NOTHING_RAN, final[1].strip() if final else None
+        return "\n".join(outputs) if blocks else NOTHING_RAN, final_call(rest)
 
     async def query(
         self, parent: Completion, queried: list[Completion], texts: Sequence[str], depth: int
@@ -207,3 +206,33 @@ class _Run:
 def _rules(question: str, text: str, depth: int, limits: SandboxLimits) -> str:
     more = (QUERY_RULES if depth else "") + (RECURSIVE_QUERY_RULES if depth > 1 else "")
     return RULES.format(length=len(text), begin=text[:80], output=limits.output, more=more, question=question)
+
+
+def split_blocks(reply: str) -> tuple[list[str], str]:
+    """The programs of a reply, and the reply without them. An open block is no program.
+
+    Examples:
+        >>> split_blocks("So:\\n```repl\\nprint(1)\\n```\\nFINAL(1)")
+        (['print(1)'], 'So:\\n\\nFINAL(1)')
+    """
+    blocks, rest, position = list[str](), list[str](), 0
+    while opening := OPENING_FENCE.search(reply, position):
+        if (end := reply.find(FENCE, opening.end())) < 0:
+            break
+        blocks.append(reply[opening.end() : end].removesuffix("\n"))
+        rest.append(reply[position : opening.start()])
+        position = end + len(FENCE)
+    return blocks, "".join([*rest, reply[position:]])
+
+
+def final_call(text: str) -> str | None:
+    """What FINAL(...) in a reply says, up to the last parenthesis that ends a line; None without one.
+
+    Examples:
+        >>> final_call("It is:\\n  FINAL(f(x) = (1 + 2))\\n")
+        'f(x) = (1 + 2)'
+    """
+    opening, ends = FINAL.search(text), list(END_OF_CALL.finditer(text))
+    if not opening or not ends or ends[-1].start() < opening.end():
+        return None
+    return text[opening.end() : ends[-1].start()].strip()

@@ -17,7 +17,6 @@ from those whose methods it supports:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -27,7 +26,7 @@ from sgl_apr.methods.graph_operations import Graph
 from sgl_apr.methods.prompt import Completion, Prompt
 
 WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
-END_OF_PARAGRAPH = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
+END_OF_SENTENCE = (".", "?", "!", "\u2026")
 P = TypeVar("P")
 S = TypeVar("S")
 
@@ -248,7 +247,9 @@ class CollaborativeTask(Task[P]):
 
     def is_step_complete(self, text: str) -> bool:
         """Whether a step ends here: after a sentence and a paragraph, outside of code (Hogwild!, appendix C)."""
-        return bool(END_OF_PARAGRAPH.search(text)) and text.count("```") % 2 == 0
+        sentence = text.rstrip()
+        ends = sentence.endswith(END_OF_SENTENCE) and "\n\n" in text[len(sentence) :]
+        return ends and text.count("```") % 2 == 0
 
     def has_answer(self, text: str) -> bool:
         """Whether a step contains the final answer."""

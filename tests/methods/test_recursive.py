@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.methods.recursive import final_call, split_blocks
 from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.sandbox.process import SandboxLimits
 from sgl_apr.methods.task import Inapplicable, ProgramTask, Task
@@ -259,3 +261,13 @@ def test_a_question_follows_its_text():
     prompt = bytes(engine.requests[0].input_ids).decode()
     assert prompt.endswith("Question: How does it begin?\n\n")
     assert task.program("Why?") == ("Why?", "Why?")
+
+
+@pytest.mark.parametrize(
+    "text", ["```repl\n" * 12_000, "FINAL(\n" * 14_000, "FINAL()\n" * 12_000 + "x", "```repl" + " " * 100_000]
+)
+def test_a_strange_reply_is_read_in_linear_time(text: str):
+    began = time.process_time()
+    _, rest = split_blocks(text)
+    final_call(rest)
+    assert time.process_time() - began < 1

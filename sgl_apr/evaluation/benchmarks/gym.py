@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 from sgl_apr.errors import AprError, require_extra
@@ -10,8 +9,9 @@ from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.countdown.problems import Split
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
 from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.evaluation.tasks.reply_text import last_between
 
-ANSWER_TAGS = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
+ANSWER_TAGS = ("<answer>", "</answer>")
 GENERATE_TIMEOUT_S, JUDGE_TIMEOUT_S = 900.0, 30.0  # for all problems, and for one answer
 TRAIN_SEED_OFFSET = 1 << 31  # added to the seed of the split "train"
 # One thread: the sandboxed judge may not start more, and would wait for them. A fixed hash seed: some datasets iterate
@@ -38,11 +38,11 @@ class GymTask(QuestionTask):
             >>> GymTask.answer(None, "So: <answer>\\n1 2\\n2 1\\n</answer>")
             '1 2\\n2 1'
         """
-        matches = ANSWER_TAGS.findall(text)
-        return str(matches[-1]) if matches else QuestionTask.answer(self, text)
+        tagged = last_between(*ANSWER_TAGS, text)
+        return QuestionTask.answer(self, text) if tagged is None else tagged
 
     def has_answer(self, text: str) -> bool:
-        return bool(ANSWER_TAGS.search(text)) or super().has_answer(text)
+        return last_between(*ANSWER_TAGS, text) is not None or super().has_answer(text)
 
 
 def gym(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:

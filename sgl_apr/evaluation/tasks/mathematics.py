@@ -11,7 +11,8 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import require_extra
 from sgl_apr.evaluation.tasks.chat_template import ChatTemplate
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
-from sgl_apr.evaluation.tasks.question import ANSWER, QuestionTask
+from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.evaluation.tasks.reply_text import answer_lines
 
 
 class MathTask(QuestionTask):
@@ -36,7 +37,7 @@ class MathTask(QuestionTask):
         self.answers = answers or {}
 
     def answer(self, text: str) -> str:
-        lines = ANSWER.findall(text)
+        lines = answer_lines(text)
         return str(FORMULA_WORKER.call("extract_answer", text) or (lines[-1] if lines else ""))
 
     def has_answer(self, text: str) -> bool:

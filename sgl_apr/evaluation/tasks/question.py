@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_template_for
+from sgl_apr.evaluation.tasks.reply_text import answer_lines, last_number_after, numbered_points
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Refine, Score
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.task import (
@@ -21,11 +21,6 @@ from sgl_apr.methods.task import (
     ValuedSearchTask,
     VotedSearchTask,
 )
-
-ANSWER = re.compile(r"^\W*answer\W*:[\s*]*(\S.*?)[\s*.]*$", re.IGNORECASE | re.MULTILINE)
-POINT = re.compile(r"^\s*(\d+)[.)]\s*(\S.*?)\s*$", re.MULTILINE)
-SCORE = re.compile(r"score\D*(\d+)", re.IGNORECASE)
-CHOICE = re.compile(r"choice\D*(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +77,8 @@ class QuestionTask(
             >>> QuestionTask.answer(None, "7 times 6.\\n**Answer:** 42")
             '42'
         """
-        matches = ANSWER.findall(text)
-        return str(matches[-1] if matches else text.strip())
+        lines = answer_lines(text)
+        return lines[-1] if lines else text.strip()
 
     # Best of N: whether an answer is right, by the probability of "Yes" (Kadavath 2022, arXiv 2207.05221, section 3).
 
@@ -117,8 +112,8 @@ class QuestionTask(
             >>> QuestionTask.points(None, " Warm fur\\n2. Good company.\\nAnd so on.")
             ['Warm fur', 'Good company.']
         """
-        matches = POINT.findall(f"1.{text}")
-        return [point for k, (number, point) in enumerate(matches, 1) if int(number) == k]
+        points = numbered_points(f"1.{text}")
+        return [point for k, (number, point) in enumerate(points, 1) if number.lstrip("0") == f"{k}"]
 
     def point_prompt(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
         message = f"Write out point {number} in 1 or 2 short sentences, and no other point."
@@ -174,8 +169,8 @@ class QuestionTask(
         return Prompt(self.chat_turn(message), tokens=self.step_tokens)
 
     def value(self, state: Draft, completion: Completion) -> float:
-        matches = SCORE.findall(completion.text)
-        return min(10, int(matches[-1])) / 10 if matches else 0.0
+        score = last_number_after("score", completion.text)
+        return 0.0 if score is None else min(10, score) / 10
 
     def vote_prompt(self, problem: str, texts: Sequence[str]) -> Prompt:
         shown = "\n\n".join(f"Choice {k}:\n{text}" for k, text in enumerate(texts, 1))
@@ -186,8 +181,8 @@ class QuestionTask(
         return Prompt(self.chat_turn(message), tokens=self.step_tokens)
 
     def choice(self, text: str, count: int) -> int | None:
-        matches = CHOICE.findall(text)
-        return int(matches[-1]) - 1 if matches and 1 <= int(matches[-1]) <= count else None
+        number = last_number_after("choice", text)
+        return number - 1 if number is not None and 1 <= number <= count else None
 
     # Thinkers that read each other: past first, then the others, then its own (Rodionov 2025, arXiv 2504.06261, 3.2).
 
@@ -204,7 +199,7 @@ class QuestionTask(
         return "".join([self.prompt_text(problem, instruction), *parts, *heading, own]), Prompt()
 
     def has_answer(self, text: str) -> bool:
-        return bool(ANSWER.search(text))
+        return bool(answer_lines(text))
 
     def program(self, problem: str) -> tuple[str, str]:
         """The last paragraph is the question about the paragraphs before it; a single paragraph is both.
