@@ -10,11 +10,13 @@ from functools import partial
 from typing import Any
 
 from sgl_apr.cli.arguments import add_trace_arguments
+from sgl_apr.cli.display import print_error
 from sgl_apr.errors import ConversionError
 from sgl_apr.formats.conversion import convert
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import read
 from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
+from sgl_apr.views.printable import printable, printable_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,12 @@ def _convert(options: argparse.Namespace) -> int:
         record = result.record
         if result.error:
             failed += 1
-            print(f"sgl-apr: error: {record.source}: {result.error}", file=sys.stderr)
+            print_error(f"{record.source}: {result.error}")
         elif record.fields is None:
-            sys.stdout.write(result.text)
+            sys.stdout.write(printable(result.text) if sys.stdout.isatty() else result.text)
         else:
-            print(json.dumps({**record.fields, record.key: result.text}, ensure_ascii=False))
+            line = json.dumps({**record.fields, record.key: result.text}, ensure_ascii=False)
+            print(printable_json(line))
     return int(failed > 0)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.views.printable import printable
 
 
 def print_trajectory(trajectory: Trajectory, title: str, metrics: bool = True) -> None:
@@ -12,3 +15,8 @@ def print_trajectory(trajectory: Trajectory, title: str, metrics: bool = True) -
     from sgl_apr.views.tree import render_report, render_tree
 
     Console().print(render_report(trajectory, title) if metrics else render_tree(trajectory, title))
+
+
+def print_error(message: object) -> None:
+    """Print an error to stderr. It may quote a model, a file or a server."""
+    print(f"sgl-apr: error: {printable(str(message))}", file=sys.stderr)

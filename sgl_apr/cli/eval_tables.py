@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sgl_apr.evaluation.compare import MethodPair
 from sgl_apr.evaluation.metrics import MethodResults
+from sgl_apr.views.printable import printable
 
 PIPE_WIDTH = 150  # columns
 
@@ -55,7 +56,9 @@ def print_results(task: str, rows: Sequence[MethodResults], several: bool) -> No
             console.print(f"{row.method}: {times}", markup=False, highlight=False, soft_wrap=True)
     for note, methods in notes.items():
         if note != "exact":
-            console.print(f"{', '.join(methods)}: {note}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                printable(f"{', '.join(methods)}: {note}"), markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def print_comparisons(pairs: Sequence[MethodPair]) -> None:

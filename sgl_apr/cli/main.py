@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sgl_apr import __version__
 from sgl_apr.cli import convert, doctor, eval, model, parse, plot, report, run, train, validate
+from sgl_apr.cli.display import print_error
 from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import AprError
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except AprError as error:
-        print(f"sgl-apr: error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         return 130

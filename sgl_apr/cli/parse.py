@@ -13,6 +13,7 @@ from sgl_apr.cli.display import print_trajectory
 from sgl_apr.cli.trace_reader import read_traces
 from sgl_apr.formats.lenient_parser import Reading
 from sgl_apr.trajectory.trace_files import TextRecord
+from sgl_apr.views.printable import printable, printable_json
 
 
 def add_command(commands: Any) -> None:
@@ -36,11 +37,11 @@ def _parse(options: argparse.Namespace) -> int:
     ):
         valid = valid and reading.is_valid
         if options.json:
-            print(json.dumps(_reading_json(record, reading), ensure_ascii=False))
+            print(printable_json(json.dumps(_reading_json(record, reading), ensure_ascii=False)))
             continue
         print_trajectory(reading.trajectory, record.source, metrics=bool(options.tokenizer))
         for defect in reading.defects:
-            print(f"{record.source}: {defect}", file=sys.stderr)
+            print(printable(f"{record.source}: {defect}"), file=sys.stderr)
     return int(not valid)
 
 

@@ -13,6 +13,7 @@ from sgl_apr.cli.display import print_trajectory
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import METHOD_MODULES
 from sgl_apr.runtime.budget import Budget
+from sgl_apr.views.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from sgl_apr.engine.base import Engine
@@ -114,11 +115,12 @@ def _run(options: argparse.Namespace) -> int:
     trajectory: Trajectory = meta["trajectory"]
     result: MethodResult | None = meta.get("result")
     if options.json:
-        print(_result_json(result) if result else trajectory.to_json())
+        print(printable_json(_result_json(result) if result else trajectory.to_json()))
         return 0
     print_trajectory(trajectory, options.question)
     if result:
-        Console().print(f"{result.method} ({result.label}): {result.answer or '(no answer)'}", markup=False)
+        answer = printable(result.answer) or "(no answer)"
+        Console().print(f"{result.method} ({result.label}): {answer}", markup=False)
     return 0
 
 

@@ -26,6 +26,7 @@ from sgl_apr.runtime.events import (
 )
 from sgl_apr.trajectory.blocks import Outcome
 from sgl_apr.trajectory.spans import Path, Span
+from sgl_apr.views.printable import printable
 
 OUTCOME_LABELS: dict[Outcome | None, tuple[str, str]] = {
     None: ("running", "blue"),
@@ -186,7 +187,7 @@ class _SequenceView:
         It is read from a multiple of `width * height` on, so that lines stay wrapped as they were.
         """
         step = width * height
-        text = _printable(self.read(start + max(0, (end - start) // step - 1) * step, end)).strip()
+        text = printable(self.read(start + max(0, (end - start) // step - 1) * step, end)).strip()
         return list(Text(text).wrap(console, width)) if text else []
 
 
@@ -244,11 +245,6 @@ def _rows(branch: _SequenceView, width: int) -> list[Text]:
 
 
 def _single_line(text: str, width: int, style: str = "") -> Text:
-    line = Text(" ".join(_printable(text).split()), style, no_wrap=True)
+    line = Text(" ".join(printable(text).split()), style, no_wrap=True)
     line.truncate(max(0, width), overflow="ellipsis")
     return line
-
-
-def _printable(text: str) -> str:
-    """Remove control characters and characters that change the writing direction."""
-    return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)

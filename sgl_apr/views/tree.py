@@ -15,6 +15,7 @@ from rich.tree import Tree
 from sgl_apr.trajectory.blocks import Block
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.views.printable import printable
 
 MAX_CACHE_SHARES = 4  # branches whose cached share is listed
 FINISH_LABELS = {
@@ -36,15 +37,15 @@ def render_tree(trajectory: Trajectory, title: str) -> Tree:
         trajectory: The trajectory.
         title: The root of the tree.
     """
-    root = Tree(Text(title, style="bold"))
+    root = Tree(Text(printable(title), style="bold"))
     blocks = {block.path: block for block in trajectory.blocks}
     answering = _answer_spans(trajectory)
     for i, span in enumerate(trajectory.spans):
         if block := blocks.pop(span.path[:1], None):
             _add_block(root, block)
         if span.path == () and span.role == "text" and i not in answering and span.text.strip():
-            root.add(Text(span.text.strip()))
-    root.add(Text.assemble(("answer  ", "bold green"), trajectory.answer.strip() or "(none)"))
+            root.add(Text(printable(span.text.strip())))
+    root.add(Text.assemble(("answer  ", "bold green"), printable(trajectory.answer.strip()) or "(none)"))
     return root
 
 
@@ -64,8 +65,8 @@ def _add_block(root: Tree, block: Block) -> None:
         label = FINISH_LABELS.get(branch.finish or "", "")
         panels.append(
             Panel(
-                Text(branch.text.strip()),
-                title=Text(f"{branch.number}: {branch.outline}", style="cyan"),
+                Text(printable(branch.text.strip())),
+                title=Text(printable(f"{branch.number}: {branch.outline}"), style="cyan"),
                 subtitle=Text(label, style="yellow") if label else None,
                 width=38,
             )
@@ -73,7 +74,7 @@ def _add_block(root: Tree, block: Block) -> None:
     node = root.add(Text(f"fork into {len(panels)}", style="bold magenta"))
     node.add(Columns(panels))
     if block.conclusion:
-        node.add(Text.assemble(("conclusion  ", "bold magenta"), block.conclusion))
+        node.add(Text.assemble(("conclusion  ", "bold magenta"), printable(block.conclusion)))
 
 
 def render_summary(trajectories: dict[str, Trajectory]) -> Table:
@@ -98,7 +99,7 @@ def render_summary(trajectories: dict[str, Trajectory]) -> Table:
     for title, t in trajectories.items():
         m = t.metrics()
         table.add_row(
-            Text(title),
+            Text(printable(title)),
             str(m.blocks),
             str(m.branches),
             str(m.total),

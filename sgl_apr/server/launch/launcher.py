@@ -17,6 +17,7 @@ from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.defaults import as_flags
 from sgl_apr.server.launch.process import ServerProcess
 from sgl_apr.server.launch.usage import UsageError
+from sgl_apr.views.printable import printable
 
 STARTUP_TIMEOUT_S = 1800.0  # seconds until ready: a large model may be downloaded and loaded in that time
 PROGRESS_INTERVAL_S = 30.0
@@ -166,7 +167,7 @@ def serve(argv: Sequence[str]) -> int:
     except _Stopped:
         return 0
     except LaunchError as error:
-        print(f"sgl-apr: error: {error}", file=sys.stderr, flush=True)
+        print(f"sgl-apr: error: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         for number, handler in previous.items():
