@@ -79,7 +79,7 @@ def test_every_format_is_in_the_readme():
 def test_how_to_cite_it_says_what_the_package_is():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert (citation["version"], citation["license"]) == (apr.__version__, project["license"])
     cited = {entry["identifiers"][0]["value"].removeprefix("arXiv:") for entry in citation["references"]}
     related = (DOCS / "related.md").read_text()
     assert all(number in related for number in cited - {"2312.07104"}), "SGLang's paper is no related format"
