@@ -172,7 +172,7 @@ def test_all_requests_of_a_trajectory_reach_one_rank(model: Path, monkeypatch: p
             assert not missed(asyncio.run(run_problems(url, 12)))
         with router(model / "aware.log", [server.url], "--dp-aware") as url:
             assert not missed(asyncio.run(run_problems(url, 12)))
-            with pytest.raises(apr.EngineError, match="does not say what its model is"):
+            with pytest.raises(apr.EngineError, match="does not report its model"):
                 apr.Endpoint(url)
         scattered(monkeypatch)
         assert missed(asyncio.run(run_problems(server.url, 12)))
