@@ -20,7 +20,7 @@ from sgl_apr.evaluation.tasks.reply_text import (
 from sgl_apr.methods.task import CollaborativeTask
 
 # Simple, and up to cubic: what the readers have to agree with.
-ANSWER = re.compile(r"^[^\w\n]*answer[^\w\n]*:[ *]*([^\s*].*?)[ *.]*$", re.IGNORECASE | re.MULTILINE)
+ANSWER = re.compile(r"^[^\w\n]*answer[^\w\n]*:[ *]*(\w.*?)[ *.]*$", re.IGNORECASE | re.MULTILINE)
 SCORE = re.compile(r"score\D*(\d+)", re.IGNORECASE)
 TAGS = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 END = re.compile(r"[.?!\u2026]\s*\n\n\s*$")
