@@ -10,9 +10,9 @@ from fastapi import HTTPException
 
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.options import REQUEST_FIELDS
+from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls
 from sgl_apr.server.api.openai_response import ResponseOptions
 from sgl_apr.server.api.options import ReasonRequest
-from sgl_apr.server.api.value_checks import SAMPLING_TYPES, check_type, drop_nulls
 
 ONE_REPLY = "a trajectory is one reply"
 GRAMMAR = "the dialect's grammar constrains decoding"

@@ -15,8 +15,7 @@ from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.options import DEFAULT_DIALECT, REQUEST_FIELDS, ReasonOptions
 from sgl_apr.runtime.pacing import Pacing
 from sgl_apr.runtime.retry import Retry
-from sgl_apr.server.api.limits import RequestLimits
-from sgl_apr.server.api.value_checks import (
+from sgl_apr.runtime.value_checks import (
     SAMPLING_TYPES,
     check_sampling,
     check_type,
@@ -24,6 +23,7 @@ from sgl_apr.server.api.value_checks import (
     drop_nulls,
     shorten,
 )
+from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
 
 MAX_ATTEMPTS = 10  # of one engine request
