@@ -5,14 +5,14 @@ The runtime only encodes text that it injects. Model output stays as the ids tha
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-from sgl_apr.errors import UnsupportedEngine
+from sgl_apr.errors import AprError, UnsupportedEngine
 
 CONTEXT_TOKENS = 4  # tokens of context that decoding needs to keep a leading space
 REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
@@ -34,6 +34,9 @@ class Tokenizer(Protocol):
         Args:
             text: The text. A tag that is one added token becomes that token.
             add_special_tokens: Add what the tokenizer puts at the start of every prompt (a BOS token).
+
+        Raises:
+            AprError: The text holds half a surrogate pair, which no token stands for.
         """
         ...
 
@@ -85,6 +88,7 @@ class HfTokenizer:
         return self._eos_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        check_encodable(text)
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
@@ -95,6 +99,21 @@ class HfTokenizer:
 
     def special_token_id(self, tag: str) -> int | None:
         return self._added.get(tag)
+
+
+def check_encodable(text: str) -> None:
+    """Check that a text can be encoded as UTF-8.
+
+    Raises:
+        AprError: It holds half a surrogate pair, as JSON such as `"\\ud800"` does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise AprError(
+            f"character {error.start} of the text is {text[error.start]!r}, half a surrogate pair: "
+            "expected text that UTF-8 can encode"
+        ) from None
 
 
 def split_token_ids(
@@ -139,15 +158,19 @@ def _locate_tokens(
 
     Bisects until no cut is left inside, so that few pieces have to be decoded separately.
     """
-    has_cut = any(offset < end < offset + len(text) for end in ends)
+    next_end = bisect_right(ends, offset)
+    has_cut = next_end < len(ends) and ends[next_end] < offset + len(text)
     middle = (low + high) // 2
     for cut in (*range(middle, high), *range(middle - 1, low, -1)) if has_cut else ():
         if cut == low:
             continue
-        piece = tokenizer.decode(ids[low:cut], ids[:low])
+        piece = tokenizer.decode(ids[low:cut], ids[max(0, low - CONTEXT_TOKENS) : low])
         # A replacement character is either half of one that the cut splits, or stands in the text itself.
         splits_no_character = not piece.endswith(REPLACEMENT)
-        if splits_no_character or piece + tokenizer.decode(ids[cut:high], ids[:cut]) == text:
+        if (
+            splits_no_character
+            or piece + tokenizer.decode(ids[cut:high], ids[max(0, cut - CONTEXT_TOKENS) : cut]) == text
+        ):
             _locate_tokens(starts, ids, low, cut, offset, piece, ends, tokenizer)
             _locate_tokens(starts, ids, cut, high, offset + len(piece), text[len(piece) :], ends, tokenizer)
             return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.formats.masks.writer import GrammarBackend
-from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.tokenizer import Tokenizer, check_encodable
 
 
 class ByteTokenizer:
@@ -25,17 +26,22 @@ class ByteTokenizer:
     def __init__(self, tags: Sequence[str] = ()) -> None:
         self._tags = {tag: self.EOS + 1 + i for i, tag in enumerate(tags)}
         self._bytes = [*(bytes([i]) for i in range(self.EOS)), b"", *(tag.encode() for tag in tags)]
+        pattern = "|".join(map(re.escape, filter(None, self._tags)))
+        self._any_tag = re.compile(f"({pattern})") if pattern else None
 
     @property
     def eos_ids(self) -> frozenset[int]:
         return frozenset({self.EOS})
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        check_encodable(text)
         ids: list[int] = []
-        while text:
-            tag = next((t for t in self._tags if text.startswith(t)), None)
-            ids += [self._tags[tag]] if tag else text[0].encode()
-            text = text[len(tag or text[0]) :]
+        # A pattern with one group: text and tags alternate.
+        for index, piece in enumerate(self._any_tag.split(text) if self._any_tag else [text]):
+            if index % 2:
+                ids.append(self._tags[piece])
+            else:
+                ids += piece.encode()
         return ids
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:

@@ -10,7 +10,7 @@ from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.grammar import TEXT, Grammar
 from sgl_apr.formats.lark_ast import Alt, Repeat, SequenceExpr, StringLiteral, SymbolRef
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.spans import Path
+from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -57,7 +57,7 @@ def convert(trajectory: Trajectory, to: Dialect | str, tokenizer: Tokenizer | No
     ):
         raise ConversionError(f"{where}: their branches see different contexts, or join at different times")
     try:
-        text = trajectory.text if same_dialect else render_blocks(_blocks_of(trajectory, ()), target)
+        text = trajectory.text if same_dialect else render_blocks(_drafts_of(trajectory), target)
         converted = target.parse(text, tokenizer)
     except (TraceError, ConversionError) as error:
         raise ConversionError(f"{where}: {error}") from None
@@ -83,26 +83,35 @@ def _summarize_blocks(trajectory: Trajectory) -> list[object]:
     ]
 
 
-def _blocks_of(trajectory: Trajectory, path: Path) -> list[str | BlockDraft]:
-    """The texts and blocks of one sequence, in order."""
+def _drafts_of(trajectory: Trajectory) -> list[str | BlockDraft]:
+    """The texts and blocks of a reply, in order."""
     by_path = {block.path: block for block in trajectory.blocks}
-    items: list[str | BlockDraft] = []
-    ended = 0
+    spans_by_path: dict[Path, list[Span]] = {}
     for span in trajectory.reply_spans:
-        if span.path == path and span.role in ("text", "body"):
-            items.append(span.text)
-        elif span.path == path and span.role == "tail":
-            ended += 1
-            block = by_path[(*path, ended)]
-            items.append(
-                BlockDraft(
-                    outlines=[b.outline for b in block.branches],
-                    branches=[_blocks_of(trajectory, b.path) for b in block.branches],
-                    results=[b.result for b in block.branches],
-                    conclusion=block.conclusion,
+        spans_by_path.setdefault(span.path, []).append(span)
+
+    def drafts(path: Path) -> list[str | BlockDraft]:
+        items: list[str | BlockDraft] = []
+        ended = 0
+        for span in spans_by_path.get(path, ()):
+            if span.role in ("text", "body"):
+                items.append(span.text)
+            elif span.role == "tail":
+                ended += 1
+                block = by_path.get((*path, ended))
+                if block is None:
+                    raise ConversionError(f"block {ended} of {path or 'the trunk'} has no branches")
+                items.append(
+                    BlockDraft(
+                        outlines=[b.outline for b in block.branches],
+                        branches=[drafts(b.path) for b in block.branches],
+                        results=[b.result for b in block.branches],
+                        conclusion=block.conclusion,
+                    )
                 )
-            )
-    return items
+        return items
+
+    return drafts(())
 
 
 class _Writer:

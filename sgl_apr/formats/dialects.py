@@ -257,9 +257,10 @@ class Dialect(FormatOptions):
     def _check_numbers(self, segments: list[Segment], text: str, numbering: BranchNumbering) -> list[Segment]:
         sequence = ParserFrame(prefix=numbering.prefix, number=numbering.number)
         if self.asynchronous and numbering.number:
-            forked = [Outline(str(n), "", 0) for n in range(self.first_number, int(numbering.number))]
-            waiting = [o for o in forked if o.number in numbering.waiting]
-            sequence.block = OpenBlock(1, forked, waiting) if waiting else None
+            block = OpenBlock(1)
+            for number in map(str, range(self.first_number, int(numbering.number))):
+                block.add(Outline(number, "", 0), is_pending=number in numbering.waiting)
+            sequence.block = block if block.pending else None
         builder = self.span_builder(_raise_on_defect(text), sequence)
         for index, segment in enumerate(segments):
             builder.place(segment, index)

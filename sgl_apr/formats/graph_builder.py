@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from sgl_apr.formats.options import FormatOptions
 from sgl_apr.formats.segmenter import Outline, Segment
 from sgl_apr.trajectory.spans import Path, Span
 
+MAX_LISTED_NUMBERS = 8  # numbers of branches in one error message
 # Called for every defect, with its name, its start and end offsets, and what was expected.
 DefectReporter = Callable[[str, int, int, str], None]
 
@@ -25,23 +28,59 @@ class SpanPlacement:
 
 @dataclass
 class OpenBlock:
-    """A block whose branches are being read.
+    """A block whose branches are being read. Looking up a branch takes constant time, however many there are.
 
     Attributes:
         number: The number of the block in its sequence, from 1.
-        outlines: The outlines of all of its branches.
-        pending: The outlines of branches whose text or result has not been read yet.
         fork_parents: For each branch, the spans that its first span follows.
         branch_ends: The last spans of the branches that have been read.
         branches_read: How many branches have been read.
+        outline_count: How many branches have an outline.
+        pending: The outlines of branches whose text or result has not been read yet, by their place in the fork.
     """
 
     number: int
-    outlines: list[Outline]
-    pending: list[Outline]
     fork_parents: list[tuple[int, ...]] = field(default_factory=list)
     branch_ends: list[int] = field(default_factory=list)
     branches_read: int = 0
+    outline_count: int = 0
+    pending: OrderedDict[int, Outline] = field(default_factory=OrderedDict)
+    _first_place: dict[str, int] = field(default_factory=dict)  # by number
+    _pending_places: dict[str, deque[int]] = field(default_factory=dict)  # by number
+
+    def add(self, outline: Outline, *, is_pending: bool = True) -> None:
+        """Add the outline of the next branch."""
+        place = self.outline_count
+        self.outline_count += 1
+        self._first_place.setdefault(outline.number, place)
+        if is_pending:
+            self.pending[place] = outline
+            self._pending_places.setdefault(outline.number, deque()).append(place)
+
+    def place_of(self, number: str) -> int | None:
+        """Return the place of the first branch with a number, None if no outline has it."""
+        return self._first_place.get(number)
+
+    def pending_place(self, number: str) -> int | None:
+        """Return the place of the first pending branch with a number, None if there is none."""
+        places = self._pending_places.get(number)
+        return places[0] if places else None
+
+    def next_pending(self) -> int | None:
+        """Return the place of the first pending branch, None if there is none."""
+        return next(iter(self.pending), None)
+
+    def take(self, place: int) -> Outline:
+        """Remove a pending branch, which has to be the first one of its number, and return its outline."""
+        outline = self.pending.pop(place)
+        self._pending_places[outline.number].popleft()
+        return outline
+
+    def pending_numbers(self) -> str:
+        """Return the numbers of the first pending branches, for error messages."""
+        numbers = [outline.number for outline in islice(self.pending.values(), MAX_LISTED_NUMBERS)]
+        more = ", ..." if len(self.pending) > len(numbers) else ""
+        return f"{', '.join(numbers) or 'none'}{more}"
 
 
 @dataclass
@@ -120,7 +159,7 @@ class SpanGraphBuilder:
         """Report a block that is still open where the text ends."""
         block = self.sequences[0].block
         if block and block.pending:
-            missing = block.pending[0].number or "the next one"
+            missing = next(iter(block.pending.values())).number or "the next one"
             self.report("block never closed", offset, offset, f"branch {missing}, which was forked off")
 
     def _check_all_branches_present(self, sequence: ParserFrame, segment: Segment) -> None:
@@ -134,22 +173,22 @@ class SpanGraphBuilder:
         block, options = sequence.block, self.options
         if block is None or not (self.asynchronous and block.pending):
             sequence.blocks += 1
-            block = sequence.block = OpenBlock(sequence.blocks, [], [])
+            block = sequence.block = OpenBlock(sequence.blocks)
             if len(sequence.path) // 2 >= options.max_depth:
                 self.report(
                     "nested too deep", segment.start, segment.end, f"at most {options.max_depth} levels"
                 )
         for outline in segment.outlines:
-            expected = f"{sequence.prefix}{options.first_number + len(block.outlines)}"
+            expected = f"{sequence.prefix}{options.first_number + block.outline_count}"
             if outline.number and outline.number != expected:
-                is_duplicate = any(o.number == outline.number for o in block.outlines)
+                is_duplicate = block.place_of(outline.number) is not None
                 self.report(
                     "duplicate number" if is_duplicate else "missing number",
                     outline.offset,
                     outline.offset + len(outline.number),
                     f'"{expected}"',
                 )
-            if len(block.outlines) >= options.max_width:
+            if block.outline_count >= options.max_width:
                 self.report(
                     "too many branches",
                     outline.offset,
@@ -158,8 +197,7 @@ class SpanGraphBuilder:
                 )
             if not outline.number and len(segment.outlines) > 1:  # error recovery inserted the missing number
                 outline = outline._replace(number=expected)
-            block.outlines.append(outline)
-            block.pending.append(outline)
+            block.add(outline)
             block.fork_parents.append((index,))
         if not segment.outlines:
             block.fork_parents = [(index,)]
@@ -172,9 +210,10 @@ class SpanGraphBuilder:
             if self.asynchronous:
                 self.report("branch without a fork", segment.start, segment.end, "one branch for every fork")
             sequence.blocks += 1
-            block = sequence.block = OpenBlock(sequence.blocks, [], [], [sequence.frontier])
+            block = sequence.block = OpenBlock(sequence.blocks, [sequence.frontier])
         block.branches_read += 1
-        outline = block.pending.pop(0) if block.pending else None
+        place = block.next_pending()
+        outline = None if place is None else block.take(place)
         self._check_header_number(sequence, block, outline, segment)
         if block.branches_read > options.max_width:
             self.report(
@@ -190,10 +229,11 @@ class SpanGraphBuilder:
     def _check_header_number(
         self, sequence: ParserFrame, block: OpenBlock, outline: Outline | None, segment: Segment
     ) -> None:
-        if block.outlines:
+        if block.outline_count:
             if outline is not None and (not segment.number or segment.number == outline.number):
                 return
-            if any(o.number == segment.number for o in block.outlines[: block.branches_read - 1]):
+            place = block.place_of(segment.number)
+            if place is not None and place < block.branches_read - 1:
                 name = "duplicate number"
             else:
                 name = "branch without an outline" if outline is None else "missing number"
@@ -218,28 +258,26 @@ class SpanGraphBuilder:
 
     def _result(self, sequence: ParserFrame, segment: Segment) -> SpanPlacement:
         block = sequence.block
-        pending = block.pending if block else []
-        outline = next((o for o in pending if o.number == segment.number), None)
-        if block is None or outline is None or (not self.asynchronous and outline is not pending[0]):
+        place = block.pending_place(segment.number) if block else None
+        if block is None or place is None or (not self.asynchronous and place != block.next_pending()):
             self.report("missing number", segment.start, segment.end, "the branch that is next in the call")
             path = (*sequence.path, sequence.blocks, (block.branches_read if block else 0) + 1)
             return SpanPlacement(path, sequence.frontier, segment.label)
+        outline = block.take(place)
         if segment.name and segment.name != outline.text:
             self.report("result of another branch", segment.start, segment.end, outline.text)
-        pending.remove(outline)
         block.branches_read += 1
-        path = (*sequence.path, block.number, block.outlines.index(outline) + 1)
-        if self.asynchronous and not pending:
+        path = (*sequence.path, block.number, place + 1)
+        if self.asynchronous and not block.pending:
             sequence.block = None
         return SpanPlacement(path, sequence.frontier, segment.label, outline.text)
 
     def _wait(self, sequence: ParserFrame, segment: Segment) -> None:
-        pending = sequence.block.pending if sequence.block else []
-        numbers = [o.number for o in pending]
-        if not pending or (segment.number and segment.number not in numbers):
-            self.report(
-                "join without a fork", segment.start, segment.end, f"one of {', '.join(numbers) or 'none'}"
-            )
+        block = sequence.block
+        is_known = block is not None and block.pending_place(segment.number) is not None
+        if block is None or not block.pending or (segment.number and not is_known):
+            expected = f"one of {block.pending_numbers() if block else 'none'}"
+            self.report("join without a fork", segment.start, segment.end, expected)
 
     def _tail(self, sequence: ParserFrame, segment: Segment) -> tuple[int, ...]:
         """The parents of a tail: the ends of all branches."""
@@ -251,7 +289,7 @@ class SpanGraphBuilder:
                 "missing branch",
                 segment.start,
                 segment.start,
-                f"branch {block.pending[0].number}, which has an outline",
+                f"branch {next(iter(block.pending.values())).number}, which has an outline",
             )
         sequence.block = None
         return tuple(block.branch_ends) if block.branch_ends else sequence.frontier

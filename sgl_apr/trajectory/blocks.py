@@ -69,11 +69,12 @@ def iter_blocks(spans: Sequence[Span]) -> Iterator[Block]:
         for depth in range(2, len(span.path) + 1, 2):
             branch = span.path[:depth]
             forks.setdefault(branch[:-1], {}).setdefault(branch, []).append(i)
+    conclusions = _conclusions(spans)
     for path, branches in forks.items():
         yield Block(
             path=path,
             branches=tuple(_branch(spans, p, tuple(branches[p])) for p in sorted(branches)),
-            conclusion=_conclusion(spans, path),
+            conclusion=conclusions.get(path, ""),
         )
 
 
@@ -94,12 +95,13 @@ def _branch(spans: Sequence[Span], path: Path, ids: tuple[int, ...]) -> Branch:
     )
 
 
-def _conclusion(spans: Sequence[Span], block: Path) -> str:
-    """The label of the span that closes a block. The n-th tail of a sequence ends its block n."""
-    ended = 0
+def _conclusions(spans: Sequence[Span]) -> dict[Path, str]:
+    """The labels of the spans that close blocks, by block. The n-th tail of a sequence ends its block n."""
+    ended: dict[Path, int] = {}
+    conclusions: dict[Path, str] = {}
     for span in spans:
-        if span.path == block[:-1]:
-            ended += span.role == "tail"
-            if span.role == "close" and ended == block[-1]:
-                return span.label
-    return ""
+        if span.role == "tail":
+            ended[span.path] = ended.get(span.path, 0) + 1
+        elif span.role == "close":
+            conclusions.setdefault((*span.path, ended.get(span.path, 0)), span.label)
+    return conclusions

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sgl_apr.trajectory.blocks import iter_blocks
 from sgl_apr.trajectory.calls import Call
-from sgl_apr.trajectory.spans import Span, ancestors
+from sgl_apr.trajectory.spans import Span
 
 Convention = Literal["causal", "threadweaver", "multiverse"]
 
@@ -126,9 +126,7 @@ def compute_metrics(
         total=sum(s.tokens for s in spans if s.origin != "prompt"),
         critical_path=sequential + max(longest_paths(spans, weights), default=0),
         branch_tokens=sum(w for w, s in zip(weights, spans, strict=True) if s.path),
-        longest_context=max(
-            (sum(spans[a].tokens for a in ancestors(spans, i)) for i in range(len(spans))), default=0
-        ),
+        longest_context=max(context_lengths(spans), default=0),
         blocks=len(all_blocks),
         branches=sum(len(b.branches) for b in all_blocks),
         closers_decoded=origins.count("decoded"),
@@ -147,11 +145,50 @@ def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]:
     return ends
 
 
+def context_lengths(spans: Sequence[Span]) -> list[int]:
+    """Return for every span the tokens of its ancestors and its own.
+
+    A span with one parent adds its tokens to the context of that parent. At a join, all paths to the span pass its
+    immediate dominator (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm"), so only what lies between
+    the dominator and the join is counted: each span once for each block that it stands in.
+    """
+    lengths: list[int] = []
+    dominators: list[int] = []  # -1 is before all spans
+    depths: list[int] = []  # in the tree of dominators
+
+    def common(one: int, other: int) -> int:
+        """The nearest span that dominates two spans, themselves included."""
+        while one != other:
+            if one >= 0 and (other < 0 or depths[one] >= depths[other]):
+                one = dominators[one]
+            else:
+                other = dominators[other]
+        return one
+
+    for span in spans:
+        parents = span.parents
+        dominator = parents[0] if parents else -1
+        for parent in parents[1:]:
+            dominator = common(dominator, parent)
+        between, stack = set[int](), list(parents)
+        while stack:
+            index = stack.pop()
+            if index != dominator and index not in between:
+                between.add(index)
+                stack += spans[index].parents
+        before = lengths[dominator] if dominator >= 0 else 0
+        lengths.append(before + sum(spans[i].tokens for i in between) + span.tokens)
+        dominators.append(dominator)
+        depths.append(depths[dominator] + 1 if dominator >= 0 else 0)
+    return lengths
+
+
 def _phases(calls: Sequence[Call]) -> dict[str, PhaseCost]:
-    names = dict.fromkeys(call.phase for call in calls)
+    by_phase: dict[str, list[Call]] = {}
+    for call in calls:
+        by_phase.setdefault(call.phase, []).append(call)
     costs = {}
-    for name in names:
-        phase_calls = [c for c in calls if c.phase == name]
+    for name, phase_calls in by_phase.items():
         costs[name] = PhaseCost(
             calls=len(phase_calls),
             prompt_tokens=sum(c.prompt_tokens for c in phase_calls),
