@@ -32,7 +32,7 @@ import pytest
 
 from sgl_apr.cli import main as cli
 from sgl_apr.formats.grammar import Grammar
-from sgl_apr.server.api.limits import parse_limit_arguments
+from sgl_apr.server.api.config import parse_api_arguments
 from sgl_apr.training.models import locate_model
 from tests.support.paths import DOCS, ROOT
 
@@ -214,7 +214,7 @@ def checked(words: list[str], block: Block) -> str:
     flags = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
     match words:
         case ["sgl-apr", "serve", *rest]:
-            _, left = parse_limit_arguments(rest)
+            _, left = parse_api_arguments(rest)
             unknown = {w.partition("=")[0] for w in left if w.startswith("--")} - sglang_flags()
         case ["sgl-apr", *rest]:
             try:

@@ -20,20 +20,24 @@ COUNTERS = {
     "joins": "Joins of finished trajectories, by kind",
     "text_fallbacks": "Requested joins in the KV cache that were done as text",
 }
+GAUGES = {"running": "Trajectories that run now", "queued": "Trajectories that wait until others have ended"}
 LABELS = {"trajectories": ("outcome", OUTCOMES), "joins": ("by", JOINS)}
 
 
 class ServerCounters:
-    """Counts of the trajectories that have ended since the launch.
-
-    Attributes:
-        running: Trajectories that run now.
-    """
+    """Counts of the trajectories that have ended since the launch, and of those that run and wait now."""
 
     def __init__(self, model: str, prometheus: bool = False) -> None:
-        self.running = 0
+        self._load = dict.fromkeys(GAUGES, 0)
+        self._gauges: dict[str, Any] = _prometheus_gauges(model) if prometheus else {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._prometheus: dict[tuple[str, str], Any] = _prometheus_counters(model) if prometheus else {}
+
+    def set_load(self, running: int, queued: int) -> None:
+        """Set how many trajectories run and wait now."""
+        self._load = {"running": running, "queued": queued}
+        for name, gauge in self._gauges.items():
+            gauge.set(self._load[name])
 
     def count_outcome(self, outcome: str) -> None:
         """Count a trajectory that ended with `outcome`, one of `OUTCOMES`."""
@@ -59,7 +63,7 @@ class ServerCounters:
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a JSON object. Counters with labels are objects themselves."""
-        counts: dict[str, Any] = {"running": self.running}
+        counts: dict[str, Any] = dict(self._load)
         for name in COUNTERS:
             _, values = LABELS.get(name, ("", ()))
             counts[name] = {v: self._counts[name, v] for v in values} if values else self._counts[name, ""]
@@ -69,6 +73,16 @@ class ServerCounters:
         self._counts[name, label] += amount
         if self._prometheus:
             self._prometheus[name, label].inc(amount)
+
+
+def _prometheus_gauges(model: str) -> dict[str, Any]:
+    """Return Prometheus gauges at 0, by name. See `_prometheus_counters`."""
+    from prometheus_client import Gauge
+
+    return {
+        name: Gauge(f"sgl_apr:{name}", text, ["model_name"], multiprocess_mode="mostrecent").labels(model)
+        for name, text in GAUGES.items()
+    }
 
 
 def _prometheus_counters(model: str) -> dict[tuple[str, str], Any]:

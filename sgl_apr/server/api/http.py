@@ -6,9 +6,9 @@ import asyncio
 import functools
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
@@ -23,9 +23,10 @@ from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.event_json import event_to_json
 from sgl_apr.runtime.options import DEFAULT_DIALECT
-from sgl_apr.server.api.limits import ServerBusy
+from sgl_apr.server.api.admission import ServerBusy
+from sgl_apr.server.api.config import merge_options
 from sgl_apr.server.api.openai_request import parse_openai_request
-from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOptions
 from sgl_apr.server.api.options import ReasonRequest
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -34,7 +35,6 @@ from sgl_apr.views.page import render_live_page
 P = ParamSpec("P")
 T = TypeVar("T")
 HTTP_CLIENT_CLOSED_REQUEST = 499  # nobody reads it
-RETRY_AFTER = "1"  # seconds
 DIALECT_FIELDS = (
     "name",
     "tags",
@@ -62,7 +62,7 @@ def respond_to_errors(handler: Callable[P, Awaitable[Response]]) -> Callable[P, 
             return Response(status_code=HTTP_CLIENT_CLOSED_REQUEST)
         except Exception as error:
             body, status = error_body(error)
-            headers = {"Retry-After": RETRY_AFTER} if isinstance(error, ServerBusy) else None
+            headers = {"Retry-After": str(error.retry_after)} if isinstance(error, ServerBusy) else None
             return _json_response(body, status, headers)
 
     return handle
@@ -70,14 +70,31 @@ def respond_to_errors(handler: Callable[P, Awaitable[Response]]) -> Callable[P, 
 
 @respond_to_errors
 async def openai_completion(
-    serving: Any, request: Any, raw_request: Request, apr: Any, *, chat: bool
+    serving: Any,
+    request: Any,
+    raw_request: Request,
+    apr: Any,
+    default_options: Mapping[str, Any],
+    *,
+    model: str,
+    chat: bool,
 ) -> Response:
-    """Handle a chat completion or text completion whose body has an object `apr`."""
+    """Handle a chat completion or text completion that is a trajectory.
+
+    Args:
+        serving: SGLang's serving object of the route.
+        request: SGLang's request object.
+        raw_request: The HTTP request.
+        apr: The field `apr` of the body.
+        default_options: The operator's default options.
+        model: The name of the model in the response.
+        chat: Whether this is a chat completion.
+    """
     service: TrajectoryService = raw_request.app.state.apr
     reason_request, response_options = await parse_openai_request(
-        serving, request, raw_request, apr, chat=chat
+        serving, request, raw_request, apr, default_options, chat=chat
     )
-    response = OpenAIResponseBuilder(request.model, chat, response_options)
+    response = OpenAIResponseBuilder(model, chat, response_options)
     if reason_request.stream:
         return await event_stream(raw_request.receive, response.chunks(service.stream(reason_request)))
     trajectory = await run_until_disconnect(raw_request.receive, service.run(reason_request))
@@ -93,6 +110,9 @@ async def generate(request: Request) -> Response:
     """
     service: TrajectoryService = request.app.state.apr
     reason_request = ReasonRequest.from_json(await request.body())
+    defaults = dict(service.config.default_options)
+    ResponseOptions.pop_from(defaults)
+    reason_request = replace(reason_request, options=merge_options(defaults, reason_request.options))
     if reason_request.stream:
         return await event_stream(request.receive, _event_objects(service.stream(reason_request)))
     trajectory = await run_until_disconnect(request.receive, service.run(reason_request))
@@ -130,7 +150,8 @@ async def stats(request: Request) -> Response:
     return _json_response(
         {
             **service.counters.to_json(),
-            "limits": asdict(service.limits),
+            "default_options": service.config.default_options,
+            "limits": asdict(service.config.limits),
             "joins_kv": engine.joins_kv,
             "grammar_backend": engine.grammar_backend,
             "supports_seeds": engine.supports_seeds,

@@ -1,6 +1,7 @@
 """Adds our routes to SGLang's HTTP server, and the object `apr` to the bodies of OpenAI's routes.
 
-POST /v1/chat/completions, /v1/completions   with an object `apr` in the body; without it they are SGLang's
+POST /v1/chat/completions, /v1/completions   with an object `apr` in the body, or a model "NAME:apr"; else they are SGLang's
+GET  /v1/models, /v1/models/NAME             SGLang's, and the model "NAME:apr"
 POST /apr/generate                           takes a prompt, returns a trajectory or streams its events
 GET  /apr/dialects                           the dialects that a trajectory can be written in
 GET  /apr/stats                              counts of what has run so far
@@ -17,7 +18,9 @@ from fastapi import APIRouter, FastAPI
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.api import http
-from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.config import ApiConfig
+from sgl_apr.server.api.model_alias import ALIAS_SUFFIX, has_alias, make_models_router
+from sgl_apr.server.api.openai_request import uncombinable_field
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import hook_around, require_sglang
 
@@ -26,7 +29,7 @@ HANDLE_REQUEST = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.h
 DECIDE_AUTH = "sglang.srt.utils.auth:decide_request_auth"
 
 
-def install(limits: RequestLimits) -> None:
+def install(config: ApiConfig) -> None:
     """Add the API to the server that this process is about to launch.
 
     Raises:
@@ -44,11 +47,22 @@ def install(limits: RequestLimits) -> None:
     async def handle_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
         if raw_request is None or not isinstance(serving, chat | completion):
             return await original(serving, request, raw_request)
+        is_chat, model = isinstance(serving, chat), request.model
         apr = (await raw_request.json()).get("apr")  # FastAPI has parsed the body already and keeps it
+        is_alias = has_alias(model, serving.tokenizer_manager.served_model_name)
+        if is_alias:
+            request.model = model.removesuffix(ALIAS_SUFFIX)
+        defaults = config.default_options
         if apr is None:
+            is_default = config.all_chats and is_chat and not uncombinable_field(request)
+            if not (is_alias or is_default):
+                return await original(serving, request, raw_request)
+            # A client that does not send `apr` cannot tell the chunks of parallel branches from one another.
+            apr, defaults = {}, {"stream": "trunk", **defaults}
+        elif apr is False:
             return await original(serving, request, raw_request)
         return await http.openai_completion(
-            serving, request, raw_request, apr, chat=isinstance(serving, chat)
+            serving, request, raw_request, apr, defaults, model=model, chat=is_chat
         )
 
     hooks = (
@@ -62,7 +76,9 @@ def install(limits: RequestLimits) -> None:
     for (path, _, _), original in zip(hooks, originals, strict=True):
         if require_sglang(path) is original:  # SGLang logs a failed hook and continues
             raise LaunchError(f"could not set a hook on {path}")
-    app.include_router(make_router(lambda: TrajectoryService(state().tokenizer_manager, limits)))
+    # Before SGLang's routes of the same paths.
+    app.router.routes[:0] = make_models_router(lambda: state().tokenizer_manager).routes
+    app.include_router(make_router(lambda: TrajectoryService(state().tokenizer_manager, config)))
 
 
 def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:

@@ -1,27 +1,38 @@
-"""The operator's limits: how large one trajectory may be, and how many may run at once."""
+"""The operator's limits: how large one trajectory may be, and how many may run and wait."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_apr.errors import AprError, BudgetExceeded
+from sgl_apr.errors import BudgetExceeded
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.server.launch.usage import UsageError, UsageParser
+from sgl_apr.runtime.value_checks import shorten
 
-MINIMUMS: Mapping[str, int | float] = {"width": 2, "depth": 1, "tokens": 1, "seconds": 0.001, "concurrent": 1}
-
-
-class ServerBusy(AprError):
-    """The server already runs as many trajectories as the operator allows."""
+# By flag: the field of `RequestLimits`, the lowest value, and the help text.
+LIMIT_FLAGS: Mapping[str, tuple[str, int | float, str]] = {
+    "--apr-max-width": ("width", 2, "branches of a fork"),
+    "--apr-max-depth": ("depth", 1, "nesting depth of forks"),
+    "--apr-max-tokens": ("tokens", 1, "tokens of one trajectory"),
+    "--apr-max-seconds": ("seconds", 0.001, "seconds of one trajectory"),
+    "--apr-max-concurrent": (
+        "concurrent", 1, "trajectories that run at once; further ones wait in a queue (default: 256)",
+    ),
+    "--apr-max-queued": (
+        "queued", 0, "trajectories that wait; further ones are refused with status 503 (default: 1024)",
+    ),
+    "--apr-queue-timeout": (
+        "queue_timeout", 0.001, "seconds that a trajectory waits before it is refused with status 503 (default: 60)",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The flags `--apr-max-...` of `sgl-apr serve`.
+    """The flags `--apr-max-...` and `--apr-queue-timeout` of `sgl-apr serve`.
 
     A request may set lower limits, never higher ones. If it does not set a limit, it gets the operator's limit or the
     default, whichever is lower.
@@ -31,7 +42,9 @@ class RequestLimits:
         depth: Nesting depth of forks.
         tokens: Tokens of one trajectory.
         seconds: Seconds of one trajectory.
-        concurrent: Trajectories that run at once. The server refuses further ones.
+        concurrent: Trajectories that run at once. Further ones wait.
+        queued: Trajectories that wait. The server refuses further ones.
+        queue_timeout: Seconds that a trajectory waits before the server refuses it.
     """
 
     width: int | None = None
@@ -39,6 +52,8 @@ class RequestLimits:
     tokens: int | None = None
     seconds: float | None = None
     concurrent: int = 256
+    queued: int = 1024
+    queue_timeout: float = 60.0
 
     def budget(self, requested: Mapping[str, Any], dialect: Dialect, context_left: int) -> Budget:
         """Return the budget of a request.
@@ -68,20 +83,30 @@ class RequestLimits:
         return Budget(**budget)
 
 
-def parse_limit_arguments(argv: Sequence[str]) -> tuple[RequestLimits, list[str]]:
-    """Parse the flags `--apr-max-...`.
+def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `LIMIT_FLAGS` to a parser. A flag that is not given leaves no attribute."""
+    for flag, (field, minimum, text) in LIMIT_FLAGS.items():
+        parser.add_argument(
+            flag,
+            dest=field,
+            type=number_at_least(minimum),
+            default=argparse.SUPPRESS,
+            metavar="S" if isinstance(minimum, float) else "N",
+            help=text,
+        )
 
-    Returns:
-        The limits, and the remaining arguments, which are SGLang's.
 
-    Raises:
-        UsageError: A value is missing, not a number, or too low.
-    """
-    parser = UsageParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, minimum in MINIMUMS.items():
-        parser.add_argument(f"--apr-max-{name}", dest=name, type=type(minimum))
-    limits, remaining = parser.parse_known_args(list(argv))
-    for name, value in vars(limits).items():
-        if not value >= MINIMUMS[name]:  # also true for NaN
-            raise UsageError(f"--apr-max-{name} {value}, expected at least {MINIMUMS[name]:g}")
-    return RequestLimits(**vars(limits)), remaining
+def number_at_least(minimum: float) -> Callable[[str], float]:
+    """Return a function that parses the number of a flag: a whole number if `minimum` is one."""
+
+    def parse(text: str) -> float:
+        kind = "a number" if isinstance(minimum, float) else "a whole number"
+        try:
+            value = type(minimum)(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{shorten(text)}, expected {kind}") from None
+        if not minimum <= value < 2**63:  # also true for NaN
+            raise argparse.ArgumentTypeError(f"{shorten(text)}, expected {kind} of at least {minimum:g}")
+        return value
+
+    return parse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import HTTPException
@@ -11,6 +12,7 @@ from fastapi import HTTPException
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.options import REQUEST_FIELDS
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls
+from sgl_apr.server.api.config import merge_options
 from sgl_apr.server.api.openai_response import ResponseOptions
 from sgl_apr.server.api.options import ReasonRequest
 
@@ -30,7 +32,13 @@ UNSUPPORTED_FIELDS: Mapping[str, str] = {
 
 
 async def parse_openai_request(
-    serving: Any, request: Any, raw_request: Any, apr: Any, *, chat: bool
+    serving: Any,
+    request: Any,
+    raw_request: Any,
+    apr: Any,
+    default_options: Mapping[str, Any],
+    *,
+    chat: bool,
 ) -> tuple[ReasonRequest, ResponseOptions]:
     """Parse a request.
 
@@ -41,6 +49,7 @@ async def parse_openai_request(
         request: SGLang's `ChatCompletionRequest` or `CompletionRequest`.
         raw_request: The HTTP request.
         apr: The field `apr` of the body. Where it and the request set the same option, it wins.
+        default_options: The operator's default options. Both win over these.
         chat: Whether this is a chat completion.
 
     Returns:
@@ -50,44 +59,41 @@ async def parse_openai_request(
         AprError: The request is not valid, or has a field that does not work together with `apr`.
         EngineError: SGLang refuses the request with an HTTP status.
     """
-    options = drop_nulls(check_type("apr", apr, dict))
-    response_options = _pop_response_options(options, request)
-    for name, reason in UNSUPPORTED_FIELDS.items():
-        value = getattr(request, name, None)
-        if value and value != type(request).model_fields[name].default:
-            raise AprError(f"{name} cannot be combined with apr: {reason}")
+    own = drop_nulls(check_type("apr", apr, dict))
+    if own.get("separate_reasoning") and request.stream:
+        raise AprError("separate_reasoning cannot be streamed: the answer is known only at the end")
+    if name := uncombinable_field(request):
+        raise AprError(f"{name} cannot be combined with apr: {UNSUPPORTED_FIELDS[name]}")
     generate = await _generate_request(serving, request, raw_request)
     if any(getattr(generate, f"{kind}_data") for kind in ("image", "video", "audio")):
         raise AprError("images, video and audio cannot be combined with apr")
     prompt = generate.input_ids if generate.text is None else generate.text
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]  # a batch of one
-    sampling = {k: v for k, v in generate.sampling_params.items() if k in SAMPLING_TYPES and v is not None}
-    options["sampling"] = sampling | check_type("sampling", options.get("sampling", {}), dict)
-    defaults = {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}}
+    sampling = {k: v for k, v in generate.sampling_params.items() if k in SAMPLING_TYPES}
+    explicit = {k: v for k, v in sampling.items() if k in request.model_fields_set}
+    request_options = {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}}
+    options = merge_options(
+        {"sampling": sampling}, default_options, {"sampling": explicit}, request_options, own
+    )
+    response_options = replace(
+        ResponseOptions.pop_from(options),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+    )
     max_tokens = getattr(request, "max_completion_tokens", None) or (
         request.max_tokens if "max_tokens" in request.model_fields_set else None
     )
     template = _branch_prompt_template(serving, request) if chat else None
-    return ReasonRequest(
-        prompt, defaults | options, bool(request.stream), max_tokens, template
-    ), response_options
+    return ReasonRequest(prompt, options, bool(request.stream), max_tokens, template), response_options
 
 
-def _pop_response_options(options: dict[str, Any], request: Any) -> ResponseOptions:
-    """Take the options of the response out of those of the trajectory."""
-    stream = options.pop("stream", "all")
-    if stream not in ("all", "trunk"):
-        raise AprError(f'apr stream={stream!r}, expected "all" or "trunk"')
-    separate = check_type("separate_reasoning", options.pop("separate_reasoning", False), bool)
-    if separate and request.stream:
-        raise AprError("separate_reasoning cannot be streamed: the answer is known only at the end")
-    return ResponseOptions(
-        separate_reasoning=separate,
-        include_trajectory=check_type("trajectory", options.pop("trajectory", False), bool),
-        trunk_only=stream == "trunk",
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
-    )
+def uncombinable_field(request: Any) -> str | None:
+    """Return the first field of an OpenAI request that cannot be combined with `apr`, or None."""
+    for name in UNSUPPORTED_FIELDS:
+        value = getattr(request, name, None)
+        if value and value != type(request).model_fields[name].default:
+            return name
+    return None
 
 
 async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any:

@@ -8,9 +8,11 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
+from sgl_apr.errors import AprError
 from sgl_apr.runtime.events import BranchEnded, Delta, Event, Forked, Joined, TextRetracted
+from sgl_apr.runtime.value_checks import check_type, shorten
 from sgl_apr.trajectory.blocks import Block
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -31,6 +33,24 @@ class ResponseOptions:
     include_trajectory: bool = False
     trunk_only: bool = False
     include_usage: bool = False
+
+    @classmethod
+    def pop_from(cls, options: dict[str, Any]) -> Self:
+        """Take the options of the response out of those of a trajectory.
+
+        Raises:
+            AprError: One of them has a value that is not possible.
+        """
+        stream = options.pop("stream", "all")
+        if stream not in ("all", "trunk"):
+            raise AprError(f'apr stream={shorten(stream)}, expected "all" or "trunk"')
+        return cls(
+            separate_reasoning=check_type(
+                "separate_reasoning", options.pop("separate_reasoning", False), bool
+            ),
+            include_trajectory=check_type("trajectory", options.pop("trajectory", False), bool),
+            trunk_only=stream == "trunk",
+        )
 
 
 @dataclass(frozen=True, slots=True)

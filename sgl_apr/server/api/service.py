@@ -12,8 +12,9 @@ from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.loop import run_with_options
+from sgl_apr.server.api.admission import AdmissionQueue
+from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.counters import ServerCounters
-from sgl_apr.server.api.limits import RequestLimits, ServerBusy
 from sgl_apr.server.api.options import OptionsParser, ReasonRequest
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -23,15 +24,17 @@ class TrajectoryService:
     """Runs trajectories on the engine of a TokenizerManager.
 
     Attributes:
-        limits: The operator's limits.
+        config: The operator's settings.
+        admission: The trajectories that run and wait.
         counters: Counts of what has run so far.
     """
 
-    def __init__(self, manager: Any, limits: RequestLimits) -> None:
-        self.limits = limits
+    def __init__(self, manager: Any, config: ApiConfig) -> None:
+        self.config = config
         self.counters = ServerCounters(
             str(manager.served_model_name), bool(manager.config_value("enable_metrics"))
         )
+        self.admission = AdmissionQueue(config.limits, self.counters.set_load)
         self._manager = manager
         self._engine: InProcessEngine | None = None
 
@@ -48,35 +51,31 @@ class TrajectoryService:
         return self._engine
 
     async def run(self, request: ReasonRequest, on_event: OnEvent | None = None) -> Trajectory:
-        """Run a trajectory to its end. Cancelling the call cancels the trajectory.
+        """Run a trajectory to its end. It may wait until others have ended.
+
+        Cancelling the call cancels the trajectory.
 
         Raises:
             AprError: The request is not valid.
-            ServerBusy: The server already runs as many trajectories as the operator allows.
+            ServerBusy: As many trajectories run and wait as the operator allows, or no slot became free in time.
             EngineError: The engine failed.
         """
         engine = await self.engine()
         model = self._manager.model_config
-        parser = OptionsParser(self.limits, engine.tokenizer, int(model.context_len), int(model.vocab_size))
+        parser = OptionsParser(
+            self.config.limits, engine.tokenizer, int(model.context_len), int(model.vocab_size)
+        )
         prompt, options = parser.parse(request)
-        if self.counters.running >= self.limits.concurrent:
-            self.counters.count_outcome("refused")
-            raise ServerBusy(
-                f"{self.counters.running} trajectories are running, as many as this server allows at once: "
-                f"--apr-max-concurrent {self.limits.concurrent}"
-            )
-        self.counters.running += 1
         try:
-            trajectory = await run_with_options(engine, prompt, options, on_event)
+            async with self.admission.slot():
+                trajectory = await run_with_options(engine, prompt, options, on_event)
         except asyncio.CancelledError:
             self.counters.count_outcome("cancelled")
             raise
         except Exception as error:
-            is_invalid = isinstance(error, AprError) and not isinstance(error, EngineError)
-            self.counters.count_outcome("refused" if is_invalid else "failed")
+            is_refused = isinstance(error, AprError) and not isinstance(error, EngineError)
+            self.counters.count_outcome("refused" if is_refused else "failed")
             raise
-        finally:
-            self.counters.running -= 1
         self.counters.count_finished(options, trajectory)
         return trajectory
 

@@ -19,7 +19,7 @@ from typing import Any
 from sgl_apr.engine.http_client import post_json
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import EngineError, LaunchError
-from sgl_apr.server.api.limits import RequestLimits, parse_limit_arguments
+from sgl_apr.server.api.config import ApiConfig, parse_api_arguments
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.server.kv_join.selfcheck import assert_joins_correct
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> None:
     """
     launcher = _connect_launcher()
     try:
-        limits, argv = parse_limit_arguments(argv)
+        config, argv = parse_api_arguments(argv)
         args = server_args(argv)
-        _add_routes(limits)
+        _add_routes(config)
         if not has_accelerator():
             fork_children(launcher)
     except LaunchError as error:
@@ -70,10 +70,10 @@ def main(argv: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def _add_routes(limits: RequestLimits) -> None:
+def _add_routes(config: ApiConfig) -> None:
     from sgl_apr.server.api.install import install  # imports SGLang, which has to load its plugins first
 
-    install(limits)
+    install(config)
 
 
 def _connect_launcher() -> socket.socket:

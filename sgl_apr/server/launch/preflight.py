@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sgl_apr.engine.http_client import check_exists
 from sgl_apr.errors import EngineError, LaunchError
+from sgl_apr.server.api.config import parse_api_arguments
 from sgl_apr.server.hooks import check_version
 from sgl_apr.server.launch.usage import UsageError, UsageParser
 
@@ -46,6 +47,7 @@ def read_arguments(argv: Sequence[str]) -> LaunchRequest:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--config")
     parsed, _ = parser.parse_known_args(list(argv))
+    parse_api_arguments(argv)
     if parsed.model_path is None and parsed.config is None:
         raise UsageError("no model: give --model DIRECTORY, or a Hugging Face id")
     return LaunchRequest(parsed.model_path, parsed.revision, parsed.host, parsed.port)

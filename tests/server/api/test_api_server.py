@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -460,6 +461,9 @@ def guarded(
         "apr_max_depth": 1,
         "apr_max_seconds": 60,
         "apr_max_concurrent": 2,
+        "apr_max_queued": 1,
+        "apr_queue_timeout": 2,
+        "apr_default": '{"dialect": "threadweaver", "budget": {"tokens": 700}, "separate_reasoning": true}',
     }
     with forked_server(get(server, "/model_info")["model_path"], log_path=log, **flags, **limits) as guarded:
         yield guarded
@@ -477,7 +481,7 @@ def test_the_api_key_protects_every_route(guarded: Server):
         for path in ("/apr/stats", "/apr/dialects"):
             assert requests.get(guarded.url + path, headers=headers, timeout=30).status_code == 401
     answer = client(guarded, key=KEY).chat.completions.create(
-        model="m", messages=MESSAGES, extra_body={"apr": FORKS}
+        model="m", messages=MESSAGES, extra_body={"apr": {**FORKS, "separate_reasoning": False}}
     )
     check(answer.choices[0].message.content, answer.apr)
 
@@ -508,17 +512,103 @@ def test_a_request_without_a_width_gets_the_limit(guarded: Server):
     assert trajectory.metrics().total <= 1500
 
 
-def test_no_more_at_once_than_allowed(guarded: Server):
-    long = {"mode": "parallel", "dialect": "threadweaver", "min_blocks": 60, "stream": True}
-    with keyed(guarded, long, stream=True) as first, keyed(guarded, long, stream=True) as second:
-        assert (first.status_code, second.status_code) == (200, 200)
+LONG = {
+    "mode": "parallel",
+    "dialect": "threadweaver",
+    "min_blocks": 60,
+    "budget": {"tokens": 1500},
+    "stream": True,
+}
+
+
+def stats_of(guarded: Server) -> dict:
+    return get(guarded, "/apr/stats", KEY)
+
+
+def test_more_than_may_run_at_once_wait_and_are_refused_then(guarded: Server):
+    refused_before = stats_of(guarded)["trajectories"]["refused"]
+    short = {"budget": {"tokens": 20}}
+    long = [keyed(guarded, LONG, stream=True) for _ in range(2)]
+    with long[0], long[1], ThreadPoolExecutor() as pool:
+        waiting = pool.submit(keyed, guarded, short)
+        until(lambda: stats_of(guarded)["queued"] == 1)
+        assert prometheus(guarded, "queued") == 1
+        assert prometheus(guarded, "running") == 2
         for path, body in ((OWN, {}), (OWN, {"stream": True}), (CHAT, {"apr": {}})):
             refused = keyed(guarded, body, path)
-            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            assert refused.status_code == 503
+            assert 1 <= int(refused.headers["Retry-After"]) <= 600
             assert refused.json()["error"]["code"] == "server_busy"
             assert "--apr-max-concurrent 2" in refused.json()["error"]["message"]
-    until(lambda: get(guarded, "/apr/stats", KEY)["running"] == 0)
-    assert keyed(guarded, {"budget": {"tokens": 20}}).status_code == 200
+            assert "--apr-max-queued 1" in refused.json()["error"]["message"]
+        late = waiting.result()
+        assert late.status_code == 503
+        assert "--apr-queue-timeout 2" in late.json()["error"]["message"]
+        assert stats_of(guarded)["trajectories"]["refused"] == refused_before + 4
+        waiting = pool.submit(keyed, guarded, {**short, "stream": True})
+        until(lambda: stats_of(guarded)["queued"] == 1)
+        long[1].close()
+        served = waiting.result()
+        assert served.status_code == 200
+        assert served.text.endswith("data: [DONE]\n\n")
+    until(lambda: stats_of(guarded)["running"] == 0)
+    assert prometheus(guarded, "running") == prometheus(guarded, "queued") == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_disconnects_leaves_the_queue(guarded: Server, streamed: bool):
+    cancelled = stats_of(guarded)["trajectories"]["cancelled"]
+    with keyed(guarded, LONG, stream=True), keyed(guarded, LONG, stream=True):
+        body = json.dumps({**BASE[OWN], "stream": streamed}).encode()
+        host, port = guarded.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST {OWN} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: stats_of(guarded)["queued"] == 1)
+        until(lambda: stats_of(guarded)["queued"] == 0)
+        until(lambda: stats_of(guarded)["trajectories"]["cancelled"] == cancelled + 1)
+    until(lambda: stats_of(guarded)["running"] == 0)
+
+
+# Defaults of the operator, and clients that cannot send `apr`
+
+
+def test_default_options_are_those_of_requests_that_do_not_set_them(guarded: Server):
+    trajectory = apr.Trajectory.from_json(keyed(guarded, {"mode": "parallel", "min_blocks": 40}).text)
+    assert 350 < trajectory.metrics().total <= 700
+    own = {"mode": "parallel", "min_blocks": 40, "budget": {"tokens": 300}}
+    assert apr.Trajectory.from_json(keyed(guarded, own).text).metrics().total <= 300
+    assert stats_of(guarded)["default_options"]["budget"] == {"tokens": 700}
+    answer = keyed(guarded, {"max_tokens": 100, "apr": {"mode": "parallel"}}, CHAT).json()
+    assert answer["usage"]["completion_tokens"] <= 100
+    assert "<Parallel>" in answer["choices"][0]["message"]["reasoning_content"], "separate_reasoning"
+
+
+def test_a_model_name_stands_for_apr(server: Server):
+    name = get(server, "/v1/models")["data"][0]["id"]
+    alias = f"{name}:apr"
+    models = client(server).models.list().data
+    assert [m.id for m in models] == [name, alias]
+    card = client(server).models.retrieve(alias)
+    assert (card.id, card.root, card.max_model_len) == (alias, name, models[0].max_model_len)
+    assert client(server).models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError):
+        client(server).models.retrieve("nobody:apr")
+    plain = chat(server, {}, model=name)
+    answer = chat(server, model=alias)
+    assert answer.model == alias
+    assert answer.choices[0].message.content == plain.choices[0].message.content
+    assert answer.apr["dialect"] == plain.apr["dialect"]
+    text = client(server).completions.create(model=alias, prompt="Q: ", max_tokens=50)
+    assert text.apr["metrics"]["total"] <= 50
+    with pytest.raises(openai.BadRequestError, match="n cannot be combined with apr"):
+        chat(server, model=alias, n=2)
+    stock = post(server, CHAT, {**BASE[CHAT], "model": alias, "max_tokens": 5, "apr": False}).json()
+    assert "apr" not in stock
+    chunks = list(chat(server, FORKS, model=alias, stream=True))
+    assert {tuple(c.apr["path"]) for c in chunks if "path" in c.apr} > {()}
+    chunks = list(chat(server, model=alias, stream=True))
+    assert {tuple(c.apr["path"]) for c in chunks if "path" in c.apr} == {()}, "of the trunk alone"
 
 
 def test_a_join_in_the_cache(server: Server, guarded: Server):
@@ -534,16 +624,20 @@ def test_a_join_in_the_cache(server: Server, guarded: Server):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "kv_join_unavailable")
 
 
+def prometheus(guarded: Server, name: str, label: str = "") -> float:
+    text = requests.get(f"{guarded.url}/metrics", timeout=30).text
+    lines = [x for x in text.splitlines() if x.startswith(f"sgl_apr:{name}{{") and label in x]
+    assert len(lines) == 1, lines
+    return float(lines[0].rsplit(" ", 1)[1])
+
+
 def test_prometheus_has_the_same_counts(guarded: Server):
     assert keyed(guarded, {"mode": "parallel", "dialect": "threadweaver", "budget": {"tokens": 200}}).ok
-    stats = get(guarded, "/apr/stats", KEY)
-    text = requests.get(f"{guarded.url}/metrics", timeout=30).text
-    assert "sglang:" in text
+    stats = stats_of(guarded)
+    assert "sglang:" in requests.get(f"{guarded.url}/metrics", timeout=30).text
 
     def value(name: str, label: str = "") -> float:
-        lines = [x for x in text.splitlines() if x.startswith(f"sgl_apr:{name}_total{{") and label in x]
-        assert len(lines) == 1, lines
-        return float(lines[0].rsplit(" ", 1)[1])
+        return prometheus(guarded, f"{name}_total", label)
 
     for outcome, count in stats["trajectories"].items():
         assert value("trajectories", f'outcome="{outcome}"') == count

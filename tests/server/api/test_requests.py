@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
+import time
 from collections import defaultdict
 
 import pytest
@@ -11,9 +13,12 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.runtime.event_json import event_from_json, event_to_json
-from sgl_apr.server.api.limits import RequestLimits, parse_limit_arguments
+from sgl_apr.server.api.admission import AdmissionQueue, ServerBusy
+from sgl_apr.server.api.config import ApiConfig, merge_options, parse_api_arguments
+from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOptions
 from sgl_apr.server.api.options import OptionsParser, ReasonRequest
+from sgl_apr.server.launch.launcher import serve
 from sgl_apr.server.launch.usage import UsageError
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
 from tests.support.masked_sampler import SampledEngine, masked
@@ -231,22 +236,153 @@ def test_limits_are_parsed_from_the_command_line():
         "--apr-max-concurrent",
         "3",
     ]
-    assert parse_limit_arguments(argv) == (
-        RequestLimits(width=4, seconds=1.5, concurrent=3),
+    assert parse_api_arguments(argv) == (
+        ApiConfig(RequestLimits(width=4, seconds=1.5, concurrent=3)),
         ["--model", "m", "--tp=2"],
     )
-    assert parse_limit_arguments(["--apr-max-heat", "4"]) == (
-        RequestLimits(),
+    assert parse_api_arguments(["--apr-max-heat", "4"]) == (
+        ApiConfig(),
         ["--apr-max-heat", "4"],
     )  # for SGLang to refuse
     for wrong in (
         ["--apr-max-width", "1"],
         ["--apr-max-tokens", "many"],
+        ["--apr-max-tokens", "9" * 5000],
         ["--apr-max-depth"],
         ["--apr-max-seconds", "nan"],
+        ["--apr-max-seconds", "inf"],
+        ["--apr-queue-timeout", "0"],
+        ["--apr-max-queued", "-1"],
     ):
-        with pytest.raises(UsageError, match=wrong[0]):
-            parse_limit_arguments(wrong)
+        with pytest.raises(UsageError, match=wrong[0]) as error:
+            parse_api_arguments(wrong)
+        assert len(str(error.value)) < 200
+
+
+def test_default_options_are_parsed_from_the_command_line():
+    text = '{"mode": "parallel", "budget": {"width": 3}, "temperature": 0.5, "separate_reasoning": true}'
+    config, remaining = parse_api_arguments(["--apr-default", text, "--apr-all-chats"])
+    assert remaining == []
+    assert config.all_chats
+    assert config.default_options == {
+        "mode": "parallel",
+        "budget": {"width": 3},
+        "sampling": {"temperature": 0.5},
+        "separate_reasoning": True,
+    }
+
+
+WRONG_DEFAULTS = [
+    ("{", "not JSON"),
+    ("[1]", "expected an object"),
+    ('{"widht": 3}', "no option 'widht'"),
+    ('{"dialect": "klingon"}', "no dialect 'klingon'"),
+    ('{"policy": "some"}', "policy='some'"),
+    ('{"temperature": -1}', "temperature=-1"),
+    ('{"stream": "branches"}', "stream='branches'"),
+    ('{"budget": {"width": 9}}', "--apr-max-width 8"),
+    ('{"budget": 3}', "budget=3, expected an object"),
+    ('{"temperature": 1, "sampling": 3}', "sampling=3, expected an object"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_DEFAULTS)
+def test_wrong_default_options_are_refused_before_the_launch(text: str, message: str, capsys):
+    flags = ["--apr-max-width", "8", "--apr-default", text]
+    with pytest.raises(UsageError, match=f"--apr-default.*{message}"):
+        parse_api_arguments(flags)
+    assert serve(["--model", "nowhere", *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_options_of_a_request_win_over_the_defaults():
+    defaults = {"mode": "parallel", "budget": {"width": 3, "tokens": 90}, "seed": 1}
+    own = {"budget": {"width": 2, "tokens": None}, "seed": None, "mode": "auto", "policy": "first"}
+    assert merge_options(defaults, own) == {
+        "mode": "auto",
+        "budget": {"width": 2, "tokens": 90},
+        "seed": 1,
+        "policy": "first",
+    }
+    with pytest.raises(apr.AprError, match="budget=3, expected an object"):
+        merge_options(defaults, {"budget": 3})
+
+
+# The queue
+
+
+def test_trajectories_wait_in_order():
+    async def go() -> list[int]:
+        queue, order = AdmissionQueue(RequestLimits(concurrent=2, queued=8)), []
+
+        async def run(number: int) -> None:
+            async with queue.slot():
+                order.append(number)
+                assert queue.running <= 2
+                await asyncio.sleep(0.001)
+
+        tasks = [asyncio.create_task(run(number)) for number in range(8)]
+        await asyncio.sleep(0)
+        assert (queue.running, queue.queued) == (2, 6)
+        tasks[3].cancel()  # a client that disconnects gives its place up
+        await asyncio.sleep(0)
+        assert (queue.running, queue.queued) == (2, 5)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (queue.running, queue.queued) == (0, 0)
+        return order
+
+    assert asyncio.run(go()) == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_a_full_queue_and_a_long_wait_are_refused():
+    changes: list[tuple[int, int]] = []
+
+    async def go() -> tuple[ServerBusy, ServerBusy]:
+        limits = RequestLimits(concurrent=1, queued=1, queue_timeout=0.02)
+        queue = AdmissionQueue(limits, lambda running, queued: changes.append((running, queued)))
+
+        async def enter() -> None:
+            async with queue.slot():
+                raise AssertionError("admitted")
+
+        async with queue.slot():
+            waiting = asyncio.create_task(enter())
+            await asyncio.sleep(0)
+            with pytest.raises(ServerBusy) as full:
+                await enter()
+            with pytest.raises(ServerBusy) as late:
+                await waiting
+        async with queue.slot():  # the slot was not lost
+            pass
+        return full.value, late.value
+
+    full, late = asyncio.run(go())
+    assert "--apr-max-concurrent 1" in str(full)
+    assert "--apr-max-queued 1" in str(full)
+    assert "--apr-queue-timeout 0.02" in str(late)
+    assert (full.retry_after, late.retry_after) == (1, 1)
+    assert changes == [(1, 0), (1, 1), (1, 0), (0, 0), (1, 0), (0, 0)]
+    assert pickle.loads(pickle.dumps(full)).retry_after == 1
+
+
+def test_the_time_to_retry_is_estimated_from_what_ran(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    async def go() -> list[int]:
+        queue, estimates = AdmissionQueue(RequestLimits(concurrent=2)), []
+        async with queue.slot(), queue.slot():
+            clock[0] = 8.0
+            estimates.append(queue.retry_after())  # both have run for 8 s: one of two slots is free every 4 s
+            queue.queued = 3
+            estimates.append(queue.retry_after())
+            queue.queued = 10**6
+            estimates.append(queue.retry_after())
+            queue.queued = 0
+        estimates.append(queue.retry_after())  # nothing runs: from those that have ended
+        return estimates
+
+    assert asyncio.run(go()) == [4, 16, 600, 4]
 
 
 # Events and responses
