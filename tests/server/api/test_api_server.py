@@ -579,8 +579,8 @@ def test_default_options_are_those_of_requests_that_do_not_set_them(guarded: Ser
     own = {"mode": "parallel", "min_blocks": 40, "budget": {"tokens": 300}}
     assert apr.Trajectory.from_json(keyed(guarded, own).text).metrics().total <= 300
     assert stats_of(guarded)["default_options"]["budget"] == {"tokens": 700}
-    answer = keyed(guarded, {"max_tokens": 100, "apr": {"mode": "parallel"}}, CHAT).json()
-    assert answer["usage"]["completion_tokens"] <= 100
+    answer = keyed(guarded, {"max_tokens": 300, "apr": {"mode": "parallel"}}, CHAT).json()
+    assert answer["usage"]["completion_tokens"] <= 300, answer
     assert "<Parallel>" in answer["choices"][0]["message"]["reasoning_content"], "separate_reasoning"
 
 
