@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.errors import BudgetExceeded
-
-FLOAT_FIELDS = ("seconds", "reserve")  # all other limits are whole numbers
+from sgl_apr.runtime.value_checks import check_numbers, number_types, shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +46,10 @@ class Budget:
             "tokens": 1, "critical_tokens": 1, "branch_tokens": 1, "width": 2, "depth": 1, "blocks": 0,
             "calls": 1, "outline_chars": 1,
         }  # fmt: skip
+        check_numbers(self, "budget", BudgetExceeded)
         for name, low in lowest.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < low):
+            if value is not None and value < low:
                 raise BudgetExceeded(f"budget {name}={value}, expected at least {low}")
         if self.seconds is not None and not self.seconds > 0:
             raise BudgetExceeded(f"budget seconds={self.seconds}, expected more than 0")
@@ -67,9 +67,7 @@ class Budget:
             >>> Budget.parse("tokens=1024,seconds=2.5")
             Budget(tokens=1024, critical_tokens=None, branch_tokens=None, width=None, depth=1, blocks=None, calls=None, outline_chars=None, seconds=2.5, reserve=0.25)
         """
-        kinds: dict[str, type[int | float]] = {f.name: int for f in fields(cls)} | dict.fromkeys(
-            FLOAT_FIELDS, float
-        )
+        kinds = number_types(cls)
         limits: dict[str, Any] = {}
         for item in filter(None, text.split(",")):
             name, _, value = item.partition("=")
@@ -77,7 +75,7 @@ class Budget:
                 limits[name] = kinds[name](value)
             except (KeyError, ValueError):
                 raise BudgetExceeded(
-                    f"budget {item!r}, expected name=number with one of {', '.join(kinds)}"
+                    f"budget {shorten(item)}, expected name=number with one of {', '.join(kinds)}"
                 ) from None
         return cls(**limits)
 

@@ -12,7 +12,7 @@ from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.budget import Overhead
 from sgl_apr.runtime.options import ReasonOptions
-from sgl_apr.runtime.pacing import Demand
+from sgl_apr.runtime.pacing import Demand, choose_parallelism
 from sgl_apr.runtime.phase_output import PhaseOutput
 from sgl_apr.runtime.request_log import RequestLog
 from sgl_apr.runtime.sequence import SequenceState
@@ -182,7 +182,7 @@ class ForkRules:
         if width <= options.min_branches or sequence.pending_count or options.pacing is None:
             return width
         share = self.branch_allowance(sequence, width)
-        parallelism, reason = options.pacing(Demand(width, share.tokens), load)
+        parallelism, reason = choose_parallelism(options.pacing, Demand(width, share.tokens), load)
         capped = max(options.min_branches, min(width, parallelism))
         if capped < width:
             block = (*sequence.path, sequence.blocks + 1)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.join_policy import POLICY_HELP, Policy, is_valid_policy
+from sgl_apr.runtime.join_policy import Policy
+from sgl_apr.runtime.option_checks import REQUEST_FIELDS as REQUEST_FIELDS
+from sgl_apr.runtime.option_checks import Mode, OnBranchFailure, check_options
 from sgl_apr.runtime.pacing import Pacing, PacingFunction
 from sgl_apr.runtime.retry import Retry
+from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.tokenizer import Tokenizer
 
 DEFAULT_DIALECT = "threadweaver"  # for models without tags of their own
-Mode = Literal["auto", "sequential", "parallel"]
-OnBranchFailure = Literal["skip", "retry", "raise"]
-REQUEST_FIELDS = ("lora_path", "cache_salt", "extra_key", "priority")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ class ReasonOptions:
         return self.policy or self.dialect.policy
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dialect, Dialect):
+            raise AprError(f"dialect={shorten(self.dialect)}, expected a Dialect")
+        check_options({f.name: getattr(self, f.name) for f in fields(self) if f.name != "dialect"})
         d, b = self.dialect, self.budget
         if self.width > d.max_width:
             raise BudgetExceeded(
@@ -118,31 +121,22 @@ class ReasonOptions:
                 f"{expected}, not join={self.join!r}"
             )
         policy = self.effective_policy
-        if not is_valid_policy(policy):
-            raise AprError(f"policy={policy!r}, expected {POLICY_HELP}")
         if d.asynchronous and not (isinstance(policy, str) and policy.startswith(("all", "deadline"))):
             raise AprError(
                 f'{d.name} joins when the model says so: policy={policy!r}, expected "all" or "deadline:s"'
             )
-        if self.on_branch_failure not in get_args(OnBranchFailure):
+        if "trunk" not in d.grammar.rules and (self.max_forks == 0 or self.min_forks > 1):
             raise AprError(
-                f'on_branch_failure={self.on_branch_failure!r}, expected "skip", "retry" or "raise"'
+                f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={self.min_forks}"
             )
-        if self.cap_width_by_load and self.pacing is None:
-            raise AprError("cap_width_by_load=True needs pacing, found pacing=None")
-        if self.mode not in ("auto", "sequential", "parallel"):
-            raise AprError(f'mode={self.mode!r}, expected "auto", "sequential" or "parallel"')
-        if self.mode == "sequential" and self.min_blocks:
-            raise AprError(f'mode="sequential" forbids the min_blocks={self.min_blocks} blocks asked for')
-        min_forks, max_forks = self.min_forks, self.max_forks
-        if "trunk" not in d.grammar.rules and (max_forks == 0 or min_forks > 1):
-            raise AprError(f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={min_forks}")
-        if min_forks < 0 or (max_forks is not None and max_forks < min_forks):
-            raise AprError(f"min_blocks={min_forks}, max_blocks={max_forks}: expected 0 <= min <= max")
 
 
 def make_options(
-    dialect_: Dialect | str | None, tokenizer: Tokenizer | None = None, **options: Any
+    dialect_: Dialect | str | None,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    /,
+    **options: Any,
 ) -> ReasonOptions:
     """Options from keyword arguments.
 
@@ -150,17 +144,27 @@ def make_options(
         dialect_: The dialect or its name. Without one it is the one whose tags the tokenizer has, else
             `DEFAULT_DIALECT`.
         tokenizer: Of the model.
-        options: Fields of `ReasonOptions`, names of `REQUEST_FIELDS`, and sampling parameters.
+        vocab_size: Number of token ids that the model has. None if it is not known.
+        options: Fields of `ReasonOptions`, names of `REQUEST_FIELDS`, and sampling parameters. `budget`, `pacing` and
+            `retry` may be mappings.
+
+    Raises:
+        AprError: An option has an unknown name, a wrong type, or a value that is not possible.
     """
-    known = {f.name for f in fields(ReasonOptions)}
-    request = {
-        **options.pop("request_fields", {}),
-        **{k: options.pop(k) for k in REQUEST_FIELDS if k in options},
-    }
-    sampling = {**options.pop("sampling", {}), **{k: v for k, v in options.items() if k not in known}}
-    options = {k: v for k, v in options.items() if k in known} | {"request_fields": request}
+    checked = check_options(options, vocab_size)
     if dialect_ is None:
         dialect_ = (dialect_for(tokenizer) if tokenizer else None) or DEFAULT_DIALECT
-    return ReasonOptions(
-        dialect(dialect_) if isinstance(dialect_, str) else dialect_, sampling=sampling, **options
-    )
+    return ReasonOptions(resolve_dialect(dialect_), **checked)
+
+
+def resolve_dialect(name: Any) -> Dialect:
+    """Return a dialect, or the one of that name.
+
+    Raises:
+        AprError: It is neither.
+    """
+    if isinstance(name, Dialect):
+        return name
+    if not isinstance(name, str):
+        raise AprError(f"dialect={shorten(name)}, expected the name of a dialect, or a Dialect")
+    return dialect(name)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from sgl_apr.engine.base import Load
 from sgl_apr.errors import AprError
+from sgl_apr.runtime.value_checks import check_numbers, shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Pacing:
     max_parallel: int | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self, "pacing")
         if (
             self.min_speedup < 1
             or not 0 < self.expected_fill <= 1
@@ -65,3 +69,19 @@ class Pacing:
     def _by_memory(self, demand: Demand, load: Load) -> tuple[int, str]:
         fit = int(load.free_tokens // max(1.0, self.expected_fill * demand.tokens))
         return max(1, min(demand.branches, fit)), f"{load.free_tokens} KV tokens are free"
+
+
+def choose_parallelism(pacing: PacingFunction, demand: Demand, load: Load) -> tuple[int, str]:
+    """Return how many branches run at once, and why.
+
+    Raises:
+        AprError: The function returned something else.
+    """
+    decision: Any = pacing(demand, load)
+    is_pair = isinstance(decision, tuple) and len(decision) == 2
+    if is_pair and isinstance(decision[0], Integral) and isinstance(decision[1], str):
+        return int(decision[0]), decision[1]
+    raise AprError(
+        f"the pacing function returned {shorten(decision)}, expected how many branches run at once and why, "
+        'such as (2, "two at a time")'
+    )

@@ -19,7 +19,7 @@ from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.kv_join import KvJoiner
 from sgl_apr.runtime.options import ReasonOptions
-from sgl_apr.runtime.pacing import Demand
+from sgl_apr.runtime.pacing import Demand, choose_parallelism
 from sgl_apr.runtime.phase_output import PhaseOutput, parse_phase_output
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.request_builder import RequestBuilder
@@ -160,7 +160,7 @@ class RequestRunner:
         """How many branches of so many tokens run at once. The decision is recorded."""
         if self.options.pacing is None or load is None:
             return size
-        parallelism, reason = self.options.pacing(Demand(size, tokens), load)
+        parallelism, reason = choose_parallelism(self.options.pacing, Demand(size, tokens), load)
         parallelism = max(1, min(size, parallelism))
         block = (*sequence.path, sequence.blocks)
         self.request_log.record_pacing(block, size, parallelism, load, reason)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import tenacity
 
 from sgl_apr.errors import AprError, EngineError, EngineTimeout
+from sgl_apr.runtime.value_checks import check_numbers
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Retry:
     max_wait: float = 10.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "retry")
         if self.attempts < 1 or not 0 <= self.wait <= self.max_wait:
             raise AprError(f"{self}: expected attempts >= 1 and 0 <= wait <= max_wait")
 

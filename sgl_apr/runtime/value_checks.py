@@ -1,4 +1,4 @@
-"""Checks the types and the values of JSON options.
+"""Checks the types and the values of options, for Python and for HTTP.
 
 SGLang's scheduler, and the server with it, ends with some values that SGLang does not refuse itself. So every value is
 checked before a request is sent.
@@ -7,7 +7,9 @@ checked before a request is sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from sgl_apr.errors import AprError
@@ -28,6 +30,7 @@ MAX_TOP_K = 2**31 - 1
 # more. With these bounds it stays finite. An infinite logit makes a probability NaN, which ends the scheduler.
 MIN_REPETITION_PENALTY = 1e-6
 MAX_LOGIT_BIAS = 1e20
+MAX_VOCAB_SIZE = 2**31  # token ids are 32-bit numbers
 # The ranges of `SamplingParams.verify` of SGLang 0.5.23, within the bounds above.
 SAMPLING_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda v: 0 <= v <= MAX_TEMPERATURE, f"a number from 0 to {MAX_TEMPERATURE}"),
@@ -47,19 +50,69 @@ def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_type(name: str, value: Any, kind: type[T]) -> T:
+def check_type(name: str, value: Any, kind: type[T], error: type[AprError] = AprError) -> T:
     """Return the value if it has this type. A whole number is also a float, but a bool is never a number.
+
+    Args:
+        name: What the message calls the value.
+        value: The value.
+        kind: A type of `TYPE_NAMES`.
+        error: The class of the error.
 
     Raises:
         AprError: It has another type, is not finite, or is a whole number of more than 64 bits.
     """
     if kind is int and _is_number(value) and abs(value) >= 2**63 and value != -(2**63):
-        raise AprError(f"{name}={shorten(value)}, expected a whole number from -2**63 to 2**63 - 1")
+        raise error(f"{name}={shorten(value)}, expected a whole number from -2**63 to 2**63 - 1")
     number = _is_number(value) and _is_finite(value)
     fits = isinstance(value, kind) and (number or kind not in (int, float))
     if not (fits or (kind is float and number)):
-        raise AprError(f"{name}={shorten(value)}, expected {TYPE_NAMES[kind]}")
+        raise error(f"{name}={shorten(value)}, expected {TYPE_NAMES[kind]}")
     return value  # type: ignore[no-any-return]
+
+
+def number_types(kind: type) -> dict[str, type]:
+    """Return the type of each field of a dataclass whose fields are numbers, or numbers and None."""
+    return {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
+
+
+def check_numbers(instance: Any, name: str, error: type[AprError] = AprError) -> None:
+    """Check the fields of a dataclass, all of which are numbers. A field may be None if its type says so.
+
+    Args:
+        instance: The dataclass.
+        name: Precedes the names of its fields in messages.
+        error: The class of the error.
+
+    Raises:
+        AprError: A field has another type.
+    """
+    types = number_types(type(instance))
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if value is not None or "None" not in str(field.type):
+            check_type(f"{name} {field.name}", value, types[field.name], error)
+
+
+def unknown_name(name: Any, known: Iterable[str], what: str = "") -> str:
+    """Return the message for a name that is not known: what it may mean, or all that is known.
+
+    Examples:
+        >>> unknown_name("budgett", ["budget", "mode"], "option ")
+        "no option 'budgett', did you mean 'budget'?"
+        >>> unknown_name("x", ["budget", "mode"], "option ")
+        "no option 'x', expected some of budget, mode"
+
+    Args:
+        name: The name.
+        known: The known names.
+        what: Precedes the name.
+    """
+    known = list(known)
+    is_short = isinstance(name, str) and len(name) <= 40  # the comparison takes quadratic time
+    close = get_close_matches(name, known, 1, 0.7) if is_short else []
+    expected = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(known)}"
+    return f"no {what}{shorten(name)}, {expected}"
 
 
 def check_types(values: Mapping[str, Any], types: Mapping[str, type], prefix: str) -> dict[str, Any]:
@@ -75,16 +128,16 @@ def check_types(values: Mapping[str, Any], types: Mapping[str, type], prefix: st
     """
     for name in values:
         if name not in types:
-            raise AprError(f"no {prefix}{shorten(name)}, expected some of {', '.join(types)}")
+            raise AprError(unknown_name(name, types, prefix))
     return {name: check_type(prefix + name, v, types[name]) for name, v in drop_nulls(values).items()}
 
 
-def check_sampling(values: Mapping[str, Any], vocab_size: int, prefix: str = "") -> dict[str, Any]:
+def check_sampling(values: Mapping[str, Any], vocab_size: int | None, prefix: str = "") -> dict[str, Any]:
     """Return the sampling parameters that are not null, as SGLang's tensors need them.
 
     Args:
         values: Sampling parameters by name, of `SAMPLING_TYPES`.
-        vocab_size: Number of token ids that the model has.
+        vocab_size: Number of token ids that the model has. None if it is not known.
         prefix: Precedes the name of a parameter in messages.
 
     Raises:
@@ -104,7 +157,10 @@ def check_sampling(values: Mapping[str, Any], vocab_size: int, prefix: str = "")
 
 def shorten(value: Any) -> str:
     """Return the value as a message shows it, in at most 80 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a whole number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -120,8 +176,9 @@ def _is_finite(number: float) -> bool:
         return False
 
 
-def _check_logit_bias(name: str, bias: Mapping[Any, Any], vocab_size: int) -> dict[str, float]:
+def _check_logit_bias(name: str, bias: Mapping[Any, Any], vocab_size: int | None) -> dict[str, float]:
     """Return the bias by token id. SGLang wants the ids as strings."""
+    vocab_size = MAX_VOCAB_SIZE if vocab_size is None else vocab_size
     checked: dict[str, float] = {}
     for key, value in bias.items():
         digits = str(key) if isinstance(key, str | int) and not isinstance(key, bool) else ""

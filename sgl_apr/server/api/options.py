@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -12,30 +12,15 @@ from sgl_apr.errors import AprError, GrammarError
 from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.options import DEFAULT_DIALECT, REQUEST_FIELDS, ReasonOptions
-from sgl_apr.runtime.pacing import Pacing
+from sgl_apr.runtime.option_checks import JSON_OPTION_NAMES, check_option_names, check_options
+from sgl_apr.runtime.options import DEFAULT_DIALECT, ReasonOptions
 from sgl_apr.runtime.retry import Retry
-from sgl_apr.runtime.value_checks import (
-    SAMPLING_TYPES,
-    check_sampling,
-    check_type,
-    check_types,
-    drop_nulls,
-    shorten,
-)
+from sgl_apr.runtime.value_checks import check_type, check_types, drop_nulls, number_types, shorten
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
 
 MAX_ATTEMPTS = 10  # of one engine request
-OPTION_TYPES: Mapping[str, type] = {
-    "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
-    "cap_width_by_load": bool, "on_branch_failure": str, "seed": int, "constrain": bool, "forbid_angle_brackets": bool,
-    "logprobs": bool,
-}  # fmt: skip
-REQUEST_FIELD_TYPES: Mapping[str, type] = {n: int if n == "priority" else str for n in REQUEST_FIELDS}
-OPTION_NAMES = (
-    "dialect", "budget", "pacing", "retry", "sampling", *OPTION_TYPES, *SAMPLING_TYPES, *REQUEST_FIELD_TYPES,
-)  # fmt: skip
+OPTION_NAMES = ("dialect", *JSON_OPTION_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,33 +85,29 @@ class OptionsParser:
         """
         prompt = self._prompt_ids(request.prompt)
         options = drop_nulls(request.options)
-        for name in options:
-            if name not in OPTION_NAMES:
-                raise AprError(f"no option {name!r}, expected some of {', '.join(OPTION_NAMES)}")
-        dialect_ = self._dialect(options.get("dialect"))
-        budget = _check_numbers(Budget, "budget", options)
-        if request.max_tokens is not None:
-            check_type("max_tokens", request.max_tokens, int)
-            budget["tokens"] = min(request.max_tokens, budget.get("tokens", request.max_tokens))
-        retry = Retry(**_check_numbers(Retry, "retry", options))
+        check_option_names(options, OPTION_NAMES)
+        dialect_ = self._dialect(options.pop("dialect", None))
+        budget = self._check_budget(options.pop("budget", {}), request.max_tokens)
+        checked = check_options(options, self.vocab_size)
+        retry = checked.get("retry", Retry())
         if retry.attempts > MAX_ATTEMPTS:
             raise AprError(f"retry attempts={retry.attempts}, expected at most {MAX_ATTEMPTS}")
-        sampling = check_type("sampling", options.get("sampling", {}), dict)
+        if dialect_.branch_context == "message":
+            checked["branch_prompt_template"] = request.branch_prompt_template
         return prompt, ReasonOptions(
             dialect_,
             self.limits.budget(budget, dialect_, self.context_length - len(prompt) - 1),
-            pacing=Pacing(**_check_numbers(Pacing, "pacing", options)),
-            retry=retry,
-            branch_prompt_template=(
-                request.branch_prompt_template if dialect_.branch_context == "message" else None
-            ),
-            sampling=(
-                check_sampling(sampling, self.vocab_size, "sampling ")
-                | check_sampling(_select(options, SAMPLING_TYPES), self.vocab_size)
-            ),
-            request_fields=_select(options, REQUEST_FIELD_TYPES),
-            **_select(options, OPTION_TYPES),
+            **checked,
         )
+
+    @staticmethod
+    def _check_budget(fields: Any, max_tokens: Any) -> dict[str, Any]:
+        """Return the fields of `Budget` that a request sets. `max_tokens` bounds the tokens."""
+        budget = check_types(check_type("budget", fields, dict), number_types(Budget), "budget ")
+        if max_tokens is not None:
+            check_type("max_tokens", max_tokens, int)
+            budget["tokens"] = min(max_tokens, budget.get("tokens", max_tokens))
+        return budget
 
     def _prompt_ids(self, prompt: Any) -> tuple[int, ...]:
         """Return the token ids of one prompt. Ids outside of the vocabulary would end SGLang's scheduler."""
@@ -144,13 +125,3 @@ class OptionsParser:
         if name not in dialect_names():  # `dialect` also loads files by path, which a client must not do
             raise GrammarError(f"no dialect {shorten(name)}, expected one of {', '.join(dialect_names())}")
         return dialect(name)
-
-
-def _select(options: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
-    return check_types({name: value for name, value in options.items() if name in types}, types, "")
-
-
-def _check_numbers(kind: type, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the option `name`, an object with fields of the dataclass `kind`, all of which are numbers."""
-    types: dict[str, type] = {f.name: float if str(f.type).startswith("float") else int for f in fields(kind)}
-    return check_types(check_type(name, options.get(name, {}), dict), types, f"{name} ")
