@@ -19,6 +19,7 @@ AprError
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,23 +33,34 @@ class GrammarError(AprError):
 
 
 class TraceError(AprError):
-    """A text does not follow its dialect.
+    """A text does not follow its dialect, or JSON is not that of a trajectory.
 
     Attributes:
         line: Line of the error, counted from 1.
         column: Column of the error, counted from 1.
         found: The offending piece of text; empty at the end of the text.
         expected: What the grammar would have accepted there.
+        place: In parsed JSON, which has no lines: where the wrong value stands, for example `spans[3].token_ids[0]`.
+            `found` then describes the value.
     """
 
-    def __init__(self, line: int, column: int, found: str, expected: Sequence[str]) -> None:
+    def __init__(
+        self, line: int, column: int, found: str, expected: Sequence[str], *, place: str = ""
+    ) -> None:
         self.line, self.column, self.found, self.expected = line, column, found, tuple(expected)
+        self.place = place
+        accepted = " or ".join(self.expected)
         what = f"found {found!r}" if found else "the text ends"
-        super().__init__(f"line {line}, column {column}: {what}, expected {' or '.join(self.expected)}")
+        super().__init__(
+            f"{place}: expected {accepted}, found {found}"
+            if place
+            else f"line {line}, column {column}: {what}, expected {accepted}"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickling: an exception is otherwise made again from its message alone."""
-        return type(self), (self.line, self.column, self.found, self.expected)
+        make = partial(type(self), place=self.place)
+        return make, (self.line, self.column, self.found, self.expected)
 
 
 class ConversionError(AprError):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from sgl_apr.engine.base import Load
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, TraceError
 from sgl_apr.trajectory.calls import Call
+from sgl_apr.trajectory.strict_json import read_strictly
 from sgl_apr.trajectory.trajectory import Trajectory
 
 EPSILON = 1e-9  # seconds or steps; a smaller remainder is rounding error
@@ -48,11 +49,9 @@ class EngineCost:
             AprError: If the text is anything else.
         """
         try:
-            data = json.loads(text)
-            steps = tuple((float(running), float(seconds)) for running, seconds in data["steps"])
-            return cls(float(data["request_s"]), float(data["prefill_s"]), steps)
-        except (ValueError, KeyError, TypeError) as error:
-            raise AprError(f"not the cost of an engine: {error!r}") from None
+            return read_strictly(cls, json.loads(text))
+        except (ValueError, RecursionError, TraceError) as error:
+            raise AprError(f"not the cost of an engine: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

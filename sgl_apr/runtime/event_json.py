@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import TraceError
 from sgl_apr.runtime.events import (
     BranchEnded,
     Delta,
@@ -34,8 +34,7 @@ from sgl_apr.runtime.events import (
     SpanFinished,
     TextRetracted,
 )
-from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
-from sgl_apr.trajectory.spans import Span
+from sgl_apr.trajectory.strict_json import describe, read_strictly
 
 
 def _snake_case(kind: type) -> str:
@@ -46,10 +45,6 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
     _snake_case(kind): kind
     for kind in (Delta, TextRetracted, SpanFinished, RequestFinished, Forked, BranchEnded, Joined, Done)
 }
-# The types of fields that are objects, or lists of them.
-FIELD_TYPES: Mapping[str, Any] = {
-    "span": Span, "call": Call, "limits": LimitHit, "decisions": PacingDecision, "joins": JoinRecord
-}  # fmt: skip
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
@@ -60,19 +55,18 @@ def event_to_json(event: Event) -> dict[str, Any]:
 def event_from_json(data: Mapping[str, Any]) -> Event:
     """Return the event of a JSON object.
 
+    Nothing is converted: every field has a value of its type, and there are no others. Fields with a default may be
+    missing.
+
     Raises:
-        AprError: The object is not an event.
+        TraceError: The object is not an event. `place` says where.
     """
-    try:
-        values = {name: _decode_field(name, value) for name, value in data.items() if name != "event"}
-        return EVENT_TYPES[data["event"]](**values)
-    except (KeyError, TypeError) as error:
-        raise AprError(f"not an event of a trajectory: {error!r}") from None
-
-
-def _decode_field(name: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return FIELD_TYPES[name](**{key: _decode_field(key, item) for key, item in value.items()})
-    if isinstance(value, list):
-        return tuple(_decode_field(name, item) for item in value)
-    return value
+    if not isinstance(data, Mapping):
+        raise TraceError(1, 1, describe(data), ["an object"], place="the event")
+    name = data.get("event")
+    kind = EVENT_TYPES.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise TraceError(1, 1, describe(name), list(EVENT_TYPES), place="event")
+    values = {key: value for key, value in data.items() if key != "event"}
+    event: Event = read_strictly(kind, values, str(name), defaults=True)
+    return event

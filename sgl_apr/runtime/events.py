@@ -18,7 +18,9 @@ from dataclasses import dataclass, replace
 from sgl_apr.errors import AprError
 from sgl_apr.trajectory.blocks import Outcome
 from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
+from sgl_apr.trajectory.references import check_references
 from sgl_apr.trajectory.spans import Path, Span
+from sgl_apr.trajectory.strict_json import WrongValue
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -114,7 +116,7 @@ def rebuild(events: Iterable[Event]) -> Trajectory:
     """The trajectory that these events belong to.
 
     Raises:
-        AprError: `Done` is missing.
+        AprError: `Done` is missing, or a span or call that it or another event refers to.
     """
     spans: dict[int, Span] = {}
     calls: dict[int, Call] = {}
@@ -124,7 +126,14 @@ def rebuild(events: Iterable[Event]) -> Trajectory:
         elif isinstance(event, RequestFinished):
             calls[event.index] = event.call
         elif isinstance(event, Done):
-            return assemble_trajectory(spans, [calls[i] for i in range(len(calls))], event)
+            try:
+                trajectory = assemble_trajectory(spans, [calls[i] for i in range(len(calls))], event)
+                check_references(trajectory.spans, trajectory.calls, trajectory.joins)
+            except KeyError as error:
+                raise AprError(f"the events lack a span or call: there is none of index {error}") from None
+            except WrongValue as error:
+                raise error.as_trace_error("the events") from None
+            return trajectory
     raise AprError("the events end before the trajectory does: Done is missing")
 
 

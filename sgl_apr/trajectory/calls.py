@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sgl_apr.trajectory.spans import Path
 
@@ -106,16 +105,3 @@ class JoinRecord:
     path: Path
     by: Literal["kv", "text"]
     why: str = ""
-
-
-def with_path_tuple(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON of a record with its path as a tuple."""
-    return {**data, "path": tuple(data["path"])}
-
-
-def call_from_json(data: Mapping[str, Any]) -> Call:
-    """Return a call from its JSON."""
-    logprobs = data["logprobs"]
-    return Call(
-        **{**with_path_tuple(data), "logprobs": None if logprobs is None else tuple(map(float, logprobs))}
-    )

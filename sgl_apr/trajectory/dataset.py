@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from sgl_apr.errors import AprError
 from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.trajectory.spans import Finish
-from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -85,7 +85,8 @@ def from_dataset(dataset: Dataset) -> list[Trajectory]:
     """Return the trajectories of a dataset that `to_dataset` has made. Additional columns are ignored.
 
     Raises:
-        AprError: The dataset lacks a column of a trajectory, or a column has another type.
+        AprError: The dataset lacks a column of a trajectory, or a column has another type. It is a `TraceError` if a
+            row holds something that is no trajectory.
     """
     from datasets import Dataset
 
@@ -98,7 +99,9 @@ def from_dataset(dataset: Dataset) -> list[Trajectory]:
         if (found := dataset.features[name]) != expected:
             raise AprError(f"column {name} of the dataset: found {found}, expected {expected}")
     rows = dataset.select_columns(list(columns)).with_format(None)
-    return [_value(Trajectory, row, f"row {number}") for number, row in enumerate(rows)]
+    return [
+        Trajectory.from_dict({"schema": SCHEMA, **row}, f"row {number}") for number, row in enumerate(rows)
+    ]
 
 
 @cache
@@ -118,21 +121,3 @@ def _feature(type_: Any) -> Any:
     if origin is tuple:
         return List(_feature(inner[0]))
     return Value("string" if origin is Literal else _SCALARS[type_])
-
-
-def _value(type_: Any, data: Any, where: str) -> Any:
-    """A value of a type from the data of its feature, in which only nulls and names can be wrong."""
-    origin, inner = get_origin(type_), get_args(type_)
-    if origin in (Union, UnionType):
-        return None if data is None else _value(inner[0], data, where)
-    if data is None:
-        raise AprError(f"{where}: found null, expected a value")
-    if origin is Literal and data not in inner:
-        raise AprError(f"{where}: found {data!r}, expected {' or '.join(inner)}")
-    if isinstance(type_, type) and is_dataclass(type_):
-        return type_(**{n: _value(t, data[n], f"{where}, {n}") for n, t in _field_types(type_).items()})
-    if origin is tuple:
-        if inner[0] is int and None not in data:  # a fast path: token ids are most of the data
-            return tuple(data)
-        return tuple(_value(inner[0], item, where) for item in data)
-    return data

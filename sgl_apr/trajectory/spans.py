@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from sgl_apr.errors import AprError
 
@@ -67,35 +67,3 @@ def ancestors(spans: Sequence[Span], index: int) -> list[int]:
         seen.update(new)
         stack.extend(new)
     return sorted(seen)
-
-
-def span_from_json(data: Mapping[str, Any], index: int) -> Span:
-    """Return a span from its JSON.
-
-    Args:
-        data: The JSON.
-        index: The index of the span. Its parents have to come before it, which keeps the graph acyclic.
-
-    Raises:
-        ValueError: The JSON is not that of a span.
-    """
-    names = {f.name for f in fields(Span)}
-    if set(data) != names:
-        raise ValueError(f"span {index} lacks or adds the fields {sorted(set(data) ^ names)}")
-    if data["role"] not in get_args(Role) or data["origin"] not in get_args(Origin):
-        raise ValueError(f"span {index} has the role {data['role']!r} and the origin {data['origin']!r}")
-    if data["finish"] not in (None, *get_args(Finish)):
-        raise ValueError(f"span {index} has the finish {data['finish']!r}")
-    before = [*data["parents"], *data["waits_for"]]
-    if not all(isinstance(p, int) and 0 <= p < index for p in before):
-        raise ValueError(f"span {index} follows {before}, expected spans before it")
-    ids = data["token_ids"]
-    return Span(
-        **{
-            **data,
-            "token_ids": None if ids is None else tuple(int(i) for i in ids),
-            "parents": tuple(int(p) for p in data["parents"]),
-            "path": tuple(int(p) for p in data["path"]),
-            "waits_for": tuple(int(p) for p in data["waits_for"]),
-        }
-    )

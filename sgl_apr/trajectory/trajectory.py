@@ -9,18 +9,20 @@ from functools import cached_property
 
 from sgl_apr.errors import TraceError
 from sgl_apr.trajectory.blocks import Block, iter_blocks
-from sgl_apr.trajectory.calls import (
-    Call,
-    JoinRecord,
-    LimitHit,
-    PacingDecision,
-    call_from_json,
-    with_path_tuple,
-)
+from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics
-from sgl_apr.trajectory.spans import Finish, Span, ancestors, span_from_json
+from sgl_apr.trajectory.references import check_references
+from sgl_apr.trajectory.spans import Finish, Span, ancestors
+from sgl_apr.trajectory.strict_json import WrongValue, describe, read_strictly
 
 SCHEMA = "sgl_apr.trajectory/6"
+IGNORED_FIELDS = (
+    "schema",
+    "source",
+    "valid",
+    "defects",
+    "metrics",
+)  # all but the first by `sgl-apr parse --json`
 
 
 @dataclass(frozen=True)
@@ -156,26 +158,34 @@ class Trajectory:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise TraceError(error.lineno, error.colno, text[error.pos : error.pos + 20], ["JSON"]) from None
+        except (ValueError, RecursionError, TypeError) as error:  # a huge number, deep nesting, no text
+            raise TraceError(1, 1, str(error), ["JSON"], place="the JSON") from None
         return cls.from_dict(data)
 
     @classmethod
-    def from_dict(cls, data: object) -> Trajectory:
-        """Return the trajectory of a parsed JSON object of `to_json`; raises `TraceError` for anything else."""
-        found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
-        if not isinstance(data, Mapping) or found != SCHEMA:
-            raise TraceError(1, 1, f"schema {found!r}", [f"schema {SCHEMA!r}"])
+    def from_dict(cls, data: object, where: str = "") -> Trajectory:
+        """Return the trajectory of a parsed JSON object of `to_json`.
+
+        Nothing is converted: every field has to be there with a value of its type, and every number that refers to a
+        span, a call or a block has to name one. The fields that `sgl-apr parse --json` adds are ignored.
+
+        Args:
+            data: The parsed JSON.
+            where: Where it stands, for error messages.
+
+        Raises:
+            TraceError: The data is anything else. `place` says where.
+        """
+        if not isinstance(data, Mapping):
+            raise TraceError(1, 1, describe(data), ["an object"], place=where or "the JSON")
+        if (schema := data.get("schema")) != SCHEMA:
+            found = describe(schema) if "schema" in data else "none"
+            expected = f"{SCHEMA!r}, which this version writes"
+            raise TraceError(1, 1, found, [expected], place=": ".join(filter(None, (where, "schema"))))
+        trajectory_fields = {name: data[name] for name in data if name not in IGNORED_FIELDS}
+        trajectory = read_strictly(cls, trajectory_fields, where)
         try:
-            trajectory = cls(
-                spans=tuple(span_from_json(s, i) for i, s in enumerate(data["spans"])),
-                dialect=str(data["dialect"]),
-                calls=tuple(call_from_json(c) for c in data["calls"]),
-                wall_s=float(data["wall_s"]),
-                limits=tuple(LimitHit(**with_path_tuple(x)) for x in data["limits"]),
-                decisions=tuple(PacingDecision(**with_path_tuple(d)) for d in data["decisions"]),
-                joins=tuple(JoinRecord(**with_path_tuple(j)) for j in data["joins"]),
-                seed=data["seed"],
-                seeds_honoured=bool(data["seeds_honoured"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise TraceError(1, 1, str(error), [f"the fields of {SCHEMA}"]) from None
+            check_references(trajectory.spans, trajectory.calls, trajectory.joins)
+        except WrongValue as error:
+            raise error.as_trace_error(where) from None
         return trajectory

@@ -155,12 +155,16 @@ def span(**changed: Any) -> list[dict[str, Any]]:
             r"column seed .* found Value\('string'\), expected Value\('int64'\)",
         ),
         (lambda: to_dataset([FULL]).remove_columns("spans").add_column("spans", ["a"]), "column spans .* found"),
-        (lambda: columns(dialect=None), "row 0, dialect: found null"),
-        (lambda: columns(limits=None), "row 0, limits: found null"),
-        (lambda: columns(spans=[None]), "row 0, spans: found null"),
-        (lambda: columns(spans=span(token_ids=[1, None])), "row 0, spans, token_ids: found null"),
-        (lambda: columns(spans=span(role="user")), "row 0, spans, role: found 'user', expected prompt or text"),
-        (lambda: columns(spans=span(finish="ok")), "row 0, spans, finish: found 'ok', expected stop or eos"),
+        (lambda: columns(dialect=None), "row 0: dialect: expected text, found null"),
+        (lambda: columns(limits=None), "row 0: limits: expected a list, found null"),
+        (lambda: columns(spans=[None]), r"row 0: spans\[0\]: expected an object, found null"),
+        (
+            lambda: columns(spans=span(token_ids=[1, None])),
+            r"row 0: spans\[0\].token_ids\[1\]: expected a whole number, found null",
+        ),
+        (lambda: columns(spans=span(role="user")), r"row 0: spans\[0\].role: expected prompt or text .* found 'user'"),
+        (lambda: columns(spans=span(finish="ok")), r"row 0: spans\[0\].finish: expected stop or eos .* found 'ok'"),
+        (lambda: columns(spans=span(parents=[0])), r"row 0: spans\[0\].parents\[0\]: expected a span before span 0"),
     ],
 )  # fmt: skip
 def test_another_dataset_is_an_error(wrong: Any, message: str):

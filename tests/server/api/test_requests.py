@@ -59,11 +59,12 @@ def test_every_kind_of_option_is_taken():
 
 
 WRONG = [
-    ({"widht": 3}, apr.AprError, "no option 'widht'"),
+    ({"widht": 3}, apr.AprError, "no option 'widht', expected some of dialect, budget"),
+    ({"budgett": {}}, apr.AprError, "no option 'budgett', did you mean 'budget'"),
     ({"branch_prompt_template": "str.upper"}, apr.AprError, "no option 'branch_prompt_template'"),
-    ({"max_new_tokens": 5}, apr.AprError, "no option 'max_new_tokens'"),
-    ({"custom_params": {"apr_layout": "[1]"}}, apr.AprError, "no option 'custom_params'"),
-    ({"sampling": {"ebnf": "x"}}, apr.AprError, "no sampling 'ebnf'"),
+    ({"max_new_tokens": 5}, apr.AprError, "no option 'max_new_tokens': a budget limits"),
+    ({"custom_params": {"apr_layout": "[1]"}}, apr.AprError, "no option 'custom_params': the dialect's grammar"),
+    ({"sampling": {"ebnf": "x"}}, apr.AprError, "no sampling 'ebnf': the dialect's grammar"),
     ({"sampling": []}, apr.AprError, "sampling=.*expected an object"),
     ({"budget": 5}, apr.AprError, "budget=5, expected an object"),
     ({"budget": {"tokens": 10.5}}, apr.AprError, "expected a whole number"),
@@ -73,7 +74,7 @@ WRONG = [
     ({"budget": {"width": 1}}, apr.BudgetExceeded, "at least 2"),
     ({"budget": {"width": 99}}, apr.BudgetExceeded, "at most 50"),
     ({"policy": "lambda ended: True"}, apr.AprError, "policy="),
-    ({"policy": ["first"]}, apr.AprError, "expected a string"),
+    ({"policy": ["first"]}, apr.AprError, r"policy=\['first'\], expected \"all\""),
     ({"mode": "fast"}, apr.AprError, "mode='fast'"),
     ({"join": "kv", "dialect": "spawn"}, apr.KvJoinUnavailable, "spawn joins by message"),
     ({"join": "message"}, apr.AprError, "joins by"),
@@ -405,10 +406,32 @@ def test_events_come_back_from_json(name: str):
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"event": "delta"}, {"event": "x"}, {"event": "branch_ended", "path": [], "spam": 1}]
+    ("data", "message"),
+    [
+        ([], "the event: expected an object, found a list of 0"),
+        ({}, "event: expected delta or .*, found null"),
+        ({"event": "delta"}, "delta: expected a field 'path', found no such field"),
+        ({"event": "x"}, "event: expected delta or .*, found 'x'"),
+        (
+            {"event": "branch_ended", "path": [], "outcome": "ok", "spam": 1},
+            "branch_ended: expected no field but outcome, path, found a field 'spam'",
+        ),
+        (
+            {"event": "branch_ended", "path": [1, 2.0], "outcome": "ok"},
+            r"path\[1\]: expected a whole number, found 2.0",
+        ),
+        (
+            {"event": "delta", "path": [True], "text": ""},
+            r"delta: path\[0\]: expected a whole number, found true",
+        ),
+        (
+            {"event": "forked", "path": [1], "branches": [["1"]]},
+            r"forked: branches\[0\]: expected a list of 2, found",
+        ),
+    ],
 )
-def test_what_is_no_event_is_refused(data):
-    with pytest.raises(apr.AprError, match="not an event"):
+def test_what_is_no_event_is_refused(data, message):
+    with pytest.raises(apr.TraceError, match=message):
         event_from_json(data)
 
 

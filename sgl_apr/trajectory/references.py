@@ -1,0 +1,66 @@
+"""Checks the numbers in a trajectory that refer to its other parts: spans, calls, branches and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sgl_apr.trajectory.calls import Call, JoinRecord
+from sgl_apr.trajectory.spans import Path, Span
+from sgl_apr.trajectory.strict_json import WrongValue
+
+
+def check_references(spans: Sequence[Span], calls: Sequence[Call], joins: Sequence[JoinRecord]) -> None:
+    """Check that parents come before their span, that calls and joined blocks exist, and that no count is negative.
+
+    Raises:
+        WrongValue: One of them does not hold. Its place says where.
+    """
+    sequences: set[Path] = {()}
+    blocks: set[Path] = set()
+    for index, span in enumerate(spans):
+        try:
+            _check_span(span, index, len(calls))
+        except WrongValue as error:
+            raise error.inside(f"[{index}]").inside(".spans") from None
+        if span.path not in sequences:
+            if len(span.path) % 2 or span.path[:-2] not in sequences:
+                found = "that of a block" if len(span.path) % 2 else f"a branch of {_short(span.path[:-2])}"
+                wrong = WrongValue(
+                    f"{_short(span.path)}, {found}", "the path of a branch whose trunk comes before it"
+                )
+                raise wrong.inside(".path").inside(f"[{index}]").inside(".spans")
+            sequences.add(span.path)
+            blocks.add(span.path[:-1])
+    for index, call in enumerate(calls):
+        for name in ("prompt_tokens", "cached_tokens", "output_tokens", "retries"):
+            if (getattr(call, name) or 0) < 0:
+                wrong = WrongValue(str(getattr(call, name)), "0 or more")
+                raise wrong.inside(f".{name}").inside(f"[{index}]").inside(".calls")
+    for index, join in enumerate(joins):
+        if join.path not in (blocks if len(join.path) % 2 else sequences):
+            wrong = WrongValue(_short(join.path), "the path of a block or branch of the spans")
+            raise wrong.inside(".path").inside(f"[{index}]").inside(".joins")
+
+
+def _check_span(span: Span, index: int, calls: int) -> None:
+    for name in ("parents", "waits_for"):
+        indices: tuple[int, ...] = getattr(span, name)
+        if indices and (min(indices) < 0 or max(indices) >= index):
+            place = next(k for k, i in enumerate(indices) if not 0 <= i < index)
+            wrong = WrongValue(str(indices[place]), f"a span before span {index}")
+            raise wrong.inside(f"[{place}]").inside(f".{name}")
+    if span.token_ids and min(span.token_ids) < 0:
+        place = next(k for k, i in enumerate(span.token_ids) if i < 0)
+        raise (
+            WrongValue(str(span.token_ids[place]), "a token id, 0 or more")
+            .inside(f"[{place}]")
+            .inside(".token_ids")
+        )
+    if span.path and min(span.path) < 0:
+        raise WrongValue(_short(span.path), "numbers of blocks and branches, 0 or more").inside(".path")
+    if span.call is not None and not 0 <= span.call < calls:
+        raise WrongValue(str(span.call), f"one of the {calls} calls, from 0").inside(".call")
+
+
+def _short(path: Path) -> str:
+    return str(list(path)) if len(path) <= 16 else f"a path of {len(path)} numbers"
