@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 from sgl_apr.errors import AprError, UnsupportedEngine
 
+LONG_TEXT = 16_384  # characters whose encoding takes milliseconds
 CONTEXT_TOKENS = 4  # tokens of context that decoding needs to keep a leading space
 REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
 
@@ -87,9 +88,18 @@ class HfTokenizer:
     def eos_ids(self) -> frozenset[int]:
         return self._eos_ids
 
+    @cached_property
+    def max_token_chars(self) -> int:
+        """The characters of the longest token. A text of more than `n` times as many has more than `n` tokens."""
+        return max(map(len, self._backend.get_vocab()))
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         check_encodable(text)
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) < LONG_TEXT:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Only the batch functions let other threads run meanwhile. This one is also the fastest for a long text.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         # Some decoders drop a leading space. Decoding with a little context keeps it.
@@ -99,6 +109,11 @@ class HfTokenizer:
 
     def special_token_id(self, tag: str) -> int | None:
         return self._added.get(tag)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
 
 
 def check_encodable(text: str) -> None:

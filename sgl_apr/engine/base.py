@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
@@ -177,4 +177,18 @@ class Engine(Protocol):
 
     async def load(self) -> Load:
         """Return how busy the engine is."""
+        ...
+
+
+@runtime_checkable
+class ChatEngine(Protocol):
+    """An engine that renders the messages of a chat by the chat template of its model."""
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """Return the token ids of messages, up to where the reply begins.
+
+        Raises:
+            UnsupportedEngine: The model has no chat template.
+            AprError: The template refuses the messages.
+        """
         ...

@@ -24,6 +24,8 @@ from sgl_apr.engine.routing import (
     healthy_worker_urls,
     routing_key,
 )
+from sgl_apr.engine.server_requests import ServerRequests
+from sgl_apr.engine.server_url import normalize_url
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import (
     SGLangEngine,
@@ -44,7 +46,7 @@ ABORT_S = 5.0
 LOAD_TTL_S = 0.5  # how long a reported load is used
 
 
-class HttpEngine(SGLangEngine):
+class HttpEngine(ServerRequests, SGLangEngine):
     """A running SGLang server. It belongs to the event loop in which it was connected.
 
     Examples:
@@ -87,7 +89,7 @@ class HttpEngine(SGLangEngine):
         """Connect to a server and load its tokenizer from the path or hub id that it reports.
 
         Args:
-            url: The server, or SGLang's router. The replicas of a router have to be reachable from here too.
+            url: The server, or SGLang's router. `http://` may be left out. The replicas of a router have to be reachable from here too.
             api_key: Sent as a bearer token.
             tokenizer: The model's tokenizer, if it cannot be loaded from the path that the server reports.
             timeout: The longest time, in seconds, between two chunks of a response.
@@ -97,7 +99,7 @@ class HttpEngine(SGLangEngine):
             EngineError: There is no SGLang server at `url` now.
             UnsupportedEngine: The server has another grammar backend, or its tokenizer cannot be loaded here.
         """
-        url = url.rstrip("/")
+        url = normalize_url(url)
         session = open_session(api_key, timeout)
         engine = cls(url, session, tokenizer, timeout, reconnect_timeout)  # type: ignore[arg-type]  # set below, before it is returned
         try:
@@ -231,15 +233,6 @@ class HttpEngine(SGLangEngine):
         limit = aiohttp.ClientTimeout(total=PROBE_S)
         async with self._session.get(f"{self.url}/health", timeout=limit) as response:
             response.raise_for_status()
-
-    async def _get(self, path: str, url: str = "") -> dict[str, Any]:
-        url = url or self.url
-        with self._errors(url):
-            async with self._session.get(url + path) as response:
-                if response.status != 200:
-                    raise EngineError(f"{url}{path} answered {response.status}", response.status)
-                data: dict[str, Any] = await response.json()
-        return data
 
     async def post(self, body: Mapping[str, Any]) -> Any:
         """Send a `/generate` request of SGLang without streaming and return its JSON.

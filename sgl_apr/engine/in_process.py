@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from fastapi import HTTPException
@@ -26,7 +26,7 @@ from sgl_apr.engine.sglang_request import (
     with_layout,
 )
 from sgl_apr.engine.step_timer import StepTimer
-from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
@@ -59,6 +59,7 @@ class InProcessEngine(SGLangEngine):
         self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
         self.joins_kv = manager.config_value("radix_cache_backend") == RADIX_CACHE_BACKEND
         self.context: int | None = int(manager.model_config.context_len)
+        self.vocab_size = int(manager.model_config.vocab_size)
         self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))
 
     async def abort(self, rid: str) -> None:
@@ -76,6 +77,24 @@ class InProcessEngine(SGLangEngine):
         return sum_loads(
             [{name: getattr(rank, name) for name in LOAD_FIELDS} for rank in ranks], self._step_timer.steps
         )
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids of chat messages, rendered by the template of the model's tokenizer.
+
+        Raises:
+            UnsupportedEngine: The model has no chat template.
+            AprError: The template refuses the messages.
+        """
+        tokenizer = self.manager.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise UnsupportedEngine(
+                "the model has no chat template, expected a prompt that is text or token ids"
+            )
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of the template, which is a program
+            raise AprError(f"the chat messages cannot be rendered: {error}") from error
+        return self._tokenizer.encode(str(text))
 
     async def _generate(
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None

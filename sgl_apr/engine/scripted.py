@@ -50,6 +50,11 @@ class ByteTokenizer:
     def special_token_id(self, tag: str) -> int | None:
         return self._tags.get(tag)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return len(self._bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -99,6 +104,7 @@ class ScriptedEngine:
         self._tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.joins_kv = False
         self.context: int | None = None
+        self.vocab_size: int | None = getattr(self._tokenizer, "vocab_size", None)
         self.loads: Load | None = None
         self.requests: list[Request] = []
         self.commits: list[tuple[int, ...]] = []

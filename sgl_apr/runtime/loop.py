@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, Unpack
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect
+from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import first_error
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
-from sgl_apr.runtime.options import ReasonOptions, make_options
+from sgl_apr.runtime.option_checks import check_function
+from sgl_apr.runtime.options import ReasonOptions, check_call, make_options
+from sgl_apr.runtime.prompts import Prompt, check_engine, check_prompt, encode_prompt, vocab_size
 from sgl_apr.runtime.reasoning_run import ReasoningRun
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -21,50 +24,68 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 async def areason(
     engine: Engine,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     dialect: Dialect | str | None = None,
     *,
     on_event: OnEvent | None = None,
-    **options: Any,
+    **options: Unpack[ReasonArguments],
 ) -> Trajectory:
     """Let a model answer a prompt, forking and joining as it decides.
 
     Args:
         engine: Decodes.
-        prompt: Text, or token ids that are sent as they are.
+        prompt: Text, token ids that are sent as they are, or chat messages in OpenAI's form, which the chat template of
+            the model renders.
         dialect: The format. Without one it is the one whose tags the tokenizer has, else "threadweaver".
         on_event: Called with every event as it happens. See `sgl_apr.runtime.events`.
-        options: The fields of `ReasonOptions`. Any other is a sampling parameter (temperature, top_p, ...).
+        options: The fields of `ReasonOptions`, and sampling parameters (temperature, top_p, ...). `budget`, `pacing`
+            and `retry` may be mappings, such as `budget={"width": 2}`.
 
     Raises:
+        AprError: An option or the prompt is wrong. This is raised before anything is sent.
         EngineError: The engine failed for good, where no branch is to blame or failed branches are to raise. All other
             requests of the trajectory are aborted before.
         BudgetExceeded: A fork that has to come does not fit into the budget, or the prompt does not fit into the
             engine's context. A budget above that context is cut to it.
+        UnsupportedEngine: There are chat messages, and the model has no chat template.
     """
-    tokenizer = engine.tokenizer
-    ids = (
-        tuple(tokenizer.encode(prompt, add_special_tokens=True)) if isinstance(prompt, str) else tuple(prompt)
-    )
-    return await run_with_options(engine, ids, make_options(dialect, tokenizer, **options), on_event)
+    check_engine(engine)
+    checked = make_options(dialect, engine.tokenizer, vocab_size(engine), **options)
+    if on_event is not None:
+        check_function("on_event", on_event)
+    return await run_with_options(engine, await encode_prompt(engine, prompt), checked, on_event)
 
 
-async def stream(
-    engine: Engine, prompt: str | Sequence[int], dialect: Dialect | str | None = None, **options: Any
-) -> AsyncIterator[Event]:
+def stream(
+    engine: Engine,
+    prompt: Prompt,
+    dialect: Dialect | str | None = None,
+    **options: Unpack[ReasonArguments],
+) -> AsyncGenerator[Event, None]:
     """Yield the events of `areason` as they happen. `apr.rebuild` makes the trajectory from them.
 
     Leaving the iteration early cancels the trajectory, at once inside `contextlib.aclosing`. What `areason` raises is
     raised after the events before it.
+
+    Raises:
+        AprError: An option or the prompt is wrong. This is raised at the call.
 
     Examples:
         >>> async for event in apr.stream(engine, "Question: ..."):  # doctest: +SKIP
         ...     if isinstance(event, apr.Delta):
         ...         print(event.path, event.text)
     """
+    check_engine(engine)
+    check_prompt(prompt)
+    checked = make_options(dialect, engine.tokenizer, vocab_size(engine), **options)
+    return _stream(engine, prompt, checked)
+
+
+async def _stream(engine: Engine, prompt: Prompt, options: ReasonOptions) -> AsyncGenerator[Event, None]:
+    ids = await encode_prompt(engine, prompt)
 
     def start(on_event: OnEvent) -> Coroutine[Any, Any, Trajectory]:
-        return areason(engine, prompt, dialect, on_event=on_event, **options)
+        return run_with_options(engine, ids, options, on_event)
 
     async with contextlib.aclosing(stream_events(start)) as events:
         async for event in events:
@@ -74,17 +95,20 @@ async def stream(
 
 def run(
     url: str,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     dialect: Dialect | str | None = None,
     *,
     api_key: str | None = None,
     tokenizer: Tokenizer | None = None,
     timeout: float = 120.0,
     on_event: OnEvent | None = None,
-    **options: Any,
+    **options: Unpack[ReasonArguments],
 ) -> Trajectory:
     """`areason` on the server at `url`, blocking, for scripts without an event loop."""
     from sgl_apr.engine.http import HttpEngine
+
+    check_prompt(prompt)
+    check_call(dialect, options, on_event)
 
     async def connect_and_run() -> Trajectory:
         async with await HttpEngine.connect(

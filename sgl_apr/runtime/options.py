@@ -10,9 +10,10 @@ from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
 from sgl_apr.runtime.option_checks import REQUEST_FIELDS as REQUEST_FIELDS
-from sgl_apr.runtime.option_checks import Mode, OnBranchFailure, check_options
+from sgl_apr.runtime.option_checks import Mode, OnBranchFailure, check_function, check_options
 from sgl_apr.runtime.pacing import Pacing, PacingFunction
 from sgl_apr.runtime.retry import Retry
 from sgl_apr.runtime.value_checks import shorten
@@ -168,3 +169,21 @@ def resolve_dialect(name: Any) -> Dialect:
     if not isinstance(name, str):
         raise AprError(f"dialect={shorten(name)}, expected the name of a dialect, or a Dialect")
     return dialect(name)
+
+
+def check_call(
+    dialect_: Dialect | str | None, options: Mapping[str, Any], on_event: OnEvent | None = None
+) -> None:
+    """Check the arguments of a call before there is an engine.
+
+    Without a dialect it is not known yet, so what depends on it is checked later.
+
+    Raises:
+        AprError: An option has an unknown name, a wrong type, or a value that is not possible.
+    """
+    if on_event is not None:
+        check_function("on_event", on_event)
+    if dialect_ is None:
+        check_options(options)
+    else:
+        make_options(dialect_, **options)

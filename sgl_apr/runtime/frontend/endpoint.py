@@ -18,6 +18,7 @@ from sglang.lang.ir import SglSamplingParams
 from sgl_apr.engine.base import Request, Result
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.routing import ROUTING_KEY_FIELD
+from sgl_apr.engine.server_url import normalize_url
 from sgl_apr.errors import EngineError
 from sgl_apr.runtime.events import Delta, Event, OnEvent
 from sgl_apr.runtime.frontend.event_loop import EventLoopThread, wait_for
@@ -72,7 +73,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         reconnect_timeout: float = 0.0,
     ) -> None:
         patch_frontend()
-        base_url = base_url.rstrip("/")
+        base_url = normalize_url(base_url)
         # By program: what a native fork of the loop has to commit, and the results.
         self.pending_commits: dict[str, Request] = {}
         self.commit_results: dict[str, Result] = {}
@@ -181,6 +182,14 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     def route(self, s: StreamExecutor) -> str:
         """Return the routing key that keeps a program and its forks on one replica. Forks copy it as a variable."""
         return str(s.variables.setdefault(ROUTE_VARIABLE, uuid.uuid4().hex))
+
+    def prepare_fork(self, s: StreamExecutor) -> None:
+        """Give a program the variables that its forks share.
+
+        SGLang copies variables to forks. What only the forks have becomes a list when `join` gathers variables.
+        """
+        self.route(s)
+        s.variables.setdefault(TOKENS_VARIABLE, ProgramTokens())
 
     def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
         return program_tokens(s.text_, s.variables, self.tokenizer).ids

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, runtime_checkable
 
 from sgl_apr.engine.base import Engine
+from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect
+from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.events import OnEvent
-from sgl_apr.runtime.options import ReasonOptions, make_options
+from sgl_apr.runtime.options import ReasonOptions, check_call, make_options
+from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -42,7 +45,7 @@ class EngineCall(Protocol):
 
 @dataclass(frozen=True)
 class Reason:
-    """An `apr.reason` expression. It is passed in `dtype`, which other backends reject.
+    """An `apr.reason` expression. It is passed in `dtype`. Other backends than `apr.Endpoint` reject it.
 
     Attributes:
         name: The program's variable.
@@ -72,7 +75,11 @@ class Reason:
 
 
 def reason(
-    name: str, dialect: Dialect | str | None = None, *, on_event: OnEvent | None = None, **options: Any
+    name: str,
+    dialect: Dialect | str | None = None,
+    *,
+    on_event: OnEvent | None = None,
+    **options: Unpack[ReasonArguments],
 ) -> SglGen:
     """Let the model reason, forking and joining as it decides.
 
@@ -87,14 +94,28 @@ def reason(
             (temperature, top_p, ...), which override those of the program.
 
     Raises:
-        AprError: An option is wrong, or not possible with the dialect. Without a dialect this is raised where the
-            program reads the variable.
+        AprError: An option has an unknown name, a wrong type or an impossible value. This is raised here, where the
+            expression is built. What is not possible with the dialect of the model is raised where the program reads
+            the variable, if no dialect is named.
 
     Examples:
         >>> s += sgl.assistant(apr.reason("answer", dialect="threadweaver", budget=apr.Budget(width=4)))  # doctest: +SKIP
     """
     from sglang.lang.ir import SglGen
 
-    if dialect is not None:
-        make_options(dialect, **options)
-    return SglGen(name, dtype=Reason(name, dialect, options, on_event))
+    from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
+
+    check_variable(name)
+    check_call(dialect, options, on_event)
+    patch_frontend()  # so that another backend raises what is wrong
+    return SglGen(name, dtype=Reason(name, dialect, dict(options), on_event))
+
+
+def check_variable(name: Any) -> None:
+    """Check the name of a program's variable.
+
+    Raises:
+        AprError: It is not text, or empty.
+    """
+    if not (isinstance(name, str) and name):
+        raise AprError(f'the name of the variable is {shorten(name)}, expected text such as "answer"')

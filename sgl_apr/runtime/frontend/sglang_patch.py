@@ -1,18 +1,22 @@
 """Patches SGLang's front end, so that reading a failed program raises its error instead of waiting forever.
 
-It also lets a program that streams be read as soon as it has started.
+It also lets a program that streams be read as soon as it has started, and gives the forks of a program what they share.
 """
 
 from __future__ import annotations
 
+import logging
+import queue
 import time
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
-from sgl_apr.errors import UnsupportedEngine
+from sgl_apr.errors import AprError, UnsupportedEngine
 
+log = logging.getLogger(__name__)
 START_TIMEOUT_S = 5.0  # how long a program may take to start, before reading an unknown variable is an error
 
 
@@ -31,11 +35,13 @@ def check_sglang() -> None:
 
 
 def patch_frontend() -> None:
-    """Make reads of a failed program raise its error, for backends with `raises_errors`.
+    """Make reads of a failed program raise its error, for backends with `raises_errors` and for errors of this package.
 
     In SGLang 0.5.23, a worker thread that fails sets the events that it knows and ends. Reading a variable then raises
     KeyError. Reading a variable that is submitted later waits forever, and so may `sync`. The worker sets its last
     event before it is marked as ended, so a reader in between waits forever too.
+
+    The worker also prints a warning with a traceback. Where reading raises the error, it is not printed twice.
 
     Raises:
         UnsupportedEngine: Another version of SGLang is installed.
@@ -51,17 +57,24 @@ def patch_frontend() -> None:
         StreamExecutor.sync,
     )
     stock_text_iter, stock_async_iter = ProgramState.text_iter, ProgramState.text_async_iter
-    stock_worker = StreamExecutor._thread_worker_func
+    stock_execute_gen, stock_fork = StreamExecutor._execute_gen, StreamExecutor.fork
 
     def get_var(self: Any, name: str) -> Any:
         if _raises_errors(self) and not _wait_for_variable(self, name):
             raise self.error_
-        return stock_get_var(self, name)
+        try:
+            return stock_get_var(self, name)
+        except KeyError:
+            _raise_own_error(self)
+            raise
 
     def get_meta_info(self: Any, name: str, timeout: float | None = None) -> Any:
         if _raises_errors(self) and timeout is None and not _wait_for_variable(self, name):
             raise self.error_
-        return stock_meta(self, name, timeout)
+        meta = stock_meta(self, name, timeout)
+        if meta is None:
+            _raise_own_error(self)
+        return meta
 
     def sync(self: Any) -> None:
         if not _raises_errors(self):
@@ -74,24 +87,94 @@ def patch_frontend() -> None:
 
     def text_iter(self: Any, var_name: str | None = None) -> Iterator[str]:
         yield from stock_text_iter(self, var_name)
-        if _raises_errors(self.stream_executor) and self.stream_executor.error_ is not None:
-            raise self.stream_executor.error_
+        _raise_if_failed(self.stream_executor)
 
     async def text_async_iter(self: Any, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
         async for piece in stock_async_iter(self, *arguments, **options):
             yield piece
-        if _raises_errors(self.stream_executor) and self.stream_executor.error_ is not None:
-            raise self.stream_executor.error_
+        _raise_if_failed(self.stream_executor)
 
-    def worker(self: Any) -> None:
-        stock_worker(self)
-        if _raises_errors(self) and self.stream_text_event:
-            self.stream_text_event.set()
+    def execute_gen(self: Any, expression: Any) -> None:
+        check_backend(self.backend, expression)
+        stock_execute_gen(self, expression)
+
+    def fork(self: Any, *arguments: Any, **options: Any) -> Any:
+        if prepare := getattr(self.backend, "prepare_fork", None):
+            prepare(self)
+        return stock_fork(self, *arguments, **options)
 
     StreamExecutor.get_var, StreamExecutor.get_meta_info = get_var, get_meta_info
-    StreamExecutor.sync, StreamExecutor._thread_worker_func = sync, worker
+    StreamExecutor.sync, StreamExecutor._thread_worker_func = sync, _run_worker
+    StreamExecutor._execute_gen, StreamExecutor.fork = execute_gen, fork
     ProgramState.text_iter, ProgramState.text_async_iter = text_iter, text_async_iter
     StreamExecutor._apr_patched = True
+
+
+def check_backend(backend: Any, expression: Any) -> None:
+    """Check that a backend can run an expression.
+
+    Raises:
+        UnsupportedEngine: The expression is `apr.reason` or `apr.solve`, and the backend is another than `apr.Endpoint`.
+    """
+    from sgl_apr.runtime.frontend.expressions import EngineCall, Reason
+
+    kind = expression.sampling_params.dtype
+    if isinstance(kind, Reason | EngineCall) and not getattr(backend, "raises_errors", False):
+        raise UnsupportedEngine(
+            f"{kind}: found {type(backend).__name__}, expected backend=apr.Endpoint(url) "
+            "with the URL of the same server"
+        )
+
+
+def _run_worker(self: Any) -> None:
+    """Execute what is submitted, as `StreamExecutor._thread_worker_func` does."""
+    error = None
+    while (expression := self.queue.get()) is not None:
+        try:
+            self._execute(expression)
+        except Exception as failed:
+            error = failed
+            break
+        self.queue.task_done()
+        if self.stream_text_event:
+            self.stream_text_event.set()
+    else:
+        self.queue.task_done()
+    if error is not None:
+        if _raises_errors(self) or isinstance(error, AprError):
+            log.debug("a program failed", exc_info=error)
+        else:
+            import traceback
+
+            warnings.warn(
+                f"Error in stream_executor: {''.join(traceback.format_exception(error))}", stacklevel=1
+            )
+        self.error_ = error  # before the events, so that who waits for them finds it
+        try:
+            while True:
+                self.queue.task_done()
+                self.queue.get_nowait()
+        except queue.Empty:
+            pass
+        for events in (self.variable_event, self.stream_var_event or {}):
+            for name in list(events):
+                events[name].set()
+    self.is_finished = True
+    if self.stream_text_event:
+        self.stream_text_event.set()
+
+
+def _raise_if_failed(executor: Any) -> None:
+    """Raise the error of a program that has ended."""
+    if _raises_errors(executor) and executor.error_ is not None:
+        raise executor.error_
+    _raise_own_error(executor)
+
+
+def _raise_own_error(executor: Any) -> None:
+    """Raise the error of a failed program if it is one of this package, whatever its backend."""
+    if isinstance(executor.error_, AprError):
+        raise executor.error_
 
 
 def _raises_errors(executor: Any) -> bool:

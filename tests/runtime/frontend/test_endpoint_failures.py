@@ -18,8 +18,8 @@ from sgl_apr.training.models import random_llama
 from tests.support.fake_sglang_server import TOKENIZER, SglangServer
 from tests.support.processes import in_session, until
 
-# SGLang's front end warns with a traceback whenever a program fails.
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:Error in stream_executor")]
+# SGLang's front end warns with a traceback whenever a program fails. Here the error is raised, and nothing else.
+pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("error")]
 
 
 @sgl.function

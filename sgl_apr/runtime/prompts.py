@@ -1,0 +1,152 @@
+"""Prompts: text, token ids, or the messages of a chat. All become token ids before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any
+
+from sgl_apr.engine.base import ChatEngine, Engine
+from sgl_apr.errors import AprError, UnsupportedEngine
+from sgl_apr.runtime.value_checks import MAX_VOCAB_SIZE, shorten
+from sgl_apr.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Messages
+EXPECTED = 'text, a list of token ids, or chat messages such as [{"role": "user", "content": "..."}]'
+# Models have a few more ids than their tokenizers, since the number is rounded up.
+PADDED_IDS = 4096
+
+
+def check_prompt(prompt: Any) -> None:
+    """Check that a prompt is text, token ids or messages.
+
+    Raises:
+        AprError: It is something else, is empty, or has a wrong part.
+    """
+    if isinstance(prompt, str):
+        return
+    if isinstance(prompt, bytes | bytearray | Mapping) or not hasattr(prompt, "__len__"):
+        raise AprError(f"the prompt is {shorten(prompt)}, expected {EXPECTED}")
+    if len(prompt) == 0:
+        raise AprError(f"the prompt is empty, expected {EXPECTED}")
+    if is_chat(prompt):
+        for number, message in enumerate(prompt, 1):
+            _check_message(number, message)
+    else:
+        check_token_ids(prompt, None)
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is the messages of a chat: its first part is a mapping."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def check_token_ids(ids: Any, vocab_size: int | None) -> tuple[int, ...]:
+    """Return token ids that the model has. Others would end SGLang's scheduler.
+
+    Args:
+        ids: The token ids.
+        vocab_size: Number of token ids that the model has. None if it is not known.
+
+    Raises:
+        AprError: One of them is no whole number, or outside of the vocabulary.
+    """
+    try:
+        checked = tuple(index(i) for i in ids)
+        is_bool = any(isinstance(i, bool) for i in ids)
+    except TypeError:
+        is_bool = True
+    if is_bool:
+        raise AprError(f"the prompt is {shorten(ids)}, expected {EXPECTED}")
+    largest = (MAX_VOCAB_SIZE if vocab_size is None else vocab_size) - 1
+    if wrong := [i for i in checked if not 0 <= i <= largest][:1]:
+        raise AprError(
+            f"the prompt has the token id {shorten(wrong[0])}, which is outside of the vocabulary: 0 to {largest}"
+        )
+    return checked
+
+
+def encode_text(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
+    """Return the token ids of a prompt that is text.
+
+    Raises:
+        AprError: There are none.
+    """
+    ids = tuple(tokenizer.encode(prompt, add_special_tokens=True))
+    if not ids:
+        raise AprError(f"the prompt is {shorten(prompt)}, which has no tokens: expected {EXPECTED}")
+    return ids
+
+
+def vocab_size(engine: Engine) -> int | None:
+    """Return the number of token ids that a model has, at most. None if that is not known."""
+    size = getattr(engine, "vocab_size", None)
+    if isinstance(size, int):
+        return size
+    tokens = getattr(engine.tokenizer, "vocab_size", None)
+    return tokens + PADDED_IDS if isinstance(tokens, int) else None
+
+
+async def encode_prompt(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
+    """Return the token ids of a prompt.
+
+    Args:
+        engine: Its tokenizer encodes text. Messages are rendered by the chat template of its model, up to where the
+            reply begins.
+        prompt: Text, token ids that are sent as they are, or chat messages.
+
+    Raises:
+        AprError: The prompt is something else, is empty, or has ids that the model does not have.
+        UnsupportedEngine: There are messages, and the model has no chat template.
+    """
+    check_engine(engine)
+    check_prompt(prompt)
+    if isinstance(prompt, str):
+        return encode_text(engine.tokenizer, prompt)
+    if not is_chat(prompt):
+        return check_token_ids(prompt, vocab_size(engine))
+    messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
+    if isinstance(engine, ChatEngine):
+        return tuple(await engine.encode_chat(messages))
+    template = getattr(engine.tokenizer, "apply_chat_template", None)
+    if template is None:
+        raise UnsupportedEngine(
+            f"{type(engine).__name__} has no chat template, expected a prompt that is text or token ids"
+        )
+    return tuple(engine.tokenizer.encode(template(messages, add_generation_prompt=True, tokenize=False)))
+
+
+def check_engine(engine: Any) -> None:
+    """Check that something is an engine.
+
+    Raises:
+        AprError: It is not. For a URL the message says how to connect.
+    """
+    if isinstance(engine, str):
+        raise AprError(
+            f"the engine is {shorten(engine)}, expected an engine, such as "
+            f"await apr.HttpEngine.connect({shorten(engine)}); apr.run takes a URL"
+        )
+    if not all(hasattr(engine, name) for name in ("decode", "fork", "tokenizer")):
+        raise AprError(
+            f"the engine is {shorten(engine)}, expected an apr.HttpEngine, an apr.LocalEngine, or another apr.Engine"
+        )
+
+
+def _check_message(number: int, message: Any) -> None:
+    if not isinstance(message, Mapping):
+        raise AprError(f"message {number} is {shorten(message)}, expected an object with role and content")
+    if not isinstance(message.get("role"), str):
+        raise AprError(f"message {number} has the role {shorten(message.get('role'))}, expected text")
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        for part in content:
+            is_text = isinstance(part, Mapping) and part.get("type") == "text"
+            if not (is_text and isinstance(part.get("text"), str)):
+                raise AprError(
+                    f"message {number} has the part {shorten(part)}, "
+                    'expected {"type": "text", "text": "..."}: a trajectory has no images, video or audio'
+                )
+    elif content is not None and not isinstance(content, str):
+        raise AprError(f"message {number} has the content {shorten(content)}, expected text")
