@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Any, TypeVar
 
 from sgl_apr.errors import AprError
 
 T = TypeVar("T")
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 TYPE_NAMES: Mapping[type, str] = {
     str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
 }  # fmt: skip
@@ -158,7 +161,8 @@ def check_sampling(values: Mapping[str, Any], vocab_size: int | None, prefix: st
 def shorten(value: Any) -> str:
     """Return the value as a message shows it, in at most 80 characters."""
     try:
-        text = repr(value)
+        # `reprlib` does not go through all of a large or deep value.
+        text = repr(value[:100]) if isinstance(value, str) else _SHORT.repr(value)
     except ValueError:  # a whole number of more digits than Python writes
         return "a whole number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from sgl_apr.errors import AprError, GrammarError
+from sgl_apr.errors import AprError, BudgetExceeded, GrammarError
 from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.budget import Budget
@@ -19,6 +20,7 @@ from sgl_apr.runtime.value_checks import check_type, check_types, drop_nulls, nu
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
 
+LONG_PROMPT = 16_384  # characters or token ids
 MAX_ATTEMPTS = 10  # of one engine request
 OPTION_NAMES = ("dialect", *JSON_OPTION_NAMES)
 
@@ -69,12 +71,23 @@ class OptionsParser:
         tokenizer: The tokenizer of the served model.
         context_length: Tokens of the model's context.
         vocab_size: Number of token ids that the model has.
+        max_token_chars: Characters of the longest token.
     """
 
     limits: RequestLimits
     tokenizer: Tokenizer
     context_length: int
     vocab_size: int
+    max_token_chars: int = 256
+
+    async def parse_in_thread(self, request: ReasonRequest) -> tuple[tuple[int, ...], ReasonOptions]:
+        """Parse a request. A long prompt is encoded in a thread, so that other requests do not wait for it.
+
+        Raises:
+            AprError: Same as for `parse`.
+        """
+        is_long = isinstance(request.prompt, str | list) and len(request.prompt) > LONG_PROMPT
+        return await asyncio.to_thread(self.parse, request) if is_long else self.parse(request)
 
     def parse(self, request: ReasonRequest) -> tuple[tuple[int, ...], ReasonOptions]:
         """Return the prompt's token ids and the options of a request.
@@ -110,14 +123,28 @@ class OptionsParser:
         return budget
 
     def _prompt_ids(self, prompt: Any) -> tuple[int, ...]:
-        """Return the token ids of one prompt. Ids outside of the vocabulary would end SGLang's scheduler."""
-        ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-        all_ints = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-        if not (all_ints and ids):
+        """Return the token ids of one prompt.
+
+        Its length is checked before anything reads it. Ids outside of the vocabulary would end SGLang's scheduler.
+        """
+        if isinstance(prompt, str):
+            self._check_length(len(prompt), "characters", self.context_length * self.max_token_chars)
+            ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+        else:
+            ids = prompt
+        if not (isinstance(ids, list) and ids):
+            raise AprError(f"the prompt is {shorten(prompt)}, expected text, or a list of token ids")
+        self._check_length(len(ids), "tokens", self.context_length - 1)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise AprError("expected one prompt: text, or a list of token ids")
         if not all(0 <= i < self.vocab_size for i in ids):
             raise AprError(f"the prompt has token ids outside of the vocabulary: 0 to {self.vocab_size - 1}")
         return tuple(ids)
+
+    def _check_length(self, length: int, unit: str, limit: int) -> None:
+        if length > limit:
+            context = f"the context of the model, which has {self.context_length} tokens"
+            raise BudgetExceeded(f"the prompt has {length} {unit}, expected at most {limit}: {context}")
 
     def _dialect(self, name: Any) -> Dialect:
         if name is None:

@@ -37,6 +37,7 @@ class TrajectoryService:
         self.admission = AdmissionQueue(config.limits, self.counters.set_load)
         self._manager = manager
         self._engine: InProcessEngine | None = None
+        self._parser: OptionsParser | None = None
 
     async def engine(self) -> InProcessEngine:
         """Return the engine. The first call makes it.
@@ -50,6 +51,18 @@ class TrajectoryService:
             self._engine = self._engine or InProcessEngine(self._manager, tokenizer=tokenizer)
         return self._engine
 
+    def _make_parser(self, engine: InProcessEngine) -> OptionsParser:
+        if self._parser is None:
+            model, tokenizer = self._manager.model_config, engine.tokenizer
+            self._parser = OptionsParser(
+                self.config.limits,
+                tokenizer,
+                int(model.context_len),
+                int(model.vocab_size),
+                getattr(tokenizer, "max_token_chars", OptionsParser.max_token_chars),
+            )
+        return self._parser
+
     async def run(self, request: ReasonRequest, on_event: OnEvent | None = None) -> Trajectory:
         """Run a trajectory to its end. It may wait until others have ended.
 
@@ -61,11 +74,7 @@ class TrajectoryService:
             EngineError: The engine failed.
         """
         engine = await self.engine()
-        model = self._manager.model_config
-        parser = OptionsParser(
-            self.config.limits, engine.tokenizer, int(model.context_len), int(model.vocab_size)
-        )
-        prompt, options = parser.parse(request)
+        prompt, options = await self._make_parser(engine).parse_in_thread(request)
         try:
             async with self.admission.slot():
                 trajectory = await run_with_options(engine, prompt, options, on_event)
