@@ -61,12 +61,19 @@ def solve(
         on_event: Receives the events of the run.
         options: Those of the method. It samples as its paper says, not with the program's sampling parameters.
 
+    Raises:
+        AprError: There is no such method, or an option is wrong. This is raised here, where the expression is built.
+
     Examples:
         >>> s += apr.solve("answer", "Why?", method="self_consistency", task=QuestionTask)  # doctest: +SKIP
     """
     from sglang.lang.ir import SglGen
 
-    from sgl_apr.methods.registry import method as method_of_name
+    from sgl_apr.methods.registry import check_arguments
+    from sgl_apr.runtime.frontend.expressions import check_variable
+    from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
 
-    method_of_name(method)
+    check_variable(name)
+    check_arguments(method, task, {"on_event": on_event, **options})
+    patch_frontend()  # so that another backend raises what is wrong
     return SglGen(name, dtype=Solve(name, problem, method, task, options, on_event))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from sgl_apr.errors import AprError
+from sgl_apr.runtime.option_checks import check_function, check_options
+from sgl_apr.runtime.value_checks import shorten, unknown_name
 from sgl_apr.trajectory.metrics import Metrics
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -54,7 +58,41 @@ def method(name: str) -> Method:
         AprError: If there is none; the message lists all names.
     """
     if name not in METHOD_MODULES:
-        raise AprError(f"no method {name!r}, expected one of {', '.join(METHOD_MODULES)}")
+        raise AprError(unknown_name(name, METHOD_MODULES, "method "))
     module: Mapping[str, Any] = vars(import_module(f"sgl_apr.methods.{METHOD_MODULES[name]}"))
     run: Method = module[name]
     return run
+
+
+def check_arguments(name: str, task: Any, options: Mapping[str, Any]) -> None:
+    """Check the arguments of a method before it runs.
+
+    Args:
+        name: The name of the method.
+        task: What makes the task for an engine.
+        options: The options of the method, and `on_event`.
+
+    Raises:
+        AprError: There is no such method, or an option has an unknown name, a wrong type, or a value that is not
+            possible.
+    """
+    from sgl_apr.methods.requests import METHOD_OPTION_NAMES, check_method_options
+
+    run = method(name)
+    if not callable(task):
+        raise AprError(
+            f"task={shorten(task)}, expected a subclass of Task, or a function that makes one for an engine"
+        )
+    others = {key: value for key, value in options.items() if key != "on_event"}
+    if (on_event := options.get("on_event")) is not None:
+        check_function("on_event", on_event)
+    if name in _ADAPTIVE:
+        check_options(others)
+        return
+    kinds = signature(run).parameters.values()
+    own = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name != "task"]
+    rest = {key: value for key, value in others.items() if key not in own}
+    for key in rest:
+        if key not in METHOD_OPTION_NAMES and get_close_matches(str(key)[:40], own, 1, 0.7):
+            raise AprError(unknown_name(key, own, "option "))
+    check_method_options(rest)

@@ -5,25 +5,42 @@ from __future__ import annotations
 import random
 import uuid
 from bisect import bisect, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from sgl_apr.engine.base import Engine
+from sgl_apr.errors import AprError
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.events import OnEvent
-from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.option_checks import (
+    JSON_OPTION_NAMES,
+    check_function,
+    check_option_names,
+    check_options,
+    make_object,
+)
+from sgl_apr.runtime.options import DEFAULT_DIALECT, make_options
 from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
+from sgl_apr.runtime.prompts import vocab_size
 from sgl_apr.runtime.recorder import TrajectoryRecorder
-from sgl_apr.runtime.request_runner import RequestRunner
+from sgl_apr.runtime.request_runner import RequestRunner, release_engines
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 
 PROMPT_LIMIT = "prompt"  # the limit that a prompt sets itself; it is not recorded as one of the budget's
+# Options of `areason` that are about forks of the model. A method forks as it is defined.
+FORK_OPTION_NAMES = (
+    "dialect", "join", "mode", "min_blocks", "max_blocks", "min_width", "policy", "cap_width_by_load", "constrain",
+    "forbid_angle_brackets", "branch_prompt_template",
+)  # fmt: skip
+METHOD_OPTION_NAMES = (
+    *(name for name in JSON_OPTION_NAMES if name not in FORK_OPTION_NAMES), "request_fields",
+)  # fmt: skip
 
 
 class MethodRequests:
@@ -37,11 +54,20 @@ class MethodRequests:
     """
 
     def __init__(
-        self, engine: Engine, budget: Budget | None, on_event: OnEvent | None, options: dict[str, Any]
+        self,
+        engine: Engine,
+        budget: Budget | Mapping[str, Any] | None,
+        on_event: OnEvent | None,
+        options: dict[str, Any],
     ) -> None:
+        check_method_options({"budget": budget, **options})
+        if on_event is not None:
+            check_function("on_event", on_event)
         self.engine, self.tokenizer = engine, engine.tokenizer
-        self.budget = budget or Budget()
-        self.options = make_options(None, self.tokenizer, budget=self.budget, **{"logprobs": True, **options})
+        self.budget: Budget = Budget() if budget is None else make_object("budget", budget)
+        # The budget is not among them: a dialect has a largest width and depth, and a method has neither.
+        options = {"logprobs": True, **options}
+        self.options = make_options(DEFAULT_DIALECT, self.tokenizer, vocab_size(engine), **options)
         self.recorder = TrajectoryRecorder(self.tokenizer, on_event)
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.seed = self.options.seed if self.options.seed is not None else random.getrandbits(31)
@@ -182,8 +208,20 @@ class MethodRequests:
 
     async def release(self) -> None:
         """Release the engines of all forks."""
-        for engine in self._forked:
-            await engine.release()
+        await release_engines(self._forked)
+
+
+def check_method_options(options: Mapping[str, Any]) -> None:
+    """Check the options of a method that concern its requests.
+
+    Raises:
+        AprError: One has an unknown name, a wrong type, or a value that is not possible.
+    """
+    for name in options:
+        if name in FORK_OPTION_NAMES:
+            raise AprError(f"no option {name!r}: a method has a fixed structure")
+    check_option_names(options, METHOD_OPTION_NAMES)
+    check_options(options)
 
 
 def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

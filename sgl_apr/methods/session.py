@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +17,9 @@ from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
+from sgl_apr.runtime.prompts import Prompt as PromptInput
+from sgl_apr.runtime.prompts import check_engine, check_prompt, check_token_ids, encode_prompt, vocab_size
+from sgl_apr.runtime.request_runner import abort_requests
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -53,7 +56,8 @@ class MethodSession:
         method: The name of the method, for the trajectory.
         budget: Limits of the run.
         on_event: Is called with every event.
-        options: Options of `areason` that concern requests: retry, on_branch_failure, pacing, seed, temperature.
+        options: Options of `areason` that concern requests (`METHOD_OPTION_NAMES`): retry, on_branch_failure, pacing,
+            seed, temperature and so on. Others are refused, since the structure of a method is fixed.
 
     Attributes:
         root: The prompt as a completion without text.
@@ -65,20 +69,21 @@ class MethodSession:
         prompt: str | Sequence[int],
         method: str,
         *,
-        budget: Budget | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         on_event: OnEvent | None = None,
         **options: Any,
     ) -> None:
+        check_engine(engine)
         self.method = method
         self.requests = MethodRequests(engine, budget, on_event, options)
         self.recorder, self.budget = self.requests.recorder, self.requests.budget
         # The branches of a sequence, and before which of its spans each belongs.
         self._branches = dict[SequenceState, list[tuple[int, SequenceState]]]()
-        tokenizer = engine.tokenizer
+        # An empty prompt is one of contexts that have nothing in common.
         ids = (
-            tuple(tokenizer.encode(prompt, add_special_tokens=True))
+            tuple(engine.tokenizer.encode(prompt, add_special_tokens=True))
             if isinstance(prompt, str)
-            else tuple(prompt)
+            else check_token_ids(prompt, vocab_size(engine))
         )
         if engine.context is not None and len(ids) >= engine.context:
             raise BudgetExceeded(
@@ -276,6 +281,8 @@ class MethodSession:
             completions[branch] = await self.requests.decode(engine, branch, prompts[k], tokens[k])
             group.end(branch)
 
+        if self.budget.width is not None:
+            parallelism = min(parallelism, self.budget.width)
         await group.run(decode, policy=policy, parallelism=parallelism)
         group.joined()
         return [completions[branch] for branch in group.branches]
@@ -287,14 +294,27 @@ def _as_prompt(prompt: Prompt | str) -> Prompt:
 
 @asynccontextmanager
 async def method_session(
-    engine: Engine, prompt: str | Sequence[int], method: str, **options: Any
+    engine: Engine, prompt: PromptInput, method: str, **options: Any
 ) -> AsyncIterator[MethodSession]:
-    """A session whose requests are aborted if anything fails, and whose forks are released."""
-    session = MethodSession(engine, prompt, method, **options)
+    """A session whose requests are aborted if anything fails, and whose forks are released.
+
+    Args:
+        engine: Decodes.
+        prompt: Text, token ids that are sent as they are, or chat messages.
+        method: The name of the method, for the trajectory.
+        options: As in `MethodSession`.
+
+    Raises:
+        AprError: The prompt or an option is wrong.
+    """
+    check_engine(engine)
+    check_prompt(prompt)
+    ids = prompt if isinstance(prompt, str) else await encode_prompt(engine, prompt)
+    session = MethodSession(engine, ids, method, **options)
     try:
         yield session
     except BaseException:
-        await asyncio.shield(engine.abort(session.requests.rid))
+        await abort_requests(engine, session.requests.rid)
         raise
     finally:
         await session.requests.release()

@@ -11,7 +11,7 @@ from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.fork_join import ForkJoin
 from sgl_apr.runtime.fork_rules import ForkRules
-from sgl_apr.runtime.request_runner import RequestRunner
+from sgl_apr.runtime.request_runner import RequestRunner, release_engines
 from sgl_apr.runtime.sequence import PendingBranch, PendingBranches, SequenceState
 
 RunBranchOn = Callable[[Engine | None, BranchGroup, SequenceState], Coroutine[Any, Any, None]]
@@ -94,5 +94,4 @@ class AsyncBranches:
 
     async def release(self) -> None:
         """Release the engines of all forks."""
-        for engine in self._engines:
-            await engine.release()
+        await release_engines(self._engines)

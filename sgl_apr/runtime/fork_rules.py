@@ -17,6 +17,9 @@ from sgl_apr.runtime.phase_output import PhaseOutput
 from sgl_apr.runtime.request_log import RequestLog
 from sgl_apr.runtime.sequence import SequenceState
 
+TOKEN_LIMITS = ("tokens", "branch_tokens", "critical_tokens", "context")  # those that fewer branches may keep
+FORBIDDEN = "options"  # what forbids a fork that is no limit, such as the mode
+
 
 @dataclass(frozen=True, slots=True)
 class PhaseLimits:
@@ -100,13 +103,46 @@ class ForkRules:
         return PhaseLimits(width, fork, tokens, field)
 
     def checked(self, output: PhaseOutput, sequence: SequenceState, limits: PhaseLimits) -> PhaseOutput:
-        """The output, as malformed if it forks where no fork is allowed, which only a grammar rules out.
+        """Return the output with the fork that the budget allows. Only a grammar rules out others.
 
-        A fork that was forbidden for want of room, and that fits all the same, is let through.
+        Branches above the width, or above what the other limits pay for, are left out: their outlines stay in the text,
+        and the limit is recorded. A fork of which nothing is left makes the output malformed. One that was forbidden
+        for want of room, and that fits all the same, is let through.
         """
-        if output.forked and limits.fork == "forbidden" and not self._can_afford(sequence, output):
+        if not output.forked:
+            return output
+        width, acted = self._width_without_grammar(sequence, output, limits)
+        for limit in acted:
+            self.request_log.record_limit(limit, sequence.path)
+        if width is None:
             return replace(output, finish="malformed", forked=False)
-        return output
+        return replace(output, outlines=output.outlines[:width])
+
+    def _width_without_grammar(
+        self, sequence: SequenceState, output: PhaseOutput, limits: PhaseLimits
+    ) -> tuple[int | None, list[str]]:
+        """How many of its outlines a fork may run, None if it may not fork, and the limits that leave out others."""
+        listed, max_width = len(output.outlines), self._max_new_branches(sequence)
+        width, acted = min(listed, max_width), list[str]()
+        if listed > max_width or not max_width:
+            acted.append("width")
+        if not max_width:
+            return None, acted
+        if limits.fork == "forbidden" or width > limits.width:
+            while limit := self._lacking_limit(sequence, output, width):
+                acted += [limit] if limit != FORBIDDEN else []
+                if width <= 1 or limit not in TOKEN_LIMITS:
+                    return None, acted
+                width -= 1
+        return width, acted
+
+    def _max_new_branches(self, sequence: SequenceState) -> int:
+        """How many branches the next fork of a sequence may have without a grammar.
+
+        A budget without a width leaves that to what the format can have.
+        """
+        started = sequence.pending.started if sequence.pending and sequence.pending.running else 0
+        return max(0, (self.options.budget.width or self.options.dialect.max_width) - started)
 
     def opening_outlines(self, sequence: SequenceState) -> tuple[Outline, ...]:
         """Outlines for a reply that begins with a fork.
@@ -236,16 +272,24 @@ class ForkRules:
             path -= self._critical_path_overhead(branches)
         return (path, "critical_tokens") if path < tokens else (tokens, allowance.limiting_field)
 
-    def _can_afford(self, sequence: SequenceState, output: PhaseOutput) -> bool:
-        """Whether a fork can run that was decoded without a grammar."""
-        allowance = sequence.allowance
-        if allowance.blocks < 1 or not self.may_fork(sequence):
-            return False
-        branches = len(output.outlines) or self.options.min_branches
+    def _lacking_limit(self, sequence: SequenceState, output: PhaseOutput, outlines: int) -> str | None:
+        """The limit that rules out a fork into so many branches that was decoded without a grammar, or None.
+
+        A fork without outlines has the fewest branches.
+        """
+        allowance, is_pending = sequence.allowance, sequence.pending and sequence.pending.running
+        if sequence.depth >= self.options.budget.depth:
+            return "depth"
+        if not is_pending and allowance.blocks < 1:
+            return "blocks"
+        if not is_pending and not self.may_fork(sequence):
+            return FORBIDDEN
+        branches = outlines or self.options.min_branches
         written = len(output.token_ids) - self.overhead.fork
-        tokens = self.overhead.of(branches) + written
+        if self.overhead.of(branches) + written > allowance.tokens:
+            return allowance.limiting_field
         path = self._critical_path_overhead(branches) + written
-        return tokens <= allowance.tokens and path <= allowance.critical_path_cap - sequence.critical_path
+        return "critical_tokens" if path > allowance.critical_path_cap - sequence.critical_path else None
 
     def _raise_unaffordable(self, sequence: SequenceState) -> None:
         """Raise what a fork that has to come lacks."""

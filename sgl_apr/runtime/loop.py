@@ -18,6 +18,7 @@ from sgl_apr.runtime.option_checks import check_function
 from sgl_apr.runtime.options import ReasonOptions, check_call, make_options
 from sgl_apr.runtime.prompts import Prompt, check_engine, check_prompt, encode_prompt, vocab_size
 from sgl_apr.runtime.reasoning_run import ReasoningRun
+from sgl_apr.runtime.request_runner import abort_requests
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -143,7 +144,7 @@ async def run_with_options(
     except BaseException as failed:  # a failure or a cancellation: no request of it may continue
         error = first_error(failed) if isinstance(failed, BaseExceptionGroup) else failed
         run.report(error)
-        await asyncio.shield(engine.abort(run.rid))
+        await abort_requests(engine, run.rid)
         raise error from error.__cause__
     run.report(None)
     return trajectory

@@ -24,7 +24,7 @@ from sgl_apr.runtime.fork_rules import ForkRules
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import closing_overhead
 from sgl_apr.runtime.recorder import TrajectoryRecorder
-from sgl_apr.runtime.request_runner import RequestRunner
+from sgl_apr.runtime.request_runner import RequestRunner, release_engines
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -154,8 +154,7 @@ class ReasoningRun:
             )
         finally:
             scope.detach()
-            for forked in engines:
-                await forked.release()
+            await release_engines(engines)
         uncached = self.fork_join.join(group, share)
         group.joined()
         return uncached

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgl_apr.engine.base import Engine, Request
+from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import BranchNumbering, Phase
 from sgl_apr.runtime.budget import lead_chars
 from sgl_apr.runtime.fork_rules import PhaseLimits
@@ -52,7 +53,12 @@ class RequestBuilder:
             grammar: Text for the engine's grammar backend.
             stop: Texts that end it and stay in the output. A tag that is one token is matched by its id.
             sampling: SGLang's parameters, over those of the trajectory.
+
+        Raises:
+            AprError: The context is empty, which SGLang cannot decode after.
         """
+        if not context:
+            raise AprError("the prompt of a request is empty, expected at least one token")
         special = [self.tokenizer.special_token_id(text) for text in stop]
         return Request(
             self.rid,

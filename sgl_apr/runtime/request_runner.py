@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import TypeVar
 
 from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
-from sgl_apr.errors import EngineError
+from sgl_apr.errors import EngineError, EngineTimeout
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.runtime.cancel_scope import ScopeCancelled
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
@@ -190,7 +190,7 @@ class RequestRunner:
         try:
             async with asyncio.timeout(LOAD_TIMEOUT_S if left is None else min(LOAD_TIMEOUT_S, left)):
                 return await engine.load()
-        except (EngineError, TimeoutError) as error:
+        except (EngineError, OSError) as error:  # also TimeoutError
             log.info("%s: the load of the engine is not known (%r)", self.rid, error)
             return None
 
@@ -208,7 +208,12 @@ class RequestRunner:
             nonlocal tries
             tries += 1
             allowance.spend(calls=1)
-            return await attempt()
+            try:
+                return await attempt()
+            except OSError as error:  # also TimeoutError
+                if error is self.events.failure:
+                    raise
+                raise as_engine_error(error) from error
 
         try:
             result = await sequence.scope.run(self.options.retry(paid_attempt, lambda: allowance.calls > 0))
@@ -228,6 +233,29 @@ class RequestRunner:
             sequence.scope.cancel("failed")
             result = None
         return result, max(0, tries - 1)
+
+
+def as_engine_error(error: OSError) -> EngineError:
+    """Return the error of an engine that raised what its connection raised."""
+    text = str(error) or type(error).__name__
+    return (EngineTimeout if isinstance(error, TimeoutError) else EngineError)(f"the engine failed: {text}")
+
+
+async def abort_requests(engine: Engine, rid: str) -> None:
+    """Abort the requests whose ids begin with `rid`, also while this is cancelled. Errors are logged."""
+    try:
+        await asyncio.shield(engine.abort(rid))
+    except (EngineError, OSError) as error:
+        log.warning("%s: its requests could not be aborted: %r", rid, error)
+
+
+async def release_engines(engines: Iterable[Engine]) -> None:
+    """Release the engines of forks. One that fails does not keep the others from it."""
+    for engine in engines:
+        try:
+            await engine.release()
+        except (EngineError, OSError) as error:
+            log.warning("the engine of a branch could not be released: %r", error)
 
 
 def derive_seed(seed: int, *where: object) -> int:

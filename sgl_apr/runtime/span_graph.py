@@ -14,15 +14,21 @@ class EventEmitter:
 
     Attributes:
         listening: Whether there is one. Check it before you make an event that is made often.
+        failure: What the listener has raised. It is called by engines too, and is no error of theirs.
     """
 
     def __init__(self, on_event: OnEvent | None) -> None:
         self._on_event, self.listening = on_event, on_event is not None
+        self.failure: Exception | None = None
 
     def emit(self, event: Event) -> None:
         """Call the listener."""
         if self._on_event:
-            self._on_event(event)
+            try:
+                self._on_event(event)
+            except Exception as error:
+                self.failure = error
+                raise
 
     def retract_text(self, path: Path, chars: int | None) -> None:
         """Emit that the last `chars` characters at `path` are void, or all of its text (None)."""
