@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Coroutine, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +42,7 @@ class LocalEngine(InProcessEngine):
     def __init__(self, engine: Any, *, tokenizer: Tokenizer | None = None, timeout: float = 120.0) -> None:
         super().__init__(engine.tokenizer_manager, tokenizer=tokenizer, timeout=timeout)
         self.engine = engine
+        self._remove_files: Callable[[], object] = lambda: None
 
     @classmethod
     def launch(cls, model: str | Path, **sglang_flags: object) -> LocalEngine:
@@ -60,14 +62,22 @@ class LocalEngine(InProcessEngine):
         from sgl_apr.server.constants import LAUNCHED_ENV
         from sgl_apr.server.launch.arguments import server_args
         from sgl_apr.server.launch.defaults import as_flags
+        from sgl_apr.server.launch.server_folder import ServerFolder
 
         args = server_args(as_flags({"model": model, "log_level": "error"} | sglang_flags))
         before = os.environ.get(LAUNCHED_ENV)
         os.environ[LAUNCHED_ENV] = "1"  # its processes exit at once, rather than run without the plugin
+        folder = ServerFolder()
         try:
-            return cls(sgl.Engine(server_args=args))
+            with folder.used_by_this_process():
+                local = cls(sgl.Engine(server_args=args))
+        except BaseException:
+            folder.remove()
+            raise
         finally:
             os.environ.pop(LAUNCHED_ENV) if before is None else os.environ.update({LAUNCHED_ENV: before})
+        local._remove_files = weakref.finalize(local, folder.remove)
+        return local
 
     def run(
         self,
@@ -106,8 +116,9 @@ class LocalEngine(InProcessEngine):
             raise
 
     def shutdown(self) -> None:
-        """End the engine's processes. SGLang also ends every other child of this process."""
+        """End the engine's processes and remove its files. SGLang also ends every other child of this process."""
         self.engine.shutdown()
+        self._remove_files()
 
     def __enter__(self) -> Self:
         return self

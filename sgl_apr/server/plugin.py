@@ -12,13 +12,11 @@ switch parts of the plugin off.
 from __future__ import annotations
 
 import os
-import secrets
 from typing import Any
 
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.constants import (
-    CACHE_SECRET_ENV,
     CPU_ATTENTION_BACKEND,
     KV_JOIN_ENV,
     LAUNCHED_ENV,
@@ -33,6 +31,9 @@ from sgl_apr.server.hooks import (
     is_enabled,
     require_sglang,
 )
+from sgl_apr.server.kv_join.cache_secret import cache_secret
+from sgl_apr.server.launch import server_folder
+from sgl_apr.server.security import abort, auth, redaction
 
 STOCK_CACHE_BACKEND = "stock"  # SGLang's own radix cache
 
@@ -66,6 +67,8 @@ def activate() -> None:
             if is_enabled(PADDED_MATMUL_ENV):
                 _register_padded_matmul()
         _register_cache()
+        for module in (redaction, abort, auth, server_folder):
+            module.register_hooks()
         if os.environ.get(LAUNCHED_ENV) and is_enabled(MASK_SLICES_ENV):
             _register_mask_slices()
     except LaunchError as error:
@@ -112,7 +115,7 @@ def _register_cache() -> None:
     register(STOCK_CACHE_BACKEND, stock_factory)
     if not is_enabled(KV_JOIN_ENV):
         return
-    os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(32))
+    cache_secret()  # here, so that the processes that this one starts inherit it
     register(RADIX_CACHE_BACKEND, _make_cache)
     hook_after(
         "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift_positions

@@ -18,7 +18,8 @@ from sgl_apr.server.constants import (
     PADDED_MATMUL_ENV,
 )
 from sgl_apr.server.hooks import require_sglang
-from sgl_apr.server.launch import fork_start
+from sgl_apr.server.launch import fork_start, server_folder
+from sgl_apr.server.security import abort, auth, redaction
 
 
 @pytest.fixture
@@ -29,10 +30,12 @@ def hooked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def record(path: str, *_: object) -> None:
         paths.append(path.rpartition(":")[2])
 
-    for module in (plugin, fork_start):
-        monkeypatch.setattr(module, "hook_after", record)
-        monkeypatch.setattr(module, "require_sglang", lambda path, parameters=(): lambda *_: lambda *_: None)
-    monkeypatch.setattr(plugin, "hook_around", record)
+    for module in (plugin, fork_start, abort, auth, redaction, server_folder):
+        for name in ("hook_after", "hook_around"):
+            monkeypatch.setattr(module, name, record, raising=False)
+        monkeypatch.setattr(
+            module, "require_sglang", lambda path, parameters=(): lambda *_: lambda *_: None, raising=False
+        )
     monkeypatch.setattr(plugin, "has_accelerator", lambda: False)
     monkeypatch.setattr(plugin, "activated", False)
     monkeypatch.setenv(LAUNCHED_ENV, "1")

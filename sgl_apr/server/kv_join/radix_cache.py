@@ -12,7 +12,6 @@ evicted meanwhile.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +24,10 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
-from sgl_apr.server.constants import CACHE_SECRET_ENV
 from sgl_apr.server.kv_join.cache_keys import ResolvedPrompt, resolve
+from sgl_apr.server.kv_join.cache_secret import cache_secret
 from sgl_apr.server.kv_join.validation import has_layout, layout_of_request
 from sgl_apr.trajectory.join_layout import LayoutError
-
-SECRET = bytes.fromhex(os.environ[CACHE_SECRET_ENV])  # keys the hash that names the trees of joined prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +170,7 @@ def _resolve_request(req: Any, root: str | None) -> ResolvedPrompt:
     resolved: ResolvedPrompt | None = getattr(req, "apr_resolved", None)
     if resolved is None:
         ids = req.origin_input_ids
-        resolved = req.apr_resolved = resolve(layout_of_request(req, len(ids)), ids, root, SECRET)
+        resolved = req.apr_resolved = resolve(layout_of_request(req, len(ids)), ids, root, cache_secret())
     return resolved
 
 

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, NoReturn, Self
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.defaults import as_flags
-from sgl_apr.server.launch.process import ServerProcess
+from sgl_apr.server.launch.process import ReadyMessage, ServerProcess
+from sgl_apr.server.launch.secret_options import hide_secrets_of_command_line
 from sgl_apr.server.launch.usage import UsageError
 from sgl_apr.views.printable import printable
 
@@ -42,6 +43,11 @@ Defaults, which your flags override:
                   multiple of 64
   without a GPU   --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
                   --sampling-backend pytorch --sleep-on-idle, no CUDA graphs
+
+Keys:
+  --api-key-file FILE, --admin-api-key-file FILE, or the environment variables SGL_APR_API_KEY and
+  SGL_APR_ADMIN_API_KEY. --api-key K and --admin-api-key K work, too, but other users of the machine can read K on
+  the command line until the command has started. See docs/security.md.
 
 Limits for requests that run trajectories on the server (`apr` in an OpenAI body, /apr/generate). A request that
 sets a higher limit is rejected. A request that sets none gets the server's:
@@ -112,7 +118,9 @@ class Server:
         self._running = process, log
         try:
             with reserved:
-                self._url = process.wait_ready(self._timeout, _Progress(log.name)).url
+                ready = process.wait_ready(self._timeout, _Progress(log.name))
+            self._url = ready.url
+            _print_warning(ready)
         except BaseException as error:
             process.kill()
             log.close()
@@ -161,6 +169,7 @@ def serve(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return 0
+    hide_secrets_of_command_line()
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return _serve(argv, sys.stderr.buffer)
@@ -182,6 +191,7 @@ def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
     try:
         with reserved:
             ready = process.wait_ready(STARTUP_TIMEOUT_S)
+        _print_warning(ready)
         model = request.model or "of the configuration file"
         line = f"sgl-apr ready: {ready.url} (model {model}, {ready.device}, {ready.attention})"
         print(line, flush=True)
@@ -190,6 +200,11 @@ def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second signal kills the server at once
             signal.signal(number, lambda *_: process.kill())
         process.stop()
+
+
+def _print_warning(ready: ReadyMessage) -> None:
+    if ready.warning:
+        print(f"sgl-apr: warning: {ready.warning}", file=sys.stderr, flush=True)
 
 
 class _Stopped(BaseException):

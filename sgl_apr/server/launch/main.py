@@ -1,30 +1,39 @@
 """The main process of a server: SGLang's HTTP server with the defaults of this package. `process` starts it.
 
-Its standard input is a socket to the launcher. The process sends one JSON line, either when the server is ready or
-when it fails to start. It reads the end of the stream when the launcher is gone, however the launcher ended.
+Its standard input is a socket to the launcher. The process reads one JSON line with the flags that are secret, and
+sends one, either when the server is ready or when it fails to start. It reads the end of the stream when the launcher
+is gone, however the launcher ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from sgl_apr.engine.http_client import post_json
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.api.config import ApiConfig, parse_api_arguments
+from sgl_apr.server.guard.limits import GuardLimits, parse_guard_arguments
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.server.kv_join.selfcheck import assert_joins_correct
 from sgl_apr.server.launch.arguments import server_args
 from sgl_apr.server.launch.fork_start import fork_children
+from sgl_apr.server.launch.preflight import is_loopback
+from sgl_apr.server.launch.server_folder import lock_folder, remove_folder, this_servers_folder
 from sgl_apr.server.launch.usage import UsageError
 
 # By grammar backend. The grammars are small, but the first one of a process compiles a torch kernel.
@@ -38,11 +47,14 @@ def main(argv: list[str]) -> None:
     Args:
         argv: The flags of this package and of SGLang.
     """
-    launcher = _connect_launcher()
+    folder = _use_own_folder()
+    launcher, secret_flags = _connect_launcher(folder)
     try:
         config, argv = parse_api_arguments(argv)
-        args = server_args(argv)
+        guard_limits, argv = parse_guard_arguments(argv)
+        args = server_args([*argv, *secret_flags])
         _add_routes(config)
+        _guard_requests(guard_limits, args.host)
         if not has_accelerator():
             fork_children(launcher)
     except LaunchError as error:
@@ -58,7 +70,13 @@ def main(argv: list[str]) -> None:
         except LaunchError as error:
             _notify_launcher(launcher, error=str(error), usage=False)
         else:
-            _notify_launcher(launcher, url=args.url(), device=view.device, attention=view.attention_backend)
+            _notify_launcher(
+                launcher,
+                url=args.url(),
+                device=view.device,
+                attention=view.attention_backend,
+                warning=_warning(args),
+            )
 
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.entrypoints.http_server import launch_server
@@ -76,24 +94,66 @@ def _add_routes(config: ApiConfig) -> None:
     install(config)
 
 
-def _connect_launcher() -> socket.socket:
-    """Take the socket to the launcher from standard input, and kill this session when the launcher is gone."""
+def _guard_requests(limits: GuardLimits, host: str) -> None:
+    from sgl_apr.server.guard.install import install_guard  # imports SGLang's server, as above
+
+    install_guard(limits, host)
+
+
+def _use_own_folder() -> Path | None:
+    """Make temporary files in the server's folder, and keep it locked as long as this process or a fork of it lives."""
+    tempfile.tempdir = None  # it may have been read before the launcher chose the folder
+    folder = this_servers_folder()
+    if folder is not None:
+        lock_folder(folder)
+    return folder
+
+
+def _connect_launcher(folder: Path | None) -> tuple[socket.socket, list[str]]:
+    """Take the socket to the launcher from standard input, and kill this session when the launcher is gone.
+
+    Args:
+        folder: The server's folder, which is then removed.
+
+    Returns:
+        The socket, and the flags that are secret.
+    """
     launcher = socket.socket(fileno=os.dup(0))  # not inheritable, so no child holds it
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
     os.close(devnull)
+    received = b""
+    while not received.endswith(b"\n"):
+        if not (chunk := launcher.recv(65536)):
+            sys.exit(1)
+        received += chunk
 
     def watch() -> None:
         while launcher.recv(64):
             pass
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        if folder is not None:
+            remove_folder(folder)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
-    return launcher
+    return launcher, json.loads(received)
 
 
 def _notify_launcher(launcher: socket.socket, **message: object) -> None:
     launcher.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _warning(args: Any) -> str:
+    """Return a warning if other machines can use the server without a key."""
+    if args.api_key or is_loopback(args.host):
+        return ""
+    return (
+        f"the server listens on {args.host} without a key, so everybody who reaches port {args.port} can use it "
+        "(set SGL_APR_API_KEY or --api-key-file FILE, or listen on --host 127.0.0.1)"
+    )
 
 
 def _warm_up(args: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from sgl_apr.engine.http_client import check_exists
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.api.config import parse_api_arguments
+from sgl_apr.server.guard.limits import parse_guard_arguments
 from sgl_apr.server.hooks import check_version
 from sgl_apr.server.launch.usage import UsageError, UsageParser
 
@@ -48,6 +50,7 @@ def read_arguments(argv: Sequence[str]) -> LaunchRequest:
     parser.add_argument("--config")
     parsed, _ = parser.parse_known_args(list(argv))
     parse_api_arguments(argv)
+    parse_guard_arguments(argv)
     if parsed.model_path is None and parsed.config is None:
         raise UsageError("no model: give --model DIRECTORY, or a Hugging Face id")
     return LaunchRequest(parsed.model_path, parsed.revision, parsed.host, parsed.port)
@@ -93,6 +96,14 @@ def free_port(host: str = "127.0.0.1") -> int:
     """Return a port that no process listens on now."""
     with socket.create_server((host, 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens on a host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def local_config(model: str, revision: str = "main") -> Path | None:

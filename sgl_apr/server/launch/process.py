@@ -1,8 +1,8 @@
 """Starts, watches and stops the processes of one server.
 
 The main process of the server leads a session of its own. So Ctrl-C in this process does not reach the server, and
-killing the server's process group does not reach this process. A socket is the server's standard input: the server
-sends its one message through it, and it ends when this process ends.
+killing the server's process group does not reach this process. A socket is the server's standard input: this process
+sends the server's secrets through it, the server sends its one message, and it ends when this process ends.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any, BinaryIO
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.constants import LAUNCHED_ENV
 from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
+from sgl_apr.server.launch.secret_options import public_environment, take_secrets
+from sgl_apr.server.launch.server_folder import ServerFolder
 from sgl_apr.server.launch.usage import UsageError
 
 STOP_GRACE_S = 15.0  # seconds that a server has to stop, before it is killed
@@ -46,18 +48,20 @@ class ReadyMessage:
         url: Where it listens.
         device: Where the model runs.
         attention: Its attention backend.
+        warning: What its operator should know, or nothing.
     """
 
     url: str
     device: str
     attention: str
+    warning: str = ""
 
 
 class ServerProcess:
     """A running server. Making one starts it.
 
     Args:
-        argv: Flags of the server.
+        argv: Flags of the server. Secrets among them do not get onto its command line.
         environment: Environment variables on top of those of this process.
         sink: Receives the server's output, which goes nowhere else.
         popen: Starts the process.
@@ -70,20 +74,29 @@ class ServerProcess:
         sink: BinaryIO,
         popen: Callable[..., Any] = subprocess.Popen,
     ) -> None:
+        public, secrets = take_secrets(argv)
         self._link, child_end = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "sgl_apr.server.launch.main", *argv]
-        with child_end:
-            self._child: subprocess.Popen[bytes] = popen(
-                command,
-                stdin=child_end.fileno(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=SERVER_ENVIRONMENT
-                | dict(os.environ)
-                | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
-                | dict(environment),
-            )
+        self._folder = ServerFolder()
+        command = [sys.executable, "-P", "-m", "sgl_apr.server.launch.main", *public]
+        try:
+            with child_end:
+                self._link.sendall(json.dumps(secrets).encode() + b"\n")
+                self._child: subprocess.Popen[bytes] = popen(
+                    command,
+                    stdin=child_end.fileno(),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=SERVER_ENVIRONMENT
+                    | public_environment(os.environ)
+                    | self._folder.environment
+                    | {"PYTHONUNBUFFERED": "1", LAUNCHED_ENV: "1"}
+                    | dict(environment),
+                )
+        except BaseException:
+            self._link.close()
+            self._folder.remove()
+            raise
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._bind_failure = ""
         self._pump = threading.Thread(target=self._copy_output, args=(sink,), daemon=True)
@@ -139,12 +152,15 @@ class ServerProcess:
         self.kill()
 
     def kill(self) -> None:
-        """Kill all processes of the server."""
+        """Kill all processes of the server, and remove its temporary files."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
         self._link.close()
         self._pump.join(5.0)
+        if not self._pump.is_alive() and self._child.stdout is not None:
+            self._child.stdout.close()
+        self._folder.remove()
 
     def _copy_output(self, sink: BinaryIO) -> None:
         output = self._child.stdout

@@ -1,0 +1,102 @@
+"""Lets a scheduler abort the request with a given id only.
+
+SGLang's scheduler aborts every request whose id begins with the given one. Clients choose ids, and a request is also
+aborted when its client leaves. So a client that calls its request "a" and leaves would end the requests of all others
+that begin with "a".
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sgl_apr.server.hooks import hook_after, hook_around
+
+# No id of a client begins with it: `check_request_id` rejects control characters.
+_HIDDEN = "\x00"
+MAX_REQUEST_ID_LENGTH = 256
+
+_requests: weakref.WeakSet[Any] = (
+    weakref.WeakSet()
+)  # the requests of this process's scheduler, in all its queues
+
+
+def register_hooks() -> None:
+    """Set the hooks in the scheduler, and the check of ids in the HTTP process."""
+    hook_after("sglang.srt.managers.schedule_batch:Req.__init__", ["rid"], _track)
+    scheduler = "sglang.srt.managers.scheduler:Scheduler.abort_request"
+    hook_around(scheduler, ["recv_req"], abort_exact_request)
+    receiver = "sglang.srt.disaggregation.encoder.receiver:MMReceiverBase.abort_waiting_requests"
+    hook_around(receiver, ["recv_req"], _abort_waiting_request)
+    hook_after(
+        "sglang.srt.managers.io_struct:GenerateReqInput.normalize_batch_and_arguments", [], _check_request
+    )
+    hook_after(
+        "sglang.srt.managers.io_struct:EmbeddingReqInput.normalize_batch_and_arguments", [], _check_request
+    )
+
+
+def abort_exact_request(abort: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """Call SGLang's `Scheduler.abort_request` for the request with the given id, but not for those it is a prefix of.
+
+    Args:
+        abort: The method.
+        scheduler: The scheduler.
+        request: The `AbortReq`.
+    """
+    if request.abort_all:
+        return abort(scheduler, request)
+    with hidden_from_prefix(request.rid, _requests):
+        return abort(scheduler, request)
+
+
+def _abort_waiting_request(abort: Callable[..., Any], receiver: Any, request: Any) -> Any:
+    if request.abort_all:
+        return abort(receiver, request)
+    with hidden_from_prefix(request.rid, receiver.waiting_list):
+        return abort(receiver, request)
+
+
+@contextmanager
+def hidden_from_prefix(rid: str, requests: Iterable[Any]) -> Iterator[None]:
+    """Rename, inside the block, the requests whose ids `rid` is a proper prefix of.
+
+    The scheduler has one thread, so nothing else sees the names.
+
+    Args:
+        rid: The id.
+        requests: Objects with an id `rid`.
+    """
+    hidden = [(r, r.rid) for r in list(requests) if r.rid != rid and r.rid.startswith(rid)]
+    try:
+        for request, own in hidden:
+            request.rid = _HIDDEN + own
+        yield
+    finally:
+        for request, own in hidden:
+            request.rid = own
+
+
+def check_request_id(rid: object) -> None:
+    """Check an id that a client chose, before it reaches a scheduler, a log or another process.
+
+    Raises:
+        ValueError: It is not a string of 1 to `MAX_REQUEST_ID_LENGTH` printable characters.
+    """
+    if not isinstance(rid, str) or not 0 < len(rid) <= MAX_REQUEST_ID_LENGTH or not rid.isprintable():
+        found = f"{type(rid).__name__} {str(rid)[:40]!r}"
+        raise ValueError(
+            f"rid: found {found}, expected a string of 1 to {MAX_REQUEST_ID_LENGTH} printable characters"
+        )
+
+
+def _check_request(result: Any, request: Any) -> None:
+    rid = request.rid
+    for each in rid if isinstance(rid, list) else [rid]:
+        check_request_id(each)
+
+
+def _track(result: Any, request: Any, *_: Any, **__: Any) -> None:
+    _requests.add(request)
