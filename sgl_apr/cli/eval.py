@@ -36,6 +36,7 @@ def add_command(commands: Any) -> None:
         epilog="examples:\n"
         "  sgl-apr eval countdown --model builtin --json\n"
         "  sgl-apr eval countdown --model runs/parallel/model --limit 200 -o out    # again: continues where it stopped\n"
+        "  sgl-apr eval countdown --model runs/parallel/model --limit 500 -o out    # 300 problems more\n"
         "  sgl-apr eval countdown --url http://127.0.0.1:30000 --methods apr,sequential --json -o out\n"
         "  sgl-apr eval game24 --model builtin --methods all --limit 10 --budget tokens=1024 --cost-model\n"
         "  sgl-apr eval gym:leg_counting aime.jsonl --model my-model --methods threadweaver,self_consistency -o out\n"
@@ -68,7 +69,10 @@ def add_command(commands: Any) -> None:
         f"{TIMED_PROBLEMS} problems with one request at a time",
     )
     parser.add_argument(
-        "--limit", type=int, default=2000, help="problems of each task at most (default: %(default)s)"
+        "--limit",
+        type=int,
+        default=2000,
+        help="problems of each task and seed at most (default: %(default)s)",
     )
     parser.add_argument(
         "--split",
@@ -76,7 +80,13 @@ def add_command(commands: Any) -> None:
         choices=["test", "train"],
         help="train: problems to choose settings by (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the problems (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=parse_seeds,
+        default=0,
+        metavar="N[,N...]",
+        help="seed of the problems, or several (default: %(default)s)",
+    )
     parser.add_argument(
         "--temperature",
         type=float,
@@ -100,7 +110,11 @@ def add_command(commands: Any) -> None:
         "--at-once", type=int, default=512, help="problems under way at the same time (default: %(default)s)"
     )
     parser.add_argument(
-        "-o", "--out", type=Path, help="a directory for run.jsonl, one line per attempt, and summary.json"
+        "-o",
+        "--out",
+        type=Path,
+        help="a directory for run.jsonl, one line per attempt, and summary.json. A directory with attempts is continued: "
+        "with another --limit, --seed or --methods only what is new is run; other options have to be the same",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(command=lambda options: _eval(parser, options))
@@ -146,8 +160,11 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             if cost:
                 summary["cost"] = asdict(cost)
             if directory:
-                text = json.dumps(summary, indent=1) + "\n"
-                (directory / SUMMARY_FILE).write_text(text, encoding="utf-8")
+                others = [
+                    store.results_of(m, [*task.keyed_cases]) for m in store.attempts if m not in methods
+                ]
+                earlier = [row.as_json(WINDOWS) for row in others if row.attempts]
+                _write_summary(directory / SUMMARY_FILE, {**summary, "rows": [*summary["rows"], *earlier]})
             summaries.append(summary)
             results.append((task.name, rows))
     if options.json:
@@ -158,6 +175,24 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         for name, rows in results:
             print_results(name, rows, several=len(results) > 1)
     return int(not any(row.attempts for _, rows in results for row in rows))
+
+
+def parse_seeds(text: str) -> int | list[int]:
+    """Parse one seed, or several that commas separate, for argparse."""
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers such as 0 or 0,1,2") from None
+    return seeds[0] if len(seeds) == 1 else seeds
+
+
+def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+    from sgl_apr.trajectory.jsonl import file_error
+
+    try:
+        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise file_error("cannot write to", path, error) from None
 
 
 def _settings(options: argparse.Namespace, task: Benchmark) -> dict[str, Any]:
@@ -200,7 +235,8 @@ async def _run(
     if options.allow_code and method == "recursive":
         method_options["allow_code"] = True
     with Progress(console=Console(stderr=True)) as progress:
-        done, total = len(store.attempts.get(method, ())), len(task.cases)
+        attempts, total = store.attempts.get(method, {}), len(task.cases)
+        done = sum(key in attempts for key in task.keyed_cases)
         bar = progress.add_task(f"{task.name}, {method}", total=total, completed=done)
         row = await evaluate(
             url, task, method, store, on_attempt=lambda: progress.advance(bar), at_once=options.at_once, cost=cost,

@@ -20,7 +20,7 @@ from sgl_apr.errors import (
     SandboxUnavailable,
     UnsupportedEngine,
 )
-from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
+from sgl_apr.evaluation.benchmarks.base import Benchmark, Case, CaseKey
 from sgl_apr.evaluation.cost_model import EngineCost
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.evaluation.store import ResultStore
@@ -52,19 +52,20 @@ async def evaluate(
         **options: Those of `run_attempts`.
 
     Returns:
-        All attempts, those made before included; without attempts and with a reason if the method cannot run there.
+        The attempts at the problems of `benchmark`, those made before included; without attempts and with a reason if
+        the method cannot run there.
 
     Raises:
         AprError: If `store` has attempts at other problems.
     """
-    names = {number: case.name for number, case in enumerate(benchmark.cases)}
-    done = store.attempts.get(method, {})
-    if wrong := [attempt.problem for number, attempt in done.items() if names.get(number) != attempt.problem]:
+    cases = benchmark.keyed_cases
+    done = {key: attempt for key, attempt in store.attempts.get(method, {}).items() if key in cases}
+    if wrong := [attempt.problem for key, attempt in done.items() if cases[key].name != attempt.problem]:
         raise AprError(
             f"{method} has an attempt at {wrong[0]!r}, which is not that problem of {benchmark.name}"
         )
-    if len(done) == len(names):
-        return store.results_of(method)
+    if len(done) == len(cases):
+        return store.results_of(method, [*cases])
     async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
         return await run_attempts(engine, benchmark, method, store, **options)
 
@@ -95,27 +96,44 @@ async def run_attempts(
         **options: Options of the method.
 
     Returns:
-        All attempts, those made before included; without attempts and with a reason if the method cannot run here.
+        The attempts at the problems of `benchmark`, those made before included; without attempts and with a reason if
+        the method cannot run here.
+
+    Raises:
+        Exception: What an attempt raised first. The attempts that have their answer by then are stored before.
     """
     done = store.attempts.get(method, {})
-    remaining = [(number, case) for number, case in enumerate(benchmark.cases) if number not in done]
+    cases = benchmark.keyed_cases
+    remaining = [(key, case) for key, case in cases.items() if key not in done]
     began = time.monotonic() - store.seconds.get(method, 0.0)
     gate, solve = asyncio.Semaphore(at_once), find_method(implementation or method)
+    storing = set[asyncio.Task[None]]()
 
-    async def attempt(number: int, case: Case) -> None:
-        async with gate:
-            result = await solve(engine, case.problem, task=task, pacing=None, **options)
+    async def measure_and_store(key: CaseKey, case: Case, result: MethodResult) -> None:
         # In a thread: judging may take seconds, and must not hold up the other attempts.
         measured = await asyncio.to_thread(measure_attempt, benchmark, task, case, result, cost)
-        store.add(method, number, measured, time.monotonic() - began, result.answer, result.trajectory)
+        seed, number = key
+        seconds = time.monotonic() - began
+        store.add(method, number, measured, seconds, result.answer, result.trajectory, seed=seed)
         on_attempt()
+
+    async def attempt(key: CaseKey, case: Case) -> None:
+        async with gate:
+            result = await solve(engine, case.problem, task=task, pacing=None, **options)
+        work = asyncio.create_task(measure_and_store(key, case, result))
+        storing.add(work)
+        del result
+        await asyncio.shield(work)  # the failure of another attempt does not lose this one
+        storing.discard(work)
 
     try:
         task = benchmark.task(engine)
-        await gather(attempt(number, case) for number, case in remaining)
+        await gather(attempt(key, case) for key, case in remaining)
     except NOT_APPLICABLE_ERRORS as error:
         return MethodResults(method, (), reason=str(error))
-    return store.results_of(method)
+    finally:
+        await asyncio.gather(*storing, return_exceptions=True)
+    return store.results_of(method, [*cases])
 
 
 def measure_attempt(

@@ -13,6 +13,7 @@ from sgl_apr.engine.base import Engine, Request
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.cost_model import EngineCost
+from sgl_apr.trajectory.jsonl import file_error
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHORT_PROMPT, LONG_PROMPT = 16, 512  # prompt tokens
@@ -95,14 +96,23 @@ async def load_or_measure_cost(url: str, path: Path | None = None) -> EngineCost
     Args:
         url: The server.
         path: The file; None only measures.
+
+    Raises:
+        AprError: The file cannot be read or written, or holds something else.
     """
     if path and path.exists():
-        return EngineCost.from_json(path.read_text(encoding="utf-8"))
+        try:
+            return EngineCost.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise file_error("cannot read", path, error) from None
     async with await HttpEngine.connect(url) as engine:
         cost = await EngineTimer(engine).measure_cost()
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(cost.to_json() + "\n", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(cost.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise file_error("cannot write to", path, error) from None
     return cost
 
 

@@ -148,8 +148,16 @@ class Trajectory:
         return compute_metrics(self.spans, self.calls, self.wall_s, convention)
 
     def to_json(self) -> str:
-        """Return one JSON object with its schema version. `from_json` reads it without loss."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False)
+        """Return one JSON object with its schema version. `from_json` reads it without loss.
+
+        It can be encoded as UTF-8, also if a text holds half a surrogate pair.
+        """
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = json.dumps({"schema": SCHEMA, **asdict(self)})
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> Trajectory:

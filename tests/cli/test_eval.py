@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
+from sgl_apr.cli.eval import parse_seeds
 from sgl_apr.cli.main import main
+from sgl_apr.evaluation.benchmarks.registry import benchmark
 from sgl_apr.evaluation.cost_model import EngineCost
 from sgl_apr.evaluation.store import RUN_FILE, SUMMARY_FILE
 from sgl_apr.evaluation.tasks.mathematics import FORMULA_WORKER
@@ -115,3 +117,75 @@ def test_no_attempt_at_all_is_status_1(url: str, tmp_path: Path, capsys: pytest.
     first, second = json.loads(capsys.readouterr().out)["tasks"]
     assert "allow_code=True" in first["rows"][0]["reason"]
     assert "needs a model trained on it" in second["rows"][0]["reason"]
+
+
+def test_a_run_is_extended(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Another limit, more methods: what is there is kept, what is new is run."""
+    out = tmp_path / "out"
+
+    def run(limit: int, methods: str, *more: str) -> dict[str, int]:
+        argv = ["eval", problems(tmp_path / "halves.jsonl", 5), "--url", url, "-o", str(out), "--json"]
+        assert main([*argv, "--limit", str(limit), "--methods", methods, *more]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        return {row["method"]: row["problems"] for row in rows}
+
+    def lines() -> list[str]:
+        return (out / RUN_FILE).read_text().splitlines()
+
+    assert run(2, "threadweaver") == {"threadweaver": 2}
+    first = lines()
+    assert run(4, "threadweaver", "--at-once", "3") == {"threadweaver": 4}
+    assert lines()[:3] == first, "nothing is run again"
+    assert len(lines()) == 5
+    assert run(3, "multiverse") == {"multiverse": 3}
+    assert len(lines()) == 8
+    assert {r["method"]: r["problems"] for r in json.loads((out / SUMMARY_FILE).read_text())["rows"]} == {
+        "multiverse": 3,
+        "threadweaver": 3,
+    }, "the summary has all methods, on the problems of this run"
+    assert run(1, "threadweaver") == {"threadweaver": 1}
+    assert len(lines()) == 8
+    argv = ["eval", str(tmp_path / "halves.jsonl"), "--url", url, "-o", str(out), "--methods", "threadweaver"]
+    for option, message in {
+        ("--temperature", "0.5"): "--temperature is not set there and 0.5 here",
+        ("--budget", "tokens=50"): "--budget tokens is 4096 there and 50 here",
+    }.items():
+        assert main([*argv, *option]) == 1
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("\n") == 1
+
+
+def test_seeds_are_added(tmp_path: Path):
+    one, more = benchmark("countdown", 3, seed=0), benchmark("countdown", 5, seed=[0, 7])
+    assert list(more.keyed_cases) == [*((0, k) for k in range(5)), *((7, k) for k in range(5))]
+    assert [case.name for case in more.cases[:3]] == [case.name for case in one.cases]
+    assert {case.name for case in benchmark("countdown", 5, seed=7).cases} == {c.name for c in more.cases[5:]}
+    assert len(benchmark("game24", 3, seed=[1, 1]).cases) == 3
+    assert parse_seeds("4") == 4
+    assert parse_seeds("4,5") == [4, 5]
+    with pytest.raises(SystemExit):
+        main(["eval", "countdown", "--url", "http://127.0.0.1:9", "--seed", "one"])
+
+
+@pytest.mark.parametrize("name", ["countdown", "game24"])
+def test_a_higher_limit_adds_problems(name: str):
+    few, many = benchmark(name, 5, seed=3), benchmark(name, 25, seed=3)
+    assert [case.name for case in many.cases[:5]] == [case.name for case in few.cases]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / RUN_FILE).mkdir(parents=True)
+    for out in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        tmp_path / "taken",
+        Path("/proc/none"),
+        tmp_path / "a\0b",
+    ):
+        argv = ["eval", problems(tmp_path / "a.jsonl", 2), "--url", "http://127.0.0.1:9", "-o", str(out)]
+        assert main(argv) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("sgl-apr: error: cannot write to ")
+        assert shown.count("\n") == 1

@@ -155,8 +155,8 @@ def test_each_task_has_its_own_directory(tmp_path: Path, capsys: pytest.CaptureF
         "countdown": "countdown",
         "game24": "game24",
     }
-    assert main([*argv, "--seed", "1"]) == 1
-    assert "holds another evaluation" in capsys.readouterr().err
+    assert main([*argv, "--split", "train"]) == 1
+    assert "holds another evaluation: --split is test there and train here" in capsys.readouterr().err
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]):

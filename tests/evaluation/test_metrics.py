@@ -74,7 +74,7 @@ def test_an_interrupted_evaluation_continues_after_its_last_complete_line(tmp_pa
     with (tmp_path / RUN_FILE).open("a") as file:
         file.write('{"method": "apr", "num')
     with open_evaluation(tmp_path, settings) as found:
-        assert sorted(found.attempts["apr"]) == [0, 1]
+        assert sorted(found.attempts["apr"]) == [(0, 0), (0, 1)]
         assert found.seconds == {"apr": 1.5}
         found.add("apr", 2, ONE, 2.0)
     (row,) = read_results(tmp_path)
@@ -94,17 +94,39 @@ def test_answers_and_trajectories_are_written_but_not_held_in_memory(tmp_path: P
 
 
 def test_other_settings_are_an_error(tmp_path: Path):
-    with open_evaluation(tmp_path, {"seed": 0}) as found:
+    settings = {
+        "task": "a",
+        "model": "m",
+        "temperature": None,
+        "budget": {"tokens": 100, "width": None},
+        "seed": 0,
+    }
+    with open_evaluation(tmp_path, settings) as found:
         found.add("apr", 0, ONE, 0.5)
+    for change, message in {
+        "the task is a there and b here": {"task": "b"},
+        "--model is m there and n here": {"model": "n"},
+        "--temperature is not set there and 0.5 here": {"temperature": 0.5},
+        "--budget tokens is 100 there and 50 here": {"budget": {"tokens": 50, "width": None}},
+        "--budget tokens is 100 there and 50 here; --budget width is not set there and 4 here": {
+            "budget": {"tokens": 50, "width": 4}
+        },
+        "--split is not set there and train here": {"split": "train"},
+    }.items():
+        with (
+            pytest.raises(
+                apr.AprError, match=f"holds another evaluation: {change}. Give the same options"
+            ) as raised,
+            open_evaluation(tmp_path, {**settings, **message}),
+        ):
+            pass
+        assert "\n" not in str(raised.value)
+    with open_evaluation(tmp_path, {**settings, "seed": 1, "limit": 5, "at_once": 2}) as found:
+        assert len(found.attempts["apr"]) == 1, "a run is extended by seeds and a limit"
     with (
-        pytest.raises(apr.AprError, match="holds another evaluation"),
-        open_evaluation(tmp_path, {"seed": 1}),
-    ):
-        pass
-    with (
-        open_evaluation(tmp_path, {"seed": 0}),
+        open_evaluation(tmp_path, settings),
         pytest.raises(apr.AprError, match="another run"),
-        open_evaluation(tmp_path, {"seed": 0}),
+        open_evaluation(tmp_path, settings),
     ):
         pass
     with pytest.raises(apr.AprError, match="was not written by"):

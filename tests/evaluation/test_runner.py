@@ -94,7 +94,7 @@ def test_a_dying_engine_keeps_finished_attempts(tmp_path: Path):
         ran(apr.ScriptedEngine(dies), found, "sequential", at_once=1, retry=apr.Retry(attempts=1))
     engine = apr.ScriptedEngine(adds)
     with open_evaluation(tmp_path, {}) as found:
-        assert sorted(found.attempts["sequential"]) == [0, 1]
+        assert sorted(found.attempts["sequential"]) == [(0, 0), (0, 1)]
         assert len(ran(engine, found, "sequential").attempts) == 3
     assert len(engine.requests) == 1
 

@@ -12,6 +12,8 @@ from sgl_apr.errors import AprError
 from sgl_apr.methods.task import Task
 from sgl_apr.runtime.budget import Budget
 
+CaseKey = tuple[int, int]  # the seed of a problem, and its number among the problems of that seed
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -21,11 +23,14 @@ class Case:
         name: Unique within its benchmark, and the same in every run.
         problem: As its task takes it.
         size: The harder the problem, the larger.
+        key: Its seed, and its number among the problems of that seed: the same in every run, whatever its limit and its
+            other seeds. None for seed 0 and its place in the benchmark.
     """
 
     name: str
     problem: Any
     size: int = 0
+    key: CaseKey | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Benchmark:
             raise AprError(f"{self.name} has no problem, expected at least one")
         if len({case.name for case in self.cases}) < len(self.cases):
             raise AprError(f"{self.name} has two problems of the same name, expected different names")
+
+    @property
+    def keyed_cases(self) -> dict[CaseKey, Case]:
+        """The problems by their keys, in order."""
+        return {case.key or (0, number): case for number, case in enumerate(self.cases)}
 
     @property
     def directory(self) -> str:

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.benchmarks.base import Benchmark
+from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.countdown.problems import Split
 
 BENCHMARK_NAMES = ("countdown", "game24", "gym:NAME", "FILE.jsonl")
 
 
-def benchmark(name: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
+def benchmark(name: str, limit: int, split: Split = "test", seed: int | Sequence[int] = 0) -> Benchmark:
     """The benchmark of a name.
+
+    A higher limit adds problems after those of a lower one, and another seed adds its problems after those of the
+    first, so that an evaluation can be extended.
 
     Args:
         name: "countdown", "game24", "gym:NAME" or a path "FILE.jsonl".
-        limit: Problems at most.
+        limit: Problems at most, of each seed.
         split: For generated problems: "test", or "train" to choose settings by.
-        seed: Seed of generated problems. The problems of a file are taken in order.
+        seed: Seed of generated problems, or several. A problem that two seeds generate is taken once. The problems of
+            a file are taken in order, whatever the seed.
 
     Raises:
         AprError: If there is no such benchmark.
     """
+    seeds = list(dict.fromkeys([seed] if isinstance(seed, int) else seed))
+    if limit < 1:
+        raise AprError(f"limit={limit}, expected at least 1")
+    if not seeds:
+        raise AprError("no seed, expected at least one")
+    if name.endswith(".jsonl"):
+        return _of_seed(name, limit, split, seeds[0])
+    return _merge({each: _of_seed(name, limit, split, each) for each in seeds})
+
+
+def _of_seed(name: str, limit: int, split: Split, seed: int) -> Benchmark:
     from sgl_apr.evaluation.benchmarks import games, gym, problem_file
 
     kind, _, rest = name.partition(":")
-    if limit < 1:
-        raise AprError(f"limit={limit}, expected at least 1")
     if name in ("countdown", "game24"):
         game: Benchmark = getattr(games, name)(limit, split, seed)
         return game
@@ -34,3 +50,21 @@ def benchmark(name: str, limit: int, split: Split = "test", seed: int = 0) -> Be
     if name.endswith(".jsonl"):
         return problem_file.problem_file(name, limit)
     raise AprError(f"no task {name!r}, expected one of {', '.join(BENCHMARK_NAMES)}")
+
+
+def _merge(by_seed: dict[int, Benchmark]) -> Benchmark:
+    """One benchmark with the problems of several seeds. Each answer is judged by the benchmark of its seed."""
+    first = next(iter(by_seed.values()))
+    cases: list[Case] = []
+    judges: dict[str, Benchmark] = {}
+    for seed, of_seed in by_seed.items():
+        names, problems = {case.name for case in cases}, {case.problem for case in cases if len(by_seed) > 1}
+        for number, case in enumerate(of_seed.cases):
+            if case.name not in names and case.problem not in problems:
+                judges[case.name] = of_seed
+                cases.append(replace(case, key=(seed, number)))
+
+    def is_correct(case: Case, answer: str) -> bool:
+        return judges.get(case.name, first).is_correct(case, answer)
+
+    return replace(first, cases=cases, is_correct=is_correct)
