@@ -14,6 +14,8 @@ from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.api.config import parse_api_arguments
 from sgl_apr.server.guard.limits import parse_guard_arguments
 from sgl_apr.server.hooks import check_version
+from sgl_apr.server.launch.help import own_flags
+from sgl_apr.server.launch.sglang_flags import check_flags
 from sgl_apr.server.launch.usage import UsageError, UsageParser
 
 HUB_TIMEOUT_S = 5.0  # seconds for the hub to answer
@@ -49,8 +51,9 @@ def read_arguments(argv: Sequence[str]) -> LaunchRequest:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--config")
     parsed, _ = parser.parse_known_args(list(argv))
-    parse_api_arguments(argv)
-    parse_guard_arguments(argv)
+    _, others = parse_api_arguments(argv)
+    _, others = parse_guard_arguments(others)
+    check_flags(others, own_flags())
     if parsed.model_path is None and parsed.config is None:
         raise UsageError("no model: give --model DIRECTORY, or a Hugging Face id")
     return LaunchRequest(parsed.model_path, parsed.revision, parsed.host, parsed.port)

@@ -1,0 +1,221 @@
+"""Checks the JSON of a body before SGLang reads it: its size, its prompts, and what would multiply them.
+
+These checks read fields by name, whatever the route. They need neither the engine nor a tokenizer, so that a body that
+is too large costs no more than its parse. `request_checks` then checks the values of a request to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sgl_apr.server.guard.limits import GuardLimits
+from sgl_apr.server.guard.refusal import RequestRefused, over_limit
+
+# Fields of which each entry is a prompt, over all routes of SGLang and ours.
+BATCH_FIELDS = (
+    "text",
+    "prompt",
+    "input",
+    "input_ids",
+    "items",
+    "documents",
+    "instances",
+    "tokens",
+    "questions",
+)
+# Fields whose text makes up one prompt together.
+CHAT_FIELDS = ("messages", "tools", "system", "instructions", "input")
+# Objects in which a route has sampling parameters: SGLang's, Vertex AI's, Ollama's.
+SAMPLING_OBJECTS = ("sampling_params", "parameters", "options", "sampling")
+COUNT_FIELDS = ("n", "best_of", "beam_width")
+GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
+MEDIA_FIELDS = frozenset({
+    "image_url", "video_url", "audio_url", "input_audio", "image_data", "video_data", "audio_data", "images", "source",
+    "file_data", "url",
+})  # fmt: skip
+OFF_LOOP_TOKENS = (
+    4  # how many prompts' tokens one request may have in all, in contexts of the model, per prompt
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What the checks need to know of the model.
+
+    Attributes:
+        context_length: Tokens of the context.
+        prompt_chars: Characters that fill the context with the longest tokens.
+        vocab_size: Number of token ids.
+        is_multimodal: Whether the model reads images, video or audio.
+    """
+
+    context_length: int
+    prompt_chars: int
+    vocab_size: int
+    is_multimodal: bool = False
+
+
+def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
+    """Check the parsed body of a request.
+
+    Raises:
+        RequestRefused: The body is above a limit, or has a field that the operator does not allow.
+    """
+    if not isinstance(body, dict):
+        return
+    max_chars = limits.prompt_chars or size.prompt_chars
+    walk = _Walk(limits)
+    chat_chars = 0
+    for name, value in body.items():
+        walk.count_key(name)
+        if not isinstance(value, str | list | dict) or name in MEDIA_FIELDS:
+            walk.count_values(value, 2)
+            continue
+        walk.chars = walk.longest = 0
+        walk.count_values(value, 2)
+        _check_length(name, walk.longest, max_chars)
+        if name in CHAT_FIELDS and isinstance(value, list | dict):
+            chat_chars += walk.chars
+            _check_length(name, chat_chars, max_chars)
+    _check_prompts(body, limits, size)
+    for sampling in sampling_objects(body):
+        check_sampling_fields(sampling, limits)
+
+
+def sampling_objects(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the body and all objects in it that a route reads sampling parameters from."""
+    found = [body]
+    for name in SAMPLING_OBJECTS:
+        value = body.get(name)
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict):
+                found.append(entry)
+                if name == "parameters":
+                    found.extend(sampling_objects(entry)[1:])
+    return found
+
+
+def check_sampling_fields(sampling: Mapping[str, Any], limits: GuardLimits) -> None:
+    """Check the fields that multiply a request, and those whose cost the client chooses.
+
+    Raises:
+        RequestRefused: A field is above a limit or not allowed.
+    """
+    for name in COUNT_FIELDS:
+        value = sampling.get(name)
+        if isinstance(value, int | float) and value > limits.n:
+            raise over_limit(name, value, "--apr-max-n", limits.n, name)
+    if sampling.get("stop_regex") and not limits.stop_regex:
+        raise RequestRefused(
+            "stop_regex is not allowed on this server, expected none (--apr-allow-stop-regex)", "stop_regex"
+        )
+    for name in GRAMMAR_FIELDS:
+        value = sampling.get(name)
+        if isinstance(value, str) and len(value) > limits.grammar_chars:
+            raise over_limit(
+                f"{name}'s length", len(value), "--apr-max-grammar-chars", limits.grammar_chars, name
+            )
+
+
+def _check_prompts(body: Mapping[str, Any], limits: GuardLimits, size: ModelSize) -> None:
+    counts = [
+        value
+        for sampling in sampling_objects(body)
+        for name in COUNT_FIELDS
+        if isinstance(value := sampling.get(name), int | float)
+    ]
+    copies = max([1, *counts])
+    for name in BATCH_FIELDS:
+        value = body.get(name)
+        if not isinstance(value, list) or not value:
+            continue
+        nested = isinstance(value[0], list | str | dict)
+        _check_ids(name, value if nested else [value], size)
+        if nested and len(value) * copies > limits.prompts:
+            found = f"{len(value)} x n={copies:g}" if copies > 1 else len(value)
+            raise over_limit(f"the number of entries of {name}", found, "--apr-max-prompts", limits.prompts, name)  # fmt: skip
+
+
+def _check_ids(name: str, prompts: Iterable[Any], size: ModelSize) -> None:
+    """Refuse a prompt of more token ids than the context has, before anything reads the ids one by one."""
+    for prompt in prompts:
+        if isinstance(prompt, list) and len(prompt) > size.context_length:
+            raise RequestRefused(
+                f"{name} has {len(prompt)} tokens, expected at most {size.context_length}, the context of the model", name
+            )  # fmt: skip
+
+
+def _check_length(name: str, chars: int, max_chars: int) -> None:
+    if chars > max_chars:
+        raise over_limit(f"the number of characters of {name}", chars, "--apr-max-prompt-chars", max_chars, name)  # fmt: skip
+
+
+class _Walk:
+    """Counts the values of a JSON document, except numbers, and the characters of its strings.
+
+    Attributes:
+        chars: Characters of all strings, except those of media.
+        longest: Characters of the longest of them.
+    """
+
+    def __init__(self, limits: GuardLimits) -> None:
+        self.chars = self.longest = 0
+        self._limits, self._values = limits, 0
+
+    def count_key(self, name: str) -> None:
+        self._add(1)
+
+    def count_values(self, value: Any, depth: int, media: bool = False) -> None:
+        if isinstance(value, str):
+            self._add(1)
+            if not media:
+                self.chars += len(value)
+                self.longest = max(self.longest, len(value))
+        elif isinstance(value, dict):
+            self._enter(depth)
+            self._add(1 + len(value))
+            for name, entry in value.items():
+                if type(entry) is str or type(entry) is dict or type(entry) is list:
+                    self.count_values(entry, depth + 1, media or name in MEDIA_FIELDS)
+        elif isinstance(value, list):
+            self._enter(depth)
+            self._add(1)
+            for entry in value:
+                if type(entry) is str or type(entry) is dict or type(entry) is list:
+                    self.count_values(entry, depth + 1, media)
+
+    def _enter(self, depth: int) -> None:
+        if depth > self._limits.json_depth:
+            raise over_limit("the nesting depth of the body", depth, "--apr-max-json-depth", self._limits.json_depth)  # fmt: skip
+
+    def _add(self, count: int) -> None:
+        self._values += count
+        if self._values > self._limits.json_values:
+            raise over_limit(
+                "the number of keys, strings, objects and lists in the body",
+                f"more than {self._limits.json_values}", "--apr-max-json-values", self._limits.json_values,
+            )  # fmt: skip
+
+
+def count_brackets(body: bytes) -> int:
+    """Return how many objects and lists a body has at most. A body is parsed only if that number is not too large."""
+    return body.count(b"[") + body.count(b"{")
+
+
+def chat_text(body: Mapping[str, Any]) -> str:
+    """Return all text of the fields that make up the prompt of a chat."""
+    return "\n".join(text for name in CHAT_FIELDS for text in _texts(body.get(name)))
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            if name not in MEDIA_FIELDS:
+                yield from _texts(entry)

@@ -1,0 +1,191 @@
+"""Checks the values of a request to the engine, whatever route it came by.
+
+SGLang checks most values itself. These are the ones that it does not, and that end its scheduler, occupy it for
+seconds, or are answered with status 500.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sgl_apr.errors import AprError
+from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_sampling, check_type, drop_nulls, shorten
+from sgl_apr.server.guard.grammar_checks import check_schema
+from sgl_apr.server.guard.json_checks import GRAMMAR_FIELDS, ModelSize, check_sampling_fields
+from sgl_apr.server.guard.limits import GuardLimits
+from sgl_apr.server.guard.refusal import RequestRefused, over_limit
+
+MAX_INT32 = 2**31 - 1
+# Whole numbers by field: the lowest and the highest value.
+SAMPLING_INTS: Mapping[str, tuple[int, int]] = {
+    "max_new_tokens": (0, MAX_INT32), "min_new_tokens": (0, MAX_INT32), "n": (1, MAX_INT32),
+    "beam_width": (1, MAX_INT32), "stream_interval": (1, MAX_INT32), "sampling_seed": (-(2**63), 2**63 - 1),
+}  # fmt: skip
+SAMPLING_FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
+REQUEST_INTS: Mapping[str, tuple[int, int]] = {
+    "logprob_start_len": (-1, MAX_INT32), "priority": (-MAX_INT32, MAX_INT32), "routed_experts_start_len": (0, MAX_INT32),
+    "bootstrap_port": (0, 65535), "bootstrap_room": (0, 2**63 - 1), "decode_tp_size": (1, MAX_INT32),
+    "disagg_prefill_dp_rank": (0, MAX_INT32), "max_thinking_tokens": (0, MAX_INT32),
+}  # fmt: skip
+MAX_STOP_CHARS = 4096
+
+
+def check_batch(request: Any, limits: GuardLimits) -> None:
+    """Check how many sequences a request asks for, before SGLang makes a request of each.
+
+    Args:
+        request: SGLang's `GenerateReqInput` or `EmbeddingReqInput`, before it is normalized.
+        limits: The operator's limits.
+
+    Raises:
+        RequestRefused: It asks for too many.
+    """
+    prompts = _batch_size(request)
+    sampling = getattr(request, "sampling_params", None)
+    objects = [s for s in (sampling if isinstance(sampling, list) else [sampling]) if isinstance(s, dict)]
+    copies = 1
+    for values in objects:
+        check_sampling_fields(values, limits)
+        for name in ("n", "beam_width"):
+            if values.get(name) is not None:
+                copies = max(copies, _check_int(name, values[name], 1, MAX_INT32))
+    if prompts * copies > limits.prompts:
+        found = f"{prompts} x n={copies}" if copies > 1 else prompts
+        raise over_limit("the number of prompts", found, "--apr-max-prompts", limits.prompts, "n")
+
+
+def check_request(
+    request: Any, input_ids: Sequence[int] | None, limits: GuardLimits, size: ModelSize
+) -> None:
+    """Check one request with one prompt, just before it is sent to the scheduler.
+
+    Args:
+        request: SGLang's `GenerateReqInput` or `EmbeddingReqInput`.
+        input_ids: The token ids of its prompt.
+        limits: The operator's limits.
+        size: The size of the model.
+
+    Raises:
+        RequestRefused: A value is not possible or above a limit.
+    """
+    if input_ids is not None and not request.contains_mm_input():
+        _check_prompt(request, input_ids, size)
+    sampling = request.sampling_params
+    if isinstance(sampling, dict) and sampling:
+        _check_sampling(sampling, limits, size)
+    if hasattr(request, "return_logprob"):
+        _check_generate(request, input_ids, limits, size)
+
+
+def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
+    """Check that all ids are in the vocabulary.
+
+    Raises:
+        RequestRefused: One is not.
+    """
+    if not ids:
+        return
+    try:
+        lowest, highest = min(ids), max(ids)
+    except TypeError:
+        lowest, highest = -1, -1
+    if not (isinstance(lowest, int) and lowest >= 0 and isinstance(highest, int) and highest < vocab_size):
+        wrong = next(
+            (i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size), ids
+        )  # fmt: skip
+        raise RequestRefused(
+            f"{name} has {shorten(wrong)}, expected token ids from 0 to {vocab_size - 1}", name
+        )
+
+
+def _batch_size(request: Any) -> int:
+    for values in (request.text, request.input_ids, request.input_embeds):
+        if values is not None:
+            is_batch = isinstance(values, list) and values and isinstance(values[0], str | list)
+            return len(values) if is_batch else 1
+    return 1
+
+
+def _check_prompt(request: Any, input_ids: Sequence[int], size: ModelSize) -> None:
+    session = getattr(request, "session_params", None)
+    continues = isinstance(session, dict) and session.get("id")
+    if not len(input_ids) and not continues and request.input_embeds is None:
+        raise RequestRefused("the prompt has no tokens, expected at least one", "prompt")
+    check_token_ids("input_ids", input_ids, size.vocab_size)
+
+
+def _check_sampling(sampling: Mapping[str, Any], limits: GuardLimits, size: ModelSize) -> None:
+    check_sampling_fields(sampling, limits)
+    try:
+        known = {name: value for name, value in sampling.items() if name in SAMPLING_TYPES}
+        check_sampling(known, size.vocab_size)
+        for name in SAMPLING_FLAGS:
+            if (value := sampling.get(name)) is not None and value not in (0, 1):
+                check_type(name, value, bool)
+        for name in GRAMMAR_FIELDS:
+            if (value := sampling.get(name)) is not None:
+                check_type(name, value, str)
+    except AprError as error:
+        raise RequestRefused(str(error), str(error).partition("=")[0].partition(" ")[0]) from None
+    for name, (lowest, highest) in SAMPLING_INTS.items():
+        if sampling.get(name) is not None:
+            _check_int(name, sampling[name], lowest, highest)
+    check_schema(sampling.get("json_schema"))
+    _check_stops(sampling, size)
+
+
+def _check_stops(sampling: Mapping[str, Any], size: ModelSize) -> None:
+    stop = sampling.get("stop")
+    for text in stop if isinstance(stop, list) else [stop]:
+        if text is not None and not (isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARS):
+            raise RequestRefused(
+                f"stop has {shorten(text)}, expected strings of 1 to {MAX_STOP_CHARS} characters", "stop"
+            )
+    ids = sampling.get("stop_token_ids")
+    if ids is not None:
+        if not isinstance(ids, list):
+            raise RequestRefused(
+                f"stop_token_ids={shorten(ids)}, expected a list of token ids", "stop_token_ids"
+            )
+        check_token_ids("stop_token_ids", [i for i in ids if i is not None], size.vocab_size)
+
+
+def _check_generate(
+    request: Any, input_ids: Sequence[int] | None, limits: GuardLimits, size: ModelSize
+) -> None:
+    for name, (lowest, highest) in REQUEST_INTS.items():
+        value = getattr(request, name, None)
+        if value is not None:
+            _check_int(name, value, lowest, highest)
+    top = request.top_logprobs_num
+    if top and _check_int("top_logprobs", top, 0, MAX_INT32) > (
+        limit := min(limits.top_logprobs, size.vocab_size)
+    ):
+        raise over_limit("top_logprobs", top, "--apr-max-top-logprobs", limit, "top_logprobs")
+    ids = request.token_ids_logprob
+    if ids:
+        if not isinstance(ids, list):
+            raise RequestRefused(
+                f"token_ids_logprob={shorten(ids)}, expected a list of token ids", "token_ids_logprob"
+            )
+        if len(ids) > limits.top_logprobs:
+            raise over_limit("the length of token_ids_logprob", len(ids), "--apr-max-top-logprobs", limits.top_logprobs, "token_ids_logprob")  # fmt: skip
+        check_token_ids("token_ids_logprob", ids, size.vocab_size)
+    start = request.logprob_start_len
+    if start is not None and input_ids is not None and start > len(input_ids):
+        raise RequestRefused(
+            f"logprob_start_len is {start}, expected at most {len(input_ids)}, the tokens of the prompt", "logprob_start_len"
+        )  # fmt: skip
+    if not isinstance(drop_nulls({"p": request.session_params}).get("p", {}), dict):
+        raise RequestRefused(
+            f"session_params={shorten(request.session_params)}, expected an object", "session_params"
+        )
+
+
+def _check_int(name: str, value: Any, lowest: int, highest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise RequestRefused(
+            f"{name} is {shorten(value)}, expected a whole number from {lowest} to {highest}", name
+        )
+    return value
