@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.branch_group import gather
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.prompts import Prompt, encode_prompt
 from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.jsonl import append_line, open_for_append, read_lines
+from sgl_apr.trajectory.strict_json import describe
 from sgl_apr.trajectory.trajectory import Trajectory
 
 LINE_FORMAT = '{"id": ..., "trajectory": ...}'
 
-Prompt = str | Sequence[int]
 log = logging.getLogger(__name__)
 
 
@@ -34,12 +35,13 @@ class Outcomes:
     Attributes:
         finished: Ids of those that this run has finished.
         skipped: Ids of those that were in the file.
-        failed: Errors by id. They are not in the file, so that the next run tries them again.
+        failed: Errors by id: an `AprError`, or what the caller's own code raised, such as a policy function. They are
+            not in the file, so that the next run tries them again.
     """
 
     finished: tuple[str, ...]
     skipped: tuple[str, ...]
-    failed: Mapping[str, AprError]
+    failed: Mapping[str, Exception]
 
 
 def run_many(
@@ -81,9 +83,12 @@ async def arun_many(
 ) -> Outcomes:
     """Run every problem, in order, `concurrency` of them at once.
 
+    A problem that fails is in `Outcomes.failed`, whatever exception it raised, and the others continue. Only what
+    concerns all of them is raised: wrong options, and a file that cannot be read or written.
+
     Args:
         engine: Decodes.
-        problems: Prompts by id.
+        problems: Prompts by id: text, token ids, or chat messages.
         path: Each trajectory is appended to this file when it ends, as one line `{"id": ..., "trajectory": ...}`.
             Problems that are in the file are skipped. Half a line that an interrupted run left is removed.
         dialect: As in `areason`.
@@ -93,30 +98,30 @@ async def arun_many(
 
     Raises:
         AprError: The file belongs to another run: it has other problems under the same ids, or is being written. Or a
-            line could not be written, for example to a full disk.
+            line of it is no trajectory of this version, as in `read_many`, or could not be written, for example to a
+            full disk.
     """
     if concurrency < 1:
         raise AprError(f"concurrency={concurrency}, expected at least 1")
+    if wrong := [name for name in problems if not isinstance(name, str)]:
+        raise AprError(f"the id of a problem is {wrong[0]!r}, expected text")
     base = make_options(dialect, engine.tokenizer, **options)
-
-    def ids(prompt: Prompt) -> tuple[int, ...]:
-        return tuple(
-            engine.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-        )
-
     with open_for_append(Path(path)) as file:
-        skipped = _finished_ids(Path(path), problems, ids)
+        skipped = await _finished_ids(engine, Path(path), problems)
         todo = iter([name for name in problems if name not in skipped])
-        finished, failed = list[str](), dict[str, AprError]()
+        finished, failed = list[str](), dict[str, Exception]()
         bar = _progress_bar(len(problems), len(skipped)) if progress_bar else None
 
         async def work() -> None:
             for name in todo:
                 seed = None if base.seed is None else derive_seed(base.seed, name)
                 try:
-                    trajectory = await run_with_options(engine, ids(problems[name]), replace(base, seed=seed))
-                except AprError as error:
-                    log.warning("problem %s failed: %s", name, error)
+                    prompt = await encode_prompt(engine, problems[name])
+                    trajectory = await run_with_options(engine, prompt, replace(base, seed=seed))
+                except Exception as error:
+                    log.warning(
+                        "problem %s failed: %r", name, error, exc_info=not isinstance(error, AprError)
+                    )
                     failed[name] = error
                 else:
                     append_line(file, f'{{"id": {json.dumps(name)}, "trajectory": {trajectory.to_json()}}}')
@@ -138,33 +143,27 @@ def read_many(path: str | Path) -> Iterator[tuple[str, Trajectory]]:
     Half a line at the end is skipped.
 
     Raises:
-        AprError: A line is something else.
+        AprError: A line is something else, or was written by a version with another schema. The message names it.
     """
-    for name, data in _lines(Path(path)):
-        yield name, Trajectory.from_dict(data)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, line in read_lines(path, allow_partial=True, expected=LINE_FORMAT):
+        where = f"{path}, line {number}"
         if not {"id", "trajectory"} <= set(line):
-            raise AprError(f"{path}, line {number}: expected {LINE_FORMAT}, found the keys {', '.join(line)}")
-        yield str(line["id"]), line["trajectory"]
+            raise AprError(f"{where}: expected {LINE_FORMAT}, found the keys {', '.join(line)}")
+        if not isinstance(line["id"], str):
+            raise AprError(f"{where}: id: expected text, found {describe(line['id'])}")
+        yield line["id"], Trajectory.from_dict(line["trajectory"], where)
 
 
-def _finished_ids(
-    path: Path, problems: Mapping[str, Prompt], token_ids: Callable[[Prompt], tuple[int, ...]]
-) -> dict[str, None]:
+async def _finished_ids(engine: Engine, path: Path, problems: Mapping[str, Prompt]) -> dict[str, None]:
     """The ids of the problems whose trajectories are in the file."""
     finished = dict[str, None]()
-    for name, data in _lines(path):
-        try:
-            first = data["spans"][0]
-            # By ids: the text of a prompt may differ from what was encoded, by a BOS token or a normalizer.
-            prompt, same = first["text"], first["token_ids"] == list(token_ids(problems[name]))
-        except (KeyError, IndexError, TypeError):
-            raise AprError(f"{path} holds {name!r}, which is none of the problems of this run") from None
-        if not same:
-            raise AprError(f"{path} holds another problem under the id {name!r}: {prompt[:60]!r}")
+    for name, trajectory in read_many(path):
+        if name not in problems or not trajectory.spans:
+            raise AprError(f"{path} holds {name!r}, which is none of the problems of this run")
+        # By ids: the text of a prompt may differ from what was encoded, by a BOS token or a normalizer.
+        prompt = trajectory.spans[0]
+        if prompt.token_ids != await encode_prompt(engine, problems[name]):
+            raise AprError(f"{path} holds another problem under the id {name!r}: {prompt.text[:60]!r}")
         if name in finished:
             raise AprError(f"{path} holds {name!r} twice")
         finished[name] = None

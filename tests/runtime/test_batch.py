@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,32 +73,26 @@ def test_a_seed_gives_every_problem_its_own(tmp_path: Path):
     assert len(set(seeds[0].values())) == len(PROBLEMS)
 
 
+DONE = apr.dialect("threadweaver").parse("Done.", apr.ByteTokenizer())
+
+
+def line(
+    name: object, prompt: str = "Q1: ", trajectory: apr.Trajectory | None = None, **fields: object
+) -> str:
+    """A line of a file of `run_many`, with some fields of the trajectory changed."""
+    made = trajectory or DONE.with_prompt(prompt, tuple(prompt.encode()))
+    return json.dumps({"id": name, "trajectory": json.loads(made.to_json()) | fields}) + "\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"id": "p1"}\n', r"out\.jsonl, line 1: expected"),
         ("nonsense\n", r"line 1: expected"),
-        (json.dumps({"id": "p1", "trajectory": {"spans": []}}) + "\n", "none of the problems"),
-        (
-            json.dumps({"id": "q", "trajectory": {"spans": [{"text": "Q1: ", "token_ids": list(b"Q1: ")}]}})
-            + "\n",
-            "none of the problems",
-        ),
-        (
-            json.dumps({"id": "p1", "trajectory": {"spans": [{"text": "Q9: ", "token_ids": list(b"Q9: ")}]}})
-            + "\n",
-            "another problem",
-        ),
-        (
-            2
-            * (
-                json.dumps(
-                    {"id": "p1", "trajectory": {"spans": [{"text": "Q1: ", "token_ids": list(b"Q1: ")}]}}
-                )
-                + "\n"
-            ),
-            "twice",
-        ),
+        (line("p1", trajectory=replace(DONE, spans=())), "none of the problems"),
+        (line("q", "Q1: "), "none of the problems"),
+        (line("p1", "Q9: "), "another problem"),
+        (2 * line("p1", "Q1: "), "twice"),
     ],
 )
 def test_the_file_of_another_run_is_refused(tmp_path: Path, content: str, message: str):
@@ -147,6 +142,67 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_a_file_that_can_be_continue
         asyncio.run(apr.arun_many(engine, problems, path, concurrency=1))
     assert [name for name, _ in apr.read_many(path)] == ["p0", "p1"]
     assert len(asyncio.run(apr.arun_many(engine, problems, path)).finished) == 6
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (
+            line("p2", "Q2: ", schema="sgl_apr.trajectory/5"),
+            "line 2: schema: expected .* found 'sgl_apr.trajectory/5'",
+        ),
+        (line("p2", "Q2: ", schema=None), "line 2: schema: expected 'sgl_apr.trajectory/"),
+        (line("p2", "Q2: ", wall_s="1"), "line 2: wall_s: expected a finite number, found '1'"),
+        (line("p2", "Q2: ", calls=None), "line 2: calls: expected a list, found null"),
+        (line("p2", "Q2: ", mood=1), "line 2: expected no field but"),
+        (line(2, "Q2: "), "line 2: id: expected text, found 2"),
+        ('{"id": "p2", "trajectory": [1]}\n', "line 2: expected an object, found a list of 1"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_the_same_error_for_both(tmp_path: Path, last: str, message: str):
+    path = tmp_path / "out.jsonl"
+    path.write_text(line("p1") + last)
+    with pytest.raises(apr.AprError, match=rf"out\.jsonl, {message}") as of_reading:
+        list(apr.read_many(path))
+    with pytest.raises(apr.AprError) as of_running:
+        run(path)
+    assert str(of_running.value) == str(of_reading.value)
+    assert path.read_text() == line("p1") + last
+
+
+def test_an_exception_of_ones_own_code_does_not_lose_the_others(tmp_path: Path):
+    def script(request: apr.Request, prompt: str) -> apr.Reply:
+        error = {"Q3: ": ConnectionResetError("gone"), "Q5: ": KeyError("key")}.get(prompt)
+        return apr.Reply(f"the answer to {prompt}", error=error)
+
+    path = tmp_path / "out.jsonl"
+    outcomes = run(path, engine=apr.ScriptedEngine(script, apr.ByteTokenizer(TAGS)), retry=apr.Retry(wait=0))
+    assert {"p5"} <= set(outcomes.failed) <= {"p3", "p5"}
+    assert isinstance(outcomes.failed["p5"], KeyError)
+    assert sorted(name for name, _ in apr.read_many(path)) == sorted(outcomes.finished)
+    assert len(outcomes.finished) == len(PROBLEMS) - len(outcomes.failed)
+
+
+def test_prompts_of_every_kind_and_wrong_ones(tmp_path: Path):
+    path = tmp_path / "out.jsonl"
+    problems = {"text": "Q: ", "ids": [81, 58, 32], "half": "\ud800", "none": None, "real": [1.5]}
+    outcomes = run(path, problems)
+    assert sorted(outcomes.finished) == ["ids", "text"]
+    assert {name: type(error) for name, error in outcomes.failed.items()} == dict.fromkeys(
+        ("half", "none", "real"), apr.AprError
+    )
+    with pytest.raises(apr.AprError, match="the id of a problem is 7, expected text"):
+        run(tmp_path / "b.jsonl", {7: "Q: "})
+
+
+@pytest.mark.parametrize(
+    "where", ["folder", "folder/none/a.jsonl", "a\0b", "/dev/full", "/proc/none/a", "x" * 5000]
+)
+def test_a_file_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, where: str):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(apr.AprError, match="cannot write to") as raised:
+        run(tmp_path / where)
+    assert "\n" not in str(raised.value)
 
 
 @contextmanager
