@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import Reading
+from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
 Reward = Callable[[Trajectory, bool], float | None]  # None drops the reply
@@ -21,9 +23,35 @@ STRUCTURE_PENALTY, STRAY_TEXT_PENALTY, ADJACENCY_PENALTY, NO_BLOCK_PENALTY = (
 LOWEST_FORMAT_SCORE = -1.9  # of all of them together: the format penalty lies in (-2, 0]
 
 
+def is_malformed(trajectory: Trajectory) -> bool:
+    """Whether the reply breaks a rule of its dialect somewhere, with or without a block that can be read."""
+    return any(s.finish == "malformed" for s in trajectory.spans)
+
+
 def well_formed(trajectory: Trajectory) -> bool:
     """Whether the reply forked at least once and followed its dialect throughout."""
-    return bool(trajectory.blocks) and all(s.finish != "malformed" for s in trajectory.spans)
+    return bool(trajectory.blocks) and not is_malformed(trajectory)
+
+
+def judged_trajectory(reading: Reading) -> Trajectory:
+    """Return the trajectory of a text for a reward. If the text has defects, its last span is marked as malformed.
+
+    `sgl_apr.read` repairs what it reads, so its trajectory alone does not show that the text is broken.
+
+    Examples:
+        >>> import sgl_apr as apr
+        >>> [is_malformed(judged_trajectory(apr.read(text, "threadweaver"))) for text in ("42", "<Thread> 42")]
+        [False, True]
+    """
+    spans = reading.trajectory.spans
+    if reading.is_valid:
+        return reading.trajectory
+    last = (
+        replace(spans[-1], finish="malformed")
+        if spans
+        else Span("text", "decoded", "", (), (), finish="malformed")
+    )
+    return replace(reading.trajectory, spans=(*spans[:-1], last))
 
 
 def accuracy(trajectory: Trajectory, correct: bool) -> float:
@@ -36,7 +64,7 @@ def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0, lengt
 
     ThreadWeaver's acceleration ratio (arXiv 2512.07843, section 5) with an accuracy gate and without a cap, less a term
     for the length of the critical path, since the ratio alone also rises with useless text. A wrong answer earns nothing,
-    and a correct one at least 0.
+    and a correct one at least 0. A malformed reply has no parallel term.
 
     Args:
         trajectory: The reply.
@@ -47,7 +75,8 @@ def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0, lengt
     if not correct:
         return 0.0
     metrics = trajectory.metrics()
-    return max(0.0, 1 + parallel * metrics.acceleration - length * metrics.critical_path / 1000)
+    acceleration = 0.0 if is_malformed(trajectory) else metrics.acceleration
+    return max(0.0, 1 + parallel * acceleration - length * metrics.critical_path / 1000)
 
 
 def threadweaver(
@@ -60,16 +89,21 @@ def threadweaver(
 ) -> float:
     """ThreadWeaver's reward as released (arXiv 2512.07843): `1 + weight * min(acceleration, max_acceleration)`, or `wrong`.
 
-    Their code has -1 for a wrong answer, their paper 0.
+    The acceleration is counted as in their code (`get_parallel_stats` in threadweaver_rl of
+    github.com/facebookresearch/threadweaver), in which the tags of threads are sequential:
+    `Trajectory.metrics("threadweaver")`. Their code has -1 for a wrong answer, their paper 0. It counts the threads of a
+    malformed reply, too, and has no penalty for it.
     """
-    return 1 + weight * min(trajectory.metrics().acceleration, max_acceleration) if correct else wrong
+    if not correct:
+        return wrong
+    return 1 + weight * min(trajectory.metrics("threadweaver").acceleration, max_acceleration)
 
 
 def parallel_r1(trajectory: Trajectory, correct: bool, *, step: int) -> float:
     """Parallel-R1's alternating schedule (arXiv 2509.07980): accuracy in 8 of every 10 steps, structure in 2.
 
     In accuracy steps it is 1 or -1. In structure steps it is 1.2 for a correct answer with a well-formed block, 1 for a
-    correct answer without a block, else -1.
+    correct answer without a block, else -1: also for a correct answer in a malformed reply.
 
     Args:
         trajectory: The reply.
@@ -78,9 +112,9 @@ def parallel_r1(trajectory: Trajectory, correct: bool, *, step: int) -> float:
     """
     if step % 10 < 8 or not correct:
         return 1.0 if correct else -1.0
-    if not trajectory.blocks:
-        return 1.0
-    return 1.2 if well_formed(trajectory) else -1.0
+    if is_malformed(trajectory):
+        return -1.0
+    return 1.2 if trajectory.blocks else 1.0
 
 
 def parallel_r1_product(trajectory: Trajectory, correct: bool) -> float:
@@ -115,7 +149,7 @@ def npr_format(reading: Reading) -> float:
 
 def npr(trajectory: Trajectory, correct: bool) -> float | None:
     """NPR's reward of stage 2: accuracy; None for a malformed reply, which is dropped before PAPO's advantages."""
-    return float(correct) if well_formed(trajectory) or not trajectory.blocks else None
+    return None if is_malformed(trajectory) else float(correct)
 
 
 def apr(trajectory: Trajectory, correct: bool, *, length: float = 0.0, threads: float = 0.0) -> float:
@@ -125,10 +159,11 @@ def apr(trajectory: Trajectory, correct: bool, *, length: float = 0.0, threads: 
         trajectory: The reply.
         correct: Whether its answer is correct.
         length: Subtracted for 1,000 tokens of the critical path; 0 in the paper.
-        threads: Added for each branch; 0 in the paper.
+        threads: Added for each branch of a reply that is not malformed; 0 in the paper.
     """
     metrics = trajectory.metrics()
-    return float(correct) - length * metrics.critical_path / 1000 + threads * metrics.branches
+    branches = 0 if is_malformed(trajectory) else metrics.branches
+    return float(correct) - length * metrics.critical_path / 1000 + threads * branches
 
 
 def naive_threads(trajectory: Trajectory, correct: bool, *, each: float = 0.1) -> float:

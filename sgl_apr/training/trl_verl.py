@@ -8,7 +8,7 @@ from typing import Any
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.formats.lenient_parser import read
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.training.rewards import Reward
+from sgl_apr.training.rewards import Reward, judged_trajectory
 
 IsCorrect = Callable[[str, Any], bool]
 
@@ -19,10 +19,12 @@ def for_trl(
     tokenizer: Tokenizer,
     dialect: Dialect | str | None = None,
     column: str = "answer",
-) -> Callable[..., list[float]]:
+) -> Callable[..., list[float | None]]:
     """A reward function for TRL's `GRPOTrainer(reward_funcs=...)`.
 
     TRL drops special tokens from its texts, and tags may be special tokens. So the ids that TRL also passes are read instead.
+    A text with defects counts as malformed. Where the reward drops a reply, the score is None: for TRL, a score that does
+    not apply. It takes 0 for a completion for which no function has a score.
 
     Examples:
         >>> score = for_trl(lambda trajectory, correct: float(correct), lambda answer, truth: answer == truth, None)
@@ -39,7 +41,7 @@ def for_trl(
 
     def score(
         completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any
-    ) -> list[float]:
+    ) -> list[float | None]:
         truths = columns.get(column) or [None] * len(completions)
         if completion_ids is not None:
             texts = [
@@ -60,7 +62,8 @@ def for_verl(
 ) -> Callable[..., float]:
     """A `compute_score` for verl's `custom_reward_function`: (data_source, solution_str, ground_truth, extra_info).
 
-    verl's reward managers drop special tokens from `solution_str`, so the tags must not be special tokens.
+    verl's reward managers drop special tokens from `solution_str`, so the tags must not be special tokens. A text with
+    defects counts as malformed. verl needs a number, so a reply that the reward drops has 0.
 
     Args:
         reward: One of `sgl_apr.training.rewards`.
@@ -72,7 +75,8 @@ def for_verl(
     def compute_score(
         data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None
     ) -> float:
-        return _reward_text(reward, correct, solution_str, ground_truth, tokenizer, dialect)
+        score = _reward_text(reward, correct, solution_str, ground_truth, tokenizer, dialect)
+        return 0.0 if score is None else score
 
     return compute_score
 
@@ -84,10 +88,9 @@ def _reward_text(
     truth: Any,
     tokenizer: Tokenizer,
     dialect: Dialect | str | None,
-) -> float:
-    trajectory = read(text, dialect, tokenizer=tokenizer).trajectory
-    score = reward(trajectory, correct(trajectory.answer, truth))
-    return 0.0 if score is None else score
+) -> float | None:
+    trajectory = judged_trajectory(read(text, dialect, tokenizer=tokenizer))
+    return reward(trajectory, correct(trajectory.answer, truth))
 
 
 def _completion_text(completion: Any) -> str:

@@ -68,7 +68,9 @@ def test_gated():
 
 def test_threadweaver():
     assert rewards.threadweaver(SEQUENTIAL, True) == 1
-    assert rewards.threadweaver(PARALLEL, True) == 1 + 0.5 * min(PARALLEL.metrics().acceleration, 0.2)
+    # Of 63 tokens, the 8 of the shorter thread's text are saved: the tags and numbers of threads are sequential.
+    assert rewards.threadweaver(PARALLEL, True) == pytest.approx(1 + 0.5 * 8 / 63)
+    assert 1 + 0.5 * min(PARALLEL.metrics().acceleration, 0.2) == 1.1, "what the causal convention would pay"
     assert rewards.threadweaver(PARALLEL, True, max_acceleration=0.01) == 1.005
     assert rewards.threadweaver(PARALLEL, False) == -1
     assert rewards.threadweaver(PARALLEL, False, wrong=0.0) == 0
@@ -87,6 +89,22 @@ def test_parallel_r1_alternates():
     )
     assert paid(left, True) == ([1.0] * 8 + [-1.0] * 2) * 2
     assert rewards.parallel_r1_product(left, True) == 0
+    without_block = apr.Trajectory(left.spans[-1:], "threadweaver")
+    assert paid(without_block, True) == ([1.0] * 8 + [-1.0] * 2) * 2
+
+
+def test_a_malformed_reply_earns_nothing_for_its_branches():
+    broken = rewards.judged_trajectory(
+        apr.read(FORKED.replace("</Thread><Thread>", "<Thread>", 1), DIALECT, tokenizer=TOKENIZER)
+    )
+    assert broken.blocks
+    assert rewards.is_malformed(broken)
+    assert not rewards.well_formed(broken)
+    assert rewards.gated(broken, True) == 1 < rewards.gated(PARALLEL, True)
+    assert rewards.apr(broken, True, threads=0.1) == 1
+    assert rewards.npr(broken, True) is None
+    assert rewards.parallel_r1_product(broken, True) == 0
+    assert rewards.judged_trajectory(apr.read(FORKED, DIALECT, tokenizer=TOKENIZER)) == PARALLEL
 
 
 NPR = """\

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sgl_apr.training.rewards import gated
+from functools import partial
+
+import pytest
+
+from sgl_apr.formats.dialects import dialect_names
+from sgl_apr.training.rewards import gated, npr, parallel_r1
 from sgl_apr.training.trl_verl import for_trl, for_verl
 from tests.training.test_rewards import FORKED, PARALLEL, TOKENIZER
 
@@ -32,3 +37,45 @@ def test_verl():
     score = for_verl(gated, right, TOKENIZER, "threadweaver")
     assert score("math", FORKED, "42", {"index": 1}) == gated(PARALLEL, True)
     assert score("math", "<Thread>", "42") == 0.0
+
+
+BROKEN = {
+    "a branch is never closed": FORKED.replace("</Thread><Thread>", "<Thread>", 1),
+    "a thread too few": FORKED.replace("<Thread>\n2: y y y y</Thread>", ""),
+    "a block is never closed": FORKED.replace("</Parallel>", ""),
+    "a wrong number": FORKED.replace("2: y", "7: y"),
+    "only a stray tag": "<Thread>\n42",
+    "text among the outlines": FORKED.replace("<Outlines>\n", "<Outlines>\nfirst "),
+}
+STRUCTURE_STEP = partial(parallel_r1, step=9)
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("name", [None, "threadweaver"])
+def test_a_malformed_completion_with_a_right_answer(text: str, name: str | None):
+    def always(answer: str, truth: object) -> bool:
+        return True
+
+    for reward, trl, verl in ((STRUCTURE_STEP, -1.0, -1.0), (npr, None, 0.0), (gated, 1.0, 1.0)):
+        arguments = (reward, always, TOKENIZER, name)
+        assert for_trl(*arguments)(completions=[text], answer=["42"]) == [trl]
+        assert for_trl(*arguments)(
+            completions=["?"], completion_ids=[TOKENIZER.encode(text)], answer=["42"]
+        ) == [trl]
+        assert for_verl(*arguments)("math", text, "42") == verl
+
+
+@pytest.mark.parametrize(("text", "structure"), [(FORKED, 1.2), ("six times seven is\n42", 1.0)])
+def test_a_valid_completion_is_not_malformed(text: str, structure: float):
+    def last_line(answer: str, truth: object) -> bool:
+        return answer.splitlines()[-1] == truth
+
+    for reward, expected in ((STRUCTURE_STEP, structure), (npr, 1.0)):
+        assert for_trl(reward, last_line, TOKENIZER)(completions=[text], answer=["42"]) == [expected]
+
+
+@pytest.mark.parametrize("name", dialect_names())
+def test_an_empty_completion_raises_nothing(name: str):
+    for reward in (STRUCTURE_STEP, npr, gated):
+        (score,) = for_trl(reward, right, TOKENIZER, name)(completions=[""], answer=["42"])
+        assert score is None or score <= 0
