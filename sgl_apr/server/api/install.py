@@ -15,12 +15,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi.responses import HTMLResponse
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.api import http
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.model_alias import ALIAS_SUFFIX, has_alias, make_models_router
 from sgl_apr.server.api.openai_request import uncombinable_field
+from sgl_apr.server.api.schemas import describe_openapi, json_body, json_responses
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import hook_around, require_sglang
 
@@ -78,6 +80,7 @@ def install(config: ApiConfig) -> None:
             raise LaunchError(f"could not set a hook on {path}")
     # Before SGLang's routes of the same paths.
     app.router.routes[:0] = make_models_router(lambda: state().tokenizer_manager).routes
+    describe_openapi(app)
     app.include_router(make_router(lambda: TrajectoryService(state().tokenizer_manager, config)))
 
 
@@ -90,10 +93,18 @@ def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:
         yield
 
     router = APIRouter(lifespan=lifespan)
-    router.add_api_route("/apr/generate", http.generate, methods=["POST"])
-    router.add_api_route("/apr/dialects", http.dialects, methods=["GET"])
-    router.add_api_route("/apr/stats", http.stats, methods=["GET"])
-    router.add_api_route(UI_PATH, http.ui, methods=["GET"])
+    router.add_api_route(
+        "/apr/generate",
+        http.generate,
+        methods=["POST"],
+        openapi_extra=json_body("GenerateRequest"),
+        responses=json_responses("Trajectory", events="Event"),
+    )
+    router.add_api_route(
+        "/apr/dialects", http.dialects, methods=["GET"], responses=json_responses("Dialects")
+    )
+    router.add_api_route("/apr/stats", http.stats, methods=["GET"], responses=json_responses("Stats"))
+    router.add_api_route(UI_PATH, http.ui, methods=["GET"], response_class=HTMLResponse)
     return router
 
 

@@ -20,6 +20,7 @@ from sgl_apr.runtime.value_checks import check_type, check_types, drop_nulls, nu
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
 
+UNKNOWN_TOKEN_CHARS = 256  # of the longest token, for a tokenizer that does not list its tokens
 LONG_PROMPT = 16_384  # characters or token ids
 MAX_ATTEMPTS = 10  # of one engine request
 OPTION_NAMES = ("dialect", *JSON_OPTION_NAMES)
@@ -78,7 +79,7 @@ class OptionsParser:
     tokenizer: Tokenizer
     context_length: int
     vocab_size: int
-    max_token_chars: int = 256
+    max_token_chars: int = UNKNOWN_TOKEN_CHARS
 
     async def parse_in_thread(self, request: ReasonRequest) -> tuple[tuple[int, ...], ReasonOptions]:
         """Parse a request. A long prompt is encoded in a thread, so that other requests do not wait for it.

@@ -15,7 +15,7 @@ from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.server.api.admission import AdmissionQueue
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.counters import ServerCounters
-from sgl_apr.server.api.options import OptionsParser, ReasonRequest
+from sgl_apr.server.api.options import UNKNOWN_TOKEN_CHARS, OptionsParser, ReasonRequest
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -59,7 +59,7 @@ class TrajectoryService:
                 tokenizer,
                 int(model.context_len),
                 int(model.vocab_size),
-                getattr(tokenizer, "max_token_chars", OptionsParser.max_token_chars),
+                getattr(tokenizer, "max_token_chars", UNKNOWN_TOKEN_CHARS),
             )
         return self._parser
 

@@ -12,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from sgl_apr.errors import LaunchError
+from sgl_apr.server.guard.body_validation import body_validation_hooks
 from sgl_apr.server.guard.connections import connection_hooks
 from sgl_apr.server.guard.json_checks import ModelSize
 from sgl_apr.server.guard.limits import GuardLimits
@@ -59,7 +60,7 @@ def install_guard(limits: GuardLimits, host: str) -> None:
         count_tokens=count_tokens,
     )
     app.user_middleware.insert(1 if limits.origins else 0, guard)
-    _set_hooks(limits, model_size)
+    _set_hooks(app, limits, model_size)
 
 
 def measure_model(manager: Any) -> ModelSize:
@@ -99,7 +100,7 @@ def _replace_cors(app: Any, limits: GuardLimits) -> None:
         app.user_middleware.insert(0, cors)
 
 
-def _set_hooks(limits: GuardLimits, model_size: Callable[[], ModelSize]) -> None:
+def _set_hooks(app: Any, limits: GuardLimits, model_size: Callable[[], ModelSize]) -> None:
     def generate_request(original: Any, manager: Any, obj: Any, *args: Any, **options: Any) -> Any:
         try:
             check_batch(obj, limits)
@@ -114,7 +115,7 @@ def _set_hooks(limits: GuardLimits, model_size: Callable[[], ModelSize]) -> None
             raise note_refusal(refusal) from None
         return original(manager, obj, input_ids)
 
-    paths = connection_hooks(limits)
+    paths = [*connection_hooks(limits), *body_validation_hooks(app)]
     for path, parameters, hook in (
         (f"{MANAGER}.generate_request", ["obj", "request"], generate_request),
         (f"{MANAGER}._validate_one_request", ["obj", "input_ids"], validate_one_request),

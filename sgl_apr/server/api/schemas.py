@@ -1,0 +1,257 @@
+"""JSON schemas of our requests and responses for `/openapi.json`, made of the tables by which they are checked."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from sgl_apr.formats.dialects import dialect_names
+from sgl_apr.formats.options import JOIN_POLICY_PATTERN, FormatOptions
+from sgl_apr.runtime.event_json import EVENT_TYPES
+from sgl_apr.runtime.option_checks import CHOICES, OBJECT_TYPES, OPTION_TYPES, REQUEST_FIELD_TYPES
+from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.runtime.value_checks import (
+    MAX_LOGIT_BIAS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+    MIN_TOP_P,
+    SAMPLING_TYPES,
+    number_types,
+)
+from sgl_apr.server.api.openai_response import ResponseOptions
+from sgl_apr.server.api.options import MAX_ATTEMPTS
+from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
+
+Schema = dict[str, Any]
+REFERENCE = "#/components/schemas/Apr{model}"
+OPENAI_REQUESTS = ("ChatCompletionRequest", "CompletionRequest")
+JSON_TYPES: Mapping[type, Schema] = {
+    str: {"type": "string"},
+    int: {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+    float: {"type": "number"},
+    bool: {"type": "boolean"},
+}
+SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "temperature": (0, MAX_TEMPERATURE), "top_p": (MIN_TOP_P, 1), "top_k": (-1, MAX_TOP_K), "min_p": (0, 1),
+    "frequency_penalty": (-2, 2), "presence_penalty": (-2, 2), "repetition_penalty": (MIN_REPETITION_PENALTY, 2),
+}  # fmt: skip
+# By object and field: what the constructors of these objects check.
+NUMBER_BOUNDS: Mapping[str, Mapping[str, Schema]] = {
+    "budget": {
+        "tokens": {"minimum": 1}, "critical_tokens": {"minimum": 1}, "branch_tokens": {"minimum": 1},
+        "width": {"minimum": 2}, "depth": {"minimum": 1}, "blocks": {"minimum": 0}, "calls": {"minimum": 1},
+        "outline_chars": {"minimum": 1}, "seconds": {"exclusiveMinimum": 0},
+        "reserve": {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    },
+    "pacing": {
+        "min_speedup": {"minimum": 1}, "expected_fill": {"exclusiveMinimum": 0, "maximum": 1},
+        "max_parallel": {"minimum": 1},
+    },
+    "retry": {
+        "attempts": {"minimum": 1, "maximum": MAX_ATTEMPTS}, "wait": {"minimum": 0}, "max_wait": {"minimum": 0},
+    },
+}  # fmt: skip
+
+
+def option_schemas() -> dict[str, Schema]:
+    """Return the schema of every option of a trajectory, by name. Each may also be null, which counts as absent."""
+    texts = attribute_texts(ReasonOptions)
+    schemas: dict[str, Schema] = {"dialect": {"type": "string", "enum": dialect_names()}}
+    schemas |= {name: _numbers_schema(name, kind) for name, kind in OBJECT_TYPES.items()}
+    schemas["sampling"] = _object({name: _nullable(schema) for name, schema in _sampling_schemas().items()})
+    for name, kind in {**OPTION_TYPES, **REQUEST_FIELD_TYPES}.items():
+        schemas[name] = dict(JSON_TYPES[kind])
+        if name in CHOICES:
+            schemas[name]["enum"] = list(CHOICES[name])
+    for name in ("min_blocks", "max_blocks"):
+        schemas[name]["minimum"] = 0
+    schemas["min_width"]["minimum"] = 1
+    schemas["policy"]["pattern"] = f"^(?:{JOIN_POLICY_PATTERN.pattern})$"
+    schemas |= _sampling_schemas()
+    return {name: _describe(_nullable(schema), texts.get(name, "")) for name, schema in schemas.items()}
+
+
+def add_components(openapi: Schema) -> Schema:
+    """Add our schemas to an OpenAPI document, and the property `apr` to those of OpenAI's requests. Returns it."""
+    components = openapi.setdefault("components", {}).setdefault("schemas", {})
+    components |= _components()
+    for name in OPENAI_REQUESTS:
+        if name in components:
+            apr = {"anyOf": [_reference("Options"), {"type": "boolean", "const": False}, {"type": "null"}]}
+            components[name]["properties"]["apr"] = apr
+    return openapi
+
+
+def describe_openapi(app: Any) -> None:
+    """Make the OpenAPI document of an application include our schemas."""
+    stock: Callable[[], Schema] = app.openapi
+
+    def openapi() -> Schema:
+        return stock() if app.openapi_schema else add_components(stock())
+
+    app.openapi = openapi
+
+
+def json_body(name: str) -> Schema:
+    """Return the OpenAPI description of a route's body, by the name of its schema without `Apr`."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _reference(name)}}}}
+
+
+def json_responses(name: str, *, events: str | None = None) -> dict[int | str, Schema]:
+    """Return the OpenAPI description of a route's responses.
+
+    Args:
+        name: The name of the schema of its JSON response, without `Apr`.
+        events: The same of its server-sent events.
+    """
+    content: Schema = {"application/json": {"schema": _reference(name)}}
+    if events:
+        content["text/event-stream"] = {"itemSchema": _reference(events)}
+    error = {"content": {"application/json": {"schema": _reference("Error")}}}
+    return {
+        200: {"description": "Successful response", "content": content},
+        "4XX": {"description": "The client can change the request so that it succeeds", **error},
+        "5XX": {"description": "The server is busy (503, with Retry-After) or the engine failed", **error},
+    }
+
+
+def attribute_texts(kind: type) -> dict[str, str]:
+    """Return the texts of the section `Attributes` of a class's docstring, by attribute."""
+    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _components() -> dict[str, Schema]:
+    options = option_schemas()
+    response_options = attribute_texts(ResponseOptions)
+    openai_options = {
+        "stream": _describe(
+            {"type": "string", "enum": ["all", "trunk"]}, "What a stream has: all sequences, or the trunk"
+        ),
+        "separate_reasoning": _describe({"type": "boolean"}, response_options["separate_reasoning"]),
+        "trajectory": _describe({"type": "boolean"}, response_options["include_trajectory"]),
+    }
+    openai_options = {name: _nullable(schema) for name, schema in openai_options.items()}
+    prompts: dict[str, Schema] = {
+        "prompt": {"type": "string", "minLength": 1},
+        "input_ids": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            "minItems": 1,
+        },
+    }
+    one_prompt = [{"required": [name], "properties": {name: schema}} for name, schema in prompts.items()]
+    prompts = {name: _nullable(schema) for name, schema in prompts.items()}
+    stream = _nullable(_describe({"type": "boolean"}, "Send events while the trajectory is written"))
+    trajectory, nested = _dataclass_schema(Trajectory)
+    trajectory["properties"] = {"schema": {"type": "string", "const": SCHEMA}, **trajectory["properties"]}
+    trajectory["required"] = ["schema", *trajectory["required"]]
+    events = []
+    for name, kind in EVENT_TYPES.items():
+        event, more = _dataclass_schema(kind)
+        event["properties"] = {"event": {"type": "string", "const": name}, **event["properties"]}
+        event["required"] = ["event", *event.get("required", [])]
+        events.append(event)
+        nested |= more
+    return {
+        **nested,
+        "AprOptions": _object(options | openai_options),
+        "AprGenerateRequest": {**_object(prompts | options | {"stream": stream}), "oneOf": one_prompt},
+        "AprTrajectory": trajectory,
+        "AprEvent": {"oneOf": events},
+        "AprDialects": _dialects_schema(),
+        "AprStats": _stats_schema(),
+        "AprError": _error_schema(),
+    }
+
+
+def _sampling_schemas() -> dict[str, Schema]:
+    schemas: dict[str, Schema] = {}
+    for name, kind in SAMPLING_TYPES.items():
+        if name == "logit_bias":
+            bias = {"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS}
+            keys = {"pattern": "^[0-9]{1,20}$"}
+            schemas[name] = {"type": "object", "propertyNames": keys, "additionalProperties": bias}
+        else:
+            low, high = SAMPLING_BOUNDS[name]
+            schemas[name] = {**JSON_TYPES[kind], "minimum": low, "maximum": high}
+    schemas["top_k"]["not"] = {"const": 0}
+    return schemas
+
+
+def _numbers_schema(name: str, kind: type) -> Schema:
+    """Return the schema of an option whose fields are numbers."""
+    texts = attribute_texts(kind)
+    properties = {
+        field: _describe(_nullable(JSON_TYPES[type_] | NUMBER_BOUNDS[name][field]), texts[field])
+        for field, type_ in number_types(kind).items()
+    }
+    defaults = {f.name: f.default for f in fields(kind)}
+    for field, schema in properties.items():
+        schema["default"] = defaults[field]
+    return _object(properties)
+
+
+def _dataclass_schema(kind: type) -> tuple[Schema, dict[str, Schema]]:
+    """Return the schema of a dataclass's JSON, and those that it refers to."""
+    schema = TypeAdapter(kind).json_schema(mode="serialization", ref_template=REFERENCE)
+    return schema, {f"Apr{name}": nested for name, nested in schema.pop("$defs", {}).items()}
+
+
+def _dialects_schema() -> Schema:
+    from sgl_apr.server.api.http import DIALECT_FIELDS
+
+    kinds = {f.name: type(f.default) for f in fields(FormatOptions)} | {"name": str, "tags": tuple}
+    strings: Schema = {"type": "array", "items": {"type": "string"}}
+    entry = {name: {tuple: strings, int: {"type": "integer"}}.get(kinds[name], {"type": "string"}) for name in DIALECT_FIELDS}  # fmt: skip
+    dialects = {"type": "array", "items": _object(entry, required=True)}
+    return _object({"default": {"type": "string"}, "dialects": dialects}, required=True)
+
+
+def _stats_schema() -> Schema:
+    from sgl_apr.server.api.counters import COUNTERS, GAUGES, LABELS
+
+    count: Schema = {"type": "integer", "minimum": 0}
+    properties: dict[str, Schema] = {name: _describe(count, text) for name, text in GAUGES.items()}
+    for name, text in COUNTERS.items():
+        values = LABELS.get(name, ("", ()))[1]
+        schema = _object(dict.fromkeys(values, count), required=True) if values else count
+        properties[name] = _describe(schema, text)
+    properties |= {
+        "limits": _describe({"type": "object"}, "The operator's limits"),
+        "default_options": _describe({"type": "object"}, "The operator's default options"),
+        "joins_kv": {"type": "boolean"},
+        "grammar_backend": {"type": "string"},
+        "supports_seeds": {"type": "boolean"},
+    }
+    return _object(properties, required=True)
+
+
+def _error_schema() -> Schema:
+    text: Schema = {"type": "string"}
+    names = {"message": text, "type": text, "param": _nullable(text), "code": text}
+    return _object({"error": _object(names, required=True)}, required=True)
+
+
+def _object(properties: Mapping[str, Schema], *, required: bool = False) -> Schema:
+    schema: Schema = {"type": "object", "properties": dict(properties), "additionalProperties": False}
+    return schema | ({"required": list(properties)} if required else {})
+
+
+def _nullable(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _describe(schema: Schema, text: str) -> Schema:
+    return {**schema, "description": text} if text else dict(schema)
+
+
+def _reference(name: str) -> Schema:
+    return {"$ref": REFERENCE.format(model=name)}
