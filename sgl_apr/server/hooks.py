@@ -12,6 +12,8 @@ from typing import Any
 from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import LaunchError
 
+_targets: list[str] = []  # the functions with a hook, as SGLang writes their paths
+
 
 def has_accelerator() -> bool:
     """Return whether SGLang would find a GPU or another accelerator."""
@@ -95,6 +97,17 @@ def _hook(kind: str, path: str, parameters: Sequence[str], hook: Callable[..., A
     register = require_sglang(
         "sglang.srt.plugins.hook_registry:HookRegistry.register", ["target", "hook", "hook_type"]
     )
-    register(
-        path.replace(":", "."), hook, require_sglang(f"sglang.srt.plugins.hook_registry:HookType.{kind}")
-    )
+    target = path.replace(":", ".")
+    register(target, hook, require_sglang(f"sglang.srt.plugins.hook_registry:HookType.{kind}"))
+    _targets.append(target)
+
+
+def check_hooks_applied() -> None:
+    """Check that SGLang has put all hooks into effect: it only logs that it could not.
+
+    Raises:
+        LaunchError: A function has no hook.
+    """
+    applied = require_sglang("sglang.srt.plugins.hook_registry:HookRegistry._patched")
+    if missing := [target for target in _targets if target not in applied]:
+        raise LaunchError(f"SGLang did not set the hooks on {', '.join(missing)}")

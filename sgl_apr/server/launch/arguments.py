@@ -10,7 +10,7 @@ from typing import Any
 
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.hooks import has_accelerator
+from sgl_apr.server.hooks import check_hooks_applied, has_accelerator
 from sgl_apr.server.kv_join.compatibility import incompatibility
 from sgl_apr.server.launch.defaults import DEFAULT_POOL_TOKENS, default_flags, pool_tokens
 from sgl_apr.server.launch.preflight import local_config
@@ -36,6 +36,7 @@ def server_args(argv: list[str]) -> Any:
         raise LaunchError(
             "SGLang did not load the plugin of sgl-apr: is it installed, and in SGLANG_PLUGINS?"
         )
+    check_hooks_applied()
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
     from sglang.srt.platforms import current_platform
     from sglang.srt.server_args import ServerArgs, prepare_server_args

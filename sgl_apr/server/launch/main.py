@@ -27,12 +27,12 @@ from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.api.config import ApiConfig, parse_api_arguments
 from sgl_apr.server.guard.limits import GuardLimits, parse_guard_arguments
+from sgl_apr.server.guard.origin_checks import is_loopback
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.server.kv_join.selfcheck import assert_joins_correct
 from sgl_apr.server.launch.arguments import server_args
 from sgl_apr.server.launch.fork_start import fork_children
-from sgl_apr.server.launch.preflight import is_loopback
 from sgl_apr.server.launch.server_folder import lock_folder, remove_folder, this_servers_folder
 from sgl_apr.server.launch.usage import UsageError
 

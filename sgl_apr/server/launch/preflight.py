@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
+import json
 import os
 import socket
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sgl_apr.engine.http_client import check_exists
 from sgl_apr.errors import EngineError, LaunchError
+from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.server.api.config import parse_api_arguments
 from sgl_apr.server.guard.limits import parse_guard_arguments
 from sgl_apr.server.hooks import check_version
@@ -101,14 +102,6 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(listener.getsockname()[1])
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach a server that listens on a host."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def local_config(model: str, revision: str = "main") -> Path | None:
     """Return the path of a model's config.json, in its directory or in the hub's cache, or None if it is not there."""
     path = Path(model) / "config.json"
@@ -131,6 +124,7 @@ def _check_model(model: str, revision: str) -> dict[str, str]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LaunchError(f"{model} is not a model: there is no config.json in it")
+        _check_config(path / "config.json")
         return {}
     if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise LaunchError(f"there is no model directory {model}")
@@ -144,6 +138,16 @@ def _check_model(model: str, revision: str) -> dict[str, str]:
             raise LaunchError(f"no model {model}: no such directory, not in the cache, and {error}") from None
         return {"HF_HUB_OFFLINE": "1"}  # without it SGLang's processes retry for minutes
     return {}
+
+
+def _check_config(path: Path) -> None:
+    """Check that a config.json is a JSON object. SGLang would print a traceback a minute later."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LaunchError(f"{path} cannot be read: {error}, expected a JSON object") from error
+    if not isinstance(config, dict):
+        raise LaunchError(f"{path} is {shorten(config)}, expected a JSON object")
 
 
 def _check_hub(model: str, revision: str) -> None:

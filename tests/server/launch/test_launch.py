@@ -27,8 +27,10 @@ from sgl_apr.server.launch.defaults import (
     default_flags,
     pool_tokens,
 )
-from sgl_apr.server.launch.launcher import HELP, Server, serve
+from sgl_apr.server.launch.help import own_flags
+from sgl_apr.server.launch.launcher import Server, serve
 from sgl_apr.server.launch.process import ServerProcess, failure_reason
+from sgl_apr.server.launch.sglang_flags import plugin_flags, sglang_flags
 from tests.support.processes import SERVE, in_session, until
 
 
@@ -156,7 +158,57 @@ def failure(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, st
 
 def test_help(capfd):
     assert serve(["--help"]) == 0
-    assert capfd.readouterr().out == HELP
+    text = capfd.readouterr().out
+    assert [flag for flag in own_flags() if flag.startswith("--apr-") and f"  {flag}" not in text] == []
+    assert "--api-key-file FILE" in text
+    assert "python -m sglang.launch_server --help" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_flags_that_are_read_from_source_are_those_of_sglang(parser):
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    flags, added = sglang_flags(), plugin_flags()
+    assert flags <= known, "no name that SGLang does not know"
+    assert known - {"-h", "--help"} <= flags | added
+    assert len(flags) > 500
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--contxt-length", "9"], "no flag --contxt-length: did you mean --context-length?"),
+        (["--contxt-length=9"], "no flag --contxt-length: did you mean --context-length?"),
+        (["--apr-max-widht", "3"], "no flag --apr-max-widht: did you mean --apr-max-width?"),
+        (["--no-such-flag"], "no flag --no-such-flag: sgl-apr serve --help says where all are listed"),
+        (["--zzz"], "no flag --zzz: sgl-apr serve --help says where all are listed"),
+    ],
+)
+def test_an_unknown_flag_is_refused_before_anything_starts(model, flags, message, capfd):
+    start = time.monotonic()
+    assert failure(["--model", model, *flags], capfd) == (2, message)
+    assert time.monotonic() - start < 2
+
+
+def test_flags_and_values_that_sglang_takes_pass():
+    argv = ["--model", "m", "--context-len", "9", "--dtype=float32", "--json-model-override-args", "--a b"]
+    assert preflight.read_arguments([*argv, "--api-key-file", "k", "--no-dllm-fdfo"]).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name enclosed in double quotes"),
+        ("", "Expecting value"),
+        ("[1]", "is [1], expected a JSON object"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_broken_configuration_of_a_model_is_one_line(tmp_path, text, message, capfd):
+    (tmp_path / "config.json").write_text(text)
+    status, error = failure(["--model", str(tmp_path), "--port", str(preflight.free_port())], capfd)
+    assert status == 1
+    assert error.startswith(f"{tmp_path}/config.json ")
+    assert message in error
 
 
 @pytest.mark.parametrize("argv", [[], ["--port", "30000"], ["--model"], ["--model", "m", "--port", "x"]])
@@ -274,9 +326,9 @@ def test_plugin_that_sglang_does_not_load(model, monkeypatch, capfd):
     assert error.startswith("SGLang did not load the plugin of sgl-apr")
 
 
-def test_unknown_flag(model, capfd):
-    argv = ["--model", model, "--port", str(preflight.free_port()), "--no-such-flag"]
-    assert failure(argv, capfd) == (2, "unrecognized arguments: --no-such-flag")
+def test_what_sglang_refuses_is_wrong_usage(model, capfd):
+    argv = ["--model", model, "--port", str(preflight.free_port()), "stray"]
+    assert failure(argv, capfd) == (2, "unrecognized arguments: stray")
 
 
 def test_start_up_timeout_leaves_no_process(model, tmp_path):
@@ -291,7 +343,7 @@ def test_start_up_timeout_leaves_no_process(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -9)]
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -9)]
 )
 def test_a_signal_while_starting_leaves_no_process(model, number, status):
     argv = [*SERVE, "--model", model, "--port", str(preflight.free_port())]

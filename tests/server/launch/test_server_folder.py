@@ -1,0 +1,68 @@
+"""The folder of a server is removed in every way of ending, and no folder that is in use."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from sgl_apr.server.launch import server_folder
+from sgl_apr.server.launch.server_folder import PREFIX, ServerFolder
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(server_folder, "_base_folder", lambda: tmp_path)
+    monkeypatch.setattr(server_folder, "OUTSIDE", (tmp_path / "shm",))
+    (tmp_path / "shm").mkdir()
+    return tmp_path
+
+
+def contents(base: Path) -> list[str]:
+    return sorted(path.name for path in base.iterdir() if path.name != "shm")
+
+
+def test_a_folder_is_removed_with_the_segments_named_after_it(base: Path):
+    folder = ServerFolder()
+    (folder.path / "socket").touch()
+    own = base / "shm" / f"sglang_loads_{folder.path.name}-1_2.shm"
+    other = base / "shm" / "sglang_loads_other.shm"
+    own.touch()
+    other.touch()
+    assert contents(base) == [folder.path.name]
+    folder.remove()
+    folder.remove()
+    assert contents(base) == []
+    assert list((base / "shm").iterdir()) == [other]
+
+
+def test_the_next_launch_removes_abandoned_folders_only(base: Path):
+    used = ServerFolder()
+    abandoned = ServerFolder()
+    assert abandoned._lock is not None
+    os.close(abandoned._lock)  # as when all its processes were killed
+    abandoned._lock = None
+    (base / f"{PREFIX}without-a-lock").mkdir()
+    third = ServerFolder()
+    assert contents(base) == sorted([used.path.name, third.path.name, f"{PREFIX}without-a-lock"])
+    used.remove()
+    third.remove()
+
+
+def test_temporary_files_of_a_launch_are_in_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    before, variables = tempfile.gettempdir(), dict(os.environ)
+    folder = ServerFolder()
+    with folder.used_by_this_process():
+        assert tempfile.gettempdir() == str(folder.path)
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == Path(before)
+        assert server_folder.this_servers_folder() == folder.path
+    assert (tempfile.gettempdir(), dict(os.environ)) == (before, variables)
+    folder.remove()
+
+
+def test_a_long_temporary_folder_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
+    assert server_folder._base_folder() == Path("/tmp")

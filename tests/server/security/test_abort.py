@@ -1,0 +1,80 @@
+"""An abort reaches the request with exactly the given id, in every queue of SGLang's scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from sgl_apr.server.security.abort import MAX_REQUEST_ID_LENGTH, check_request_id, hidden_from_prefix
+
+
+@dataclass(eq=False)
+class Request:
+    rid: str
+    aborted: bool = field(default=False)
+
+
+@pytest.mark.parametrize("rid", ["a", "ab", "abc", "", "x"])
+def test_only_the_equal_id_begins_with_an_id(rid: str):
+    requests = [Request(name) for name in ("a", "ab", "abc", "b", "abd")]
+    with hidden_from_prefix(rid, requests):
+        assert [r.rid for r in requests if r.rid.startswith(rid) and rid] == [
+            r for r in ("a", "ab", "abc") if r == rid
+        ]
+    assert [r.rid for r in requests] == ["a", "ab", "abc", "b", "abd"]
+
+
+def test_ids_are_restored_after_an_error():
+    request = Request("abc")
+    with pytest.raises(ZeroDivisionError), hidden_from_prefix("a", [request]):
+        raise ZeroDivisionError
+    assert request.rid == "abc"
+
+
+def test_all_queues_of_sglangs_scheduler_are_covered():
+    """The hooks see each `Req`, and nothing but requests and `WaitingMMRequestBase` is compared by prefix."""
+    import inspect
+    import re
+
+    from sglang.srt.disaggregation.encoder.receiver import MMReceiverBase
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    for function in (Scheduler.abort_request, MMReceiverBase.abort_waiting_requests, Req.__init__):
+        assert hasattr(function, "__wrapped__"), f"{function.__qualname__} has no hook"
+    source = inspect.getsource(inspect.unwrap(Scheduler.abort_request))
+    compared = set(re.findall(r"(\w+(?:\.req)?)\.rid\.startswith", source))
+    assert compared == {"chunked_req", "req", "decode_req", "decode_req.req"}
+
+
+def test_the_scheduler_ends_one_request_of_three(monkeypatch: pytest.MonkeyPatch):
+    from sgl_apr.server.security import abort
+
+    requests = [Request("apr-1"), Request("apr-10"), Request("apr-")]
+    monkeypatch.setattr(abort, "_requests", requests)
+
+    def sglang(scheduler: object, recv: SimpleNamespace) -> None:
+        for request in requests:
+            request.aborted |= recv.abort_all or request.rid.startswith(recv.rid)
+
+    abort.abort_exact_request(sglang, None, SimpleNamespace(rid="apr-", abort_all=False))
+    assert [r.aborted for r in requests] == [False, False, True]
+    abort.abort_exact_request(sglang, None, SimpleNamespace(rid="apr-1", abort_all=False))
+    assert [r.aborted for r in requests] == [True, False, True]
+    abort.abort_exact_request(sglang, None, SimpleNamespace(rid="", abort_all=True))
+    assert all(r.aborted for r in requests)
+
+
+@pytest.mark.parametrize("rid", ["", "a\nb", "a\x00", "x" * (MAX_REQUEST_ID_LENGTH + 1), 5, None, "\x1b[2J"])
+def test_ids_that_are_refused(rid: object):
+    with pytest.raises(ValueError, match="expected a string of 1 to 256 printable characters"):
+        check_request_id(rid)
+
+
+def test_ids_that_are_taken():
+    for rid in ("a", "apr-" + "0" * 32, "x" * MAX_REQUEST_ID_LENGTH, "HEALTH_CHECK_1", "a b/ü"):
+        check_request_id(rid)

@@ -1,0 +1,184 @@
+"""A real server: keys are nowhere, ids of requests cannot be used against other clients, and nothing is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.engine.http import HttpEngine
+from sgl_apr.server.launch.launcher import Server
+from tests.support.processes import in_session
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+KEY, ADMIN_KEY = "ordinary-key-7f3a91", "admin-key-c2d80e"
+TEMPORARY = tuple(map(Path, (os.environ.get("TMPDIR", "/tmp"), "/dev/shm")))
+ATTACK = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 900, "ignore_eos": True}}
+
+
+def leftovers() -> set[str]:
+    """The files that servers make in folders for temporary files. Other tests of this machine make files, too."""
+    names = (path.name for folder in TEMPORARY for path in folder.iterdir())
+    return {name for name in names if name.startswith(("sgl-apr-server-", "sglang_load"))}
+
+
+def send(url: str, path: str, key: str | None, body: dict[str, Any] | None = None) -> tuple[int, str]:
+    """The status and the text of an answer."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode() + str(error.headers)
+
+
+@pytest.fixture(scope="module")
+def keyed(forked_server: type[Server], untagged: Path) -> Iterator[Server]:
+    """A server with both keys, of which nothing may be left."""
+    before = leftovers()
+    threads, descriptors = threading.active_count(), psutil.Process().num_fds()
+    log = untagged / "keyed.log"
+    keys = {"api_key": KEY, "admin_api_key": ADMIN_KEY}
+    with forked_server(untagged, log_path=log, max_total_tokens=2048, context_length=512, **keys) as server:
+        folder = next(name for name in leftovers() - before if name.startswith("sgl-apr-server-"))
+        pid = server.pid
+        yield server
+    assert not in_session(pid)
+    assert not {name for name in leftovers() - before if folder in name}
+    assert threading.active_count() <= threads
+    assert psutil.Process().num_fds() <= descriptors
+
+
+def test_no_answer_has_a_key(keyed: Server):
+    schema = json.loads(send(keyed.url, "/openapi.json", KEY)[1])
+    paths = [path for path, methods in schema["paths"].items() if "get" in methods and "{" not in path]
+    assert {"/server_info", "/get_server_info", "/model_info", "/v1/models"} <= set(paths)
+    risky = {"/health_generate", "/flush_cache"}
+    for path in sorted(set(paths) - risky):
+        for key in (KEY, None):
+            status, text = send(keyed.url, path, key)
+            assert status < 500 or path.startswith("/health")
+            assert [k for k in (KEY, ADMIN_KEY) if k in text] == [], path
+    info = json.loads(send(keyed.url, "/server_info", KEY)[1])
+    assert (info["api_key"], info["admin_api_key"]) == ("<redacted>", "<redacted>")
+    assert info["internal_states"][0]["api_key"] == "<redacted>"
+    assert "--api-key=<redacted>" in info["launch_command"]
+
+
+def test_the_log_and_the_command_lines_have_no_key(keyed: Server):
+    assert isinstance(keyed._log_path, Path)
+    log = keyed._log_path.read_text()
+    assert "server_args=" in log
+    assert [k for k in (KEY, ADMIN_KEY) if k in log] == []
+    for pid in in_session(keyed.pid):
+        process = psutil.Process(pid)
+        text = " ".join(process.cmdline()) + str(process.environ())
+        assert [k for k in (KEY, ADMIN_KEY) if k in text] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/health", (None, KEY, ADMIN_KEY)),
+        ("GET", "/model_info", (KEY,)),
+        ("GET", "/server_info", (KEY,)),
+        ("GET", "/v1/models", (KEY,)),
+        ("POST", "/generate", (KEY,)),
+        ("POST", "/apr/generate", (KEY,)),
+        ("POST", "/v1/chat/completions", (KEY,)),
+        ("POST", "/abort_request", (ADMIN_KEY,)),
+        ("POST", "/flush_cache", (ADMIN_KEY,)),
+        ("POST", "/configure_logging", (ADMIN_KEY,)),
+        ("POST", "/update_weights_from_disk", (ADMIN_KEY,)),
+        ("POST", "/set_internal_state", (ADMIN_KEY,)),
+    ],
+)
+def test_who_may_do_what(keyed: Server, method: str, path: str, allowed: tuple[str | None, ...]):
+    """The table of `docs/security.md`. The bodies are invalid, so that nothing is done."""
+    body = {"rid": 5, "flush": "x"} if method == "POST" and path != "/flush_cache" else None
+    for key in (None, KEY, ADMIN_KEY, "wrong", "\xe9"):
+        status, _ = send(keyed.url, path, key, {} if body is None and method == "POST" else body)
+        assert (status not in (401, 403)) == (key in allowed), (key, status)
+
+
+async def send_and_leave(session: aiohttp.ClientSession, url: str, rid: str) -> None:
+    """Start a request under an id, and close the connection after its first chunk."""
+    async with session.post(f"{url}/generate", json=ATTACK | {"rid": rid}) as response:
+        assert response.status == 200
+        await response.content.readline()
+
+
+async def generate(session: aiohttp.ClientSession, url: str, rid: str | None) -> tuple[str, list[int]]:
+    """How an ordinary request ends, and its tokens."""
+    sampling = {"max_new_tokens": 96, "ignore_eos": True, "temperature": 0}
+    body = {"text": "The model thinks", "sampling_params": sampling} | ({"rid": rid} if rid else {})
+    async with session.post(f"{url}/generate", json=body) as response:
+        answer = await response.json()
+    return answer["meta_info"]["finish_reason"]["type"], answer["output_ids"]
+
+
+async def test_no_id_ends_the_requests_of_others(server: Server):
+    """The attack: three requests named "apr-", then "0" to "f", each closed after its first chunk."""
+    options: dict[str, Any] = {
+        "mode": "parallel",
+        "temperature": 0,
+        "budget": apr.Budget(tokens=192, width=2),
+    }
+    async with (
+        await HttpEngine.connect(server.url) as engine,
+        aiohttp.ClientSession() as session,
+    ):
+
+        async def honest() -> tuple[list[Any], list[Any]]:
+            trajectories = [apr.areason(engine, f"Question {i}:", "multiverse", **options) for i in range(3)]
+            ordinary = [
+                generate(session, server.url, rid) for rid in (None, None, "apr-victim", "apr-victim-1")
+            ]
+            results = await asyncio.gather(*trajectories, *ordinary)
+            return [t.text for t in results[:3]], results[3:]
+
+        alone = await honest()
+        running = asyncio.create_task(honest())
+        await asyncio.sleep(0.1)
+        for rids in (["apr-"], ["apr-"], ["apr-"], "0123456789abcdef", ["apr-v", "a", "apr-victim-"]):
+            assert not running.done(), "the attack came too late"
+            await asyncio.gather(*(send_and_leave(session, server.url, rid) for rid in rids))
+        texts, ordinary = await running
+        assert [reason for reason, _ in ordinary] == ["length"] * 4
+        assert ordinary == alone[1]
+        assert texts == alone[0]
+
+
+async def test_an_id_ends_its_own_request_and_a_running_id_is_refused(server: Server):
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{server.url}/generate", json=ATTACK | {"rid": "mine-1"}) as response:
+            await response.content.readline()
+            status = (await session.post(f"{server.url}/generate", json=ATTACK | {"rid": "mine-1"})).status
+            assert status == 400
+            await session.post(f"{server.url}/abort_request", json={"rid": "mine-"})  # no request has this id
+            chunks = [await response.content.readline() for _ in range(4)]
+            assert not any(b'"abort"' in chunk for chunk in chunks)
+            await session.post(f"{server.url}/abort_request", json={"rid": "mine-1"})
+            assert b'"type":"abort"' in await response.content.read()
+        bad = await session.post(f"{server.url}/generate", json=ATTACK | {"rid": "a\nb"})
+        assert (bad.status, "printable characters" in await bad.text()) == (400, True)
+        waiting = [asyncio.create_task(generate(session, server.url, f"all-{i}")) for i in range(3)]
+        await asyncio.sleep(0.1)
+        await session.post(f"{server.url}/abort_request", json={"abort_all": True})
+        assert "abort" in {reason for reason, _ in await asyncio.gather(*waiting)}
+        batch = {"text": ["x", "y"], "rid": "batch", "sampling_params": {"max_new_tokens": 3, "n": 2}}
+        async with session.post(f"{server.url}/generate", json=batch) as response:
+            assert len(await response.json()) == 4
