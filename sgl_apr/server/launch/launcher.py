@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NoReturn, Self
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.defaults import as_flags
+from sgl_apr.server.launch.help import help_text
 from sgl_apr.server.launch.process import ReadyMessage, ServerProcess
 from sgl_apr.server.launch.secret_options import hide_secrets_of_command_line
 from sgl_apr.server.launch.usage import UsageError
@@ -22,41 +23,7 @@ from sgl_apr.views.printable import printable
 
 STARTUP_TIMEOUT_S = 1800.0  # seconds until ready: a large model may be downloaded and loaded in that time
 PROGRESS_INTERVAL_S = 30.0
-
-HELP = """\
-usage: sgl-apr serve --model MODEL [any flag of SGLang's server]
-
-Serves a model with SGLang for adaptive parallel reasoning. MODEL is a directory or a Hugging Face id.
-
-  sgl-apr serve --model ./my-model
-  sgl-apr serve --model Qwen/Qwen3-8B --port 8000 --context-length 32768
-  sgl-apr serve --model ./my-model --max-total-tokens 8192      # a smaller KV cache
-
-When the server is ready, it prints one line with its URL to standard output. Everything else goes to standard
-error. Ctrl-C or SIGTERM stops it. The exit status is 0 after a stop, 2 for wrong flags, and 1 for other errors.
-
-Defaults, which your flags override:
-  everywhere      --grammar-backend llguidance --schedule-policy lpm
-                  --radix-cache-backend apr, which joins branches in the KV cache; where that does not work, one
-                  line says why; --radix-cache-backend stock is SGLang's own
-  with a GPU      --attention-backend flashinfer --page-size 1; triton if the model's head dimension is not a
-                  multiple of 64
-  without a GPU   --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
-                  --sampling-backend pytorch --sleep-on-idle, no CUDA graphs
-
-Keys:
-  --api-key-file FILE, --admin-api-key-file FILE, or the environment variables SGL_APR_API_KEY and
-  SGL_APR_ADMIN_API_KEY. --api-key K and --admin-api-key K work, too, but other users of the machine can read K on
-  the command line until the command has started. See docs/security.md.
-
-Limits for requests that run trajectories on the server (`apr` in an OpenAI body, /apr/generate). A request that
-sets a higher limit is rejected. A request that sets none gets the server's:
-  --apr-max-width N, --apr-max-depth N      branches of a fork, nesting of forks
-  --apr-max-tokens N, --apr-max-seconds S   tokens and wall time of one trajectory
-  --apr-max-concurrent N                    trajectories at once (256); further ones are answered with status 503
-
-python -m sglang.launch_server --help lists SGLang's flags.
-"""
+INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
 
 class Server:
@@ -167,14 +134,14 @@ def serve(argv: Sequence[str]) -> int:
         The exit status.
     """
     if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
+        print(help_text(), end="")
         return 0
     hide_secrets_of_command_line()
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return _serve(argv, sys.stderr.buffer)
-    except _Stopped:
-        return 0
+    except _Stopped as stopped:
+        return stopped.status
     except LaunchError as error:
         print(f"sgl-apr: error: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UsageError) else 1
@@ -191,6 +158,7 @@ def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
     try:
         with reserved:
             ready = process.wait_ready(STARTUP_TIMEOUT_S)
+        signal.signal(signal.SIGINT, _stop_ready)
         _print_warning(ready)
         model = request.model or "of the configuration file"
         line = f"sgl-apr ready: {ready.url} (model {model}, {ready.device}, {ready.attention})"
@@ -208,11 +176,24 @@ def _print_warning(ready: ReadyMessage) -> None:
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM was received."""
+    """SIGINT or SIGTERM was received.
+
+    Attributes:
+        status: The exit status.
+    """
+
+    def __init__(self, status: int) -> None:
+        self.status = status
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped
+    """Stop a server that starts. Ctrl-C is then an interruption, and SIGTERM the ordinary way to stop."""
+    raise _Stopped(INTERRUPTED if number == signal.SIGINT else 0)
+
+
+def _stop_ready(number: int, frame: FrameType | None) -> None:
+    """Stop a server that is ready."""
+    raise _Stopped(0)
 
 
 class _Progress:
