@@ -1,4 +1,4 @@
-"""`sgl-apr doctor` and `sgl-apr doctor join`: check an installation and a server, and measure the drift of KV joins."""
+"""`sgl-apr doctor`: checks an installation and a server, also for security faults, and measures the drift of KV joins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from sgl_apr.errors import AprError, LaunchError, UnsupportedEngine
 
+API_KEY_ENV = "SGL_APR_API_KEY"
+SECURITY_STATES = {"pass": "green", "FAIL": "red", "not probed": "yellow"}
 STATES = {"ok": "[green]ok", "missing": "[yellow]missing (optional)", "failed": "[red]failed"}
 
 
@@ -22,10 +25,22 @@ def add_command(commands: Any) -> None:
         "doctor",
         help="check the installation, a server, and the drift of KV joins; status 1 if something fails",
         epilog="examples:\n  sgl-apr doctor\n  sgl-apr doctor --url http://127.0.0.1:30000\n"
+        "  sgl-apr doctor --security --url http://127.0.0.1:30000\n"
         "  sgl-apr doctor join --model $(sgl-apr model smollm2)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_server_arguments(doctor)
+    doctor.add_argument(
+        "--security",
+        action="store_true",
+        help="check the server at --url, any SGLang server, for security faults, without harm to it",
+    )
+    doctor.add_argument(
+        "--body-wait",
+        type=float,
+        metavar="S",
+        help="with --security: seconds to wait until a half-sent body is refused (default: 65; 0 leaves it out)",
+    )
     doctor.set_defaults(command=_doctor)
     join = doctor.add_subparsers(metavar="[join]").add_parser(
         "join",
@@ -48,7 +63,9 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", default=argparse.SUPPRESS, help="a running server")
     server.add_argument("--model", default=argparse.SUPPRESS, help="a directory or hub id to serve meanwhile")
-    parser.add_argument("--api-key", default=argparse.SUPPRESS, help="key of the server")
+    parser.add_argument(
+        "--api-key", default=argparse.SUPPRESS, help=f"key of the server (default: ${API_KEY_ENV})"
+    )
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
 
 
@@ -58,14 +75,44 @@ def _server(options: argparse.Namespace) -> Iterator[str | None]:
     from sgl_apr.server.launch.launcher import Server
 
     if model := getattr(options, "model", None):
-        key = getattr(options, "api_key", None)
-        with Server(model, api_key=key) as server:
+        with Server(model, api_key=_api_key(options)) as server:
             yield server.url
     else:
         yield getattr(options, "url", None)
 
 
+def _api_key(options: argparse.Namespace) -> str | None:
+    return getattr(options, "api_key", None) or os.environ.get(API_KEY_ENV) or None
+
+
+def _security(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sgl_apr.server.security.checks import BODY_WAIT_S, SecurityCheck, is_secure
+    from sgl_apr.views.printable import printable
+
+    url = getattr(options, "url", None)
+    if url is None:
+        raise AprError("no server: --security checks the running server that --url names")
+    wait = BODY_WAIT_S if options.body_wait is None else options.body_wait
+    findings = list(SecurityCheck(url, _api_key(options), wait).run())
+    if getattr(options, "json", False):
+        print(json.dumps({"ok": is_secure(findings), "findings": [asdict(f) for f in findings]}))
+    else:
+        table = Table("", "", "found")
+        for f in findings:
+            hint = f"\n{f.hint}" if f.hint else ""
+            state = Text(f.state, SECURITY_STATES[f.state])
+            table.add_row(f.name, state, Text.assemble(printable(f.found), (hint, "dim")))
+        Console().print(table)
+    return int(not is_secure(findings))
+
+
 def _doctor(options: argparse.Namespace) -> int:
+    if options.security:
+        return _security(options)
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -76,7 +123,7 @@ def _doctor(options: argparse.Namespace) -> int:
     try:
         with _server(options) as url:
             if url:
-                findings += check_server(url, getattr(options, "api_key", None))
+                findings += check_server(url, _api_key(options))
     except LaunchError as error:
         findings.append(Finding("server", "failed", str(error), "see its log"))
     if getattr(options, "json", False):
@@ -97,7 +144,7 @@ def _join(options: argparse.Namespace) -> int:
 
     path: Path | None = options.prompts
     samples = drift_samples.read_samples(path) if path else drift_samples.BUILTIN_SAMPLES
-    key = getattr(options, "api_key", None)
+    key = _api_key(options)
 
     async def connect(url: str) -> HttpEngine:
         async with await HttpEngine.connect(url, api_key=key) as engine:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from sgl_apr import __version__
-from sgl_apr.cli import convert, doctor, eval, model, parse, plot, report, run, train, validate
-from sgl_apr.cli.display import print_error
-from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
+from sgl_apr.cli.missing_packages import explain_missing
 from sgl_apr.errors import AprError
 
-SUBCOMMANDS = (model, run, parse, validate, convert, doctor, train, eval, plot, report)
+SUBCOMMANDS = ("model", "run", "parse", "validate", "convert", "doctor", "train", "eval", "plot", "report")
+INTERRUPTED = 130  # the status after Ctrl-C, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,25 +22,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for an error, 130 for Ctrl-C. Wrong usage exits with 2.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except AprError as error:
+        _print_error(error)
+        return 1
+    except ModuleNotFoundError as error:
+        if (message := explain_missing(error)) is None:
+            raise
+        _print_error(message)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has exited
+        # Python flushes stdout at its exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:  # SGLang parses everything after it
         from sgl_apr.server.launch.launcher import serve
 
         return serve(argv[1:])
+    parser = build_parser()
     if not argv:
-        build_parser().print_help()
+        parser.print_help()
         return 0
-    options = build_parser().parse_args(argv)
-    try:
-        return int(options.command(options))
-    except AprError as error:
-        print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has exited
-        sys.stderr.close()
-        return 1
+    options = parser.parse_args(argv)
+    return int(options.command(options))
+
+
+def _print_error(message: object) -> None:
+    from sgl_apr.cli.display import print_error
+
+    print_error(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,13 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
         "  sgl-apr report out -o report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
+
     parser.add_argument(
         "--version", action="version", version=f"sgl-apr {__version__}, sglang {SUPPORTED_SGLANG}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="launch a patched SGLang server (takes every SGLang server flag)")
-    for subcommand in SUBCOMMANDS:
-        subcommand.add_command(commands)
+    for name in SUBCOMMANDS:
+        import_module(f"sgl_apr.cli.{name}").add_command(commands)
     return parser
 
 

@@ -130,8 +130,12 @@ async def generate(session: aiohttp.ClientSession, url: str, rid: str | None) ->
     return answer["meta_info"]["finish_reason"]["type"], answer["output_ids"]
 
 
-async def test_no_id_ends_the_requests_of_others(server: Server):
+def test_no_id_ends_the_requests_of_others(server: Server):
     """The attack: three requests named "apr-", then "0" to "f", each closed after its first chunk."""
+    asyncio.run(no_id_ends_the_requests_of_others(server))
+
+
+async def no_id_ends_the_requests_of_others(server: Server) -> None:
     options: dict[str, Any] = {
         "mode": "parallel",
         "temperature": 0,
@@ -162,7 +166,11 @@ async def test_no_id_ends_the_requests_of_others(server: Server):
         assert texts == alone[0]
 
 
-async def test_an_id_ends_its_own_request_and_a_running_id_is_refused(server: Server):
+def test_an_id_ends_its_own_request_and_a_running_id_is_refused(server: Server):
+    asyncio.run(an_id_ends_its_own_request_and_a_running_id_is_refused(server))
+
+
+async def an_id_ends_its_own_request_and_a_running_id_is_refused(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{server.url}/generate", json=ATTACK | {"rid": "mine-1"}) as response:
             await response.content.readline()
