@@ -33,6 +33,7 @@ from .formats.presets import Preset as Preset
 from .formats.presets import dialect_for as dialect_for
 from .formats.presets import preset as preset
 from .methods.expression import solve as solve
+from .runtime.arguments import ReasonArguments as ReasonArguments
 from .runtime.batch import Outcomes as Outcomes
 from .runtime.batch import arun_many as arun_many
 from .runtime.batch import read_many as read_many
@@ -115,6 +116,7 @@ __all__ = [
     "PacingDecision",
     "Preset",
     "Reading",
+    "ReasonArguments",
     "ReasonOptions",
     "Reply",
     "Request",

@@ -17,7 +17,7 @@ def normalize_url(url: object) -> str:
     Raises:
         AprError: It is no URL of an HTTP server.
     """
-    text = str(url).strip().rstrip("/") if isinstance(url, str) else ""
+    text = url.strip() if isinstance(url, str) else ""
     full = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(full)
@@ -32,4 +32,4 @@ def normalize_url(url: object) -> str:
         raise AprError(
             f"the URL of the server is {str(url)[:80]!r}, expected one such as http://127.0.0.1:30000"
         )
-    return full
+    return full.rstrip("/")

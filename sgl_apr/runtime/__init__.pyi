@@ -1,3 +1,4 @@
+from .arguments import ReasonArguments as ReasonArguments
 from .batch import Outcomes as Outcomes
 from .batch import arun_many as arun_many
 from .batch import read_many as read_many
@@ -37,6 +38,7 @@ __all__ = [
     "Joined",
     "Outcomes",
     "Pacing",
+    "ReasonArguments",
     "ReasonOptions",
     "RequestFinished",
     "Retry",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -46,6 +47,7 @@ def patch_frontend() -> None:
     Raises:
         UnsupportedEngine: Another version of SGLang is installed.
     """
+    from sglang.lang import interpreter
     from sglang.lang.interpreter import ProgramState, StreamExecutor
 
     if getattr(StreamExecutor, "_apr_patched", False):
@@ -77,7 +79,7 @@ def patch_frontend() -> None:
         return meta
 
     def sync(self: Any) -> None:
-        if not _raises_errors(self):
+        if not self.use_thread:
             stock_sync(self)
             return
         tasks = self.queue
@@ -107,7 +109,19 @@ def patch_frontend() -> None:
     StreamExecutor.sync, StreamExecutor._thread_worker_func = sync, _run_worker
     StreamExecutor._execute_gen, StreamExecutor.fork = execute_gen, fork
     ProgramState.text_iter, ProgramState.text_async_iter = text_iter, text_async_iter
+    # A program that calls `apr.reason` first has a worker that runs already, as SGLang made it.
+    interpreter.warnings = _WorkerWarnings
     StreamExecutor._apr_patched = True
+
+
+class _WorkerWarnings:
+    """Stands for the module `warnings` in SGLang's interpreter, which uses it only where a worker has failed."""
+
+    @staticmethod
+    def warn(message: str) -> None:
+        """Warn, unless the error is one of this package, which reading the program raises."""
+        if not isinstance(sys.exc_info()[1], AprError):
+            warnings.warn(message, stacklevel=2)
 
 
 def check_backend(backend: Any, expression: Any) -> None:
