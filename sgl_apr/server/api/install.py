@@ -21,7 +21,7 @@ from sgl_apr.errors import LaunchError
 from sgl_apr.server.api import http
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.model_alias import ALIAS_SUFFIX, has_alias, make_models_router
-from sgl_apr.server.api.openai_request import uncombinable_field
+from sgl_apr.server.api.openai_request import uncombinable_field, validate_chat_request
 from sgl_apr.server.api.schemas import describe_openapi, json_body, json_responses
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import hook_around, require_sglang
@@ -67,7 +67,8 @@ def install(config: ApiConfig) -> None:
             serving, request, raw_request, apr, defaults, model=model, chat=is_chat
         )
 
-    hooks = (
+    hooks: tuple[tuple[str, list[str], Any], ...] = (
+        (f"{chat.__module__}:{chat.__name__}._validate_request", ["request"], validate_chat_request),
         (HANDLE_REQUEST, ["request", "raw_request"], handle_request),
         (DECIDE_AUTH, ["method", "path"], allow_ui_without_key),
     )

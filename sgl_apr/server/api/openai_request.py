@@ -10,16 +10,16 @@ from typing import Any
 from fastapi import HTTPException
 
 from sgl_apr.errors import AprError, EngineError
-from sgl_apr.runtime.options import REQUEST_FIELDS
+from sgl_apr.runtime.option_checks import GRAMMAR, NOT_AVAILABLE, ONE_REPLY, REQUEST_FIELDS, STOP
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls
 from sgl_apr.server.api.config import merge_options
 from sgl_apr.server.api.openai_response import ResponseOptions
 from sgl_apr.server.api.options import ReasonRequest
 
-ONE_REPLY = "a trajectory is one reply"
-GRAMMAR = "the dialect's grammar constrains decoding"
-STOP = "the dialect decides where a reply stops"
-NOT_AVAILABLE = "a trajectory does not have it"
+NO_CHAT_TEMPLATE = (
+    "the model has no chat template, so the server cannot make a prompt of messages: send text to /v1/completions, or "
+    "start the server with --chat-template"
+)
 UNSUPPORTED_FIELDS: Mapping[str, str] = {
     "n": ONE_REPLY, "best_of": ONE_REPLY, "echo": ONE_REPLY, "suffix": ONE_REPLY, "session_id": ONE_REPLY,
     "session_params": ONE_REPLY,
@@ -85,6 +85,25 @@ async def parse_openai_request(
     )
     template = _branch_prompt_template(serving, request) if chat else None
     return ReasonRequest(prompt, options, bool(request.stream), max_tokens, template), response_options
+
+
+def validate_chat_request(original: Any, serving: Any, request: Any) -> str | None:
+    """Return what is wrong with a chat request, as SGLang does, or that the model has no chat template."""
+    error: str | None = original(serving, request)
+    return error or (None if _has_chat_template(serving, request) else NO_CHAT_TEMPLATE)
+
+
+def _has_chat_template(serving: Any, request: Any) -> bool:
+    """Return whether SGLang can make a prompt of the messages of a request."""
+    templates = serving.template_manager
+    return bool(
+        request.input_ids is not None
+        or templates.chat_template_name
+        or templates.python_chat_template
+        or serving.chat_encoding_spec
+        or getattr(serving.tokenizer_manager.tokenizer, "chat_template", None)
+        or (serving.default_chat_template_kwargs | (request.chat_template_kwargs or {})).get("chat_template")
+    )
 
 
 def uncombinable_field(request: Any) -> str | None:

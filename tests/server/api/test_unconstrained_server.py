@@ -1,0 +1,42 @@
+"""A width holds over HTTP even if the client switches the grammar off."""
+
+from __future__ import annotations
+
+import pytest
+import requests
+
+import sgl_apr as apr
+from sgl_apr.evaluation.tasks.countdown.problems import Problem
+from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.options import OptionsParser, ReasonRequest
+from sgl_apr.server.launch.launcher import Server
+
+PROBLEMS = [Problem((3, 7, 8, 12), 24), Problem((2, 5, 9, 11), 37), Problem((4, 6, 10, 13), 58)]
+
+
+def widths(server: Server, options: dict) -> list[int]:
+    """How many branches the forks of the built-in model have, if it is told to make six."""
+    found: list[int] = []
+    for problem in PROBLEMS:
+        body = {"prompt": problem.prompt(width=6), "temperature": 0, "constrain": False, **options}
+        response = requests.post(f"{server.url}/apr/generate", json=body, timeout=60)
+        assert response.ok, response.text
+        found += [len(block.branches) for block in apr.Trajectory.from_json(response.text).blocks]
+    return found
+
+
+@pytest.mark.server
+def test_the_width_holds_without_the_grammar(solver: Server):
+    budget = {"tokens": 1200, "branch_tokens": 60}
+    assert max(widths(solver, {"budget": budget})) > 2, "the model itself wants more"
+    narrow = widths(solver, {"budget": {**budget, "width": 2}})
+    assert narrow
+    assert max(narrow) == 2
+
+
+def test_the_operators_width_is_that_of_a_request_without_the_grammar():
+    parser = OptionsParser(RequestLimits(width=2), apr.ByteTokenizer(), 2000, 300)
+    _, options = parser.parse(ReasonRequest([1], {"constrain": False}))
+    assert (options.constrain, options.budget.width) == (False, 2)
+    with pytest.raises(apr.BudgetExceeded, match="--apr-max-width 2"):
+        parser.parse(ReasonRequest([1], {"constrain": False, "budget": {"width": 3}}))

@@ -1,0 +1,205 @@
+"""Fuzzed requests to all routes of a real server, made from the schemas of its /openapi.json.
+
+None may be answered with status 500, take over two seconds, let the server's memory grow, or change its answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+
+from sgl_apr.server.launch.launcher import Server
+from tests.support.processes import until
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(3000)]
+KEY, ADMIN_KEY = "ordinary", "of-the-admin"
+QUICK, LONG = 300, 10_000
+WARM_UP = 0.3  # share of the requests before memory is measured
+MAX_SECONDS = 2.0
+MAX_GROWTH = 1.05
+MODEL_FLAGS = {"context_length": 128, "max_total_tokens": 4096}  # so that no valid request takes long
+LIMITS = {"apr_max_n": 4, "apr_max_prompts": 32, "apr_max_seconds": 1.5}
+STOPS = "stops, pauses or slows the server for everybody"
+CHANGES = "changes weights, adapters, cache or configuration of the server for everybody"
+WRITES = "makes the server write files or open connections"
+# The routes that need the admin key: they are not run, because the ordinary key must not open them.
+ADMIN_ROUTES = {
+    "/set_internal_state": CHANGES, "/flush_cache": STOPS, "/add_external_corpus": WRITES,
+    "/remove_external_corpus": WRITES, "/list_external_corpora": CHANGES, "/hicache/storage-backend": CHANGES,
+    "/hicache/storage-backend/clear": CHANGES, "/start_profile": WRITES, "/stop_profile": WRITES,
+    "/set_trace_level": CHANGES, "/freeze_gc": CHANGES, "/start_expert_distribution_record": WRITES,
+    "/stop_expert_distribution_record": WRITES, "/dump_expert_distribution_record": WRITES,
+    "/update_weights_from_disk": CHANGES, "/init_weights_send_group_for_remote_instance": WRITES,
+    "/send_weights_to_remote_instance": WRITES, "/get_remote_instance_transfer_engine_info": WRITES,
+    "/remote_instance_transfer_engine_info": WRITES, "/init_weights_update_group": WRITES,
+    "/destroy_weights_update_group": CHANGES, "/update_weights_from_tensor": CHANGES, "/begin_weight_update": CHANGES,
+    "/end_weight_update": CHANGES, "/update_weights_from_distributed": CHANGES, "/update_weights_from_ipc": CHANGES,
+    "/update_weight_version": CHANGES, "/get_weights_by_name": CHANGES, "/release_memory_occupation": STOPS,
+    "/resume_memory_occupation": CHANGES, "/weights_checker": CHANGES, "/slow_down": STOPS, "/pd_role_switch": CHANGES,
+    "/load_lora_adapter": CHANGES, "/load_lora_adapter_from_tensors": CHANGES, "/unload_lora_adapter": CHANGES,
+    "/configure_logging": WRITES, "/abort_request": STOPS, "/pause_generation": STOPS, "/continue_generation": STOPS,
+}  # fmt: skip
+OFTEN = ("/apr/generate", "/v1/chat/completions", "/v1/completions", "/generate")
+# Values that JSON schemas do not suggest, as they stand in a body.
+NASTY = (
+    "NaN", "Infinity", "1e999", "-0.0", "9" * 400, "9" * 5000, "18446744073709551617", "null", "true", "[]", "{}", '""',
+    '"\\ud800"', '"\\u0000"', '"\\u202e"', "[" * 900 + "]" * 900, "[" * 50_000 + "]" * 50_000, '{"a":' * 200 + "1" + "}" * 200,
+    '"' + "9" * 5000 + '"', '"quorum:' + "9" * 5000 + '"', '"deadline:' + "9" * 5000 + '"', "[[1], [2, 3]]", "[null]", "[[]]",
+    '"' + "x" * 100_000 + '"', "[" + "1," * 100_000 + "1]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fuzzed(
+    forked_server: type[Server], untagged: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("fuzzed") / "log"
+    keys = {"api_key": KEY, "admin_api_key": ADMIN_KEY}
+    with forked_server(untagged, log_path=log, **MODEL_FLAGS, **LIMITS, **keys) as server:
+        yield server
+
+
+class Fuzzer:
+    """Sends fuzzed requests to a server, and records what must not happen."""
+
+    def __init__(self, server: Server) -> None:
+        self.url, self.failures = server.url, list[str]()
+        self.statuses: Counter[int] = Counter()
+        self._session = requests.Session()
+        self._session.headers["Authorization"] = f"Bearer {KEY}"
+        openapi = self._session.get(f"{server.url}/openapi.json", timeout=30).json()
+        operations = [result.ok() for result in schemathesis.openapi.from_dict(openapi).get_all_operations()]
+        self.operations = [operation for operation in operations if operation.path not in ADMIN_ROUTES]
+        self.admin_operations = [operation for operation in operations if operation.path in ADMIN_ROUTES]
+        self.often = [operation for operation in self.operations if operation.path in OFTEN]
+        self._process = psutil.Process(server.pid)
+
+    def draw(self, data: Any, operations: list[Any]) -> tuple[str, dict[str, Any]]:
+        """Return a name and the arguments of a request: valid, invalid, or with a nasty value in its body."""
+        operation = data.draw(st.sampled_from(operations))
+        kind = data.draw(st.sampled_from(["valid", "invalid", "nasty"]))
+        mode = GenerationMode.NEGATIVE if kind == "invalid" else GenerationMode.POSITIVE
+        case = data.draw(operation.as_strategy(generation_mode=mode))
+        arguments = case.as_transport_kwargs(base_url=self.url)
+        arguments["headers"] = {**arguments.get("headers", {}), **self._session.headers}
+        if kind == "nasty" and isinstance(case.body, dict):
+            body = dict(case.body)
+            properties = (
+                operation.body[0].definition.get("schema", {}).get("properties", {}) if operation.body else {}
+            )
+            name = data.draw(st.sampled_from(sorted({*body, *list(properties), "apr"})))
+            body[name] = "@@"
+            text = json.dumps(body).replace('"@@"', data.draw(st.sampled_from(NASTY)), 1)
+            arguments.pop("json", None)
+            arguments["data"] = text.encode()
+            arguments["headers"]["Content-Type"] = "application/json"
+        return f"{operation.method.upper()} {operation.path} ({kind})", arguments
+
+    def send(self, name: str, arguments: dict[str, Any], *, repeated: bool = False) -> int:
+        """Send a request and check its answer. One that is slow is sent again, because the machine may be busy."""
+        start = time.monotonic()
+        try:
+            response = self._session.request(**arguments, timeout=30, allow_redirects=False)
+        except UnicodeError:  # no client can send such a header or path
+            return 0
+        except requests.RequestException as error:
+            if isinstance(error, requests.exceptions.InvalidHeader | requests.exceptions.InvalidURL):
+                return 0
+            self.failures.append(f"{name}: {error!r:.200}, {describe(arguments)}")
+            return 0
+        seconds = time.monotonic() - start
+        self.statuses[response.status_code] += 1
+        if response.status_code >= 500 and response.status_code != 503:
+            self.failures.append(
+                f"{name}: {response.status_code} {response.text[:200]}, {describe(arguments)}"
+            )
+        elif seconds > MAX_SECONDS and not repeated:
+            return self.send(name, arguments, repeated=True)
+        elif seconds > MAX_SECONDS:
+            self.failures.append(f"{name}: {seconds:.1f} s twice, {describe(arguments)}")
+        return response.status_code
+
+    def memory(self) -> int:
+        """The memory of all processes of the server that no other process shares, in bytes."""
+        processes = [self._process, *self._process.children(recursive=True)]
+        return sum(process.memory_full_info().uss for process in processes)
+
+    def greedy_answer(self) -> Any:
+        body = {"text": "Once upon", "sampling_params": {"temperature": 0, "max_new_tokens": 24}}
+        response = self._session.post(f"{self.url}/generate", json=body, timeout=30)
+        response.raise_for_status()
+        return response.json()["output_ids"]
+
+
+def describe(arguments: dict[str, Any]) -> str:
+    """Return a request in one short line."""
+    body = arguments.get("data", arguments.get("json"))
+    query = arguments.get("params")
+    return f"{arguments['method']} {arguments['url'][:200]} {query or ''!s:.100} {body!s:.600}"
+
+
+def fuzz(server: Server, count: int) -> None:
+    fuzzer = Fuzzer(server)
+    answer, sent, memory = fuzzer.greedy_answer(), 0, 0
+
+    @seed(int(os.environ.get("SGL_APR_FUZZ_SEED", "1")))
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(data=st.data())
+    def run(data: Any) -> None:
+        nonlocal sent, memory
+        operations = fuzzer.often if data.draw(st.booleans()) else fuzzer.operations
+        name, arguments = fuzzer.draw(data, operations)
+        fuzzer.send(name, arguments)
+        sent += 1
+        if sent == int(count * WARM_UP):
+            memory = fuzzer.memory()
+
+    run()
+    assert not fuzzer.failures, "\n".join([f"{len(fuzzer.failures)} of {sent}:", *fuzzer.failures[:50]])
+    assert sent >= count * 0.9, "Hypothesis gave up early"
+    assert fuzzer.statuses[200] > count * 0.05, fuzzer.statuses
+    assert fuzzer.statuses[400] > count * 0.2, fuzzer.statuses
+    headers = {"Authorization": f"Bearer {KEY}"}
+    until(lambda: requests.get(f"{server.url}/apr/stats", headers=headers, timeout=30).json()["running"] == 0)
+    assert fuzzer.greedy_answer() == answer
+    if count >= LONG:
+        assert fuzzer.memory() <= memory * MAX_GROWTH
+
+
+def test_some_fuzzed_requests(fuzzed: Server):
+    fuzz(fuzzed, QUICK)
+
+
+@pytest.mark.slow
+def test_many_fuzzed_requests(fuzzed: Server):
+    fuzz(fuzzed, LONG)
+
+
+def test_the_ordinary_key_opens_no_route_of_the_admin(fuzzed: Server):
+    fuzzer = Fuzzer(fuzzed)
+    assert {operation.path for operation in fuzzer.admin_operations} == set(ADMIN_ROUTES)
+    for operation in fuzzer.admin_operations:
+        for headers in ({}, {"Authorization": f"Bearer {KEY}"}, {"Authorization": "Bearer wrong"}):
+            response = requests.request(
+                operation.method, fuzzed.url + operation.path, json={}, headers=headers, timeout=30
+            )
+            assert response.status_code in (401, 403), operation.label
