@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from types import TracebackType
@@ -15,25 +14,35 @@ import aiohttp
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.circuit_breaker import CircuitBreaker
 from sgl_apr.engine.http_errors import error_message, translate_errors
+from sgl_apr.engine.http_response import (
+    JSON_HEADERS,
+    data_lines,
+    decode_body,
+    encode_body,
+    read_error,
+    read_json,
+)
 from sgl_apr.engine.http_session import open_session
 from sgl_apr.engine.routing import (
     ROUTING_KEY_FIELD,
     ROUTING_KEY_HEADER,
     dp_rank,
     dropped_by_router,
-    healthy_worker_urls,
     routing_key,
 )
-from sgl_apr.engine.server_requests import ServerRequests
+from sgl_apr.engine.server_requests import ServerRequests, rank_count
 from sgl_apr.engine.server_url import normalize_url
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import (
     SGLangEngine,
+    check_chunk,
     check_finished,
+    id_limit,
     make_result,
     new_logprobs,
     new_token_ids,
     sum_loads,
+    unexpected,
     with_layout,
 )
 from sgl_apr.engine.step_timer import StepTimer
@@ -114,7 +123,12 @@ class HttpEngine(ServerRequests, SGLangEngine):
             engine.supports_seeds = bool(server.get("enable_deterministic_inference"))
             engine.joins_kv = server.get("radix_cache_backend") == RADIX_CACHE_BACKEND
             engine.context = await engine._context()
-            engine._tokenizer = tokenizer or load_tokenizer(str(info["tokenizer_path"]))
+            if tokenizer is None:
+                path = info.get("tokenizer_path")
+                if not isinstance(path, str) or not path:
+                    raise unexpected(url, "tokenizer_path", repr(path)[:60], "a directory or hub id")
+                tokenizer = load_tokenizer(path)
+            engine._tokenizer = tokenizer
         except BaseException:
             await session.close()
             raise
@@ -127,7 +141,7 @@ class HttpEngine(ServerRequests, SGLangEngine):
         except EngineError as error:
             if error.status != 404:
                 raise
-            self._replicas = healthy_worker_urls(await self._get("/workers"))
+            self._replicas = await self._healthy_workers()
             results = await asyncio.gather(
                 *map(self._describe_server, self._replicas), return_exceptions=True
             )
@@ -139,19 +153,8 @@ class HttpEngine(ServerRequests, SGLangEngine):
                 ) from error
             info, server = descriptions[0]  # all replicas are alike
             server["radix_cache_backend"] = None  # the router drops layouts, so nothing can be joined
-        self._ranks = int(server.get("dp_size") or 1) * int(server.get("attn_dp_size") or 1)
+        self._ranks = rank_count(self.url, server, "dp_size") * rank_count(self.url, server, "attn_dp_size")
         return info, server
-
-    async def _describe_server(self, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        return await self._get("/model_info", url), await self._get("/server_info", url)
-
-    async def _context(self) -> int | None:
-        """Return the context length of the model, which SGLang reports on OpenAI's route only."""
-        try:
-            (model, *_) = (await self._get("/v1/models", (self._replicas or [self.url])[0]))["data"]
-            return int(model["max_model_len"])
-        except (EngineError, KeyError, TypeError, ValueError):
-            return None
 
     async def close(self) -> None:
         """Abort running requests, which then fail, and close the connections."""
@@ -211,28 +214,19 @@ class HttpEngine(ServerRequests, SGLangEngine):
     async def _load(self) -> Load:
         with self._errors():
             if self._replicas is not None:  # the router may have gained or lost some
-                self._replicas = healthy_worker_urls(await self._get("/workers"))
+                self._replicas = await self._healthy_workers()
             loads = await asyncio.gather(*map(self._loads, self._servers()))
             if not (ranks := [rank for server_ranks in loads for rank in server_ranks]):
                 raise EngineError(f"no replica of {self.url} reports its load")
-            load = sum_loads(ranks, self._step_timer.steps)
+            load = sum_loads(ranks, self._step_timer.steps, self.url)
         self._load_expires_at = time.monotonic() + LOAD_TTL_S
         return load
 
-    async def _loads(self, url: str) -> list[dict[str, Any]]:
-        """Return the load of each rank of one server, or nothing for a replica that does not answer."""
-        try:
-            ranks: list[dict[str, Any]] = (await self._get("/v1/loads", url))["loads"]
-        except EngineError:
-            if self._replicas is None:
-                raise
-            return []
-        return ranks
-
     async def _health(self) -> None:
         limit = aiohttp.ClientTimeout(total=PROBE_S)
-        async with self._session.get(f"{self.url}/health", timeout=limit) as response:
-            response.raise_for_status()
+        async with self._session.get(f"{self.url}/health", timeout=limit, allow_redirects=False) as response:
+            if response.status != 200:
+                raise EngineError(f"{self.url}/health answered {response.status}", response.status)
 
     async def post(self, body: Mapping[str, Any]) -> Any:
         """Send a `/generate` request of SGLang without streaming and return its JSON.
@@ -241,7 +235,8 @@ class HttpEngine(ServerRequests, SGLangEngine):
             EngineError: The server did not answer, or answered with an error.
         """
         async with self._answer(body) as response:
-            return await response.json()
+            async with asyncio.timeout(self._timeout):
+                return await read_json(response)
 
     async def events(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Send a `/generate` request and yield its chunks. Closing the generator early aborts it on the server.
@@ -252,14 +247,10 @@ class HttpEngine(ServerRequests, SGLangEngine):
         meta: dict[str, Any] = {}
         received, at = 0, 0.0
         async with self._answer({**body, "stream": True}) as response:
-            async for line in response.content:
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                data = json.loads(line[6:])
-                if "error" in data:
-                    raise EngineError(error_message(line[6:].decode(), 500), data["error"].get("code"))
-                meta = data["meta_info"]
-                if (tokens := int(meta["completion_tokens"])) > received:
+            async for line in data_lines(response, self._timeout):
+                data = decode_body(line)
+                meta = check_chunk(self.url, data)
+                if (tokens := meta["completion_tokens"]) > received:
                     now = time.monotonic()
                     if received:
                         self._step_timer.record_step(tokens - received, now - at)
@@ -280,15 +271,16 @@ class HttpEngine(ServerRequests, SGLangEngine):
         }
         received, logprobs = list[int](), list[float]()
         meta: dict[str, Any] = {}
+        vocab_size = id_limit(self._tokenizer)
         async with contextlib.aclosing(self.events(body)) as events:
             async for data in events:
                 meta = data["meta_info"]
-                new = new_token_ids(data["output_ids"], len(received), meta)
+                new = new_token_ids(self.url, data, len(received), vocab_size)
                 received += new
-                logprobs += new_logprobs(len(logprobs), meta)
+                logprobs += new_logprobs(self.url, len(logprobs), meta)
                 if new and on_tokens:
                     on_tokens(new)
-        return make_result(received, logprobs, meta, request)
+        return make_result(self.url, received, logprobs, meta, request)
 
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -296,13 +288,20 @@ class HttpEngine(ServerRequests, SGLangEngine):
         await self._circuit.wait_until_up()
         body, headers = self._with_routing(body)
         with self._abort_on_error(body.get("rid")), self._step_timer.running():
-            post = self._session.post(f"{self.url}/generate", json=body, headers=headers)
+            post = self._session.post(
+                f"{self.url}/generate",
+                data=encode_body(body),
+                headers={**JSON_HEADERS, **headers},
+                allow_redirects=False,
+            )
+            limit = self._timeout + (self._session.timeout.sock_connect or 0.0)
             with self._errors():
-                async with post as response:
+                async with asyncio.timeout(limit) as until_headers, post as response:
                     if response.status != 200:
                         raise EngineError(
-                            error_message(await response.text(), response.status), response.status
+                            error_message(await read_error(response), response.status), response.status
                         )
+                    until_headers.reschedule(None)
                     self._open.add(response)
                     try:
                         yield response

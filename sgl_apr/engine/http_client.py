@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import http.client
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -10,8 +11,20 @@ from typing import Any
 
 import aiohttp
 
-from sgl_apr.engine.http_errors import error_message
+from sgl_apr.engine.http_errors import error_message, one_line
+from sgl_apr.engine.http_response import (
+    JSON_HEADERS,
+    MAX_BODY_BYTES,
+    MAX_ERROR_BYTES,
+    decode_body,
+    encode_body,
+    read_error,
+    read_json,
+    too_large,
+)
 from sgl_apr.errors import EngineError, EngineTimeout
+
+BODY_S = 30.0  # how much longer than its first byte a response may take to arrive completely
 
 
 def post_json(url: str, body: Mapping[str, Any], *, api_key: str | None = None, timeout: float) -> Any:
@@ -21,24 +34,24 @@ def post_json(url: str, body: Mapping[str, Any], *, api_key: str | None = None, 
         url: Where to send it.
         body: What to send.
         api_key: Sent as a bearer token.
-        timeout: Seconds to wait for the server at each step.
+        timeout: Seconds to wait for the server at each step. Redirects are not followed.
 
     Raises:
         EngineTimeout: The server did not answer in time.
         EngineError: No server answered, it answered with an error (`status` has the HTTP status), or the answer
             is not JSON.
     """
-    headers = {"Content-Type": "application/json", **_authorization(api_key)}
-    answer = _send(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout)
+    headers = {**JSON_HEADERS, **_authorization(api_key)}
+    answer = _send(url, encode_body(body), headers, "POST", timeout)
     try:
-        return json.loads(answer)
+        return decode_body(answer)
     except ValueError as error:
-        raise EngineError(f"no answer from {url}: {error!r}") from error
+        raise EngineError(f"no answer from {url}: {one_line(repr(error))}") from error
 
 
 def check_exists(url: str, *, api_key: str | None = None, timeout: float) -> None:
     """Send a HEAD request, block, and raise as `post_json` does unless the response is a success."""
-    _send(urllib.request.Request(url, headers=_authorization(api_key), method="HEAD"), timeout)
+    _send(url, None, _authorization(api_key), "HEAD", timeout)
 
 
 async def post_json_async(
@@ -56,33 +69,62 @@ async def post_json_async(
         EngineTimeout: The server did not answer in time.
         EngineError: As in `post_json`.
     """
-    limit = aiohttp.ClientTimeout(total=timeout)
+    limit, data = aiohttp.ClientTimeout(total=timeout), encode_body(body)
+    headers = {**JSON_HEADERS, **_authorization(api_key)}
     try:
         async with (
-            aiohttp.ClientSession(headers=_authorization(api_key), timeout=limit) as session,
-            session.post(url, json=body) as response,
+            aiohttp.ClientSession(headers=headers, timeout=limit) as session,
+            session.post(url, data=data, allow_redirects=False) as response,
         ):
             if response.status != 200:
-                raise _refusal(url, response.status, await response.text())
-            return await response.json()
+                raise _refusal(url, response.status, await read_error(response))
+            return await read_json(response)
     except TimeoutError as error:
         raise _silence(url, timeout) from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise EngineError(f"no answer from {url}: {error!r}") from error
+        raise EngineError(f"no answer from {url}: {one_line(repr(error))}") from error
 
 
-def _send(request: urllib.request.Request, timeout: float) -> bytes:
-    url = request.full_url
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Raises a redirect as the `HTTPError` that it is: it could lead anywhere, and a POST would become a GET."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _send(url: str, data: bytes | None, headers: Mapping[str, str], method: str, timeout: float) -> bytes:
+    if not url.lower().startswith(("http://", "https://")):  # urllib also reads local files
+        raise EngineError(f"no answer from {url}: expected a URL such as http://127.0.0.1:30000")
+    opener = urllib.request.build_opener(_NoRedirects)
+    began = time.monotonic()
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            answer: bytes = response.read()
-            return answer
+        request = urllib.request.Request(url, data, dict(headers), method=method)
+        with opener.open(request, timeout=timeout) as response:
+            body = bytearray()
+            while chunk := response.read1(1 << 16):
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large(url, "response", MAX_BODY_BYTES)
+                if time.monotonic() - began > timeout + BODY_S:
+                    raise _silence(url, timeout)
+            if response.length:  # of what the server has announced, this is missing
+                raise EngineError(f"no answer from {url}: it broke off the answer")
+            return bytes(body)
     except urllib.error.HTTPError as error:
-        raise _refusal(url, error.code, error.read().decode(errors="replace")) from error
+        with error:
+            where = error.headers.get("Location") if 300 <= error.code < 400 else None
+            text = (
+                f"it redirects to {where}, expected the URL of the server itself"
+                if where
+                else error.read(MAX_ERROR_BYTES).decode(errors="replace")
+            )
+        raise _refusal(url, error.code, text) from error
     except TimeoutError as error:
         raise _silence(url, timeout) from error
-    except OSError as error:
-        raise EngineError(f"no answer from {url}: {error}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.URLError) and isinstance(error.reason, TimeoutError):
+            raise _silence(url, timeout) from error
+        raise EngineError(f"no answer from {url}: {one_line(error)}") from error
 
 
 def _authorization(api_key: str | None) -> dict[str, str]:

@@ -36,13 +36,13 @@ def translate_errors(
     except aiohttp.ClientConnectorError as error:
         if on_failure:
             on_failure(error)
-        raise EngineError(f"no server at {url}: {error}") from error
+        raise EngineError(f"no server at {url}: {one_line(error)}") from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
         if on_failure:
             on_failure(error)
-        raise EngineError(f"{url} broke off the answer: {error or type(error).__name__}") from error
-    except (aiohttp.ClientError, json.JSONDecodeError, KeyError) as error:
-        raise EngineError(f"{url} does not answer like an SGLang server: {error!r}") from error
+        raise EngineError(f"{url} broke off the answer: {one_line(error) or type(error).__name__}") from error
+    except (aiohttp.ClientError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise EngineError(f"{url} does not answer like an SGLang server: {one_line(repr(error))}") from error
 
 
 def error_message(text: str, status: int) -> str:
@@ -62,6 +62,11 @@ def error_message(text: str, status: int) -> str:
         body = json.loads(text)
         error = body.get("error", body)
         text = str(error.get("message", text) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
-    return f"the server answered {status}: {' '.join(text.split())[:300]}"
+    return f"the server answered {status}: {one_line(text)}"
+
+
+def one_line(message: object) -> str:
+    """Return a message of a server or library in one line of at most 300 characters."""
+    return " ".join(str(message).split())[:300]

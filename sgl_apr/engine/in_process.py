@@ -18,6 +18,7 @@ from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import (
     LOAD_FIELDS,
     SGLangEngine,
+    check_chunk,
     check_finished,
     make_result,
     new_logprobs,
@@ -32,6 +33,7 @@ from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+NAME = "the engine"  # in messages
 
 
 class InProcessEngine(SGLangEngine):
@@ -105,9 +107,9 @@ class InProcessEngine(SGLangEngine):
         at = 0.0
         async with contextlib.aclosing(self._chunks(request, sampling)) as chunks:
             async for data in chunks:
-                meta = data["meta_info"]
-                new = new_token_ids(data["output_ids"], len(received), meta)
-                logprobs += new_logprobs(len(logprobs), meta)
+                meta = check_chunk(NAME, data)
+                new = new_token_ids(NAME, data, len(received), self.vocab_size)
+                logprobs += new_logprobs(NAME, len(logprobs), meta)
                 if new:
                     now = time.monotonic()
                     if received:
@@ -116,8 +118,8 @@ class InProcessEngine(SGLangEngine):
                     received += new
                     if on_tokens:
                         on_tokens(new)
-        check_finished("the engine", meta)
-        return make_result(received, logprobs, meta, request)
+        check_finished(NAME, meta)
+        return make_result(NAME, received, logprobs, meta, request)
 
     async def _chunks(
         self, request: Request, sampling: Mapping[str, Any]

@@ -10,6 +10,9 @@ from typing import Any
 import aiohttp
 
 from sgl_apr.engine.http_errors import error_message
+from sgl_apr.engine.http_response import JSON_HEADERS, encode_body, read_error, read_object
+from sgl_apr.engine.routing import healthy_worker_urls
+from sgl_apr.engine.sglang_request import unexpected
 from sgl_apr.errors import AprError, EngineError, UnsupportedEngine
 
 
@@ -18,6 +21,7 @@ class ServerRequests(ABC):
 
     url: str
     _session: aiohttp.ClientSession
+    _replicas: list[str] | None
 
     @abstractmethod
     def _servers(self) -> list[str]:
@@ -30,11 +34,46 @@ class ServerRequests(ABC):
     async def _get(self, path: str, url: str = "") -> dict[str, Any]:
         url = url or self.url
         with self._errors(url):
-            async with self._session.get(url + path) as response:
+            get = self._session.get(url + path, timeout=self._total_timeout(), allow_redirects=False)
+            async with get as response:
                 if response.status != 200:
-                    raise EngineError(f"{url}{path} answered {response.status}", response.status)
-                data: dict[str, Any] = await response.json()
-        return data
+                    where = f": {await read_error(response)}" if 300 <= response.status < 400 else ""
+                    raise EngineError(f"{url}{path} answered {response.status}{where}", response.status)
+                return await read_object(response)
+
+    async def _describe_server(self, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        return await self._get("/model_info", url), await self._get("/server_info", url)
+
+    async def _context(self) -> int | None:
+        """Return the context length of the model, which SGLang reports on OpenAI's route only."""
+        try:
+            (model, *_) = (await self._get("/v1/models", (self._replicas or [self.url])[0]))["data"]
+            return int(model["max_model_len"])
+        except (EngineError, KeyError, TypeError, ValueError):
+            return None
+
+    async def _loads(self, url: str) -> list[dict[str, Any]]:
+        """Return the load of each rank of one server, or nothing for a replica that does not answer."""
+        try:
+            ranks = (await self._get("/v1/loads", url)).get("loads")
+            if not isinstance(ranks, list):
+                raise unexpected(url, "loads", type(ranks).__name__, "a list")
+        except EngineError:
+            if self._replicas is None:
+                raise
+            return []
+        return ranks
+
+    async def _healthy_workers(self) -> list[str]:
+        """Return the URLs of the healthy replicas of a router."""
+        workers = await self._get("/workers")
+        with self._errors():
+            return healthy_worker_urls(workers)
+
+    def _total_timeout(self) -> aiohttp.ClientTimeout:
+        """The limits of a request whose response comes at once."""
+        limits = self._session.timeout
+        return aiohttp.ClientTimeout(total=limits.sock_read, sock_connect=limits.sock_connect)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the token ids of chat messages, rendered by the server as for a chat completion.
@@ -46,10 +85,22 @@ class ServerRequests(ABC):
         """
         url = self._servers()[0]
         with self._errors(url):
-            async with self._session.post(f"{url}/tokenize", json={"messages": list(messages)}) as response:
+            post = self._session.post(
+                f"{url}/tokenize",
+                data=encode_body({"messages": list(messages)}),
+                headers=JSON_HEADERS,
+                timeout=self._total_timeout(),
+                allow_redirects=False,
+            )
+            async with post as response:
                 if response.status != 200:
-                    raise _refusal(error_message(await response.text(), response.status), response.status)
-                return [int(i) for i in (await response.json())["tokens"]]
+                    raise _refusal(
+                        error_message(await read_error(response), response.status), response.status
+                    )
+                tokens = (await read_object(response)).get("tokens")
+                if not isinstance(tokens, list) or not all(type(i) is int and i >= 0 for i in tokens):
+                    raise unexpected(url, "tokens", repr(tokens)[:60], "a list of token ids")
+                return tokens
 
 
 def _refusal(message: str, status: int) -> AprError:
@@ -61,3 +112,11 @@ def _refusal(message: str, status: int) -> AprError:
             f"started with --chat-template ({message})"
         )
     return AprError(f"the chat messages cannot be rendered: {message}")
+
+
+def rank_count(url: str, server: Mapping[str, Any], field: str) -> int:
+    """Return how many ranks a server reports in a field; 1 if it reports none."""
+    value = server.get(field) or 1
+    if type(value) is not int or value < 1:
+        raise unexpected(url, field, repr(value)[:60], "a number of ranks")
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, Self
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
@@ -12,6 +13,10 @@ from sgl_apr.errors import EngineError
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
 
+MAX_COUNT = 1 << 62  # tokens or requests
+# Models have a few more ids than their tokenizers, since the number is rounded up.
+PADDED_IDS = 4096
+UNKNOWN_VOCAB_SIZE = 1 << 24
 # What SGLang reports for each rank: the fields that `sum_loads` uses.
 LOAD_FIELDS = (
     "num_running_reqs",
@@ -74,25 +79,79 @@ def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str,
 
 
 def make_result(
-    ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], request: Request
+    name: str, ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], request: Request
 ) -> Result:
     """Return the result of a request.
 
     Args:
+        name: The engine, for messages.
         ids: The ids of all chunks.
         logprobs: The log-probabilities of all chunks.
         meta: `meta_info` of the last chunk.
         request: The request.
+
+    Raises:
+        EngineError: The engine reports no counts.
     """
     version = meta.get("weight_version")
     return Result(
         token_ids=tuple(ids),
         finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
-        prompt_tokens=int(meta["prompt_tokens"]),
-        cached_tokens=int(meta["cached_tokens"]),
+        prompt_tokens=_count(name, meta, "prompt_tokens"),
+        cached_tokens=_count(name, meta, "cached_tokens"),
         logprobs=tuple(logprobs) if request.logprobs else None,
         weight_version=None if version is None else str(version),
     )
+
+
+def check_chunk(name: str, data: Any) -> dict[str, Any]:
+    """Return the `meta_info` of a chunk, after a check that the chunk is one of SGLang's.
+
+    Args:
+        name: The engine, for messages.
+        data: The chunk.
+
+    Raises:
+        EngineError: It is something else, or reports an error.
+    """
+    if not isinstance(data, dict):
+        raise unexpected(name, "a chunk", type(data).__name__, "an object")
+    if "error" in data:
+        error = data["error"] if isinstance(data["error"], dict) else {"message": data["error"]}
+        status = error.get("code")
+        message = " ".join(str(error.get("message", error)).split())[:300]
+        raise EngineError(
+            f"the server answered {status if type(status) is int else 500}: {message}",
+            status if type(status) is int else None,
+        )
+    meta = data.get("meta_info")
+    if not isinstance(meta, dict):
+        raise unexpected(name, "meta_info", type(meta).__name__, "an object")
+    _count(name, meta, "completion_tokens")
+    reason = meta.get("finish_reason")
+    if reason is not None and not (isinstance(reason, dict) and isinstance(reason.get("type"), str)):
+        raise unexpected(name, "finish_reason", repr(reason)[:60], "null, or an object with a type")
+    return meta
+
+
+def _count(name: str, meta: Mapping[str, Any], field: str) -> int:
+    value = meta.get(field)
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise unexpected(name, field, repr(value)[:60], "a number of tokens")
+    return value
+
+
+def unexpected(name: str, field: str, found: str, expected: str) -> EngineError:
+    """Return the error of a response in which something is not as SGLang sends it."""
+    return EngineError(
+        f"{name} does not answer like an SGLang server: {field} is {found}, expected {expected}"
+    )
+
+
+def id_limit(tokenizer: Tokenizer, vocab_size: int | None = None) -> int:
+    """Return the number of token ids that a model can have, from its own size or that of its tokenizer."""
+    tokens = getattr(tokenizer, "vocab_size", None)
+    return vocab_size or (tokens + PADDED_IDS if isinstance(tokens, int) else UNKNOWN_VOCAB_SIZE)
 
 
 def check_finished(name: str, meta: Mapping[str, Any]) -> None:
@@ -112,44 +171,80 @@ def check_finished(name: str, meta: Mapping[str, Any]) -> None:
         raise EngineError(f"{name} aborted the request: {reason.get('message')}", reason.get("status_code"))
 
 
-def sum_loads(ranks: Sequence[Mapping[str, Any]], steps: tuple[tuple[float, float], ...]) -> Load:
+def sum_loads(
+    ranks: Sequence[Mapping[str, Any]], steps: tuple[tuple[float, float], ...], name: str = "the engine"
+) -> Load:
     """Return the load of an engine from SGLang's report for each of its ranks.
 
     Args:
         ranks: The reports.
         steps: `Load.steps`.
+        name: The engine, for messages.
+
+    Raises:
+        EngineError: A report lacks a number.
     """
+
+    def total(field: str) -> int:
+        return sum(_count(name, rank, field) for rank in ranks)
+
+    if not all(isinstance(rank, Mapping) for rank in ranks):
+        raise unexpected(name, "loads", "a list of something else", "a list of objects")
+    has_maximum = any("max_running_requests" in rank for rank in ranks)
     return Load(
-        running=sum(rank["num_running_reqs"] for rank in ranks),
-        waiting=sum(rank["num_waiting_reqs"] for rank in ranks),
-        used_tokens=sum(rank["num_used_tokens"] for rank in ranks),
-        max_tokens=sum(rank["max_total_num_tokens"] for rank in ranks),
-        max_running_requests=sum(rank.get("max_running_requests", 0) for rank in ranks) or None,
+        running=total("num_running_reqs"),
+        waiting=total("num_waiting_reqs"),
+        used_tokens=total("num_used_tokens"),
+        max_tokens=total("max_total_num_tokens"),
+        max_running_requests=(total("max_running_requests") if has_maximum else 0) or None,
         steps=steps,
     )
 
 
-def new_logprobs(known: int, meta: Mapping[str, Any]) -> list[float]:
+def new_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[float]:
     """Return the log-probabilities that are new in a chunk, empty if none were requested.
 
     Args:
+        name: The engine, for messages.
         known: How many log-probabilities earlier chunks had.
         meta: `meta_info` of the chunk.
+
+    Raises:
+        EngineError: One of them is no number.
     """
-    logprobs: list[Any] = meta.get("output_token_logprobs") or []
-    new = logprobs[known:] if len(logprobs) == int(meta["completion_tokens"]) else logprobs
-    return [float(entry[0]) for entry in new]
+    logprobs = meta.get("output_token_logprobs") or []
+    if not isinstance(logprobs, list):
+        raise unexpected(name, "output_token_logprobs", type(logprobs).__name__, "a list")
+    values: list[float] = []
+    for entry in logprobs[known:] if len(logprobs) == meta["completion_tokens"] else logprobs:
+        value = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
+        if type(value) not in (int, float) or not isfinite(value):
+            raise unexpected(name, "a log-probability", repr(value)[:60], "a finite number")
+        values.append(float(value))
+    return values
 
 
-def new_token_ids(output_ids: list[int], known: int, meta: Mapping[str, Any]) -> list[int]:
+def new_token_ids(name: str, data: Mapping[str, Any], known: int, vocab_size: int) -> list[int]:
     """Return the ids that are new in a chunk.
 
     SGLang sends all ids so far, or with incremental streaming only the new ones.
 
     Args:
-        output_ids: The ids of the chunk.
+        name: The engine, for messages.
+        data: The chunk, after `check_chunk`.
         known: How many ids earlier chunks had.
-        meta: `meta_info` of the chunk.
+        vocab_size: The number of ids that the model has.
+
+    Raises:
+        EngineError: An id is none of the model's.
     """
-    total = int(meta["completion_tokens"])
-    return output_ids[known:] if len(output_ids) == total else output_ids
+    ids = data.get("output_ids")
+    if not isinstance(ids, list):
+        raise unexpected(name, "output_ids", type(ids).__name__, "a list of token ids")
+    new = ids[known:] if len(ids) == data["meta_info"]["completion_tokens"] else ids
+    if new and (set(map(type, new)) != {int} or min(new) < 0 or max(new) >= vocab_size):
+        wrong = next(i for i in new if type(i) is not int or not 0 <= i < vocab_size)
+        raise unexpected(
+            name, "a token id", repr(wrong)[:60], f"one of the vocabulary, 0 to {vocab_size - 1}"
+        )
+    return new
