@@ -4,6 +4,7 @@ from .conversion import convert as convert
 from .dialects import Dialect as Dialect
 from .dialects import dialect as dialect
 from .dialects import dialect_names as dialect_names
+from .dialects import register_dialect as register_dialect
 from .grammar import Grammar as Grammar
 from .lenient_parser import Defect as Defect
 from .lenient_parser import Reading as Reading
@@ -30,4 +31,5 @@ __all__ = [
     "preset",
     "read",
     "register_branch_prompt",
+    "register_dialect",
 ]

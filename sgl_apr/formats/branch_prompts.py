@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sgl_apr.errors import GrammarError
-from sgl_apr.formats.entry_points import installed_entry_points
+from sgl_apr.formats.entry_points import installed_entry_points, load_entry_point, unknown_name_error
 
 ENTRY_POINT_GROUP = "sgl_apr.branch_prompts"
 
@@ -56,12 +55,7 @@ def branch_prompt(name: str) -> BranchPrompt:
     """
     if name not in _registered:
         for point in (p for p in installed_entry_points(ENTRY_POINT_GROUP) if p.name == name):
-            prompt = point.load()
-            if not isinstance(prompt, BranchPrompt):
-                raise GrammarError(
-                    f"the entry point {point.value} of {name!r} is {prompt!r}, expected a BranchPrompt"
-                )
-            _registered[name] = prompt
+            prompt: BranchPrompt = load_entry_point(point, BranchPrompt, "a BranchPrompt")
             return prompt
-        raise GrammarError(f"no branch prompt {name!r}, expected one of {', '.join(branch_prompt_names())}")
+        raise unknown_name_error("branch prompt", name, branch_prompt_names())
     return _registered[name]

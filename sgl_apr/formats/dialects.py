@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 from sgl_apr.errors import GrammarError, TraceError
 from sgl_apr.formats import graph_builder
 from sgl_apr.formats.completion import complete_text
-from sgl_apr.formats.entry_points import installed_entry_points
-from sgl_apr.formats.grammar import NUMBER, Grammar, grammar_path
+from sgl_apr.formats.entry_points import installed_entry_points, load_entry_point, unknown_name_error
+from sgl_apr.formats.grammar import NUMBER, Grammar
+from sgl_apr.formats.grammar_source import built_in_names, grammar_path, read_grammar_file
 from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
 from sgl_apr.formats.masks.document import lower_document
-from sgl_apr.formats.masks.lower import lower
+from sgl_apr.formats.masks.lower import check_widths, lower
 from sgl_apr.formats.masks.writer import GrammarBackend, MaskOptions
-from sgl_apr.formats.options import FormatOptions, parse_options, validate_options
-from sgl_apr.formats.segmenter import Outline, Segment, error_at, split_segments
+from sgl_apr.formats.options import (
+    NO_NUMBERING,
+    FormatOptions,
+    check_dialect_name,
+    resolve_options,
+    validate_options,
+)
+from sgl_apr.formats.options import BranchNumbering as BranchNumbering
+from sgl_apr.formats.options import Phase as Phase
+from sgl_apr.formats.segmenter import Outline, Segment, raise_on_defect, split_segments
 from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
 
-Phase = Literal["trunk", "after", "branch", "rejoin"]
 ENTRY_POINT_GROUP = "sgl_apr.dialects"
-
-
-@dataclass(frozen=True, slots=True)
-class BranchNumbering:
-    """The numbers that a phase can write.
-
-    Attributes:
-        prefix: The prefix of the numbers of a fork (`3.` in branch 3).
-        number: The number of the branch itself, or of the next branch in a dialect that forks one at a time.
-        waiting: The numbers of the branches that the phase can wait for.
-    """
-
-    prefix: str = ""
-    number: str = ""
-    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,17 +70,11 @@ class Dialect(FormatOptions):
             GrammarError: The file cannot be read or holds something that is not supported.
         """
         path = Path(path)
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise GrammarError(
-                f"cannot read the grammar {path}: {getattr(error, 'strerror', error)}"
-            ) from None
-        return cls.from_source(path.stem, source, **options)
+        return cls._build(path.stem, read_grammar_file(path), str(path), options)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Fields alone: what is cached, such as a parser, is made again where it is unpickled."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Fields alone. Equal dialects are unpickled as one object, so that each process makes one parser."""
+        return _restore, (type(self), tuple((f.name, getattr(self, f.name)) for f in fields(self)))
 
     @classmethod
     def from_source(cls, name: str, source: str, **options: Any) -> Dialect:
@@ -100,10 +88,12 @@ class Dialect(FormatOptions):
         Raises:
             GrammarError: The file holds something that is not supported. The message names the line.
         """
-        where = f"{name}.lark"
+        return cls._build(name, source, f"{name}.lark", options)
+
+    @classmethod
+    def _build(cls, name: str, source: str, where: str, options: Mapping[str, Any]) -> Dialect:
         grammar = Grammar(source, where)
-        declared = parse_options(grammar.declared_options, where)
-        dialect = cls(name=name, source=source, **{**declared, **options})
+        dialect = cls(name=name, source=source, **resolve_options(grammar.declared_options, options, where))
         validate_options(dialect, where)
         required = ["trace", "body", "after"]
         required += ["result"] if dialect.branch_context == "message" else []
@@ -158,7 +148,7 @@ class Dialect(FormatOptions):
         ids: list[tuple[int, ...] | None] = [None] * len(segments)
         if tokenizer is not None:
             ids = list(split_token_ids(tokenizer.encode(text), text, [s.end for s in segments], tokenizer))
-        spans = graph_builder.build_spans(segments, text, ids, self.span_builder(_raise_on_defect(text)))
+        spans = graph_builder.build_spans(segments, text, ids, self.span_builder(raise_on_defect(text)))
         return Trajectory(tuple(spans), self.name)
 
     def span_builder(
@@ -206,22 +196,14 @@ class Dialect(FormatOptions):
         """
         defaults = {"first_number": self.first_number, "width": self.width, "min_width": self.min_width}
         mask_options = MaskOptions(**{**defaults, **options})
-        if not 1 <= mask_options.min_width <= mask_options.width <= self.max_width:
-            raise GrammarError(
-                f"{self.name}: width {mask_options.min_width} to {mask_options.width}, "
-                f"expected within 1 to {self.max_width}"
-            )
-        if not 1 <= mask_options.depth <= self.max_depth:
-            raise GrammarError(
-                f"{self.name}: depth {mask_options.depth}, expected within 1 to {self.max_depth}"
-            )
+        check_widths(self.name, mask_options, self.max_width, self.max_depth)
         return _lower(self, self.rule_for_phase(phase), tokenizer, mask_options, backend)
 
     def rule_for_phase(self, phase: str) -> str:
         """Return the rule of a phase. Where branches do not nest, the rule of the phase "branch" is `body`."""
         return "body" if phase == "branch" and phase not in self.grammar.rules else phase
 
-    def stop_strings(self, phase: Phase, numbering: BranchNumbering = BranchNumbering()) -> tuple[str, ...]:
+    def stop_strings(self, phase: Phase, numbering: BranchNumbering = NO_NUMBERING) -> tuple[str, ...]:
         """Return the texts at which decoding of a phase stops: the ends of a fork, of a wait, or of the branch."""
         stops: list[str] = []
         if phase in ("branch", "rejoin"):
@@ -232,7 +214,7 @@ class Dialect(FormatOptions):
         return tuple(dict.fromkeys(s for s in stops if s))
 
     def parse_phase(
-        self, phase: Phase, text: str, numbering: BranchNumbering = BranchNumbering()
+        self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING
     ) -> list[Segment]:
         """Split the text of a finished phase into segments.
 
@@ -261,13 +243,13 @@ class Dialect(FormatOptions):
             for number in map(str, range(self.first_number, int(numbering.number))):
                 block.add(Outline(number, "", 0), is_pending=number in numbering.waiting)
             sequence.block = block if block.pending else None
-        builder = self.span_builder(_raise_on_defect(text), sequence)
+        builder = self.span_builder(raise_on_defect(text), sequence)
         for index, segment in enumerate(segments):
             builder.place(segment, index)
         return segments
 
     def complete_phase(
-        self, phase: Phase, text: str, numbering: BranchNumbering = BranchNumbering()
+        self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING
     ) -> str | None:
         """Return the shortest text that completes a phase that was cut off.
 
@@ -302,13 +284,6 @@ class Dialect(FormatOptions):
         return ("close", rule) if phase == "after" and "close" in self.grammar.rules else (rule,)
 
 
-def _raise_on_defect(text: str) -> graph_builder.DefectReporter:
-    def raise_(name: str, start: int, end: int, expected: str) -> NoReturn:
-        raise error_at(text, start, text[start:end], [expected])
-
-    return raise_
-
-
 @lru_cache(maxsize=256)
 def _lower(
     dialect: Dialect, rule: str, tokenizer: Tokenizer, options: MaskOptions, backend: GrammarBackend
@@ -318,28 +293,58 @@ def _lower(
     return lower(dialect.grammar, rule, tokenizer, options, backend)
 
 
-@lru_cache
-def dialect(name: str) -> Dialect:
-    """Return a dialect by name: a built-in one, or one of an installed package.
+@lru_cache(maxsize=64)
+def _restore(kind: type[Dialect], values: tuple[tuple[str, Any], ...]) -> Dialect:
+    return kind(**dict(values))
 
-    A package declares its dialects as entry points of the group `sgl_apr.dialects`.
+
+_registered: dict[str, Dialect] = {}
+
+
+def register_dialect(dialect: Dialect) -> None:
+    """Make a dialect available by its name, in this process. A second one of that name replaces the first.
+
+    Raises:
+        GrammarError: The name is that of another dialect, built-in or of an installed package, or cannot be used in
+            a request.
+    """
+    name = check_dialect_name(dialect.name)
+    if name not in _registered and name in dialect_names() and _find(name) != dialect:
+        raise GrammarError(f"there already is a dialect {name!r}, expected another name of the file")
+    _registered[name] = dialect
+
+
+def dialect(name: str) -> Dialect:
+    """Return a dialect by name: a built-in one, a registered one, or one of an installed package.
+
+    A name is never read as a path, because it can come from a request or a file: `Dialect.from_file` loads a file. A
+    package declares its dialects as entry points of the group `sgl_apr.dialects`.
 
     Raises:
         GrammarError: There is no such dialect. The message lists the names.
     """
-    path = grammar_path(name)
-    if path.exists():
-        return Dialect.from_file(path)
+    if isinstance(name, str) and (found := _find(name)) is not None:
+        return found
+    raise unknown_name_error("dialect", name, dialect_names())
+
+
+def _find(name: str) -> Dialect | None:
+    if name in built_in_names():
+        return _built_in(name)
+    if name in _registered:
+        return _registered[name]
     for point in (p for p in installed_entry_points(ENTRY_POINT_GROUP) if p.name == name):
-        loaded = point.load()
-        loaded = loaded() if callable(loaded) and not isinstance(loaded, Dialect) else loaded
-        if not isinstance(loaded, Dialect):
-            raise GrammarError(f"the entry point {point.value} of {name!r} is {loaded!r}, expected a Dialect")
+        loaded: Dialect = load_entry_point(point, Dialect, "a Dialect", may_call=True)
         return loaded
-    raise GrammarError(f"no dialect {name!r}, expected one of {', '.join(dialect_names())}")
+    return None
+
+
+@lru_cache
+def _built_in(name: str) -> Dialect:
+    return Dialect.from_file(grammar_path(name))
 
 
 def dialect_names() -> list[str]:
-    """Return the names of all dialects, built-in and of installed packages."""
-    built_in = {path.stem for path in grammar_path("any").parent.glob("*.lark")}
-    return sorted(built_in | {point.name for point in installed_entry_points(ENTRY_POINT_GROUP)})
+    """Return the names of all dialects: built-in, registered, and of installed packages."""
+    installed = (point.name for point in installed_entry_points(ENTRY_POINT_GROUP))
+    return sorted({*built_in_names(), *_registered, *installed})

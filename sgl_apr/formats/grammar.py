@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from lark import Lark, Token, Tree, UnexpectedInput
+from lark import Lark, Token, Tree
 from lark.exceptions import LarkError
 from lark.lexer import PatternRE, TerminalDef
 
 from sgl_apr.errors import GrammarError
+from sgl_apr.formats.grammar_checks import NUMBER as NUMBER
+from sgl_apr.formats.grammar_checks import TEXT as TEXT
+from sgl_apr.formats.grammar_checks import check_grammar
+from sgl_apr.formats.grammar_source import grammar_path as grammar_path
+from sgl_apr.formats.grammar_source import parse_source, separate_tags
 from sgl_apr.formats.lark_ast import (
     Alt,
     Expr,
@@ -24,11 +27,8 @@ from sgl_apr.formats.lark_ast import (
     StringLiteral,
     SymbolRef,
     is_present,
-    lark_meta_parser,
 )
 
-TEXT = "TEXT"  # the terminal for free text
-NUMBER = "NUMBER"  # the terminal that numbers repeated items
 T = TypeVar("T")
 
 
@@ -73,51 +73,55 @@ class Grammar:
         GrammarError: The file holds anything else. The message names the line.
 
     Attributes:
-        declared_options: The options of the file's `//@` lines, as they are written.
+        source: The text of the file, with every tag as a string of its own.
+        declared_options: The options of the file's `//@` lines, as they are written, each with its line.
         rules: The rules by name.
         terminals: The terminals by name: fixed texts, and regular expressions as strings.
+        lines: The line of each rule and terminal.
     """
 
     def __init__(self, source: str, name: str = "grammar") -> None:
-        self.source, self.name = source, name
+        tree = parse_source(source, name)
+        separated = separate_tags(source, tree, name)
+        self.source, self.name = separated, name
         self.declared_options = dict(_declared_options(source, name))
         self.rules: dict[str, Expr] = {}
         self.terminals: dict[str, StringLiteral | str] = {}
-        try:
-            tree = lark_meta_parser().parse(source if source.endswith("\n") else source + "\n")
-        except UnexpectedInput as error:
-            line = source.splitlines()[error.line - 1] if 0 < error.line <= source.count("\n") + 1 else ""
-            raise GrammarError(
-                f"{name}, line {error.line}: expected Lark syntax, found {line.strip()!r}"
-            ) from None
-        for item in tree.children:
+        self.lines: dict[str, int] = {}
+        for item in (tree if separated == source else parse_source(separated, name)).children:
             self._add(item)
         if TEXT not in self.terminals:
             raise GrammarError(f"{name}: no terminal {TEXT}, expected e.g. {TEXT} : /(.|\\n)+/")
+        check_grammar(self.rules, self.terminals, self.lines, name)
         self._parsers: dict[str, Lark] = {}
 
     def _add(self, item: Tree[Token] | Token) -> None:
         line = item.meta.line if isinstance(item, Tree) else item.line
+        where = f"{self.name}, line {line}"
         if not isinstance(item, Tree) or item.data not in ("rule", "token"):
             what = item.data if isinstance(item, Tree) else item
+            raise GrammarError(f"{where}: {what} is not supported, expected rules and terminals only")
+        key = str(item.children[0])
+        if key in self.lines:
+            raise GrammarError(f"{where}: {key} is already defined in line {self.lines[key]}")
+        if key.startswith(("!", "?", "_")) or len(key) > 64:
             raise GrammarError(
-                f"{self.name}, line {line}: {what} is not supported, expected rules and terminals only"
+                f"{where}: {key[:64]}: expected a name of at most 64 characters that begins with a letter"
             )
         try:
-            key, expr = str(item.children[0]), ExpressionTransformer().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
+            expr = ExpressionTransformer().transform(item.children[-1])  # type: ignore[arg-type]  # always a tree
         except LarkError as error:
             cause = error.__context__ if isinstance(error.__context__, GrammarError) else error
-            raise GrammarError(f"{self.name}, line {line}: {cause}") from None
+            raise GrammarError(f"{where}: {cause}") from None
         if any(is_present(child) for child in item.children[1:-1]):
-            raise GrammarError(f"{self.name}, line {line}: templates and priorities are not supported")
+            raise GrammarError(f"{where}: templates and priorities are not supported")
+        self.lines[key] = line or 1
         if item.data == "rule":
             self.rules[key] = expr
         elif isinstance(expr, (StringLiteral, Regex)):
             self.terminals[key] = expr if isinstance(expr, StringLiteral) else expr.pattern
         else:
-            raise GrammarError(
-                f"{self.name}, line {line}: terminal {key}: expected one string or one regular expression"
-            )
+            raise GrammarError(f"{where}: terminal {key}: expected one string or one regular expression")
 
     @cached_property
     def tag_literals(self) -> tuple[str, ...]:
@@ -248,11 +252,14 @@ class Grammar:
 
     def opening_literal(self, rule: str) -> str:
         """Return the fixed text that a rule begins with; empty if there is none."""
-        expr = self.rules.get(rule)
-        first = expr.items[0] if isinstance(expr, SequenceExpr) else expr
-        if isinstance(first, SymbolRef) and first.name in self.rules:
-            return self.opening_literal(first.name)
-        return first.text if isinstance(first, StringLiteral) else ""
+        for _ in range(len(self.rules) + 1):  # a rule can begin with itself
+            expr = self.rules.get(rule)
+            first = next(iter(expr.items), None) if isinstance(expr, SequenceExpr) else expr
+            if isinstance(first, SymbolRef) and first.name in self.rules:
+                rule = first.name
+            else:
+                return first.text if isinstance(first, StringLiteral) else ""
+        return ""
 
     def parser(self, start: str) -> Lark:
         """Return the Lark parser (LALR, contextual lexer) of rule `start`. Its TEXT ends where a tag begins."""
@@ -268,8 +275,14 @@ class Grammar:
                     edit_terminals=self._exclude_tags,
                 )
             except LarkError as error:
-                raise GrammarError(f"{self.name}: {str(error).splitlines()[0]}") from error
+                raise GrammarError(f"{self._place_of(error)}: {str(error).splitlines()[0]}") from error
         return self._parsers[start]
+
+    def _place_of(self, error: LarkError) -> str:
+        """The file, and the line of the first rule that an error of Lark names."""
+        names = re.findall(r"<_*([a-z]\w*?)(?:_(?:star|plus)_\d+)? :", str(error))
+        line = next((self.lines[name] for name in names if name in self.lines), None)
+        return self.name if line is None else f"{self.name}, line {line}"
 
     def _exclude_tags(self, terminal: TerminalDef) -> None:
         if terminal.name == TEXT:
@@ -279,13 +292,7 @@ class Grammar:
 
 @lru_cache(maxsize=1024)  # called several times for every request
 def _closing_literal(grammar: Grammar, rule: str, number: str) -> str:
-    ends: set[str] = set()
-    for expr in _alternatives(grammar.rules[rule]) if rule in grammar.rules else ():
-        last = merge_tag_parts(expr.items if isinstance(expr, SequenceExpr) else (expr,), number)[-1]
-        if isinstance(last, SymbolRef) and last.name in grammar.rules:
-            ends.add(_closing_literal(grammar, last.name, number))
-        else:
-            ends.add(last.text if isinstance(last, StringLiteral) else "")
+    ends = _closing_literals(grammar, rule, number, set())
     if len(ends) > 1:
         raise GrammarError(
             f"{grammar.name}: rule {rule!r}: expected the same tag at the end of every alternative"
@@ -293,20 +300,34 @@ def _closing_literal(grammar: Grammar, rule: str, number: str) -> str:
     return ends.pop() if ends else ""
 
 
-def _declared_options(source: str, name: str) -> Iterator[tuple[str, str]]:
-    """The keys and values of lines of the form `//@ key value, key value`."""
-    for number, line in enumerate(source.splitlines(), 1):
+def _closing_literals(grammar: Grammar, rule: str, number: str, visited: set[str]) -> set[str]:
+    """The fixed texts at the ends of a rule's alternatives. Rules that were visited add nothing, so recursion ends."""
+    ends: set[str] = set()
+    if rule in visited or rule not in grammar.rules:
+        return ends
+    visited.add(rule)
+    for expr in _alternatives(grammar.rules[rule]):
+        items = merge_tag_parts(expr.items if isinstance(expr, SequenceExpr) else (expr,), number)
+        last = items[-1] if items else None
+        if isinstance(last, SymbolRef) and last.name in grammar.rules:
+            ends |= _closing_literals(grammar, last.name, number, visited)
+        else:
+            ends.add(last.text if isinstance(last, StringLiteral) else "")
+    return ends
+
+
+def _declared_options(source: str, name: str) -> Iterator[tuple[str, tuple[str, int]]]:
+    """The keys of lines of the form `//@ key value, key value`, each with its value and line."""
+    keys: set[str] = set()
+    for number, line in enumerate(source.split("\n"), 1):
         if line.startswith("//@"):
             for option in line[3:].split(","):
                 key, _, value = option.strip().partition(" ")
                 if not key or not value.strip():
                     raise GrammarError(
-                        f"{name}, line {number}: {option.strip()!r}, expected //@ key value, key value"
+                        f"{name}, line {number}: {option.strip()[:80]!r}, expected //@ key value, key value"
                     )
-                yield key, value.strip()
-
-
-def grammar_path(name: str) -> Path:
-    """Return the path of a built-in grammar file: inside the wheel, or next to the package in a checkout."""
-    inside = Path(str(files("sgl_apr"))) / "grammars" / f"{name}.lark"
-    return inside if inside.exists() else inside.parents[2] / "grammars" / f"{name}.lark"
+                if key in keys:
+                    raise GrammarError(f"{name}, line {number}: {key[:40]} is set twice")
+                keys.add(key)
+                yield key, (value.strip(), number)

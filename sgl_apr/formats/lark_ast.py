@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 
-from lark import Lark, Token, Transformer, Tree
+from lark import Token, Transformer, Tree
+from lark.exceptions import LarkError
+from lark.load_grammar import eval_escaping
 
 from sgl_apr.errors import GrammarError
 
@@ -78,10 +79,10 @@ class ExpressionTransformer(Transformer[Token, Expr]):
     def literal(self, children: list[Token]) -> Expr | Regex:
         token = children[0]
         if token.startswith('"') and token.endswith('"'):
-            return StringLiteral(_unescape(str(token)[1:-1]))
+            return StringLiteral(string_value(token))
         if token.startswith("/") and token.endswith("/"):
             if re.search(r"\(\?[=!<]", token):
-                raise GrammarError(f"look-around in {token} is not supported")
+                raise GrammarError(f"look-around in {token[:60]} is not supported")
             return Regex(str(token)[1:-1])
         raise GrammarError(f"flags in {token} are not supported")
 
@@ -103,8 +104,10 @@ class ExpressionTransformer(Transformer[Token, Expr]):
         return Repeat(children[0], min_count=0, unbounded=False)
 
     def expansion(self, children: list[Expr]) -> Expr:
-        items = tuple(c for c in children if c is not None)
-        return items[0] if len(items) == 1 else SequenceExpr(items)
+        items: list[Expr] = []
+        for child in (c for c in children if c is not None):
+            items += child.items if isinstance(child, SequenceExpr) else (child,)
+        return items[0] if len(items) == 1 else SequenceExpr(tuple(items))
 
     def alias(self, children: list[Expr | None]) -> Expr:
         if len(children) > 1 and children[1] is not None:
@@ -118,6 +121,23 @@ class ExpressionTransformer(Transformer[Token, Expr]):
         raise GrammarError(f"{data} is not supported")
 
 
+def string_value(token: Token) -> str:
+    """Return the text of a string in a grammar file, with the escape sequences that Lark knows.
+
+    Raises:
+        GrammarError: The string is empty, or has an escape sequence that is not valid.
+    """
+    try:
+        text = str(eval_escaping(token[1:-1])).replace("\\\\", "\\")
+    except (LarkError, ValueError):
+        raise GrammarError(f"{token[:60]} has an escape sequence that is not valid") from None
+    if not text:
+        raise GrammarError('an empty string "" is not supported, expected ? after what can be missing')
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise GrammarError(f"{token[:60]} has half of a surrogate pair, which UTF-8 cannot encode")
+    return text
+
+
 def is_present(child: Tree[Token] | Token | None) -> bool:
     """Whether the file has an optional part of a rule's head (modifier, parameters, priority)."""
     return any(map(is_present, child.children)) if isinstance(child, Tree) else child is not None
@@ -127,13 +147,3 @@ def _expr(item: object) -> Expr:
     if isinstance(item, (StringLiteral, SymbolRef, SequenceExpr, Alt, Repeat, Regex)):
         return item  # type: ignore[return-value]  # a Regex only occurs as a complete terminal
     raise GrammarError(f"{item} is not supported")
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t", "r": "\r"}.get(m[1], m[1]), text)
-
-
-@lru_cache(maxsize=1)
-def lark_meta_parser() -> Lark:
-    """Return a parser of grammar files, made from the grammar that Lark ships for them."""
-    return Lark.open_from_package("lark", "lark.lark", ["grammars"], parser="lalr", propagate_positions=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
@@ -35,8 +36,12 @@ class Preset:
     instruction: str
     prompt_source: str
     sources: tuple[str, ...]
-    sampling: Mapping[str, float] = field(default_factory=lambda: NO_SAMPLING)
+    sampling: Mapping[str, float] = field(default_factory=lambda: NO_SAMPLING, hash=False)
     verbatim: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields, with `sampling` as a dict, because a read-only mapping cannot be pickled."""
+        return {**self.__dict__, "sampling": dict(self.sampling)}
 
     @property
     def join(self) -> JoinMethod:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple, NoReturn, get_args
 
 from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
 from lark.lexer import PatternStr
@@ -163,6 +163,15 @@ def error_at(text: str, offset: int, found: str, expected: list[str]) -> TraceEr
     """Return a `TraceError` with the line and column of an offset in characters."""
     line = text.count("\n", 0, offset) + 1
     return TraceError(line, offset - (text.rfind("\n", 0, offset) + 1) + 1, found, expected)
+
+
+def raise_on_defect(text: str) -> Callable[[str, int, int, str], NoReturn]:
+    """Return a reporter of defects that raises `TraceError` for the first one."""
+
+    def raise_(name: str, start: int, end: int, expected: str) -> NoReturn:
+        raise error_at(text, start, text[start:end], [expected])
+
+    return raise_
 
 
 def _trace_error(parser: Lark, error: UnexpectedInput, text: str) -> TraceError:

@@ -11,6 +11,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.formats import dialects
+from sgl_apr.formats.entry_points import load_entry_point
 from tests.support.masked_sampler import Masked, SampledEngine
 from tests.support.paths import DOCS
 
@@ -63,13 +64,13 @@ def test_an_entry_point_is_found_by_name(debate: apr.Dialect, monkeypatch: pytes
     point = EntryPoint("debate", "my_package:debate", dialects.ENTRY_POINT_GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: debate)
     monkeypatch.setattr(dialects, "installed_entry_points", lambda group: (point,))
-    dialects.dialect.cache_clear()
+    load_entry_point.cache_clear()
     try:
         assert apr.dialect("debate") is debate
         assert "debate" in apr.dialect_names()
         monkeypatch.setattr(EntryPoint, "load", lambda self: "no dialect")
-        dialects.dialect.cache_clear()
+        load_entry_point.cache_clear()
         with pytest.raises(apr.GrammarError, match="expected a Dialect"):
             apr.dialect("debate")
     finally:
-        dialects.dialect.cache_clear()
+        load_entry_point.cache_clear()

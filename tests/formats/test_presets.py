@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 import sgl_apr as apr
@@ -44,3 +47,13 @@ def test_a_tokenizer_without_all_tags_has_no_dialect():
     )
     without = [t for t in tags if "Conclusion" not in t]
     assert apr.dialect_for(apr.ByteTokenizer(without)) is apr.dialect("threadweaver")
+
+
+def test_a_preset_can_be_pickled_copied_and_hashed():
+    for name in ("npr", "threadweaver"):
+        original = apr.preset(name)
+        restored = pickle.loads(pickle.dumps(original))
+        assert restored == original
+        assert restored.sampling == original.sampling
+        assert hash(restored) == hash(original)
+        assert copy.deepcopy(original) == original

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar, merge_tag_parts
+from sgl_apr.formats.grammar_checks import check_expansion
 from sgl_apr.formats.lark_ast import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
 from sgl_apr.formats.masks.llguidance import LlguidanceWriter
 from sgl_apr.formats.masks.writer import (
@@ -85,6 +86,7 @@ def lower_document(
             f"{grammar.name}: a complete document supports the options width, min_width, first_number, depth and "
             "forbid_angle_brackets only"
         )
+    check_expansion(grammar.rules, rule, grammar.name)
     writer = _DocumentWriter(grammar, tokenizer, options)
     try:
         return writer.write(writer.alternatives(SymbolRef(rule), DocumentContext(options.depth)))

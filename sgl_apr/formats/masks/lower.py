@@ -39,3 +39,23 @@ def lower(
     if backend not in WRITERS:
         raise GrammarError(f"no grammar backend {backend!r}, expected {' or '.join(WRITERS)}")
     return WRITERS[backend](grammar, tokenizer, options).write(alternatives(grammar, phase, options))
+
+
+def check_widths(name: str, options: MaskOptions, max_width: int, max_depth: int) -> None:
+    """Check that a dialect allows the widths and the depth of a mask.
+
+    Args:
+        name: The name of the dialect.
+        options: What the request can decode.
+        max_width: The highest number of branches of the dialect.
+        max_depth: How deep its blocks can nest.
+
+    Raises:
+        GrammarError: It does not allow them.
+    """
+    if not 1 <= options.min_width <= options.width <= max_width:
+        raise GrammarError(
+            f"{name}: width {options.min_width} to {options.width}, expected within 1 to {max_width}"
+        )
+    if not 1 <= options.depth <= max_depth:
+        raise GrammarError(f"{name}: depth {options.depth}, expected within 1 to {max_depth}")

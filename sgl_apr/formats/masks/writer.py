@@ -12,6 +12,7 @@ from typing import Literal
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar, merge_tag_parts
+from sgl_apr.formats.grammar_checks import check_expansion
 from sgl_apr.formats.lark_ast import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
 from sgl_apr.tokenizer import Tokenizer
 
@@ -90,6 +91,7 @@ def alternatives(grammar: Grammar, phase: str, options: MaskOptions) -> list[Fla
     Raises:
         GrammarError: The options allow nothing.
     """
+    check_expansion(grammar.rules, phase, grammar.name)
     flats = list(dict.fromkeys(_flatten(grammar, SymbolRef(phase))))
     if options.fork != "auto":
         flats = [f for f in flats if (FORK in f) == (options.fork == "required")]
