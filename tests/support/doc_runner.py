@@ -33,6 +33,7 @@ import pytest
 from sgl_apr.cli import main as cli
 from sgl_apr.formats.grammar import Grammar
 from sgl_apr.server.api.config import parse_api_arguments
+from sgl_apr.server.launch.secret_options import SECRET_OPTIONS
 from sgl_apr.training.models import locate_model
 from tests.support.paths import DOCS, ROOT
 
@@ -215,7 +216,8 @@ def checked(words: list[str], block: Block) -> str:
     match words:
         case ["sgl-apr", "serve", *rest]:
             _, left = parse_api_arguments(rest)
-            unknown = {w.partition("=")[0] for w in left if w.startswith("--")} - sglang_flags()
+            known_flags = sglang_flags() | {option.file_flag for option in SECRET_OPTIONS}
+            unknown = {w.partition("=")[0] for w in left if w.startswith("--")} - known_flags
         case ["sgl-apr", *rest]:
             try:
                 cli.build_parser().parse_args(rest)
