@@ -3,10 +3,15 @@
 SGLang's scheduler aborts every request whose id begins with the given one. Clients choose ids, and a request is also
 aborted when its client leaves. So a client that calls its request "a" and leaves would end the requests of all others
 that begin with "a".
+
+SGLang also aborts the id of a request two seconds after its response, whatever request then has that id. So a client
+that sends a running id, which is refused, would end the request that has it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +22,7 @@ from sgl_apr.server.hooks import hook_after, hook_around
 # No id of a client begins with it: `check_request_id` rejects control characters.
 _HIDDEN = "\x00"
 MAX_REQUEST_ID_LENGTH = 256
+ABORT_DELAY_S = 2.0  # SGLang's own
 
 _requests: weakref.WeakSet[Any] = (
     weakref.WeakSet()
@@ -28,6 +34,8 @@ def register_hooks() -> None:
     hook_after("sglang.srt.managers.schedule_batch:Req.__init__", ["rid"], _track)
     scheduler = "sglang.srt.managers.scheduler:Scheduler.abort_request"
     hook_around(scheduler, ["recv_req"], abort_exact_request)
+    manager = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+    hook_around(f"{manager}.create_abort_task", ["obj"], _create_abort_task)
     receiver = "sglang.srt.disaggregation.encoder.receiver:MMReceiverBase.abort_waiting_requests"
     hook_around(receiver, ["recv_req"], _abort_waiting_request)
     hook_after(
@@ -90,6 +98,30 @@ def check_request_id(rid: object) -> None:
         raise ValueError(
             f"rid: found {found}, expected a string of 1 to {MAX_REQUEST_ID_LENGTH} printable characters"
         )
+
+
+def _create_abort_task(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Return SGLang's task, which sees only the ids that are still those of the request."""
+    tasks = original(manager, request)
+    for task in tasks.tasks:
+        task.func = functools.partial(abort_own_requests, manager, request)
+        task.is_async = True
+    return tasks
+
+
+async def abort_own_requests(manager: Any, request: Any) -> None:
+    """Abort what is left of a request after its response, unless another request has its id by then.
+
+    Args:
+        manager: SGLang's `TokenizerManager`.
+        request: The `GenerateReqInput`, normalized.
+    """
+    await asyncio.sleep(ABORT_DELAY_S)
+    parts = [request] if request.is_single else [request[i] for i in range(len(request.rid))]
+    for part in parts:
+        state = manager.rid_to_state.get(part.rid)
+        if state is not None and state.obj is part:
+            manager.abort_request(part.rid)
 
 
 def _check_request(result: Any, request: Any) -> None:

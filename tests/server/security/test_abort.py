@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -14,6 +15,19 @@ from sgl_apr.server.security.abort import MAX_REQUEST_ID_LENGTH, check_request_i
 class Request:
     rid: str
     aborted: bool = field(default=False)
+
+
+@dataclass(eq=False)
+class Part:
+    rid: str
+    is_single: bool = True
+
+
+class Batch(list[Part]):
+    """A request with several prompts."""
+
+    is_single = False
+    rid = ("a", "b")
 
 
 @pytest.mark.parametrize("rid", ["a", "ab", "abc", "", "x"])
@@ -67,6 +81,22 @@ def test_the_scheduler_ends_one_request_of_three(monkeypatch: pytest.MonkeyPatch
     assert [r.aborted for r in requests] == [True, False, True]
     abort.abort_exact_request(sglang, None, SimpleNamespace(rid="", abort_all=True))
     assert all(r.aborted for r in requests)
+
+
+@pytest.mark.parametrize("is_single", [True, False])
+def test_what_is_left_of_a_request_is_aborted_but_not_another_with_its_id(
+    is_single: bool, monkeypatch: pytest.MonkeyPatch
+):
+    from sgl_apr.server.security import abort
+
+    monkeypatch.setattr(abort, "ABORT_DELAY_S", 0.0)
+    aborted: list[str] = []
+    parts = [Part(rid="a"), Part(rid="b")]
+    request = parts[0] if is_single else Batch(parts)
+    states = {"a": SimpleNamespace(obj=parts[0]), "b": SimpleNamespace(obj=Part(rid="b"))}
+    manager = SimpleNamespace(rid_to_state=states, abort_request=aborted.append)
+    asyncio.run(abort.abort_own_requests(manager, request))
+    assert aborted == ["a"]
 
 
 @pytest.mark.parametrize("rid", ["", "a\nb", "a\x00", "x" * (MAX_REQUEST_ID_LENGTH + 1), 5, None, "\x1b[2J"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -18,8 +20,9 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.engine.http import HttpEngine
+from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.launcher import Server
-from tests.support.processes import in_session
+from tests.support.processes import SERVE, in_session, until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -49,17 +52,19 @@ def send(url: str, path: str, key: str | None, body: dict[str, Any] | None = Non
 def keyed(forked_server: type[Server], untagged: Path) -> Iterator[Server]:
     """A server with both keys, of which nothing may be left."""
     before = leftovers()
-    threads, descriptors = threading.active_count(), psutil.Process().num_fds()
     log = untagged / "keyed.log"
     keys = {"api_key": KEY, "admin_api_key": ADMIN_KEY}
-    with forked_server(untagged, log_path=log, max_total_tokens=2048, context_length=512, **keys) as server:
-        folder = next(name for name in leftovers() - before if name.startswith("sgl-apr-server-"))
-        pid = server.pid
-        yield server
+    server = forked_server(untagged, log_path=log, max_total_tokens=2048, context_length=512, **keys)
+    server.start()
+    (folder,) = {name for name in leftovers() - before if name.startswith("sgl-apr-server-")}
+    assert {name for name in leftovers() - before if name.startswith("sglang_load") and folder in name}
+    yield server
+    threads, descriptors, pid = threading.active_count(), psutil.Process().num_fds(), server.pid
+    server.stop()
     assert not in_session(pid)
-    assert not {name for name in leftovers() - before if folder in name}
-    assert threading.active_count() <= threads
-    assert psutil.Process().num_fds() <= descriptors
+    assert not {name for name in leftovers() if folder in name}
+    assert threading.active_count() == threads - 1
+    assert psutil.Process().num_fds() <= descriptors - 4  # a socket, a pipe, the lock and the log
 
 
 def test_no_answer_has_a_key(keyed: Server):
@@ -68,7 +73,7 @@ def test_no_answer_has_a_key(keyed: Server):
     assert {"/server_info", "/get_server_info", "/model_info", "/v1/models"} <= set(paths)
     risky = {"/health_generate", "/flush_cache"}
     for path in sorted(set(paths) - risky):
-        for key in (KEY, None):
+        for key in (KEY, None, "\xe9"):
             status, text = send(keyed.url, path, key)
             assert status < 500 or path.startswith("/health")
             assert [k for k in (KEY, ADMIN_KEY) if k in text] == [], path
@@ -92,7 +97,7 @@ def test_the_log_and_the_command_lines_have_no_key(keyed: Server):
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("GET", "/health", (None, KEY, ADMIN_KEY)),
+        ("GET", "/health", (None, KEY, ADMIN_KEY, "wrong")),
         ("GET", "/model_info", (KEY,)),
         ("GET", "/server_info", (KEY,)),
         ("GET", "/v1/models", (KEY,)),
@@ -109,7 +114,7 @@ def test_the_log_and_the_command_lines_have_no_key(keyed: Server):
 def test_who_may_do_what(keyed: Server, method: str, path: str, allowed: tuple[str | None, ...]):
     """The table of `docs/security.md`. The bodies are invalid, so that nothing is done."""
     body = {"rid": 5, "flush": "x"} if method == "POST" and path != "/flush_cache" else None
-    for key in (None, KEY, ADMIN_KEY, "wrong", "\xe9"):
+    for key in (None, KEY, ADMIN_KEY, "wrong"):
         status, _ = send(keyed.url, path, key, {} if body is None and method == "POST" else body)
         assert (status not in (401, 403)) == (key in allowed), (key, status)
 
@@ -139,7 +144,7 @@ async def no_id_ends_the_requests_of_others(server: Server) -> None:
     options: dict[str, Any] = {
         "mode": "parallel",
         "temperature": 0,
-        "budget": apr.Budget(tokens=192, width=2),
+        "budget": apr.Budget(tokens=400, width=2),
     }
     async with (
         await HttpEngine.connect(server.url) as engine,
@@ -174,8 +179,8 @@ async def an_id_ends_its_own_request_and_a_running_id_is_refused(server: Server)
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{server.url}/generate", json=ATTACK | {"rid": "mine-1"}) as response:
             await response.content.readline()
-            status = (await session.post(f"{server.url}/generate", json=ATTACK | {"rid": "mine-1"})).status
-            assert status == 400
+            duplicate = await session.post(f"{server.url}/generate", json=ATTACK | {"rid": "mine-1"})
+            assert "Duplicate request ID" in await duplicate.text()
             await session.post(f"{server.url}/abort_request", json={"rid": "mine-"})  # no request has this id
             chunks = [await response.content.readline() for _ in range(4)]
             assert not any(b'"abort"' in chunk for chunk in chunks)
@@ -190,3 +195,72 @@ async def an_id_ends_its_own_request_and_a_running_id_is_refused(server: Server)
         batch = {"text": ["x", "y"], "rid": "batch", "sampling_params": {"max_new_tokens": 3, "n": 2}}
         async with session.post(f"{server.url}/generate", json=batch) as response:
             assert len(await response.json()) == 4
+
+
+@pytest.mark.slow
+def test_a_refused_id_does_not_end_the_request_that_has_it(server: Server):
+    """SGLang would abort the id two seconds after the response to the refused request."""
+
+    async def attack() -> bytes:
+        body = ATTACK | {"rid": "victim"}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{server.url}/generate", json=body) as response,
+        ):
+            await response.content.readline()
+            duplicate = await session.post(f"{server.url}/generate", json=body)
+            assert "Duplicate request ID" in await duplicate.text()
+            return await response.content.read()
+
+    assert b'"type":"length"' in asyncio.run(attack())
+
+
+@pytest.mark.slow
+def test_five_starts_and_stops_leave_nothing(forked_server: type[Server], untagged: Path, tmp_path: Path):
+    before = leftovers() | {path.name for path in TEMPORARY[0].glob("tmp*")}
+    threads, descriptors = threading.active_count(), psutil.Process().num_fds()
+    for ending in (signal.SIGTERM, signal.SIGKILL, None, None, None):
+        server = forked_server(untagged, log_path=tmp_path / "log", max_total_tokens=2048, context_length=512)
+        with server:
+            pid = server.pid
+            assert (
+                send(server.url, "/generate", None, {"text": "x", "sampling_params": {"max_new_tokens": 2}})[
+                    0
+                ]
+                == 200
+            )
+            if ending is not None:
+                os.kill(pid, ending)
+                until(lambda pid=pid: pid not in in_session(pid))
+        until(lambda pid=pid: not in_session(pid))
+    assert leftovers() | {path.name for path in TEMPORARY[0].glob("tmp*")} <= before
+    assert (threading.active_count(), psutil.Process().num_fds()) <= (threads, descriptors)
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_nothing(untagged: Path):
+    before = leftovers()
+    port = str(preflight.free_port())
+    command = [
+        *SERVE,
+        "--model",
+        str(untagged),
+        "--port",
+        port,
+        "--max-total-tokens",
+        "2048",
+        "--api-key",
+        KEY,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline().startswith("sgl-apr ready")
+        (child,) = psutil.Process(launcher.pid).children()
+        commands = [
+            p.cmdline() for p in (psutil.Process(launcher.pid), child, *child.children(recursive=True))
+        ]
+        assert KEY not in str(commands)
+        assert leftovers() - before
+        launcher.kill()
+    until(lambda: not in_session(child.pid))
+    assert leftovers() <= before
