@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -348,6 +349,38 @@ def test_a_body_that_is_no_object(server: Server, body: bytes):
     answer = requests.post(server.url + OWN, body, timeout=30)
     assert answer.status_code == 400
     assert "the body" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/generate"])
+def test_a_body_of_a_wrong_type_is_a_bad_request(server: Server, path: str):
+    bodies = [
+        "null",
+        "[]",
+        '"x"',
+        "5",
+        "{",
+        "[" * 900 + "]" * 900,
+        '{"model": [], "prompt": {}, "messages": 5, "text": 5}',
+    ]
+    bodies += [
+        json.dumps({**BASE.get(path, {"text": "Q"}), "response_format": value}) for value in (True, 1, [1])
+    ]
+    headers = {"Content-Type": "application/json"}
+    for body in bodies[:-3] if path != CHAT else bodies:
+        answer = requests.post(server.url + path, body, headers=headers, timeout=30)
+        assert answer.status_code == 400, (body[:60], answer.text)
+
+
+def test_a_long_prompt_is_refused_at_once(server: Server):
+    headers = {"Content-Type": "application/json"}
+    keys = "{" + ", ".join(f'"key{n}": 1' for n in range(300_000)) + "}"
+    bodies = [json.dumps({"prompt": "word " * 1_500_000}), json.dumps({"input_ids": [1] * 2_000_000}), keys]
+    for body in bodies:
+        start = time.monotonic()
+        answer = requests.post(server.url + OWN, body, headers=headers, timeout=60)
+        assert answer.status_code in (400, 413), answer.text
+        assert len(answer.text) < 700
+        assert time.monotonic() - start < 5.0
 
 
 BAD_VALUES = [

@@ -20,6 +20,8 @@ from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOp
 from sgl_apr.server.api.options import OptionsParser, ReasonRequest
 from sgl_apr.server.launch.launcher import serve
 from sgl_apr.server.launch.usage import UsageError
+from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.models import builtin_path
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
 from tests.support.masked_sampler import SampledEngine, masked
 
@@ -90,6 +92,87 @@ WRONG = [
 def test_what_is_wrong_is_said(options, kind, message):
     with pytest.raises(kind, match=message):
         parse(options)
+
+
+LONG_VALUES = [
+    {"policy": "quorum:" + "9" * 5000},
+    {"policy": "deadline:" + "9" * 5000},
+    {"policy": "9" * 100_000},
+    {"mode": "x" * 10**6},
+    {"dialect": "x" * 10**6},
+    {"x" * 10**6: 1},
+    {"sampling": {"x" * 10**6: 1}},
+    {"logit_bias": {"9" * 5000: 1}},
+    {"budget": {"tokens": 10**5000}},
+    {"budget": json.loads("[" * 900 + "]" * 900)},
+    {"seed": {str(k): [k] for k in range(10**5)}},
+    {str(k): k for k in range(300_000)},
+]
+
+
+@pytest.mark.parametrize("options", LONG_VALUES, ids=lambda o: next(iter(o))[:10])
+def test_a_long_value_is_refused_in_one_short_line_at_once(options: dict):
+    start = time.perf_counter()
+    with pytest.raises(apr.AprError) as error:
+        parse(options)
+    assert time.perf_counter() - start < 1.0
+    assert len(str(error.value)) < 700
+    assert "\n" not in str(error.value)
+
+
+# Prompts
+
+
+class NeverEncodes(apr.ByteTokenizer):
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        raise AssertionError("encoded")
+
+
+class NeverRead(list):
+    def __iter__(self):
+        raise AssertionError("read")
+
+
+def test_the_length_of_a_prompt_is_checked_before_it_is_read():
+    parser = OptionsParser(NO_LIMITS, NeverEncodes(), 2000, 300, max_token_chars=4)
+    with pytest.raises(
+        apr.BudgetExceeded, match="the prompt has 8001 characters, expected at most 8000: the context"
+    ):
+        parser.parse(ReasonRequest("x" * 8001, {}))
+    with pytest.raises(
+        apr.BudgetExceeded, match="the prompt has 2000 tokens, expected at most 1999: the context"
+    ):
+        parser.parse(ReasonRequest(NeverRead([1] * 2000), {}))
+    with pytest.raises(AssertionError, match="encoded"):
+        parser.parse(ReasonRequest("x" * 8000, {}))
+
+
+@pytest.mark.parametrize("prompt", [None, 5, True, {}, [], [[1]], [1, "x"], [1, True], [1.0], ""])
+def test_what_is_no_prompt_is_refused(prompt):
+    with pytest.raises(apr.AprError, match=r"expected .*text, or a list of token ids"):
+        OptionsParser(NO_LIMITS, apr.ByteTokenizer(), 2000, 300).parse(ReasonRequest(prompt, {}))
+
+
+def test_others_run_while_a_long_prompt_is_encoded():
+    """In a thread, and without the lock of the interpreter."""
+    tokenizer = HfTokenizer(builtin_path())
+    prompt = " 24: 3 7 8 12" * 40_000
+    parser = OptionsParser(NO_LIMITS, tokenizer, 10**7, 10**6, tokenizer.max_token_chars)
+
+    async def longest_pause() -> tuple[float, float]:
+        start = time.perf_counter()
+        task = asyncio.create_task(parser.parse_in_thread(ReasonRequest(prompt, {"dialect": "threadweaver"})))
+        pause, last = 0.0, start
+        while not task.done():
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            pause, last = max(pause, now - last), now
+        ids, _ = await task
+        assert len(ids) > 10**5
+        return pause, time.perf_counter() - start
+
+    pause, total = asyncio.run(longest_pause())
+    assert pause < max(0.5 * total, 0.1)
 
 
 # Values that would end SGLang's scheduler, or that it refuses. The vocabulary of `parse` has 300 token ids.

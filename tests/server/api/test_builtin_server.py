@@ -1,4 +1,4 @@
-"""A width holds over HTTP even if the client switches the grammar off."""
+"""What the built-in model shows over HTTP: it forks without a grammar, and has no chat template."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ def test_the_width_holds_without_the_grammar(solver: Server):
     narrow = widths(solver, {"budget": {**budget, "width": 2}})
     assert narrow
     assert max(narrow) == 2
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "options", [{}, {"apr": {}}, {"apr": {}, "stream": True}], ids=["stock", "apr", "stream"]
+)
+def test_a_chat_needs_a_chat_template(solver: Server, options: dict):
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, **options}
+    response = requests.post(f"{solver.url}/v1/chat/completions", json=body, timeout=30)
+    assert response.status_code == 400
+    for text in ("no chat template", "/v1/completions", "--chat-template"):
+        assert text in response.text
 
 
 def test_the_operators_width_is_that_of_a_request_without_the_grammar():
