@@ -35,7 +35,7 @@ def parse_layout(text: str, tokens: int) -> Layout:
     """
     try:
         sequence = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         raise LayoutError("expected a layout as JSON") from None
     items_left = MAX_ITEMS
 
@@ -52,6 +52,8 @@ def parse_layout(text: str, tokens: int) -> Layout:
                 if not item:
                     raise LayoutError("expected a branch in every block")
                 items_left -= len(item)
+                if items_left < 0:
+                    raise LayoutError(f"expected at most {MAX_ITEMS} runs, blocks and branches")
                 total += sum(count_tokens(branch, depth + 1) for branch in item)
             elif type(item) is int and 0 <= item <= tokens:
                 total += item
@@ -61,7 +63,8 @@ def parse_layout(text: str, tokens: int) -> Layout:
 
     if (total := count_tokens(sequence, 0)) != tokens:
         raise LayoutError(f"the layout has {total} tokens, expected the {tokens} of the prompt")
-    if not sequence or type(sequence[-1]) is not int or sequence[-1] < 1 or len(sequence) < 2:
+    has_block = any(isinstance(item, list) for item in sequence)
+    if not has_block or type(sequence[-1]) is not int or sequence[-1] < 1:
         raise LayoutError("expected a block, and at least one token after the last block")
     return sequence  # type: ignore[no-any-return]  # as checked
 
@@ -81,12 +84,19 @@ def extend_layout(joined: Layout, tokens: int) -> Layout | None:
 
     Args:
         joined: The layout of the beginning; empty if nothing is joined.
-        tokens: The number of tokens of the whole prompt.
+        tokens: The number of tokens of the complete prompt.
 
     Returns:
         The layout, or None if nothing is joined.
+
+    Raises:
+        LayoutError: The prompt is shorter than its beginning.
     """
-    return (*joined, tokens - token_count(joined)) if joined else None
+    if not joined:
+        return None
+    if (rest := tokens - token_count(joined)) < 0:
+        raise LayoutError(f"the prompt has {tokens} tokens, expected at least {tokens - rest}")
+    return (*joined, rest)
 
 
 def join_branches(before: Layout, fork: int, branches: Sequence[tuple[Layout, int]]) -> Layout | None:
@@ -104,7 +114,7 @@ def join_branches(before: Layout, fork: int, branches: Sequence[tuple[Layout, in
     sequences: list[Layout] = []
     run = fork - token_count(before)
     for joined, tokens in branches:
-        if tuple(joined[: len(before)]) != tuple(before):
+        if tuple(joined[: len(before)]) != tuple(before) or tokens < token_count(joined):
             return None
         layout = extend_layout(joined, tokens) or (tokens,)
         first, *rest = layout[len(before) :]
