@@ -63,6 +63,11 @@ def counts(trajectory: apr.Trajectory, phase: str = "") -> list[tuple]:
     )
 
 
+def test_it_leaves_no_files(report: dict):
+    assert report["files_while_running"] >= 3
+    assert report["files_after"] == []
+
+
 def test_events_come_as_they_do_over_http(report: dict, by_http: list[apr.Trajectory]):
     assert report["deltas"] == sorted(by_http[0].text)
 

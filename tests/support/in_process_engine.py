@@ -6,12 +6,20 @@ import asyncio
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 import sgl_apr as apr
 from sgl_apr.engine.in_process import InProcessEngine
+from sgl_apr.server.launch.server_folder import LOCK_NAME
+
+
+def files_of(folder: Path) -> list[str]:
+    """The temporary folder of an engine with its files, and its segments of shared memory."""
+    segments = Path("/dev/shm").glob(f"*{folder.name}*")
+    return [str(path) for path in (*folder.parent.glob(f"{folder.name}*"), *folder.glob("*"), *segments)]
 
 
 def main(arguments: dict[str, Any]) -> None:
@@ -19,6 +27,9 @@ def main(arguments: dict[str, Any]) -> None:
     seen: dict[str, Any] = {}
     with apr.LocalEngine.launch(arguments["model"]) as engine:
         seen["children"] = len(children())
+        (lock,) = {file.path for file in psutil.Process().open_files() if Path(file.path).name == LOCK_NAME}
+        folder = Path(lock).parent
+        seen["files_while_running"] = len(files_of(folder))
         seen["trajectories"] = [
             engine.run(p, "threadweaver", budget=budget, **options).to_json() for p in arguments["prompts"]
         ]
@@ -48,6 +59,7 @@ def main(arguments: dict[str, Any]) -> None:
         seen["inside"] = engine.wait(inside(engine))
         seen["load"] = asdict(engine.wait(engine.load()))
     seen["children_after"] = children()
+    seen["files_after"] = files_of(folder)
     print("\n" + json.dumps(seen))
 
 

@@ -17,7 +17,7 @@ from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.defaults import as_flags
 from sgl_apr.server.launch.help import help_text
 from sgl_apr.server.launch.process import ReadyMessage, ServerProcess
-from sgl_apr.server.launch.secret_options import hide_secrets_of_command_line
+from sgl_apr.server.launch.secret_options import hide_secrets_of_command_line, take_secrets
 from sgl_apr.server.launch.usage import UsageError
 from sgl_apr.views.printable import printable
 
@@ -79,6 +79,7 @@ class Server:
             LaunchError: The server did not start. None of its processes is left.
         """
         request = preflight.read_arguments(self._argv)
+        take_secrets(self._argv)  # so that a mistake is reported before anything is started
         environment = preflight.check_launch(request)
         reserved, log = preflight.reserve_port(request), self._open_log()
         process = ServerProcess(self._argv, environment, log, self.popen)
@@ -152,6 +153,7 @@ def serve(argv: Sequence[str]) -> int:
 
 def _serve(argv: Sequence[str], log: BinaryIO) -> NoReturn:
     request = preflight.read_arguments(argv)
+    take_secrets(argv)
     environment = preflight.check_launch(request)
     reserved = preflight.reserve_port(request)
     process = ServerProcess(argv, environment, log)

@@ -140,13 +140,13 @@ class SecurityCheck:
     def _cors(self) -> SecurityFinding:
         name = "foreign pages (CORS)"
         preflight = {"Origin": FOREIGN_SITE, "Access-Control-Request-Method": "POST"}
-        asked = self._http.send(
+        allowed = self._http.send(
             "/generate",
             headers=preflight | {"Access-Control-Request-Headers": "content-type"},
             method="OPTIONS",
         )
         read = self._http.send("/v1/models", headers={"Origin": FOREIGN_SITE})
-        for answer in (asked, read):
+        for answer in (allowed, read):
             origin = answer.headers.get("access-control-allow-origin")
             credentials = answer.headers.get("access-control-allow-credentials") == "true"
             if origin in ("*", FOREIGN_SITE) and (credentials or not self._needs_key):
@@ -267,7 +267,8 @@ def _find_keys(answer: Any, api_key: str | None) -> tuple[set[str], bool]:
                     leaked.add(name)
             inner, inner_redacted = _find_keys(value, api_key)
             redacted |= inner_redacted
-            leaked |= {f"{name}.{place}" if place else name for place in inner}
+            if name not in leaked:
+                leaked |= {f"{name}.{place}" if place else str(name) for place in inner}
     elif isinstance(answer, list):
         for value in answer:
             inner, inner_redacted = _find_keys(value, api_key)

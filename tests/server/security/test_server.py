@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -19,7 +20,9 @@ import psutil
 import pytest
 
 import sgl_apr as apr
+from sgl_apr.cli.main import main
 from sgl_apr.engine.http import HttpEngine
+from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.launcher import Server
 from tests.support.processes import SERVE, in_session, until
@@ -29,6 +32,12 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 KEY, ADMIN_KEY = "ordinary-key-7f3a91", "admin-key-c2d80e"
 TEMPORARY = tuple(map(Path, (os.environ.get("TMPDIR", "/tmp"), "/dev/shm")))
 ATTACK = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 900, "ignore_eos": True}}
+
+
+FAULTS = (
+    "open without a key", "keys in answers", "foreign pages (CORS)", "foreign Host", "size of a body", "length of a prompt",
+    "n", "stop_regex", "logit_bias", "top_k", "token ids", "ids of requests", "half-sent bodies",
+)  # fmt: skip
 
 
 def leftovers() -> set[str]:
@@ -53,8 +62,8 @@ def keyed(forked_server: type[Server], untagged: Path) -> Iterator[Server]:
     """A server with both keys, of which nothing may be left."""
     before = leftovers()
     log = untagged / "keyed.log"
-    keys = {"api_key": KEY, "admin_api_key": ADMIN_KEY}
-    server = forked_server(untagged, log_path=log, max_total_tokens=2048, context_length=512, **keys)
+    options = {"api_key": KEY, "admin_api_key": ADMIN_KEY, "apr_body_timeout": 1}
+    server = forked_server(untagged, log_path=log, max_total_tokens=4096, context_length=2048, **options)
     server.start()
     (folder,) = {name for name in leftovers() - before if name.startswith("sgl-apr-server-")}
     assert {name for name in leftovers() - before if name.startswith("sglang_load") and folder in name}
@@ -97,7 +106,7 @@ def test_the_log_and_the_command_lines_have_no_key(keyed: Server):
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("GET", "/health", (None, KEY, ADMIN_KEY, "wrong")),
+        ("GET", "/metrics", (None, KEY, ADMIN_KEY, "wrong")),
         ("GET", "/model_info", (KEY,)),
         ("GET", "/server_info", (KEY,)),
         ("GET", "/v1/models", (KEY,)),
@@ -117,6 +126,67 @@ def test_who_may_do_what(keyed: Server, method: str, path: str, allowed: tuple[s
     for key in (None, KEY, ADMIN_KEY, "wrong"):
         status, _ = send(keyed.url, path, key, {} if body is None and method == "POST" else body)
         assert (status not in (401, 403)) == (key in allowed), (key, status)
+
+
+def test_the_doctor_finds_no_fault(
+    keyed: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SGL_APR_API_KEY", KEY)
+    assert main(["doctor", "--security", "--url", keyed.url, "--body-wait", "10", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    states = {finding["name"]: finding["state"] for finding in report["findings"]}
+    assert report["ok"]
+    assert states == dict.fromkeys(FAULTS, "pass")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(has_accelerator(), reason="the server of this test uses a CPU")
+def test_the_doctor_finds_the_faults_of_a_stock_server(untagged: Path, capsys: pytest.CaptureFixture[str]):
+    """A server without the plugin has them. It still answers afterwards."""
+    port = str(preflight.free_port())
+    flags = {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch", "--dtype": "float32",
+             "--max-total-tokens": "4096", "--grammar-backend": "none", "--cuda-graph-backend-decode": "disabled",
+             "--cuda-graph-backend-prefill": "disabled"}  # fmt: skip
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(untagged), "--port", port]
+    command += [argument for pair in flags.items() for argument in pair]
+    environment = os.environ | {"SGLANG_PLUGINS": "torch_cpu"}
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        [*command, "--admin-api-key", ADMIN_KEY], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as stock:  # fmt: skip
+        try:
+            until(lambda: is_healthy(url), 300)
+            assert main(["doctor", "--security", "--url", url, "--body-wait", "2"]) == 1
+            output = capsys.readouterr().out
+            assert main(["doctor", "--security", "--url", url, "--body-wait", "0", "--json"]) == 1
+            findings = json.loads(capsys.readouterr().out)["findings"]
+            assert is_healthy(url)
+        finally:
+            os.killpg(stock.pid, signal.SIGKILL)
+    assert ADMIN_KEY not in output
+    assert "half a body is still waited for" in output
+    states = {finding["name"]: finding["state"] for finding in findings}
+    failing = {
+        "keys in answers",
+        "foreign pages (CORS)",
+        "foreign Host",
+        "size of a body",
+        "n",
+        "stop_regex",
+        "ids of requests",
+    }
+    assert {name for name, state in states.items() if state == "FAIL"} == failing
+    assert {name for name, state in states.items() if state == "not probed"} == set(FAULTS) - failing - {
+        "open without a key"
+    }
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return send(url, "/health_generate", None)[0] == 200
+    except OSError:
+        return False
 
 
 async def send_and_leave(session: aiohttp.ClientSession, url: str, rid: str) -> None:
