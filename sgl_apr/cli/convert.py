@@ -11,6 +11,7 @@ from typing import Any
 
 from sgl_apr.cli.arguments import add_trace_arguments
 from sgl_apr.cli.display import print_error
+from sgl_apr.cli.reading_progress import show_reading_progress
 from sgl_apr.errors import ConversionError
 from sgl_apr.formats.conversion import convert
 from sgl_apr.formats.dialects import dialect
@@ -59,7 +60,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _convert_record(record: TextRecord, dialect_name: str | None, to: str) -> ConversionResult:
-    reading = read(record.text, dialect_name)
+    with show_reading_progress(record.source, len(record.text)):
+        reading = read(record.text, dialect_name)
     if not reading.is_valid:
         return ConversionResult(record, "", f"{reading.trajectory.dialect}: {reading.defects[0]}")
     try:

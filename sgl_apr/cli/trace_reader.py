@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from sgl_apr.cli.reading_progress import show_reading_progress
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import Reading, read
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
@@ -40,4 +41,5 @@ def _read_record(
     record: TextRecord, dialect_name: str | None, tokenizer: str | None
 ) -> tuple[TextRecord, Reading]:
     loaded: Tokenizer | None = load_tokenizer(tokenizer) if tokenizer else None
-    return record, read(record.text, dialect_name, prompt=record.prompt, tokenizer=loaded)
+    with show_reading_progress(record.source, len(record.text)):
+        return record, read(record.text, dialect_name, prompt=record.prompt, tokenizer=loaded)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from sgl_apr.engine.http_errors import one_line
 from sgl_apr.errors import EngineError
 
 Probe = Callable[[], Awaitable[None]]  # raises unless the server is healthy
@@ -58,7 +59,7 @@ class CircuitBreaker:
         # The result of the check counts, although an older connection may have failed since.
         if check.cancelled() or not check.result():
             down = time.monotonic() - self._since
-            reason = self.error or type(self.error).__name__
+            reason = one_line(self.error) or type(self.error).__name__
             raise EngineError(f"no server at {self.url} for {down:.0f} s: {reason}") from self.error
 
     async def close(self) -> None:

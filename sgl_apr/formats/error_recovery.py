@@ -15,6 +15,7 @@ from lark import Token
 from lark.lexer import PatternStr
 
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
+from sgl_apr.formats.reading_progress import report_position
 
 END = "$END"
 # Limits of the search for one repair: inserted tags, inserted tokens, and parser states.
@@ -108,6 +109,7 @@ class ErrorRecoveringParser:
         """Fill `tokens` and `repairs`."""
         stack: Stack = (self.start,)
         at, size = 0, len(self.text)
+        report_position(lambda: at)
         while at < size:
             token = self.token(stack, at)
             if token is not None:

@@ -13,6 +13,7 @@ from lark.lexer import PatternStr
 
 from sgl_apr.errors import TraceError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
+from sgl_apr.formats.reading_progress import report_position
 from sgl_apr.trajectory.spans import Role
 
 BRANCH_RULES = ("body", "branch", "rejoin")  # free text in these is the text of a branch
@@ -73,7 +74,11 @@ def parse_tree(grammar: Grammar, start: str, text: str) -> Tree[Token]:
     """Return Lark's tree of a text that matches rule `start`; raises `TraceError` if it does not."""
     parser = grammar.parser(start)
     try:
-        return parser.parse(text)
+        interactive = parser.parse_interactive(text)
+        if (state := interactive.lexer_thread.state) is not None:
+            report_position(lambda: state.line_ctr.char_pos)
+        tree: Tree[Token] = interactive.resume_parse()
+        return tree
     except UnexpectedInput as error:
         raise _trace_error(parser, error, text) from None
 

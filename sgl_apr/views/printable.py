@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# Control characters beyond those that JSON escapes, and characters that change the writing direction.
-_RAW_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Control characters beyond those that JSON escapes, characters that change the writing direction, and halves of surrogate
+# pairs, which UTF-8 cannot encode.
+_RAW_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
@@ -15,6 +16,8 @@ def printable(text: str) -> str:
         >>> printable("a\\x1b]52;c;cHduZWQ=\\x07b\\tc\\u202ed")
         'a]52;c;cHduZWQ=b cd'
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)
 
 

@@ -28,7 +28,7 @@ FINISH_LABELS = {
 }
 
 
-def render_tree(trajectory: Trajectory, title: str) -> Tree:
+def render_tree(trajectory: Trajectory, title: str, max_blocks: int | None = None) -> Tree:
     """Render the trunk, the branches in columns, the conclusions and the answer.
 
     The text of a model is shown as it is, never as markup.
@@ -36,13 +36,20 @@ def render_tree(trajectory: Trajectory, title: str) -> Tree:
     Args:
         trajectory: The trajectory.
         title: The root of the tree.
+        max_blocks: How many blocks of the trunk are shown at most, the first ones. By default all.
     """
     root = Tree(Text(printable(title), style="bold"))
     blocks = {block.path: block for block in trajectory.blocks}
     answering = _answer_spans(trajectory)
+    outer = sum(len(path) == 1 for path in blocks)
+    shown = 0
     for i, span in enumerate(trajectory.spans):
         if block := blocks.pop(span.path[:1], None):
+            if shown == max_blocks:
+                root.add(Text(f"({outer - shown} more blocks)", style="yellow"))
+                break
             _add_block(root, block)
+            shown += 1
         if span.path == () and span.role == "text" and i not in answering and span.text.strip():
             root.add(Text(printable(span.text.strip())))
     root.add(Text.assemble(("answer  ", "bold green"), printable(trajectory.answer.strip()) or "(none)"))
@@ -120,6 +127,6 @@ def _cached(calls: Sequence[Call]) -> str:
     return ", ".join(listed) + (", ..." if len(shares) > MAX_CACHE_SHARES else "")
 
 
-def render_report(trajectory: Trajectory, title: str) -> RenderableType:
-    """Render the tree of a trajectory and its metrics."""
-    return Group(render_tree(trajectory, title), render_summary({title: trajectory}))
+def render_report(trajectory: Trajectory, title: str, max_blocks: int | None = None) -> RenderableType:
+    """Render the tree of a trajectory, as `render_tree` does, and its metrics."""
+    return Group(render_tree(trajectory, title, max_blocks), render_summary({title: trajectory}))
