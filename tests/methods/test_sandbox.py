@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import platform
 import signal
@@ -87,6 +88,13 @@ def test_output_is_truncated():
     assert found.output == "x" * 50 + "... + [2999950 chars...]"
 
 
+# Writes to every descriptor, the one that messages pass through included.
+WRITE = """import os
+def write(data):
+    for fd in range(32):
+        try: os.write(fd, data)
+        except OSError: pass"""
+
 FORBIDDEN = [
     "open('/etc/passwd')",
     f"open({__file__!r})",
@@ -140,7 +148,7 @@ def test_no_files_are_visible():
         print(os.listdir("/"), os.listdir(packages) if os.path.isdir(packages) else [], os.getpid())
         print({"PATH", "HOME", "PWD"} & {*os.environ})
     """)
-    assert text == f"{[Path(os.__file__).parts[1]]} [] 2\nset()"
+    assert text == "['lib'] [] 2\nset()"
 
 
 def test_no_signal_or_message_leaves_the_sandbox():
@@ -205,13 +213,18 @@ def test_system_calls_of_another_architecture_kill_the_process():
         ("sum(range(10 ** 12))", "it took more than 1 s"),
         ("import os\nos._exit(0)", "it ended"),
         ("import ctypes\nctypes.string_at(0)", "it ended"),
-        ("import os\nwhile True: os.write(1, b'x' * 4096)", "wrote what is no message"),
-        ("import os\nos.write(1, b'[' * 100_000 + b'\\n')", "wrote what is no message"),
-        ("import os\nos.write(1, b'3\\n')", "wrote what is no message"),
-        ("import os\nos.write(1, b'{\"query\": [1]}\\n')", "wrote what is no message"),
+        (f"{WRITE}\nwhile True: write(b'x' * 4096)", "wrote what is no message"),
+        (f"{WRITE}\nwrite(b'[' * 100_000 + b'\\n')", "wrote what is no message"),
+        (f"{WRITE}\nwrite(b'3\\n')", "wrote what is no message"),
+        (f"{WRITE}\nwrite(b'null\\n')", "it ended"),
+        (f"{WRITE}\nwrite(b'{{\"query\": [1]}}\\n')", "wrote what is no message"),
+        (f'{WRITE}\nwrite(b\'{{"output": "forged", "chars": 6}}\\n\')', "wrote what is no message"),
         ("llm_query_batched('x' * 10_001)", "asked about more than 10000 texts"),
-        ("import os\nos.close(0)\nos.close(1)", "it ended"),
-        ("import os\nos.read(0, 1)", "it took more than 1 s"),
+        ("import os\nos.closerange(0, 32)", "it ended"),
+        (
+            f"{WRITE}\nfor fd in range(3, 32):\n    try: os.read(fd, 1)\n    except OSError: pass",
+            "it took more than 1 s",
+        ),
     ],
 )
 def test_blocks_that_end_the_process(block: str, why: str):
@@ -253,18 +266,127 @@ def test_a_fork_bomb_has_no_second_process():
     assert found[0].output == "10000\n"
 
 
-def test_forged_messages_are_only_queries():
-    (found,) = ran("""
-        import json, os, sys
-        os.write(1, json.dumps({"query": ["forged"], "deep": False}).encode() + b"\\n")
-        print(json.loads(llm_query.__closure__[0].cell_contents.received.readline()))
+def test_what_is_written_to_standard_descriptors_is_lost():
+    one, two, three = ran(
+        'import os\nfor fd in (0, 1, 2): os.write(fd, b\'{"output": "forged", "chars": 6, "final": null}\\n\')\nprint(1)',
+        "import os\nprint(os.read(0, 9), 2)",
+        "print(3)",
+    )
+    assert [one.output, two.output, three.output] == ["1\n", "b'' 2\n", "3\n"]
+
+
+FIND = """import gc
+repl = next(o for o in gc.get_objects() if type(o).__name__ == "Repl")"""
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_no_message_of_a_program_is_taken_for_a_later_answer(blocks: int):
+    """Even one with the right id, which a program finds in its own memory: that is the answer of its own block only."""
+    forge = f"{FIND}\nfor _ in range({blocks}): repl.send({{'output': 'forged', 'chars': 6, 'final': '0'}})"
+    first, second, third = ran(forge, "print('second')", "print('third')")
+    assert first == RunResult("forged", "0")
+    assert second.output == "stopped: it wrote what is no message; its variables are lost"
+    assert third == RunResult("third\n")
+
+
+def test_an_answer_of_the_wrong_kind_ends_the_process():
+    for fields in (
+        "'output': 5, 'chars': 1",
+        "'output': 'a', 'chars': 'many'",
+        "'output': 'a', 'chars': 1, 'final': [1]",
+    ):
+        (found,) = ran(f"{FIND}\nrepl.send({{{fields}}})")
+        assert found.output == "stopped: it wrote what is no message; its variables are lost"
+
+
+def test_a_query_is_answered_once_and_to_its_own_program():
+    one, two = ran(
+        f"{FIND}\nrepl.send({{'query': ['forged'], 'deep': False}})\nprint(repl.received.readline())",
+        "print('new')",
+    )
+    assert '"answers": ["FORGED"]' in one.output or "no message" in one.output
+    assert two.output in ("new\n", "stopped: it wrote what is no message; its variables are lost")
+
+
+def test_the_host_is_not_named():
+    """In its name, in frames, in modules, in `sys`, and in errors."""
+    text = printed("""
+        import gc, json, os, platform, socket, sys, traceback, types
+        print(os.uname().nodename, platform.node(), socket.gethostname())
+        names, frame = set(), sys._getframe()
+        while frame:
+            names.add(frame.f_code.co_filename)
+            names |= {str(value) for value in frame.f_globals.values() if isinstance(value, str)}
+            names |= {str(value) for value in frame.f_locals.values() if isinstance(value, (str, dict))}
+            frame = frame.f_back
+        for o in gc.get_objects():
+            if isinstance(o, types.CodeType):
+                names.add(o.co_filename)
+            if isinstance(o, types.FunctionType):
+                names.add(o.__code__.co_filename)
+            if isinstance(o, types.ModuleType):
+                names |= {str(o), str(getattr(o, "__file__", "")), str(o.__spec__), str(getattr(o, "__path__", ""))}
+        names |= {*sys.path, *map(str, sys.path_importer_cache), *sys.argv, *sys.orig_argv, sys.executable, sys.prefix}
+        names |= {sys.base_prefix, sys.exec_prefix, str(dict(os.environ)), os.getcwd(), os.__file__}
+        try:
+            json.loads("{")
+        except ValueError:
+            names.add(traceback.format_exc())
+        print("\\n".join(sorted(names)))
     """)
-    assert found.output == "{'answers': ['FORGED']}\n"
-    (found,) = ran("""
-        import os
-        os.write(1, b'{"output": 5, "chars": "many", "final": ["' + b"x" * 100 + b'"]}\\n')
-    """)
-    assert found == RunResult("5", f"['{'x' * 100}']")
+    first, *names = text.splitlines()
+    assert first == "sandbox sandbox sandbox"
+    assert any("/lib/python3" in name for name in names)
+    for path in (
+        sys.prefix,
+        sys.base_prefix,
+        str(Path(process.__file__).parent),
+        str(Path.home()),
+        sys.executable,
+    ):
+        assert [name for name in names if path in name] == []
+    assert platform.node() not in text
+
+
+def test_memory_files_and_mounts_of_the_host_are_out_of_reach():
+    probes = [
+        "os.listdir('/proc')", "os.listdir('/sys')", "os.listdir('/dev')", "open('/proc/self/maps')", "os.stat('/etc')",
+        "os.open('..', os.O_RDONLY | os.O_DIRECTORY, dir_fd=0)", "os.listdir(0)", "os.readlink('/proc/self/exe')",
+        "os.link(os.__file__, '/x')", "os.symlink('/etc/passwd', '/tmp/x')", "os.rename(os.__file__, '/x')",
+        "os.truncate(os.__file__, 0)", "os.mkfifo('/x')", "os.mknod('/x')", "os.statvfs('/')", "os.sendfile(1, 0, 0, 1)",
+        "os.eventfd(0)", "os.pidfd_open(1)", "os.posix_spawn('/bin/true', [], {})", "os.getgroups()", "os.sethostname",
+        "os.ptsname", "os.openpty()", "os.setsid()", "os.nice(-5)", "os.setpriority(0, 0, -5)", "os.kill(os.getppid(), 0)",
+    ]  # fmt: skip
+    _, *found = ran(
+        "import os",
+        *(f"try:\n    print('reached', {p})\nexcept Exception as e: print('refused', e)" for p in probes),
+    )
+    reached = [p for p, result in zip(probes, found, strict=True) if not result.output.startswith("refused")]
+    assert reached == []
+
+
+def test_inherited_descriptors_are_closed(tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    with secret.open() as file:
+        os.set_inheritable(file.fileno(), True)
+        text = printed("""
+            import os
+            open_ones = []
+            for fd in range(3, 4096):
+                try:
+                    open_ones.append(os.fstat(fd).st_mode & 0o170000)
+                except OSError:
+                    pass
+            print([mode == 0o010000 for mode in open_ones])
+        """)
+    assert text == "[True, True]", "the two pipes of messages"
+
+
+def test_large_answers_end_the_process_without_harm():
+    one, two = ran("FINAL('x' * (20 << 20))", "print('new')")
+    assert "its variables are lost" in one.output
+    assert two.output == "new\n"
 
 
 def test_text_that_cannot_be_encoded_is_replaced():
@@ -400,3 +522,107 @@ def test_a_sandbox_that_does_not_respond_is_unavailable(monkeypatch: pytest.Monk
     monkeypatch.setattr(process.sys, "executable", "/bin/true")
     with pytest.raises(apr.SandboxUnavailable, match="it ended"):
         ran("print(1)")
+
+
+PROMISES = {
+    "names": "import os, sys; print(os.uname().nodename, sys.path, os.getpid(), os.getppid(), dict(os.environ))",
+    "users": "import os; print(os.getuid(), os.geteuid(), os.getgid(), os.getegid())",
+    "files": "import os; print(os.listdir('/'), sorted(os.listdir('/lib')), os.getcwd())",
+    "passwords": "print(open('/etc/shadow').read())",
+    "write": "open('/x', 'w')",
+    "library": "import os; open(os.__file__, 'a')",
+    "link": "import os; os.symlink('/etc', '/x')",
+    "processes": "import os; os.fork()",
+    "signals": "import os; os.kill(1, 9)",
+    "network": "import socket; socket.socket()",
+    "threads": "import threading; threading.Thread(target=print).start()",
+    "limits": "import resource as r; print([r.getrlimit(k) for k in range(16)])",
+    "raised limits": "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 40))",
+    "memory": "x = bytearray(1 << 30)",
+    "descriptors": "import os\nfor fd in range(3, 32):\n    try: print(os.fstat(fd).st_mode)\n    except OSError: pass",
+    "output": "print('x' * 100_000)",
+    "stray output": "import os; os.write(1, b'{}\\n'); print(1)",
+    "ptrace": "import ctypes; print(ctypes.CDLL(None).ptrace(16, 1, 0, 0))",
+    "mount": "import ctypes; print(ctypes.CDLL(None).mount(b'none', b'/', b'tmpfs', 0, None))",
+    "unshare": "import ctypes; print(ctypes.CDLL(None).unshare(0x10000000))",
+    "rights": "import ctypes; l = ctypes.CDLL(None); print(l.setuid(0), l.setgid(0), l.prctl(38, 0, 0, 0, 0))",
+    "host name": "import ctypes; print(ctypes.CDLL(None).sethostname(b'x', 1))",
+    "queries": "print(llm_query('a'))",
+    "time": "while True: pass",
+    "after": "print('new')",
+}  # fmt: skip
+PROMISES_SCRIPT = """
+import asyncio, json, sys
+from sgl_apr.methods.sandbox.process import Sandbox, SandboxLimits
+
+async def upper(texts, deep):
+    return [text.upper() for text in texts]
+
+async def main():
+    async with Sandbox({"context": "abc"}, upper, SandboxLimits(seconds=1.0)) as sandbox:
+        print(json.dumps([(await sandbox.run(block)).output for block in json.loads(sys.stdin.read())]))
+
+asyncio.run(main())
+"""
+
+
+def promises(user: int | None) -> dict[str, str]:
+    """What the sandbox lets each program do, when it is started by a user; None: by the one who runs the tests."""
+    site = Path(apr.__file__).parents[1], Path(pytest.__file__).parents[1]
+    options: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    done = subprocess.run(
+        [shared_python(), "-c", PROMISES_SCRIPT],
+        input=json.dumps([*PROMISES.values()]), capture_output=True, text=True, check=False, cwd="/",
+        env={"PYTHONPATH": os.pathsep.join(map(str, site))}, **options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(PROMISES, json.loads(done.stdout), strict=True))
+
+
+def shared_python() -> str:
+    """An interpreter of this version that every user can run, such as the system's."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for path in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        command = [
+            path,
+            "-c",
+            "import os, sys; print(os.access(os.__file__, os.R_OK), *sys.version_info[:2])",
+        ]
+        try:
+            options: dict[str, Any] = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", **options)
+        except OSError:
+            continue
+        if done.stdout.split() == ["True", *map(str, sys.version_info[:2])]:
+            return path
+    pytest.skip("no interpreter of this version that another user can run")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_root_and_an_ordinary_user_get_the_same_promises():
+    root, user = promises(None), promises(65534)
+    assert {name: (root[name], user[name]) for name in PROMISES if root[name] != user[name]} == {}
+    assert root["names"].startswith("sandbox ['/lib/python3.")
+    assert root["users"] == "65534 65534 65534 65534\n"
+    assert root["queries"] == "A\n"
+    assert root["after"] == "new\n"
+    refused = (
+        "passwords",
+        "write",
+        "library",
+        "link",
+        "processes",
+        "signals",
+        "network",
+        "threads",
+        "raised limits",
+    )
+    assert [name for name in refused if "Error: " not in root[name]] == []
+    assert {root[name].strip() for name in ("ptrace", "mount", "unshare", "host name")} == {"-1"}
+
+
+def test_an_ordinary_user_gets_the_promises():
+    found = promises(65534 if os.geteuid() == 0 else None)
+    assert found["users"] == "65534 65534 65534 65534\n"
+    assert found["rights"] == "-1 -1 -1\n"
+    assert found["after"] == "new\n"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import platform
 import resource
 import signal
 import struct
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import seccomp  # relative, because the isolated process imports only this folder
+from .paths import MOUNTED, hide_host_paths
 from .repl import Repl
 
 CLONE_NEWUSER = 0x10000000
@@ -41,6 +41,7 @@ MOUNT_FLAGS = {
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 MNT_DETACH, PR_SET_PDEATHSIG, CAPABILITY_VERSION = 2, 1, 0x20080522  # of umount2, prctl and capset
 NOBODY = 65534  # a user that owns nothing
+HOST_NAME = b"sandbox"  # what programs see as the name of the machine
 ROOT = "/tmp"  # the new root is mounted over it, in a namespace of its own
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -79,7 +80,7 @@ def outer(parent: int, limits: ResourceLimits) -> NoReturn:
     _die_with_parent()
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
-    machine = platform.machine()
+    machine = os.uname().machine  # `platform` would keep the name of the host
     if machine not in PIVOT_ROOT:
         raise OSError(f"no list of system calls for {machine}, only for {', '.join(PIVOT_ROOT)}")
     user, group = os.geteuid(), os.getegid()
@@ -95,6 +96,8 @@ def outer(parent: int, limits: ResourceLimits) -> NoReturn:
 def init(machine: str, drop: bool, limits: ResourceLimits) -> NoReturn:
     """Be the first process of the namespace: mount only the library, give up all rights, and wait for `inner`."""
     _die_with_parent()
+    for call in (LIBC.sethostname, LIBC.setdomainname):  # of the new UTS namespace
+        _check("sethostname", call(HOST_NAME, len(HOST_NAME)))
     _new_root(machine)
     if drop:  # otherwise the user is one of its own namespace, without rights outside
         os.setgroups([])
@@ -107,7 +110,12 @@ def init(machine: str, drop: bool, limits: ResourceLimits) -> NoReturn:
 
 
 def inner(machine: str, limits: ResourceLimits) -> NoReturn:
-    """Serve with resource limits, and without system calls that reach outside."""
+    """Serve with resource limits, and without system calls that reach outside.
+
+    Messages pass through descriptors of their own. The descriptors 0, 1 and 2 lead nowhere, so that what a program
+    or a library writes to them is lost.
+    """
+    hide_host_paths(os.path.dirname(os.__file__))
     resource_limits = {
         resource.RLIMIT_AS: limits.memory,
         resource.RLIMIT_CPU: limits.cpu,
@@ -120,28 +128,36 @@ def inner(machine: str, limits: ResourceLimits) -> NoReturn:
     }
     for limit, value in resource_limits.items():
         resource.setrlimit(limit, (value, value))
-    received, sent = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
+    received = os.fdopen(os.dup(0), encoding="utf-8")
+    sent = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 0)  # standard error is /dev/null of the host
+    os.dup2(2, 1)
     repl = Repl(received, sent, limits.output)
-    seccomp.install(machine)
+    try:
+        seccomp.install(machine)
+    except OSError as error:
+        repl.send({"error": f"{error}"})
+        os._exit(1)
     repl.serve()
     os._exit(0)
 
 
 def _new_root(machine: str) -> None:
-    """Change to a read-only file system with only the standard library, without installed packages."""
+    """Change to a read-only file system with only the standard library at `MOUNTED`, without installed packages."""
     path = os.path.dirname(os.__file__)
     library = os.open(path, os.O_PATH)  # the next mount may hide it
     _mount("/", RECURSIVE | PRIVATE)
     _mount(ROOT, NO_SUID | NO_DEV | NO_EXEC, b"none", b"tmpfs", b"size=64k,nr_inodes=64,mode=755")
-    os.makedirs(ROOT + path)
-    _mount(ROOT + path, BIND | RECURSIVE, f"/proc/self/fd/{library}".encode())
+    target = ROOT + MOUNTED
+    os.makedirs(target)
+    _mount(target, BIND | RECURSIVE, f"/proc/self/fd/{library}".encode())
     os.close(library)
     for packages in ("site-packages", "dist-packages"):
-        if os.path.isdir(hidden := f"{ROOT}{path}/{packages}"):
+        if os.path.isdir(hidden := f"{target}/{packages}"):
             _mount(hidden, READ_ONLY | NO_SUID | NO_DEV | NO_EXEC, b"none", b"tmpfs", b"size=4k,mode=755")
-    current = os.statvfs(ROOT + path).f_flag
+    current = os.statvfs(target).f_flag
     flags = sum(mount for statvfs, mount in MOUNT_FLAGS.items() if current & statvfs)
-    _mount(ROOT + path, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV | flags)
+    _mount(target, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV | flags)
     os.chdir(ROOT)
     _check("pivot_root", LIBC.syscall(PIVOT_ROOT[machine], b".", b"."))
     _check("umount2", LIBC.umount2(b".", MNT_DETACH))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,21 @@ START_TIMEOUT_S, END_TIMEOUT_S = 20.0, 10.0
 MAX_QUERIES = 10_000  # texts in one query of a program
 NO_MESSAGE = "stopped: it wrote what is no message"
 ENDED = "it ended"
+# The process loads its modules under neutral names, so that no frame tells where they are on this machine.
+START = """
+import sys, types
+package = sys.modules["sandbox"] = types.ModuleType("sandbox")
+package.__path__ = []
+for name in ("seccomp", "paths", "repl", "jail"):
+    module = types.ModuleType("sandbox." + name)
+    module.__package__ = "sandbox"
+    sys.modules[module.__name__] = module
+    setattr(package, name, module)
+    with open(sys.argv[1] + "/" + name + ".py", encoding="utf-8") as file:
+        exec(compile(file.read(), "<sandbox " + name + ">", "exec"), module.__dict__)
+del package, file
+module.main({parent}, module.ResourceLimits(**{limits}))
+"""
 Answer = Callable[[list[str], bool], Awaitable[list[str]]]
 
 
@@ -100,9 +116,12 @@ class Sandbox:
             response = await self._exchange({"run": code})
         except SandboxDied as died:
             return RunResult(f"{died}; its variables are lost")
-        output, chars, final = response.get("output", ""), response.get("chars"), response.get("final")
+        output, chars, final = response.get("output"), response.get("chars"), response.get("final")
+        if not (isinstance(output, str) and isinstance(chars, int) and isinstance(final, str | None)):
+            await self.close()
+            return RunResult(f"{NO_MESSAGE}; its variables are lost")
         text = _encodable(output)[: self.limits.output]
-        if isinstance(chars, int) and chars > len(text):
+        if chars > len(text):
             text += f"... + [{chars - len(text)} chars...]"
         return RunResult(text, None if final is None else _encodable(final))
 
@@ -142,12 +161,9 @@ class Sandbox:
         if sys.platform != "linux":
             raise SandboxUnavailable(f"programs are isolated by Linux namespaces, found {sys.platform}")
         limits = {name: value for name, value in asdict(self.limits).items() if name != "seconds"}
-        start = (
-            "import sys; sys.path.append(sys.argv[1]); from sandbox.jail import ResourceLimits, main; "
-            f"main({os.getpid()}, ResourceLimits(**{limits}))"
-        )
+        start = START.format(parent=os.getpid(), limits=limits)
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", start, str(Path(__file__).parents[1]),
+            sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", start, str(Path(__file__).parent),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
             env={}, cwd="/", limit=MAX_MESSAGE_BYTES, start_new_session=True,
         )  # fmt: skip
@@ -173,8 +189,11 @@ class Sandbox:
         clock = asyncio.get_running_loop().time
         while True:
             started = clock()
+            message_id = secrets.token_hex(16)
             try:
-                response = await self._receive(process, left, message)
+                response = await self._receive(process, left, {**message, "id": message_id})
+                if response.get("id") != message_id:
+                    raise SandboxDied(NO_MESSAGE)
                 texts = _queries(response)
             except SandboxDied:
                 await self.close()

@@ -47,6 +47,9 @@ class Output(io.TextIOBase):
 class Repl:
     """Answers each message, a line of JSON, with another. Meanwhile, a program may query a model by messages of its own.
 
+    Each message from outside has an id that cannot be guessed, and the response has the same id. A response with
+    another id is not accepted.
+
     Args:
         received: Messages from outside.
         sent: Messages to the outside.
@@ -56,6 +59,7 @@ class Repl:
     def __init__(self, received: TextIO, sent: TextIO, max_chars: int) -> None:
         self.received, self.sent, self.max_chars = received, sent, max_chars
         self.final: str | None = None
+        self.id = ""
         self.scope: dict[str, Any] = {
             "__name__": "__main__",
             "llm_query": lambda text: self.query([text])[0],
@@ -73,6 +77,7 @@ class Repl:
         self.send({"ready": True})
         for line in self.received:
             message: dict[str, Any] = json.loads(line)
+            self.id = message["id"]
             if "set" in message:
                 self.scope.update(message["set"])
                 self.send({})
@@ -97,12 +102,14 @@ class Repl:
     def query(self, texts: Sequence[str], deep: bool = False) -> list[str]:
         """The replies of a model to the texts; `deep`: of one that can write programs about them."""
         self.send({"query": [str(text) for text in texts], "deep": deep})
-        answers: list[str] = json.loads(self.received.readline())["answers"]
+        message: dict[str, Any] = json.loads(self.received.readline())
+        self.id = message["id"]
+        answers: list[str] = message["answers"]
         return answers
 
     def set_final(self, value: object) -> None:
         self.final = str(value)
 
     def send(self, message: dict[str, Any]) -> None:
-        self.sent.write(json.dumps(message) + "\n")
+        self.sent.write(json.dumps({**message, "id": self.id}) + "\n")
         self.sent.flush()
