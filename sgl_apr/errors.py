@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from typing import Any
 
@@ -129,7 +130,7 @@ def require_extra(module: str, extra: str, message: str) -> None:
     Examples:
         >>> require_extra("no_such_module", "plot", "plots need matplotlib")
         Traceback (most recent call last):
-        sgl_apr.errors.MissingExtra: plots need matplotlib: pip install 'sgl-apr[plot]'
+        sgl_apr.errors.MissingExtra: plots need matplotlib: pip install 'matplotlib>=3.8' (the extra plot)
 
     Args:
         module: Name of the module.
@@ -140,4 +141,20 @@ def require_extra(module: str, extra: str, message: str) -> None:
         MissingExtra: If it is not installed.
     """
     if find_spec(module) is None:
-        raise MissingExtra(f"{message}: pip install 'sgl-apr[{extra}]'")
+        packages = " ".join(f"'{name}'" for name in requirements_of(extra))
+        raise MissingExtra(f"{message}: pip install {packages} (the extra {extra})")
+
+
+def requirements_of(extra: str | None) -> list[str]:
+    """Return the packages of an extra with their versions, or those that are always needed.
+
+    Examples:
+        >>> requirements_of("mcts")
+        ['treequest==0.3.3']
+    """
+    try:
+        lines = [line.partition(";") for line in requires("sgl-apr") or ()]
+    except PackageNotFoundError:  # a copy of the source that was not installed
+        lines = []
+    marker = "" if extra is None else f"extra == '{extra}'"
+    return [name.strip() for name, _, condition in lines if condition.strip().replace('"', "'") == marker]

@@ -81,15 +81,15 @@ def generate(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "use", "message"),
     [
-        ("matplotlib", plot, "plots need matplotlib: pip install 'sgl-apr[plot]'"),
-        ("matplotlib", plot_log, "plots need matplotlib: pip install 'sgl-apr[plot]'"),
+        ("matplotlib", plot, "plots need matplotlib: pip install 'matplotlib>=3.8' (the extra plot)"),
+        ("matplotlib", plot_log, "plots need matplotlib: pip install 'matplotlib>=3.8' (the extra plot)"),
         (
             "math_verify",
             compare_formulas,
-            "answers of mathematics need math-verify: pip install 'sgl-apr[eval]'",
+            "answers of mathematics need math-verify: pip install 'math-verify>=0.9' (the extra eval)",
         ),
-        ("treequest", search, "the method mcts needs treequest: pip install 'sgl-apr[mcts]'"),
-        ("reasoning_gym", generate, "gym:ab needs reasoning-gym: pip install 'sgl-apr[gym]'"),
+        ("treequest", search, "the method mcts needs treequest: pip install 'treequest==0.3.3' (the extra mcts)"),
+        ("reasoning_gym", generate, "gym:ab needs reasoning-gym: pip install 'reasoning-gym==0.1.25' (the extra gym)"),
     ],
 )
 def test_an_error_names_the_extra_of_a_missing_package(
@@ -126,4 +126,4 @@ def test_training_ends_well_without_matplotlib(
     _finish(Namespace(out=tmp_path, json=False), tmp_path / "model", ["loss"], {})
     printed = capsys.readouterr()
     assert printed.out == f"{tmp_path / 'model'}\n"
-    assert printed.err == "no log.png: plots need matplotlib: pip install 'sgl-apr[plot]'\n"
+    assert printed.err == "no log.png: plots need matplotlib: pip install 'matplotlib>=3.8' (the extra plot)\n"

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from sgl_apr.cli.arguments import ALLOW_CODE_HELP, parse_budget
 from sgl_apr.cli.display import print_trajectory
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.methods.registry import METHOD_MODULES
 from sgl_apr.runtime.budget import Budget
+from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from sgl_apr.engine.base import Engine
     from sgl_apr.methods.registry import MethodResult
     from sgl_apr.methods.task import Task
+    from sgl_apr.runtime.arguments import ReasonArguments
     from sgl_apr.runtime.events import OnEvent
-    from sgl_apr.trajectory.trajectory import Trajectory
+
+    Answer = Callable[[Engine, OnEvent | None], Awaitable[Trajectory | MethodResult]]
 
 TASKS = ("question", "mathematics", "countdown")
+CHATML_PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+PLAIN_PROMPT = "USER:{}\nASSISTANT:"
+PLAIN_TEMPLATE = (
+    "USER:{}\nASSISTANT:"  # for a model without a chat template: the default of SGLang's programs
+)
 
 
 def add_command(commands: Any) -> None:
@@ -98,29 +107,29 @@ def _run(options: argparse.Namespace) -> int:
 
     from sgl_apr.views.live import LiveView
 
+    answer = _method_call(options) if options.method else _reason_call(options)
     view = LiveView(options.question)
-    on_event = view if options.live else None
     with ExitStack() as stack:
         if options.model:
             from sgl_apr.server.launch.launcher import Server
             from sgl_apr.training.models import locate_model
 
-            options.url = stack.enter_context(Server(locate_model(options.model))).url
+            server = Server(locate_model(options.model), api_key=options.api_key)
+            options.url = stack.enter_context(server).url
         if options.live:  # on stderr, so that the result on stdout can be piped
             console = Console(stderr=True)
             stack.enter_context(
                 Live(view, console=console, refresh_per_second=8, transient=console.is_terminal)
             )
-        meta = _answer(options, on_event)
-    trajectory: Trajectory = meta["trajectory"]
-    result: MethodResult | None = meta.get("result")
+        result = asyncio.run(_connect_and_answer(options, answer, view if options.live else None))
+    trajectory = result if isinstance(result, Trajectory) else result.trajectory
     if options.json:
-        print(printable_json(_result_json(result) if result else trajectory.to_json()))
+        print(printable_json(result.to_json() if isinstance(result, Trajectory) else _result_json(result)))
         return 0
     print_trajectory(trajectory, options.question)
-    if result:
-        answer = printable(result.answer) or "(no answer)"
-        Console().print(f"{result.method} ({result.label}): {answer}", markup=False)
+    if not isinstance(result, Trajectory):
+        text = printable(result.answer) or "(no answer)"
+        Console().print(f"{result.method} ({result.label}): {text}", markup=False)
     return 0
 
 
@@ -129,43 +138,49 @@ def _result_json(result: MethodResult) -> str:
     return json.dumps({**head, "trajectory": json.loads(result.trajectory.to_json())}, ensure_ascii=False)
 
 
-def _answer(options: argparse.Namespace, on_event: OnEvent | None) -> dict[str, Any]:
-    """The meta information of the answer to the question, from an SGLang program of one expression."""
-    import sglang as sgl
+async def _connect_and_answer(
+    options: argparse.Namespace, answer: Answer, on_event: OnEvent | None
+) -> Trajectory | MethodResult:
+    # Not `apr.Endpoint`: it imports SGLang, which takes seconds.
+    from sgl_apr.engine.http import HttpEngine
 
-    from sgl_apr.runtime.frontend.endpoint import Endpoint
-
-    expression = (
-        _solve_expression(options, on_event) if options.method else _reason_expression(options, on_event)
-    )
-
-    def program(s: Any, question: str) -> None:
-        if options.raw or options.method:
-            s += question + expression
-        else:
-            s += sgl.user(question)
-            s += sgl.assistant(expression)
-
-    temperature = 1.0 if options.temperature is None else options.temperature
-    with Endpoint(options.url, api_key=options.api_key) as endpoint:
-        state = sgl.function(program).run(
-            question=options.question, backend=endpoint, temperature=temperature
-        )
-        meta: dict[str, Any] = state.get_meta_info("answer")
-        return meta
+    async with await HttpEngine.connect(options.url, api_key=options.api_key) as engine:
+        return await answer(engine, on_event)
 
 
-def _reason_expression(options: argparse.Namespace, on_event: OnEvent | None) -> Any:
-    from sgl_apr.runtime.frontend.expressions import reason
+def _reason_call(options: argparse.Namespace) -> Answer:
+    """Check the options of a run with the model's own forks, and return the call that answers the question."""
+    from sgl_apr.runtime.loop import areason
+    from sgl_apr.runtime.options import check_call
 
-    return reason(
-        "answer", options.dialect, mode=options.mode, budget=options.budget, policy=options.policy, join=options.join,
-        seed=options.seed, on_event=on_event,
-    )  # fmt: skip
+    arguments: ReasonArguments = {
+        "mode": options.mode, "budget": options.budget, "policy": options.policy, "join": options.join,
+        "seed": options.seed, "temperature": 1.0 if options.temperature is None else options.temperature,
+    }  # fmt: skip
+    check_call(options.dialect, arguments)
+
+    async def answer(engine: Engine, on_event: OnEvent | None) -> Trajectory:
+        prompt = options.question if options.raw else await _chat_prompt(engine, options.question)
+        return await areason(engine, prompt, options.dialect, on_event=on_event, **arguments)
+
+    return answer
 
 
-def _solve_expression(options: argparse.Namespace, on_event: OnEvent | None) -> Any:
-    from sgl_apr.methods.expression import solve
+async def _chat_prompt(engine: Engine, question: str) -> Sequence[int]:
+    """The question as a user's message, by the chat template of the model, or else in plain text."""
+    from sgl_apr.runtime.prompts import encode_prompt
+
+    try:
+        return await encode_prompt(engine, [{"role": "user", "content": question}])
+    except UnsupportedEngine:
+        # As SGLang's programs do it for a model without a chat template.
+        has_tags = engine.tokenizer.special_token_id("<|im_start|>") is not None
+        return await encode_prompt(engine, (CHATML_PROMPT if has_tags else PLAIN_PROMPT).format(question))
+
+
+def _method_call(options: argparse.Namespace) -> Answer:
+    """Check the options of a method, and return the call that answers the question."""
+    from sgl_apr.methods.registry import check_arguments, method
 
     if options.allow_code and options.method != "recursive":
         raise AprError("--allow-code is for --method recursive")
@@ -175,15 +190,19 @@ def _solve_expression(options: argparse.Namespace, on_event: OnEvent | None) -> 
     if unsupported:
         raise AprError(f"--method has a fixed structure, expected no --{unsupported[0]}")
     task, problem = _task(options.task, options.question)
-    method_options: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"budget": options.budget, "seed": options.seed}
     if options.temperature is not None:
-        method_options["temperature"] = options.temperature
+        arguments["temperature"] = options.temperature
     if options.allow_code:
-        method_options["allow_code"] = True
-    return solve(
-        "answer", problem, method=options.method, task=task, budget=options.budget, seed=options.seed,
-        on_event=on_event, **method_options,
-    )  # fmt: skip
+        arguments["allow_code"] = True
+    check_arguments(options.method, task, arguments)
+
+    async def answer(engine: Engine, on_event: OnEvent | None) -> MethodResult:
+        return await method(options.method)(
+            engine, problem, task=task(engine), on_event=on_event, **arguments
+        )
+
+    return answer
 
 
 def _task(name: str, question: str) -> tuple[Callable[[Engine], Task[Any]], Any]:

@@ -148,7 +148,7 @@ def test_a_method_whose_package_is_missing_has_a_reason(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "treequest", None)
     row = ran(apr.ScriptedEngine(adds), ResultStore(), "mcts")
     assert not row.attempts
-    assert row.reason == "the method mcts needs treequest: pip install 'sgl-apr[mcts]'"
+    assert row.reason == "the method mcts needs treequest: pip install 'treequest==0.3.3' (the extra mcts)"
 
 
 @pytest.mark.parametrize("name", ["countdown", "game24"])
