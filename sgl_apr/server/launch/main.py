@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
     Args:
         argv: The flags of this package and of SGLang.
     """
-    folder = _use_own_folder()
+    folder = _lock_own_folder()
     launcher, secret_flags = _connect_launcher(folder)
     try:
         config, argv = parse_api_arguments(argv)
@@ -100,9 +99,8 @@ def _guard_requests(limits: GuardLimits, host: str) -> None:
     install_guard(limits, host)
 
 
-def _use_own_folder() -> Path | None:
-    """Make temporary files in the server's folder, and keep it locked as long as this process or a fork of it lives."""
-    tempfile.tempdir = None  # it may have been read before the launcher chose the folder
+def _lock_own_folder() -> Path | None:
+    """Keep the server's folder locked as long as this process or a fork of it lives, and return it."""
     folder = this_servers_folder()
     if folder is not None:
         lock_folder(folder)

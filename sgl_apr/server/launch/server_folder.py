@@ -1,26 +1,26 @@
 """A temporary folder for each server, so that nothing is left of it in the folders for temporary files.
 
-SGLang makes files and sockets in the temporary folder and a segment in shared memory, and removes few of them. All
-processes of a server get a folder of their own for them, and its name is part of the segment's. The launcher removes
-both after the last process. The server does so if the launcher was killed, and the next launch if both were killed.
-Until then, a lock shows that the folder is in use.
+SGLang makes sockets in the temporary folder and a segment in shared memory, and does not remove them. A server gets a
+folder of its own for the sockets, and its name is part of the segment's. The launcher removes both after the last
+process. The server does so if the launcher was killed, and the next launch if both were killed. Until then, a lock
+shows that the folder is in use. Caches of compiled kernels stay in the temporary folder, for the next server.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sgl_apr.server.hooks import hook_after
+from sgl_apr.server.hooks import hook_around
 
+FOLDER_ENV = "SGLANG_APR_FOLDER"  # the folder, for the processes of a server
 PREFIX = "sgl-apr-server-"
 # Where SGLang makes files outside the temporary folder. Their names contain its instance id.
 OUTSIDE = (Path("/dev/shm"), Path("/tmp"))
@@ -48,24 +48,16 @@ class ServerFolder:
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables for the processes of the server."""
-        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _torch_cache()
-        return {"TMPDIR": str(self.path), "TORCHINDUCTOR_CACHE_DIR": cache}
+        return {FOLDER_ENV: str(self.path)}
 
     @contextmanager
     def used_by_this_process(self) -> Iterator[None]:
-        """Inside the block, make the temporary files of this process and its children in the folder."""
-        variables = self.environment
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
-        tempdir, tempfile.tempdir = tempfile.tempdir, None
+        """Inside the block, an engine that this process launches uses the folder."""
+        os.environ[FOLDER_ENV] = str(self.path)
         try:
             yield
         finally:
-            tempfile.tempdir = tempdir
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+            os.environ.pop(FOLDER_ENV, None)
 
     def remove(self) -> None:
         """Remove the folder and the segments of shared memory. Does nothing the second time."""
@@ -80,15 +72,6 @@ def _base_folder() -> Path:
     if len(os.fsencode(base)) + len(PREFIX) + 9 > MAX_PATH_LENGTH and os.access("/tmp", os.W_OK):
         return Path("/tmp")
     return base
-
-
-def _torch_cache() -> str:
-    """Where torch keeps compiled kernels by default: it derives that from the temporary folder, too."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, ModuleNotFoundError, OSError):
-        user = f"uid_{os.getuid()}"
-    return str(Path(tempfile.gettempdir()) / f"torchinductor_{user}")
 
 
 def lock_folder(folder: Path) -> int | None:
@@ -135,15 +118,31 @@ def remove_abandoned(base: Path) -> None:
 
 def this_servers_folder() -> Path | None:
     """Return the folder of the server that this process belongs to, or None."""
-    folder = Path(os.environ.get("TMPDIR", ""))
-    return folder if folder.name.startswith(PREFIX) else None
+    folder = os.environ.get(FOLDER_ENV)
+    return Path(folder) if folder else None
 
 
 def register_hooks() -> None:
-    """Let SGLang's instance id contain the name of the server's folder, if it has one."""
-    hook_after("sglang.srt.server_args:PortArgs.init_new", ["server_args"], _name_instance)
+    """Let SGLang make its sockets in the server's folder, and name the segment after it, if there is one."""
+    hook_around("sglang.srt.server_args:PortArgs.init_new", ["server_args"], _make_ports)
+    reporter = "sglang.srt.managers.scheduler_components.metrics_reporter:SchedulerMetricsReporter"
+    hook_around(f"{reporter}._init_fpm", [], _in_folder)
 
 
-def _name_instance(ports: Any, *_: Any, **__: Any) -> None:
+def _make_ports(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    ports = _in_folder(original, *args, **options)
     if folder := this_servers_folder():
         ports.instance_id = f"{folder.name}-{ports.instance_id}"
+    return ports
+
+
+def _in_folder(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a function of SGLang's start, which makes temporary files."""
+    folder = this_servers_folder()
+    if folder is None:
+        return original(*args, **options)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        return original(*args, **options)
+    finally:
+        tempfile.tempdir = before

@@ -51,15 +51,26 @@ def test_the_next_launch_removes_abandoned_folders_only(base: Path):
     third.remove()
 
 
-def test_temporary_files_of_a_launch_are_in_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    before, variables = tempfile.gettempdir(), dict(os.environ)
+def test_sglangs_sockets_are_in_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    load_plugins()
+    monkeypatch.delenv(server_folder.FOLDER_ENV, raising=False)
+    before = tempfile.gettempdir()
     folder = ServerFolder()
     with folder.used_by_this_process():
-        assert tempfile.gettempdir() == str(folder.path)
-        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == Path(before)
-        assert server_folder.this_servers_folder() == folder.path
-    assert (tempfile.gettempdir(), dict(os.environ)) == (before, variables)
+        ports = PortArgs.init_new(ServerArgs(model_path="dummy"))
+        assert tempfile.gettempdir() == before
+    names = (
+        ports.tokenizer_ipc_name,
+        ports.scheduler_input_ipc_name,
+        ports.rpc_ipc_name,
+        ports.metrics_ipc_name,
+    )
+    assert {Path(name.removeprefix("ipc://")).parent for name in names} == {folder.path}
+    assert ports.instance_id.startswith(folder.path.name)
+    assert server_folder.this_servers_folder() is None
     folder.remove()
 
 
