@@ -8,16 +8,18 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect
+from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import gather
 from sgl_apr.runtime.loop import run_with_options
-from sgl_apr.runtime.options import make_options
-from sgl_apr.runtime.prompts import Prompt, encode_prompt
+from sgl_apr.runtime.options import check_call, make_options
+from sgl_apr.runtime.prompts import Prompt, check_engine, encode_prompt, vocab_size
 from sgl_apr.runtime.request_runner import derive_seed
+from sgl_apr.runtime.value_checks import check_type
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.jsonl import append_line, open_for_append, read_lines
 from sgl_apr.trajectory.strict_json import describe
@@ -54,7 +56,9 @@ def run_many(
     tokenizer: Tokenizer | None = None,
     timeout: float = 120.0,
     reconnect_timeout: float = 300.0,
-    **options: Any,
+    concurrency: int = 256,
+    progress_bar: bool = False,
+    **options: Unpack[ReasonArguments],
 ) -> Outcomes:
     """`arun_many` against the server at `url`, blocking.
 
@@ -62,11 +66,15 @@ def run_many(
     """
     from sgl_apr.engine.http import HttpEngine
 
+    check_call(dialect, options)
+
     async def once() -> Outcomes:
         async with await HttpEngine.connect(
             url, api_key=api_key, tokenizer=tokenizer, timeout=timeout, reconnect_timeout=reconnect_timeout
         ) as engine:
-            return await arun_many(engine, problems, path, dialect, **options)
+            return await arun_many(
+                engine, problems, path, dialect, concurrency=concurrency, progress_bar=progress_bar, **options
+            )
 
     return asyncio.run(once())
 
@@ -79,7 +87,7 @@ async def arun_many(
     *,
     concurrency: int = 256,
     progress_bar: bool = False,
-    **options: Any,
+    **options: Unpack[ReasonArguments],
 ) -> Outcomes:
     """Run every problem, in order, `concurrency` of them at once.
 
@@ -101,11 +109,12 @@ async def arun_many(
             line of it is no trajectory of this version, as in `read_many`, or could not be written, for example to a
             full disk.
     """
-    if concurrency < 1:
+    check_engine(engine)
+    if check_type("concurrency", concurrency, int) < 1:
         raise AprError(f"concurrency={concurrency}, expected at least 1")
     if wrong := [name for name in problems if not isinstance(name, str)]:
         raise AprError(f"the id of a problem is {wrong[0]!r}, expected text")
-    base = make_options(dialect, engine.tokenizer, **options)
+    base = make_options(dialect, engine.tokenizer, vocab_size(engine), **options)
     with open_for_append(Path(path)) as file:
         skipped = await _finished_ids(engine, Path(path), problems)
         todo = iter([name for name in problems if name not in skipped])

@@ -68,6 +68,12 @@ class ReasoningRun:
             await self._run_sequence(self.engine, trunk, "trunk", len(prompt_ids))
         finally:
             await self.async_branches.release()
+        if trunk.blocks < self.options.min_forks:
+            acted = ", ".join({hit.limit: None for hit in self.recorder.request_log.limits if not hit.path})
+            log.warning(
+                "%s: %d forks of the %d that had to come, limits that acted: %s",
+                self.rid, trunk.blocks, self.options.min_forks, acted or "none",
+            )  # fmt: skip
         return self.recorder.finish(trunk, self.dialect.name, self.seed, self.runner.supports_seeds)
 
     async def _run_sequence(

@@ -9,13 +9,15 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from sgl_apr.engine.in_process import InProcessEngine, T
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect
+from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.loop import areason
+from sgl_apr.runtime.prompts import Prompt
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -81,11 +83,11 @@ class LocalEngine(InProcessEngine):
 
     def run(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         dialect: Dialect | str | None = None,
         *,
         on_event: OnEvent | None = None,
-        **options: Any,
+        **options: Unpack[ReasonArguments],
     ) -> Trajectory:
         """Run `apr.areason` and block until it has the trajectory."""
         return self.wait(areason(self, prompt, dialect, on_event=on_event, **options))

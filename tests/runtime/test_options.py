@@ -41,6 +41,8 @@ def at_the_call(call: str, **options: Any) -> None:
             apr.stream(engine(), "Q: ", **options)
         case "run":
             apr.run(nobody, "Q: ", **options)
+        case "run_many":
+            apr.run_many(nobody, {"p": "Q: "}, "/nonexistent/out.jsonl", **options)
         case "solve":
             apr.solve("answer", "Why?", method="threadweaver", task=lambda e: None, **options)
         case "http":
@@ -48,7 +50,7 @@ def at_the_call(call: str, **options: Any) -> None:
             parser.parse(ReasonRequest([1], options))
 
 
-CALLS = ["reason", "reason with a dialect", "areason", "stream", "run", "solve", "http"]
+CALLS = ["reason", "reason with a dialect", "areason", "stream", "run", "run_many", "solve", "http"]
 WRONG = [
     ({"budgett": 3}, "no option 'budgett', did you mean 'budget'?"),
     ({"temprature": 1.0}, "no option 'temprature', did you mean 'temperature'?"),
