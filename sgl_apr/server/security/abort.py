@@ -126,8 +126,14 @@ async def abort_own_requests(manager: Any, request: Any) -> None:
 
 def _check_request(result: Any, request: Any) -> None:
     rid = request.rid
-    for each in rid if isinstance(rid, list) else [rid]:
-        check_request_id(each)
+    try:
+        for each in rid if isinstance(rid, list) else [rid]:
+            check_request_id(each)
+    except ValueError as error:
+        from sgl_apr.server.guard.middleware import note_refusal  # in the HTTP process only
+        from sgl_apr.server.guard.refusal import RequestRefused
+
+        raise note_refusal(RequestRefused(str(error), "rid")) from None
 
 
 def _track(result: Any, request: Any, *_: Any, **__: Any) -> None:
