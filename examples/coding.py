@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     with served(options, max_total_tokens=16384) as url:
         results = asyncio.run(solve(url, options.tries))
-    console = Console(width=125)
+    console = Console()
     for exercise, result in zip(EXERCISES, results, strict=True):
         console.print(f"{exercise.code} {result.answer}", markup=False)
         console.print(f"# passes {result.score or 0:.0%} of its tests\n", markup=False)

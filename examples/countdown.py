@@ -34,7 +34,7 @@ def main() -> None:
     with served(options, **SERVER_OPTIONS) as url:
         problems = list(generate_problems(options.count, "test", seed=options.seed))
         attempts = asyncio.run(solve(url, problems))
-    console = Console(width=125)
+    console = Console()
     for attempt in attempts:
         problem, outcome = attempt.problem, "solved" if attempt.correct else "not solved"
         title = f"make {problem.target} of {problem.numbers}: {outcome}"

@@ -52,7 +52,7 @@ def main() -> None:
     with served(options) as url:
         problems = list(generate_problems(options.count, "test", seed=options.seed))
         attempts = asyncio.run(solve(url, problems, options.seconds))
-    console = Console(width=125)
+    console = Console()
     for attempt in attempts:
         ended = outcomes(attempt)
         branches = f"{ended.count('ok')} of {len(ended)} branches in time" if ended else "no fork"

@@ -43,7 +43,7 @@ def main() -> None:
     with served(options, max_total_tokens=16384) as url:
         results = asyncio.run(solve(url, problems))
     errors = [p.count_errors(json.loads(r.answer or "[]")) for p, r in zip(problems, results, strict=True)]
-    console = Console(width=125)
+    console = Console()
     for problem, result, count in zip(problems, results, errors, strict=True):
         console.print(f"{problem.text}\n  {result.answer or '-'}  {count} errors", markup=False)
     console.print(render_summary({p.text: r.trajectory for p, r in zip(problems, results, strict=True)}))

@@ -87,7 +87,7 @@ async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:
 def main() -> None:
     """Ask the questions, show the trees, and print one JSON object last."""
     options = example_parser(__doc__, "smollm2").parse_args()
-    console, trajectories = Console(width=125), dict[str, apr.Trajectory]()
+    console, trajectories = Console(), dict[str, apr.Trajectory]()
     with served(options, max_total_tokens=8192) as url, apr.Endpoint(url) as endpoint:
         for question in track(QUESTIONS, "reasoning", console=Console(stderr=True)):
             state = solve.run(question=question, backend=endpoint, **SAMPLING)

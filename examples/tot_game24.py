@@ -46,7 +46,7 @@ def main() -> None:
     games = list(islice(game24_problems(options.seed), options.count))
     with served(options, **SERVER_OPTIONS) as url:
         results = asyncio.run(play(url, games, options.search))
-    console = Console(width=125)
+    console = Console()
     correct = [solves(game, result.answer) for game, result in zip(games, results, strict=True)]
     for game, result, right in zip(games, results, correct, strict=True):
         verdict = "right" if right else "wrong"

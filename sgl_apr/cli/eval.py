@@ -47,7 +47,7 @@ def add_command(commands: Any) -> None:
         "tasks",
         nargs="*",
         metavar="TASK",
-        help="countdown; game24; gym:NAME, a dataset of reasoning-gym (pip install 'sgl-apr[gym]'); or FILE.jsonl, one "
+        help="countdown; game24; gym:NAME, a dataset of reasoning-gym (of the extra gym); or FILE.jsonl, one "
         'problem per line: {"problem": ..., "answer": ..., "id": ..., "level": ...}. With several tasks, each gets its '
         "own directory in that of -o",
     )
@@ -116,6 +116,9 @@ def add_command(commands: Any) -> None:
         help="a directory for run.jsonl, one line per attempt, and summary.json. A directory with attempts is continued: "
         "with another --limit, --seed or --methods only what is new is run; other options have to be the same",
     )
+    parser.add_argument(
+        "--wide", action="store_true", help="print all columns of the table, however wide the terminal is"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(command=lambda options: _eval(parser, options))
 
@@ -173,7 +176,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         from sgl_apr.cli.eval_tables import print_results
 
         for name, rows in results:
-            print_results(name, rows, several=len(results) > 1)
+            print_results(name, rows, several=len(results) > 1, wide=options.wide)
     return int(not any(row.attempts for _, rows in results for row in rows))
 
 
@@ -256,5 +259,5 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"pairs": [pair.as_json() for pair in pairs]}))
     else:
-        print_comparisons(pairs)
+        print_comparisons(pairs, wide=options.wide)
     return 0

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from sgl_apr.evaluation.compare import MethodPair
 from sgl_apr.evaluation.metrics import MethodResults
+from sgl_apr.views.fitted_table import Column, FittedTable
 from sgl_apr.views.printable import printable
 
-PIPE_WIDTH = 150  # columns
+COMPLETE_WIDTH = 220  # columns that fit every table, for files, pipes and --wide
+ALL_COLUMNS = "--wide or --json"
+# Name, rank (the highest is left out first), and the text of a row. The method and its accuracy always stay.
+RESULT_COLUMNS: Sequence[tuple[str, int, Callable[[MethodResults], str]]] = (
+    ("accuracy", 0, lambda row: f"{row.accuracy:.1%}"),
+    ("95% CI", 3, lambda row: "{:.1%} - {:.1%}".format(*row.ci95)),
+    ("total tokens", 2, lambda row: f"{row.mean(lambda a: a.tokens):.0f}"),
+    ("critical path", 1, lambda row: f"{row.mean(lambda a: a.critical_path):.0f}"),
+    ("context", 6, lambda row: f"{row.mean(lambda a: a.context):.0f}"),
+    ("forked", 5, lambda row: f"{row.mean(lambda a: bool(a.forks)):.0%}"),
+    ("alike", 10, lambda row: _share(row.mean_known(lambda a: a.redundancy))),
+    ("answers", 11, lambda row: _share(row.mean_known(lambda a: a.diversity))),
+    ("calls", 7, lambda row: f"{row.mean(lambda a: a.calls):.1f}"),
+    ("cached", 8, lambda row: f"{row.cached_share:.0%}"),
+    ("seconds", 4, lambda row: f"{row.wall_s:.1f}"),
+    ("one by one", 9, lambda row: f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-"),
+)
 
 
-def print_results(task: str, rows: Sequence[MethodResults], several: bool) -> None:
+def print_results(task: str, rows: Sequence[MethodResults], several: bool, wide: bool = False) -> None:
     """Print a table with a row for each method, and notes below, such as why a method cannot run.
 
     Args:
         task: Name of the task.
         rows: Results of the methods.
         several: Whether other tasks have tables too, so that each needs a title.
+        wide: Whether all columns are printed, however wide the terminal is.
     """
-    table = Table(
-        "method", "accuracy", "95% CI", "total tokens", "critical path", "context", "forked", "alike", "answers", "calls",
-        "cached", "wall s", "one by one", title=escape(task) if several else None,
-    )  # fmt: skip
-    notes = dict[str, list[str]]()
-    for row in rows:
-        notes.setdefault(row.label or row.reason, []).append(row.method)
-        if not row.attempts:
-            table.add_row(row.method, *["-"] * (len(table.columns) - 1))
-            continue
-        low, high = row.ci95
-        alike, answers = row.mean_known(lambda a: a.redundancy), row.mean_known(lambda a: a.diversity)
-        table.add_row(
-            row.method, f"{row.accuracy:.1%}", f"{low:.1%} - {high:.1%}", f"{row.mean(lambda a: a.tokens):.0f}",
-            f"{row.mean(lambda a: a.critical_path):.0f}", f"{row.mean(lambda a: a.context):.0f}",
-            f"{row.mean(lambda a: bool(a.forks)):.0%}", _share(alike), _share(answers), f"{row.mean(lambda a: a.calls):.1f}",
-            f"{row.cached_share:.0%}", f"{row.wall_s:.1f}", f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-",
-        )  # fmt: skip
-    console = _console()
-    console.print(table)
+    columns = [Column("method", [row.method for row in rows], left=True)]
+    columns += [
+        Column(name, [text(row) if row.attempts else "-" for row in rows], rank)
+        for name, rank, text in RESULT_COLUMNS
+    ]
+    console = _console(wide)
+    console.print(FittedTable(columns, task if several else None, ALL_COLUMNS))
     for row in rows:
         sequential, parallel = (
             (row.mean_known(lambda a: a.sequential_s), row.mean_known(lambda a: a.parallel_s))
@@ -54,6 +57,9 @@ def print_results(task: str, rows: Sequence[MethodResults], several: bool) -> No
             took = row.mean_known(lambda a: a.took_s) or 0.0
             times = f"{sequential:.2f} s predicted without forks, {parallel:.2f} s with its forks, {took:.2f} s measured"
             console.print(f"{row.method}: {times}", markup=False, highlight=False, soft_wrap=True)
+    notes = dict[str, list[str]]()
+    for row in rows:
+        notes.setdefault(row.label or row.reason, []).append(row.method)
     for note, methods in notes.items():
         if note != "exact":
             console.print(
@@ -61,29 +67,45 @@ def print_results(task: str, rows: Sequence[MethodResults], several: bool) -> No
             )
 
 
-def print_comparisons(pairs: Sequence[MethodPair]) -> None:
-    """Print a row for each pair; differences are the second minus the first, with 95% intervals."""
-    table = Table(
-        "first", "second", "problems", "accuracy", "difference", "p", "total tokens", "critical path"
-    )
-    for pair in pairs:
-        compared, first = pair.comparison, pair.results[0]
-        low, high = compared.ci95
-        table.add_row(
-            *map(escape, pair.names), str(len(first.attempts)), " / ".join(f"{row.accuracy:.1%}" for row in pair.results),
-            f"{compared.difference:+.1%} ({low:+.1%} to {high:+.1%})", f"{compared.p:.2g}",
-            *(f"{by:+.1f} ({low:+.1f} to {high:+.1f})" for by, (low, high) in (
-                pair.mean_difference(lambda a: a.tokens), pair.mean_difference(lambda a: a.critical_path)
-            )),
-        )  # fmt: skip
-    _console().print(table)
+def print_comparisons(pairs: Sequence[MethodPair], wide: bool = False) -> None:
+    """Print a row for each pair; differences are the second minus the first, with 95% intervals.
+
+    Args:
+        pairs: The compared evaluations.
+        wide: Whether all columns are printed, however wide the terminal is.
+    """
+    by_tokens = [pair.mean_difference(lambda a: a.tokens) for pair in pairs]
+    by_path = [pair.mean_difference(lambda a: a.critical_path) for pair in pairs]
+    columns = [
+        Column("first", [pair.names[0] for pair in pairs], shrinks=True),
+        Column("second", [pair.names[1] for pair in pairs], shrinks=True),
+        Column("problems", [str(len(pair.results[0].attempts)) for pair in pairs], 3),
+        Column("accuracy", [" / ".join(f"{row.accuracy:.1%}" for row in pair.results) for pair in pairs], 2),
+        Column(
+            "difference",
+            [
+                "{:+.1%} ({:+.1%} to {:+.1%})".format(pair.comparison.difference, *pair.comparison.ci95)
+                for pair in pairs
+            ],
+        ),
+        Column("p", [f"{pair.comparison.p:.2g}" for pair in pairs], 1),
+        Column("total tokens", [_difference(*by) for by in by_tokens], 5),
+        Column("critical path", [_difference(*by) for by in by_path], 4),
+    ]
+    _console(wide).print(FittedTable(columns, all_columns=ALL_COLUMNS))
+
+
+def _difference(value: float, interval: tuple[float, float]) -> str:
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(value, *interval)
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _console() -> Console:
-    """A console that is wide enough for the tables in a file or a pipe, unless COLUMNS sets its width."""
+def _console(wide: bool) -> Console:
+    """A console as wide as the terminal. Without a terminal, or with `wide`, all columns fit, unless COLUMNS is set."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PIPE_WIDTH)
+    if wide or not (console.is_terminal or "COLUMNS" in os.environ):
+        return Console(width=COMPLETE_WIDTH)
+    return console

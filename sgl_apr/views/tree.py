@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from sgl_apr.trajectory.blocks import Block
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.views.fitted_table import Column, FittedTable
 from sgl_apr.views.printable import printable
 
-MAX_CACHE_SHARES = 4  # branches whose cached share is listed
+PANEL_WIDTH = 38  # columns of a branch
 FINISH_LABELS = {
     "length": "stopped at its token limit",
     "eos": "ended early",
@@ -73,9 +72,11 @@ def _add_block(root: Tree, block: Block) -> None:
         panels.append(
             Panel(
                 Text(printable(branch.text.strip())),
-                title=Text(printable(f"{branch.number}: {branch.outline}"), style="cyan"),
-                subtitle=Text(label, style="yellow") if label else None,
-                width=38,
+                title=_panel_title(
+                    f"{branch.number}: {branch.outline}" if branch.outline else str(branch.number)
+                ),
+                subtitle=_panel_title(label, "yellow") if label else None,
+                width=PANEL_WIDTH,
             )
         )
     node = root.add(Text(f"fork into {len(panels)}", style="bold magenta"))
@@ -84,47 +85,42 @@ def _add_block(root: Tree, block: Block) -> None:
         node.add(Text.assemble(("conclusion  ", "bold magenta"), printable(block.conclusion)))
 
 
-def render_summary(trajectories: dict[str, Trajectory]) -> Table:
+def _panel_title(title: str, style: str = "cyan") -> Text:
+    text = Text(" ".join(printable(title).split()), style=style)
+    text.truncate(PANEL_WIDTH - 6, overflow="ellipsis")  # rich itself cuts a title without a sign
+    return text
+
+
+def render_summary(trajectories: dict[str, Trajectory]) -> FittedTable:
     """Render a table with one row per trajectory.
 
     Args:
         trajectories: The trajectories by title. Tokens and seconds are those that the engine reported.
     """
-    table = Table(title="Metrics")
-    table.add_column("question", max_width=32)
-    names = (
-        "blocks",
-        "branches",
-        "total tokens",
-        "critical path",
-        "acceleration",
-        "cached / shared",
-        "wall s",
+    metrics = [trajectory.metrics() for trajectory in trajectories.values()]
+    calls = [trajectory.calls for trajectory in trajectories.values()]
+    return FittedTable(
+        [
+            Column("question", list(trajectories), shrinks=True),
+            Column("forks", [str(m.blocks) for m in metrics], rank=6),
+            Column("branches", [str(m.branches) for m in metrics], rank=3),
+            Column("total tokens", [str(m.total) for m in metrics], rank=1),
+            Column("critical path", [str(m.critical_path) for m in metrics]),
+            Column("acceleration", [f"{m.acceleration:.0%}" for m in metrics], rank=4),
+            Column("prefix cached", [_cached(c) for c in calls], rank=5),
+            Column("seconds", [f"{m.wall_s:.1f}" for m in metrics], rank=2),
+        ],
+        title="Metrics",
     )
-    for name in names:
-        table.add_column(name, justify="right")
-    for title, t in trajectories.items():
-        m = t.metrics()
-        table.add_row(
-            Text(printable(title)),
-            str(m.blocks),
-            str(m.branches),
-            str(m.total),
-            str(m.critical_path),
-            f"{m.acceleration:.0%}",
-            _cached(t.calls),
-            f"{m.wall_s:.1f}",
-        )
-    return table
 
 
 def _cached(calls: Sequence[Call]) -> str:
-    """Return how much of the shared prefix was cached, for each branch, or as counts if there are many branches."""
-    shares = Counter(f"{c.cached_tokens}/{c.shared_tokens}" for c in calls if c.phase == "branch")
-    if shares.total() <= MAX_CACHE_SHARES:
-        return ", ".join(shares.elements())
-    listed = [f"{branches} x {share}" for share, branches in shares.most_common(MAX_CACHE_SHARES)]
-    return ", ".join(listed) + (", ..." if len(shares) > MAX_CACHE_SHARES else "")
+    """Return how much of the prefixes that branches share with their trunk was in the cache."""
+    branches = [call for call in calls if call.phase == "branch" and call.cached_tokens is not None]
+    shared = sum(call.shared_tokens for call in branches)
+    if not shared:
+        return "-"  # the branches have contexts of their own, or nothing was recorded
+    return f"{sum(min(call.cached_tokens or 0, call.shared_tokens) for call in branches) / shared:.0%}"
 
 
 def render_report(trajectory: Trajectory, title: str, max_blocks: int | None = None) -> RenderableType:

@@ -1,15 +1,20 @@
-"""Tables of evaluations in files and pipes."""
+"""Tables of evaluations: complete in files and pipes, and as many columns as fit in a terminal."""
 
 from __future__ import annotations
 
 import pytest
 
-from sgl_apr.cli.eval_tables import print_results
+from sgl_apr.cli.eval_tables import RESULT_COLUMNS, print_results
 from sgl_apr.evaluation.metrics import MethodResults
 
+NAMES = [name for name, _, _ in RESULT_COLUMNS]
 
-@pytest.mark.parametrize(("columns", "complete"), [(None, True), ("60", False)])
-def test_tables_in_a_pipe_are_wide_enough(columns, complete, capsys, monkeypatch):
+
+@pytest.mark.parametrize(
+    ("columns", "wide", "left_out"),
+    [(None, False, 0), ("60", True, 0), ("160", False, 0), ("120", False, 3), ("80", False, 8), ("40", False, 11)],
+)
+def test_a_table_leaves_out_columns_and_cuts_no_name(columns, wide, left_out, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
@@ -17,7 +22,16 @@ def test_tables_in_a_pipe_are_wide_enough(columns, complete, capsys, monkeypatch
         "countdown",
         [MethodResults("self_consistency", [], 0.0, reason="it has no words for it")],
         several=False,
+        wide=wide,
     )
     out = capsys.readouterr().out
-    assert all(word in out for word in ("self_consistency", "critical path", "one by one")) is complete
+    table, _, note = out.partition("Left out at this width: ")
+    note = " ".join(note.partition(" shows all)")[0].split())
     assert "it has no words for it" in out
+    assert "self_consistency" in table
+    assert "…" not in out
+    missing = [name for name in NAMES if name not in table]
+    assert len(missing) == left_out
+    assert note == (f"{', '.join(missing)} (--wide or --json" if missing else "")
+    if columns and not wide:
+        assert max(map(len, table.splitlines())) <= int(columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,8 @@ from sgl_apr.views.tree import render_report, render_summary, render_tree
 TEXT = "<Parallel>\n<Outlines>\n<Outline>1: [red]a</Outline>\n</Outlines>\n<Thread>\n1: [bold]b[/]</Thread>\n</Parallel>[/]c"
 
 
-def shown(what: RenderableType) -> str:
-    console = Console(width=200)
+def shown(what: RenderableType, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(what)
     return capture.get()
@@ -36,15 +37,48 @@ def test_text_is_no_markup():
 
 
 @pytest.mark.parametrize(
-    ("shares", "shown_shares"),
+    ("shares", "cached"),
     [
-        ([(3, 5)] * 2, "3/4, 3/4"),
-        ([(3, 5)] * 5 + [(6, 8)], "5 x 3/4, 1 x 6/7"),
-        ([(k, 9) for k in range(6)], "1 x 0/8, 1 x 1/8, 1 x 2/8, 1 x 3/8, ..."),
+        ([(4, 5)] * 2, "100%"),
+        ([(3, 5)] * 2, "75%"),
+        ([(3, 5)] * 5 + [(7, 8)], "81%"),
+        ([(0, 1)] * 7, "-"),
+        ([], "-"),
     ],
 )
-def test_the_cached_shares_of_branches(shares, shown_shares: str):
-    assert f" {shown_shares} " in shown(render_summary({"title": parsed(shares)}))
+def test_how_much_of_the_shared_prefix_was_cached(shares, cached: str):
+    lines = shown(render_summary({"title": parsed(shares)})).splitlines()
+    names, cells = ([cell.strip() for cell in re.split("[┃│]", line)] for line in (lines[2], lines[4]))
+    assert cells[names.index("prefix cached")] == cached
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_table_leaves_out_columns_and_cuts_no_number(width: int):
+    title = "A question that is far too long for any table " * 3
+    lines = shown(render_summary({title: parsed([(3, 5)])}), width).splitlines()
+    assert max(map(len, lines)) <= width
+    end = next(k for k, line in enumerate(lines) if line.startswith("└"))
+    table, note = "\n".join(lines[: end + 1]), " ".join(" ".join(lines[end + 1 :]).split())
+    assert "question" in table
+    assert "…" in lines[4]
+    for name in (
+        "critical path",
+        "total tokens",
+        "seconds",
+        "branches",
+        "acceleration",
+        "prefix cached",
+        "forks",
+    ):
+        assert (name in table) != (name in note), "each is shown in full or named"
+    assert ("seconds" in table) == (width >= 60)
+    assert ("forks" in table) == (width >= 120)
+
+
+def test_long_outlines_are_cut_with_an_ellipsis():
+    text = TEXT.replace("[red]a", "very " * 20)
+    tree = shown(render_tree(apr.read(text, "threadweaver").trajectory, "title"), 80)
+    assert "…" in tree
 
 
 def test_tree_and_figures():
