@@ -11,7 +11,7 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.option_checks import check_function, check_options
-from sgl_apr.runtime.value_checks import shorten, unknown_name
+from sgl_apr.runtime.value_checks import check_type, shorten, unknown_name
 from sgl_apr.trajectory.metrics import Metrics
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -89,10 +89,17 @@ def check_arguments(name: str, task: Any, options: Mapping[str, Any]) -> None:
     if name in _ADAPTIVE:
         check_options(others)
         return
-    kinds = signature(run).parameters.values()
-    own = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name != "task"]
-    rest = {key: value for key, value in others.items() if key not in own}
-    for key in rest:
-        if key not in METHOD_OPTION_NAMES and get_close_matches(str(key)[:40], own, 1, 0.7):
+    own = {p.name: p.default for p in signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for key, value in others.items():
+        default = own.get(key)
+        if isinstance(default, bool | int | float) and value is not None:
+            check_type(key, value, type(default))
+        elif (
+            key not in own
+            and key not in METHOD_OPTION_NAMES
+            and get_close_matches(str(key)[:40], own, 1, 0.7)
+        ):
             raise AprError(unknown_name(key, own, "option "))
-    check_method_options(rest)
+    check_method_options(
+        {key: v for key, v in others.items() if key not in own or key in METHOD_OPTION_NAMES}
+    )

@@ -216,3 +216,111 @@ def test_a_prompt_that_the_context_does_not_hold():
 def test_common():
     assert common_prefix([(1, 2)]) == (1, 2)
     assert common_prefix([(1,), (2,)]) == ()
+
+
+def test_a_method_is_bounded_by_its_budget_and_by_no_dialect():
+    async def program(t: MethodSession):
+        return await t.fork(t.root, [f"{k}" for k in range(60)])
+
+    found, trajectory, _ = run(lambda request, prompt: "ok", program, budget=apr.Budget(width=64, depth=9))
+    assert [t.text for t in found] == ["ok"] * 60
+    assert trajectory.limits == ()
+
+
+def test_the_width_of_a_budget_bounds_how_many_run_at_once():
+    running, most = 0, 0
+
+    class Counting(apr.ScriptedEngine):
+        async def decode(self, request, on_tokens=None):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            try:
+                return await super().decode(request, on_tokens)
+            finally:
+                running -= 1
+
+    async def once(budget: object):
+        async with method_session(Counting(lambda request, prompt: "ok"), "Q: ", "test", budget=budget) as t:
+            return await t.fork(t.root, ["a", "b", "c", "d"])
+
+    assert len(asyncio.run(once({"width": 2}))) == 4
+    assert most == 2
+    asyncio.run(once(None))
+    assert most == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "parallel"}, "no option 'mode': a method has a fixed structure"),
+        ({"policy": "first"}, "no option 'policy': a method has a fixed structure"),
+        ({"temprature": 1}, "no option 'temprature', did you mean 'temperature'?"),
+        ({"temperature": -1}, "temperature=-1, expected a number"),
+        ({"budget": 3}, "budget=3, expected an object with fields of Budget"),
+        ({"budget": {"widht": 3}}, "no budget 'widht', did you mean 'width'?"),
+        ({"stop": ["x"]}, "no option 'stop'"),
+        ({"on_event": 3}, "on_event=3, expected a function"),
+    ],
+)
+def test_a_wrong_option_of_a_method_is_refused(options: dict, message: str):
+    async def program(t: MethodSession):
+        raise AssertionError("it has begun")
+
+    with pytest.raises(apr.AprError) as raised:
+        run(lambda request, prompt: "", program, **options)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("self_consistency", {"n": "many"}, "n='many', expected a whole number"),
+        ("self_consistency", {"temperature": -1}, "temperature=-1, expected a number from 0"),
+        ("self_consistency", {"mode": "parallel"}, "a method has a fixed structure"),
+        ("self_consistency", {"seed": "x"}, "seed='x', expected a whole number"),
+        ("hogwild", {"worker": 3}, "no option 'worker', did you mean 'workers'?"),
+        ("threadweaver", {"mode": "par"}, "mode='par', expected"),
+        ("selfconsistency", {}, "no method 'selfconsistency', did you mean 'self_consistency'?"),
+    ],
+)
+def test_solve_checks_its_arguments_where_it_is_built(method: str, options: dict, message: str):
+    with pytest.raises(apr.AprError) as raised:
+        apr.solve("answer", "Why?", method=method, task=lambda engine: None, **options)
+    assert message in str(raised.value)
+    with pytest.raises(apr.AprError, match="task='x', expected a subclass of Task"):
+        apr.solve("answer", "Why?", method="sequential", task="x")
+
+
+def test_every_option_of_a_method_is_known_to_solve():
+    task = lambda engine: None  # noqa: E731
+    apr.solve("a", "Why?", method="self_consistency", task=task, n=3, temperature=0.5, budget={"tokens": 9})
+    apr.solve("a", "Why?", method="hogwild", task=task, workers=3, chunk=8, seed=1, retry={"attempts": 1})
+
+
+def test_chat_messages_begin_a_session():
+    class Chat(apr.ByteTokenizer):
+        def apply_chat_template(self, messages, *, add_generation_prompt, tokenize):
+            return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+    engine = apr.ScriptedEngine(lambda request, prompt: "So.", Chat())
+
+    async def once():
+        async with method_session(engine, [{"role": "user", "content": "Why?"}], "test") as t:
+            await t.continue_from(t.root)
+            return t.finish()
+
+    assert asyncio.run(once()).text.startswith("So.")
+    assert bytes(engine.requests[0].input_ids) == b"<user>Why?<assistant>"
+
+
+def test_nothing_is_decoded_after_an_empty_prompt():
+    engine = apr.ScriptedEngine(lambda request, prompt: "So.")
+
+    async def once():
+        async with method_session(engine, "", "test") as t:
+            await t.continue_from(t.root)
+
+    with pytest.raises(apr.AprError, match="the prompt of a request is empty"):
+        asyncio.run(once())
+    assert not engine.requests

@@ -376,3 +376,69 @@ def test_each_request_of_a_trajectory_has_its_own_id_with_one_prefix():
     assert len(set(rids)) == len(rids)
     assert len({r.rsplit("-", 1)[0] for r in engine.requests for r in [r.rid]}) == 1
     assert len({len(r) for r in rids}) == 1, "fixed width: no id is the prefix of another"
+
+
+PLAIN_ERRORS = [ConnectionResetError("gone"), BrokenPipeError(), OSError(5, "disk"), TimeoutError("slow")]
+
+
+@pytest.mark.parametrize("error", PLAIN_ERRORS, ids=lambda e: type(e).__name__)
+def test_what_a_connection_raises_is_an_error_of_the_engine(error: OSError):
+    engine = scripted(branch_1=apr.Reply(" oh", error=error))
+    t = reason(engine, retry=AT_ONCE)
+    assert [b.outcome for b in t.blocks[0].branches] == ["failed", "ok"]
+    is_timeout = isinstance(error, TimeoutError)
+    assert sum(r.input_ids[-2:] == (ord("1"), ord(":")) for r in engine.requests) == (1 if is_timeout else 3)
+    kind = apr.EngineTimeout if is_timeout else apr.EngineError
+    with pytest.raises(kind, match="the engine failed: ") as raised:
+        reason(scripted(trunk=apr.Reply("x", error=error)), retry=AT_ONCE)
+    assert raised.value.__cause__ is error
+
+
+def test_an_engine_that_fails_to_commit_release_load_and_abort():
+    class Broken(apr.ScriptedEngine):
+        async def commit(self, request):
+            raise ConnectionResetError("gone")
+
+        async def release(self):
+            raise ConnectionResetError("gone")
+
+        async def load(self):
+            raise OSError("gone")
+
+        async def abort(self, rid):
+            raise ConnectionResetError("gone")
+
+    works = scripted()
+    engine = Broken(works.script, works.tokenizer)
+    with pytest.raises(apr.EngineError, match="the engine failed: gone"):
+        reason(engine, retry=AT_ONCE)
+
+    async def commits(request):
+        return apr.Result((), "length", len(request.input_ids), 0)
+
+    engine.commit = commits
+    assert reason(engine).answer == "Done."
+
+
+def test_what_a_listener_raises_is_no_error_of_the_engine():
+    def closed(event):
+        raise BrokenPipeError("standard output is closed")
+
+    def closed_in_a_branch(event):
+        if isinstance(event, apr.Delta) and event.path:
+            raise BrokenPipeError("standard output is closed")
+
+    for on_event in (closed, closed_in_a_branch):
+        engine = scripted()
+        with pytest.raises(BrokenPipeError):
+            reason(engine, on_event=on_event)
+        assert len({r.input_ids for r in engine.requests}) == len(engine.requests), "nothing is repeated"
+
+
+def test_a_required_fork_that_time_rules_out_is_noted(caplog):
+    t = reason(
+        scripted(trunk=apr.Reply("Think about it", delay=0.05)), budget={"seconds": 0.2}, mode="parallel"
+    )
+    assert not t.blocks
+    assert [(hit.limit, hit.path) for hit in t.limits] == [("seconds", ())]
+    assert "0 forks of the 1 that had to come, limits that acted: seconds" in caplog.text
