@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.guard.body_validation import body_validation_hooks
+from sgl_apr.server.guard.body_validation import PureRoutes, body_validation_hooks
 from sgl_apr.server.guard.connections import connection_hooks
 from sgl_apr.server.guard.json_checks import ModelSize
 from sgl_apr.server.guard.limits import GuardLimits
@@ -24,6 +25,9 @@ from sgl_apr.server.hooks import hook_around, require_sglang
 
 MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 TOKENIZE = "sglang.srt.entrypoints.openai.serving_tokenize"
+GENERATE_REQUEST = "sglang.srt.managers.io_struct:GenerateReqInput"
+REASONING_PARSERS = "sglang.srt.parser.reasoning_parser:ReasoningParser.DetectorMap"
+TOOL_CALL_PARSERS = "sglang.srt.function_call.function_call_parser:FunctionCallParser.ToolCallParserEnum"
 UNKNOWN_TOKEN_CHARS = 256  # of the longest token, for a tokenizer that does not list its tokens
 DECOMPRESSION_ENV = "SGLANG_ENABLE_REQUEST_DECOMPRESSION"
 
@@ -60,6 +64,7 @@ def install_guard(limits: GuardLimits, host: str) -> None:
         count_tokens=count_tokens,
     )
     app.user_middleware.insert(1 if limits.origins else 0, guard)
+    app.user_middleware.append(Middleware(PureRoutes))
     _set_hooks(app, limits, model_size)
 
 
@@ -71,6 +76,11 @@ def measure_model(manager: Any) -> ModelSize:
         config.context_len * longest_token(manager.tokenizer),
         config.vocab_size,
         bool(config.is_multimodal),
+        {
+            "reasoning_parser": frozenset(require_sglang(REASONING_PARSERS)),
+            "tool_call_parser": frozenset(require_sglang(TOOL_CALL_PARSERS)),
+        },
+        frozenset(field.name for field in fields(require_sglang(GENERATE_REQUEST))),
     )
 
 

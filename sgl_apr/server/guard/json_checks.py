@@ -6,10 +6,11 @@ is too large costs no more than its parse. `request_checks` then checks the valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from sgl_apr.runtime.value_checks import shorten, unknown_name
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit
 
@@ -31,6 +32,9 @@ CHAT_FIELDS = ("messages", "tools", "system", "instructions", "input")
 SAMPLING_OBJECTS = ("sampling_params", "parameters", "options", "sampling")
 COUNT_FIELDS = ("n", "best_of", "beam_width")
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
+# SGLang sets these itself. A client that sets them would go past checks, `stop_regex`'s among them.
+INTERNAL_FIELDS = ("is_normalized", "stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len")
+MAX_TOKEN_ID = 2**31 - 1
 MEDIA_FIELDS = frozenset({
     "image_url", "video_url", "audio_url", "input_audio", "image_data", "video_data", "audio_data", "images", "source",
     "file_data", "url",
@@ -49,12 +53,16 @@ class ModelSize:
         prompt_chars: Characters that fill the context with the longest tokens.
         vocab_size: Number of token ids.
         is_multimodal: Whether the model reads images, video or audio.
+        choices: The names that SGLang knows, by the field in which a request has one of them.
+        request_fields: The fields of a request to the engine.
     """
 
     context_length: int
     prompt_chars: int
     vocab_size: int
     is_multimodal: bool = False
+    choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    request_fields: frozenset[str] = frozenset()
 
 
 def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
@@ -76,12 +84,17 @@ def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
         walk.chars = walk.longest = 0
         walk.count_values(value, 2)
         _check_length(name, walk.longest, max_chars)
-        if name in CHAT_FIELDS and isinstance(value, list | dict):
+        if name in CHAT_FIELDS and _is_chat(value):
             chat_chars += walk.chars
             _check_length(name, chat_chars, max_chars)
     _check_prompts(body, limits, size)
+    _check_names(body, size)
     for sampling in sampling_objects(body):
         check_sampling_fields(sampling, limits)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
 
 
 def sampling_objects(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -111,6 +124,9 @@ def check_sampling_fields(sampling: Mapping[str, Any], limits: GuardLimits) -> N
         raise RequestRefused(
             "stop_regex is not allowed on this server, expected none (--apr-allow-stop-regex)", "stop_regex"
         )
+    for name in INTERNAL_FIELDS:
+        if name in sampling:
+            raise RequestRefused(f"{name} is set by the server, expected a request without it", name)
     for name in GRAMMAR_FIELDS:
         value = sampling.get(name)
         if isinstance(value, str) and len(value) > limits.grammar_chars:
@@ -136,6 +152,44 @@ def _check_prompts(body: Mapping[str, Any], limits: GuardLimits, size: ModelSize
         if nested and len(value) * copies > limits.prompts:
             found = f"{len(value)} x n={copies:g}" if copies > 1 else len(value)
             raise over_limit(f"the number of entries of {name}", found, "--apr-max-prompts", limits.prompts, name)  # fmt: skip
+
+
+def _check_names(body: Mapping[str, Any], size: ModelSize) -> None:
+    """Refuse names that SGLang looks up without a check, and answers with status 500."""
+    for name, known in size.choices.items():
+        value = body.get(name)
+        if isinstance(value, str) and value not in known:
+            raise RequestRefused(
+                f"{name} is {shorten(value)}, expected one of {', '.join(sorted(known))}", name
+            )
+    parameters = body.get("parameters")
+    if size.request_fields and "instances" in body and isinstance(parameters, dict):
+        for name in parameters:
+            if name not in size.request_fields:
+                raise RequestRefused(unknown_name(name, size.request_fields, "parameter "), "parameters")
+    tokens = body.get("tokens")
+    if isinstance(tokens, list):
+        for ids in tokens if tokens and isinstance(tokens[0], list) else [tokens]:
+            check_token_ids("tokens", ids, MAX_TOKEN_ID + 1)
+
+
+def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
+    """Check that all ids are in the vocabulary.
+
+    Raises:
+        RequestRefused: One is not.
+    """
+    if not isinstance(ids, Sequence) or not len(ids):
+        return
+    try:
+        is_valid = min(ids) >= 0 and max(ids) < vocab_size
+    except TypeError:
+        is_valid = False
+    if not is_valid:
+        wrong = next((i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size), ids)
+        raise RequestRefused(
+            f"{name} has {shorten(wrong)}, expected token ids from 0 to {vocab_size - 1}", name
+        )
 
 
 def _check_ids(name: str, prompts: Iterable[Any], size: ModelSize) -> None:

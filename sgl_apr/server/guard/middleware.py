@@ -101,7 +101,13 @@ class RequestGuard:
         if not has_body:
             await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, _replace_refused(path, send))
+        response = _Response(path, send)
+        try:
+            await self._app(scope, receive, response.send)
+        except Exception:
+            if not response.is_refused():  # else SGLang's route did not expect the refusal
+                raise
+            await response.send_refusal()
 
     async def _checked_body(self, headers: dict[bytes, bytes], path: str, receive: Receive) -> Receive:
         size = self._model_size()
@@ -175,35 +181,43 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _replace_refused(path: str, send: Send) -> Send:
-    """Return an ASGI function that sends a refusal in place of the response that SGLang made of it.
+class _Response:
+    """Sends a response, or a refusal in place of the response that SGLang made of it.
 
     SGLang begins an event stream before it checks the request. So the start of one waits for its first event.
     """
-    refused: list[RequestRefused] = []
-    inner_refusal.set(refused)
-    held: list[Message] = []
-    replaced = False
 
-    async def send_or_replace(message: Message) -> None:
-        nonlocal replaced
-        if replaced:
+    def __init__(self, path: str, send: Send) -> None:
+        self._path, self._send = path, send
+        self._refused: list[RequestRefused] = []
+        self._held: Message | None = None
+        self._started = self._replaced = False
+        inner_refusal.set(self._refused)
+
+    def is_refused(self) -> bool:
+        """Return whether the request was refused, and nothing of a response was sent yet."""
+        return bool(self._refused) and not self._started
+
+    async def send_refusal(self) -> None:
+        """Send the refusal as the response."""
+        self._started = self._replaced = True
+        await send_refusal(self._refused[0], self._path, self._send, close=False)
+
+    async def send(self, message: Message) -> None:
+        """The ASGI function."""
+        if self._replaced:
             return
-        if message["type"] == "http.response.start":
-            if message["status"] < 400 and _is_event_stream(message):
-                held.append(message)
-                return
-            replaced = bool(refused) and message["status"] >= 400
-        elif held:
-            replaced = bool(refused)
-            if not replaced:
-                await send(held.pop())
-        if replaced:
-            await send_refusal(refused[0], path, send, close=False)
-        else:
-            await send(message)
-
-    return send_or_replace
+        if message["type"] == "http.response.start" and message["status"] < 400 and _is_event_stream(message):
+            self._held = message
+            return
+        if self.is_refused() and (self._held or message.get("status", 200) >= 400):
+            await self.send_refusal()
+            return
+        self._started = True
+        if self._held:
+            held, self._held = self._held, None
+            await self._send(held)
+        await self._send(message)
 
 
 def _is_event_stream(message: Message) -> bool:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_sampling, check_type, drop_nulls, shorten
+from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_sampling, check_type, check_types, shorten
 from sgl_apr.server.guard.grammar_checks import check_schema
-from sgl_apr.server.guard.json_checks import GRAMMAR_FIELDS, ModelSize, check_sampling_fields
+from sgl_apr.server.guard.json_checks import GRAMMAR_FIELDS, ModelSize, check_sampling_fields, check_token_ids
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit
 
@@ -29,6 +29,15 @@ REQUEST_INTS: Mapping[str, tuple[int, int]] = {
     "disagg_prefill_dp_rank": (0, MAX_INT32), "max_thinking_tokens": (0, MAX_INT32),
 }  # fmt: skip
 MAX_STOP_CHARS = 4096
+SESSION_TYPES: Mapping[str, type] = {
+    "id": str, "rid": str, "offset": int, "replace": bool, "drop_previous_output": bool,
+}  # fmt: skip
+SERVER_FIELDS = (
+    "lora_id",
+    "positional_embed_overrides",
+    "http_worker_ipc",
+)  # no request of a client has them
+JSON_TYPES = (str, int, float, dict)
 
 
 def check_batch(request: Any, limits: GuardLimits) -> None:
@@ -39,20 +48,33 @@ def check_batch(request: Any, limits: GuardLimits) -> None:
         limits: The operator's limits.
 
     Raises:
-        RequestRefused: It asks for too many.
+        RequestRefused: It asks for too many, or its fields do not fit their number.
     """
     prompts = _batch_size(request)
     sampling = getattr(request, "sampling_params", None)
-    objects = [s for s in (sampling if isinstance(sampling, list) else [sampling]) if isinstance(s, dict)]
+    objects = sampling if isinstance(sampling, list) else [sampling]
+    if isinstance(sampling, list) and len(sampling) != (prompts or -1):
+        raise RequestRefused(
+            f"sampling_params has {len(sampling)} entries, expected an object, or one for each prompt of a list",
+            "sampling_params",
+        )
     copies = 1
-    for values in objects:
+    for values in (values for values in objects if isinstance(values, dict)):
         check_sampling_fields(values, limits)
         for name in ("n", "beam_width"):
             if values.get(name) is not None:
                 copies = max(copies, _check_int(name, values[name], 1, MAX_INT32))
-    if prompts * copies > limits.prompts:
-        found = f"{prompts} x n={copies}" if copies > 1 else prompts
+    if (total := (prompts or 1) * copies) > limits.prompts:
+        found = f"{prompts or 1} x n={copies}" if copies > 1 else total
         raise over_limit("the number of prompts", found, "--apr-max-prompts", limits.prompts, "n")
+    if isinstance(request.rid, list) and prompts is None and copies == 1:
+        raise RequestRefused(f"rid={shorten(request.rid)}, expected a string for one prompt", "rid")
+    for name in SERVER_FIELDS:
+        value = getattr(request, name, None)
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, JSON_TYPES):
+                raise RequestRefused(f"{name} is set by the server, expected a request without it", name)
+    _check_session(getattr(request, "session_params", None))
 
 
 def check_request(
@@ -78,33 +100,32 @@ def check_request(
         _check_generate(request, input_ids, limits, size)
 
 
-def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
-    """Check that all ids are in the vocabulary.
-
-    Raises:
-        RequestRefused: One is not.
-    """
-    if not ids:
-        return
-    try:
-        lowest, highest = min(ids), max(ids)
-    except TypeError:
-        lowest, highest = -1, -1
-    if not (isinstance(lowest, int) and lowest >= 0 and isinstance(highest, int) and highest < vocab_size):
-        wrong = next(
-            (i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size), ids
-        )  # fmt: skip
-        raise RequestRefused(
-            f"{name} has {shorten(wrong)}, expected token ids from 0 to {vocab_size - 1}", name
-        )
-
-
-def _batch_size(request: Any) -> int:
-    for values in (request.text, request.input_ids, request.input_embeds):
+def _batch_size(request: Any) -> int | None:
+    """Return how many prompts a request has, None if it is not a list of prompts."""
+    for values in (request.text, request.input_ids):
         if values is not None:
-            is_batch = isinstance(values, list) and values and isinstance(values[0], str | list)
-            return len(values) if is_batch else 1
-    return 1
+            return (
+                len(values)
+                if isinstance(values, list) and values and isinstance(values[0], str | list)
+                else None
+            )
+    embeds = request.input_embeds
+    if embeds is None:
+        return None
+    if not (isinstance(embeds, list) and embeds and isinstance(embeds[0], list) and embeds[0]):
+        raise RequestRefused(f"input_embeds={shorten(embeds)}, expected a list of vectors", "input_embeds")
+    return len(embeds) if isinstance(embeds[0][0], list) else None
+
+
+def _check_session(session: Any) -> None:
+    if session is None:
+        return
+    if not isinstance(session, dict):
+        raise RequestRefused(f"session_params={shorten(session)}, expected an object", "session_params")
+    try:
+        check_types(session, SESSION_TYPES, "session_params.")
+    except AprError as error:
+        raise RequestRefused(str(error), "session_params") from None
 
 
 def _check_prompt(request: Any, input_ids: Sequence[int], size: ModelSize) -> None:
@@ -177,10 +198,6 @@ def _check_generate(
         raise RequestRefused(
             f"logprob_start_len is {start}, expected at most {len(input_ids)}, the tokens of the prompt", "logprob_start_len"
         )  # fmt: skip
-    if not isinstance(drop_nulls({"p": request.session_params}).get("p", {}), dict):
-        raise RequestRefused(
-            f"session_params={shorten(request.session_params)}, expected an object", "session_params"
-        )
 
 
 def _check_int(name: str, value: Any, lowest: int, highest: int) -> int:
