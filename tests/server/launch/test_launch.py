@@ -18,6 +18,7 @@ from sgl_apr.errors import LaunchError
 from sgl_apr.server import hooks, plugin
 from sgl_apr.server.constants import LAUNCHED_ENV
 from sgl_apr.server.hooks import require_sglang
+from sgl_apr.server.launch import main as launch_main
 from sgl_apr.server.launch import preflight
 from sgl_apr.server.launch.defaults import (
     CPU_FLAGS,
@@ -255,6 +256,25 @@ def test_a_server_that_cannot_listen_is_not_waited_for():
             process.wait_ready(60)
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"),
+    [
+        ("127.0.0.1", None, 0),
+        ("::1", None, 0),
+        ("localhost", None, 0),
+        ("0.0.0.0", "K", 0),
+        ("0.0.0.0", None, 1),
+        ("::", None, 1),
+    ],
+)
+def test_a_warning_for_a_server_that_is_open_to_other_machines(host, key, warns):
+    warning = launch_main._warning(argparse.Namespace(host=host, api_key=key, port=30000))
+    assert bool(warning) == bool(warns)
+    assert warning.startswith(
+        f"the server listens on {host} without a key, so everybody who reaches port 30000"
+    ) == bool(warns)
 
 
 @pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "a/b/c"])
