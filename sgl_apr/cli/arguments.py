@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, GrammarError
 from sgl_apr.runtime.budget import Budget
+
+if TYPE_CHECKING:
+    from sgl_apr.formats.dialects import Dialect
 
 ALLOW_CODE_HELP = "let the method recursive run Python that the model writes, in a sandbox"
 
@@ -19,9 +25,40 @@ def parse_budget(text: str) -> Budget:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def load_dialect(name_or_file: str) -> Dialect:
+    """Return a dialect by its name, or from a grammar file, whose dialect is then registered in this process.
+
+    A known name is never read as a file: write `./npr.lark` or `./npr` for a file.
+
+    Raises:
+        GrammarError: There is no such dialect, or the file holds none.
+    """
+    from sgl_apr.formats.dialects import Dialect, dialect, dialect_names, register_dialect
+
+    is_file = name_or_file.endswith(".lark") or os.sep in name_or_file
+    if not is_file or name_or_file in dialect_names():
+        try:
+            return dialect(name_or_file)
+        except GrammarError as error:
+            raise GrammarError(f"{error}, or a .lark file") from None
+    loaded = Dialect.from_file(name_or_file)
+    register_dialect(loaded)
+    return loaded
+
+
+def load_dialects(files: Sequence[str]) -> None:
+    """Register the dialects of some grammar files in this process."""
+    for file in files:
+        load_dialect(file)
+
+
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of commands that read finished traces."""
-    parser.add_argument("--dialect", help="dialect of the traces (default: recognized by the tags)")
+    parser.add_argument(
+        "--dialect",
+        metavar="NAME_OR_FILE",
+        help="dialect of the traces, or a .lark file (default: recognized by the tags)",
+    )
     parser.add_argument("--key", help="key of the text in an object of a .jsonl file")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
 
@@ -29,6 +66,13 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `train sft` and `train grpo`."""
     parser.add_argument("config", type=Path, help="a TOML file: see configs/ and sgl_apr/training/config.py")
+    parser.add_argument(
+        "--dialect",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a .lark file, whose name the configuration can then use as its dialect; can be repeated",
+    )
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a directory for log, checkpoints and model"
     )

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sgl_apr.cli.arguments import add_trace_arguments
+from sgl_apr.cli.arguments import add_trace_arguments, load_dialect
 from sgl_apr.cli.display import print_error
 from sgl_apr.cli.reading_progress import show_reading_progress
 from sgl_apr.errors import ConversionError
 from sgl_apr.formats.conversion import convert
-from sgl_apr.formats.dialects import dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.formats.lenient_parser import read
 from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
 from sgl_apr.views.printable import printable, printable_json
@@ -38,13 +38,16 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("file", help="a text, a .jsonl file, or - for stdin")
     add_trace_arguments(parser)
-    parser.add_argument("--to", required=True, metavar="DIALECT", help="dialect to write them in")
+    parser.add_argument(
+        "--to", required=True, metavar="NAME_OR_FILE", help="dialect to write them in, or a .lark file"
+    )
     parser.set_defaults(command=_convert)
 
 
 def _convert(options: argparse.Namespace) -> int:
-    dialect(options.to)  # raises for a wrong name before any file is read
-    work = partial(_convert_record, dialect_name=options.dialect, to=options.to)
+    target = load_dialect(options.to)  # raises for a wrong name before any file is read
+    source = load_dialect(options.dialect) if options.dialect else None
+    work = partial(_convert_record, source=source, target=target)
     failed = 0
     for result in parallel_map(work, read_records([options.file], options.key), options.jobs):
         record = result.record
@@ -59,12 +62,12 @@ def _convert(options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def _convert_record(record: TextRecord, dialect_name: str | None, to: str) -> ConversionResult:
+def _convert_record(record: TextRecord, source: Dialect | None, target: Dialect) -> ConversionResult:
     with show_reading_progress(record.source, len(record.text)):
-        reading = read(record.text, dialect_name)
+        reading = read(record.text, source)
     if not reading.is_valid:
         return ConversionResult(record, "", f"{reading.trajectory.dialect}: {reading.defects[0]}")
     try:
-        return ConversionResult(record, convert(reading.trajectory, to).text)
+        return ConversionResult(record, convert(reading.trajectory, target).text)
     except ConversionError as error:
         return ConversionResult(record, "", str(error))

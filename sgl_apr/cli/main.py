@@ -12,7 +12,19 @@ from sgl_apr import __version__
 from sgl_apr.cli.missing_packages import explain_missing
 from sgl_apr.errors import AprError
 
-SUBCOMMANDS = ("model", "run", "parse", "validate", "convert", "doctor", "train", "eval", "plot", "report")
+SUBCOMMANDS = (
+    "model",
+    "run",
+    "parse",
+    "validate",
+    "convert",
+    "doctor",
+    "train",
+    "eval",
+    "plot",
+    "report",
+    "dialect",
+)
 INTERRUPTED = 130  # the status after Ctrl-C, as shells have it
 
 
@@ -22,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 1 for an error, 130 for Ctrl-C. Wrong usage exits with 2.
     """
+    if argv is None:
+        argv = sys.argv[1:]
+        _hide_keys(argv)
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(argv))
     except AprError as error:
         _print_error(error)
         return 1
@@ -51,6 +66,14 @@ def _run(argv: list[str]) -> int:
         return 0
     options = parser.parse_args(argv)
     return int(options.command(options))
+
+
+def _hide_keys(argv: Sequence[str]) -> None:
+    """Overwrite keys on the command line of this process, which other users of the machine can read."""
+    if any(argument.startswith(("--ap", "--ad", "--ssl-keyfile-")) for argument in argv):
+        from sgl_apr.server.launch.secret_options import hide_secrets_of_command_line
+
+        hide_secrets_of_command_line()
 
 
 def _print_error(message: object) -> None:

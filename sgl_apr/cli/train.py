@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_apr.cli.arguments import add_training_arguments
+from sgl_apr.cli.arguments import add_training_arguments, load_dialects
 from sgl_apr.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def _sft(options: argparse.Namespace) -> int:
     from sgl_apr.training.config import SftConfig, load_config
     from sgl_apr.training.sft import train
 
+    load_dialects(options.dialect)
     config = load_config(SftConfig, options.config)
     last: list[SftStepLog] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
@@ -72,6 +73,7 @@ def _grpo(options: argparse.Namespace) -> int:
     from sgl_apr.training.config import GrpoConfig, load_config
     from sgl_apr.training.grpo import train
 
+    load_dialects(options.dialect)
     config = load_config(GrpoConfig, options.config)
     last: list[GrpoStepLog] = []
     with Progress(console=Console(stderr=True)) as progress:

@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, GrammarError
+from sgl_apr.formats.dialects import Dialect, register_dialect
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls
 from sgl_apr.server.api.limits import LIMIT_FLAGS, RequestLimits, add_limit_arguments
 from sgl_apr.server.api.openai_response import ResponseOptions
@@ -26,11 +27,13 @@ class ApiConfig:
         limits: How large a trajectory may be, and how many may run and wait.
         default_options: Options of every trajectory, unless its request sets them.
         all_chats: Whether a chat completion without `apr` is a trajectory, too.
+        dialects: Dialects from files, in addition to those that every server has.
     """
 
     limits: RequestLimits = field(default_factory=RequestLimits)
     default_options: Mapping[str, Any] = field(default_factory=dict)
     all_chats: bool = False
+    dialects: tuple[Dialect, ...] = ()
 
 
 def add_api_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +54,25 @@ def add_api_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="answer chat completions without `apr` as if they had an empty one",
     )
+    parser.add_argument(
+        "--apr-dialect",
+        dest="dialects",
+        action="append",
+        type=_parse_dialect,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="a .lark file, whose dialect requests can name; can be repeated",
+    )
+
+
+def _parse_dialect(file: str) -> Dialect:
+    """Read a grammar file and register its dialect in this process, so that options and requests can name it."""
+    try:
+        dialect = Dialect.from_file(file)
+        register_dialect(dialect)
+    except GrammarError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return dialect
 
 
 def parse_api_arguments(argv: Sequence[str]) -> tuple[ApiConfig, list[str]]:
@@ -69,7 +91,11 @@ def parse_api_arguments(argv: Sequence[str]) -> tuple[ApiConfig, list[str]]:
     limits = RequestLimits(
         **{name: values.pop(name) for name, _, _ in LIMIT_FLAGS.values() if name in values}
     )
-    config = ApiConfig(limits, **values)
+    dialects = tuple(values.pop("dialects", ()))
+    names = [dialect.name for dialect in dialects]
+    if len({*names}) < len(names):
+        raise UsageError(f"--apr-dialect: two files of one name: {', '.join(sorted(names))}")
+    config = ApiConfig(limits, dialects=dialects, **values)
     if config.default_options:
         _check_default_options(config)
     return config, remaining
