@@ -35,11 +35,13 @@ def _parse(options: argparse.Namespace) -> int:
     for record, reading in read_traces(
         [options.file], options.dialect, options.key, options.jobs, options.tokenizer
     ):
-        valid = valid and reading.is_valid
+        valid = valid and reading.is_valid and bool(record.text.strip())
         if options.json:
             print(printable_json(json.dumps(_reading_json(record, reading), ensure_ascii=False)))
             continue
         print_trajectory(reading.trajectory, record.source, metrics=bool(options.tokenizer))
+        if not record.text.strip():
+            print(printable(f"{record.source}: the text is empty"), file=sys.stderr)
         for defect in reading.defects:
             print(printable(f"{record.source}: {defect}"), file=sys.stderr)
     return int(not valid)

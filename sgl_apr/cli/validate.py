@@ -15,7 +15,10 @@ def add_command(commands: Any) -> None:
     """Add `validate` to the subcommands of an argparse parser."""
     parser = commands.add_parser(
         "validate",
-        help="count the defects of finished traces; status 1 if there are any",
+        help="count the defects of finished traces; status 1 if there are any, or no trace",
+        description="Count the defects of finished traces. The status is 1 if there are any, or no trace. Without --dialect "
+        "a text without a block is a defect, because nothing shows that it is a trace; with --dialect it is a reply that "
+        "did not fork. An empty text is always a defect.",
         epilog="example: sgl-apr validate replies.jsonl more.jsonl --dialect npr",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="texts, .jsonl files, or - for stdin")
@@ -26,10 +29,15 @@ def add_command(commands: Any) -> None:
 
 def _validate(options: argparse.Namespace) -> int:
     traces, valid, defects = Counter[str](), Counter[str](), Counter[str]()
-    for _, reading in read_traces(options.files, options.dialect, options.key, options.jobs):
+    for record, reading in read_traces(options.files, options.dialect, options.key, options.jobs):
+        found = [d.name for d in reading.defects]
+        if not record.text.strip():
+            found.append("empty text")
+        elif not found and not reading.trajectory.blocks and not options.dialect:
+            found.append("no block")
         traces[reading.trajectory.dialect] += 1
-        valid[reading.trajectory.dialect] += reading.is_valid
-        defects.update(d.name for d in reading.defects)
+        valid[reading.trajectory.dialect] += not found
+        defects.update(found)
     if options.json:
         counts = {
             "traces": traces.total(),

@@ -52,33 +52,51 @@ def read_records(paths: Sequence[str], key: str | None = None) -> Iterator[TextR
         key: The key of the text in an object. By default the first of `TEXT_KEYS` that it has.
 
     Raises:
-        AprError: A file cannot be read, or a line has no text. The message names the file and the line.
+        AprError: A file cannot be read, has no object, or a line has no text. The message names the file and the line.
     """
     for path in paths:
         if path == "-":
             yield from _read_stdin(sys.stdin, key)
         elif Path(path).suffix == ".jsonl":
-            yield from _from_objects(read_lines(path), path, key)
+            records = _from_objects(read_lines(path), path, key)
+            if (first := next(records, None)) is None:
+                raise AprError(f"{path} has no line, expected a JSON object in each line")
+            yield first
+            yield from records
         else:
             try:
                 with open(path, encoding="utf-8") as file:
-                    yield TextRecord(path, file.read())
-            except (OSError, UnicodeDecodeError) as error:
+                    text = file.read()
+            except (OSError, ValueError) as error:
                 raise AprError(f"cannot read {path}: {error}") from None
+            yield TextRecord(path, text)
 
 
 def _read_stdin(file: TextIO, key: str | None) -> Iterator[TextRecord]:
-    name, first_line = "<stdin>", file.readline()
-    if first_line.lstrip().startswith("{") and _is_json(first_line):
-        yield from _from_objects(parse_lines(chain([first_line], file), name), name, key)
+    name = "<stdin>"
+    try:
+        first_line = file.readline()
+        rest = None if first_line.lstrip().startswith("{") and _is_json(first_line) else file.read()
+    except (OSError, ValueError) as error:
+        raise AprError(f"cannot read {name}: {error}") from None
+    if rest is not None:
+        yield TextRecord(name, first_line + rest)
     else:
-        yield TextRecord(name, first_line + file.read())
+        yield from _from_objects(parse_lines(_checked(chain([first_line], file), name), name), name, key)
+
+
+def _checked(lines: Iterable[str], name: str) -> Iterator[str]:
+    """The lines of stdin; raises `AprError` for bytes that are no text."""
+    try:
+        yield from lines
+    except (OSError, ValueError) as error:
+        raise AprError(f"cannot read {name}: {error}") from None
 
 
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 

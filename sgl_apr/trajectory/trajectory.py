@@ -90,6 +90,8 @@ class Trajectory:
     @property
     def context_ids(self) -> tuple[int, ...]:
         """The token ids that further text is conditioned on: the prompt and `text`, without calls that a join removed."""
+        if not self.spans:
+            return ()
         in_reply = set(map(id, self.reply_spans))
         last = max((i for i, s in enumerate(self.spans) if id(s) in in_reply), default=len(self.spans) - 1)
         return tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())

@@ -49,7 +49,7 @@ def test_parse_locates_defects(trace: Path, capsys: pytest.CaptureFixture[str]):
         (["parse", "/nowhere/at.all"], "cannot read /nowhere/at.all"),
         (["parse", "-", "--dialect", "nope"], "no dialect 'nope'"),
         (["run", "hi", "--url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9"),
-        (["run", "hi", "--url", "http://127.0.0.1:9", "--policy", "some"], "no server at"),
+        (["run", "hi", "--url", "http://127.0.0.1:9", "--policy", "some"], "policy='some', expected"),
         (["model", "smollm2", "--tags", "nope"], "no dialect 'nope'"),
     ],
 )
@@ -147,6 +147,54 @@ def test_validate_counts_defects(replies: Path, trace: Path, capsys: pytest.Capt
     }
     assert main(["validate", str(trace)]) == 0
     assert "threadweaver" in capsys.readouterr().out
+
+
+def test_text_that_is_no_trace_is_not_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Unless --dialect says that it is a reply of that dialect, which need not fork."""
+    plain, empty, none = tmp_path / "plain.md", tmp_path / "empty.txt", tmp_path / "none.jsonl"
+    plain.write_text("# A page\n\nwithout <b>a block</b>\n")
+    empty.write_text(" \n")
+    none.write_text("\n")
+
+    def counted(*argv: str) -> tuple[int, dict]:
+        status = main(["validate", "--json", *argv])
+        return status, json.loads(capsys.readouterr().out)
+
+    assert counted(str(plain))[0] == 1
+    assert counted(str(plain))[1]["defects"] == {"no block": 1}
+    assert counted(str(plain), "--dialect", "threadweaver")[0] == 0
+    for more in ((), ("--dialect", "threadweaver")):
+        status, counts = counted(str(empty), *more)
+        assert (status, counts["traces"], counts["valid"], counts["defects"]) == (1, 1, 0, {"empty text": 1})
+    assert main(["parse", str(empty)]) == 1
+    assert f"{empty}: the text is empty" in capsys.readouterr().err
+    for command in (["validate"], ["parse"], ["convert", "--to", "npr"]):
+        assert main([*command, str(none)]) == 1
+        assert "none.jsonl has no line, expected a JSON object in each line" in capsys.readouterr().err
+
+
+def test_odd_files_end_in_one_line_or_in_json(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]):
+    """Half a surrogate pair is printed as JSON writes it; what is no JSON is an error of one line."""
+    halves = tmp_path / "halves.jsonl"
+    halves.write_text('{"text": "a \\ud800"}\n')
+    assert main(["parse", str(halves), "--json"]) == 0
+    assert json.loads(capsysbinary.readouterr().out)["spans"][0]["text"] == "a \ud800"
+    assert main(["convert", str(halves), "--to", "npr"]) == 0
+    assert json.loads(capsysbinary.readouterr().out) == {"text": "a \ud800"}
+    for name, content in {
+        "deep.jsonl": b"[" * 100_000, "long.jsonl": b'{"text": ' + b"9" * 5000 + b"}", "bytes.txt": b"\xff\xfe",
+        "bytes.jsonl": b'{"text": "\xff"}', "number.jsonl": b'{"text": 5}', "list.jsonl": b"[]",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        for command in (["validate"], ["parse", "--json"], ["convert", "--to", "npr"]):
+            assert main([*command, str(tmp_path / name)]) == 1
+            out, err = capsysbinary.readouterr()
+            assert out == b""
+            assert err.startswith(b"sgl-apr: error: ")
+            assert err.count(b"\n") == 1
+    for name in ("none.txt", "", "a\0b", "x" * 5000):
+        assert main(["validate", str(tmp_path / name)]) == 1
+        assert capsysbinary.readouterr().err.startswith(b"sgl-apr: error: cannot read ")
 
 
 def test_convert_keeps_the_other_fields_and_the_order(replies: Path, capsys: pytest.CaptureFixture[str]):
