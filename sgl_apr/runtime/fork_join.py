@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from sgl_apr.errors import AprError
 from sgl_apr.formats.branch_prompts import branch_prompt
 from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.segmenter import Outline
@@ -17,6 +18,7 @@ from sgl_apr.runtime.kv_join import KvJoiner
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import FAILURE_NOTE
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
+from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.tokenizer import Tokenizer
 
 
@@ -66,7 +68,7 @@ class ForkJoin:
         max_tokens = min(share.tokens, share.critical_path_cap)  # the prompt comes out of the branch's share
         prompt = truncate_tokens(tokenizer, text, max_tokens) or PLACEHOLDER
         if self.options.branch_prompt_template:
-            prompt = self.options.branch_prompt_template(prompt)
+            prompt = apply_template(self.options.branch_prompt_template, prompt)
         return group.start_with_prompt(identity, share, scope, prompt, tolerate_failure=tolerate)
 
     def open(self, sequence: SequenceState) -> None:
@@ -132,6 +134,18 @@ class ForkJoin:
             text = branch_prompt(self.dialect.branch_prompt).extract_result(body)
         text = truncate_tokens(tokenizer, text, max_tokens)
         return text if not any(tag in text for tag in grammar.tag_literals) else ""
+
+
+def apply_template(template: Callable[[str], str], message: str) -> str:
+    """Return the prompt that a branch prompt template makes of a message.
+
+    Raises:
+        AprError: It makes something else than text.
+    """
+    prompt: object = template(message)
+    if not isinstance(prompt, str):
+        raise AprError(f"branch_prompt_template returned {shorten(prompt)}, expected text")
+    return prompt
 
 
 def truncate_tokens(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:

@@ -19,7 +19,7 @@ from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.events import Delta, OnEvent
-from sgl_apr.runtime.fork_join import ForkJoin
+from sgl_apr.runtime.fork_join import ForkJoin, apply_template
 from sgl_apr.runtime.fork_rules import ForkRules
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import closing_overhead
@@ -50,7 +50,7 @@ class ReasoningRun:
         self.recorder = TrajectoryRecorder(engine.tokenizer, on_event)
         overhead = closing_overhead(self.dialect, engine.tokenizer)
         if template := options.branch_prompt_template:
-            tokens = len(engine.tokenizer.encode(template(""), add_special_tokens=True))
+            tokens = len(engine.tokenizer.encode(apply_template(template, ""), add_special_tokens=True))
             overhead = replace(overhead, branch=overhead.branch + tokens)
         self.rules = ForkRules(options, overhead, self.recorder.request_log, engine.context)
         self.runner = RequestRunner(engine, options, self.recorder, self.rid, self.seed)

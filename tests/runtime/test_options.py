@@ -183,6 +183,11 @@ def test_a_pacing_function_that_returns_something_else(answer: Any):
     assert not scripted.active
 
 
+def test_a_template_that_returns_something_else():
+    with pytest.raises(apr.AprError, match="branch_prompt_template returned 3, expected text"):
+        asyncio.run(apr.areason(engine(), "Q: ", "spawn", branch_prompt_template=lambda message: 3))
+
+
 # Prompts
 
 BAD_PROMPTS = [
