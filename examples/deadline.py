@@ -37,7 +37,7 @@ async def solve(url: str, problems: list[Problem], seconds: float) -> list[Attem
     return attempts
 
 
-def outcomes(attempt: Attempt) -> list[str]:
+def outcomes(attempt: Attempt) -> list[str | None]:
     """The outcome of each branch."""
     return [branch.outcome for block in attempt.trajectory.blocks for branch in block.branches]
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from serving import example_parser, served
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.lists import ListProblem, ListTask, generate_problems
+from sgl_apr.evaluation.tasks.lists import ListKind, ListProblem, ListTask, generate_problems
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.views.tree import render_summary
@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8, help="numbers in a list (default: %(default)s)")
     parser.add_argument("--count", type=int, default=2, help="lists of each kind (default: %(default)s)")
     options = parser.parse_args()
-    kinds, size = ("sort", "intersect"), options.size
-    problems = [problem for kind in kinds for problem in generate_problems(kind, options.count, size=size)]
+    kinds: tuple[ListKind, ...] = ("sort", "intersect")
+    problems = [
+        problem for kind in kinds for problem in generate_problems(kind, options.count, size=options.size)
+    ]
     with served(options, max_total_tokens=16384) as url:
         results = asyncio.run(solve(url, problems))
     errors = [p.count_errors(json.loads(r.answer or "[]")) for p, r in zip(problems, results, strict=True)]

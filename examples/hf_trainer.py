@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer on trajectories, at any scale. Run `pip install 'sgl-apr[trainer]'` first.
+"""Hugging Face's Trainer on trajectories, at any scale. Run `pip install -e '.[trainer]'` in the clone first.
 
 python examples/hf_trainer.py --model DIRECTORY --data trajectories.jsonl --output_dir out [any flag of TrainingArguments]
 accelerate launch --config_file configs/8b-fsdp.yaml examples/hf_trainer.py --model Qwen/Qwen3-8B ...    # see that file
@@ -36,7 +36,7 @@ class Arguments:
     )
 
 
-class TreeTrainer(Trainer):
+class TreeTrainer(Trainer):  # type: ignore[misc]  # without the types of transformers
     """A trainer with one loss for every token that the model decoded."""
 
     def compute_loss(
@@ -65,7 +65,7 @@ def rows(path: Path, eos: int, length: int, join: Literal["text", "kv"]) -> list
 
 def main() -> None:
     """Train, and save the model with its tokenizer."""
-    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)  # type: ignore[arg-type]
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
     options, training = parser.parse_args_into_dataclasses()
     training.remove_unused_columns, training.per_device_train_batch_size = False, 1
     eos = min(HfTokenizer(options.model).eos_ids)
@@ -76,7 +76,7 @@ def main() -> None:
     trainer = TreeTrainer(
         model=model,
         args=training,
-        train_dataset=rows(options.data, eos, options.length, options.join),  # type: ignore[arg-type]
+        train_dataset=rows(options.data, eos, options.length, options.join),
         data_collator=lambda batch: collate(batch),
     )
     trainer.train()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 from rich.console import Console
 
 import sgl_apr as apr
@@ -33,17 +35,21 @@ def main() -> None:
     parser.add_argument("--question", default="Why do people love dogs?")
     options = parser.parse_args()
     client, console = OpenAI(base_url=f"{options.url}/v1", api_key=options.api_key), Console()
-    messages = [{"role": "user", "content": options.question}]
-    request = {"model": "default", "messages": messages, "max_tokens": 300}
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": options.question}]
 
     extra = {"apr": {**APR, "separate_reasoning": True, "trajectory": True}}
-    complete = client.chat.completions.create(**request, extra_body=extra)
+    complete: Any = client.chat.completions.create(
+        model="default", messages=messages, max_tokens=300, extra_body=extra
+    )
     trajectory = apr.Trajectory.from_json(json.dumps(complete.apr["trajectory"]))
     console.print(render_tree(trajectory, options.question))
     console.print("answer:", repr(complete.choices[0].message.content), complete.usage.apr, markup=False)
 
     texts: dict[tuple[int, ...], str] = {}
-    for chunk in client.chat.completions.create(**request, stream=True, extra_body={"apr": APR}):
+    stream: Any = client.chat.completions.create(
+        model="default", messages=messages, max_tokens=300, stream=True, extra_body={"apr": APR}
+    )
+    for chunk in stream:
         (choice,), fields = chunk.choices, chunk.apr
         if "event" in fields:
             event = f"{fields['event']} {fields.get('path', '')} {fields.get('outcome', '')}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import sglang as sgl
 from rich.console import Console
@@ -60,8 +61,8 @@ def worked_example(parts: list[tuple[str, str]], conclusion: str, answer: str) -
     )
 
 
-@sgl.function
-def solve(s, question):
+@sgl.function  # type: ignore[untyped-decorator]
+def solve(s: Any, question: str) -> None:
     """Two worked examples, the question, and the model's own forks and joins."""
     for example, reply in EXAMPLES.items():
         s += sgl.user(example)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from itertools import islice
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import track
@@ -26,7 +27,7 @@ from sgl_apr.methods.tree_of_thoughts import tree_of_thoughts
 from sgl_apr.views.tree import render_summary
 
 
-async def play(url: str, games: list[Problem], search: str) -> list[MethodResult]:
+async def play(url: str, games: list[Problem], search: Literal["bfs", "dfs"]) -> list[MethodResult]:
     """Play one game after another; the states of a level are expanded in parallel."""
     results, budget = list[MethodResult](), apr.Budget(tokens=6000)
     async with await apr.HttpEngine.connect(url) as engine:

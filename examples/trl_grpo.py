@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with a reward of this package, on Countdown problems. Run `pip install 'sgl-apr[trl]'` first.
+"""TRL's GRPOTrainer with a reward of this package, on Countdown problems. Run `pip install -e '.[trl]'` in the clone first.
 
 python examples/trl_grpo.py [--model builtin] [--steps 4] [--json]
 
@@ -14,11 +14,11 @@ import tempfile
 from functools import partial
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset  # type: ignore[import-untyped]
 from trl import GRPOConfig, GRPOTrainer
 
-from sgl_apr.evaluation.tasks.countdown.attempts import extract_solution
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems, solves
+from sgl_apr.evaluation.tasks.countdown.search import extract_solution
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.models import locate_model
 from sgl_apr.training.rewards import gated

@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import partial
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.countdown.attempts import extract_solution
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
+from sgl_apr.evaluation.tasks.countdown.search import extract_solution
 from sgl_apr.training.rewards import gated
 from sgl_apr.training.trl_verl import for_verl
 
