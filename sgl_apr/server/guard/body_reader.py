@@ -14,7 +14,7 @@ from sgl_apr.server.guard.refusal import RequestRefused
 
 SLOW_AFTER_S = 1.0  # a body that takes longer counts as slow
 SLOW_MEMORY_FACTOR = 8  # slow bodies hold at most this many times the bytes of the largest allowed body
-DISCARD_S = 2.0  # how long the rest of a refused body is read, so that the client reads the response
+DISCARD_S = 1.0  # how long the rest of a refused body is read, so that the client reads the response
 
 
 class ClientGone(Exception):

@@ -32,17 +32,28 @@ def connection_hooks(limits: GuardLimits) -> list[str]:
     """
 
     def connection_made(result: None, protocol: Any, transport: Any) -> None:
-        if len(protocol.connections) > limits.connections:
-            transport.write(_too_many(len(protocol.connections), limits))
-            transport.close()
-        else:
-            HeaderTimer(protocol, limits.header_timeout).start()
+        watch_connection(protocol, transport, limits)
 
     paths = [f"{path}.connection_made" for library, path in PROTOCOLS.items() if find_spec(library)]
     for path in paths:
         require_sglang(path.removesuffix(".connection_made") + "._unset_keepalive_if_required")
         hook_after(path, ["transport"], connection_made)
     return paths
+
+
+def watch_connection(protocol: Any, transport: Any, limits: GuardLimits) -> None:
+    """Refuse a new connection if there are too many, else close it when headers do not arrive.
+
+    Args:
+        protocol: uvicorn's protocol of the connection.
+        transport: Its transport.
+        limits: The operator's limits.
+    """
+    if len(protocol.connections) > limits.connections:
+        transport.write(_too_many(len(protocol.connections), limits))
+        transport.close()
+    else:
+        HeaderTimer(protocol, limits.header_timeout).start()
 
 
 class HeaderTimer:

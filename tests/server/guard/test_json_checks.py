@@ -11,7 +11,7 @@ from sgl_apr.server.guard.grammar_checks import check_schema
 from sgl_apr.server.guard.json_checks import ModelSize, chat_text, check_json
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.refusal import RequestRefused
-from tests.server.guard.hostile import combined_schema, refused
+from tests.server.guard.hostile import combined_schema
 
 SIZE = ModelSize(context_length=1000, prompt_chars=10_000, vocab_size=500)
 LIMITS = GuardLimits()
@@ -105,8 +105,3 @@ def test_a_schema_that_combines_alternatives_is_refused():
         '{"allOf": [{"anyOf": []}]}',
     ):
         check_schema(text)
-
-
-def test_requests_of_the_attack_differ():
-    bodies = [content for _, content in refused().values()]
-    assert len(set(bodies)) > 0.9 * len(bodies)
