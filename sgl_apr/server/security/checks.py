@@ -7,6 +7,7 @@ Otherwise the result is "not probed".
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -206,7 +207,9 @@ class SecurityCheck:
         if answer.status in (401, 403):
             return SecurityFinding(name, "not probed", "the server wants a key", "pass --api-key")
         value = next(iter(sampling.values()))
-        if 400 <= answer.status < 500 and (flag in answer.text or f"{name} " in _message(answer)):
+        if 400 <= answer.status < 500 and (
+            flag in answer.text or re.search(rf"\b{name}\b", _message(answer))
+        ):
             return SecurityFinding(name, "pass", f"{name}={value!r} is refused")
         return SecurityFinding(
             name, "FAIL", f"{name}={value!r} is not refused", f"serve with sgl-apr serve: {flag}"
