@@ -57,10 +57,11 @@ class DialectReport:
 def check_dialect(dialect: Dialect) -> DialectReport:
     """Check a dialect, which was read without an error.
 
-    >>> from sgl_apr.formats.dialects import dialect
-    >>> report = check_dialect(dialect("npr"))
-    >>> report.errors, report.backends
-    ((), ('llguidance', 'xgrammar', 'llguidance, spelled'))
+    Examples:
+        >>> from sgl_apr.formats.dialects import dialect
+        >>> report = check_dialect(dialect("npr"))
+        >>> report.errors, report.backends
+        ((), ('llguidance', 'xgrammar', 'llguidance, spelled'))
     """
     errors, warnings = _unused(dialect)
     backends: list[str] = []

@@ -122,8 +122,9 @@ def split_tags(text: str) -> list[str]:
 
     A string that begins with the end of a tag (`">\\n"` after `"<Case " NUMBER`) is split after it.
 
-    >>> split_tags("Split: <Debate>\\n<FORK-")
-    ['Split: ', '<Debate>', '\\n', '<FORK-']
+    Examples:
+        >>> split_tags("Split: <Debate>\\n<FORK-")
+        ['Split: ', '<Debate>', '\\n', '<FORK-']
     """
     end = re.match(r"[^<>]*>", text)
     head, rest = (end[0], text[end.end() :]) if end else ("", text)
