@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 
 from sgl_apr.errors import AprError
+from sgl_apr.trajectory.jsonl import file_error
 
 LOG_FILE, CHECKPOINT_FILE, CONFIG_FILE = "log.jsonl", "checkpoint.pt", "run.json"
 TOKENIZER_FILES = (
@@ -20,6 +25,45 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+# What the operating system says about a place where nothing can be written.
+WRITE_ERRNOS = {getattr(errno, name) for name in ("EACCES", "EDQUOT", "EEXIST", "EFBIG", "EIO", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")}  # fmt: skip
+
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
+RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise an `AprError` if the block cannot write to `path`, for example to a full disk or a read-only folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in WRITE_ERRNOS:
+            raise
+        raise file_error("cannot write to", error.filename or path, error) from None
+    except (
+        Exception
+    ) as error:  # torch, tokenizers and safetensors report a failed write by exceptions of their own
+        code = RUST_OS_ERROR.search(str(error))
+        if not code and not any(text in str(error) for text in TORCH_WRITE_ERRORS):
+            raise
+        reason = (
+            OSError(int(code[1]), os.strerror(int(code[1])))
+            if code
+            else ValueError("the checkpoint could not be saved")
+        )
+        raise file_error("cannot write to", path, reason) from None
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file completely, or leave it as it is and raise `OSError`."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def start_run(config: Any, start: Path, out: Path) -> Path:
@@ -34,15 +78,17 @@ def start_run(config: Any, start: Path, out: Path) -> Path:
         `start`.
 
     Raises:
-        AprError: If the directory belongs to a run with another configuration, or `start` is not a checkpoint.
+        AprError: If the directory belongs to a run with another configuration or cannot be written, or `start` is not a
+            checkpoint.
     """
     if not (start / "config.json").is_file():
         raise AprError(f"{start} is not a checkpoint: it has no config.json")
-    out.mkdir(parents=True, exist_ok=True)
     config_file, config_json = out / CONFIG_FILE, json.dumps(asdict(config), indent=1) + "\n"
-    if config_file.exists() and config_file.read_text(encoding="utf-8") != config_json:
-        raise AprError(f"{out} holds a run with another configuration: choose another directory")
-    config_file.write_text(config_json, encoding="utf-8")
+    with write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if config_file.exists() and config_file.read_text(encoding="utf-8") != config_json:
+            raise AprError(f"{out} holds a run with another configuration: choose another directory")
+        replace_file(config_file, config_json)
     return start
 
 
@@ -64,11 +110,16 @@ class Progress:
 def save_checkpoint(
     out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, done: Progress
 ) -> None:
-    """Save a checkpoint atomically."""
+    """Save a checkpoint completely, or keep the one before and raise `AprError`."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": asdict(done)}
     partial = out / f"{CHECKPOINT_FILE}.partial"
-    torch.save(state, partial)
-    os.replace(partial, out / CHECKPOINT_FILE)
+    try:
+        with write_errors(partial):
+            torch.save(state, partial)
+            os.replace(partial, out / CHECKPOINT_FILE)
+    except AprError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -87,14 +138,16 @@ def load_checkpoint(out: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     optimizer.load_state_dict(state["optimizer"])
     done = Progress(**state["done"])
     lines = (out / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    (out / LOG_FILE).write_text("".join(lines[: done.step]), encoding="utf-8")
+    with write_errors(out / LOG_FILE):
+        replace_file(out / LOG_FILE, "".join(lines[: done.step]))
     return done
 
 
 def export_model(target: Path, model: Any, start: Path) -> Path:
     """Save the model as a checkpoint that a server can load, with the tokenizer of the checkpoint that the run started from."""
-    model.save_pretrained(target)
-    for name in TOKENIZER_FILES:
-        if (start / name).exists():
-            shutil.copyfile(start / name, target / name)
+    with write_errors(target):
+        model.save_pretrained(target)
+        for name in TOKENIZER_FILES:
+            if (start / name).exists():
+                shutil.copyfile(start / name, target / name)
     return target

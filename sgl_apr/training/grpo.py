@@ -34,6 +34,7 @@ from sgl_apr.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     start_run,
+    write_errors,
 )
 from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import GrpoConfig, Rollouts
@@ -97,7 +98,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None
         The trained model, as a checkpoint that a server can load.
 
     Raises:
-        AprError: If the configuration cannot be run.
+        AprError: If the configuration cannot be run, or the directory cannot be written.
     """
     reward(config.rollouts.reward)  # raises for an unknown name before anything runs
     if config.rollouts.reward == "npr" and config.rollouts.advantage != "papo":
@@ -116,6 +117,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None
     )
     export_model(out / WEIGHTS_DIR, model, start)
     with (
+        write_errors(out),
         Server(
             out / WEIGHTS_DIR, log_path=out / "server.log", context_length=2048, **SERVER_OPTIONS
         ) as server,

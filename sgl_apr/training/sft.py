@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from sgl_apr.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     start_run,
+    write_errors,
 )
 from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, Steps
@@ -77,7 +79,8 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
         The trained model, as a checkpoint that a server can load.
 
     Raises:
-        AprError: If the directory belongs to a run with another configuration, or the configuration cannot be run.
+        AprError: If the directory belongs to a run with another configuration or cannot be written, or the configuration
+            cannot be run.
     """
     start = start_run(config, _start(config, out), out)
     torch.manual_seed(config.steps.seed)
@@ -89,7 +92,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     tokenizer = HfTokenizer(start)
     collate = Collator(pad=min(tokenizer.eos_ids))
     model.train()
-    with (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
+    with write_errors(out / LOG_FILE), (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
         batches = batch_stream(
             make_examples(config.data, tokenizer), config.steps.batch, config.steps.seed, place
         )
@@ -124,7 +127,17 @@ def _start(config: SftConfig, out: Path) -> Path:
         return Path(config.model.path)
     if not (out / START_DIR / "config.json").is_file():
         size = {"layers": config.model.layers, "hidden": config.model.hidden, "seed": config.model.seed}
-        countdown_llama(out / START_DIR, dialect(config.data.dialect).tags, **size)
+        # Under another name until it is complete, so that a full disk leaves no half of it that looks like a checkpoint.
+        partial = out / f"{START_DIR}.partial"
+        with write_errors(out):
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                countdown_llama(partial, dialect(config.data.dialect).tags, **size)
+                shutil.rmtree(out / START_DIR, ignore_errors=True)
+                partial.rename(out / START_DIR)
+            except Exception:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     return out / START_DIR
 
 
