@@ -228,13 +228,13 @@ def test_a_method_is_bounded_by_its_budget_and_by_no_dialect():
 
 
 def test_the_width_of_a_budget_bounds_how_many_run_at_once():
-    running, most = 0, 0
+    running, peak = 0, 0
 
     class Counting(apr.ScriptedEngine):
         async def decode(self, request, on_tokens=None):
-            nonlocal running, most
+            nonlocal running, peak
             running += 1
-            most = max(most, running)
+            peak = max(peak, running)
             try:
                 return await super().decode(request, on_tokens)
             finally:
@@ -245,9 +245,9 @@ def test_the_width_of_a_budget_bounds_how_many_run_at_once():
             return await t.fork(t.root, ["a", "b", "c", "d"])
 
     assert len(asyncio.run(once({"width": 2}))) == 4
-    assert most == 2
+    assert peak == 2
     asyncio.run(once(None))
-    assert most == 4
+    assert peak == 4
 
 
 @pytest.mark.parametrize(

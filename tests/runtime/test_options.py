@@ -337,6 +337,7 @@ async def wrong(engine: apr.Engine) -> None:
 """
 
 
+@pytest.mark.slow  # half a minute without mypy's cache
 def test_a_type_checker_refuses_wrong_options(tmp_path: Path):
     source = tmp_path / "typed.py"
     source.write_text("from typing import Unpack\n" + TYPED)

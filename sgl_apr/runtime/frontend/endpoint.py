@@ -21,8 +21,8 @@ from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.engine.server_url import normalize_url
 from sgl_apr.errors import EngineError
 from sgl_apr.runtime.events import Delta, Event, OnEvent
+from sgl_apr.runtime.frontend.engine_call import EngineCall, Reason
 from sgl_apr.runtime.frontend.event_loop import EventLoopThread, wait_for
-from sgl_apr.runtime.frontend.expressions import EngineCall, Reason
 from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine
 from sgl_apr.runtime.frontend.program_text import ProgramText
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend

@@ -16,6 +16,7 @@ from typing import Any
 
 from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import AprError, UnsupportedEngine
+from sgl_apr.runtime.frontend.engine_call import EngineCall, Reason
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 5.0  # how long a program may take to start, before reading an unknown variable is an error
@@ -130,8 +131,6 @@ def check_backend(backend: Any, expression: Any) -> None:
     Raises:
         UnsupportedEngine: The expression is `apr.reason` or `apr.solve`, and the backend is another than `apr.Endpoint`.
     """
-    from sgl_apr.runtime.frontend.expressions import EngineCall, Reason
-
     kind = expression.sampling_params.dtype
     if isinstance(kind, Reason | EngineCall) and not getattr(backend, "raises_errors", False):
         raise UnsupportedEngine(

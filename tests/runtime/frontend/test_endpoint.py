@@ -14,7 +14,7 @@ from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 
 import sgl_apr as apr
-from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE
+from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens
 from tests.support.processes import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(200)]
@@ -388,10 +388,39 @@ def test_a_join_by_concatenation_ends(endpoint):
     assert state.text().startswith("Then so")
 
 
-@pytest.mark.filterwarnings("ignore:Error in stream_executor")
+@pytest.mark.filterwarnings("error")
 def test_reason_needs_the_endpoint(server):
     state = solve.run(backend=RuntimeEndpoint(server.url))
-    assert "apr.reason('answer'), which needs the backend apr.Endpoint" in str(state.error())
+    with pytest.raises(
+        apr.UnsupportedEngine,
+        match=r"apr\.reason\('answer'\), which needs the backend apr\.Endpoint: found RuntimeEndpoint",
+    ):
+        _ = state["answer"]
+    assert isinstance(state.error(), apr.UnsupportedEngine)
+
+
+@pytest.mark.parametrize("before", ["", "Q: "], ids=["nothing before", "text before"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_forks_of_a_program_share_its_routing_key(endpoint, before: str, size: int):
+    keys: list[str] = []
+
+    @sgl.function
+    def forking(s):
+        if before:
+            s += before
+        parts = s.fork(size)
+        for part in parts:
+            part += "so" + sgl.gen("part", max_tokens=2, temperature=0)
+        keys.extend(endpoint.route(part.stream_executor) for part in parts if part["part"] is not None)
+        parts.join("gather_variable")
+        s += "in all" + sgl.gen("end", max_tokens=2, temperature=0)
+
+    state = forking.run(backend=endpoint)
+    assert isinstance(state["end"], str)
+    assert isinstance(state["part"], list)
+    assert keys == [endpoint.route(state.stream_executor)] * size
+    assert len(keys[0]) == 32, "a key, and not the text of several"
+    assert isinstance(state.stream_executor.variables[TOKENS_VARIABLE], ProgramTokens)
 
 
 # Leaving
