@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import builtins
 import re
@@ -23,8 +24,10 @@ from sgl_apr.runtime.options import REQUEST_FIELDS, ReasonOptions
 from sgl_apr.runtime.pacing import Pacing
 from sgl_apr.runtime.retry import Retry
 from sgl_apr.server import constants
-from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.config import add_api_arguments
+from sgl_apr.server.api.limits import LIMIT_FLAGS, RequestLimits
 from sgl_apr.server.api.options import OPTION_NAMES
+from sgl_apr.server.guard.limits import add_guard_arguments
 from tests.support.doc_runner import PAGES, name
 from tests.support.paths import DOCS, ROOT
 
@@ -67,9 +70,15 @@ def test_request_fields_and_names_of_the_http_api_are_listed():
     assert [name for name in OPTION_NAMES if f"`{name}`" not in api] == []
 
 
-def test_caps_of_the_server_are_listed():
-    flags = set(re.findall(r"^\| `(--apr-max-\w+) ", section("Flags of `sgl-apr serve`"), re.MULTILINE))
-    assert flags == {f"--apr-max-{option.name}" for option in fields(RequestLimits)}
+def test_flags_of_the_server_are_listed():
+    listed = set(re.findall(r"`(--apr-[\w-]+)", section("Flags of `sgl-apr serve`")))
+    parser = argparse.ArgumentParser(add_help=False)
+    add_api_arguments(parser)
+    add_guard_arguments(parser)
+    assert listed == {flag for action in parser._actions for flag in action.option_strings}
+    assert {field for field, _, _ in LIMIT_FLAGS.values()} == {
+        option.name for option in fields(RequestLimits)
+    }
 
 
 def test_switches_are_listed():

@@ -89,14 +89,14 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag,
             dest=field,
-            type=number_at_least(minimum),
+            type=bounded_number(minimum),
             default=argparse.SUPPRESS,
             metavar="S" if isinstance(minimum, float) else "N",
             help=text,
         )
 
 
-def number_at_least(minimum: float) -> Callable[[str], float]:
+def bounded_number(minimum: float) -> Callable[[str], float]:
     """Return a function that parses the number of a flag: a whole number if `minimum` is one."""
 
     def parse(text: str) -> float:

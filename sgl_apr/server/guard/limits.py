@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sgl_apr.server.api.limits import number_at_least
+from sgl_apr.server.api.limits import bounded_number
 from sgl_apr.server.launch.usage import UsageParser
 
 MIB = 2**20
@@ -86,7 +86,7 @@ def add_guard_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag,
             dest=field,
-            type=number_at_least(minimum),
+            type=bounded_number(minimum),
             default=argparse.SUPPRESS,
             metavar="S" if isinstance(minimum, float) else "N",
             help=text,

@@ -61,7 +61,7 @@ def test_a_request_that_matches_its_schema_is_refused_only_for_its_values():
     )
     operation = schemathesis.openapi.from_dict(document())["/apr/generate"]["POST"]
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
     def check(case: schemathesis.Case) -> None:
         refusal = ""
