@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from sgl_apr.server.guard.limits import GuardLimits
@@ -15,10 +16,6 @@ from sgl_apr.server.guard.refusal import RequestRefused
 SLOW_AFTER_S = 1.0  # a body that takes longer counts as slow
 SLOW_MEMORY_FACTOR = 8  # slow bodies hold at most this many times the bytes of the largest allowed body
 DISCARD_S = 1.0  # how long the rest of a refused body is read, so that the client reads the response
-
-
-class ClientGone(Exception):
-    """The client has disconnected before its body was complete."""
 
 
 class BodyReader:
@@ -44,7 +41,7 @@ class BodyReader:
 
         Raises:
             RequestRefused: The body is too large (413) or takes too long (408), or too many bodies are slow (503).
-            ClientGone: The client has disconnected.
+            ClientDisconnect: The client has disconnected.
         """
         length = headers.get(b"content-length")
         if length is not None and length.isdigit() and int(length[:20]) > max_bytes:
@@ -70,7 +67,7 @@ class BodyReader:
                     self._check_slow(max_bytes)
                     continue
                 if message["type"] != "http.request":
-                    raise ClientGone
+                    raise ClientDisconnect
                 chunk = message.get("body", b"")
                 size += len(chunk)
                 if size > max_bytes:

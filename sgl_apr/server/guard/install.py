@@ -28,6 +28,7 @@ TOKENIZE = "sglang.srt.entrypoints.openai.serving_tokenize"
 GENERATE_REQUEST = "sglang.srt.managers.io_struct:GenerateReqInput"
 REASONING_PARSERS = "sglang.srt.parser.reasoning_parser:ReasoningParser.DetectorMap"
 TOOL_CALL_PARSERS = "sglang.srt.function_call.function_call_parser:FunctionCallParser.ToolCallParserEnum"
+TRUNCATED_CONTEXTS = 64  # how long a prompt may be that is cut to one context
 UNKNOWN_TOKEN_CHARS = 256  # of the longest token, for a tokenizer that does not list its tokens
 DECOMPRESSION_ENV = "SGLANG_ENABLE_REQUEST_DECOMPRESSION"
 
@@ -55,7 +56,7 @@ def install_guard(limits: GuardLimits, host: str) -> None:
         tokenizer = state().tokenizer_manager.tokenizer
         return 0 if tokenizer is None else len(tokenizer.encode(text, add_special_tokens=False))
 
-    _replace_cors(app, limits)
+    replace_cors(app, limits)
     guard = Middleware(
         RequestGuard,
         limits=limits,
@@ -71,9 +72,11 @@ def install_guard(limits: GuardLimits, host: str) -> None:
 def measure_model(manager: Any) -> ModelSize:
     """Return the size of the model of SGLang's tokenizer manager."""
     config = manager.model_config
+    # With --allow-auto-truncate, SGLang cuts longer prompts.
+    prompt_tokens = config.context_len * (TRUNCATED_CONTEXTS if manager.allow_auto_truncate else 1)
     return ModelSize(
-        config.context_len,
-        config.context_len * longest_token(manager.tokenizer),
+        prompt_tokens,
+        prompt_tokens * longest_token(manager.tokenizer),
         config.vocab_size,
         bool(config.is_multimodal),
         {
@@ -92,7 +95,7 @@ def longest_token(tokenizer: Any) -> int:
         return UNKNOWN_TOKEN_CHARS
 
 
-def _replace_cors(app: Any, limits: GuardLimits) -> None:
+def replace_cors(app: Any, limits: GuardLimits) -> None:
     """Replace SGLang's CORS middleware, which lets pages of every origin read every answer, with credentials."""
     stock = [m for m in app.user_middleware if m.cls is CORSMiddleware]
     if len(stock) != 1:

@@ -145,10 +145,11 @@ def _check_prompts(body: Mapping[str, Any], limits: GuardLimits, size: ModelSize
     copies = max([1, *counts])
     for name in BATCH_FIELDS:
         value = body.get(name)
-        if not isinstance(value, list) or not value:
+        if not isinstance(value, list) or not value or (name == "input" and _is_chat(value)):
             continue
         nested = isinstance(value[0], list | str | dict)
-        _check_ids(name, value if nested else [value], size)
+        if name != "tokens":  # which are decoded, not prompts
+            _check_ids(name, value if nested else [value], size)
         if nested and len(value) * copies > limits.prompts:
             found = f"{len(value)} x n={copies:g}" if copies > 1 else len(value)
             raise over_limit(f"the number of entries of {name}", found, "--apr-max-prompts", limits.prompts, name)  # fmt: skip

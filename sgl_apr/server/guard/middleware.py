@@ -11,9 +11,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import orjson
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sgl_apr.server.guard.body_reader import BodyReader, ClientGone, discard_body
+from sgl_apr.server.guard.body_reader import BodyReader, discard_body
 from sgl_apr.server.guard.json_checks import ModelSize, chat_text, check_json, count_brackets
 from sgl_apr.server.guard.limits import MIB, GuardLimits
 from sgl_apr.server.guard.origin_checks import check_content_type, check_host, check_origin
@@ -96,7 +97,7 @@ class RequestGuard:
                 await discard_body(receive)
                 await send({"type": "http.response.body", "body": b""})
             return
-        except ClientGone:
+        except ClientDisconnect:
             return
         if not has_body:
             await self._app(scope, receive, send)

@@ -26,6 +26,8 @@ FITS = {
     "images": {"text": "a", "image_data": ["a" * 50_000]},
     "nulls": {"text": None, "n": None, "sampling_params": None, "stop_regex": None},
     "wrong types": {"text": 5, "n": "x", "sampling_params": [1, "x"], "messages": 5, "input_ids": {}},
+    "long conversation": {"input": [{"role": "user", "content": "a"}] * 2000},
+    "tokens to decode": {"tokens": [1] * 5000},
     "many texts": {"input": ["a" * 100] * 1000},
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
@@ -47,6 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "stop_regex": ({"stop_regex": "a"}, "--apr-allow-stop-regex", "stop_regex"),
     "stop_regex below": ({"sampling_params": {"stop_regex": ["a"]}}, "--apr-allow-stop-regex", "stop_regex"),
     "internal": ({"sampling_params": {"is_normalized": True}}, "set by the server", "is_normalized"),
+    "tokens": ({"tokens": [[1], [-1]]}, "tokens has -1", "tokens"),
     "grammar": ({"regex": "a" * 65_537}, "65537.*--apr-max-grammar-chars|--apr-max-prompt-chars", "regex"),
 }  # fmt: skip
 
@@ -70,6 +73,23 @@ def test_the_operator_sets_the_limits():
         check_json({"n": 3}, GuardLimits(n=2), SIZE)
     check_json({"stop_regex": "a"}, GuardLimits(stop_regex=True), SIZE)
     check_json({"text": "a" * 20_000}, GuardLimits(prompt_chars=20_000), SIZE)
+
+
+def test_names_that_sglang_looks_up():
+    size = ModelSize(
+        1000,
+        10_000,
+        500,
+        choices={"reasoning_parser": frozenset({"r1"})},
+        request_fields=frozenset({"stream"}),
+    )
+    check_json(
+        {"reasoning_parser": "r1", "instances": [{"text": "a"}], "parameters": {"stream": True}}, LIMITS, size
+    )
+    with pytest.raises(RequestRefused, match="reasoning_parser is 'x', expected one of r1"):
+        check_json({"reasoning_parser": "x"}, LIMITS, size)
+    with pytest.raises(RequestRefused, match="no parameter 'foo'"):
+        check_json({"instances": [{"text": "a"}], "parameters": {"foo": 1}}, LIMITS, size)
 
 
 def test_what_is_no_object_passes():
