@@ -232,12 +232,14 @@ def checked(words: list[str], block: Block) -> str:
             script = next(word for word in rest if word.endswith(".py"))
             text = (ROOT / script).read_text()
             unknown = {f for f in flags if f'"{f}"' not in text and f" {f}" not in text}
+        case ["python3", "-m", "venv", ".venv", "&&", "source", ".venv/bin/activate"]:
+            unknown = set()
         case ["make", *targets]:
             known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             unknown = {t for t in targets if "=" not in t} - set(known)
         case ["pip", "install", *what]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-            extras = {extra for word in what for extra in re.findall(r"sgl-apr\[(\w+)\]", word)}
+            extras = {extra for word in what for extra in re.findall(r"(?:sgl-apr|\.)\[(\w+)\]", word)}
             unknown = extras - set(project["optional-dependencies"])
         case _:
             raise AssertionError(f"{block}: nobody knows how to check {words[0]}")
