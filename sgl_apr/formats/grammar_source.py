@@ -160,8 +160,9 @@ def read_grammar_file(path: Path) -> str:
 
 def grammar_path(name: str) -> Path:
     """Return the path of a built-in grammar file: inside the wheel, or next to the package in a checkout."""
-    inside = Path(str(files("sgl_apr"))) / "grammars" / f"{name}.lark"
-    return inside if inside.exists() else inside.parents[2] / "grammars" / f"{name}.lark"
+    package = Path(str(files("sgl_apr")))
+    inside = package / "grammars"
+    return (inside if inside.is_dir() else package.parent / "grammars") / f"{name}.lark"
 
 
 @lru_cache(maxsize=1)
