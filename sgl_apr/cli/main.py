@@ -24,6 +24,7 @@ SUBCOMMANDS = (
     "plot",
     "report",
     "dialect",
+    "completion",
 )
 INTERRUPTED = 130  # the status after Ctrl-C, as shells have it
 
