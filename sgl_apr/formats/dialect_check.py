@@ -101,7 +101,7 @@ def _unused(dialect: Dialect) -> tuple[list[str], list[str]]:
     return errors, warnings
 
 
-class _Bytes:
+class ByteVocabulary:
     """A tokenizer whose tokens are bytes, and tags if `has_tags`. It stands for tokenizers with and without the tags."""
 
     eos_ids = frozenset({256})
@@ -120,9 +120,9 @@ class _Bytes:
 
 
 _BACKENDS: dict[str, tuple[GrammarBackend, Tokenizer]] = {
-    "llguidance": ("llguidance", _Bytes(has_tags=True)),
-    "xgrammar": ("xgrammar", _Bytes(has_tags=True)),
-    "llguidance, spelled": ("llguidance", _Bytes(has_tags=False)),
+    "llguidance": ("llguidance", ByteVocabulary(has_tags=True)),
+    "xgrammar": ("xgrammar", ByteVocabulary(has_tags=True)),
+    "llguidance, spelled": ("llguidance", ByteVocabulary(has_tags=False)),
 }
 
 

@@ -10,7 +10,7 @@ from re import _parser as regex_parser
 from typing import Any
 
 from sgl_apr.errors import GrammarError
-from sgl_apr.formats.lark_ast import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
+from sgl_apr.formats.lark_ast import Alt, Expr, Regex, Repeat, SequenceExpr, StringLiteral, SymbolRef
 
 TEXT = "TEXT"  # the terminal for free text
 NUMBER = "NUMBER"  # the terminal that numbers repeated items
@@ -48,6 +48,8 @@ def check_grammar(
     total = 0
     for key, expr in rules.items():
         where = f"{name}, line {lines[key]}: rule {key}"
+        if holds_regex(expr):
+            raise GrammarError(f"{where}: a regular expression in a rule, expected the name of a terminal")
         for symbol in symbols_in(expr):
             if symbol not in rules and symbol not in terminals:
                 raise GrammarError(f"{where}: {symbol!r} used but not defined")
@@ -74,6 +76,11 @@ def symbols_in(expr: Expr) -> Iterator[str]:
         yield expr.name
     for part in _parts(expr):
         yield from symbols_in(part)
+
+
+def holds_regex(expr: Expr | Regex) -> bool:
+    """Return whether an expression holds a regular expression, which only a terminal can."""
+    return isinstance(expr, Regex) or any(map(holds_regex, _parts(expr)))
 
 
 def unused_definitions(rules: Mapping[str, Expr], terminals: Terminals, roots: frozenset[str]) -> list[str]:

@@ -39,6 +39,10 @@ def test_no_module_spells_a_tag():
         ("a: TEXT -> b\nTEXT: /x/", "line 1.*aliases"),
         ('a: "x"i\nTEXT: /x/', "line 1.*flags"),
         ('a: "x"', "no terminal TEXT"),
+        ("a: TEXT? /b/\nTEXT: /x/", "line 1: rule a: a regular expression in a rule"),
+        ("a: TEXT\na: TEXT\nTEXT: /x/", "line 2: a is already defined in line 1"),
+        ("a: TEXT\nTEXT: /(/", "line 2: terminal TEXT: not a valid regular expression"),
+        ('a: TEXT\nTEXT: "x"', "line 2: terminal TEXT: expected a regular expression"),
         ('a: TEXT\nTEXT: /x/\nB: "x" | "y"', "line 3.*expected one string or one regular expression"),
     ],
 )

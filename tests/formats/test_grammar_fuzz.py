@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgl_apr as apr
+from sgl_apr.formats.dialect_check import ByteVocabulary, check_dialect
 from sgl_apr.formats.dialects import BranchNumbering
 from sgl_apr.formats.grammar_source import MAX_SOURCE_CHARS
-from tests.support.masked_sampler import Masked
 
 SOURCES = [apr.dialect(name).source for name in apr.dialect_names()]
 PIECES = [
@@ -27,7 +27,7 @@ PIECES = [
     "policy first", "branch_context message", "first_number 0", "width", "9" * 40, "(" * 60, "[" * 60, "a? " * 40, "a* " * 9,
     "(a|b) " * 12,
 ]  # fmt: skip
-SPELLED = Masked(())
+SPELLED, TOKENS = ByteVocabulary(has_tags=False), ByteVocabulary(has_tags=True)
 MAX_SECONDS = 2.0
 
 
@@ -43,17 +43,18 @@ def use(source: str) -> bool:
         assert error.startswith("fuzzed.lark")
         assert len(error) < 1000
         return False
-    tokens = Masked(dialect.tags[:50])
+    assert len(dialect.tags) < 10**6
     dialect.is_valid("a<A>b</A>")
     apr.read("a<A>b</A>", dialect)
     for phase in ("trunk", "after", "branch", "rejoin"):
         for options in ({}, {"fork": "required"}):
-            for tokenizer, backend in ((SPELLED, "llguidance"), (tokens, "llguidance"), (tokens, "xgrammar")):
+            for tokenizer, backend in ((SPELLED, "llguidance"), (TOKENS, "llguidance"), (TOKENS, "xgrammar")):
                 refuses(lambda: dialect.lower(phase, tokenizer, backend, **options))  # noqa: B023
         numbering = BranchNumbering("1.", "1", ("1",))
         refuses(lambda: dialect.stop_strings(phase, numbering))  # type: ignore[arg-type]  # noqa: B023
         refuses(lambda: dialect.complete_phase(phase, "a", numbering))  # type: ignore[arg-type]  # noqa: B023
-    refuses(lambda: dialect.lower("trace", tokens, "llguidance"))
+    refuses(lambda: dialect.lower("trace", TOKENS, "llguidance", width=2, min_width=1))
+    check_dialect(dialect)
     return True
 
 
@@ -78,13 +79,13 @@ def document(rng: random.Random) -> str:
     return "".join(rng.choice((*PIECES, " ", "\n", ": ")) for _ in range(rng.randrange(60)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_mutated_files(rng: random.Random):
     use(document(rng))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text(max_size=200) | st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 def test_random_files(source: str):
     use(source)
@@ -143,16 +144,16 @@ def test_hostile_files_are_one_error_in_time(name: str):
 def test_thousands_of_files_take_no_time_and_no_memory():
     rng = random.Random(0)
     slowest, dialects, before = 0.0, 0, 0
-    for k in range(20_000):
+    for k in range(8000):
         source = document(rng)
         started = time.process_time()
         dialects += use(source)
         if (seconds := time.process_time() - started) > slowest:
             slowest = seconds
             assert slowest < MAX_SECONDS, source
-        if k == 5000:
+        if k == 2000:
             before = resident_bytes()
-    assert dialects > 1000, "some files are dialects"
+    assert dialects > 500, "some files are dialects"
     assert resident_bytes() <= 1.05 * before
 
 
