@@ -79,6 +79,7 @@ def measure_model(manager: Any) -> ModelSize:
         prompt_tokens * longest_token(manager.tokenizer),
         config.vocab_size,
         bool(config.is_multimodal),
+        bool(require_sglang("sglang.srt.runtime_context:get_memory")().disable_radix_cache),
         {
             "reasoning_parser": frozenset(require_sglang(REASONING_PARSERS)),
             "tool_call_parser": frozenset(require_sglang(TOOL_CALL_PARSERS)),

@@ -53,6 +53,7 @@ class ModelSize:
         prompt_chars: Characters that fill the context with the longest tokens.
         vocab_size: Number of token ids.
         is_multimodal: Whether the model reads images, video or audio.
+        allows_embeds: Whether prompts may be vectors.
         choices: The names that SGLang knows, by the field in which a request has one of them.
         request_fields: The fields of a request to the engine.
     """
@@ -61,6 +62,7 @@ class ModelSize:
     prompt_chars: int
     vocab_size: int
     is_multimodal: bool = False
+    allows_embeds: bool = False
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
     request_fields: frozenset[str] = frozenset()
 
@@ -88,6 +90,11 @@ def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
             chat_chars += walk.chars
             _check_length(name, chat_chars, max_chars)
     _check_prompts(body, limits, size)
+    _check_messages(body, limits)
+    if body.get("input_embeds") is not None and not size.allows_embeds:
+        raise RequestRefused(
+            "input_embeds is set, expected a server with --disable-radix-cache", "input_embeds"
+        )
     _check_names(body, size)
     for sampling in sampling_objects(body):
         check_sampling_fields(sampling, limits)
@@ -155,6 +162,23 @@ def _check_prompts(body: Mapping[str, Any], limits: GuardLimits, size: ModelSize
             raise over_limit(f"the number of entries of {name}", found, "--apr-max-prompts", limits.prompts, name)  # fmt: skip
 
 
+def _check_messages(body: Mapping[str, Any], limits: GuardLimits) -> None:
+    """Refuse long lists of messages, because SGLang tries each of them as every kind of message."""
+    for name in ("messages", "input"):
+        value = body.get(name)
+        if isinstance(value, list) and _is_chat(value):
+            contents = [entry.get("content") for entry in value if isinstance(entry, dict)]
+            count = len(value) + sum(len(content) for content in contents if isinstance(content, list))
+            if count > limits.messages:
+                raise over_limit(
+                    f"the number of {name} and their parts",
+                    count,
+                    "--apr-max-messages",
+                    limits.messages,
+                    name,
+                )
+
+
 def _check_names(body: Mapping[str, Any], size: ModelSize) -> None:
     """Refuse names that SGLang looks up without a check, and answers with status 500."""
     for name, known in size.choices.items():
@@ -217,7 +241,7 @@ class _Walk:
 
     def __init__(self, limits: GuardLimits) -> None:
         self.chars = self.longest = 0
-        self._limits, self._values = limits, 0
+        self._limits, self._values, self._entries = limits, 0, 0
 
     def count_key(self, name: str) -> None:
         self._add(1)
@@ -237,6 +261,14 @@ class _Walk:
         elif isinstance(value, list):
             self._enter(depth)
             self._add(1)
+            self._entries += len(value)
+            if self._entries > self._limits.json_entries:
+                raise over_limit(
+                    "the number of list entries in the body",
+                    self._entries,
+                    "--apr-max-json-entries",
+                    self._limits.json_entries,
+                )
             for entry in value:
                 if type(entry) is str or type(entry) is dict or type(entry) is list:
                     self.count_values(entry, depth + 1, media)

@@ -24,6 +24,8 @@ LIMIT_FLAGS: Mapping[str, tuple[str, int | float, str]] = {
     "--apr-max-json-values": (
         "json_values", 100, "keys, strings, objects and lists in a body (default: 50000); numbers are not counted",
     ),
+    "--apr-max-json-entries": ("json_entries", 100, "entries of all lists in a body (default: 1000000)"),
+    "--apr-max-messages": ("messages", 1, "messages of a chat, and parts of their content (default: 2048)"),
     "--apr-max-json-depth": ("json_depth", 8, "nesting depth of a body's JSON (default: 100)"),
     "--apr-max-prompt-chars": (
         "prompt_chars", 1, "characters of one prompt (default: the context's tokens times the longest token's characters)",
@@ -52,6 +54,8 @@ class GuardLimits:
         connections: Open connections.
         header_timeout: Seconds in which the headers of a request have to arrive.
         json_values: Keys, strings, objects and lists in a body.
+        json_entries: Entries of all lists in a body.
+        messages: Messages of a chat, and parts of their content.
         json_depth: Nesting depth of a body's JSON.
         prompt_chars: Characters of one prompt. None: what the context can hold.
         prompts: Sequences that one request asks for: its prompts times `n`.
@@ -69,6 +73,8 @@ class GuardLimits:
     connections: int = 8192
     header_timeout: float = 30.0
     json_values: int = 50_000
+    json_entries: int = 1_000_000
+    messages: int = 2048
     json_depth: int = 100
     prompt_chars: int | None = None
     prompts: int = 1024
