@@ -221,8 +221,14 @@ def test_run_blocks_until_the_answer_is_there(server):
 
 @pytest.mark.server
 def test_a_sampling_parameter_that_the_server_does_not_know(server):
-    with pytest.raises(apr.EngineError, match="warmth") as raised:
+    async def once() -> None:
+        async with await apr.HttpEngine.connect(server.url) as engine:
+            await engine.decode(apr.Request("apr-warm", (1, 2, 3), 4, {"warmth": 1}))
+
+    with pytest.raises(apr.AprError, match="no option 'warmth'"):
         apr.run(server.url, "Q: ", warmth=1)
+    with pytest.raises(apr.EngineError, match="warmth") as raised:
+        asyncio.run(once())
     assert raised.value.status == 400
 
 
