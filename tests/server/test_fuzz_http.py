@@ -99,7 +99,8 @@ class Fuzzer:
         arguments["headers"] = {**arguments.get("headers", {}), **self._session.headers}
         if kind == "invalid" and operation.body:
             names = sorted(operation.body[0].definition.get("schema", {}).get("properties", {}))
-            arguments.pop("json", None)
+            for name in ("json", "files", "data"):
+                arguments.pop(name, None)
             arguments["data"] = self.spoil(data, case.body, names).encode()
             arguments["headers"]["Content-Type"] = "application/json"
         return f"{operation.method.upper()} {operation.path} ({kind})", arguments
