@@ -15,9 +15,9 @@ from starlette.middleware.cors import CORSMiddleware
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.guard.body_validation import PureRoutes, body_validation_hooks
 from sgl_apr.server.guard.connections import connection_hooks
-from sgl_apr.server.guard.json_checks import ModelSize
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.middleware import LONG_TEXT, RequestGuard, note_refusal
+from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.origin_checks import is_loopback
 from sgl_apr.server.guard.refusal import RequestRefused
 from sgl_apr.server.guard.request_checks import check_batch, check_request

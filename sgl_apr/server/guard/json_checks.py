@@ -7,11 +7,12 @@ is too large costs no more than its parse. `request_checks` then checks the valu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from sgl_apr.runtime.value_checks import shorten, unknown_name
+from sgl_apr.server.guard.json_counter import MEDIA_FIELDS, JsonCounter
 from sgl_apr.server.guard.limits import GuardLimits
+from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit
 
 # Fields of which each entry is a prompt, over all routes of SGLang and ours.
@@ -35,36 +36,9 @@ GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 # SGLang sets these itself. A client that sets them would go past checks, `stop_regex`'s among them.
 INTERNAL_FIELDS = ("is_normalized", "stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len")
 MAX_TOKEN_ID = 2**31 - 1
-MEDIA_FIELDS = frozenset({
-    "image_url", "video_url", "audio_url", "input_audio", "image_data", "video_data", "audio_data", "images", "source",
-    "file_data", "url",
-})  # fmt: skip
 OFF_LOOP_TOKENS = (
     4  # how many prompts' tokens one request may have in all, in contexts of the model, per prompt
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """What the checks need to know of the model.
-
-    Attributes:
-        context_length: Tokens of the context.
-        prompt_chars: Characters that fill the context with the longest tokens.
-        vocab_size: Number of token ids.
-        is_multimodal: Whether the model reads images, video or audio.
-        allows_embeds: Whether prompts may be vectors.
-        choices: The names that SGLang knows, by the field in which a request has one of them.
-        request_fields: The fields of a request to the engine.
-    """
-
-    context_length: int
-    prompt_chars: int
-    vocab_size: int
-    is_multimodal: bool = False
-    allows_embeds: bool = False
-    choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    request_fields: frozenset[str] = frozenset()
 
 
 def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
@@ -76,7 +50,7 @@ def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
     if not isinstance(body, dict):
         return
     max_chars = limits.prompt_chars or size.prompt_chars
-    walk = _Walk(limits)
+    walk = JsonCounter(limits)
     chat_chars = 0
     for name, value in body.items():
         walk.count_key(name)
@@ -229,66 +203,6 @@ def _check_ids(name: str, prompts: Iterable[Any], size: ModelSize) -> None:
 def _check_length(name: str, chars: int, max_chars: int) -> None:
     if chars > max_chars:
         raise over_limit(f"the number of characters of {name}", chars, "--apr-max-prompt-chars", max_chars, name)  # fmt: skip
-
-
-class _Walk:
-    """Counts the values of a JSON document, except numbers, and the characters of its strings.
-
-    Attributes:
-        chars: Characters of all strings, except those of media.
-        longest: Characters of the longest of them.
-    """
-
-    def __init__(self, limits: GuardLimits) -> None:
-        self.chars = self.longest = 0
-        self._limits, self._values, self._entries = limits, 0, 0
-
-    def count_key(self, name: str) -> None:
-        self._add(1)
-
-    def count_values(self, value: Any, depth: int, media: bool = False) -> None:
-        if isinstance(value, str):
-            self._add(1)
-            if not media:
-                self.chars += len(value)
-                self.longest = max(self.longest, len(value))
-        elif isinstance(value, dict):
-            self._enter(depth)
-            self._add(1 + len(value))
-            for name, entry in value.items():
-                if type(entry) is str or type(entry) is dict or type(entry) is list:
-                    self.count_values(entry, depth + 1, media or name in MEDIA_FIELDS)
-        elif isinstance(value, list):
-            self._enter(depth)
-            self._add(1)
-            self._entries += len(value)
-            if self._entries > self._limits.json_entries:
-                raise over_limit(
-                    "the number of list entries in the body",
-                    self._entries,
-                    "--apr-max-json-entries",
-                    self._limits.json_entries,
-                )
-            for entry in value:
-                if type(entry) is str or type(entry) is dict or type(entry) is list:
-                    self.count_values(entry, depth + 1, media)
-
-    def _enter(self, depth: int) -> None:
-        if depth > self._limits.json_depth:
-            raise over_limit("the nesting depth of the body", depth, "--apr-max-json-depth", self._limits.json_depth)  # fmt: skip
-
-    def _add(self, count: int) -> None:
-        self._values += count
-        if self._values > self._limits.json_values:
-            raise over_limit(
-                "the number of keys, strings, objects and lists in the body",
-                f"more than {self._limits.json_values}", "--apr-max-json-values", self._limits.json_values,
-            )  # fmt: skip
-
-
-def count_brackets(body: bytes) -> int:
-    """Return how many objects and lists a body has at most. A body is parsed only if that number is not too large."""
-    return body.count(b"[") + body.count(b"{")
 
 
 def chat_text(body: Mapping[str, Any]) -> str:

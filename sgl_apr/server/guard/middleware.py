@@ -15,8 +15,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sgl_apr.server.guard.body_reader import BodyReader, discard_body
-from sgl_apr.server.guard.json_checks import ModelSize, chat_text, check_json, count_brackets
+from sgl_apr.server.guard.json_checks import chat_text, check_json
+from sgl_apr.server.guard.json_counter import count_brackets
 from sgl_apr.server.guard.limits import MIB, GuardLimits
+from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.origin_checks import check_content_type, check_host, check_origin
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit, send_refusal
 

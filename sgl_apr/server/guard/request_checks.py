@@ -12,8 +12,9 @@ from typing import Any
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_sampling, check_type, check_types, shorten
 from sgl_apr.server.guard.grammar_checks import check_schema
-from sgl_apr.server.guard.json_checks import GRAMMAR_FIELDS, ModelSize, check_sampling_fields, check_token_ids
+from sgl_apr.server.guard.json_checks import GRAMMAR_FIELDS, check_sampling_fields, check_token_ids
 from sgl_apr.server.guard.limits import GuardLimits
+from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit
 
 MAX_INT32 = 2**31 - 1

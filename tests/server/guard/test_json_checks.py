@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from sgl_apr.server.guard.grammar_checks import check_schema
-from sgl_apr.server.guard.json_checks import ModelSize, chat_text, check_json
+from sgl_apr.server.guard.json_checks import chat_text, check_json
 from sgl_apr.server.guard.limits import GuardLimits
+from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused
 from tests.server.guard.hostile import combined_schema
 

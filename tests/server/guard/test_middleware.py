@@ -21,9 +21,9 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sgl_apr.server.guard.connections import watch_connection
-from sgl_apr.server.guard.json_checks import ModelSize
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.middleware import RequestGuard, note_refusal
+from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused
 from tests.server.guard.hostile import half_sent, half_sent_headers
 
