@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
+from sgl_apr.cli.main import main
 from sgl_apr.formats import dialects
 from tests.support.paths import DOCS
 
@@ -64,3 +65,28 @@ def test_no_request_names_a_file(url: str, name: str):
     assert status == 400
     assert "no dialect" in json.dumps(answer)
     assert len(json.dumps(answer)) < 1000
+
+
+def test_the_command_line_runs_a_dialect_from_a_file(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (path := tmp_path / "debate.lark").write_text(GRAMMAR)
+    budget = "tokens=300,outline_chars=8"
+    arguments = [
+        "run",
+        "Tea? ",
+        "--url",
+        url,
+        "--dialect",
+        str(path),
+        "--mode",
+        "parallel",
+        "--budget",
+        budget,
+        "--raw",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    trajectory = apr.Trajectory.from_json(capsys.readouterr().out)
+    assert trajectory.dialect == "debate"
+    assert trajectory.blocks
+    assert apr.Dialect.from_file(path).is_valid(trajectory.text)
