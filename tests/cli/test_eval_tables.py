@@ -12,7 +12,14 @@ NAMES = [name for name, _, _ in RESULT_COLUMNS]
 
 @pytest.mark.parametrize(
     ("columns", "wide", "left_out"),
-    [(None, False, 0), ("60", True, 0), ("160", False, 0), ("120", False, 3), ("80", False, 8), ("40", False, 11)],
+    [
+        (None, False, 0),
+        ("60", True, 0),
+        ("160", False, 0),
+        ("120", False, 3),
+        ("80", False, 8),
+        ("40", False, 11),
+    ],
 )
 def test_a_table_leaves_out_columns_and_cuts_no_name(columns, wide, left_out, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
