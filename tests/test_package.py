@@ -88,8 +88,16 @@ def generate(directory: Path) -> None:
             compare_formulas,
             "answers of mathematics need math-verify: pip install 'math-verify>=0.9' (the extra eval)",
         ),
-        ("treequest", search, "the method mcts needs treequest: pip install 'treequest==0.3.3' (the extra mcts)"),
-        ("reasoning_gym", generate, "gym:ab needs reasoning-gym: pip install 'reasoning-gym==0.1.25' (the extra gym)"),
+        (
+            "treequest",
+            search,
+            "the method mcts needs treequest: pip install 'treequest==0.3.3' (the extra mcts)",
+        ),
+        (
+            "reasoning_gym",
+            generate,
+            "gym:ab needs reasoning-gym: pip install 'reasoning-gym==0.1.25' (the extra gym)",
+        ),
     ],
 )
 def test_an_error_names_the_extra_of_a_missing_package(
@@ -126,4 +134,6 @@ def test_training_ends_well_without_matplotlib(
     _finish(Namespace(out=tmp_path, json=False), tmp_path / "model", ["loss"], {})
     printed = capsys.readouterr()
     assert printed.out == f"{tmp_path / 'model'}\n"
-    assert printed.err == "no log.png: plots need matplotlib: pip install 'matplotlib>=3.8' (the extra plot)\n"
+    assert (
+        printed.err == "no log.png: plots need matplotlib: pip install 'matplotlib>=3.8' (the extra plot)\n"
+    )
