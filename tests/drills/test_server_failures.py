@@ -246,4 +246,4 @@ def test_the_server_is_restarted_under_an_evaluation(forked_server: type[Server]
     assert after.count(b"\n") == 201
     numbers = [json.loads(attempt)["number"] for attempt in after.splitlines()[1:]]
     assert sorted(numbers) == list(range(200)), "each problem has one attempt"
-    assert json.loads(stdout)["rows"][0]["attempts"] == 200
+    assert json.loads(stdout)["rows"][0]["problems"] == 200

@@ -340,6 +340,92 @@ def test_plots_have_axes_and_words(browser, judged: Path, scheme: str, viewport:
     assert shown.complaints == []
 
 
+OVERLAPS = """() => [...document.querySelectorAll('#overview figure svg, #lanes-head svg')].flatMap(s => {
+    const boxes = [...s.querySelectorAll('text')].map(n => [n.textContent, n.getBoundingClientRect()]);
+    return boxes.flatMap(([a, p], i) => boxes.slice(i + 1)
+        .filter(([, q]) => p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)
+        .map(([b]) => [a, b]));
+})"""
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_no_text_of_a_plot_covers_another(browser, judged: Path, viewport: dict[str, int]):
+    """Also with large numbers: the text of the ticks makes room for the label of the axis."""
+    shown = tab(browser, viewport)
+    shown.go(f"{url(judged)}#all")
+    for factor in (1, 1e3, 1e6):
+        shown.page.evaluate(
+            "f => { for (const e of known.entries) for (const k of ['tokens', 'critical', 'branches', 'wall']) e[k] *= f; drawOverview() }",
+            factor,
+        )
+        assert shown.page.locator("#overview figure").count() == 5
+        assert shown.page.evaluate(OVERLAPS) == []
+        shown.page.evaluate("document.querySelector('#overview .plots').append(scatterPlot([]))")
+        assert shown.page.evaluate(OVERLAPS) == []
+
+
+def test_methods_that_solve_nothing_are_lines_next_to_one_another(browser, judged: Path):
+    shown = opened(browser, judged)
+    shown.page.evaluate(
+        "{ for (const [k, e] of known.entries.slice(0, 9).entries()) addEntry({...e, method: 'none ' + k % 3, correct: false}); drawOverview() }"
+    )
+    figure = shown.page.locator("#overview figure").first
+    assert figure.locator("path.area").count() == 2, "only of the methods that have solved something"
+    starts = figure.locator("path.line").evaluate_all(
+        "nodes => nodes.map(n => n.getBBox().y + n.getBBox().height)"
+    )
+    assert len(starts) == 5
+    assert len({round(y) for y in starts[2:]}) == 3, "each can be seen"
+
+
+def test_no_row_is_marked_while_the_overview_is_shown(browser, judged: Path):
+    shown = opened(browser, judged)
+    marked = shown.page.locator("#rows [aria-selected=true]")
+    assert marked.count() == 0
+    assert shown.page.get_attribute("#rows", "aria-activedescendant") is None
+    shown.page.locator("#rows [role=option]").nth(2).click()
+    shown.until("view.entry?.id === 2")
+    assert marked.get_attribute("id") == shown.page.get_attribute("#rows", "aria-activedescendant") == "row-2"
+    shown.page.click("#to-overview")
+    assert marked.count() == 0
+    shown.page.focus("#rows")
+    assert marked.count() == 1, "the keyboard has a place"
+
+
+def test_a_narrow_screen_shows_the_complete_table(browser, judged: Path):
+    shown = tab(browser, PHONE)
+    shown.go(f"{url(judged)}#all")
+    cells = shown.page.locator("#overview td").evaluate_all(
+        "nodes => nodes.map(n => [n.getBoundingClientRect().right, n.scrollWidth - n.clientWidth])"
+    )
+    assert cells
+    assert max(right for right, _ in cells) <= PHONE["width"]
+    assert max(hidden for _, hidden in cells) <= 0
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_a_longest_branch_off_the_critical_path_is_explained(browser, report: Path, made):
+    shown = opened(browser, report, 0)
+    assert "critical path" not in shown.text("#caption")
+    spans = list(made["plain"].spans)
+    k = next(i for i, s in enumerate(spans) if s.path == (1, 2) and s.role == "body")
+    shown.page.evaluate(
+        """k => {
+            const own = new Set([...view.t.spans.keys()].filter(i => nameOf(view.t.spans[i].path) === '1.2'));
+            view.t.spans[k].tokens = 500;
+            view.t.spans.forEach((span, i) => { if (!own.has(i)) span.parents = span.parents.filter(p => !own.has(p)); });
+            view.axis = 'tokens';
+            const at = view.t.spans.findLastIndex(s => !s.path.length);
+            view.t.spans[at].tokens = 2000;
+            drawTimeline();
+        }""",
+        k,
+    )
+    assert shown.text("#caption").endswith(
+        "Branch 1.2 is the longest, but not on the critical path: nothing that follows had to wait for it."
+    )
+
+
 def test_shares_have_wilson_bounds(browser, judged: Path):
     shown = opened(browser, judged)
     for (right, attempts), bounds in {

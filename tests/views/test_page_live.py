@@ -21,8 +21,8 @@ from sglang.srt.utils import auth
 
 import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
+from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.install import UI_PATH, allow_ui_without_key, make_router
-from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.service import TrajectoryService
 from tests.runtime.test_loop import BOOM, FORK, scripted
 from tests.support.browser import PHONE, Tab, launched, tab
@@ -44,6 +44,12 @@ def browser() -> Iterator[Any]:
     yield from launched()
 
 
+def end_connections(service: RecordingService) -> None:
+    """Close every connection of the server, as when its process is killed."""
+    for connection in list(service.http.server_state.connections):
+        service.loop.call_soon_threadsafe(connection.transport.abort)
+
+
 class RecordingService(TrajectoryService):
     """Records the trajectories that it ran, on an engine of the test."""
 
@@ -51,9 +57,11 @@ class RecordingService(TrajectoryService):
         model = SimpleNamespace(context_len=100_000, vocab_size=1000)
         super().__init__(
             SimpleNamespace(served_model_name="m", config_value=lambda _: False, model_config=model),
-            RequestLimits(),
+            ApiConfig(),
         )
         self._engine, self.made = engine, list[apr.Trajectory]()
+        self.http: Any = None
+        self.loop: Any = None
 
     async def run(self, *args: Any) -> apr.Trajectory:
         self.made.append(await super().run(*args))
@@ -80,6 +88,7 @@ def serving(engine: Any, key: str | None = None) -> Iterator[tuple[str, Recordin
             while not server.started:
                 time.sleep(0.01)
             port = server.servers[0].sockets[0].getsockname()[1]
+            service.http, service.loop = server, server.servers[0].get_loop()
             yield f"http://127.0.0.1:{port}", service
         finally:
             server.should_exit = True
@@ -168,8 +177,10 @@ def test_a_trajectory_is_followed_to_its_end(browser):
         assert shown.complaints == []
         assert {r.removeprefix(url) for r in shown.requests if not r.startswith("data:")} == {
             UI_PATH,
+            "/apr/dialects",
             "/apr/generate",
         }
+        assert not shown.page.is_visible("#with-key"), "no key is needed"
 
 
 def test_every_dialect_ends_as_the_server_has_it(browser):
@@ -235,10 +246,112 @@ def test_stopping_cancels(browser):
         shown.page.click("#stop")
         shown.until("!live.run")
         assert shown.text("#state") == "Stopped."
+        check_ended(shown, "stopped")
         deadline = time.monotonic() + 10
-        while service.counters.running and time.monotonic() < deadline:
+        while service.admission.running and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert (service.counters.running, engine.active, service.made) == (0, set(), [])
+        assert (service.admission.running, engine.active, service.made) == (0, set(), [])
+
+
+def check_ended(shown: Tab, how: str) -> None:
+    """Nothing says any more that the trajectory runs, and what had arrived is in the list."""
+    assert "running" not in shown.page.evaluate("document.body.innerText").lower()
+    assert shown.page.evaluate("[known.entries.length, known.entries.at(-1).method, view.entry.id]") == [
+        1,
+        how,
+        0,
+    ]
+    assert "Think." in shown.page.evaluate("view.t.spans.map(s => s.text).join('')")
+    assert not shown.page.is_visible("#stop")
+    assert shown.page.is_visible("#retry")
+    figures = shown.page.evaluate("[view.t.wall, view.t.running]")
+    shown.page.wait_for_timeout(300)
+    assert shown.page.evaluate("[view.t.wall, view.t.running]") == figures
+    assert figures[1] is False
+
+
+def test_a_lost_connection_is_told_and_retried(browser):
+    engine = slow(branch_2=LONG)
+    with serving(engine) as (url, service):
+        shown = submit(browser, url)
+        shown.until("document.querySelectorAll('#now .now').length === 2")
+        shown.page.evaluate("live.run.stopping.abort = () => {}")
+        service._engine = slow()
+        end_connections(service)
+        shown.until("!live.run")
+        assert shown.text("#state") == "The connection to the server was lost. What had arrived is kept."
+        check_ended(shown, "interrupted")
+        shown.page.fill("#prompt", "Another prompt")
+        shown.page.click("#retry")
+        shown.until("!live.run && known.entries.length === 2")
+        check(shown, service.made[0])
+        assert service.made[0].prompt == "Q: ", "the same request is sent again"
+        assert not shown.page.is_visible("#retry")
+
+
+def test_a_server_that_is_gone(browser):
+    with serving(slow()) as (url, _):
+        shown = tab(browser)
+        shown.go(url + UI_PATH)
+        shown.until("live.server")
+    shown.page.fill("#prompt", "Q: ")
+    shown.page.click("#run")
+    shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")
+    assert shown.text("#state") == "The server cannot be reached. Is it running?"
+    assert shown.page.is_visible("#retry")
+
+
+def test_a_reload_keeps_the_trajectories_and_the_form(browser):
+    engine = slow()
+    with serving(engine) as (url, service):
+        shown = submit(browser, url)
+        shown.until("!live.run && known.entries.length")
+        before = shown.page.evaluate("JSON.stringify(view.t)")
+        shown.page.click("#options summary")
+        shown.page.fill("#width", "3")
+        shown.page.select_option("#dialect", "threadweaver")
+        reload(shown)
+        assert shown.page.evaluate("[known.entries.length, view.entry.id, JSON.stringify(view.t)]") == [
+            1,
+            0,
+            before,
+        ]
+        check(shown, service.made[0])
+        assert [shown.page.input_value(f"#{name}") for name in ("prompt", "width")] == ["Q: ", "3"]
+        shown.until("document.getElementById('dialect').value === 'threadweaver'")
+        gate = hold_branch_2(engine)
+        shown.page.click("#run")
+        shown.until("document.querySelectorAll('#now .now').length === 2")
+        reload(shown)
+        gate.set()
+        assert shown.page.evaluate("known.entries.map(e => e.method)") == ["threadweaver", "interrupted"]
+        assert shown.text("#state") == "The page was reloaded. What had arrived is kept."
+        shown.page.click("#retry")
+        shown.until("!live.run && known.entries.length === 3")
+        assert len(service.made) == 2
+        check(shown, service.made[1])
+        other = tab(browser)
+        other.go(url + UI_PATH)
+        assert other.page.evaluate("known.entries.length") == 0, "another tab does not see it"
+
+
+def test_what_a_reload_keeps_is_bounded(browser):
+    with serving(slow()) as (url, _):
+        shown = submit(browser, url)
+        shown.until("!live.run && known.entries.length")
+        copies = 40
+        shown.page.evaluate(
+            f"for (let k = 0; k < {copies}; k++) addEntry({{...rowFor(startRun('p' + k), view.t), answer: 'x'.repeat(1e5)}}, view.t)"
+        )
+        reload(shown)
+        kept = shown.page.evaluate("known.entries.map(e => e.name)")
+        assert 10 < len(kept) < 20
+        assert kept[-1] == f"p{copies - 1}", "the newest are kept"
+
+
+def reload(shown: Tab) -> None:
+    shown.page.reload()
+    shown.page.wait_for_selector("body[data-ready]", state="attached")
 
 
 def test_another_is_looked_at_meanwhile(browser):
@@ -293,6 +406,7 @@ def test_the_key_is_asked_for_and_kept_nowhere(browser):
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         shown = submit(browser, url)
         shown.until("!live.run && document.getElementById('state').classList.contains('wrong')")
+        assert shown.page.is_visible("#with-key")
         assert shown.text("#state") == "This server needs an API key."
         assert shown.page.evaluate("document.activeElement.id") == "key"
         shown.page.fill("#key", KEY)

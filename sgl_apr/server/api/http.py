@@ -130,13 +130,15 @@ async def _event_objects(
 
 @respond_to_errors
 async def dialects(request: Request) -> Response:
-    """Return every dialect with its tags and defaults, and the dialect of a request that names none."""
+    """Return every dialect with its tags and defaults, the dialect of a request that names none, and whether the model
+    has a chat template."""
     service: TrajectoryService = request.app.state.apr
     default = dialect_for((await service.engine()).tokenizer)
     known = [dialect(name) for name in dialect_names()]
     return _json_response(
         {
             "default": default.name if default else DEFAULT_DIALECT,
+            "chat_template": service.has_chat_template,
             "dialects": [{name: getattr(d, name) for name in DIALECT_FIELDS} for d in known],
         }
     )

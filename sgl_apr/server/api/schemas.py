@@ -212,7 +212,12 @@ def _dialects_schema() -> Schema:
     strings: Schema = {"type": "array", "items": {"type": "string"}}
     entry = {name: {tuple: strings, int: {"type": "integer"}}.get(kinds[name], {"type": "string"}) for name in DIALECT_FIELDS}  # fmt: skip
     dialects = {"type": "array", "items": _object(entry, required=True)}
-    return _object({"default": {"type": "string"}, "dialects": dialects}, required=True)
+    properties: dict[str, Schema] = {
+        "default": {"type": "string"},
+        "chat_template": {"type": "boolean"},
+        "dialects": dialects,
+    }
+    return _object(properties, required=True)
 
 
 def _stats_schema() -> Schema:

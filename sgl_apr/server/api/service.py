@@ -39,6 +39,11 @@ class TrajectoryService:
         self._engine: InProcessEngine | None = None
         self._parser: OptionsParser | None = None
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's tokenizer can make a prompt of chat messages."""
+        return bool(getattr(getattr(self._manager, "tokenizer", None), "chat_template", None))
+
     async def engine(self) -> InProcessEngine:
         """Return the engine. The first call makes it.
 

@@ -20,6 +20,7 @@ function setUpList() {
     refilter();
   });
   $("rows").addEventListener("scroll", drawRows, { passive: true });
+  for (const kind of ["focus", "blur"]) $("rows").addEventListener(kind, markRow);
   $("rows").addEventListener("keydown", onListKey);
   $("rows").addEventListener("click", onListClick);
   new ResizeObserver(drawRows).observe($("rows"));
@@ -79,12 +80,19 @@ function drawRows() {
   const rows = [];
   for (let k = first; k < last; k++) rows.push(rowOf(shown[k], k));
   $("pad").replaceChildren(...rows);
-  if (list.at >= first && list.at < last) box.setAttribute("aria-activedescendant", `row-${shown[list.at].id}`);
-  else box.removeAttribute("aria-activedescendant");
+  markRow();
+}
+
+/** Marks the current row while its trajectory is shown, or the list has the focus. The overview is of all rows. */
+function markRow() {
+  const isShown = document.body.dataset.view === "detail" || document.activeElement === $("rows"),
+    row = isShown && $("pad").querySelector(`[data-k="${list.at}"]`);
+  for (const other of $("pad").children) other.setAttribute("aria-selected", String(other === row));
+  if (row) $("rows").setAttribute("aria-activedescendant", row.id);
+  else $("rows").removeAttribute("aria-activedescendant");
 }
 
 function rowOf(entry, k) {
-  const chosen = k === list.at;
   const row = el(
     "div",
     {
@@ -92,7 +100,7 @@ function rowOf(entry, k) {
       id: `row-${entry.id}`,
       class: `item hue-${entry.hue}`,
       "data-k": k,
-      "aria-selected": String(chosen),
+      "aria-selected": "false",
       "aria-setsize": list.shown.length,
       "aria-posinset": k + 1,
     },

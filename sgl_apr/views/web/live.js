@@ -3,13 +3,15 @@
 const REDRAW_MS = 120;
 const TAIL_CHARS = 420; // characters of a branch that are shown while it runs
 const MAX_CARDS = 12; // branches whose text is shown while they run
-const live = { run: null };
+const NO_KEY = "This server needs an API key.";
+const live = { run: null, server: null, last: null };
 
-/** Returns the body of a request. What is undefined is left to the server. */
+/** Returns the body of a request, with text in `prompt`. What is undefined is left to the server. */
 function requestBody() {
   const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
   const budget = { width: number("width"), tokens: number("tokens") };
   return {
+    format: $("format").value,
     prompt: $("prompt").value,
     stream: true,
     mode: $("mode").value,
@@ -33,8 +35,8 @@ async function request(path, options = {}) {
   });
   if (response.ok) return response;
   if (response.status === 401) {
-    $("key").focus();
-    throw new Error("This server needs an API key.");
+    $("with-key").hidden = false;
+    throw new Error(NO_KEY);
   }
   const { error } = await response.json().catch(() => ({}));
   throw new Error(error?.message ?? error ?? `The server answered with status ${response.status}.`);
@@ -53,16 +55,22 @@ async function* eventsOf(response) {
   }
 }
 
-async function submitPrompt(event) {
+function submitPrompt(event) {
   event.preventDefault();
-  if (live.run || !$("prompt").value) return;
-  const run = (live.run = startRun($("prompt").value));
+  if (!live.run && $("prompt").value) sendPrompt(requestBody());
+}
+
+/** Sends a request and shows its trajectory. What has arrived is kept, however the request ends. */
+async function sendPrompt(body) {
+  const run = (live.run = startRun(body.prompt));
   const drawing = setInterval(() => run.entry && drawRun(run), REDRAW_MS);
+  live.last = body;
   showStatus("Sent …");
   try {
+    await loadServer();
     const response = await request("generate", {
       method: "POST",
-      body: JSON.stringify(requestBody()),
+      body: JSON.stringify(await encodedBody(body, run.stopping.signal)),
       signal: run.stopping.signal,
     });
     for await (const data of eventsOf(response)) {
@@ -70,16 +78,38 @@ async function submitPrompt(event) {
       EVENT_HANDLERS[data.event]?.(run, data);
       if (!run.entry) drawRun(run);
     }
-    finish(run);
+    if (!run.done) throw new TypeError("The stream ended before the trajectory was complete.");
+    live.last = null;
+    keepRun(run);
+    showStatus(`Done in ${seconds(run.done.wall_s)}.`);
   } catch (error) {
-    if (run.entry) drawRun(run);
-    showStatus(run.stopping.signal.aborted ? "Stopped." : plain(String(error.message)), !run.stopping.signal.aborted);
+    const stopped = run.stopping.signal.aborted;
+    endRun(run, stopped ? "stopped" : "interrupted");
+    if (run.entry) keepRun(run);
+    showStatus(stopped ? "Stopped." : messageOf(error, run), !stopped);
+    if (error.message === NO_KEY) $("key").focus();
   } finally {
     clearInterval(drawing);
     live.run = null;
     $("now")?.remove();
     showButtons();
   }
+}
+
+/** Returns what went wrong. A browser reports a lost connection as a TypeError, in words of its own. */
+function messageOf(error, run) {
+  if (!(error instanceof TypeError)) return plain(String(error.message));
+  return run.entry
+    ? "The connection to the server was lost. What had arrived is kept."
+    : "The server cannot be reached. Is it running?";
+}
+
+/** Returns a body whose prompt is a chat message, rendered by the model's template, if that was chosen. */
+async function encodedBody({ format, prompt, ...body }, signal) {
+  if (format !== "chat" || !live.server.chat_template) return { ...body, prompt };
+  const messages = [{ role: "user", content: prompt }];
+  const response = await request("../tokenize", { method: "POST", body: JSON.stringify({ messages }), signal });
+  return { ...body, input_ids: (await response.json()).tokens };
 }
 
 function showStatus(text, wrong = false) {
@@ -92,11 +122,12 @@ function showButtons() {
   const running = Boolean(live.run);
   $("run").disabled = running;
   $("stop").hidden = !running;
+  $("retry").hidden = running || !live.last;
   $("follow").hidden = !running || !live.run.entry || view.entry === live.run.entry;
 }
 
-function finish(run) {
-  if (!run.done) throw new Error("The stream ended before the trajectory was complete.");
+/** Adds a run that has ended to the list, complete or not. */
+function keepRun(run) {
   const t = currentTrajectory(run),
     seen = view.entry === run.entry,
     { lane } = view,
@@ -104,11 +135,12 @@ function finish(run) {
   $("overview").replaceChildren();
   offerChoices();
   refilter();
-  showStatus(`Done in ${seconds(t.wall)}.`);
+  saveTab();
   if (seen) openEntry(entry, { quietly: true, lane });
 }
 
 function drawRun(run) {
+  if (run.ended) return;
   const t = currentTrajectory(run),
     row = rowFor(run, t),
     first = !run.entry;
@@ -166,17 +198,26 @@ function drawCards(run, t) {
   $("now").replaceChildren(...cards);
 }
 
-/** Loads the dialects of the server when the options are opened. */
-async function offerDialects() {
-  try {
-    const { default: fallback, dialects } = await (await request("dialects")).json();
-    const options = dialects.map(({ name }) => el("option", { value: name }, name));
-    $("dialect").replaceChildren(el("option", { value: "" }, `the model's own: ${fallback}`), ...options);
-  } catch (error) {
-    $("options").addEventListener("toggle", offerDialects, { once: true });
-    showStatus(plain(String(error.message)), true);
-  }
+/** Loads the dialects of the server, and whether its model has a chat template. Does nothing the second time. */
+async function loadServer() {
+  if (live.server) return;
+  const server = await (await request("dialects")).json();
+  const { value } = $("dialect"),
+    options = server.dialects.map(({ name }) => el("option", { value: name }, name));
+  $("dialect").replaceChildren(el("option", { value: "" }, `the model's own: ${server.default}`), ...options);
+  $("dialect").value = server.dialects.some(({ name }) => name === (live.dialect ?? value)) ? (live.dialect ?? value) : "";
+  live.server = server;
+  $("format").options[0].disabled = !server.chat_template;
+  if (!server.chat_template) $("format").value = "plain";
+  showFormat();
 }
+
+function showFormat() {
+  const chat = $("format").value === "chat";
+  $("prompt").placeholder = chat ? "A message, sent with the model's chat template" : "A prompt, sent without a chat template";
+}
+
+const offerServer = () => loadServer().catch((error) => showStatus(error instanceof TypeError ? "The server cannot be reached. Is it running?" : plain(String(error.message)), true));
 
 $("ask").addEventListener("submit", submitPrompt);
 $("prompt").addEventListener(
@@ -184,5 +225,10 @@ $("prompt").addEventListener(
   (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && $("ask").requestSubmit(),
 );
 $("stop").addEventListener("click", () => live.run?.stopping.abort());
+$("retry").addEventListener("click", () => !live.run && sendPrompt(live.last));
+$("format").addEventListener("input", showFormat);
 $("follow").addEventListener("click", () => showRun(live.run, currentTrajectory(live.run)));
-$("options").addEventListener("toggle", offerDialects, { once: true });
+$("options").addEventListener("toggle", offerServer);
+addEventListener("pagehide", saveTab);
+restoreTab();
+offerServer();

@@ -8,6 +8,7 @@ function goTo(name, hash, quietly = false) {
     history[quietly ? "replaceState" : "pushState"](null, "", hash);
   if (name !== "detail") openEntry.requested = view.entry = null;
   if (name === "overview" && !$("overview").childElementCount) drawOverview();
+  markRow();
   if (!isWide() && !quietly) scrollTo(0, 0);
 }
 

@@ -49,7 +49,7 @@ function methodTable(groups, judged) {
         onfocusout: () => highlight(null),
       },
       el("th", { scope: "row" }, methodButton(group)),
-      columns.map(([, value]) => el("td", {}, value(group))),
+      columns.map(([name, value]) => el("td", { "data-name": name }, value(group))),
     );
   return el(
     "div",

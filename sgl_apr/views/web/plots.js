@@ -4,8 +4,9 @@ const PLOT_SIZE = { width: 460, height: 280, left: 52, right: 14, top: 14, botto
 
 /** Returns a plot with axes. `draw` gets the scales and returns the contents. `description` has the contents in words. */
 function plot(title, x, y, description, draw) {
-  const { width, height, left, right, top, bottom } = PLOT_SIZE,
-    floor = height - bottom;
+  const { width, height, right, top, bottom } = PLOT_SIZE,
+    floor = height - bottom,
+    left = Math.max(PLOT_SIZE.left, 34 + widest(y)); // right of the label of the axis
   const sx = (v) => left + x.place(v) * (width - left - right),
     sy = (v) => floor - (v / y.max) * (floor - top);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${description}` });
@@ -13,7 +14,7 @@ function plot(title, x, y, description, draw) {
     svg("path", { class: "grid", d: y.ticks.map((v) => `M${left} ${sy(v)}H${width - right}`).join("") }),
     svg("path", { class: "axis", d: `M${left} ${floor}H${width - right}` }),
     ...y.ticks.map((v) => svg("text", { class: "tick", x: left - 8, y: sy(v) + 4, "text-anchor": "end" }, y.format(v))),
-    ...x.ticks.map((v) =>
+    ...separate(x.ticks, sx, widest(x)).map((v) =>
       svg("text", { class: "tick", x: sx(v), y: floor + 18, "text-anchor": "middle" }, x.format(v)),
     ),
     svg("text", { class: "label", x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle" }, x.label),
@@ -25,6 +26,19 @@ function plot(title, x, y, description, draw) {
     ...draw(sx, sy),
   );
   return el("figure", { class: "card" }, el("figcaption", {}, title), root);
+}
+
+const DIGIT_WIDTH = 7; // of a tick's text, in pixels
+const widest = ({ ticks, format }) => DIGIT_WIDTH * largest(ticks.map((v) => String(format(v)).length), 1);
+
+/** Returns the ticks that have room for their texts. */
+function separate(all, place, wide) {
+  let free = -Infinity;
+  return all.filter((v) => {
+    if (place(v) < free) return false;
+    free = place(v) + wide + 8;
+    return true;
+  });
 }
 
 const linear = (max, label, about = 5, format = WHOLE.format) => ({
@@ -97,11 +111,14 @@ function solvedPlot(groups, of, title, label, format = WHOLE.format) {
       const from = sx(wideRange ? min : 0);
       const band = (c) =>
         `M${from} ${sy(0)}V${sy(bounds(0, c.own.length)[1])}${steps(c, (k) => bounds(k, c.own.length)[1])}${back(c)}V${sy(0)}Z`;
+      // Methods without any solution have the same line and bounds: lines next to one another, and no bounds.
+      const unsolved = curves.filter((c) => !c.limits.length);
+      const raised = (c) => 3 * Math.max(0, unsolved.indexOf(c));
       return [
         ...curves
-          .filter((c) => c.own.length)
+          .filter((c) => c.limits.length)
           .map((c) => svg("path", { d: band(c), ...drawn(c.k, curves.length > 4 ? "area crowded" : "area") })),
-        ...curves.map((c) => lineOf(c, `M${from} ${sy(0)}${steps(c, (k) => k / c.own.length)}`)),
+        ...curves.map((c) => lineOf(c, `M${from} ${sy(0) - raised(c)}${steps(c, (k) => k / c.own.length)}`)),
       ];
     },
   );

@@ -6,6 +6,8 @@ function startRun(prompt) {
     prompt,
     entry: null,
     started: performance.now(),
+    ended: "", // how it ended without being complete: stopped, interrupted
+    seconds: 0, // when it ended so
     skew: Infinity,
     stopping: new AbortController(),
     done: null,
@@ -18,7 +20,14 @@ function startRun(prompt) {
 }
 
 /** Returns the seconds since the trajectory began, by the clock of the server once a request has reported it. */
-const clock = (run) => (performance.now() - run.started) / 1000 - (Number.isFinite(run.skew) ? run.skew : 0);
+const clock = (run) =>
+  run.ended ? run.seconds : (performance.now() - run.started) / 1000 - (Number.isFinite(run.skew) ? run.skew : 0);
+
+/** Ends a run that is not complete. Nothing of it runs any more. */
+function endRun(run, how) {
+  run.seconds = clock(run);
+  run.ended = how;
+}
 
 const inside = (path, outer) => path.length >= outer.length && outer.every((p, k) => path[k] === p);
 
@@ -119,11 +128,11 @@ function currentTrajectory(run) {
       label: "",
       outline: "",
       finish: null,
-      open: true,
+      open: !run.ended,
     };
     spans.push({ ...open, parents: last < 0 ? [] : [last], waits_for: [], call: calls.push(call) - 1 });
   }
-  return { ...common(run), running: true, spans, calls, forks: [...run.forks.values()] };
+  return { ...common(run), running: !run.ended, spans, calls, forks: [...run.forks.values()] };
 }
 
 function common({ done, ...run }) {
@@ -136,8 +145,8 @@ function common({ done, ...run }) {
 function rowFor(run, t) {
   return {
     name: run.prompt,
-    method: t.dialect || "running",
-    label: "",
+    method: t.dialect || run.ended || "running",
+    label: run.ended ? "not complete: what had arrived" : "",
     answer: answerOf(t),
     correct: null,
     size: null,

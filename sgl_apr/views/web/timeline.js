@@ -74,9 +74,23 @@ function drawTimeline() {
   const chain = chainOf(l.t.spans, l.ends),
     on = new Set(chain);
   $("lanes-head").replaceChildren(drawHead(l));
-  $("caption").textContent = CAPTION[l.axis];
+  $("caption").textContent = [CAPTION[l.axis], exceptionOf(l, on)].filter(Boolean).join(" ");
   $("lanes").replaceChildren(drawing(l, chain, on), ...l.lanes.map((lane) => laneRow(lane, on)));
   chooseLane(view.lane);
+}
+
+/** Returns a sentence if the longest branch is not on the critical path, which is then no mistake of the drawing. */
+function exceptionOf(l, on) {
+  const { spans } = l.t,
+    length = (lane) => sum(lane.spans.map((i) => l.ends[i] - l.starts[i])),
+    isOn = (lane) => lane.spans.some((i) => on.has(i) && !isPrompt(spans[i])),
+    branches = l.lanes.filter((lane) => lane.path.length && lane.spans.length);
+  const longest = branches.reduce((best, lane) => (!best || length(lane) > length(best) ? lane : best), null);
+  if (!longest || isOn(longest)) return "";
+  const own = new Set(longest.spans),
+    isFollowed = spans.some((span, i) => !own.has(i) && predecessors(span).some((p) => own.has(p)));
+  const why = isFollowed ? "what follows it had to wait longer for others" : "nothing that follows had to wait for it";
+  return `Branch ${longest.key} is the longest, but not on the critical path: ${why}.`;
 }
 
 function laneRow(lane, on) {
