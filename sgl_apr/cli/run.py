@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import os
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
     Answer = Callable[[Engine, OnEvent | None], Awaitable[Trajectory | MethodResult]]
 
-API_KEY_ENV = "SGL_APR_API_KEY"
 TASKS = ("question", "mathematics", "countdown")
 CHATML_PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 PLAIN_PROMPT = "USER:{}\nASSISTANT:"
