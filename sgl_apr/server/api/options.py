@@ -134,7 +134,9 @@ class OptionsParser:
         else:
             ids = prompt
         if not (isinstance(ids, list) and ids):
-            raise AprError(f"the prompt is {shorten(prompt)}, expected text, or a list of token ids")
+            raise AprError(
+                f"the prompt is {shorten(prompt)}, expected one prompt: text, or a list of token ids"
+            )
         self._check_length(len(ids), "tokens", self.context_length - 1)
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise AprError("expected one prompt: text, or a list of token ids")

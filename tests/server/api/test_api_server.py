@@ -346,7 +346,8 @@ def test_a_bad_request_gets_an_error_message(server: Server, path: str, body: di
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b'{"prompt": "\\ud800"}', b'{"seed": NaN}'])
 def test_a_body_that_is_no_object(server: Server, body: bytes):
-    answer = requests.post(server.url + OWN, body, timeout=30)
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(server.url + OWN, body, headers=headers, timeout=30)
     assert answer.status_code == 400
     assert "the body" in answer.json()["error"]["message"]
 
@@ -437,7 +438,7 @@ def test_a_client_that_leaves_ends_its_trajectory(server: Server, path: str, str
     ).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         until(lambda: get(server, "/apr/stats")["running"] == 1)
         if streamed:
