@@ -187,11 +187,14 @@ def _begins_with_text(grammar: Grammar) -> bool:
 def conclusion_support(grammar: Grammar) -> tuple[bool, bool]:
     """Return whether a block of a grammar can have a conclusion, and whether it must have one."""
 
+    visited: set[tuple[str, bool]] = set()  # a rule can refer to itself
+
     def find(expr: object, optional: bool) -> tuple[bool, bool]:
         match expr:
             case SymbolRef(name) if name == TEXT:
                 return True, not optional
-            case SymbolRef(name) if name in grammar.rules:
+            case SymbolRef(name) if name in grammar.rules and (name, optional) not in visited:
+                visited.add((name, optional))
                 return find(grammar.rules[name], optional)
             case Repeat(item, min_count):
                 return find(item, optional or not min_count)

@@ -14,7 +14,7 @@ from lark.lexer import PatternRE, TerminalDef
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar_checks import NUMBER as NUMBER
 from sgl_apr.formats.grammar_checks import TEXT as TEXT
-from sgl_apr.formats.grammar_checks import check_grammar
+from sgl_apr.formats.grammar_checks import check_expansion, check_grammar
 from sgl_apr.formats.grammar_source import grammar_path as grammar_path
 from sgl_apr.formats.grammar_source import parse_source, separate_tags
 from sgl_apr.formats.lark_ast import (
@@ -94,6 +94,7 @@ class Grammar:
             raise GrammarError(f"{name}: no terminal {TEXT}, expected e.g. {TEXT} : /(.|\\n)+/")
         check_grammar(self.rules, self.terminals, self.lines, name)
         self._parsers: dict[str, Lark] = {}
+        self._expandable: set[str] = set()  # rules that are known to end when they are written out
 
     def _add(self, item: Tree[Token] | Token) -> None:
         line = item.meta.line if isinstance(item, Tree) else item.line
@@ -217,7 +218,12 @@ class Grammar:
                     return "".join(map(write, items))
             raise GrammarError(f"{self.name}: rule {rule!r} cannot be rendered: {expr} has no fixed text")
 
-        return write(self.rules[rule]) if rule in self.rules else ""
+        if rule not in self.rules:
+            return ""
+        if rule not in self._expandable:
+            check_expansion(self.rules, rule, self.name)
+            self._expandable.add(rule)
+        return write(self.rules[rule])
 
     def closing_literal(self, rule: str, number: str = "") -> str:
         """Return the fixed text that a rule always ends with, at which its decoding stops; empty if it ends in free text."""

@@ -14,6 +14,7 @@ from sgl_apr.cli.main import main
 from sgl_apr.formats import dialects
 from sgl_apr.formats.dialect_check import check_dialect
 from sgl_apr.server.api.config import parse_api_arguments
+from sgl_apr.server.api.options import OptionsParser, ReasonRequest
 from sgl_apr.server.launch.usage import UsageError
 from tests.support.paths import DOCS
 
@@ -206,6 +207,12 @@ def test_the_flag_of_the_server_registers_the_file(debate: Path, tmp_path: Path)
     assert rest == ["--tp", "2"]
     assert [d.name for d in config.dialects] == ["debate"]
     assert apr.dialect("debate") == config.dialects[0]
+    options = OptionsParser(config.limits, apr.ByteTokenizer(), 2000, 300)
+    _, request = options.parse(ReasonRequest([1], {"dialect": "debate"}))
+    assert request.dialect is config.dialects[0]
+    for name in (str(debate), "debate.lark", "./debate"):
+        with pytest.raises(apr.GrammarError, match="no dialect"):
+            options.parse(ReasonRequest([1], {"dialect": name}))
     other = tmp_path / "other" / "debate.lark"
     other.parent.mkdir()
     other.write_text(GRAMMAR)

@@ -117,6 +117,8 @@ HOSTILE = {
     "rules of alternatives": "".join(f"r{i}: r{i + 1} r{i + 1} | r{i + 1}\n" for i in range(40))
     + 'r40: "<a>"\ntrace: TEXT? r0\nbody: r0\nafter: r0\nTEXT: /x/',
     "left recursion": "trace: trace TEXT | TEXT\nbody: body\nafter: after\nTEXT: /x/",
+    "circle of what the runtime writes": "trace: TEXT? (fork lead body tail TEXT?)*\nfork: \"<f>\"\nlead: tail\ntail: lead\n"
+    'body: TEXT "</b>"\nafter: TEXT\nclose: (close "<c>")+\nTEXT: /x/',
     "circle": "trace: body\nbody: after\nafter: trace\nTEXT: /x/",
     "regular expression": PHASES + "TEXT: /" + "(" * 200 + "a" + ")" * 200 + "/",
     "exponential expression": PHASES + "TEXT: /x/\nNUMBER: /" + "(a|aa)+" * 60 + "/",
