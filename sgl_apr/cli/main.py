@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from sgl_apr import __version__
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:]
         _hide_keys(argv)
     try:
-        return _run(list(argv))
+        status = _run(list(argv))
+        sys.stdout.flush()  # a disk may be full, which is an error of this command
+        return status
     except AprError as error:
         _print_error(error)
         return 1
@@ -53,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has exited
         # Python flushes stdout at its exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, or a file that is gone
+        name = f"{error.filename}: " if error.filename else ""
+        _print_error(f"{name}{error.strerror or error}")
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

@@ -249,3 +249,17 @@ def test_the_version(capsys: pytest.CaptureFixture[str]):
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 0
     assert "sgl-apr serve --model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["parse"], ["validate", "--json"], ["convert", "--to", "npr"]])
+def test_a_full_disk_is_one_line(trace: Path, command: list[str]):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sgl_apr.cli.main", *command, str(trace)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "sgl-apr: error: No space left on device\n"
