@@ -104,13 +104,13 @@ class ServerRequests(ABC):
 
 
 def _refusal(message: str, status: int) -> AprError:
-    if status >= 500 or status in (401, 403, 404):
-        return EngineError(message, status)
-    if "chat_template is not set" in message or "chat template" in message.lower():
+    if "chat_template is not set" in message or "no chat template" in message.lower():
         return UnsupportedEngine(
             f"the model has no chat template, expected a prompt that is text or token ids, or a server that was "
             f"started with --chat-template ({message})"
         )
+    if status >= 500 or status in (401, 403, 404):
+        return EngineError(message, status)
     return AprError(f"the chat messages cannot be rendered: {message}")
 
 
