@@ -127,10 +127,12 @@ def check_chunk(name: str, data: Any) -> dict[str, Any]:
     meta = data.get("meta_info")
     if not isinstance(meta, dict):
         raise unexpected(name, "meta_info", type(meta).__name__, "an object")
-    _count(name, meta, "completion_tokens")
     reason = meta.get("finish_reason")
     if reason is not None and not (isinstance(reason, dict) and isinstance(reason.get("type"), str)):
         raise unexpected(name, "finish_reason", repr(reason)[:60], "null, or an object with a type")
+    if reason and reason["type"] == "abort":  # may have no counts
+        meta.setdefault("completion_tokens", 0)
+    _count(name, meta, "completion_tokens")
     return meta
 
 
@@ -238,7 +240,9 @@ def new_token_ids(name: str, data: Mapping[str, Any], known: int, vocab_size: in
     Raises:
         EngineError: An id is none of the model's.
     """
-    ids = data.get("output_ids")
+    ids, reason = data.get("output_ids"), data["meta_info"].get("finish_reason")
+    if ids is None and reason and reason["type"] == "abort":  # before its first token
+        return []
     if not isinstance(ids, list):
         raise unexpected(name, "output_ids", type(ids).__name__, "a list of token ids")
     new = ids[known:] if len(ids) == data["meta_info"]["completion_tokens"] else ids

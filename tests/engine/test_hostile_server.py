@@ -121,6 +121,10 @@ WRONG_EVENTS = {
     "a reason without a type": (event(finish={}), "finish_reason is {}"),
     "a list": (b"data: [1]\n\n", "a chunk is list, expected an object"),
     "null": (b"data: null\n\n", "a chunk is NoneType"),
+    "an abort without counts": (
+        b'data: {"meta_info": {"finish_reason": {"type": "abort", "message": "full"}}}\n\n',
+        "aborted the request: full",
+    ),
     "an error in words": (b'data: {"error": "no"}\n\n', "the server answered 500: no"),
     "an error with a wrong code": (b'data: {"error": {"code": "x"}}\n\n', "the server answered 500"),
     "100,000 brackets": (b"data: " + b"[" * 100_000 + b"\n\n", "nested too deeply"),
