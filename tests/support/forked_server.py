@@ -66,6 +66,9 @@ class ForkedProcess:
         self.pid, self.stdout = pid, stdout
         self._process = os.pidfd_open(pid)
 
+    def __del__(self) -> None:
+        os.close(self._process)
+
     def wait(self, timeout: float | None = None) -> None:
         poll = select.poll()
         poll.register(self._process, select.POLLIN)
