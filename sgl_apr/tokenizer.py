@@ -215,3 +215,9 @@ def _eos_ids(directory: Path, added: dict[str, int]) -> Iterable[int]:
         if content in added:
             return [added[content]]
     return []
+
+
+def truncate_tokens(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
+    """`text`, or its first `max_tokens` tokens."""
+    ids = tokenizer.encode(text)
+    return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens])

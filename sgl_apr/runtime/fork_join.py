@@ -19,7 +19,7 @@ from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import FAILURE_NOTE
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
 from sgl_apr.runtime.value_checks import shorten
-from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.tokenizer import truncate_tokens
 
 
 class ForkJoin:
@@ -146,9 +146,3 @@ def apply_template(template: Callable[[str], str], message: str) -> str:
     if not isinstance(prompt, str):
         raise AprError(f"branch_prompt_template returned {shorten(prompt)}, expected text")
     return prompt
-
-
-def truncate_tokens(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """`text`, or its first `max_tokens` tokens."""
-    ids = tokenizer.encode(text)
-    return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens])

@@ -93,14 +93,24 @@ class ForkRules:
         width, fork = self._next_fork(sequence)
         if load:
             width = self._cap_width_by_load(sequence, width, load)
-        branches = width + sequence.pending_count
-        may_fork = not sequence.path or width or phase != "branch"
-        tokens, field = self._max_new_tokens(sequence, branches if may_fork else None)
+        closing, closing_path = self._closing_tokens(width + sequence.pending_count, phase)
+        tokens, field = self._max_new_tokens(sequence, closing, closing_path)
         if self.context_length is not None:
-            left = self.context_length - len(sequence.context) - self.overhead.of(branches)
+            left = self.context_length - len(sequence.context) - closing
             if left < tokens:
                 tokens, field = left, "context"
         return PhaseLimits(width, fork, tokens, field)
+
+    def _closing_tokens(self, branches: int, phase: Phase) -> tuple[int, int]:
+        """What closes the text of a phase that is cut off, in tokens and on the critical path.
+
+        A phase with `branches` can be cut off within a fork. A phase without them has only its own end to write. The
+        end of a branch was set aside when it was forked.
+        """
+        if branches:
+            return self.overhead.of(branches), self._critical_path_overhead(branches)
+        end = 0 if phase == "branch" else self.overhead.ends[phase]
+        return end, end
 
     def checked(self, output: PhaseOutput, sequence: SequenceState, limits: PhaseLimits) -> PhaseOutput:
         """Return the output with the fork that the budget allows. Only a grammar rules out others.
@@ -257,19 +267,13 @@ class ForkRules:
         """Tokens that closing a fork adds to the critical path. Messages follow one another, branches do not."""
         return self.overhead.of(branches if self.by_message else min(branches, 1))
 
-    def _max_new_tokens(self, sequence: SequenceState, branches: int | None) -> tuple[int, str]:
-        """Tokens that one request may decode, and the limit that they come from.
-
-        What is left can close a fork into so many `branches` that is cut off at its end. None is for a branch that
-        may not fork, for which nothing is left to set aside.
-        """
+    def _max_new_tokens(self, sequence: SequenceState, closing: int, closing_path: int) -> tuple[int, str]:
+        """Tokens that one request may decode besides those that close its text, and the limit that they come from."""
         allowance = sequence.allowance
         if allowance.calls < 1:
             return 0, "calls"
-        tokens, path = allowance.tokens, allowance.critical_path_cap - sequence.critical_path
-        if branches is not None:
-            tokens -= self.overhead.of(branches)
-            path -= self._critical_path_overhead(branches)
+        tokens = allowance.tokens - closing
+        path = allowance.critical_path_cap - sequence.critical_path - closing_path
         return (path, "critical_tokens") if path < tokens else (tokens, allowance.limiting_field)
 
     def _lacking_limit(self, sequence: SequenceState, output: PhaseOutput, outlines: int) -> str | None:

@@ -10,7 +10,7 @@ from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.dialects import BranchNumbering, Dialect, Phase
 from sgl_apr.formats.segmenter import Outline, Segment
 from sgl_apr.runtime.budget import Overhead
-from sgl_apr.tokenizer import Tokenizer, split_token_ids
+from sgl_apr.tokenizer import Tokenizer, split_token_ids, truncate_tokens
 from sgl_apr.trajectory.spans import Finish, Origin, Role
 
 FAILURE_NOTE = " (failed)"  # what the model reads in place of what a failed branch would have written
@@ -64,6 +64,9 @@ def parse_phase_output(
     decoded: tuple[int, ...],
     cut: Finish | None,
     tokenizer: Tokenizer,
+    *,
+    completes_fork: bool = True,
+    max_filler_tokens: int | None = None,
 ) -> PhaseOutput:
     """Parse what a phase decoded, and close by injection what was left open.
 
@@ -78,6 +81,8 @@ def parse_phase_output(
         decoded: The ids that the engine returned.
         cut: What ended the phase from outside: a limit, another branch, or a failure, which is noted in the text.
         tokenizer: Of the model.
+        completes_fork: A fork that was cut off is completed. Else it is malformed, for which nothing is injected.
+        max_filler_tokens: Tokens of the text that stands for a trunk in which nothing was decoded.
     """
     ended = bool(decoded) and decoded[-1] in tokenizer.eos_ids
     ids = decoded[:-1] if ended else decoded
@@ -90,7 +95,11 @@ def parse_phase_output(
     for note in (FAILURE_NOTE, "") if cut == "failed" else ("",):
         if segments is None:
             closing = note + (dialect.complete_phase(phase, text + note, numbering) or "")
+            if closing == PLACEHOLDER and phase == "trunk" and max_filler_tokens is not None:
+                closing = truncate_tokens(tokenizer, PLACEHOLDER, max_filler_tokens) or PLACEHOLDER[0]
             segments = _try_parse(dialect, phase, numbering, text + closing)
+    if closing and not completes_fork and any(s.role in ("fork", "wait") for s in segments or ()):
+        segments = None
     if segments is None:
         draft = SpanDraft("body" if in_branch else "text", "decoded", text, ids)
         return PhaseOutput((draft,), "malformed")
@@ -146,15 +155,21 @@ def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
     def cost_to_complete(phase: Phase, text: str = "") -> int:
         return cost(dialect.complete_phase(phase, text, numbering))
 
+    def cost_to_end(phase: Phase) -> int:
+        """What ends a phase that does not fork. Text that is required and missing is not counted."""
+        texts = ("", *(tag for tag in grammar.tag_literals if tag not in openings))
+        endings = (dialect.complete_phase(phase, text, numbering) for text in texts)
+        return max(cost(ending) for ending in endings if ending != PLACEHOLDER)
+
     grammar, by_message = dialect.grammar, dialect.branch_context == "message"
     number = str(dialect.first_number + dialect.max_width - 1)
     deepest = ".".join([number] * dialect.max_depth)
     numbering = BranchNumbering(
         prefix=deepest[: -len(number)], number="" if grammar.has_repetition("fork") else number
     )
+    openings = [grammar.opening_literal(rule) for rule in ("fork", "wait")]
     fork = 0
     if "trunk" in grammar.rules:
-        openings = [grammar.opening_literal(rule) for rule in ("fork", "wait")]
         fork = max(cost_to_complete("trunk", o) + cost(o) for o in openings)
     header = result = ""
     if by_message:  # the branch has a prompt, and its result may name its outline
@@ -168,4 +183,6 @@ def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
     join += max(cost_to_complete("after", tag) for tag in ("", *grammar.tag_literals))
     if "rejoin" in grammar.rules:
         join += cost_to_complete("rejoin")
-    return Overhead(fork, branch, join)
+    phases: tuple[Phase, ...] = ("trunk", "after", "rejoin")
+    ends = {phase: cost_to_end(phase) for phase in phases if phase in grammar.rules}
+    return Overhead(fork, branch, join, ends)

@@ -79,7 +79,11 @@ class RequestRunner:
         if cut is None and (result is None or result.finish == "length"):
             cut = "length"
         ids = tuple(text.received_ids) if result is None else result.token_ids
-        output = parse_phase_output(self.options.dialect, phase, numbering, context, ids, cut, tokenizer)
+        output = parse_phase_output(
+            self.options.dialect, phase, numbering, context, ids, cut, tokenizer,
+            completes_fork=limits.fork != "forbidden" or sequence.pending_count > 0,
+            max_filler_tokens=sequence.allowance.tokens,
+        )  # fmt: skip
         if cut == "length":
             self.request_log.record_limit(limits.limiting_field, sequence.path)
         elif cut in ("timeout", "aborted") and output.finish == cut:
