@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ class Server:
             _print_warning(ready)
         except BaseException as error:
             process.kill()
-            log.close()
+            _close_log(log)
             self._running = None
             if isinstance(error, LaunchError):
                 raise LaunchError(f"{error} (log: {log.name})") from None
@@ -105,13 +106,16 @@ class Server:
         process, log = self._running
         self._running = None
         process.stop()
-        log.close()
+        _close_log(log)
         if self._log_path is None:
             Path(log.name).unlink(missing_ok=True)
 
     def _open_log(self) -> BinaryIO:
         if self._log_path is not None:
-            return self._log_path.open("ab")
+            try:
+                return self._log_path.open("ab")
+            except OSError as error:
+                raise LaunchError(f"cannot write the log {self._log_path}: {error.strerror}") from None
         descriptor, path = tempfile.mkstemp(prefix="sgl-apr-", suffix=".log")
         os.close(descriptor)
         return Path(path).open("ab")
@@ -123,6 +127,12 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _close_log(log: BinaryIO) -> None:
+    """Close a log. What a full disk did not take is lost, and stops neither the server nor its end."""
+    with contextlib.suppress(OSError):
+        log.close()
 
 
 def serve(argv: Sequence[str]) -> int:
