@@ -89,9 +89,9 @@ def threadweaver(
 ) -> float:
     """ThreadWeaver's reward as released (arXiv 2512.07843): `1 + weight * min(acceleration, max_acceleration)`, or `wrong`.
 
-    The acceleration is counted as in their code (`get_parallel_stats` in threadweaver_rl of
-    github.com/facebookresearch/threadweaver), in which the tags of threads are sequential:
-    `Trajectory.metrics("threadweaver")`. Their code has -1 for a wrong answer, their paper 0. It counts the threads of a
+    The acceleration is that of `Trajectory.metrics("threadweaver")`: the tags of threads are sequential, as in their code
+    (`get_parallel_stats` in threadweaver_rl of github.com/facebookresearch/threadweaver), and so is the number that
+    follows the first tag. Their code has -1 for a wrong answer, their paper 0. It counts the threads of a
     malformed reply, too, and has no penalty for it.
     """
     if not correct:
