@@ -142,6 +142,9 @@ class Fuzzer:
         except requests.RequestException as error:
             if isinstance(error, requests.exceptions.InvalidHeader | requests.exceptions.InvalidURL):
                 return 0
+            if isinstance(error, requests.ConnectionError) and not repeated:
+                # The server closes a connection that was idle for some seconds, maybe just when it is used again.
+                return self.send(name, arguments, repeated=True)
             self.failures.append(f"{name}: {error!r:.200}, {describe(arguments)}")
             return 0
         seconds = time.monotonic() - start
