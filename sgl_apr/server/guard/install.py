@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.guard.body_validation import PureRoutes, body_validation_hooks
+from sgl_apr.server.guard.body_validation import PureRoutes, body_validation_hooks, describe
 from sgl_apr.server.guard.connections import connection_hooks
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.middleware import LONG_TEXT, RequestGuard, note_refusal
@@ -24,6 +24,9 @@ from sgl_apr.server.guard.request_checks import check_batch, check_request
 from sgl_apr.server.hooks import hook_around, require_sglang
 
 MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
+REQUESTS = tuple(
+    f"sglang.srt.managers.io_struct:{name}" for name in ("GenerateReqInput", "EmbeddingReqInput")
+)
 TOKENIZE = "sglang.srt.entrypoints.openai.serving_tokenize"
 GENERATE_REQUEST = "sglang.srt.managers.io_struct:GenerateReqInput"
 REASONING_PARSERS = "sglang.srt.parser.reasoning_parser:ReasoningParser.DetectorMap"
@@ -130,13 +133,15 @@ def _set_hooks(app: Any, limits: GuardLimits, model_size: Callable[[], ModelSize
         return original(manager, obj, input_ids)
 
     paths = [*connection_hooks(limits), *body_validation_hooks(app)]
-    for path, parameters, hook in (
+    hooks: list[tuple[str, list[str], Callable[..., Any]]] = [
+        *((f"{kind}.{method}", [], _refuse_misfits) for kind in REQUESTS for method in ("normalize_batch_and_arguments", "__getitem__")),
         (f"{MANAGER}.generate_request", ["obj", "request"], generate_request),
         (f"{MANAGER}._validate_one_request", ["obj", "input_ids"], validate_one_request),
         (f"{MANAGER}._tokenize_texts", ["texts", "is_cross_encoder"], _tokenize_texts),
         (f"{TOKENIZE}:OpenAIServingTokenize._handle_non_streaming_request", ["adapted_request"], _run_large),
         (f"{TOKENIZE}:OpenAIServingDetokenize._handle_non_streaming_request", ["adapted_request"], _run_large),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for path, parameters, hook in hooks:
         hook_around(path, parameters, hook)
         paths.append(path)
     originals = [require_sglang(path) for path in paths]
@@ -144,6 +149,15 @@ def _set_hooks(app: Any, limits: GuardLimits, model_size: Callable[[], ModelSize
     for path, original in zip(paths, originals, strict=True):
         if require_sglang(path) is original:  # SGLang logs a failed hook and continues
             raise LaunchError(f"could not set a hook on {path}")
+
+
+def _refuse_misfits(original: Any, *args: Any, **options: Any) -> Any:
+    """Refuse a request whose fields do not fit one another, such as a list that is shorter than that of its prompts."""
+    try:
+        return original(*args, **options)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        refusal = RequestRefused(f"the fields of the request do not fit one another ({describe(error)})")
+        raise note_refusal(refusal) from error
 
 
 async def _failing(refusal: RequestRefused) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import orjson
+from jinja2 import TemplateError
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,8 +41,10 @@ LOOP_ENCODED_PATHS = (
     "/v1/responses",
     "/v1/systemone",
 )
+STREAM_TYPES = (b"text/event-stream", b"application/x-ndjson")
 MAX_CONTEXTS = 2  # how many contexts of text they encode, to refuse it
 
+log = logging.getLogger(__name__)
 # The refusal of the current request by a check inside SGLang, which answers in a shape of its own.
 inner_refusal: ContextVar[list[RequestRefused] | None] = ContextVar("inner_refusal", default=None)
 
@@ -107,7 +111,11 @@ class RequestGuard:
         response = _Response(path, send)
         try:
             await self._app(scope, receive, response.send)
-        except Exception:
+        except Exception as error:
+            # SGLang means a ValueError to be status 400, but some routes and all streams do not catch it.
+            if not response.is_started() and (reason := find_value_error(error)):
+                log.warning("%s was answered with status 400", path, exc_info=error)
+                note_refusal(RequestRefused(" ".join(str(reason).split())[:500]))
             if not response.is_refused():  # else SGLang's route did not expect the refusal
                 raise
             await response.send_refusal()
@@ -187,7 +195,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 class _Response:
     """Sends a response, or a refusal in place of the response that SGLang made of it.
 
-    SGLang begins an event stream before it checks the request. So the start of one waits for its first event.
+    SGLang begins a stream before it checks the request. So the start of a stream waits for its first event.
     """
 
     def __init__(self, path: str, send: Send) -> None:
@@ -196,6 +204,10 @@ class _Response:
         self._held: Message | None = None
         self._started = self._replaced = False
         inner_refusal.set(self._refused)
+
+    def is_started(self) -> bool:
+        """Return whether anything of a response was sent."""
+        return self._started
 
     def is_refused(self) -> bool:
         """Return whether the request was refused, and nothing of a response was sent yet."""
@@ -210,7 +222,7 @@ class _Response:
         """The ASGI function."""
         if self._replaced:
             return
-        if message["type"] == "http.response.start" and message["status"] < 400 and _is_event_stream(message):
+        if message["type"] == "http.response.start" and message["status"] < 400 and _is_stream(message):
             self._held = message
             return
         if self.is_refused() and (self._held or message.get("status", 200) >= 400):
@@ -223,9 +235,16 @@ class _Response:
         await self._send(message)
 
 
-def _is_event_stream(message: Message) -> bool:
+def _is_stream(message: Message) -> bool:
     headers = message.get("headers", ())
-    return any(k.lower() == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
+    return any(k.lower() == b"content-type" and v.startswith(STREAM_TYPES) for k, v in headers)
+
+
+def find_value_error(error: BaseException) -> Exception | None:
+    """Return an exception, or the first one of a group, if it is about a value, as those of chat templates are."""
+    if isinstance(error, BaseExceptionGroup):
+        return find_value_error(error.exceptions[0])
+    return error if isinstance(error, ValueError | TemplateError) else None
 
 
 def note_refusal(refusal: RequestRefused) -> RequestRefused:

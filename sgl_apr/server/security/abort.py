@@ -117,6 +117,8 @@ async def abort_own_requests(manager: Any, request: Any) -> None:
         request: The `GenerateReqInput`, normalized.
     """
     await asyncio.sleep(ABORT_DELAY_S)
+    if not hasattr(request, "is_single"):  # it was refused before SGLang had normalized it
+        return
     parts = [request] if request.is_single else [request[i] for i in range(len(request.rid))]
     for part in parts:
         state = manager.rid_to_state.get(part.rid)

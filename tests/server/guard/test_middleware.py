@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import httpx
 import orjson
 import pytest
 import uvicorn
+from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -54,6 +55,25 @@ async def refuse(request: Request) -> Response:
     return JSONResponse({"object": "error"}, 400)
 
 
+async def fail(request: Request) -> Response:
+    """Raise an exception, maybe in a stream before its first event or after it."""
+    values = await request.json()
+    error = {
+        "value": ValueError("too long"),
+        "template": TemplateError("no roles"),
+        "own": RuntimeError("a bug"),
+    }[values["error"]]
+
+    async def lines() -> AsyncIterator[bytes]:
+        if values["sent"]:
+            yield b"{}\n"
+        raise error
+
+    if "stream" in values:
+        return StreamingResponse(lines(), media_type=values["stream"])
+    raise error
+
+
 @contextmanager
 def serving(limits: GuardLimits) -> Iterator[str]:
     """Serve the application on a free port. Returns its URL."""
@@ -63,7 +83,7 @@ def serving(limits: GuardLimits) -> Iterator[str]:
             super().connection_made(transport)
             watch_connection(self, transport, limits)
 
-    app = Starlette(routes=[Route(path, route, methods=["GET", "POST"]) for path, route in (("/generate", echo), ("/refuse", refuse), ("/v1/messages", echo))])  # fmt: skip
+    app = Starlette(routes=[Route(path, route, methods=["GET", "POST"]) for path, route in (("/generate", echo), ("/refuse", refuse), ("/fail", fail), ("/v1/messages", echo))])  # fmt: skip
     app.add_middleware(
         RequestGuard, limits=limits, is_loopback=True, model_size=lambda: SIZE, count_tokens=len
     )
@@ -157,6 +177,23 @@ def test_a_refusal_inside_a_route_is_the_response(url: str, how: str):
     response = httpx.post(f"{url}/refuse", json={"how": how})
     check_error(response, 400, "no")
     assert response.json()["error"]["param"] == "field"
+
+
+@pytest.mark.parametrize("stream", [None, "application/x-ndjson", "text/event-stream"])
+@pytest.mark.parametrize(("error", "message"), [("value", "too long"), ("template", "no roles")])
+def test_a_wrong_value_is_status_400_on_every_route(url: str, stream: str | None, error: str, message: str):
+    body = {"error": error, "sent": False} | ({"stream": stream} if stream else {})
+    check_error(httpx.post(f"{url}/fail", json=body), 400, message)
+
+
+def test_what_is_no_wrong_value_is_status_500(url: str):
+    assert httpx.post(f"{url}/fail", json={"error": "own", "sent": False}).status_code == 500
+
+
+def test_an_error_in_the_middle_of_a_stream_ends_it(url: str):
+    body = {"error": "value", "sent": True, "stream": "application/x-ndjson"}
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.post(f"{url}/fail", json=body)
 
 
 def test_many_slow_bodies_are_refused_and_a_fast_one_is_not(url: str):
