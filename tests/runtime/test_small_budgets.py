@@ -72,7 +72,7 @@ def test_without_the_grammar_no_token_too_many_is_injected(name: str, mode: str)
         start = rng.randrange(len(text) + 1)
         return apr.Reply(text[start : start + rng.randrange(120)], end=rng.random() < 0.7)
 
-    for i in range(150):
+    for i in range(50):
         engine = apr.ScriptedEngine(script, apr.ByteTokenizer(dialect.tags if i % 2 else ()))
         tokens = rng.choice([*SMALL, 200])
         budget = apr.Budget(tokens=tokens)
