@@ -132,7 +132,7 @@ def _doctor(options: argparse.Namespace) -> int:
         table = Table("", "", "found")
         for f in findings:
             hint = f"\n{f.hint}" if f.hint else ""
-            table.add_row(f.name, STATES[f.state], Text.assemble(f.found, (hint, "dim")))
+            table.add_row(f.name, STATES[f.state], Text.assemble(printable(f.found), (hint, "dim")))
         Console().print(table)
     return int(not is_healthy(findings))
 
@@ -182,7 +182,7 @@ def _print_drift(measured: list[Any], verdict: str) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     for m in measured:
         shifts = [x for s in (m.kv, m.reversed) for x in (f"{s.kl:.3f}", f"{s.agreement:.0%}")]
-        table.add_row(Text(m.name), str(m.steps), *shifts, end_section=m is measured[-2])
+        table.add_row(Text(printable(m.name)), str(m.steps), *shifts, end_section=m is measured[-2])
     console = Console()
     console.print(table)
     console.print(

@@ -13,13 +13,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.guard.body_validation import PureRoutes, body_validation_hooks, describe
+from sgl_apr.server.guard.body_validation import PureRoutes, body_validation_hooks
 from sgl_apr.server.guard.connections import connection_hooks
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.middleware import LONG_TEXT, RequestGuard, note_refusal
 from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.origin_checks import is_loopback
-from sgl_apr.server.guard.refusal import RequestRefused
+from sgl_apr.server.guard.refusal import MISFIT_ERRORS, RequestRefused, misfit
 from sgl_apr.server.guard.request_checks import check_batch, check_request
 from sgl_apr.server.hooks import hook_around, require_sglang
 
@@ -134,7 +134,7 @@ def _set_hooks(app: Any, limits: GuardLimits, model_size: Callable[[], ModelSize
 
     paths = [*connection_hooks(limits), *body_validation_hooks(app)]
     hooks: list[tuple[str, list[str], Callable[..., Any]]] = [
-        *((f"{kind}.{method}", [], _refuse_misfits) for kind in REQUESTS for method in ("normalize_batch_and_arguments", "__getitem__")),
+        *((f"{kind}.__getitem__", ["i"], _refuse_misfits) for kind in REQUESTS),
         (f"{MANAGER}.generate_request", ["obj", "request"], generate_request),
         (f"{MANAGER}._validate_one_request", ["obj", "input_ids"], validate_one_request),
         (f"{MANAGER}._tokenize_texts", ["texts", "is_cross_encoder"], _tokenize_texts),
@@ -151,13 +151,12 @@ def _set_hooks(app: Any, limits: GuardLimits, model_size: Callable[[], ModelSize
             raise LaunchError(f"could not set a hook on {path}")
 
 
-def _refuse_misfits(original: Any, *args: Any, **options: Any) -> Any:
-    """Refuse a request whose fields do not fit one another, such as a list that is shorter than that of its prompts."""
+def _refuse_misfits(part: Any, request: Any, i: int) -> Any:
+    """Refuse a batch with a list that is shorter than that of its prompts."""
     try:
-        return original(*args, **options)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        refusal = RequestRefused(f"the fields of the request do not fit one another ({describe(error)})")
-        raise note_refusal(refusal) from error
+        return part(request, i)
+    except MISFIT_ERRORS as error:
+        raise note_refusal(misfit(error)) from error
 
 
 async def _failing(refusal: RequestRefused) -> Any:

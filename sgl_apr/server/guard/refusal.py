@@ -11,6 +11,8 @@ CODES = {
     400: "invalid_value", 403: "origin_not_allowed", 408: "body_timeout", 413: "request_too_large",
     415: "unsupported_media_type", 421: "host_not_allowed", 503: "too_many_requests",
 }  # fmt: skip
+# What SGLang raises for a list that is empty or too short, or for a value of another type.
+MISFIT_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError)
 RETRY_AFTER = b"1"  # seconds
 
 
@@ -28,6 +30,12 @@ class RequestRefused(ValueError):
 
     def __reduce__(self) -> tuple[type[RequestRefused], tuple[str, str | None, int]]:
         return type(self), (str(self), self.param, self.status)
+
+
+def misfit(error: Exception) -> RequestRefused:
+    """Return the refusal of a request for which SGLang raised one of `MISFIT_ERRORS`."""
+    found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return RequestRefused(f"the fields of the request do not fit one another ({found})")
 
 
 def over_limit(

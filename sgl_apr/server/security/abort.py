@@ -38,12 +38,10 @@ def register_hooks() -> None:
     hook_around(f"{manager}.create_abort_task", ["obj"], _create_abort_task)
     receiver = "sglang.srt.disaggregation.encoder.receiver:MMReceiverBase.abort_waiting_requests"
     hook_around(receiver, ["recv_req"], _abort_waiting_request)
-    hook_after(
-        "sglang.srt.managers.io_struct:GenerateReqInput.normalize_batch_and_arguments", [], _check_request
-    )
-    hook_after(
-        "sglang.srt.managers.io_struct:EmbeddingReqInput.normalize_batch_and_arguments", [], _check_request
-    )
+    for kind in ("GenerateReqInput", "EmbeddingReqInput"):
+        hook_around(
+            f"sglang.srt.managers.io_struct:{kind}.normalize_batch_and_arguments", [], normalize_request
+        )
 
 
 def abort_exact_request(abort: Callable[..., Any], scheduler: Any, request: Any) -> Any:
@@ -126,16 +124,30 @@ async def abort_own_requests(manager: Any, request: Any) -> None:
             manager.abort_request(part.rid)
 
 
-def _check_request(result: Any, request: Any) -> None:
+def normalize_request(normalize: Callable[..., Any], request: Any) -> Any:
+    """Normalize a request as SGLang does, and check its ids.
+
+    Args:
+        normalize: SGLang's method.
+        request: The `GenerateReqInput` or `EmbeddingReqInput`.
+
+    Raises:
+        RequestRefused: An id is not possible, or the fields do not fit one another.
+    """
+    from sgl_apr.server.guard.middleware import note_refusal  # in the HTTP process only
+    from sgl_apr.server.guard.refusal import MISFIT_ERRORS, RequestRefused, misfit
+
+    try:
+        result = normalize(request)
+    except MISFIT_ERRORS as error:
+        raise note_refusal(misfit(error)) from error
     rid = request.rid
     try:
         for each in rid if isinstance(rid, list) else [rid]:
             check_request_id(each)
     except ValueError as error:
-        from sgl_apr.server.guard.middleware import note_refusal  # in the HTTP process only
-        from sgl_apr.server.guard.refusal import RequestRefused
-
         raise note_refusal(RequestRefused(str(error), "rid")) from None
+    return result
 
 
 def _track(result: Any, request: Any, *_: Any, **__: Any) -> None:

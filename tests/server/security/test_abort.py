@@ -8,7 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgl_apr.server.security.abort import MAX_REQUEST_ID_LENGTH, check_request_id, hidden_from_prefix
+from sgl_apr.server.security.abort import (
+    MAX_REQUEST_ID_LENGTH,
+    check_request_id,
+    hidden_from_prefix,
+    normalize_request,
+)
 
 
 @dataclass(eq=False)
@@ -108,3 +113,21 @@ def test_ids_that_are_refused(rid: object):
 def test_ids_that_are_taken():
     for rid in ("a", "apr-" + "0" * 32, "x" * MAX_REQUEST_ID_LENGTH, "HEALTH_CHECK_1", "a b/ü"):
         check_request_id(rid)
+
+
+@pytest.mark.parametrize("error", [IndexError("list index out of range"), TypeError("no len()"), AttributeError("x")])
+def test_fields_that_do_not_fit_one_another_are_refused(error: Exception):
+    def normalize(request: Request) -> None:
+        raise error
+
+    with pytest.raises(ValueError, match="fields of the request do not fit one another") as refused:
+        normalize_request(normalize, Request("a"))
+    assert str(error) in str(refused.value)
+
+
+def test_a_normalized_request_has_its_ids_checked():
+    request = Request("a")
+    assert normalize_request(lambda request: "result", request) == "result"
+    request.rid = "\x1b"
+    with pytest.raises(ValueError, match="printable"):
+        normalize_request(lambda request: None, request)
