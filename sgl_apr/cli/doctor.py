@@ -103,7 +103,7 @@ def _security(options: argparse.Namespace) -> int:
     else:
         table = Table("", "", "found")
         for f in findings:
-            hint = f"\n{f.hint}" if f.hint else ""
+            hint = f"\n{printable(f.hint)}" if f.hint else ""
             state = Text(f.state, SECURITY_STATES[f.state])
             table.add_row(f.name, state, Text.assemble(printable(f.found), (hint, "dim")))
         Console().print(table)
@@ -131,7 +131,7 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         table = Table("", "", "found")
         for f in findings:
-            hint = f"\n{f.hint}" if f.hint else ""
+            hint = f"\n{printable(f.hint)}" if f.hint else ""
             table.add_row(f.name, STATES[f.state], Text.assemble(printable(f.found), (hint, "dim")))
         Console().print(table)
     return int(not is_healthy(findings))

@@ -28,12 +28,14 @@ from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 from sgl_apr.server.launch.secret_options import public_environment, take_secrets
 from sgl_apr.server.launch.server_folder import ServerFolder
 from sgl_apr.server.launch.usage import UsageError
+from sgl_apr.views.printable import printable
 
 STOP_GRACE_S = 15.0  # seconds that a server has to stop, before it is killed
 LOG_TAIL_LINES = 500  # lines that are searched for the reason of a failure
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b.*")
 _OWN_ERROR = re.compile(r"sgl-apr: error: (.*)")
 _BIND_ERROR = re.compile(r"^.*ERROR: +(\[Errno \d+\] error while attempting to bind .*)")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _SECONDARY_ERRORS = (
     "Rank 0 scheduler",
     "EOFError",
@@ -166,18 +168,31 @@ class ServerProcess:
         output = self._child.stdout
         assert output is not None
         for line in output:
-            self._lines.append(text := line.decode(errors="replace").rstrip())
+            self._lines.append(text := clean_log_line(line))
             if match := _BIND_ERROR.search(text):
                 # SGLang does not end then: its warm-up sends requests to the process that has the port.
                 self._bind_failure = f"the server cannot listen: {match[1]}"
             with contextlib.suppress(OSError, ValueError):  # a closed sink must not block the server
-                sink.write(line)
+                sink.write(text.encode() + b"\n")
                 sink.flush()
 
     def _exit_reason(self) -> str:
         self._child.wait()
         self._pump.join(5.0)
         return failure_reason(self._lines) or f"the server died with status {self._child.returncode}"
+
+
+def clean_log_line(line: bytes) -> str:
+    """Return a line of a server's log without anything that a terminal obeys.
+
+    SGLang writes texts of clients into its log, such as the names of sessions.
+
+    Examples:
+        >>> clean_log_line(b"\\x1b[31mOpened: a\\x1b]52;c;cHduZWQ=\\x07\\n")
+        'Opened: a]52;c;cHduZWQ='
+    """
+    text = _COLOR.sub("", line.decode(errors="replace")).rstrip()
+    return printable(text).replace("\n", " ")
 
 
 def failure_reason(lines: Sequence[str]) -> str | None:

@@ -30,7 +30,7 @@ from sgl_apr.server.launch.defaults import (
 )
 from sgl_apr.server.launch.help import own_flags
 from sgl_apr.server.launch.launcher import Server, serve
-from sgl_apr.server.launch.process import ServerProcess, failure_reason
+from sgl_apr.server.launch.process import ServerProcess, clean_log_line, failure_reason
 from sgl_apr.server.launch.sglang_flags import plugin_flags, sglang_flags
 from tests.support.processes import SERVE, in_session, until
 
@@ -374,3 +374,16 @@ def test_a_signal_while_starting_leaves_no_process(model, number, status):
         launcher.send_signal(number)
         assert launcher.wait(30) == status
     until(lambda: not in_session(child.pid))
+
+
+@pytest.mark.parametrize(
+    ("line", "clean"),
+    [
+        (b"[2026] INFO: ok\n", "[2026] INFO: ok"),
+        (b"\x1b[31mred\x1b[0m\tb \r\n", "red b"),
+        (b"\x1b]52;c;cHduZWQ=\x07 \xc2\x9b2J \xe2\x80\xae\n", "]52;c;cHduZWQ= 2J"),
+        (b"\xff half \xe2\x82", "\ufffd half \ufffd"),
+    ],
+)
+def test_a_line_of_a_log_has_nothing_that_a_terminal_obeys(line: bytes, clean: str):
+    assert clean_log_line(line).strip() == clean
