@@ -19,7 +19,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sgl_apr.server.guard.connections import watch_connection
 from sgl_apr.server.guard.limits import GuardLimits
@@ -78,7 +79,7 @@ async def fail(request: Request) -> Response:
 def serving(limits: GuardLimits) -> Iterator[str]:
     """Serve the application on a free port. Returns its URL."""
 
-    class Protocol(H11Protocol):
+    class Protocol(HttpToolsProtocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             watch_connection(self, transport, limits)
@@ -141,6 +142,30 @@ def test_a_body_in_chunks_is_one_body(url: str):
         f"{url}/generate", content=iter(chunks), headers={"content-type": "application/json"}
     )
     assert response.json() == {"text": "a"}
+
+
+def test_servers_have_the_fast_parser():
+    assert AutoHTTPProtocol is HttpToolsProtocol
+
+
+def test_a_body_of_tiny_chunks_delays_nobody(url: str):
+    waits: list[float] = []
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    def attack() -> None:
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head.encode() + b"1\r\n \r\n" * 90_000 + b"2\r\n{}\r\n0\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    with httpx.Client() as client:
+        while attacker.is_alive() or not waits:
+            started = time.monotonic()
+            assert client.get(f"{url}/generate").status_code == 200
+            waits.append(time.monotonic() - started)
+    assert max(waits) < 1
 
 
 def test_a_large_body_is_refused_by_its_length_and_by_its_chunks(url: str):
