@@ -52,6 +52,15 @@ def load_dialects(files: Sequence[str]) -> None:
         load_dialect(file)
 
 
+def add_api_key(parser: argparse.ArgumentParser) -> None:
+    """Add `--api-key`, whose default is in the environment."""
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("SGL_APR_API_KEY"),
+        help="key of the server (default: $SGL_APR_API_KEY)",
+    )
+
+
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of commands that read finished traces."""
     parser.add_argument(

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_apr.cli.arguments import ALLOW_CODE_HELP, parse_budget
+from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, parse_budget
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import METHOD_MODULES
 
@@ -62,6 +62,7 @@ def add_command(commands: Any) -> None:
         metavar="RUN[:METHOD]",
         help="two directories that -o wrote, or their files: paired tests on the problems that both attempted",
     )
+    add_api_key(parser)
     parser.add_argument(
         "--methods",
         default="apr",
@@ -152,10 +153,13 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         url = options.url
         if url is None:
             flags = {name: value for task in tasks for name, value in task.flags.items()}
-            url = stack.enter_context(Server(locate_model(options.model), **flags)).url
+            url = stack.enter_context(
+                Server(locate_model(options.model), api_key=options.api_key, **flags)
+            ).url
         cost = None
         if options.cost_model:
-            cost = asyncio.run(load_or_measure_cost(url, options.out and options.out / COST_FILE))
+            path = options.out and options.out / COST_FILE
+            cost = asyncio.run(load_or_measure_cost(url, path, api_key=options.api_key))
         for task, directory, store in zip(tasks, directories, stores, strict=True):
             several = len(methods) > 1
             rows = [asyncio.run(_run(options, url, task, m, store, several, cost)) for m in methods]
@@ -243,11 +247,14 @@ async def _run(
         bar = progress.add_task(f"{task.name}, {method}", total=total, completed=done)
         row = await evaluate(
             url, task, method, store, on_attempt=lambda: progress.advance(bar), at_once=options.at_once, cost=cost,
-            **method_options,
+            api_key=options.api_key, **method_options,
         )  # fmt: skip
         if several and row.attempts:
             progress.update(bar, description=f"{task.name}, {method}, one request at a time")
-            row = replace(row, alone=await time_alone(url, task, TIMED_PROBLEMS, method, **method_options))
+            alone = await time_alone(
+                url, task, TIMED_PROBLEMS, method, api_key=options.api_key, **method_options
+            )
+            row = replace(row, alone=alone)
     return row
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from sgl_apr.cli.arguments import ALLOW_CODE_HELP, load_dialect, parse_budget
+from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, load_dialect, parse_budget
 from sgl_apr.cli.display import print_trajectory
 from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.methods.registry import METHOD_MODULES
@@ -49,11 +48,7 @@ def add_command(commands: Any) -> None:
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
     server.add_argument("--model", help="a checkpoint to serve meanwhile, or builtin")
-    parser.add_argument(
-        "--api-key",
-        default=os.environ.get("SGL_APR_API_KEY"),
-        help="key of the server (default: $SGL_APR_API_KEY)",
-    )
+    add_api_key(parser)
     parser.add_argument(
         "--dialect",
         metavar="NAME_OR_FILE",

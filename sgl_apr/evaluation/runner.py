@@ -38,7 +38,13 @@ TIMEOUT_S = 600.0
 
 
 async def evaluate(
-    url: str, benchmark: Benchmark, method: str, store: ResultStore, **options: Any
+    url: str,
+    benchmark: Benchmark,
+    method: str,
+    store: ResultStore,
+    *,
+    api_key: str | None = None,
+    **options: Any,
 ) -> MethodResults:
     """Evaluate a method on a running server.
 
@@ -49,6 +55,7 @@ async def evaluate(
         benchmark: The problems.
         method: Name of the method.
         store: Where attempts are kept.
+        api_key: Key of the server.
         **options: Those of `run_attempts`.
 
     Returns:
@@ -66,7 +73,7 @@ async def evaluate(
         )
     if len(done) == len(cases):
         return store.results_of(method, [*cases])
-    async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
+    async with await HttpEngine.connect(url, api_key=api_key, timeout=TIMEOUT_S) as engine:
         return await run_attempts(engine, benchmark, method, store, **options)
 
 
@@ -153,7 +160,7 @@ def measure_attempt(
 
 
 async def time_alone(
-    url: str, benchmark: Benchmark, count: int, method: str, **options: Any
+    url: str, benchmark: Benchmark, count: int, method: str, *, api_key: str | None = None, **options: Any
 ) -> tuple[float, float]:
     """Time a method on the first problems of a benchmark, one problem after another.
 
@@ -162,13 +169,14 @@ async def time_alone(
         benchmark: The problems.
         count: How many of them.
         method: Name of the method.
+        api_key: Key of the server.
         **options: Options of the method.
 
     Returns:
         Seconds in total with the method's own concurrency, and with one request at a time.
     """
     seconds = list[float]()
-    async with await HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
+    async with await HttpEngine.connect(url, api_key=api_key, timeout=TIMEOUT_S) as engine:
         for timed in (engine, SequentialEngine(engine)):
             task, began = benchmark.task(timed), time.monotonic()
             for case in benchmark.cases[:count]:

@@ -90,12 +90,15 @@ class EngineTimer:
         return f"apr-{uuid.uuid4().hex}"
 
 
-async def load_or_measure_cost(url: str, path: Path | None = None) -> EngineCost:
+async def load_or_measure_cost(
+    url: str, path: Path | None = None, *, api_key: str | None = None
+) -> EngineCost:
     """The cost of a server, read from a file if it exists, or else measured and written to it.
 
     Args:
         url: The server.
         path: The file; None only measures.
+        api_key: Key of the server.
 
     Raises:
         AprError: The file cannot be read or written, or holds something else.
@@ -105,7 +108,7 @@ async def load_or_measure_cost(url: str, path: Path | None = None) -> EngineCost
             return EngineCost.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise file_error("cannot read", path, error) from None
-    async with await HttpEngine.connect(url) as engine:
+    async with await HttpEngine.connect(url, api_key=api_key) as engine:
         cost = await EngineTimer(engine).measure_cost()
     if path:
         try:

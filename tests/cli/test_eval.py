@@ -189,3 +189,22 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, capsys: pytest.Captu
         shown = capsys.readouterr().err
         assert shown.startswith("sgl-apr: error: cannot write to ")
         assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_every_connection_sends_the_key_of_the_server(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The attempts, the timing of a method alone, and the cost model each connect to the server."""
+    monkeypatch.setattr("sgl_apr.engine.http.load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr("sgl_apr.evaluation.timing.SWEEP_LIMIT_S", 0.1)
+    key = ["--api-key", "k1"] if how == "option" else []
+    if how == "environment":
+        monkeypatch.setenv("SGL_APR_API_KEY", "k1")
+    server = SglangServer()
+    with server.in_thread() as url:
+        argv = ["eval", problems(tmp_path / "halves.jsonl", 1), "--url", url, "--json", "--cost-model", *key]
+        assert main([*argv, "--methods", "threadweaver,multiverse"]) == 0
+    FORMULA_WORKER.close()
+    assert len(server.headers) >= 5
+    assert set(server.headers) == {"Bearer k1"}
