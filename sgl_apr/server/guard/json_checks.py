@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from sgl_apr.runtime.value_checks import shorten, unknown_name
 from sgl_apr.server.guard.json_counter import MEDIA_FIELDS, JsonCounter
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit
+from sgl_apr.trajectory.join_layout import LAYOUT_PARAM
 
 # Fields of which each entry is a prompt, over all routes of SGLang and ours.
 BATCH_FIELDS = (
@@ -35,7 +38,12 @@ COUNT_FIELDS = ("n", "best_of", "beam_width")
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 # SGLang sets these itself. A client that sets them would go past checks, `stop_regex`'s among them.
 INTERNAL_FIELDS = ("is_normalized", "stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len")
+MAX_STOP_IDS = 4096
+MAX_CUSTOM_BYTES = 65_536  # of custom_params as JSON, without the layout of a join
 MAX_TOKEN_ID = 2**31 - 1
+ID_FIELDS = ("rid", "request_id")
+HEALTH_CHECK_PREFIX = "HEALTH_CHECK"  # SGLang's scheduler answers such requests only while it is idle
+CLOSE_SESSION_FIELDS = {"session_id", *ID_FIELDS, "http_worker_ipc"}
 OFF_LOOP_TOKENS = (
     4  # how many prompts' tokens one request may have in all, in contexts of the model, per prompt
 )
@@ -70,6 +78,8 @@ def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
             "input_embeds is set, expected a server with --disable-radix-cache", "input_embeds"
         )
     _check_names(body, size)
+    _check_ids_of_requests(body)
+    _check_sessions(body, limits)
     for sampling in sampling_objects(body):
         check_sampling_fields(sampling, limits)
 
@@ -114,6 +124,27 @@ def check_sampling_fields(sampling: Mapping[str, Any], limits: GuardLimits) -> N
             raise over_limit(
                 f"{name}'s length", len(value), "--apr-max-grammar-chars", limits.grammar_chars, name
             )
+
+    ids = sampling.get("stop_token_ids")
+    if isinstance(ids, list) and len(ids) > MAX_STOP_IDS:
+        raise RequestRefused(
+            f"stop_token_ids has {len(ids)} entries, expected at most {MAX_STOP_IDS}", "stop_token_ids"
+        )
+    custom = sampling.get("custom_params")
+    if isinstance(custom, dict):  # the layout has limits of its own
+        custom = {name: value for name, value in custom.items() if name != LAYOUT_PARAM}
+    if custom and (size := json_bytes(custom)) > MAX_CUSTOM_BYTES:
+        raise RequestRefused(
+            f"custom_params has {size} bytes of JSON, expected at most {MAX_CUSTOM_BYTES}", "custom_params"
+        )
+
+
+def json_bytes(value: Any) -> int:
+    """Return how many bytes a value has as JSON."""
+    try:
+        return len(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS))
+    except TypeError:  # of a caller in this process
+        return len(repr(value))
 
 
 def _check_prompts(body: Mapping[str, Any], limits: GuardLimits, size: ModelSize) -> None:
@@ -170,6 +201,39 @@ def _check_names(body: Mapping[str, Any], size: ModelSize) -> None:
     if isinstance(tokens, list):
         for ids in tokens if tokens and isinstance(tokens[0], list) else [tokens]:
             check_token_ids("tokens", ids, MAX_TOKEN_ID + 1)
+
+
+def _check_ids_of_requests(body: Mapping[str, Any]) -> None:
+    """Refuse the ids of SGLang's own health checks, because such a request is dropped and never answered."""
+    parameters = body.get("parameters")
+    for fields in (body, parameters if isinstance(parameters, dict) else {}):
+        for name in ID_FIELDS:
+            value = fields.get(name)
+            for rid in value if isinstance(value, list) else [value]:
+                if isinstance(rid, str) and rid.startswith(HEALTH_CHECK_PREFIX):
+                    raise RequestRefused(
+                        f"{name} is {shorten(rid)}, expected one that does not begin with {HEALTH_CHECK_PREFIX}", name
+                    )  # fmt: skip
+
+
+def _check_sessions(body: Mapping[str, Any], limits: GuardLimits) -> None:
+    """Refuse the bodies of `/open_session` and `/close_session`, which have no other fields."""
+    if "capacity_of_str_len" in body or ("session_id" in body and body.keys() <= CLOSE_SESSION_FIELDS):
+        check_session_allowed("session_id", limits)
+    if body.get("session_params") is not None:
+        check_session_allowed("session_params", limits)
+
+
+def check_session_allowed(name: str, limits: GuardLimits) -> None:
+    """Check that the operator allows sessions.
+
+    Raises:
+        RequestRefused: They are not allowed.
+    """
+    if not limits.sessions:
+        raise RequestRefused(
+            "sessions are not allowed on this server, expected a request without a session (--apr-allow-sessions)", name
+        )  # fmt: skip
 
 
 def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:

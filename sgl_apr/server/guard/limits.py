@@ -33,6 +33,9 @@ LIMIT_FLAGS: Mapping[str, tuple[str, int | float, str]] = {
     "--apr-max-prompts": (
         "prompts", 1, "sequences that a request asks for: its prompts times n (default: 1024)",
     ),
+    "--apr-max-batch-bytes": (
+        "batch_bytes", 1024, "bytes of the sampling parameters of a batch: their JSON times its sequences (default: 2 MiB)",
+    ),
     "--apr-max-n": ("n", 1, "n, best_of and beam_width of a request (default: 128)"),
     "--apr-max-grammar-chars": (
         "grammar_chars", 1, "characters of a JSON schema, regex, EBNF or structural tag (default: 65536)",
@@ -59,10 +62,12 @@ class GuardLimits:
         json_depth: Nesting depth of a body's JSON.
         prompt_chars: Characters of one prompt. None: what the context can hold.
         prompts: Sequences that one request asks for: its prompts times `n`.
+        batch_bytes: Bytes of the sampling parameters of all sequences of a batch, as JSON.
         n: `n`, `best_of` and `beam_width` of a request.
         grammar_chars: Characters of a grammar.
         top_logprobs: Top log-probabilities per token.
         stop_regex: Whether requests may have `stop_regex`.
+        sessions: Whether requests may open and use SGLang's sessions.
         origins: Origins of web pages that may send requests. "*" is any.
         hosts: Names in the header `Host` that are served in addition to the loopback names. "*" is any.
     """
@@ -78,10 +83,12 @@ class GuardLimits:
     json_depth: int = 100
     prompt_chars: int | None = None
     prompts: int = 1024
+    batch_bytes: int = 2 * MIB
     n: int = 128
     grammar_chars: int = 65_536
     top_logprobs: int = 1000
     stop_regex: bool = False
+    sessions: bool = False
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
 
@@ -97,13 +104,11 @@ def add_guard_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="S" if isinstance(minimum, float) else "N",
             help=text,
         )
-    parser.add_argument(
-        "--apr-allow-stop-regex",
-        dest="stop_regex",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="allow `stop_regex`, which SGLang's scheduler matches at every step (a slow one stops the server)",
-    )
+    for flag, field, text in (
+        ("--apr-allow-stop-regex", "stop_regex", "allow `stop_regex`, which SGLang's scheduler matches at every step (a slow one stops the server)"),
+        ("--apr-allow-sessions", "sessions", "allow sessions (`/open_session`), by which SGLang lets any client end the server and fill its memory"),
+    ):  # fmt: skip
+        parser.add_argument(flag, dest=field, action="store_true", default=argparse.SUPPRESS, help=text)
     for flag, field, metavar, text in (
         ("--apr-allow-origin", "origins", "ORIGIN", "web pages that may use the server, for example https://chat.example.com"),
         ("--apr-allow-host", "hosts", "NAME", "names in the header Host that are served, where the server listens on loopback"),

@@ -11,8 +11,14 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_sampling, check_type, check_types, shorten
-from sgl_apr.server.guard.grammar_checks import check_schema
-from sgl_apr.server.guard.json_checks import GRAMMAR_FIELDS, check_sampling_fields, check_token_ids
+from sgl_apr.server.guard.grammar_checks import check_grammar_size, check_schema
+from sgl_apr.server.guard.json_checks import (
+    GRAMMAR_FIELDS,
+    check_sampling_fields,
+    check_session_allowed,
+    check_token_ids,
+    json_bytes,
+)
 from sgl_apr.server.guard.limits import GuardLimits
 from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit
@@ -30,6 +36,9 @@ REQUEST_INTS: Mapping[str, tuple[int, int]] = {
     "disagg_prefill_dp_rank": (0, MAX_INT32), "max_thinking_tokens": (0, MAX_INT32),
 }  # fmt: skip
 MAX_STOP_CHARS = 4096
+MAX_GRAMMARS = 8  # different ones in one request
+# Fields of a request that each sequence has its own part of, or that have limits of their own.
+UNSHARED_FIELDS = ("text", "sampling_params", "image_data", "video_data", "audio_data")
 SESSION_TYPES: Mapping[str, type] = {
     "id": str, "rid": str, "offset": int, "replace": bool, "drop_previous_output": bool,
 }  # fmt: skip
@@ -68,6 +77,9 @@ def check_batch(request: Any, limits: GuardLimits) -> None:
     if (total := (prompts or 1) * copies) > limits.prompts:
         found = f"{prompts or 1} x n={copies}" if copies > 1 else total
         raise over_limit("the number of prompts", found, "--apr-max-prompts", limits.prompts, "n")
+    if total > 1:
+        _check_batch_bytes(request, objects, total, limits)
+    _check_grammar_count(objects)
     if isinstance(request.rid, list) and prompts is None and copies == 1:
         raise RequestRefused(f"rid={shorten(request.rid)}, expected a string for one prompt", "rid")
     for name in SERVER_FIELDS:
@@ -75,7 +87,7 @@ def check_batch(request: Any, limits: GuardLimits) -> None:
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, JSON_TYPES):
                 raise RequestRefused(f"{name} is set by the server, expected a request without it", name)
-    _check_session(getattr(request, "session_params", None))
+    _check_session(getattr(request, "session_params", None), limits)
 
 
 def check_request(
@@ -118,9 +130,42 @@ def _batch_size(request: Any) -> int | None:
     return len(embeds) if isinstance(embeds[0][0], list) else None
 
 
-def _check_session(session: Any) -> None:
+def _check_batch_bytes(request: Any, sampling: Sequence[Any], total: int, limits: GuardLimits) -> None:
+    """Check what SGLang sends to its scheduler in addition to the prompts: it copies it for each sequence."""
+    shared = [
+        value
+        for name, value in vars(request).items()
+        if isinstance(value, str | dict) and name not in UNSHARED_FIELDS
+    ]
+    per_object = total // len(sampling) or 1
+    size = sum(map(json_bytes, sampling)) * per_object + sum(map(json_bytes, shared)) * total
+    if size > limits.batch_bytes:
+        raise over_limit(
+            f"the number of bytes of the sampling parameters of {total} sequences", size, "--apr-max-batch-bytes",
+            limits.batch_bytes, "sampling_params",
+        )  # fmt: skip
+
+
+def _check_grammar_count(sampling: Sequence[Any]) -> None:
+    """Refuse many grammars in one request, because each is compiled."""
+    grammars = {
+        (name, value)
+        for values in sampling
+        if isinstance(values, dict)
+        for name in GRAMMAR_FIELDS
+        if isinstance(value := values.get(name), str)
+    }
+    if len(grammars) > MAX_GRAMMARS:
+        raise RequestRefused(
+            f"sampling_params has {len(grammars)} different grammars, expected at most {MAX_GRAMMARS} in one request",
+            "sampling_params",
+        )
+
+
+def _check_session(session: Any, limits: GuardLimits) -> None:
     if session is None:
         return
+    check_session_allowed("session_params", limits)
     if not isinstance(session, dict):
         raise RequestRefused(f"session_params={shorten(session)}, expected an object", "session_params")
     try:
@@ -153,7 +198,10 @@ def _check_sampling(sampling: Mapping[str, Any], limits: GuardLimits, size: Mode
     for name, (lowest, highest) in SAMPLING_INTS.items():
         if sampling.get(name) is not None:
             _check_int(name, sampling[name], lowest, highest)
-    check_schema(sampling.get("json_schema"))
+    for name in ("json_schema", "structural_tag"):
+        check_schema(sampling.get(name), name)
+    for name in ("ebnf", "structural_tag"):
+        check_grammar_size(sampling.get(name), limits, name)
     _check_stops(sampling, size)
 
 

@@ -36,6 +36,18 @@ def combined_schema(parts: int) -> str:
     )
 
 
+def chained_schema(length: int) -> str:
+    """A schema of definitions that each refer to the next."""
+    definitions: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(length)}
+    return json.dumps({"$defs": definitions, "allOf": [{"$ref": "#/$defs/d0"}]})
+
+
+def chained_rules(length: int) -> str:
+    """A grammar whose rules each have the next one twice."""
+    rules = [f"r{i} ::= r{i + 1} r{i + 1} | r{i + 1}" for i in range(length)]
+    return "\n".join(["root ::= r0", *rules, f'r{length} ::= "a"'])
+
+
 def refused(size: int = 1) -> dict[str, Request]:
     """Requests that a server has to refuse, by what is wrong. `size` scales the large ones."""
     long_text, ids = "a b " * (500_000 * size), list(range(200)) * (5000 * size)
@@ -101,6 +113,31 @@ def refused(size: int = 1) -> dict[str, Request]:
         "lora_id": generate(lora_id=["x"]),
         "overrides": generate(positional_embed_overrides=5),
         "session": generate(session_params={"foo": 1}),
+        "session of a server": generate(session_params={"id": "a"}),
+        "session that replaces": generate(session_params={"id": "a", "rid": "p", "replace": True}),
+        "session of completions": post(COMPLETIONS, model="default", prompt="a", session_params={"id": "a"}),
+        "session of chats": post("/v1/chat/completions", model="x", messages=[{"role": "user", "content": "a"}], session_params={"id": "a"}),
+        "session of vertex": post("/vertex_generate", instances=[{"text": "a"}], parameters={"session_params": {"id": "a"}}),
+        "open_session": post("/open_session", capacity_of_str_len=1000),
+        "named open_session": post("/open_session", capacity_of_str_len=1000, session_id="a", timeout=1.0),
+        "close_session": post("/close_session", session_id="a"),
+        "batch of stop ids": generate({"stop_token_ids": [1] * 900_000}, text=["a"] * 30),
+        "batch of some stop ids": generate({"stop_token_ids": [1] * 4000}, text=["a"] * 1000),
+        "batch of stops": generate({"stop": ["ab " * 1300] * 16}, text=["a"] * 100),
+        "n of stops": generate({"stop": ["ab " * 1300] * 16, "n": 128}),
+        "list of stops": generate(text=["a"] * 100, sampling_params=[{"stop": ["ab " * 1300] * 16}] * 100),
+        "batch of salts": generate(text=["a"] * 100, extra_key="ab " * 15_000),
+        "custom_params": generate({"custom_params": {"a": "b" * 70_000}}),
+        "batch of custom_params": generate({"custom_params": {"a": "b" * 60_000}}, text=["a"] * 100),
+        "deep schema": generate({"json_schema": '{"allOf":[1],"x":' + "[" * 1000 + "]" * 1000 + "}"}),
+        "chain of references": generate({"json_schema": chained_schema(1000)}),
+        "health check": generate(rid="HEALTH_CHECK_x"),
+        "health checks": generate(text=["a", "b"], rid=["c", "HEALTH_CHECK_x"]),
+        "health check of chats": post("/v1/chat/completions", model="x", messages=[{"role": "user", "content": "a"}], rid="HEALTH_CHECK_x"),
+        "health check of responses": post("/v1/responses", model="x", input="a", request_id="HEALTH_CHECK_x"),
+        "health check of vertex": post("/vertex_generate", instances=[{"text": "a"}], parameters={"rid": "HEALTH_CHECK_x"}),
+        "rules": generate({"ebnf": chained_rules(2000)}),
+        "many grammars": generate(text=["a"] * 9, sampling_params=[{"ebnf": chained_rules(i + 2)} for i in range(9)]),
         "sampling_params": generate(sampling_params=[]),
         "list of sampling_params": generate(sampling_params=[{}]),
         "list of rid": generate(rid=["a"]),

@@ -25,6 +25,7 @@ FITS = {
     "chat": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 9000}]}], "n": 2},
     "image": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a" * 50_000}}]}]},
     "images": {"text": "a", "image_data": ["a" * 50_000]},
+    "session for routing": {"text": "a", "session_id": "a", "session_params": None, "rid": "a_HEALTH_CHECK"},
     "nulls": {"text": None, "n": None, "sampling_params": None, "stop_regex": None},
     "wrong types": {"text": 5, "n": "x", "sampling_params": [1, "x"], "messages": 5, "input_ids": {}},
     "long conversation": {"input": [{"role": "user", "content": "a"}] * 2000},
@@ -54,6 +55,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "stop_regex": ({"stop_regex": "a"}, "--apr-allow-stop-regex", "stop_regex"),
     "stop_regex below": ({"sampling_params": {"stop_regex": ["a"]}}, "--apr-allow-stop-regex", "stop_regex"),
     "internal": ({"sampling_params": {"is_normalized": True}}, "set by the server", "is_normalized"),
+    "stop ids": ({"sampling_params": [{"stop_token_ids": [1] * 4097}]}, "4097.*4096", "stop_token_ids"),
+    "custom params": ({"sampling_params": {"custom_params": {"a": "b" * 9000, "c": ["b" * 9000] * 7}}}, "65536", "custom_params"),
+    "open_session": ({"capacity_of_str_len": 1000}, "--apr-allow-sessions", "session_id"),
+    "close_session": ({"session_id": "a", "rid": None}, "--apr-allow-sessions", "session_id"),
+    "session": ({"text": "a", "session_params": {"id": "a"}}, "--apr-allow-sessions", "session_params"),
+    "health check": ({"rid": "HEALTH_CHECK_x"}, "rid is 'HEALTH_CHECK_x'.*HEALTH_CHECK", "rid"),
+    "health checks": ({"rid": ["a", "HEALTH_CHECK"]}, "rid is", "rid"),
+    "health check of responses": ({"request_id": "HEALTH_CHECK_x"}, "request_id is", "request_id"),
+    "health check of vertex": ({"parameters": {"rid": "HEALTH_CHECK_x"}}, "rid is", "rid"),
     "tokens": ({"tokens": [[1], [-1]]}, "tokens has -1", "tokens"),
     "grammar": ({"regex": "a" * 65_537}, "65537.*--apr-max-grammar-chars|--apr-max-prompt-chars", "regex"),
 }  # fmt: skip
@@ -76,6 +86,9 @@ def test_a_body_above_a_limit_is_refused(name: str):
 def test_the_operator_sets_the_limits():
     with pytest.raises(RequestRefused, match="--apr-max-n"):
         check_json({"n": 3}, GuardLimits(n=2), SIZE)
+    sessions = GuardLimits(sessions=True)
+    for body in ({"capacity_of_str_len": 1}, {"session_id": "a"}, {"session_params": {"id": "a"}}):
+        check_json(body, sessions, SIZE)
     check_json({"stop_regex": "a"}, GuardLimits(stop_regex=True), SIZE)
     check_json({"text": "a" * 20_000}, GuardLimits(prompt_chars=20_000), SIZE)
 

@@ -22,11 +22,11 @@ def test_every_limit_has_a_flag_with_help():
 
 def test_flags_are_taken_out_of_the_arguments():
     limits, rest = parse_guard_arguments(
-        ["--model", "m", "--apr-max-n", "4", "--apr-body-timeout", "2.5", "--apr-allow-stop-regex", "--port", "1",
+        ["--model", "m", "--apr-max-n", "4", "--apr-body-timeout", "2.5", "--apr-allow-stop-regex", "--apr-allow-sessions", "--port", "1",
          "--apr-allow-origin", "https://A.example/", "http://b", "--apr-allow-origin", "*"]
     )  # fmt: skip
     assert rest == ["--model", "m", "--port", "1"]
-    assert (limits.n, limits.body_timeout, limits.stop_regex) == (4, 2.5, True)
+    assert (limits.n, limits.body_timeout, limits.stop_regex, limits.sessions) == (4, 2.5, True, True)
     assert limits.origins == ("https://a.example", "http://b", "*")
     assert parse_guard_arguments([]) == (GuardLimits(), [])
 

@@ -103,7 +103,7 @@ HOSTILE = {
     "an image": (native(image_data="data:image/png;base64,AAAA"), "images, video or audio"),
     "log-probabilities of the prompt": (native(return_logprob=True, logprob_start_len=0), "computed again"),
     "of its last token": (native(return_logprob=True, logprob_start_len=31), "computed again"),
-    "a session": (native(session_params={"id": "none"}), "a session"),
+    "a session": (native(session_params={"id": "none"}), "--apr-allow-sessions"),
     "beams": (native(sampling={"beam_width": 4}), "beam search"),
     "parameters that are a list": (native(sampling={"custom_params": [1]}), "expected an object"),
     "parameters that are text": (native(sampling={"custom_params": "apr_layout"}), "expected an object"),
