@@ -96,14 +96,14 @@ class Experiments:
         }
         if width is not None:
             benchmark = replace(benchmark, task=partial(WidthPromptTask, width=width))
-        options = {"mode": "auto", "temperature": 1.0, "budget": BUDGET} | options
+        arguments: dict[str, Any] = {"mode": "auto", "temperature": 1.0, "budget": BUDGET, **options}
         with open_evaluation(directory, settings) as store:
             if len(store.attempts.get(name, ())) == len(benchmark.cases):
                 return store.results_of(name)
             log = self.out / "server.log"
             with Server(model, log_path=log, context_length=2048, **SERVER_OPTIONS) as server:
                 return asyncio.run(
-                    evaluate(server.url, benchmark, name, store, implementation="apr", **options)
+                    evaluate(server.url, benchmark, name, store, implementation="apr", **arguments)
                 )
 
 

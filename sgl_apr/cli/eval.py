@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -53,7 +54,8 @@ def add_command(commands: Any) -> None:
     )
     server = parser.add_mutually_exclusive_group()
     server.add_argument(
-        "--model", help="a checkpoint to serve meanwhile, or builtin, the one that is part of sgl_apr"
+        "--model",
+        help="a checkpoint to serve meanwhile, or a name that `sgl-apr model` knows, such as builtin",
     )
     server.add_argument("--url", help="a running server")
     server.add_argument(
@@ -167,11 +169,8 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             if cost:
                 summary["cost"] = asdict(cost)
             if directory:
-                others = [
-                    store.results_of(m, [*task.keyed_cases]) for m in store.attempts if m not in methods
-                ]
-                earlier = [row.as_json(WINDOWS) for row in others if row.attempts]
-                _write_summary(directory / SUMMARY_FILE, {**summary, "rows": [*summary["rows"], *earlier]})
+                complete = {**summary, **_comparable_rows(rows, task, store)}
+                _write_summary(directory / SUMMARY_FILE, complete)
             summaries.append(summary)
             results.append((task.name, rows))
     if options.json:
@@ -191,6 +190,28 @@ def parse_seeds(text: str) -> int | list[int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers such as 0 or 0,1,2") from None
     return seeds[0] if len(seeds) == 1 else seeds
+
+
+def _comparable_rows(rows: Sequence[MethodResults], task: Benchmark, store: ResultStore) -> dict[str, Any]:
+    """The rows of a summary: the methods of this command and of earlier ones, on the problems that all attempted."""
+    from sgl_apr.evaluation.store import SUMMARY_FILE, common_problems, describe_left_out
+
+    earlier = [m for m in store.attempts if m not in {row.method for row in rows}]
+    names = [*(row.method for row in rows if row.attempts), *earlier]
+    attempted = {m: keys for m in names if (keys := [k for k in task.keyed_cases if k in store.attempts[m]])}
+    common, left_out = common_problems(attempted)
+    if left_out and not common:
+        print(
+            f"{SUMMARY_FILE} has the methods of this command only: no problem is common to all",
+            file=sys.stderr,
+        )
+        return {}
+    shared = {m: store.results_of(m, [k for k in task.keyed_cases if k in common]) for m in attempted}
+    shown = [replace(shared[r.method], alone=r.alone) if r.attempts else r for r in rows]
+    shown += [shared[m] for m in earlier if m in shared]
+    if left_out:
+        print(f"{SUMMARY_FILE}: {describe_left_out(left_out, [*attempted])}", file=sys.stderr)
+    return {"rows": [row.as_json(WINDOWS) for row in shown]} | ({"left_out": left_out} if left_out else {})
 
 
 def _write_summary(path: Path, summary: dict[str, Any]) -> None:

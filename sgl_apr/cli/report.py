@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_apr.errors import AprError
+
+if TYPE_CHECKING:
+    from sgl_apr.views.page_entry import PageEntry
 
 
 def add_command(commands: Any) -> None:
@@ -43,22 +48,38 @@ def _report(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.evaluation.report_files import count_trajectories, describe_evaluations, read_entries
+    from sgl_apr.evaluation.report_files import (
+        count_trajectories,
+        describe_evaluations,
+        describe_incomparable,
+        read_entries,
+    )
     from sgl_apr.views.page import render_page
 
     title = options.title or ", ".join(map(str, options.inputs))
     lines = count_trajectories(options.inputs)
     if not lines:
         raise AprError(f"no trajectory in {title}")
-    console = Console(stderr=True)
+    console, shown = Console(stderr=True), 0
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        entries = progress.track(read_entries(options.inputs), total=lines, description="trajectories")
-        text = render_page(entries, title, describe_evaluations(options.inputs))
+        incomparable = describe_incomparable(options.inputs)
+        facts = " · ".join(filter(None, [describe_evaluations(options.inputs), incomparable]))
+        entries = read_entries(options.inputs, comparable=True)
+
+        def counted() -> Iterator[PageEntry]:
+            nonlocal shown
+            for entry in progress.track(entries, total=lines, description="trajectories"):
+                shown += 1
+                yield entry
+
+        text = render_page(counted(), title, facts)
     data = text.encode(errors="replace")  # the name of a file may not be valid text
     try:
         options.out.write_bytes(data)
     except OSError as error:
         raise AprError(f"cannot write {options.out}: {error}") from None
-    written = {"page": str(options.out), "trajectories": lines, "bytes": len(data)}
+    if incomparable:
+        print(incomparable, file=sys.stderr)
+    written = {"page": str(options.out), "trajectories": shown, "bytes": len(data)}
     print(json.dumps(written) if options.json else options.out)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -12,7 +13,9 @@ from typing import Any
 
 from sgl_apr.errors import AprError, require_extra
 from sgl_apr.evaluation.metrics import RESAMPLES, AttemptMetrics, MethodResults
-from sgl_apr.evaluation.store import RUN_FILE, read_results
+from sgl_apr.evaluation.store import RUN_FILE, describe_left_out, read_comparable_results
+
+log = logging.getLogger(__name__)
 
 AXIS_LABELS = {
     "context": "longest context (tokens)",
@@ -33,20 +36,24 @@ PAPER_STYLE = {
 
 
 def load_results(directories: Sequence[Path]) -> list[MethodResults]:
-    """The methods of some evaluations.
+    """The methods of some evaluations, those of one directory on the problems that all of them attempted.
 
-    With several directories each method is named after its directory.
+    With several directories each method is named after its directory. Problems that are left out are counted in a
+    warning of the log.
 
     Args:
         directories: Directories that `sgl-apr eval -o` wrote.
 
     Raises:
-        AprError: If a directory has no attempt.
+        AprError: If a directory has no attempt, or its methods have no problem in common.
     """
     results, names = list[MethodResults](), [directory.name for directory in directories]
     for directory in directories:
-        if not (rows := read_results(directory)):
+        rows, left_out = read_comparable_results(directory)
+        if not rows:
             raise AprError(f"{directory / RUN_FILE} has no attempt, expected at least one")
+        if left_out:
+            log.warning("%s: %s", directory, describe_left_out(left_out, [row.method for row in rows]))
         label = directory.name if names.count(directory.name) == 1 else directory
         for row in rows:
             name = f"{label}" if len(rows) == 1 else f"{label}, {row.method}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.store import RUN_FILE
+from sgl_apr.evaluation.store import RUN_FILE, common_problems, describe_left_out
 from sgl_apr.trajectory.jsonl import count_lines, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page_entry import PageEntry
@@ -15,7 +15,7 @@ from sgl_apr.views.page_entry import PageEntry
 TITLE_FIELDS = ("task", "model", "split", "seed", "temperature")  # settings that describe an evaluation
 
 
-def read_entries(paths: Sequence[Path]) -> Iterator[PageEntry]:
+def read_entries(paths: Sequence[Path], *, comparable: bool = False) -> Iterator[PageEntry]:
     """The trajectories of some files, one file after another.
 
     An incomplete last line, of a run that is still writing or was interrupted, is skipped. With several files each method
@@ -23,24 +23,51 @@ def read_entries(paths: Sequence[Path]) -> Iterator[PageEntry]:
 
     Args:
         paths: Files, or directories with a run.jsonl.
+        comparable: Leave out the problems of a file that not all its methods attempted.
 
     Raises:
         AprError: If a line is anything else; the message names it.
     """
     names = _names(paths) if len(paths) > 1 else [""]
     for path, name in zip(map(resolve_run_file, paths), names, strict=True):
+        common, _ = common_problems(_attempted_problems(path)) if comparable else (None, 0)
         for where, data in _lines(path):
-            yield _entry(data, where, f"{name} " if name else "")
+            if not common or "method" not in data or _problem_key(data) in common:
+                yield _entry(data, where, f"{name} " if name else "")
 
 
 def describe_evaluations(paths: Sequence[Path]) -> str:
-    """The settings of the evaluations among some files, in one line."""
+    """The settings of the evaluations among some files, in one line, with the seeds of all their problems."""
     descriptions = list[str]()
     for path in map(resolve_run_file, paths):
-        head = _head(path)
-        settings = [f"{name} {head[name]}" for name in TITLE_FIELDS if head.get(name) is not None]
+        head = dict(_head(path))
+        seeds = sorted(
+            {key[0] for keys in _attempted_problems(path).values() for key in keys if key[0] is not None}
+        )
+        if len(seeds) == 1:
+            head["seed"] = seeds[0]
+        settings = [
+            f"seeds {', '.join(map(str, seeds))}"
+            if name == "seed" and len(seeds) > 1
+            else f"{name} {head[name]}"
+            for name in TITLE_FIELDS
+            if head.get(name) is not None
+        ]
         descriptions.append(", ".join(settings).removeprefix("task "))
     return " · ".join(dict.fromkeys(filter(None, descriptions)))
+
+
+def describe_incomparable(paths: Sequence[Path]) -> str:
+    """How many problems `read_entries` leaves out as not comparable, in one line. Empty if none."""
+    descriptions = list[str]()
+    for path in map(resolve_run_file, paths):
+        attempted = _attempted_problems(path)
+        common, left_out = common_problems(attempted)
+        if left_out and not common:
+            descriptions.append(f"{', '.join(attempted)} have no problem in common")
+        elif left_out:
+            descriptions.append(describe_left_out(left_out, attempted))
+    return " · ".join(dict.fromkeys(descriptions))
 
 
 def count_trajectories(paths: Sequence[Path]) -> int:
@@ -84,6 +111,20 @@ def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, data in read_lines(path, allow_partial=True):
         if number > 1 or _is_trajectory(data):
             yield f"{path}, line {number}", data
+
+
+def _attempted_problems(path: Path) -> dict[str, set[Any]]:
+    """By method, the seed and number of each problem of an evaluation that it attempted. The seed may be None."""
+    attempted = dict[str, set[Any]]()
+    for _, data in _lines(path):
+        if isinstance(data.get("method"), str):
+            attempted.setdefault(data["method"], set()).add(_problem_key(data))
+    return attempted
+
+
+def _problem_key(data: Mapping[str, Any]) -> tuple[Any, Any]:
+    seed, number = data.get("seed"), data.get("number")
+    return seed if isinstance(seed, int) else None, number if isinstance(number, int) else None
 
 
 def _head(path: Path) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,12 +185,66 @@ def _shown(value: Any) -> str:
     return "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
+def common_problems(attempted: Mapping[str, Collection[CaseKey]]) -> tuple[set[CaseKey], int]:
+    """Return the problems that all methods attempted, and how many others at least one of them attempted.
+
+    Examples:
+        >>> common_problems({"apr": [(0, 0), (0, 1)], "sequential": [(0, 0)]})
+        ({(0, 0)}, 1)
+
+    Args:
+        attempted: By method, the problems that it attempted.
+    """
+    keys = [set(problems) for problems in attempted.values()]
+    common = set.intersection(*keys) if keys else set[CaseKey]()
+    return common, len(set[CaseKey]().union(*keys)) - len(common)
+
+
+def describe_left_out(count: int, methods: Collection[str]) -> str:
+    """Say how many problems a comparison of these methods leaves out; empty if it leaves out none."""
+    problems = "1 problem is" if count == 1 else f"{count} problems are"
+    return (
+        f"{problems} left out: not all of {', '.join(methods)} attempted {'it' if count == 1 else 'them'}"
+        if count
+        else ""
+    )
+
+
 def read_results(directory: Path) -> list[MethodResults]:
-    """The methods of the evaluation in a directory.
+    """The methods of the evaluation in a directory, each with all its attempts.
+
+    Raises:
+        AprError: If the directory has no evaluation.
+    """
+    store = load_store(directory)
+    return [store.results_of(method) for method in store.attempts]
+
+
+def read_comparable_results(directory: Path) -> tuple[list[MethodResults], int]:
+    """The methods of the evaluation in a directory, on the problems that all of them attempted.
+
+    Returns:
+        The methods, and how many problems are left out.
+
+    Raises:
+        AprError: If the directory has no evaluation, or its methods have no problem in common.
+    """
+    store = load_store(directory)
+    common, left_out = common_problems(store.attempts)
+    if store.attempts and not common:
+        raise AprError(
+            f"{directory / RUN_FILE}: {', '.join(store.attempts)} have no problem in common, expected attempts of all "
+            "of them at the same problems"
+        )
+    return [store.results_of(method, sorted(common)) for method in store.attempts], left_out
+
+
+def load_store(directory: Path) -> ResultStore:
+    """Load the attempts of the evaluation in a directory.
 
     Raises:
         AprError: If the directory has no evaluation.
     """
     store = ResultStore()
     store.load(directory / RUN_FILE)
-    return [store.results_of(method) for method in store.attempts]
+    return store

@@ -145,6 +145,10 @@ def test_a_run_is_extended(url: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     }, "the summary has all methods, on the problems of this run"
     assert run(1, "threadweaver") == {"threadweaver": 1}
     assert len(lines()) == 8
+    assert run(4, "threadweaver") == {"threadweaver": 4}
+    summary = json.loads((out / SUMMARY_FILE).read_text())
+    assert {r["method"]: r["problems"] for r in summary["rows"]} == {"threadweaver": 3, "multiverse": 3}
+    assert summary["left_out"] == 1, "the methods are compared on the same problems"
     argv = ["eval", str(tmp_path / "halves.jsonl"), "--url", url, "-o", str(out), "--methods", "threadweaver"]
     for option, message in {
         ("--temperature", "0.5"): "--temperature is not set there and 0.5 here",

@@ -59,6 +59,24 @@ def test_attempt_metrics_are_in_the_order_of_the_problems(tmp_path: Path):
     assert {*map(attempt_metric("wall"), old.attempts)} == {None}
 
 
+def test_methods_are_compared_on_the_problems_that_all_attempted(tmp_path: Path, caplog):
+    directory = kept(tmp_path / "run", "apr", "mcts")
+    path = directory / RUN_FILE
+    head, *lines = map(json.loads, path.read_text().splitlines())
+    # Of mcts: no problem 5, and one more problem, of another seed.
+    lines = [line for line in lines if (line["method"], line["number"]) != ("mcts", 5)]
+    lines.append({**lines[-1], "method": "mcts", "seed": 7, "number": 0, "problem": "q"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    rows = load_results([directory])
+    names = [[a.problem for a in row.attempts] for row in rows]
+    assert names == [[f"p{k}" for k in range(30) if k != 5]] * 2
+    assert "2 problems are left out: not all of apr, mcts attempted them" in caplog.text
+    lines = [line for line in lines if line["method"] == "apr" or line.get("seed") == 7]
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    with pytest.raises(apr.AprError, match="apr, mcts have no problem in common"):
+        load_results([directory])
+
+
 def test_lines_have_distinct_names(tmp_path: Path):
     one, two = kept(tmp_path / "one", "apr"), kept(tmp_path / "two", "apr", "mcts")
     assert [row.method for row in load_results([two])] == ["apr", "mcts"]

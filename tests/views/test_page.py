@@ -133,6 +133,24 @@ def test_an_evaluation_is_read(tmp_path: Path):
     assert count_trajectories([directory]) == 3
 
 
+def test_a_report_compares_methods_on_the_same_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    t = forked()
+    directory = evaluation(tmp_path / "out", {"apr": [(t, True), (t, False)], "sequential": [(t, True)]})
+    run = directory / "run.jsonl"
+    head, *lines = map(json.loads, run.read_text().splitlines())
+    lines += [{**line, "seed": 5} for line in lines if line["number"] == 0]
+    lines = [{"seed": 0, **line} for line in lines]
+    run.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    assert main(["report", str(directory), "-o", str(tmp_path / "page.html"), "--json"]) == 0
+    printed, err = capsys.readouterr()
+    assert json.loads(printed)["trajectories"] == 4
+    left_out = "1 problem is left out: not all of apr, sequential attempted it"
+    assert err.strip() == left_out
+    text = (tmp_path / "page.html").read_text()
+    assert f"countdown, model builtin, split test, seeds 0, 5 · {left_out}" in text
+    assert len(Elements(text).index()) == 4
+
+
 def test_what_run_many_wrote_is_read(tmp_path: Path):
     made = {"a": forked(), "b": sampled("multiverse")}
     path = many(tmp_path / "many.jsonl", made)
