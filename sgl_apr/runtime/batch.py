@@ -19,7 +19,7 @@ from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import check_call, make_options
 from sgl_apr.runtime.prompts import Prompt, check_engine, encode_prompt, vocab_size
 from sgl_apr.runtime.request_runner import derive_seed
-from sgl_apr.runtime.value_checks import check_type
+from sgl_apr.runtime.value_checks import check_type, shorten
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.jsonl import append_line, open_for_append, read_lines
 from sgl_apr.trajectory.strict_json import describe
@@ -66,6 +66,7 @@ def run_many(
     """
     from sgl_apr.engine.http import HttpEngine
 
+    _check_problems(problems)
     check_call(dialect, options)
 
     async def once() -> Outcomes:
@@ -98,25 +99,25 @@ async def arun_many(
         engine: Decodes.
         problems: Prompts by id: text, token ids, or chat messages.
         path: Each trajectory is appended to this file when it ends, as one line `{"id": ..., "trajectory": ...}`.
-            Problems that are in the file are skipped. Half a line that an interrupted run left is removed.
+            Problems that are in the file are skipped, and keep the budget and other options that they were run with.
+            Half a line that an interrupted run left is removed.
         dialect: As in `areason`.
         concurrency: How many run at once.
         progress_bar: Show one on standard error.
         options: As in `areason`. A `seed` gives every problem a seed of its own.
 
     Raises:
-        AprError: The file belongs to another run: it has other problems under the same ids, or is being written. Or a
-            line of it is no trajectory of this version, as in `read_many`, or could not be written, for example to a
+        AprError: The file belongs to another run: it has other problems under the same ids, or another dialect, or
+            is being written. Or a line of it is no trajectory of this version, as in `read_many`, or could not be written, for example to a
             full disk.
     """
     check_engine(engine)
     if check_type("concurrency", concurrency, int) < 1:
         raise AprError(f"concurrency={concurrency}, expected at least 1")
-    if wrong := [name for name in problems if not isinstance(name, str)]:
-        raise AprError(f"the id of a problem is {wrong[0]!r}, expected text")
+    _check_problems(problems)
     base = make_options(dialect, engine.tokenizer, vocab_size(engine), **options)
     with open_for_append(Path(path)) as file:
-        skipped = await _finished_ids(engine, Path(path), problems)
+        skipped = await _finished_ids(engine, Path(path), problems, base.dialect.name)
         todo = iter([name for name in problems if name not in skipped])
         finished, failed = list[str](), dict[str, Exception]()
         bar = _progress_bar(len(problems), len(skipped)) if progress_bar else None
@@ -163,7 +164,18 @@ def read_many(path: str | Path) -> Iterator[tuple[str, Trajectory]]:
         yield line["id"], Trajectory.from_dict(line["trajectory"], where)
 
 
-async def _finished_ids(engine: Engine, path: Path, problems: Mapping[str, Prompt]) -> dict[str, None]:
+def _check_problems(problems: object) -> None:
+    """Check that the problems are a mapping whose keys are text."""
+    expected = 'expected a dictionary of prompts by id, such as {"q1": "What is 6 * 7?"}'
+    if not isinstance(problems, Mapping):
+        raise AprError(f"problems={shorten(problems)}, {expected}")
+    if wrong := [name for name in problems if not isinstance(name, str)]:
+        raise AprError(f"the id of a problem is {shorten(wrong[0])}, expected text")
+
+
+async def _finished_ids(
+    engine: Engine, path: Path, problems: Mapping[str, Prompt], dialect_name: str
+) -> dict[str, None]:
     """The ids of the problems whose trajectories are in the file."""
     finished = dict[str, None]()
     for name, trajectory in read_many(path):
@@ -175,6 +187,11 @@ async def _finished_ids(engine: Engine, path: Path, problems: Mapping[str, Promp
             raise AprError(f"{path} holds another problem under the id {name!r}: {prompt.text[:60]!r}")
         if name in finished:
             raise AprError(f"{path} holds {name!r} twice")
+        if trajectory.dialect != dialect_name:
+            raise AprError(
+                f"{path} holds {name!r} in dialect {trajectory.dialect}, this run has dialect {dialect_name}: "
+                "give the same dialect or another file"
+            )
         finished[name] = None
     return finished
 

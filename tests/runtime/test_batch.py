@@ -214,3 +214,22 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("problems", [["a", "b"], "a", None, {1, 2}])
+def test_problems_are_a_mapping(tmp_path: Path, problems: object):
+    message = "expected a dictionary of prompts by id"
+    with pytest.raises(apr.AprError, match=message):
+        run(tmp_path / "out.jsonl", problems)
+    with pytest.raises(apr.AprError, match=message):  # before a server is contacted
+        apr.run_many("http://127.0.0.1:9", problems, tmp_path / "out.jsonl")  # type: ignore[arg-type]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_of_another_dialect_is_refused(tmp_path: Path):
+    path = tmp_path / "out.jsonl"
+    run(path, {"a": "Q: "})
+    before = path.read_bytes()
+    with pytest.raises(apr.AprError, match="'a' in dialect threadweaver, this run has dialect multiverse"):
+        run(path, {"a": "Q: ", "b": "R: "}, dialect="multiverse")
+    assert path.read_bytes() == before
