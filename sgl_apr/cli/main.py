@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:  # SGLang parses everything after it
         from sgl_apr.server.launch.launcher import serve
+        from sgl_apr.training.models.builtin import locate_models
 
-        return serve(argv[1:])
+        return serve(locate_models(argv[1:]))
     parser = build_parser()
     if not argv:
         parser.print_help()

@@ -47,7 +47,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("question", help="the question, or the problem of a task")
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
-    server.add_argument("--model", help="a checkpoint to serve meanwhile, or builtin")
+    server.add_argument(
+        "--model", help="a checkpoint to serve meanwhile, or a name that `sgl-apr model` knows"
+    )
     add_api_key(parser)
     parser.add_argument(
         "--dialect",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 NAME = "builtin"
+SMOLLM2_NAME = "smollm2"
+MODEL_FLAGS = ("--model", "--model-path")
 
 
 def builtin_path() -> Path:
@@ -13,5 +16,32 @@ def builtin_path() -> Path:
 
 
 def locate_model(model: str) -> str:
-    """Resolve a model as the command line names it: `builtin`, or anything that SGLang can load."""
+    """Resolve a model as the command line names it: a name that `sgl-apr model` knows, or anything that SGLang can load.
+
+    Raises:
+        AprError: The model is `smollm2`, and the package that holds it is not installed.
+    """
+    if model == SMOLLM2_NAME:
+        from sgl_apr.training.models.pretrained import smollm2
+
+        return str(smollm2())
     return str(builtin_path()) if model == NAME else model
+
+
+def locate_models(argv: Sequence[str]) -> list[str]:
+    """Resolve the model of a command line of `sgl-apr serve`, as `locate_model` does.
+
+    Examples:
+        >>> locate_models(["--model", "org/name", "--port", "30000"])
+        ['--model', 'org/name', '--port', '30000']
+    """
+    resolved = list(argv)
+    for index, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag not in MODEL_FLAGS:
+            continue
+        if equals:
+            resolved[index] = f"{flag}={locate_model(value)}"
+        elif index + 1 < len(argv):
+            resolved[index + 1] = locate_model(argv[index + 1])
+    return resolved

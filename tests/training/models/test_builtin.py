@@ -34,6 +34,24 @@ def test_it_is_small_and_has_its_tags(capsys: pytest.CaptureFixture[str]):
     assert locate_model("elsewhere") == "elsewhere"
 
 
+def test_serve_knows_the_names_of_models(monkeypatch: pytest.MonkeyPatch):
+    served = []
+    monkeypatch.setattr("sgl_apr.server.launch.launcher.serve", lambda argv: served.append(argv) or 0)
+    path = str(builtin_path())
+    for model in (
+        ["--model", "builtin"],
+        ["--model-path", "builtin"],
+        ["--model=builtin"],
+        ["--model", "a/b"],
+    ):
+        assert main(["serve", *model, "--port", "1"]) == 0
+    assert [argv[:-2] for argv in served] == [
+        ["--model", path], ["--model-path", path], [f"--model={path}"], ["--model", "a/b"],
+    ]  # fmt: skip
+    assert main(["serve", "--model"]) == 0
+    assert served[-1] == ["--model"], "the parser of the server says what is missing"
+
+
 def test_it_solves_problems_and_an_evaluation_continues(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
