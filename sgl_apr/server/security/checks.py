@@ -84,6 +84,7 @@ class SecurityCheck:
             ("length of a prompt", self._prompt_length),
             ("n", lambda: self._refused_field("n", {"n": 1_000_000}, "--apr-max-n")),
             ("stop_regex", lambda: self._refused_field("stop_regex", {"stop_regex": "(?:.|.)*!"}, "--apr-allow-stop-regex")),
+            ("sessions", self._sessions),
             ("logit_bias", lambda: self._bad_value({"logit_bias": {"-5": 1.0}})),
             ("top_k", lambda: self._bad_value({"top_k": -5})),
             ("token ids", lambda: self._bad_value({}, input_ids=[-1])),
@@ -214,6 +215,19 @@ class SecurityCheck:
         return SecurityFinding(
             name, "FAIL", f"{name}={value!r} is not refused", f"serve with sgl-apr serve: {flag}"
         )
+
+    def _sessions(self) -> SecurityFinding:
+        # A session that does not exist, and no prompt: every server refuses the request without harm.
+        answer = self._http.send("/generate", {"session_params": {"id": "sgl-apr-doctor"}})
+        if answer.status in (401, 403):
+            return SecurityFinding("sessions", "not probed", "the server wants a key", "pass --api-key")
+        if "--apr-allow-sessions" in answer.text:
+            return SecurityFinding("sessions", "pass", "sessions are refused")
+        found, hint = (
+            "sessions are allowed, and any client can end the server with one",
+            "serve with sgl-apr serve, without",
+        )
+        return SecurityFinding("sessions", "FAIL", found, f"{hint} --apr-allow-sessions")
 
     def _bad_value(self, sampling: dict[str, Any], **prompt: Any) -> SecurityFinding:
         field = next(iter(sampling or prompt))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 import torch
+from sglang.srt.managers.io_struct import GenerateReqInput
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.server.kv_join.cache_keys import lookup_cost
@@ -132,6 +133,13 @@ def test_invalid_requests_are_rejected(joining: Server, name: str):
     (status, text), fine = run(work)
     assert (status, reason in text) == (400, True), (status, text)
     assert fine["status"] == 200
+
+
+def test_a_joined_prompt_has_no_session():
+    """Not even on a server with --apr-allow-sessions."""
+    request = GenerateReqInput(input_ids=IDS, session_params={"id": "a"})
+    with pytest.raises(LayoutError, match="cannot have a session"):
+        layout_of_request(request, len(IDS))
 
 
 def test_a_stream_contains_the_error(joining: Server):

@@ -36,7 +36,7 @@ ATTACK = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 900
 
 FAULTS = (
     "open without a key", "keys in answers", "foreign pages (CORS)", "foreign Host", "size of a body", "length of a prompt",
-    "n", "stop_regex", "logit_bias", "top_k", "token ids", "ids of requests", "half-sent bodies",
+    "n", "stop_regex", "sessions", "logit_bias", "top_k", "token ids", "ids of requests", "half-sent bodies",
 )  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def test_the_doctor_finds_the_faults_of_a_stock_server(untagged: Path, capsys: p
         "size of a body",
         "n",
         "stop_regex",
+        "sessions",
         "ids of requests",
     }
     assert {name for name, state in states.items() if state == "FAIL"} == failing
