@@ -12,10 +12,11 @@ from typing import Any
 from sgl_apr.cli.arguments import add_trace_arguments, load_dialect
 from sgl_apr.cli.display import print_error
 from sgl_apr.cli.reading_progress import show_reading_progress
+from sgl_apr.cli.trace_reader import NO_BLOCK
 from sgl_apr.errors import ConversionError
 from sgl_apr.formats.conversion import convert
 from sgl_apr.formats.dialects import Dialect
-from sgl_apr.formats.lenient_parser import read
+from sgl_apr.formats.lenient_parser import detect, read
 from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
 from sgl_apr.views.printable import printable, printable_json
 
@@ -34,6 +35,8 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="write finished traces in another dialect",
+        description="Write finished traces in another dialect. The status is 1 if one cannot be written. Without --dialect a "
+        "text without a tag of a known dialect is an error; with --dialect it is a reply that did not fork.",
         epilog="example: sgl-apr convert replies.jsonl --to multiverse > converted.jsonl",
     )
     parser.add_argument("file", help="a text, a .jsonl file, or - for stdin")
@@ -65,6 +68,10 @@ def _convert(options: argparse.Namespace) -> int:
 def _convert_record(record: TextRecord, source: Dialect | None, target: Dialect) -> ConversionResult:
     with show_reading_progress(record.source, len(record.text)):
         reading = read(record.text, source)
+    if not record.text.strip():
+        return ConversionResult(record, "", "the text is empty")
+    if source is None and not reading.trajectory.blocks and detect(record.text) is None:
+        return ConversionResult(record, "", NO_BLOCK)
     if not reading.is_valid:
         return ConversionResult(record, "", f"{reading.trajectory.dialect}: {reading.defects[0]}")
     try:

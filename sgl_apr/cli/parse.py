@@ -10,7 +10,7 @@ from typing import Any
 
 from sgl_apr.cli.arguments import add_trace_arguments
 from sgl_apr.cli.display import print_trajectory
-from sgl_apr.cli.trace_reader import read_traces
+from sgl_apr.cli.trace_reader import NO_BLOCK, read_traces
 from sgl_apr.formats.lenient_parser import Reading
 from sgl_apr.trajectory.trace_files import TextRecord
 from sgl_apr.views.printable import printable, printable_json
@@ -36,6 +36,8 @@ def _parse(options: argparse.Namespace) -> int:
         [options.file], options.dialect, options.key, options.jobs, options.tokenizer
     ):
         valid = valid and reading.is_valid and bool(record.text.strip())
+        if record.text.strip() and reading.is_valid and not reading.trajectory.blocks and not options.dialect:
+            print(printable(f"{record.source}: {NO_BLOCK}"), file=sys.stderr)
         if options.json:
             print(printable_json(json.dumps(_reading_json(record, reading), ensure_ascii=False)))
             continue

@@ -13,6 +13,9 @@ from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
 
 
+NO_BLOCK = "no block of a known dialect, use --dialect"
+
+
 def read_traces(
     files: Sequence[str],
     dialect_name: str | None,

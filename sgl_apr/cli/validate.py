@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from typing import Any
 
 from sgl_apr.cli.arguments import add_trace_arguments
-from sgl_apr.cli.trace_reader import read_traces
+from sgl_apr.cli.trace_reader import NO_BLOCK, read_traces
 
 
 def add_command(commands: Any) -> None:
@@ -48,6 +49,8 @@ def _validate(options: argparse.Namespace) -> int:
         print(json.dumps(counts))
     else:
         _print_counts(traces, valid, defects)
+    if count := defects["no block"]:
+        print(f"{NO_BLOCK}: {count} of {traces.total()} texts", file=sys.stderr)
     return int(valid.total() < traces.total())
 
 

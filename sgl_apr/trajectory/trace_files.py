@@ -108,13 +108,25 @@ def _from_objects(
         text_key = key or next((k for k in TEXT_KEYS if isinstance(fields.get(k), str)), None)
         if text_key is None or not isinstance(fields.get(text_key), str):
             expected = key or ", ".join(TEXT_KEYS)
-            raise AprError(
-                f"{name}, line {number}: no text, expected a string under {expected} (name the key with --key)"
-            )
+            where = f"{name}, line {number}"
+            if key is None and (hint := _trajectory_hint(fields)):
+                raise AprError(f"{where}: expected the text of a reply, found {hint}")
+            raise AprError(f"{where}: no text, expected a string under {expected} (name the key with --key)")
         prompt = fields.get("prompt")
         yield TextRecord(
             f"{name}:{number}", fields[text_key], prompt if isinstance(prompt, str) else "", fields, text_key
         )
+
+
+def _trajectory_hint(fields: Mapping[str, Any]) -> str:
+    """What an object holds in place of a text if this package wrote it, and what reads that; else empty."""
+    if "trajectory" in fields:
+        return "a trajectory, which `sgl-apr report` shows"
+    if "spans" in fields:
+        return "a trajectory, which `apr.Trajectory.from_json` reads"
+    if {"task", "model", "split"} <= set(fields):
+        return "the settings of an evaluation, whose trajectories `sgl-apr report` shows"
+    return ""
 
 
 def parallel_map(

@@ -173,13 +173,50 @@ def test_text_that_is_no_trace_is_not_valid(tmp_path: Path, capsys: pytest.Captu
         assert "none.jsonl has no line, expected a JSON object in each line" in capsys.readouterr().err
 
 
+def test_a_text_of_no_known_dialect_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, message = tmp_path / "reply.txt", "no block of a known dialect, use --dialect"
+    path.write_text("It is 42.\n")
+    assert main(["convert", str(path), "--to", "npr"]) == 1
+    assert capsys.readouterr() == ("", f"sgl-apr: error: {path}: {message}\n")
+    assert main(["validate", str(path)]) == 1
+    assert f"{message}: 1 of 1 texts" in capsys.readouterr().err
+    assert main(["parse", str(path)]) == 0, "parse shows it as plain text"
+    out, err = capsys.readouterr()
+    assert "It is 42." in out
+    assert err == f"{path}: {message}\n"
+    assert main(["convert", str(path), "--dialect", "threadweaver", "--to", "npr"]) == 0
+    assert capsys.readouterr() == ("It is 42.\n", "")
+    path.write_text("\n")
+    assert main(["convert", str(path), "--to", "npr"]) == 1
+    assert "the text is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id": "a", "trajectory": {}}, "found a trajectory, which `sgl-apr report` shows"),
+        ({"schema": 1, "spans": []}, "found a trajectory, which `apr.Trajectory.from_json` reads"),
+        (
+            {"task": "t", "model": "m", "split": "test"},
+            "found the settings of an evaluation, whose trajectories",
+        ),
+    ],
+)
+def test_files_of_trajectories_are_no_texts(tmp_path: Path, capsys, fields: dict, message: str):
+    path = tmp_path / "run.jsonl"
+    path.write_text(json.dumps(fields) + "\n")
+    for command in (["validate"], ["parse"], ["convert", "--to", "npr"]):
+        assert main([*command, str(path)]) == 1
+        assert f"run.jsonl, line 1: expected the text of a reply, {message}" in capsys.readouterr().err
+
+
 def test_odd_files_end_in_one_line_or_in_json(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]):
     """Half a surrogate pair is printed as JSON writes it; what is no JSON is an error of one line."""
     halves = tmp_path / "halves.jsonl"
     halves.write_text('{"text": "a \\ud800"}\n')
     assert main(["parse", str(halves), "--json"]) == 0
     assert json.loads(capsysbinary.readouterr().out)["spans"][0]["text"] == "a \ud800"
-    assert main(["convert", str(halves), "--to", "npr"]) == 0
+    assert main(["convert", str(halves), "--dialect", "multiverse", "--to", "npr"]) == 0
     assert json.loads(capsysbinary.readouterr().out) == {"text": "a \ud800"}
     for name, content in {
         "deep.jsonl": b"[" * 100_000, "long.jsonl": b'{"text": ' + b"9" * 5000 + b"}", "bytes.txt": b"\xff\xfe",
