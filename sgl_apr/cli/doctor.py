@@ -118,6 +118,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from rich.text import Text
 
     from sgl_apr.server.doctor import Finding, check_installation, check_server, is_healthy
+    from sgl_apr.views.printable import printable
 
     findings = list(check_installation())
     try:
@@ -141,6 +142,7 @@ def _join(options: argparse.Namespace) -> int:
     from sgl_apr.engine.http import HttpEngine
     from sgl_apr.server.kv_join import drift, drift_samples
     from sgl_apr.server.kv_join.probe import make_client
+    from sgl_apr.views.printable import printable
 
     path: Path | None = options.prompts
     samples = drift_samples.read_samples(path) if path else drift_samples.BUILTIN_SAMPLES

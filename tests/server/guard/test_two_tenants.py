@@ -109,7 +109,6 @@ def test_values_at_the_limits_are_answered(server: Server):
     """What SGLang takes is still taken."""
     sampling = {
         "max_new_tokens": 2,
-        "n": 2,
         "top_k": 2**31 - 1,
         "stop": ["zzz"],
         "stop_token_ids": [1],
@@ -123,6 +122,7 @@ def test_values_at_the_limits_are_answered(server: Server):
     }
     for fields in (
         many,
+        {"text": ["a"] * 3, "sampling_params": {"n": 2, "max_new_tokens": 1}},
         {"text": "a", "sampling_params": {"max_new_tokens": None, "ignore_eos": 0, "stop": "e", "regex": "[a-c]+"}},
         {"text": ["a", "b"], "sampling_params": [{"max_new_tokens": 1}, {"max_new_tokens": 2}], "rid": ["guard-a", "guard-b"]},
         {"input_ids": [[1], [2, 3]], "sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0},

@@ -71,8 +71,11 @@ def test_it_solves_problems_and_an_evaluation_continues(
     again = run.read_text().splitlines(keepends=True)
     assert again[:9] == lines[:9]
     assert sorted(json.loads(line)["number"] for line in again[1:]) == list(range(LIMIT))
-    assert main([*words, "--seed", "1"]) == 1
-    assert "holds another evaluation" in capsys.readouterr().err
+    words[words.index("--budget") + 1] = "tokens=2400,width=16,branch_tokens=160"
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "2500" in error
+    assert "2400" in error
 
 
 def test_the_demo_shows_its_choices(url: str):
