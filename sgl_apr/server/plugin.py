@@ -33,7 +33,7 @@ from sgl_apr.server.hooks import (
 )
 from sgl_apr.server.kv_join.cache_secret import cache_secret
 from sgl_apr.server.launch import server_folder
-from sgl_apr.server.security import abort, auth, redaction
+from sgl_apr.server.security import abort, auth, grammar_cost, logprob_texts, redaction
 
 STOCK_CACHE_BACKEND = "stock"  # SGLang's own radix cache
 
@@ -67,7 +67,7 @@ def activate() -> None:
             if is_enabled(PADDED_MATMUL_ENV):
                 _register_padded_matmul()
         _register_cache()
-        for module in (redaction, abort, auth, server_folder):
+        for module in (redaction, abort, auth, grammar_cost, logprob_texts, server_folder):
             module.register_hooks()
         if os.environ.get(LAUNCHED_ENV) and is_enabled(MASK_SLICES_ENV):
             _register_mask_slices()

@@ -19,7 +19,7 @@ from sgl_apr.server.constants import (
 )
 from sgl_apr.server.hooks import require_sglang
 from sgl_apr.server.launch import fork_start, server_folder
-from sgl_apr.server.security import abort, auth, redaction
+from sgl_apr.server.security import abort, auth, grammar_cost, logprob_texts, redaction
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def hooked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def record(path: str, *_: object) -> None:
         paths.append(path.rpartition(":")[2])
 
-    for module in (plugin, fork_start, abort, auth, redaction, server_folder):
+    for module in (plugin, fork_start, abort, auth, grammar_cost, logprob_texts, redaction, server_folder):
         for name in ("hook_after", "hook_around"):
             monkeypatch.setattr(module, name, record, raising=False)
         monkeypatch.setattr(
