@@ -142,7 +142,6 @@ def _join(options: argparse.Namespace) -> int:
     from sgl_apr.engine.http import HttpEngine
     from sgl_apr.server.kv_join import drift, drift_samples
     from sgl_apr.server.kv_join.probe import make_client
-    from sgl_apr.views.printable import printable
 
     path: Path | None = options.prompts
     samples = drift_samples.read_samples(path) if path else drift_samples.BUILTIN_SAMPLES
@@ -178,9 +177,11 @@ def _print_drift(measured: list[Any], verdict: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from sgl_apr.views.printable import printable
+
     table = Table()
     table.add_column("sample", overflow="ellipsis", no_wrap=True, max_width=28)
-    for head in ("tokens", "KV KL", "same", "text KL", "same"):
+    for head in ("tokens", "KV KL", "KV same", "text KL", "text same"):
         table.add_column(head, justify="right", no_wrap=True)
     for m in measured:
         shifts = [x for s in (m.kv, m.reversed) for x in (f"{s.kl:.3f}", f"{s.agreement:.0%}")]
