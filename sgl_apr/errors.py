@@ -18,7 +18,8 @@ AprError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
@@ -27,6 +28,19 @@ from typing import Any
 
 class AprError(Exception):
     """Base class of every exception of this package."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return what a message about an unknown name proposes; empty if no known name is close.
+
+    Examples:
+        >>> did_you_mean("budgett", ["budget", "mode"])
+        "did you mean 'budget'?"
+    """
+    if not isinstance(name, str) or len(name) > 40:  # the comparison takes quadratic time
+        return ""
+    close = get_close_matches(name, list(known), 1, 0.7)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 class GrammarError(AprError):

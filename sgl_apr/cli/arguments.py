@@ -25,6 +25,17 @@ def parse_budget(text: str) -> Budget:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def parse_count(text: str) -> int:
+    """Parse a whole number of at least 1 for argparse."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return count
+
+
 def load_dialect(name_or_file: str) -> Dialect:
     """Return a dialect by its name, or from a grammar file, whose dialect is then registered in this process.
 
@@ -69,7 +80,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         help="dialect of the traces, or a .lark file (default: recognized by the tags)",
     )
     parser.add_argument("--key", help="key of the text in an object of a .jsonl file")
-    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    parser.add_argument("--jobs", type=parse_count, help="processes (default: one per core)")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, parse_budget
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import METHOD_MODULES
+from sgl_apr.runtime.value_checks import unknown_name
 
 if TYPE_CHECKING:
     from sgl_apr.evaluation.benchmarks.base import Benchmark
@@ -131,8 +132,10 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         if options.tasks:
             parser.error("--compare reads finished evaluations, expected no task")
         return _compare(options)
-    if not options.tasks or not (options.model or options.url):
-        parser.error("expected tasks, and --model or --url; or --compare")
+    if not options.tasks:
+        parser.error("no task: expected some of countdown, game24, gym:NAME, FILE.jsonl; or --compare")
+    if not (options.model or options.url):
+        parser.error("no model: expected --model or --url")
 
     from sgl_apr.evaluation.benchmarks.registry import benchmark
     from sgl_apr.evaluation.store import SUMMARY_FILE, open_evaluation
@@ -140,9 +143,7 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from sgl_apr.server.launch.launcher import Server
     from sgl_apr.training.models import locate_model
 
-    methods = list(METHOD_MODULES) if options.methods == "all" else options.methods.split(",")
-    if unknown := [m for m in methods if m not in METHOD_MODULES]:
-        raise AprError(f"no method {unknown[0]!r}, expected all, or some of {', '.join(METHOD_MODULES)}")
+    methods = parse_methods(options.methods)
     tasks = [benchmark(name, options.limit, options.split, options.seed) for name in options.tasks]
     directories = _task_directories(options.out, tasks)
     summaries: list[dict[str, Any]] = []
@@ -181,6 +182,22 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         for name, rows in results:
             print_results(name, rows, several=len(results) > 1, wide=options.wide)
     return int(not any(row.attempts for _, rows in results for row in rows))
+
+
+def parse_methods(text: str) -> list[str]:
+    """Parse the names of methods that commas separate, or `all`.
+
+    Raises:
+        AprError: There is no name, or no method of a name.
+    """
+    names = [name.strip() for name in text.split(",")]
+    methods = list(METHOD_MODULES) if names == ["all"] else list(dict.fromkeys(filter(None, names)))
+    if not methods:
+        raise AprError(f"--methods {text!r}, expected all, or some of {', '.join(METHOD_MODULES)}")
+    for name in methods:
+        if name not in METHOD_MODULES:
+            raise AprError(unknown_name(name, ["all", *METHOD_MODULES], "method "))
+    return methods
 
 
 def parse_seeds(text: str) -> int | list[int]:

@@ -11,6 +11,7 @@ from importlib import import_module
 
 from sgl_apr import __version__
 from sgl_apr.cli.missing_packages import explain_missing
+from sgl_apr.cli.parser import CommandParser
 from sgl_apr.errors import AprError
 
 SUBCOMMANDS = (
@@ -95,7 +96,7 @@ def _print_error(message: object) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands but `serve`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="sgl-apr",
         description="Adaptive parallel reasoning for SGLang.",
         epilog="examples:\n"

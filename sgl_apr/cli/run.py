@@ -113,6 +113,8 @@ def _run(options: argparse.Namespace) -> int:
 
     from sgl_apr.views.live import LiveView
 
+    if not options.question.strip():
+        raise AprError("the question is empty, expected text")
     answer = _method_call(options) if options.method else _reason_call(options)
     view = LiveView(options.question)
     with ExitStack() as stack:

@@ -43,9 +43,16 @@ def convert(trajectory: Trajectory, to: Dialect | str, tokenizer: Tokenizer | No
 
     Raises:
         ConversionError: The target cannot express something (nesting, a conclusion, outlines), requires something
-            that the trajectory does not have, or conditions its branches on something else.
+            that the trajectory does not have, or conditions its branches on something else. Or the trajectory is
+            something else.
+        GrammarError: There is no such dialect.
     """
-    target = dialect(to) if isinstance(to, str) else to
+    if not isinstance(trajectory, Trajectory):
+        found = type(trajectory).__name__
+        raise ConversionError(
+            f"the trajectory is of type {found}, expected a Trajectory such as read(text).trajectory"
+        )
+    target = to if isinstance(to, Dialect) else dialect(to)
     where = f"{trajectory.dialect} to {target.name}"
     roles = {span.role for span in trajectory.reply_spans}
     same_dialect = trajectory.dialect == target.name

@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from sgl_apr.errors import GrammarError
+from sgl_apr.errors import GrammarError, did_you_mean
 
 T = TypeVar("T")
 
@@ -54,4 +54,6 @@ def unknown_name_error(kind: str, name: object, names: Iterable[str]) -> Grammar
     """Return the error for a name that is not one of the known names, which is shown shortened."""
     shown = repr(name[:200] if isinstance(name, str) else type(name).__name__)
     cut = "..." if len(shown) > 62 else ""
-    return GrammarError(f"no {kind} {shown[:62]}{cut}, expected one of {', '.join(names)}")
+    names = list(names)
+    close = f" ({proposal})" if (proposal := did_you_mean(name, names)) else ""
+    return GrammarError(f"no {kind} {shown[:62]}{cut}{close}, expected one of {', '.join(names)}")

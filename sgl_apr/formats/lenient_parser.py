@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from lark import Token, Tree, UnexpectedInput
 
-from sgl_apr.errors import TraceError
+from sgl_apr.errors import AprError, TraceError
 from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.error_recovery import ErrorRecoveringParser, Repair
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
@@ -90,8 +90,10 @@ def read(
         The trajectory and the defects.
 
     Raises:
-        AprError: There is a tokenizer, and the text or prompt holds half a surrogate pair.
+        AprError: The reply is not text, or there is a tokenizer, and the text or prompt holds half a surrogate pair.
     """
+    if not isinstance(text, str):
+        raise AprError(f"the reply is of type {type(text).__name__}, expected text")
     with _without_garbage_collection(len(text) >= LONG_TEXT):
         resolved = _resolve_dialect(dialect or detect(text) or DEFAULT_DIALECT)
         try:

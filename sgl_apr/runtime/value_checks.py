@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from reprlib import Repr
 from typing import Any, TypeVar
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, did_you_mean
 
 T = TypeVar("T")
 _SHORT = Repr()
@@ -112,9 +111,7 @@ def unknown_name(name: Any, known: Iterable[str], what: str = "") -> str:
         what: Precedes the name.
     """
     known = list(known)
-    is_short = isinstance(name, str) and len(name) <= 40  # the comparison takes quadratic time
-    close = get_close_matches(name, known, 1, 0.7) if is_short else []
-    expected = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(known)}"
+    expected = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
     return f"no {what}{shorten(name)}, {expected}"
 
 

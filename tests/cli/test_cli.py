@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
+from sgl_apr.cli.eval import parse_methods
 from sgl_apr.cli.main import main
 from tests.support.paths import EXAMPLES
 from tests.support.threadweaver_traces import TRACE
@@ -300,3 +301,63 @@ def test_a_full_disk_is_one_line(trace: Path, command: list[str]):
         )
     assert done.returncode == 1
     assert done.stderr == "sgl-apr: error: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "usage", "message"),
+    [
+        (["rn", "hi"], "usage: sgl-apr [OPTIONS] COMMAND ...", "no choice 'rn', did you mean 'run'?"),
+        (
+            ["run", "hi", "--tokens", "3"],
+            "usage: sgl-apr run [OPTIONS] question",
+            "unrecognized arguments: --tokens 3",
+        ),
+        (["run", "hi", "--mode", "paralel"], "usage: sgl-apr run", "did you mean 'parallel'?"),
+        (["eval"], "usage: sgl-apr eval [OPTIONS] [TASK ...]", "no task: expected some of countdown"),
+        (["eval", "countdown"], "usage: sgl-apr eval", "no model: expected --model or --url"),
+        (["parse", "x", "--jobs", "0"], "usage: sgl-apr parse", "'0', expected a whole number of at least 1"),
+        (["dialect", "shw"], "usage: sgl-apr dialect", "did you mean 'show'?"),
+    ],
+)
+def test_wrong_usage_is_three_lines(argv: list[str], usage: str, message: str, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(usage)
+    assert message in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["eval", "countdwn", "--url", "x"], "no task 'countdwn' (did you mean 'countdown'?), expected one of"),
+        (["eval", "countdown", "--methods", "apr,sequentail", "--url", "x"], "did you mean 'sequential'?"),
+        (["eval", "countdown", "--methods", ",", "--url", "x"], "--methods ',', expected all, or some of"),
+        (["parse", "x", "--dialect", "threadweever"], "did you mean 'threadweaver'?"),
+        (["run", " "], "the question is empty, expected text"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_one_meant(argv: list[str], message: str, capsys):
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_comma_at_the_end_of_methods():
+    assert parse_methods("apr, sequential,") == ["apr", "sequential"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: apr.read(None), "the reply is of type NoneType, expected text"),
+        (lambda: apr.convert("abc", "npr"), "the trajectory is of type str, expected a Trajectory"),
+        (lambda: apr.convert(apr.read("a").trajectory, 5), "no dialect 'int', expected one of"),
+    ],
+)
+def test_wrong_types_are_typed_errors(call, message: str):
+    with pytest.raises(apr.AprError, match=message):
+        call()

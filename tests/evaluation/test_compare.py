@@ -105,8 +105,8 @@ def test_the_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["countdown"], "expected tasks, and --model or --url; or --compare"),
-        (["--model", "builtin"], "expected tasks"),
+        (["countdown"], "no model: expected --model or --url"),
+        (["--model", "builtin"], "no task: expected some of countdown"),
         (["countdown", "--compare", "a", "b"], "expected no task"),
         (["countdown", "--model", "a", "--url", "b"], "not allowed with"),
         (["countdown", "--model", "a", "--budget", "speed=1"], "--budget"),

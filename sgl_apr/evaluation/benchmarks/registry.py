@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, did_you_mean
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.countdown.problems import Split
+from sgl_apr.runtime.value_checks import shorten
 
 BENCHMARK_NAMES = ("countdown", "game24", "gym:NAME", "FILE.jsonl")
 
@@ -49,7 +50,8 @@ def _of_seed(name: str, limit: int, split: Split, seed: int) -> Benchmark:
         return gym.gym(rest, limit, split, seed)
     if name.endswith(".jsonl"):
         return problem_file.problem_file(name, limit)
-    raise AprError(f"no task {name!r}, expected one of {', '.join(BENCHMARK_NAMES)}")
+    close = f" ({proposal})" if (proposal := did_you_mean(name, BENCHMARK_NAMES)) else ""
+    raise AprError(f"no task {shorten(name)}{close}, expected one of {', '.join(BENCHMARK_NAMES)}")
 
 
 def _merge(by_seed: dict[int, Benchmark]) -> Benchmark:
