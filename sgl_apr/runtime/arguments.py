@@ -68,7 +68,7 @@ class ReasonArguments(SamplingParameters, total=False):
         ...     return (await apr.areason(engine, question, **options)).answer
     """
 
-    budget: Budget | BudgetFields | None
+    budget: Budget | BudgetFields | str | None
     join: JoinMethod | None
     mode: Mode | None
     min_blocks: int | None

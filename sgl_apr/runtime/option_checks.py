@@ -128,7 +128,7 @@ def check_options(options: Mapping[str, Any], vocab_size: int | None = None) -> 
 
 
 def make_object(name: str, value: Any) -> Any:
-    """Return the `Budget`, `Pacing` or `Retry` that an option is, or that its fields describe.
+    """Return the `Budget`, `Pacing` or `Retry` that an option is, or that its fields describe. A budget may be text.
 
     Raises:
         AprError: The value is neither, or a field is unknown or wrong.
@@ -136,6 +136,8 @@ def make_object(name: str, value: Any) -> Any:
     kind = OBJECT_TYPES[name]
     if isinstance(value, kind):
         return value
+    if kind is Budget and isinstance(value, str):
+        return Budget.parse(value)
     if not isinstance(value, Mapping):
         also = f", or a {kind.__name__}"
         raise AprError(f"{name}={shorten(value)}, expected an object with fields of {kind.__name__}{also}")

@@ -147,7 +147,7 @@ def make_options(
         tokenizer: Of the model.
         vocab_size: Number of token ids that the model has. None if it is not known.
         options: Fields of `ReasonOptions`, names of `REQUEST_FIELDS`, and sampling parameters. `budget`, `pacing` and
-            `retry` may be mappings.
+            `retry` may be mappings, and `budget` text such as `tokens=400,width=4`.
 
     Raises:
         AprError: An option has an unknown name, a wrong type, or a value that is not possible.

@@ -147,6 +147,10 @@ def test_all_forms_of_an_object_are_taken():
     assert made.request_fields == {"cache_salt": "s", "priority": 3}
     assert make_options("threadweaver", pacing=None).pacing is None
     assert make_options("threadweaver", budget=None, mode=None, retry=None) == make_options("threadweaver")
+    text = make_options("threadweaver", budget="tokens=50,width=3")
+    assert text == make_options("threadweaver", budget=apr.Budget(tokens=50, width=3))
+    with pytest.raises(apr.BudgetExceeded, match="budget 'widht=3', expected name=number with one of tokens"):
+        make_options("threadweaver", budget="widht=3")
     t = asyncio.run(apr.areason(engine("x" * 50), "Q: ", budget={"tokens": 5}))
     assert t.metrics().total <= 5
 
