@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, parse_budget
+from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, parse_budget, parse_count
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import METHOD_MODULES
 from sgl_apr.runtime.value_checks import unknown_name
@@ -111,7 +111,10 @@ def add_command(commands: Any) -> None:
         f"{COST_FILE} in the directory of -o, and read from there the next time",
     )
     parser.add_argument(
-        "--at-once", type=int, default=512, help="problems under way at the same time (default: %(default)s)"
+        "--at-once",
+        type=parse_count,
+        default=512,
+        help="problems under way at the same time (default: %(default)s)",
     )
     parser.add_argument(
         "-o",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from errno import ENOENT
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,7 +23,7 @@ from sgl_apr.runtime.prompts import Prompt, check_engine, encode_prompt, vocab_s
 from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.runtime.value_checks import check_type, shorten
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.jsonl import append_line, open_for_append, read_lines
+from sgl_apr.trajectory.jsonl import append_line, file_error, open_for_append, read_lines
 from sgl_apr.trajectory.strict_json import describe
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -68,6 +70,8 @@ def run_many(
 
     _check_problems(problems)
     check_call(dialect, options)
+    if not Path(path).parent.is_dir():  # before a server is contacted
+        raise file_error("cannot write to", path, FileNotFoundError(ENOENT, os.strerror(ENOENT)))
 
     async def once() -> Outcomes:
         async with await HttpEngine.connect(

@@ -316,6 +316,7 @@ def test_a_full_disk_is_one_line(trace: Path, command: list[str]):
         (["eval"], "usage: sgl-apr eval [OPTIONS] [TASK ...]", "no task: expected some of countdown"),
         (["eval", "countdown"], "usage: sgl-apr eval", "no model: expected --model or --url"),
         (["parse", "x", "--jobs", "0"], "usage: sgl-apr parse", "'0', expected a whole number of at least 1"),
+        (["eval", "countdown", "--at-once", "0"], "usage: sgl-apr eval", "'0', expected a whole number"),
         (["dialect", "shw"], "usage: sgl-apr dialect", "did you mean 'show'?"),
     ],
 )
@@ -332,7 +333,10 @@ def test_wrong_usage_is_three_lines(argv: list[str], usage: str, message: str, c
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["eval", "countdwn", "--url", "x"], "no task 'countdwn' (did you mean 'countdown'?), expected one of"),
+        (
+            ["eval", "countdwn", "--url", "x"],
+            "no task 'countdwn' (did you mean 'countdown'?), expected one of",
+        ),
         (["eval", "countdown", "--methods", "apr,sequentail", "--url", "x"], "did you mean 'sequential'?"),
         (["eval", "countdown", "--methods", ",", "--url", "x"], "--methods ',', expected all, or some of"),
         (["parse", "x", "--dialect", "threadweever"], "did you mean 'threadweaver'?"),

@@ -233,3 +233,10 @@ def test_a_file_of_another_dialect_is_refused(tmp_path: Path):
     with pytest.raises(apr.AprError, match="'a' in dialect threadweaver, this run has dialect multiverse"):
         run(path, {"a": "Q: ", "b": "R: "}, dialect="multiverse")
     assert path.read_bytes() == before
+
+
+def test_a_missing_folder_is_noticed_before_a_server_is_contacted(tmp_path: Path):
+    path = tmp_path / "none" / "out.jsonl"
+    for call in (lambda: run(path), lambda: apr.run_many("http://127.0.0.1:9", PROBLEMS, path)):
+        with pytest.raises(apr.AprError, match=r"cannot write to .*out.jsonl: No such file or directory"):
+            call()
