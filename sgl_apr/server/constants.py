@@ -11,5 +11,6 @@ CACHE_SECRET_ENV = "SGLANG_APR_SECRET"  # the first process of a server makes it
 KV_JOIN_ENV = "SGLANG_APR_KV_JOIN"  # joins in the KV cache: SGLang's cache and positions stay as they are
 SHARED_PREFIX_ENV = "SGLANG_APR_SHARED_PREFIX"  # CPU attention reads a shared prefix once for all requests
 MASK_SLICES_ENV = "SGLANG_APR_MASK_SLICES"  # llguidance prepares token masks for free text
+GRAMMAR_LIMITS_ENV = "SGLANG_APR_GRAMMAR_LIMITS"  # grammars that take too long for a token are refused
 PADDED_MATMUL_ENV = "SGLANG_APR_PADDED_MATMUL"  # on a CPU, two or three rows are multiplied as four
 FORK_START_ENV = "SGLANG_APR_FORK_START"  # on a CPU, SGLang's processes start by fork in place of spawn

@@ -18,6 +18,7 @@ from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.constants import (
     CPU_ATTENTION_BACKEND,
+    GRAMMAR_LIMITS_ENV,
     KV_JOIN_ENV,
     LAUNCHED_ENV,
     MASK_SLICES_ENV,
@@ -67,8 +68,10 @@ def activate() -> None:
             if is_enabled(PADDED_MATMUL_ENV):
                 _register_padded_matmul()
         _register_cache()
-        for module in (redaction, abort, auth, grammar_cost, logprob_texts, server_folder):
+        for module in (redaction, abort, auth, logprob_texts, server_folder):
             module.register_hooks()
+        if is_enabled(GRAMMAR_LIMITS_ENV):
+            grammar_cost.register_hooks()
         if os.environ.get(LAUNCHED_ENV) and is_enabled(MASK_SLICES_ENV):
             _register_mask_slices()
     except LaunchError as error:

@@ -43,6 +43,9 @@ LIMIT_FLAGS: Mapping[str, tuple[str, int | float, str]] = {
     "--apr-max-top-logprobs": (
         "top_logprobs", 1, "top log-probabilities, and token_ids_logprob, per token (default: 1000)",
     ),
+    "--apr-max-prompt-logprobs": (
+        "prompt_logprobs", 1, "log-probabilities of a prompt: its tokens times those per token times n (default: 400000)",
+    ),
 }  # fmt: skip
 
 
@@ -66,6 +69,7 @@ class GuardLimits:
         n: `n`, `best_of` and `beam_width` of a request.
         grammar_chars: Characters of a grammar.
         top_logprobs: Top log-probabilities per token.
+        prompt_logprobs: Log-probabilities of the tokens of a prompt, for all of its `n` sequences.
         stop_regex: Whether requests may have `stop_regex`.
         sessions: Whether requests may open and use SGLang's sessions.
         origins: Origins of web pages that may send requests. "*" is any.
@@ -87,6 +91,7 @@ class GuardLimits:
     n: int = 128
     grammar_chars: int = 65_536
     top_logprobs: int = 1000
+    prompt_logprobs: int = 400_000
     stop_regex: bool = False
     sessions: bool = False
     origins: tuple[str, ...] = ()

@@ -243,9 +243,25 @@ def _check_generate(
             raise over_limit("the length of token_ids_logprob", len(ids), "--apr-max-top-logprobs", limits.top_logprobs, "token_ids_logprob")  # fmt: skip
         check_token_ids("token_ids_logprob", ids, size.vocab_size)
     start = request.logprob_start_len
+    if request.return_logprob and input_ids is not None and start is not None and start >= 0:
+        _check_prompt_logprobs(
+            request, max(0, len(input_ids) - start) * ((top or 0) + len(ids or ())), limits
+        )
     if start is not None and input_ids is not None and start > len(input_ids):
         raise RequestRefused(
             f"logprob_start_len is {start}, expected at most {len(input_ids)}, the tokens of the prompt", "logprob_start_len"
+        )  # fmt: skip
+
+
+def _check_prompt_logprobs(request: Any, values: int, limits: GuardLimits) -> None:
+    """Check how many log-probabilities of the prompt a response has: all of them are made text at once."""
+    sampling = request.sampling_params
+    copies = sampling.get("n") if isinstance(sampling, dict) else None
+    values *= copies or 1
+    if values > limits.prompt_logprobs:
+        raise over_limit(
+            "the number of log-probabilities of the prompt", values, "--apr-max-prompt-logprobs",
+            limits.prompt_logprobs, "logprob_start_len",
         )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from sgl_apr.server.hooks import hook_around, require_sglang
 
-STEP_S = 0.02  # CPU seconds of one step that a grammar may take
-EXCESS_S = 0.1  # CPU seconds above `STEP_S`, summed over the steps of a request
+# Much more than any step of this package's formats takes, so that a busy or slow machine refuses none of them.
+STEP_S = 0.05  # CPU seconds of one step that a grammar may take
+EXCESS_S = 1.0  # CPU seconds above `STEP_S`, summed over the steps of a request
 BATCH_ROW_S = 0.002  # seconds that an ordinary mask takes, per request of a batch
 MAX_ITEMS = 600  # Earley items at one position: an ambiguous grammar of this many takes 14 ms a step
 MAX_JSON_ITEMS = 2000  # an object with n optional properties has 4n

@@ -153,3 +153,23 @@ def test_a_deep_schema_is_refused(schema: str, name: str):
 def test_a_schema_of_usual_depth_passes():
     check_schema(chained_schema(40))
     check_schema('{"properties":{"x":' * 40 + "{}" + "}}" * 40)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"logprob_start_len": 0, "top_logprobs_num": 400}, False),
+        ({"logprob_start_len": 0, "top_logprobs_num": 400, "sampling_params": {"n": 2}}, True),
+        ({"logprob_start_len": 900, "top_logprobs_num": 400, "sampling_params": {"n": 8}}, False),
+        ({"logprob_start_len": 0, "top_logprobs_num": 300, "token_ids_logprob": [1] * 200}, True),
+        ({"logprob_start_len": -1, "top_logprobs_num": 400, "sampling_params": {"n": 8}}, False),
+    ],
+)
+def test_the_log_probabilities_of_a_prompt_are_limited(fields: dict[str, Any], refused: bool):
+    ids = [1] * 1000
+    request = GenerateReqInput(input_ids=ids, return_logprob=True, **{"sampling_params": {}, **fields})
+    if not refused:
+        check_request(request, ids, LIMITS, SIZE)
+        return
+    with pytest.raises(RequestRefused, match="--apr-max-prompt-logprobs"):
+        check_request(request, ids, LIMITS, SIZE)

@@ -123,7 +123,7 @@ def test_values_at_the_limits_are_answered(server: Server):
     for fields in (
         many,
         {"text": ["a"] * 3, "sampling_params": {"n": 2, "max_new_tokens": 1}},
-        {"text": "a", "sampling_params": {"max_new_tokens": None, "ignore_eos": 0, "stop": "e", "regex": "[a-c]+"}},
+        {"text": "a", "sampling_params": {"max_new_tokens": None, "stop": "e", "regex": "[a-c]+"}},
         {"text": ["a", "b"], "sampling_params": [{"max_new_tokens": 1}, {"max_new_tokens": 2}], "rid": ["guard-a", "guard-b"]},
         {"input_ids": [[1], [2, 3]], "sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0},
         {"text": "a", "sampling_params": {"max_new_tokens": 2, "custom_params": {"a": [1, "b"]}}, "session_params": None},

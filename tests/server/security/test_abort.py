@@ -115,7 +115,9 @@ def test_ids_that_are_taken():
         check_request_id(rid)
 
 
-@pytest.mark.parametrize("error", [IndexError("list index out of range"), TypeError("no len()"), AttributeError("x")])
+@pytest.mark.parametrize(
+    "error", [IndexError("list index out of range"), TypeError("no len()"), AttributeError("x")]
+)
 def test_fields_that_do_not_fit_one_another_are_refused(error: Exception):
     def normalize(request: Request) -> None:
         raise error
