@@ -74,6 +74,7 @@ def test_a_grammar_that_is_slow_within_one_position_is_refused(monkeypatch: pyte
     text = grammar_from("ebnf", CUBIC.replace("root ::= ", 'root ::= "x" '))
     grammar, copy = make(text), make(text)
     monkeypatch.setattr(grammar_cost, "EXCESS_S", 0.0)
+    monkeypatch.setattr(grammar_cost, "STEP_S", 0.01)
     with pytest.raises(ValueError, match="for its first token"):
         make(grammar_from("ebnf", CUBIC))
     x = TOKENIZER.encode("x")[0]
@@ -91,7 +92,7 @@ def test_a_slow_batch_is_followed_by_one_that_is_timed_mask_by_mask(monkeypatch:
         serialized_grammar="g", fill_vocab_mask=lambda mask, row: rows.append(row), ll_matcher=None
     )
     entries = [SimpleNamespace(row=row, grammar=grammar) for row in range(2)]
-    grammar_cost.fill_masks(lambda *_: time.sleep(0.05), entries, None)
+    grammar_cost.fill_masks(lambda *_: time.sleep(0.2), entries, None)
     assert rows == []
     grammar_cost.fill_masks(lambda *_: pytest.fail("not one by one"), entries, None)
     assert rows == [0, 1]
