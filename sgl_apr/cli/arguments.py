@@ -36,6 +36,17 @@ def parse_count(text: str) -> int:
     return count
 
 
+def parse_seconds(text: str) -> float:
+    """Parse a number of seconds of at least 0 for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected seconds of at least 0")
+    return seconds
+
+
 def load_dialect(name_or_file: str) -> Dialect:
     """Return a dialect by its name, or from a grammar file, whose dialect is then registered in this process.
 

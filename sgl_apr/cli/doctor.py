@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sgl_apr.cli.arguments import parse_seconds
 from sgl_apr.errors import AprError, LaunchError, UnsupportedEngine
 
 API_KEY_ENV = "SGL_APR_API_KEY"
@@ -37,7 +38,7 @@ def add_command(commands: Any) -> None:
     )
     doctor.add_argument(
         "--body-wait",
-        type=float,
+        type=parse_seconds,
         metavar="S",
         help="with --security: seconds to wait until a half-sent body is refused (default: 65; 0 leaves it out)",
     )

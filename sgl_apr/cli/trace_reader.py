@@ -12,7 +12,6 @@ from sgl_apr.formats.lenient_parser import Reading, read
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 from sgl_apr.trajectory.trace_files import TextRecord, parallel_map, read_records
 
-
 NO_BLOCK = "no block of a known dialect, use --dialect"
 
 

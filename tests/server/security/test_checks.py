@@ -73,3 +73,11 @@ def test_the_checks_do_not_import_sglang():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert output.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("wait", ["-1", "nan", "inf", "soon"])
+def test_a_wrong_wait_is_wrong_usage(wait: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--security", "--url", "http://127.0.0.1:1", f"--body-wait={wait}"])
+    assert ended.value.code == 2
+    assert "expected seconds of at least 0" in capsys.readouterr().err
