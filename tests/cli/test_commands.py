@@ -136,13 +136,20 @@ def test_ctrl_c_is_status_130_without_a_traceback(tmp_path: Path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # a file that nobody writes, so the command waits
     with subprocess.Popen(
-        [sys.executable, "-m", "sgl_apr.cli.main", "parse", str(fifo)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "sgl_apr.cli.main", "parse", str(fifo)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs, such as this test run may be one of, with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as command:
         writer = os.open(fifo, os.O_WRONLY)  # returns when the command has opened it
-        time.sleep(0.1)
-        command.send_signal(signal.SIGINT)
-        _, err = command.communicate(timeout=30)
-        os.close(writer)
+        try:
+            time.sleep(0.1)
+            command.send_signal(signal.SIGINT)
+            _, err = command.communicate(timeout=30)
+        finally:
+            os.close(writer)
+            command.kill()
     assert (command.returncode, err) == (130, "")
 
 

@@ -232,4 +232,4 @@ def test_a_model_that_was_not_trained_on_countdown(server: Server):
 
 def test_no_such_method(capsys: pytest.CaptureFixture[str]):
     assert main(["eval", "countdown", "--url", "http://127.0.0.1:9", "--methods", "guess"]) == 1
-    assert "no method 'guess', expected all, or some of sequential" in capsys.readouterr().err
+    assert "no method 'guess', expected some of all, sequential" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 import sgl_apr as apr
 from sgl_apr.methods.sandbox import process, seccomp
@@ -365,22 +366,29 @@ def test_memory_files_and_mounts_of_the_host_are_out_of_reach():
     assert reached == []
 
 
-def test_inherited_descriptors_are_closed(tmp_path: Path):
+@pytest.mark.parametrize("policy", [asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy])
+def test_inherited_descriptors_are_closed(policy: type[asyncio.AbstractEventLoopPolicy], tmp_path: Path):
+    """Also under the event loop of a server, which lets processes inherit."""
     secret = tmp_path / "secret"
     secret.write_text("secret")
-    with secret.open() as file:
-        os.set_inheritable(file.fileno(), True)
-        text = printed("""
-            import os
-            open_ones = []
-            for fd in range(3, 4096):
-                try:
-                    open_ones.append(os.fstat(fd).st_mode & 0o170000)
-                except OSError:
-                    pass
-            print([mode == 0o010000 for mode in open_ones])
-        """)
-    assert text == "[True, True]", "the two pipes of messages"
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(policy())
+    try:
+        with secret.open() as file:
+            os.set_inheritable(file.fileno(), True)
+            text = printed("""
+                import os
+                open_ones = []
+                for fd in range(3, 4096):
+                    try:
+                        open_ones.append(os.fstat(fd).st_mode & 0o170000)
+                    except OSError:
+                        pass
+                print([mode in (0o010000, 0o140000) for mode in open_ones])
+            """)
+    finally:
+        asyncio.set_event_loop_policy(before)
+    assert text == "[True, True]", "the two channels of messages, pipes or sockets"
 
 
 def test_large_answers_end_the_process_without_harm():

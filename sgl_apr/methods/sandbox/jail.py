@@ -7,6 +7,7 @@ the third process, `inner`, runs the code of a model.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -68,6 +69,11 @@ def main(parent: int, limits: ResourceLimits) -> NoReturn:
         parent: The id of the process that started this one.
         limits: Limits of the isolated process.
     """
+    # The process that starts this one may let it inherit descriptors: uvloop, the event loop of servers, closes none.
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):  # that of the list itself
+                os.close(int(name))
     try:
         outer(parent, limits)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from types import SimpleNamespace
 
@@ -12,9 +13,7 @@ from transformers import AutoTokenizer
 from sgl_apr.server.security.logprob_texts import detokenize_cached
 from sgl_apr.training.models import locate_model
 
-ORIGINAL = getattr(
-    TokenizerManager.detokenize_logprob_tokens, "__wrapped__", TokenizerManager.detokenize_logprob_tokens
-)
+ORIGINAL = inspect.unwrap(TokenizerManager.detokenize_logprob_tokens)  # a test before may have set the hook
 
 
 class Manager(SimpleNamespace):
