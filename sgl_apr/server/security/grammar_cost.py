@@ -176,7 +176,10 @@ def _refuse(grammar: str) -> None:
 
 
 def _raise_if_over_limit(grammar: Any) -> None:
-    if grammar.serialized_grammar in _refused:
+    is_refused = _refused and grammar.serialized_grammar in _refused
+    if not is_refused and not grammar.ll_matcher.is_error():  # called several times for every token
+        return
+    if is_refused:
         raise ValueError(_message("takes too long for a token"))
     error = grammar.ll_matcher.get_error()
     if "Too many items" in error or "Current row has" in error or "fuel" in error:
