@@ -26,7 +26,7 @@ from tests.support.processes import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(3000)]
 KEY, ADMIN_KEY = "ordinary", "of-the-admin"
-QUICK, LONG = 200, 10_000
+QUICK, LONG = 120, 10_000
 WARM_UP = 0.3  # share of the requests before memory is measured
 MAX_SECONDS = 2.0
 MAX_GROWTH = 1.05

@@ -25,6 +25,7 @@ def widths(server: Server, options: dict) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_the_width_holds_without_the_grammar(solver: Server):
     budget = {"tokens": 1200, "branch_tokens": 60}
