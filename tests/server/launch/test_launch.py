@@ -346,6 +346,7 @@ def test_plugin_that_sglang_does_not_load(model, monkeypatch, capfd):
     assert error.startswith("SGLang did not load the plugin of sgl-apr")
 
 
+@pytest.mark.slow
 def test_what_sglang_refuses_is_wrong_usage(model, capfd):
     argv = ["--model", model, "--port", str(preflight.free_port()), "stray"]
     assert failure(argv, capfd) == (2, "unrecognized arguments: stray")
