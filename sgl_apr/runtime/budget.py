@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.errors import BudgetExceeded
-from sgl_apr.formats.dialects import Phase
 from sgl_apr.runtime.value_checks import check_numbers, number_types, shorten
 
 
@@ -90,13 +88,11 @@ class Overhead:
         fork: To complete a fork that was cut off.
         branch: For the tags around one branch, and its result.
         join: For the join and the end of the text after it.
-        ends: By phase, for the end of its text where no fork may follow, such as the tag that closes a join.
     """
 
     fork: int
     branch: int
     join: int
-    ends: Mapping[Phase, int] = field(default_factory=dict, hash=False)
 
     def of(self, branches: int) -> int:
         """Tokens that close a fork of so many branches that was cut off at its start."""

@@ -104,13 +104,11 @@ class ForkRules:
     def _closing_tokens(self, branches: int, phase: Phase) -> tuple[int, int]:
         """What closes the text of a phase that is cut off, in tokens and on the critical path.
 
-        A phase with `branches` can be cut off within a fork. A phase without them has only its own end to write. The
-        end of a branch was set aside when it was forked.
+        The end of a branch was set aside when it was forked. A trunk that does not fork has nothing to close.
         """
-        if branches:
-            return self.overhead.of(branches), self._critical_path_overhead(branches)
-        end = 0 if phase == "branch" else self.overhead.ends[phase]
-        return end, end
+        if not branches and phase in ("trunk", "branch"):
+            return 0, 0
+        return self.overhead.of(branches), self._critical_path_overhead(branches)
 
     def checked(self, output: PhaseOutput, sequence: SequenceState, limits: PhaseLimits) -> PhaseOutput:
         """Return the output with the fork that the budget allows. Only a grammar rules out others.

@@ -155,12 +155,6 @@ def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
     def cost_to_complete(phase: Phase, text: str = "") -> int:
         return cost(dialect.complete_phase(phase, text, numbering))
 
-    def cost_to_end(phase: Phase) -> int:
-        """What ends a phase that does not fork. Text that is required and missing is not counted."""
-        texts = ("", *(tag for tag in grammar.tag_literals if tag not in openings))
-        endings = (dialect.complete_phase(phase, text, numbering) for text in texts)
-        return max(cost(ending) for ending in endings if ending != PLACEHOLDER)
-
     grammar, by_message = dialect.grammar, dialect.branch_context == "message"
     number = str(dialect.first_number + dialect.max_width - 1)
     deepest = ".".join([number] * dialect.max_depth)
@@ -183,6 +177,4 @@ def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
     join += max(cost_to_complete("after", tag) for tag in ("", *grammar.tag_literals))
     if "rejoin" in grammar.rules:
         join += cost_to_complete("rejoin")
-    phases: tuple[Phase, ...] = ("trunk", "after", "rejoin")
-    ends = {phase: cost_to_end(phase) for phase in phases if phase in grammar.rules}
-    return Overhead(fork, branch, join, ends)
+    return Overhead(fork, branch, join)
