@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,9 @@ def _api_key(options: argparse.Namespace) -> str | None:
 
 
 def _security(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from sgl_apr.server.security.checks import BODY_WAIT_S, SecurityCheck, is_secure
-    from sgl_apr.views.printable import printable
 
     url = getattr(options, "url", None)
     if url is None:
@@ -102,24 +99,29 @@ def _security(options: argparse.Namespace) -> int:
     if getattr(options, "json", False):
         print(json.dumps({"ok": is_secure(findings), "findings": [asdict(f) for f in findings]}))
     else:
-        table = Table("", "", "found")
-        for f in findings:
-            hint = f"\n{printable(f.hint)}" if f.hint else ""
-            state = Text(f.state, SECURITY_STATES[f.state])
-            table.add_row(f.name, state, Text.assemble(printable(f.found), (hint, "dim")))
-        Console().print(table)
+        _print_findings(findings, {state: Text(state, style) for state, style in SECURITY_STATES.items()})
     return int(not is_secure(findings))
+
+
+def _print_findings(findings: Sequence[Any], states: Mapping[str, Any]) -> None:
+    """Print findings as a table. Servers wrote parts of them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sgl_apr.views.printable import printable
+
+    table = Table("", "", "found")
+    for f in findings:
+        hint = f"\n{printable(f.hint)}" if f.hint else ""
+        table.add_row(f.name, states[f.state], Text.assemble(printable(f.found), (hint, "dim")))
+    Console().print(table)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     if options.security:
         return _security(options)
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from sgl_apr.server.doctor import Finding, check_installation, check_server, is_healthy
-    from sgl_apr.views.printable import printable
 
     findings = list(check_installation())
     try:
@@ -131,11 +133,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if getattr(options, "json", False):
         print(json.dumps({"ok": is_healthy(findings), "findings": [asdict(f) for f in findings]}))
     else:
-        table = Table("", "", "found")
-        for f in findings:
-            hint = f"\n{printable(f.hint)}" if f.hint else ""
-            table.add_row(f.name, STATES[f.state], Text.assemble(printable(f.found), (hint, "dim")))
-        Console().print(table)
+        _print_findings(findings, STATES)
     return int(not is_healthy(findings))
 
 

@@ -85,7 +85,19 @@ class RequestLimits:
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `LIMIT_FLAGS` to a parser. A flag that is not given leaves no attribute."""
-    for flag, (field, minimum, text) in LIMIT_FLAGS.items():
+    add_number_flags(parser, LIMIT_FLAGS)
+
+
+def add_number_flags(
+    parser: argparse.ArgumentParser, flags: Mapping[str, tuple[str, int | float, str]]
+) -> None:
+    """Add flags with a number to a parser. A flag that is not given leaves no attribute.
+
+    Args:
+        parser: The parser.
+        flags: By flag: the name of the attribute, the lowest value, and the help text.
+    """
+    for flag, (field, minimum, text) in flags.items():
         parser.add_argument(
             flag,
             dest=field,

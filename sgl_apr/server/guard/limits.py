@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sgl_apr.server.api.limits import bounded_number
+from sgl_apr.server.api.limits import add_number_flags
 from sgl_apr.server.launch.usage import UsageParser
 
 MIB = 2**20
@@ -100,15 +100,7 @@ class GuardLimits:
 
 def add_guard_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all flags of the guard to a parser. A flag that is not given leaves no attribute."""
-    for flag, (field, minimum, text) in LIMIT_FLAGS.items():
-        parser.add_argument(
-            flag,
-            dest=field,
-            type=bounded_number(minimum),
-            default=argparse.SUPPRESS,
-            metavar="S" if isinstance(minimum, float) else "N",
-            help=text,
-        )
+    add_number_flags(parser, LIMIT_FLAGS)
     for flag, field, text in (
         ("--apr-allow-stop-regex", "stop_regex", "allow `stop_regex`, which SGLang's scheduler matches at every step (a slow one stops the server)"),
         ("--apr-allow-sessions", "sessions", "allow sessions (`/open_session`), by which SGLang lets any client end the server and fill its memory"),
