@@ -90,6 +90,13 @@ SECTIONS: dict[str, Section] = {
         "random-weight Llama. Figures are medians; all trajectories of the second table are valid and forked.",
         figures.overhead,
     ),
+    "runtime.peers": Section(
+        "Against a thread pool",
+        "How long the runtime takes relative to a plain orchestrator (a thread for each question, the OpenAI client, one "
+        "blocking request for each phase, nothing streamed): SmolLM2 with the tags as tokens, questions in parallel with one "
+        "fork into three branches each, greedy, with the same grammars and limits on one server. The clients take turns, each "
+        "is first in every other round, and both start with empty caches.",
+    ),
     "training.tree_build": Section(
         "Building a training tree",
         "How long it takes to merge the sequences of a trajectory into one training tree, and the memory it takes.",

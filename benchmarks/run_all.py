@@ -50,6 +50,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tre
     ),
     "masks.mask_latency": ("--runs", "200"),
     "runtime.overhead": ("--check", "--pairs", "40"),
+    "runtime.peers": ("--check",),
     "quality.ablations": (
         "--model", "runs/parallel/model", "--twin", "runs/sequential/model", "--rl", "runs/rl/model", "-o",
         "runs/questions",

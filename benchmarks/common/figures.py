@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from textwrap import fill
 from typing import Any
 
@@ -163,6 +164,40 @@ def overhead(result: Result) -> str:
         table(["", "figure", "bar"], figures)
         + "\n\n"
         + table(["concurrent trajectories", *counts], throughput)
+    )
+
+
+def peers(result: Result) -> str:
+    rounds = result["rounds"]
+
+    def row(label: str, key: Callable[[Result], float], form: str = ".0f") -> list[str]:
+        medians = (median(key(r[client]) for r in rounds) for client in ("runtime", "thread_pool"))
+        return [label, *(f"{value:{form}}" for value in medians)]
+
+    def cpu_row(label: str, kind: str) -> list[str]:
+        return row(f"CPU seconds, {label}", lambda r: r["cpu_s"][kind], ".1f")
+
+    figures = [
+        row("wall seconds until the last reply", lambda r: r["wall_s"], ".1f"),
+        cpu_row("client", "client"),
+        cpu_row("HTTP process", "http"),
+        cpu_row("scheduler", "scheduler"),
+        cpu_row("detokenizer", "detokenizer"),
+        row("valid replies", lambda r: r["valid"]),
+        row("requests", lambda r: r["requests"]),
+        row("prefilled tokens", lambda r: r["prefilled_tokens"], ",.0f"),
+        row("decoded tokens", lambda r: r["decoded_tokens"], ",.0f"),
+    ]
+    ratios = sorted(r["reply_ratio"] for r in rounds if r["reply_ratio"] is not None)
+    return (
+        table([f"{result['questions']} questions", "runtime", "thread pool"], figures)
+        + "\n\n"
+        + prose(
+            f"Over the replies that both clients finish with as many tokens ({result['compared']:.0f} of "
+            f"{result['questions']}), the runtime takes {result['reply_ratio']:.3f} of the time of the thread pool (median of "
+            f"{len(rounds)} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}; bar 1.0), and {result['wall_ratio']:.3f} until the last "
+            f"reply. {result['same_text']:.0f} replies have the same text."
+        )
     )
 
 

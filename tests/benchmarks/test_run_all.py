@@ -105,7 +105,7 @@ def test_every_benchmark_is_listed_and_takes_its_arguments(capsys):
     modules = [command.split()[2] for command in commands]
     assert all(command.startswith("python -m benchmarks.") for command in commands)
     names = {module.removeprefix("benchmarks.") for module in modules}
-    parts = {"common", "__init__", "replay", "soak_operations"}
+    parts = {"common", "__init__", "replay", "soak_operations", "thread_pool"}
     files = {
         ".".join(path.relative_to(BENCHMARKS).with_suffix("").parts) for path in BENCHMARKS.glob("*/**/*.py")
     }
