@@ -28,7 +28,13 @@ from sgl_apr.formats.options import (
 )
 from sgl_apr.formats.options import BranchNumbering as BranchNumbering
 from sgl_apr.formats.options import Phase as Phase
-from sgl_apr.formats.segmenter import Outline, Segment, raise_on_defect, split_segments
+from sgl_apr.formats.segmenter import (
+    Outline,
+    Segment,
+    match_segments,
+    raise_on_defect,
+    split_segments,
+)
 from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -226,17 +232,27 @@ class Dialect(FormatOptions):
         Raises:
             TraceError: The text is not one that the phase can decode.
         """
-        *rules, last = self._candidate_rules(phase)
-        for rule in rules:
-            try:
-                return self._check_numbers(split_segments(self.grammar, rule, text), text, numbering)
-            except TraceError:
-                continue
-        if not text and self._may_be_empty(phase):
-            return []
-        return self._check_numbers(split_segments(self.grammar, last, text), text, numbering)
+        segments = self.match_phase(phase, text, numbering)
+        if segments is None:
+            segments = split_segments(self.grammar, self._candidate_rules(phase)[-1], text)
+            self._check_numbers(segments, text, numbering)
+        return segments
 
-    def _check_numbers(self, segments: list[Segment], text: str, numbering: BranchNumbering) -> list[Segment]:
+    def match_phase(
+        self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING
+    ) -> list[Segment] | None:
+        """Split the text of a phase as `parse_phase` does; None if it is not one that the phase can decode."""
+        for rule in self._candidate_rules(phase):
+            segments = match_segments(self.grammar, rule, text)
+            if segments is not None:
+                try:
+                    self._check_numbers(segments, text, numbering)
+                except TraceError:
+                    continue
+                return segments
+        return [] if not text and self._may_be_empty(phase) else None
+
+    def _check_numbers(self, segments: list[Segment], text: str, numbering: BranchNumbering) -> None:
         sequence = ParserFrame(prefix=numbering.prefix, number=numbering.number)
         if self.asynchronous and numbering.number:
             block = OpenBlock(1)
@@ -246,7 +262,6 @@ class Dialect(FormatOptions):
         builder = self.span_builder(raise_on_defect(text), sequence)
         for index, segment in enumerate(segments):
             builder.place(segment, index)
-        return segments
 
     def complete_phase(
         self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING

@@ -17,6 +17,7 @@ from sgl_apr.formats.grammar_checks import TEXT as TEXT
 from sgl_apr.formats.grammar_checks import check_expansion, check_grammar
 from sgl_apr.formats.grammar_source import grammar_path as grammar_path
 from sgl_apr.formats.grammar_source import parse_source, separate_tags
+from sgl_apr.formats.lalr_driver import LalrTables
 from sgl_apr.formats.lark_ast import (
     Alt,
     Expr,
@@ -94,6 +95,7 @@ class Grammar:
             raise GrammarError(f"{name}: no terminal {TEXT}, expected e.g. {TEXT} : /(.|\\n)+/")
         check_grammar(self.rules, self.terminals, self.lines, name)
         self._parsers: dict[str, Lark] = {}
+        self._tables: dict[str, LalrTables] = {}
         self._expandable: set[str] = set()  # rules that are known to end when they are written out
 
     def _add(self, item: Tree[Token] | Token) -> None:
@@ -284,6 +286,12 @@ class Grammar:
                 raise GrammarError(f"{self._place_of(error)}: {str(error).splitlines()[0]}") from error
         return self._parsers[start]
 
+    def tables(self, start: str) -> LalrTables:
+        """Return the parse tables of rule `start`."""
+        if start not in self._tables:
+            self._tables[start] = LalrTables(self.parser(start))
+        return self._tables[start]
+
     def _place_of(self, error: LarkError) -> str:
         """The file, and the line of the first rule that an error of Lark names."""
         names = re.findall(r"<_*([a-z]\w*?)(?:_(?:star|plus)_\d+)? :", str(error))
@@ -291,9 +299,12 @@ class Grammar:
         return self.name if line is None else f"{self.name}, line {line}"
 
     def _exclude_tags(self, terminal: TerminalDef) -> None:
-        if terminal.name == TEXT:
-            tags = "|".join(re.escape(t) for t in sorted(self.tag_literals, key=len, reverse=True))
-            terminal.pattern = PatternRE(rf"(?:(?!{tags})[\s\S])+" if tags else r"[\s\S]+")
+        if terminal.name != TEXT:
+            return
+        tags = "|".join(re.escape(t) for t in sorted(self.tag_literals, key=len, reverse=True))
+        # Only where a tag can begin is it worth to look for one. Nothing follows, so no match has to be given up.
+        first = "".join(re.escape(c) for c in sorted({t[0] for t in self.tag_literals}))
+        terminal.pattern = PatternRE(rf"(?:[^{first}]++|(?!{tags})[{first}])++" if tags else r"[\s\S]+")
 
 
 @lru_cache(maxsize=1024)  # called several times for every request

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lark import Token, Tree, UnexpectedInput
+from lark import Token
 
 from sgl_apr.errors import AprError, TraceError
 from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.error_recovery import ErrorRecoveringParser, Repair
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
 from sgl_apr.formats.graph_builder import build_spans
+from sgl_apr.formats.lalr_driver import LalrParser, Lexeme
 from sgl_apr.formats.segmenter import Segment, iter_segments
 from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -157,11 +158,10 @@ def _parse_with_recovery(text: str, dialect: Dialect, tokenizer: Tokenizer | Non
     for repair in recovery.repairs:
         for name, expected in _defects_of(repair, recovery, names):
             report(name, repair.offset, repair.end, expected)
-    try:
-        segments = _cover_text(_segments(dialect.grammar, recovery.tokens), len(text))
-    except UnexpectedInput:  # nothing short completes a reply of this grammar
+    segments = _segments(dialect.grammar, recovery.tokens)
+    if segments is None:  # nothing short completes a reply of this grammar
         report("beyond repair", 0, len(text), f"a reply of {dialect.name}")
-        segments = _cover_text([], len(text))
+    segments = _cover_text(segments or [], len(text))
     ids: list[tuple[int, ...] | None] = [None] * len(segments)
     if tokenizer is not None:
         ids = list(split_token_ids(tokenizer.encode(text), text, [s.end for s in segments], tokenizer))
@@ -173,12 +173,13 @@ def _parse_with_recovery(text: str, dialect: Dialect, tokenizer: Tokenizer | Non
     )
 
 
-def _segments(grammar: Grammar, tokens: list[Token]) -> list[Segment]:
-    interactive = grammar.parser("trace").parse_interactive("")
+def _segments(grammar: Grammar, tokens: list[Token]) -> list[Segment] | None:
+    """The segments of tokens; None if they do not make a complete reply."""
+    parser = LalrParser(grammar.tables("trace"))
     for token in tokens:
-        interactive.feed_token(token)
-    tree: Tree[Token] = interactive.feed_eof()
-    return list(iter_segments(grammar, tree, keep_empty=True))
+        parser.feed(Lexeme(token.type, str(token), token.start_pos or 0, token.end_pos or 0))
+    node = parser.finish()
+    return None if node is None else list(iter_segments(grammar, node, keep_empty=True))
 
 
 def _cover_text(segments: list[Segment], size: int) -> list[Segment]:

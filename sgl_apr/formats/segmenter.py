@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, get_args
 
-from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
+from lark import Lark, UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
 from lark.lexer import PatternStr
 
 from sgl_apr.errors import TraceError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
-from sgl_apr.formats.reading_progress import report_position
+from sgl_apr.formats.lalr_driver import Lexeme, Node, parse_text
 from sgl_apr.trajectory.spans import Role
 
 BRANCH_RULES = ("body", "branch", "rejoin")  # free text in these is the text of a branch
@@ -67,23 +67,29 @@ def split_segments(grammar: Grammar, start: str, text: str) -> list[Segment]:
     Raises:
         TraceError: The text does not match the rule.
     """
-    return list(iter_segments(grammar, parse_tree(grammar, start, text)))
+    segments = match_segments(grammar, start, text)
+    if segments is None:
+        raise syntax_error(grammar, start, text)
+    return segments
 
 
-def parse_tree(grammar: Grammar, start: str, text: str) -> Tree[Token]:
-    """Return Lark's tree of a text that matches rule `start`; raises `TraceError` if it does not."""
+def match_segments(grammar: Grammar, start: str, text: str) -> list[Segment] | None:
+    """Split a text into segments as `split_segments` does; None if the text does not match the rule."""
+    node = parse_text(grammar.tables(start), text)
+    return None if node is None else list(iter_segments(grammar, node))
+
+
+def syntax_error(grammar: Grammar, start: str, text: str) -> TraceError:
+    """Return the error of a text that does not match a rule: where it departs, and what Lark expects there."""
     parser = grammar.parser(start)
     try:
-        interactive = parser.parse_interactive(text)
-        if (state := interactive.lexer_thread.state) is not None:
-            report_position(lambda: state.line_ctr.char_pos)
-        tree: Tree[Token] = interactive.resume_parse()
-        return tree
+        parser.parse(text)
     except UnexpectedInput as error:
-        raise _trace_error(parser, error, text) from None
+        return _trace_error(parser, error, text)
+    raise AssertionError(f"Lark accepts a text of {len(text)} characters that its tables do not")
 
 
-def iter_segments(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = False) -> Iterator[Segment]:
+def iter_segments(grammar: Grammar, tree: Node, *, keep_empty: bool = False) -> Iterator[Segment]:
     """Yield the segments of a tree in the order of the text.
 
     Args:
@@ -91,49 +97,37 @@ def iter_segments(grammar: Grammar, tree: Tree[Token], *, keep_empty: bool = Fal
         tree: The tree.
         keep_empty: Also yield segments without text, which stand for tokens that error recovery has inserted.
     """
-    stack: list[tuple[Tree[Token] | Token, bool]] = [(tree, False)]
+    stack: list[tuple[Node | Lexeme, bool]] = [(tree, False)]
     while stack:
-        node, in_branch = stack.pop()
-        if isinstance(node, Token):
-            start, end = node.start_pos or 0, node.end_pos or 0
-            if end > start or keep_empty:
-                role: Role = "closer" if node.type != TEXT else "body" if in_branch else "text"
-                yield Segment(role, start, end)
-            continue
-        rule = str(node.data)
-        if rule in _SEGMENT_RULES:
-            if segment := _segment(grammar, node, _SEGMENT_RULES[rule]):
+        item, in_branch = stack.pop()
+        if isinstance(item, Lexeme):
+            if item.end > item.start or keep_empty:
+                role: Role = "closer" if item.type != TEXT else "body" if in_branch else "text"
+                yield Segment(role, item.start, item.end)
+        elif item.rule in _SEGMENT_RULES:
+            if segment := _segment(grammar, item, _SEGMENT_RULES[item.rule]):
                 yield segment
         else:
-            in_branch = in_branch or rule in BRANCH_RULES
-            stack += [(child, in_branch) for child in reversed(node.children)]
+            in_branch = in_branch or item.rule in BRANCH_RULES
+            stack += [(child, in_branch) for child in reversed(item.children)]
 
 
-def _segment(grammar: Grammar, node: Tree[Token], role: Role) -> Segment | None:
-    first, last = _boundary_token(node, first=True), _boundary_token(node, first=False)
-    if first is None or last is None:
+def _segment(grammar: Grammar, node: Node, role: Role) -> Segment | None:
+    tokens = list(_tokens(node))
+    if not tokens:
         return None
-    start, end = first.start_pos or 0, last.end_pos or 0
+    start, end = tokens[0].start, tokens[-1].end
     if role == "fork":
         return Segment(role, start, end, outlines=tuple(_outlines(grammar, node)))
-    tokens = _tokens(grammar, node)
+    values = _values(grammar, tokens)
     return Segment(
         role,
         start,
         end,
-        number=str(tokens.get(NUMBER, "")),
-        name=str(tokens.get("", "")),
-        label=str(tokens.get(TEXT, "")).strip(),
+        number=values[NUMBER].value if NUMBER in values else "",
+        name=values[""].value if "" in values else "",
+        label=values[TEXT].value.strip() if TEXT in values else "",
     )
-
-
-def _boundary_token(node: Tree[Token], *, first: bool) -> Token | None:
-    """The first or last token of a tree, if it has any."""
-    for child in node.children if first else reversed(node.children):
-        token = child if isinstance(child, Token) else _boundary_token(child, first=first)
-        if token is not None:
-            return token
-    return None
 
 
 # Rules that are one segment each, with its role.
@@ -141,21 +135,27 @@ _SEGMENT_RULES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("pr
 _SEGMENT_RULES["failure"] = "result"
 
 
-def _outlines(grammar: Grammar, fork: Tree[Token]) -> Iterator[Outline]:
-    for outline in [c for c in fork.children if isinstance(c, Tree)] or [fork]:
-        tokens = _tokens(grammar, outline)
-        text = tokens.get(TEXT, tokens.get(""))
+def _outlines(grammar: Grammar, fork: Node) -> Iterator[Outline]:
+    for outline in [child for child in fork.children if isinstance(child, Node)] or [fork]:
+        values = _values(grammar, _tokens(outline))
+        text = values.get(TEXT, values.get(""))
         if text is not None:
-            first = tokens.get(NUMBER, text)
-            yield Outline(str(tokens.get(NUMBER, "")), str(text).strip(), first.start_pos or 0)
+            number = values.get(NUMBER)
+            yield Outline(number.value if number else "", text.value.strip(), (number or text).start)
 
 
-def _tokens(grammar: Grammar, node: Tree[Token]) -> dict[str, Token]:
+def _tokens(node: Node) -> Iterator[Lexeme]:
+    """The tokens of a node in the order of the text."""
+    for child in node.children:
+        if isinstance(child, Lexeme):
+            yield child
+        else:
+            yield from _tokens(child)
+
+
+def _values(grammar: Grammar, tokens: Iterable[Lexeme]) -> dict[str, Lexeme]:
     """The first number, the first text, and under "" the first match of any other regular expression."""
-    by_type: dict[str, Token] = {}
-    tokens = [child for child in node.children if isinstance(child, Token)]
-    if len(tokens) < len(node.children):
-        tokens = list(node.scan_values(lambda v: isinstance(v, Token)))
+    by_type: dict[str, Lexeme] = {}
     for token in tokens:
         if token.type in (NUMBER, TEXT):
             by_type.setdefault(token.type, token)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sgl_apr.errors import TraceError
 from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.dialects import BranchNumbering, Dialect, Phase
 from sgl_apr.formats.segmenter import Outline, Segment
@@ -90,14 +89,14 @@ def parse_phase_output(
     in_branch = phase in ("branch", "rejoin")
     closing, segments = "", None
     if cut != "failed":
-        segments = _try_parse(dialect, phase, numbering, text)
+        segments = dialect.match_phase(phase, text, numbering)
     is_complete = segments is not None
     for note in (FAILURE_NOTE, "") if cut == "failed" else ("",):
         if segments is None:
             closing = note + (dialect.complete_phase(phase, text + note, numbering) or "")
             if closing == PLACEHOLDER and phase == "trunk" and max_filler_tokens is not None:
                 closing = truncate_tokens(tokenizer, PLACEHOLDER, max_filler_tokens) or PLACEHOLDER[0]
-            segments = _try_parse(dialect, phase, numbering, text + closing)
+            segments = dialect.match_phase(phase, text + closing, numbering)
     if closing and not completes_fork and any(s.role in ("fork", "wait") for s in segments or ()):
         segments = None
     if segments is None:
@@ -112,13 +111,6 @@ def parse_phase_output(
     finish: Finish = "stop" if is_complete and stops else cut or ("eos" if ended else "stop")
     pieces = tuple(_draft_spans(segments, text, ids, closing, tokenizer))
     return PhaseOutput(pieces, finish, fork is not None, fork.outlines if fork else (), wait)
-
-
-def _try_parse(dialect: Dialect, phase: Phase, numbering: BranchNumbering, text: str) -> list[Segment] | None:
-    try:
-        return dialect.parse_phase(phase, text, numbering)
-    except TraceError:
-        return None
 
 
 def _draft_spans(
