@@ -71,6 +71,7 @@ class ReplayEngine:
 
     grammar_backend: GrammarBackend = "llguidance"
     supports_seeds, context, joins_kv, chunk = False, None, False, CHUNK_COMPLETE
+    resumes_grammar = caches_output = False
 
     def __init__(self, tokenizer: Tokenizer, answers: Iterator[tuple[int, ...]]) -> None:
         self.tokenizer, self._script, self.calls, self.seconds = tokenizer, answers, 0, 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -31,6 +31,9 @@ class Request:
         layout: Which of the ids are branches that were decoded in parallel. None means that the prompt is one
             sequence. Engines that do not join in their cache (`joins_kv`) are sent no layout.
         logprobs: Whether to return the log-probabilities of the decoded tokens.
+        resumed_tokens: How many of the last `input_ids` were decoded under `grammar`, by a request that its
+            `max_tokens` cut. The grammar continues after them. Only for engines that resume (`resumes_grammar`), or
+            without a grammar.
         fields: Further fields of the request (lora_path, cache_salt, ...), under SGLang's names.
     """
 
@@ -43,6 +46,7 @@ class Request:
     stop: tuple[str, ...] = ()
     layout: Layout | None = None
     logprobs: bool = False
+    resumed_tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +70,17 @@ class Result:
     cached_tokens: int | None
     logprobs: tuple[float, ...] | None = None
     weight_version: str | None = None
+
+    def continued_by(self, further: Result) -> Result:
+        """The result of this request and of one that continued it, as of one request."""
+        logprobs = None if further.logprobs is None else (*(self.logprobs or ()), *further.logprobs)
+        return replace(
+            self,
+            token_ids=self.token_ids + further.token_ids,
+            finish=further.finish,
+            logprobs=logprobs,
+            weight_version=further.weight_version,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +170,21 @@ class Engine(Protocol):
         """Whether requests may have a layout, so that branches join in the KV cache."""
         ...
 
+    @property
+    def caches_output(self) -> bool:
+        """Whether its cache keeps what a request has decoded, so that branches may decode through the engine itself."""
+        ...
+
+    @property
+    def resumes_grammar(self) -> bool:
+        """Whether a request may continue under its grammar where another was cut (`Request.resumed_tokens`)."""
+        ...
+
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        """Decode one request and pass its ids to `on_tokens` as they arrive."""
+        """Decode one request and pass its ids to `on_tokens` as they arrive.
+
+        Without `on_tokens` nobody needs an id before the end, so the engine may transfer them in few large pieces.
+        """
         ...
 
     async def commit(self, request: Request) -> Result:

@@ -41,6 +41,7 @@ from sgl_apr.engine.sglang_request import (
     make_result,
     new_logprobs,
     new_token_ids,
+    stream_interval,
     sum_loads,
     unexpected,
     with_layout,
@@ -82,7 +83,7 @@ class HttpEngine(ServerRequests, SGLangEngine):
         self._load_expires_at = 0.0  # when the reported load expires
         self.grammar_backend: GrammarBackend = "llguidance"
         self.supports_seeds = False
-        self.joins_kv = False
+        self.joins_kv = self.resumes_grammar = False
         self.context: int | None = None
 
     @classmethod
@@ -122,6 +123,8 @@ class HttpEngine(ServerRequests, SGLangEngine):
             engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
             engine.supports_seeds = bool(server.get("enable_deterministic_inference"))
             engine.joins_kv = server.get("radix_cache_backend") == RADIX_CACHE_BACKEND
+            engine.resumes_grammar = engine.joins_kv
+            engine.default_interval = stream_interval(server.get("stream_interval"))
             engine.context = await engine._context()
             if tokenizer is None:
                 path = info.get("tokenizer_path")

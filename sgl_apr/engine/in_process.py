@@ -23,6 +23,7 @@ from sgl_apr.engine.sglang_request import (
     make_result,
     new_logprobs,
     new_token_ids,
+    stream_interval,
     sum_loads,
     with_layout,
 )
@@ -59,7 +60,9 @@ class InProcessEngine(SGLangEngine):
         self.grammar_backend: GrammarBackend = backend
         self.supports_seeds = bool(manager.config_value("enable_deterministic_inference"))
         self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
+        self.resumes_grammar = True
         self.joins_kv = manager.config_value("radix_cache_backend") == RADIX_CACHE_BACKEND
+        self.default_interval = stream_interval(manager.config_value("stream_interval"))
         self.context: int | None = int(manager.model_config.context_len)
         self.vocab_size = int(manager.model_config.vocab_size)
         self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))

@@ -102,7 +102,7 @@ class ScriptedEngine:
     ) -> None:
         self.script, self.supports_seeds = script, supports_seeds
         self._tokenizer: Tokenizer = tokenizer or ByteTokenizer()
-        self.joins_kv = False
+        self.joins_kv, self.resumes_grammar, self.caches_output = False, True, False
         self.context: int | None = None
         self.vocab_size: int | None = getattr(self._tokenizer, "vocab_size", None)
         self.loads: Load | None = None
@@ -125,9 +125,11 @@ class ScriptedEngine:
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         self.requests.append(request)
         cached = self._cached(request.input_ids)
-        reply = self.script(request, self._tokenizer.decode(request.input_ids))
+        prompt = request.input_ids[: len(request.input_ids) - request.resumed_tokens]
+        reply = self.script(request, self._tokenizer.decode(prompt))
         reply = Reply(reply) if isinstance(reply, str) else reply
         ids, finish = self._limited(request, reply)
+        ids = ids[request.resumed_tokens :]
         self.active.add(request.rid)
         try:
             for i in ids:
@@ -149,7 +151,7 @@ class ScriptedEngine:
                 request.stop and self._tokenizer.decode(ids).endswith(tuple(request.stop))
             ):
                 return tuple(ids), "stop"
-            if len(ids) == request.max_tokens:
+            if len(ids) == request.resumed_tokens + request.max_tokens:
                 return tuple(ids), "length"
         return (*ids, *([min(self._tokenizer.eos_ids)] if reply.end else [])), "stop"
 

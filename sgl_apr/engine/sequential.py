@@ -41,6 +41,14 @@ class SequentialEngine:
     def joins_kv(self) -> bool:
         return self._engine.joins_kv
 
+    @property
+    def caches_output(self) -> bool:
+        return self._engine.caches_output
+
+    @property
+    def resumes_grammar(self) -> bool:
+        return self._engine.resumes_grammar
+
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         """Decode once all earlier requests have ended."""
         async with self._lock:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any, Self
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
@@ -17,6 +19,13 @@ MAX_COUNT = 1 << 62  # tokens or requests
 # Models have a few more ids than their tokenizers, since the number is rounded up.
 PADDED_IDS = 4096
 UNKNOWN_VOCAB_SIZE = 1 << 24
+STREAM_INTERVAL = 32  # tokens of a chunk that nobody waits for
+INTERVAL_PARAM = (
+    "stream_interval"  # a sampling parameter: tokens of a chunk, after the first chunk of one token
+)
+# The share of the timeout that such a chunk may take, and the seconds of a decoding step before one is measured.
+CHUNK_SHARE, UNKNOWN_STEP_S = 0.25, 0.25
+RESUME_PARAM = "apr_resumed_tokens"  # a custom parameter: `Request.resumed_tokens`
 # What SGLang reports for each rank: the fields that `sum_loads` uses.
 LOAD_FIELDS = (
     "num_running_reqs",
@@ -28,16 +37,48 @@ LOAD_FIELDS = (
 
 
 class SGLangEngine(ABC):
-    """Decodes, commits and forks with `_generate`. A fork needs no state here: the server caches its prefix."""
+    """Decodes, commits and forks with `_generate`. A fork needs no state here: the server caches its prefix.
 
+    Attributes:
+        default_interval: Tokens of a chunk unless a request sets another number. None if a request cannot.
+    """
+
+    caches_output = True
     _tokenizer: Tokenizer
+    _timeout: float
+    _step_timer: StepTimer
+    default_interval: int | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        return await self._generate(request, decode_sampling_params(request), on_tokens)
+        sampling = decode_sampling_params(request)
+        interval = self._quiet_interval() if on_tokens is None else None
+        if interval is None or INTERVAL_PARAM in sampling:
+            return await self._generate(request, sampling, on_tokens)
+        try:
+            return await self._generate(request, {**sampling, INTERVAL_PARAM: interval}, None)
+        except EngineError as error:
+            if error.status != 400 or INTERVAL_PARAM not in str(error):
+                raise
+            self.default_interval = None  # an SGLang without the parameter
+        # The request that was refused is being aborted by its id, so this one has another one of the same length.
+        rid = request.rid[:-1] + ("1" if request.rid.endswith("0") else "0")
+        return await self._generate(replace(request, rid=rid), sampling, None)
+
+    def _quiet_interval(self) -> int | None:
+        """Tokens of a chunk that nobody waits for. None leaves it to the server.
+
+        Fewer and larger chunks save most of the time that client and server take for a token. None may take so long
+        that the client gives the server up.
+        """
+        if self.default_interval is None or self.default_interval >= STREAM_INTERVAL:
+            return None
+        step_s = max((seconds for _, seconds in self._step_timer.steps), default=UNKNOWN_STEP_S)
+        tokens = int(min(STREAM_INTERVAL, CHUNK_SHARE * self._timeout / max(step_s, 1e-6)))
+        return tokens if tokens > self.default_interval else None
 
     async def commit(self, request: Request) -> Result:
         return await self._generate(request, {"max_new_tokens": 0}, None)
@@ -65,6 +106,9 @@ def decode_sampling_params(request: Request) -> dict[str, Any]:
     }
     if request.grammar is not None:
         sampling["ebnf"] = request.grammar
+        if request.resumed_tokens:
+            custom = {**(sampling.get("custom_params") or {}), RESUME_PARAM: request.resumed_tokens}
+            sampling["custom_params"] = custom
     elif request.stop:
         sampling["stop"] = list(request.stop)
     return sampling
@@ -171,6 +215,11 @@ def check_finished(name: str, meta: Mapping[str, Any]) -> None:
         raise EngineError(f"{name} ended its answer without a finish reason: it died or is stopping")
     if reason["type"] == "abort":
         raise EngineError(f"{name} aborted the request: {reason.get('message')}", reason.get("status_code"))
+
+
+def stream_interval(value: Any) -> int | None:
+    """Return `SGLangEngine.default_interval` from the setting of a server, None if that is no number of tokens."""
+    return value if type(value) is int and value >= 1 else None
 
 
 def sum_loads(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import uuid
 from bisect import bisect, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.runtime.allowance import Allowance
+from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.events import OnEvent
+from sgl_apr.runtime.lease_pool import Lease, LeasePool
+from sgl_apr.runtime.leases import BranchLeases
 from sgl_apr.runtime.option_checks import (
     JSON_OPTION_NAMES,
     check_function,
@@ -28,7 +30,7 @@ from sgl_apr.runtime.options import DEFAULT_DIALECT, make_options
 from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
 from sgl_apr.runtime.prompts import vocab_size
 from sgl_apr.runtime.recorder import TrajectoryRecorder
-from sgl_apr.runtime.request_runner import RequestRunner, release_engines
+from sgl_apr.runtime.request_runner import PENALTIES, Extend, RequestRunner, can_continue, release_engines
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 
@@ -73,6 +75,7 @@ class MethodRequests:
         self.seed = self.options.seed if self.options.seed is not None else random.getrandbits(31)
         self.runner = RequestRunner(engine, self.options, self.recorder, self.rid, self.seed)
         self.allowance = Allowance.of(self.budget)
+        self.shares_tokens = can_continue(engine, self.options)
         self._reserved = 0
         self._computed = list[tuple[int, ...]]()  # prefixes that the engine has computed, sorted
         self._forked = list[Engine]()
@@ -85,7 +88,7 @@ class MethodRequests:
     def reserve(
         self, prompts: Sequence[Prompt], share: float = 1.0, max_tokens: int | None = None
     ) -> list[int]:
-        """Set tokens aside for each prompt until `decode` gives them back.
+        """Set tokens aside for each prompt until `release_tokens` gives them back.
 
         Args:
             prompts: What will be decoded after.
@@ -100,6 +103,40 @@ class MethodRequests:
         tokens = [equal if p.tokens is None else min(equal, p.tokens) for p in prompts]
         self._reserved += sum(tokens)
         return tokens
+
+    def open_leases(
+        self, branches: Sequence[SequenceState], prompts: Sequence[Prompt], tokens: Sequence[int]
+    ) -> BranchLeases:
+        """Let branches share the tokens that were reserved for them.
+
+        Args:
+            branches: Those of one fork.
+            prompts: What each decodes after.
+            tokens: From `reserve`. `release_tokens` gives them back.
+        """
+        # A method has chosen its width by the budget: all of its branches start.
+        pool = LeasePool(sum(tokens), 0, results=False, first_lease=0)
+        written = [branch.tokens_used for branch in branches]
+        pool.open([0] * len(prompts), max(tokens), [self._max_tokens(p, max(tokens)) for p in prompts])
+        before = dict(zip(branches, written, strict=True))
+
+        def final_tokens(branch: SequenceState, _: Lease) -> int:
+            return branch.tokens_used - before[branch]
+
+        return BranchLeases(pool, branches, final_tokens, add_tokens=lambda branch, tokens: None)
+
+    def _max_tokens(self, prompt: Prompt, equal: int) -> int:
+        """What one completion may decode, at most. Where it cannot be continued, that is its equal part."""
+        own = self.budget.branch_tokens or NO_LIMIT
+        own = own if prompt.tokens is None else min(own, prompt.tokens)
+        # A stop text may begin before the end of a request, and SGLang looks for it in what follows.
+        resumes = self.engine.resumes_grammar if prompt.grammar else not prompt.stop
+        penalized = any(name in prompt.sampling for name in PENALTIES)
+        return own if resumes and self.shares_tokens and not penalized else min(own, equal)
+
+    def release_tokens(self, tokens: int) -> None:
+        """Give back tokens that were reserved."""
+        self._reserved -= tokens
 
     def write(self, sequence: SequenceState, text: str, waits_for: tuple[int, ...] = ()) -> None:
         """Write the text of a prompt. A prompt without room for it cuts the sequence."""
@@ -132,27 +169,42 @@ class MethodRequests:
         return engines, self.runner.choose_parallelism(parent.sequence, size, tokens, load)
 
     async def decode(
-        self, engine: Engine | None, sequence: SequenceState, prompt: Prompt, tokens: int
+        self,
+        engine: Engine | None,
+        sequence: SequenceState,
+        prompt: Prompt,
+        tokens: int,
+        extend: Callable[[], Awaitable[int]] | None = None,
     ) -> Completion:
-        """Decode after a sequence, at most the `tokens` reserved for it, which are given back."""
+        """Decode after a sequence.
+
+        Args:
+            engine: Decodes, None if nothing may be decoded.
+            sequence: The sequence.
+            prompt: How to decode.
+            tokens: Tokens that were reserved for it.
+            extend: Waits for more of them, and returns how many it may decode in all.
+        """
         # A prompt's own limit comes first: where it is granted in full, no limit of the budget acts.
         limits = {} if prompt.tokens is None else {PROMPT_LIMIT: prompt.tokens}
-        limits["tokens"] = tokens
         if sequence.path and self.budget.branch_tokens is not None:
             limits["branch_tokens"] = self.budget.branch_tokens
+        limits["tokens"] = tokens
         limits["critical_tokens"] = self.allowance.critical_path_cap - sequence.critical_path
         if self.engine.context is not None:
             limits["context"] = self.engine.context - len(sequence.context)
-        limit = min(limits, key=limits.__getitem__)
-        max_tokens = limits[limit]
-        try:
-            if self.allowance.calls < 1:
-                limit, max_tokens = "calls", 0
-            if engine is None or max_tokens < 1 or sequence.scope.cancel_reason:
-                return self._cut(sequence, engine, limit if max_tokens < 1 else sequence.scope.limit)
-            return await self._complete(engine, sequence, prompt, max_tokens, limit)
-        finally:
-            self._reserved -= tokens
+        if self.allowance.calls < 1:
+            limits = {"calls": 0}
+        limit, max_tokens = lowest(limits)
+        if engine is None or max_tokens < 1 or sequence.scope.cancel_reason:
+            return self._cut(sequence, engine, limit if max_tokens < 1 else sequence.scope.limit)
+
+        async def extend_limits(ids: Sequence[int]) -> int:
+            if extend and lowest(limits)[0] == "tokens":
+                limits["tokens"] = await extend()
+            return lowest(limits)[1] - len(ids)
+
+        return await self._complete(engine, sequence, prompt, limits, extend_limits)
 
     def _cut(self, sequence: SequenceState, engine: Engine | None, limit: str) -> Completion:
         self.recorder.request_log.record_limit(limit, sequence.path)
@@ -169,15 +221,21 @@ class MethodRequests:
         return output
 
     async def _complete(
-        self, engine: Engine, sequence: SequenceState, prompt: Prompt, max_tokens: int, limit: str
+        self,
+        engine: Engine,
+        sequence: SequenceState,
+        prompt: Prompt,
+        limits: Mapping[str, int],
+        extend: Extend,
     ) -> Completion:
+        max_tokens = lowest(limits)[1]
         request = self.runner.builder.decode_request(
             sequence.context, max_tokens, grammar=prompt.grammar, stop=prompt.stop, sampling=prompt.sampling
         )
         emit = self.recorder.events.delta_callback(sequence.path)
         stream = IncrementalDetokenizer(self.tokenizer, sequence.context, emit)
         new = self._uncomputed_tokens(sequence.context)
-        result, call = await self.runner.send_request(engine, sequence, "ask", new, request, stream)
+        result, call = await self.runner.send_request(engine, sequence, "ask", new, request, stream, extend)
         ids = result.token_ids if result else tuple(stream.received_ids)
         ended = bool(ids) and ids[-1] in self.tokenizer.eos_ids
         own = ids[:-1] if ended else ids
@@ -187,7 +245,7 @@ class MethodRequests:
             if finish != "failed":
                 self.recorder.request_log.record_limit(sequence.scope.limit, sequence.path)
         elif result.finish == "length":
-            finish = "length"
+            finish, limit = "length", lowest(limits)[0]
             if limit != PROMPT_LIMIT:
                 self.recorder.request_log.record_limit(limit, sequence.path)
         elif ended:
@@ -222,6 +280,11 @@ def check_method_options(options: Mapping[str, Any]) -> None:
             raise AprError(f"no option {name!r}: a method has a fixed structure")
     check_option_names(options, METHOD_OPTION_NAMES)
     check_options(options)
+
+
+def lowest(limits: Mapping[str, int]) -> tuple[str, int]:
+    """The limit that acts first, and its value."""
+    return min(limits.items(), key=lambda limit: limit[1])
 
 
 def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -100,7 +100,10 @@ class MethodSession:
         waits_for = self._ends(prompt.depends_on) if prompt.depends_on else ()
         self.requests.write(completion.sequence, prompt.text, waits_for)
         (tokens,) = self.requests.reserve([prompt])
-        return await self.requests.decode(completion.engine, completion.sequence, prompt, tokens)
+        try:
+            return await self.requests.decode(completion.engine, completion.sequence, prompt, tokens)
+        finally:
+            self.requests.release_tokens(tokens)
 
     async def fork(
         self,
@@ -218,7 +221,11 @@ class MethodSession:
         trunk = self.root.sequence
         trunk.span_order = self._ordered_spans(trunk)
         return self.recorder.finish(
-            trunk, self.method, self.requests.seed, self.requests.runner.supports_seeds
+            trunk,
+            self.method,
+            self.requests.seed,
+            seeds_honoured=self.requests.runner.supports_seeds,
+            tokens_shared=self.requests.shares_tokens,
         )
 
     def _ends(self, completions: Sequence[Completion]) -> tuple[int, ...]:
@@ -274,16 +281,31 @@ class MethodSession:
         engines, parallelism = await self.requests.fork(parent, group.branches, max(tokens))
         index = {branch: k for k, branch in enumerate(group.branches)}
         completions = dict[SequenceState, Completion]()
+        group.leases = leases = self.requests.open_leases(group.branches, prompts, tokens)
+        reserved = sum(tokens)
 
         async def decode(branch: SequenceState) -> None:
-            k = index[branch]
-            engine = engines[k] if engines else None
-            completions[branch] = await self.requests.decode(engine, branch, prompts[k], tokens[k])
+            nonlocal reserved
+            k, before = index[branch], branch.tokens_used
+
+            async def extend() -> int:
+                await group.extend(branch, 0)
+                return leases.of(branch).tokens
+
+            completions[branch] = await self.requests.decode(
+                engines[k] if engines else None, branch, prompts[k], leases.of(branch).tokens, extend
+            )
+            written = branch.tokens_used - before  # spent, and so no longer reserved
+            reserved -= written
+            self.requests.release_tokens(written)
             group.end(branch)
 
         if self.budget.width is not None:
             parallelism = min(parallelism, self.budget.width)
-        await group.run(decode, policy=policy, parallelism=parallelism)
+        try:
+            await group.run(decode, policy=policy, parallelism=parallelism)
+        finally:
+            self.requests.release_tokens(reserved)
         group.joined()
         return [completions[branch] for branch in group.branches]
 

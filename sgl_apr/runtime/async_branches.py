@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.formats.segmenter import Outline
+from sgl_apr.runtime.allowance import NO_LIMIT
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.fork_join import ForkJoin
 from sgl_apr.runtime.fork_rules import ForkRules
+from sgl_apr.runtime.lease_pool import Lease
+from sgl_apr.runtime.pending_leases import PendingLeases
 from sgl_apr.runtime.request_runner import RequestRunner, release_engines
 from sgl_apr.runtime.sequence import PendingBranch, PendingBranches, SequenceState
 
@@ -25,20 +29,37 @@ class AsyncBranches:
     ) -> None:
         self.runner, self.rules, self.fork_join, self.tasks = runner, rules, fork_join, tasks
         self.options = rules.options
-        self._groups = dict[SequenceState, BranchGroup]()  # the open block of each sequence
+        self._groups = dict[
+            SequenceState, tuple[BranchGroup, PendingLeases]
+        ]()  # the open block of each sequence
         self._engines = list[Engine]()
 
     async def spawn(
-        self, engine: Engine | None, sequence: SequenceState, outline: Outline, run_branch: RunBranchOn
+        self,
+        engine: Engine | None,
+        sequence: SequenceState,
+        outline: Outline,
+        run_branch: RunBranchOn,
+        outer: BranchGroup | None,
     ) -> int:
-        """Start one branch and continue. Its share is set aside until it is joined.
+        """Start one branch and continue. Its lease is set aside until it is joined.
+
+        Args:
+            engine: The engine of the sequence, None if it may send nothing.
+            sequence: The sequence that continues.
+            outline: What the branch is to do.
+            run_branch: Runs it.
+            outer: The group that the sequence is a branch of.
 
         Returns:
             Tokens of the sequence that the engine has not computed: none.
         """
-        if sequence.pending is None or not sequence.pending.running:
-            sequence.pending, self._groups[sequence] = PendingBranches(), BranchGroup(sequence)
-        group, pending = self._groups[sequence], sequence.pending
+        pending = sequence.pending
+        if pending is None or not pending.running:
+            kept = sequence.allowance.tokens - self.rules.unreserved(sequence.allowance.tokens)
+            pending = sequence.pending = PendingBranches(kept)
+            self._groups[sequence] = self._open_group(sequence, outer)
+        group, leases = self._groups[sequence]
         engines: Sequence[Engine] = ()
         if engine:
             engines, _ = await self.runner.fork(engine, sequence, 1)
@@ -46,15 +67,26 @@ class AsyncBranches:
         share = self.rules.branch_allowance(sequence, self.options.width)
         (identity,) = self.fork_join.announce(group, [outline])
         branch = self.fork_join.start(group, identity, share, self.fork_join.scope(sequence))
-        task = self.tasks.create_task(run_branch(engines[0] if engines else None, group, branch))
         by_message, overhead = self.rules.by_message, self.rules.overhead.branch
+        lease = Lease(
+            share.tokens,
+            self.options.budget.branch_tokens or NO_LIMIT,
+            share.tokens * by_message,
+            started=True,
+        )
+        leases.add(branch, lease)
+
+        async def run() -> None:
+            await run_branch(engines[0] if engines else None, group, branch)
+            leases.end(branch)
+
         reserved = PendingBranch(
             branch,
-            task,
-            tokens=share.tokens * (1 + by_message) + overhead,
+            self.tasks.create_task(run()),
+            tokens=lease.committed(overhead),
             closing_tokens=share.critical_path_cap * by_message + overhead,
             latest_end=branch.allowance.critical_path_cap + overhead,
-            max_result_tokens=min(share.tokens, share.critical_path_cap),
+            max_path_tokens=share.critical_path_cap,
         )
         sequence.set_aside(share, 1)
         sequence.reserve(reserved)
@@ -71,7 +103,11 @@ class AsyncBranches:
         pending, before = sequence.pending, len(sequence.context)
         if pending is None:
             return 0
+        group, leases = self._groups[sequence]
         numbers = [number] if self.rules.by_message else list(pending.running)
+        while not await leases.wait_for([pending.running[n].branch for n in numbers]):
+            await self._lease_again(sequence, pending)
+        self._reserve_anew(sequence, pending)
         joined = [pending.running.pop(n) for n in numbers]
         for one in joined:
             await one.task
@@ -79,10 +115,14 @@ class AsyncBranches:
             sequence.merge(one.branch)
         branches = [one.branch for one in joined]
         if self.rules.by_message:
-            self.fork_join.write_results(sequence, branches, joined[0].max_result_tokens)
+            most = [min(leases.of(one.branch).result_tokens, one.max_path_tokens) for one in joined]
+            self.fork_join.write_results(sequence, branches, most)
         else:
             sequence.append_branches(branches, after_frontier=True)
-        self._groups[sequence].joined(branches)
+        for branch in branches:
+            self.rules.record_branch(branch, leases.of(branch).committed(0))
+            leases.remove(branch)
+        group.joined(branches)
         return len(sequence.context) - before
 
     async def join_remaining(self, sequence: SequenceState) -> None:
@@ -91,6 +131,53 @@ class AsyncBranches:
             number = next(iter(sequence.pending.running))
             sequence.inject("wait", self.fork_join.grammar.render_rule("wait", number))
             await self.join(sequence, number)
+
+    def _open_group(
+        self, sequence: SequenceState, outer: BranchGroup | None
+    ) -> tuple[BranchGroup, PendingLeases]:
+        def final_tokens(branch: SequenceState, lease: Lease) -> int:
+            most = min(lease.result_tokens, self._pending(sequence, branch).max_path_tokens)
+            return self.fork_join.final_tokens(branch, most)
+
+        group = BranchGroup(sequence, outer)
+        leases = PendingLeases(
+            self.rules.overhead.branch, results=self.rules.by_message, final_tokens=final_tokens
+        )
+        if self.rules.shares_tokens:
+            group.leases = leases
+        return group, leases
+
+    @staticmethod
+    def _pending(sequence: SequenceState, branch: SequenceState) -> PendingBranch:
+        running = sequence.pending.running if sequence.pending else {}
+        return running[branch.identity.number]
+
+    async def _lease_again(self, sequence: SequenceState, pending: PendingBranches) -> None:
+        """Lease what is left to branches that wait, while their sequence waits for them too.
+
+        The sequence keeps what it kept of its tokens when the first branch started, and what closes its text. A branch
+        asks for more itself before it refuses its own branches.
+        """
+        group, leases = self._groups[sequence]
+        self._reserve_anew(sequence, pending)
+        closing = self.rules.overhead.of(sequence.pending_count)
+        if not leases.lease_again(sequence.allowance.tokens - pending.kept_tokens - closing):
+            more = 0
+            if group.outer and group.outer.leases:
+                returned = self.fork_join.decoded_result_tokens(sequence, ())
+                more = await sequence.scope.run(group.outer.extend(sequence, returned))
+            if not more or not leases.lease_again(self.rules.unreserved(more)):
+                leases.refuse()
+        self._reserve_anew(sequence, pending)
+
+    def _reserve_anew(self, sequence: SequenceState, pending: PendingBranches) -> None:
+        """Set aside for every branch what its lease has come to."""
+        _, leases = self._groups[sequence]
+        for number, one in pending.running.items():
+            tokens = leases.of(one.branch).committed(self.rules.overhead.branch)
+            sequence.release(one)
+            pending.running[number] = replace(one, tokens=tokens)
+            sequence.reserve(pending.running[number])
 
     async def release(self) -> None:
         """Release the engines of all forks."""

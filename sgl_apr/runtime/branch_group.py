@@ -10,6 +10,8 @@ from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
 from sgl_apr.runtime.events import BranchEnded, Forked, Joined
 from sgl_apr.runtime.join_policy import Policy, required_branches
+from sgl_apr.runtime.leases import BranchLeases, Slots
+from sgl_apr.runtime.pending_leases import PendingLeases
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
 from sgl_apr.trajectory.blocks import branch_outcome
 
@@ -22,13 +24,17 @@ class BranchGroup:
 
     Attributes:
         parent: The sequence that forks.
+        outer: The group of the parent, if it is a branch.
+        leases: The leases of the branches, if they share their tokens.
         block: The path of the block.
         branches: Those started so far, in order.
     """
 
-    def __init__(self, parent: SequenceState) -> None:
-        self.parent, self.block = parent, parent.open_block()
+    def __init__(self, parent: SequenceState, outer: BranchGroup | None = None) -> None:
+        self.parent, self.outer, self.block = parent, outer, parent.open_block()
         self.branches: list[SequenceState] = []
+        self.leases: BranchLeases | PendingLeases | None = None
+        self._slots: Slots | None = None
         self._emit = parent.graph.events.emit
         self._fork_span = parent.span_order[-1] if parent.span_order else None
 
@@ -136,7 +142,7 @@ class BranchGroup:
         Raises:
             BaseException: What a branch raised first. The others are cancelled and awaited before.
         """
-        slots = asyncio.Semaphore(parallelism or max(1, len(self.branches)))
+        slots = self._slots = Slots(parallelism or max(1, len(self.branches)))
         ended: list[SequenceState] = []
         joins = asyncio.Event()
 
@@ -147,14 +153,18 @@ class BranchGroup:
 
         async def run_one(branch: SequenceState) -> None:
             try:
-                await branch.scope.run(slots.acquire())
+                if self.leases and not self.leases.of(branch).started:
+                    await branch.scope.run(self.leases.start(branch))
+                await branch.scope.run(slots.acquire(branch))
             except ScopeCancelled:
                 await run_branch(branch)
+                self._end_lease(branch)
                 return
             try:
                 await run_branch(branch)
             finally:
-                slots.release()
+                slots.release(branch)
+            self._end_lease(branch)
             if branch.finish == "failed":  # it counts for no policy
                 return
             ended.append(branch)
@@ -170,6 +180,39 @@ class BranchGroup:
                 await after_branch(branch)
 
         await gather(run_and_follow(branch) for branch in self.branches)
+
+    async def extend(self, branch: SequenceState, returned: int) -> int:
+        """Wait for more tokens of a branch that has used up its own, without a slot in the meantime.
+
+        Args:
+            branch: The branch.
+            returned: Tokens of its result that it has decoded.
+
+        Returns:
+            The tokens that its allowance has more, 0 for none.
+        """
+        if self.leases is None:
+            return 0
+        self.release_slot(branch)
+        tokens = await self.leases.extend(branch, returned)
+        await self._acquire_slots(branch)
+        return tokens
+
+    def release_slot(self, branch: SequenceState) -> None:
+        """Let another branch run while this one waits."""
+        if self._slots:
+            self._slots.release(branch)
+
+    async def _acquire_slots(self, branch: SequenceState) -> None:
+        """Wait until a branch, and the branches that it stands in, may run again."""
+        if self.outer:
+            await self.outer._acquire_slots(self.parent)
+        if self._slots:
+            await self._slots.acquire(branch)
+
+    def _end_lease(self, branch: SequenceState) -> None:
+        if self.leases:
+            self.leases.end(branch)
 
     def end(self, branch: SequenceState) -> None:
         """Emit that a branch has ended, after all that it wrote."""

@@ -27,16 +27,22 @@ class IncrementalDetokenizer:
         self, tokenizer: Tokenizer, context: tuple[int, ...], emit: Callable[[str], None] | None
     ) -> None:
         self.tokenizer, self.emit, self._ends = tokenizer, emit, tokenizer.eos_ids
-        self._before, self.context = context, context
+        self.context = context
         self.received_ids: list[int] = []
         self.pending: list[int] = []
         self.emitted_chars = 0
+        self.keep()
+
+    def keep(self) -> None:
+        """Keep what was received: a request that continues after it begins here when it is repeated."""
+        self._kept = self.context, tuple(self.received_ids), tuple(self.pending), self.emitted_chars
 
     def reset(self) -> int:
-        """Start over for a repeated request. Returns how many characters had been emitted."""
+        """Start over for a repeated request. Returns how many characters that it had emitted are void."""
         emitted = self.emitted_chars
-        self.context, self.received_ids, self.pending, self.emitted_chars = self._before, [], [], 0
-        return emitted
+        self.context, received, pending, self.emitted_chars = self._kept
+        self.received_ids, self.pending = [*received], [*pending]
+        return emitted - self.emitted_chars
 
     def __call__(self, ids: Sequence[int]) -> None:
         self.received_ids += ids

@@ -106,6 +106,7 @@ class Done:
     joins: tuple[JoinRecord, ...]
     seed: int | None
     seeds_honoured: bool
+    tokens_shared: bool = False
 
 
 Event = Delta | TextRetracted | SpanFinished | RequestFinished | Forked | BranchEnded | Joined | Done
@@ -159,4 +160,5 @@ def assemble_trajectory(
         done.joins,
         done.seed,
         done.seeds_honoured,
+        done.tokens_shared,
     )

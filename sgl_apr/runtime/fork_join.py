@@ -53,9 +53,22 @@ class ForkJoin:
         return CancelScope(scope, deadline, limit)
 
     def start(
-        self, group: BranchGroup, identity: BranchIdentity, share: Allowance, scope: CancelScope
+        self,
+        group: BranchGroup,
+        identity: BranchIdentity,
+        share: Allowance,
+        scope: CancelScope,
+        max_prompt_tokens: int | None = None,
     ) -> SequenceState:
-        """Start a branch with its header, or with its prompt in a context of its own."""
+        """Start a branch with its header, or with its prompt in a context of its own.
+
+        Args:
+            group: The group of the branch.
+            identity: From `announce`.
+            share: What it may spend.
+            scope: Until when the branches of the fork may run.
+            max_prompt_tokens: Tokens of its prompt. None for its share.
+        """
         tolerate = self.options.on_branch_failure == "skip"
         share = replace(share)
         if not self.by_message:
@@ -65,7 +78,10 @@ class ForkJoin:
         text = branch_prompt(self.dialect.branch_prompt).make_prompt(
             tokenizer.decode(parent.context), identity.outline
         )
-        max_tokens = min(share.tokens, share.critical_path_cap)  # the prompt comes out of the branch's share
+        # The prompt comes out of the branch's share.
+        max_tokens = min(
+            share.tokens if max_prompt_tokens is None else max_prompt_tokens, share.critical_path_cap
+        )
         prompt = truncate_tokens(tokenizer, text, max_tokens) or PLACEHOLDER
         if self.options.branch_prompt_template:
             prompt = apply_template(self.options.branch_prompt_template, prompt)
@@ -88,7 +104,7 @@ class ForkJoin:
         for branch in branches:
             sequence.merge(branch)
         if self.by_message:
-            return self.write_results(sequence, branches, min(share.tokens, share.critical_path_cap))
+            return self.write_results(sequence, branches, self.max_result_tokens(group, share))
         fork = len(sequence.context)
         in_cache = self.options.join == "kv" and self.kv_joiner.join(sequence, fork, branches)
         sequence.append_branches(branches)
@@ -97,28 +113,65 @@ class ForkJoin:
         uncached = 0 if in_cache else sum(branch.uncached_tokens for branch in branches)
         return len(sequence.context) - before + uncached
 
+    @staticmethod
+    def max_result_tokens(group: BranchGroup, share: Allowance) -> list[int]:
+        """Tokens that the result of each branch may have."""
+        leases = group.leases
+        tokens = [leases.of(b).result_tokens if leases else share.tokens for b in group.branches]
+        return [min(share.critical_path_cap, most) for most in tokens]
+
+    def final_tokens(self, branch: SequenceState, max_result_tokens: int) -> int:
+        """Tokens that a branch that has ended takes, with the result that it returns as a message."""
+        if not self.by_message:
+            return branch.tokens_used
+        result, _ = self._render_result(branch, max_result_tokens)
+        return branch.tokens_used + len(branch.graph.tokenizer.encode(result))
+
+    def decoded_result_tokens(self, sequence: SequenceState, ids: Sequence[int]) -> int:
+        """Tokens of its result that a branch has decoded so far.
+
+        Args:
+            sequence: The branch.
+            ids: What its running phase has decoded.
+        """
+        if not self.by_message:
+            return 0
+        tokenizer = sequence.graph.tokenizer
+        text = tokenizer.decode(ids, sequence.context)
+        if not self.grammar.closing_literal("body", sequence.identity.number):  # the text may be its result
+            spans = [s for s in sequence.spans if s.path == sequence.path and s.role == "body"]
+            return sum(s.tokens for s in spans) + len(tokenizer.encode(text))
+        opening = self.grammar.opening_literal("closer")
+        return len(tokenizer.encode(text.partition(opening)[2])) if opening and opening in text else 0
+
     def write_results(
-        self, sequence: SequenceState, branches: Sequence[SequenceState], max_tokens: int
+        self, sequence: SequenceState, branches: Sequence[SequenceState], max_tokens: Sequence[int]
     ) -> int:
         """Write what branches returned into the sequence that forked them.
 
         Args:
             sequence: The sequence that continues after them.
             branches: Branches that have ended. Each result waits for its own branch.
-            max_tokens: Tokens that one result may have.
+            max_tokens: Tokens that the result of each branch may have.
 
         Returns:
             The number of new tokens.
         """
         before = len(sequence.context)
         sequence.inject("lead", self.grammar.render_rule("lead"))
-        for branch in branches:
-            identity, result = branch.identity, self._result(branch, max_tokens)
-            rule = "failure" if not result and "failure" in self.grammar.rules else "result"
-            text = self.grammar.render_rule(rule, identity.number, result, identity.outline)
-            sequence.inject("result", text, result.strip(), result_of=identity, waits_for=branch.frontier)
+        for branch, most in zip(branches, max_tokens, strict=True):
+            text, result = self._render_result(branch, most)
+            sequence.inject(
+                "result", text, result.strip(), result_of=branch.identity, waits_for=branch.frontier
+            )
         sequence.inject("tail", self.grammar.render_rule("tail"))
         return len(sequence.context) - before
+
+    def _render_result(self, branch: SequenceState, max_tokens: int) -> tuple[str, str]:
+        """The text of a branch's result with its tags, and without them."""
+        identity, result = branch.identity, self._result(branch, max_tokens)
+        rule = "failure" if not result and "failure" in self.grammar.rules else "result"
+        return self.grammar.render_rule(rule, identity.number, result, identity.outline), result
 
     def _result(self, branch: SequenceState, max_tokens: int) -> str:
         """What a branch returns. Empty if it was cut before it had written a result."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from sgl_apr.engine.base import Load
 from sgl_apr.errors import BudgetExceeded
@@ -11,6 +12,7 @@ from sgl_apr.formats.masks.writer import ForkMode
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.budget import Overhead
+from sgl_apr.runtime.lease_pool import LeasePool, LeaseSource
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.pacing import Demand, choose_parallelism
 from sgl_apr.runtime.phase_output import PhaseOutput
@@ -19,6 +21,7 @@ from sgl_apr.runtime.sequence import SequenceState
 
 TOKEN_LIMITS = ("tokens", "branch_tokens", "critical_tokens", "context")  # those that fewer branches may keep
 FORBIDDEN = "options"  # what forbids a fork that is no limit, such as the mode
+FIRST_BRANCH_TOKENS = 64  # what a branch is expected to write before any has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,22 @@ class ForkRules:
         overhead: What closing costs, in tokens.
         request_log: Records the limits that act.
         context_length: Tokens that a prompt and its output may have together, if the engine says.
+        shares_tokens: Whether the branches of a fork share their tokens. Otherwise each has a fixed equal part.
     """
 
     def __init__(
-        self, options: ReasonOptions, overhead: Overhead, request_log: RequestLog, context_length: int | None
+        self,
+        options: ReasonOptions,
+        overhead: Overhead,
+        request_log: RequestLog,
+        context_length: int | None,
+        *,
+        shares_tokens: bool,
     ) -> None:
         self.options, self.overhead, self.request_log = options, overhead, request_log
-        self.context_length = context_length
+        self.context_length, self.shares_tokens = context_length, shares_tokens
         self.by_message = options.dialect.branch_context == "message"
+        self._branch_tokens: list[int] = []
         self._commits = options.join == "kv"  # each branch takes one more call, to be joined in the cache
 
     def trunk_allowance(self, prompt_tokens: int) -> Allowance:
@@ -93,13 +104,24 @@ class ForkRules:
         width, fork = self._next_fork(sequence)
         if load:
             width = self._cap_width_by_load(sequence, width, load)
+        tokens, field = self.max_new_tokens(sequence, phase, width)
+        return PhaseLimits(width, fork, tokens, field)
+
+    def max_new_tokens(self, sequence: SequenceState, phase: Phase, width: int) -> tuple[int, str]:
+        """Tokens that a phase may decode in all, and the limit that they come from.
+
+        Args:
+            sequence: The sequence, without what the phase has decoded so far.
+            phase: What it decodes.
+            width: Branches that a fork in it may have.
+        """
         closing, closing_path = self._closing_tokens(width + sequence.pending_count, phase)
         tokens, field = self._max_new_tokens(sequence, closing, closing_path)
         if self.context_length is not None:
             left = self.context_length - len(sequence.context) - closing
             if left < tokens:
                 tokens, field = left, "context"
-        return PhaseLimits(width, fork, tokens, field)
+        return tokens, field
 
     def _closing_tokens(self, branches: int, phase: Phase) -> tuple[int, int]:
         """What closes the text of a phase that is cut off, in tokens and on the critical path.
@@ -186,6 +208,29 @@ class ForkRules:
         blocks, calls = allowance.blocks // (branches + 1), self._call_share(allowance, branches)
         return Allowance(max(0, tokens), max(0, path), max(0, blocks), max(0, calls), field)
 
+    @property
+    def expected_branch_tokens(self) -> float:
+        """What a branch is expected to take: the mean of those of this run that have ended by themselves."""
+        return fmean(self._branch_tokens) if self._branch_tokens else FIRST_BRANCH_TOKENS
+
+    def record_branch(self, branch: SequenceState, tokens: int) -> None:
+        """Record what a branch and its result took, if it has ended by itself. One that was cut says too little."""
+        if branch.finish in ("stop", "eos"):
+            self._branch_tokens.append(tokens)
+
+    def lease_pool(
+        self, sequence: SequenceState, branches: int, source: LeaseSource | None = None
+    ) -> LeasePool:
+        """A pool of what so many branches may write together: all but the reserve, and what closes the join."""
+        closing = branches * self.overhead.branch
+        left = sequence.allowance.tokens - closing - self.overhead.join
+        capacity = self.unreserved(max(0, left)) + closing
+        return LeasePool(capacity, self.overhead.branch, results=self.by_message, source=source)
+
+    def unreserved(self, tokens: int) -> int:
+        """What branches may have of so many tokens of their sequence."""
+        return int(tokens * (1 - self.options.budget.reserve))
+
     def _token_share(self, allowance: Allowance, branches: int) -> int:
         left = allowance.tokens - branches * self.overhead.branch - self.overhead.join
         return int(left * (1 - self.options.budget.reserve)) // (branches * (1 + self.by_message))
@@ -254,6 +299,10 @@ class ForkRules:
             return "calls"
         if 2 * self.overhead.of(branches) > allowance.tokens:
             return allowance.limiting_field
+        if branches > self.options.min_branches:
+            left = allowance.tokens - branches * self.overhead.branch - self.overhead.join
+            if self.unreserved(left) < branches * self.expected_branch_tokens:
+                return allowance.limiting_field
         left = allowance.critical_path_cap - sequence.critical_path
         return "critical_tokens" if 2 * self._critical_path_overhead(branches) > left else None
 

@@ -15,16 +15,25 @@ from sgl_apr.errors import BranchFailed, EngineError
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime import telemetry
+from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.events import Delta, OnEvent
 from sgl_apr.runtime.fork_join import ForkJoin, apply_template
-from sgl_apr.runtime.fork_rules import ForkRules
+from sgl_apr.runtime.fork_rules import ForkRules, PhaseLimits
+from sgl_apr.runtime.lease_pool import Lease, LeasePool
+from sgl_apr.runtime.leases import BranchLeases, OuterLease
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import closing_overhead
 from sgl_apr.runtime.recorder import TrajectoryRecorder
-from sgl_apr.runtime.request_runner import RequestRunner, release_engines
+from sgl_apr.runtime.request_runner import (
+    MAX_RECOMPUTED_TOKENS,
+    Extend,
+    RequestRunner,
+    can_continue,
+    release_engines,
+)
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -52,7 +61,10 @@ class ReasoningRun:
         if template := options.branch_prompt_template:
             tokens = len(engine.tokenizer.encode(apply_template(template, ""), add_special_tokens=True))
             overhead = replace(overhead, branch=overhead.branch + tokens)
-        self.rules = ForkRules(options, overhead, self.recorder.request_log, engine.context)
+        self.rules = ForkRules(
+            options, overhead, self.recorder.request_log, engine.context,
+            shares_tokens=can_continue(engine, options),
+        )  # fmt: skip
         self.runner = RequestRunner(engine, options, self.recorder, self.rid, self.seed)
         self.fork_join = ForkJoin(options, self.runner.kv_joiner)
         self.async_branches = AsyncBranches(self.runner, self.rules, self.fork_join, tasks)
@@ -74,10 +86,21 @@ class ReasoningRun:
                 "%s: %d forks of the %d that had to come, limits that acted: %s",
                 self.rid, trunk.blocks, self.options.min_forks, acted or "none",
             )  # fmt: skip
-        return self.recorder.finish(trunk, self.dialect.name, self.seed, self.runner.supports_seeds)
+        return self.recorder.finish(
+            trunk,
+            self.dialect.name,
+            self.seed,
+            seeds_honoured=self.runner.supports_seeds,
+            tokens_shared=self.rules.shares_tokens,
+        )
 
     async def _run_sequence(
-        self, engine: Engine | None, sequence: SequenceState, phase: Phase, new: int
+        self,
+        engine: Engine | None,
+        sequence: SequenceState,
+        phase: Phase,
+        new: int,
+        group: BranchGroup | None = None,
     ) -> None:
         """Decode, fork and join until the sequence ends.
 
@@ -86,15 +109,17 @@ class ReasoningRun:
             sequence: The trunk, or a branch.
             phase: The first phase.
             new: Tokens of its context that the engine has not computed.
+            group: The group that it is a branch of.
         """
         next_phase: Phase = "after" if phase == "trunk" else "rejoin"
         if phase == "trunk" and phase not in self.dialect.grammar.rules:  # the reply begins with a fork
             outlines = self.rules.opening_outlines(sequence)
-            new, phase = await self._fork_and_join(engine, sequence, outlines, new), next_phase
+            new, phase = await self._fork_and_join(engine, sequence, outlines, new, group), next_phase
         while True:
             load = await self._load_for_width(engine, sequence)
             limits = self.rules.phase_limits(sequence, phase, load)
-            output, call = await self.runner.decode(engine, sequence, phase, new, limits)
+            extend = self._extension(sequence, phase, limits, group)
+            output, call = await self.runner.decode(engine, sequence, phase, new, limits, extend)
             output = self.rules.checked(output, sequence, limits)
             sequence.append_output(output, call)
             if output.is_final:
@@ -102,14 +127,37 @@ class ReasoningRun:
             if output.wait is not None:
                 new = await self.async_branches.join(sequence, output.wait)
             elif self.dialect.asynchronous:
-                new = await self.async_branches.spawn(engine, sequence, output.outlines[0], self._run_branch)
+                new = await self.async_branches.spawn(
+                    engine, sequence, output.outlines[0], self._run_branch, group
+                )
             else:
                 outlines = output.outlines
                 if self.dialect.unlabelled_branches:
                     outlines = self.rules.unlabelled_outlines(limits.width)
-                new = await self._fork_and_join(engine, sequence, outlines)
+                new = await self._fork_and_join(engine, sequence, outlines, outer=group)
             phase = next_phase
         await self.async_branches.join_remaining(sequence)
+
+    def _extension(
+        self, sequence: SequenceState, phase: Phase, limits: PhaseLimits, group: BranchGroup | None
+    ) -> Extend | None:
+        """What extends the limit of a branch that shares its tokens with others, None for all other sequences."""
+        if group is None or group.leases is None:
+            return None
+        lease = group.leases.of(sequence)
+
+        async def extend(ids: Sequence[int]) -> int:
+            _, limit = self.rules.max_new_tokens(sequence, phase, limits.width)
+            if limit != sequence.allowance.limiting_field:  # more tokens are of no use
+                return 0
+            if lease.tokens >= lease.max_tokens:
+                sequence.allowance.limiting_field = "branch_tokens"
+                return 0
+            await group.extend(sequence, self.fork_join.decoded_result_tokens(sequence, ids))
+            tokens, _ = self.rules.max_new_tokens(sequence, phase, limits.width)
+            return tokens - len(ids)
+
+        return extend
 
     async def _load_for_width(self, engine: Engine | None, sequence: SequenceState) -> Load | None:
         """The engine's load, if it is to cap the width of the next fork."""
@@ -124,6 +172,7 @@ class ReasoningRun:
         sequence: SequenceState,
         outlines: Sequence[Outline],
         new: int | None = None,
+        outer: BranchGroup | None = None,
     ) -> int:
         """Run one branch for each outline, and write the join into the sequence.
 
@@ -132,20 +181,29 @@ class ReasoningRun:
             sequence: The sequence that forks.
             outlines: What the branches are to do.
             new: Tokens that the engine has not computed. None for those injected since the last decode.
+            outer: The group that the sequence is a branch of.
 
         Returns:
             Tokens of the sequence that the engine has not computed after the join.
         """
-        group = BranchGroup(sequence)
+        group = BranchGroup(sequence, outer)
         identities, size = self.fork_join.announce(group, outlines), len(outlines)
         self.fork_join.open(sequence)
         if new is not None:
             new += sequence.uncached_tokens
-        engines, load = await self.runner.fork(engine, sequence, size, new) if engine else ((), None)
+        engines, load = (
+            await self.runner.fork(engine, sequence, size, new, MAX_RECOMPUTED_TOKENS)
+            if engine
+            else ((), None)
+        )
         share, scope = self.rules.branch_allowance(sequence, size), self.fork_join.scope(sequence)
         sequence.set_aside(share, size)
+        pool = self._lease_pool(group, size)
+        max_prompt_tokens = pool.max_prompt_tokens(size, share.tokens) if pool else None
         for identity in identities:
-            self.fork_join.start(group, identity, share, scope)
+            self.fork_join.start(group, identity, share, scope, max_prompt_tokens)
+        if pool:
+            self._open_leases(group, pool, share)
         engine_of: dict[SequenceState, Engine] = dict(zip(group.branches, engines, strict=False))
 
         async def commit(branch: SequenceState) -> None:
@@ -161,9 +219,34 @@ class ReasoningRun:
         finally:
             scope.detach()
             await release_engines(engines)
+        for branch, most in zip(group.branches, self.fork_join.max_result_tokens(group, share), strict=True):
+            self.rules.record_branch(branch, self.fork_join.final_tokens(branch, most))
         uncached = self.fork_join.join(group, share)
         group.joined()
         return uncached
+
+    def _lease_pool(self, group: BranchGroup, size: int) -> LeasePool | None:
+        """What the branches of a group share, if their requests can continue where their limit cut them."""
+        if not self.rules.shares_tokens:
+            return None
+        outer = group.outer
+        leases = outer.leases if outer else None
+        source = None
+        if outer and isinstance(leases, BranchLeases):
+            source = OuterLease(outer, leases, group.parent, self.rules.unreserved)
+        return self.rules.lease_pool(group.parent, size, source)
+
+    def _open_leases(self, group: BranchGroup, pool: LeasePool, share: Allowance) -> None:
+        """Replace the equal shares of branches by leases."""
+        prompts = [share.tokens - branch.allowance.tokens for branch in group.branches]
+        max_tokens = [self.options.budget.branch_tokens or NO_LIMIT] * len(prompts)
+        for branch, lease in zip(group.branches, pool.open(prompts, share.tokens, max_tokens), strict=True):
+            branch.extend(lease.tokens - share.tokens)
+
+        def final_tokens(branch: SequenceState, lease: Lease) -> int:
+            return self.fork_join.final_tokens(branch, min(lease.result_tokens, share.critical_path_cap))
+
+        group.leases = BranchLeases(pool, group.branches, final_tokens)
 
     async def _run_branch(self, engine: Engine | None, group: BranchGroup, branch: SequenceState) -> None:
         """Run one branch to its end. With on_branch_failure="retry" it restarts once when the engine fails it.
@@ -172,9 +255,10 @@ class ReasoningRun:
             BranchFailed: The engine failed the branch for good.
         """
         checkpoint = branch.checkpoint() if self.options.on_branch_failure == "retry" else None
-        run = partial(
-            self._run_sequence, engine, branch, "branch", len(branch.context) - branch.prefix_tokens
-        )
+        new = len(branch.context) - branch.prefix_tokens
+        if branch.prefix_tokens:
+            new += group.parent.uncommitted_tokens
+        run = partial(self._run_sequence, engine, branch, "branch", new, group)
         try:
             await run()
         except EngineError as error:

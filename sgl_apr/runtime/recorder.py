@@ -36,12 +36,20 @@ class TrajectoryRecorder:
         return SequenceState(TRUNK, self.graph, prompt_ids, (prompt,), allowance, scope, [prompt])
 
     def finish(
-        self, trunk: SequenceState, dialect: str, seed: int | None, seeds_honoured: bool
+        self,
+        trunk: SequenceState,
+        dialect: str,
+        seed: int | None,
+        *,
+        seeds_honoured: bool,
+        tokens_shared: bool,
     ) -> Trajectory:
         """The trajectory, once the trunk has ended."""
         log = self.request_log
         limits, decisions, joins = tuple(log.limits), tuple(log.decisions), tuple(log.joins)
         order = tuple(trunk.span_order)
-        done = Done(order, dialect, log.seconds, limits, decisions, joins, seed, seeds_honoured)
+        done = Done(
+            order, dialect, log.seconds, limits, decisions, joins, seed, seeds_honoured, tokens_shared
+        )
         self.events.emit(done)
         return assemble_trajectory(self.graph.spans, log.calls, done)

@@ -27,7 +27,15 @@ class RequestLog:
         return time.monotonic() - self._started
 
     def record_request(
-        self, phase: str, path: Path, result: Result, new: int, started: float, seed: int | None, retries: int
+        self,
+        phase: str,
+        path: Path,
+        result: Result,
+        new: int,
+        started: float,
+        seed: int | None,
+        retries: int,
+        continuations: int = 0,
     ) -> int:
         """Record a request that has ended.
 
@@ -39,6 +47,7 @@ class RequestLog:
             started: When it was sent, on the monotonic clock.
             seed: The seed of its sampling.
             retries: How often it was repeated.
+            continuations: How many further requests continued it.
 
         Returns:
             The index of the call.
@@ -54,6 +63,7 @@ class RequestLog:
             ended=time.monotonic() - self._started,
             seed=seed,
             retries=retries,
+            continuations=continuations,
             logprobs=result.logprobs,
             weight_version=result.weight_version,
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
@@ -26,6 +26,9 @@ from sgl_apr.runtime.request_builder import RequestBuilder
 from sgl_apr.runtime.sequence import SequenceState
 
 T = TypeVar("T")
+Extend = Callable[[Sequence[int]], Coroutine[Any, Any, int]]  # decoded ids -> tokens that may follow them
+PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens")
+MAX_RECOMPUTED_TOKENS = 32  # an engine prefills so many tokens in less time than a commit takes
 LOAD_TIMEOUT_S = 1.0  # how long a fork waits for the engine's load
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,13 @@ class RequestRunner:
         self.kv_joiner = KvJoiner(self.request_log, self.builder.new_rid)
 
     async def decode(
-        self, engine: Engine | None, sequence: SequenceState, phase: Phase, new: int, limits: PhaseLimits
+        self,
+        engine: Engine | None,
+        sequence: SequenceState,
+        phase: Phase,
+        new: int,
+        limits: PhaseLimits,
+        extend: Extend | None = None,
     ) -> tuple[PhaseOutput, int | None]:
         """Decode one phase. No request is sent where nothing may be decoded.
 
@@ -64,6 +73,7 @@ class RequestRunner:
             phase: The grammar's phase.
             new: Tokens of its context that the engine has not computed.
             limits: Bounds of the request.
+            extend: Waits for more tokens where the request was cut by its limit.
 
         Returns:
             What the phase wrote, and the index of its call.
@@ -71,10 +81,10 @@ class RequestRunner:
         numbering, context = self.builder.numbering(sequence), sequence.context
         tokenizer = self.builder.tokenizer
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
-        result, call = None, None
+        result, call, field = None, None, sequence.allowance.limiting_field
         if engine and limits.max_new_tokens > 0 and not sequence.scope.cancel_reason:
             request = self.builder.phase_request(sequence, phase, numbering, limits)
-            result, call = await self.send_request(engine, sequence, phase, new, request, text)
+            result, call = await self.send_request(engine, sequence, phase, new, request, text, extend)
         cut = sequence.scope.cancel_reason if result is None else None
         if cut is None and (result is None or result.finish == "length"):
             cut = "length"
@@ -84,8 +94,11 @@ class RequestRunner:
             completes_fork=limits.fork != "forbidden" or sequence.pending_count > 0,
             max_filler_tokens=sequence.allowance.tokens,
         )  # fmt: skip
-        if cut == "length":
-            self.request_log.record_limit(limits.limiting_field, sequence.path)
+        if cut == "length":  # the limit of the tokens may be another one since the request was continued
+            limit = limits.limiting_field
+            self.request_log.record_limit(
+                sequence.allowance.limiting_field if limit == field else limit, sequence.path
+            )
         elif cut in ("timeout", "aborted") and output.finish == cut:
             self.request_log.record_limit(sequence.scope.limit, sequence.path)
         text.finish(output)
@@ -99,8 +112,9 @@ class RequestRunner:
         new: int,
         request: Request,
         text: IncrementalDetokenizer,
+        extend: Extend | None = None,
     ) -> tuple[Result | None, int]:
-        """Send a request that decodes.
+        """Send a request that decodes, and continue it for as long as its limit is extended.
 
         Returns:
             The result, None if the request was cut or failed, and the index of its call.
@@ -110,31 +124,74 @@ class RequestRunner:
         if self.supports_seeds:
             request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
         started = time.monotonic()
+        needs_tokens = self.events.listening or self._may_be_cut(sequence)
 
-        async def attempt(request: Request) -> Result:
-            self.events.retract_text(sequence.path, text.reset())
-            return await engine.decode(request, text)
+        async def decode(request: Request) -> tuple[Result | None, int]:
+            async def attempt(request: Request) -> Result:
+                self.events.retract_text(sequence.path, text.reset())
+                if needs_tokens:
+                    return await engine.decode(request, text)
+                result = await engine.decode(request)
+                text(result.token_ids)
+                return result
 
-        result, retries = await self._run_with_retries(
-            sequence, lambda: self.kv_joiner.send(engine, sequence, sequence.allowance, request, attempt)
-        )
+            return await self._run_with_retries(
+                sequence, lambda: self.kv_joiner.send(engine, sequence, sequence.allowance, request, attempt)
+            )
+
+        result, retries = await decode(request)
+        continuations = 0
+        while extend and result and (more := await self._extension(sequence, result, extend)):
+            text.keep()
+            ids = (*sequence.context, *result.token_ids)
+            further, repeated = await decode(
+                replace(request, input_ids=ids, max_tokens=more, resumed_tokens=len(result.token_ids))
+            )
+            result = result.continued_by(further) if further else None
+            retries, continuations = retries + repeated, continuations + 1
         if sequence.scope.reason == "failed":
             self.events.retract_text(sequence.path, text.reset())
         received = result or Result(tuple(text.received_ids), "length", len(request.input_ids), None)
         name = "branch" if sequence.path else phase
-        call = self.request_log.record_request(name, sequence.path, received, new, started, seed, retries)
+        call = self.request_log.record_request(
+            name, sequence.path, received, new, started, seed, retries, continuations
+        )
         return result, call
 
+    def _may_be_cut(self, sequence: SequenceState) -> bool:
+        """Whether a deadline or the join policy may end a request of a sequence, which then keeps what has arrived."""
+        return sequence.scope.deadline is not None or bool(
+            sequence.path and self.options.effective_policy != "all"
+        )
+
+    async def _extension(self, sequence: SequenceState, result: Result, extend: Extend) -> int:
+        """Tokens that a request which was cut by its limit may decode further, 0 for none."""
+        if result.finish != "length" or sequence.allowance.calls < 1:
+            return 0
+        try:
+            return max(0, await sequence.scope.run(extend(result.token_ids)))
+        except ScopeCancelled:
+            return 0
+
     async def fork(
-        self, engine: Engine, sequence: SequenceState, size: int, new: int | None = None
+        self,
+        engine: Engine,
+        sequence: SequenceState,
+        size: int,
+        new: int | None = None,
+        max_recomputed_tokens: int = 0,
     ) -> tuple[Sequence[Engine], Load | None]:
         """Commit what a sequence has written, for branches that continue after it.
+
+        Where the engine still has what the sequence has decoded, only the tokens since then are missing: the last decoded
+        one and those injected. If they are few, each branch computes them, which takes less time than a commit.
 
         Args:
             engine: The engine of the sequence.
             sequence: The sequence that forks.
             size: How many branches there are.
             new: Tokens that the engine has not computed. None for those injected since the last decode.
+            max_recomputed_tokens: Tokens that the branches may compute together, over those that a commit computes.
 
         Returns:
             An engine for each branch, and the engine's load. No engines where nothing may be sent any more: such
@@ -144,7 +201,15 @@ class RequestRunner:
             return (), None
         new, started = sequence.uncached_tokens if new is None else new, time.monotonic()
         load = asyncio.create_task(self.load(engine, sequence)) if self.options.pacing and size > 1 else None
+        sequence.uncommitted_tokens = 0
         try:
+            if (
+                engine.caches_output
+                and self.options.join != "kv"
+                and (size - 1) * (new + 1) <= max_recomputed_tokens
+            ):
+                sequence.uncommitted_tokens = new + 1
+                return [engine] * size, await load if load else None
             prefix = self.builder.commit_request(sequence)
 
             async def attempt(request: Request) -> tuple[Result, Sequence[Engine]]:
@@ -237,6 +302,19 @@ class RequestRunner:
             sequence.scope.cancel("failed")
             result = None
         return result, max(0, tries - 1)
+
+
+def can_continue(engine: Engine, options: ReasonOptions, *, constrained: bool | None = None) -> bool:
+    """Whether a request may continue after another that its token limit cut, as if both were one.
+
+    Args:
+        engine: Decodes.
+        options: Of the trajectory. Penalties are of one request, since they count what it has written.
+        constrained: Whether it decodes under a grammar. None for what the options say.
+    """
+    if any(name in options.sampling for name in PENALTIES):
+        return False
+    return engine.resumes_grammar or not (options.constrain if constrained is None else constrained)
 
 
 def as_engine_error(error: OSError) -> EngineError:

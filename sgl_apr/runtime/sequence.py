@@ -16,7 +16,7 @@ from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.join_layout import Layout, extend_layout
 from sgl_apr.trajectory.spans import Finish, Path, Role, Span
 
-_RESTARTED = ("context", "frontier", "span_order", "blocks", "tokens_used", "kv_layout")
+_RESTARTED = ("context", "frontier", "span_order", "blocks", "tokens_used", "kv_layout", "extension")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class PendingBranch:
         tokens: Tokens set aside for it.
         closing_tokens: Of these, the tokens after its end on the critical path.
         latest_end: Where on the critical path it ends at the latest.
-        max_result_tokens: Tokens that its result may have.
+        max_path_tokens: Tokens that its result may add to the critical path.
     """
 
     branch: SequenceState
@@ -58,7 +58,7 @@ class PendingBranch:
     tokens: int
     closing_tokens: int
     latest_end: int
-    max_result_tokens: int
+    max_path_tokens: int
 
 
 @dataclass
@@ -66,10 +66,12 @@ class PendingBranches:
     """The open block of a sequence that continues while its branches run.
 
     Attributes:
+        kept_tokens: Tokens that the sequence keeps for itself.
         started: Branches of the block so far.
         running: Branches that are not joined, by their numbers.
     """
 
+    kept_tokens: int
     started: int = 0
     running: dict[str, PendingBranch] = field(default_factory=dict)
 
@@ -94,6 +96,8 @@ class SequenceState:
         pending: Its branches that run while it continues.
         kv_layout: The layout of its context up to the end of the last join in the KV cache.
         committed: All of a branch that has ended is in the KV cache.
+        extension: Tokens that its allowance got after it had started.
+        uncommitted_tokens: Tokens at the end of its context that its branches compute themselves, since its last fork.
     """
 
     identity: BranchIdentity
@@ -111,6 +115,8 @@ class SequenceState:
     pending: PendingBranches | None = None
     kv_layout: Layout = ()
     committed: bool = False
+    extension: int = 0
+    uncommitted_tokens: int = 0
 
     @property
     def path(self) -> Path:
@@ -176,6 +182,11 @@ class SequenceState:
     def release(self, pending: PendingBranch) -> None:
         """Take back what `reserve` has set aside."""
         self.allowance.refund(pending.tokens, critical_path=pending.closing_tokens)
+
+    def extend(self, tokens: int) -> None:
+        """Take more tokens into the allowance."""
+        self.extension += tokens
+        self.allowance.refund(tokens)
 
     def append_output(self, output: PhaseOutput, call: int | None) -> None:
         """Append what a phase wrote.
@@ -259,11 +270,12 @@ class SequenceState:
         return state | {"span_order": [*self.span_order], "allowance": replace(self.allowance)}
 
     def restart(self, checkpoint: dict[str, Any]) -> None:
-        """Return to a checkpoint. Calls that were made since are still paid for."""
-        calls = self.allowance.calls
+        """Return to a checkpoint. Calls that were made since are still paid for, and extensions are kept."""
+        calls, extension = self.allowance.calls, self.extension
         for name, value in checkpoint.items():
             setattr(self, name, value)
         self.allowance.spend(calls=self.allowance.calls - calls)
+        self.extend(extension - self.extension)
 
     def as_branch(self) -> Branch:
         """The branch as a join policy sees it. Its spans have no place in the text yet."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
+from sgl_apr.server import grammar_resume
 from sgl_apr.server.constants import (
     CPU_ATTENTION_BACKEND,
     GRAMMAR_LIMITS_ENV,
@@ -72,6 +73,7 @@ def activate() -> None:
             module.register_hooks()
         if is_enabled(GRAMMAR_LIMITS_ENV):
             grammar_cost.register_hooks()
+        grammar_resume.register_hooks()
         if os.environ.get(LAUNCHED_ENV) and is_enabled(MASK_SLICES_ENV):
             _register_mask_slices()
     except LaunchError as error:

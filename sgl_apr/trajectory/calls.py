@@ -24,6 +24,8 @@ class Call:
         ended: When it ended, in seconds since the trajectory began.
         seed: The seed of its sampling (see `Trajectory.seeds_honoured`).
         retries: How often it was repeated after an error.
+        continuations: How many further requests continued it where its token limit was extended. All of them count
+            as one call here.
         logprobs: The log-probabilities of all output tokens, an end of text included, under the grammar's mask
             and the temperature; None if they were not requested.
         weight_version: The engine's name of the weights that it used.
@@ -39,6 +41,7 @@ class Call:
     ended: float
     seed: int | None = None
     retries: int = 0
+    continuations: int = 0
     logprobs: tuple[float, ...] | None = None
     weight_version: str | None = None
 

@@ -47,7 +47,7 @@ class Metrics:
         branches: The number of branches of all blocks.
         closers_decoded: How many branches the model closed itself.
         closers_injected: How many branches the runtime closed.
-        engine_calls: Engine calls, retries included.
+        engine_calls: Engine calls, retries and continuations included.
         wall_s: Seconds from the start to the end of the trajectory.
         phases: The cost of each phase.
     """
@@ -131,7 +131,7 @@ def compute_metrics(
         branches=sum(len(b.branches) for b in all_blocks),
         closers_decoded=origins.count("decoded"),
         closers_injected=origins.count("injected"),
-        engine_calls=sum(1 + c.retries for c in calls),
+        engine_calls=sum(1 + c.retries + c.continuations for c in calls),
         wall_s=wall_s,
         phases=_phases(calls),
     )

@@ -39,6 +39,8 @@ class Trajectory:
         joins: How blocks were joined where a KV join was requested, in the order of time.
         seed: The seed from which the seeds of the calls are derived.
         seeds_honoured: Whether the engine supports seeds.
+        tokens_shared: Whether the branches of a fork shared their tokens. Otherwise each had a fixed equal part, since
+            the engine cannot continue a request in the middle of its grammar.
 
     Examples:
         >>> import sgl_apr as apr
@@ -56,6 +58,7 @@ class Trajectory:
     joins: tuple[JoinRecord, ...] = ()
     seed: int | None = None
     seeds_honoured: bool = False
+    tokens_shared: bool = False
 
     @property
     def prompt(self) -> str:

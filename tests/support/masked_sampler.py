@@ -67,6 +67,7 @@ class SampledEngine:
     grammar_backend = "llguidance"
     supports_seeds = True
     context: int | None = None
+    resumes_grammar, caches_output = True, False
 
     def __init__(self, tokenizer: Masked, seed: int = 0, tag_weight: float = 30.0) -> None:
         self.tokenizer, self.random = tokenizer, random.Random(seed)
@@ -86,6 +87,8 @@ class SampledEngine:
     async def decode(self, request: apr.Request, on_tokens=None) -> apr.Result:
         self.requests.append(request)
         matcher = self.tokenizer.compiled(request.grammar).deep_copy()
+        resumed = request.input_ids[len(request.input_ids) - request.resumed_tokens :]
+        assert matcher.consume_tokens(list(resumed)), matcher.get_error()
         bits = masks.allocate_token_bitmask(1, self.size)
         ids: list[int] = []
         while len(ids) < request.max_tokens:

@@ -98,6 +98,14 @@ class ProgramEngine:
     def joins_kv(self) -> bool:
         return self.server.http.joins_kv
 
+    @property
+    def caches_output(self) -> bool:
+        return False  # each branch is a native fork, and SGLang commits before it forks
+
+    @property
+    def resumes_grammar(self) -> bool:
+        return self.server.http.resumes_grammar
+
     async def commit(self, request: Request) -> Result:
         return await self.server.http.commit(self._routed(request))
 

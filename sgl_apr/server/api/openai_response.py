@@ -181,6 +181,7 @@ def trajectory_summary(trajectory: Trajectory, *, include_trajectory: bool = Fal
         },
         "seed": trajectory.seed,
         "seeds_honoured": trajectory.seeds_honoured,
+        "tokens_shared": trajectory.tokens_shared,
     }
     if include_trajectory:
         summary["trajectory"] = json.loads(trajectory.to_json())

@@ -1,0 +1,205 @@
+"""Tokens that the branches of one fork share: each writes on a lease, and what others leave is leased again.
+
+Leases are granted in rounds: once every branch has ended or has used up its lease. So what a branch may write depends on
+what the others wrote, never on how fast they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+FIRST_LEASE = 64  # tokens: where a first lease would be shorter, fewer branches start, and the others wait
+NEXT_LEASE = 16  # tokens: where a further lease would be shorter, fewer branches get one
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """What one branch may write.
+
+    Attributes:
+        tokens: Tokens that it may have written and decoded in all, its prompt included.
+        max_tokens: What `tokens` may grow to by the branch's own limits.
+        result_tokens: Tokens that are set aside for what it returns as a message.
+        started: Whether it has been granted any.
+        final_tokens: What it and its result have taken, once it has ended.
+        grant: Receives the tokens of the next lease, 0 for none, while the branch waits for one.
+    """
+
+    tokens: int
+    max_tokens: int
+    result_tokens: int = 0
+    started: bool = False
+    final_tokens: int | None = None
+    grant: Callable[[int], None] | None = None
+
+    def committed(self, closing: int) -> int:
+        """Tokens that it and its result take at most, with the `closing` tokens of its tags."""
+        return self.tokens + self.result_tokens + closing if self.final_tokens is None else self.final_tokens
+
+    def add(self, tokens: int, *, results: bool) -> None:
+        """Grant more tokens; with `results` as many are set aside for its result."""
+        self.tokens += tokens
+        self.result_tokens += tokens * results
+        self.started = True
+        self.answer(tokens)
+
+    def answer(self, tokens: int) -> None:
+        """Tell a branch that waits how many tokens it has been granted, 0 for none."""
+        if grant := self.grant:
+            self.grant = None
+            grant(tokens)
+
+
+class LeaseSource(Protocol):
+    """Where a pool of a nested fork gets more tokens: the lease of the branch that forked."""
+
+    def ask(self, grant: Callable[[int], None]) -> None:
+        """Ask for more tokens. `grant` is called with them, 0 for none, at once or later."""
+        ...
+
+    def withdraw(self) -> None:
+        """Stop waiting for them."""
+        ...
+
+
+class LeasePool:
+    """The leases of one fork.
+
+    Args:
+        capacity: Tokens that all branches and their results may take together, all of their tags included.
+        closing: Tokens that the tags of one branch and its result take at most.
+        results: Whether what a branch decodes may be written once more, as its result.
+        source: Where more tokens come from once this pool has nothing to lease, if from anywhere.
+        first_lease: Where a first lease would be shorter, fewer branches start.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        closing: int,
+        *,
+        results: bool,
+        source: LeaseSource | None = None,
+        first_lease: int = FIRST_LEASE,
+    ) -> None:
+        self.first_lease = first_lease
+        self.capacity, self.closing, self.results = capacity, closing, results
+        self.leases: list[Lease] = []
+        self._source, self._asked_source = source, False
+
+    @property
+    def uncommitted(self) -> int:
+        """Tokens that are neither written nor leased nor set aside."""
+        return self.capacity - sum(lease.committed(self.closing) for lease in self.leases)
+
+    def max_prompt_tokens(self, branches: int, equal: int) -> int:
+        """Tokens of the prompt of one of so many branches: its equal share, or what a first lease is."""
+        return max(equal, min(self.first_lease, self.capacity // branches - self.closing))
+
+    def open(self, prompts: Sequence[int], equal: int, max_tokens: Sequence[int]) -> list[Lease]:
+        """Make the first leases.
+
+        Args:
+            prompts: Tokens that each branch has been charged for already.
+            equal: The equal share of each branch, its prompt included.
+            max_tokens: What each lease may grow to.
+
+        Returns:
+            A lease for each branch. Each gets its equal share. Where that is too short to be of use, the first
+            branches get more, and the others wait for what those leave.
+        """
+        self.leases = [Lease(*limits) for limits in zip(prompts, max_tokens, strict=True)]
+        if all(equal - one.tokens >= min(self.first_lease, one.max_tokens - one.tokens) for one in self.leases):
+            for lease in self.leases:
+                self._grant(lease, min(equal, lease.max_tokens) - lease.tokens)
+        elif not self._distribute(self.leases) and self.leases:
+            first = self.leases[0]  # one short branch is of more use than none
+            tokens = self.uncommitted // (1 + self.results)
+            self._grant(first, max(0, min(tokens, first.max_tokens - first.tokens)))
+        return self.leases
+
+    def ask(self, lease: Lease, grant: Callable[[int], None], returned: int = 0) -> None:
+        """Ask for more tokens than the lease has, all of which are used up.
+
+        Args:
+            lease: The lease of the branch that asks.
+            grant: Is called with the tokens, 0 for none, at once or later.
+            returned: Tokens of the result that the branch has decoded so far.
+        """
+        lease.result_tokens = returned if self.results else 0
+        if lease.started and lease.tokens >= lease.max_tokens:
+            grant(0)
+            return
+        lease.grant = grant
+        self._settle()
+
+    def withdraw(self, lease: Lease) -> None:
+        """Stop waiting. The branch has not ended."""
+        lease.grant = None
+
+    def end(self, lease: Lease, tokens: int) -> None:
+        """Give back what a branch has not used: it and its result take so many `tokens`, and no more."""
+        lease.grant, lease.final_tokens = None, tokens
+        if self._asked_source and self._source and all(one.final_tokens is not None for one in self.leases):
+            self._asked_source = False
+            self._source.withdraw()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Grant a round of leases once no branch decodes any more."""
+        running = [lease for lease in self.leases if lease.final_tokens is None]
+        waiting = [lease for lease in running if lease.grant is not None]
+        if not waiting or len(waiting) < len(running) or self._asked_source:
+            return
+        # Who has started continues before another starts.
+        if self._distribute(sorted(waiting, key=lambda lease: not lease.started)):
+            return
+        if self._source is None:
+            for lease in waiting:
+                lease.answer(0)
+            return
+        self._asked_source = True
+        self._source.ask(self._receive)
+
+    def _receive(self, tokens: int) -> None:
+        """Lease tokens from the source. Where it has none left, there is nothing more to ask for."""
+        self._asked_source = False
+        self.capacity += tokens
+        if tokens == 0:
+            self._source = None
+        self._settle()
+
+    def _distribute(self, candidates: list[Lease]) -> bool:
+        """Lease equal parts of what is left, to as many of the candidates as can get enough to be of use.
+
+        Returns:
+            Whether any got something. The others continue to wait for what these leave.
+        """
+        granted = equal_parts(self.uncommitted // (1 + self.results), candidates)
+        for lease, tokens in granted.items():
+            self._grant(lease, tokens)
+        return bool(granted)
+
+    def _grant(self, lease: Lease, tokens: int) -> None:
+        lease.add(tokens, results=self.results)
+
+
+def equal_parts(tokens: int, candidates: Sequence[Lease]) -> dict[Lease, int]:
+    """Divide tokens equally among as many of the candidates as can get enough to be of use.
+
+    Args:
+        tokens: What there is.
+        candidates: Leases that may grow. The first ones come first where there is not enough for all.
+
+    Returns:
+        The tokens that each of them gets.
+    """
+    candidates = [lease for lease in candidates if lease.tokens < lease.max_tokens]
+    while candidates:
+        last, equal = candidates[-1], tokens // len(candidates)
+        if equal >= min(NEXT_LEASE if last.started else FIRST_LEASE, last.max_tokens - last.tokens):
+            break
+        candidates.pop()
+    return {lease: min(equal, lease.max_tokens - lease.tokens) for lease in candidates}

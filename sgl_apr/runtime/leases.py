@@ -1,0 +1,146 @@
+"""The branches of one group wait here: for their slot to run in, and for the tokens that they may still write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from sgl_apr.runtime.lease_pool import Lease, LeasePool
+from sgl_apr.runtime.sequence import SequenceState
+
+if TYPE_CHECKING:
+    from sgl_apr.runtime.branch_group import BranchGroup
+
+
+class Slots:
+    """How many branches of a group run at once. A branch gives up its slot while it waits for others.
+
+    Args:
+        count: Slots.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._held = set[SequenceState]()
+        self._acquiring = dict[SequenceState, asyncio.Lock]()
+
+    async def acquire(self, branch: SequenceState) -> None:
+        """Wait for a slot, unless the branch has one."""
+        async with self._acquiring.setdefault(
+            branch, asyncio.Lock()
+        ):  # its own branches may wait for it together
+            if branch not in self._held:
+                await self._free.acquire()
+                self._held.add(branch)
+
+    def release(self, branch: SequenceState) -> None:
+        """Give up the slot of a branch, if it has one."""
+        if branch in self._held:
+            self._held.remove(branch)
+            self._free.release()
+
+
+class OuterLease:
+    """The lease of a branch that forks, as the source of what its own branches share.
+
+    Args:
+        group: The group of the branch.
+        leases: The leases of the group.
+        branch: The branch.
+        unreserved: Returns what its branches may have of the tokens that it gets.
+    """
+
+    def __init__(
+        self,
+        group: BranchGroup,
+        leases: BranchLeases,
+        branch: SequenceState,
+        unreserved: Callable[[int], int],
+    ) -> None:
+        self._group, self._leases = group, leases
+        self._branch, self._unreserved = branch, unreserved
+
+    def ask(self, grant: Callable[[int], None]) -> None:
+        self._group.release_slot(self._branch)
+        self._leases.ask(self._branch, lambda tokens: grant(self._unreserved(tokens)))
+
+    def withdraw(self) -> None:
+        self._leases.withdraw(self._branch)
+
+
+class BranchLeases:
+    """The leases of the branches of one group.
+
+    Args:
+        pool: What the branches share. Its leases are made.
+        branches: One for each lease.
+        final_tokens: Returns what a branch that has ended and its result take.
+        add_tokens: Adds what a branch is granted to its allowance.
+    """
+
+    def __init__(
+        self,
+        pool: LeasePool,
+        branches: Sequence[SequenceState],
+        final_tokens: Callable[[SequenceState, Lease], int],
+        add_tokens: Callable[[SequenceState, int], None] = SequenceState.extend,
+    ) -> None:
+        self._pool, self._final_tokens, self._add_tokens = pool, final_tokens, add_tokens
+        self._leases = dict(zip(branches, pool.leases, strict=True))
+
+    def of(self, branch: SequenceState) -> Lease:
+        """The lease of a branch."""
+        return self._leases[branch]
+
+    async def start(self, branch: SequenceState) -> None:
+        """Wait for the first lease of a branch. It is 0 where the others have left none."""
+        lease = self._leases[branch]
+        if not lease.started:
+            self._add_tokens(branch, await self._wait(lease, 0))
+
+    async def extend(self, branch: SequenceState, returned: int) -> int:
+        """Wait for more tokens of a branch that has used up its lease.
+
+        Args:
+            branch: The branch.
+            returned: Tokens of its result that it has decoded.
+
+        Returns:
+            The tokens, which its allowance now has; 0 for none.
+        """
+        tokens = await self._wait(self._leases[branch], returned)
+        self._add_tokens(branch, tokens)
+        return tokens
+
+    def end(self, branch: SequenceState) -> None:
+        """Give back what a branch that has ended leaves."""
+        lease = self._leases[branch]
+        self._pool.end(lease, self._final_tokens(branch, lease))
+
+    def ask(self, branch: SequenceState, grant: Callable[[int], None]) -> None:
+        """Ask for more tokens for the branches of `branch`. Its allowance has them before `grant` is called."""
+
+        def receive(tokens: int) -> None:
+            self._add_tokens(branch, tokens)
+            grant(tokens)
+
+        self._pool.ask(self._leases[branch], receive)
+
+    def withdraw(self, branch: SequenceState) -> None:
+        """Stop waiting for what `ask` has asked for."""
+        self._pool.withdraw(self._leases[branch])
+
+    async def _wait(self, lease: Lease, returned: int) -> int:
+        granted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def grant(tokens: int) -> None:
+            if not granted.done():
+                granted.set_result(tokens)
+
+        self._pool.ask(lease, grant, returned)
+        try:
+            return await granted
+        except asyncio.CancelledError:
+            self._pool.withdraw(lease)
+            raise
