@@ -17,6 +17,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect
 from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import gather
+from sgl_apr.runtime.kv_admission import KvAdmission, fetch_pool_tokens
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import check_call, make_options
 from sgl_apr.runtime.prompts import Prompt, check_engine, encode_prompt, vocab_size
@@ -94,7 +95,10 @@ async def arun_many(
     progress_bar: bool = False,
     **options: Unpack[ReasonArguments],
 ) -> Outcomes:
-    """Run every problem, in order, `concurrency` of them at once.
+    """Run every problem, in order, at most `concurrency` of them at once.
+
+    Fewer run at once where more are not expected to fit into the KV cache of the engine. Each is expected to need
+    what those before it needed: what they wrote, and the part of their prompts that was not cached.
 
     A problem that fails is in `Outcomes.failed`, whatever exception it raised, and the others continue. Only what
     concerns all of them is raised: wrong options, and a file that cannot be read or written.
@@ -106,7 +110,7 @@ async def arun_many(
             Problems that are in the file are skipped, and keep the budget and other options that they were run with.
             Half a line that an interrupted run left is removed.
         dialect: As in `areason`.
-        concurrency: How many run at once.
+        concurrency: How many run at once at most.
         progress_bar: Show one on standard error.
         options: As in `areason`. A `seed` gives every problem a seed of its own.
 
@@ -125,13 +129,18 @@ async def arun_many(
         todo = iter([name for name in problems if name not in skipped])
         finished, failed = list[str](), dict[str, Exception]()
         bar = _progress_bar(len(problems), len(skipped)) if progress_bar else None
+        admission, max_tokens = KvAdmission(concurrency), base.budget.tokens
+        if concurrency > 1:
+            admission.pool_tokens = await fetch_pool_tokens(engine)
 
         async def work() -> None:
             for name in todo:
                 seed = None if base.seed is None else derive_seed(base.seed, name)
                 try:
                     prompt = await encode_prompt(engine, problems[name])
-                    trajectory = await run_with_options(engine, prompt, replace(base, seed=seed))
+                    async with admission.slot(len(prompt), max_tokens) as slot:
+                        trajectory = await run_with_options(engine, prompt, replace(base, seed=seed))
+                        slot.trajectory = trajectory
                 except Exception as error:
                     log.warning(
                         "problem %s failed: %r", name, error, exc_info=not isinstance(error, AprError)

@@ -1,4 +1,4 @@
-"""Admits trajectories: a bounded number runs at once, and a bounded number waits, first in, first out."""
+"""Admits trajectories: as many run at once as the operator allows and the KV cache holds, and a bounded number waits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from sgl_apr.errors import AprError
+from sgl_apr.runtime.kv_admission import KvAdmission, Slot
 from sgl_apr.server.api.limits import RequestLimits
 
 MAX_RETRY_AFTER_S = 600
@@ -31,7 +32,9 @@ class ServerBusy(AprError):
 
 
 class AdmissionQueue:
-    """Runs at most `limits.concurrent` trajectories. Further ones wait in the order of their arrival.
+    """Runs at most `limits.concurrent` trajectories, and no more than are expected to fit into the KV cache.
+
+    Further ones wait in the order of their arrival. `KvAdmission` has the rule.
 
     Args:
         limits: The operator's limits.
@@ -39,6 +42,7 @@ class AdmissionQueue:
 
     Attributes:
         queued: Trajectories that wait now.
+        kv: Decides when the next one starts.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class AdmissionQueue:
         self.queued = 0
         self._limits = limits
         self._on_change = on_change
-        self._slots = asyncio.Semaphore(limits.concurrent)  # its waiters are first in, first out
+        self.kv = KvAdmission(limits.concurrent)
         self._started: dict[int, float] = {}
         self._next_id = 0
         self._mean_duration: float | None = None
@@ -58,60 +62,72 @@ class AdmissionQueue:
         return len(self._started)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, prompt_tokens: int = 0, max_tokens: int = 0) -> AsyncIterator[Slot]:
         """Wait for a slot, and hold it for the duration of the block.
 
         Cancelling the call, as for a client that has disconnected, gives the place in the queue up.
 
+        Args:
+            prompt_tokens: Tokens of the prompt.
+            max_tokens: Tokens that the trajectory may write.
+
         Raises:
             ServerBusy: The queue is full, or no slot became free in time.
         """
-        await self._wait()
-        number, start = self._next_id, time.monotonic()
-        self._next_id += 1
-        self._started[number] = start
-        self._on_change(self.running, self.queued)
-        try:
-            yield
-        finally:
-            del self._started[number]
+        async with AsyncExitStack() as stack:
+            slot = await self._wait(stack, prompt_tokens, max_tokens)
+            number, start = self._next_id, time.monotonic()
+            self._next_id += 1
+            self._started[number] = start
             self._on_change(self.running, self.queued)
-            self._slots.release()
-            self._record(time.monotonic() - start)
+            try:
+                yield slot
+            finally:
+                del self._started[number]
+                self._on_change(self.running, self.queued)
+                self._record(time.monotonic() - start)
 
     def retry_after(self) -> int:
         """Estimate the seconds until a request that arrives then is admitted at once.
 
-        The queue and this request have to be served by `concurrent` slots, each of which serves one trajectory in the
-        mean duration. That is a moving average, or the mean age of what runs, if that is longer.
+        The queue and this request have to be served by as many slots as are in use, each of which serves one
+        trajectory in the mean duration. That is a moving average, or the mean age of what runs, if that is longer.
         """
-        now = time.monotonic()
+        now, slots = time.monotonic(), self.running or self._limits.concurrent
         ages = [now - start for start in self._started.values()]
         mean = max(self._mean_duration or 0.0, sum(ages) / len(ages) if ages else 0.0)
-        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(mean * (self.queued + 1) / self._limits.concurrent)))
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(mean * (self.queued + 1) / slots)))
 
-    async def _wait(self) -> None:
-        limits = self._limits
-        if not self._slots.locked():
-            await self._slots.acquire()  # returns at once
-            return
-        running = f"{self.running} trajectories are running, as many as --apr-max-concurrent {limits.concurrent} allows"
+    async def _wait(self, stack: AsyncExitStack, prompt_tokens: int, max_tokens: int) -> Slot:
+        """Enter a slot once there is one."""
+        limits, slot = self._limits, self.kv.slot(prompt_tokens, max_tokens)
+        if not self.kv.must_wait(prompt_tokens, max_tokens):
+            return await stack.enter_async_context(slot)  # does not wait
         if self.queued >= limits.queued:
             raise ServerBusy(
-                f"{running}, and {self.queued} are waiting, as many as --apr-max-queued {limits.queued} allows",
+                f"{self._bound()}, and {self.queued} are waiting, as many as --apr-max-queued {limits.queued} allows",
                 self.retry_after(),
             )
         self.queued += 1
         self._on_change(self.running, self.queued)
         try:
             async with asyncio.timeout(limits.queue_timeout):
-                await self._slots.acquire()
+                return await stack.enter_async_context(slot)
         except TimeoutError:
-            message = f"{running}, and none ended within --apr-queue-timeout {limits.queue_timeout:g} seconds"
+            message = (
+                f"{self._bound()}, and none ended within --apr-queue-timeout {limits.queue_timeout:g} seconds"
+            )
             raise ServerBusy(message, self.retry_after()) from None
         finally:
             self.queued -= 1
             self._on_change(self.running, self.queued)
+
+    def _bound(self) -> str:
+        """What bounds the number of running trajectories now."""
+        running, allowed = self.running, self._limits.concurrent
+        if running < allowed:
+            return f"{running} trajectories are running, as many as fit into the KV cache of {self.kv.pool_tokens} tokens"
+        return f"{running} trajectories are running, as many as --apr-max-concurrent {allowed} allows"
 
     def _record(self, duration: float) -> None:
         mean = self._mean_duration

@@ -11,6 +11,7 @@ from sgl_apr.engine.in_process import InProcessEngine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
+from sgl_apr.runtime.kv_admission import fetch_pool_tokens
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.server.api.admission import AdmissionQueue
 from sgl_apr.server.api.config import ApiConfig
@@ -54,6 +55,8 @@ class TrajectoryService:
             path = str(self._manager.config_value("tokenizer_path"))
             tokenizer = await asyncio.to_thread(load_tokenizer, path)
             self._engine = self._engine or InProcessEngine(self._manager, tokenizer=tokenizer)
+        if self.admission.kv.pool_tokens is None:
+            self.admission.kv.pool_tokens = await fetch_pool_tokens(self._engine)
         return self._engine
 
     def _make_parser(self, engine: InProcessEngine) -> OptionsParser:
@@ -81,8 +84,9 @@ class TrajectoryService:
         engine = await self.engine()
         prompt, options = await self._make_parser(engine).parse_in_thread(request)
         try:
-            async with self.admission.slot():
+            async with self.admission.slot(len(prompt), options.budget.tokens) as slot:
                 trajectory = await run_with_options(engine, prompt, options, on_event)
+                slot.trajectory = trajectory
         except asyncio.CancelledError:
             self.counters.count_outcome("cancelled")
             raise

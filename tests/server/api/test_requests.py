@@ -449,6 +449,32 @@ def test_a_full_queue_and_a_long_wait_are_refused():
     assert pickle.loads(pickle.dumps(full)).retry_after == 1
 
 
+def test_what_the_kv_cache_does_not_hold_waits():
+    async def go() -> tuple[ServerBusy, ServerBusy]:
+        queue = AdmissionQueue(RequestLimits(concurrent=8, queued=1, queue_timeout=0.02))
+        queue.kv.pool_tokens = 1000
+
+        async def enter() -> None:
+            async with queue.slot(300, 200):
+                raise AssertionError("admitted")
+
+        async with queue.slot(300, 200):
+            async with queue.slot(100, 200):
+                waiting = asyncio.create_task(enter())
+                await asyncio.sleep(0)
+                assert (queue.running, queue.queued) == (2, 1)
+                with pytest.raises(ServerBusy) as full:
+                    await enter()
+                with pytest.raises(ServerBusy) as late:
+                    await waiting
+            async with queue.slot(200, 200):  # the slot of the second one is free again
+                assert queue.running == 2
+        return full.value, late.value
+
+    for error in asyncio.run(go()):
+        assert "2 trajectories are running, as many as fit into the KV cache of 1000 tokens" in str(error)
+
+
 def test_the_time_to_retry_is_estimated_from_what_ran(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
