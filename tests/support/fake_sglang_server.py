@@ -43,6 +43,8 @@ class SglangServer:
         self.live: set[str] = set()
         self.headers: list[str | None] = []
         self.connections: list[int] = []  # by the client's port
+        self.intervals: dict[str, list[int | None]] = {}  # by phase, what each request set
+        self.chunks: dict[str, int] = {}  # by phase
 
     @contextmanager
     def in_thread(self) -> Iterator[str]:
@@ -100,17 +102,31 @@ class SglangServer:
         rid, failure = body["rid"], self.failures.get(phase)
         self.rids[phase] = rid
         self.connections.append(request.transport.get_extra_info("peername")[1])
+        interval = sampling.get("stream_interval")
+        self.intervals.setdefault(phase, []).append(interval)
+        if interval and "stream_interval" not in self.info:
+            return web.json_response(
+                {"error": {"message": "Unexpected keyword 'stream_interval'"}}, status=400
+            )
         if failure == "status 500":
             return web.json_response({"error": {"message": "out of memory"}}, status=500)
         self.live.add(rid)
         try:
-            return await self._stream(request, rid, len(body["input_ids"]), REPLIES.get(phase, ""), failure)
+            return await self._stream(
+                request,
+                rid,
+                len(body["input_ids"]),
+                phase,
+                failure,
+                interval or 1,
+            )
         finally:
             self.live.discard(rid)
 
     async def _stream(
-        self, request: web.Request, rid: str, prompt: int, text: str, failure: str | None
+        self, request: web.Request, rid: str, prompt: int, phase: str, failure: str | None, interval: int
     ) -> web.StreamResponse:
+        text, sent = REPLIES.get(phase, ""), 0
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         fails = failure not in (None, "is slow")
@@ -124,7 +140,9 @@ class SglangServer:
             if n == 3 and fails:
                 await self._fail(request, response, str(failure))
                 return response
-            await self._chunk(response, ids, n, prompt, {"type": "stop"} if n == len(ids) else None)
+            if n in (1, len(ids)) or n - sent >= interval:
+                await self._chunk(response, ids, n, prompt, {"type": "stop"} if n == len(ids) else None, sent)
+                self.chunks[phase], sent = self.chunks.get(phase, 0) + 1, n
         if fails:  # a commit, which decodes nothing
             await self._fail(request, response, str(failure))
         elif not ids:
@@ -133,7 +151,13 @@ class SglangServer:
         return response
 
     async def _chunk(
-        self, response: web.StreamResponse, ids: list[int], n: int, prompt: int, finish: dict | None
+        self,
+        response: web.StreamResponse,
+        ids: list[int],
+        n: int,
+        prompt: int,
+        finish: dict | None,
+        sent: int = 0,
     ) -> None:
         meta = {
             "finish_reason": finish,
@@ -141,8 +165,8 @@ class SglangServer:
             "cached_tokens": 0,
             "completion_tokens": n,
         }
-        sent = ids[n - 1 : n] if self.incremental else ids[:n]
-        data = {"text": TOKENIZER.decode(ids[:n]), "output_ids": sent, "meta_info": meta}
+        new = ids[sent:n] if self.incremental else ids[:n]
+        data = {"text": TOKENIZER.decode(ids[:n]), "output_ids": new, "meta_info": meta}
         await response.write(f"data: {json.dumps(data)}\n\n".encode())
 
     async def _fail(self, request: web.Request, response: web.StreamResponse, failure: str) -> None:
