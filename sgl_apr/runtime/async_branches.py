@@ -52,7 +52,7 @@ class AsyncBranches:
             outer: The group that the sequence is a branch of.
 
         Returns:
-            Tokens of the sequence that the engine has not computed: none.
+            Tokens of the sequence that the engine has not computed.
         """
         pending = sequence.pending
         if pending is None or not pending.running:
@@ -92,7 +92,7 @@ class AsyncBranches:
         sequence.reserve(reserved)
         pending.started += 1
         pending.running[identity.number] = reserved
-        return 0
+        return sequence.uncommitted_tokens
 
     async def join(self, sequence: SequenceState, number: str) -> int:
         """Wait for one branch, whose result comes back, or for all, whose text follows the wait.

@@ -139,8 +139,8 @@ def missed(trajectories: Sequence[apr.Trajectory]) -> list[apr.Call]:
         assert trajectory.blocks
         forked: dict[tuple[int, ...], int] = {}
         for call in trajectory.calls[1:]:
-            if call.phase == "commit":
-                forked[call.path] = call.prompt_tokens
+            if call.phase == "branch":  # its first request ends first
+                forked.setdefault(call.path[:-2], call.shared_tokens)
             joined = call.phase == "after"
             expected = forked[call.path] if joined else call.shared_tokens
             assert call.cached_tokens is not None

@@ -100,3 +100,23 @@ def test_an_engine_with_forks_of_its_own_commits():
     engine.caches_output = False
     reason(engine, dialect="threadweaver", budget={"tokens": 400, "width": 2})
     assert (len(engine.commits), engine.forks) == (1, [2])
+
+
+def test_a_branch_that_runs_while_its_sequence_continues():
+    def script(_: apr.Request, prompt: str) -> str:
+        if prompt.endswith("<async>"):
+            return " one</async>"
+        if prompt.endswith("</async>"):
+            return " Done."
+        return ' so<promise topic="t"/>' if prompt == PROMPT else " and<sync/>"
+
+    engine = CachingEngine(script, apr.dialect("pasta"))
+    trajectory = reason(engine, dialect="pasta", budget={"tokens": 400, "width": 2})
+    assert trajectory.text == ' so<promise topic="t"/> and<sync/><async> one</async> Done.'
+    assert engine.commits == []
+    assert {(c.phase, c.new_tokens, c.reprefilled_tokens) for c in trajectory.calls} == {
+        ("trunk", len(PROMPT), 0),
+        ("branch", 2, 0),  # its header, and the last token of the trunk
+        ("after", 1, 0),  # that token again
+        ("after", 6, 1),  # the branch, and the last token before it, which counts as decoded
+    }
