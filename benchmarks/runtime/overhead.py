@@ -7,7 +7,6 @@ import asyncio
 import json
 import multiprocessing
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,10 @@ from rich.table import Table
 import sgl_apr as apr
 from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware, versions
+from benchmarks.common.processes import peak_rss_mb
+from benchmarks.runtime.throughput import throughput
 from sgl_apr.engine.base import TokenSink
+from sgl_apr.engine.sglang_request import INTERVAL_PARAM, STREAM_INTERVAL
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.models import random_llama
@@ -113,10 +115,12 @@ async def overhead_us(runs: int, chunk: int) -> float:
     tokenizer = apr.ByteTokenizer(DIALECT.tags)
     engine = ReplayEngine(tokenizer, script(tokenizer, 4, 32))
     engine.chunk = chunk
+    # Under a deadline the loop receives every token as it comes. Else it waits for the end of a request.
+    options = FORCED | {"budget": apr.Budget(tokens=1600, seconds=3600)} if chunk == CHUNK_TOKEN else FORCED
     results: list[float] = []
     for _ in range(runs + 20):
         engine.calls, engine.seconds, started = 0, 0.0, time.perf_counter()
-        trajectory = await apr.areason(engine, "Question: ", DIALECT, **FORCED)
+        trajectory = await apr.areason(engine, "Question: ", DIALECT, **options)
         results.append((time.perf_counter() - started - engine.seconds) / engine.calls * 1e6)
     assert engine.calls == 7, "trunk, commit, 4 branches, conclusion"
     assert DIALECT.is_valid(trajectory.text)
@@ -125,15 +129,24 @@ async def overhead_us(runs: int, chunk: int) -> float:
 
 @dataclass(frozen=True)
 class Tree:
-    """A known trajectory: its prompt, and body and answer of the requests of trunk, commit, branches and conclusion."""
+    """A known trajectory: its prompt, and body and answer of the requests of trunk, branches and conclusion.
+
+    A commit, if the loop sends one, stands before the branches.
+    """
 
     prompt: tuple[int, ...]
-    requests: list[tuple[dict[str, Any], tuple[int, ...]]]
+    trunk: list[tuple[dict[str, Any], tuple[int, ...]]]
+    branches: list[tuple[dict[str, Any], tuple[int, ...]]]
+
+    @property
+    def requests(self) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
+        return [*self.trunk, *self.branches]
 
 
 async def record_tree(tokenizer: Tokenizer, width: int) -> Tree:
     """The requests of the loop for one fork into `width` branches, with grammars that force the answers."""
     engine = ReplayEngine(tokenizer, script(tokenizer, width, 48))
+    engine.caches_output = True  # as a server does
     prompt = tuple(tokenizer.encode(f"Question {width}: ", add_special_tokens=True))
     assert DIALECT.is_valid((await apr.areason(engine, prompt, DIALECT, **FORCED)).text)
 
@@ -145,12 +158,14 @@ async def record_tree(tokenizer: Tokenizer, width: int) -> Tree:
             "max_new_tokens": request.max_tokens,
             "stop_token_ids": list(request.stop_ids),
             "ebnf": f"start: {' '.join(f'<[{i}]>' for i in answer if i not in tokenizer.eos_ids)}\n",
+            INTERVAL_PARAM: STREAM_INTERVAL,
         }
         return {"input_ids": list(request.input_ids), "sampling_params": sampling}, answer
 
     commit = {"input_ids": list(engine.prefix), "sampling_params": {"max_new_tokens": 0}}
+    commits = [(commit, ())] if engine.prefix else []
     trunk, *others = map(forced, engine.requests)
-    return Tree(prompt, [trunk, (commit, ()), *others])
+    return Tree(prompt, [trunk, *commits], others)
 
 
 class ForcedEngine(apr.HttpEngine):
@@ -182,9 +197,9 @@ async def bare(url: str, trees: Sequence[Tree], parallel: bool) -> None:
             assert tuple(data["output_ids"]) == expected
 
         async def run(tree: Tree) -> None:
-            trunk, commit, *branches, conclusion = tree.requests
-            await answer(*trunk)
-            await answer(*commit)
+            *branches, conclusion = tree.branches
+            for request in tree.trunk:
+                await answer(*request)
             if parallel:
                 await asyncio.gather(*(answer(*branch) for branch in branches))
             else:
@@ -240,34 +255,6 @@ async def walls(url: str, pairs: int, console: Console) -> dict[str, Any]:
     }
 
 
-async def throughput(url: str, concurrency: int) -> dict[str, Any]:
-    """Throughput of trajectories that decode freely; `wall_s` is the shortest, the median and the longest."""
-    # Few trajectories run four times, so that each level takes long enough to measure.
-    problems = {str(i): f"Question {i}: " for i in range(max(concurrency, min(4 * concurrency, 128)))}
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "trajectories.jsonl"
-        async with await apr.HttpEngine.connect(url, timeout=600) as engine:
-            started = time.perf_counter()
-            await apr.arun_many(engine, problems, path, DIALECT, concurrency=concurrency, **FREE)
-            seconds, peak = time.perf_counter() - started, peak_rss_mb()
-        results = [trajectory for _, trajectory in apr.read_many(path)]
-    walls, calls = [t.wall_s for t in results], [call for t in results for call in t.calls]
-    return {
-        "trajectories": len(problems),
-        "valid": sum(DIALECT.is_valid(t.text) and bool(t.blocks) for t in results),
-        "requests": len(calls),
-        "tokens_per_s": round(sum(call.output_tokens for call in calls) / seconds, 1),
-        "trajectories_per_s": round(len(results) / seconds, 2),
-        "wall_s": [round(s, 2) for s in (min(walls), statistics.median(walls), max(walls))],
-        "peak_rss_mb": peak,
-    }
-
-
-def peak_rss_mb() -> float:
-    """Peak memory of this process so far; because levels only rise, that of the last level."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-
-
 def on_server(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run the parts that need a server, all on the same one."""
     results: dict[str, Any] = {}
@@ -282,7 +269,7 @@ def on_server(options: argparse.Namespace, console: Console) -> dict[str, Any]:
                 results |= asyncio.run(walls(server.url, options.pairs, console))
             if "throughput" in options.parts:
                 levels = track(sorted(options.levels), "levels", console=console)
-                ran = {str(n): asyncio.run(throughput(server.url, n)) for n in levels}
+                ran = {str(n): asyncio.run(throughput(server, n, DIALECT, **FREE)) for n in levels}
                 results |= {"throughput": {n: x["tokens_per_s"] for n, x in ran.items()}, "levels": ran}
     return results
 
