@@ -72,7 +72,7 @@ class LeasePool:
         closing: Tokens that the tags of one branch and its result take at most.
         results: Whether what a branch decodes may be written once more, as its result.
         source: Where more tokens come from once this pool has nothing to lease, if from anywhere.
-        first_lease: Where a first lease would be shorter, fewer branches start.
+        first_lease: Where a first lease would be shorter, fewer branches start (default: `FIRST_LEASE`).
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class LeasePool:
         *,
         results: bool,
         source: LeaseSource | None = None,
-        first_lease: int = FIRST_LEASE,
+        first_lease: int | None = None,
     ) -> None:
-        self.first_lease = first_lease
+        self.first_lease = FIRST_LEASE if first_lease is None else first_lease
         self.capacity, self.closing, self.results = capacity, closing, results
         self.leases: list[Lease] = []
         self._source, self._asked_source = source, False
@@ -111,7 +111,9 @@ class LeasePool:
             branches get more, and the others wait for what those leave.
         """
         self.leases = [Lease(*limits) for limits in zip(prompts, max_tokens, strict=True)]
-        if all(equal - one.tokens >= min(self.first_lease, one.max_tokens - one.tokens) for one in self.leases):
+        if all(
+            equal - one.tokens >= min(self.first_lease, one.max_tokens - one.tokens) for one in self.leases
+        ):
             for lease in self.leases:
                 self._grant(lease, min(equal, lease.max_tokens) - lease.tokens)
         elif not self._distribute(self.leases) and self.leases:
