@@ -15,7 +15,7 @@ from sgl_apr.formats.completion import complete_text
 from sgl_apr.formats.entry_points import installed_entry_points, load_entry_point, unknown_name_error
 from sgl_apr.formats.grammar import NUMBER, Grammar
 from sgl_apr.formats.grammar_source import built_in_names, grammar_path, read_grammar_file
-from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
+from sgl_apr.formats.graph_builder import ParserFrame, SpanGraphBuilder
 from sgl_apr.formats.masks.document import lower_document
 from sgl_apr.formats.masks.lower import check_widths, lower
 from sgl_apr.formats.masks.writer import GrammarBackend, MaskOptions
@@ -28,13 +28,8 @@ from sgl_apr.formats.options import (
 )
 from sgl_apr.formats.options import BranchNumbering as BranchNumbering
 from sgl_apr.formats.options import Phase as Phase
-from sgl_apr.formats.segmenter import (
-    Outline,
-    Segment,
-    match_segments,
-    raise_on_defect,
-    split_segments,
-)
+from sgl_apr.formats.phase_numbers import check_phase_numbers
+from sgl_apr.formats.segmenter import Segment, match_segments, raise_on_defect, split_segments
 from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -235,7 +230,7 @@ class Dialect(FormatOptions):
         segments = self.match_phase(phase, text, numbering)
         if segments is None:
             segments = split_segments(self.grammar, self._candidate_rules(phase)[-1], text)
-            self._check_numbers(segments, text, numbering)
+            check_phase_numbers(self, segments, text, numbering, asynchronous=self.asynchronous)
         return segments
 
     def match_phase(
@@ -246,22 +241,11 @@ class Dialect(FormatOptions):
             segments = match_segments(self.grammar, rule, text)
             if segments is not None:
                 try:
-                    self._check_numbers(segments, text, numbering)
+                    check_phase_numbers(self, segments, text, numbering, asynchronous=self.asynchronous)
                 except TraceError:
                     continue
                 return segments
         return [] if not text and self._may_be_empty(phase) else None
-
-    def _check_numbers(self, segments: list[Segment], text: str, numbering: BranchNumbering) -> None:
-        sequence = ParserFrame(prefix=numbering.prefix, number=numbering.number)
-        if self.asynchronous and numbering.number:
-            block = OpenBlock(1)
-            for number in map(str, range(self.first_number, int(numbering.number))):
-                block.add(Outline(number, "", 0), is_pending=number in numbering.waiting)
-            sequence.block = block if block.pending else None
-        builder = self.span_builder(raise_on_defect(text), sequence)
-        for index, segment in enumerate(segments):
-            builder.place(segment, index)
 
     def complete_phase(
         self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING

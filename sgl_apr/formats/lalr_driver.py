@@ -6,20 +6,16 @@ runtime needs neither: it parses what every request has decoded, and often only 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lark import Lark
-from lark.lexer import UnlessCallback
-from lark.utils import TextSlice
+from lark.lexer import BasicLexer, PatternStr
 
 from sgl_apr.formats.reading_progress import report_position
 
 END = "$END"  # Lark's name for the end of the text
-
-Scan = Callable[
-    [TextSlice[str], int], tuple[str, str] | None
-]  # text, offset -> what matches there, and its terminal
 
 
 class Lexeme(NamedTuple):
@@ -36,6 +32,9 @@ class Lexeme(NamedTuple):
     value: str
     start: int
     end: int
+
+
+Scan = Callable[[str, int], Lexeme | None]  # text, offset -> the token that begins there
 
 
 class Node(NamedTuple):
@@ -71,6 +70,7 @@ class LalrTables:
         actions: For each state and symbol, the state after it, or a reduction.
         start: The first state.
         final: The last state.
+        scans: For each state, a function that finds the next token of a text. A state that was not used yet has none.
     """
 
     def __init__(self, parser: Lark) -> None:
@@ -85,15 +85,40 @@ class LalrTables:
             for state, actions in table.states.items()
         }
         lexer: Any = interactive.lexer_thread.lexer
-        self._lexers: dict[int, Any] = lexer.lexers
-        self._scanners: dict[int, tuple[Scan, dict[str, UnlessCallback]]] = {}
+        self._lexers: dict[int, BasicLexer] = lexer.lexers
+        self.scans: dict[int, Scan] = {}
 
-    def scanner(self, state: int) -> tuple[Scan, dict[str, UnlessCallback]]:
-        """Return what matches the terminals that a state accepts, and what tells fixed texts from regular expressions."""
-        if state not in self._scanners:
-            lexer = self._lexers[state]
-            self._scanners[state] = (lexer.scanner.match, lexer.callback)
-        return self._scanners[state]
+    def add_scan(self, state: int) -> Scan:
+        """Return the function that finds the next token of a text in a state, and keep it."""
+        scan = self.scans[state] = _scan(self._lexers[state])
+        return scan
+
+
+def _scan(lexer: BasicLexer) -> Scan:
+    """Finds what a lexer of Lark finds."""
+    terminals, unless = lexer.scanner.terminals, lexer.callback
+    if len(terminals) == 1 and isinstance(terminals[0].pattern, PatternStr):
+        only, value = terminals[0].name, terminals[0].pattern.value
+
+        def find_fixed(text: str, offset: int) -> Lexeme | None:
+            return (
+                Lexeme(only, value, offset, offset + len(value)) if text.startswith(value, offset) else None
+            )
+
+        return find_fixed
+    pattern = "|".join(f"(?P<{t.name}>{t.pattern.to_regexp()})" for t in terminals)
+    match = re.compile(pattern, lexer.g_regex_flags).match
+
+    def find(text: str, offset: int) -> Lexeme | None:
+        if (found := match(text, offset)) is None:
+            return None
+        kind, value = str(found.lastgroup), found[0]
+        if kind in unless:  # the text can also be that of a fixed terminal
+            callback: Any = unless[kind]
+            kind = callback.scanner.fullmatch(value) or kind
+        return Lexeme(kind, value, offset, found.end())
+
+    return find
 
 
 def _reduction(rule: Any) -> Reduction:
@@ -167,17 +192,13 @@ def _inline(children: list[Node | Lexeme], inlined: tuple[bool, ...]) -> list[No
 
 def parse_text(tables: LalrTables, text: str) -> Node | None:
     """Return the node of a text; None if it does not match."""
-    parser, piece, size, offset = LalrParser(tables), TextSlice(text, 0, len(text)), len(text), 0
+    parser, scans, size, offset = LalrParser(tables), tables.scans, len(text), 0
+    states, feed = parser.states, parser.feed
     report_position(lambda: offset)
     while offset < size:
-        scan, unless = tables.scanner(parser.states[-1])
-        match = scan(piece, offset)
-        if match is None:
+        state = states[-1]
+        token = (scans[state] if state in scans else tables.add_scan(state))(text, offset)
+        if token is None or not feed(token):
             return None
-        value, kind = match
-        if kind in unless:  # the text can also be that of a fixed terminal
-            kind = unless[kind].scanner.fullmatch(value) or kind
-        start, offset = offset, offset + len(value)
-        if not parser.feed(Lexeme(kind, value, start, offset)):
-            return None
+        offset = token.end
     return parser.finish()

@@ -1,0 +1,44 @@
+"""Checks the numbers of branches in what one phase of a reply has decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
+from sgl_apr.formats.options import BranchNumbering, FormatOptions
+from sgl_apr.formats.segmenter import Outline, Segment, raise_on_defect
+
+UNNUMBERED_ROLES = ("text", "body", "close")
+
+
+def check_phase_numbers(
+    options: FormatOptions,
+    segments: Sequence[Segment],
+    text: str,
+    numbering: BranchNumbering,
+    *,
+    asynchronous: bool,
+) -> None:
+    """Check that a phase writes the numbers that come next.
+
+    Args:
+        options: The options of the dialect.
+        segments: The segments of the phase.
+        text: Its text.
+        numbering: The numbers that it can write.
+        asynchronous: Whether the dialect forks one branch at a time and waits for it later.
+
+    Raises:
+        TraceError: A number is wrong, or there are more branches than the dialect allows.
+    """
+    if all(s.role in UNNUMBERED_ROLES or (s.role == "closer" and not s.number) for s in segments):
+        return  # as in most phases: nothing to check
+    sequence = ParserFrame(prefix=numbering.prefix, number=numbering.number)
+    if asynchronous and numbering.number:
+        block = OpenBlock(1)
+        for number in map(str, range(options.first_number, int(numbering.number))):
+            block.add(Outline(number, "", 0), is_pending=number in numbering.waiting)
+        sequence.block = block if block.pending else None
+    builder = SpanGraphBuilder(options, raise_on_defect(text), asynchronous=asynchronous, start=sequence)
+    for index, segment in enumerate(segments):
+        builder.place(segment, index)
