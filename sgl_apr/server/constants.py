@@ -14,3 +14,10 @@ MASK_SLICES_ENV = "SGLANG_APR_MASK_SLICES"  # llguidance prepares token masks fo
 GRAMMAR_LIMITS_ENV = "SGLANG_APR_GRAMMAR_LIMITS"  # grammars that take too long for a token are refused
 PADDED_MATMUL_ENV = "SGLANG_APR_PADDED_MATMUL"  # on a CPU, two or three rows are multiplied as four
 FORK_START_ENV = "SGLANG_APR_FORK_START"  # on a CPU, SGLang's processes start by fork in place of spawn
+PAUSE_GC_ENV = "SGLANG_APR_PAUSE_GC"  # no garbage is collected while SGLang is imported
+SKIP_FLASHINFER_ENV = "SGLANG_APR_SKIP_FLASHINFER"  # on a CPU, flashinfer is not imported
+ONE_MODEL_MODULE_ENV = "SGLANG_APR_ONE_MODEL_MODULE"  # one module of models is imported in place of all
+MASK_KERNEL_ENV = "SGLANG_APR_MASK_KERNEL"  # on a CPU, a C kernel applies token masks
+QUICK_WARMUP_ENV = "SGLANG_APR_QUICK_WARMUP"  # the first request is sent as soon as the server listens
+
+MODEL_MODULE_ENV = "SGLANG_APR_MODEL_MODULE"  # the module of SGLang with the served model's class

@@ -22,6 +22,7 @@ from sgl_apr.server.constants import (
     GRAMMAR_LIMITS_ENV,
     KV_JOIN_ENV,
     LAUNCHED_ENV,
+    MASK_KERNEL_ENV,
     MASK_SLICES_ENV,
     PADDED_MATMUL_ENV,
 )
@@ -68,6 +69,8 @@ def activate() -> None:
             _register_attention()
             if is_enabled(PADDED_MATMUL_ENV):
                 _register_padded_matmul()
+            if os.environ.get(LAUNCHED_ENV) and is_enabled(MASK_KERNEL_ENV):
+                _register_mask_kernel()
         _register_cache()
         for module in (redaction, abort, auth, logprob_texts, server_folder):
             module.register_hooks()
@@ -180,6 +183,13 @@ def _register_padded_matmul() -> None:
     hook_around(linear, ["layer", "x", "bias"], padded_matmul.padded_linear)
     head = "sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head"
     hook_around(head, ["hidden_states", "lm_head", "embedding_bias", "out"], padded_matmul.padded_lm_head)
+
+
+def _register_mask_kernel() -> None:
+    """Apply token masks with a kernel that is compiled once. `MASK_KERNEL_ENV` switches this off."""
+    from sgl_apr.server.cpu import mask_kernel
+
+    mask_kernel.register_hooks()
 
 
 def _make_attention(runner: Any) -> Any:

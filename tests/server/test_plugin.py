@@ -14,9 +14,11 @@ from sgl_apr.server.constants import (
     FORK_START_ENV,
     KV_JOIN_ENV,
     LAUNCHED_ENV,
+    MASK_KERNEL_ENV,
     MASK_SLICES_ENV,
     PADDED_MATMUL_ENV,
 )
+from sgl_apr.server.cpu import mask_kernel
 from sgl_apr.server.hooks import require_sglang
 from sgl_apr.server.launch import fork_start, server_folder
 from sgl_apr.server.security import abort, auth, grammar_cost, logprob_texts, redaction
@@ -30,7 +32,18 @@ def hooked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def record(path: str, *_: object) -> None:
         paths.append(path.rpartition(":")[2])
 
-    for module in (plugin, fork_start, abort, auth, grammar_cost, logprob_texts, redaction, server_folder):
+    modules = (
+        plugin,
+        fork_start,
+        abort,
+        auth,
+        grammar_cost,
+        logprob_texts,
+        mask_kernel,
+        redaction,
+        server_folder,
+    )
+    for module in modules:
         for name in ("hook_after", "hook_around"):
             monkeypatch.setattr(module, name, record, raising=False)
         monkeypatch.setattr(
@@ -47,6 +60,7 @@ def hooked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("variable", "functions"),
     [
         (PADDED_MATMUL_ENV, {"UnquantizedLinearMethod.apply", "LogitsProcessor._compute_lm_head"}),
+        (MASK_KERNEL_ENV, {"GuidanceGrammar.apply_vocab_mask"}),
         (MASK_SLICES_ENV, {"_create_llguidance_tokenizer"}),
         (KV_JOIN_ENV, {"ForwardBatch.init_new"}),
     ],

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
 import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_dir
 
+from sgl_apr.server.cpu.compiler import load_library
 from sgl_apr.server.cpu.decode_schedule import PIECE_SLOTS, DecodeSchedule
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.c")
-# -ffast-math only for compiling: a linker that sees it makes the whole process flush denormals.
-COMPILE_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", f"-DPIECE={PIECE_SLOTS}", "-c")
-COMPILE_TIMEOUT_S = 60.0  # compiling takes a fraction of a second
 
 
 class DecodeKernel:
@@ -81,40 +74,7 @@ class DecodeKernel:
 def decode_kernel() -> DecodeKernel | None:
     """Return the kernel, or None (with a warning) if there is no C compiler with OpenMP."""
     try:
-        return DecodeKernel(ctypes.CDLL(str(_compiled_library())))
+        return DecodeKernel(load_library(SOURCE, [f"-DPIECE={PIECE_SLOTS}"]))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("attention runs without its C kernel, which needs a C compiler with OpenMP: %s", error)
         return None
-
-
-def _compiled_library() -> Path:
-    """Return the shared library in the user's cache, one for each source and processor. Compile it if needed."""
-    compiler = os.environ.get("CC", "cc")
-    processor = platform.machine() + _processor_flags()
-    key = hashlib.sha256(
-        SOURCE.read_bytes() + " ".join([compiler, processor, *COMPILE_FLAGS]).encode()
-    ).hexdigest()[:16]
-    library = Path(user_cache_dir("sgl_apr")) / "kernels" / f"decode-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            compiled, linked = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
-            _run(compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(compiled))
-            _run(compiler, "-shared", "-fopenmp", str(compiled), "-o", str(linked), "-lm")
-            linked.replace(library)  # atomic, for two servers that start at once
-    return library
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
-    if done.returncode:
-        raise OSError(f"{command[0]}: {done.stderr.strip().splitlines()[-1:]}")
-
-
-def _processor_flags() -> str:
-    """Return the processor's features, which Linux lists. Several machines may share one cache."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
