@@ -22,7 +22,7 @@ from sgl_apr.server.cpu.kernel import decode_kernel
 from sgl_apr.server.hooks import check_version, has_accelerator
 from sgl_apr.server.kv_join.probe import GenerateClient, ProbePrompt, make_client, send_prompts
 from sgl_apr.server.kv_join.selfcheck import PROBE_TOKEN_IDS, check_identities
-from sgl_apr.server.launch.main import WARMUP_GRAMMARS
+from sgl_apr.server.launch.warmup import WARMUP_GRAMMARS
 from sgl_apr.tokenizer import Tokenizer
 
 GIB = 2**30

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from sgl_apr.server.constants import CACHE_SECRET_ENV, LAUNCHED_ENV
 from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
+from sgl_apr.server.launch.fast_imports import fast_imports
 
 MAX_MESSAGE_BYTES = 1 << 20
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -81,12 +82,13 @@ class ForkedProcess:
 
 def main() -> None:
     link = socket.socket(fileno=os.dup(0))
-    from sglang.srt.plugins import load_plugins
+    with fast_imports():
+        from sglang.srt.plugins import load_plugins
 
-    load_plugins()
+        load_plugins()
 
-    import sgl_apr.server.api.install
-    import sgl_apr.server.launch.main
+        import sgl_apr.server.api.install
+        import sgl_apr.server.launch.main
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for them
     while True:

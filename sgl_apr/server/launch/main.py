@@ -14,16 +14,13 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from sgl_apr.engine.http_client import post_json
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
-from sgl_apr.errors import EngineError, LaunchError
+from sgl_apr.errors import LaunchError
 from sgl_apr.server.api.config import ApiConfig, parse_api_arguments
 from sgl_apr.server.guard.limits import GuardLimits, parse_guard_arguments
 from sgl_apr.server.guard.origin_checks import is_loopback
@@ -31,13 +28,12 @@ from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.server.kv_join.selfcheck import assert_joins_correct
 from sgl_apr.server.launch.arguments import server_args
+from sgl_apr.server.launch.fast_imports import fast_imports
 from sgl_apr.server.launch.fork_start import fork_children
+from sgl_apr.server.launch.served_model import import_only_served_model
 from sgl_apr.server.launch.server_folder import lock_folder, remove_folder, this_servers_folder
 from sgl_apr.server.launch.usage import UsageError
-
-# By grammar backend. The grammars are small, but the first one of a process compiles a torch kernel.
-WARMUP_GRAMMARS = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
-WARMUP_TIMEOUT_S = 600.0  # seconds for the warm-up request
+from sgl_apr.server.launch.warmup import warm_up_grammars, warm_up_sglang
 
 
 def main(argv: list[str]) -> None:
@@ -51,9 +47,11 @@ def main(argv: list[str]) -> None:
     try:
         config, argv = parse_api_arguments(argv)
         guard_limits, argv = parse_guard_arguments(argv)
-        args = server_args([*argv, *secret_flags])
-        _add_routes(config)
-        _guard_requests(guard_limits, args.host)
+        with fast_imports():
+            args = server_args([*argv, *secret_flags])
+            _add_routes(config)
+            _guard_requests(guard_limits, args.host)
+        import_only_served_model(args)
         if not has_accelerator():
             fork_children(launcher)
     except LaunchError as error:
@@ -62,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     def ready() -> None:
         try:
-            _warm_up(args)
+            warm_up_grammars(args)
             view = resolving_view(args)
             if view.radix_cache_backend == RADIX_CACHE_BACKEND and not args.skip_server_warmup:
                 assert_joins_correct(make_client(args.url(), args.api_key))
@@ -82,7 +80,7 @@ def main(argv: list[str]) -> None:
     from sglang.srt.utils import kill_process_tree
 
     try:
-        launch_server(args, launch_callback=ready)
+        launch_server(args, execute_warmup_func=warm_up_sglang, launch_callback=ready)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
@@ -152,36 +150,6 @@ def _warning(args: Any) -> str:
         f"the server listens on {args.host} without a key, so everybody who reaches port {args.port} can use it "
         "(set SGL_APR_API_KEY or --api-key-file FILE, or listen on --host 127.0.0.1)"
     )
-
-
-def _warm_up(args: Any) -> None:
-    """Send constrained requests, because SGLang's own warm-up sends none.
-
-    The mask kernel is compiled for one row, and once more for any other number of rows.
-
-    Raises:
-        LaunchError: A request failed.
-    """
-    if args.grammar_backend not in WARMUP_GRAMMARS or args.skip_tokenizer_init:
-        return
-    sampling = {"max_new_tokens": 4, "ebnf": WARMUP_GRAMMARS[args.grammar_backend]}
-    for texts in (["a"], ["a", "b"], ["a", "b", "c"]):
-        _generate(args.url(), {"text": texts, "sampling_params": sampling}, args.api_key)
-
-
-def _generate(url: str, body: Mapping[str, Any], api_key: str | None) -> None:
-    """Send a request once the server listens: with --skip-server-warmup that may take a moment."""
-    deadline = time.monotonic() + WARMUP_TIMEOUT_S
-    while True:
-        try:
-            post_json(f"{url}/generate", body, api_key=api_key, timeout=WARMUP_TIMEOUT_S)
-            return
-        except EngineError as error:
-            if error.status is not None:
-                raise LaunchError(f"constrained decoding does not work with this model: {error}") from error
-            if time.monotonic() > deadline:
-                raise LaunchError(f"the server does not answer: {error}") from error
-            time.sleep(0.2)
 
 
 if __name__ == "__main__":
