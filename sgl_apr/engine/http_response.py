@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import aiohttp
+import orjson
 
 from sgl_apr.errors import AprError, EngineError
 
@@ -15,6 +17,10 @@ from sgl_apr.errors import AprError, EngineError
 MAX_LINE_BYTES = 64 << 20
 MAX_BODY_BYTES = 64 << 20  # after decompression
 MAX_ERROR_BYTES = 64 << 10  # read of the body of an error
+# A request with an object that is no JSON is refused, in place of being written in a form of orjson's own.
+ORJSON_OPTIONS = (
+    orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
+)
 JSON_HEADERS = {"Content-Type": "application/json"}
 AFTER_DONE_S = 5.0  # how long the end of a stream is waited for after its last data
 
@@ -25,6 +31,10 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
     Raises:
         AprError: It holds something that JSON does not have, such as a set or NaN.
     """
+    with contextlib.suppress(TypeError):  # also for what JSON has, such as numbers of more than 64 bits
+        encoded = orjson.dumps(body, option=ORJSON_OPTIONS)
+        if b"null" not in encoded:  # NaN becomes null there
+            return encoded
     try:
         return json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -37,6 +47,10 @@ def decode_body(body: bytes) -> Any:
     Raises:
         ValueError: It is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
+    try:
+        return orjson.loads(body)
+    except ValueError:  # it may have NaN, which SGLang's own routes do not send
+        pass
     try:
         return json.loads(body)
     except RecursionError as error:
