@@ -5,10 +5,10 @@ The runtime only encodes text that it injects. Model output stays as the ids tha
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from sgl_apr.errors import AprError, UnsupportedEngine
 
 LONG_TEXT = 16_384  # characters whose encoding takes milliseconds
 CONTEXT_TOKENS = 4  # tokens of context that decoding needs to keep a leading space
+TAG = re.compile(r"<[^<>]*>")
 REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
 
 
@@ -147,16 +148,58 @@ def split_token_ids(
     Yields:
         The ids of each piece.
     """
-    starts, high = [0] * len(ids), len(ids)
-    cut = ends[-2] if len(ends) > 1 else 0
-    # Fast path: most texts end with a tag that is one token. An incomplete character is ambiguous, so it is excluded.
-    if 0 < cut < len(text) and text[cut - 1] != REPLACEMENT and tokenizer.decode(ids[:-1]) == text[:cut]:
-        high, starts[-1], text = high - 1, cut, text[:cut]
-    _locate_tokens(starts, ids, 0, high, 0, text, ends, tokenizer)
-    cuts = [0, *(bisect_left(starts, end) for end in ends)]
-    cuts[-1] = len(ids)
-    for first, last in pairwise(cuts):
-        yield tuple(ids[first:last])
+    if not ends:
+        return
+    starts, low, offset, pending = [0] * len(ids), 0, 0, list[int]()
+    cuts_at_tags = True
+    for end in ends[:-1]:
+        pending.append(end)
+        high = _cut_at_tag(ids, low, text, offset, end, tokenizer) if cuts_at_tags else None
+        if high is None:
+            continue
+        if tokenizer.decode(ids[low:high], ids[max(0, low - CONTEXT_TOKENS) : low]) != text[offset:end]:
+            cuts_at_tags = False  # looking further could take quadratic time
+            continue
+        yield from _split_piece(starts, ids, low, high, offset, text, pending, tokenizer)
+        low, offset, pending = high, end, []
+    yield from _split_piece(starts, ids, low, len(ids), offset, text, [*pending, len(text)], tokenizer)
+
+
+def _cut_at_tag(
+    ids: list[int] | tuple[int, ...], low: int, text: str, offset: int, end: int, tokenizer: Tokenizer
+) -> int | None:
+    """Where the ids have to be cut if a tag that is one token begins or ends at `end`, the first of its kind."""
+    if not offset < end < len(text) or text[end - 1] == REPLACEMENT:  # half a character may be there
+        return None
+    starting = TAG.match(text, end)
+    tag = starting[0] if starting else text[max(offset, text.rfind("<", offset, end)) : end]
+    token_id = tokenizer.special_token_id(tag)
+    if token_id is None:
+        return None
+    try:
+        return ids.index(token_id, low) + (starting is None)
+    except ValueError:
+        return None
+
+
+def _split_piece(
+    starts: list[int],
+    ids: list[int] | tuple[int, ...],
+    low: int,
+    high: int,
+    offset: int,
+    text: str,
+    ends: list[int],
+    tokenizer: Tokenizer,
+) -> Iterator[tuple[int, ...]]:
+    """Split `ids[low:high]`, whose text begins at `offset` and ends with the last of `ends`."""
+    if len(ends) > 1:
+        _locate_tokens(starts, ids, low, high, offset, text[offset : ends[-1]], ends, tokenizer)
+    for end in ends[:-1]:
+        cut = bisect_left(starts, end, low, high)
+        yield tuple(ids[low:cut])
+        low = cut
+    yield tuple(ids[low:high])
 
 
 def _locate_tokens(

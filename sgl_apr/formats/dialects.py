@@ -195,10 +195,7 @@ class Dialect(FormatOptions):
         Raises:
             GrammarError: The phase cannot be lowered with these options, or the dialect does not allow them.
         """
-        defaults = {"first_number": self.first_number, "width": self.width, "min_width": self.min_width}
-        mask_options = MaskOptions(**{**defaults, **options})
-        check_widths(self.name, mask_options, self.max_width, self.max_depth)
-        return _lower(self, self.rule_for_phase(phase), tokenizer, mask_options, backend)
+        return _lower(self, phase, tokenizer, backend, **options)
 
     def rule_for_phase(self, phase: str) -> str:
         """Return the rule of a phase. Where branches do not nest, the rule of the phase "branch" is `body`."""
@@ -283,13 +280,17 @@ class Dialect(FormatOptions):
         return ("close", rule) if phase == "after" and "close" in self.grammar.rules else (rule,)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # called for every request
 def _lower(
-    dialect: Dialect, rule: str, tokenizer: Tokenizer, options: MaskOptions, backend: GrammarBackend
+    dialect: Dialect, phase: str, tokenizer: Tokenizer, backend: GrammarBackend, **options: Any
 ) -> str:
+    defaults = {"first_number": dialect.first_number, "width": dialect.width, "min_width": dialect.min_width}
+    mask_options = MaskOptions(**{**defaults, **options})
+    check_widths(dialect.name, mask_options, dialect.max_width, dialect.max_depth)
+    rule = dialect.rule_for_phase(phase)
     if rule == "trace":
-        return lower_document(dialect.grammar, rule, tokenizer, options, backend)
-    return lower(dialect.grammar, rule, tokenizer, options, backend)
+        return lower_document(dialect.grammar, rule, tokenizer, mask_options, backend)
+    return lower(dialect.grammar, rule, tokenizer, mask_options, backend)
 
 
 @lru_cache(maxsize=64)

@@ -15,8 +15,8 @@ from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar_checks import NUMBER as NUMBER
 from sgl_apr.formats.grammar_checks import TEXT as TEXT
 from sgl_apr.formats.grammar_checks import check_expansion, check_grammar
+from sgl_apr.formats.grammar_source import declared_options, parse_source, separate_tags
 from sgl_apr.formats.grammar_source import grammar_path as grammar_path
-from sgl_apr.formats.grammar_source import parse_source, separate_tags
 from sgl_apr.formats.lalr_driver import LalrTables
 from sgl_apr.formats.lark_ast import (
     Alt,
@@ -85,7 +85,7 @@ class Grammar:
         tree = parse_source(source, name)
         separated = separate_tags(source, tree, name)
         self.source, self.name = separated, name
-        self.declared_options = dict(_declared_options(source, name))
+        self.declared_options = dict(declared_options(source, name))
         self.rules: dict[str, Expr] = {}
         self.terminals: dict[str, StringLiteral | str] = {}
         self.lines: dict[str, int] = {}
@@ -197,7 +197,11 @@ class Grammar:
         Raises:
             GrammarError: The rule holds something that has no fixed text.
         """
+        if text or name or each:
+            return self._render(rule, number, text, name, each)
+        return _render_tags(self, rule, number)
 
+    def _render(self, rule: str, number: str, text: str, name: str, each: Sequence[tuple[str, str]]) -> str:
         def write(expr: Expr) -> str:
             match expr:
                 case StringLiteral(value):
@@ -307,6 +311,11 @@ class Grammar:
         terminal.pattern = PatternRE(rf"(?:[^{first}]++|(?!{tags})[{first}])++" if tags else r"[\s\S]+")
 
 
+@lru_cache(maxsize=1024)  # called for every branch
+def _render_tags(grammar: Grammar, rule: str, number: str) -> str:
+    return grammar._render(rule, number, "", "", ())
+
+
 @lru_cache(maxsize=1024)  # called several times for every request
 def _closing_literal(grammar: Grammar, rule: str, number: str) -> str:
     ends = _closing_literals(grammar, rule, number, set())
@@ -331,20 +340,3 @@ def _closing_literals(grammar: Grammar, rule: str, number: str, visited: set[str
         else:
             ends.add(last.text if isinstance(last, StringLiteral) else "")
     return ends
-
-
-def _declared_options(source: str, name: str) -> Iterator[tuple[str, tuple[str, int]]]:
-    """The keys of lines of the form `//@ key value, key value`, each with its value and line."""
-    keys: set[str] = set()
-    for number, line in enumerate(source.split("\n"), 1):
-        if line.startswith("//@"):
-            for option in line[3:].split(","):
-                key, _, value = option.strip().partition(" ")
-                if not key or not value.strip():
-                    raise GrammarError(
-                        f"{name}, line {number}: {option.strip()[:80]!r}, expected //@ key value, key value"
-                    )
-                if key in keys:
-                    raise GrammarError(f"{name}, line {number}: {key[:40]} is set twice")
-                keys.add(key)
-                yield key, (value.strip(), number)

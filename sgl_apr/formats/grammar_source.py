@@ -169,3 +169,20 @@ def grammar_path(name: str) -> Path:
 def built_in_names() -> frozenset[str]:
     """Return the names of the built-in grammar files."""
     return frozenset(path.stem for path in grammar_path("any").parent.glob("*.lark"))
+
+
+def declared_options(source: str, name: str) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Yield the keys of lines of the form `//@ key value, key value`, each with its value and line."""
+    keys: set[str] = set()
+    for number, line in enumerate(source.split("\n"), 1):
+        if line.startswith("//@"):
+            for option in line[3:].split(","):
+                key, _, value = option.strip().partition(" ")
+                if not key or not value.strip():
+                    raise GrammarError(
+                        f"{name}, line {number}: {option.strip()[:80]!r}, expected //@ key value, key value"
+                    )
+                if key in keys:
+                    raise GrammarError(f"{name}, line {number}: {key[:40]} is set twice")
+                keys.add(key)
+                yield key, (value.strip(), number)

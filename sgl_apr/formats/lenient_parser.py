@@ -6,7 +6,7 @@ import gc
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from lark import Token
@@ -187,7 +187,7 @@ def _cover_text(segments: list[Segment], size: int) -> list[Segment]:
     if not segments or segments[0].start > 0:
         segments = [Segment("text", 0, segments[0].start if segments else size), *segments]
     ends = [s.start for s in segments[1:]] + [size]
-    return [replace(s, end=max(end, s.start)) for s, end in zip(segments, ends, strict=True)]
+    return [s._replace(end=max(end, s.start)) for s, end in zip(segments, ends, strict=True)]
 
 
 @lru_cache(maxsize=64)

@@ -123,7 +123,7 @@ class MethodRequests:
         def final_tokens(branch: SequenceState, _: Lease) -> int:
             return branch.tokens_used - before[branch]
 
-        return BranchLeases(pool, branches, final_tokens, add_tokens=lambda branch, tokens: None)
+        return BranchLeases(pool, branches, final_tokens, separate=False)
 
     def _max_tokens(self, prompt: Prompt, equal: int) -> int:
         """What one completion may decode, at most. Where it cannot be continued, that is its equal part."""

@@ -181,12 +181,13 @@ class BranchGroup:
 
         await gather(run_and_follow(branch) for branch in self.branches)
 
-    async def extend(self, branch: SequenceState, returned: int) -> int:
-        """Wait for more tokens of a branch that has used up its own, without a slot in the meantime.
+    async def extend(self, branch: SequenceState, returned: int, *, path: bool = False) -> int:
+        """Wait until a branch that has used up its lease may write more, without a slot in the meantime.
 
         Args:
             branch: The branch.
             returned: Tokens of its result that it has decoded.
+            path: It waits for a longer critical path, and not for tokens.
 
         Returns:
             The tokens that its allowance has more, 0 for none.
@@ -194,7 +195,7 @@ class BranchGroup:
         if self.leases is None:
             return 0
         self.release_slot(branch)
-        tokens = await self.leases.extend(branch, returned)
+        tokens = await self.leases.extend(branch, returned, path=path)
         await self._acquire_slots(branch)
         return tokens
 

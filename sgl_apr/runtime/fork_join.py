@@ -116,9 +116,10 @@ class ForkJoin:
     @staticmethod
     def max_result_tokens(group: BranchGroup, share: Allowance) -> list[int]:
         """Tokens that the result of each branch may have."""
-        leases = group.leases
-        tokens = [leases.of(b).result_tokens if leases else share.tokens for b in group.branches]
-        return [min(share.critical_path_cap, most) for most in tokens]
+        if group.leases is None:
+            return [min(share.tokens, share.critical_path_cap)] * len(group.branches)
+        leases = [group.leases.of(branch) for branch in group.branches]
+        return [min(lease.result_tokens, lease.path_result_tokens) for lease in leases]
 
     def final_tokens(self, branch: SequenceState, max_result_tokens: int) -> int:
         """Tokens that a branch that has ended takes, with the result that it returns as a message."""

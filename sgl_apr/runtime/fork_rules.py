@@ -225,7 +225,14 @@ class ForkRules:
         closing = branches * self.overhead.branch
         left = sequence.allowance.tokens - closing - self.overhead.join
         capacity = self.unreserved(max(0, left)) + closing
-        return LeasePool(capacity, self.overhead.branch, results=self.by_message, source=source)
+        path = self._critical_path_room(sequence.allowance, sequence.critical_path, branches)
+        return LeasePool(
+            capacity,
+            self.overhead.branch,
+            results=self.by_message,
+            source=source,
+            path_capacity=max(0, path) if self.by_message else None,
+        )
 
     def unreserved(self, tokens: int) -> int:
         """What branches may have of so many tokens of their sequence."""
@@ -237,9 +244,14 @@ class ForkRules:
 
     def _critical_path_share(self, allowance: Allowance, critical_path: int, branches: int) -> int:
         messages = branches if self.by_message else 0
-        closing = max(messages, 1) * self.overhead.branch + self.overhead.join
-        left = allowance.critical_path_cap - critical_path - closing
-        return int(left * (1 - self.options.budget.reserve)) // (1 + messages)
+        return self._critical_path_room(allowance, critical_path, branches) // (1 + messages)
+
+    def _critical_path_room(self, allowance: Allowance, critical_path: int, branches: int) -> int:
+        """The length that branches, and their messages after one another, may add to the critical path."""
+        closing = (branches if self.by_message else 1) * self.overhead.branch + self.overhead.join
+        return int(
+            (allowance.critical_path_cap - critical_path - closing) * (1 - self.options.budget.reserve)
+        )
 
     def _call_share(self, allowance: Allowance, branches: int) -> int:
         left = allowance.calls - branches * self._commits

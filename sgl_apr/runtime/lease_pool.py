@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sgl_apr.runtime.allowance import NO_LIMIT
+
 FIRST_LEASE = 64  # tokens: where a first lease would be shorter, fewer branches start, and the others wait
 NEXT_LEASE = 16  # tokens: where a further lease would be shorter, fewer branches get one
 
@@ -24,6 +26,9 @@ class Lease:
         result_tokens: Tokens that are set aside for what it returns as a message.
         started: Whether it has been granted any.
         final_tokens: What it and its result have taken, once it has ended.
+        path_tokens: How long its critical path may become, from the fork on.
+        path_result_tokens: Tokens that its result may add to the critical path of the sequence that forked.
+        waits_for_path: Whether it waits for a longer path, and not for tokens.
         grant: Receives the tokens of the next lease, 0 for none, while the branch waits for one.
     """
 
@@ -32,6 +37,9 @@ class Lease:
     result_tokens: int = 0
     started: bool = False
     final_tokens: int | None = None
+    path_tokens: int = NO_LIMIT
+    path_result_tokens: int = NO_LIMIT
+    waits_for_path: bool = False
     grant: Callable[[int], None] | None = None
 
     def committed(self, closing: int) -> int:
@@ -73,6 +81,8 @@ class LeasePool:
         results: Whether what a branch decodes may be written once more, as its result.
         source: Where more tokens come from once this pool has nothing to lease, if from anywhere.
         first_lease: Where a first lease would be shorter, fewer branches start (default: `FIRST_LEASE`).
+        path_capacity: How long the critical path of the branches and of their results, which follow one another, may
+            become. None where branches do not share it.
     """
 
     def __init__(
@@ -83,7 +93,9 @@ class LeasePool:
         results: bool,
         source: LeaseSource | None = None,
         first_lease: int | None = None,
+        path_capacity: int | None = None,
     ) -> None:
+        self.path_capacity = path_capacity
         self.first_lease = FIRST_LEASE if first_lease is None else first_lease
         self.capacity, self.closing, self.results = capacity, closing, results
         self.leases: list[Lease] = []
@@ -111,6 +123,9 @@ class LeasePool:
             branches get more, and the others wait for what those leave.
         """
         self.leases = [Lease(*limits) for limits in zip(prompts, max_tokens, strict=True)]
+        if self.path_capacity is not None:
+            for lease in self.leases:  # an equal part for what is written in parallel, and for each result
+                lease.path_tokens = lease.path_result_tokens = self.path_capacity // (1 + len(self.leases))
         if all(
             equal - one.tokens >= min(self.first_lease, one.max_tokens - one.tokens) for one in self.leases
         ):
@@ -137,13 +152,35 @@ class LeasePool:
         lease.grant = grant
         self._settle()
 
+    def ask_for_path(self, lease: Lease, grant: Callable[[int], None], returned: int) -> None:
+        """Ask for a longer critical path than the lease has, all of which is used up.
+
+        Args:
+            lease: The lease of the branch that asks.
+            grant: Is called with 0, at once or later. The lease has a longer path then, or there is none.
+            returned: Tokens of the result that the branch has decoded so far.
+        """
+        if self.path_capacity is None:
+            grant(0)
+            return
+        lease.path_result_tokens, lease.waits_for_path, lease.grant = returned, True, grant
+        self._settle()
+
     def withdraw(self, lease: Lease) -> None:
         """Stop waiting. The branch has not ended."""
-        lease.grant = None
+        lease.grant, lease.waits_for_path = None, False
 
-    def end(self, lease: Lease, tokens: int) -> None:
-        """Give back what a branch has not used: it and its result take so many `tokens`, and no more."""
+    def end(self, lease: Lease, tokens: int, path_tokens: int = 0, path_result_tokens: int = 0) -> None:
+        """Give back what a branch has not used.
+
+        Args:
+            lease: The lease of a branch that has ended.
+            tokens: Tokens that it and its result take.
+            path_tokens: The length of its critical path, from the fork on.
+            path_result_tokens: Tokens that its result adds to the critical path.
+        """
         lease.grant, lease.final_tokens = None, tokens
+        lease.path_tokens, lease.path_result_tokens = path_tokens, path_result_tokens
         if self._asked_source and self._source and all(one.final_tokens is not None for one in self.leases):
             self._asked_source = False
             self._source.withdraw()
@@ -155,8 +192,10 @@ class LeasePool:
         waiting = [lease for lease in running if lease.grant is not None]
         if not waiting or len(waiting) < len(running) or self._asked_source:
             return
+        longer = self._extend_paths([lease for lease in waiting if lease.waits_for_path])
         # Who has started continues before another starts.
-        if self._distribute(sorted(waiting, key=lambda lease: not lease.started)):
+        others = [lease for lease in waiting if not lease.waits_for_path and lease.grant]
+        if self._distribute(sorted(others, key=lambda lease: not lease.started)) or longer:
             return
         if self._source is None:
             for lease in waiting:
@@ -172,6 +211,29 @@ class LeasePool:
         if tokens == 0:
             self._source = None
         self._settle()
+
+    def _extend_paths(self, waiting: list[Lease]) -> bool:
+        """Let the paths of branches that wait become as long as the paths and results of the others allow.
+
+        Returns:
+            Whether any got a longer path that is of use.
+        """
+        if self.path_capacity is None or not waiting:
+            return False
+        others = [lease for lease in self.leases if lease not in waiting]
+        longest = max((lease.path_tokens for lease in others), default=0)
+        # Each that waits may reach x, and its result what it returned and x - path: max(longest, x) + all results fit.
+        left = self.path_capacity - sum(lease.path_result_tokens for lease in self.leases)
+        left += sum(lease.path_tokens for lease in waiting)
+        longer = left // (1 + len(waiting))
+        if longer < longest:
+            longer = (left - longest) // len(waiting)
+        extended = [lease for lease in waiting if longer - lease.path_tokens >= NEXT_LEASE]
+        for lease in extended:
+            lease.path_result_tokens += longer - lease.path_tokens
+            lease.path_tokens, lease.waits_for_path = longer, False
+            lease.answer(0)
+        return bool(extended)
 
     def _distribute(self, candidates: list[Lease]) -> bool:
         """Lease equal parts of what is left, to as many of the candidates as can get enough to be of use.

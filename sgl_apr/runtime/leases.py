@@ -76,7 +76,11 @@ class BranchLeases:
         pool: What the branches share. Its leases are made.
         branches: One for each lease.
         final_tokens: Returns what a branch that has ended and its result take.
-        add_tokens: Adds what a branch is granted to its allowance.
+        path_start: The length of the critical path where the branches were forked.
+        separate: Each branch has an allowance of its own, which gets what the branch is granted.
+
+    Attributes:
+        spare_calls: Calls that ended branches have left. Their parent gets back those that nobody else makes.
     """
 
     def __init__(
@@ -84,10 +88,14 @@ class BranchLeases:
         pool: LeasePool,
         branches: Sequence[SequenceState],
         final_tokens: Callable[[SequenceState, Lease], int],
-        add_tokens: Callable[[SequenceState, int], None] = SequenceState.extend,
+        *,
+        path_start: int = 0,
+        separate: bool = True,
     ) -> None:
-        self._pool, self._final_tokens, self._add_tokens = pool, final_tokens, add_tokens
+        self._pool, self._final_tokens = pool, final_tokens
+        self._path_start, self._separate = path_start, separate
         self._leases = dict(zip(branches, pool.leases, strict=True))
+        self.spare_calls = 0
 
     def of(self, branch: SequenceState) -> Lease:
         """The lease of a branch."""
@@ -97,32 +105,40 @@ class BranchLeases:
         """Wait for the first lease of a branch. It is 0 where the others have left none."""
         lease = self._leases[branch]
         if not lease.started:
-            self._add_tokens(branch, await self._wait(lease, 0))
+            self._add(branch, await self._wait(lease, 0))
 
-    async def extend(self, branch: SequenceState, returned: int) -> int:
-        """Wait for more tokens of a branch that has used up its lease.
+    async def extend(self, branch: SequenceState, returned: int, *, path: bool = False) -> int:
+        """Wait until a branch that has used up its lease may write more.
 
         Args:
             branch: The branch.
             returned: Tokens of its result that it has decoded.
+            path: It waits for a longer critical path, and not for tokens.
 
         Returns:
             The tokens, which its allowance now has; 0 for none.
         """
-        tokens = await self._wait(self._leases[branch], returned)
-        self._add_tokens(branch, tokens)
+        lease = self._leases[branch]
+        before = lease.path_tokens
+        tokens = await self._wait(lease, returned, path)
+        self._add(branch, tokens)
+        branch.allowance.refund(critical_path=lease.path_tokens - before)
         return tokens
 
     def end(self, branch: SequenceState) -> None:
         """Give back what a branch that has ended leaves."""
         lease = self._leases[branch]
-        self._pool.end(lease, self._final_tokens(branch, lease))
+        if self._separate:
+            self.spare_calls += branch.allowance.calls
+            branch.allowance.spend(calls=branch.allowance.calls)
+        tokens = self._final_tokens(branch, lease)
+        self._pool.end(lease, tokens, branch.critical_path - self._path_start, tokens - branch.tokens_used)
 
     def ask(self, branch: SequenceState, grant: Callable[[int], None]) -> None:
         """Ask for more tokens for the branches of `branch`. Its allowance has them before `grant` is called."""
 
         def receive(tokens: int) -> None:
-            self._add_tokens(branch, tokens)
+            self._add(branch, tokens)
             grant(tokens)
 
         self._pool.ask(self._leases[branch], receive)
@@ -131,14 +147,23 @@ class BranchLeases:
         """Stop waiting for what `ask` has asked for."""
         self._pool.withdraw(self._leases[branch])
 
-    async def _wait(self, lease: Lease, returned: int) -> int:
+    def _add(self, branch: SequenceState, tokens: int) -> None:
+        """Add tokens to the allowance of a branch, and a call that ended branches have left if it has none."""
+        if not self._separate:
+            return
+        branch.extend(tokens)
+        if tokens and branch.allowance.calls < 1 and self.spare_calls > 0:
+            self.spare_calls -= 1
+            branch.allowance.refund(calls=1)
+
+    async def _wait(self, lease: Lease, returned: int, path: bool = False) -> int:
         granted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def grant(tokens: int) -> None:
             if not granted.done():
                 granted.set_result(tokens)
 
-        self._pool.ask(lease, grant, returned)
+        (self._pool.ask_for_path if path else self._pool.ask)(lease, grant, returned)
         try:
             return await granted
         except asyncio.CancelledError:

@@ -41,12 +41,13 @@ class PendingLeases:
     async def start(self, branch: SequenceState) -> None:
         """Nothing to wait for: a branch starts with its lease."""
 
-    async def extend(self, branch: SequenceState, returned: int) -> int:
+    async def extend(self, branch: SequenceState, returned: int, *, path: bool = False) -> int:
         """Wait for more tokens of a branch that has used up its lease.
 
         Args:
             branch: The branch.
             returned: Tokens of its result that it has decoded.
+            path: It waits for a longer critical path. There is none: its sequence writes on its own in the meantime.
 
         Returns:
             The tokens, which its allowance now has; 0 for none.
@@ -54,7 +55,7 @@ class PendingLeases:
         lease = self._leases[branch]
         granted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         lease.result_tokens = returned if self.results else 0
-        if lease.tokens >= lease.max_tokens:
+        if path or lease.tokens >= lease.max_tokens:
             return 0
         lease.grant = granted.set_result
         self._changed.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.dialects import BranchNumbering, Dialect, Phase
@@ -15,8 +16,7 @@ from sgl_apr.trajectory.spans import Finish, Origin, Role
 FAILURE_NOTE = " (failed)"  # what the model reads in place of what a failed branch would have written
 
 
-@dataclass(frozen=True, slots=True)
-class SpanDraft:
+class SpanDraft(NamedTuple):
     """A span that has no place in the graph yet."""
 
     role: Role
@@ -97,44 +97,45 @@ def parse_phase_output(
             if closing == PLACEHOLDER and phase == "trunk" and max_filler_tokens is not None:
                 closing = truncate_tokens(tokenizer, PLACEHOLDER, max_filler_tokens) or PLACEHOLDER[0]
             segments = dialect.match_phase(phase, text + closing, numbering)
-    if closing and not completes_fork and any(s.role in ("fork", "wait") for s in segments or ()):
-        segments = None
-    if segments is None:
+    fork = wait = None
+    for segment in segments or ():
+        if segment.role == "fork":
+            fork = fork or segment
+        elif segment.role == "wait":
+            wait = wait or segment
+    if segments is None or (closing and not completes_fork and (fork or wait)):
         draft = SpanDraft("body" if in_branch else "text", "decoded", text, ids)
         return PhaseOutput((draft,), "malformed")
-    fork = next((s for s in segments if s.role == "fork"), None)
-    wait = next((s.number for s in segments if s.role == "wait"), None)
     closes = bool(segments) and segments[-1].role in ("fork", "wait", "closer")
     # A phase that closed itself has stopped, whichever token the engine ended on. In a format without a closing tag a
     # branch stops where its text ends.
     stops = closes or (in_branch and ended and not dialect.grammar.closing_literal("body", "1"))
     finish: Finish = "stop" if is_complete and stops else cut or ("eos" if ended else "stop")
     pieces = tuple(_draft_spans(segments, text, ids, closing, tokenizer))
-    return PhaseOutput(pieces, finish, fork is not None, fork.outlines if fork else (), wait)
+    return PhaseOutput(
+        pieces, finish, fork is not None, fork.outlines if fork else (), wait.number if wait else None
+    )
 
 
 def _draft_spans(
     segments: list[Segment], text: str, ids: tuple[int, ...], closing: str, tokenizer: Tokenizer
 ) -> list[SpanDraft]:
     """Segments with their ids. A segment that decoding left unfinished becomes a decoded and an injected span."""
-    parts: list[tuple[Segment, int, int]] = []
-    for segment in segments:
-        if segment.start < len(text) < segment.end:
-            parts += [(segment, segment.start, len(text)), (segment, len(text), segment.end)]
-        else:
-            parts.append((segment, segment.start, segment.end))
-    full = text + closing
-    decoded = [(s, start, end) for s, start, end in parts if end <= len(text)]
-    injected = [(s, start, end) for s, start, end in parts if end > len(text)]
-    split = split_token_ids(ids, text, [end for _, _, end in decoded], tokenizer) if decoded else iter(())
+    size, full = len(text), text + closing
+    decoded = [s for s in segments if s.end <= size]
+    rest = segments[len(decoded) :]
+    if rest and rest[0].start < size:
+        decoded.append(rest[0]._replace(end=size))
+        rest = [rest[0]._replace(start=size), *rest[1:]]
+    split = split_token_ids(ids, text, [s.end for s in decoded], tokenizer)
     drafts = [
-        SpanDraft(s.role, "decoded", full[start:end], token_ids, s.label)
-        for (s, start, end), token_ids in zip(decoded, split, strict=True)
+        SpanDraft(s.role, "decoded", text[s.start : s.end], token_ids, s.label)
+        for s, token_ids in zip(decoded, split, strict=True)
     ]
-    return drafts + [
-        SpanDraft(s.role, "injected", full[start:end], tuple(tokenizer.encode(full[start:end])), s.label)
-        for s, start, end in injected
-    ]
+    for s in rest:
+        written = full[s.start : s.end]
+        drafts.append(SpanDraft(s.role, "injected", written, tuple(tokenizer.encode(written)), s.label))
+    return drafts
 
 
 @lru_cache(maxsize=256)

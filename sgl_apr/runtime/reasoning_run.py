@@ -148,12 +148,14 @@ class ReasoningRun:
 
         async def extend(ids: Sequence[int]) -> int:
             _, limit = self.rules.max_new_tokens(sequence, phase, limits.width)
-            if limit != sequence.allowance.limiting_field:  # more tokens are of no use
+            by_path = limit == "critical_tokens"
+            if not by_path and limit != sequence.allowance.limiting_field:  # more tokens are of no use
                 return 0
-            if lease.tokens >= lease.max_tokens:
+            if not by_path and lease.tokens >= lease.max_tokens:
                 sequence.allowance.limiting_field = "branch_tokens"
                 return 0
-            await group.extend(sequence, self.fork_join.decoded_result_tokens(sequence, ids))
+            returned = self.fork_join.decoded_result_tokens(sequence, ids)
+            await group.extend(sequence, returned, path=by_path)
             tokens, _ = self.rules.max_new_tokens(sequence, phase, limits.width)
             return tokens - len(ids)
 
@@ -219,6 +221,8 @@ class ReasoningRun:
         finally:
             scope.detach()
             await release_engines(engines)
+        if isinstance(group.leases, BranchLeases):
+            sequence.allowance.refund(calls=group.leases.spare_calls)
         for branch, most in zip(group.branches, self.fork_join.max_result_tokens(group, share), strict=True):
             self.rules.record_branch(branch, self.fork_join.final_tokens(branch, most))
         uncached = self.fork_join.join(group, share)
@@ -244,9 +248,9 @@ class ReasoningRun:
             branch.extend(lease.tokens - share.tokens)
 
         def final_tokens(branch: SequenceState, lease: Lease) -> int:
-            return self.fork_join.final_tokens(branch, min(lease.result_tokens, share.critical_path_cap))
+            return self.fork_join.final_tokens(branch, min(lease.result_tokens, lease.path_result_tokens))
 
-        group.leases = BranchLeases(pool, group.branches, final_tokens)
+        group.leases = BranchLeases(pool, group.branches, final_tokens, path_start=group.parent.critical_path)
 
     async def _run_branch(self, engine: Engine | None, group: BranchGroup, branch: SequenceState) -> None:
         """Run one branch to its end. With on_branch_failure="retry" it restarts once when the engine fails it.

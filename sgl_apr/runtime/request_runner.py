@@ -82,6 +82,8 @@ class RequestRunner:
         tokenizer = self.builder.tokenizer
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
         result, call, field = None, None, sequence.allowance.limiting_field
+        if engine and extend and limits.max_new_tokens < 1 and not sequence.scope.cancel_reason:
+            limits = replace(limits, max_new_tokens=await self._further_tokens(sequence, (), extend))
         if engine and limits.max_new_tokens > 0 and not sequence.scope.cancel_reason:
             request = self.builder.phase_request(sequence, phase, numbering, limits)
             result, call = await self.send_request(engine, sequence, phase, new, request, text, extend)
@@ -141,7 +143,9 @@ class RequestRunner:
 
         result, retries = await decode(request)
         continuations = 0
-        while extend and result and (more := await self._extension(sequence, result, extend)):
+        while extend and result and result.finish == "length":
+            if not (more := await self._further_tokens(sequence, result.token_ids, extend)):
+                break
             text.keep()
             ids = (*sequence.context, *result.token_ids)
             further, repeated = await decode(
@@ -164,14 +168,13 @@ class RequestRunner:
             sequence.path and self.options.effective_policy != "all"
         )
 
-    async def _extension(self, sequence: SequenceState, result: Result, extend: Extend) -> int:
-        """Tokens that a request which was cut by its limit may decode further, 0 for none."""
-        if result.finish != "length" or sequence.allowance.calls < 1:
-            return 0
+    async def _further_tokens(self, sequence: SequenceState, ids: Sequence[int], extend: Extend) -> int:
+        """Tokens that may follow what a phase has decoded up to its limit, 0 for none."""
         try:
-            return max(0, await sequence.scope.run(extend(result.token_ids)))
+            more = await sequence.scope.run(extend(ids))
         except ScopeCancelled:
             return 0
+        return max(0, more) if sequence.allowance.calls > 0 else 0
 
     async def fork(
         self,

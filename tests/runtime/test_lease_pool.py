@@ -143,3 +143,55 @@ def test_a_pool_whose_branches_have_all_ended_withdraws():
     pool.ask(lease, lambda tokens: None)
     pool.end(lease, 100 + CLOSING)
     assert source.withdrawn == 1
+
+
+@given(
+    capacity=st.integers(0, 900),
+    wanted=st.lists(st.integers(0, 400), min_size=1, max_size=6),
+    returned=st.floats(0, 1),
+    seed=st.integers(0, 1 << 20),
+)
+def test_paths_and_results_never_exceed_the_path(capacity, wanted, returned, seed):
+    """Branches in parallel, and then their results after one another."""
+
+    def run(order: random.Random) -> list[tuple[int, int]]:
+        pool = LeasePool(1 << 40, 0, results=True, path_capacity=capacity)
+        leases = pool.open([0] * len(wanted), 1 << 20, [1 << 30] * len(wanted))
+        path, ready, ended = [0] * len(wanted), set(range(len(wanted))), dict[int, int]()
+        stuck = dict[int, int]()  # the length at which a branch has asked
+        while len(ended) < len(wanted):
+            assert ready, "all of them wait"
+            k = order.choice(sorted(ready))
+            if path[k] < min(wanted[k], leases[k].path_tokens):
+                path[k] += 1
+            elif path[k] == wanted[k] or stuck.get(k) == path[k]:  # it has asked in vain
+                ready.discard(k)
+                ended[k] = int(path[k] * returned)
+                pool.end(leases[k], 0, path[k], ended[k])
+            else:
+                ready.discard(k)
+                stuck[k] = path[k]
+                pool.ask_for_path(leases[k], lambda _, k=k: ready.add(k), int(path[k] * returned))
+            assert (
+                max(one.path_tokens for one in leases) + sum(one.path_result_tokens for one in leases)
+                <= capacity
+            )
+        return [(path[k], ended[k]) for k in range(len(wanted))]
+
+    one = run(random.Random(seed))
+    assert one == run(random.Random(seed + 1))
+    for (length, _), want in zip(one, wanted, strict=True):
+        assert min(want, capacity // (1 + len(wanted))) <= length <= want
+
+
+def test_short_results_leave_a_longer_path_to_others():
+    pool = LeasePool(1 << 20, 0, results=True, path_capacity=300)
+    first, second = pool.open([0, 0], 1 << 10, [1 << 20] * 2)
+    assert first.path_tokens == second.path_tokens == 100
+    granted: list[int] = []
+    pool.ask_for_path(first, granted.append, 10)
+    assert not granted, "the other still writes"
+    pool.end(second, 40, 30, 10)
+    assert granted == [0]
+    assert first.path_tokens == 190  # and a result of at most 100 tokens, after one of 10
+    assert first.path_result_tokens == 100
