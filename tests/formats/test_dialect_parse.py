@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import accumulate
 
 import pytest
@@ -139,6 +140,25 @@ def test_ids_are_split_as_pieces_were_encoded(pieces: list[str]):
     text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
     split = list(split_token_ids(tokenizer.encode(text), text, ends, tokenizer))
     assert split == [tuple(tokenizer.encode(piece)) for piece in pieces]
+
+
+class CountingTokenizer(apr.ByteTokenizer):
+    """Counts what it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        self.decoded += len(ids)
+        return super().decode(ids, after)
+
+
+def test_ids_are_cut_at_tags_without_a_search():
+    tokenizer = CountingTokenizer(TAGS)
+    pieces = ["word " * 200, "<Parallel>\n<Outlines>", "1: a" * 50, "</Outlines>", "the end"]
+    text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
+    ids = tokenizer.encode(text)
+    assert [*split_token_ids(ids, text, ends, tokenizer)] == [tuple(tokenizer.encode(p)) for p in pieces]
+    assert tokenizer.decoded <= len(ids), "every id is decoded once at most"
 
 
 @pytest.mark.parametrize(
