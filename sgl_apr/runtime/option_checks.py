@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from sgl_apr.errors import AprError, BudgetExceeded
@@ -60,6 +60,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 # The names that JSON can express, without `dialect`. Python has these and `PYTHON_OPTION_NAMES`.
 JSON_OPTION_NAMES = (*OBJECT_TYPES, "sampling", *OPTION_TYPES, *SAMPLING_TYPES, *REQUEST_FIELD_TYPES)
 PYTHON_OPTION_NAMES = ("branch_prompt_template", "request_fields")
+OPTION_NAMES = dict.fromkeys((*JSON_OPTION_NAMES, *PYTHON_OPTION_NAMES)).keys()
 # Functions among the options: their arguments, and what a message calls them.
 FUNCTIONS: Mapping[str, tuple[int, str]] = {
     "policy": (1, "the branches that have ended"),
@@ -69,13 +70,12 @@ FUNCTIONS: Mapping[str, tuple[int, str]] = {
 }
 
 
-def check_option_names(options: Iterable[Any], known: Iterable[str]) -> None:
+def check_option_names(options: Iterable[Any], known: Collection[str]) -> None:
     """Check that all options are known.
 
     Raises:
         AprError: One is not. The message says what it may mean, or why it cannot be had.
     """
-    known = list(known)
     for name in options:
         if name in known:
             continue
@@ -97,7 +97,7 @@ def check_options(options: Mapping[str, Any], vocab_size: int | None = None) -> 
     Raises:
         AprError: An option has an unknown name, a wrong type, or a value that is not possible.
     """
-    check_option_names(options, (*JSON_OPTION_NAMES, *PYTHON_OPTION_NAMES))
+    check_option_names(options, OPTION_NAMES)
     given = drop_nulls(options)
     checked: dict[str, Any] = {"pacing": None} if "pacing" in options else {}
     for name, value in given.items():

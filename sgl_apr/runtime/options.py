@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
@@ -106,7 +107,8 @@ class ReasonOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.dialect, Dialect):
             raise AprError(f"dialect={shorten(self.dialect)}, expected a Dialect")
-        check_options({f.name: getattr(self, f.name) for f in fields(self) if f.name != "dialect"})
+        values = ((name, getattr(self, name), default) for name, default in _defaults().items())
+        check_options({name: value for name, value, default in values if value is not default})
         d, b = self.dialect, self.budget
         if self.width > d.max_width:
             raise BudgetExceeded(
@@ -130,6 +132,12 @@ class ReasonOptions:
             raise AprError(
                 f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={self.min_forks}"
             )
+
+
+@cache
+def _defaults() -> dict[str, object]:
+    """The options that do not depend on the dialect, with their defaults, which need no check."""
+    return {f.name: f.default for f in fields(ReasonOptions) if f.name != "dialect"}
 
 
 def make_options(

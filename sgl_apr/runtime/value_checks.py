@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from reprlib import Repr
 from typing import Any, TypeVar
 
@@ -89,11 +90,18 @@ def check_numbers(instance: Any, name: str, error: type[AprError] = AprError) ->
     Raises:
         AprError: A field has another type.
     """
-    types = number_types(type(instance))
-    for field in fields(instance):
-        value = getattr(instance, field.name)
-        if value is not None or "None" not in str(field.type):
-            check_type(f"{name} {field.name}", value, types[field.name], error)
+    kind_of_instance: Any = type(instance)
+    for field, kind, may_be_none in _number_fields(kind_of_instance):
+        value = getattr(instance, field)
+        if value is not None or not may_be_none:
+            check_type(f"{name} {field}", value, kind, error)
+
+
+@cache
+def _number_fields(kind: type) -> tuple[tuple[str, type, bool], ...]:
+    """The name and type of each field of a dataclass of numbers, and whether it may be None."""
+    types = number_types(kind)
+    return tuple((f.name, types[f.name], "None" in str(f.type)) for f in fields(kind))
 
 
 def unknown_name(name: Any, known: Iterable[str], what: str = "") -> str:
