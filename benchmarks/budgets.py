@@ -31,7 +31,7 @@ from sgl_apr.evaluation.benchmarks.games import countdown
 from sgl_apr.evaluation.metrics import MethodResults, compare_methods
 from sgl_apr.evaluation.runner import TIMEOUT_S, run_attempts
 from sgl_apr.evaluation.store import open_evaluation
-from sgl_apr.runtime import fork_rules, lease_pool
+from sgl_apr.runtime import lease_pool, usage
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import locate_model
 
@@ -78,12 +78,12 @@ def numbers(text: str, separator: str = ",") -> tuple[int, ...]:
 @contextmanager
 def constants(values: tuple[int, ...]) -> Iterator[Constants]:
     """Use these constants, the first ones that are given, and the package's own for the others."""
-    own = (lease_pool.FIRST_LEASE, lease_pool.NEXT_LEASE, fork_rules.FIRST_BRANCH_TOKENS)
+    own = (lease_pool.FIRST_LEASE, lease_pool.NEXT_LEASE, usage.FIRST_BRANCH_TOKENS)
     first, following, prior = (*values, *own[len(values) :])
     with (
         patch.object(lease_pool, "FIRST_LEASE", first),
         patch.object(lease_pool, "NEXT_LEASE", following),
-        patch.object(fork_rules, "FIRST_BRANCH_TOKENS", prior),
+        patch.object(usage, "FIRST_BRANCH_TOKENS", prior),
     ):
         yield first, following, prior
 

@@ -56,7 +56,8 @@ class AsyncBranches:
         """
         pending = sequence.pending
         if pending is None or not pending.running:
-            kept = sequence.allowance.tokens - self.rules.unreserved(sequence.allowance.tokens)
+            tokens = sequence.allowance.tokens
+            kept = tokens - self.rules.unreserved(sequence, tokens)
             pending = sequence.pending = PendingBranches(kept)
             self._groups[sequence] = self._open_group(sequence, outer)
         group, leases = self._groups[sequence]
@@ -120,7 +121,7 @@ class AsyncBranches:
         else:
             sequence.append_branches(branches, after_frontier=True)
         for branch in branches:
-            self.rules.record_branch(branch, leases.of(branch).committed(0))
+            sequence.record_branch(branch, leases.of(branch).committed(0))
             leases.remove(branch)
         group.joined(branches)
         return len(sequence.context) - before
@@ -166,7 +167,7 @@ class AsyncBranches:
             if group.outer and group.outer.leases:
                 returned = self.fork_join.decoded_result_tokens(sequence, ())
                 more = await sequence.scope.run(group.outer.extend(sequence, returned))
-            if not more or not leases.lease_again(self.rules.unreserved(more)):
+            if not more or not leases.lease_again(self.rules.unreserved(sequence, more)):
                 leases.refuse()
         self._reserve_anew(sequence, pending)
 

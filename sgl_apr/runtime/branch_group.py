@@ -80,6 +80,8 @@ class BranchGroup:
             prefix_tokens=len(context),
             tolerate_failure=tolerate_failure,
             kv_layout=self.parent.kv_layout,
+            usage=self.parent.usage,
+            first_usage=self.parent.usage,
         )
         self.branches.append(branch)
         return branch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 from sgl_apr.engine.base import Load
 from sgl_apr.errors import BudgetExceeded
@@ -21,7 +20,6 @@ from sgl_apr.runtime.sequence import SequenceState
 
 TOKEN_LIMITS = ("tokens", "branch_tokens", "critical_tokens", "context")  # those that fewer branches may keep
 FORBIDDEN = "options"  # what forbids a fork that is no limit, such as the mode
-FIRST_BRANCH_TOKENS = 64  # what a branch is expected to write before any has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,6 @@ class ForkRules:
         self.options, self.overhead, self.request_log = options, overhead, request_log
         self.context_length, self.shares_tokens = context_length, shares_tokens
         self.by_message = options.dialect.branch_context == "message"
-        self._branch_tokens: list[int] = []
         self._commits = options.join == "kv"  # each branch takes one more call, to be joined in the cache
 
     def trunk_allowance(self, prompt_tokens: int) -> Allowance:
@@ -208,23 +205,13 @@ class ForkRules:
         blocks, calls = allowance.blocks // (branches + 1), self._call_share(allowance, branches)
         return Allowance(max(0, tokens), max(0, path), max(0, blocks), max(0, calls), field)
 
-    @property
-    def expected_branch_tokens(self) -> float:
-        """What a branch is expected to take: the mean of those of this run that have ended by themselves."""
-        return fmean(self._branch_tokens) if self._branch_tokens else FIRST_BRANCH_TOKENS
-
-    def record_branch(self, branch: SequenceState, tokens: int) -> None:
-        """Record what a branch and its result took, if it has ended by itself. One that was cut says too little."""
-        if branch.finish in ("stop", "eos"):
-            self._branch_tokens.append(tokens)
-
     def lease_pool(
         self, sequence: SequenceState, branches: int, source: LeaseSource | None = None
     ) -> LeasePool:
         """A pool of what so many branches may write together: all but the reserve, and what closes the join."""
         closing = branches * self.overhead.branch
         left = sequence.allowance.tokens - closing - self.overhead.join
-        capacity = self.unreserved(max(0, left)) + closing
+        capacity = self.unreserved(sequence, max(0, left)) + closing
         path = self._critical_path_room(sequence.allowance, sequence.critical_path, branches)
         return LeasePool(
             capacity,
@@ -234,9 +221,14 @@ class ForkRules:
             path_capacity=max(0, path) if self.by_message else None,
         )
 
-    def unreserved(self, tokens: int) -> int:
-        """What branches may have of so many tokens of their sequence."""
-        return int(tokens * (1 - self.options.budget.reserve))
+    def unreserved(self, sequence: SequenceState, tokens: int) -> int:
+        """What the branches of a sequence may have of so many of its tokens.
+
+        The sequence keeps its reserve of them, and no more than its texts after joins have shown that it needs.
+        """
+        kept = tokens - int(tokens * (1 - self.options.budget.reserve))
+        expected = sequence.usage.expected_text_tokens
+        return tokens - (kept if expected is None else min(kept, expected))
 
     def _token_share(self, allowance: Allowance, branches: int) -> int:
         left = allowance.tokens - branches * self.overhead.branch - self.overhead.join
@@ -313,7 +305,7 @@ class ForkRules:
             return allowance.limiting_field
         if branches > self.options.min_branches:
             left = allowance.tokens - branches * self.overhead.branch - self.overhead.join
-            if self.unreserved(left) < branches * self.expected_branch_tokens:
+            if self.unreserved(sequence, left) < branches * sequence.usage.expected_branch_tokens:
                 return allowance.limiting_field
         left = allowance.critical_path_cap - sequence.critical_path
         return "critical_tokens" if 2 * self._critical_path_overhead(branches) > left else None

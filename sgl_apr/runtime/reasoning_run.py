@@ -122,6 +122,8 @@ class ReasoningRun:
             output, call = await self.runner.decode(engine, sequence, phase, new, limits, extend)
             output = self.rules.checked(output, sequence, limits)
             sequence.append_output(output, call)
+            if phase == next_phase:
+                sequence.record_text(output)
             if output.is_final:
                 break
             if output.wait is not None:
@@ -224,7 +226,7 @@ class ReasoningRun:
         if isinstance(group.leases, BranchLeases):
             sequence.allowance.refund(calls=group.leases.spare_calls)
         for branch, most in zip(group.branches, self.fork_join.max_result_tokens(group, share), strict=True):
-            self.rules.record_branch(branch, self.fork_join.final_tokens(branch, most))
+            sequence.record_branch(branch, self.fork_join.final_tokens(branch, most))
         uncached = self.fork_join.join(group, share)
         group.joined()
         return uncached
@@ -237,7 +239,7 @@ class ReasoningRun:
         leases = outer.leases if outer else None
         source = None
         if outer and isinstance(leases, BranchLeases):
-            source = OuterLease(outer, leases, group.parent, self.rules.unreserved)
+            source = OuterLease(outer, leases, group.parent, partial(self.rules.unreserved, group.parent))
         return self.rules.lease_pool(group.parent, size, source)
 
     def _open_leases(self, group: BranchGroup, pool: LeasePool, share: Allowance) -> None:

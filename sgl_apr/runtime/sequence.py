@@ -12,11 +12,12 @@ from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.events import Delta
 from sgl_apr.runtime.phase_output import PhaseOutput
 from sgl_apr.runtime.span_graph import SpanGraph
+from sgl_apr.runtime.usage import NO_USAGE, Usage
 from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.join_layout import Layout, extend_layout
 from sgl_apr.trajectory.spans import Finish, Path, Role, Span
 
-_RESTARTED = ("context", "frontier", "span_order", "blocks", "tokens_used", "kv_layout", "extension")
+_RESTARTED = ("context", "frontier", "span_order", "blocks", "tokens_used", "kv_layout", "extension", "usage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class SequenceState:
         committed: All of a branch that has ended is in the KV cache.
         extension: Tokens that its allowance got after it had started.
         uncommitted_tokens: Tokens at the end of its context that its branches compute themselves, since its last fork.
+        usage: What branches and texts before it, and its own, have used.
+        first_usage: The same when it started.
     """
 
     identity: BranchIdentity
@@ -117,6 +120,8 @@ class SequenceState:
     committed: bool = False
     extension: int = 0
     uncommitted_tokens: int = 0
+    usage: Usage = NO_USAGE
+    first_usage: Usage = NO_USAGE
 
     @property
     def path(self) -> Path:
@@ -255,8 +260,19 @@ class SequenceState:
         """Take over the spans of a branch that has ended, and what it did not spend."""
         self.span_order += branch.span_order
         self.tokens_used += branch.tokens_used
+        self.usage = self.usage.plus(branch.usage, branch.first_usage)
         left = branch.allowance
         self.allowance.spend(branch.tokens_used, calls=-left.calls, blocks=-left.blocks)
+
+    def record_branch(self, branch: SequenceState, tokens: int) -> None:
+        """Record what a branch and its result took, if it has ended by itself."""
+        if branch.finish in ("stop", "eos"):
+            self.usage = self.usage.with_branch(tokens)
+
+    def record_text(self, output: PhaseOutput) -> None:
+        """Record what a text after a join took, if it has ended by itself."""
+        if output.finish in (None, "stop", "eos"):
+            self.usage = self.usage.with_text(len(output.token_ids))
 
     def drop_fork(self) -> None:
         """Continue from before the last fork, which may be in two spans. Its spans stay in the trajectory."""

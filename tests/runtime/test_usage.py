@@ -1,0 +1,59 @@
+"""What is planned by what a run has used."""
+
+from __future__ import annotations
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.runtime.budget import Overhead
+from sgl_apr.runtime.cancel_scope import CancelScope
+from sgl_apr.runtime.fork_rules import ForkRules
+from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.recorder import TrajectoryRecorder
+from sgl_apr.runtime.request_log import RequestLog
+from sgl_apr.runtime.span_graph import EventEmitter
+from sgl_apr.runtime.usage import FIRST_BRANCH_TOKENS, TEXT_MARGIN, Usage
+from tests.runtime.test_loop import reason, scripted
+
+
+def test_a_branch_is_expected_to_take_what_others_took():
+    assert Usage().expected_branch_tokens == FIRST_BRANCH_TOKENS
+    assert Usage().with_branch(10).with_branch(20).expected_branch_tokens == 15
+
+
+def test_the_longest_text_says_what_is_kept_for_the_next():
+    assert Usage().expected_text_tokens is None
+    assert Usage().with_text(30).with_text(10).expected_text_tokens == TEXT_MARGIN * 30
+
+
+def test_a_sequence_gets_what_its_branches_have_added():
+    start = Usage((5,), (7,))
+    first, second = start.with_branch(1), start.with_text(2).with_branch(3)
+    assert start.plus(first, start).plus(second, start) == Usage((5, 1, 3), (7, 2))
+
+
+def widest_second_fork(branch_tokens: int) -> int:
+    """Branches that the mask of the text after a join allows, where each branch before wrote so many tokens."""
+    branch = "x" * branch_tokens + "</Thread>"
+    engine = scripted(branch_1=branch, branch_2=branch, after="</Parallel>\nDone.")
+    reason(engine, budget=apr.Budget(tokens=1500, width=6))
+    grammar = engine.requests[-1].grammar or ""
+    return max((k for k in range(1, 9) if f"outline_{k}" in grammar), default=0)
+
+
+def test_a_fork_is_no_wider_than_what_branches_have_really_used_allows():
+    short, long = widest_second_fork(20), widest_second_fork(200)
+    assert short > long >= 2
+
+
+@pytest.mark.parametrize(("text", "kept"), [(None, 250), (10, 10 * TEXT_MARGIN), (400, 250)])
+def test_a_sequence_keeps_no_more_than_its_texts_after_joins_need(text: int | None, kept: int):
+    rules = ForkRules(
+        make_options("threadweaver", apr.ByteTokenizer(), 300, budget=apr.Budget(reserve=0.25)),
+        Overhead(0, 0, 0), RequestLog(EventEmitter(None)), None, shares_tokens=True,
+    )  # fmt: skip
+    recorder = TrajectoryRecorder(apr.ByteTokenizer(), None)
+    trunk = recorder.start_trunk((1,), rules.trunk_allowance(1), CancelScope(None, None, ""))
+    if text is not None:
+        trunk.usage = trunk.usage.with_text(text)
+    assert rules.unreserved(trunk, 1000) == 1000 - kept
