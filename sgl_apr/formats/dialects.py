@@ -28,7 +28,7 @@ from sgl_apr.formats.options import (
 )
 from sgl_apr.formats.options import BranchNumbering as BranchNumbering
 from sgl_apr.formats.options import Phase as Phase
-from sgl_apr.formats.phase_numbers import check_phase_numbers
+from sgl_apr.formats.phases import check_phase_numbers, phase_stop_strings
 from sgl_apr.formats.segmenter import Segment, match_segments, raise_on_defect, split_segments
 from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -114,23 +114,23 @@ class Dialect(FormatOptions):
         """Every tag that can be one token of a tokenizer. Numbered tags go up to `max_width`."""
         return self.grammar.tags([str(self.first_number + k) for k in range(self.max_width)])
 
-    @property
+    @cached_property
     def asynchronous(self) -> bool:
         """Whether the trunk continues while its branches run, and waits for them later."""
         return "wait" in self.grammar.rules
 
-    @property
+    @cached_property
     def nested_numbering(self) -> bool:
         """Whether the branches of branch 3 are 3.1, 3.2, ...; otherwise each fork restarts the count."""
         pattern = self.grammar.terminals.get(NUMBER)
         return isinstance(pattern, str) and re.fullmatch(pattern, "1.1") is not None
 
-    @property
+    @cached_property
     def unlabelled_branches(self) -> bool:
         """Whether a fork has no outlines, so that its branches differ only by sampling."""
         return "outline" not in self.grammar.rules and not self.asynchronous
 
-    @property
+    @cached_property
     def removes_call_from_context(self) -> bool:
         """Whether a join removes the fork from the context of the trunk."""
         return self.branch_context == "message" and not self.asynchronous
@@ -203,13 +203,7 @@ class Dialect(FormatOptions):
 
     def stop_strings(self, phase: Phase, numbering: BranchNumbering = NO_NUMBERING) -> tuple[str, ...]:
         """Return the texts at which decoding of a phase stops: the ends of a fork, of a wait, or of the branch."""
-        stops: list[str] = []
-        if phase in ("branch", "rejoin"):
-            stops.append(self.grammar.closing_literal("body", numbering.number))
-        if self.rule_for_phase(phase) != "body":
-            stops.append(self.grammar.closing_literal("fork", numbering.number))
-            stops += [self.grammar.closing_literal("wait", n) for n in numbering.waiting]
-        return tuple(dict.fromkeys(s for s in stops if s))
+        return phase_stop_strings(self.grammar, phase, self.rule_for_phase(phase), numbering)
 
     def parse_phase(
         self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING

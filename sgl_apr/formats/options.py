@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.branch_prompts import branch_prompt_names, has_branch_prompt
@@ -21,8 +21,7 @@ MAX_WIDTH, MAX_DEPTH, MAX_FIRST_NUMBER = 4096, 16, 1_000_000
 _KINDS: Mapping[type, str] = {int: "a whole number", str: "a string", tuple: "a tuple of strings"}
 
 
-@dataclass(frozen=True, slots=True)
-class BranchNumbering:
+class BranchNumbering(NamedTuple):
     """The numbers that a phase can write.
 
     Attributes:

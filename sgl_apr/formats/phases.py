@@ -1,11 +1,13 @@
-"""Checks the numbers of branches in what one phase of a reply has decoded."""
+"""What one phase of a reply can write: where its decoding stops, and the numbers of branches in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+from sgl_apr.formats.grammar import Grammar
 from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
-from sgl_apr.formats.options import BranchNumbering, FormatOptions
+from sgl_apr.formats.options import BranchNumbering, FormatOptions, Phase
 from sgl_apr.formats.segmenter import Outline, Segment, raise_on_defect
 
 UNNUMBERED_ROLES = ("text", "body", "close")
@@ -42,3 +44,24 @@ def check_phase_numbers(
     builder = SpanGraphBuilder(options, raise_on_defect(text), asynchronous=asynchronous, start=sequence)
     for index, segment in enumerate(segments):
         builder.place(segment, index)
+
+
+@lru_cache(maxsize=1024)  # called for every request
+def phase_stop_strings(
+    grammar: Grammar, phase: Phase, rule: str, numbering: BranchNumbering
+) -> tuple[str, ...]:
+    """Return the texts at which decoding of a phase stops: the ends of a fork, of a wait, or of the branch.
+
+    Args:
+        grammar: The grammar.
+        phase: The phase.
+        rule: Its rule.
+        numbering: The numbers that it can write.
+    """
+    stops: list[str] = []
+    if phase in ("branch", "rejoin"):
+        stops.append(grammar.closing_literal("body", numbering.number))
+    if rule != "body":
+        stops.append(grammar.closing_literal("fork", numbering.number))
+        stops += [grammar.closing_literal("wait", n) for n in numbering.waiting]
+    return tuple(dict.fromkeys(s for s in stops if s))
