@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,12 @@ from tests.support.forked_server import ForkServer, cores_per_worker
 SERVER_MARK = "pytest.mark.server"
 SPLIT = ("tests/docs/test_docs_served.py",)  # a minute for some of its tests: workers share them
 GPU = has_accelerator()
+GC_THRESHOLD = 10_000  # objects: importing SGLang takes a fifth longer at Python's own threshold
+
+
+def pytest_configure() -> None:
+    """Collect no garbage while all test modules are imported: it takes seconds and finds nothing."""
+    gc.disable()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,7 +58,13 @@ def shared_server(path: Path) -> str | None:
 
 
 def pytest_collection_finish() -> None:
-    """With several workers, let each compute on its share of the cores, because more threads wait for one another."""
+    """Collect garbage again, and let each of several workers compute on its share of the cores.
+
+    More threads than cores wait for one another.
+    """
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    gc.enable()
     if threads := cores_per_worker():
         torch.set_num_threads(threads)
 

@@ -39,14 +39,7 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, PACKAGE, raising=False)
 
 
-@pytest.fixture
-def frozen() -> Any:
-    """Undoes the freeze, so that the objects of this test process are collected again."""
-    yield
-    gc.unfreeze()
-
-
-def test_garbage_is_not_collected_while_importing(frozen: None):
+def test_garbage_is_not_collected_while_importing():
     before = gc.get_freeze_count()
     with fast_imports():
         assert not gc.isenabled()
@@ -62,7 +55,7 @@ def test_the_pause_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
     assert gc.get_freeze_count() == before
 
 
-def test_flashinfer_is_hidden_while_importing(frozen: None):
+def test_flashinfer_is_hidden_while_importing():
     with fast_imports():
         assert find_spec(PACKAGE) is None
         with pytest.raises(ModuleNotFoundError):
@@ -71,7 +64,7 @@ def test_flashinfer_is_hidden_while_importing(frozen: None):
     assert __import__(PACKAGE).rgb_to_hsv
 
 
-def test_flashinfer_is_hidden_no_longer_after_an_error(frozen: None):
+def test_flashinfer_is_hidden_no_longer_after_an_error():
     with pytest.raises(LaunchError), fast_imports():
         raise LaunchError("wrong flags")
     assert gc.isenabled()
@@ -79,9 +72,7 @@ def test_flashinfer_is_hidden_no_longer_after_an_error(frozen: None):
 
 
 @pytest.mark.parametrize("reason", ["switched off", "accelerator", "imported"])
-def test_flashinfer_is_not_hidden_where_it_may_matter(
-    reason: str, frozen: None, monkeypatch: pytest.MonkeyPatch
-):
+def test_flashinfer_is_not_hidden_where_it_may_matter(reason: str, monkeypatch: pytest.MonkeyPatch):
     if reason == "switched off":
         monkeypatch.setenv(SKIP_FLASHINFER_ENV, "0")
     elif reason == "accelerator":
