@@ -13,6 +13,8 @@ MEDIA_FIELDS = frozenset({
     "file_data", "url",
 })  # fmt: skip
 
+NESTED_TYPES = frozenset({str, dict, list})  # what is counted in a list
+
 
 class JsonCounter:
     """Counts the values of a JSON document, except numbers, and the characters of its strings.
@@ -39,7 +41,7 @@ class JsonCounter:
             self._enter(depth)
             self._add(1 + len(value))
             for name, entry in value.items():
-                if type(entry) is str or type(entry) is dict or type(entry) is list:
+                if type(entry) in NESTED_TYPES:
                     self.count_values(entry, depth + 1, media or name in MEDIA_FIELDS)
         elif isinstance(value, list):
             self._enter(depth)
@@ -52,9 +54,10 @@ class JsonCounter:
                     "--apr-max-json-entries",
                     self._limits.json_entries,
                 )
-            for entry in value:
-                if type(entry) is str or type(entry) is dict or type(entry) is list:
-                    self.count_values(entry, depth + 1, media)
+            if not NESTED_TYPES.isdisjoint(map(type, value)):  # most long lists are token ids
+                for entry in value:
+                    if type(entry) in NESTED_TYPES:
+                        self.count_values(entry, depth + 1, media)
 
     def _enter(self, depth: int) -> None:
         if depth > self._limits.json_depth:

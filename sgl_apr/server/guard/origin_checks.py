@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from sgl_apr.server.guard.limits import GuardLimits
@@ -21,6 +22,7 @@ FORM_TYPE = "multipart/form-data"
 Headers = Mapping[bytes, bytes]
 
 
+@lru_cache(maxsize=64)  # nearly all requests name the same host
 def is_loopback(host: str) -> bool:
     """Return whether a host name or address is this machine's loopback."""
     name = host.strip("[]").lower().rstrip(".")
