@@ -108,7 +108,6 @@ class AsyncBranches:
         numbers = [number] if self.rules.by_message else list(pending.running)
         while not await leases.wait_for([pending.running[n].branch for n in numbers]):
             await self._lease_again(sequence, pending)
-        self._reserve_anew(sequence, pending)
         joined = [pending.running.pop(n) for n in numbers]
         for one in joined:
             await one.task
