@@ -14,7 +14,7 @@ from sgl_apr.errors import EngineError
 from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.request_log import RequestLog
 from sgl_apr.runtime.sequence import SequenceState
-from sgl_apr.trajectory.join_layout import commit_prompts, join_branches
+from sgl_apr.trajectory.join_layout import commit_prompts, extend_layout, join_branches
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -67,7 +67,9 @@ class KvJoiner:
         """
 
         async def attempt() -> T:
-            return await send(replace(request, rid=self.new_rid(), layout=sequence.layout))
+            # A request that continues another has more ids than its sequence.
+            layout = extend_layout(sequence.kv_layout, len(request.input_ids))
+            return await send(replace(request, rid=self.new_rid(), layout=layout))
 
         try:
             return await attempt()

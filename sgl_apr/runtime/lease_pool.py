@@ -56,7 +56,7 @@ class Lease:
     def answer(self, tokens: int) -> None:
         """Tell a branch that waits how many tokens it has been granted, 0 for none."""
         if grant := self.grant:
-            self.grant = None
+            self.grant, self.waits_for_path = None, False
             grant(tokens)
 
 
@@ -197,7 +197,7 @@ class LeasePool:
         others = [lease for lease in waiting if not lease.waits_for_path and lease.grant]
         if self._distribute(sorted(others, key=lambda lease: not lease.started)) or longer:
             return
-        if self._source is None:
+        if self._source is None or not others:  # more tokens are of no use to those that wait for a longer path
             for lease in waiting:
                 lease.answer(0)
             return

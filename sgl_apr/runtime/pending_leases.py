@@ -57,7 +57,12 @@ class PendingLeases:
         lease.result_tokens = returned if self.results else 0
         if path or lease.tokens >= lease.max_tokens:
             return 0
-        lease.grant = granted.set_result
+
+        def grant(tokens: int) -> None:
+            if not granted.done():  # the branch may have been cut at the same time
+                granted.set_result(tokens)
+
+        lease.grant = grant
         self._changed.set()
         try:
             tokens = await granted

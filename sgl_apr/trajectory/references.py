@@ -32,7 +32,7 @@ def check_references(spans: Sequence[Span], calls: Sequence[Call], joins: Sequen
             sequences.add(span.path)
             blocks.add(span.path[:-1])
     for index, call in enumerate(calls):
-        for name in ("prompt_tokens", "cached_tokens", "output_tokens", "retries"):
+        for name in ("prompt_tokens", "cached_tokens", "output_tokens", "retries", "continuations"):
             if (getattr(call, name) or 0) < 0:
                 wrong = WrongValue(str(getattr(call, name)), "0 or more")
                 raise wrong.inside(f".{name}").inside(f"[{index}]").inside(".calls")
