@@ -6,6 +6,7 @@ import argparse
 import gc
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from sgl_apr.server.constants import (
     SKIP_FLASHINFER_ENV,
 )
 from sgl_apr.server.launch import fast_imports as fast_imports_module
-from sgl_apr.server.launch import served_model, warmup
+from sgl_apr.server.launch import fork_start, served_model, warmup
 from sgl_apr.server.launch.fast_imports import fast_imports
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.server.launch.served_model import import_only_served_model, model_module
@@ -157,6 +158,16 @@ def test_another_sglang_imports_all_models(config: Config, monkeypatch: pytest.M
     import_only_served_model(None)
     assert chosen() == ("", "")
     assert "SGLang imports the classes of all models: this SGLang has no" in caplog.text
+
+
+def test_another_sglang_spawns_its_processes(monkeypatch: pytest.MonkeyPatch, caplog):
+    def missing(path: str, *_: object) -> None:
+        raise LaunchError(f"this SGLang has no {path}")
+
+    monkeypatch.setattr(fork_start, "hook_after", missing)
+    with socket.socket() as launcher:
+        fork_start.fork_children(launcher)
+    assert "each process of the server imports SGLang again: this SGLang has no" in caplog.text
 
 
 REGISTRY = """
