@@ -72,6 +72,11 @@ def test_events_come_as_they_do_over_http(report: dict, by_http: list[apr.Trajec
     assert report["deltas"] == sorted(by_http[0].text)
 
 
+def test_without_a_listener_chunks_are_few(report: dict):
+    quiet, listened = report["chunks"]
+    assert 0 < quiet < listened / 2
+
+
 def test_many_at_once(report: dict, by_http: list[apr.Trajectory]):
     outcomes = dict(apr.read_many(report["path"]))
     assert {name: t.text for name, t in outcomes.items()} == {str(i): t.text for i, t in enumerate(by_http)}

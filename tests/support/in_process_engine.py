@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,10 @@ def main(arguments: dict[str, Any]) -> None:
             engine.run(p, "threadweaver", budget=budget, **options).to_json() for p in arguments["prompts"]
         ]
         deltas: list[object] = []
-        engine.run(arguments["prompts"][0], "threadweaver", budget=budget, on_event=deltas.append, **options)
+        seen["chunks"] = [
+            count_chunks(engine, arguments["prompts"][0], budget=budget, **options),
+            count_chunks(engine, arguments["prompts"][0], budget=budget, on_event=deltas.append, **options),
+        ]
         seen["deltas"] = sorted("".join(e.text for e in deltas if isinstance(e, apr.Delta)))
         problems = {str(i): p for i, p in enumerate(arguments["prompts"])}
         engine.wait(
@@ -61,6 +66,25 @@ def main(arguments: dict[str, Any]) -> None:
     seen["children_after"] = children()
     seen["files_after"] = files_of(folder)
     print("\n" + json.dumps(seen))
+
+
+def count_chunks(engine: apr.LocalEngine, prompt: str, **options: Any) -> int:
+    """Return how many chunks the engine received for a trajectory."""
+    count, original = 0, engine._chunks
+
+    async def chunks(*args: Any) -> AsyncGenerator[dict[str, Any], None]:
+        nonlocal count
+        async with aclosing(original(*args)) as received:
+            async for chunk in received:
+                count += 1
+                yield chunk
+
+    engine._chunks = chunks  # type: ignore[method-assign]
+    try:
+        engine.run(prompt, "threadweaver", **options)
+    finally:
+        del engine._chunks
+    return count
 
 
 def children() -> list[str]:
