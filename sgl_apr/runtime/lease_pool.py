@@ -47,16 +47,19 @@ class Lease:
         return self.tokens + self.result_tokens + closing if self.final_tokens is None else self.final_tokens
 
     def add(self, tokens: int, *, results: bool) -> None:
-        """Grant more tokens; with `results` as many are set aside for its result."""
+        """Grant more tokens; with `results` as many are set aside for its result. `answer` passes them on."""
         self.tokens += tokens
         self.result_tokens += tokens * results
         self.started = True
-        self.answer(tokens)
+
+    def stop_waiting(self) -> Callable[[int], None] | None:
+        """What receives the tokens that the branch waits for, if it waits. It waits no more."""
+        grant, self.grant, self.waits_for_path = self.grant, None, False
+        return grant
 
     def answer(self, tokens: int) -> None:
         """Tell a branch that waits how many tokens it has been granted, 0 for none."""
-        if grant := self.grant:
-            self.grant, self.waits_for_path = None, False
+        if grant := self.stop_waiting():
             grant(tokens)
 
 
@@ -130,11 +133,11 @@ class LeasePool:
             equal - one.tokens >= min(self.first_lease, one.max_tokens - one.tokens) for one in self.leases
         ):
             for lease in self.leases:
-                self._grant(lease, min(equal, lease.max_tokens) - lease.tokens)
+                lease.add(min(equal, lease.max_tokens) - lease.tokens, results=self.results)
         elif not self._distribute(self.leases) and self.leases:
             first = self.leases[0]  # one short branch is of more use than none
             tokens = self.uncommitted // (1 + self.results)
-            self._grant(first, max(0, min(tokens, first.max_tokens - first.tokens)))
+            first.add(max(0, min(tokens, first.max_tokens - first.tokens)), results=self.results)
         return self.leases
 
     def ask(self, lease: Lease, grant: Callable[[int], None], returned: int = 0) -> None:
@@ -243,11 +246,12 @@ class LeasePool:
         """
         granted = equal_parts(self.uncommitted // (1 + self.results), candidates)
         for lease, tokens in granted.items():
-            self._grant(lease, tokens)
+            lease.add(tokens, results=self.results)
+        # A pool of a nested fork may ask again at once, so nobody of this round may seem to wait any more.
+        for grant, tokens in [(lease.stop_waiting(), tokens) for lease, tokens in granted.items()]:
+            if grant:
+                grant(tokens)
         return bool(granted)
-
-    def _grant(self, lease: Lease, tokens: int) -> None:
-        lease.add(tokens, results=self.results)
 
 
 def equal_parts(tokens: int, candidates: Sequence[Lease]) -> dict[Lease, int]:

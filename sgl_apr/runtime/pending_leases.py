@@ -106,6 +106,7 @@ class PendingLeases:
         granted = equal_parts(tokens // (1 + self.results), waiting)
         for lease, more in granted.items():
             lease.add(more, results=self.results)
+            lease.answer(more)
         return bool(granted)
 
     def refuse(self) -> None:
