@@ -157,7 +157,10 @@ class BranchGroup:
             try:
                 if self.leases and not self.leases.of(branch).started:
                     await branch.scope.run(self.leases.start(branch))
-                await branch.scope.run(slots.acquire(branch))
+                if slots.is_free_for(branch) and branch.scope.is_unlimited:
+                    await slots.acquire(branch)  # it does not wait, so nothing has to cut it
+                else:
+                    await branch.scope.run(slots.acquire(branch))
             except ScopeCancelled:
                 await run_branch(branch)
                 self._end_lease(branch)

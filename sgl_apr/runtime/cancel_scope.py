@@ -41,6 +41,11 @@ class CancelScope:
                 self.deadline, self.limit = outer.deadline, outer.limit
 
     @property
+    def is_unlimited(self) -> bool:
+        """Whether it has no deadline, and was not cancelled."""
+        return self.deadline is None and self.reason is None
+
+    @property
     def cancel_reason(self) -> Finish | None:
         """Why nothing may be awaited any more, or None."""
         if self.reason is None and self.remaining_seconds() == 0:

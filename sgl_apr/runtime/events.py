@@ -145,10 +145,11 @@ def assemble_trajectory(
     place = {old: new for new, old in enumerate(done.order)}
 
     def moved(span: Span) -> Span:
-        if all(place[i] == i for i in (*span.parents, *span.waits_for)):
+        parents = tuple([place[i] for i in span.parents])
+        waits_for = tuple([place[i] for i in span.waits_for])
+        if parents == span.parents and waits_for == span.waits_for:
             return span
-        parents, after = (tuple(place[i] for i in indices) for indices in (span.parents, span.waits_for))
-        return replace(span, parents=parents, waits_for=after)
+        return replace(span, parents=parents, waits_for=waits_for)
 
     return Trajectory(
         tuple(moved(spans[i]) for i in done.order),

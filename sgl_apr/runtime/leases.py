@@ -27,12 +27,20 @@ class Slots:
 
     async def acquire(self, branch: SequenceState) -> None:
         """Wait for a slot, unless the branch has one."""
+        if self.is_free_for(branch):
+            await self._free.acquire()
+            self._held.add(branch)
+            return
         async with self._acquiring.setdefault(
             branch, asyncio.Lock()
         ):  # its own branches may wait for it together
             if branch not in self._held:
                 await self._free.acquire()
                 self._held.add(branch)
+
+    def is_free_for(self, branch: SequenceState) -> bool:
+        """Whether a branch without a slot gets one at once."""
+        return not self._free.locked() and branch not in self._held and branch not in self._acquiring
 
     def release(self, branch: SequenceState) -> None:
         """Give up the slot of a branch, if it has one."""

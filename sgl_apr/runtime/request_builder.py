@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from sgl_apr.engine.base import Engine, Request
@@ -27,10 +27,11 @@ class RequestBuilder:
     def __init__(self, engine: Engine, options: ReasonOptions, rid: str) -> None:
         self.options, self.dialect, self.rid = options, options.dialect, rid
         self.tokenizer, self.backend = engine.tokenizer, engine.grammar_backend
+        self._attempts = count()
 
     def new_rid(self) -> str:
         """A request id for one attempt. All have one length, since the server aborts by prefix."""
-        return f"{self.rid}-{uuid.uuid4().hex[:12]}"
+        return f"{self.rid}-{next(self._attempts):06x}"
 
     def commit_request(self, sequence: SequenceState) -> Request:
         """A request for what a sequence has so far, to be committed."""

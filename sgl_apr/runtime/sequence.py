@@ -83,6 +83,7 @@ class SequenceState:
 
     Attributes:
         identity: The branch that it is, or `TRUNK`.
+        path: Its path; () is the trunk.
         graph: Where its spans are appended.
         context: The token ids that its next token follows.
         frontier: Indices of the spans that its next span follows.
@@ -122,11 +123,10 @@ class SequenceState:
     uncommitted_tokens: int = 0
     usage: Usage = NO_USAGE
     first_usage: Usage = NO_USAGE
+    path: Path = field(init=False)
 
-    @property
-    def path(self) -> Path:
-        """Its path; () is the trunk."""
-        return self.identity.path
+    def __post_init__(self) -> None:
+        self.path = self.identity.path
 
     @property
     def depth(self) -> int:
@@ -151,14 +151,18 @@ class SequenceState:
     @property
     def finish(self) -> Finish | None:
         """How it has ended; None while it has not."""
-        spans = (self.graph.spans[i] for i in reversed(self.span_order))
-        return next((s.finish for s in spans if s.finish and s.path == self.path), None)
+        for i in reversed(self.span_order):
+            span = self.graph.spans[i]
+            if span.finish and span.path == self.path:
+                return span.finish
+        return None
 
     @property
     def critical_path(self) -> int:
         """Tokens of the longest path to its next span. Pending branches count as long as they may become."""
         pending = self.pending.running.values() if self.pending else ()
-        return max([self.graph.longest_path(self.frontier), *(p.latest_end for p in pending)])
+        length = self.graph.longest_path(self.frontier)
+        return max([length, *(p.latest_end for p in pending)]) if pending else length
 
     @property
     def uncached_tokens(self) -> int:
@@ -300,10 +304,10 @@ class SequenceState:
         return Branch(self.path, self.identity.outline, text, "", self.finish, ())
 
     def _append(self, span: Span, charged: bool = True) -> None:
-        index = self.graph.add(span)
+        index, tokens = self.graph.add(span), span.tokens
         self.span_order.append(index)
         self.frontier = (index,)
         self.context += span.token_ids or ()
-        self.tokens_used += span.tokens
+        self.tokens_used += tokens
         if charged:
-            self.allowance.spend(span.tokens)
+            self.allowance.spend(tokens)

@@ -56,7 +56,7 @@ class SpanGraph:
 
     def add(self, span: Span) -> int:
         """Append a span and return its index."""
-        length = self.longest_path((*span.parents, *span.waits_for))
+        length = self.longest_path(span.parents + span.waits_for)
         self._path_lengths.append(length + (0 if span.origin == "prompt" else span.tokens))
         self.spans.append(span)
         index = len(self.spans) - 1
@@ -66,4 +66,4 @@ class SpanGraph:
 
     def longest_path(self, ends: Iterable[int]) -> int:
         """Tokens of the longest path that ends with one of these spans. Prompts do not count."""
-        return max((self._path_lengths[i] for i in ends), default=0)
+        return max([self._path_lengths[i] for i in ends], default=0)
