@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+from typing import Any
 
 from sgl_apr.errors import TraceError
 from sgl_apr.trajectory.blocks import Block, iter_blocks
@@ -157,11 +158,12 @@ class Trajectory:
 
         It can be encoded as UTF-8, also if a text holds half a surrogate pair.
         """
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False)
+        fields_by_name = {"schema": SCHEMA, **shallow_dict(self)}
+        text = json.dumps(fields_by_name, ensure_ascii=False, default=shallow_dict)
         try:
             text.encode()
         except UnicodeEncodeError:
-            text = json.dumps({"schema": SCHEMA, **asdict(self)})
+            text = json.dumps(fields_by_name, default=shallow_dict)
         return text
 
     @classmethod
@@ -202,3 +204,18 @@ class Trajectory:
         except WrongValue as error:
             raise error.as_trace_error(where) from None
         return trajectory
+
+
+def shallow_dict(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name. Unlike `dataclasses.asdict` it copies nothing.
+
+    Raises:
+        TypeError: The value is no dataclass.
+    """
+    kind: Any = type(value)
+    return {name: getattr(value, name) for name in _field_names(kind)}
+
+
+@cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))

@@ -35,7 +35,7 @@ FULL = Trajectory(
     ),
     dialect="threadweaver",
     calls=(
-        Call("trunk", (), 1, 2, 3, 4, 0.1, 1e-300, HIGHEST, 2, (-0.5, -1e-300), "step 3"),
+        Call("trunk", (), 1, 2, 3, 4, 0.1, 1e-300, HIGHEST, 2, 1, (-0.5, -1e-300), "step 3"),
         Call("branch", (1, 2), 1, None, 3, 4, 0.1 + 0.2, 5.0, -1, 3),
     ),
     wall_s=1 / 3,
@@ -47,6 +47,7 @@ FULL = Trajectory(
     joins=(JoinRecord((1,), "kv"), JoinRecord((1, 2), "text", "lost")),
     seed=5,
     seeds_honoured=True,
+    tokens_shared=True,
 )
 BARE = Trajectory((), "")
 SAMPLES = [

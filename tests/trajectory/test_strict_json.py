@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ def put(*steps: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_what_was_written_is_read(sample: apr.Trajectory):
     assert apr.Trajectory.from_json(sample.to_json()) == sample
+    assert json.loads(sample.to_json()) == json.loads(json.dumps({"schema": SCHEMA, **asdict(sample)}))
     assert apr.Trajectory.from_dict(json.loads(sample.to_json())) == sample
 
 
