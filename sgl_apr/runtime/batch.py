@@ -135,11 +135,11 @@ async def arun_many(
 
         async def work() -> None:
             for name in todo:
-                seed = None if base.seed is None else derive_seed(base.seed, name)
+                seeded = base if base.seed is None else replace(base, seed=derive_seed(base.seed, name))
                 try:
                     prompt = await encode_prompt(engine, problems[name])
                     async with admission.slot(len(prompt), max_tokens) as slot:
-                        trajectory = await run_with_options(engine, prompt, replace(base, seed=seed))
+                        trajectory = await run_with_options(engine, prompt, seeded)
                         slot.trajectory = trajectory
                 except Exception as error:
                     log.warning(
