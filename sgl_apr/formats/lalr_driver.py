@@ -1,7 +1,8 @@
-"""Parses text with Lark's own parse tables and lexers, without Lark's token objects and error messages.
+"""Parses text with Lark's own parse tables and lexers, without Lark's token objects, trees and error messages.
 
 Lark spends most of its time on the line and column of every token, and, where a text does not match, on a message. The
-runtime needs neither: it parses what every request has decoded, and often only asks whether it matches.
+runtime needs neither: it parses what every request has decoded, and often only asks whether it matches. For the same
+reason tokens and parts are plain tuples.
 """
 
 from __future__ import annotations
@@ -17,36 +18,13 @@ from sgl_apr.formats.reading_progress import report_position
 
 END = "$END"  # Lark's name for the end of the text
 
-
-class Lexeme(NamedTuple):
-    """One token of a text.
-
-    Attributes:
-        type: The name of its terminal.
-        value: Its text.
-        start: Offset of its first character.
-        end: Offset after its last character.
-    """
-
-    type: str
-    value: str
-    start: int
-    end: int
-
-
+Lexeme = tuple[
+    str, str, int, int
+]  # name of the terminal, its text, and offsets of its first and after its last character
+# A part of a text that matches a rule of the file: the rule, the index of its first token, that after its last token,
+# and the index of the first part inside it. The parts inside it stand right before it.
+Part = tuple[str, int, int, int]
 Scan = Callable[[str, int], Lexeme | None]  # text, offset -> the token that begins there
-
-
-class Node(NamedTuple):
-    """The part of a text that matches one rule of the grammar file.
-
-    Attributes:
-        rule: The name of the rule.
-        children: Its tokens, and the nodes of the rules that it refers to.
-    """
-
-    rule: str
-    children: list[Node | Lexeme]
 
 
 class Reduction(NamedTuple):
@@ -55,12 +33,12 @@ class Reduction(NamedTuple):
     Attributes:
         rule: The name of the rule.
         size: The number of symbols.
-        inlined: Which of them are rules that Lark has made for a repetition. Their children become those of this rule.
+        is_generated: Whether Lark has made the rule, for a repetition.
     """
 
     rule: str
     size: int
-    inlined: tuple[bool, ...] | None
+    is_generated: bool
 
 
 class LalrTables:
@@ -101,9 +79,7 @@ def _scan(lexer: BasicLexer) -> Scan:
         only, value = terminals[0].name, terminals[0].pattern.value
 
         def find_fixed(text: str, offset: int) -> Lexeme | None:
-            return (
-                Lexeme(only, value, offset, offset + len(value)) if text.startswith(value, offset) else None
-            )
+            return (only, value, offset, offset + len(value)) if text.startswith(value, offset) else None
 
         return find_fixed
     pattern = "|".join(f"(?P<{t.name}>{t.pattern.to_regexp()})" for t in terminals)
@@ -116,14 +92,14 @@ def _scan(lexer: BasicLexer) -> Scan:
         if kind in unless:  # the text can also be that of a fixed terminal
             callback: Any = unless[kind]
             kind = callback.scanner.fullmatch(value) or kind
-        return Lexeme(kind, value, offset, found.end())
+        return kind, value, offset, found.end()
 
     return find
 
 
 def _reduction(rule: Any) -> Reduction:
-    inlined = tuple(not symbol.is_term and symbol.name.startswith("_") for symbol in rule.expansion)
-    return Reduction(str(rule.origin.name), len(inlined), inlined if any(inlined) else None)
+    name = str(rule.origin.name)
+    return Reduction(name, len(rule.expansion), name.startswith("_"))
 
 
 class LalrParser:
@@ -131,16 +107,37 @@ class LalrParser:
 
     Args:
         tables: The tables of the parser.
+
+    Attributes:
+        tokens: The tokens so far.
+        parts: The parts so far, each after those inside it.
     """
 
     def __init__(self, tables: LalrTables) -> None:
         self.tables = tables
-        self.states = [tables.start]
-        self._values: list[Node | Lexeme] = []
+        self.tokens: list[Lexeme] = []
+        self.parts: list[Part] = []
+        self._states = [tables.start]
+        self._starts: list[
+            tuple[int, int]
+        ] = []  # of each symbol on the stack: its first token, and its first part
+
+    def parse(self, text: str) -> bool:
+        """Parse a text, and return whether it matches."""
+        tables, states, feed, size, offset = self.tables, self._states, self.feed, len(text), 0
+        scans = tables.scans
+        report_position(lambda: offset)
+        while offset < size:
+            state = states[-1]
+            token = (scans[state] if state in scans else tables.add_scan(state))(text, offset)
+            if token is None or not feed(token):
+                return False
+            offset = token[3]
+        return self.finish()
 
     def feed(self, token: Lexeme) -> bool:
         """Take the next token, and return whether it is accepted there. Nothing may follow one that is not."""
-        actions, states, kind = self.tables.actions, self.states, token.type
+        actions, states, kind = self.tables.actions, self._states, token[0]
         action = actions[states[-1]].get(kind)
         while isinstance(action, Reduction):
             self._reduce(action)
@@ -148,57 +145,30 @@ class LalrParser:
         if action is None:
             return False
         states.append(action)
-        self._values.append(token)
+        self._starts.append((len(self.tokens), len(self.parts)))
+        self.tokens.append(token)
         return True
 
-    def finish(self) -> Node | None:
-        """Return the node of the complete text; None if it cannot end here."""
-        while self.states[-1] != self.tables.final:
-            action = self.tables.actions[self.states[-1]].get(END)
+    def finish(self) -> bool:
+        """Return whether the text is complete. Nothing may follow."""
+        while self._states[-1] != self.tables.final:
+            action = self.tables.actions[self._states[-1]].get(END)
             if not isinstance(action, Reduction):
-                return None
+                return False
             self._reduce(action)
-        node = self._values[-1]
-        assert isinstance(node, Node)
-        return node
+        return True
 
     def _reduce(self, reduction: Reduction) -> None:
-        rule, size, inlined = reduction
-        states, values = self.states, self._values
-        children: list[Node | Lexeme] = []
+        rule, size, is_generated = reduction
+        states, starts = self._states, self._starts
         if size:
-            children = values[-size:]
-            del states[-size:], values[-size:]
-        if inlined:
-            children = _inline(children, inlined)
+            start = starts[-size]
+            del states[-size:], starts[-size:]
+        else:
+            start = len(self.tokens), len(self.parts)
+        starts.append(start)
+        if not is_generated:
+            self.parts.append((rule, start[0], len(self.tokens), start[1]))
         goto = self.tables.actions[states[-1]][rule]
         assert isinstance(goto, int)
         states.append(goto)
-        values.append(Node(rule, children))
-
-
-def _inline(children: list[Node | Lexeme], inlined: tuple[bool, ...]) -> list[Node | Lexeme]:
-    merged: list[Node | Lexeme] = []
-    for child, is_inlined in zip(children, inlined, strict=True):
-        if not is_inlined:
-            merged.append(child)
-        elif isinstance(child, Node):
-            if merged:
-                merged += child.children
-            else:  # a repetition of n items is n nodes deep: its list grows, so that the time is linear
-                merged = child.children
-    return merged
-
-
-def parse_text(tables: LalrTables, text: str) -> Node | None:
-    """Return the node of a text; None if it does not match."""
-    parser, scans, size, offset = LalrParser(tables), tables.scans, len(text), 0
-    states, feed = parser.states, parser.feed
-    report_position(lambda: offset)
-    while offset < size:
-        state = states[-1]
-        token = (scans[state] if state in scans else tables.add_scan(state))(text, offset)
-        if token is None or not feed(token):
-            return None
-        offset = token.end
-    return parser.finish()

@@ -16,8 +16,8 @@ from sgl_apr.formats.dialects import Dialect, dialect, dialect_names
 from sgl_apr.formats.error_recovery import ErrorRecoveringParser, Repair
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
 from sgl_apr.formats.graph_builder import build_spans
-from sgl_apr.formats.lalr_driver import LalrParser, Lexeme
-from sgl_apr.formats.segmenter import Segment, iter_segments
+from sgl_apr.formats.lalr_driver import LalrParser
+from sgl_apr.formats.segmenter import Segment, segments_of
 from sgl_apr.tokenizer import Tokenizer, split_token_ids
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -177,9 +177,8 @@ def _segments(grammar: Grammar, tokens: list[Token]) -> list[Segment] | None:
     """The segments of tokens; None if they do not make a complete reply."""
     parser = LalrParser(grammar.tables("trace"))
     for token in tokens:
-        parser.feed(Lexeme(token.type, str(token), token.start_pos or 0, token.end_pos or 0))
-    node = parser.finish()
-    return None if node is None else list(iter_segments(grammar, node, keep_empty=True))
+        parser.feed((token.type, str(token), token.start_pos or 0, token.end_pos or 0))
+    return segments_of(grammar, parser, keep_empty=True) if parser.finish() else None
 
 
 def _cover_text(segments: list[Segment], size: int) -> list[Segment]:

@@ -12,7 +12,7 @@ from lark.lexer import PatternStr
 
 from sgl_apr.errors import TraceError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
-from sgl_apr.formats.lalr_driver import Lexeme, Node, parse_text
+from sgl_apr.formats.lalr_driver import LalrParser, Lexeme
 from sgl_apr.trajectory.spans import Role
 
 BRANCH_RULES = ("body", "branch", "rejoin")  # free text in these is the text of a branch
@@ -73,8 +73,8 @@ def split_segments(grammar: Grammar, start: str, text: str) -> list[Segment]:
 
 def match_segments(grammar: Grammar, start: str, text: str) -> list[Segment] | None:
     """Split a text into segments as `split_segments` does; None if the text does not match the rule."""
-    node = parse_text(grammar.tables(start), text)
-    return None if node is None else list(iter_segments(grammar, node))
+    parser = LalrParser(grammar.tables(start))
+    return segments_of(grammar, parser) if parser.parse(text) else None
 
 
 def syntax_error(grammar: Grammar, start: str, text: str) -> TraceError:
@@ -87,44 +87,60 @@ def syntax_error(grammar: Grammar, start: str, text: str) -> TraceError:
     raise AssertionError(f"Lark accepts a text of {len(text)} characters that its tables do not")
 
 
-def iter_segments(grammar: Grammar, tree: Node, *, keep_empty: bool = False) -> Iterator[Segment]:
-    """Yield the segments of a tree in the order of the text.
+def segments_of(grammar: Grammar, parser: LalrParser, *, keep_empty: bool = False) -> list[Segment]:
+    """Return the segments of a text that was parsed, in the order of the text.
 
     Args:
-        grammar: The grammar of the tree.
-        tree: The tree.
-        keep_empty: Also yield segments without text, which stand for tokens that error recovery has inserted.
+        grammar: The grammar.
+        parser: Has parsed the text.
+        keep_empty: Also return segments without text, which stand for tokens that error recovery has inserted.
     """
-    stack: list[tuple[Node | Lexeme, bool]] = [(tree, False)]
-    while stack:
-        item, in_branch = stack.pop()
-        if isinstance(item, Lexeme):
-            if item.end > item.start or keep_empty:
-                role: Role = "closer" if item.type != TEXT else "body" if in_branch else "text"
-                yield Segment(role, item.start, item.end)
-        elif item.rule in _SEGMENT_RULES:
-            if segment := _segment(grammar, item, _SEGMENT_RULES[item.rule]):
-                yield segment
-        else:
-            in_branch = in_branch or item.rule in BRANCH_RULES
-            stack += [(child, in_branch) for child in reversed(item.children)]
+    tokens, parts, segments = parser.tokens, parser.parts, list[Segment]()
+    # From the end, where each part comes before those inside it: what remains is before token `end`, and what of it is
+    # in the last branch is at or after token `branch`.
+    end = branch = len(tokens)
+
+    def add_tokens(until: int) -> None:
+        for k in range(end - 1, until - 1, -1):
+            kind, _, start, stop = tokens[k]
+            if stop > start or keep_empty:
+                role: Role = "closer" if kind != TEXT else "body" if k >= branch else "text"
+                segments.append(Segment(role, start, stop))
+
+    index = len(parts) - 1
+    while index >= 0:
+        rule, first, stop, first_inside = parts[index]
+        role = _SEGMENT_RULES.get(rule)
+        if role is None:
+            if first < stop and first < branch and rule in BRANCH_RULES:
+                add_tokens(stop)
+                end, branch = stop, first
+            index -= 1
+            continue
+        if first < stop:
+            add_tokens(stop)
+            segments.append(_segment(grammar, parser, index, role))
+            end = first
+        index = first_inside - 1
+    add_tokens(0)
+    segments.reverse()
+    return segments
 
 
-def _segment(grammar: Grammar, node: Node, role: Role) -> Segment | None:
-    tokens = list(_tokens(node))
-    if not tokens:
-        return None
-    start, end = tokens[0].start, tokens[-1].end
+def _segment(grammar: Grammar, parser: LalrParser, index: int, role: Role) -> Segment:
+    _, first, stop, _ = parser.parts[index]
+    tokens = parser.tokens[first:stop]
+    start, end = tokens[0][2], tokens[-1][3]
     if role == "fork":
-        return Segment(role, start, end, outlines=tuple(_outlines(grammar, node)))
+        return Segment(role, start, end, outlines=tuple(_outlines(grammar, parser, index)))
     values = _values(grammar, tokens)
     return Segment(
         role,
         start,
         end,
-        number=values[NUMBER].value if NUMBER in values else "",
-        name=values[""].value if "" in values else "",
-        label=values[TEXT].value.strip() if TEXT in values else "",
+        number=values[NUMBER][1] if NUMBER in values else "",
+        name=values[""][1] if "" in values else "",
+        label=values[TEXT][1].strip() if TEXT in values else "",
     )
 
 
@@ -133,33 +149,36 @@ _SEGMENT_RULES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("pr
 _SEGMENT_RULES["failure"] = "result"
 
 
-def _outlines(grammar: Grammar, fork: Node) -> Iterator[Outline]:
-    for outline in [child for child in fork.children if isinstance(child, Node)] or [fork]:
-        values = _values(grammar, _tokens(outline))
+def _outlines(grammar: Grammar, parser: LalrParser, fork: int) -> Iterator[Outline]:
+    for index in _parts_in(parser, fork) or [fork]:
+        _, first, stop, _ = parser.parts[index]
+        values = _values(grammar, parser.tokens[first:stop])
         text = values.get(TEXT, values.get(""))
         if text is not None:
             number = values.get(NUMBER)
-            yield Outline(number.value if number else "", text.value.strip(), (number or text).start)
+            yield Outline(number[1] if number else "", text[1].strip(), (number or text)[2])
 
 
-def _tokens(node: Node) -> Iterator[Lexeme]:
-    """The tokens of a node in the order of the text."""
-    for child in node.children:
-        if isinstance(child, Lexeme):
-            yield child
-        else:
-            yield from _tokens(child)
+def _parts_in(parser: LalrParser, index: int) -> list[int]:
+    """The parts right inside a part."""
+    inside: list[int] = []
+    first_inside, index = parser.parts[index][3], index - 1
+    while index >= first_inside:
+        inside.append(index)
+        index = parser.parts[index][3] - 1
+    return inside[::-1]
 
 
 def _values(grammar: Grammar, tokens: Iterable[Lexeme]) -> dict[str, Lexeme]:
     """The first number, the first text, and under "" the first match of any other regular expression."""
-    by_type: dict[str, Lexeme] = {}
+    values: dict[str, Lexeme] = {}
     for token in tokens:
-        if token.type in (NUMBER, TEXT):
-            by_type.setdefault(token.type, token)
-        elif isinstance(grammar.terminals.get(token.type), str):
-            by_type.setdefault("", token)
-    return by_type
+        kind = token[0]
+        if kind in (NUMBER, TEXT):
+            values.setdefault(kind, token)
+        elif isinstance(grammar.terminals.get(kind), str):
+            values.setdefault("", token)
+    return values
 
 
 def error_at(text: str, offset: int, found: str, expected: list[str]) -> TraceError:
