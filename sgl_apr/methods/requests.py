@@ -15,6 +15,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.continuation import PENALTIES, Extend, can_continue
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
@@ -30,7 +31,7 @@ from sgl_apr.runtime.options import DEFAULT_DIALECT, make_options
 from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
 from sgl_apr.runtime.prompts import vocab_size
 from sgl_apr.runtime.recorder import TrajectoryRecorder
-from sgl_apr.runtime.request_runner import PENALTIES, Extend, RequestRunner, can_continue, release_engines
+from sgl_apr.runtime.request_runner import RequestRunner, release_engines
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 
@@ -131,6 +132,8 @@ class MethodRequests:
         own = own if prompt.tokens is None else min(own, prompt.tokens)
         # A stop text may begin before the end of a request, and SGLang looks for it in what follows.
         resumes = self.engine.resumes_grammar if prompt.grammar else not prompt.stop
+        if self.budget.calls is not None:  # a method plans its calls, so none is left for another request
+            resumes = False
         penalized = any(name in prompt.sampling for name in PENALTIES)
         return own if resumes and self.shares_tokens and not penalized else min(own, equal)
 

@@ -115,8 +115,8 @@ class AsyncBranches:
             sequence.merge(one.branch)
         branches = [one.branch for one in joined]
         if self.rules.by_message:
-            most = [min(leases.of(one.branch).result_tokens, one.max_path_tokens) for one in joined]
-            self.fork_join.write_results(sequence, branches, most)
+            max_tokens = [min(leases.of(one.branch).result_tokens, one.max_path_tokens) for one in joined]
+            self.fork_join.write_results(sequence, branches, max_tokens)
         else:
             sequence.append_branches(branches, after_frontier=True)
         for branch in branches:
@@ -136,8 +136,8 @@ class AsyncBranches:
         self, sequence: SequenceState, outer: BranchGroup | None
     ) -> tuple[BranchGroup, PendingLeases]:
         def final_tokens(branch: SequenceState, lease: Lease) -> int:
-            most = min(lease.result_tokens, self._pending(sequence, branch).max_path_tokens)
-            return self.fork_join.final_tokens(branch, most)
+            max_tokens = min(lease.result_tokens, self._pending(sequence, branch).max_path_tokens)
+            return self.fork_join.final_tokens(branch, max_tokens)
 
         group = BranchGroup(sequence, outer)
         leases = PendingLeases(

@@ -230,6 +230,34 @@ class BranchGroup:
         self._emit(Joined(self.block, tuple(branch.path[-1] for branch in joined)))
 
 
+class OuterLease:
+    """The lease of a branch that forks, as the source of what its own branches share.
+
+    Args:
+        group: The group of the branch.
+        leases: The leases of the group.
+        branch: The branch.
+        unreserved: Returns what its branches may have of the tokens that it gets.
+    """
+
+    def __init__(
+        self,
+        group: BranchGroup,
+        leases: BranchLeases,
+        branch: SequenceState,
+        unreserved: Callable[[int], int],
+    ) -> None:
+        self._group, self._leases = group, leases
+        self._branch, self._unreserved = branch, unreserved
+
+    def ask(self, grant: Callable[[int], None]) -> None:
+        self._group.release_slot(self._branch)
+        self._leases.ask(self._branch, lambda tokens: grant(self._unreserved(tokens)))
+
+    def withdraw(self) -> None:
+        self._leases.withdraw(self._branch)
+
+
 async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of coroutines that run at once. The first failure cancels the others and is raised."""
     try:

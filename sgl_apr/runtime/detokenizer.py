@@ -37,6 +37,12 @@ class IncrementalDetokenizer:
         """Keep what was received: a request that continues after it begins here when it is repeated."""
         self._kept = self.context, tuple(self.received_ids), tuple(self.pending), self.emitted_chars
 
+    def discard(self) -> int:
+        """Start over from the first request. Returns how many characters that were emitted are void."""
+        emitted, self.emitted_chars = self.emitted_chars, 0
+        self.received_ids, self.pending = [], []
+        return emitted
+
     def reset(self) -> int:
         """Start over for a repeated request. Returns how many characters that it had emitted are void."""
         emitted = self.emitted_chars

@@ -160,8 +160,8 @@ class ForkJoin:
         """
         before = len(sequence.context)
         sequence.inject("lead", self.grammar.render_rule("lead"))
-        for branch, most in zip(branches, max_tokens, strict=True):
-            text, result = self._render_result(branch, most)
+        for branch, max_result_tokens in zip(branches, max_tokens, strict=True):
+            text, result = self._render_result(branch, max_result_tokens)
             sequence.inject(
                 "result", text, result.strip(), result_of=branch.identity, waits_for=branch.frontier
             )

@@ -9,7 +9,7 @@ from sgl_apr.errors import BudgetExceeded
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.formats.masks.writer import ForkMode
 from sgl_apr.formats.segmenter import Outline
-from sgl_apr.runtime.allowance import Allowance
+from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.budget import Overhead
 from sgl_apr.runtime.lease_pool import LeasePool, LeaseSource
 from sgl_apr.runtime.options import ReasonOptions
@@ -102,10 +102,12 @@ class ForkRules:
         if load:
             width = self._cap_width_by_load(sequence, width, load)
         tokens, field = self.max_new_tokens(sequence, phase, width)
+        if sequence.allowance.calls < 1:
+            tokens, field = 0, "calls"
         return PhaseLimits(width, fork, tokens, field)
 
     def max_new_tokens(self, sequence: SequenceState, phase: Phase, width: int) -> tuple[int, str]:
-        """Tokens that a phase may decode in all, and the limit that they come from.
+        """Tokens that a phase may decode in all if it has calls, and the limit that they come from.
 
         Args:
             sequence: The sequence, without what the phase has decoded so far.
@@ -113,12 +115,15 @@ class ForkRules:
             width: Branches that a fork in it may have.
         """
         closing, closing_path = self._closing_tokens(width + sequence.pending_count, phase)
-        tokens, field = self._max_new_tokens(sequence, closing, closing_path)
-        if self.context_length is not None:
-            left = self.context_length - len(sequence.context) - closing
-            if left < tokens:
-                tokens, field = left, "context"
-        return tokens, field
+        allowance = sequence.allowance
+        tokens, field = allowance.tokens - closing, allowance.limiting_field
+        path = allowance.critical_path_cap - sequence.critical_path - closing_path
+        if path < tokens:
+            tokens, field = path, "critical_tokens"
+        left = (
+            NO_LIMIT if self.context_length is None else self.context_length - len(sequence.context) - closing
+        )
+        return (left, "context") if left < tokens else (tokens, field)
 
     def _closing_tokens(self, branches: int, phase: Phase) -> tuple[int, int]:
         """What closes the text of a phase that is cut off, in tokens and on the critical path.
@@ -241,15 +246,13 @@ class ForkRules:
     def _critical_path_room(self, allowance: Allowance, critical_path: int, branches: int) -> int:
         """The length that branches, and their messages after one another, may add to the critical path."""
         closing = (branches if self.by_message else 1) * self.overhead.branch + self.overhead.join
-        return int(
-            (allowance.critical_path_cap - critical_path - closing) * (1 - self.options.budget.reserve)
-        )
+        left = allowance.critical_path_cap - critical_path - closing
+        return int(left * (1 - self.options.budget.reserve))
 
     def _call_share(self, allowance: Allowance, branches: int) -> int:
         left = allowance.calls - branches * self._commits
-        shared = min(
-            int(left * (1 - self.options.budget.reserve)), left - 1
-        )  # one for the text after the join
+        # One is for the text after the join.
+        shared = min(int(left * (1 - self.options.budget.reserve)), left - 1)
         return shared // branches or int(left > branches)
 
     def _next_fork(self, sequence: SequenceState) -> tuple[int, ForkMode]:
@@ -317,15 +320,6 @@ class ForkRules:
     def _critical_path_overhead(self, branches: int) -> int:
         """Tokens that closing a fork adds to the critical path. Messages follow one another, branches do not."""
         return self.overhead.of(branches if self.by_message else min(branches, 1))
-
-    def _max_new_tokens(self, sequence: SequenceState, closing: int, closing_path: int) -> tuple[int, str]:
-        """Tokens that one request may decode besides those that close its text, and the limit that they come from."""
-        allowance = sequence.allowance
-        if allowance.calls < 1:
-            return 0, "calls"
-        tokens = allowance.tokens - closing
-        path = allowance.critical_path_cap - sequence.critical_path - closing_path
-        return (path, "critical_tokens") if path < tokens else (tokens, allowance.limiting_field)
 
     def _lacking_limit(self, sequence: SequenceState, output: PhaseOutput, outlines: int) -> str | None:
         """The limit that rules out a fork into so many branches that was decoded without a grammar, or None.

@@ -102,7 +102,7 @@ class LeasePool:
         self.first_lease = FIRST_LEASE if first_lease is None else first_lease
         self.capacity, self.closing, self.results = capacity, closing, results
         self.leases: list[Lease] = []
-        self._source, self._asked_source = source, False
+        self._source, self._awaits_source = source, False
 
     @property
     def uncommitted(self) -> int:
@@ -184,8 +184,8 @@ class LeasePool:
         """
         lease.grant, lease.final_tokens = None, tokens
         lease.path_tokens, lease.path_result_tokens = path_tokens, path_result_tokens
-        if self._asked_source and self._source and all(one.final_tokens is not None for one in self.leases):
-            self._asked_source = False
+        if self._awaits_source and self._source and all(one.final_tokens is not None for one in self.leases):
+            self._awaits_source = False
             self._source.withdraw()
         self._settle()
 
@@ -193,23 +193,25 @@ class LeasePool:
         """Grant a round of leases once no branch decodes any more."""
         running = [lease for lease in self.leases if lease.final_tokens is None]
         waiting = [lease for lease in running if lease.grant is not None]
-        if not waiting or len(waiting) < len(running) or self._asked_source:
+        if not waiting or len(waiting) < len(running) or self._awaits_source:
             return
         longer = self._extend_paths([lease for lease in waiting if lease.waits_for_path])
         # Who has started continues before another starts.
         others = [lease for lease in waiting if not lease.waits_for_path and lease.grant]
         if self._distribute(sorted(others, key=lambda lease: not lease.started)) or longer:
             return
-        if self._source is None or not others:  # more tokens are of no use to those that wait for a longer path
+        if (
+            self._source is None or not others
+        ):  # more tokens are of no use to those that wait for a longer path
             for lease in waiting:
                 lease.answer(0)
             return
-        self._asked_source = True
+        self._awaits_source = True
         self._source.ask(self._receive)
 
     def _receive(self, tokens: int) -> None:
         """Lease tokens from the source. Where it has none left, there is nothing more to ask for."""
-        self._asked_source = False
+        self._awaits_source = False
         self.capacity += tokens
         if tokens == 0:
             self._source = None

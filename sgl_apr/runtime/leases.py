@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
 from sgl_apr.runtime.sequence import SequenceState
-
-if TYPE_CHECKING:
-    from sgl_apr.runtime.branch_group import BranchGroup
 
 
 class Slots:
@@ -47,34 +43,6 @@ class Slots:
         if branch in self._held:
             self._held.remove(branch)
             self._free.release()
-
-
-class OuterLease:
-    """The lease of a branch that forks, as the source of what its own branches share.
-
-    Args:
-        group: The group of the branch.
-        leases: The leases of the group.
-        branch: The branch.
-        unreserved: Returns what its branches may have of the tokens that it gets.
-    """
-
-    def __init__(
-        self,
-        group: BranchGroup,
-        leases: BranchLeases,
-        branch: SequenceState,
-        unreserved: Callable[[int], int],
-    ) -> None:
-        self._group, self._leases = group, leases
-        self._branch, self._unreserved = branch, unreserved
-
-    def ask(self, grant: Callable[[int], None]) -> None:
-        self._group.release_slot(self._branch)
-        self._leases.ask(self._branch, lambda tokens: grant(self._unreserved(tokens)))
-
-    def withdraw(self) -> None:
-        self._leases.withdraw(self._branch)
 
 
 class BranchLeases:
@@ -129,8 +97,9 @@ class BranchLeases:
         lease = self._leases[branch]
         before = lease.path_tokens
         tokens = await self._wait(lease, returned, path)
-        self._add(branch, tokens)
-        branch.allowance.refund(critical_path=lease.path_tokens - before)
+        longer = lease.path_tokens - before
+        branch.allowance.refund(critical_path=longer)
+        self._add(branch, tokens, longer=longer > 0)
         return tokens
 
     def end(self, branch: SequenceState) -> None:
@@ -155,12 +124,15 @@ class BranchLeases:
         """Stop waiting for what `ask` has asked for."""
         self._pool.withdraw(self._leases[branch])
 
-    def _add(self, branch: SequenceState, tokens: int) -> None:
-        """Add tokens to the allowance of a branch, and a call that ended branches have left if it has none."""
+    def _add(self, branch: SequenceState, tokens: int, *, longer: bool = False) -> None:
+        """Add tokens to the allowance of a branch, and a call that ended branches have left if it has none.
+
+        With `longer` its critical path has become longer.
+        """
         if not self._separate:
             return
         branch.extend(tokens)
-        if tokens and branch.allowance.calls < 1 and self.spare_calls > 0:
+        if (tokens or longer) and branch.allowance.calls < 1 and self.spare_calls > 0:
             self.spare_calls -= 1
             branch.allowance.refund(calls=1)
 

@@ -17,21 +17,20 @@ from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime import telemetry
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.async_branches import AsyncBranches
-from sgl_apr.runtime.branch_group import BranchGroup
+from sgl_apr.runtime.branch_group import BranchGroup, OuterLease
 from sgl_apr.runtime.cancel_scope import CancelScope
+from sgl_apr.runtime.continuation import PhaseExtension, can_continue
 from sgl_apr.runtime.events import Delta, OnEvent
 from sgl_apr.runtime.fork_join import ForkJoin, apply_template
 from sgl_apr.runtime.fork_rules import ForkRules, PhaseLimits
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
-from sgl_apr.runtime.leases import BranchLeases, OuterLease
+from sgl_apr.runtime.leases import BranchLeases
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import closing_overhead
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.request_runner import (
     MAX_RECOMPUTED_TOKENS,
-    Extend,
     RequestRunner,
-    can_continue,
     release_engines,
 )
 from sgl_apr.runtime.sequence import SequenceState
@@ -142,26 +141,14 @@ class ReasoningRun:
 
     def _extension(
         self, sequence: SequenceState, phase: Phase, limits: PhaseLimits, group: BranchGroup | None
-    ) -> Extend | None:
+    ) -> PhaseExtension | None:
         """What extends the limit of a branch that shares its tokens with others, None for all other sequences."""
         if group is None or group.leases is None:
             return None
-        lease = group.leases.of(sequence)
-
-        async def extend(ids: Sequence[int]) -> int:
-            _, limit = self.rules.max_new_tokens(sequence, phase, limits.width)
-            by_path = limit == "critical_tokens"
-            if not by_path and limit != sequence.allowance.limiting_field:  # more tokens are of no use
-                return 0
-            if not by_path and lease.tokens >= lease.max_tokens:
-                sequence.allowance.limiting_field = "branch_tokens"
-                return 0
-            returned = self.fork_join.decoded_result_tokens(sequence, ids)
-            await group.extend(sequence, returned, path=by_path)
-            tokens, _ = self.rules.max_new_tokens(sequence, phase, limits.width)
-            return tokens - len(ids)
-
-        return extend
+        numbering = self.runner.builder.numbering(sequence)
+        return PhaseExtension(
+            self.rules, self.fork_join, group, group.leases, sequence, phase, numbering, limits
+        )
 
     async def _load_for_width(self, engine: Engine | None, sequence: SequenceState) -> Load | None:
         """The engine's load, if it is to cap the width of the next fork."""
@@ -225,8 +212,10 @@ class ReasoningRun:
             await release_engines(engines)
         if isinstance(group.leases, BranchLeases):
             sequence.allowance.refund(calls=group.leases.spare_calls)
-        for branch, most in zip(group.branches, self.fork_join.max_result_tokens(group, share), strict=True):
-            sequence.record_branch(branch, self.fork_join.final_tokens(branch, most))
+        for branch, max_tokens in zip(
+            group.branches, self.fork_join.max_result_tokens(group, share), strict=True
+        ):
+            sequence.record_branch(branch, self.fork_join.final_tokens(branch, max_tokens))
         uncached = self.fork_join.join(group, share)
         group.joined()
         return uncached

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
 from sgl_apr.errors import EngineError, EngineTimeout
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.runtime.cancel_scope import ScopeCancelled
+from sgl_apr.runtime.continuation import Extend, PhaseExtension
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.kv_join import KvJoiner
@@ -26,8 +27,6 @@ from sgl_apr.runtime.request_builder import RequestBuilder
 from sgl_apr.runtime.sequence import SequenceState
 
 T = TypeVar("T")
-Extend = Callable[[Sequence[int]], Coroutine[Any, Any, int]]  # decoded ids -> tokens that may follow them
-PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens")
 MAX_RECOMPUTED_TOKENS = 32  # an engine prefills so many tokens in less time than a commit takes
 LOAD_TIMEOUT_S = 1.0  # how long a fork waits for the engine's load
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class RequestRunner:
         phase: Phase,
         new: int,
         limits: PhaseLimits,
-        extend: Extend | None = None,
+        extend: PhaseExtension | None = None,
     ) -> tuple[PhaseOutput, int | None]:
         """Decode one phase. No request is sent where nothing may be decoded.
 
@@ -81,9 +80,10 @@ class RequestRunner:
         numbering, context = self.builder.numbering(sequence), sequence.context
         tokenizer = self.builder.tokenizer
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
-        result, call, field = None, None, sequence.allowance.limiting_field
+        result, call = None, None
         if engine and extend and limits.max_new_tokens < 1 and not sequence.scope.cancel_reason:
-            limits = replace(limits, max_new_tokens=await self._further_tokens(sequence, (), extend))
+            more = await self._further_tokens(sequence, (), extend)
+            limits = replace(limits, max_new_tokens=more or 0)
         if engine and limits.max_new_tokens > 0 and not sequence.scope.cancel_reason:
             request = self.builder.phase_request(sequence, phase, numbering, limits)
             result, call = await self.send_request(engine, sequence, phase, new, request, text, extend)
@@ -96,11 +96,9 @@ class RequestRunner:
             completes_fork=limits.fork != "forbidden" or sequence.pending_count > 0,
             max_filler_tokens=sequence.allowance.tokens,
         )  # fmt: skip
-        if cut == "length":  # the limit of the tokens may be another one since the request was continued
-            limit = limits.limiting_field
-            self.request_log.record_limit(
-                sequence.allowance.limiting_field if limit == field else limit, sequence.path
-            )
+        if cut == "length" and output.finish != "stop":  # a phase that ends where it was cut lacks nothing
+            limit = extend.limiting_field if extend else limits.limiting_field
+            self.request_log.record_limit(limit, sequence.path)
         elif cut in ("timeout", "aborted") and output.finish == cut:
             self.request_log.record_limit(sequence.scope.limit, sequence.path)
         text.finish(output)
@@ -119,7 +117,8 @@ class RequestRunner:
         """Send a request that decodes, and continue it for as long as its limit is extended.
 
         Returns:
-            The result, None if the request was cut or failed, and the index of its call.
+            The result, None if the request was cut or failed, and the index of its call. It was also cut if its
+            sequence was while it waited to continue.
         """
         seed = derive_seed(self.seed, sequence.path, sequence.requests)
         sequence.requests += 1
@@ -142,9 +141,10 @@ class RequestRunner:
             )
 
         result, retries = await decode(request)
-        continuations = 0
+        continuations, cut_while_waiting = 0, False
         while extend and result and result.finish == "length":
             if not (more := await self._further_tokens(sequence, result.token_ids, extend)):
+                cut_while_waiting = more is None
                 break
             text.keep()
             ids = (*sequence.context, *result.token_ids)
@@ -154,13 +154,13 @@ class RequestRunner:
             result = result.continued_by(further) if further else None
             retries, continuations = retries + repeated, continuations + 1
         if sequence.scope.reason == "failed":
-            self.events.retract_text(sequence.path, text.reset())
+            self.events.retract_text(sequence.path, text.discard())
         received = result or Result(tuple(text.received_ids), "length", len(request.input_ids), None)
         name = "branch" if sequence.path else phase
         call = self.request_log.record_request(
             name, sequence.path, received, new, started, seed, retries, continuations
         )
-        return result, call
+        return None if cut_while_waiting else result, call
 
     def _may_be_cut(self, sequence: SequenceState) -> bool:
         """Whether a deadline or the join policy may end a request of a sequence, which then keeps what has arrived."""
@@ -168,12 +168,14 @@ class RequestRunner:
             sequence.path and self.options.effective_policy != "all"
         )
 
-    async def _further_tokens(self, sequence: SequenceState, ids: Sequence[int], extend: Extend) -> int:
-        """Tokens that may follow what a phase has decoded up to its limit, 0 for none."""
+    async def _further_tokens(
+        self, sequence: SequenceState, ids: Sequence[int], extend: Extend
+    ) -> int | None:
+        """Tokens that may follow what a phase has decoded up to its limit, 0 for none, None if it was cut meanwhile."""
         try:
             more = await sequence.scope.run(extend(ids))
         except ScopeCancelled:
-            return 0
+            return None
         return max(0, more) if sequence.allowance.calls > 0 else 0
 
     async def fork(
@@ -305,19 +307,6 @@ class RequestRunner:
             sequence.scope.cancel("failed")
             result = None
         return result, max(0, tries - 1)
-
-
-def can_continue(engine: Engine, options: ReasonOptions, *, constrained: bool | None = None) -> bool:
-    """Whether a request may continue after another that its token limit cut, as if both were one.
-
-    Args:
-        engine: Decodes.
-        options: Of the trajectory. Penalties are of one request, since they count what it has written.
-        constrained: Whether it decodes under a grammar. None for what the options say.
-    """
-    if any(name in options.sampling for name in PENALTIES):
-        return False
-    return engine.resumes_grammar or not (options.constrain if constrained is None else constrained)
 
 
 def as_engine_error(error: OSError) -> EngineError:
