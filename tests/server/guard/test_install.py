@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.guard.install import UNKNOWN_TOKEN_CHARS, longest_token, replace_cors
+from sgl_apr.server.guard.install import UNKNOWN_TOKEN_CHARS, decode_token_ids, longest_token, replace_cors
 from sgl_apr.server.guard.limits import GuardLimits
 
 ORIGIN = "https://chat.example"
@@ -50,3 +50,35 @@ def test_another_number_of_cors_middlewares_is_an_error():
 def test_the_longest_token():
     assert longest_token(SimpleNamespace(get_vocab=lambda: {"a": 0, "abc": 1})) == 3
     assert longest_token(SimpleNamespace()) == longest_token(None) == UNKNOWN_TOKEN_CHARS
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        [0],
+        [7] * 100,
+        [1, True],
+        [1, 2.0],
+        [1, "2"],
+        [1, None],
+        [[1]],
+        [-1],
+        [2**70],
+        "12",
+        None,
+        {"a": 1},
+        5,
+    ],
+)
+def test_token_ids_are_decoded_as_by_sglang(value: object):
+    from sglang.api.v1.api_types import JsonContractError, decode_TokenIds
+
+    original = getattr(decode_TokenIds, "__wrapped__", decode_TokenIds)
+    results: list[object] = []
+    for decode in (original, lambda ids: decode_token_ids(original, ids)):
+        try:
+            results.append(decode(value))
+        except JsonContractError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
