@@ -7,15 +7,18 @@ it. All variants take turns, so that the load of the machine meets all of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -76,8 +79,21 @@ def phase_seconds(started: float, lines: Sequence[tuple[float, str]]) -> dict[st
     return seconds
 
 
-def start_server(off: Sequence[str]) -> dict[str, float]:
-    """Start a server, stop it, and return the seconds of each phase.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A start of a server.
+
+    Attributes:
+        phases: The seconds of each phase.
+        cpu_s: CPU seconds of all processes until the server is ready.
+    """
+
+    phases: dict[str, float]
+    cpu_s: float
+
+
+def start_server(off: Sequence[str]) -> Start:
+    """Start a server, and stop it when it is ready.
 
     Args:
         off: The environment variables that are set to "0".
@@ -100,28 +116,41 @@ def start_server(off: Sequence[str]) -> dict[str, float]:
         env=environment | dict.fromkeys(off, "0"),
     )
     assert process.stdout is not None
+    cpu_s = 0.0
     try:
         for line in process.stdout:
             lines.append((time.monotonic(), line))
             if "sgl-apr ready:" in line or lines[-1][0] - started > TIMEOUT_S:
+                cpu_s = tree_cpu_seconds(process.pid)
                 break
     finally:
         process.terminate()
         process.communicate(timeout=60)
-    return phase_seconds(started, lines)
+    return Start(phase_seconds(started, lines), cpu_s)
 
 
-def row(name: str, runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def tree_cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds so far of a process and of those that it has started."""
+    total = 0.0
+    for process in (parent := psutil.Process(pid), *parent.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def row(name: str, starts: Sequence[Start]) -> dict[str, Any]:
     """Return the median, the shortest and the longest time of a variant, and the medians of its phases."""
-    totals = [sum(phases.values()) for phases in runs]
-    phases = {phase: round(statistics.median(run[phase] for run in runs), 2) for phase in PHASES}
+    totals = [sum(start.phases.values()) for start in starts]
+    phases = {phase: round(statistics.median(start.phases[phase] for start in starts), 2) for phase in PHASES}
     return {
         "variant": name,
         "off": list(VARIANTS[name]),
-        "runs": len(runs),
+        "runs": len(starts),
         "seconds": round(statistics.median(totals), 2),
         "min_s": round(min(totals), 2),
         "max_s": round(max(totals), 2),
+        "cpu_s": round(statistics.median(start.cpu_s for start in starts), 2),
         "phases": phases,
     }
 
@@ -144,7 +173,7 @@ def time_demo(runs: int) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table("variant", "seconds", "shortest", "longest", *PHASES)
+    table = Table("variant", "seconds", "shortest", "longest", "CPU seconds", *PHASES)
     for entry in result["rows"]:
         cells = [
             entry["variant"],
@@ -191,11 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.runs < 1:
         parser.error(f"--runs {options.runs}: expected at least 1")
     names = list(dict.fromkeys(options.variants))
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    starts: dict[str, list[Start]] = {name: [] for name in names}
     turns = [name for _ in range(options.runs) for name in names]
     for name in track(turns, "starts", console=Console(stderr=True)):
-        runs[name].append(start_server(VARIANTS[name]))
-    result: dict[str, Any] = {"rows": [row(name, runs[name]) for name in names]}
+        starts[name].append(start_server(VARIANTS[name]))
+    result: dict[str, Any] = {"rows": [row(name, starts[name]) for name in names]}
     if options.demo:
         result["demo"] = time_demo(options.runs)
     result |= {"model": "builtin", "hardware": hardware(), "load": os.getloadavg()[0]}

@@ -34,9 +34,12 @@ def test_a_server_that_does_not_start_is_an_error_with_its_last_line():
 
 
 def test_a_row_has_the_median_and_the_spread():
-    runs = [dict.fromkeys(startup.PHASES, seconds) for seconds in (1.0, 2.0, 4.0)]
-    row = startup.row("default", runs)
+    starts = [
+        startup.Start(dict.fromkeys(startup.PHASES, seconds), 9 * seconds) for seconds in (1.0, 2.0, 4.0)
+    ]
+    row = startup.row("default", starts)
     assert (row["runs"], row["seconds"], row["min_s"], row["max_s"]) == (3, 12.0, 6.0, 24.0)
+    assert row["cpu_s"] == 18.0
     assert set(row["phases"].values()) == {2.0}
 
 
