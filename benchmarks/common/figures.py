@@ -137,6 +137,20 @@ def soak(result: Result) -> str:
     )
 
 
+# By the name in the results, as in benchmarks/common/processes.py.
+CPU_ROLES = {
+    "client": "the client",
+    "http": "HTTP and tokenizer manager",
+    "scheduler": "scheduler and model",
+    "detokenizer": "detokenizer",
+}
+
+
+def _cpu_ms(level: Result, role: str) -> float:
+    milliseconds: float = 1000 * level["cpu_s"][role] / level["trajectories"]
+    return milliseconds
+
+
 def overhead(result: Result) -> str:
     low, high = result["wall_ratio_vs_bare_ci95"]
     figures = [
@@ -159,6 +173,15 @@ def overhead(result: Result) -> str:
         ["wall seconds of a trajectory, shortest / median / longest", *walls],
         ["peak memory of the client, MB", *(f"{x['peak_rss_mb']:.0f}" for x in levels.values())],
     ]
+    if all("cpu_s" in x for x in levels.values()):  # not in results of earlier versions
+        throughput += [
+            ["trajectories at once, on average", *(f"{x['mean_parallel']:.0f}" for x in levels.values())],
+            ["prompt tokens from the cache", *(percent(x["cached_share"]) for x in levels.values())],
+            *(
+                [f"CPU ms of a trajectory: {label}", *(f"{_cpu_ms(x, role):.0f}" for x in levels.values())]
+                for role, label in CPU_ROLES.items()
+            ),
+        ]
     counts = [f"{int(n):,}" for n in levels]
     return (
         table(["", "figure", "bar"], figures)

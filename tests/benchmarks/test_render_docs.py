@@ -18,7 +18,11 @@ TREE = {
 }  # fmt: skip
 CASE = {"shape": "smollm2", "requests": 8, "new": 0}
 FORK = {"branches": 8, "prefix": 1024, "speedup": 2.24}
-LEVEL = {"tokens_per_s": 4140.2, "wall_s": [9.94, 28.6, 29.6], "peak_rss_mb": 128.7}
+LEVEL = {
+    "trajectories": 256, "tokens_per_s": 4140.2, "wall_s": [9.94, 28.6, 29.6], "peak_rss_mb": 128.7,
+    "mean_parallel": 241.3, "cached_share": 0.861,
+    "cpu_s": {"client": 2.56, "http": 1.28, "scheduler": 7.68, "detokenizer": 0.3},
+}  # fmt: skip
 
 
 def test_the_page_shows_the_stored_results():
@@ -97,6 +101,8 @@ def test_tables():
     )  # fmt: skip
     assert "| concurrent trajectories | 1 | 1,000 |" in text
     assert "| 9.9 / 28.6 / 29.6 | 9.9 / 28.6 / 29.6 |" in text
+    assert "| prompt tokens from the cache | 86.1% | 86.1% |" in text
+    assert "| CPU ms of a trajectory: scheduler and model | 30 | 30 |" in text
     none = {"method": "recursive", "accuracy": None, "reason": "no words"}
     some = {
         "method": "apr", "accuracy": 0.3, "total_tokens": 1650.2, "critical_path": 383.0, "engine_calls": 14.3,
