@@ -72,12 +72,21 @@ class Result:
     weight_version: str | None = None
 
     def continued_by(self, further: Result) -> Result:
-        """The result of this request and of one that continued it, as of one request."""
+        """The result of this request and of one that continued it, as of one request.
+
+        Its prompt is that of this request. What the other one had to compute again does not count as cached; the last
+        token of a prompt is always computed.
+        """
+        cached = None
+        if self.cached_tokens is not None and further.cached_tokens is not None:
+            again = max(0, further.prompt_tokens - further.cached_tokens - 1)
+            cached = max(0, self.cached_tokens - again)
         logprobs = None if further.logprobs is None else (*(self.logprobs or ()), *further.logprobs)
         return replace(
             self,
             token_ids=self.token_ids + further.token_ids,
             finish=further.finish,
+            cached_tokens=cached,
             logprobs=logprobs,
             weight_version=further.weight_version,
         )

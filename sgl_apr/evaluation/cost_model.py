@@ -92,7 +92,7 @@ def _simulate_parallel(calls: Sequence[Call], dependencies: Sequence[set[int]], 
     while waiting or prefilling or decoding:
         ready = {i for i in waiting if dependencies[i] <= ended}
         waiting -= ready
-        prefilling |= {i: cost.request_s + _computed_prompt(calls[i]) * cost.prefill_s for i in ready}
+        prefilling |= {i: _seconds_before_decoding(calls[i], cost) for i in ready}
         sharing, step = len(prefilling), cost.step_s(len(decoding))
         ends = [left * sharing for left in prefilling.values()] + [left * step for left in decoding.values()]
         now += (elapsed := min(ends))
@@ -104,6 +104,11 @@ def _simulate_parallel(calls: Sequence[Call], dependencies: Sequence[set[int]], 
         decoding = {i: left for i, left in decoding.items() if i not in ended}
         decoding |= {i: float(calls[i].output_tokens) for i in prefilled}
     return now
+
+
+def _seconds_before_decoding(call: Call, cost: EngineCost) -> float:
+    """The overhead of a call's requests, those that continued it included, and the time of its prompt."""
+    return cost.request_s * (1 + call.continuations) + _computed_prompt(call) * cost.prefill_s
 
 
 def _computed_prompt(call: Call) -> int:

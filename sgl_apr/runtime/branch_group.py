@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from sgl_apr.runtime.allowance import Allowance
@@ -185,6 +186,9 @@ class BranchGroup:
                 await after_branch(branch)
 
         await gather(run_and_follow(branch) for branch in self.branches)
+        if self.outer:  # branches that were cut while they waited have left their parent without its slot
+            with suppress(ScopeCancelled):
+                await self.parent.scope.run(self.outer._acquire_slots(self.parent))
 
     async def extend(self, branch: SequenceState, returned: int, *, path: bool = False) -> int:
         """Wait until a branch that has used up its lease may write more, without a slot in the meantime.

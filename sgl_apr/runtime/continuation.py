@@ -77,7 +77,7 @@ class PhaseExtension:
         returned = self._fork_join.decoded_result_tokens(sequence, ids)
         await self._group.extend(sequence, returned, path=by_path)
         tokens, self.limiting_field = self._rules.max_new_tokens(sequence, self._phase, self._width)
-        if sequence.allowance.calls < 1:
+        if tokens > len(ids) and sequence.allowance.calls < 1:
             self.limiting_field = "calls"
         return tokens - len(ids)
 
