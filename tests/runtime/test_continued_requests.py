@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +15,10 @@ from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.session import method_session
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
 from sgl_apr.runtime.pending_leases import PendingLeases
+from sgl_apr.trajectory.join_layout import parse_layout
+from tests.runtime.test_shared_tokens import SeededEngine
 from tests.support import virtual_time
+from tests.support.masked_sampler import masked
 
 DIALECT = apr.dialect("threadweaver")
 AFTER = "<Conclusion>c</Conclusion>\n</Parallel>\nend"
@@ -333,3 +338,36 @@ def test_branches_that_wait_for_a_longer_path_take_no_tokens_from_the_outer_fork
         pool.ask_for_path(one, granted.append, 20)
     assert granted == [0, 0]
     assert not source.asked
+
+
+class JoiningEngine(SeededEngine):
+    """Checks the layout of every request, as the server does."""
+
+    joins_kv = True
+    layouts = 0
+
+    def check(self, request: apr.Request) -> None:
+        if request.layout is not None:
+            parse_layout(json.dumps(request.layout), len(request.input_ids))
+            self.layouts += bool(request.resumed_tokens)
+
+    async def decode(self, request: apr.Request, on_tokens=None) -> apr.Result:
+        self.check(request)
+        return await super().decode(request, on_tokens)
+
+    async def commit(self, request: apr.Request) -> apr.Result:
+        self.check(request)
+        return await super().commit(request)
+
+
+def test_the_layout_of_a_joined_prompt_covers_what_is_continued():
+    continued = 0
+    for seed in range(6):
+        engine = JoiningEngine(masked("multiverse"), random.Random(seed))
+        budget = apr.Budget(tokens=1500, width=3, depth=2, blocks=6, outline_chars=8)
+        work = apr.areason(engine, "Q: ", "multiverse", budget=budget, seed=seed, join="kv", mode="parallel")
+        trajectory, _ = virtual_time.run(work)
+        apr.dialect("multiverse").validate(trajectory.text)
+        assert all(join.by == "kv" for join in trajectory.joins)
+        continued += engine.layouts
+    assert continued
