@@ -73,6 +73,9 @@ class Dialect(FormatOptions):
         path = Path(path)
         return cls._build(path.stem, read_grammar_file(path), str(path), options)
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.source))  # quick, since caches ask for it at every request
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Fields alone. Equal dialects are unpickled as one object, so that each process makes one parser."""
         return _restore, (type(self), tuple((f.name, getattr(self, f.name)) for f in fields(self)))

@@ -44,7 +44,8 @@ class Allowance:
 
     def starting_at(self, length: int) -> Allowance:
         """A copy whose critical path begins at `length` tokens."""
-        return replace(self, critical_path_cap=length + self.critical_path_cap)
+        cap = length + self.critical_path_cap
+        return Allowance(self.tokens, cap, self.blocks, self.calls, self.limiting_field)
 
     def spend(self, tokens: int = 0, *, critical_path: int = 0, blocks: int = 0, calls: int = 0) -> None:
         """Take from the allowance. Nothing else writes to one."""

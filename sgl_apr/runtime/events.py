@@ -13,7 +13,7 @@ Events come in this order:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sgl_apr.errors import AprError
 from sgl_apr.trajectory.blocks import Outcome
@@ -149,7 +149,7 @@ def assemble_trajectory(
         waits_for = tuple([place[i] for i in span.waits_for])
         if parents == span.parents and waits_for == span.waits_for:
             return span
-        return replace(span, parents=parents, waits_for=waits_for)
+        return span.with_references(parents, waits_for)
 
     return Trajectory(
         tuple(moved(spans[i]) for i in done.order),

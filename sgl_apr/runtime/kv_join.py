@@ -14,7 +14,7 @@ from sgl_apr.errors import EngineError
 from sgl_apr.runtime.allowance import Allowance
 from sgl_apr.runtime.request_log import RequestLog
 from sgl_apr.runtime.sequence import SequenceState
-from sgl_apr.trajectory.join_layout import commit_prompts, extend_layout, join_branches
+from sgl_apr.trajectory.join_layout import Layout, commit_prompts, extend_layout, join_branches
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class KvJoiner:
 
     def __init__(self, request_log: RequestLog, new_rid: Callable[[], str]) -> None:
         self.request_log, self.new_rid = request_log, new_rid
+        self._sent_rids = set[str]()
 
     def join(self, sequence: SequenceState, fork: int, branches: Sequence[SequenceState]) -> bool:
         """Join committed branches of a sequence that forked at token `fork`.
@@ -62,14 +63,14 @@ class KvJoiner:
             engine: The engine that commits.
             sequence: The sequence that the request belongs to.
             allowance: Pays for further calls.
-            request: The request, without id and layout.
+            request: The request, without layout.
             send: Sends it.
         """
 
         async def attempt() -> T:
             # A request that continues another has more ids than its sequence.
             layout = extend_layout(sequence.kv_layout, len(request.input_ids))
-            return await send(replace(request, rid=self.new_rid(), layout=layout))
+            return await send(self._unsent(request, layout))
 
         try:
             return await attempt()
@@ -91,6 +92,13 @@ class KvJoiner:
         sequence.kv_layout = ()
         allowance.spend(calls=1)
         return await attempt()
+
+    def _unsent(self, request: Request, layout: Layout | None) -> Request:
+        """The request with a layout, and with an id under which nothing was sent yet."""
+        if request.rid in self._sent_rids or layout is not None:
+            request = replace(request, rid=self.new_rid(), layout=layout)
+        self._sent_rids.add(request.rid)
+        return request
 
     async def _recommit_lost(
         self, engine: Engine, sequence: SequenceState, allowance: Allowance, request: Request

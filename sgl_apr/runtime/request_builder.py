@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -13,6 +14,7 @@ from sgl_apr.runtime.budget import lead_chars
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.tokenizer import Tokenizer
 
 
 class RequestBuilder:
@@ -35,7 +37,7 @@ class RequestBuilder:
 
     def commit_request(self, sequence: SequenceState) -> Request:
         """A request for what a sequence has so far, to be committed."""
-        return Request(self.rid, sequence.context, fields=self.options.request_fields)
+        return Request(self.new_rid(), sequence.context, fields=self.options.request_fields)
 
     def decode_request(
         self,
@@ -43,7 +45,7 @@ class RequestBuilder:
         max_tokens: int,
         *,
         grammar: str | None,
-        stop: Sequence[str],
+        stop: tuple[str, ...],
         sampling: Mapping[str, Any],
     ) -> Request:
         """A request that decodes after `context`.
@@ -60,15 +62,15 @@ class RequestBuilder:
         """
         if not context:
             raise AprError("the prompt of a request is empty, expected at least one token")
-        special = [self.tokenizer.special_token_id(text) for text in stop]
+        stop_ids, stop_strings = _stops(self.tokenizer, stop)
         return Request(
-            self.rid,
+            self.new_rid(),
             context,
             max_tokens,
             {**self.options.sampling, **sampling},
             grammar,
-            tuple(i for i in special if i is not None),
-            tuple(t for t, i in zip(stop, special, strict=True) if i is None),
+            stop_ids,
+            stop_strings,
             logprobs=self.options.logprobs,
             fields=self.options.request_fields,
         )
@@ -109,3 +111,10 @@ class RequestBuilder:
             return BranchNumbering(number=str(first + started), waiting=waiting)
         nested = sequence.path and self.dialect.nested_numbering
         return BranchNumbering(prefix=f"{number}." if nested else "", number=number)
+
+
+@lru_cache(maxsize=1024)  # called for every request
+def _stops(tokenizer: Tokenizer, stop: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The texts that end a request: the ids of those that are one token, and the others."""
+    special = {text: tokenizer.special_token_id(text) for text in stop}
+    return tuple(i for i in special.values() if i is not None), tuple(t for t in stop if special[t] is None)

@@ -58,6 +58,14 @@ class Span:
             )
         return len(self.token_ids)
 
+    def with_references(self, parents: tuple[int, ...], waits_for: tuple[int, ...]) -> Span:
+        """Return the span with other indices of the spans that it follows and waited for."""
+        # `dataclasses.replace` takes twice as long, and a trajectory that ends calls this for most of its spans.
+        return Span(
+            self.role, self.origin, self.text, self.token_ids, parents, self.path, self.label, self.finish, self.call,
+            waits_for, self.outline,
+        )  # fmt: skip
+
 
 def ancestors(spans: Sequence[Span], index: int) -> list[int]:
     """Return the indices of what a span was conditioned on, and its own, in the order of the text."""
