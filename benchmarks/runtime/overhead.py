@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,106 +25,20 @@ import sgl_apr as apr
 from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware, versions
 from benchmarks.common.processes import peak_rss_mb
+from benchmarks.runtime.loop_time import DIALECT, FORCED, FORK, REPETITIONS, ReplayEngine, loop_times, script
 from benchmarks.runtime.throughput import throughput
 from sgl_apr.engine.base import TokenSink
 from sgl_apr.engine.sglang_request import INTERVAL_PARAM, STREAM_INTERVAL
-from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.models import random_llama
 
-DIALECT = apr.dialect("threadweaver")
-BARS = {"loop_overhead_us": 200, "wall_ratio_vs_bare": 1.05, "wall_ratio_vs_serial": 1.0}  # upper limits
+BARS = {"loop_cpu_us": 150, "wall_ratio_vs_bare": 1.05, "wall_ratio_vs_serial": 1.0}  # upper limits
 WIDTHS = (4, 5, 6, 8)  # branches of the trajectories that run in parallel for the wall times
-FORK: dict[str, Any] = {"mode": "parallel", "temperature": 1.0}
-FORCED = FORK | {"budget": apr.Budget(tokens=1600), "max_blocks": 1}
 FREE = FORK | {"budget": apr.Budget(tokens=160, width=4, outline_chars=8)}
-CHUNK_COMPLETE, CHUNK_NONE, CHUNK_TOKEN = 1 << 30, 0, 1  # ids per streamed chunk
 EXAMPLES = """examples:
   python -m benchmarks.runtime.overhead --json --check
   python -m benchmarks.runtime.overhead --parts overhead
   python -m benchmarks.runtime.overhead --parts walls throughput --pairs 2 --levels 1 16    # a short trial"""
-
-
-def script(tokenizer: Tokenizer, width: int, tokens: int) -> Iterator[tuple[int, ...]]:
-    """The output of each request: a fork, branches of `tokens` tokens each, and a conclusion with an answer."""
-    rng, encode = random.Random(width), tokenizer.encode
-
-    def words(count: int) -> str:
-        return " ".join(rng.choices(["the", "first", "part", "is", "then", "what", "we", "know"], k=count))
-
-    outlines = "".join(f"<Outline>{k + 1}: {words(2)}</Outline>\n" for k in range(width))
-    yield tuple(encode(f"{words(8)}<Parallel>\n<Outlines>\n{outlines}</Outlines>"))
-    for _ in range(width):
-        yield (*encode(words(tokens))[: tokens - 1], *encode("</Thread>"))
-    yield (*encode(f"<Conclusion>{words(6)}</Conclusion>\n</Parallel>{words(8)}"), min(tokenizer.eos_ids))
-
-
-class ReplayEngine:
-    """An engine without latency. It answers new prompts in the order of a script, and known prompts as before.
-
-    Attributes:
-        chunk: Ids per streamed chunk.
-        calls: Number of calls.
-        seconds: Time in this engine.
-        answers: Answers by prompt.
-        requests: Requests with new prompts.
-        prefix: The prompt of the last fork.
-    """
-
-    grammar_backend: GrammarBackend = "llguidance"
-    supports_seeds, context, joins_kv, chunk = False, None, False, CHUNK_COMPLETE
-    resumes_grammar = caches_output = False
-
-    def __init__(self, tokenizer: Tokenizer, answers: Iterator[tuple[int, ...]]) -> None:
-        self.tokenizer, self._script, self.calls, self.seconds = tokenizer, answers, 0, 0.0
-        self.answers: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self.requests: list[apr.Request] = []
-        self.prefix: Sequence[int] = ()
-
-    async def decode(self, request: apr.Request, on_tokens: TokenSink | None = None) -> apr.Result:
-        started = time.perf_counter()
-        if (ids := self.answers.get(request.input_ids)) is None:
-            ids = self.answers[request.input_ids] = next(self._script)
-            self.requests.append(request)
-        result = apr.Result(ids, "stop", len(request.input_ids), 0)
-        self.calls += 1
-        self.seconds += time.perf_counter() - started  # the time of `on_tokens` is the loop's
-        if on_tokens and self.chunk:
-            for k in range(0, len(ids), self.chunk):
-                on_tokens(ids[k : k + self.chunk])
-        return result
-
-    async def commit(self, request: apr.Request) -> apr.Result:
-        self.calls += 1
-        return apr.Result((), "length", len(request.input_ids), 0)
-
-    async def fork(self, request: apr.Request, size: int) -> tuple[apr.Result, list[ReplayEngine]]:
-        self.prefix = request.input_ids
-        return await self.commit(request), [self] * size
-
-    async def release(self) -> None: ...
-
-    async def abort(self, rid: str) -> None: ...
-
-    async def load(self) -> apr.Load:
-        return apr.Load(running=0, waiting=0, used_tokens=0, max_tokens=1 << 30)
-
-
-async def overhead_us(runs: int, chunk: int) -> float:
-    """Microseconds of the loop per engine call, for a fork into 4 that is answered immediately."""
-    tokenizer = apr.ByteTokenizer(DIALECT.tags)
-    engine = ReplayEngine(tokenizer, script(tokenizer, 4, 32))
-    engine.chunk = chunk
-    # Under a deadline the loop receives every token as it comes. Else it waits for the end of a request.
-    options = FORCED | {"budget": apr.Budget(tokens=1600, seconds=3600)} if chunk == CHUNK_TOKEN else FORCED
-    results: list[float] = []
-    for _ in range(runs + 20):
-        engine.calls, engine.seconds, started = 0, 0.0, time.perf_counter()
-        trajectory = await apr.areason(engine, "Question: ", DIALECT, **options)
-        results.append((time.perf_counter() - started - engine.seconds) / engine.calls * 1e6)
-    assert engine.calls == 7, "trunk, commit, 4 branches, conclusion"
-    assert DIALECT.is_valid(trajectory.text)
-    return round(statistics.median(results[20:]), 1)  # the first runs lower the grammars
 
 
 @dataclass(frozen=True)
@@ -324,9 +238,8 @@ def main() -> int:
     console = Console(stderr=True)
     results: dict[str, Any] = {}
     if "overhead" in options.parts:
-        chunks = {"": CHUNK_COMPLETE, "_not_streamed": CHUNK_NONE, "_token_by_token": CHUNK_TOKEN}
-        for name, chunk in track(chunks.items(), "overhead", console=console):
-            results[f"loop_overhead_us{name}"] = asyncio.run(overhead_us(options.runs, chunk))
+        repetitions = track(range(REPETITIONS), "overhead", console=console)
+        results |= asyncio.run(loop_times(options.runs, repetitions))
     if options.parts != ["overhead"]:
         results |= on_server(options, console)
     results |= environment()
