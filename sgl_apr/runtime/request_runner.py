@@ -176,6 +176,8 @@ class RequestRunner:
             more = await sequence.scope.run(extend(ids))
         except ScopeCancelled:
             return None
+        if sequence.scope.cancel_reason:  # at the moment at which it could continue
+            return None
         return max(0, more) if sequence.allowance.calls > 0 else 0
 
     async def fork(

@@ -110,6 +110,13 @@ def test_a_branch_that_is_cut_while_it_waits_for_tokens_is_not_cut_by_its_length
     assert not any(call.continuations for call in trajectory.calls)
 
 
+def test_a_branch_that_is_cut_at_the_moment_of_its_next_lease_counts_no_further_request():
+    engine = forked([branch(500), branch(60, delay=1.0)])  # the end of the second is both
+    trajectory, _ = reason(engine, budget=apr.Budget(tokens=700), policy="first")
+    assert outcomes(trajectory) == ["aborted", "ok"]
+    assert trajectory.metrics().engine_calls == len(engine.requests) + len(engine.commits)
+
+
 @pytest.mark.parametrize(
     ("limit", "budget"),
     [
