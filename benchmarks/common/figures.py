@@ -153,12 +153,12 @@ def _cpu_ms(level: Result, role: str) -> float:
 
 def overhead(result: Result) -> str:
     low, high = result["wall_ratio_vs_bare_ci95"]
+    if "loop_cpu_us" in result:
+        loop = ["CPU time of the loop per engine call, without the engine", "loop_cpu_us", "150 us"]
+    else:  # results of earlier versions
+        loop = ["loop time per engine call, without the engine", "loop_overhead_us", "200 us"]
     figures = [
-        [
-            "CPU time of the loop per engine call, without the engine",
-            f"{result.get('loop_cpu_us', result['loop_overhead_us']):.0f} us",  # wall time in results of earlier versions
-            "150 us",
-        ],
+        [loop[0], f"{result[loop[1]]:.0f} us", loop[2]],
         [
             "wall time relative to a bare client that knows the tree and sends the same requests",
             f"{result['wall_ratio_vs_bare']:.3f} (95% CI {low:.3f} to {high:.3f})",

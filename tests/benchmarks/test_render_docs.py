@@ -95,10 +95,11 @@ def test_tables():
     )
     text = figures.overhead(
         {
-            "loop_overhead_us": 186.2, "wall_ratio_vs_bare": 1.0441, "wall_ratio_vs_bare_ci95": [0.982, 1.082],
+            "loop_overhead_us": 186.2, "loop_cpu_us": 141.6, "wall_ratio_vs_bare": 1.0441, "wall_ratio_vs_bare_ci95": [0.982, 1.082],
             "wall_ratio_vs_serial": 0.4531, "levels": {"1": LEVEL, "1000": LEVEL},
         }
     )  # fmt: skip
+    assert "| CPU time of the loop per engine call, without the engine | 142 us | 150 us |" in text
     assert "| concurrent trajectories | 1 | 1,000 |" in text
     assert "| 9.9 / 28.6 / 29.6 | 9.9 / 28.6 / 29.6 |" in text
     assert "| prompt tokens from the cache | 86.1% | 86.1% |" in text
