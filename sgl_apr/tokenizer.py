@@ -9,6 +9,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -150,14 +151,13 @@ def split_token_ids(
     """
     if not ends:
         return
-    starts, low, offset, pending = [0] * len(ids), 0, 0, list[int]()
-    cuts_at_tags = True
+    low, offset, pending, starts, cuts_at_tags = 0, 0, list[int](), list[int](), True
     for end in ends[:-1]:
         pending.append(end)
-        high = _cut_at_tag(ids, low, text, offset, end, tokenizer) if cuts_at_tags else None
+        high = _cut_at_tag(ids, low, text, offset, end, tokenizer, len(ends)) if cuts_at_tags else None
         if high is None:
             continue
-        if tokenizer.decode(ids[low:high], ids[max(0, low - CONTEXT_TOKENS) : low]) != text[offset:end]:
+        if high < 0:
             cuts_at_tags = False  # looking further could take quadratic time
             continue
         yield from _split_piece(starts, ids, low, high, offset, text, pending, tokenizer)
@@ -166,9 +166,19 @@ def split_token_ids(
 
 
 def _cut_at_tag(
-    ids: list[int] | tuple[int, ...], low: int, text: str, offset: int, end: int, tokenizer: Tokenizer
+    ids: list[int] | tuple[int, ...],
+    low: int,
+    text: str,
+    offset: int,
+    end: int,
+    tokenizer: Tokenizer,
+    pieces: int,
 ) -> int | None:
-    """Where the ids have to be cut if a tag that is one token begins or ends at `end`, the first of its kind."""
+    """Where the ids have to be cut if a tag that is one token begins or ends at `end`.
+
+    Returns:
+        The index of the next token. None without such a tag, -1 if it is not the first of its kind.
+    """
     if not offset < end < len(text) or text[end - 1] == REPLACEMENT:  # half a character may be there
         return None
     starting = TAG.match(text, end)
@@ -177,9 +187,18 @@ def _cut_at_tag(
     if token_id is None:
         return None
     try:
-        return ids.index(token_id, low) + (starting is None)
+        index = ids.index(token_id, low) + (starting is None)
     except ValueError:
         return None
+    # One that occurs once cannot be another. Counting is only quicker than decoding for a few pieces.
+    if pieces < 4 and ids.count(token_id) == 1 and text.count(tag) == 1:
+        return index
+    return index if tokenizer.decode(ids[low:index], _context(ids, low)) == text[offset:end] else -1
+
+
+def _context(ids: list[int] | tuple[int, ...], index: int) -> Sequence[int]:
+    """The ids before an index on which the text of the next may depend."""
+    return ids[max(0, index - CONTEXT_TOKENS) : index]
 
 
 def _split_piece(
@@ -191,15 +210,15 @@ def _split_piece(
     text: str,
     ends: list[int],
     tokenizer: Tokenizer,
-) -> Iterator[tuple[int, ...]]:
+) -> list[tuple[int, ...]]:
     """Split `ids[low:high]`, whose text begins at `offset` and ends with the last of `ends`."""
-    if len(ends) > 1:
-        _locate_tokens(starts, ids, low, high, offset, text[offset : ends[-1]], ends, tokenizer)
-    for end in ends[:-1]:
-        cut = bisect_left(starts, end, low, high)
-        yield tuple(ids[low:cut])
-        low = cut
-    yield tuple(ids[low:high])
+    if len(ends) == 1:
+        return [tuple(ids[low:high])]
+    if not starts:  # made once, and only where it is needed
+        starts += [0] * len(ids)
+    _locate_tokens(starts, ids, low, high, offset, text[offset : ends[-1]], ends, tokenizer)
+    cuts = [low, *(bisect_left(starts, end, low) for end in ends[:-1]), high]
+    return [tuple(ids[first:last]) for first, last in pairwise(cuts)]
 
 
 def _locate_tokens(
@@ -222,13 +241,10 @@ def _locate_tokens(
     for cut in (*range(middle, high), *range(middle - 1, low, -1)) if has_cut else ():
         if cut == low:
             continue
-        piece = tokenizer.decode(ids[low:cut], ids[max(0, low - CONTEXT_TOKENS) : low])
+        piece = tokenizer.decode(ids[low:cut], _context(ids, low))
         # A replacement character is either half of one that the cut splits, or stands in the text itself.
         splits_no_character = not piece.endswith(REPLACEMENT)
-        if (
-            splits_no_character
-            or piece + tokenizer.decode(ids[cut:high], ids[max(0, cut - CONTEXT_TOKENS) : cut]) == text
-        ):
+        if splits_no_character or piece + tokenizer.decode(ids[cut:high], _context(ids, cut)) == text:
             _locate_tokens(starts, ids, low, cut, offset, piece, ends, tokenizer)
             _locate_tokens(starts, ids, cut, high, offset + len(piece), text[len(piece) :], ends, tokenizer)
             return

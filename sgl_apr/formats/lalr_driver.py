@@ -8,7 +8,7 @@ reason tokens and parts are plain tuples.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lark import Lark
@@ -48,7 +48,8 @@ class LalrTables:
         actions: For each state and symbol, the state after it, or a reduction.
         start: The first state.
         final: The last state.
-        scans: For each state, a function that finds the next token of a text. A state that was not used yet has none.
+        fixed: For each state that accepts one fixed text alone: its terminal, the text, and the state after it.
+        scans: For other states, a function that finds the next token. A state that was not used yet has none.
     """
 
     def __init__(self, parser: Lark) -> None:
@@ -64,7 +65,16 @@ class LalrTables:
         }
         lexer: Any = interactive.lexer_thread.lexer
         self._lexers: dict[int, BasicLexer] = lexer.lexers
+        self.fixed: dict[int, tuple[str, str, int]] = dict(self._fixed_texts())
         self.scans: dict[int, Scan] = {}
+
+    def _fixed_texts(self) -> Iterator[tuple[int, tuple[str, str, int]]]:
+        for state, lexer in self._lexers.items():
+            if len(lexer.terminals) == 1:
+                (terminal,) = lexer.terminals
+                following = self.actions[state].get(terminal.name)
+                if isinstance(terminal.pattern, PatternStr) and isinstance(following, int):
+                    yield state, (terminal.name, terminal.pattern.value, following)
 
     def add_scan(self, state: int) -> Scan:
         """Return the function that finds the next token of a text in a state, and keep it."""
@@ -75,13 +85,6 @@ class LalrTables:
 def _scan(lexer: BasicLexer) -> Scan:
     """Finds what a lexer of Lark finds."""
     terminals, unless = lexer.scanner.terminals, lexer.callback
-    if len(terminals) == 1 and isinstance(terminals[0].pattern, PatternStr):
-        only, value = terminals[0].name, terminals[0].pattern.value
-
-        def find_fixed(text: str, offset: int) -> Lexeme | None:
-            return (only, value, offset, offset + len(value)) if text.startswith(value, offset) else None
-
-        return find_fixed
     pattern = "|".join(f"(?P<{t.name}>{t.pattern.to_regexp()})" for t in terminals)
     match = re.compile(pattern, lexer.g_regex_flags).match
 
@@ -124,13 +127,27 @@ class LalrParser:
 
     def parse(self, text: str) -> bool:
         """Parse a text, and return whether it matches."""
-        tables, states, feed, size, offset = self.tables, self._states, self.feed, len(text), 0
-        scans = tables.scans
+        tables, states, starts, tokens, parts = (
+            self.tables,
+            self._states,
+            self._starts,
+            self.tokens,
+            self.parts,
+        )
+        fixed, scans, size, offset = tables.fixed, tables.scans, len(text), 0
         report_position(lambda: offset)
         while offset < size:
             state = states[-1]
+            if state in fixed:  # most tokens: what `feed` does is written out
+                kind, value, following = fixed[state]
+                if not text.startswith(value, offset):
+                    return False
+                starts.append((len(tokens), len(parts)))
+                tokens.append((kind, value, offset, offset := offset + len(value)))
+                states.append(following)
+                continue
             token = (scans[state] if state in scans else tables.add_scan(state))(text, offset)
-            if token is None or not feed(token):
+            if token is None or not self.feed(token):
                 return False
             offset = token[3]
         return self.finish()

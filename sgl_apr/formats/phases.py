@@ -33,8 +33,11 @@ def check_phase_numbers(
     Raises:
         TraceError: A number is wrong, or there are more branches than the dialect allows.
     """
-    if all(s.role in UNNUMBERED_ROLES or (s.role == "closer" and not s.number) for s in segments):
-        return  # as in most phases: nothing to check
+    for segment in segments:
+        if segment.role not in UNNUMBERED_ROLES and (segment.number or segment.role != "closer"):
+            break
+    else:  # as in most phases: nothing to check
+        return
     sequence = ParserFrame(prefix=numbering.prefix, number=numbering.number)
     if asynchronous and numbering.number:
         block = OpenBlock(1)
