@@ -200,10 +200,9 @@ class LeasePool:
         others = [lease for lease in waiting if not lease.waits_for_path and lease.grant]
         if self._distribute(sorted(others, key=lambda lease: not lease.started)) or longer:
             return
-        if (
-            self._source is None or not others
-        ):  # more tokens are of no use to those that wait for a longer path
-            for lease in waiting:
+        # More tokens are of no use to those that wait for a longer path.
+        if self._source is None or not others:
+            for lease in others or waiting:  # what they leave of the path is for those that wait for it
                 lease.answer(0)
             return
         self._awaits_source = True

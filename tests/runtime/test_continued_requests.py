@@ -334,6 +334,22 @@ def test_a_nested_pool_that_asks_again_at_once_gets_nothing_twice():
     assert first.tokens + second.tokens <= 240
 
 
+def test_a_branch_that_gets_no_more_tokens_leaves_its_path_to_others():
+    pool = LeasePool(400, 0, results=True, path_capacity=300)
+    first, second = pool.open([0, 0], 100, [1 << 30] * 2)
+    first_granted: list[int] = []
+
+    def end(tokens: int) -> None:
+        assert tokens == 0
+        pool.end(second, 100, path_tokens=100, path_result_tokens=0)
+
+    pool.ask_for_path(first, first_granted.append, 100)
+    pool.capacity = 0  # nothing is left to lease
+    pool.ask(second, end, 0)
+    assert first_granted == [0]
+    assert first.path_tokens == 150
+
+
 def test_branches_that_wait_for_a_longer_path_take_no_tokens_from_the_outer_fork():
     outer = LeasePool(1000, 0, results=True)
     (lease,) = outer.open([0], 100, [1 << 30])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_apr.runtime.lease_pool import FIRST_LEASE, NEXT_LEASE, Lease, LeasePool
@@ -74,12 +74,14 @@ cases = {
 }
 
 
+@settings(deadline=None)
 @given(**cases, most=st.sampled_from([20, 100, 1 << 30]))
 def test_nothing_is_exceeded_and_nobody_waits_for_ever(capacity, wanted, results, seed, most):
     written = simulate(capacity, wanted, results, random.Random(seed), most)
     assert all(w <= min(want, most) for w, want in zip(written, wanted, strict=True))
 
 
+@settings(deadline=None)
 @given(**cases)
 def test_what_a_branch_may_write_does_not_depend_on_speed(capacity, wanted, results, seed):
     one = simulate(capacity, wanted, results, random.Random(seed))
@@ -87,6 +89,7 @@ def test_what_a_branch_may_write_does_not_depend_on_speed(capacity, wanted, resu
     assert one == other
 
 
+@settings(deadline=None)
 @given(**cases)
 def test_nothing_of_use_is_left_while_a_branch_wants_more(capacity, wanted, results, seed):
     written = simulate(capacity, wanted, results, random.Random(seed))
@@ -145,6 +148,7 @@ def test_a_pool_whose_branches_have_all_ended_withdraws():
     assert source.withdrawn == 1
 
 
+@settings(deadline=None)
 @given(
     capacity=st.integers(0, 900),
     wanted=st.lists(st.integers(0, 400), min_size=1, max_size=6),
