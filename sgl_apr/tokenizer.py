@@ -217,7 +217,7 @@ def _split_piece(
     if not starts:  # made once, and only where it is needed
         starts += [0] * len(ids)
     _locate_tokens(starts, ids, low, high, offset, text[offset : ends[-1]], ends, tokenizer)
-    cuts = [low, *(bisect_left(starts, end, low) for end in ends[:-1]), high]
+    cuts = [low, *(bisect_left(starts, end, low, high) for end in ends[:-1]), high]
     return [tuple(ids[first:last]) for first, last in pairwise(cuts)]
 
 
