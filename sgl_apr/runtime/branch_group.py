@@ -36,7 +36,7 @@ class BranchGroup:
         self.branches: list[SequenceState] = []
         self.leases: BranchLeases | PendingLeases | None = None
         self._slots: Slots | None = None
-        self._emit = parent.graph.events.emit
+        self._events = parent.graph.events
         self._fork_span = parent.span_order[-1] if parent.span_order else None
 
     def announce(self, labels: Sequence[tuple[str, str]]) -> list[BranchIdentity]:
@@ -46,7 +46,8 @@ class BranchGroup:
             labels: Number and outline of each.
         """
         first = len(self.branches) + 1
-        self._emit(Forked(self.block, tuple(labels), first))
+        if self._events.listening:
+            self._events.emit(Forked(self.block, tuple(labels), first))
         return [BranchIdentity((*self.block, k), *label) for k, label in enumerate(labels, first)]
 
     def start(
@@ -226,12 +227,14 @@ class BranchGroup:
 
     def end(self, branch: SequenceState) -> None:
         """Emit that a branch has ended, after all that it wrote."""
-        self._emit(BranchEnded(branch.path, branch_outcome(branch.finish) or "ok"))
+        if self._events.listening:
+            self._events.emit(BranchEnded(branch.path, branch_outcome(branch.finish) or "ok"))
 
     def joined(self, branches: Sequence[SequenceState] | None = None) -> None:
         """Emit that branches (default: all) are in the text of their parent."""
-        joined = self.branches if branches is None else branches
-        self._emit(Joined(self.block, tuple(branch.path[-1] for branch in joined)))
+        if self._events.listening:
+            joined = self.branches if branches is None else branches
+            self._events.emit(Joined(self.block, tuple(branch.path[-1] for branch in joined)))
 
 
 class OuterLease:

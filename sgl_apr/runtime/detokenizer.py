@@ -64,6 +64,5 @@ class IncrementalDetokenizer:
 
     def finish(self, output: PhaseOutput) -> None:
         """Emit the rest: what was held back, and what was injected."""
-        rest = "".join(piece.text for piece in output.pieces)[self.emitted_chars :]
-        if rest and self.emit:
+        if self.emit and (rest := "".join(piece.text for piece in output.pieces)[self.emitted_chars :]):
             self.emit(rest)

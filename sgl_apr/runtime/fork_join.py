@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from sgl_apr.errors import AprError
 from sgl_apr.formats.branch_prompts import branch_prompt
@@ -70,7 +69,6 @@ class ForkJoin:
             max_prompt_tokens: Tokens of its prompt. None for its share.
         """
         tolerate = self.options.on_branch_failure == "skip"
-        share = replace(share)
         if not self.by_message:
             header = self.grammar.render_rule("header", identity.number)
             return group.start_with_header(identity, share, scope, header, tolerate_failure=tolerate)

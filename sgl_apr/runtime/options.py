@@ -23,6 +23,9 @@ from sgl_apr.tokenizer import Tokenizer
 DEFAULT_DIALECT = "threadweaver"  # for models without tags of their own
 
 
+DEFAULT_BUDGET, DEFAULT_PACING, DEFAULT_RETRY = Budget(), Pacing(), Retry()
+
+
 @dataclass(frozen=True)
 class ReasonOptions:
     """What is asked of one trajectory.
@@ -56,16 +59,16 @@ class ReasonOptions:
     """
 
     dialect: Dialect
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = DEFAULT_BUDGET
     join: str | None = None
     mode: Mode = "auto"
     min_blocks: int = 0
     max_blocks: int | None = None
     min_width: int | None = None
     policy: Policy | None = None
-    pacing: PacingFunction | None = field(default_factory=Pacing)
+    pacing: PacingFunction | None = DEFAULT_PACING
     cap_width_by_load: bool = False
-    retry: Retry = field(default_factory=Retry)
+    retry: Retry = DEFAULT_RETRY
     on_branch_failure: OnBranchFailure = "skip"
     seed: int | None = None
     branch_prompt_template: Callable[[str], str] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from sgl_apr.runtime.events import Delta, Event, OnEvent, SpanFinished, TextRetracted
 from sgl_apr.tokenizer import Tokenizer
@@ -64,6 +64,8 @@ class SpanGraph:
             self.events.emit(SpanFinished(index, span))
         return index
 
-    def longest_path(self, ends: Iterable[int]) -> int:
+    def longest_path(self, ends: Sequence[int]) -> int:
         """Tokens of the longest path that ends with one of these spans. Prompts do not count."""
+        if len(ends) == 1:  # as most do
+            return self._path_lengths[ends[0]]
         return max([self._path_lengths[i] for i in ends], default=0)

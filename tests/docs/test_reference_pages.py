@@ -7,7 +7,7 @@ import ast
 import builtins
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -53,6 +53,10 @@ def default_of(option: Field[object]) -> str:
     if option.default_factory is not MISSING:
         name = getattr(option.default_factory, "__name__", "")
         return "{}" if name == "dict" else f"{name}()"
+    if is_dataclass(option.default):
+        kind = type(option.default)
+        assert option.default == kind()
+        return f"{kind.__name__}()"
     return f'"{option.default}"' if isinstance(option.default, str) else repr(option.default)
 
 
