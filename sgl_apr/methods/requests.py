@@ -143,12 +143,18 @@ class MethodRequests:
 
     def write(self, sequence: SequenceState, text: str, waits_for: tuple[int, ...] = ()) -> None:
         """Write the text of a prompt. A prompt without room for it cuts the sequence."""
-        if len(self.tokenizer.encode(text)) < self.unreserved_tokens:
+        path = sequence.graph.longest_path((*sequence.frontier, *waits_for))
+        limits = {
+            "tokens": self.unreserved_tokens,
+            "critical_tokens": self.allowance.critical_path_cap - path,
+        }
+        limit, left = lowest(limits)
+        if len(self.tokenizer.encode(text)) < left:
             role: Role = "text" if not sequence.path else "body" if sequence.span_order else "header"
             label = sequence.identity.outline if role == "header" else ""
             sequence.inject(role, text, label, waits_for=waits_for)
         elif text:
-            sequence.scope.cancel("length", "tokens")
+            sequence.scope.cancel("length", limit)
 
     async def fork(
         self, parent: Completion, branches: Sequence[SequenceState], tokens: int
@@ -200,7 +206,7 @@ class MethodRequests:
             limits = {"calls": 0}
         limit, max_tokens = lowest(limits)
         if engine is None or max_tokens < 1 or sequence.scope.cancel_reason:
-            return self._cut(sequence, engine, limit if max_tokens < 1 else sequence.scope.limit)
+            return self.cut(sequence, engine, limit if max_tokens < 1 else sequence.scope.limit)
 
         async def extend_limits(ids: Sequence[int]) -> int:
             if extend and lowest(limits)[0] == "tokens":
@@ -209,7 +215,8 @@ class MethodRequests:
 
         return await self._complete(engine, sequence, prompt, limits, extend_limits)
 
-    def _cut(self, sequence: SequenceState, engine: Engine | None, limit: str) -> Completion:
+    def cut(self, sequence: SequenceState, engine: Engine | None, limit: str) -> Completion:
+        """End a sequence in which nothing may be decoded."""
         self.recorder.request_log.record_limit(limit, sequence.path)
         finish: Finish = sequence.scope.cancel_reason or "length"
         self._append(sequence, "", (), finish, None)

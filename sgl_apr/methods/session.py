@@ -152,6 +152,8 @@ class MethodSession:
         group, _ = self._start(parent.sequence, self._independent(prompts))
         engines, _ = await self.requests.fork(parent, group.branches, 0)
         for branch in group.branches:
+            if branch.scope.cancel_reason and not branch.span_order:  # there was no room for its prompt
+                self.requests.cut(branch, None, branch.scope.limit)
             group.end(branch)
         group.joined()
         return [

@@ -242,6 +242,23 @@ def test_a_method_with_a_limit_of_calls_keeps_those_that_it_has_planned():
         assert not [hit for hit in trajectory.limits if hit.limit == "calls"]
 
 
+@pytest.mark.parametrize("limit", ["tokens", "critical_tokens"])
+def test_the_prompts_of_a_method_exceed_no_limit(limit: str):
+    async def work(room: int) -> apr.Trajectory:
+        engine = apr.ScriptedEngine(lambda request, prompt: "a" * 90)
+        async with method_session(engine, "Q", "test", budget=apr.Budget(**{limit: room})) as session:
+            await session.samples([Prompt("first:"), Prompt("second:")], 2)
+            await session.continue_from(session.root, "and then:")
+            return session.finish()
+
+    for room in range(1, 30):
+        trajectory, _ = virtual_time.run(work(room))
+        metrics = trajectory.metrics()
+        assert {"tokens": metrics.total, "critical_tokens": metrics.critical_path}[limit] <= room
+        assert {hit.limit for hit in trajectory.limits} == {limit}
+        assert apr.Trajectory.from_json(trajectory.to_json()) == trajectory
+
+
 def test_a_failed_continuation_of_a_method_voids_its_text():
     events: list[apr.Event] = []
     work = sampled(completions(apr.EngineError("gone", 400)), events, budget=apr.Budget(tokens=600))
