@@ -99,32 +99,35 @@ def segments_of(grammar: Grammar, parser: LalrParser, *, keep_empty: bool = Fals
     # From the end, where each part comes before those inside it: what remains is before token `end`, and what of it is
     # in the last branch is at or after token `branch`.
     end = branch = len(tokens)
-
-    def add_tokens(until: int) -> None:
-        for k in range(end - 1, until - 1, -1):
-            kind, _, start, stop = tokens[k]
-            if stop > start or keep_empty:
-                role: Role = "closer" if kind != TEXT else "body" if k >= branch else "text"
-                segments.append(Segment(role, start, stop))
-
     index = len(parts) - 1
     while index >= 0:
         rule, first, stop, first_inside = parts[index]
+        index -= 1
         role = _SEGMENT_RULES.get(rule)
-        if role is None:
-            if first < stop and first < branch and rule in BRANCH_RULES:
-                add_tokens(stop)
-                end, branch = stop, first
-            index -= 1
-            continue
-        if first < stop:
-            add_tokens(stop)
-            segments.append(_segment(grammar, parser, index, role))
-            end = first
-        index = first_inside - 1
-    add_tokens(0)
+        if role is not None:
+            if first < stop:
+                if stop < end:
+                    segments += _loose_segments(tokens, stop, end, branch, keep_empty)
+                segments.append(_segment(grammar, parser, index + 1, role))
+                end = first
+            index = first_inside - 1
+        elif rule in BRANCH_RULES and first < stop and first < branch:
+            if stop < end:
+                segments += _loose_segments(tokens, stop, end, branch, keep_empty)
+            end, branch = stop, first
+    segments += _loose_segments(tokens, 0, end, branch, keep_empty)
     segments.reverse()
     return segments
+
+
+def _loose_segments(
+    tokens: list[Lexeme], first: int, stop: int, branch: int, keep_empty: bool
+) -> Iterator[Segment]:
+    """Yield a segment for each token from the last one to the first; those from `branch` on are of a branch."""
+    for k in range(stop - 1, first - 1, -1):
+        kind, _, start, end = tokens[k]
+        if end > start or keep_empty:
+            yield Segment("closer" if kind != TEXT else "body" if k >= branch else "text", start, end)
 
 
 def _segment(grammar: Grammar, parser: LalrParser, index: int, role: Role) -> Segment:

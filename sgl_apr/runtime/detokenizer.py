@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
         self.received_ids: list[int] = []
         self.pending: list[int] = []
         self.emitted_chars = 0
-        self.keep()
+        self._kept: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] = context, (), (), 0
 
     def keep(self) -> None:
         """Keep what was received: a request that continues after it begins here when it is repeated."""
@@ -47,7 +47,7 @@ class IncrementalDetokenizer:
         """Start over for a repeated request. Returns how many characters that it had emitted are void."""
         emitted = self.emitted_chars
         self.context, received, pending, self.emitted_chars = self._kept
-        self.received_ids, self.pending = [*received], [*pending]
+        self.received_ids, self.pending = list(received), list(pending)
         return emitted - self.emitted_chars
 
     def __call__(self, ids: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
@@ -78,12 +78,12 @@ class ReasonOptions:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     request_fields: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Branches that a fork may have, and has where the fork does not list them."""
         return self.budget.width or self.dialect.width
 
-    @property
+    @cached_property
     def min_branches(self) -> int:
         """Branches that a fork has at least."""
         return (
@@ -92,17 +92,17 @@ class ReasonOptions:
             else self.min_width or min(self.dialect.min_width, self.width)
         )
 
-    @property
+    @cached_property
     def min_forks(self) -> int:
         """Forks that the trunk has to make."""
         return max(1, self.min_blocks) if self.mode == "parallel" else self.min_blocks
 
-    @property
+    @cached_property
     def max_forks(self) -> int | None:
         """Forks that the trunk may make; None leaves it to the budget."""
         return 0 if self.mode == "sequential" else self.max_blocks
 
-    @property
+    @cached_property
     def effective_policy(self) -> Policy:
         """The policy, by default the dialect's."""
         return self.policy or self.dialect.policy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 FIRST_BRANCH_TOKENS = 64  # what a branch is expected to take before any has ended
@@ -36,11 +36,11 @@ class Usage:
 
     def with_branch(self, tokens: int) -> Usage:
         """This and one branch more."""
-        return replace(self, branches=(*self.branches, tokens))
+        return Usage((*self.branches, tokens), self.texts)
 
     def with_text(self, tokens: int) -> Usage:
         """This and one text more."""
-        return replace(self, texts=(*self.texts, tokens))
+        return Usage(self.branches, (*self.texts, tokens))
 
     def plus(self, later: Usage, earlier: Usage) -> Usage:
         """This, and what was added between two states of a branch."""
