@@ -16,8 +16,8 @@ class Call:
         phase: What it decoded.
         path: The sequence that it belongs to.
         prompt_tokens: The tokens of its prompt.
-        cached_tokens: How many of them came from the engine's cache; None if the request was cut or failed before
-            the engine reported it.
+        cached_tokens: How many of them came from the engine's cache, without what a continuation computed again; None
+            if the request was cut or failed before the engine reported it.
         new_tokens: How many of them no earlier call of this trajectory had computed.
         output_tokens: The tokens that it decoded.
         started: When it started, in seconds since the trajectory began.
