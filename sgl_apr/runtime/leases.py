@@ -18,8 +18,8 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._free = asyncio.Semaphore(count)
-        self._held = set[SequenceState]()
-        self._acquiring = dict[SequenceState, asyncio.Lock]()
+        self._held: set[SequenceState] = set()
+        self._acquiring: dict[SequenceState, asyncio.Lock] = {}
 
     async def acquire(self, branch: SequenceState) -> None:
         """Wait for a slot, unless the branch has one."""
@@ -98,7 +98,7 @@ class BranchLeases:
         before = lease.path_tokens
         tokens = await self._wait(lease, returned, path)
         longer = lease.path_tokens - before
-        branch.allowance.refund(critical_path=longer)
+        branch.extend(0, critical_path=longer)
         self._add(branch, tokens, longer=longer > 0)
         return tokens
 

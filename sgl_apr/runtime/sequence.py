@@ -17,7 +17,17 @@ from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.join_layout import Layout, extend_layout
 from sgl_apr.trajectory.spans import Finish, Path, Role, Span
 
-_RESTARTED = ("context", "frontier", "span_order", "blocks", "tokens_used", "kv_layout", "extension", "usage")
+_RESTARTED = (
+    "context",
+    "frontier",
+    "span_order",
+    "blocks",
+    "tokens_used",
+    "kv_layout",
+    "extension",
+    "path_extension",
+    "usage",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +109,7 @@ class SequenceState:
         kv_layout: The layout of its context up to the end of the last join in the KV cache.
         committed: All of a branch that has ended is in the KV cache.
         extension: Tokens that its allowance got after it had started.
+        path_extension: Tokens by which its critical path may have become longer since.
         uncommitted_tokens: Tokens at the end of its context that its branches compute themselves, since its last fork.
         usage: What branches and texts before it, and its own, have used.
         first_usage: The same when it started.
@@ -120,6 +131,7 @@ class SequenceState:
     kv_layout: Layout = ()
     committed: bool = False
     extension: int = 0
+    path_extension: int = 0
     uncommitted_tokens: int = 0
     usage: Usage = NO_USAGE
     first_usage: Usage = NO_USAGE
@@ -192,10 +204,11 @@ class SequenceState:
         """Take back what `reserve` has set aside."""
         self.allowance.refund(pending.tokens, critical_path=pending.closing_tokens)
 
-    def extend(self, tokens: int) -> None:
-        """Take more tokens into the allowance."""
+    def extend(self, tokens: int, *, critical_path: int = 0) -> None:
+        """Take more tokens, or a longer critical path, into the allowance."""
         self.extension += tokens
-        self.allowance.refund(tokens)
+        self.path_extension += critical_path
+        self.allowance.refund(tokens, critical_path=critical_path)
 
     def append_output(self, output: PhaseOutput, call: int | None) -> None:
         """Append what a phase wrote.
@@ -291,11 +304,11 @@ class SequenceState:
 
     def restart(self, checkpoint: dict[str, Any]) -> None:
         """Return to a checkpoint. Calls that were made since are still paid for, and extensions are kept."""
-        calls, extension = self.allowance.calls, self.extension
+        calls, extension, path_extension = self.allowance.calls, self.extension, self.path_extension
         for name, value in checkpoint.items():
             setattr(self, name, value)
         self.allowance.spend(calls=self.allowance.calls - calls)
-        self.extend(extension - self.extension)
+        self.extend(extension - self.extension, critical_path=path_extension - self.path_extension)
 
     def as_branch(self) -> Branch:
         """The branch as a join policy sees it. Its spans have no place in the text yet."""

@@ -13,8 +13,11 @@ import sgl_apr as apr
 from sgl_apr.evaluation.cost_model import EngineCost, predict_speedup
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.session import method_session
+from sgl_apr.runtime.allowance import Allowance
+from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
 from sgl_apr.runtime.pending_leases import PendingLeases
+from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.trajectory.join_layout import parse_layout
 from tests.runtime.test_shared_tokens import SeededEngine
 from tests.support import virtual_time
@@ -305,6 +308,17 @@ def test_a_branch_that_is_cut_at_the_moment_of_a_new_lease_breaks_nothing():
         return 1
 
     assert virtual_time.run(work())[0]
+
+
+def test_a_branch_that_restarts_keeps_the_leases_that_it_got():
+    recorder = TrajectoryRecorder(apr.ByteTokenizer(), None)
+    sequence = recorder.start_trunk((1,), Allowance(100, 200, 1, 5), CancelScope())
+    checkpoint = sequence.checkpoint()
+    sequence.extend(30)
+    sequence.extend(0, critical_path=40)
+    sequence.allowance.spend(120, calls=2)
+    sequence.restart(checkpoint)
+    assert sequence.allowance == Allowance(130, 240, 1, 3)
 
 
 def test_what_a_continuation_computes_again_is_no_longer_cached():
