@@ -151,7 +151,9 @@ def split_token_ids(
     """
     if not ends:
         return
-    low, offset, pending, starts, cuts_at_tags = 0, 0, list[int](), list[int](), True
+    pending: list[int] = []
+    starts: list[int] = []
+    low, offset, cuts_at_tags = 0, 0, True
     for end in ends[:-1]:
         pending.append(end)
         high = _cut_at_tag(ids, low, text, offset, end, tokenizer, len(ends)) if cuts_at_tags else None

@@ -95,7 +95,8 @@ def segments_of(grammar: Grammar, parser: LalrParser, *, keep_empty: bool = Fals
         parser: Has parsed the text.
         keep_empty: Also return segments without text, which stand for tokens that error recovery has inserted.
     """
-    tokens, parts, segments = parser.tokens, parser.parts, list[Segment]()
+    tokens, parts = parser.tokens, parser.parts
+    segments: list[Segment] = []
     # From the end, where each part comes before those inside it: what remains is before token `end`, and what of it is
     # in the last branch is at or after token `branch`.
     end = branch = len(tokens)

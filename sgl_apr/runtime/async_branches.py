@@ -32,7 +32,7 @@ class AsyncBranches:
         self._groups = dict[
             SequenceState, tuple[BranchGroup, PendingLeases]
         ]()  # the open block of each sequence
-        self._engines = list[Engine]()
+        self._engines: list[Engine] = []
 
     async def spawn(
         self,

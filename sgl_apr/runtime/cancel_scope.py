@@ -31,8 +31,9 @@ class CancelScope:
     ) -> None:
         self.reason: Finish | None = None
         self.deadline, self.limit = deadline, limit
-        self._outer, self._inner = outer, list[CancelScope]()
-        self._running = set[asyncio.Timeout]()
+        self._outer = outer
+        self._inner: list[CancelScope] = []
+        self._running: set[asyncio.Timeout] = set()
         if outer:
             outer._inner.append(self)
             if outer.reason is not None:

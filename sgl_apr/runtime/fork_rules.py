@@ -155,7 +155,8 @@ class ForkRules:
     ) -> tuple[int | None, list[str]]:
         """How many of its outlines a fork may run, None if it may not fork, and the limits that leave out others."""
         listed, max_width = len(output.outlines), self._max_new_branches(sequence)
-        width, acted = min(listed, max_width), list[str]()
+        width = min(listed, max_width)
+        acted: list[str] = []
         if listed > max_width or not max_width:
             acted.append("width")
         if not max_width:

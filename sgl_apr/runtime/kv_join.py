@@ -30,7 +30,7 @@ class KvJoiner:
 
     def __init__(self, request_log: RequestLog, new_rid: Callable[[], str]) -> None:
         self.request_log, self.new_rid = request_log, new_rid
-        self._sent_rids = set[str]()
+        self._sent_rids: set[str] = set()
 
     def join(self, sequence: SequenceState, fork: int, branches: Sequence[SequenceState]) -> bool:
         """Join committed branches of a sequence that forked at token `fork`.
