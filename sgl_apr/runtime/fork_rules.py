@@ -115,9 +115,8 @@ class ForkRules:
             width: Branches that a fork in it may have.
         """
         closing, closing_path = self._closing_tokens(width + sequence.pending_count, phase)
-        allowance = sequence.allowance
-        tokens, field = allowance.tokens - closing, allowance.limiting_field
-        path = allowance.critical_path_cap - sequence.critical_path - closing_path
+        tokens, field = sequence.allowance.tokens - closing, sequence.allowance.limiting_field
+        path = sequence.allowance.critical_path_cap - sequence.critical_path - closing_path
         if path < tokens:
             tokens, field = path, "critical_tokens"
         left = (
