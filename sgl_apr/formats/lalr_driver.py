@@ -127,15 +127,10 @@ class LalrParser:
 
     def parse(self, text: str) -> bool:
         """Parse a text, and return whether it matches."""
-        tables, states, starts, tokens, parts = (
-            self.tables,
-            self._states,
-            self._starts,
-            self.tokens,
-            self.parts,
-        )
-        fixed, scans, size, offset = tables.fixed, tables.scans, len(text), 0
-        report_position(lambda: offset)
+        tables, states, starts = self.tables, self._states, self._starts
+        tokens, parts, fixed, scans = self.tokens, self.parts, tables.fixed, tables.scans
+        report_position(self._position)
+        size, offset = len(text), 0
         while offset < size:
             state = states[-1]
             if state in fixed:  # most tokens: what `feed` does is written out
@@ -151,6 +146,9 @@ class LalrParser:
                 return False
             offset = token[3]
         return self.finish()
+
+    def _position(self) -> int:
+        return self.tokens[-1][3] if self.tokens else 0
 
     def feed(self, token: Lexeme) -> bool:
         """Take the next token, and return whether it is accepted there. Nothing may follow one that is not."""
