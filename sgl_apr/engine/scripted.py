@@ -24,6 +24,7 @@ class ByteTokenizer:
     EOS = 256
 
     def __init__(self, tags: Sequence[str] = ()) -> None:
+        self._eos_ids = frozenset({self.EOS})
         self._tags = {tag: self.EOS + 1 + i for i, tag in enumerate(tags)}
         self._bytes = [*(bytes([i]) for i in range(self.EOS)), b"", *(tag.encode() for tag in tags)]
         pattern = "|".join(map(re.escape, filter(None, self._tags)))
@@ -31,7 +32,7 @@ class ByteTokenizer:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        return frozenset({self.EOS})
+        return self._eos_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         check_encodable(text)

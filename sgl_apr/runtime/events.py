@@ -146,7 +146,7 @@ def assemble_trajectory(
 
     def moved(span: Span) -> Span:
         parents = tuple([place[i] for i in span.parents])
-        waits_for = tuple([place[i] for i in span.waits_for])
+        waits_for = tuple([place[i] for i in span.waits_for]) if span.waits_for else ()
         if parents == span.parents and waits_for == span.waits_for:
             return span
         return span.with_references(parents, waits_for)

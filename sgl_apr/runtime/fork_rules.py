@@ -147,7 +147,7 @@ class ForkRules:
             self.request_log.record_limit(limit, sequence.path)
         if width is None:
             return replace(output, finish="malformed", forked=False)
-        return replace(output, outlines=output.outlines[:width])
+        return output if width == len(output.outlines) else replace(output, outlines=output.outlines[:width])
 
     def _width_without_grammar(
         self, sequence: SequenceState, output: PhaseOutput, limits: PhaseLimits
