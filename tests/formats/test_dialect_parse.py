@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import sgl_apr as apr
 from sgl_apr.errors import TraceError
+from sgl_apr.formats import segmenter
 from sgl_apr.tokenizer import split_token_ids
 from tests.support.threadweaver_traces import TAGS, TRACE, traces
 
@@ -140,6 +141,17 @@ def test_ids_are_split_as_pieces_were_encoded(pieces: list[str]):
     text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
     split = list(split_token_ids(tokenizer.encode(text), text, ends, tokenizer))
     assert split == [tuple(tokenizer.encode(piece)) for piece in pieces]
+
+
+def test_matching_a_phase_makes_no_error(monkeypatch: pytest.MonkeyPatch):
+    """The runtime asks about every phase after a join whether it is a `close`, and about every phase that was cut."""
+    monkeypatch.setattr(segmenter, "syntax_error", lambda *_: pytest.fail("an error was made"))
+    assert [s.role for s in DIALECT.match_phase("after", "</Parallel>so it is 4.") or ()] == ["close", "text"]
+    assert DIALECT.match_phase("after", "<Conclusion>so") is None
+    assert DIALECT.match_phase("branch", "I add them") is None
+    assert (
+        DIALECT.match_phase("trunk", "<Parallel>\n<Outlines>\n<Outline>2: a</Outline>\n</Outlines>") is None
+    )
 
 
 class CountingTokenizer(apr.ByteTokenizer):
