@@ -37,7 +37,7 @@ from sgl_apr.training.models import smollm2
 
 BARS = {"reply_ratio": 1.0}  # upper limits
 WIDTH = 3
-BUDGET = apr.Budget(tokens=280, width=WIDTH, branch_tokens=40, outline_chars=24)
+BUDGET = apr.Budget(tokens=360, width=WIDTH, branch_tokens=40, outline_chars=24)
 OPTIONS: dict[str, Any] = {
     "budget": BUDGET, "mode": "parallel", "max_blocks": 1, "min_width": WIDTH, "temperature": 0,
 }  # fmt: skip
