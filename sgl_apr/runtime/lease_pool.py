@@ -13,7 +13,7 @@ from typing import Protocol
 from sgl_apr.runtime.allowance import NO_LIMIT
 
 FIRST_LEASE = 64  # tokens: where a first lease would be shorter, fewer branches start, and the others wait
-NEXT_LEASE = 16  # tokens: where a further lease would be shorter, fewer branches get one
+NEXT_LEASE = 8  # tokens: where a further lease would be shorter, fewer branches get one
 
 
 @dataclass(eq=False, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-FIRST_BRANCH_TOKENS = 64  # what a branch is expected to take before any has ended
+FIRST_BRANCH_TOKENS = 128  # what a branch is expected to take before any has ended
 TEXT_MARGIN = 2  # so many times the longest text after a join is kept for the next one
 
 
