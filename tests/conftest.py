@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
+from sgl_apr.formats import branch_prompts, dialects
 from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.server.hooks import has_accelerator
 from sgl_apr.server.launch.launcher import Server
@@ -76,6 +77,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
         if "forked_server" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("server"):
             raise pytest.UsageError(f"{item.nodeid} uses a server, expected @{SERVER_MARK}")
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """Forget the dialects and the branch prompts that a test registers, as commands do that name a grammar file."""
+    registered = (dialects._registered, branch_prompts._registered)
+    before = [dict(registry) for registry in registered]
+    yield
+    for registry, content in zip(registered, before, strict=True):
+        registry.clear()
+        registry.update(content)
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sgl_apr as apr
 from sgl_apr.cli.main import main
-from sgl_apr.formats import dialects
 from sgl_apr.formats.dialect_check import check_dialect
 from sgl_apr.server.api.config import parse_api_arguments
 from sgl_apr.server.api.options import OptionsParser, ReasonRequest
@@ -21,15 +19,6 @@ from tests.support.paths import DOCS
 PAGE = (DOCS / "dialects.md").read_text()
 GRAMMAR = re.search(r'```lark title="debate.lark"\n(.*?)```', PAGE, re.DOTALL)[1]  # type: ignore[index]
 REPLY = re.search(r'```text title="reply.txt"\n(.*?)\n```', PAGE, re.DOTALL)[1]  # type: ignore[index]
-
-
-@pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
-    before = dict(dialects._registered)
-    dialects._registered.pop("debate", None)
-    yield
-    dialects._registered.clear()
-    dialects._registered.update(before)
 
 
 @pytest.fixture

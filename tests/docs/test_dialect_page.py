@@ -12,6 +12,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.formats import dialects
 from sgl_apr.formats.entry_points import load_entry_point
+from tests.support.doc_runner import blocks, checked, commands
 from tests.support.masked_sampler import Masked, SampledEngine
 from tests.support.paths import DOCS
 
@@ -74,3 +75,16 @@ def test_an_entry_point_is_found_by_name(debate: apr.Dialect, monkeypatch: pytes
             apr.dialect("debate")
     finally:
         load_entry_point.cache_clear()
+
+
+@pytest.mark.parametrize("repetition", range(2))
+def test_a_command_of_the_page_registers_the_dialect_for_one_test(
+    repetition: int, debate: apr.Dialect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Checking `sgl-apr serve --apr-dialect debate.lark` registers it. Else a later test finds the one of this test."""
+    monkeypatch.chdir(tmp_path)
+    assert "debate" not in apr.dialect_names()
+    (serve,) = (block for block in blocks(DOCS / "dialects.md") if "--apr-dialect" in block.text)
+    for words in commands(serve.text):
+        checked(words, serve)
+    assert apr.dialect("debate") == debate

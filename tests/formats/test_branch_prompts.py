@@ -22,8 +22,7 @@ def test_the_default_passes_the_outline_on():
     assert prompt.extract_result(" 1 2 3 \n") == "1 2 3"
 
 
-def test_a_registered_prompt_is_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(branch_prompts, "_registered", dict(branch_prompts._registered))
+def test_a_registered_prompt_is_found():
     mine = BranchPrompt(lambda context, outline: f"{context}: {outline}", str.upper)
     with pytest.raises(
         apr.GrammarError, match=r"mine.lark: no branch prompt 'mine', expected one of .*outline"

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.formats import dialects, register_dialect
+from sgl_apr.formats import register_dialect
 from sgl_apr.formats.grammar_source import MAX_SOURCE_CHARS
 
 SOURCE = apr.dialect("parathinker").source
-
-
-@pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
-    before = dict(dialects._registered)
-    yield
-    dialects._registered.clear()
-    dialects._registered.update(before)
 
 
 def own(tmp_path: Path, name: str = "own", source: str = SOURCE) -> Path:
