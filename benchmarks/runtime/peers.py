@@ -263,7 +263,7 @@ def main() -> int:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=kind)
     add = parser.add_argument
-    add("--rounds", type=int, default=6, help="how often both clients run (default: %(default)s)")
+    add("--rounds", type=int, default=4, help="how often both clients run (default: %(default)s)")
     add(
         "--questions", type=int, default=12, choices=range(1, len(QUESTIONS) + 1), metavar="N",
         help=f"how many run at once, at most {len(QUESTIONS)} (default: %(default)s)",
