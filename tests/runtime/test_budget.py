@@ -60,7 +60,7 @@ def random_case(name: str, rng: random.Random) -> tuple[apr.Budget, TimedEngine,
         outline_chars=8,
     )
     # One that seldom closes what is open writes on until a limit cuts it.
-    engine = TimedEngine(tokenizer, rng.randrange(1 << 30), rng.choice([0.3, 1.0, 1.0, 20.0]), step)
+    engine = TimedEngine(tokenizer, rng.randrange(1 << 30), rng.choice([0.5, 1.0, 1.0, 5.0]), step)
     policy = {"policy": "all"} if name == "parathinker" else {}  # its own cuts branches before a limit does
     return budget, engine, policy | {"mode": rng.choice(["auto", "parallel", "parallel", "parallel"])}
 
