@@ -30,6 +30,7 @@ REQUESTS = tuple(
 TOKEN_IDS = "sglang.api.v1.api_types:decode_TokenIds"
 TOKENIZE = "sglang.srt.entrypoints.openai.serving_tokenize"
 GENERATE_REQUEST = "sglang.srt.managers.io_struct:GenerateReqInput"
+LOAD_SECTIONS = "sglang.srt.managers.load_snapshot:LoadSnapshot.VALID_SECTIONS"
 REASONING_PARSERS = "sglang.srt.parser.reasoning_parser:ReasoningParser.DetectorMap"
 TOOL_CALL_PARSERS = "sglang.srt.function_call.function_call_parser:FunctionCallParser.ToolCallParserEnum"
 TRUNCATED_CONTEXTS = 64  # how long a prompt may be that is cut to one context
@@ -89,6 +90,7 @@ def measure_model(manager: Any) -> ModelSize:
             "tool_call_parser": frozenset(require_sglang(TOOL_CALL_PARSERS)),
         },
         frozenset(field.name for field in fields(require_sglang(GENERATE_REQUEST))),
+        frozenset(require_sglang(LOAD_SECTIONS)),
     )
 
 

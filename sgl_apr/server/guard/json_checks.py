@@ -49,14 +49,17 @@ OFF_LOOP_TOKENS = (
 )
 
 
-def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
+def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> int:
     """Check the parsed body of a request.
+
+    Returns:
+        The number of entries of all of its lists.
 
     Raises:
         RequestRefused: The body is above a limit, or has a field that the operator does not allow.
     """
     if not isinstance(body, dict):
-        return
+        return len(body) if isinstance(body, list) else 0
     max_chars = limits.prompt_chars or size.prompt_chars
     walk = JsonCounter(limits)
     chat_chars = 0
@@ -82,6 +85,7 @@ def check_json(body: Any, limits: GuardLimits, size: ModelSize) -> None:
     _check_sessions(body, limits)
     for sampling in sampling_objects(body):
         check_sampling_fields(sampling, limits)
+    return walk.entries
 
 
 def _is_chat(value: Any) -> bool:
@@ -171,7 +175,7 @@ def _check_messages(body: Mapping[str, Any], limits: GuardLimits) -> None:
     """Refuse long lists of messages, because SGLang tries each of them as every kind of message."""
     for name in ("messages", "input"):
         value = body.get(name)
-        if isinstance(value, list) and _is_chat(value):
+        if isinstance(value, list) and (name == "messages" or _is_chat(value)):
             contents = [entry.get("content") for entry in value if isinstance(entry, dict)]
             count = len(value) + sum(len(content) for content in contents if isinstance(content, list))
             if count > limits.messages:

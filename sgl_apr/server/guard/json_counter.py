@@ -22,11 +22,13 @@ class JsonCounter:
     Attributes:
         chars: Characters of all strings, except those of media.
         longest: Characters of the longest of them.
+        entries: Entries of all lists.
     """
 
     def __init__(self, limits: GuardLimits) -> None:
         self.chars = self.longest = 0
-        self._limits, self._values, self._entries = limits, 0, 0
+        self.entries = 0
+        self._limits, self._values = limits, 0
 
     def count_key(self, name: str) -> None:
         self._add(1)
@@ -46,11 +48,11 @@ class JsonCounter:
         elif isinstance(value, list):
             self._enter(depth)
             self._add(1)
-            self._entries += len(value)
-            if self._entries > self._limits.json_entries:
+            self.entries += len(value)
+            if self.entries > self._limits.json_entries:
                 raise over_limit(
                     "the number of list entries in the body",
-                    self._entries,
+                    self.entries,
                     "--apr-max-json-entries",
                     self._limits.json_entries,
                 )

@@ -17,11 +17,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sgl_apr.server.guard.body_reader import BodyReader, discard_body
+from sgl_apr.server.guard.body_validation import list_entries
 from sgl_apr.server.guard.json_checks import chat_text, check_json
 from sgl_apr.server.guard.json_counter import count_brackets
 from sgl_apr.server.guard.limits import MIB, GuardLimits
 from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.origin_checks import check_content_type, check_host, check_origin
+from sgl_apr.server.guard.query_checks import LOADS_PATH, check_loads_query
 from sgl_apr.server.guard.refusal import RequestRefused, over_limit, send_refusal
 
 LARGE_BODY = 128 * 1024  # bytes; a larger body is parsed in a thread
@@ -90,6 +92,8 @@ class RequestGuard:
             method = scope["method"] if is_http else "GET"
             check_host(headers, scope["scheme"], self._limits, loopback=self._is_loopback)
             check_origin(headers, scope["scheme"], method, path, self._limits)
+            if path == LOADS_PATH and scope["query_string"]:
+                check_loads_query(scope["query_string"], self._model_size())
             if has_body:
                 check_content_type(headers, path)
                 receive = await self._checked_body(headers, path, receive)
@@ -128,19 +132,23 @@ class RequestGuard:
         is_json = b"json" in headers.get(b"content-type", b"").lower()
         if is_json and not is_weights:
             if len(body) <= LARGE_BODY:
-                _check(body, path, self._limits, size, self._count_tokens)
+                entries = _check(body, path, self._limits, size, self._count_tokens)
             else:
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(
+                entries = await loop.run_in_executor(
                     self._executor, _check_large, body, path, self._limits, size, self._count_tokens
                 )
+            list_entries.set(entries)
         return _replay(body, receive)
 
 
 def _check(
     body: bytes, path: str, limits: GuardLimits, size: ModelSize, count_tokens: Callable[[str], int]
-) -> None:
-    """Check a body. One that is no JSON passes, because SGLang answers it without harm."""
+) -> int:
+    """Check a body, and return how many entries its lists have.
+
+    One that is no JSON passes, because SGLang answers it without harm.
+    """
     brackets = count_brackets(body) if len(body) > LARGE_BODY else 0
     # Text may have brackets, too, so their number only bounds the memory of the parse.
     if brackets > 8 * limits.json_values:
@@ -150,17 +158,18 @@ def _check(
     try:
         parsed = orjson.loads(body)
     except ValueError:
-        return
-    check_json(parsed, limits, size)
+        return 0
+    entries = check_json(parsed, limits, size)
     if path in LOOP_ENCODED_PATHS and len(body) > LARGE_BODY and isinstance(parsed, dict):
         _check_token_count(chat_text(parsed), size, count_tokens)
+    return entries
 
 
 def _check_large(
     body: bytes, path: str, limits: GuardLimits, size: ModelSize, count_tokens: Callable[[str], int]
-) -> None:
+) -> int:
     try:
-        _check(body, path, limits, size, count_tokens)
+        return _check(body, path, limits, size, count_tokens)
     finally:
         release_memory()
 

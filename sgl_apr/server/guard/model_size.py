@@ -18,6 +18,7 @@ class ModelSize:
         allows_embeds: Whether prompts may be vectors.
         choices: The names that SGLang knows, by the field in which a request has one of them.
         request_fields: The fields of a request to the engine.
+        load_sections: The names in the query of `/v1/loads`.
     """
 
     context_length: int
@@ -27,3 +28,4 @@ class ModelSize:
     allows_embeds: bool = False
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
     request_fields: frozenset[str] = frozenset()
+    load_sections: frozenset[str] = frozenset()

@@ -49,6 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "lists": ({"x": [[]] * 50_001}, "--apr-max-json-values", None),
     "entries": ({"input_ids": [[1] * 1000] * 1001}, "1000001.*--apr-max-json-entries", None),
     "messages": ({"messages": [{"content": "a"}] * 2049}, "2049.*--apr-max-messages", "messages"),
+    "messages that are numbers": ({"messages": [1] * 2049}, "2049.*--apr-max-messages", "messages"),
     "parts": ({"messages": [{"content": [{"text": "a"}] * 2048}]}, "2049.*--apr-max-messages", "messages"),
     "embeds": ({"input_embeds": [[0.5]]}, "--disable-radix-cache", "input_embeds"),
     "depth": ({"x": json.loads("[" * 101 + "]" * 101)}, "--apr-max-json-depth", None),

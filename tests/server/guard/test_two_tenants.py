@@ -105,6 +105,37 @@ def test_a_page_of_another_site_gets_nothing(server: Server):
         assert not any(name.startswith("access-control") for name in response.headers)
 
 
+@pytest.mark.parametrize("name", ["tools that are numbers", "sampling_params that are numbers"])
+def test_a_body_with_many_errors_gets_a_short_response(server: Server, name: str):
+    """SGLang itself lists each of them twice, in a response of tens of megabytes."""
+    path, content = refused()[name]
+    response = httpx.post(f"{server.url}{path}", content=content, headers=JSON, timeout=60)
+    assert response.status_code == 400
+    assert len(response.content) < 50_000
+    assert "the body has many errors, of which at most 20 are listed" in response.text
+    assert name.partition(" ")[0] in response.text
+
+
+def test_unknown_sections_of_the_load_are_refused(server: Server):
+    """SGLang itself answers them with status 500."""
+    for include in ("v", "core,v", ",", "\0", "core,\U000ab33c"):
+        response = httpx.get(f"{server.url}/v1/loads", params={"include": include})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "include"
+        assert "expected some of all, core, disagg, lora, memory, queues, spec" in error["message"]
+    for query in (
+        {},
+        {"include": ""},
+        {"include": "core, memory"},
+        {"include": "all,v"},
+        {"include": ["v", "core"]},
+    ):
+        response = httpx.get(f"{server.url}/v1/loads", params=query)
+        assert response.status_code == 200
+        assert response.json()["loads"][0]["num_running_reqs"] == 0
+
+
 def test_values_at_the_limits_are_answered(server: Server):
     """What SGLang takes is still taken."""
     sampling = {
