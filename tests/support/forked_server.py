@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -118,6 +119,7 @@ def _become(environment: dict[str, str], stdin: int, stdout: int) -> None:
     secret = os.environ[CACHE_SECRET_ENV]  # the plugin has read it already
     os.environ.clear()
     os.environ.update(environment | {CACHE_SECRET_ENV: secret})
+    tempfile.tempdir = None  # it is read from this environment
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ from tests.support.processes import SERVE, in_session, until
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 KEY, ADMIN_KEY = "ordinary-key-7f3a91", "admin-key-c2d80e"
-TEMPORARY = tuple(map(Path, (os.environ.get("TMPDIR", "/tmp"), "/dev/shm")))
+SHARED_MEMORY = Path("/dev/shm")
+CACHES = ("torchinductor_",)
 ATTACK = {"text": "x", "stream": True, "sampling_params": {"max_new_tokens": 900, "ignore_eos": True}}
 
 
@@ -40,10 +44,37 @@ FAULTS = (
 )  # fmt: skip
 
 
-def leftovers() -> set[str]:
-    """The files that servers make in folders for temporary files. Other tests of this machine make files, too."""
-    names = (path.name for folder in TEMPORARY for path in folder.iterdir())
-    return {name for name in names if name.startswith(("sgl-apr-server-", "sglang_load"))}
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Servers that start in the block make their temporary files in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def new_folder() -> Iterator[Callable[[], Path]]:
+    """Makes folders whose paths are short enough for sockets, as those of `tmp_path` may not be."""
+    with ExitStack() as stack:
+        yield lambda: Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="apr-", dir="/tmp")))
+
+
+def leftovers(folder: Path) -> set[str]:
+    """Return the files in a folder for temporary files, without the caches of compiled kernels."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(CACHES)}
+
+
+def server_folder_of(folder: Path) -> str:
+    """Return the name of the folder that the only server has in a folder for temporary files."""
+    (path,) = folder.glob("sgl-apr-server-*")
+    return path.name
+
+
+def shared_memory_of(leader: int) -> set[str]:
+    """Return the names in shared memory that the processes of a server use, of which each has to be removed."""
+    maps = (Path(f"/proc/{pid}/maps").read_text() for pid in in_session(leader))
+    return {name for text in maps for name in re.findall(rf"{SHARED_MEMORY}/(\S+)$", text, re.MULTILINE)}
 
 
 def send(url: str, path: str, key: str | None, body: dict[str, Any] | None = None) -> tuple[int, str]:
@@ -58,20 +89,21 @@ def send(url: str, path: str, key: str | None, body: dict[str, Any] | None = Non
 
 
 @pytest.fixture(scope="module")
-def keyed(forked_server: type[Server], untagged: Path) -> Iterator[Server]:
+def keyed(forked_server: type[Server], untagged: Path, new_folder: Callable[[], Path]) -> Iterator[Server]:
     """A server with both keys, of which nothing may be left."""
-    before = leftovers()
-    log = untagged / "keyed.log"
+    log, folder = untagged / "keyed.log", new_folder()
     options = {"api_key": KEY, "admin_api_key": ADMIN_KEY, "apr_body_timeout": 1}
     server = forked_server(untagged, log_path=log, max_total_tokens=4096, context_length=2048, **options)
-    server.start()
-    (folder,) = {name for name in leftovers() - before if name.startswith("sgl-apr-server-")}
-    assert {name for name in leftovers() - before if name.startswith("sglang_load") and folder in name}
+    with temporary_files_in(folder):
+        server.start()
+    name, segments = server_folder_of(folder), shared_memory_of(server.pid)
+    assert [s for s in segments if s.startswith("sglang_load") and name in s]
     yield server
     threads, descriptors, pid = threading.active_count(), psutil.Process().num_fds(), server.pid
     server.stop()
     assert not in_session(pid)
-    assert not {name for name in leftovers() if folder in name}
+    assert leftovers(folder) == set()
+    assert not {path.name for path in SHARED_MEMORY.iterdir() if path.name in segments or name in path.name}
     assert threading.active_count() == threads - 1
     assert psutil.Process().num_fds() <= descriptors - 4  # a socket, a pipe, the lock and the log
 
@@ -287,33 +319,36 @@ def test_a_refused_id_does_not_end_the_request_that_has_it(server: Server):
 
 
 @pytest.mark.slow
-def test_five_starts_and_stops_leave_nothing(forked_server: type[Server], untagged: Path, tmp_path: Path):
-    before = leftovers() | {path.name for path in TEMPORARY[0].glob("tmp*")}
+def test_five_starts_and_stops_leave_nothing(
+    forked_server: type[Server], untagged: Path, tmp_path: Path, new_folder: Callable[[], Path]
+):
+    folder, before = new_folder(), {path.name for path in SHARED_MEMORY.iterdir()}
+    names, segments = set[str](), set[str]()
     threads, descriptors = threading.active_count(), psutil.Process().num_fds()
     for ending in (signal.SIGTERM, signal.SIGKILL, None, None, None):
         server = forked_server(untagged, log_path=tmp_path / "log", max_total_tokens=2048, context_length=512)
-        with server:
+        with temporary_files_in(folder), server:
             pid = server.pid
-            assert (
-                send(server.url, "/generate", None, {"text": "x", "sampling_params": {"max_new_tokens": 2}})[
-                    0
-                ]
-                == 200
-            )
+            body = {"text": "x", "sampling_params": {"max_new_tokens": 2}}
+            assert send(server.url, "/generate", None, body)[0] == 200
+            names.add(server_folder_of(folder))
+            segments |= shared_memory_of(pid)
             if ending is not None:
                 os.kill(pid, ending)
                 until(lambda pid=pid: pid not in in_session(pid))
         until(lambda pid=pid: not in_session(pid))
-    assert leftovers() | {path.name for path in TEMPORARY[0].glob("tmp*")} <= before
+    assert len(names) == len([s for s in segments if s.startswith("sglang_load")]) == 5
+    assert leftovers(folder) == set()
+    left = {path.name for path in SHARED_MEMORY.iterdir()} - before
+    assert not {name for name in left if name in segments or any(own in name for own in names)}
     del server
     assert threading.active_count() <= threads
     assert psutil.Process().num_fds() <= descriptors
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_leaves_nothing(untagged: Path):
-    before = leftovers()
-    port = str(preflight.free_port())
+def test_a_killed_launcher_leaves_nothing(untagged: Path, new_folder: Callable[[], Path]):
+    folder, port = new_folder(), str(preflight.free_port())
     command = [
         *SERVE,
         "--model",
@@ -325,7 +360,9 @@ def test_a_killed_launcher_leaves_nothing(untagged: Path):
         "--api-key",
         KEY,
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as launcher:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"TMPDIR": str(folder)}
+    ) as launcher:  # fmt: skip
         assert launcher.stdout is not None
         assert launcher.stdout.readline().startswith("sgl-apr ready")
         (child,) = psutil.Process(launcher.pid).children()
@@ -333,7 +370,9 @@ def test_a_killed_launcher_leaves_nothing(untagged: Path):
             p.cmdline() for p in (psutil.Process(launcher.pid), child, *child.children(recursive=True))
         ]
         assert KEY not in str(commands)
-        assert leftovers() - before
+        name, segments = server_folder_of(folder), shared_memory_of(child.pid)
+        assert [s for s in segments if s.startswith("sglang_load") and name in s]
         launcher.kill()
     until(lambda: not in_session(child.pid))
-    assert leftovers() <= before
+    assert leftovers(folder) == set()
+    assert not {path.name for path in SHARED_MEMORY.iterdir() if path.name in segments or name in path.name}
