@@ -65,7 +65,7 @@ def body_validation_hooks(app: Any) -> list[str]:
     return paths
 
 
-class TooManyErrors(Exception):
+class _TooManyErrors(Exception):
     """A body has too many errors to list them.
 
     Attributes:
@@ -78,7 +78,7 @@ class TooManyErrors(Exception):
 
 
 class BoundedAdapter:
-    """A pydantic adapter that raises `TooManyErrors` in place of a long list of errors.
+    """A pydantic adapter that raises `_TooManyErrors` in place of a long list of errors.
 
     Args:
         adapter: A `TypeAdapter`.
@@ -95,13 +95,13 @@ class BoundedAdapter:
         if list_entries.get() > LONG_LISTS:
             errors = self._sample_errors(value, options)
             if errors and SAMPLE_ERRORS.isdisjoint(error["type"] for error in errors):
-                raise TooManyErrors([*errors[:MAX_ERRORS], summarize("many")])
+                raise _TooManyErrors([*errors[:MAX_ERRORS], summarize("many")])
         try:
             return self._adapter.validate_python(value, **options)
         except ValidationError as error:
             if (count := error.error_count()) <= MAX_ERRORS:
                 raise
-        raise TooManyErrors([*self._sample_errors(value, options)[:MAX_ERRORS], summarize(count)])
+        raise _TooManyErrors([*self._sample_errors(value, options)[:MAX_ERRORS], summarize(count)])
 
     def _sample_errors(self, value: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the errors of a sample of a value, because pydantic can only list all of them."""
@@ -125,7 +125,7 @@ def validate(original: Any, field: Any, *args: Any, **options: Any) -> tuple[Any
     try:
         result, errors = original(field, *args, **options)
         return result, [shorten_error(error) for error in errors] if errors else errors
-    except TooManyErrors as many:
+    except _TooManyErrors as many:
         return None, [shorten_error({**error, "loc": (*location, *error["loc"])}) for error in many.errors]
     except WRONG_TYPE_ERRORS as error:
         message = f"a value has the wrong type ({describe(error)})"
