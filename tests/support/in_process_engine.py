@@ -56,6 +56,8 @@ def main(arguments: dict[str, Any]) -> None:
                 "lora_path": "nobody",
             }.items()
         }
+        request = apr.Request("apr-warm", (1, 2, 3), 4, {"warmth": 1})
+        seen["refused"]["warmth of a request"] = failure(lambda: engine.wait(engine.decode(request)))
         seen["overlong"] = failure(lambda: engine.run("Q: " * 50_000, "threadweaver"))
         seen["cancelled"] = engine.wait(cancelled(engine))
         seen["silence"] = engine.wait(silence(engine))
