@@ -6,6 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -26,6 +28,33 @@ def in_session(leader: int) -> set[int]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return processes
+
+
+def run_delays(pid: int) -> dict[str, float]:
+    """Return for how many seconds each thread of a process was ready to run, but waited for a core. Linux counts them."""
+    delays = {}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            delays[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return delays
+
+
+class CoreWait:
+    """Measures for how long some processes wait for a core, because other processes of the machine use all of them.
+
+    Args:
+        pids: The processes. Each does a part of the work, one after the other.
+    """
+
+    def __init__(self, *pids: int) -> None:
+        self._before = {pid: run_delays(pid) for pid in pids}
+
+    def seconds(self) -> float:
+        """Return the seconds since the start, of the thread of each process that waited longest."""
+        return sum(
+            max(delay - before.get(thread, 0) for thread, delay in run_delays(pid).items())
+            for pid, before in self._before.items()
+        )
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from sgl_apr.server.launch.launcher import Server
 from tests.server.guard.hostile import half_sent, half_sent_headers, refused
-from tests.support.processes import in_session
+from tests.support.processes import CoreWait, in_session
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -22,15 +22,20 @@ PROMPTS = ["Why do people love dogs?", "A question:", "1 2 3", "the end"]
 JSON = {"content-type": "application/json"}
 
 
-async def honest(client: httpx.AsyncClient, count: int) -> tuple[list[str], list[float]]:
-    """Send greedy requests one after the other. Returns the answers, and how long each took."""
+async def honest(client: httpx.AsyncClient, pid: int, count: int) -> tuple[list[str], list[float]]:
+    """Send greedy requests one after the other.
+
+    Returns:
+        The answers, and how long each took. Seconds for which the process of the event loop waited for a core, because
+        other programs use all of them, do not count.
+    """
     answers, seconds = [], []
     for prompt in itertools.islice(itertools.cycle(PROMPTS), count):
-        begin = time.perf_counter()
+        waiting, begin = CoreWait(pid), time.perf_counter()
         response = await client.post(
             "/generate", json={"text": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
         )
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - begin - waiting.seconds())
         assert response.status_code == 200, response.text
         answers.append(response.json()["text"])
     return answers, seconds
@@ -62,8 +67,9 @@ def memory(server: Server) -> float:
 def test_hostile_requests_change_and_delay_nothing_of_another_client(server: Server, count: int):
     async def go() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as tenant:
-            await honest(tenant, len(PROMPTS))  # the prompts are in the cache afterwards, in both runs
-            alone, seconds = await honest(tenant, 12)
+            # The prompts are in the cache afterwards, in both runs.
+            await honest(tenant, server.pid, len(PROMPTS))
+            alone, seconds = await honest(tenant, server.pid, 12)
             used = memory(server)
             sockets = [half_sent(server.url) for _ in range(20)]
             sockets += [half_sent_headers(server.url) for _ in range(20)]
@@ -71,7 +77,7 @@ def test_hostile_requests_change_and_delay_nothing_of_another_client(server: Ser
             attack = asyncio.create_task(asyncio.to_thread(asyncio.run, hostile(server.url, count)))
             answers, waited = [], []
             while not attack.done() or len(answers) < len(alone):
-                some, took = await honest(tenant, 4)
+                some, took = await honest(tenant, server.pid, 4)
                 answers += some
                 waited += took
             results = await attack
