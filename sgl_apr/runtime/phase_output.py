@@ -81,7 +81,8 @@ def parse_phase_output(
         cut: What ended the phase from outside: a limit, another branch, or a failure, which is noted in the text.
         tokenizer: Of the model.
         completes_fork: A fork that was cut off is completed. Else it is malformed, for which nothing is injected.
-        max_filler_tokens: Tokens of the text that stands for a trunk in which nothing was decoded.
+        max_filler_tokens: Tokens of the text that stands for a trunk in which nothing was decoded, or for a branch that
+            failed.
     """
     ended = bool(decoded) and decoded[-1] in tokenizer.eos_ids
     ids = decoded[:-1] if ended else decoded
@@ -91,7 +92,12 @@ def parse_phase_output(
     if cut != "failed":
         segments = dialect.match_phase(phase, text, numbering)
     is_complete = segments is not None
-    for note in (FAILURE_NOTE, "") if cut == "failed" else ("",):
+    notes = [""]
+    if cut == "failed" and (
+        max_filler_tokens is None or len(tokenizer.encode(FAILURE_NOTE)) <= max_filler_tokens
+    ):
+        notes.insert(0, FAILURE_NOTE)
+    for note in notes:
         if segments is None:
             closing = note + (dialect.complete_phase(phase, text + note, numbering) or "")
             if closing == PLACEHOLDER and phase == "trunk" and max_filler_tokens is not None:
@@ -139,8 +145,15 @@ def _draft_spans(
 
 
 @lru_cache(maxsize=256)
-def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
-    """What the runtime may have to inject to close a fork, at most, in tokens of this tokenizer."""
+def closing_overhead(dialect: Dialect, tokenizer: Tokenizer, depth: int | None = None) -> Overhead:
+    """What the runtime may have to inject to close a fork, at most.
+
+    Args:
+        dialect: The format.
+        tokenizer: Counts the tokens.
+        depth: How deep forks nest, at most. None for as deep as the format allows. The number of a branch is the longer the
+            deeper it is.
+    """
 
     def cost(text: str | None) -> int:
         return len(tokenizer.encode(text or ""))
@@ -150,7 +163,7 @@ def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
 
     grammar, by_message = dialect.grammar, dialect.branch_context == "message"
     number = str(dialect.first_number + dialect.max_width - 1)
-    deepest = ".".join([number] * dialect.max_depth)
+    deepest = ".".join([number] * (depth or dialect.max_depth))
     numbering = BranchNumbering(
         prefix=deepest[: -len(number)], number="" if grammar.has_repetition("fork") else number
     )
@@ -164,7 +177,7 @@ def closing_overhead(dialect: Dialect, tokenizer: Tokenizer) -> Overhead:
         result = PLACEHOLDER + grammar.render_rule("result", deepest, PLACEHOLDER, name)
     else:
         header = grammar.render_rule("header", deepest, PLACEHOLDER)
-    branch = cost(header) + cost_to_complete("branch") + cost(FAILURE_NOTE) + cost(result)
+    branch = cost(header) + cost_to_complete("branch") + cost(result)
     branch += cost(grammar.closing_literal("wait", number))
     join = cost(grammar.render_rule("lead")) + cost(grammar.render_rule("tail")) + cost_to_complete("after")
     join += max(cost_to_complete("after", tag) for tag in ("", *grammar.tag_literals))

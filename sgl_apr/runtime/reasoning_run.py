@@ -56,7 +56,7 @@ class ReasoningRun:
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.seed = options.seed if options.seed is not None else random.getrandbits(31)
         self.recorder = TrajectoryRecorder(engine.tokenizer, on_event)
-        overhead = closing_overhead(self.dialect, engine.tokenizer)
+        overhead = closing_overhead(self.dialect, engine.tokenizer, options.budget.depth)
         if template := options.branch_prompt_template:
             tokens = len(engine.tokenizer.encode(apply_template(template, ""), add_special_tokens=True))
             overhead = replace(overhead, branch=overhead.branch + tokens)

@@ -94,7 +94,7 @@ class RequestRunner:
         output = parse_phase_output(
             self.options.dialect, phase, numbering, context, ids, cut, tokenizer,
             completes_fork=limits.fork != "forbidden" or sequence.pending_count > 0,
-            max_filler_tokens=sequence.allowance.tokens,
+            max_filler_tokens=sequence.max_filler_tokens,
         )  # fmt: skip
         if cut == "length" and output.finish != "stop":  # a phase that ends where it was cut lacks nothing
             limit = extend.limiting_field if extend else limits.limiting_field

@@ -177,6 +177,11 @@ class SequenceState:
         return max([length, *(p.latest_end for p in pending)]) if pending else length
 
     @property
+    def max_filler_tokens(self) -> int:
+        """Tokens that it may still write, whatever they are for."""
+        return min(self.allowance.tokens, self.allowance.critical_path_cap - self.critical_path)
+
+    @property
     def uncached_tokens(self) -> int:
         """Tokens that the engine has not computed: those injected since its last decode."""
         tokens = 0

@@ -161,7 +161,7 @@ def test_a_stop_text_that_a_lease_could_cut_in_two_still_ends_a_branch(length: i
 
 def test_a_branch_that_ends_where_its_lease_ends_asks_for_nothing():
     lengths = set[int]()
-    for length in range(250, 260):  # one of them ends exactly there
+    for length in range(250, 300):  # one of them ends exactly there
         engine = forked([branch(length), branch(5)], tags=())
         trajectory, _ = reason(engine, budget=apr.Budget(tokens=900))
         assert outcomes(trajectory) == ["ok", "ok"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 import sgl_apr as apr
+from sgl_apr.formats.dialects import BranchNumbering
 from sgl_apr.runtime.budget import Overhead
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.fork_rules import ForkRules
 from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.phase_output import FAILURE_NOTE, closing_overhead, parse_phase_output
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.request_log import RequestLog
 from sgl_apr.runtime.span_graph import EventEmitter
@@ -44,6 +46,21 @@ def widest_second_fork(branch_tokens: int) -> int:
 def test_a_fork_is_no_wider_than_what_branches_have_really_used_allows():
     short, long = widest_second_fork(20), widest_second_fork(200)
     assert short > long >= 2
+
+
+def test_what_closes_a_fork_depends_on_how_deep_forks_nest():
+    dialect, tokenizer = apr.dialect("spawn"), apr.ByteTokenizer()
+    flat, nested = (closing_overhead(dialect, tokenizer, depth).of(3) for depth in (1, None))
+    assert flat < nested
+
+
+@pytest.mark.parametrize("room", [len(FAILURE_NOTE) - 1, len(FAILURE_NOTE)])
+def test_the_note_of_a_failure_is_written_where_it_fits(room: int):
+    output = parse_phase_output(
+        apr.dialect("threadweaver"), "branch", BranchNumbering(number="1"), (), (), "failed",
+        apr.ByteTokenizer(), max_filler_tokens=room,
+    )  # fmt: skip
+    assert ("(failed)" in "".join(piece.text for piece in output.pieces)) == (room == len(FAILURE_NOTE))
 
 
 @pytest.mark.parametrize(("text", "kept"), [(None, 250), (10, 10 * TEXT_MARGIN), (400, 250)])
