@@ -12,7 +12,7 @@ CODES = {
     415: "unsupported_media_type", 421: "host_not_allowed", 503: "too_many_requests",
 }  # fmt: skip
 # What SGLang raises for a list that is empty or too short, or for a value of another type.
-MISFIT_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError)
+MISFIT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 RETRY_AFTER = b"1"  # seconds
 
 

@@ -82,6 +82,11 @@ def check_batch(request: Any, limits: GuardLimits) -> None:
     _check_grammar_count(objects)
     if isinstance(request.rid, list) and prompts is None and copies == 1:
         raise RequestRefused(f"rid={shorten(request.rid)}, expected a string for one prompt", "rid")
+    if isinstance(request.rid, str) and prompts is not None and not hasattr(request, "return_logprob"):
+        # SGLang makes the ids of a batch from one id for completions only.
+        raise RequestRefused(
+            f"rid={shorten(request.rid)}, expected a list with an id for each of {prompts} prompts", "rid"
+        )
     for name in SERVER_FIELDS:
         value = getattr(request, name, None)
         for entry in value if isinstance(value, list) else [value]:

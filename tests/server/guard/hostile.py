@@ -144,6 +144,7 @@ def refused(size: int = 1) -> dict[str, Request]:
         "sampling_params": generate(sampling_params=[]),
         "list of sampling_params": generate(sampling_params=[{}]),
         "list of rid": generate(rid=["a"]),
+        "rid of embeddings": post("/v1/embeddings", input=["a", "b"], model="x", rid="a"),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 import sgl_apr as apr
 from sgl_apr.errors import GrammarError
@@ -15,6 +15,7 @@ from sgl_apr.server.guard.limits import MIB, GuardLimits
 from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused
 from sgl_apr.server.guard.request_checks import check_batch, check_request
+from sgl_apr.server.security.abort import normalize_request
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM
 from tests.formats.test_masks_xgrammar import masked
 from tests.server.guard.hostile import chained_rules, chained_schema
@@ -44,6 +45,23 @@ def test_a_batch_cannot_multiply_its_parameters(fields: dict[str, Any]):
     ):
         check(**fields)
     check(GuardLimits(batch_bytes=8 * MIB), **fields)
+
+
+def test_a_batch_of_embeddings_needs_an_id_for_each_prompt():
+    """SGLang only asserts it."""
+    with pytest.raises(RequestRefused, match="rid='a', expected a list with an id for each of 2 prompts"):
+        check_batch(EmbeddingReqInput(text=["a", "b"], rid="a"), LIMITS)
+    check_batch(EmbeddingReqInput(text=["a", "b"], rid=["a", "b"]), LIMITS)
+    check_batch(EmbeddingReqInput(text=["a", "b"]), LIMITS)
+    check_batch(EmbeddingReqInput(text="a", rid="a"), LIMITS)
+    check(text=["a", "b"], rid="a")
+    with pytest.raises(
+        RequestRefused, match=r"do not fit one another .AssertionError: The rid should be a list"
+    ):
+        normalize_request(
+            EmbeddingReqInput.normalize_batch_and_arguments,
+            EmbeddingReqInput(image_data=[["a"], ["b"]], rid="a"),
+        )
 
 
 def test_batches_within_the_limit_pass():
