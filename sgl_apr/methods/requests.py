@@ -209,7 +209,9 @@ class MethodRequests:
             return self.cut(sequence, engine, limit if max_tokens < 1 else sequence.scope.limit)
 
         async def extend_limits(ids: Sequence[int]) -> int:
-            if extend and lowest(limits)[0] == "tokens":
+            if lowest(limits)[1] > len(ids):  # the engine has cut it, by a limit that it has told nobody
+                limits["context"] = len(ids)
+            elif extend and lowest(limits)[0] == "tokens":
                 limits["tokens"] = await extend()
             return lowest(limits)[1] - len(ids)
 

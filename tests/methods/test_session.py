@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -324,3 +325,26 @@ def test_nothing_is_decoded_after_an_empty_prompt():
     with pytest.raises(apr.AprError, match="the prompt of a request is empty"):
         asyncio.run(once())
     assert not engine.requests
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_what_the_engine_cuts_by_a_limit_of_its_own_is_not_continued(forked: bool):
+    """SGLang takes a few tokens less than its context has."""
+
+    async def program(t: MethodSession):
+        real = t.requests.engine.decode
+
+        async def cut_short(request, on_tokens=None):
+            assert not request.resumed_tokens
+            return await real(replace(request, max_tokens=min(20, request.max_tokens)), on_tokens)
+
+        t.requests.engine.decode = cut_short
+        if forked:
+            return (await t.fork(t.root, ["a", "b"]))[0]
+        return await t.continue_from(t.root, "a")
+
+    budget = apr.Budget(tokens=300)
+    completion, trajectory, _ = run(lambda request, prompt: "x" * 200, program, budget=budget)
+    assert completion.text == "x" * 20
+    assert completion.finish == "length"
+    assert {hit.limit for hit in trajectory.limits} == {"context"}
