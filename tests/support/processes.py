@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -55,6 +56,18 @@ class CoreWait:
             max(delay - before.get(thread, 0) for thread, delay in run_delays(pid).items())
             for pid, before in self._before.items()
         )
+
+
+def allocated_bytes(pid: int) -> int:
+    """Return the memory of a process that is no file, in RAM or swapped out."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return (
+        sum(
+            int(kilobytes)
+            for kilobytes in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+) kB", status, re.MULTILINE)
+        )
+        * 1024
+    )
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
