@@ -96,6 +96,20 @@ SECTIONS: dict[str, Section] = {
         "blocking request for each phase, nothing streamed): SmolLM2 with the tags as tokens, questions in parallel with one "
         "fork into three branches each, greedy, with the same grammars and limits on one server. The clients take turns, each "
         "is first in every other round, and both start with empty caches.",
+        figures.peers,
+    ),
+    "startup": Section(
+        "Start-up",
+        "How long `sgl-apr serve --model builtin` takes until the server is ready, and what each thing saves that a start leaves "
+        "out: medians of several starts.",
+        figures.startup,
+    ),
+    "budgets": Section(
+        "Small budgets",
+        "What methods solve under small budgets of tokens: the built-in model on 200 held-out Countdown problems. In `apr` the "
+        "model decides when to fork. Each method runs with the temperature of its paper, `apr` and `sequential` with 0. "
+        "The sizes of leases were chosen on other problems.",
+        figures.budgets,
     ),
     "training.tree_build": Section(
         "Building a training tree",

@@ -2,7 +2,7 @@
 
 python -m benchmarks.run_all [-o DIR] [--only training.tree_build kv_join.soak] [--again] [--list]
 
-Run it from the repository root. A benchmark is any program in a subfolder of `benchmarks`; its name is its dotted path
+Run it from the repository root. A benchmark is any other program in `benchmarks`; its name is its dotted path
 below `benchmarks`, as in `kv_join.latency`. Each runs as a command of its own with `--json`, and its stderr goes to
 DIR/NAME.log. When one fails, its name is printed and the others still run. A second run continues: it skips what has
 succeeded for the current state of the repository. `python -m benchmarks.render_docs DIR/benchmarks.json` writes
@@ -48,15 +48,18 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tre
         f"{RUNS}sequential", f"{RUNS}parallel", f"{RUNS}rl", "--sampled", f"{RUNS}parallel-sampled", f"{RUNS}rl-sampled",
         "--check",
     ),
+    "budgets": ("--check", "--at-once", "200", "-o", "runs/budgets"),
+    "startup": ("--check", "--demo", "--variants", "default", "none of these"),
     "masks.mask_latency": ("--runs", "200"),
-    "runtime.overhead": ("--check", "--pairs", "40"),
+    "runtime.overhead": ("--check", "--pairs", "16"),
     "runtime.peers": ("--check",),
     "quality.ablations": (
         "--model", "runs/parallel/model", "--twin", "runs/sequential/model", "--rl", "runs/rl/model", "-o",
         "runs/questions",
     ),
 }  # fmt: skip
-OUTPUTS = ("runs/questions",)  # every other argument below runs/ is an input
+TOOLS = ("run_all.py", "render_docs.py")
+OUTPUTS = ("runs/questions", "runs/budgets")  # every other argument below runs/ is an input
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +127,9 @@ class Benchmark:
 
 
 def benchmarks(package: Path) -> list[Benchmark]:
-    """The programs in the subfolders of a directory; those directly in it run and render benchmarks."""
-    programs = (p for p in sorted(package.glob("*/**/*.py")) if "__main__" in p.read_text())
+    """The programs in a directory and its subfolders, without those that run and render benchmarks."""
+    paths = (p for p in sorted(package.glob("**/*.py")) if p.parent != package or p.name not in TOOLS)
+    programs = (p for p in paths if "__main__" in p.read_text())
     names = (".".join(p.relative_to(package).with_suffix("").parts) for p in programs)
     return [Benchmark(name, package, ARGUMENTS.get(name, ())) for name in names]
 

@@ -194,6 +194,40 @@ def overhead(result: Result) -> str:
     )
 
 
+def startup(result: Result) -> str:
+    """One row for each variant, and the time of the demo."""
+    phases = list(result["rows"][0]["phases"])
+    rows = [
+        [r["variant"], f"{r['seconds']:.1f} ({r['min_s']:.1f}-{r['max_s']:.1f})", f"{r['cpu_s']:.1f}"]
+        + [f"{r['phases'][phase]:.1f}" for phase in phases]
+        for r in result["rows"]
+    ]
+    text = table(["variant", "seconds", "CPU seconds", *phases], rows)
+    if demo := result.get("demo"):
+        text += f"\n\n`make demo` takes {demo['seconds']:.1f} s in an environment that is ready (bar 35)."
+    return text
+
+
+def budgets(result: Result) -> str:
+    """One row for each budget, one column for each method."""
+    rows, methods = result["rows"], list(dict.fromkeys(r["method"] for r in result["rows"]))
+    found = {(r["tokens"], r["method"]): r for r in rows}
+
+    def cell(row: Result | None) -> str:
+        if row is None or row["accuracy"] is None:
+            return "-"
+        low, high = row["ci95"]
+        return f"{percent(row['accuracy'])} ({100 * low:.0f}-{100 * high:.0f}), {row['mean_tokens']:.0f}"
+
+    body = [
+        [f"{tokens:,}", *(cell(found.get((tokens, method))) for method in methods)]
+        for tokens in dict.fromkeys(r["tokens"] for r in rows)
+    ]
+    return table(["tokens", *(f"`{m}`" for m in methods)], body) + (
+        "\n\nSolved, with the 95% interval in points, and the tokens of a reply."
+    )
+
+
 def peers(result: Result) -> str:
     rounds = result["rounds"]
 

@@ -32,7 +32,7 @@ def package(tmp_path: Path) -> Path:
     """A repository with a benchmark that works, one that fails, a module that is no program, and a tool at the top."""
     package = tmp_path / "repo" / "benchmarks"
     (package / "kind").mkdir(parents=True)
-    files = {"kind/good": GOOD, "kind/bad": BAD, "kind/hardware": "X = 1\n", "tool": GOOD}
+    files = {"kind/good": GOOD, "kind/bad": BAD, "kind/hardware": "X = 1\n", "render_docs": GOOD}
     for name, text in (files | {"__init__": "", "kind/__init__": ""}).items():
         (package / f"{name}.py").write_text(text)
     git = ["git", "-C", str(package), "-c", "user.name=n", "-c", "user.email=e"]
