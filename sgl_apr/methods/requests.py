@@ -15,7 +15,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.continuation import PENALTIES, Extend, can_continue
+from sgl_apr.runtime.continuation import Extend, can_continue, is_penalized
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
@@ -134,8 +134,8 @@ class MethodRequests:
         resumes = self.engine.resumes_grammar if prompt.grammar else not prompt.stop
         if self.budget.calls is not None:  # a method plans its calls, so none is left for another request
             resumes = False
-        penalized = any(name in prompt.sampling for name in PENALTIES)
-        return own if resumes and self.shares_tokens and not penalized else min(own, equal)
+        resumes = resumes and self.shares_tokens and not is_penalized(prompt.sampling)
+        return own if resumes else min(own, equal)
 
     def release_tokens(self, tokens: int) -> None:
         """Give back tokens that were reserved."""

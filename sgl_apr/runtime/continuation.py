@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from sgl_apr.engine.base import Engine
@@ -16,7 +16,13 @@ from sgl_apr.runtime.pending_leases import PendingLeases
 from sgl_apr.runtime.sequence import SequenceState
 
 Extend = Callable[[Sequence[int]], Coroutine[Any, Any, int]]  # decoded ids -> tokens that may follow them
-PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens")
+# Sampling parameters that count what one request has written, and the values that count nothing.
+NEUTRAL_PENALTIES = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "min_new_tokens": 0,
+}
 
 
 class PhaseExtension:
@@ -88,6 +94,11 @@ class PhaseExtension:
         return segments is not None and bool(segments) and segments[-1].role in ("fork", "wait", "closer")
 
 
+def is_penalized(sampling: Mapping[str, Any]) -> bool:
+    """Whether sampling depends on what the same request has written before."""
+    return any(sampling.get(name) not in (None, neutral) for name, neutral in NEUTRAL_PENALTIES.items())
+
+
 def can_continue(engine: Engine, options: ReasonOptions) -> bool:
     """Whether a request may continue after another that its token limit cut, as if both were one.
 
@@ -96,7 +107,7 @@ def can_continue(engine: Engine, options: ReasonOptions) -> bool:
         options: Of the trajectory. Penalties are of one request, since they count what it has written. Without a
             grammar the engine looks for stop texts in what one request has written, so none may be cut in two.
     """
-    if any(name in options.sampling for name in PENALTIES):
+    if is_penalized(options.sampling):
         return False
     if options.constrain:
         return engine.resumes_grammar

@@ -20,7 +20,7 @@ from tests.support.dense_mask import dense_mask
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
-BUDGET = {"tokens": 400, "width": 3, "branch_tokens": 60, "outline_chars": 8}
+BUDGET = {"tokens": 600, "width": 3, "branch_tokens": 60, "outline_chars": 8}
 
 
 @pytest.fixture(scope="module")

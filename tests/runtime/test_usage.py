@@ -74,3 +74,13 @@ def test_a_sequence_keeps_no_more_than_its_texts_after_joins_need(text: int | No
     if text is not None:
         trunk.usage = trunk.usage.with_text(text)
     assert rules.unreserved(trunk, 1000) == 1000 - kept
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shared"),
+    [({}, True), ({"frequency_penalty": 0.0, "repetition_penalty": 1.0}, True), ({"presence_penalty": 0.5}, False)],
+)  # fmt: skip
+def test_only_penalties_that_count_keep_branches_from_sharing(sampling: dict[str, float], shared: bool):
+    branch = "a</Thread>"
+    t = reason(scripted(branch_1=branch, branch_2=branch, after="</Parallel>\nDone."), **sampling)
+    assert t.tokens_shared == shared
