@@ -102,7 +102,7 @@ def test_what_is_written_is_what_the_reference_writes(joining: Server, reference
     )
     letters = plain(asyncio.run(tokenizer_of(joining.url)), reference.config.vocab_size)
     joined = regret(reference, trajectory, apr.causality(trajectory), letters)
-    assert len(joined) > 15
+    assert len(joined) >= 10
     assert max(joined) < 1e-4
     assert max(regret(reference, trajectory, apr.causality(trajectory, "text"), letters)) > 1e-2, (
         "not in a line"
