@@ -48,6 +48,8 @@ from .runtime.events import Joined as Joined
 from .runtime.events import RequestFinished as RequestFinished
 from .runtime.events import SpanFinished as SpanFinished
 from .runtime.events import TextRetracted as TextRetracted
+from .runtime.events import ToolCalled as ToolCalled
+from .runtime.events import ToolReturned as ToolReturned
 from .runtime.events import rebuild as rebuild
 from .runtime.frontend.endpoint import Endpoint as Endpoint
 from .runtime.frontend.expressions import reason as reason
@@ -72,6 +74,7 @@ from .trajectory.dataset import from_dataset as from_dataset
 from .trajectory.dataset import to_dataset as to_dataset
 from .trajectory.metrics import Metrics as Metrics
 from .trajectory.spans import Span as Span
+from .trajectory.tool_calls import ToolCall as ToolCall
 from .trajectory.trajectory import Trajectory as Trajectory
 
 __version__: str
@@ -129,6 +132,9 @@ __all__ = [
     "Span",
     "SpanFinished",
     "TextRetracted",
+    "ToolCall",
+    "ToolCalled",
+    "ToolReturned",
     "TraceError",
     "Trajectory",
     "UnsupportedEngine",

@@ -25,6 +25,9 @@ class BudgetFields(TypedDict, total=False):
     calls: int | None
     outline_chars: int | None
     seconds: float | None
+    tool_calls: int | None
+    tool_seconds: float
+    tool_result_tokens: int
     reserve: float
 
 

@@ -27,6 +27,9 @@ class Budget:
         calls: Engine requests, commits and retries included.
         outline_chars: Characters of one outline, which is then one line without `<`.
         seconds: Wall time. Branches end early enough to leave the trunk its reserve.
+        tool_calls: Calls of tools. The branches of a fork get equal parts.
+        tool_seconds: Wall time of one call of a tool.
+        tool_result_tokens: Tokens of the result of one call, without the form of the chat template.
         reserve: Share of the tokens, calls and time left at a fork that is kept for the text after the join.
     """
 
@@ -39,12 +42,15 @@ class Budget:
     calls: int | None = None
     outline_chars: int | None = None
     seconds: float | None = None
+    tool_calls: int | None = None
+    tool_seconds: float = 60.0
+    tool_result_tokens: int = 1024
     reserve: float = 0.25
 
     def __post_init__(self) -> None:
         lowest = {
             "tokens": 1, "critical_tokens": 1, "branch_tokens": 1, "width": 2, "depth": 1, "blocks": 0,
-            "calls": 1, "outline_chars": 1,
+            "calls": 1, "outline_chars": 1, "tool_calls": 0, "tool_result_tokens": 1,
         }  # fmt: skip
         check_numbers(self, "budget", BudgetExceeded)
         for name, low in lowest.items():
@@ -53,6 +59,8 @@ class Budget:
                 raise BudgetExceeded(f"budget {name}={value}, expected at least {low}")
         if self.seconds is not None and not self.seconds > 0:
             raise BudgetExceeded(f"budget seconds={self.seconds}, expected more than 0")
+        if not self.tool_seconds > 0:
+            raise BudgetExceeded(f"budget tool_seconds={self.tool_seconds}, expected more than 0")
         if not 0 < self.reserve < 1:
             raise BudgetExceeded(f"budget reserve={self.reserve}, expected a share between 0 and 1")
 
@@ -65,7 +73,7 @@ class Budget:
 
         Examples:
             >>> Budget.parse("tokens=1024,seconds=2.5")
-            Budget(tokens=1024, critical_tokens=None, branch_tokens=None, width=None, depth=1, blocks=None, calls=None, outline_chars=None, seconds=2.5, reserve=0.25)
+            Budget(tokens=1024, critical_tokens=None, branch_tokens=None, width=None, depth=1, blocks=None, calls=None, outline_chars=None, seconds=2.5, tool_calls=None, tool_seconds=60.0, tool_result_tokens=1024, reserve=0.25)
         """
         kinds = number_types(cls)
         limits: dict[str, Any] = {}

@@ -10,6 +10,8 @@ An object has the kind of its event in "event", and the fields of the event unde
     {"event": "forked", "path": [1], "branches": [["1", "an outline"], ["2", "another"]], "first_branch": 1}
     {"event": "branch_ended", "path": [1, 2], "outcome": "ok"}
     {"event": "joined", "path": [1], "branches": [1, 2]}
+    {"event": "tool_called", "path": [1, 2], "id": "call_1.2_1", "name": "search", "arguments": "{...}"}
+    {"event": "tool_returned", "index": 0, "call": {"id": "call_1.2_1", "path": [1, 2], "name": "search", ...}}
     {"event": "done", "order": [0, 1, ...], "dialect": "threadweaver", "wall_s": 2.5, "limits": [], ...}
 
 `apr.rebuild(map(event_from_json, objects))` is exactly the trajectory.
@@ -33,6 +35,8 @@ from sgl_apr.runtime.events import (
     RequestFinished,
     SpanFinished,
     TextRetracted,
+    ToolCalled,
+    ToolReturned,
 )
 from sgl_apr.trajectory.strict_json import describe, read_strictly
 
@@ -43,7 +47,18 @@ def _snake_case(kind: type) -> str:
 
 EVENT_TYPES: Mapping[str, type[Event]] = {
     _snake_case(kind): kind
-    for kind in (Delta, TextRetracted, SpanFinished, RequestFinished, Forked, BranchEnded, Joined, Done)
+    for kind in (
+        Delta,
+        TextRetracted,
+        SpanFinished,
+        RequestFinished,
+        Forked,
+        BranchEnded,
+        Joined,
+        ToolCalled,
+        ToolReturned,
+        Done,
+    )
 }
 
 

@@ -21,6 +21,7 @@ from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.references import check_references
 from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.strict_json import WrongValue
+from sgl_apr.trajectory.tool_calls import ToolCall
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -95,6 +96,31 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCalled:
+    """A model has called a tool, which starts to run.
+
+    Attributes:
+        path: The sequence.
+        id: Names the call within its trajectory.
+        name: The name of the tool.
+        arguments: The arguments, the text of a JSON object.
+    """
+
+    path: Path
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolReturned:
+    """A call of a tool has ended. Calls are counted in the order in which they end."""
+
+    index: int
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The end: the order of the spans in the text, and what holds for the whole trajectory."""
 
@@ -109,7 +135,18 @@ class Done:
     tokens_shared: bool = False
 
 
-Event = Delta | TextRetracted | SpanFinished | RequestFinished | Forked | BranchEnded | Joined | Done
+Event = (
+    Delta
+    | TextRetracted
+    | SpanFinished
+    | RequestFinished
+    | Forked
+    | BranchEnded
+    | Joined
+    | ToolCalled
+    | ToolReturned
+    | Done
+)
 OnEvent = Callable[[Event], None]
 
 
@@ -121,15 +158,23 @@ def rebuild(events: Iterable[Event]) -> Trajectory:
     """
     spans: dict[int, Span] = {}
     calls: dict[int, Call] = {}
+    tool_calls: dict[int, ToolCall] = {}
     for event in events:
         if isinstance(event, SpanFinished):
             spans[event.index] = event.span
         elif isinstance(event, RequestFinished):
             calls[event.index] = event.call
+        elif isinstance(event, ToolReturned):
+            tool_calls[event.index] = event.call
         elif isinstance(event, Done):
             try:
-                trajectory = assemble_trajectory(spans, [calls[i] for i in range(len(calls))], event)
-                check_references(trajectory.spans, trajectory.calls, trajectory.joins)
+                trajectory = assemble_trajectory(
+                    spans,
+                    [calls[i] for i in range(len(calls))],
+                    event,
+                    [tool_calls[i] for i in range(len(tool_calls))],
+                )
+                check_references(trajectory.spans, trajectory.calls, trajectory.joins, trajectory.tool_calls)
             except KeyError as error:
                 raise AprError(f"the events lack a span or call: there is none of index {error}") from None
             except WrongValue as error:
@@ -139,9 +184,12 @@ def rebuild(events: Iterable[Event]) -> Trajectory:
 
 
 def assemble_trajectory(
-    spans: Mapping[int, Span] | Sequence[Span], calls: Sequence[Call], done: Done
+    spans: Mapping[int, Span] | Sequence[Span],
+    calls: Sequence[Call],
+    done: Done,
+    tool_calls: Sequence[ToolCall] = (),
 ) -> Trajectory:
-    """Spans and calls, each in the order in which they came, as a trajectory."""
+    """Spans, requests and calls of tools, each in the order in which they came, as a trajectory."""
     place = {old: new for new, old in enumerate(done.order)}
 
     def moved(span: Span) -> Span:
@@ -162,4 +210,5 @@ def assemble_trajectory(
         done.seed,
         done.seeds_honoured,
         done.tokens_shared,
+        tuple(tool_calls),
     )

@@ -52,4 +52,4 @@ class TrajectoryRecorder:
             order, dialect, log.seconds, limits, decisions, joins, seed, seeds_honoured, tokens_shared
         )
         self.events.emit(done)
-        return assemble_trajectory(self.graph.spans, log.calls, done)
+        return assemble_trajectory(self.graph.spans, log.calls, done, log.tool_calls)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 from sgl_apr.engine.base import Load, Result
-from sgl_apr.runtime.events import RequestFinished
+from sgl_apr.runtime.events import RequestFinished, ToolReturned
 from sgl_apr.runtime.span_graph import EventEmitter
 from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.spans import Path
+from sgl_apr.trajectory.tool_calls import ToolCall
 
 
 class RequestLog:
@@ -20,11 +21,17 @@ class RequestLog:
         self.limits: dict[LimitHit, None] = {}
         self.decisions: list[PacingDecision] = []
         self.joins: list[JoinRecord] = []
+        self.tool_calls: list[ToolCall] = []
 
     @property
     def seconds(self) -> float:
         """Seconds since the trajectory began."""
         return time.monotonic() - self._started
+
+    def record_tool_call(self, call: ToolCall) -> None:
+        """Record a call of a tool that has ended."""
+        self.tool_calls.append(call)
+        self._events.emit(ToolReturned(len(self.tool_calls) - 1, call))
 
     def record_request(
         self,

@@ -18,6 +18,8 @@ from .spans import Origin as Origin
 from .spans import Path as Path
 from .spans import Role as Role
 from .spans import Span as Span
+from .tool_calls import ToolCall as ToolCall
+from .tool_calls import ToolOutcome as ToolOutcome
 from .trajectory import Trajectory as Trajectory
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "PhaseCost",
     "Role",
     "Span",
+    "ToolCall",
+    "ToolOutcome",
     "Trajectory",
     "causality",
     "compute_metrics",

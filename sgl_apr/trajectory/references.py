@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from sgl_apr.trajectory.calls import Call, JoinRecord
 from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.strict_json import WrongValue
+from sgl_apr.trajectory.tool_calls import ToolCall
 
 
-def check_references(spans: Sequence[Span], calls: Sequence[Call], joins: Sequence[JoinRecord]) -> None:
+def check_references(
+    spans: Sequence[Span],
+    calls: Sequence[Call],
+    joins: Sequence[JoinRecord],
+    tool_calls: Sequence[ToolCall] = (),
+) -> None:
     """Check that parents come before their span, that calls and joined blocks exist, and that no count is negative.
 
     Raises:
@@ -40,6 +46,10 @@ def check_references(spans: Sequence[Span], calls: Sequence[Call], joins: Sequen
         if join.path not in (blocks if len(join.path) % 2 else sequences):
             wrong = WrongValue(_short(join.path), "the path of a block or branch of the spans")
             raise wrong.inside(".path").inside(f"[{index}]").inside(".joins")
+    for index, tool_call in enumerate(tool_calls):
+        if tool_call.path not in sequences:
+            wrong = WrongValue(_short(tool_call.path), "the path of a sequence of the spans")
+            raise wrong.inside(".path").inside(f"[{index}]").inside(".tool_calls")
 
 
 def _check_span(span: Span, index: int, calls: int) -> None:

@@ -11,7 +11,19 @@ from sgl_apr.errors import AprError
 Origin = Literal["prompt", "decoded", "injected"]
 Finish = Literal["stop", "eos", "length", "aborted", "timeout", "failed", "malformed"]
 Role = Literal[
-    "prompt", "text", "fork", "lead", "header", "body", "closer", "wait", "result", "tail", "close"
+    "prompt",
+    "text",
+    "fork",
+    "lead",
+    "header",
+    "body",
+    "closer",
+    "wait",
+    "result",
+    "tail",
+    "close",
+    "call",
+    "observation",
 ]
 Path = tuple[int, ...]
 
@@ -23,14 +35,14 @@ class Span:
     A token that straddles two spans belongs to the one in which it begins.
 
     Attributes:
-        role: Its role in the grammar.
+        role: Its role in the grammar. A "call" of tools and the "observation" of their results stand between texts.
         origin: Whether it is part of the prompt, was decoded by the model, or was injected by the runtime.
         text: Its text.
         token_ids: Its token ids; None if the text was parsed without a tokenizer.
         parents: Indices of the spans that it directly follows. Its ancestors are what it was conditioned on.
         path: Where it stands: `()` is the trunk, `(1, 2)` is branch 2 of the first block, and so on.
         label: The text that the grammar names in it: the outline (header), the conclusion (close), or the message
-            that a branch returned (closer, result).
+            that a branch returned (closer, result), or the ids of the calls, separated by spaces (call, observation).
         finish: How its sequence ended, if it ended with this span.
         call: The index of the engine call that decoded it.
         waits_for: Indices of spans that it waited for without seeing them, as a join by message does.

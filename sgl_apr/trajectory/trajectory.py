@@ -15,8 +15,9 @@ from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics
 from sgl_apr.trajectory.references import check_references
 from sgl_apr.trajectory.spans import Finish, Span, ancestors
 from sgl_apr.trajectory.strict_json import WrongValue, describe, read_strictly
+from sgl_apr.trajectory.tool_calls import ToolCall
 
-SCHEMA = "sgl_apr.trajectory/6"
+SCHEMA = "sgl_apr.trajectory/7"
 IGNORED_FIELDS = (
     "schema",
     "source",
@@ -42,6 +43,7 @@ class Trajectory:
         seeds_honoured: Whether the engine supports seeds.
         tokens_shared: Whether the branches of a fork shared their tokens. Otherwise each had a fixed equal part, since
             the engine cannot continue a request in the middle of its grammar.
+        tool_calls: The calls of tools, in the order in which they ended.
 
     Examples:
         >>> import sgl_apr as apr
@@ -60,6 +62,7 @@ class Trajectory:
     seed: int | None = None
     seeds_honoured: bool = False
     tokens_shared: bool = False
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -131,7 +134,7 @@ class Trajectory:
 
     @property
     def answer(self) -> str:
-        """The trunk's text after the last join, or all of it without a join, without leading white space."""
+        """The trunk's text after the last join and the last result of a tool, without leading white space."""
         tail: list[str] = []
         for span in reversed(self.reply):
             if span.role != "text" or span.path != ():
@@ -200,7 +203,7 @@ class Trajectory:
         trajectory_fields = {name: data[name] for name in data if name not in IGNORED_FIELDS}
         trajectory = read_strictly(cls, trajectory_fields, where)
         try:
-            check_references(trajectory.spans, trajectory.calls, trajectory.joins)
+            check_references(trajectory.spans, trajectory.calls, trajectory.joins, trajectory.tool_calls)
         except WrongValue as error:
             raise error.as_trace_error(where) from None
         return trajectory

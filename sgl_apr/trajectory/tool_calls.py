@@ -1,0 +1,44 @@
+"""Records of the tools that a model called during a trajectory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sgl_apr.trajectory.spans import Path
+
+ToolOutcome = Literal["ok", "error", "timeout", "cancelled", "refused", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool, and what it returned.
+
+    Attributes:
+        id: Names the call within its trajectory, as in OpenAI's API.
+        path: The sequence that called it.
+        name: The name of the tool.
+        arguments: The arguments, the text of a JSON object. Of a call that a token limit cut, what was decoded.
+        result: What the model read as its result, without the form of the chat template.
+        outcome: "ok"; "error" if the tool failed; "timeout" if it took longer than `Budget.tool_seconds`; "cancelled" if
+            its sequence was cut; "refused" if it was not run, since the budget had no calls left or the arguments do not
+            fit the schema; "length" if a token limit cut the call, which was dropped from the context.
+        started: When it started, in seconds since the trajectory began.
+        ended: When it ended, in seconds since the trajectory began.
+        truncated: Whether the result was longer than what the model read.
+    """
+
+    id: str
+    path: Path
+    name: str
+    arguments: str
+    result: str
+    outcome: ToolOutcome
+    started: float
+    ended: float
+    truncated: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.ended - self.started
