@@ -15,6 +15,8 @@ from .events import Joined as Joined
 from .events import RequestFinished as RequestFinished
 from .events import SpanFinished as SpanFinished
 from .events import TextRetracted as TextRetracted
+from .events import ToolCalled as ToolCalled
+from .events import ToolReturned as ToolReturned
 from .events import rebuild as rebuild
 from .frontend.endpoint import Endpoint as Endpoint
 from .frontend.expressions import reason as reason
@@ -25,6 +27,7 @@ from .options import ReasonOptions as ReasonOptions
 from .pacing import Demand as Demand
 from .pacing import Pacing as Pacing
 from .retry import Retry as Retry
+from .tools.tool import Tool as Tool
 
 __all__ = [
     "BranchEnded",
@@ -44,6 +47,9 @@ __all__ = [
     "Retry",
     "SpanFinished",
     "TextRetracted",
+    "Tool",
+    "ToolCalled",
+    "ToolReturned",
     "areason",
     "arun_many",
     "event_from_json",

@@ -18,6 +18,7 @@ from sgl_apr.trajectory import dataset
 from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.dataset import from_dataset, to_dataset
 from sgl_apr.trajectory.spans import Span
+from sgl_apr.trajectory.tool_calls import ToolCall
 from sgl_apr.trajectory.trajectory import Trajectory
 from tests.support.threadweaver_traces import TAGS, TRACE, traces
 
@@ -48,6 +49,12 @@ FULL = Trajectory(
     seed=5,
     seeds_honoured=True,
     tokens_shared=True,
+    tool_calls=(
+        ToolCall(
+            "call_1", (), "search", '{"query": "\U0001f30d"}', "3 results", "ok", 0.1, 0.25, truncated=True
+        ),
+        ToolCall("call_2", (1, 2), "search", "{}", "", "timeout", 0.0, 60.0),
+    ),
 )
 BARE = Trajectory((), "")
 SAMPLES = [
@@ -72,7 +79,15 @@ def values(value: Any) -> Iterator[Any]:
 def test_the_sample_leaves_no_default():
     """Otherwise a field that is lost could go unnoticed."""
     found = list(values(FULL))
-    assert {type(v) for v in found} == {Trajectory, Span, Call, LimitHit, PacingDecision, JoinRecord}
+    assert {type(v) for v in found} == {
+        Trajectory,
+        Span,
+        Call,
+        LimitHit,
+        PacingDecision,
+        JoinRecord,
+        ToolCall,
+    }
     for kind in map(type, found):
         for field in fields(kind):
             assert field.default is MISSING or any(

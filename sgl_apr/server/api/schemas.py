@@ -47,6 +47,7 @@ NUMBER_BOUNDS: Mapping[str, Mapping[str, Schema]] = {
         "tokens": {"minimum": 1}, "critical_tokens": {"minimum": 1}, "branch_tokens": {"minimum": 1},
         "width": {"minimum": 2}, "depth": {"minimum": 1}, "blocks": {"minimum": 0}, "calls": {"minimum": 1},
         "outline_chars": {"minimum": 1}, "seconds": {"exclusiveMinimum": 0},
+        "tool_calls": {"minimum": 0}, "tool_seconds": {"exclusiveMinimum": 0}, "tool_result_tokens": {"minimum": 1},
         "reserve": {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
     },
     "pacing": {
