@@ -60,6 +60,7 @@ from .runtime.options import ReasonOptions as ReasonOptions
 from .runtime.pacing import Demand as Demand
 from .runtime.pacing import Pacing as Pacing
 from .runtime.retry import Retry as Retry
+from .runtime.tools.tool import Tool as Tool
 from .server.launch.launcher import Server as Server
 from .server.local_engine import LocalEngine as LocalEngine
 from .trajectory.blocks import Block as Block
@@ -132,6 +133,7 @@ __all__ = [
     "Span",
     "SpanFinished",
     "TextRetracted",
+    "Tool",
     "ToolCall",
     "ToolCalled",
     "ToolReturned",

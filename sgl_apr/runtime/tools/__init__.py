@@ -1,0 +1,1 @@
+"""Tools that a model calls during a trajectory."""
