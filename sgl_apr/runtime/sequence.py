@@ -240,6 +240,7 @@ class SequenceState:
         result_of: BranchIdentity | None = None,
         waits_for: tuple[int, ...] = (),
         charged: bool = True,
+        token_ids: Sequence[int] | None = None,
     ) -> None:
         """Append text that the model did not write. Empty text is not appended.
 
@@ -250,11 +251,14 @@ class SequenceState:
             result_of: The branch whose result it is.
             waits_for: Spans that it follows in time without being conditioned on them.
             charged: The sequence pays for it. A branch does not pay for a header that was set aside for it.
+            token_ids: The token ids of the text, if it has been encoded before.
         """
         if not text:
             return
         starts_context = role == "header" and not self.context
-        ids = tuple(self.graph.tokenizer.encode(text, add_special_tokens=starts_context))
+        if token_ids is None:
+            token_ids = self.graph.tokenizer.encode(text, add_special_tokens=starts_context)
+        ids = tuple(token_ids)
         path = result_of.path if result_of else self.path
         if self.graph.events.listening:
             self.graph.events.emit(Delta(path, text))
