@@ -6,8 +6,7 @@ The runtime only encodes text that it injects. Model output stays as the ids tha
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +16,6 @@ from sgl_apr.errors import AprError, UnsupportedEngine
 
 LONG_TEXT = 16_384  # characters whose encoding takes milliseconds
 CONTEXT_TOKENS = 4  # tokens of context that decoding needs to keep a leading space
-TAG = re.compile(r"<[^<>]*>")
-REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
 
 
 class Tokenizer(Protocol):
@@ -56,6 +53,11 @@ class Tokenizer(Protocol):
         """Return the id of a tag that is one added token, which ordinary text cannot produce; otherwise None."""
         ...
 
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """The ids of all added tokens by their spellings, whether they are special or not."""
+        ...
+
 
 class HfTokenizer:
     """A `tokenizer.json`, read by the `tokenizers` library. Needs neither torch nor transformers.
@@ -81,9 +83,9 @@ class HfTokenizer:
                 f"no usable tokenizer.json for {str(directory)!r}: expected a directory or hub id "
                 f"that has one, or pass tokenizer= ({error})"
             ) from error
-        self._added = {
-            token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special
-        }
+        added = self._backend.get_added_tokens_decoder()
+        self._added = {token.content: i for i, token in added.items() if token.special}
+        self._added_tokens = {token.content: i for i, token in added.items()}
         self._eos_ids = frozenset(eos_ids) or frozenset(_eos_ids(Path(directory), self._added))
 
     @property
@@ -113,6 +115,10 @@ class HfTokenizer:
         return self._added.get(tag)
 
     @property
+    def added_tokens(self) -> Mapping[str, int]:
+        return self._added_tokens
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
@@ -131,126 +137,6 @@ def check_encodable(text: str) -> None:
             f"character {error.start} of the text is {text[error.start]!r}, half a surrogate pair: "
             "expected text that UTF-8 can encode"
         ) from None
-
-
-def split_token_ids(
-    ids: list[int] | tuple[int, ...], text: str, ends: list[int], tokenizer: Tokenizer
-) -> Iterator[tuple[int, ...]]:
-    """Split token ids at character offsets of their text.
-
-    A token belongs to the piece in which its first character lies.
-
-    Args:
-        ids: Token ids whose text is `text`.
-        text: The decoded text.
-        ends: End offset of every piece in characters, ascending. The last is the length of the text.
-        tokenizer: The tokenizer of the ids.
-
-    Yields:
-        The ids of each piece.
-    """
-    if not ends:
-        return
-    pending: list[int] = []
-    starts: list[int] = []
-    low, offset, cuts_at_tags = 0, 0, True
-    for end in ends[:-1]:
-        pending.append(end)
-        high = _cut_at_tag(ids, low, text, offset, end, tokenizer, len(ends)) if cuts_at_tags else None
-        if high is None:
-            continue
-        if high < 0:
-            cuts_at_tags = False  # looking further could take quadratic time
-            continue
-        yield from _split_piece(starts, ids, low, high, offset, text, pending, tokenizer)
-        low, offset, pending = high, end, []
-    yield from _split_piece(starts, ids, low, len(ids), offset, text, [*pending, len(text)], tokenizer)
-
-
-def _cut_at_tag(
-    ids: list[int] | tuple[int, ...],
-    low: int,
-    text: str,
-    offset: int,
-    end: int,
-    tokenizer: Tokenizer,
-    pieces: int,
-) -> int | None:
-    """Where the ids have to be cut if a tag that is one token begins or ends at `end`.
-
-    Returns:
-        The index of the next token. None without such a tag, -1 if it is not the first of its kind.
-    """
-    if not offset < end < len(text) or text[end - 1] == REPLACEMENT:  # half a character may be there
-        return None
-    starting = TAG.match(text, end)
-    tag = starting[0] if starting else text[max(offset, text.rfind("<", offset, end)) : end]
-    token_id = tokenizer.special_token_id(tag)
-    if token_id is None:
-        return None
-    try:
-        index = ids.index(token_id, low) + (starting is None)
-    except ValueError:
-        return None
-    # One that occurs once cannot be another. Counting is only quicker than decoding for a few pieces.
-    if pieces < 4 and ids.count(token_id) == 1 and text.count(tag) == 1:
-        return index
-    return index if tokenizer.decode(ids[low:index], _context(ids, low)) == text[offset:end] else -1
-
-
-def _context(ids: list[int] | tuple[int, ...], index: int) -> Sequence[int]:
-    """The ids before an index on which the text of the next may depend."""
-    return ids[max(0, index - CONTEXT_TOKENS) : index]
-
-
-def _split_piece(
-    starts: list[int],
-    ids: list[int] | tuple[int, ...],
-    low: int,
-    high: int,
-    offset: int,
-    text: str,
-    ends: list[int],
-    tokenizer: Tokenizer,
-) -> list[tuple[int, ...]]:
-    """Split `ids[low:high]`, whose text begins at `offset` and ends with the last of `ends`."""
-    if len(ends) == 1:
-        return [tuple(ids[low:high])]
-    if not starts:  # made once, and only where it is needed
-        starts += [0] * len(ids)
-    _locate_tokens(starts, ids, low, high, offset, text[offset : ends[-1]], ends, tokenizer)
-    cuts = [low, *(bisect_left(starts, end, low, high) for end in ends[:-1]), high]
-    return [tuple(ids[first:last]) for first, last in pairwise(cuts)]
-
-
-def _locate_tokens(
-    starts: list[int],
-    ids: list[int] | tuple[int, ...],
-    low: int,
-    high: int,
-    offset: int,
-    text: str,
-    ends: list[int],
-    tokenizer: Tokenizer,
-) -> None:
-    """Fill `starts[low:high]` with the character offsets of these tokens, precisely where a cut depends on it.
-
-    Bisects until no cut is left inside, so that few pieces have to be decoded separately.
-    """
-    next_end = bisect_right(ends, offset)
-    has_cut = next_end < len(ends) and ends[next_end] < offset + len(text)
-    middle = (low + high) // 2
-    for cut in (*range(middle, high), *range(middle - 1, low, -1)) if has_cut else ():
-        if cut == low:
-            continue
-        piece = tokenizer.decode(ids[low:cut], _context(ids, low))
-        # A replacement character is either half of one that the cut splits, or stands in the text itself.
-        splits_no_character = not piece.endswith(REPLACEMENT)
-        if splits_no_character or piece + tokenizer.decode(ids[cut:high], _context(ids, cut)) == text:
-            _locate_tokens(starts, ids, low, cut, offset, piece, ends, tokenizer)
-            _locate_tokens(starts, ids, cut, high, offset + len(piece), text[len(piece) :], ends, tokenizer)
-            return
-    starts[low:high] = [offset] * (high - low)
 
 
 @lru_cache(maxsize=8)
@@ -282,3 +168,112 @@ def truncate_tokens(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
     """`text`, or its first `max_tokens` tokens."""
     ids = tokenizer.encode(text)
     return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens])
+
+
+class AddedTokenScanner:
+    """Finds the spellings of added tokens in a text.
+
+    Spaces and single characters are left out: tokenizers add them to shorten text, and they control nothing.
+
+    Attributes:
+        ids: The ids of the added tokens.
+        spellings: Their spellings.
+    """
+
+    def __init__(self, added_tokens: Mapping[str, int]) -> None:
+        added = {s: i for s, i in added_tokens.items() if len(s) > 1 and s.strip(" \t\r\n\u2581")}
+        self.ids, self.spellings = frozenset(added.values()), frozenset(added)
+        self._lengths: dict[str, list[int]] = {}
+        for first, length in sorted({(s[0], len(s)) for s in added}):
+            self._lengths.setdefault(first, []).append(length)
+        self._first = re.compile("|".join(map(re.escape, self._lengths))) if added else None
+
+    def occurrences(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where each occurrence begins and ends, also those that overlap, in the order of their beginnings."""
+        for match in self._first.finditer(text) if self._first else ():
+            start = match.start()
+            for length in self._lengths[match[0]]:
+                if text[start : start + length] in self.spellings:
+                    yield start, start + length
+
+    def cuts(self, text: str) -> list[int]:
+        """Return ascending offsets, so that no piece between them contains an occurrence."""
+        return list(dict.fromkeys(start + 1 for start, _ in self.occurrences(text)))
+
+
+@lru_cache(maxsize=8)
+def added_token_scanner(tokenizer: Tokenizer) -> AddedTokenScanner:
+    """Return the scanner for the added tokens of a tokenizer."""
+    return AddedTokenScanner(tokenizer.added_tokens)
+
+
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return token ids of text that a stranger wrote. None of them is an added token, such as `<|im_end|>`.
+
+    The text is cut inside each spelling of an added token, and its pieces are encoded one by one. A text without such
+    spellings is encoded as usual.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text. The ids decode to it, as those of `tokenizer.encode` do.
+
+    Raises:
+        AprError: The text holds half a surrogate pair.
+    """
+    scanner = added_token_scanner(tokenizer)
+    return encode_pieces(tokenizer, text, scanner.cuts(text), excluded=scanner.ids)
+
+
+def encode_pieces(
+    tokenizer: Tokenizer, text: str, cuts: Sequence[int], *, excluded: frozenset[int] = frozenset()
+) -> list[int]:
+    """Encode the pieces of a text one by one.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        cuts: Where to cut it: ascending offsets in characters.
+        excluded: Ids that no piece may have. A piece that has one all the same is cut further, since tokenizers may
+            normalize what they match.
+    """
+    ids: list[int] = []
+    known: dict[str, list[int]] = {}
+    for start, end in pairwise([0, *cuts, len(text)]):
+        piece = text[start:end]
+        key = piece if start and len(piece) < 64 else ""
+        encoded = known.get(key) if key else None
+        if encoded is None:
+            encoded = _encode_piece(tokenizer, piece, excluded, is_first=not start)
+            known[key] = encoded
+        ids += encoded
+    return ids
+
+
+def _encode_piece(tokenizer: Tokenizer, piece: str, excluded: frozenset[int], *, is_first: bool) -> list[int]:
+    ids = tokenizer.encode(piece) if is_first else _encode_continuation(tokenizer, piece)
+    if excluded.isdisjoint(ids):
+        return ids
+    if len(piece) == 1:
+        return [i for i in ids if i not in excluded]
+    middle = len(piece) // 2
+    return [
+        *_encode_piece(tokenizer, piece[:middle], excluded, is_first=is_first),
+        *_encode_piece(tokenizer, piece[middle:], excluded, is_first=False),
+    ]
+
+
+def _encode_continuation(tokenizer: Tokenizer, piece: str) -> list[int]:
+    """Encode text that follows other text. Some tokenizers put a space before the text of every call."""
+    if _adds_space(tokenizer):
+        for anchor in ("\n", "|"):
+            before = tokenizer.encode(anchor)
+            ids = tokenizer.encode(anchor + piece)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+    return tokenizer.encode(piece)
+
+
+@lru_cache(maxsize=8)
+def _adds_space(tokenizer: Tokenizer) -> bool:
+    ids = tokenizer.encode("a")
+    return tokenizer.decode(ids, ids) != "a"

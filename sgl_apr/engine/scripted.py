@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,10 @@ class ByteTokenizer:
 
     def special_token_id(self, tag: str) -> int | None:
         return self._tags.get(tag)
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        return self._tags
 
     @property
     def vocab_size(self) -> int:

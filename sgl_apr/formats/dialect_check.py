@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import get_args
@@ -117,6 +117,10 @@ class ByteVocabulary:
 
     def special_token_id(self, tag: str) -> int | None:
         return 257 if self._has_tags else None
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        return {}
 
 
 _BACKENDS: dict[str, tuple[GrammarBackend, Tokenizer]] = {

@@ -30,7 +30,8 @@ from sgl_apr.formats.options import BranchNumbering as BranchNumbering
 from sgl_apr.formats.options import Phase as Phase
 from sgl_apr.formats.phases import check_phase_numbers, phase_stop_strings
 from sgl_apr.formats.segmenter import Segment, match_segments, raise_on_defect, split_segments
-from sgl_apr.tokenizer import Tokenizer, split_token_ids
+from sgl_apr.formats.token_split import split_token_ids
+from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
 ENTRY_POINT_GROUP = "sgl_apr.dialects"

@@ -18,7 +18,8 @@ from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar
 from sgl_apr.formats.graph_builder import build_spans
 from sgl_apr.formats.lalr_driver import LalrParser
 from sgl_apr.formats.segmenter import Segment, segments_of
-from sgl_apr.tokenizer import Tokenizer, split_token_ids
+from sgl_apr.formats.token_split import split_token_ids
+from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
 DEFAULT_DIALECT = "threadweaver"  # of a text without any tag

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.dialects import BranchNumbering, Dialect, Phase
 from sgl_apr.formats.segmenter import Outline, Segment
+from sgl_apr.formats.token_split import split_token_ids
 from sgl_apr.runtime.budget import Overhead
-from sgl_apr.tokenizer import Tokenizer, split_token_ids, truncate_tokens
+from sgl_apr.tokenizer import Tokenizer, truncate_tokens
 from sgl_apr.trajectory.spans import Finish, Origin, Role
 
 FAILURE_NOTE = " (failed)"  # what the model reads in place of what a failed branch would have written

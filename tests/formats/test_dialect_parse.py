@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import sgl_apr as apr
 from sgl_apr.errors import TraceError
 from sgl_apr.formats import segmenter
-from sgl_apr.tokenizer import split_token_ids
+from sgl_apr.formats.token_split import split_token_ids
 from tests.support.threadweaver_traces import TAGS, TRACE, traces
 
 DIALECT = apr.dialect("threadweaver")

@@ -31,6 +31,10 @@ class Masked:
     def special_token_id(self, tag: str) -> int | None:
         return self.backend.token_to_id(tag) if tag in self.tags else None
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
+
     def matcher(self, phase: str, **options) -> LLMatcher:
         dialect = options.pop("dialect", apr.dialect("threadweaver"))
         matcher = LLMatcher(self.guide, dialect.llguidance(phase, self, **options))
