@@ -21,6 +21,7 @@ class Prompt:
         grammar: Text for the engine's grammar backend.
         stop: Texts that end decoding and stay in the output.
         sampling: SGLang's sampling parameters, over those of the run.
+        ends_with_eos: An end-of-text token is the end that is expected, and not one in place of a closing tag.
         name: A label for people.
         depends_on: Completions that it follows in time without seeing them, if it has a context of its own.
     """
@@ -30,6 +31,7 @@ class Prompt:
     grammar: str | None = None
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    ends_with_eos: bool = False
     name: str = ""
     depends_on: tuple[Completion, ...] = ()
 

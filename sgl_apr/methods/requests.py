@@ -171,11 +171,29 @@ class MethodRequests:
         new = self._uncomputed_tokens(prefix) if prefix else 0
         if size == 1 or not prefix or (new <= 1 and prefix != parent.sequence.context):
             return [engine] * size, size
-        shared = replace(parent.sequence, context=prefix, span_order=[], kv_layout=())
+        return await self.commit_prefix(engine, parent.sequence, prefix, size, tokens)
+
+    async def commit_prefix(
+        self, engine: Engine, sequence: SequenceState, prefix: tuple[int, ...], size: int, tokens: int
+    ) -> tuple[Sequence[Engine], int]:
+        """Commit a prefix for branches of a sequence.
+
+        Args:
+            engine: The engine of the sequence.
+            sequence: The sequence that forks.
+            prefix: What its branches have in common.
+            size: How many branches there are.
+            tokens: Tokens that each may decode.
+
+        Returns:
+            As `fork` does.
+        """
+        new = self._uncomputed_tokens(prefix)
+        shared = replace(sequence, context=prefix, span_order=[], kv_layout=())
         engines, load = await self.runner.fork(engine, shared, size, new)
         insort(self._computed, prefix)
         self._forked += engines
-        return engines, self.runner.choose_parallelism(parent.sequence, size, tokens, load)
+        return engines, self.runner.choose_parallelism(sequence, size, tokens, load)
 
     async def decode(
         self,
@@ -199,10 +217,10 @@ class MethodRequests:
         if sequence.path and self.budget.branch_tokens is not None:
             limits["branch_tokens"] = self.budget.branch_tokens
         limits["tokens"] = tokens
-        limits["critical_tokens"] = self.allowance.critical_path_cap - sequence.critical_path
+        limits["critical_tokens"] = sequence.allowance.critical_path_cap - sequence.critical_path
         if self.engine.context is not None:
             limits["context"] = self.engine.context - len(sequence.context)
-        if self.allowance.calls < 1:
+        if sequence.allowance.calls < 1:
             limits = {"calls": 0}
         limit, max_tokens = lowest(limits)
         if engine is None or max_tokens < 1 or sequence.scope.cancel_reason:
@@ -261,7 +279,7 @@ class MethodRequests:
             if limit != PROMPT_LIMIT:
                 self.recorder.request_log.record_limit(limit, sequence.path)
         elif ended:
-            finish = "eos"
+            finish = "stop" if prompt.ends_with_eos else "eos"
         if finish == "failed":
             own = ()
         insort(self._computed, (*sequence.context, *own[:-1]))

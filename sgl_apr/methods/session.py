@@ -218,6 +218,10 @@ class MethodSession:
             self.recorder.request_log.record_limit(limit, ())
         return affordable[limit]
 
+    def place_branch(self, sequence: SequenceState, branch: SequenceState) -> None:
+        """Let a branch stand in the trajectory after what its sequence has written so far."""
+        self._branches.setdefault(sequence, []).append((len(sequence.span_order), branch))
+
     def finish(self) -> Trajectory:
         """The trajectory. Call it last."""
         trunk = self.root.sequence
@@ -263,7 +267,7 @@ class MethodSession:
                 frontier=start.frontier,
                 tolerate_failure=self.requests.options.on_branch_failure != "raise",
             )
-            self._branches.setdefault(sequence, []).append((len(sequence.span_order), branch))
+            self.place_branch(sequence, branch)
             self.requests.write(branch, start.prompt.text, start.waits_for)
         return group, [start.prompt for start in starts]
 
@@ -278,6 +282,7 @@ class MethodSession:
         """Start branches and let them decode, at once or as paced, until `policy` has enough of them."""
         if not starts:
             return []
+        self.requests.runner.cuts_branches |= policy != "all"
         group, prompts = self._start(parent.sequence, starts)
         tokens = self.requests.reserve(prompts, share, max_tokens)
         engines, parallelism = await self.requests.fork(parent, group.branches, max(tokens))

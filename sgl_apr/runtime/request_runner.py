@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
-from sgl_apr.errors import EngineError, EngineTimeout
+from sgl_apr.errors import EngineError
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.runtime.cancel_scope import ScopeCancelled
 from sgl_apr.runtime.continuation import Extend, PhaseExtension
@@ -24,6 +24,7 @@ from sgl_apr.runtime.pacing import Demand, choose_parallelism
 from sgl_apr.runtime.phase_output import PhaseOutput, parse_phase_output
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.request_builder import RequestBuilder
+from sgl_apr.runtime.retry import as_engine_error
 from sgl_apr.runtime.sequence import SequenceState
 
 T = TypeVar("T")
@@ -44,6 +45,9 @@ class RequestRunner:
         recorder: Records requests and limits.
         rid: What request ids begin with.
         seed: What the seeds of requests are derived from.
+
+    Attributes:
+        cuts_branches: Whether a join policy may cut branches, whose text up to there is kept.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class RequestRunner:
         self.options, self.rid, self.seed = options, rid, seed
         self.events, self.request_log = recorder.events, recorder.request_log
         self.supports_seeds = engine.supports_seeds
+        self.cuts_branches = options.effective_policy != "all"
         self.builder = RequestBuilder(engine, options, rid)
         self.kv_joiner = KvJoiner(self.request_log, self.builder.new_rid)
 
@@ -164,9 +169,7 @@ class RequestRunner:
 
     def _may_be_cut(self, sequence: SequenceState) -> bool:
         """Whether a deadline or the join policy may end a request of a sequence, which then keeps what has arrived."""
-        return sequence.scope.deadline is not None or bool(
-            sequence.path and self.options.effective_policy != "all"
-        )
+        return sequence.scope.deadline is not None or bool(sequence.path and self.cuts_branches)
 
     async def _further_tokens(
         self, sequence: SequenceState, ids: Sequence[int], extend: Extend
@@ -309,12 +312,6 @@ class RequestRunner:
             sequence.scope.cancel("failed")
             result = None
         return result, max(0, tries - 1)
-
-
-def as_engine_error(error: OSError) -> EngineError:
-    """Return the error of an engine that raised what its connection raised."""
-    text = str(error) or type(error).__name__
-    return (EngineTimeout if isinstance(error, TimeoutError) else EngineError)(f"the engine failed: {text}")
 
 
 async def abort_requests(engine: Engine, rid: str) -> None:
