@@ -37,7 +37,7 @@ def translate_errors(
         if on_failure:
             on_failure(error)
         raise EngineError(f"no server at {url}: {one_line(error)}") from error
-    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
         if on_failure:
             on_failure(error)
         raise EngineError(f"{url} broke off the answer: {one_line(error) or type(error).__name__}") from error

@@ -75,13 +75,18 @@ def choose_parallelism(pacing: PacingFunction, demand: Demand, load: Load) -> tu
     """Return how many branches run at once, and why.
 
     Raises:
-        AprError: The function returned something else.
+        AprError: The function raised something else than an `AprError`, or did not return a number from 1 and a reason.
     """
-    decision: Any = pacing(demand, load)
-    is_pair = isinstance(decision, tuple) and len(decision) == 2
-    if is_pair and isinstance(decision[0], Integral) and isinstance(decision[1], str):
-        return int(decision[0]), decision[1]
-    raise AprError(
-        f"the pacing function returned {shorten(decision)}, expected how many branches run at once and why, "
-        'such as (2, "two at a time")'
-    )
+    expected = 'expected how many branches run at once, from 1, and why, such as (2, "two at a time")'
+    try:
+        decision: Any = pacing(demand, load)
+    except AprError:
+        raise
+    except Exception as error:
+        raise AprError(f"the pacing function raised {shorten(error)}, {expected}") from error
+    if isinstance(decision, tuple) and len(decision) == 2:
+        branches, reason = decision
+        is_count = isinstance(branches, Integral) and not isinstance(branches, bool) and branches >= 1
+        if is_count and isinstance(reason, str):
+            return int(branches), reason
+    raise AprError(f"the pacing function returned {shorten(decision)}, {expected}")

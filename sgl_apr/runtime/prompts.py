@@ -8,6 +8,7 @@ from typing import Any
 
 from sgl_apr.engine.base import ChatEngine, Engine
 from sgl_apr.errors import AprError, UnsupportedEngine
+from sgl_apr.runtime.retry import as_engine_error
 from sgl_apr.runtime.value_checks import MAX_VOCAB_SIZE, shorten
 from sgl_apr.tokenizer import Tokenizer
 
@@ -99,6 +100,7 @@ async def encode_prompt(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     Raises:
         AprError: The prompt is something else, is empty, or has ids that the model does not have.
         UnsupportedEngine: There are messages, and the model has no chat template.
+        EngineError: The engine failed.
     """
     check_engine(engine)
     check_prompt(prompt)
@@ -108,7 +110,10 @@ async def encode_prompt(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
         return check_token_ids(prompt, vocab_size(engine))
     messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
     if isinstance(engine, ChatEngine):
-        return tuple(await engine.encode_chat(messages))
+        try:
+            return tuple(await engine.encode_chat(messages))
+        except OSError as error:  # also TimeoutError
+            raise as_engine_error(error) from error
     template = getattr(engine.tokenizer, "apply_chat_template", None)
     if template is None:
         raise UnsupportedEngine(

@@ -75,5 +75,11 @@ class Retry:
         return await tries(next_attempt)
 
 
+def as_engine_error(error: OSError) -> EngineError:
+    """Return the error of an engine that raised what its connection raised."""
+    text = str(error) or type(error).__name__
+    return (EngineTimeout if isinstance(error, TimeoutError) else EngineError)(f"the engine failed: {text}")
+
+
 def _error(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None

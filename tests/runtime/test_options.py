@@ -175,16 +175,51 @@ def test_a_field_of_a_wrong_type_is_named(field: str):
         assert "expected a" in str(raised.value)
 
 
-@pytest.mark.parametrize("answer", [3, (True,), (2, 3), "2", None, (2.5, "why")])
-def test_a_pacing_function_that_returns_something_else(answer: Any):
+def paced(pacing: Any) -> apr.Trajectory:
+    """The trajectory of an engine that forks into two branches."""
     fork = "<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>"
     tags = apr.ByteTokenizer(apr.dialect("threadweaver").tags)
-    scripted = apr.ScriptedEngine(lambda request, prompt: fork, tags)
+    scripted = apr.ScriptedEngine(
+        lambda request, prompt: (
+            "x" if prompt.endswith((":", "</Thread>\n")) and "<Thread>" in prompt else fork
+        ),
+        tags,
+    )
+    try:
+        return asyncio.run(apr.areason(scripted, "Q: ", "threadweaver", pacing=pacing))
+    finally:
+        assert not scripted.active
+        assert scripted.released == sum(scripted.forks) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [3, 2.5, (True,), (2, 3), "2", None, (2.5, "why"), (True, "why"), (0, "why"), (-1, "why"), [2, "why"]],
+)
+def test_a_pacing_function_that_returns_something_else(answer: Any):
     with pytest.raises(
-        apr.AprError, match=r"the pacing function returned .*, expected how many branches run"
+        apr.AprError, match=r"the pacing function returned .*, expected how many .* from 1, and why"
     ):
-        asyncio.run(apr.areason(scripted, "Q: ", "threadweaver", pacing=lambda demand, load: answer))
-    assert not scripted.active
+        paced(lambda demand, load: answer)
+
+
+def test_a_pacing_function_that_raises():
+    with pytest.raises(
+        apr.AprError, match=r"the pacing function raised ZeroDivisionError.*, expected how"
+    ) as raised:
+        paced(lambda demand, load: 1 // 0)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+    def refuse(demand: apr.Demand, load: apr.Load) -> tuple[int, str]:
+        raise apr.BudgetExceeded("no more today")
+
+    with pytest.raises(apr.BudgetExceeded, match="no more today"):
+        paced(refuse)
+
+
+def test_a_pacing_function_may_return_more_than_there_are():
+    (decision,) = paced(lambda demand, load: (demand.branches + 7, "all")).decisions
+    assert (decision.branches, decision.parallelism, decision.reason) == (2, 2, "all")
 
 
 def test_a_template_that_returns_something_else():
