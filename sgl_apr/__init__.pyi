@@ -17,6 +17,7 @@ from .errors import EngineTimeout as EngineTimeout
 from .errors import GrammarError as GrammarError
 from .errors import KvJoinUnavailable as KvJoinUnavailable
 from .errors import LaunchError as LaunchError
+from .errors import McpError as McpError
 from .errors import MissingExtra as MissingExtra
 from .errors import SandboxUnavailable as SandboxUnavailable
 from .errors import TraceError as TraceError
@@ -60,6 +61,7 @@ from .runtime.options import ReasonOptions as ReasonOptions
 from .runtime.pacing import Demand as Demand
 from .runtime.pacing import Pacing as Pacing
 from .runtime.retry import Retry as Retry
+from .runtime.tools.mcp import mcp_tools as mcp_tools
 from .runtime.tools.tool import Tool as Tool
 from .server.launch.launcher import Server as Server
 from .server.local_engine import LocalEngine as LocalEngine
@@ -113,6 +115,7 @@ __all__ = [
     "LimitHit",
     "Load",
     "LocalEngine",
+    "McpError",
     "Metrics",
     "MissingExtra",
     "Outcomes",
@@ -149,6 +152,7 @@ __all__ = [
     "dialect_for",
     "dialect_names",
     "from_dataset",
+    "mcp_tools",
     "methods",
     "preset",
     "read",

@@ -106,6 +106,10 @@ class SandboxUnavailable(AprError):
     """This machine cannot isolate model-written programs, so they are not run."""
 
 
+class McpError(AprError):
+    """A server of the Model Context Protocol failed: it did not start, ended, or sent something that is not valid."""
+
+
 class MissingExtra(AprError):
     """An optional dependency is not installed. The message names the extra that installs it."""
 

@@ -116,7 +116,7 @@ def test_an_installed_package_is_no_error():
 def test_the_extras_are_declared_and_installed_by_make():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert extras["all"] == ["sgl-apr[eval,plot,mcts,gym]"]
+    assert extras["all"] == ["sgl-apr[eval,plot,mcts,gym,mcp]"]
     pinned = {line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     wanted = [d for name in ("eval", "plot", "mcts", "gym") for d in extras[name]] + project["dependencies"]
     names = {d.partition("=")[0].rstrip(">~").replace("_", "-") for d in wanted}

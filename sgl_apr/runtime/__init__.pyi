@@ -27,6 +27,7 @@ from .options import ReasonOptions as ReasonOptions
 from .pacing import Demand as Demand
 from .pacing import Pacing as Pacing
 from .retry import Retry as Retry
+from .tools.mcp import mcp_tools as mcp_tools
 from .tools.tool import Tool as Tool
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "arun_many",
     "event_from_json",
     "event_to_json",
+    "mcp_tools",
     "read_many",
     "reason",
     "rebuild",

@@ -93,7 +93,9 @@ def make_tools_of_server(
     """
     names = {tool.name for tool in listed}
     if unknown := [name for name in include or () if name not in names]:
-        raise McpError(f"MCP server {server}: it has no tool {unknown[0]!r}, but {', '.join(sorted(names)) or 'none'}")
+        raise McpError(
+            f"MCP server {server}: it has no tool {unknown[0]!r}, but {', '.join(sorted(names)) or 'none'}"
+        )
 
     def function(name: str) -> Callable[..., Any]:
         async def call_tool(**arguments: Any) -> str:
@@ -157,7 +159,7 @@ def _transport(
 ) -> tuple[Callable[[ServerState], AbstractAsyncContextManager[Any]], str]:
     """Return what connects to a server, and its name in messages."""
     if (command is None) == (url is None):
-        raise AprError("mcp_tools expects either command=[...] or url=\"http://...\"")
+        raise AprError('mcp_tools expects either command=[...] or url="http://..."')
     if url is not None:
         if env is not None or cwd is not None:
             raise AprError("mcp_tools: env and cwd belong to a command, not to a url")
@@ -182,7 +184,9 @@ def split_command(command: Any) -> tuple[str, ...]:
     try:
         words = shlex.split(command) if isinstance(command, str) else list(command)
     except (TypeError, ValueError) as error:
-        raise AprError(f"mcp command={shorten(command)}, expected a program and its arguments: {error}") from None
+        raise AprError(
+            f"mcp command={shorten(command)}, expected a program and its arguments: {error}"
+        ) from None
     if not words or not all(isinstance(word, str) and "\0" not in word for word in words) or not words[0]:
         raise AprError(f"mcp command={shorten(command)}, expected a program and its arguments")
     return tuple(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -55,6 +56,7 @@ class McpConnection:
         Raises:
             McpError: The server does not start, or not in time, or sends something that is not valid.
         """
+        await asyncio.to_thread(importlib.import_module, "mcp")  # takes a second
         self._state, self._stop, self._started_at = ServerState(), asyncio.Event(), time.monotonic()
         ready: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run(ready, self._stop, self._state))
@@ -62,9 +64,11 @@ class McpConnection:
             async with asyncio.timeout(self._start_timeout):
                 return await ready
         except TimeoutError:
+            self._task.cancel()
             await self.close()
             raise self._error(f"it did not start within {self._start_timeout:g} seconds") from None
         except BaseException:
+            self._task.cancel()
             await self.close()
             raise
 
@@ -127,7 +131,9 @@ class McpConnection:
         except McpError:
             raise
         except Exception as error:
-            if SESSION_TERMINATED in str(error):  # an HTTP server that was started again does not know the session
+            if SESSION_TERMINATED in str(
+                error
+            ):  # an HTTP server that was started again does not know the session
                 state.end("the server ended the session")
             raise self._error(state.failure or _describe(error)) from error
         finally:
@@ -135,7 +141,11 @@ class McpConnection:
             await asyncio.gather(call, return_exceptions=True)
 
     def _error(self, message: str) -> McpError:
-        lines = f"; it wrote: {' | '.join(self._state.lines)}" if self._state.failure and self._state.lines else ""
+        lines = (
+            f"; it wrote: {' | '.join(self._state.lines)}"
+            if self._state.failure and self._state.lines
+            else ""
+        )
         return McpError(f"MCP server {self._name}: {message}{lines}")
 
 
@@ -158,5 +168,5 @@ def _describe(error: BaseException) -> str:
     """Return the message of the first error that is no group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    text = str(error) or type(error).__name__
+    text = " ".join(str(error).splitlines()[:3]) or type(error).__name__
     return text if isinstance(error, AprError) else f"{type(error).__name__}: {text}"[:500]

@@ -38,12 +38,19 @@ class ServerState:
         lines: The last lines of its standard error.
         failure: Why the connection has ended. Empty while it stands.
         ended: Set when it has.
+        is_closing: Whether it is this side that ends it.
     """
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=5)
         self.failure = ""
         self.ended = asyncio.Event()
+        self.is_closing = False
+
+    def lose(self, failure: str) -> None:
+        """Record that the server has ended the connection, and why."""
+        if not self.is_closing:
+            self.end(failure)
 
     def end(self, failure: str) -> None:
         """Record that the connection has ended, and why, unless it had before."""
@@ -92,6 +99,7 @@ async def process_transport(
     try:
         yield read_stream, write_stream
     finally:
+        state.is_closing = True
         try:
             await _stop(process)
         finally:
@@ -117,10 +125,10 @@ async def _read_messages(process: asyncio.subprocess.Process, to_session: Any, s
                 try:
                     line = await process.stdout.readline()
                 except ValueError:
-                    state.end(f"the server sent a message of more than {MAX_MESSAGE_BYTES} bytes")
+                    state.lose(f"the server sent a message of more than {MAX_MESSAGE_BYTES} bytes")
                     return
                 if not line:
-                    state.end("the server ended")
+                    state.lose("the server ended")
                     return
                 try:
                     message = jsonrpc_message_adapter.validate_json(line, by_name=False)
@@ -144,7 +152,7 @@ async def _write_messages(
                 process.stdin.write(text.encode() + b"\n")
                 await process.stdin.drain()
     except OSError:
-        state.end("the server does not read its input")
+        state.lose("the server does not read its input")
         to_session.close()  # so no response will come
 
 
