@@ -282,6 +282,7 @@ class ReasoningRun:
             self.dialect.name,
             requests.calls,
             requests.seconds,
+            tool_calls=requests.tool_calls,
             attributes={"apr.rid": self.rid, "apr.tokens": tokens},
             error=error,
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.spans import Path
+from sgl_apr.trajectory.tool_calls import ToolCall
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
@@ -23,18 +24,20 @@ def export(
     calls: Sequence[Call],
     seconds: float,
     *,
+    tool_calls: Sequence[ToolCall] = (),
     attributes: Mapping[str, Attribute] = {},
     error: BaseException | None = None,
 ) -> None:
     """Export a trajectory that has just ended.
 
     Its span is a child of the current span. It has a span for each branch, nested as the branches are, and these have
-    one for each call. The function never raises, and costs almost nothing without a configured SDK.
+    one for each request and each call of a tool. The function never raises, and costs almost nothing without a configured SDK.
 
     Args:
         dialect: The format.
         calls: The requests.
         seconds: How long the trajectory took.
+        tool_calls: The calls of tools.
         attributes: Further attributes of its span.
         error: Why it failed, if it did.
     """
@@ -47,7 +50,7 @@ def export(
         if not root.is_recording():
             return
         root.set_attributes({"apr.dialect": dialect, **attributes})
-        _export_calls(tracer, root, began, calls)
+        _export_calls(tracer, root, began, calls, tool_calls)
         if error is not None:
             _fail(root, error, ended)
         root.end(ended)
@@ -65,7 +68,9 @@ def _tracer() -> Tracer | None:
     return trace.get_tracer("sgl_apr")
 
 
-def _export_calls(tracer: Tracer, root: Span, began: int, calls: Sequence[Call]) -> None:
+def _export_calls(
+    tracer: Tracer, root: Span, began: int, calls: Sequence[Call], tool_calls: Sequence[ToolCall]
+) -> None:
     from opentelemetry.trace import set_span_in_context
 
     def at(seconds: float) -> int:
@@ -77,17 +82,27 @@ def _export_calls(tracer: Tracer, root: Span, began: int, calls: Sequence[Call])
         )
 
     spans: dict[Path, Span] = {(): root}
-    periods = _branches(calls)
+    periods = _branches([*calls, *tool_calls])
     for path, (started, _) in periods.items():
         number = _dotted(path)
         spans[path] = start(f"apr.branch {number}", spans[path[:-2]], started, {"apr.path": number})
     for call in calls:
         start(f"apr.{call.phase}", spans[call.path], call.started, _attributes(call)).end(at(call.ended))
+    for tool_call in tool_calls:
+        span = start(
+            f"execute_tool {tool_call.name}",
+            spans[tool_call.path],
+            tool_call.started,
+            _tool_attributes(tool_call),
+        )
+        if tool_call.outcome != "ok":
+            _mark_failed(span, tool_call.outcome)
+        span.end(at(tool_call.ended))
     for path, (_, ended) in reversed(periods.items()):
         spans[path].end(at(ended))
 
 
-def _branches(calls: Sequence[Call]) -> dict[Path, tuple[float, float]]:
+def _branches(calls: Sequence[Call | ToolCall]) -> dict[Path, tuple[float, float]]:
     """When each branch began and ended, inner branches included. Outer branches come first."""
     periods: dict[Path, tuple[float, float]] = {}
     for call in calls:
@@ -111,12 +126,28 @@ def _attributes(call: Call) -> dict[str, Attribute]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _tool_attributes(call: ToolCall) -> dict[str, Attribute]:
+    """Attributes of a call of a tool. Arguments and results may be private, so they are not exported."""
+    attributes: dict[str, Attribute] = {
+        "apr.path": _dotted(call.path),
+        "apr.tool.outcome": call.outcome,
+        "gen_ai.operation.name": "execute_tool",
+        "gen_ai.tool.name": call.name,
+        "gen_ai.tool.call.id": call.id,
+    }
+    return attributes if call.outcome == "ok" else attributes | {"error.type": call.outcome}
+
+
 def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
 def _fail(span: Span, error: BaseException, ended: int) -> None:
+    span.record_exception(error, timestamp=ended)
+    _mark_failed(span, f"{type(error).__name__}: {error}")
+
+
+def _mark_failed(span: Span, why: str) -> None:
     from opentelemetry.trace import Status, StatusCode
 
-    span.record_exception(error, timestamp=ended)
-    span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+    span.set_status(Status(StatusCode.ERROR, why))

@@ -18,7 +18,7 @@ class Branch:
     Attributes:
         path: Its path: (block, number), preceded by the path of the sequence that forked.
         outline: Its outline; empty if it has none.
-        text: Its text, without header and closer.
+        text: Its text, without header and closer. Calls of tools and their results are part of it.
         result: The message that it returned; empty where branches join otherwise.
         finish: How it ended; None where a text was parsed.
         spans: The indices of its spans, those of its own branches included.

@@ -1,14 +1,15 @@
-"""Metrics of one trajectory: tokens, critical path, parallelism, and the cost of its engine calls."""
+"""Metrics of one trajectory: tokens, critical path, parallelism, and the cost of its engine calls and tools."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sgl_apr.trajectory.blocks import iter_blocks
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.spans import Span
+from sgl_apr.trajectory.tool_calls import ToolCall, called_tools
 
 Convention = Literal["causal", "threadweaver", "multiverse"]
 
@@ -50,6 +51,11 @@ class Metrics:
         engine_calls: Engine calls, retries and continuations included.
         wall_s: Seconds from the start to the end of the trajectory.
         phases: The cost of each phase.
+        tool_calls: Calls of tools. The tokens of calls and results are among those of the reply.
+        tool_errors: Those of them with another outcome than "ok".
+        tool_s: Seconds that the calls took, added up.
+        critical_tool_s: Seconds of tools along the causal chain that waits for them the longest: what running branches in
+            parallel cannot shorten. Calls that one text makes at once count while any of them runs.
     """
 
     total: int
@@ -63,6 +69,10 @@ class Metrics:
     engine_calls: int
     wall_s: float
     phases: dict[str, PhaseCost]
+    tool_calls: int = 0
+    tool_errors: int = 0
+    tool_s: float = 0.0
+    critical_tool_s: float = 0.0
 
     @property
     def acceleration(self) -> float:
@@ -96,7 +106,11 @@ class Metrics:
 
 
 def compute_metrics(
-    spans: Sequence[Span], calls: Sequence[Call], wall_s: float = 0.0, convention: Convention = "causal"
+    spans: Sequence[Span],
+    calls: Sequence[Call],
+    wall_s: float = 0.0,
+    convention: Convention = "causal",
+    tool_calls: Sequence[ToolCall] = (),
 ) -> Metrics:
     """Compute the metrics of a trajectory.
 
@@ -108,6 +122,7 @@ def compute_metrics(
             body and closer of a branch run in parallel to the other branches. "multiverse" is the same, because
             its tags are part of the branch. "threadweaver" counts the headers and closers of all branches as
             sequential, and only the text between them as parallel.
+        tool_calls: Its calls of tools.
     """
     all_blocks = tuple(iter_blocks(spans))
     weights = [0 if s.origin == "prompt" else s.tokens for s in spans]
@@ -134,15 +149,34 @@ def compute_metrics(
         engine_calls=sum(1 + c.retries + c.continuations for c in calls),
         wall_s=wall_s,
         phases=_phases(calls),
+        tool_calls=len(tool_calls),
+        tool_errors=sum(call.outcome != "ok" for call in tool_calls),
+        tool_s=sum(call.seconds for call in tool_calls),
+        critical_tool_s=_critical_tool_s(spans, tool_calls) if tool_calls else 0.0,
     )
 
 
-def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]:
+Weight = TypeVar("Weight", int, float)
+
+
+def longest_paths(spans: Sequence[Span], weights: Sequence[Weight]) -> list[Weight]:
     """Return for every span the weight of the heaviest chain that ends with it. Parents come before children."""
-    ends: list[int] = []
+    ends: list[Weight] = []
     for span, weight in zip(spans, weights, strict=True):
         ends.append(weight + max((ends[p] for p in (*span.parents, *span.waits_for)), default=0))
     return ends
+
+
+def _critical_tool_s(spans: Sequence[Span], tool_calls: Sequence[ToolCall]) -> float:
+    """Seconds of tools on the chain with most of them. A call span weighs the time in which one of its calls runs."""
+    by_id = {call.id: call for call in tool_calls}
+    weights = [
+        _union_length([(c.started, c.ended) for c in called_tools(span, by_id)])
+        if span.role == "call"
+        else 0.0
+        for span in spans
+    ]
+    return max(longest_paths(spans, weights), default=0.0)
 
 
 def context_lengths(spans: Sequence[Span]) -> list[int]:

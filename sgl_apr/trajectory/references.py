@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sgl_apr.trajectory.calls import Call, JoinRecord
 from sgl_apr.trajectory.spans import Path, Span
-from sgl_apr.trajectory.strict_json import WrongValue
+from sgl_apr.trajectory.strict_json import WrongValue, describe
 from sgl_apr.trajectory.tool_calls import ToolCall
 
 
@@ -17,6 +17,8 @@ def check_references(
     tool_calls: Sequence[ToolCall] = (),
 ) -> None:
     """Check that parents come before their span, that calls and joined blocks exist, and that no count is negative.
+
+    Of calls of tools it checks that their ids differ, that spans name calls that exist, and that none ends before it starts.
 
     Raises:
         WrongValue: One of them does not hold. Its place says where.
@@ -46,10 +48,31 @@ def check_references(
         if join.path not in (blocks if len(join.path) % 2 else sequences):
             wrong = WrongValue(_short(join.path), "the path of a block or branch of the spans")
             raise wrong.inside(".path").inside(f"[{index}]").inside(".joins")
+    names = set[str]()
     for index, tool_call in enumerate(tool_calls):
-        if tool_call.path not in sequences:
-            wrong = WrongValue(_short(tool_call.path), "the path of a sequence of the spans")
-            raise wrong.inside(".path").inside(f"[{index}]").inside(".tool_calls")
+        try:
+            _check_tool_call(tool_call, sequences, names)
+        except WrongValue as error:
+            raise error.inside(f"[{index}]").inside(".tool_calls") from None
+        names.add(tool_call.id)
+    for index, span in enumerate(spans):
+        if span.role in ("call", "observation") and not names.issuperset(span.label.split()):
+            unknown = next(name for name in span.label.split() if name not in names)
+            wrong = WrongValue(describe(unknown), "the id of a call of the trajectory")
+            raise wrong.inside(".label").inside(f"[{index}]").inside(".spans")
+
+
+def _check_tool_call(call: ToolCall, sequences: Collection[Path], earlier: Collection[str]) -> None:
+    if call.path not in sequences:
+        raise WrongValue(_short(call.path), "the path of a sequence of the spans").inside(".path")
+    if not call.id or len(call.id.split()) != 1:
+        raise WrongValue(describe(call.id), "an id without blanks").inside(".id")
+    if call.id in earlier:
+        raise WrongValue(describe(call.id), "an id that no other call has").inside(".id")
+    if call.started < 0:
+        raise WrongValue(str(call.started), "0 or more").inside(".started")
+    if call.ended < call.started:
+        raise WrongValue(str(call.ended), f"{call.started} or more, when it started").inside(".ended")
 
 
 def _check_span(span: Span, index: int, calls: int) -> None:

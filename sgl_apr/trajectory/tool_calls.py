@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sgl_apr.trajectory.spans import Path
+from sgl_apr.trajectory.spans import Path, Span
 
 ToolOutcome = Literal["ok", "error", "timeout", "cancelled", "refused", "length"]
 
@@ -42,3 +43,15 @@ class ToolCall:
     def seconds(self) -> float:
         """How long it took."""
         return self.ended - self.started
+
+
+def called_tools(span: Span, by_id: Mapping[str, ToolCall]) -> list[ToolCall]:
+    """Return the calls that a span of role "call" or "observation" is about. Of ids that are not known there are none.
+
+    Args:
+        span: The span.
+        by_id: The calls of its trajectory by their ids.
+    """
+    if span.role not in ("call", "observation"):
+        return []
+    return [by_id[name] for name in span.label.split() if name in by_id]

@@ -96,11 +96,16 @@ class Trajectory:
 
     @property
     def context_ids(self) -> tuple[int, ...]:
-        """The token ids that further text is conditioned on: the prompt and `text`, without calls that a join removed."""
+        """The token ids that further text is conditioned on: the prompt and `text`, without what was dropped.
+
+        Forks that a join removed and calls of tools that a token limit cut are dropped from the context.
+        """
         if not self.spans:
             return ()
         in_reply = set(map(id, self.reply_spans))
         last = max((i for i, s in enumerate(self.spans) if id(s) in in_reply), default=len(self.spans) - 1)
+        while self.spans[last].is_cut_call and self.spans[last].parents:
+            (last,) = self.spans[last].parents
         return tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
 
     def ancestors(self, index: int) -> list[int]:
@@ -134,13 +139,23 @@ class Trajectory:
 
     @property
     def answer(self) -> str:
-        """The trunk's text after the last join and the last result of a tool, without leading white space."""
-        tail: list[str] = []
-        for span in reversed(self.reply):
-            if span.role != "text" or span.path != ():
+        """The trunk's text after the last join and the last result of a tool, without leading white space.
+
+        A call of a tool is no part of it, also if it was cut and has no result.
+        """
+        return "".join(self.spans[i].text for i in self.answer_spans).lstrip()
+
+    @property
+    def answer_spans(self) -> tuple[int, ...]:
+        """The indices of the spans whose text is the answer."""
+        answer: list[int] = []
+        for i in reversed(range(len(self.spans))):
+            span = self.spans[i]
+            if span.path != () or span.role not in ("text", "call"):
                 break
-            tail.append(span.text)
-        return "".join(reversed(tail)).lstrip()
+            if span.role == "text":
+                answer.append(i)
+        return tuple(reversed(answer))
 
     @property
     def lost_joins(self) -> tuple[JoinRecord, ...]:
@@ -153,8 +168,8 @@ class Trajectory:
         return tuple(iter_blocks(self.spans))
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
-        """Return tokens, critical path, parallelism and engine costs: see `sgl_apr.trajectory.compute_metrics`."""
-        return compute_metrics(self.spans, self.calls, self.wall_s, convention)
+        """Return tokens, critical path, parallelism and costs: see `sgl_apr.trajectory.compute_metrics`."""
+        return compute_metrics(self.spans, self.calls, self.wall_s, convention, self.tool_calls)
 
     def to_json(self) -> str:
         """Return one JSON object with its schema version. `from_json` reads it without loss.

@@ -17,6 +17,7 @@ from sgl_apr.errors import BranchFailed
 from sgl_apr.runtime import telemetry
 from sgl_apr.runtime.telemetry import export
 from sgl_apr.trajectory.calls import Call
+from sgl_apr.trajectory.tool_calls import ToolCall
 
 CALLS = (
     Call("trunk", (), 10, 0, 10, 50, 0.0, 1.0),
@@ -96,6 +97,39 @@ def test_what_a_call_says(exporter: InMemorySpanExporter):
         "apr.new_tokens": 5,
         "apr.retries": 2,
     }
+
+
+@pytest.mark.usefixtures("tracer")
+def test_calls_of_tools(exporter: InMemorySpanExporter):
+    secret = '{"password": "hunter2"}'
+    tool_calls = (
+        ToolCall("call_1", (), "search", secret, secret, "ok", 1.0, 1.5),
+        ToolCall("call_2", (1, 2), "fetch", secret, secret, "timeout", 1.5, 3.5),
+        ToolCall("call_3", (2, 1), "fetch", secret, secret, "error", 3.5, 4.0),
+    )
+    export("threadweaver", CALLS, 4.25, tool_calls=tool_calls)
+    spans = exporter.get_finished_spans()
+    names = {s.context.span_id: s.name for s in spans}
+    ok, late, failed = (s for s in spans if s.name.startswith("execute_tool"))
+    assert [names[s.parent.span_id] for s in (ok, late, failed)] == [
+        "apr.trajectory",
+        "apr.branch 1.2",
+        "apr.branch 2.1",
+    ]
+    assert [seconds(s, spans[-1]) for s in (ok, late)] == [(1.0, 1.5), (1.5, 3.5)]
+    (branch,) = (s for s in spans if s.name == "apr.branch 1.2" and s.attributes == {"apr.path": "1.2"})
+    assert seconds(branch, spans[-1]) == (1.125, 3.5), "it lasts until its tool has returned"
+    assert (ok.name, ok.status.status_code) == ("execute_tool search", StatusCode.UNSET)
+    assert ok.attributes == {
+        "apr.path": "",
+        "apr.tool.outcome": "ok",
+        "gen_ai.operation.name": "execute_tool",
+        "gen_ai.tool.name": "search",
+        "gen_ai.tool.call.id": "call_1",
+    }
+    assert (late.status.status_code, late.status.description) == (StatusCode.ERROR, "timeout")
+    assert (late.attributes["error.type"], failed.attributes["error.type"]) == ("timeout", "error")
+    assert "hunter2" not in "".join(s.to_json() for s in spans)
 
 
 def test_it_is_a_child_of_the_current_span(tracer: Tracer, exporter: InMemorySpanExporter):
