@@ -88,9 +88,7 @@ def _sectioned(separator: str = "") -> Callable[[Any], CallFormat]:
     def build(detector: Any) -> CallFormat:
         info = detector.structure_info()(NAME)
         begin, end = detector.bot_token, detector.eot_token
-        return CallFormat(
-            info.begin.removeprefix(begin), info.end.removesuffix(end), begin, end, separator
-        )
+        return CallFormat(info.begin.removeprefix(begin), info.end.removesuffix(end), begin, end, separator)
 
     return build
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from sgl_apr.formats.call_formats import INDEX, NAME, CallFormat
 
 ParsedCall = tuple[str, str, int, int]  # name, arguments, start, end
 
-_PIECES = re.compile(r'"[^"]*"|\s+|[{}\[\]:,]|[^\s"{}\[\]:,]+')
+_PIECES = re.compile(rf'"|\s+|[{{}}\[\]:,]|{NAME}|{INDEX}|[^\s"{{}}\[\]:,{NAME}{INDEX}]+')
+_VALUES = {NAME: re.compile(r"[\w.\-]+"), INDEX: re.compile(r"[0-9]+")}
+_SPACE = re.compile(r"\s*")
+_UNFINISHED = re.compile(r'-|[.eE][+-]?|[\\u"].{0,5}')
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -21,11 +24,56 @@ def _refuse_constant(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def flexible_pattern(template: str) -> str:
-    """Return a regular expression for a fixed text whose pieces can have other white space between them."""
-    pieces = [p for p in _PIECES.findall(template) if not p.isspace()]
-    escaped = r"\s*+".join(map(re.escape, pieces))
-    return escaped.replace(re.escape(NAME), r"(?P<name>[\w.\-]+)").replace(re.escape(INDEX), r"\d+")
+class Match(NamedTuple):
+    """What of a text follows a format.
+
+    Attributes:
+        end: Where it ends, or where it departs from the format.
+        ok: Whether it follows the format to its end.
+        cut: Whether it follows the format up to the end of the text, which comes too early.
+        value: What stands in the place of `NAME`.
+    """
+
+    end: int
+    ok: bool = True
+    cut: bool = False
+    value: str = ""
+
+
+class Template:
+    """A fixed text with places for values. Other white space than its own can stand between its pieces.
+
+    Args:
+        text: The text, with `NAME` and `INDEX` in the places of values.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.pieces = [p for p in _PIECES.findall(text) if not p.isspace()]
+
+    def match(self, text: str, position: int) -> Match:
+        """Compare a text with the template from a position on."""
+        value = ""
+        for piece in self.pieces:
+            position = skip_space(text, position)
+            if piece in _VALUES:
+                found = _VALUES[piece].match(text, position)
+                if found is None or found.end() == len(text):
+                    return Match(
+                        len(text) if found else position, False, position == len(text) or bool(found)
+                    )
+                value, position = found[0] if piece == NAME else value, found.end()
+            elif text.startswith(piece, position):
+                position += len(piece)
+            else:
+                rest = text[position : position + len(piece)]
+                cut = position + len(rest) == len(text) and piece.startswith(rest)
+                return Match(position, False, cut)
+        return Match(position, value=value)
+
+
+def skip_space(text: str, position: int) -> int:
+    """Return where the white space at a position ends."""
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches no space as well
 
 
 class CallParser:
@@ -40,78 +88,76 @@ class CallParser:
 
     def __init__(self, form: CallFormat, schemas: Mapping[str, Mapping[str, Any]]) -> None:
         self.form, self.schemas = form, schemas
-        self._section_begin = re.compile(flexible_pattern(form.section_begin) + r"\s*+")
-        self._section_end = re.compile(r"\s*+" + flexible_pattern(form.section_end))
-        self._begin = re.compile(flexible_pattern(form.begin) + r"\s*+")
-        self._end = re.compile(r"\s*+" + flexible_pattern(form.end))
-        self._separator = re.compile(r"\s*+" + (flexible_pattern(form.separator) or "") + r"\s*+")
-        self._space = re.compile(r"\s*+")
+        self._section_begin, self._section_end = Template(form.section_begin), Template(form.section_end)
+        self._begin, self._end = Template(form.begin), Template(form.end)
+        self._separator = Template(form.separator)
 
     def parse(self, text: str) -> tuple[int, list[ParsedCall], bool]:
         """Return where the calls at the end of a text begin, the calls, and whether the last one is complete."""
-        position = text.find(self.form.trigger)
+        trigger = self.form.trigger
+        position = text.find(trigger)
         while position >= 0:
-            calls, end, complete = self._run(text, position)
-            if end == len(text):
-                return position, calls, complete
-            position = text.find(self.form.trigger, max(end, position + 1))
+            calls: list[ParsedCall] = []
+            section = self._section(text, position, calls)
+            if section.ok and skip_space(text, section.end) == len(text):
+                return position, calls, True
+            if section.cut:
+                return position, calls, False
+            position = text.find(trigger, max(section.end, position + len(trigger)))
         return len(text), [], True
 
-    def _run(self, text: str, start: int) -> tuple[list[ParsedCall], int, bool]:
-        """The calls from `start` on, where they end, and whether they are complete.
+    def _section(self, text: str, start: int, calls: list[ParsedCall]) -> Match:
+        """Match everything between the beginning and the end of the calls of a message."""
+        match = self._section_begin.match(text, start)
+        while match.ok:
+            call_start = skip_space(text, match.end)
+            match = self._call(text, call_start, calls)
+            if not match.ok:
+                break
+            end = match.end
+            closing = self._section_end.match(text, end)
+            if self.form.section_end and (closing.ok or closing.cut):
+                return closing
+            following = self._separator.match(text, end) if self.form.parallel else Match(end, False)
+            begins = self._begin.match(text, following.end) if following.ok else following
+            if not begins.ok and not begins.cut:
+                return Match(end, not self.form.section_end)
+            if skip_space(text, end) == len(text):  # perhaps a part of the separator
+                return Match(len(text), not self.form.section_end, bool(self.form.section_end))
+            match = following
+        return match
 
-        An end at the end of the text without completeness is a cut; one before it is no call.
-        """
-        calls: list[ParsedCall] = []
-        section = self._section_begin.match(text, start)
-        if section is None:
-            return calls, self._end_of_mismatch(text, start), False
-        position = section.end()
-        while True:
-            call = self._call(text, position)
-            if isinstance(call, int):
-                return calls, call, False
-            calls.append(call)
-            position = call[3]
-            end = self._section_end.match(text, position)
-            if self.form.section_end and end is not None:
-                return calls, self._space.match(text, end.end()).end(), True  # type: ignore[union-attr]
-            separator = self._separator.match(text, position)
-            following = separator.end() if separator else len(text)
-            if following == len(text):
-                return calls, following, not self.form.section_end
-            if not self.form.parallel or not self._begin.match(text, following):
-                if following + len(self.form.trigger) < len(text) or self.form.section_end:
-                    return calls, following, False
-                return calls, len(text), False
-            position = following
-
-    def _call(self, text: str, start: int) -> ParsedCall | int:
-        """The call at `start`, or where it departs from the format: at the end of the text if it was cut."""
+    def _call(self, text: str, start: int, calls: list[ParsedCall]) -> Match:
+        """Match one call and append it to the calls."""
         begin = self._begin.match(text, start)
-        if begin is None:
-            return self._end_of_mismatch(text, start)
-        try:
-            if text[begin.end() : begin.end() + 1] not in ("{", ""):
-                return begin.end()
-            _, end = _DECODER.raw_decode(text, begin.end())
-        except json.JSONDecodeError:
-            # A cut is only told apart from malformed JSON by what follows.
-            return begin.end() if self.form.end.strip() in text[begin.end() :] else len(text)
-        except (ValueError, RecursionError):
-            return begin.end()
-        ending = self._end.match(text, end)
-        if ending is None:
-            return len(text) if self._is_prefix(text[end:], self.form.end) else end
-        return begin["name"], text[begin.end() : end], start, ending.end()
+        if not begin.ok:
+            return begin
+        first = skip_space(text, begin.end)
+        arguments, end = self._arguments(text, first)
+        if not end.ok:
+            return end
+        ending = self._end.match(text, end.end)
+        if ending.ok:
+            calls.append((begin.value, arguments, start, ending.end))
+        return ending
 
-    def _end_of_mismatch(self, text: str, start: int) -> int:
-        """The end of the text if what is there can still become a call, else `start`."""
-        rest = text[start:]
-        before, _, after = (self.form.section_begin + self.form.begin).partition(NAME)
-        return len(text) if self._is_prefix(rest, before) else start
+    def _arguments(self, text: str, start: int) -> tuple[str, Match]:
+        """Match a JSON object, and return its text."""
+        if not text.startswith("{", start):
+            return "", Match(start, False, start == len(text))
+        try:
+            _, end = _DECODER.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            # Whether it was cut or is malformed shows only in what is after the error: nothing, or a string without end.
+            unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+            return "", Match(error.pos, False, unfinished or self._is_unfinished(text, error.pos))
+        except (ValueError, RecursionError):
+            return "", Match(start + 1, False)
+        return text[start:end], Match(end)
 
     @staticmethod
-    def _is_prefix(text: str, template: str) -> bool:
-        """Whether a text is the beginning of a fixed text, apart from white space."""
-        return "".join(template.split()).startswith("".join(text.split()))
+    def _is_unfinished(text: str, position: int) -> bool:
+        """Whether a text ends in the middle of a literal, a number or an escape: `tru`, `1.`, `"\\u00`."""
+        rest = text[position : position + 8].strip()
+        literal = any(word.startswith(rest) for word in ("true", "false", "null"))
+        return len(rest) < 7 and (literal or _UNFINISHED.fullmatch(rest) is not None)

@@ -29,6 +29,7 @@ from sgl_apr.formats.options import (
 from sgl_apr.formats.options import BranchNumbering as BranchNumbering
 from sgl_apr.formats.options import Phase as Phase
 from sgl_apr.formats.phases import check_phase_numbers, phase_stop_strings
+from sgl_apr.formats.resumption import drop_prefix, resumption_prefixes
 from sgl_apr.formats.segmenter import Segment, match_segments, raise_on_defect, split_segments
 from sgl_apr.formats.token_split import split_token_ids
 from sgl_apr.tokenizer import Tokenizer
@@ -229,9 +230,22 @@ class Dialect(FormatOptions):
         return segments
 
     def match_phase(
-        self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING
+        self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING, *, resumed: bool = False
     ) -> list[Segment] | None:
-        """Split the text of a phase as `parse_phase` does; None if it is not one that the phase can decode."""
+        """Split the text of a phase as `parse_phase` does; None if it is not one that the phase can decode.
+
+        Args:
+            phase: The phase.
+            text: What it decoded.
+            numbering: The numbers that it can write.
+            resumed: Whether it continued after the result of a tool, so that it began in its free text.
+        """
+        if resumed:
+            for prefix in resumption_prefixes(self.grammar, self.rule_for_phase(phase)):
+                segments = self.match_phase(phase, prefix + text, numbering)
+                if segments is not None:
+                    return drop_prefix(segments, len(prefix))
+            return None
         for rule in self._candidate_rules(phase):
             segments = match_segments(self.grammar, rule, text)
             if segments is not None:
@@ -243,7 +257,7 @@ class Dialect(FormatOptions):
         return [] if not text and self._may_be_empty(phase) else None
 
     def complete_phase(
-        self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING
+        self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING, *, resumed: bool = False
     ) -> str | None:
         """Return the shortest text that completes a phase that was cut off.
 
@@ -251,10 +265,15 @@ class Dialect(FormatOptions):
             phase: The phase.
             text: What it decoded before it was cut off.
             numbering: The numbers that it can write.
+            resumed: Whether it continued after the result of a tool, so that it began in its free text.
 
         Returns:
             The text to append, or None if nothing completes `text`.
         """
+        if resumed:
+            prefixes = resumption_prefixes(self.grammar, self.rule_for_phase(phase))
+            completions = (self.complete_phase(phase, prefix + text, numbering) for prefix in prefixes)
+            return next((c for c in completions if c is not None), None)
 
         def number(count: int, previous: str) -> str:
             if previous and previous == self.grammar.opening_literal("wait"):

@@ -104,7 +104,7 @@ def segments_of(grammar: Grammar, parser: LalrParser, *, keep_empty: bool = Fals
     while index >= 0:
         rule, first, stop, first_inside = parts[index]
         index -= 1
-        role = _SEGMENT_RULES.get(rule)
+        role = SEGMENT_RULES.get(rule)
         if role is not None:
             if first < stop:
                 if stop < end:
@@ -149,8 +149,10 @@ def _segment(grammar: Grammar, parser: LalrParser, index: int, role: Role) -> Se
 
 
 # Rules that are one segment each, with its role.
-_SEGMENT_RULES: dict[str, Role] = {r: r for r in get_args(Role) if r not in ("prompt", "text", "body")}
-_SEGMENT_RULES["failure"] = "result"
+SEGMENT_RULES: dict[str, Role] = {
+    r: r for r in get_args(Role) if r not in ("prompt", "text", "body", "call", "observation")
+}
+SEGMENT_RULES["failure"] = "result"
 
 
 def _outlines(grammar: Grammar, parser: LalrParser, fork: int) -> Iterator[Outline]:

@@ -10,6 +10,7 @@ from sgl_apr.formats.completion import PLACEHOLDER
 from sgl_apr.formats.dialects import BranchNumbering, Dialect, Phase
 from sgl_apr.formats.segmenter import Outline, Segment
 from sgl_apr.formats.token_split import split_token_ids
+from sgl_apr.formats.tool_syntax import DecodedCall, ToolSyntax, ToolText
 from sgl_apr.runtime.budget import Overhead
 from sgl_apr.tokenizer import Tokenizer, truncate_tokens
 from sgl_apr.trajectory.spans import Finish, Origin, Role
@@ -37,6 +38,8 @@ class PhaseOutput:
         forked: It forks.
         outlines: What the branches are to do, if the format says so.
         wait: The number of the branch that the trunk waits for, "" for all, None if it does not wait.
+        calls: The tools that it calls. The last span holds all of them, and has the role "call".
+        cut_call: It was cut inside a call. The last span holds what was decoded of the calls, and has the role "call".
     """
 
     pieces: tuple[SpanDraft, ...]
@@ -44,6 +47,8 @@ class PhaseOutput:
     forked: bool = False
     outlines: tuple[Outline, ...] = ()
     wait: str | None = None
+    calls: tuple[DecodedCall, ...] = ()
+    cut_call: bool = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -52,8 +57,8 @@ class PhaseOutput:
 
     @property
     def is_final(self) -> bool:
-        """Whether the sequence ends here: it neither forks nor waits."""
-        return not self.forked and self.wait is None
+        """Whether the sequence ends here: it neither forks, nor waits, nor calls a tool."""
+        return not self.forked and self.wait is None and not self.calls
 
 
 def parse_phase_output(
@@ -67,6 +72,8 @@ def parse_phase_output(
     *,
     completes_fork: bool = True,
     max_filler_tokens: int | None = None,
+    tool_syntax: ToolSyntax | None = None,
+    resumed: bool = False,
 ) -> PhaseOutput:
     """Parse what a phase decoded, and close by injection what was left open.
 
@@ -84,14 +91,23 @@ def parse_phase_output(
         completes_fork: A fork that was cut off is completed. Else it is malformed, for which nothing is injected.
         max_filler_tokens: Tokens of the text that stands for a trunk in which nothing was decoded, or for a branch that
             failed.
+        tool_syntax: The tools that the phase could call. Something that is not a call stays text.
+        resumed: Whether the phase continued after the result of a tool, so that it began in its free text.
     """
     ended = bool(decoded) and decoded[-1] in tokenizer.eos_ids
     ids = decoded[:-1] if ended else decoded
     text = tokenizer.decode(ids, context)
     in_branch = phase in ("branch", "rejoin")
+    if tool_syntax is not None and cut != "failed":
+        written = tool_syntax.parse(text)
+        before = None
+        if written.start < len(text) and (written.complete or cut):
+            before = _text_before_call(dialect, phase, numbering, text[: written.start], resumed)
+        if before is not None:
+            return _calls_output(before, written, cut, ids, text, tokenizer)
     closing, segments = "", None
     if cut != "failed":
-        segments = dialect.match_phase(phase, text, numbering)
+        segments = dialect.match_phase(phase, text, numbering, resumed=resumed)
     is_complete = segments is not None
     notes = [""]
     if cut == "failed" and (
@@ -100,10 +116,10 @@ def parse_phase_output(
         notes.insert(0, FAILURE_NOTE)
     for note in notes:
         if segments is None:
-            closing = note + (dialect.complete_phase(phase, text + note, numbering) or "")
+            closing = note + (dialect.complete_phase(phase, text + note, numbering, resumed=resumed) or "")
             if closing == PLACEHOLDER and phase == "trunk" and max_filler_tokens is not None:
                 closing = truncate_tokens(tokenizer, PLACEHOLDER, max_filler_tokens) or PLACEHOLDER[0]
-            segments = dialect.match_phase(phase, text + closing, numbering)
+            segments = dialect.match_phase(phase, text + closing, numbering, resumed=resumed)
     fork = wait = None
     for segment in segments or ():
         if segment.role == "fork":
@@ -122,6 +138,40 @@ def parse_phase_output(
     return PhaseOutput(
         pieces, finish, fork is not None, fork.outlines if fork else (), wait.number if wait else None
     )
+
+
+def _text_before_call(
+    dialect: Dialect, phase: Phase, numbering: BranchNumbering, text: str, resumed: bool
+) -> list[Segment] | None:
+    """The segments of the text before a call; None if no call can stand after it: it does not end in free text."""
+    probe = text + PLACEHOLDER
+    closing = dialect.complete_phase(phase, probe, numbering, resumed=resumed)
+    if closing is None:
+        return None
+    segments = dialect.match_phase(phase, probe + closing, numbering, resumed=resumed) or []
+    for index, segment in enumerate(segments):
+        if segment.end > len(text):  # it holds the placeholder
+            if segment.role not in ("text", "body"):
+                return None
+            kept = [segment._replace(end=len(text))] if segment.start < len(text) else []
+            return segments[:index] + kept
+    return None
+
+
+def _calls_output(
+    before: list[Segment],
+    written: ToolText,
+    cut: Finish | None,
+    ids: tuple[int, ...],
+    text: str,
+    tokenizer: Tokenizer,
+) -> PhaseOutput:
+    """The output of a phase that ends with calls, or was cut inside them."""
+    segments = [*before, Segment("call", written.start, len(text))]
+    pieces = tuple(_draft_spans(segments, text, ids, "", tokenizer))
+    if written.complete:
+        return PhaseOutput(pieces, "stop", calls=written.calls)
+    return PhaseOutput(pieces, cut or "stop", cut_call=True)
 
 
 def _draft_spans(

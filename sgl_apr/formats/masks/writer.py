@@ -14,10 +14,13 @@ from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar, merge_tag_parts
 from sgl_apr.formats.grammar_checks import check_expansion
 from sgl_apr.formats.lark_ast import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
+from sgl_apr.formats.segmenter import SEGMENT_RULES
+from sgl_apr.formats.tool_syntax import ToolSyntax
 from sgl_apr.tokenizer import Tokenizer
 
 ForkMode = Literal["auto", "required", "forbidden"]
 GrammarBackend = Literal["llguidance", "xgrammar"]
+CallMode = Literal["auto", "required"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class NumberedRepeat:
 
 @dataclass(frozen=True, slots=True)
 class RuleMarker:
-    """Marks where the rule `fork` or `wait` begins in a flat sequence."""
+    """Marks where the rule `fork` or `wait` begins in a flat sequence, or (`OWN`) free text of the sequence itself."""
 
     rule: str
 
@@ -51,6 +54,7 @@ class RuleRef:
 Item = StringLiteral | SymbolRef | NumberedRepeat | RuleMarker | OptionalText | RuleRef
 FlatSequence = tuple[Item, ...]
 FORK, WAIT = RuleMarker("fork"), RuleMarker("wait")
+OWN = RuleMarker("own")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,12 @@ class MaskOptions:
         forbid_angle_brackets: Exclude `<` from text, which keeps a small model from writing tags of its own. Text
             with a maximal length never contains `<`.
         depth: How deep blocks can nest in a complete document.
+        tool_syntax: The tools that can be called. Free text then cannot contain the text with which calls begin.
+        max_calls: How many calls of tools a text can end with. A call can follow free text of the sequence itself: not
+            text in a fork, a closer or a close.
+        call: Whether the phase can end with a call ("auto") or has to ("required").
+        resumed: Whether the phase continues after the result of a call, so that it begins with its free text.
+        answer_schema: A JSON schema, as text. Free text with which the phase ends is then JSON that fits it.
     """
 
     min_width: int = 2
@@ -83,6 +93,11 @@ class MaskOptions:
     outline_chars: int | None = None
     forbid_angle_brackets: bool = False
     depth: int = 1
+    tool_syntax: ToolSyntax | None = None
+    max_calls: int = 0
+    call: CallMode = "auto"
+    resumed: bool = False
+    answer_schema: str | None = None
 
 
 def alternatives(grammar: Grammar, phase: str, options: MaskOptions) -> list[FlatSequence]:
@@ -92,7 +107,9 @@ def alternatives(grammar: Grammar, phase: str, options: MaskOptions) -> list[Fla
         GrammarError: The options allow nothing.
     """
     check_expansion(grammar.rules, phase, grammar.name)
-    flats = list(dict.fromkeys(_flatten(grammar, SymbolRef(phase))))
+    flats = flatten_rule(grammar, phase)
+    if options.resumed:
+        flats = list(dict.fromkeys(flat[i:] for flat in flats for i, item in enumerate(flat) if item == OWN))
     if options.fork != "auto":
         flats = [f for f in flats if (FORK in f) == (options.fork == "required")]
     flats = [f for f in flats if WAIT not in f or options.waiting]
@@ -105,20 +122,28 @@ def alternatives(grammar: Grammar, phase: str, options: MaskOptions) -> list[Fla
     return with_content if any(f[-1:] == (SymbolRef(TEXT),) for f in flats) else flats
 
 
-def _flatten(grammar: Grammar, expr: Expr) -> list[FlatSequence]:
+def flatten_rule(grammar: Grammar, rule: str) -> list[FlatSequence]:
+    """Return every alternative of a rule as a flat sequence. Free text of the sequence itself follows `OWN`."""
+    return list(dict.fromkeys(_flatten(grammar, SymbolRef(rule))))
+
+
+def _flatten(grammar: Grammar, expr: Expr, own: FlatSequence = (OWN,)) -> list[FlatSequence]:
     """Every alternative of an expression as a flat sequence. Numbered repetitions stay folded."""
     match expr:
         case SymbolRef(name) if name in grammar.rules or name.islower():
             marker: FlatSequence = (RuleMarker(name),) if name in ("fork", "wait") else ()
-            return [marker + flat for flat in _flatten(grammar, grammar.rule(name))]
+            inside = () if name in SEGMENT_RULES else own
+            return [marker + flat for flat in _flatten(grammar, grammar.rule(name), inside)]
         case SequenceExpr(items):
-            return [sum(parts, ()) for parts in product(*(_flatten(grammar, item) for item in items))]
+            return [sum(parts, ()) for parts in product(*(_flatten(grammar, item, own) for item in items))]
         case Alt(options):
-            return [flat for option in options for flat in _flatten(grammar, option)]
+            return [flat for option in options for flat in _flatten(grammar, option, own)]
         case Repeat(SymbolRef(name), unbounded=False) if name == TEXT:
-            return [(OptionalText(),)]
+            return [(*own, OptionalText())]
         case Repeat(item, min_count, unbounded=False):
-            return ([] if min_count else [()]) + _flatten(grammar, item)
+            return ([] if min_count else [()]) + _flatten(grammar, item, own)
+        case SymbolRef(name) if name == TEXT:
+            return [(*own, expr)]
         case Repeat(SymbolRef(name), min_count) if name in grammar.rules and _is_numbered(grammar, name):
             return [(NumberedRepeat(name, min_count),)]
         case Repeat():
