@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import sgl_apr as apr
+from sgl_apr.engine.routing import ROUTING_KEY_HEADER
 from tests.support.threadweaver_traces import TAGS
 
 FORK = "<Parallel>\n<Outlines>\n<Outline>1: left</Outline>\n<Outline>2: right</Outline>\n</Outlines>"
@@ -22,6 +23,7 @@ REPLIES = {
     "branch 2": " two is longer\n</Thread>",
     "after": "<Conclusion>both</Conclusion>\n</Parallel>\n\nDone.",
 }
+GEN = "gen"  # what a gen decodes
 TOKENIZER = apr.ByteTokenizer(TAGS)
 
 
@@ -42,6 +44,7 @@ class SglangServer:
         self.aborted: set[str] = set()
         self.live: set[str] = set()
         self.headers: list[str | None] = []
+        self.bodies: list[tuple[dict, str]] = []  # of /generate, each with its routing key
         self.connections: list[int] = []  # by the client's port
         self.intervals: dict[str, list[int | None]] = {}  # by phase, what each request set
         self.chunks: dict[str, int] = {}  # by phase
@@ -97,7 +100,10 @@ class SglangServer:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        self.bodies.append((body, request.headers.get(ROUTING_KEY_HEADER, "")))
         sampling = body["sampling_params"]
+        if not body.get("stream"):
+            return self._answer_at_once(body)
         phase = phase_of(TOKENIZER.decode(body["input_ids"])) if sampling["max_new_tokens"] else "commit"
         rid, failure = body["rid"], self.failures.get(phase)
         self.rids[phase] = rid
@@ -122,6 +128,27 @@ class SglangServer:
             )
         finally:
             self.live.discard(rid)
+
+    def _answer_at_once(self, body: dict) -> web.Response:
+        """Answer a request of a program's own expressions, without a stream: `GEN` after each prompt."""
+        if self.failures.get("gen") == "status 500":
+            return web.json_response({"error": {"message": "out of memory"}}, status=500)
+        if "text" in body:  # of a program with an image
+            return web.json_response(self._complete_answer(body, TOKENIZER.encode(body["text"])))
+        prompts = body["input_ids"]
+        if isinstance(prompts[0], int):
+            return web.json_response(self._complete_answer(body, prompts))
+        return web.json_response([self._complete_answer(body, ids) for ids in prompts])
+
+    def _complete_answer(self, body: dict, prompt: list[int]) -> dict:
+        text = GEN[: body["sampling_params"]["max_new_tokens"]]
+        scored = prompt[body.get("logprob_start_len") or 0 :] if body.get("return_logprob") else []
+        meta = {
+            "id": "x", "finish_reason": {"type": "length"}, "prompt_tokens": len(prompt), "cached_tokens": 0,
+            "completion_tokens": len(text), "output_token_logprobs": [],
+            "input_token_logprobs": [[-1.0 - i / 1000, i, TOKENIZER.decode([i])] for i in scored],
+        }  # fmt: skip
+        return {"text": text, "output_ids": TOKENIZER.encode(text), "meta_info": meta}
 
     async def _stream(
         self, request: web.Request, rid: str, prompt: int, phase: str, failure: str | None, interval: int

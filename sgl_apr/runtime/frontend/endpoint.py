@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import uuid
 from collections.abc import Coroutine, Iterator
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.chat_template import get_chat_template
-from sglang.lang.global_config import global_config
+from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
@@ -23,19 +22,31 @@ from sgl_apr.errors import EngineError
 from sgl_apr.runtime.events import Delta, Event, OnEvent
 from sgl_apr.runtime.frontend.engine_call import EngineCall, Reason
 from sgl_apr.runtime.frontend.event_loop import EventLoopThread, wait_for
-from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine
+from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine, resolve_future
+from sgl_apr.runtime.frontend.program_requests import (
+    PROGRAM_SAMPLING_PARAMS,
+    check_no_images,
+    gen_body,
+    image_prompt,
+    new_rid,
+    trajectory_meta,
+)
 from sgl_apr.runtime.frontend.program_text import ProgramText
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
-from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens, program_tokens
+from sgl_apr.runtime.frontend.token_ledger import (
+    TOKENS_VARIABLE,
+    ProgramTokens,
+    program_tokens,
+    stored_tokens,
+)
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.runtime.prompts import encode_text
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
-PROGRAM_SAMPLING_PARAMS = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
 ROUTE_VARIABLE = "__apr_route__"
-LOGPROB_PARAMS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
 
 
 class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
@@ -128,25 +139,49 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     # Called by SGLang's interpreter.
 
     def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        pending = self.pending_commits.get(s.sid)
+        if s.images_ and not pending:
+            body = image_prompt(s.text_, s.images_) | {"sampling_params": {"max_new_tokens": 0}}
+            self._wait(self.http.post(self._routed(s, body)), s)
+            return
+        fields = {ROUTING_KEY_FIELD: self.route(s)}
+        result = self._wait(self.http.commit(pending or Request(new_rid(), self._ids(s), fields=fields)), s)
+        if pending:
+            self.commit_results[s.sid] = result
+
+    def cache_prefix(self, prefix_str: str) -> None:
+        ids = encode_text(self.tokenizer, prefix_str)
+        self._wait(self.http.commit(Request(new_rid(), ids)))
+
+    def select(
+        self, s: StreamExecutor, choices: list[str], temperature: float, choices_method: ChoicesSamplingMethod
+    ) -> ChoicesDecision:
+        decision = super().select(s, choices, temperature, choices_method)
+        if not s.images_:  # the ids that were scored, which the cache has
+            s.variables[TOKENS_VARIABLE] = self._tokens(s, s.text_ + decision.decision)
+        return decision
+
+    def _generate_http_request(self, s: StreamExecutor, data: dict[str, Any]) -> Any:
+        """Send a request of `select`, with token ids in place of text."""
         if s.images_:
-            super().commit_lazy_operations(s)
-        else:
-            fields = {ROUTING_KEY_FIELD: self.route(s)}
-            request = self.pending_commits.get(s.sid) or Request(_rid(), self._ids(s), fields=fields)
-            self.commit_results[s.sid] = self._wait(self.http.commit(request), s)
+            data = image_prompt(s.text_, s.images_) | data
+        elif (text := data.get("text")) is not None:
+            texts = [text] if isinstance(text, str) else text
+            ids = [list(self._tokens(s, one).ids) for one in texts]
+            data = {name: value for name, value in data.items() if name != "text"}
+            data["input_ids"] = ids[0] if isinstance(text, str) else ids
+        return self._wait(self.http.post(self._routed(s, data)), s)
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
         match sampling_params.dtype:
             case Reason() as expression:
-                running = self._reason(s, self._options(expression, sampling_params), expression.on_event)
+                running = self._reason(s, self._options(s, expression, sampling_params), expression.on_event)
                 return self._finish(s, self._wait(running, s), s.text_)
             case DecodeCall() as call:
                 return self._branch(s, call)
             case EngineCall() as expression:
                 result = self._wait(expression.run(ProgramEngine(self, s)), s)
-                return result.answer, {**_meta(result.trajectory), "result": result}
-        if s.images_:
-            return super().generate(s, sampling_params)  # type: ignore[no-any-return]
+                return result.answer, {**trajectory_meta(result.trajectory), "result": result}
         answer = self._wait(self.http.post(self._body(s, sampling_params)), s)
         if isinstance(answer, list):  # n > 1: the program continues with the first one, as in SGLang
             self._record_answer(s, s.text_, answer[0])
@@ -162,9 +197,6 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             return
         if isinstance(sampling_params.dtype, EngineCall):
             yield self.generate(s, sampling_params)
-            return
-        if s.images_:
-            yield from super().generate_stream(s, sampling_params)
             return
         chunks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         future = self._start(
@@ -191,11 +223,20 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         self.route(s)
         s.variables.setdefault(TOKENS_VARIABLE, ProgramTokens())
 
+    def _routed(self, s: StreamExecutor, body: dict[str, Any]) -> dict[str, Any]:
+        return {**body, ROUTING_KEY_FIELD: self.route(s)}
+
+    def _tokens(self, s: StreamExecutor, text: str) -> ProgramTokens:
+        """Return the tokens of a text that continues the program, and store nothing."""
+        return stored_tokens(s.variables).extended_to(text, self.tokenizer)
+
     def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
         return program_tokens(s.text_, s.variables, self.tokenizer).ids
 
     def _record_answer(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
         """Add the tokens of an answer to the program. SGLang appends its text afterwards."""
+        if s.images_:  # the server has encoded the prompt
+            return
         tokens = program_tokens(before, s.variables, self.tokenizer)
         s.variables[TOKENS_VARIABLE] = tokens.with_decoded(
             answer["text"], answer["output_ids"], self.tokenizer
@@ -203,17 +244,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     def _body(self, s: StreamExecutor, params: SglSamplingParams) -> dict[str, Any]:
         self._handle_dtype_to_regex(params)
-        body = {
-            "input_ids": list(self._ids(s)),
-            ROUTING_KEY_FIELD: self.route(s),
-            "sampling_params": {
-                "skip_special_tokens": global_config.skip_special_tokens_in_output,
-                "spaces_between_special_tokens": global_config.spaces_between_special_tokens_in_out,
-                **params.to_srt_kwargs(),
-            },
-            **{k: v for k in LOGPROB_PARAMS if (v := getattr(params, k)) is not None},
-        }
-        return body if params.n > 1 else {"rid": _rid(), **body}  # SGLang makes the ids of a batch itself
+        prompt = image_prompt(s.text_, s.images_) if s.images_ else {"input_ids": list(self._ids(s))}
+        return gen_body(prompt, params, self.route(s))
 
     async def _forward_chunks(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
         async for chunk in self.http.events(body):
@@ -236,11 +268,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         try:
             result = future.result()
         except BaseException as error:
-            self._loop.call_soon(_resolve_future, call.done, None, error)
+            self._loop.call_soon(resolve_future, call.done, None, error)
             return "", {}
         text = self.tokenizer.decode(result.token_ids, context)
         s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_ + text, (*context, *result.token_ids))
-        self._loop.call_soon(_resolve_future, call.done, result, None)
+        self._loop.call_soon(resolve_future, call.done, result, None)
         return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
 
     def _reason(
@@ -248,7 +280,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     ) -> Coroutine[Any, Any, Trajectory]:
         return run_with_options(ProgramEngine(self, s), self._ids(s), options, on_event)
 
-    def _options(self, expression: Reason, params: SglSamplingParams) -> ReasonOptions:
+    def _options(self, s: StreamExecutor, expression: Reason, params: SglSamplingParams) -> ReasonOptions:
+        check_no_images(f"apr.reason({expression.name!r})", s.images_)
         return expression.resolve_options(
             self.tokenizer, {name: getattr(params, name) for name in PROGRAM_SAMPLING_PARAMS}
         )
@@ -262,7 +295,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         trace, answer = trajectory.text, trajectory.answer
         s.variables[TOKENS_VARIABLE] = ProgramTokens(before + trace, trajectory.context_ids)
         s.text_ = before + trace[: len(trace) - len(answer)]
-        return answer, _meta(trajectory)
+        return answer, trajectory_meta(trajectory)
 
     def _stream_reason(
         self, s: StreamExecutor, expression: Reason, params: SglSamplingParams
@@ -274,7 +307,7 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         retried after an error, the stream contains both.
         """
         events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        before, options = s.text_, self._options(expression, params)
+        before, options = s.text_, self._options(s, expression, params)
 
         def on_event(event: Event) -> None:
             events.put(event)
@@ -304,29 +337,3 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     def _wait(self, work: Coroutine[Any, Any, T], s: StreamExecutor | None = None) -> T:
         """Run `work` in the endpoint's event loop and return its result. Cancelling the program `s` cancels it."""
         return wait_for(self._start(work, s, lambda: None) if s else self._loop.submit(work))
-
-
-def _resolve_future(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
-    if done.done():
-        return
-    if error is not None:
-        done.set_exception(error if isinstance(error, Exception) else EngineError("the branch was cancelled"))
-    elif result is not None:
-        done.set_result(result)
-
-
-def _meta(trajectory: Trajectory) -> dict[str, Any]:
-    """Return what `get_meta_info` returns: SGLang's own fields, summed over the requests, and the trajectory."""
-    metrics = trajectory.metrics()
-    return {
-        "id": None,
-        "finish_reason": {"type": trajectory.finish},
-        "prompt_tokens": len(trajectory.spans[0].token_ids or ()),
-        "completion_tokens": metrics.total,
-        "cached_tokens": metrics.cached_tokens,
-        "trajectory": trajectory,
-    }
-
-
-def _rid() -> str:
-    return f"apr-{uuid.uuid4().hex}"

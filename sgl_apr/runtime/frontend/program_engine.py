@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from sglang.lang.interpreter import ProgramState, StreamExecutor
-from sglang.lang.ir import SglCommitLazy, SglGen
+from sglang.lang.ir import SglGen
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.http import HttpEngine
@@ -129,8 +129,6 @@ class ProgramEngine:
             copy.messages_, copy.cur_role = list(source.messages_), source.cur_role
             copy.cur_role_begin_pos = source.cur_role_begin_pos
             self.server.pending_commits[copy.sid] = request
-            if size == 1:  # SGLang itself commits only before a fork into several
-                copy.submit(SglCommitLazy())
             group = ProgramState(copy).fork(size)
             committed = self.server.commit_results.pop(copy.sid, None)
             if copy.error_ is not None:
@@ -151,3 +149,13 @@ class ProgramEngine:
 
     async def load(self) -> Load:
         return await self.server.http.load()
+
+
+def resolve_future(done: asyncio.Future[Result], result: Result | None, error: BaseException | None) -> None:
+    """Give a decode call its result or its error, unless it was cancelled meanwhile."""
+    if done.done():
+        return
+    if error is not None:
+        done.set_exception(error if isinstance(error, Exception) else EngineError("the branch was cancelled"))
+    elif result is not None:
+        done.set_result(result)

@@ -51,6 +51,8 @@ def patch_frontend() -> None:
     from sglang.lang import interpreter
     from sglang.lang.interpreter import ProgramState, StreamExecutor
 
+    from sgl_apr.runtime.frontend.program_forks import ProgramFailure, patch_forks
+
     if getattr(StreamExecutor, "_apr_patched", False):
         return
     check_sglang()
@@ -60,7 +62,7 @@ def patch_frontend() -> None:
         StreamExecutor.sync,
     )
     stock_text_iter, stock_async_iter = ProgramState.text_iter, ProgramState.text_async_iter
-    stock_execute_gen, stock_fork = StreamExecutor._execute_gen, StreamExecutor.fork
+    stock_execute_gen = StreamExecutor._execute_gen
 
     def get_var(self: Any, name: str) -> Any:
         if _raises_errors(self) and not _wait_for_variable(self, name):
@@ -99,19 +101,17 @@ def patch_frontend() -> None:
 
     def execute_gen(self: Any, expression: Any) -> None:
         check_backend(self.backend, expression)
+        if isinstance(failure := expression.sampling_params.dtype, ProgramFailure):
+            raise failure.error
         stock_execute_gen(self, expression)
-
-    def fork(self: Any, *arguments: Any, **options: Any) -> Any:
-        if prepare := getattr(self.backend, "prepare_fork", None):
-            prepare(self)
-        return stock_fork(self, *arguments, **options)
 
     StreamExecutor.get_var, StreamExecutor.get_meta_info = get_var, get_meta_info
     StreamExecutor.sync, StreamExecutor._thread_worker_func = sync, _run_worker
-    StreamExecutor._execute_gen, StreamExecutor.fork = execute_gen, fork
+    StreamExecutor._execute_gen = execute_gen
     ProgramState.text_iter, ProgramState.text_async_iter = text_iter, text_async_iter
     # A program that calls `apr.reason` first has a worker that runs already, as SGLang made it.
     interpreter.warnings = _WorkerWarnings
+    patch_forks()
     StreamExecutor._apr_patched = True
 
 

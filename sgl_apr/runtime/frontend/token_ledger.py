@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,12 @@ class ProgramTokens:
         return extended.extended_to(self.text + text, tokenizer)
 
 
+def stored_tokens(variables: Mapping[str, Any]) -> ProgramTokens:
+    """Return the tokens that are stored with the variables of a program, which its text may have outgrown."""
+    stored = variables.get(TOKENS_VARIABLE)
+    return stored if isinstance(stored, ProgramTokens) else ProgramTokens()
+
+
 def program_tokens(text: str, variables: MutableMapping[str, Any], tokenizer: Tokenizer) -> ProgramTokens:
     """Return the tokens of a program, updated to its text, and store them with its variables.
 
@@ -62,7 +68,6 @@ def program_tokens(text: str, variables: MutableMapping[str, Any], tokenizer: To
         variables: The program's variables.
         tokenizer: The tokenizer.
     """
-    stored = variables.get(TOKENS_VARIABLE)
-    tokens = (stored if isinstance(stored, ProgramTokens) else ProgramTokens()).extended_to(text, tokenizer)
+    tokens = stored_tokens(variables).extended_to(text, tokenizer)
     variables[TOKENS_VARIABLE] = tokens
     return tokens
