@@ -51,7 +51,7 @@ def check_references(
     names = set[str]()
     for index, tool_call in enumerate(tool_calls):
         try:
-            _check_tool_call(tool_call, sequences, names)
+            _check_tool_call(tool_call, names)
         except WrongValue as error:
             raise error.inside(f"[{index}]").inside(".tool_calls") from None
         names.add(tool_call.id)
@@ -62,9 +62,9 @@ def check_references(
             raise wrong.inside(".label").inside(f"[{index}]").inside(".spans")
 
 
-def _check_tool_call(call: ToolCall, sequences: Collection[Path], earlier: Collection[str]) -> None:
-    if call.path not in sequences:
-        raise WrongValue(_short(call.path), "the path of a sequence of the spans").inside(".path")
+def _check_tool_call(call: ToolCall, earlier: Collection[str]) -> None:
+    if len(call.path) % 2 or (call.path and min(call.path) < 0):
+        raise WrongValue(_short(call.path), "the path of the trunk or of a branch").inside(".path")
     if not call.id or len(call.id.split()) != 1:
         raise WrongValue(describe(call.id), "an id without blanks").inside(".id")
     if call.id in earlier:

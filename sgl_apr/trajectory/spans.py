@@ -70,11 +70,6 @@ class Span:
             )
         return len(self.token_ids)
 
-    @property
-    def is_cut_call(self) -> bool:
-        """Whether it is a call of a tool that a limit cut. It was dropped from the context, so no span follows it."""
-        return self.role == "call" and self.finish not in (None, "stop", "eos")
-
     def with_references(self, parents: tuple[int, ...], waits_for: tuple[int, ...]) -> Span:
         """Return the span with other indices of the spans that it follows and waited for."""
         # `dataclasses.replace` takes twice as long, and a trajectory that ends calls this for most of its spans.

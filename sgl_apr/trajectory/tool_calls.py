@@ -18,12 +18,13 @@ class ToolCall:
     Attributes:
         id: Names the call within its trajectory, as in OpenAI's API.
         path: The sequence that called it.
-        name: The name of the tool.
+        name: The name of the tool. Empty if a token limit cut the call before it.
         arguments: The arguments, the text of a JSON object. Of a call that a token limit cut, what was decoded.
         result: What the model read as its result, without the form of the chat template.
         outcome: "ok"; "error" if the tool failed; "timeout" if it took longer than `Budget.tool_seconds`; "cancelled" if
             its sequence was cut; "refused" if it was not run, since the budget had no calls left or the arguments do not
-            fit the schema; "length" if a token limit cut the call, which was dropped from the context.
+            fit the schema; "length" if a token limit cut the call or left no room for its
+            result, so that it was dropped from the context.
         started: When it started, in seconds since the trajectory began.
         ended: When it ended, in seconds since the trajectory began.
         truncated: Whether the result was longer than what the model read.

@@ -98,13 +98,13 @@ class Trajectory:
     def context_ids(self) -> tuple[int, ...]:
         """The token ids that further text is conditioned on: the prompt and `text`, without what was dropped.
 
-        Forks that a join removed and calls of tools that a token limit cut are dropped from the context.
+        Forks that a join removed are dropped from the context, and so are calls of tools without a result.
         """
         if not self.spans:
             return ()
         in_reply = set(map(id, self.reply_spans))
         last = max((i for i, s in enumerate(self.spans) if id(s) in in_reply), default=len(self.spans) - 1)
-        while self.spans[last].is_cut_call and self.spans[last].parents:
+        while self.spans[last].role == "call" and self.spans[last].parents:
             (last,) = self.spans[last].parents
         return tuple(t for i in self.ancestors(last) for t in self.spans[i].token_ids or ())
 
