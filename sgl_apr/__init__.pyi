@@ -33,7 +33,14 @@ from .formats.lenient_parser import read as read
 from .formats.presets import Preset as Preset
 from .formats.presets import dialect_for as dialect_for
 from .formats.presets import preset as preset
+from .methods.context_fork import fork as fork
+from .methods.context_fork import stream_fork as stream_fork
 from .methods.expression import solve as solve
+from .methods.fork_result import ForkResult as ForkResult
+from .methods.fork_result import TaskResult as TaskResult
+from .methods.fork_result import TokenUsage as TokenUsage
+from .methods.fork_task import ForkTask as ForkTask
+from .methods.fork_task import Merge as Merge
 from .runtime.arguments import ReasonArguments as ReasonArguments
 from .runtime.batch import Outcomes as Outcomes
 from .runtime.batch import arun_many as arun_many
@@ -105,6 +112,8 @@ __all__ = [
     "EngineError",
     "EngineTimeout",
     "Event",
+    "ForkResult",
+    "ForkTask",
     "Forked",
     "GrammarError",
     "HttpEngine",
@@ -116,6 +125,7 @@ __all__ = [
     "Load",
     "LocalEngine",
     "McpError",
+    "Merge",
     "Metrics",
     "MissingExtra",
     "Outcomes",
@@ -135,7 +145,9 @@ __all__ = [
     "Server",
     "Span",
     "SpanFinished",
+    "TaskResult",
     "TextRetracted",
+    "TokenUsage",
     "Tool",
     "ToolCall",
     "ToolCalled",
@@ -151,6 +163,7 @@ __all__ = [
     "dialect",
     "dialect_for",
     "dialect_names",
+    "fork",
     "from_dataset",
     "mcp_tools",
     "methods",
@@ -163,5 +176,6 @@ __all__ = [
     "run_many",
     "solve",
     "stream",
+    "stream_fork",
     "to_dataset",
 ]

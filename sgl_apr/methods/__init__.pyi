@@ -1,4 +1,11 @@
+from .context_fork import fork as fork
+from .context_fork import stream_fork as stream_fork
 from .expression import solve as solve
+from .fork_result import ForkResult as ForkResult
+from .fork_result import TaskResult as TaskResult
+from .fork_result import TokenUsage as TokenUsage
+from .fork_task import ForkTask as ForkTask
+from .fork_task import Merge as Merge
 from .prompt import Completion as Completion
 from .prompt import Prompt as Prompt
 from .registry import METHOD_NAMES as METHOD_NAMES
@@ -22,8 +29,11 @@ __all__ = [
     "METHOD_NAMES",
     "CollaborativeTask",
     "Completion",
+    "ForkResult",
+    "ForkTask",
     "GraphTask",
     "Inapplicable",
+    "Merge",
     "MethodResult",
     "MethodSession",
     "ProgramTask",
@@ -33,9 +43,13 @@ __all__ = [
     "SelfJudgedTask",
     "SkeletonTask",
     "Task",
+    "TaskResult",
+    "TokenUsage",
     "ValuedSearchTask",
     "VotedSearchTask",
+    "fork",
     "method",
     "method_session",
     "solve",
+    "stream_fork",
 ]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from sgl_apr.runtime.events import Event, OnEvent
-from sgl_apr.trajectory.trajectory import Trajectory
+
+T = TypeVar("T")
 
 
 async def stream_events(
-    run: Callable[[OnEvent], Coroutine[Any, Any, Trajectory]],
-) -> AsyncGenerator[Event | Trajectory, None]:
+    run: Callable[[OnEvent], Coroutine[Any, Any, T]],
+) -> AsyncGenerator[Event | T, None]:
     """Run a trajectory in a task of its own and yield its events as they happen.
 
     Closing the generator cancels the task and waits until it has ended.
@@ -21,7 +22,7 @@ async def stream_events(
         run: Starts the trajectory. Its argument is the callback for the events.
 
     Yields:
-        Every event, then the finished trajectory.
+        Every event, then what `run` returns: the finished trajectory.
 
     Raises:
         Exception: What `run` raises, after the events before it.
