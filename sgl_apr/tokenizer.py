@@ -6,7 +6,7 @@ The runtime only encodes text that it injects. Model output stays as the ids tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +86,10 @@ class HfTokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content: i for i, token in added.items() if token.special}
         self._added_tokens = {token.content: i for i, token in added.items()}
+        # Whether a text may have an added token without its spelling, as one in capital letters could.
+        self.normalizes_added_tokens = self._backend.normalizer is not None and any(
+            token.normalized for token in added.values()
+        )
         self._eos_ids = frozenset(eos_ids) or frozenset(_eos_ids(Path(directory), self._added))
 
     @property
@@ -225,7 +229,12 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_pieces(
-    tokenizer: Tokenizer, text: str, cuts: Sequence[int], *, excluded: frozenset[int] = frozenset()
+    tokenizer: Tokenizer,
+    text: str,
+    cuts: Sequence[int],
+    *,
+    excluded: frozenset[int] = frozenset(),
+    excluded_at: Container[int] | None = None,
 ) -> list[int]:
     """Encode the pieces of a text one by one.
 
@@ -235,16 +244,20 @@ def encode_pieces(
         cuts: Where to cut it: ascending offsets in characters.
         excluded: Ids that no piece may have. A piece that has one all the same is cut further, since tokenizers may
             normalize what they match.
+        excluded_at: Where the pieces begin that this holds for. None: it holds for all.
     """
     ids: list[int] = []
-    known: dict[str, list[int]] = {}
+    known: dict[tuple[str, bool], list[int]] = {}
     for start, end in pairwise([0, *cuts, len(text)]):
         piece = text[start:end]
-        key = piece if start and len(piece) < 64 else ""
-        encoded = known.get(key) if key else None
+        is_plain = excluded_at is None or start in excluded_at
+        key = (piece, is_plain)
+        encoded = known.get(key) if start and len(piece) < 64 else None
         if encoded is None:
-            encoded = _encode_piece(tokenizer, piece, excluded, is_first=not start)
-            known[key] = encoded
+            unwanted = excluded if is_plain else frozenset[int]()
+            encoded = _encode_piece(tokenizer, piece, unwanted, is_first=not start)
+            if start and len(piece) < 64:
+                known[key] = encoded
         ids += encoded
     return ids
 

@@ -221,8 +221,17 @@ class Engine(Protocol):
 class ChatEngine(Protocol):
     """An engine that renders the messages of a chat by the chat template of its model."""
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Sequence[int]:
         """Return the token ids of messages, up to where the reply begins.
+
+        Text that users, tools and clients wrote has no added tokens, even where it spells them. The tags in an
+        assistant's text stay tokens.
+
+        Args:
+            messages: The messages in OpenAI's form, also of the role "tool" and with `tool_calls`.
+            tools: The tools in OpenAI's form, which the template shows to the model.
 
         Raises:
             UnsupportedEngine: The model has no chat template.

@@ -13,6 +13,7 @@ from fastapi import HTTPException
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.chat_template import content_format, encode_by_template, normalized_messages
 from sgl_apr.engine.routing import dp_rank, routing_key
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import (
@@ -28,7 +29,7 @@ from sgl_apr.engine.sglang_request import (
     with_layout,
 )
 from sgl_apr.engine.step_timer import StepTimer
-from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
@@ -83,23 +84,28 @@ class InProcessEngine(SGLangEngine):
             [{name: getattr(rank, name) for name in LOAD_FIELDS} for rank in ranks], self._step_timer.steps
         )
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Return the token ids of chat messages, rendered by the template of the model's tokenizer.
+
+        Args:
+            messages: The messages in OpenAI's form.
+            tools: The tools in OpenAI's form.
 
         Raises:
             UnsupportedEngine: The model has no chat template.
             AprError: The template refuses the messages.
         """
         tokenizer = self.manager.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
-            raise UnsupportedEngine(
-                "the model has no chat template, expected a prompt that is text or token ids"
-            )
-        try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # of the template, which is a program
-            raise AprError(f"the chat messages cannot be rendered: {error}") from error
-        return self._tokenizer.encode(str(text))
+        template = getattr(tokenizer, "chat_template", None)
+        apply_template = None
+        if template:
+            apply_template = tokenizer.apply_chat_template
+            messages = normalized_messages(messages, content_format(str(template)))
+        return await encode_by_template(
+            self._tokenizer, apply_template, messages, tools, engine_name="the model"
+        )
 
     async def _generate(
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None

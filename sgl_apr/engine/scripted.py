@@ -6,9 +6,10 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.chat_template import encode_by_template
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, check_encodable
 
@@ -147,6 +148,19 @@ class ScriptedEngine:
             self.active.discard(request.rid)
         self._cache.append(request.input_ids + ids)
         return Result(ids, finish, len(request.input_ids), cached)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Return the token ids of chat messages, rendered by `apply_chat_template` of the tokenizer.
+
+        Raises:
+            UnsupportedEngine: The tokenizer has no such method.
+        """
+        template = getattr(self._tokenizer, "apply_chat_template", None)
+        return await encode_by_template(
+            self._tokenizer, template, messages, tools, engine_name=type(self).__name__
+        )
 
     def _limited(self, request: Request, reply: Reply) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
         ids: list[int] = []

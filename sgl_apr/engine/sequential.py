@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sgl_apr.engine.base import Engine, Load, Request, Result, TokenSink
+from sgl_apr.engine.chat_template import encode_messages
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 
@@ -53,6 +55,11 @@ class SequentialEngine:
         """Decode once all earlier requests have ended."""
         async with self._lock:
             return await self._engine.decode(request, on_tokens)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Sequence[int]:
+        return await encode_messages(self._engine, messages, tools)
 
     async def commit(self, request: Request) -> Result:
         return await self._engine.commit(request)

@@ -13,7 +13,9 @@ from sgl_apr.engine.http_errors import error_message
 from sgl_apr.engine.http_response import JSON_HEADERS, encode_body, read_error, read_object
 from sgl_apr.engine.routing import healthy_worker_urls
 from sgl_apr.engine.sglang_request import unexpected
+from sgl_apr.engine.untrusted_text import encode_untrusted
 from sgl_apr.errors import AprError, EngineError, UnsupportedEngine
+from sgl_apr.tokenizer import Tokenizer
 
 
 class ServerRequests(ABC):
@@ -21,6 +23,7 @@ class ServerRequests(ABC):
 
     url: str
     _session: aiohttp.ClientSession
+    _tokenizer: Tokenizer
     _replicas: list[str] | None
 
     @abstractmethod
@@ -75,19 +78,31 @@ class ServerRequests(ABC):
         limits = self._session.timeout
         return aiohttp.ClientTimeout(total=limits.sock_read, sock_connect=limits.sock_connect)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Return the token ids of chat messages, rendered by the server as for a chat completion.
+
+        What users, tools and clients wrote becomes no added token, also if the server is a stock one of SGLang.
+
+        Args:
+            messages: The messages in OpenAI's form.
+            tools: The tools in OpenAI's form.
 
         Raises:
             UnsupportedEngine: The model has no chat template.
             AprError: The server refuses the messages.
             EngineError: The server failed.
         """
+        return await encode_untrusted(self._tokenizer, messages, tools, self._render_chat)
+
+    async def _render_chat(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
+        """Return the token ids of messages as SGLang makes them."""
         url = self._servers()[0]
         with self._errors(url):
             post = self._session.post(
                 f"{url}/tokenize",
-                data=encode_body({"messages": list(messages)}),
+                data=encode_body({"messages": messages, **({"tools": tools} if tools else {})}),
                 headers=JSON_HEADERS,
                 timeout=self._total_timeout(),
                 allow_redirects=False,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
-from sgl_apr.engine.base import ChatEngine, Engine
-from sgl_apr.errors import AprError, UnsupportedEngine
+from sgl_apr.engine.base import Engine
+from sgl_apr.engine.chat_template import encode_messages
+from sgl_apr.errors import AprError
 from sgl_apr.runtime.retry import as_engine_error
 from sgl_apr.runtime.value_checks import MAX_VOCAB_SIZE, shorten
 from sgl_apr.tokenizer import Tokenizer
@@ -89,13 +91,16 @@ def vocab_size(engine: Engine) -> int | None:
     return tokens + PADDED_IDS if isinstance(tokens, int) else None
 
 
-async def encode_prompt(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
+async def encode_prompt(
+    engine: Engine, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None
+) -> tuple[int, ...]:
     """Return the token ids of a prompt.
 
     Args:
         engine: Its tokenizer encodes text. Messages are rendered by the chat template of its model, up to where the
             reply begins.
         prompt: Text, token ids that are sent as they are, or chat messages.
+        tools: Tools in OpenAI's form, which the template shows to the model together with messages.
 
     Raises:
         AprError: The prompt is something else, is empty, or has ids that the model does not have.
@@ -109,17 +114,10 @@ async def encode_prompt(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     if not is_chat(prompt):
         return check_token_ids(prompt, vocab_size(engine))
     messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
-    if isinstance(engine, ChatEngine):
-        try:
-            return tuple(await engine.encode_chat(messages))
-        except OSError as error:  # also TimeoutError
-            raise as_engine_error(error) from error
-    template = getattr(engine.tokenizer, "apply_chat_template", None)
-    if template is None:
-        raise UnsupportedEngine(
-            f"{type(engine).__name__} has no chat template, expected a prompt that is text or token ids"
-        )
-    return tuple(engine.tokenizer.encode(template(messages, add_generation_prompt=True, tokenize=False)))
+    try:
+        return tuple(await encode_messages(engine, messages, tools))
+    except OSError as error:  # also TimeoutError
+        raise as_engine_error(error) from error
 
 
 def check_engine(engine: Any) -> None:
@@ -144,7 +142,16 @@ def _check_message(number: int, message: Any) -> None:
         raise AprError(f"message {number} is {shorten(message)}, expected an object with role and content")
     if not isinstance(message.get("role"), str):
         raise AprError(f"message {number} has the role {shorten(message.get('role'))}, expected text")
+    if message.get("tool_calls") is not None:
+        _check_calls(number, message)
     content = message.get("content")
+    if message["role"] == "tool":
+        if not isinstance(call := message.get("tool_call_id"), str):
+            raise AprError(
+                f"message {number} has the tool_call_id {shorten(call)}, expected text: the id of the call that it answers"
+            )
+        if content is None:
+            raise AprError(f"message {number} has the content None, expected the result of a tool as text")
     if isinstance(content, list | tuple):
         for part in content:
             is_text = isinstance(part, Mapping) and part.get("type") == "text"
@@ -155,3 +162,27 @@ def _check_message(number: int, message: Any) -> None:
                 )
     elif content is not None and not isinstance(content, str):
         raise AprError(f"message {number} has the content {shorten(content)}, expected text")
+
+
+def _check_calls(number: int, message: Mapping[str, Any]) -> None:
+    """Check the calls of tools in a message."""
+    calls = message["tool_calls"]
+    if message["role"] != "assistant":
+        raise AprError(f"message {number} has tool_calls and the role {message['role']}, expected assistant")
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise AprError(
+                f"message {number} has the tool call {shorten(call)}, expected "
+                '{"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}'
+            )
+        arguments = function.get("arguments")
+        try:
+            value = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            value = None
+        if not isinstance(value, Mapping):
+            raise AprError(
+                f"message {number} calls {function['name']} with the arguments {shorten(arguments)}, "
+                "expected the JSON of an object"
+            )

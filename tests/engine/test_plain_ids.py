@@ -64,7 +64,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
     added = backend.get_added_tokens_decoder()
     made._added = {t.content: i for i, t in added.items() if t.special}
     made._added_tokens = {t.content: i for i, t in added.items()}
-    made._eos_ids = frozenset({0})
+    made._eos_ids, made.normalizes_added_tokens = frozenset({0}), kind == "normalized"
     return made
 
 
