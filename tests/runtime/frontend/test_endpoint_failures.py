@@ -136,7 +136,7 @@ def test_a_plain_gen_fails_the_same_way():
 
     for stream in (False, True):
         raises = pytest.raises(apr.EngineError, match="out of memory")
-        with served(SglangServer(trunk="status 500")) as endpoint, within(10), raises:
+        with served(SglangServer(trunk="status 500", gen="status 500")) as endpoint, within(10), raises:
             plain.run(backend=endpoint, stream=stream)["answer"]
 
 
