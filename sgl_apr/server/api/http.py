@@ -24,10 +24,12 @@ from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.event_json import event_to_json
 from sgl_apr.runtime.options import DEFAULT_DIALECT
 from sgl_apr.server.api.admission import ServerBusy
+from sgl_apr.server.api.choices import make_choices, run_choices, stream_choices
 from sgl_apr.server.api.config import merge_options
-from sgl_apr.server.api.openai_request import parse_openai_request
-from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOptions
+from sgl_apr.server.api.openai_request import OpenAIRequest, parse_openai_request
+from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
 from sgl_apr.server.api.options import ReasonRequest
+from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page import render_live_page
@@ -73,8 +75,8 @@ async def openai_completion(
     serving: Any,
     request: Any,
     raw_request: Request,
+    body: Mapping[str, Any],
     apr: Any,
-    default_options: Mapping[str, Any],
     *,
     model: str,
     chat: bool,
@@ -85,20 +87,27 @@ async def openai_completion(
         serving: SGLang's serving object of the route.
         request: SGLang's request object.
         raw_request: The HTTP request.
-        apr: The field `apr` of the body.
-        default_options: The operator's default options.
+        body: The fields of the request as they were sent.
+        apr: The options of the trajectory: the field `apr`.
         model: The name of the model in the response.
         chat: Whether this is a chat completion.
     """
     service: TrajectoryService = raw_request.app.state.apr
-    reason_request, response_options = await parse_openai_request(
-        serving, request, raw_request, apr, default_options, chat=chat
-    )
-    response = OpenAIResponseBuilder(model, chat, response_options)
-    if reason_request.stream:
-        return await event_stream(raw_request.receive, response.chunks(service.stream(reason_request)))
-    trajectory = await run_until_disconnect(raw_request.receive, service.run(reason_request))
-    return _json_response(response.completion(trajectory))
+    parsed = await parse_openai_request(serving, request, raw_request, body, apr, service.config, chat=chat)
+    response = await _response_builder(service, parsed, model, chat)
+    choices = make_choices(await service.check(parsed.request), parsed.choices)
+    if parsed.request.stream:
+        chunks = response.chunks(choices, stream_choices(service, choices))
+        return await event_stream(raw_request.receive, chunks)
+    trajectories = await run_until_disconnect(raw_request.receive, run_choices(service, choices))
+    return _json_response(response.completion(trajectories))
+
+
+async def _response_builder(
+    service: TrajectoryService, parsed: OpenAIRequest, model: str, chat: bool
+) -> OpenAIResponseBuilder:
+    tokenizer = (await service.engine()).tokenizer if parsed.response.logprobs else None
+    return OpenAIResponseBuilder(model, chat, parsed.response, tokenizer)
 
 
 @respond_to_errors

@@ -16,12 +16,16 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
+from starlette.middleware import Middleware
 
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.api import http
+from sgl_apr.server.api.apr_routes import AprRoutes
+from sgl_apr.server.api.chat_template import validate_chat_request
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.model_alias import ALIAS_SUFFIX, has_alias, make_models_router
-from sgl_apr.server.api.openai_request import uncombinable_field, validate_chat_request
+from sgl_apr.server.api.openai_fields import uncombinable_field
+from sgl_apr.server.api.openai_request import field_defaults
 from sgl_apr.server.api.schemas import describe_openapi, json_body, json_responses
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import hook_around, require_sglang
@@ -50,21 +54,20 @@ def install(config: ApiConfig) -> None:
         if raw_request is None or not isinstance(serving, chat | completion):
             return await original(serving, request, raw_request)
         is_chat, model = isinstance(serving, chat), request.model
-        apr = (await raw_request.json()).get("apr")  # FastAPI has parsed the body already and keeps it
+        body = await raw_request.json()  # FastAPI has parsed the body already and keeps it
+        apr = body.get("apr")
         is_alias = has_alias(model, serving.tokenizer_manager.served_model_name)
         if is_alias:
             request.model = model.removesuffix(ALIAS_SUFFIX)
-        defaults = config.default_options
         if apr is None:
-            is_default = config.all_chats and is_chat and not uncombinable_field(request)
-            if not (is_alias or is_default):
+            is_default = config.all_chats and is_chat
+            if not is_alias and (not is_default or uncombinable_field(body, field_defaults(request))):
                 return await original(serving, request, raw_request)
-            # A client that does not send `apr` cannot tell the chunks of parallel branches from one another.
-            apr, defaults = {}, {"stream": "trunk", **defaults}
+            apr = {}
         elif apr is False:
             return await original(serving, request, raw_request)
         return await http.openai_completion(
-            serving, request, raw_request, apr, defaults, model=model, chat=is_chat
+            serving, request, raw_request, body, apr, model=model, chat=is_chat
         )
 
     hooks: tuple[tuple[str, list[str], Any], ...] = (
@@ -81,6 +84,7 @@ def install(config: ApiConfig) -> None:
             raise LaunchError(f"could not set a hook on {path}")
     # Before SGLang's routes of the same paths.
     app.router.routes[:0] = make_models_router(lambda: state().tokenizer_manager).routes
+    app.user_middleware.append(Middleware(AprRoutes))
     describe_openapi(app)
     app.include_router(make_router(lambda: TrajectoryService(state().tokenizer_manager, config)))
 

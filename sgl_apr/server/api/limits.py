@@ -18,6 +18,7 @@ LIMIT_FLAGS: Mapping[str, tuple[str, int | float, str]] = {
     "--apr-max-depth": ("depth", 1, "nesting depth of forks"),
     "--apr-max-tokens": ("tokens", 1, "tokens of one trajectory"),
     "--apr-max-seconds": ("seconds", 0.001, "seconds of one trajectory"),
+    "--apr-max-choices": ("choices", 1, "choices of one request, its field `n` (default: 16)"),
     "--apr-max-concurrent": (
         "concurrent", 1, "trajectories that run at once; further ones wait in a queue (default: 256)",
     ),
@@ -42,6 +43,7 @@ class RequestLimits:
         depth: Nesting depth of forks.
         tokens: Tokens of one trajectory.
         seconds: Seconds of one trajectory.
+        choices: Choices of one request, each of which is a trajectory.
         concurrent: Trajectories that run at once. Further ones wait.
         queued: Trajectories that wait. The server refuses further ones.
         queue_timeout: Seconds that a trajectory waits before the server refuses it.
@@ -51,6 +53,7 @@ class RequestLimits:
     depth: int | None = None
     tokens: int | None = None
     seconds: float | None = None
+    choices: int = 16
     concurrent: int = 256
     queued: int = 1024
     queue_timeout: float = 60.0

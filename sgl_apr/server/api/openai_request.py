@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import HTTPException
 
-from sgl_apr.errors import AprError, EngineError
-from sgl_apr.runtime.option_checks import GRAMMAR, NOT_AVAILABLE, ONE_REPLY, REQUEST_FIELDS, STOP
-from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls
-from sgl_apr.server.api.config import merge_options
-from sgl_apr.server.api.openai_response import ResponseOptions
+from sgl_apr.errors import AprError, BudgetExceeded, EngineError
+from sgl_apr.runtime.option_checks import REQUEST_FIELDS
+from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls, shorten
+from sgl_apr.server.api.chat_template import branch_prompt_template
+from sgl_apr.server.api.config import ApiConfig, merge_options
+from sgl_apr.server.api.openai_fields import check_fields
 from sgl_apr.server.api.options import ReasonRequest
+from sgl_apr.server.api.reasoning_effort import effort_options
+from sgl_apr.server.api.response_options import ResponseOptions
 
-NO_CHAT_TEMPLATE = (
-    "the model has no chat template, so the server cannot make a prompt of messages: send text to /v1/completions, or "
-    "start the server with --chat-template"
-)
-UNSUPPORTED_FIELDS: Mapping[str, str] = {
-    "n": ONE_REPLY, "best_of": ONE_REPLY, "echo": ONE_REPLY, "suffix": ONE_REPLY, "session_id": ONE_REPLY,
-    "session_params": ONE_REPLY,
-    "tools": GRAMMAR, "response_format": GRAMMAR, "regex": GRAMMAR, "ebnf": GRAMMAR, "json_schema": GRAMMAR,
-    "custom_logit_processor": GRAMMAR, "custom_params": GRAMMAR, "watermark": GRAMMAR,
-    "stop": STOP, "stop_token_ids": STOP, "stop_regex": STOP, "min_tokens": STOP, "ignore_eos": STOP,
-    "logprobs": NOT_AVAILABLE, "top_logprobs": NOT_AVAILABLE, "return_hidden_states": NOT_AVAILABLE,
-    "return_routed_experts": NOT_AVAILABLE,
-}  # fmt: skip
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
+MAX_TOP_LOGPROBS = 20
+ANY_OBJECT = '{"type": "object"}'  # the schema of `json_object`
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIRequest:
+    """A parsed request.
+
+    Attributes:
+        request: The request for one trajectory.
+        response: How the response should look.
+        choices: How many trajectories to run.
+    """
+
+    request: ReasonRequest
+    response: ResponseOptions
+    choices: int = 1
 
 
 async def parse_openai_request(
     serving: Any,
     request: Any,
     raw_request: Any,
+    body: Mapping[str, Any],
     apr: Any,
-    default_options: Mapping[str, Any],
+    config: ApiConfig,
     *,
     chat: bool,
-) -> tuple[ReasonRequest, ResponseOptions]:
+) -> OpenAIRequest:
     """Parse a request.
 
     SGLang itself applies the chat template, the model's default sampling parameters and the adapter.
@@ -48,22 +58,20 @@ async def parse_openai_request(
         serving: SGLang's serving object of the route.
         request: SGLang's `ChatCompletionRequest` or `CompletionRequest`.
         raw_request: The HTTP request.
-        apr: The field `apr` of the body. Where it and the request set the same option, it wins.
-        default_options: The operator's default options. Both win over these.
+        body: The fields of the request as they were sent.
+        apr: The options of the trajectory: the field `apr`. Where it and the request set the same option, it wins.
+        config: The operator's settings. Its default options are those that neither of both sets.
         chat: Whether this is a chat completion.
-
-    Returns:
-        The request for a trajectory, and how its response should look.
 
     Raises:
         AprError: The request is not valid, or has a field that does not work together with `apr`.
         EngineError: SGLang refuses the request with an HTTP status.
     """
     own = drop_nulls(check_type("apr", apr, dict))
-    if own.get("separate_reasoning") and request.stream:
-        raise AprError("separate_reasoning cannot be streamed: the answer is known only at the end")
-    if name := uncombinable_field(request):
-        raise AprError(f"{name} cannot be combined with apr: {UNSUPPORTED_FIELDS[name]}")
+    check_fields(body, field_defaults(request))
+    choices = _parse_choices(request.n, config)
+    stop = _parse_stop(request.stop)
+    logprobs, top_logprobs = _parse_logprobs(request, chat=chat)
     generate = await _generate_request(serving, request, raw_request)
     if any(getattr(generate, f"{kind}_data") for kind in ("image", "video", "audio")):
         raise AprError("images, video and audio cannot be combined with apr")
@@ -72,47 +80,121 @@ async def parse_openai_request(
         prompt = prompt[0]  # a batch of one
     sampling = {k: v for k, v in generate.sampling_params.items() if k in SAMPLING_TYPES}
     explicit = {k: v for k, v in sampling.items() if k in request.model_fields_set}
-    request_options = {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}}
     options = merge_options(
-        {"sampling": sampling}, default_options, {"sampling": explicit}, request_options, own
+        {"sampling": sampling},
+        config.default_options,
+        effort_options(getattr(request, "reasoning_effort", None), config.limits),
+        {"sampling": explicit},
+        {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}},
+        _answer_options(request, stop, top_logprobs if logprobs else None),
+        _separate_reasoning(request),
+        own,
     )
-    response_options = replace(
-        ResponseOptions.pop_from(options),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+    response = ResponseOptions.pop_from(options, separate_reasoning=chat)
+    if response.all_sequences and (stop or logprobs) and request.stream:
+        name = "stop" if stop else "logprobs"
+        raise AprError(
+            f'{name} cannot be combined with apr={{"stream": "all"}}, which streams all that is decoded'
+        )
+    response = replace(
+        response,
+        include_usage=_includes_usage(request),
+        stop=stop,
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
     )
     max_tokens = getattr(request, "max_completion_tokens", None) or (
         request.max_tokens if "max_tokens" in request.model_fields_set else None
     )
-    template = _branch_prompt_template(serving, request) if chat else None
-    return ReasonRequest(prompt, options, bool(request.stream), max_tokens, template), response_options
+    template = branch_prompt_template(serving, request) if chat else None
+    reason_request = ReasonRequest(prompt, options, bool(request.stream), max_tokens, template)
+    return OpenAIRequest(reason_request, response, choices)
 
 
-def validate_chat_request(original: Any, serving: Any, request: Any) -> str | None:
-    """Return what is wrong with a chat request, as SGLang does, or that the model has no chat template."""
-    error: str | None = original(serving, request)
-    return error or (None if _has_chat_template(serving, request) else NO_CHAT_TEMPLATE)
+def field_defaults(request: Any) -> dict[str, Any]:
+    """Return SGLang's defaults of the fields of a request."""
+    return {name: field.default for name, field in type(request).model_fields.items()}
 
 
-def _has_chat_template(serving: Any, request: Any) -> bool:
-    """Return whether SGLang can make a prompt of the messages of a request."""
-    templates = serving.template_manager
-    return bool(
-        request.input_ids is not None
-        or templates.chat_template_name
-        or templates.python_chat_template
-        or serving.chat_encoding_spec
-        or getattr(serving.tokenizer_manager.tokenizer, "chat_template", None)
-        or (serving.default_chat_template_kwargs | (request.chat_template_kwargs or {})).get("chat_template")
-    )
+def _parse_choices(n: Any, config: ApiConfig) -> int:
+    limit = config.limits.choices
+    if not isinstance(n, int) or n < 1:
+        raise AprError(f"n={shorten(n)}, expected at least 1")
+    if n > limit:
+        raise BudgetExceeded(f"n={n} is more than this server allows: --apr-max-choices {limit}")
+    return n
 
 
-def uncombinable_field(request: Any) -> str | None:
-    """Return the first field of an OpenAI request that cannot be combined with `apr`, or None."""
-    for name in UNSUPPORTED_FIELDS:
-        value = getattr(request, name, None)
-        if value and value != type(request).model_fields[name].default:
-            return name
-    return None
+def _parse_stop(stop: Any) -> tuple[str, ...]:
+    strings = [stop] if isinstance(stop, str) else list(stop or ())
+    if len(strings) > MAX_STOP_STRINGS:
+        raise AprError(f"stop has {len(strings)} texts, expected at most {MAX_STOP_STRINGS}")
+    for text in strings:
+        if not 1 <= len(text) <= MAX_STOP_CHARS:
+            raise AprError(f"stop={shorten(text)}, expected texts of 1 to {MAX_STOP_CHARS} characters")
+    return tuple(dict.fromkeys(strings))
+
+
+def _parse_logprobs(request: Any, *, chat: bool) -> tuple[bool, int]:
+    """Return whether the response has log-probabilities, and of how many alternatives of a token."""
+    top: Any = request.top_logprobs if chat else request.logprobs
+    is_requested = bool(request.logprobs) if chat else request.logprobs is not None
+    if chat and top and not is_requested:
+        raise AprError(f"top_logprobs={shorten(top)} needs logprobs=true")
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        name = "top_logprobs" if chat else "logprobs"
+        raise AprError(f"{name}={shorten(top)}, expected 0 to {MAX_TOP_LOGPROBS}")
+    return is_requested, top or 0
+
+
+def _answer_options(request: Any, stop: tuple[str, ...], top_logprobs: int | None) -> dict[str, Any]:
+    """Return the options of a trajectory that shape its answer.
+
+    Args:
+        request: SGLang's request.
+        stop: Texts before which the answer ends.
+        top_logprobs: Alternatives of each token. None if the response has no log-probabilities.
+    """
+    options: dict[str, Any] = {}
+    if schema := _answer_schema(request.response_format):
+        options["answer_schema"] = schema
+    if top_logprobs is not None:
+        options["logprobs"] = True
+    return options
+
+
+def _answer_schema(response_format: Any) -> str | None:
+    """Return the JSON schema, as text, that the answer has to fit."""
+    kind = getattr(response_format, "type", None)
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    if kind != "json_schema":
+        raise AprError(
+            f"response_format type={shorten(kind)} cannot be combined with apr, expected json_schema, json_object or text"
+        )
+    schema = response_format.json_schema and response_format.json_schema.schema_
+    if schema is None:
+        raise AprError("response_format has no json_schema with a schema")
+    return json.dumps(schema, ensure_ascii=False)
+
+
+def _separate_reasoning(request: Any) -> dict[str, Any]:
+    """Return SGLang's own field `separate_reasoning` as an option of the response, if the request has it."""
+    is_set = "separate_reasoning" in request.model_fields_set
+    return {"separate_reasoning": request.separate_reasoning} if is_set else {}
+
+
+def _includes_usage(request: Any) -> bool:
+    options = request.stream_options
+    if options is None:
+        return False
+    if not request.stream:
+        raise AprError("stream_options needs stream=true")
+    if options.continuous_usage_stats:
+        raise AprError("stream_options continuous_usage_stats cannot be combined with apr: use include_usage")
+    return bool(options.include_usage)
 
 
 async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any:
@@ -126,24 +208,3 @@ async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any
     except ValueError as error:
         raise AprError(str(error)) from error
     return generate
-
-
-def _branch_prompt_template(serving: Any, request: Any) -> Callable[[str], str] | None:
-    """Return a function that applies the chat template to the message of a branch, if the model has one."""
-    tokenizer = serving.tokenizer_manager.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    template_options = {
-        **serving.default_chat_template_kwargs,
-        **(request.chat_template_kwargs or {}),
-        "add_generation_prompt": True,
-        "tokenize": False,
-    }
-
-    def apply_template(message: str) -> str:
-        conversation = [{"role": "user", "content": message}]
-        text = str(tokenizer.apply_chat_template(**{**template_options, "conversation": conversation}))
-        # Encoding adds the BOS token once more if this tokenizer does that by itself.
-        return text.removeprefix(tokenizer.bos_token or "") if serving._tokenizer_auto_adds_specials else text
-
-    return apply_template

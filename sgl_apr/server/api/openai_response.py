@@ -1,56 +1,32 @@
-"""Builds OpenAI's response objects of a trajectory: completions, and chunks of streamed completions."""
+"""Builds OpenAI's response objects of trajectories: completions, and chunks of streamed completions."""
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
-from sgl_apr.errors import AprError
-from sgl_apr.runtime.events import BranchEnded, Delta, Event, Forked, Joined, TextRetracted
-from sgl_apr.runtime.value_checks import check_type, shorten
-from sgl_apr.trajectory.blocks import Block
+from sgl_apr.runtime.events import (
+    BranchEnded,
+    Delta,
+    Event,
+    Forked,
+    Joined,
+    TextRetracted,
+    ToolCalled,
+    ToolReturned,
+)
+from sgl_apr.server.api.openai_logprobs import LogprobsBuilder
+from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary, usage
+from sgl_apr.server.api.options import CheckedRequest
+from sgl_apr.server.api.reply import Reply, split_reply
+from sgl_apr.server.api.reply_stream import ReplyDelta, ReplyStream
+from sgl_apr.server.api.response_options import ResponseOptions as ResponseOptions
+from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
-
-
-@dataclass(frozen=True, slots=True)
-class ResponseOptions:
-    """How the response of a trajectory should look.
-
-    Attributes:
-        separate_reasoning: Put the answer after the last join into `content` and the trace before it into
-            `reasoning_content`. Otherwise `content` is all of it.
-        include_trajectory: Add the complete trajectory to the field `apr`.
-        trunk_only: Stream only what the trunk writes.
-        include_usage: End a stream with a chunk that has the usage.
-    """
-
-    separate_reasoning: bool = False
-    include_trajectory: bool = False
-    trunk_only: bool = False
-    include_usage: bool = False
-
-    @classmethod
-    def pop_from(cls, options: dict[str, Any]) -> Self:
-        """Take the options of the response out of those of a trajectory.
-
-        Raises:
-            AprError: One of them has a value that is not possible.
-        """
-        stream = options.pop("stream", "all")
-        if stream not in ("all", "trunk"):
-            raise AprError(f'apr stream={shorten(stream)}, expected "all" or "trunk"')
-        return cls(
-            separate_reasoning=check_type(
-                "separate_reasoning", options.pop("separate_reasoning", False), bool
-            ),
-            include_trajectory=check_type("trajectory", options.pop("trajectory", False), bool),
-            trunk_only=stream == "trunk",
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +37,7 @@ class OpenAIResponseBuilder:
         model: The model's name, as the request has it.
         chat: Whether to build chat completions or text completions.
         options: How the response should look.
+        tokenizer: Of the model, for log-probabilities.
         id: The response's id, without its prefix.
         created: Seconds since 1970.
     """
@@ -68,150 +45,190 @@ class OpenAIResponseBuilder:
     model: str
     chat: bool
     options: ResponseOptions
+    tokenizer: Tokenizer | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, trajectory: Trajectory) -> dict[str, Any]:
-        """Return the complete response in one object."""
-        text, reasoning = trajectory.text, None
-        if self.options.separate_reasoning:
-            answer = trajectory.answer
-            reasoning = text[: len(text) - len(answer)] if trajectory.blocks else None
-            text = answer
-        body: dict[str, Any] = {"text": text}
+    def completion(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+        """Return the complete response in one object, with one choice for each trajectory.
+
+        The structure of a single trajectory is the field `apr` of the response, that of several the field `apr` of each
+        choice.
+        """
+        summaries = [
+            {"apr": trajectory_summary(trajectory, include_trajectory=self.options.include_trajectory)}
+            for trajectory in trajectories
+        ]
+        choices = [self._complete_choice(index, t) for index, t in enumerate(trajectories)]
+        if len(choices) > 1:
+            choices = [choice | summary for choice, summary in zip(choices, summaries, strict=True)]
+        response = {**self._head("chat.completion"), "choices": choices, "usage": usage(trajectories)}
+        return response | (summaries[0] if len(summaries) == 1 else {})
+
+    def _complete_choice(self, index: int, trajectory: Trajectory) -> dict[str, Any]:
+        reply = self.split(trajectory)
+        body: dict[str, Any] = {"text": reply.content}
         if self.chat:
-            body = {"message": {"role": "assistant", "content": text, "reasoning_content": reasoning}}
-        return {
-            **self._head("chat.completion"),
-            "choices": [_choice(body, finish_reason(trajectory))],
-            "usage": usage(trajectory),
-            "apr": trajectory_summary(trajectory, include_trajectory=self.options.include_trajectory),
-        }
+            message = {"role": "assistant", "content": reply.content}
+            body = {"message": {**message, "reasoning_content": reply.reasoning or None}}
+        finish = finish_reason(trajectory, is_stopped=reply.is_stopped)
+        return _choice(index, body, finish, self._logprobs(trajectory, reply))
+
+    def split(self, trajectory: Trajectory) -> Reply:
+        """Split the text of a trajectory into reasoning and content."""
+        options = self.options
+        return split_reply(trajectory, separate_reasoning=options.separate_reasoning, stop=options.stop)
+
+    def _logprobs(self, trajectory: Trajectory, reply: Reply) -> dict[str, Any] | None:
+        if not self.options.logprobs or self.tokenizer is None:
+            return None
+        builder = LogprobsBuilder(self.tokenizer, self.options.top_logprobs)
+        return builder.chat(trajectory, reply) if self.chat else builder.text(trajectory, reply)
 
     async def chunks(
-        self, events: AsyncGenerator[Event | Trajectory, None]
+        self,
+        requests: Sequence[CheckedRequest],
+        events: AsyncGenerator[tuple[int, Event | Trajectory], None],
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the chunks of a streamed response.
 
-        Each chunk with text has the path of its sequence in `apr`. The chunks of the branches of a fork interleave.
-        Other events are chunks with empty text. The last chunk has the finish reason and the structure.
+        The chunks of choices interleave. The last chunk of each choice has its finish reason and its structure.
 
         Args:
-            events: The events of the trajectory, then the trajectory. It is closed at the end.
+            requests: The request of each choice.
+            events: The events of the choices, each with the index of its choice. It is closed at the end.
         """
-        is_first = True
+        choices = [self._stream_choice(index, request) for index, request in enumerate(requests)]
+        trajectories: dict[int, Trajectory] = {}
         async with aclosing(events):
-            async for event in events:
-                if is_first and self.chat:
-                    yield self._chunk({"role": "assistant", "content": ""}, {"path": []})
-                is_first = False
+            async for index, event in events:
                 if isinstance(event, Trajectory):
-                    for chunk in self._last_chunks(event):
+                    trajectories[index] = event
+                    for chunk in choices[index].finish(event):
                         yield chunk
-                elif self.options.trunk_only and not _is_trunk_text(event):
-                    continue
-                elif isinstance(event, Delta):
-                    yield self._chunk(self._text(event.text), {"path": event.path})
-                elif (summary := _event_summary(event)) is not None:
-                    yield self._chunk(self._text(""), summary)
-
-    def _last_chunks(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
-        summary = trajectory_summary(trajectory, include_trajectory=self.options.include_trajectory)
-        body = {} if self.chat else {"text": ""}
-        yield self._chunk(body, {"event": "done", **summary}, finish_reason(trajectory))
+                else:
+                    for chunk in choices[index].add(event):
+                        yield chunk
         if self.options.include_usage:
-            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(trajectory)}
+            ended = [trajectories[index] for index in sorted(trajectories)]
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(ended)}
 
-    def _text(self, text: str) -> dict[str, Any]:
-        return {"content": text} if self.chat else {"text": text}
+    def _stream_choice(self, index: int, request: CheckedRequest) -> _ChoiceStream:
+        kind = _SequenceStream if self.options.all_sequences else _ContentStream
+        return kind(self, index, request)
 
-    def _chunk(self, body: dict[str, Any], apr: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    def chunk(
+        self,
+        index: int,
+        body: dict[str, Any],
+        apr: dict[str, Any] | None = None,
+        finish: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return a chunk of one choice.
+
+        Args:
+            index: The index of the choice.
+            body: The delta of a chat completion, or the text of a text completion.
+            apr: The field `apr`, if the chunk has one.
+            finish: The finish reason.
+            logprobs: The log-probabilities of the text.
+        """
         body = {"delta": body} if self.chat else body
-        return {**self._head("chat.completion.chunk"), "choices": [_choice(body, finish)], "apr": apr}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [_choice(index, body, finish, logprobs)]}
+        if self.options.include_usage:
+            chunk["usage"] = None
+        return chunk if apr is None else {**chunk, "apr": apr}
 
     def _head(self, chat_object: str) -> dict[str, Any]:
         prefix, object_ = ("chatcmpl", chat_object) if self.chat else ("cmpl", "text_completion")
         return {"id": f"{prefix}-{self.id}", "object": object_, "created": self.created, "model": self.model}
 
 
-def finish_reason(trajectory: Trajectory) -> str:
-    """Return OpenAI's finish reason: "length" if a limit cut the trunk, else "stop"."""
-    return "length" if trajectory.finish in ("length", "timeout", "aborted") else "stop"
+class _ChoiceStream:
+    """The chunks of one choice."""
+
+    def __init__(self, response: OpenAIResponseBuilder, index: int, request: CheckedRequest) -> None:
+        self.response, self.index = response, index
+        self._is_first = True
+
+    def add(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of an event."""
+        if self._is_first and self.response.chat:
+            yield self.response.chunk(self.index, {"role": "assistant", "content": ""}, self._path(()))
+        self._is_first = False
+        yield from self._chunks(event)
+
+    def finish(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
+        """Yield the last chunks."""
+        raise NotImplementedError
+
+    def _chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+    def _path(self, path: tuple[int, ...]) -> dict[str, Any] | None:
+        return None
+
+    def _text(self, text: str) -> dict[str, Any]:
+        return {"content": text} if self.response.chat else {"text": text}
+
+    def _last_chunk(self, trajectory: Trajectory, *, is_stopped: bool) -> dict[str, Any]:
+        include = self.response.options.include_trajectory
+        summary = {"event": "done", **trajectory_summary(trajectory, include_trajectory=include)}
+        finish = finish_reason(trajectory, is_stopped=is_stopped)
+        return self.response.chunk(self.index, {} if self.response.chat else {"text": ""}, summary, finish)
 
 
-def usage(trajectory: Trajectory) -> dict[str, Any]:
-    """Return OpenAI's usage object, with our own counts in `apr`.
+class _ContentStream(_ChoiceStream):
+    """Deltas of `content` and `reasoning_content`."""
 
-    `completion_tokens` are all tokens after the prompt, including those of branches and injected ones.
-    `prompt_tokens_details.cached_tokens` are the tokens of the prompt that were cached before the trajectory.
-    `apr.cached` and `apr.reprefilled` are sums over all requests to the engine, so they count a shared prefix once per
-    request.
-    """
-    metrics = trajectory.metrics()
-    prompt = sum(s.tokens for s in trajectory.spans if s.origin == "prompt")
-    cached = trajectory.calls[0].cached_tokens if trajectory.calls else None
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": metrics.total,
-        "total_tokens": prompt + metrics.total,
-        "prompt_tokens_details": {"cached_tokens": min(cached or 0, prompt)},
-        "apr": {
-            "total": metrics.total,
-            "critical_path": metrics.critical_path,
-            "cached": metrics.cached_tokens,
-            "reprefilled": metrics.reprefilled_tokens,
-            "forks": metrics.blocks,
-        },
-    }
+    def __init__(self, response: OpenAIResponseBuilder, index: int, request: CheckedRequest) -> None:
+        super().__init__(response, index, request)
+        options = response.options
+        self._reply = ReplyStream(
+            request.options, separate_reasoning=options.separate_reasoning, stop=options.stop
+        )
 
+    def _chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        yield from self._deltas(self._reply.add(event))
 
-def trajectory_summary(trajectory: Trajectory, *, include_trajectory: bool = False) -> dict[str, Any]:
-    """Return the field `apr` of a response: structure, joins, limits and metrics of the trajectory."""
-    metrics = trajectory.metrics()
-    summary = {
-        "dialect": trajectory.dialect,
-        "finish": trajectory.finish,
-        "blocks": [_block_summary(trajectory, block) for block in trajectory.blocks],
-        "joins": [asdict(join) for join in trajectory.joins],
-        "limits": [asdict(limit) for limit in trajectory.limits],
-        "metrics": {
-            **{name: value for name, value in asdict(metrics).items() if name != "phases"},
-            "acceleration": metrics.acceleration,
-            "parallelism": metrics.parallelism,
-        },
-        "seed": trajectory.seed,
-        "seeds_honoured": trajectory.seeds_honoured,
-        "tokens_shared": trajectory.tokens_shared,
-    }
-    if include_trajectory:
-        summary["trajectory"] = json.loads(trajectory.to_json())
-    return summary
+    def finish(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
+        response = self.response
+        yield from self._deltas(self._reply.finish(trajectory))
+        if response.options.logprobs:  # they are known when a request has ended, and their tokens with them
+            reply = response.split(trajectory)
+            logprobs = response._logprobs(trajectory, reply)
+            yield response.chunk(self.index, self._text(reply.content), logprobs=logprobs)
+        yield self._last_chunk(trajectory, is_stopped=self._reply.is_stopped)
+
+    def _deltas(self, delta: ReplyDelta) -> Iterator[dict[str, Any]]:
+        if delta.reasoning and self.response.chat:
+            yield self.response.chunk(self.index, {"reasoning_content": delta.reasoning})
+        if delta.content and not self.response.options.logprobs:
+            yield self.response.chunk(self.index, self._text(delta.content))
 
 
-def _choice(body: dict[str, Any], finish: str | None) -> dict[str, Any]:
-    return {"index": 0, **body, "logprobs": None, "finish_reason": finish}
+class _SequenceStream(_ChoiceStream):
+    """The text of every sequence as it is written, with the path of the sequence in `apr`, and the other events."""
+
+    def _path(self, path: tuple[int, ...]) -> dict[str, Any] | None:
+        return {"path": path}
+
+    def _chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Delta):
+            yield self.response.chunk(self.index, self._text(event.text), self._path(event.path))
+        elif (summary := _event_summary(event)) is not None:
+            yield self.response.chunk(self.index, self._text(""), summary)
+
+    def finish(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
+        is_stopped = self.response.split(trajectory).is_stopped
+        yield self._last_chunk(trajectory, is_stopped=is_stopped)
 
 
-def _block_summary(trajectory: Trajectory, block: Block) -> dict[str, Any]:
-    return {
-        "path": block.path,
-        "conclusion": block.conclusion,
-        "branches": [
-            {
-                "path": branch.path,
-                "outline": branch.outline,
-                "text": branch.text,
-                "result": branch.result,
-                "outcome": branch.outcome,
-                "tokens": sum(trajectory.spans[i].tokens for i in branch.spans),
-            }
-            for branch in block.branches
-        ],
-    }
-
-
-def _is_trunk_text(event: Event) -> bool:
-    return isinstance(event, Delta | TextRetracted) and event.path == ()
+def _choice(
+    index: int, body: dict[str, Any], finish: str | None, logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
 
 
 def _event_summary(event: Event) -> dict[str, Any] | None:
@@ -226,4 +243,8 @@ def _event_summary(event: Event) -> dict[str, Any] | None:
             return {"event": "joined", "path": path, "branches": branches}
         case TextRetracted(path, chars):
             return {"event": "text_retracted", "path": path, "chars": chars}
+        case ToolCalled(path, id_, name, arguments):
+            return {"event": "tool_called", "path": path, "id": id_, "name": name, "arguments": arguments}
+        case ToolReturned(_, call):
+            return {"event": "tool_returned", "path": call.path, "id": call.id, "outcome": call.outcome}
     return None

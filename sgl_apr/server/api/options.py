@@ -64,6 +64,19 @@ class ReasonRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request for one trajectory whose options were checked.
+
+    Attributes:
+        prompt: The token ids of the prompt.
+        options: The options.
+    """
+
+    prompt: tuple[int, ...]
+    options: ReasonOptions
+
+
+@dataclass(frozen=True, slots=True)
 class OptionsParser:
     """Checks the requests of one server.
 

@@ -24,8 +24,8 @@ from sgl_apr.runtime.value_checks import (
     SAMPLING_TYPES,
     number_types,
 )
-from sgl_apr.server.api.openai_response import ResponseOptions
 from sgl_apr.server.api.options import MAX_ATTEMPTS
+from sgl_apr.server.api.response_options import STREAMS, ResponseOptions
 from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
 Schema = dict[str, Any]
@@ -134,7 +134,8 @@ def _components() -> dict[str, Schema]:
     response_options = attribute_texts(ResponseOptions)
     openai_options = {
         "stream": _describe(
-            {"type": "string", "enum": ["all", "trunk"]}, "What a stream has: all sequences, or the trunk"
+            {"type": "string", "enum": list(STREAMS)},
+            "What a stream has: the deltas of the content, or all sequences, tagged by their paths",
         ),
         "separate_reasoning": _describe({"type": "boolean"}, response_options["separate_reasoning"]),
         "trajectory": _describe({"type": "boolean"}, response_options["include_trajectory"]),

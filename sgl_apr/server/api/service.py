@@ -16,7 +16,7 @@ from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.server.api.admission import AdmissionQueue
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.counters import ServerCounters
-from sgl_apr.server.api.options import UNKNOWN_TOKEN_CHARS, OptionsParser, ReasonRequest
+from sgl_apr.server.api.options import UNKNOWN_TOKEN_CHARS, CheckedRequest, OptionsParser, ReasonRequest
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -71,7 +71,18 @@ class TrajectoryService:
             )
         return self._parser
 
-    async def run(self, request: ReasonRequest, on_event: OnEvent | None = None) -> Trajectory:
+    async def check(self, request: ReasonRequest) -> CheckedRequest:
+        """Check the options of a request, and encode its prompt.
+
+        Raises:
+            AprError: The request is not valid.
+        """
+        prompt, options = await self._make_parser(await self.engine()).parse_in_thread(request)
+        return CheckedRequest(prompt, options)
+
+    async def run(
+        self, request: ReasonRequest | CheckedRequest, on_event: OnEvent | None = None
+    ) -> Trajectory:
         """Run a trajectory to its end. It may wait until others have ended.
 
         Cancelling the call cancels the trajectory.
@@ -82,7 +93,8 @@ class TrajectoryService:
             EngineError: The engine failed.
         """
         engine = await self.engine()
-        prompt, options = await self._make_parser(engine).parse_in_thread(request)
+        checked = request if isinstance(request, CheckedRequest) else await self.check(request)
+        prompt, options = checked.prompt, checked.options
         try:
             async with self.admission.slot(len(prompt), options.budget.tokens) as slot:
                 trajectory = await run_with_options(engine, prompt, options, on_event)
@@ -97,7 +109,9 @@ class TrajectoryService:
         self.counters.count_finished(options, trajectory)
         return trajectory
 
-    async def stream(self, request: ReasonRequest) -> AsyncGenerator[Event | Trajectory, None]:
+    async def stream(
+        self, request: ReasonRequest | CheckedRequest
+    ) -> AsyncGenerator[Event | Trajectory, None]:
         """Yield the events of a trajectory as they happen, then the trajectory.
 
         Closing the stream cancels the trajectory.

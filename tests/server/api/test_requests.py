@@ -13,11 +13,13 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.runtime.event_json import event_from_json, event_to_json
+from sgl_apr.runtime.options import make_options
 from sgl_apr.server.api.admission import AdmissionQueue, ServerBusy
 from sgl_apr.server.api.config import ApiConfig, merge_options, parse_api_arguments
 from sgl_apr.server.api.limits import RequestLimits
-from sgl_apr.server.api.openai_response import OpenAIResponseBuilder, ResponseOptions
-from sgl_apr.server.api.options import OptionsParser, ReasonRequest
+from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
+from sgl_apr.server.api.options import CheckedRequest, OptionsParser, ReasonRequest
+from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.server.launch.launcher import serve
 from sgl_apr.server.launch.usage import UsageError
 from sgl_apr.tokenizer import HfTokenizer
@@ -544,17 +546,16 @@ def test_what_is_no_event_is_refused(data, message):
         event_from_json(data)
 
 
-def chunks_of(events: list, *, chat: bool = True, **options) -> list[dict]:
+def chunks_of(events: list, *, chat: bool = True, dialect: str = "threadweaver", **options) -> list[dict]:
     async def source():
         for event in events:
-            yield event
-        yield apr.rebuild(events)
+            yield 0, event
+        yield 0, apr.rebuild(events)
 
     async def collect() -> list[dict]:
-        return [
-            chunk
-            async for chunk in OpenAIResponseBuilder("m", chat, ResponseOptions(**options)).chunks(source())
-        ]
+        response = OpenAIResponseBuilder("m", chat, ResponseOptions(**options))
+        request = CheckedRequest((1,), make_options(dialect))
+        return [chunk async for chunk in response.chunks([request], source())]
 
     return asyncio.run(collect())
 
@@ -564,7 +565,7 @@ def chunks_of(events: list, *, chat: bool = True, **options) -> list[dict]:
 def test_what_is_void_can_be_taken_back(chat: bool, failed: str):
     events = events_of(scripted(branch_1=BOOM), retry=AT_ONCE, on_branch_failure=failed)
     texts: dict = defaultdict(str)
-    for chunk in chunks_of(events, chat=chat):
+    for chunk in chunks_of(events, chat=chat, all_sequences=True):
         (choice,) = chunk["choices"]
         note, text = chunk["apr"], (choice["delta"].get("content", "") if chat else choice["text"])
         if note.get("event") == "text_retracted":
@@ -578,15 +579,23 @@ def test_what_is_void_can_be_taken_back(chat: bool, failed: str):
     assert "".join(texts.values()).count("(failed)") == 1
 
 
-def test_a_stream_of_the_trunk_has_nothing_of_its_branches():
+def test_the_deltas_of_a_stream_are_the_message():
     events = events_of(scripted())
-    chunks = chunks_of(events, trunk_only=True, include_usage=True)
-    *pieces, last, usage = chunks
     trajectory = apr.rebuild(events)
-    text = "".join(c["choices"][0]["delta"]["content"] for c in pieces)
-    assert text == "".join(s.text for s in trajectory.reply if not s.path)
-    assert {tuple(c["apr"]["path"]) for c in pieces} == {()}
-    assert last["choices"][0]["finish_reason"] == "stop"
-    assert last["apr"]["event"] == "done"
-    assert usage["choices"] == []
-    assert usage["usage"]["completion_tokens"] == trajectory.metrics().total
+    for options in ({}, {"separate_reasoning": False}):
+        *pieces, last, usage = chunks_of(events, include_usage=True, **options)
+        deltas = [c["choices"][0]["delta"] for c in pieces]
+        whole = OpenAIResponseBuilder("m", True, ResponseOptions(**options)).completion([trajectory])
+        (choice,) = whole["choices"]
+        assert "".join(d.get("content", "") for d in deltas) == choice["message"]["content"]
+        assert ("".join(d.get("reasoning_content", "") for d in deltas) or None) == choice["message"][
+            "reasoning_content"
+        ]
+        assert all("apr" not in c and c["usage"] is None for c in pieces)
+        assert last["choices"][0]["finish_reason"] == choice["finish_reason"] == "stop"
+        assert last["apr"]["event"] == "done"
+        assert usage["choices"] == []
+        assert usage["usage"] == whole["usage"]
+        assert usage["usage"]["completion_tokens"] == trajectory.metrics().total
+        reasoning = usage["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert 0 < reasoning == trajectory.metrics().total - trajectory.spans[-1].tokens
