@@ -51,7 +51,7 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
 
     Raises:
         AprError: No single order holds for all tokens: branches saw only a message, or ran in parallel to their
-            trunk, or the cache lost a join in the middle.
+            trunk, or a call of a tool was dropped, or the cache lost a join in the middle.
     """
     spans = trajectory.spans
     if join is None and (lost := trajectory.lost_joins):

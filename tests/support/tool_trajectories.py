@@ -13,6 +13,8 @@ ARGUMENTS = '{"query": "tides & moons"}'
 CALL = f'<tool_call>\n{{"name": "search", "arguments": {ARGUMENTS}}}\n</tool_call>'
 CUT = '<tool_call>\n{"name": "sear'
 
+INJECTED = ("lead", "header", "tail", "result")  # what the runtime writes around branches
+
 
 def result_of(call_id: str) -> str:
     """What the tool returns."""
@@ -65,6 +67,8 @@ def with_tools(trajectory: apr.Trajectory, tokenizer: Tokenizer, *, cut: bool = 
         moved = span.with_references(
             tuple(place[p] for p in span.parents), tuple(place[w] for w in span.waits_for)
         )
+        if span.role in INJECTED:
+            moved = replace(moved, origin="injected", call=None)
         if cut and span.role == "closer" and span.path in called and span.path[-1] != 1:
             moved = replace(moved, origin="injected", finish=None, call=None)
         if span.role not in ("text", "body") or span.path in called or len(span.text) < 2:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.training.attention_mask import Visibility
+from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
 from sgl_apr.trajectory.join_layout import layout_positions
+from sgl_apr.trajectory.metrics import longest_paths
+from tests.support.example_documents import DOCUMENTS
 from tests.support.masked_sampler import SampledEngine, masked
+from tests.support.tool_trajectories import tool_trajectory
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
 
@@ -123,8 +130,6 @@ def test_a_trajectory_without_ids_is_an_error():
 def test_a_trajectory_that_lost_a_join_is_an_error():
     trajectory, _ = sampled("multiverse", 2, join="kv")
     lost = apr.JoinRecord((), "text", "forgotten")
-    from dataclasses import replace
-
     with pytest.raises(apr.AprError, match="forgotten"):
         build_training_tree([replace(trajectory, joins=(*trajectory.joins, lost))])
 
@@ -150,3 +155,71 @@ def test_flex_attention_sees_the_same(join: str):
     expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=sight.dense_mask())
     for k, row in enumerate(rows):
         torch.testing.assert_close(found[k, :, : len(row.ends)], expected[k, :, : len(row.ends)])
+
+
+def contexts(trajectory: apr.Trajectory) -> Iterator[tuple[apr.Span, list[int], int]]:
+    """Every decoded span, with the ids that it followed and the position of its first token, straight from the graph."""
+    spans = trajectory.spans
+    joined = any(join.by == "kv" for join in trajectory.joins)
+    ends = longest_paths(spans, [s.tokens for s in spans])
+    for i, span in enumerate(spans):
+        if span.origin == "decoded":
+            seen = [t for a in trajectory.ancestors(i)[:-1] for t in spans[a].token_ids or ()]
+            yield span, seen, ends[i] - span.tokens if joined else len(seen)
+
+
+def expected_losses(trajectory: apr.Trajectory) -> Counter:
+    """(visible tokens, position of the last of them, target) of every decoded token."""
+    losses = Counter()
+    for span, seen, position in contexts(trajectory):
+        for k, token in enumerate(span.token_ids or ()):
+            losses[tuple(sorted([*seen, *span.token_ids[:k]])), position + k - 1, token] += 1
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "join"), [*((name, "text") for name in DOCUMENTS), *((name, "kv") for name in KV)]
+)
+def test_calls_of_tools_have_losses_and_their_results_have_none(name: str, join: str):
+    """In the trunk and in branches; a call that was cut is in no later context."""
+    trajectory = tool_trajectory(name)
+    if join == "kv":
+        trajectory = replace(
+            trajectory, joins=tuple(apr.JoinRecord(block.path, "kv") for block in trajectory.blocks)
+        )
+    found = build_training_tree([trajectory])
+    dense = Visibility.from_trees([found.tree]).dense_mask()[0, 0].numpy()
+    ids, at = found.tree.token_ids, found.tree.positions
+    losses = Counter(
+        (tuple(sorted(ids[dense[source]].tolist())), int(at[source]), target)
+        for source, target in zip(found.sources.tolist(), found.targets.tolist(), strict=True)
+    )
+    assert losses == expected_losses(trajectory)
+    learned = {(trajectory.spans[i].role, trajectory.spans[i].origin) for i in found.spans.tolist()}
+    assert ("call", "decoded") in learned
+    assert "observation" not in {role for role, _ in learned}
+    cut = [i for i, span in enumerate(trajectory.spans) if span.role == "call" and span.finish == "length"]
+    assert bool(cut) == any(span.role == "body" and span.path[-1] != 1 for span in trajectory.spans)
+    assert set(cut) <= set(found.spans.tolist()), "what was decoded has a loss"
+
+
+def test_the_tree_of_a_trajectory_with_tools_is_as_good_as_its_separate_contexts():
+    """By the log-probabilities of a model: the tree at once, and each span after exactly what it had read."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    trajectory = tool_trajectory("threadweaver")
+    found = build_training_tree([trajectory])
+    with torch.no_grad():
+        ours = log_probabilities(model, Collator()([found]))
+        theirs = []
+        for span, seen, _ in contexts(trajectory):
+            rows = (
+                model(torch.tensor([[*seen, *span.token_ids]])).logits[0, len(seen) - 1 : -1].log_softmax(-1)
+            )
+            theirs.append(rows.gather(-1, torch.tensor(span.token_ids)[:, None])[:, 0])
+    torch.testing.assert_close(ours, torch.cat(theirs), atol=1e-4, rtol=0)
+    causal = torch.tensor([s for span in trajectory.spans for s in span.token_ids])
+    assert len(causal) < found.tokens, "the text join is read again"

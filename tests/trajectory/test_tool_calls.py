@@ -136,3 +136,13 @@ def test_a_wrong_call_is_an_error(change: dict[str, Any], message: str):
     data["tool_calls"][1] |= change
     with pytest.raises(apr.TraceError, match=message):
         apr.Trajectory.from_dict(data)
+
+
+def test_positions_of_a_joined_trajectory_with_tools():
+    joined = tool_trajectory("multiverse", cut=False)
+    joined = replace(joined, joins=tuple(apr.JoinRecord(block.path, "kv") for block in joined.blocks))
+    causality = apr.causality(joined)
+    assert len(causality.token_ids) == sum(s.tokens for s in joined.spans)
+    assert max(causality.positions) + 1 == joined.metrics().critical_path + joined.spans[0].tokens
+    with pytest.raises(apr.AprError, match="no one order"):
+        apr.causality(tool_trajectory("multiverse"))
