@@ -44,7 +44,8 @@ def convert(trajectory: Trajectory, to: Dialect | str, tokenizer: Tokenizer | No
     Raises:
         ConversionError: The target cannot express something (nesting, a conclusion, outlines), requires something
             that the trajectory does not have, or conditions its branches on something else. Or the trajectory is
-            something else.
+            something else. Or a model called tools in it: their results, which it did not write, would count as
+            decoded.
         GrammarError: There is no such dialect.
     """
     if not isinstance(trajectory, Trajectory):
@@ -56,6 +57,10 @@ def convert(trajectory: Trajectory, to: Dialect | str, tokenizer: Tokenizer | No
     where = f"{trajectory.dialect} to {target.name}"
     roles = {span.role for span in trajectory.reply_spans}
     same_dialect = trajectory.dialect == target.name
+    if "call" in roles or "observation" in roles:
+        raise ConversionError(
+            f"{where}: the trajectory has calls of tools, whose results would count as text of the model"
+        )
     asynchronous, branch_context = "wait" in roles, "message" if "result" in roles else "prefix"
     if (
         trajectory.blocks

@@ -1,4 +1,8 @@
-"""Rewards: pure functions of a trajectory and of whether its answer is correct."""
+"""Rewards: pure functions of a trajectory and of whether its answer is correct.
+
+Tokens count without results of tools, which nobody learns to write: otherwise a policy could earn more by calling tools with
+long results in its branches.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from functools import partial
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.lenient_parser import Reading
+from sgl_apr.trajectory.metrics import Convention, Metrics
 from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -54,6 +59,14 @@ def judged_trajectory(reading: Reading) -> Trajectory:
     return replace(reading.trajectory, spans=(*spans[:-1], last))
 
 
+def metrics_without_results(trajectory: Trajectory, convention: Convention = "causal") -> Metrics:
+    """Return the metrics of a trajectory in which the results of tools have no tokens."""
+    if not trajectory.tool_calls:
+        return trajectory.metrics(convention)
+    spans = tuple(replace(s, token_ids=()) if s.role == "observation" else s for s in trajectory.spans)
+    return replace(trajectory, spans=spans).metrics(convention)
+
+
 def accuracy(trajectory: Trajectory, correct: bool) -> float:
     """1 for a correct answer, else 0."""
     return float(correct)
@@ -74,7 +87,7 @@ def gated(trajectory: Trajectory, correct: bool, *, parallel: float = 1.0, lengt
     """
     if not correct:
         return 0.0
-    metrics = trajectory.metrics()
+    metrics = metrics_without_results(trajectory)
     acceleration = 0.0 if is_malformed(trajectory) else metrics.acceleration
     return max(0.0, 1 + parallel * acceleration - length * metrics.critical_path / 1000)
 
@@ -96,7 +109,9 @@ def threadweaver(
     """
     if not correct:
         return wrong
-    return 1 + weight * min(trajectory.metrics("threadweaver").acceleration, max_acceleration)
+    return 1 + weight * min(
+        metrics_without_results(trajectory, "threadweaver").acceleration, max_acceleration
+    )
 
 
 def parallel_r1(trajectory: Trajectory, correct: bool, *, step: int) -> float:
@@ -161,7 +176,7 @@ def apr(trajectory: Trajectory, correct: bool, *, length: float = 0.0, threads: 
         length: Subtracted for 1,000 tokens of the critical path; 0 in the paper.
         threads: Added for each branch of a reply that is not malformed; 0 in the paper.
     """
-    metrics = trajectory.metrics()
+    metrics = metrics_without_results(trajectory)
     branches = 0 if is_malformed(trajectory) else metrics.branches
     return float(correct) - length * metrics.critical_path / 1000 + threads * branches
 

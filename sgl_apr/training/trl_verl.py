@@ -23,7 +23,8 @@ def for_trl(
     """A reward function for TRL's `GRPOTrainer(reward_funcs=...)`.
 
     TRL drops special tokens from its texts, and tags may be special tokens. So the ids that TRL also passes are read instead.
-    A text with defects counts as malformed. Where the reward drops a reply, the score is None: for TRL, a score that does
+    In a completion with messages of tools, the texts of the assistant are read instead: a result that a tool returned may
+    spell tags. A text with defects counts as malformed. Where the reward drops a reply, the score is None: for TRL, a score that does
     not apply. It takes 0 for a completion for which no function has a score.
 
     Examples:
@@ -43,12 +44,10 @@ def for_trl(
         completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any
     ) -> list[float | None]:
         truths = columns.get(column) or [None] * len(completions)
-        if completion_ids is not None:
-            texts = [
-                tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids]) for ids in completion_ids
-            ]
-        else:
-            texts = list(map(_completion_text, completions))
+        texts = list(map(_completion_text, completions))
+        for k, ids in enumerate(completion_ids or ()):
+            if not _has_results(completions[k]):
+                texts[k] = tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids])
         return [
             _reward_text(reward, correct, text, truth, tokenizer, dialect)
             for text, truth in zip(texts, truths, strict=True)
@@ -93,5 +92,13 @@ def _reward_text(
     return reward(trajectory, correct(trajectory.answer, truth))
 
 
+def _has_results(completion: Any) -> bool:
+    """Whether a completion of chat messages has results of tools."""
+    return not isinstance(completion, str) and any(m.get("role") == "tool" for m in completion)
+
+
 def _completion_text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else "".join(str(m["content"]) for m in completion)
+    """The text of a completion. Of chat messages it is that of the assistant; one that only calls tools has none."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(str(m.get("content") or "") for m in completion if m.get("role") != "tool")

@@ -7,6 +7,7 @@ import pytest
 import sgl_apr as apr
 from tests.support.example_documents import DOCUMENTS
 from tests.support.threadweaver_traces import TRACE
+from tests.support.tool_trajectories import tool_trajectory
 
 
 def parsed(name: str) -> apr.Trajectory:
@@ -93,3 +94,9 @@ def test_the_prompt_is_kept():
     converted = apr.convert(parsed("threadweaver").with_prompt("Q: "), "npr")
     assert (converted.prompt, converted.spans[1].parents) == ("Q: ", (0,))
     assert apr.Trajectory.from_json(converted.to_json()) == converted
+
+
+@pytest.mark.parametrize("to", ["threadweaver", "npr", "parallel_r1"])
+def test_calls_of_tools_are_an_error(to: str):
+    with pytest.raises(apr.ConversionError, match=f"threadweaver to {to}: the trajectory has calls of tools"):
+        apr.convert(tool_trajectory("threadweaver"), to)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 
 import sgl_apr as apr
 from sgl_apr.training import rewards
 from sgl_apr.training.advantages import grpo, mean_only, papo
+from tests.support.tool_trajectories import tool_trajectory
 
 FORKED = """\
 Let me see.
@@ -64,6 +68,35 @@ def test_gated():
     assert rewards.gated(PARALLEL, False, length=-1) == 0
     named = rewards.reward("gated", parallel=0.5, length=2)
     assert named(PARALLEL, True) == pytest.approx(1 + ratio / 2 - path / 500)
+
+
+def test_results_of_tools_earn_nothing():
+    """Otherwise a policy could lengthen its branches with them."""
+    tooled = tool_trajectory("threadweaver")
+    padding = tuple(TOKENIZER.encode("x" * 500))
+    padded = replace(
+        tooled,
+        spans=tuple(
+            replace(s, text=s.text + "x" * 500, token_ids=(*s.token_ids, *padding))
+            if s.role == "observation" and s.path
+            else s
+            for s in tooled.spans
+        ),
+    )
+    assert padded.metrics().acceleration > tooled.metrics().acceleration
+    for paid in (
+        rewards.gated,
+        partial(rewards.gated, length=1.0),
+        rewards.threadweaver,
+        partial(rewards.apr, length=1.0, threads=1.0),
+        partial(rewards.parallel_r1, step=9),
+        rewards.parallel_r1_product,
+        rewards.npr,
+        rewards.naive_threads,
+    ):
+        assert paid(padded, True) == paid(tooled, True)
+    assert rewards.apr(tooled, True, threads=1.0) == 1 + 2, "calls are no threads"
+    assert rewards.well_formed(tooled), "a call that a limit cut breaks no rule of the dialect"
 
 
 def test_threadweaver():

@@ -33,6 +33,26 @@ def test_trl_drops_special_tokens_from_its_texts():
     assert paid(completions=["42"], completion_ids=[ids], answer=["42"]) == [gated(PARALLEL, True)]
 
 
+def test_messages_of_tools_are_not_read():
+    """A tool may return tags, which would count as branches that the model forked."""
+
+    def threads(trajectory, correct: bool) -> float:
+        return float(sum(len(block.branches) for block in trajectory.blocks)) + correct
+
+    paid = for_trl(threads, right, TOKENIZER)
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
+    chat = [call, {"role": "tool", "name": "f", "content": FORKED}, {"role": "assistant", "content": "41"}]
+    ids = TOKENIZER.encode("<tool_call>f</tool_call>" + FORKED + "41")
+    assert paid(completions=[chat], answer=["41"]) == [1.0]
+    assert paid(completions=[chat], completion_ids=[ids], answer=["41"]) == [1.0]
+    forked = [*chat[:2], {"role": "assistant", "content": FORKED}]
+    assert paid(completions=[forked], completion_ids=[ids], answer=["42"]) == [3.0]
+
+
 def test_verl():
     score = for_verl(gated, right, TOKENIZER, "threadweaver")
     assert score("math", FORKED, "42", {"index": 1}) == gated(PARALLEL, True)
