@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from sgl_apr.runtime.option_checks import REQUEST_FIELDS
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls, shorten
 from sgl_apr.server.api.chat_template import branch_prompt_template
 from sgl_apr.server.api.config import ApiConfig, merge_options
-from sgl_apr.server.api.openai_fields import check_fields
 from sgl_apr.server.api.options import ReasonRequest
 from sgl_apr.server.api.reasoning_effort import effort_options
 from sgl_apr.server.api.response_options import ResponseOptions
@@ -44,7 +42,6 @@ async def parse_openai_request(
     serving: Any,
     request: Any,
     raw_request: Any,
-    body: Mapping[str, Any],
     apr: Any,
     config: ApiConfig,
     *,
@@ -58,7 +55,6 @@ async def parse_openai_request(
         serving: SGLang's serving object of the route.
         request: SGLang's `ChatCompletionRequest` or `CompletionRequest`.
         raw_request: The HTTP request.
-        body: The fields of the request as they were sent.
         apr: The options of the trajectory: the field `apr`. Where it and the request set the same option, it wins.
         config: The operator's settings. Its default options are those that neither of both sets.
         chat: Whether this is a chat completion.
@@ -68,7 +64,6 @@ async def parse_openai_request(
         EngineError: SGLang refuses the request with an HTTP status.
     """
     own = drop_nulls(check_type("apr", apr, dict))
-    check_fields(body, field_defaults(request))
     choices = _parse_choices(request.n, config)
     stop = _parse_stop(request.stop)
     logprobs, top_logprobs = _parse_logprobs(request, chat=chat)
@@ -86,7 +81,7 @@ async def parse_openai_request(
         effort_options(getattr(request, "reasoning_effort", None), config.limits),
         {"sampling": explicit},
         {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}},
-        _answer_options(request, stop, top_logprobs if logprobs else None),
+        {"logprobs": True} if logprobs else {},
         _separate_reasoning(request),
         own,
     )
@@ -107,7 +102,12 @@ async def parse_openai_request(
         request.max_tokens if "max_tokens" in request.model_fields_set else None
     )
     template = branch_prompt_template(serving, request) if chat else None
-    reason_request = ReasonRequest(prompt, options, bool(request.stream), max_tokens, template)
+    request_options = drop_nulls(
+        {"answer_schema": _answer_schema(request.response_format), "stop": stop or None}
+    )
+    reason_request = ReasonRequest(
+        prompt, options, bool(request.stream), max_tokens, template, request_options
+    )
     return OpenAIRequest(reason_request, response, choices)
 
 
@@ -145,22 +145,6 @@ def _parse_logprobs(request: Any, *, chat: bool) -> tuple[bool, int]:
         name = "top_logprobs" if chat else "logprobs"
         raise AprError(f"{name}={shorten(top)}, expected 0 to {MAX_TOP_LOGPROBS}")
     return is_requested, top or 0
-
-
-def _answer_options(request: Any, stop: tuple[str, ...], top_logprobs: int | None) -> dict[str, Any]:
-    """Return the options of a trajectory that shape its answer.
-
-    Args:
-        request: SGLang's request.
-        stop: Texts before which the answer ends.
-        top_logprobs: Alternatives of each token. None if the response has no log-probabilities.
-    """
-    options: dict[str, Any] = {}
-    if schema := _answer_schema(request.response_format):
-        options["answer_schema"] = schema
-    if top_logprobs is not None:
-        options["logprobs"] = True
-    return options
 
 
 def _answer_schema(response_format: Any) -> str | None:

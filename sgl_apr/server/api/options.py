@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -36,6 +36,7 @@ class ReasonRequest:
         stream: Whether the client wants events while the trajectory is written.
         max_tokens: An upper bound for the tokens of the budget.
         branch_prompt_template: Makes a prompt of the message of a branch that has its own context.
+        request_options: Further options that a request has as fields of its own and not in `apr`, such as `stop`.
     """
 
     prompt: Any
@@ -43,6 +44,7 @@ class ReasonRequest:
     stream: bool = False
     max_tokens: int | None = None
     branch_prompt_template: Callable[[str], str] | None = None
+    request_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, body: bytes) -> ReasonRequest:
@@ -110,12 +112,12 @@ class OptionsParser:
             AprError: An option has an unknown name, a wrong type or a value that is not possible. The message says
                 what was expected.
         """
-        prompt = self._prompt_ids(request.prompt)
+        prompt = self.prompt_ids(request.prompt)
         options = drop_nulls(request.options)
         check_option_names(options, OPTION_NAMES)
         dialect_ = self._dialect(options.pop("dialect", None))
         budget = self._check_budget(options.pop("budget", {}), request.max_tokens)
-        checked = check_options(options, self.vocab_size)
+        checked = check_options({**options, **request.request_options}, self.vocab_size)
         retry = checked.get("retry", Retry())
         if retry.attempts > MAX_ATTEMPTS:
             raise AprError(f"retry attempts={retry.attempts}, expected at most {MAX_ATTEMPTS}")
@@ -136,7 +138,7 @@ class OptionsParser:
             budget["tokens"] = min(max_tokens, budget.get("tokens", max_tokens))
         return budget
 
-    def _prompt_ids(self, prompt: Any) -> tuple[int, ...]:
+    def prompt_ids(self, prompt: Any) -> tuple[int, ...]:
         """Return the token ids of one prompt.
 
         Its length is checked before anything reads it. Ids outside of the vocabulary would end SGLang's scheduler.
