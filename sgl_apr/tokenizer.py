@@ -235,6 +235,7 @@ def encode_pieces(
     *,
     excluded: frozenset[int] = frozenset(),
     excluded_at: Container[int] | None = None,
+    continues: bool = False,
 ) -> list[int]:
     """Encode the pieces of a text one by one.
 
@@ -245,6 +246,7 @@ def encode_pieces(
         excluded: Ids that no piece may have. A piece that has one all the same is cut further, since tokenizers may
             normalize what they match.
         excluded_at: Where the pieces begin that this holds for. None: it holds for all.
+        continues: The text follows other text.
     """
     ids: list[int] = []
     known: dict[tuple[str, bool], list[int]] = {}
@@ -255,7 +257,7 @@ def encode_pieces(
         encoded = known.get(key) if start and len(piece) < 64 else None
         if encoded is None:
             unwanted = excluded if is_plain else frozenset[int]()
-            encoded = _encode_piece(tokenizer, piece, unwanted, is_first=not start)
+            encoded = _encode_piece(tokenizer, piece, unwanted, is_first=not start and not continues)
             if start and len(piece) < 64:
                 known[key] = encoded
         ids += encoded

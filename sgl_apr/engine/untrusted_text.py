@@ -13,9 +13,10 @@ import secrets
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
+from sgl_apr.engine.spelling_parts import merged_ranges, spelling_parts
 from sgl_apr.tokenizer import Tokenizer, added_token_scanner, encode_pieces
 
 Messages = Sequence[Mapping[str, Any]]
@@ -114,9 +115,10 @@ class UntrustedText:
         self.separated = separated
         self._tokenizer, self._edges = tokenizer, edges
         self._scanner = added_token_scanner(tokenizer)
-        self._parts = _spelling_parts(self._scanner.spellings)
+        self._parts = spelling_parts(self._scanner.spellings)
         self._nonce = START + "".join(secrets.choice(DIGITS) for _ in range(16))
         self._marked: list[str] = []
+        self._anchor = -1
 
     @property
     def is_empty(self) -> bool:
@@ -174,7 +176,7 @@ class UntrustedText:
                 return text
             ranges = [(0, len(text))]
         pieces, last = list[str](), 0
-        for start, end in _merged(ranges):
+        for start, end in merged_ranges(ranges):
             pieces += [text[last:start], self._placeholder(text[start:end])]
             last = end
         return "".join([*pieces, text[last:]])
@@ -206,25 +208,59 @@ class UntrustedText:
                 return None
         if self.is_empty or self.separated:
             return self._tokenizer.encode(rendered)
+        restored = self._restore(rendered)
+        return None if restored is None else self._encode_marked(restored.text, restored.ranges)
+
+    def anchor(self) -> str:
+        """Return a placeholder for text that is known already, for `encode_after_anchor`."""
+        self._anchor = len(self._marked)
+        return self._placeholder("")
+
+    def encode_after_anchor(self, rendered: Rendered) -> tuple[str, list[int]] | None:
+        """Split what a template made at the only anchor.
+
+        Returns:
+            The text before the anchor, and the token ids of what follows it. None where `encode` returns None, or if
+            the template dropped the anchor or repeated it.
+        """
+        if not isinstance(rendered, str):
+            ids, rendered = list(rendered), self._tokenizer.decode(rendered)
+            if self._tokenizer.encode(rendered) != ids:
+                return None
+        restored = self._restore(rendered)
+        if restored is None or len(restored.anchors) != 1:
+            return None
+        (position,) = restored.anchors
+        ranges = [(start - position, end - position) for start, end in restored.ranges if start >= position]
+        after = self._encode_marked(restored.text[position:], ranges, continues=True)
+        return restored.text[:position], after
+
+    def _restore(self, rendered: str) -> RestoredText | None:
+        """Put back what was marked. None if the template changed a placeholder."""
         pieces = re.split(f"{self._nonce}{START}([{DIGITS}]+){END}", rendered)
-        ranges, length = list[tuple[int, int]](), 0
+        ranges, anchors, length = list[tuple[int, int]](), list[int](), 0
         for index, piece in enumerate(pieces):
             if index % 2:
                 number = int("".join(f"{DIGITS.index(digit):x}" for digit in piece), 16)
                 if number >= len(self._marked):
                     return None
                 pieces[index] = self._marked[number]
-                ranges.append((length, length + len(pieces[index])))
+                if number == self._anchor:
+                    anchors.append(length)
+                else:
+                    ranges.append((length, length + len(pieces[index])))
             elif self._nonce[:4] in piece:
                 return None
             length += len(pieces[index])
-        return self._encode_marked("".join(pieces), ranges)
+        return RestoredText("".join(pieces), ranges, anchors)
 
-    def _encode_marked(self, text: str, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    def _encode_marked(
+        self, text: str, ranges: Sequence[tuple[int, int]], *, continues: bool = False
+    ) -> list[int]:
         """Encode a text so that no added token overlaps one of the ranges, which are ascending."""
         cuts, normalized = set[int](), set[int]()
         starts = [start for start, _ in ranges]
-        for start, end in self._scanner.occurrences(text):
+        for start, end in self._scanner.occurrences(text) if ranges else ():
             index = bisect_left(starts, end) - 1  # the last range that begins before the end
             if index >= 0 and ranges[index][1] > start:
                 cuts.add(start + 1 if starts[index] <= start else starts[index])
@@ -233,64 +269,21 @@ class UntrustedText:
             cuts.update(offset for marked in ranges for offset in marked)
         inside = [cut for cut in sorted(cuts) if 0 < cut < len(text)]
         excluded = self._scanner.ids if normalized else frozenset[int]()
-        return encode_pieces(self._tokenizer, text, inside, excluded=excluded, excluded_at=normalized)
+        return encode_pieces(
+            self._tokenizer, text, inside, excluded=excluded, excluded_at=normalized, continues=continues
+        )
 
 
-class SpellingParts:
-    """Finds in a text what is only a part of a spelling of an added token.
+@dataclass(frozen=True, slots=True)
+class RestoredText:
+    """Rendered text in which placeholders are replaced.
 
-    Args:
-        spellings: The spellings.
+    Attributes:
+        text: The text.
+        ranges: Where strangers' text that was marked begins and ends.
+        anchors: Where anchors stood.
     """
 
-    def __init__(self, spellings: frozenset[str]) -> None:
-        self._beginnings = sorted(spellings)
-        self._endings = sorted(spelling[::-1] for spelling in spellings)
-        self._longest = max(map(len, spellings), default=1) - 1
-        self._all = "\0".join(self._beginnings)
-
-    def edges(self, text: str) -> list[tuple[int, int]]:
-        """Return the beginning and the end of a text if they are parts of spellings, also without outer spaces.
-
-        Return all of the text if that is a part of a spelling.
-        """
-        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-        if first >= last:
-            return []
-        if last - first <= self._longest and text[first:last] in self._all:
-            return [(first, last)]
-        ranges = list[tuple[int, int]]()
-        for end in {last, len(text)}:
-            if length := self._length(text[max(0, end - self._longest) : end], self._beginnings):
-                ranges.append((end - length, end))
-        for start in {0, first}:
-            if length := self._length(text[start : start + self._longest][::-1], self._endings):
-                ranges.append((start, start + length))
-        return ranges
-
-    def _length(self, text: str, spellings: Sequence[str]) -> int:
-        """The length of the longest end of a text with which a longer spelling begins."""
-        for length in range(len(text), 0, -1):
-            part = text[-length:]
-            for spelling in spellings[(index := bisect_left(spellings, part)) : index + 2]:
-                if len(spelling) > length and spelling.startswith(part):
-                    return length
-        return 0
-
-
-@lru_cache(maxsize=8)
-def _spelling_parts(spellings: frozenset[str]) -> SpellingParts:
-    return SpellingParts(spellings)
-
-
-def _merged(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield ranges without overlaps, ascending."""
-    start = end = -1
-    for first, last in sorted(ranges):
-        if first > end:
-            if end >= 0:
-                yield start, end
-            start, end = first, last
-        end = max(end, last)
-    if end >= 0:
-        yield start, end
+    text: str
+    ranges: list[tuple[int, int]]
+    anchors: list[int]
