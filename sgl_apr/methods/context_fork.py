@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, KvJoinUnavailable
-from sgl_apr.methods.fork_prompts import PromptRenderer
+from sgl_apr.methods.fork_prompts import ForkPrompts, PromptRenderer
 from sgl_apr.methods.fork_result import ForkResult
 from sgl_apr.methods.fork_run import ForkRun
 from sgl_apr.methods.fork_task import ForkTask, Merge, TaskPrompt, make_merge, make_tasks
@@ -71,12 +72,62 @@ async def fork(
         >>> result["1"].text, result.merged  # doctest: +SKIP
     """
     checked_tasks, checked_merge = check_fork(engine, prompt, tasks, merge, policy, on_event, options)
+    prepared = await prepare_fork(engine, prompt, checked_tasks, checked_merge)
+    return await run_prepared_fork(prepared, policy, budget=budget, on_event=on_event, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFork:
+    """A fork whose prompts are encoded.
+
+    Attributes:
+        engine: Decodes.
+        renderer: Renders what follows the branches.
+        prompts: The prompts of the branches.
+        tasks: The tasks.
+        merge: The merge, if there is one.
+    """
+
+    engine: Engine
+    renderer: PromptRenderer
+    prompts: ForkPrompts
+    tasks: tuple[ForkTask, ...]
+    merge: Merge | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts. What they have in common counts once."""
+        shared = len(self.prompts.shared)
+        return shared + sum(len(ids) - shared for ids in self.prompts.tasks)
+
+
+async def prepare_fork(
+    engine: Engine, prompt: Prompt, tasks: tuple[ForkTask, ...], merge: Merge | None
+) -> PreparedFork:
+    """Encode the prompts of a fork, whose arguments are checked.
+
+    Raises:
+        AprError: A prompt cannot be rendered.
+    """
     renderer = PromptRenderer(engine, prompt)
-    prompts = await renderer.render_tasks(checked_tasks)
+    return PreparedFork(engine, renderer, await renderer.render_tasks(tasks), tasks, merge)
+
+
+async def run_prepared_fork(
+    prepared: PreparedFork,
+    policy: Policy = "all",
+    *,
+    budget: Budget | Mapping[str, Any] | str | None = None,
+    on_event: OnEvent | None = None,
+    **options: Any,
+) -> ForkResult:
+    """Run a fork whose prompts are encoded. The arguments and exceptions are those of `fork`."""
+    prompts = prepared.prompts
     async with method_session(
-        engine, prompts.context, FORK_METHOD, budget=budget, on_event=on_event, **options
+        prepared.engine, prompts.context, FORK_METHOD, budget=budget, on_event=on_event, **options
     ) as session:
-        return await ForkRun(session, prompts, renderer, checked_tasks, checked_merge, policy).run()
+        run = ForkRun(session, prompts, prepared.renderer, prepared.tasks, prepared.merge, policy)
+        return await run.run()
 
 
 async def stream_fork(

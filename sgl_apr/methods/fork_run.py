@@ -67,13 +67,14 @@ class ForkRun:
             BranchFailed: The engine failed a branch for good, and failures are to be raised.
         """
         share = await self._share()
-        group = self._start(share)
+        group = BranchGroup(self.trunk)
         prompts = [self._decoding(task) for task in self.tasks]
         engine = self.session.root.engine
         assert engine is not None
         engines, parallelism = await self.requests.commit_prefix(
             engine, self.trunk, self.prompts.shared, len(self.tasks), share.tokens
         )
+        self._start(group, share)
         equal = [share.tokens] * len(prompts)  # what a task may not take, the others may
         group.leases = self.requests.open_leases(group.branches, prompts, equal)
         await self._decode_branches(group, prompts, engines, parallelism)
@@ -124,9 +125,9 @@ class ForkRun:
             used = len(await self.renderer.render_merge(self.merge, render_results(empty, self._outlines)))
         return int((context - used - 1) * (1 - reserve))
 
-    def _start(self, share: Allowance) -> BranchGroup:
+    def _start(self, group: BranchGroup, share: Allowance) -> None:
         """Start a branch for each task, with its prompt as its header."""
-        group, graph = BranchGroup(self.trunk), self.trunk.graph
+        graph = self.trunk.graph
         identities = group.announce([(str(k), task.outline) for k, task in enumerate(self.tasks, 1)])
         scope, fork = self._scope(), len(self.trunk.context)
         now = asyncio.get_running_loop().time()
@@ -153,7 +154,6 @@ class ForkRun:
             branch.inject("header", text, task.outline, charged=False, token_ids=header)
             self.session.place_branch(self.trunk, branch)
             self._task_of[branch] = task
-        return group
 
     def _scope(self) -> CancelScope:
         """The scope of the branches. They leave the merge its reserve of time."""

@@ -53,11 +53,11 @@ class ServerCounters:
         self._add("reprefilled_tokens", metrics.reprefilled_tokens)
         self._add("forks", metrics.blocks)
         self._add("text_fallbacks", sum(join.by == "text" for join in trajectory.joins))
-        if options.join == "kv":
+        if join == "kv":
             # Odd paths are of blocks. Even ones are of sequences that fell back to text later.
             kinds = [join.by for join in trajectory.joins if len(join.path) % 2]
         else:
-            kinds = [options.join or options.dialect.joins[0]] * metrics.blocks  # type: ignore[list-item]  # checked
+            kinds = [join] * metrics.blocks  # type: ignore[list-item]  # checked
         for kind in kinds:
             self._add("joins", 1, kind)
 
@@ -68,6 +68,10 @@ class ServerCounters:
             _, values = LABELS.get(name, ("", ()))
             counts[name] = {v: self._counts[name, v] for v in values} if values else self._counts[name, ""]
         return counts
+        self.count_trajectory(trajectory, options.join or options.dialect.joins[0])
+
+    def count_trajectory(self, trajectory: Trajectory, join: str) -> None:
+        """Count a finished trajectory whose branches were to join by `join`, one of `JOINS`."""
 
     def _add(self, name: str, amount: int, label: str = "") -> None:
         self._counts[name, label] += amount

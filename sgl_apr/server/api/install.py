@@ -3,6 +3,7 @@
 POST /v1/chat/completions, /v1/completions   with an object `apr` in the body, or a model "NAME:apr"; else they are SGLang's
 GET  /v1/models, /v1/models/NAME             SGLang's, and the model "NAME:apr"
 POST /apr/generate                           takes a prompt, returns a trajectory or streams its events
+POST /apr/fork                               takes a context and tasks, answers all of them at once
 GET  /apr/dialects                           the dialects that a trajectory can be written in
 GET  /apr/stats                              counts of what has run so far
 GET  /apr/ui                                 a page to send prompts and watch trajectories; it opens without an API key
@@ -19,7 +20,7 @@ from fastapi.responses import HTMLResponse
 from starlette.middleware import Middleware
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.api import http
+from sgl_apr.server.api import fork_service, http
 from sgl_apr.server.api.apr_routes import AprRoutes
 from sgl_apr.server.api.chat_template import validate_chat_request
 from sgl_apr.server.api.config import ApiConfig
@@ -104,6 +105,13 @@ def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:
         methods=["POST"],
         openapi_extra=json_body("GenerateRequest"),
         responses=json_responses("Trajectory", events="Event"),
+    )
+    router.add_api_route(
+        "/apr/fork",
+        fork_service.fork,
+        methods=["POST"],
+        openapi_extra=json_body("ForkRequest"),
+        responses=json_responses("ForkResult", events="ForkEvent"),
     )
     router.add_api_route(
         "/apr/dialects", http.dialects, methods=["GET"], responses=json_responses("Dialects")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -24,12 +22,20 @@ from sgl_apr.runtime.value_checks import (
     SAMPLING_TYPES,
     number_types,
 )
+from sgl_apr.server.api.fork_schemas import fork_components
 from sgl_apr.server.api.options import MAX_ATTEMPTS
 from sgl_apr.server.api.response_options import STREAMS, ResponseOptions
+from sgl_apr.server.api.schema_parts import (
+    REFERENCE,
+    Schema,
+    attribute_texts,
+    describe,
+    nullable,
+    object_schema,
+    reference,
+)
 from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
-Schema = dict[str, Any]
-REFERENCE = "#/components/schemas/Apr{model}"
 OPENAI_REQUESTS = ("ChatCompletionRequest", "CompletionRequest")
 JSON_TYPES: Mapping[type, Schema] = {
     str: {"type": "string"},
@@ -65,7 +71,9 @@ def option_schemas() -> dict[str, Schema]:
     texts = attribute_texts(ReasonOptions)
     schemas: dict[str, Schema] = {"dialect": {"type": "string", "enum": dialect_names()}}
     schemas |= {name: _numbers_schema(name, kind) for name, kind in OBJECT_TYPES.items()}
-    schemas["sampling"] = _object({name: _nullable(schema) for name, schema in _sampling_schemas().items()})
+    schemas["sampling"] = object_schema(
+        {name: nullable(schema) for name, schema in _sampling_schemas().items()}
+    )
     for name, kind in {**OPTION_TYPES, **REQUEST_FIELD_TYPES}.items():
         schemas[name] = dict(JSON_TYPES[kind])
         if name in CHOICES:
@@ -75,7 +83,7 @@ def option_schemas() -> dict[str, Schema]:
     schemas["min_width"]["minimum"] = 1
     schemas["policy"]["pattern"] = f"^(?:{JOIN_POLICY_PATTERN.pattern})$"
     schemas |= _sampling_schemas()
-    return {name: _describe(_nullable(schema), texts.get(name, "")) for name, schema in schemas.items()}
+    return {name: describe(nullable(schema), texts.get(name, "")) for name, schema in schemas.items()}
 
 
 def add_components(openapi: Schema) -> Schema:
@@ -84,7 +92,7 @@ def add_components(openapi: Schema) -> Schema:
     components |= _components()
     for name in OPENAI_REQUESTS:
         if name in components:
-            apr = {"anyOf": [_reference("Options"), {"type": "boolean", "const": False}, {"type": "null"}]}
+            apr = {"anyOf": [reference("Options"), {"type": "boolean", "const": False}, {"type": "null"}]}
             components[name]["properties"]["apr"] = apr
     return openapi
 
@@ -101,7 +109,7 @@ def describe_openapi(app: Any) -> None:
 
 def json_body(name: str) -> Schema:
     """Return the OpenAPI description of a route's body, by the name of its schema without `Apr`."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _reference(name)}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference(name)}}}}
 
 
 def json_responses(name: str, *, events: str | None = None) -> dict[int | str, Schema]:
@@ -111,10 +119,10 @@ def json_responses(name: str, *, events: str | None = None) -> dict[int | str, S
         name: The name of the schema of its JSON response, without `Apr`.
         events: The same of its server-sent events.
     """
-    content: Schema = {"application/json": {"schema": _reference(name)}}
+    content: Schema = {"application/json": {"schema": reference(name)}}
     if events:
-        content["text/event-stream"] = {"itemSchema": _reference(events)}
-    error = {"content": {"application/json": {"schema": _reference("Error")}}}
+        content["text/event-stream"] = {"itemSchema": reference(events)}
+    error = {"content": {"application/json": {"schema": reference("Error")}}}
     return {
         200: {"description": "Successful response", "content": content},
         "4XX": {"description": "The client can change the request so that it succeeds", **error},
@@ -122,25 +130,18 @@ def json_responses(name: str, *, events: str | None = None) -> dict[int | str, S
     }
 
 
-def attribute_texts(kind: type) -> dict[str, str]:
-    """Return the texts of the section `Attributes` of a class's docstring, by attribute."""
-    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
-
-
 def _components() -> dict[str, Schema]:
     options = option_schemas()
     response_options = attribute_texts(ResponseOptions)
     openai_options = {
-        "stream": _describe(
+        "stream": describe(
             {"type": "string", "enum": list(STREAMS)},
             "What a stream has: the deltas of the content, or all sequences, tagged by their paths",
         ),
-        "separate_reasoning": _describe({"type": "boolean"}, response_options["separate_reasoning"]),
-        "trajectory": _describe({"type": "boolean"}, response_options["include_trajectory"]),
+        "separate_reasoning": describe({"type": "boolean"}, response_options["separate_reasoning"]),
+        "trajectory": describe({"type": "boolean"}, response_options["include_trajectory"]),
     }
-    openai_options = {name: _nullable(schema) for name, schema in openai_options.items()}
+    openai_options = {name: nullable(schema) for name, schema in openai_options.items()}
     prompts: dict[str, Schema] = {
         "prompt": {"type": "string", "minLength": 1},
         "input_ids": {
@@ -149,9 +150,10 @@ def _components() -> dict[str, Schema]:
             "minItems": 1,
         },
     }
+    single_prompts = prompts
     one_prompt = [{"required": [name], "properties": {name: schema}} for name, schema in prompts.items()]
-    prompts = {name: _nullable(schema) for name, schema in prompts.items()}
-    stream = _nullable(_describe({"type": "boolean"}, "Send events while the trajectory is written"))
+    prompts = {name: nullable(schema) for name, schema in prompts.items()}
+    stream = nullable(describe({"type": "boolean"}, "Send events while the trajectory is written"))
     trajectory, nested = _dataclass_schema(Trajectory)
     trajectory["properties"] = {"schema": {"type": "string", "const": SCHEMA}, **trajectory["properties"]}
     trajectory["required"] = ["schema", *trajectory["required"]]
@@ -164,10 +166,11 @@ def _components() -> dict[str, Schema]:
         nested |= more
     return {
         **nested,
-        "AprOptions": _object(options | openai_options),
-        "AprGenerateRequest": {**_object(prompts | options | {"stream": stream}), "oneOf": one_prompt},
+        "AprOptions": object_schema(options | openai_options),
+        "AprGenerateRequest": {**object_schema(prompts | options | {"stream": stream}), "oneOf": one_prompt},
         "AprTrajectory": trajectory,
         "AprEvent": {"oneOf": events},
+        **fork_components(options, single_prompts, stream),
         "AprDialects": _dialects_schema(),
         "AprStats": _stats_schema(),
         "AprError": _error_schema(),
@@ -192,13 +195,13 @@ def _numbers_schema(name: str, kind: type) -> Schema:
     """Return the schema of an option whose fields are numbers."""
     texts = attribute_texts(kind)
     properties = {
-        field: _describe(_nullable(JSON_TYPES[type_] | NUMBER_BOUNDS[name][field]), texts[field])
+        field: describe(nullable(JSON_TYPES[type_] | NUMBER_BOUNDS[name][field]), texts[field])
         for field, type_ in number_types(kind).items()
     }
     defaults = {f.name: f.default for f in fields(kind)}
     for field, schema in properties.items():
         schema["default"] = defaults[field]
-    return _object(properties)
+    return object_schema(properties)
 
 
 def _dataclass_schema(kind: type) -> tuple[Schema, dict[str, Schema]]:
@@ -213,52 +216,35 @@ def _dialects_schema() -> Schema:
     kinds = {f.name: type(f.default) for f in fields(FormatOptions)} | {"name": str, "tags": tuple}
     strings: Schema = {"type": "array", "items": {"type": "string"}}
     entry = {name: {tuple: strings, int: {"type": "integer"}}.get(kinds[name], {"type": "string"}) for name in DIALECT_FIELDS}  # fmt: skip
-    dialects = {"type": "array", "items": _object(entry, required=True)}
+    dialects = {"type": "array", "items": object_schema(entry, required=True)}
     properties: dict[str, Schema] = {
         "default": {"type": "string"},
         "chat_template": {"type": "boolean"},
         "dialects": dialects,
     }
-    return _object(properties, required=True)
+    return object_schema(properties, required=True)
 
 
 def _stats_schema() -> Schema:
     from sgl_apr.server.api.counters import COUNTERS, GAUGES, LABELS
 
     count: Schema = {"type": "integer", "minimum": 0}
-    properties: dict[str, Schema] = {name: _describe(count, text) for name, text in GAUGES.items()}
+    properties: dict[str, Schema] = {name: describe(count, text) for name, text in GAUGES.items()}
     for name, text in COUNTERS.items():
         values = LABELS.get(name, ("", ()))[1]
-        schema = _object(dict.fromkeys(values, count), required=True) if values else count
-        properties[name] = _describe(schema, text)
+        schema = object_schema(dict.fromkeys(values, count), required=True) if values else count
+        properties[name] = describe(schema, text)
     properties |= {
-        "limits": _describe({"type": "object"}, "The operator's limits"),
-        "default_options": _describe({"type": "object"}, "The operator's default options"),
+        "limits": describe({"type": "object"}, "The operator's limits"),
+        "default_options": describe({"type": "object"}, "The operator's default options"),
         "joins_kv": {"type": "boolean"},
         "grammar_backend": {"type": "string"},
         "supports_seeds": {"type": "boolean"},
     }
-    return _object(properties, required=True)
+    return object_schema(properties, required=True)
 
 
 def _error_schema() -> Schema:
     text: Schema = {"type": "string"}
-    names = {"message": text, "type": text, "param": _nullable(text), "code": text}
-    return _object({"error": _object(names, required=True)}, required=True)
-
-
-def _object(properties: Mapping[str, Schema], *, required: bool = False) -> Schema:
-    schema: Schema = {"type": "object", "properties": dict(properties), "additionalProperties": False}
-    return schema | ({"required": list(properties)} if required else {})
-
-
-def _nullable(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _describe(schema: Schema, text: str) -> Schema:
-    return {**schema, "description": text} if text else dict(schema)
-
-
-def _reference(name: str) -> Schema:
-    return {"$ref": REFERENCE.format(model=name)}
+    names = {"message": text, "type": text, "param": nullable(text), "code": text}
+    return object_schema({"error": object_schema(names, required=True)}, required=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
 
 from sgl_apr.engine.in_process import InProcessEngine
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
-from sgl_apr.runtime.kv_admission import fetch_pool_tokens
+from sgl_apr.runtime.kv_admission import Slot, fetch_pool_tokens
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.server.api.admission import AdmissionQueue
 from sgl_apr.server.api.config import ApiConfig
@@ -19,6 +19,8 @@ from sgl_apr.server.api.counters import ServerCounters
 from sgl_apr.server.api.options import UNKNOWN_TOKEN_CHARS, CheckedRequest, OptionsParser, ReasonRequest
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
+
+T = TypeVar("T")
 
 
 class TrajectoryService:
@@ -59,6 +61,10 @@ class TrajectoryService:
             self.admission.kv.pool_tokens = await fetch_pool_tokens(self._engine)
         return self._engine
 
+    async def parser(self) -> OptionsParser:
+        """Return what checks the options and prompts of requests. The first call makes it."""
+        return self._make_parser(await self.engine())
+
     def _make_parser(self, engine: InProcessEngine) -> OptionsParser:
         if self._parser is None:
             model, tokenizer = self._manager.model_config, engine.tokenizer
@@ -77,7 +83,7 @@ class TrajectoryService:
         Raises:
             AprError: The request is not valid.
         """
-        prompt, options = await self._make_parser(await self.engine()).parse_in_thread(request)
+        prompt, options = await (await self.parser()).parse_in_thread(request)
         return CheckedRequest(prompt, options)
 
     async def run(
@@ -95,10 +101,25 @@ class TrajectoryService:
         engine = await self.engine()
         checked = request if isinstance(request, CheckedRequest) else await self.check(request)
         prompt, options = checked.prompt, checked.options
+        async with self.admit(len(prompt), options.budget.tokens) as slot:
+            trajectory = slot.trajectory = await run_with_options(engine, prompt, options, on_event)
+        self.counters.count_finished(options, trajectory)
+        return trajectory
+
+    @asynccontextmanager
+    async def admit(self, prompt_tokens: int, max_tokens: int) -> AsyncIterator[Slot]:
+        """Wait for a slot, and hold it for the duration of the block. If the block fails, that is counted.
+
+        Args:
+            prompt_tokens: Tokens of the prompt.
+            max_tokens: Tokens that the trajectory may write.
+
+        Raises:
+            ServerBusy: As many trajectories run and wait as the operator allows, or no slot became free in time.
+        """
         try:
-            async with self.admission.slot(len(prompt), options.budget.tokens) as slot:
-                trajectory = await run_with_options(engine, prompt, options, on_event)
-                slot.trajectory = trajectory
+            async with self.admission.slot(prompt_tokens, max_tokens) as slot:
+                yield slot
         except asyncio.CancelledError:
             self.counters.count_outcome("cancelled")
             raise
@@ -106,8 +127,6 @@ class TrajectoryService:
             is_refused = isinstance(error, AprError) and not isinstance(error, EngineError)
             self.counters.count_outcome("refused" if is_refused else "failed")
             raise
-        self.counters.count_finished(options, trajectory)
-        return trajectory
 
     async def stream(
         self, request: ReasonRequest | CheckedRequest
@@ -122,10 +141,17 @@ class TrajectoryService:
         Raises:
             AprError: Same as for `run`.
         """
-        async with aclosing(stream_events(lambda on_event: self.run(request, on_event))) as events:
-            prompt_event = await anext(events)
-            second = await anext(events)
-            yield prompt_event
-            yield second
+        async with aclosing(hold_first(stream_events(lambda on_event: self.run(request, on_event)))) as events:
             async for event in events:
                 yield event
+
+
+async def hold_first(events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """Yield the same events, the first one together with the second one."""
+    async with aclosing(events):
+        first = await anext(events)
+        second = await anext(events)
+        yield first
+        yield second
+        async for event in events:
+            yield event
