@@ -44,20 +44,18 @@ def session_of(call_id: object) -> str | None:
 class ClientCalls:
     """The calls of one trajectory that its client runs. `run_tool` is the option of that name.
 
-    Args:
-        on_idle: Called when the trajectory only waits for results, and the client does not know all of these calls.
-
     Attributes:
         id: Names the session.
+        on_idle: Called when the trajectory only waits for results, and the client does not know all of these calls.
         activity: Notices when the trajectory only waits for its client.
         sent: The calls of the last response, by id.
     """
 
-    def __init__(self, on_idle: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.id = secrets.token_hex(ID_BYTES)
         self.activity = Activity(self.check_idle)
         self.sent: dict[str, ClientCall] = {}
-        self._on_idle = on_idle
+        self.on_idle: Callable[[], None] = lambda: None
         self._pending: dict[str, ClientCall] = {}
         self._count = 0
 
@@ -74,7 +72,7 @@ class ClientCalls:
     def check_idle(self) -> None:
         """Call `on_idle` if the trajectory only waits for results, and the client does not know all of these calls."""
         if not self.activity.busy and self._unsent():
-            self._on_idle()
+            self.on_idle()
 
     def take_unsent(self) -> tuple[ClientCall, ...]:
         """Return the calls for the next response, and remember that they were sent."""
@@ -100,4 +98,6 @@ class ClientCalls:
         return continues
 
     def _unsent(self) -> list[ClientCall]:
-        return [call for call in self._pending.values() if call.id not in self.sent and not call.result.done()]
+        return [
+            call for call in self._pending.values() if call.id not in self.sent and not call.result.done()
+        ]

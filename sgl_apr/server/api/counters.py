@@ -19,9 +19,20 @@ COUNTERS = {
     "forks": "Forks of finished trajectories",
     "joins": "Joins of finished trajectories, by kind",
     "text_fallbacks": "Requested joins in the KV cache that were done as text",
+    "tool_waits": "Times that a trajectory waited for results of tools from its client, by how that ended; unknown: results "
+    "came for calls that do not wait",
 }
-GAUGES = {"running": "Trajectories that run now", "queued": "Trajectories that wait until others have ended"}
-LABELS = {"trajectories": ("outcome", OUTCOMES), "joins": ("by", JOINS)}
+GAUGES = {
+    "running": "Trajectories that run now",
+    "queued": "Trajectories that wait until others have ended",
+    "waiting": "Trajectories that wait for results of tools from their clients",
+}
+WAIT_OUTCOMES = ("continued", "expired", "evicted", "cancelled", "unknown")
+LABELS = {
+    "trajectories": ("outcome", OUTCOMES),
+    "joins": ("by", JOINS),
+    "tool_waits": ("outcome", WAIT_OUTCOMES),
+}
 
 
 class ServerCounters:
@@ -35,16 +46,32 @@ class ServerCounters:
 
     def set_load(self, running: int, queued: int) -> None:
         """Set how many trajectories run and wait now."""
-        self._load = {"running": running, "queued": queued}
-        for name, gauge in self._gauges.items():
-            gauge.set(self._load[name])
+        self._set_gauges(running=running, queued=queued)
+
+    def set_waiting(self, waiting: int) -> None:
+        """Set how many trajectories wait for results of tools from their clients."""
+        self._set_gauges(waiting=waiting)
+
+    def _set_gauges(self, **values: int) -> None:
+        self._load |= values
+        for name, value in values.items():
+            if gauge := self._gauges.get(name):
+                gauge.set(value)
 
     def count_outcome(self, outcome: str) -> None:
         """Count a trajectory that ended with `outcome`, one of `OUTCOMES`."""
         self._add("trajectories", 1, outcome)
 
+    def count_wait(self, outcome: str) -> None:
+        """Count that a trajectory no longer waits for its client, for a reason of `WAIT_OUTCOMES`."""
+        self._add("tool_waits", 1, outcome)
+
     def count_finished(self, options: ReasonOptions, trajectory: Trajectory) -> None:
         """Count a finished trajectory with its tokens, forks and joins."""
+        self.count_trajectory(trajectory, options.join or options.dialect.joins[0])
+
+    def count_trajectory(self, trajectory: Trajectory, join: str) -> None:
+        """Count a finished trajectory whose branches were to join by `join`, one of `JOINS`."""
         self.count_outcome("finished")
         metrics = trajectory.metrics()
         self._add("tokens", metrics.total)
@@ -68,10 +95,6 @@ class ServerCounters:
             _, values = LABELS.get(name, ("", ()))
             counts[name] = {v: self._counts[name, v] for v in values} if values else self._counts[name, ""]
         return counts
-        self.count_trajectory(trajectory, options.join or options.dialect.joins[0])
-
-    def count_trajectory(self, trajectory: Trajectory, join: str) -> None:
-        """Count a finished trajectory whose branches were to join by `join`, one of `JOINS`."""
 
     def _add(self, name: str, amount: int, label: str = "") -> None:
         self._counts[name, label] += amount

@@ -98,7 +98,7 @@ class OpenAIResponseBuilder:
             requests: The request of each choice.
             events: The events of the choices, each with the index of its choice. It is closed at the end.
         """
-        choices = [self._stream_choice(index, request) for index, request in enumerate(requests)]
+        choices = [self.stream_choice(index, request) for index, request in enumerate(requests)]
         trajectories: dict[int, Trajectory] = {}
         async with aclosing(events):
             async for index, event in events:
@@ -111,11 +111,32 @@ class OpenAIResponseBuilder:
                         yield chunk
         if self.options.include_usage:
             ended = [trajectories[index] for index in sorted(trajectories)]
-            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(ended)}
+            yield self.usage_chunk(usage(ended))
 
-    def _stream_choice(self, index: int, request: CheckedRequest) -> _ChoiceStream:
-        kind = _SequenceStream if self.options.all_sequences else _ContentStream
-        return kind(self, index, request)
+    def stream_choice(
+        self, index: int, request: CheckedRequest, reply: ReplyStream | None = None
+    ) -> _ChoiceStream:
+        """Return what makes the chunks of a choice.
+
+        Args:
+            index: The index of the choice.
+            request: Its request.
+            reply: The stream of its text, if earlier responses had the beginning of it.
+        """
+        if self.options.all_sequences:
+            return _SequenceStream(self, index, request)
+        return _ContentStream(self, index, request, reply)
+
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the last chunk of a stream, which has the usage."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+
+    def single(
+        self, body: dict[str, Any], finish: str, usage: dict[str, Any], apr: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return a response with one choice whose trajectory has not ended."""
+        choices = [_choice(0, body, finish, None)]
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage, "apr": apr}
 
     def chunk(
         self,
@@ -154,10 +175,14 @@ class _ChoiceStream:
 
     def add(self, event: Event) -> Iterator[dict[str, Any]]:
         """Yield the chunks of an event."""
+        yield from self.start()
+        yield from self._chunks(event)
+
+    def start(self) -> Iterator[dict[str, Any]]:
+        """Yield the chunk that comes first, unless it was yielded before."""
         if self._is_first and self.response.chat:
             yield self.response.chunk(self.index, {"role": "assistant", "content": ""}, self._path(()))
         self._is_first = False
-        yield from self._chunks(event)
 
     def finish(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
         """Yield the last chunks."""
@@ -182,10 +207,16 @@ class _ChoiceStream:
 class _ContentStream(_ChoiceStream):
     """Deltas of `content` and `reasoning_content`."""
 
-    def __init__(self, response: OpenAIResponseBuilder, index: int, request: CheckedRequest) -> None:
+    def __init__(
+        self,
+        response: OpenAIResponseBuilder,
+        index: int,
+        request: CheckedRequest,
+        reply: ReplyStream | None = None,
+    ) -> None:
         super().__init__(response, index, request)
         options = response.options
-        self._reply = ReplyStream(
+        self._reply = reply or ReplyStream(
             request.options, separate_reasoning=options.separate_reasoning, stop=options.stop
         )
 

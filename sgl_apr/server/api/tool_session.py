@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_apr.errors import EngineError
-from sgl_apr.runtime.events import Event, OnEvent, SpanFinished
+from sgl_apr.runtime.events import Event, OnEvent, RequestFinished, SpanFinished
 from sgl_apr.server.api.admission import AdmissionQueue
 from sgl_apr.server.api.client_calls import ClientCall, ClientCalls
 from sgl_apr.server.api.options import CheckedRequest
+from sgl_apr.server.api.reply_stream import ReplyStream
 from sgl_apr.server.api.tool_messages import Message
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -34,6 +34,8 @@ class ToolSession:
     Args:
         calls: The calls of the trajectory. `request` has their function as an option.
         request: The request of the trajectory.
+        messages: The messages of the request.
+        reply: Splits the text of the trajectory for the responses.
         run: Runs a trajectory, without waiting for a place.
         admission: Gives places.
         owner: Who may continue the trajectory.
@@ -42,7 +44,9 @@ class ToolSession:
         id: Names the session. It is part of the ids of its calls.
         messages: The messages of the last request. Those of the next one have to begin with them.
         tokens: Tokens of the prompt, and written so far.
-        has_ended: Whether the trajectory has ended.
+        turn_start: The same at the begin of the turn.
+        turn_cached_tokens: Tokens that the first request of the turn found in the cache.
+        waits_on: Whether the trajectory waits for results, as after a turn that found no place.
         is_running: Whether a request of the client is being answered.
     """
 
@@ -51,24 +55,30 @@ class ToolSession:
         calls: ClientCalls,
         request: CheckedRequest,
         messages: tuple[Message, ...],
+        reply: ReplyStream,
         run: Run,
         admission: AdmissionQueue,
         owner: str,
     ) -> None:
-        self.id, self.calls, self.request, self.messages, self.owner = calls.id, calls, request, messages, owner
-        self.tokens = len(request.prompt)
-        self.is_running = False
+        self.id, self.calls, self.request, self.messages = calls.id, calls, request, messages
+        self.reply, self.owner = reply, owner
+        self.tokens = self.turn_start = len(request.prompt)
+        self.turn_cached_tokens = 0
+        self._is_first_request = True  # of the turn
+        self.is_running = self._is_reported = False
         self._run, self._admission = run, admission
+        calls.on_idle = self.report_waiting
         self._queue = asyncio.Queue[Event | CallsWaiting | None]()
         self._task: asyncio.Task[Trajectory] | None = None
 
     @property
-    def has_ended(self) -> bool:
-        return self._task is not None and self._task.done()
+    def waits_on(self) -> bool:
+        return self._task is not None and not self._task.done() and bool(self.calls.sent)
 
     def report_waiting(self) -> None:
         """End the turn: the trajectory only waits for its client. Between turns, the next turn reports it."""
-        if self.is_running:
+        if self.is_running and not self._is_reported:
+            self._is_reported = True
             self._queue.put_nowait(CallsWaiting(self.calls.take_unsent()))
 
     async def turn(
@@ -85,25 +95,27 @@ class ToolSession:
             ServerBusy: There was no place in time. The trajectory waits on, and the turn can be repeated.
             AprError: The trajectory failed.
         """
-        self.is_running = True
-        is_complete = has_place = False
+        self.is_running, self._is_reported = True, False
+        self.turn_start, self.turn_cached_tokens, self._is_first_request = self.tokens, 0, True
+        waiting: CallsWaiting | None = None
+        has_place = has_ended = False
         try:
             async with self._admission.slot(self.tokens, self.request.options.budget.tokens) as slot:
                 has_place = True
                 self._continue(results)
-                while (item := await self._queue.get()) is not None:
-                    is_complete = isinstance(item, CallsWaiting)
+                while not isinstance(item := await self._queue.get(), CallsWaiting | None):
                     yield item
-                    if is_complete:
-                        return
-                assert self._task is not None
-                is_complete = True
-                slot.trajectory = trajectory = await self._task
-                yield trajectory
+                waiting = item
+                if waiting is None:
+                    assert self._task is not None
+                    has_ended = True
+                    slot.trajectory = trajectory = await self._task
         finally:
             self.is_running = False
-            if not is_complete and (has_place or self._task is None):
+            if waiting is None and not has_ended and has_place:
                 await self.end()
+        # The place is free, and the next turn may begin before this generator is closed.
+        yield trajectory if waiting is None else waiting
 
     async def end(self) -> None:
         """Cancel the trajectory, and wait until its requests to the engine were aborted."""
@@ -123,6 +135,7 @@ class ToolSession:
     def _receive(self, event: Event) -> None:
         if isinstance(event, SpanFinished) and event.span.origin != "prompt":
             self.tokens += event.span.tokens
+        if isinstance(event, RequestFinished) and self._is_first_request:
+            self._is_first_request = False
+            self.turn_cached_tokens = event.call.cached_tokens or 0
         self._queue.put_nowait(event)
-
-

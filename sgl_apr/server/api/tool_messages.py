@@ -1,0 +1,127 @@
+"""The messages of a chat request that bring results of tools: which calls they answer, and whether all fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgl_apr.errors import AprError
+from sgl_apr.runtime.value_checks import shorten
+from sgl_apr.server.api.client_calls import session_of
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What makes two messages the same, whatever fields a client adds or leaves out.
+
+    Attributes:
+        role: The role.
+        text: The text of its content.
+        calls: The ids of its calls, or the id of the call that it answers.
+    """
+
+    role: str
+    text: str
+    calls: tuple[str, ...] = ()
+
+
+def parse_messages(messages: Any) -> tuple[Message, ...]:
+    """Return the messages of a chat request. SGLang has checked their form."""
+    return tuple(_parse_message(message) for message in messages or () if isinstance(message, Mapping))
+
+
+def waiting_session(messages: Sequence[Message]) -> str | None:
+    """Return the id of the session whose calls the last messages answer, or None if they answer none.
+
+    Raises:
+        AprError: They answer calls of several sessions.
+    """
+    sessions = set[str | None]()
+    for message in reversed(messages):
+        if message.role != "tool":
+            break
+        sessions.add(session_of(message.calls[0] if message.calls else None))
+    if sessions <= {None}:
+        return None
+    if len(sessions) > 1:
+        raise AprError(
+            "the last messages answer calls of different replies, expected one message with the role tool for each call "
+            "of the last reply"
+        )
+    return next(iter(sessions))
+
+
+def match_results(
+    before: Sequence[Message], messages: Sequence[Message], calls: Sequence[str]
+) -> dict[str, str]:
+    """Return the results of calls, by id.
+
+    Args:
+        before: The messages of the request that was answered with these calls.
+        messages: Those of the request with the results: the same, then the calls, then the results.
+        calls: The ids of the calls.
+
+    Raises:
+        AprError: Earlier messages were changed, a result is missing, twice, or before its call.
+    """
+    for index, (old, new) in enumerate(zip(before, messages, strict=False)):
+        if old != new:
+            raise AprError(
+                f"message {index + 1} differs from that of the request which these tool calls answered, expected the same "
+                "messages: the trajectory that waits has them in its context"
+            )
+    if len(messages) < len(before):
+        raise AprError(
+            f"there are {len(messages)} messages, expected the {len(before)} before the tool calls, and results"
+        )
+    results, announced = dict[str, str](), set[str]()
+    for message in messages[len(before) :]:
+        if message.role == "assistant":
+            announced |= set(message.calls)
+            continue
+        if message.role != "tool":
+            raise AprError(
+                f"a message with the role {shorten(message.role)} follows tool calls, expected tool messages"
+            )
+        (call,) = message.calls
+        if call not in announced:
+            raise AprError(
+                f"the result of {shorten(call)} comes before a message of the assistant with this tool call"
+            )
+        if call in results:
+            raise AprError(f"there are two results of {shorten(call)}, expected one")
+        if call not in calls:
+            raise AprError(
+                f"{shorten(call)} does not wait for a result, expected results of {', '.join(calls)}"
+            )
+        results[call] = message.text
+    if missing := [call for call in calls if call not in results]:
+        raise AprError(
+            f"there is no result of {', '.join(missing)}, expected one message with the role tool for each of the "
+            f"{len(calls)} tool calls"
+        )
+    return results
+
+
+def _parse_message(message: Mapping[str, Any]) -> Message:
+    role = str(message.get("role"))
+    calls = tuple(
+        str(call.get("id")) for call in message.get("tool_calls") or () if isinstance(call, Mapping)
+    )
+    if role == "tool":
+        calls = (str(message.get("tool_call_id")),)
+    return Message(role, content_text(message.get("content")), calls)
+
+
+def content_text(content: Any) -> str:
+    """Return the text of a message's content, which is text or a list of parts.
+
+    Examples:
+        >>> content_text([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), content_text(None)
+        ('ab', '')
+    """
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in parts)

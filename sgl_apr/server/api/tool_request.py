@@ -1,0 +1,119 @@
+"""The tools of a request: those that its client runs, and those of the operator that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgl_apr.errors import AprError, did_you_mean
+from sgl_apr.runtime.tools.tool import Tool, make_tools
+from sgl_apr.runtime.value_checks import check_type, shorten
+
+MAX_TOOLS = 128  # of one request, as in OpenAI's API
+ALL_TOOLS = "all"
+NO_TOOLS = "this server has no tools of its own: start it with --apr-tools module:name"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTools:
+    """The tools of one request.
+
+    Attributes:
+        client: Those that the client runs.
+        operator: Those that the server runs.
+        choice: Whether they may or have to be called: "auto", "none", "required", or a name.
+        parallel: Whether one sequence may call several at once.
+    """
+
+    client: tuple[Tool, ...] = ()
+    operator: tuple[Tool, ...] = ()
+    choice: str = "auto"
+    parallel: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the trajectory."""
+        if not (tools := (*self.client, *self.operator)):
+            return {}
+        return {"tools": make_tools(tools), "tool_choice": self.choice, "parallel_tool_calls": self.parallel}
+
+
+def parse_tools(body: Mapping[str, Any], names: Any, operator: Sequence[Tool]) -> RequestTools:
+    """Return the tools of a chat request.
+
+    Args:
+        body: The fields of the request: `tools`, `tool_choice` and `parallel_tool_calls` count here.
+        names: The option `tools` of `apr`: names of the operator's tools, or "all".
+        operator: The operator's tools.
+
+    Raises:
+        AprError: A tool is not valid or not known, or the choice names none of them.
+    """
+    listed = check_type("tools", body.get("tools") or [], list)
+    if len(listed) > MAX_TOOLS:
+        raise AprError(f"tools has {len(listed)} entries, expected at most {MAX_TOOLS}")
+    client = tuple(Tool.from_openai(tool) for tool in listed)
+    selected = select_tools(names, operator)
+    choice = _parse_choice(body.get("tool_choice"))
+    known = [tool.name for tool in (*client, *selected)]
+    if choice not in ("auto", "none") and not known:
+        raise AprError(f"tool_choice={shorten(body['tool_choice'])} needs tools")
+    if choice not in ("auto", "none", "required", *known):
+        raise AprError(f"tool_choice names {shorten(choice)}, expected one of the tools: {', '.join(known)}")
+    parallel = body.get("parallel_tool_calls")
+    return RequestTools(
+        client, selected, choice, check_type("parallel_tool_calls", parallel is not False, bool)
+    )
+
+
+def select_tools(names: Any, operator: Sequence[Tool]) -> tuple[Tool, ...]:
+    """Return the operator's tools of these names, or all of them for "all".
+
+    Raises:
+        AprError: There is none of a name.
+    """
+    if names is None:
+        return ()
+    if not operator:
+        raise AprError(NO_TOOLS)
+    if names == ALL_TOOLS:
+        return tuple(operator)
+    expected = f'expected "all" or a list with some of {", ".join(tool.name for tool in operator)}'
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AprError(f"apr tools={shorten(names)}, {expected}")
+    by_name = {tool.name: tool for tool in operator}
+    for name in names:
+        if name not in by_name:
+            hint = did_you_mean(name, by_name)
+            raise AprError(f"apr tools has {shorten(name)}, {hint or expected}")
+    return tuple(by_name[name] for name in dict.fromkeys(names))
+
+
+def show_tools(request: Any, tools: RequestTools) -> None:
+    """Change a request so that SGLang's chat template shows the model all tools, and SGLang constrains nothing.
+
+    Args:
+        request: SGLang's `ChatCompletionRequest`. It has the client's tools already.
+        tools: All tools.
+    """
+    from sglang.srt.entrypoints.openai.protocol import Tool as SglangTool
+
+    if tools.operator:
+        request.tools = [*(request.tools or []), *(SglangTool(**tool.to_openai()) for tool in tools.operator)]
+    if request.tools:
+        # SGLang would show a tool that has to be called without the others, and refuse it with a response_format.
+        request.tool_choice = "none" if tools.choice == "none" else "auto"
+
+
+def _parse_choice(choice: Any) -> str:
+    """Return the choice as `ReasonOptions` has it. SGLang has checked its form."""
+    if choice is None:
+        return "auto"
+    if isinstance(choice, str):
+        return choice
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise AprError(f"tool_choice={shorten(choice)}, expected auto, none, required, or the name of a tool")
+    return name
