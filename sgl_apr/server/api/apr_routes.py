@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sgl_apr.server.guard.refusal import RequestRefused, send_refusal
 
 # The routes whose bodies may have `apr`. Our own have options at the top level.
-APR_PATHS = ("/v1/chat/completions", "/v1/completions")
+APR_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 OWN_PREFIX = "/apr/"
 NAMES = (b'apr"', b"\\u00")  # what a body with the field contains: its name, or a part of it escaped
 

@@ -18,7 +18,7 @@ from sgl_apr.server.api.choices import make_choices, run_choices, stream_choices
 from sgl_apr.server.api.config import merge_options
 from sgl_apr.server.api.http_errors import json_response, respond_to_errors
 from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
-from sgl_apr.server.api.openai_fields import check_fields
+from sgl_apr.server.api.openai_fields import OPENAI_FIELDS
 from sgl_apr.server.api.openai_request import OpenAIRequest, field_defaults, parse_openai_request
 from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
 from sgl_apr.server.api.options import ReasonRequest
@@ -65,7 +65,7 @@ async def openai_completion(
         chat: Whether this is a chat completion.
     """
     service: TrajectoryService = raw_request.app.state.apr
-    check_fields(body, field_defaults(request))
+    OPENAI_FIELDS.check(body, field_defaults(request))
     parsed = await parse_openai_request(serving, request, raw_request, apr, service.config, chat=chat)
     response = await _response_builder(service, parsed, model, chat)
     choices = make_choices(await service.check(parsed.request), parsed.choices)

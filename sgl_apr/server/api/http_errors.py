@@ -21,21 +21,30 @@ HTTP_CLIENT_CLOSED_REQUEST = 499  # nobody reads it
 log = logging.getLogger(__name__)
 
 
-def respond_to_errors(handler: Callable[P, Awaitable[Response]]) -> Callable[P, Awaitable[Response]]:
-    """Make a handler return a response for every exception that it raises."""
+def respond_with(
+    make_body: Callable[[BaseException], tuple[dict[str, Any], int]],
+) -> Callable[[Callable[P, Awaitable[Response]]], Callable[P, Awaitable[Response]]]:
+    """Return a decorator that makes a handler return a response for every exception that it raises.
 
-    @functools.wraps(handler)
-    async def handle(*args: P.args, **kwargs: P.kwargs) -> Response:
-        try:
-            return await handler(*args, **kwargs)
-        except ClientDisconnect:
-            return Response(status_code=HTTP_CLIENT_CLOSED_REQUEST)
-        except Exception as error:
-            body, status = error_body(error)
-            headers = {"Retry-After": str(error.retry_after)} if isinstance(error, ServerBusy) else None
-            return json_response(body, status, headers)
+    Args:
+        make_body: Returns the body of the response for an exception, and its status.
+    """
 
-    return handle
+    def decorate(handler: Callable[P, Awaitable[Response]]) -> Callable[P, Awaitable[Response]]:
+        @functools.wraps(handler)
+        async def handle(*args: P.args, **kwargs: P.kwargs) -> Response:
+            try:
+                return await handler(*args, **kwargs)
+            except ClientDisconnect:
+                return Response(status_code=HTTP_CLIENT_CLOSED_REQUEST)
+            except Exception as error:
+                body, status = make_body(error)
+                headers = {"Retry-After": str(error.retry_after)} if isinstance(error, ServerBusy) else None
+                return json_response(body, status, headers)
+
+        return handle
+
+    return decorate
 
 
 def error_body(error: BaseException) -> tuple[dict[str, Any], int]:
@@ -67,3 +76,6 @@ def error_body(error: BaseException) -> tuple[dict[str, Any], int]:
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a response with a JSON body."""
     return Response(orjson.dumps(content), status, headers, "application/json")
+
+
+respond_to_errors = respond_with(error_body)

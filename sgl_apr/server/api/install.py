@@ -1,6 +1,7 @@
 """Adds our routes to SGLang's HTTP server, and the object `apr` to the bodies of OpenAI's routes.
 
 POST /v1/chat/completions, /v1/completions   with an object `apr` in the body, or a model "NAME:apr"; else they are SGLang's
+POST /v1/responses, /v1/messages             the same
 GET  /v1/models, /v1/models/NAME             SGLang's, and the model "NAME:apr"
 POST /apr/generate                           takes a prompt, returns a trajectory or streams its events
 POST /apr/fork                               takes a context and tasks, answers all of them at once
@@ -24,15 +25,17 @@ from sgl_apr.server.api import fork_service, http
 from sgl_apr.server.api.apr_routes import AprRoutes
 from sgl_apr.server.api.chat_template import validate_chat_request
 from sgl_apr.server.api.config import ApiConfig
-from sgl_apr.server.api.model_alias import ALIAS_SUFFIX, has_alias, make_models_router
-from sgl_apr.server.api.openai_fields import uncombinable_field
-from sgl_apr.server.api.openai_request import field_defaults
+from sgl_apr.server.api.handlers import RequestHandlers
+from sgl_apr.server.api.model_alias import make_models_router
 from sgl_apr.server.api.schemas import describe_openapi, json_body, json_responses
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import hook_around, require_sglang
 
 UI_PATH = "/apr/ui"
 HANDLE_REQUEST = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase.handle_request"
+RESPONSES = "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses"
+MESSAGES = "sglang.srt.entrypoints.anthropic.serving:AnthropicServing"
+CREATE_RESPONSES, HANDLE_MESSAGES = f"{RESPONSES}.create_responses", f"{MESSAGES}.handle_messages"
 DECIDE_AUTH = "sglang.srt.utils.auth:decide_request_auth"
 
 
@@ -50,30 +53,14 @@ def install(config: ApiConfig) -> None:
         path = f"{serving.__module__}:{serving.__name__}"
         require_sglang(f"{path}._convert_to_internal_request", ["request", "raw_request"])
         require_sglang(f"{path}._validate_request")
-
-    async def handle_request(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
-        if raw_request is None or not isinstance(serving, chat | completion):
-            return await original(serving, request, raw_request)
-        is_chat, model = isinstance(serving, chat), request.model
-        body = await raw_request.json()  # FastAPI has parsed the body already and keeps it
-        apr = body.get("apr")
-        is_alias = has_alias(model, serving.tokenizer_manager.served_model_name)
-        if is_alias:
-            request.model = model.removesuffix(ALIAS_SUFFIX)
-        if apr is None:
-            is_default = config.all_chats and is_chat
-            if not is_alias and (not is_default or uncombinable_field(body, field_defaults(request))):
-                return await original(serving, request, raw_request)
-            apr = {}
-        elif apr is False:
-            return await original(serving, request, raw_request)
-        return await http.openai_completion(
-            serving, request, raw_request, body, apr, model=model, chat=is_chat
-        )
-
+    require_sglang(f"{RESPONSES}._construct_input_messages", ["request"])
+    require_sglang(f"{MESSAGES}._convert_to_chat_completion_request", ["anthropic_request"])
+    handlers = RequestHandlers(config, chat, completion)
     hooks: tuple[tuple[str, list[str], Any], ...] = (
         (f"{chat.__module__}:{chat.__name__}._validate_request", ["request"], validate_chat_request),
-        (HANDLE_REQUEST, ["request", "raw_request"], handle_request),
+        (HANDLE_REQUEST, ["request", "raw_request"], handlers.completion_request),
+        (CREATE_RESPONSES, ["request", "raw_request"], handlers.response_request),
+        (HANDLE_MESSAGES, ["request", "raw_request"], handlers.message_request),
         (DECIDE_AUTH, ["method", "path"], allow_ui_without_key),
     )
     originals = [require_sglang(path) for path, _, _ in hooks]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sgl_apr.errors import AprError, did_you_mean
 from sgl_apr.runtime.option_checks import GRAMMAR, NOT_AVAILABLE, ONE_REPLY, STOP, TOKEN_IDS
-from sgl_apr.runtime.value_checks import shorten
+from sgl_apr.server.api.request_fields import FieldTable
 
 MEDIA = "a trajectory is made of text alone"
 ROUTING = "the requests of a trajectory are routed together, by its id"
@@ -62,41 +61,4 @@ REFUSED: Mapping[str, str] = {
     "bootstrap_host": ROUTING, "bootstrap_port": ROUTING, "bootstrap_room": ROUTING, "routed_dp_rank": ROUTING,
     "disagg_prefill_dp_rank": ROUTING, "data_parallel_rank": ROUTING,
 }  # fmt: skip
-
-
-def check_fields(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check that all fields of a request can be combined with `apr`.
-
-    Args:
-        body: The fields of the request.
-        defaults: SGLang's defaults. A field that is refused may have this value, which asks for nothing.
-
-    Raises:
-        AprError: A field is refused, or unknown. The message names it.
-    """
-    for name, value in body.items():
-        if (reason := refusal_reason(name, value, defaults)) is not None:
-            raise AprError(reason)
-
-
-def uncombinable_field(body: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
-    """Return the first field of a request that cannot be combined with `apr`, or None."""
-    return next((n for n, v in body.items() if refusal_reason(n, v, defaults) is not None), None)
-
-
-def refusal_reason(name: str, value: Any, defaults: Mapping[str, Any]) -> str | None:
-    """Return why a field is refused, or None if it is not. A null counts as absent."""
-    if value is None or name in HONOURED:
-        return None
-    if name in ONLY:
-        allowed, reason = ONLY[name]
-        if value in allowed:
-            return None
-        expected = " or ".join(map(repr, allowed))
-        return f"{name}={shorten(value)} cannot be combined with apr, expected {expected}: {reason}"
-    if name in REFUSED:
-        if not value or value == defaults.get(name):
-            return None
-        return f"{name} cannot be combined with apr: {REFUSED[name]}"
-    hint = did_you_mean(name, [*HONOURED, *ONLY])
-    return f"{shorten(name)} is no field of a request with apr" + (f", {hint}" if hint else "")
+OPENAI_FIELDS = FieldTable(HONOURED, ONLY, REFUSED)

@@ -17,6 +17,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "medium": {},
     "high": {"budget": {"tokens": 16384}},
     "xhigh": {"budget": {"tokens": 32768}},
+    "max": {"budget": {"tokens": 32768}},
 }
 
 

@@ -15,12 +15,17 @@ class Reply:
     Attributes:
         content: The answer, or the complete text if the reasoning is not separate. It ends before a stop string.
         reasoning: What comes before the answer: plans, branches, joins, and texts between them. Empty if there is none.
-        is_stopped: Whether the answer contained a stop string, at which the content ends.
+        stop: The stop string that the answer contained, before which the content ends. None if it had none.
     """
 
     content: str
     reasoning: str = ""
-    is_stopped: bool = False
+    stop: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string ended the content."""
+        return self.stop is not None
 
 
 def split_reply(trajectory: Trajectory, *, separate_reasoning: bool, stop: Sequence[str] = ()) -> Reply:
@@ -39,7 +44,8 @@ def split_reply(trajectory: Trajectory, *, separate_reasoning: bool, stop: Seque
     end = len(text) if position is None else start + position
     if not separate_reasoning:
         start = 0
-    return Reply(text[start:end], text[:start], position is not None)
+    found = None if position is None else next(s for s in stop if text.startswith(s, end))
+    return Reply(text[start:end], text[:start], found)
 
 
 def answer_start(trajectory: Trajectory) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from sgl_apr.errors import EngineError
@@ -109,7 +110,12 @@ class ReplyStream:
     def _is_final(self) -> bool:
         """Whether the trunk can do nothing but to write its answer."""
         options = self._options
-        if not options.constrain or self._running or self._awaits_close or bool(getattr(options, "tools", None)):
+        if (
+            not options.constrain
+            or self._running
+            or self._awaits_close
+            or bool(getattr(options, "tools", None))
+        ):
             return False
         forks = sum(len(path) == 1 for path in self._blocks)
         max_forks, max_blocks = options.max_forks, options.budget.blocks
@@ -181,6 +187,24 @@ class ReplyStream:
             self._content_start = None
         self._sent, self._scanned = min(self._sent, size), min(self._scanned, size)
         self._boundary, self._finished = min(self._boundary, size), min(self._finished, size)
+
+
+async def reply_deltas(
+    events: AsyncGenerator[Event | Trajectory, None], reply: ReplyStream
+) -> AsyncGenerator[ReplyDelta | Trajectory, None]:
+    """Yield what is new in a reply with the events of its trajectory, then the trajectory.
+
+    The first delta may be empty: it is yielded with the first event, when nothing can be refused any more.
+    """
+    is_first = True
+    async with aclosing(events):
+        async for event in events:
+            delta = reply.finish(event) if isinstance(event, Trajectory) else reply.add(event)
+            if delta or is_first:
+                yield delta
+            is_first = False
+            if isinstance(event, Trajectory):
+                yield event
 
 
 def _void_error() -> EngineError:

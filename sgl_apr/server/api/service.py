@@ -43,6 +43,11 @@ class TrajectoryService:
         self._parser: OptionsParser | None = None
 
     @property
+    def model_name(self) -> str:
+        """The name of the served model."""
+        return str(self._manager.served_model_name)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model's tokenizer can make a prompt of chat messages."""
         return bool(getattr(getattr(self._manager, "tokenizer", None), "chat_template", None))
@@ -141,7 +146,9 @@ class TrajectoryService:
         Raises:
             AprError: Same as for `run`.
         """
-        async with aclosing(hold_first(stream_events(lambda on_event: self.run(request, on_event)))) as events:
+        async with aclosing(
+            hold_first(stream_events(lambda on_event: self.run(request, on_event)))
+        ) as events:
             async for event in events:
                 yield event
 
