@@ -12,6 +12,7 @@ from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.tool_calls import ToolCall, called_tools
 
 Convention = Literal["causal", "threadweaver", "multiverse"]
+Weight = TypeVar("Weight", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,6 @@ def compute_metrics(
         tool_s=sum(call.seconds for call in tool_calls),
         critical_tool_s=_critical_tool_s(spans, tool_calls) if tool_calls else 0.0,
     )
-
-
-Weight = TypeVar("Weight", int, float)
 
 
 def longest_paths(spans: Sequence[Span], weights: Sequence[Weight]) -> list[Weight]:

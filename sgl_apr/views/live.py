@@ -23,10 +23,14 @@ from sgl_apr.runtime.events import (
     Joined,
     SpanFinished,
     TextRetracted,
+    ToolCalled,
+    ToolReturned,
 )
 from sgl_apr.trajectory.blocks import Outcome
 from sgl_apr.trajectory.spans import Path, Span
+from sgl_apr.trajectory.tool_calls import ToolCall
 from sgl_apr.views.printable import printable
+from sgl_apr.views.tool_text import describe_result, describe_tool, single_line
 
 OUTCOME_LABELS: dict[Outcome | None, tuple[str, str]] = {
     None: ("running", "blue"),
@@ -44,7 +48,9 @@ TAG_ROLES = (
     "header",
     "result",
     "tail",
-)  # not shown: the arrangement on the screen replaces them
+    "call",
+    "observation",
+)  # not shown: the arrangement on the screen replaces them, or lines about the tools
 MIN_PANEL_WIDTH = 26  # columns that fit the number and any state of a branch
 MIN_TRUNK_LINES = 4  # lines of the trunk that stay visible above its branches
 
@@ -53,7 +59,8 @@ class LiveView:
     """Receives the events of a trajectory (`on_event=view`) and shows it (`rich.live.Live(view)`).
 
     It uses the height of the terminal. Branches are shown below the trunk until they are joined. After that each
-    branch is one line of the trunk. Any thread may send events. They are queued and applied when the view is next
+    branch is one line of the trunk. A call of a tool is one line, and so is its result; while a tool runs, the state of its
+    sequence names it. Any thread may send events. They are queued and applied when the view is next
     rendered. The text of a model is never markup, and has no control characters.
 
     Args:
@@ -94,6 +101,10 @@ class LiveView:
                     self._sequence((*path, k)).name = f"{number}: {outline}" if outline else number
             case BranchEnded(path, outcome):
                 self._sequence(path).outcome = outcome
+            case ToolCalled(path, call_id, name, arguments):
+                self._sequence(path).call_tool(call_id, name, arguments)
+            case ToolReturned(_, call):
+                self._sequence(call.path).end_tool(call)
             case Joined(path, numbers):
                 self._sequence(path[:-1]).join(path[-1], numbers)
             case Done():
@@ -112,6 +123,11 @@ class LiveView:
     def _body(self, console: Console, width: int, height: int) -> list[RenderableType]:
         unjoined = [] if self._done else [b for b in self._trunk.branches.values() if not b.joined]
         trunk = self._trunk.lines(console, width, height, unjoined)
+        if self._trunk.tools and not self._done:
+            trunk = [
+                *trunk[max(0, len(trunk) + 1 - height) :],
+                _single_line(self._trunk.state[0], width, "blue"),
+            ]
         if not unjoined:
             return [*trunk]
         grid, used = _branch_grid(console, unjoined, width, height - min(MIN_TRUNK_LINES, len(trunk)))
@@ -132,10 +148,19 @@ class _SequenceView:
     header: str = ""
     branches: dict[tuple[int, int], _SequenceView] = field(default_factory=dict)
     text: io.StringIO = field(default_factory=io.StringIO)
+    tools: dict[str, str] = field(default_factory=dict)  # by call: the tools that run
 
     @property
     def size(self) -> int:
         return self.text.seek(0, io.SEEK_END)
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """Its outcome in words, or what it is doing, and the style of these words."""
+        if self.tools and self.outcome is None:
+            more = f" and {len(self.tools) - 1} more" if len(self.tools) > 1 else ""
+            return f"runs {next(iter(self.tools.values()))}{more}", "blue"
+        return OUTCOME_LABELS[self.outcome]
 
     @property
     def forked(self) -> int:
@@ -158,8 +183,23 @@ class _SequenceView:
         if tag.role == "header":
             self.header = tag.text
 
+    def call_tool(self, call_id: str, name: str, arguments: str) -> None:
+        self.tools[call_id] = single_line(name, 20)
+        self.write_line(f"→ {describe_tool(name, arguments)}")
+
+    def end_tool(self, call: ToolCall) -> None:
+        if self.tools.pop(call.id, None) is None:  # it was not run
+            self.write_line(f"→ {describe_tool(call.name, call.arguments)}")
+        self.write_line(f"← {describe_result(call)}")
+
+    def write_line(self, line: str) -> None:
+        size = self.size
+        self.text.write("" if not size or self.read(size - 1, size) == "\n" else "\n")
+        self.text.write(f"{line}\n")
+
     def retry(self, chars: int | None) -> None:
         if chars is None:
+            self.tools.clear()
             self.outcome, self.branches, chars = None, {}, self.size
         self.text.truncate(max(0, self.size - chars))
 
@@ -220,14 +260,16 @@ def _branch_grid(
 
 
 def _panel(branch: _SequenceView, lines: Sequence[Text], inner_width: int, height: int) -> Panel:
-    state, style = OUTCOME_LABELS[branch.outcome]
-    title, subtitle = _single_line(branch.name, inner_width - 2, "cyan"), Text(state, style)
+    state, style = branch.state
+    title, subtitle = (
+        _single_line(text, inner_width - 2, s) for text, s in ((branch.name, "cyan"), (state, style))
+    )
     return Panel(Text("\n").join(lines), title=title, subtitle=subtitle, border_style=style, height=height)
 
 
 def _row(branch: _SequenceView, width: int) -> Text:
     """Return a branch in one line: its state, and the end of its text while it runs or the beginning once it ended."""
-    state, style = OUTCOME_LABELS[branch.outcome]
+    state, style = branch.state
     name = _single_line(branch.name, min(width // 3, max(6, width - len(state) - 4)), "cyan")
     row = Text.assemble(name, "  ", (state, style), "  ", no_wrap=True)
     room = max(0, width - row.cell_len)

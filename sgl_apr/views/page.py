@@ -16,7 +16,7 @@ from sgl_apr.views.page_entry import PageEntry, full_entry, list_row
 
 WEB_DIRECTORY = Path(__file__).parent / "web"
 # Scripts, in the order in which they depend on one another while they load.
-PAGE_SCRIPTS = ["dom", "entries", "graph", "list", "detail", "drawing", "timeline", "reader", "plots", "overview", "main"]  # fmt: skip
+PAGE_SCRIPTS = ["dom", "entries", "graph", "tools", "list", "detail", "drawing", "timeline", "reader", "plots", "overview", "main"]  # fmt: skip
 LIVE_SCRIPTS = [*PAGE_SCRIPTS, "run", "saved", "live"]
 PLACEHOLDER = re.compile(r"{{(\w+)}}")
 # Characters that could end a script element or begin a comment in it, and line breaks of JavaScript that JSON allows.

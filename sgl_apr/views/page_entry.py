@@ -8,6 +8,7 @@ from typing import Any
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.trajectory.spans import Path, Span
+from sgl_apr.trajectory.tool_calls import ToolCall
 from sgl_apr.trajectory.trajectory import Trajectory
 
 MAX_LIST_LANES = 12  # lanes in the small picture of a trajectory
@@ -63,6 +64,9 @@ def list_row(entry: PageEntry) -> dict[str, Any]:
         "prompt": m.prompt_tokens,
         "cached": m.cached_tokens,
         "again": m.reprefilled_tokens,
+        "tools": m.tool_calls,
+        "tool_s": round(m.tool_s, 3),
+        "critical_tool_s": round(m.critical_tool_s, 3),
         "shape": lane_extents(entry.trajectory),
     }
 
@@ -74,6 +78,7 @@ def full_entry(trajectory: Trajectory) -> dict[str, Any]:
         "wall": trajectory.wall_s,
         "spans": [_span(span) for span in trajectory.spans],
         "calls": [_call(call) for call in trajectory.calls],
+        "tools": [_tool_call(call) for call in trajectory.tool_calls],
         "limits": [asdict(limit) for limit in trajectory.limits],
         "decisions": [asdict(decision) for decision in trajectory.decisions],
         "joins": [asdict(join) for join in trajectory.joins],
@@ -107,6 +112,10 @@ def _lane(span: Span) -> Path:
 
 def _span(span: Span) -> dict[str, Any]:
     return {**{name: getattr(span, name) for name in SPAN_FIELDS}, "tokens": span.tokens}
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    return {**asdict(call), "started": round(call.started, 4), "ended": round(call.ended, 4)}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -10,12 +10,15 @@ from rich.panel import Panel
 from rich.text import Text
 from rich.tree import Tree
 
-from sgl_apr.trajectory.blocks import Block
+from sgl_apr.trajectory.blocks import Block, Branch
 from sgl_apr.trajectory.calls import Call
+from sgl_apr.trajectory.tool_calls import ToolCall, called_tools
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.fitted_table import Column, FittedTable
 from sgl_apr.views.printable import printable
+from sgl_apr.views.tool_text import tool_lines
 
+TOOL_STYLE = "cyan"
 PANEL_WIDTH = 38  # columns of a branch
 FINISH_LABELS = {
     "length": "stopped at its token limit",
@@ -30,7 +33,8 @@ FINISH_LABELS = {
 def render_tree(trajectory: Trajectory, title: str, max_blocks: int | None = None) -> Tree:
     """Render the trunk, the branches in columns, the conclusions and the answer.
 
-    The text of a model is shown as it is, never as markup.
+    The text of a model is shown as it is, never as markup. In place of a call of a tool and its result stand two lines, with
+    the beginning of the arguments and of the result.
 
     Args:
         trajectory: The trajectory.
@@ -39,7 +43,8 @@ def render_tree(trajectory: Trajectory, title: str, max_blocks: int | None = Non
     """
     root = Tree(Text(printable(title), style="bold"))
     blocks = {block.path: block for block in trajectory.blocks}
-    answering = _answer_spans(trajectory)
+    tools = {call.id: call for call in trajectory.tool_calls}
+    answering = set(trajectory.answer_spans)
     outer = sum(len(path) == 1 for path in blocks)
     shown = 0
     for i, span in enumerate(trajectory.spans):
@@ -47,31 +52,23 @@ def render_tree(trajectory: Trajectory, title: str, max_blocks: int | None = Non
             if shown == max_blocks:
                 root.add(Text(f"({outer - shown} more blocks)", style="yellow"))
                 break
-            _add_block(root, block)
+            _add_block(root, block, trajectory, tools)
             shown += 1
         if span.path == () and span.role == "text" and i not in answering and span.text.strip():
             root.add(Text(printable(span.text.strip())))
+        if span.path == () and span.role == "call":
+            root.add(Text(tool_lines(called_tools(span, tools)) or printable(span.text.strip()), TOOL_STYLE))
     root.add(Text.assemble(("answer  ", "bold green"), printable(trajectory.answer.strip()) or "(none)"))
     return root
 
 
-def _answer_spans(trajectory: Trajectory) -> set[int]:
-    """Return the spans whose text is the answer: text of the trunk after the last join."""
-    answer: set[int] = set()
-    for i in reversed(range(len(trajectory.spans))):
-        if trajectory.spans[i].role != "text" or trajectory.spans[i].path != ():
-            break
-        answer.add(i)
-    return answer
-
-
-def _add_block(root: Tree, block: Block) -> None:
+def _add_block(root: Tree, block: Block, trajectory: Trajectory, tools: Mapping[str, ToolCall]) -> None:
     panels = []
     for branch in block.branches:
         label = FINISH_LABELS.get(branch.finish or "", "")
         panels.append(
             Panel(
-                Text(printable(branch.text.strip())),
+                _branch_text(branch, trajectory, tools),
                 title=_panel_title(
                     f"{branch.number}: {branch.outline}" if branch.outline else str(branch.number)
                 ),
@@ -85,6 +82,25 @@ def _add_block(root: Tree, block: Block) -> None:
         node.add(Text.assemble(("conclusion  ", "bold magenta"), printable(block.conclusion)))
 
 
+def _branch_text(branch: Branch, trajectory: Trajectory, tools: Mapping[str, ToolCall]) -> Text:
+    """The text of a branch, with two lines in place of each call of a tool and its result."""
+    spans = [trajectory.spans[i] for i in branch.spans]
+    if not any(called_tools(span, tools) for span in spans):
+        return Text(printable(branch.text.strip()))
+    lines: list[Text] = []
+    text = ""
+    for span in spans:
+        if span.path == branch.path and span.role in ("header", "closer", "result"):
+            continue
+        calls = called_tools(span, tools)
+        if not calls:
+            text += span.text
+        elif span.role == "call":
+            lines += [Text(printable(text.strip())), Text(tool_lines(calls), TOOL_STYLE)]
+            text = ""
+    return Text("\n").join(line for line in [*lines, Text(printable(text.strip()))] if line)
+
+
 def _panel_title(title: str, style: str = "cyan") -> Text:
     text = Text(" ".join(printable(title).split()), style=style)
     text.truncate(PANEL_WIDTH - 6, overflow="ellipsis")  # rich itself cuts a title without a sign
@@ -95,10 +111,18 @@ def render_summary(trajectories: dict[str, Trajectory]) -> FittedTable:
     """Render a table with one row per trajectory.
 
     Args:
-        trajectories: The trajectories by title. Tokens and seconds are those that the engine reported.
+        trajectories: The trajectories by title. Tokens and seconds are those that the engine reported. Columns of tools are
+            shown if any trajectory calls one.
     """
     metrics = [trajectory.metrics() for trajectory in trajectories.values()]
     calls = [trajectory.calls for trajectory in trajectories.values()]
+    tools: list[Column] = []
+    if any(m.tool_calls for m in metrics):
+        tools = [
+            Column("tool calls", [str(m.tool_calls) for m in metrics], rank=7),
+            Column("tool seconds", [f"{m.tool_s:.1f}" for m in metrics], rank=9),
+            Column("on critical path", [f"{m.critical_tool_s:.1f}" for m in metrics], rank=8),
+        ]
     return FittedTable(
         [
             Column("question", list(trajectories), shrinks=True),
@@ -109,6 +133,7 @@ def render_summary(trajectories: dict[str, Trajectory]) -> FittedTable:
             Column("acceleration", [f"{m.acceleration:.0%}" for m in metrics], rank=4),
             Column("prefix cached", [_cached(c) for c in calls], rank=5),
             Column("seconds", [f"{m.wall_s:.1f}" for m in metrics], rank=2),
+            *tools,
         ],
         title="Metrics",
     )

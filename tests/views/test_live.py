@@ -21,10 +21,13 @@ from sgl_apr.runtime.events import (
     Joined,
     SpanFinished,
     TextRetracted,
+    ToolCalled,
+    ToolReturned,
 )
 from sgl_apr.trajectory.blocks import Outcome
 from sgl_apr.trajectory.calls import LimitHit
 from sgl_apr.trajectory.spans import Finish, Path, Role, Span
+from sgl_apr.trajectory.tool_calls import ToolCall, ToolOutcome
 from sgl_apr.views.live import LiveView
 
 WORDS = {
@@ -385,3 +388,86 @@ def test_it_listens_to_any_thread_while_two_show_it(request):
     lines = screen(view)
     assert all(shows(lines, f"2998 end{k}") for k in range(1, 5))
     assert "end4" in file.getvalue()
+
+
+ASK = '<tool_call>{"name": "search", "arguments": {"query": "tides"}}</tool_call>'
+
+
+def calls(path: Path, *names: str) -> list[Event]:
+    """A sequence writes text and calls tools, which start to run."""
+    label = " ".join(names)
+    events: list[Event] = [Delta(path, "Let me look."), Delta(path, ASK)]
+    events.append(SpanFinished(1, Span("call", "decoded", ASK, None, (), path, label)))
+    return [*events, *(ToolCalled(path, name, "search", '{"query": "tides"}') for name in names)]
+
+
+def returned(path: Path, name: str, outcome: ToolOutcome = "ok", result: str = "3 hits") -> ToolReturned:
+    return ToolReturned(0, ToolCall(name, path, "search", '{"query": "tides"}', result, outcome, 1.0, 2.5))
+
+
+def observed(path: Path, label: str) -> tuple[Event, Event]:
+    text = "\n<tool_response>\n3 hits\n</tool_response>\n"
+    return Delta(path, text), SpanFinished(2, Span("observation", "injected", text, None, (), path, label))
+
+
+def test_a_branch_whose_tool_runs():
+    lines = see(FORK, *BOTH, *calls((1, 1), "a"))
+    assert '→ search {"query": "tides"}' in lines[line_of(lines, "→ search")]
+    assert "runs search" in lines[-1].split("╯")[0]
+    assert "running" in lines[-1].split("╯")[1], "its sibling decodes"
+    assert not shows(lines, "tool_call"), "the line stands for the text of the call"
+    lines = see(
+        FORK,
+        *BOTH,
+        *calls((1, 1), "a"),
+        returned((1, 1), "a"),
+        *observed((1, 1), "a"),
+        Delta((1, 1), "So 3."),
+    )
+    order = [line_of(lines, w) for w in ("Let me look.", "→ search", "← returned in 1.5 s: 3 hits", "So 3.")]
+    assert order == sorted(set(order))
+    assert not shows(lines, "tool_response")
+    assert lines[-1].count("running") == 2
+
+
+def test_tools_that_run_at_once():
+    lines = see(FORK, *BOTH, *calls((1, 1), "a", "b", "c"))
+    assert "runs search and 2 more" in lines[-1]
+    lines = see(FORK, *BOTH, *calls((1, 1), "a", "b"), returned((1, 1), "b", "timeout", "Error: late"))
+    assert "runs search" in lines[-1]
+    assert "more" not in lines[-1]
+    assert shows(lines, "← timed out in 1.5 s: Error: late")
+    retried = see(FORK, *BOTH, *calls((1, 1), "a"), TextRetracted((1, 1), None))
+    assert not shows(retried, "search")
+
+
+def test_the_trunk_calls_a_tool():
+    lines = see(*calls((), "a"))
+    assert lines[-1] == "runs search"
+    lines = see(*calls((), "a"), returned((), "a", "cancelled", ""), finished())
+    assert lines[-2] == "← cancelled in 1.5 s"
+    assert "runs" not in lines[-1]
+
+
+def test_a_call_that_was_not_run():
+    lines = see(
+        Delta((), "So"),
+        Delta((), ASK[:20]),
+        SpanFinished(1, Span("call", "decoded", ASK[:20], None, (), (), "a")),
+        returned((), "a", "length", ""),
+    )
+    assert lines[1:] == ["So", '→ search {"query": "tides"}', "← cut off by a token limit"]
+
+
+def test_what_tools_write_is_text():
+    hostile = "\x1b]0;owned\x07\n[bold]x[/]\u202e" + "y" * 5000
+    lines = see(
+        FORK,
+        ToolCalled((1, 1), "a", hostile, hostile),
+        ToolCalled((1, 1), "b", "f", hostile),
+        returned((1, 1), "b", "error", hostile),
+    )
+    text = "\n".join(lines)
+    assert not set(text) & {"\x1b", "\x07", "\u202e"}
+    assert "[bold]x[/]" in text
+    assert len(lines) < 30, "it is cut"

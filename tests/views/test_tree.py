@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 import sgl_apr as apr
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.views.tree import render_report, render_summary, render_tree
+from tests.support.tool_trajectories import tool_trajectory
 
 TEXT = "<Parallel>\n<Outlines>\n<Outline>1: [red]a</Outline>\n</Outlines>\n<Thread>\n1: [bold]b[/]</Thread>\n</Parallel>[/]c"
 
@@ -85,3 +86,40 @@ def test_tree_and_figures():
     text = shown(render_report(parsed(), "title"))
     assert text.count("title") == 2
     assert "Metrics" in text
+
+
+def test_calls_of_tools_are_lines():
+    tooled = tool_trajectory("threadweaver")
+    text = shown(render_tree(tooled, "title"))
+    assert text.count('→ search {"query": "tides & moons"}') == 1, "of the trunk, in one line"
+    assert "← returned in 2.0 s: three hits for call_trunk_1" in text
+    panels = " ".join(text.replace("│", " ").split())
+    assert panels.count("→ search") == 5
+    for words in (
+        "returned in 1.0 s",
+        "failed in 1.0 s",
+        "cut off by a token limit",
+        "stopped at its token limit",
+    ):
+        assert words in panels
+    assert text.count("tool_call>") == 1, "only of the call that was cut: all that was decoded"
+    assert "tool_response" not in text
+
+
+def test_what_tools_and_models_write_has_no_escape_sequences():
+    hostile = "a\x1b]52;c;cHduZWQ=\x07\n[bold]b[/] " + "c" * 500
+    tooled = tool_trajectory("threadweaver")
+    calls = tuple(replace(c, name=hostile, arguments=hostile, result=hostile) for c in tooled.tool_calls)
+    text = shown(render_report(replace(tooled, tool_calls=calls), "title"))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "[bold]b[/] ccc" in text, "it is no markup"
+    assert "c" * 300 not in text, "it is cut"
+
+
+def test_figures_of_tools_are_shown_if_there_are_any():
+    text = shown(render_summary({"title": tool_trajectory("threadweaver")}), 240)
+    names, cells = ([c.strip() for c in re.split("[┃│]", text.splitlines()[k])] for k in (2, 4))
+    found = dict(zip(names, cells, strict=True))
+    assert (found["tool calls"], found["tool seconds"], found["on critical path"]) == ("5", "5.0", "3.1")
+    assert "tool" not in shown(render_summary({"title": parsed()}), 240)

@@ -96,6 +96,14 @@ function tilesOf(entry) {
       entry.prompt &&
         `${count(entry.prompt - entry.cached)} prefilled${entry.again ? `, ${count(entry.again)} again` : ""}`,
     ),
+    entry.tools
+      ? tile(
+          "tools",
+          seconds(entry.tool_s),
+          plural(entry.tools, "call of tools", "calls of tools"),
+          `${seconds(entry.critical_tool_s)} one after another`,
+        )
+      : null,
   );
 }
 

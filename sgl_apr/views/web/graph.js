@@ -29,7 +29,7 @@ function lanesOf(t) {
     const own = lane(laneOf(span));
     own.spans.push(i);
     own.tokens += isPrompt(span) ? 0 : span.tokens;
-    const continues = span.finish === "stop" && (span.role === "fork" || span.role === "wait");
+    const continues = span.finish === "stop" && ["fork", "wait", "call"].includes(span.role);
     if (!continues) own.finish = span.finish ?? own.finish;
     if (span.role === "header" || span.role === "result") {
       const branch = lane(span.path);
@@ -55,8 +55,12 @@ function placedByTokens({ spans }) {
   return { starts, ends };
 }
 
-/** Returns where each span begins and ends in seconds. Decoded spans share the time of their request by tokens. */
-function placedByTime({ spans, calls }) {
+/**
+ * Returns where each span begins and ends in seconds. Decoded spans share the time of their request by tokens, and the result
+ * of a tool takes the time in which the tool ran.
+ */
+function placedByTime(t) {
+  const { spans, calls } = t;
   const starts = [],
     ends = [],
     own = calls.map(() => []);
@@ -68,6 +72,12 @@ function placedByTime({ spans, calls }) {
       starts[i] = at;
       ends[i] = at += ((calls[c].ended - calls[c].started) * spans[i].tokens) / all;
     }
+  });
+  spans.forEach((span, i) => {
+    const tools = span.role === "observation" ? toolsOf(t, span) : [];
+    if (!tools.length) return;
+    starts[i] = Math.min(...tools.map((tool) => tool.started));
+    ends[i] = largest(tools.map((tool) => tool.ended));
   });
   spans.forEach((span, i) => {
     if (starts[i] === undefined)
@@ -126,6 +136,7 @@ function computeFigures(t) {
     prompt: sum(t.calls.map((call) => call.prompt_tokens)),
     cached: sum(t.calls.map((call) => call.cached_tokens ?? 0)),
     again: sum(t.calls.map(again)),
+    ...toolFigures(t),
   };
 }
 

@@ -177,6 +177,13 @@ function drawCards(run, t) {
       .filter((span) => nameOf(span.path) === key && span.role !== "header")
       .map((span) => span.text)
       .join("");
+  const runs = (key) => t.tools.filter((tool) => tool.open && nameOf(tool.path) === key);
+  const state = (key, outcome) =>
+    outcome
+      ? FINISH[outcome === "ok" ? "stop" : outcome]
+      : runs(key)
+          .map((tool) => `runs ${short(tool.name, 30)}`)
+          .join(", ") || "running";
   const cards = unjoined
     .slice(0, MAX_CARDS)
     .map(([key, { outline, outcome }]) =>
@@ -188,7 +195,7 @@ function drawCards(run, t) {
           {},
           el("b", {}, key),
           el("bdi", {}, short(outline, 60)),
-          el("span", { class: "soft" }, outcome ? FINISH[outcome === "ok" ? "stop" : outcome] : "running"),
+          el("span", { class: "soft" }, el("bdi", {}, state(key, outcome))),
         ),
         el("div", { class: "tail" }, el("bdi", {}, plain(text(key).slice(-TAIL_CHARS)))),
       ),

@@ -46,6 +46,8 @@ function factsOf(lane) {
       ["to", seconds(largest(requests.map((call) => call.ended)))],
     );
   }
+  const tools = (view.t.tools ?? []).filter((tool) => nameOf(tool.path) === lane.key);
+  if (tools.length) facts.push(["tools", count(tools.length)], ["tool time", seconds(sum(tools.map(toolSeconds)))]);
   const retries = sum(requests.map((call) => call.retries));
   if (retries) facts.push(["retries", count(retries)]);
   if (lane.finish) facts.push(["finish", FINISH[lane.finish]]);
@@ -69,7 +71,8 @@ function textOf(lane, max) {
       const piece = span.text.slice(0, left);
       rest += span.text.length - piece.length;
       left -= piece.length;
-      if (piece) text.append(el("span", { class: span.origin, "data-span": i }, plain(piece)));
+      if (piece) text.append(...toolChips(view.t, span));
+      if (piece) text.append(el("span", { class: `${span.origin} ${span.role}`, "data-span": i }, plain(piece)));
       return;
     }
     const block = own.slice(0, lane.path.length + 1),

@@ -13,6 +13,7 @@ function startRun(prompt) {
     done: null,
     spans: [],
     calls: [],
+    tools: new Map(),
     writing: new Map(),
     forks: new Map(),
     joined: new Set(),
@@ -63,6 +64,13 @@ const EVENT_HANDLERS = {
     run.calls[index] = call;
     run.skew = Math.min(run.skew, (performance.now() - run.started) / 1000 - call.ended);
   },
+  tool_called(run, { path, id, name, arguments: text }) {
+    run.tools.set(id, { id, path, name, arguments: text, result: "", outcome: null, started: clock(run), ended: null });
+  },
+  tool_returned(run, { call }) {
+    run.tools.set(call.id, call);
+    run.skew = Math.min(run.skew, (performance.now() - run.started) / 1000 - call.ended);
+  },
   forked(run, { path, branches, first_branch }) {
     branches.forEach(([number, outline], k) => {
       const branch = [...path, first_branch + k];
@@ -88,6 +96,7 @@ function resetBranch(run, path) {
   });
   for (const [key, { path: other }] of run.writing) if (inside(other, path)) run.writing.delete(key);
   for (const [key, { path: other }] of run.forks) if (inside(other, path) && !isOwn(other)) run.forks.delete(key);
+  for (const [id, tool] of run.tools) if (inside(tool.path, path) && !tool.outcome) run.tools.delete(id);
   if (run.forks.has(nameOf(path))) run.forks.get(nameOf(path)).outcome = null;
 }
 
@@ -102,7 +111,16 @@ function currentTrajectory(run) {
     spans.push({ ...span, parents: kept(span.parents), waits_for: kept(span.waits_for) });
   };
   (run.done ? run.done.order : [...run.spans.keys()]).forEach((i) => run.spans[i] && add(run.spans[i], i));
-  if (run.done) return { ...common(run), spans, calls, forks: [] };
+  const tools = [...run.tools.values()].map((tool) =>
+    tool.outcome ? tool : { ...tool, started: Math.min(tool.started, clock(run)), ended: clock(run), open: !run.ended },
+  );
+  if (run.done) return { ...common(run), spans, calls, tools, forks: [] };
+  for (const { id, path, outcome } of tools) {
+    if (outcome) continue;
+    const last = spans.findLastIndex((span) => nameOf(laneOf(span)) === nameOf(path));
+    const running = { role: "observation", origin: "injected", text: "", tokens: 0, path, label: id, outline: "" };
+    spans.push({ ...running, finish: null, open: !run.ended, call: null, parents: last < 0 ? [] : [last], waits_for: [] });
+  }
   const decoded = spans.filter((span) => span.origin === "decoded");
   const chars =
     sum(decoded.map((span) => span.text.length)) / Math.max(1, sum(decoded.map((span) => span.tokens))) || 4;
@@ -132,7 +150,7 @@ function currentTrajectory(run) {
     };
     spans.push({ ...open, parents: last < 0 ? [] : [last], waits_for: [], call: calls.push(call) - 1 });
   }
-  return { ...common(run), running: !run.ended, spans, calls, forks: [...run.forks.values()] };
+  return { ...common(run), running: !run.ended, spans, calls, tools, forks: [...run.forks.values()] };
 }
 
 function common({ done, ...run }) {
@@ -155,12 +173,13 @@ function rowFor(run, t) {
   };
 }
 
-/** Returns the text of the trunk after the last join, as `Trajectory.answer` does. */
+/** Returns the text of the trunk after the last join and the last result of a tool, as `Trajectory.answer` does. */
 function answerOf({ spans }) {
   const reply = spans.filter((span) => !isPrompt(span)),
-    last = reply.findLastIndex((span) => span.role !== "text" || span.path.length);
+    last = reply.findLastIndex((span) => !["text", "call"].includes(span.role) || span.path.length);
   return reply
     .slice(last + 1)
+    .filter((span) => span.role === "text")
     .map((span) => span.text)
     .join("")
     .trimStart();

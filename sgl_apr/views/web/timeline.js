@@ -9,6 +9,14 @@ const LEGEND = [
   ["join", "join"],
   ["critical", "critical path"],
 ];
+const TOOL_LEGEND = [
+  ["call", "call of a tool"],
+  ["observation", "its result"],
+];
+const TOOL_CAPTION = {
+  tokens: "Framed bars are calls of tools, striped bars their results.",
+  time: "Framed bars are calls of tools. Striped bars are tools while they ran.",
+};
 const CAPTION = {
   tokens:
     "Thick bars are what was written; each begins at the end of the longest chain before it. Thin bars are what each request read first.",
@@ -38,7 +46,7 @@ function timelineCard() {
       el(
         "ul",
         { class: "legend", "aria-label": "Legend" },
-        LEGEND.map(([key, name]) => el("li", { class: key }, name)),
+        [...LEGEND, ...(view.t.tools?.length ? TOOL_LEGEND : [])].map(([key, name]) => el("li", { class: key }, name)),
       ),
       el(
         "fieldset",
@@ -74,7 +82,7 @@ function drawTimeline() {
   const chain = chainOf(l.t.spans, l.ends),
     on = new Set(chain);
   $("lanes-head").replaceChildren(drawHead(l));
-  $("caption").textContent = [CAPTION[l.axis], exceptionOf(l, on)].filter(Boolean).join(" ");
+  $("caption").textContent = [CAPTION[l.axis], l.t.tools?.length && TOOL_CAPTION[l.axis], exceptionOf(l, on)].filter(Boolean).join(" ");
   $("lanes").replaceChildren(drawing(l, chain, on), ...l.lanes.map((lane) => laneRow(lane, on)));
   chooseLane(view.lane);
 }
@@ -150,6 +158,7 @@ function tooltipLines(l, lane, value) {
   lines.push(
     `${nameOf(lane.path)}: ${span.role}, ${span.open ? "about " : ""}${plural(span.tokens, "token")} ${span.origin}`,
   );
+  lines.push(...toolLines(l.t, span));
   const call = l.t.calls[span.call];
   if (call?.prompt_tokens)
     lines.push(
