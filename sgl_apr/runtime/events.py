@@ -133,6 +133,7 @@ class Done:
     seed: int | None
     seeds_honoured: bool
     tokens_shared: bool = False
+    prompt_layout: str = ""
 
 
 Event = (
@@ -211,4 +212,5 @@ def assemble_trajectory(
         done.seeds_honoured,
         done.tokens_shared,
         tuple(tool_calls),
+        done.prompt_layout,
     )

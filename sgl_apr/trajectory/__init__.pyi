@@ -6,6 +6,7 @@ from .calls import LimitHit as LimitHit
 from .calls import PacingDecision as PacingDecision
 from .causal_graph import Causality as Causality
 from .causal_graph import causality as causality
+from .causal_graph import context_layout as context_layout
 from .dataset import from_dataset as from_dataset
 from .dataset import to_dataset as to_dataset
 from .join_layout import Layout as Layout
@@ -44,6 +45,7 @@ __all__ = [
     "Trajectory",
     "causality",
     "compute_metrics",
+    "context_layout",
     "from_dataset",
     "to_dataset",
 ]

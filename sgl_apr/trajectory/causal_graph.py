@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
 from sgl_apr.errors import AprError
-from sgl_apr.trajectory.join_layout import Layout, layout_positions, masked_ranges, token_count
+from sgl_apr.trajectory.join_layout import Layout, freeze_layout, layout_positions, masked_ranges, token_count
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -57,13 +58,17 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
     if join is None and (lost := trajectory.lost_joins):
         raise AprError(f"the cache lost a join in the middle of this trajectory: {lost[0].why}")
     joined = {j.path for j in trajectory.joins if j.by == "kv"}
+    prompt_layout = freeze_layout(json.loads(trajectory.prompt_layout or "[]"))
 
     def sequence(
         indices: Iterable[int], depth: int, frontier: tuple[int, ...]
     ) -> tuple[Layout, tuple[int, ...]]:
         """The layout of one sequence whose first span follows `frontier`, and the frontier after it."""
-        items: list[int | tuple[Layout, ...]] = []
+        items: list[int | Sequence[Layout]] = []
         run = 0
+        if not frontier and join != "text":
+            items += prompt_layout
+            run -= token_count(prompt_layout)
         for block, group in groupby(indices, key=lambda i: spans[i].path[: depth + 1]):
             if len(block) == depth:
                 for i in group:
@@ -86,3 +91,24 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
 
     layout, _ = sequence(range(len(spans)), 0, ())
     return Causality(tuple(t for s in spans for t in s.token_ids or ()), layout)
+
+
+def context_layout(trajectory: Trajectory) -> Layout | None:
+    """Return how the beginning of `Trajectory.context_ids` is joined in the KV cache, up to the end of the last join.
+
+    Returns:
+        The layout: empty if the context is one sequence. None if that is not known, since parts of the trajectory are
+        not in its context.
+    """
+    if any(not join.path for join in trajectory.lost_joins):
+        return ()  # the trunk was read as text from then on
+    if not trajectory.prompt_layout and all(join.by != "kv" for join in trajectory.joins):
+        return ()
+    try:
+        graph = causality(trajectory)
+    except AprError:
+        return None
+    if graph.token_ids != trajectory.context_ids:
+        return None
+    blocks = [index for index, item in enumerate(graph.layout) if not isinstance(item, int)]
+    return tuple(graph.layout[: blocks[-1] + 1]) if blocks else ()

@@ -69,6 +69,11 @@ def parse_layout(text: str, tokens: int) -> Layout:
     return sequence  # type: ignore[no-any-return]  # as checked
 
 
+def freeze_layout(layout: Layout) -> Layout:
+    """Return a layout in which lists, as of JSON, are tuples."""
+    return tuple(i if isinstance(i, int) else tuple(map(freeze_layout, i)) for i in layout)
+
+
 def token_count(layout: Layout) -> int:
     """Return the number of tokens of a layout."""
     return sum(i if isinstance(i, int) else sum(map(token_count, i)) for i in layout)

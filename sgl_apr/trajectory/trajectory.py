@@ -44,6 +44,8 @@ class Trajectory:
         tokens_shared: Whether the branches of a fork shared their tokens. Otherwise each had a fixed equal part, since
             the engine cannot continue a request in the middle of its grammar.
         tool_calls: The calls of tools, in the order in which they ended.
+        prompt_layout: How the beginning of the prompt was joined in the KV cache in earlier turns, as JSON of a layout
+            (`sgl_apr.trajectory.join_layout`). Empty if it is one sequence.
 
     Examples:
         >>> import sgl_apr as apr
@@ -63,6 +65,7 @@ class Trajectory:
     seeds_honoured: bool = False
     tokens_shared: bool = False
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_layout: str = ""
 
     @property
     def prompt(self) -> str:

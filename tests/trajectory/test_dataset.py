@@ -55,6 +55,7 @@ FULL = Trajectory(
         ),
         ToolCall("call_2", (1, 2), "search", "{}", "", "timeout", 0.0, 60.0),
     ),
+    prompt_layout="[1, [[0], [1]]]",
 )
 BARE = Trajectory((), "")
 SAMPLES = [
