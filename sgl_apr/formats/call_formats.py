@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 from sgl_apr.errors import AprError, UnsupportedEngine
 
-ArgumentForm = Literal["json", "tagged"]
 NAME = "\0"  # stands for the name of a tool in `CallFormat.begin`
 INDEX = "\1"  # stands for the index of a call
 
@@ -24,13 +23,17 @@ class ParameterTags:
         begin: Stands before the name of the parameter.
         middle: Stands between its name and its value.
         end: Stands after its value.
-        quotes_strings: Whether a string is written as JSON. If not, its characters stand as they are.
+        json_middle: Stands there instead if the value is JSON; empty if that makes no difference.
+        strips_space: Whether white space around a value is removed. If not, one line break at each end is.
+        reads_null: Whether the text `null` is no value.
     """
 
     begin: str
     middle: str
     end: str
-    quotes_strings: bool = False
+    json_middle: str = ""
+    strips_space: bool = False
+    reads_null: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +104,46 @@ def _kimi(detector: Any) -> CallFormat:
     )
 
 
+def _qwen_coder(detector: Any) -> CallFormat:
+    """The line breaks are those of the chat template of Qwen3-Coder."""
+    tags = ParameterTags(
+        detector.parameter_prefix, ">\n", f"\n{detector.parameter_end_token}\n", reads_null=True
+    )
+    begin = f"{detector.tool_call_start_token}\n{detector.tool_call_prefix}{NAME}>\n"
+    end = f"{detector.function_end_token}\n{detector.tool_call_end_token}"
+    return CallFormat(begin, end, separator="\n", parameters=tags)
+
+
+def _deepseek_tags(detector: Any) -> CallFormat:
+    """The line breaks are those of the encoding of DeepSeek V3.2."""
+    info = detector.structure_info()(NAME)
+    parameter = f"{detector.dsml_token}{detector.parameter_tag_name}"
+    middle = '" string="{}">'
+    tags = ParameterTags(
+        f'<{parameter} name="',
+        middle.format("true"),
+        f"</{parameter}>\n",
+        middle.format("false"),
+        strips_space=detector.strip_string_param_value,
+    )
+    section = (detector.bot_token + "\n", detector.eot_token)
+    return CallFormat(info.begin + "\n", info.end + "\n", *section, parameters=tags)
+
+
 _SOURCES = {
     "deepseekv3": _Source("deepseekv3_detector", "DeepSeekV3Detector", _sectioned("\n")),
     "deepseekv31": _Source("deepseekv31_detector", "DeepSeekV31Detector", _sectioned()),
+    "deepseekv32": _Source("deepseekv32_detector", "DeepSeekV32Detector", _deepseek_tags),
     "hermes": _Source("hermes_detector", "HermesDetector", _wrapped("\n")),
     "interns1": _Source("internlm_detector", "InternlmDetector", _wrapped("")),
     "kimi_k2": _Source("kimik2_detector", "KimiK2Detector", _kimi),
     "llama3": _Source("llama32_detector", "Llama32Detector", _wrapped("", parallel=False)),
     "mistral": _Source("mistral_detector", "MistralDetector", _sectioned(", ")),
+    "nanbeige": _Source("qwen3_coder_detector", "Qwen3CoderDetector", _qwen_coder),
     "qwen": _Source("qwen25_detector", "Qwen25Detector", _wrapped("\n")),
     "qwen25": _Source("qwen25_detector", "Qwen25Detector", _wrapped("\n")),
+    "qwen3_coder": _Source("qwen3_coder_detector", "Qwen3CoderDetector", _qwen_coder),
+    "step3p5": _Source("qwen3_coder_detector", "Qwen3CoderDetector", _qwen_coder),
 }
 
 
@@ -132,13 +165,23 @@ def call_detector(parser: str) -> Any:
             f"tools with the tool-call parser {parser!r:.60} are not supported, expected one of "
             f"{', '.join(supported_parsers())}"
         )
+    return getattr(_module(source.module), source.detector)()
+
+
+def infer_type(schema: Mapping[str, Any]) -> str | None:
+    """Return the type as which SGLang reads a tagged parameter, None if its schema names none."""
+    kind: str | None = _module("utils").infer_type_from_json_schema(dict(schema))
+    return kind
+
+
+def _module(name: str) -> Any:
+    """A module of SGLang's detectors."""
     try:
-        module = import_module(f"sglang.srt.function_call.{source.module}")
+        return import_module(f"sglang.srt.function_call.{name}")
     except ImportError as error:
         raise UnsupportedEngine(
             f"tools need SGLang, whose detectors define the form of calls: pip install sglang ({error})"
         ) from error
-    return getattr(module, source.detector)()
 
 
 @lru_cache(maxsize=32)
@@ -157,3 +200,13 @@ def call_format(parser: str) -> CallFormat:
     if NAME not in built.begin:
         raise AprError(f"the tool-call parser {parser!r} of this SGLang does not place the name of a tool")
     return built
+
+
+@lru_cache(maxsize=64)
+def call_tag_names(form: CallFormat) -> tuple[str, ...]:
+    """Return the names of the tags in the form of calls, as `text_excluding` takes them."""
+    parameters = form.parameters
+    texts = [form.section_begin, form.begin, form.end, form.section_end]
+    texts += [parameters.begin, parameters.middle, parameters.end] if parameters else []
+    names = re.findall(rf"</?([^<>\s{NAME}]+)", "\n".join(texts))
+    return tuple(dict.fromkeys(n.rstrip("=") for n in names))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from sgl_apr.formats.call_formats import INDEX, NAME, CallFormat
+from sgl_apr.formats.tagged_values import TaggedReader
 
 ParsedCall = tuple[str, str, int, int]  # name, arguments, start, end
 
@@ -91,6 +92,7 @@ class CallParser:
         self._section_begin, self._section_end = Template(form.section_begin), Template(form.section_end)
         self._begin, self._end = Template(form.begin), Template(form.end)
         self._separator = Template(form.separator)
+        self._readers: dict[str, TaggedReader] = {}  # by the names of tools that exist or were called
 
     def parse(self, text: str) -> tuple[int, list[ParsedCall], bool]:
         """Return where the calls at the end of a text begin, the calls, and whether the last one is complete."""
@@ -132,8 +134,7 @@ class CallParser:
         begin = self._begin.match(text, start)
         if not begin.ok:
             return begin
-        first = skip_space(text, begin.end)
-        arguments, end = self._arguments(text, first)
+        arguments, end = self._arguments(text, begin.end, begin.value)
         if not end.ok:
             return end
         ending = self._end.match(text, end.end)
@@ -141,7 +142,16 @@ class CallParser:
             calls.append((begin.value, arguments, start, ending.end))
         return ending
 
-    def _arguments(self, text: str, start: int) -> tuple[str, Match]:
+    def _arguments(self, text: str, start: int, name: str) -> tuple[str, Match]:
+        """Match the arguments of a tool, and return them as JSON text."""
+        if self.form.parameters is None:
+            return self._json_object(text, skip_space(text, start))
+        if name not in self._readers:
+            self._readers[name] = TaggedReader(self.form.parameters, self.schemas.get(name, {}))
+        arguments, end, is_cut = self._readers[name].read(text, start)
+        return arguments, Match(end, bool(arguments) and not is_cut, is_cut)
+
+    def _json_object(self, text: str, start: int) -> tuple[str, Match]:
         """Match a JSON object, and return its text."""
         if not text.startswith("{", start):
             return "", Match(start, False, start == len(text))

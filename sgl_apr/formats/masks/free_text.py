@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 ANY_TEXT = r"(.|\n)+"
+
+
+# A character of a JSON string that is written as an escape, without halves of surrogate pairs.
+JSON_ESCAPE = r'\\(["\\\/bfnrt]|u([0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}))'
+
+
+class TextParts(NamedTuple):
+    """Regular expressions that text without tags consists of: `(character | leaving)* staying`.
+
+    Attributes:
+        character: A character other than `<`.
+        leaving: `<`, and what follows until it is clear that it begins no tag.
+        staying: Any number of beginnings of tags, with which a text can end.
+    """
+
+    character: str
+    leaving: str
+    staying: str
 
 
 def text_excluding(names: Sequence[str]) -> str:
@@ -21,6 +39,28 @@ def text_excluding(names: Sequence[str]) -> str:
     Args:
         names: The names of the tags, without brackets.
     """
+    parts = text_parts(names)
+    return rf"({parts.character}|{parts.leaving})+{parts.staying}"
+
+
+def value_excluding(names: Sequence[str], *, in_json: bool = False) -> str:
+    """Return a regular expression like `text_excluding` for a value, which can be empty, or `<` alone.
+
+    Args:
+        names: The names of the tags, without brackets.
+        in_json: Whether it is the inside of a JSON string, in which some characters are written as escapes.
+    """
+    parts = text_parts(names, in_json=in_json)
+    return rf"({parts.character}|{parts.leaving})*{parts.staying}"
+
+
+def text_parts(names: Sequence[str], *, in_json: bool = False) -> TextParts:
+    """Return the parts of text in which no name follows `<` or `</`, as `value_excluding` puts them together."""
+
+    def other(excluded: str) -> str:
+        """Any character except some."""
+        return f'([^"\\\\\\x00-\\x1f{excluded}]|{JSON_ESCAPE})' if in_json else f"[^{excluded}]"
+
     trie: dict[str, Any] = {}
     for name in names:
         node = trie
@@ -32,7 +72,7 @@ def text_excluding(names: Sequence[str]) -> str:
     def visit(node: dict[str, Any], prefix: str) -> None:
         following = [c for c in node if c]
         if prefix:
-            leaving.append(f"{prefix}[^<{''.join(map(_both_cases, following))}]")
+            leaving.append(prefix + other("<" + "".join(map(_both_cases, following))))
             staying.append(prefix)
         for character in following:
             if "" not in node[character]:  # otherwise the name is complete there
@@ -41,10 +81,14 @@ def text_excluding(names: Sequence[str]) -> str:
     visit(trie, "")
     first = "".join(map(_both_cases, (c for c in trie if c)))
     left = "|".join(
-        [rf"[^<\/{first}]", rf"\/[^<{first}]", *([rf"\/?({'|'.join(leaving)})"] if leaving else [])]
+        [
+            other(rf"<\/{first}"),
+            rf"\/{other('<' + first)}",
+            *([rf"\/?({'|'.join(leaving)})"] if leaving else []),
+        ]
     )
     stays = rf"<\/?({'|'.join(staying)})?" if staying else r"<\/?"
-    return rf"([^<]|({stays})*<({left}))+({stays})*"
+    return TextParts(other("<"), rf"({stays})*<({left})", rf"({stays})*")
 
 
 def _both_cases(character: str) -> str:

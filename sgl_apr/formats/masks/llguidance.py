@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral
-from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding
-from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker
+from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding, value_excluding
+from sgl_apr.formats.masks.json_schema import first_characters
+from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker, TextLimits
 
 # The slices that llguidance precomputes: sets of tokens that are allowed as a whole in most places. Its own are
 # made for JSON strings. Without `<`, with which tags begin, they fit free text.
@@ -21,13 +24,43 @@ LLGUIDANCE_SLICES = (
     r"[^<]+",
 )
 
+# JSON without optional white space, of which a model could write any amount.
+JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class LlguidanceWriter(GrammarWriter):
     """Writes a tag as its token if it is one, and spells it out if it is not."""
 
+    BACKEND = "llguidance"
+
     def literal(self, text: str) -> str:
         token = self.token(text)
-        return json.dumps(text, ensure_ascii=False) if token is None else f"<[{token}]>"
+        return self.plain(text) if token is None else self.token_symbol(token)
+
+    def token_symbol(self, token: int) -> str:
+        return f"<[{token}]>"
+
+    def json_value(self, name: str, schema: Mapping[str, Any]) -> str:
+        value = {**schema, "x-guidance": JSON_LAYOUT}
+        self.lines[name] = f"%json {json.dumps(value, ensure_ascii=False)}"
+        return name
+
+    @cached_property
+    def string_pattern(self) -> str:
+        return f"^{value_excluding(self.excluded_names)}$"
+
+    def parameter_text(self, name: str, end: str, limits: TextLimits) -> list[str]:
+        """Return one symbol, since a lexeme has no look-ahead, and those of the tokens from the first one on."""
+        fixed = self.fixed(end)
+        spelled = json.loads(fixed[0])
+        tail = _escape(spelled)
+        count = f"{{{limits.min_chars},{'' if limits.max_chars is None else limits.max_chars}}}"
+        length = f" & /(.|\n){count}{tail}/" if limits.min_chars or limits.max_chars is not None else ""
+        pattern = f" & /({limits.pattern}){tail}/" if limits.pattern else ""
+        self.lines[name.upper()] = (
+            f"/{value_excluding(self.excluded_names)}{tail}/ & ~/[nN][uU][lL][lL]{tail}/{length}{pattern}"
+        )
+        return [name.upper(), *fixed[1:]]
 
     def pattern(self, name: str, regex: str) -> str:
         self.lines[name] = f"/{regex}/"
@@ -53,14 +86,14 @@ class LlguidanceWriter(GrammarWriter):
             name = f"{'LINE' if single_line else 'LEAD'}_{max_chars}" if max_chars else "PLAIN"
             character = "[^<\\n]" if max_chars and single_line else "[^<]"
             count = f"{{1,{max_chars}}}" if max_chars else "+"
-            self.lines[name] = f"/{character}{count}/{self.text_constraint}"
+            self.lines[name] = f"/{character}{count}/{self.text_constraint}{self.no_answer}"
             return name + "?" * optional
         if following is None or (
             isinstance(following, StringLiteral) and self.token(following.text) is not None
         ):
-            self.lines[TEXT] = f"/{self.free_text}/{self.text_constraint}"
+            self.lines[TEXT] = f"/{self.free_text}/{self.text_constraint}{self.no_answer}"
             return TEXT + "?" * optional
-        if not (isinstance(following, StringLiteral) and following.is_tag):
+        if not (isinstance(following, StringLiteral) and self.is_tag(following.text)):
             raise GrammarError(
                 f"{self.grammar.name}: {following} follows {TEXT}, expected a tag or the end of the rule"
             )
@@ -69,6 +102,7 @@ class LlguidanceWriter(GrammarWriter):
         if self.text_constraint:
             pattern = self.grammar.terminals[TEXT]
             rule += f" & /({pattern}){'?' * optional}{_escape(following.text)}/"
+        rule += self.no_answer
         same = [name for name, body in self.lines.items() if body == rule]
         name = same[0] if same else f"UNTIL_{len(self.lines)}"
         self.lines[name] = rule
@@ -83,8 +117,14 @@ class LlguidanceWriter(GrammarWriter):
     @cached_property
     def free_text(self) -> str:
         """A regular expression for text without a tag and without anything that resembles one (`tag_names`)."""
-        return text_excluding(self.tag_names)
+        return text_excluding(self.excluded_names)
+
+    @property
+    def no_answer(self) -> str:
+        """Keeps text apart from a JSON answer that can stand in its place, since a lexer cannot follow both."""
+        schema = self.options.answer_schema
+        return "" if schema is None else f" & /[^{first_characters(schema)}](.|\n)*/"
 
 
 def _escape(text: str) -> str:
-    return re.escape(text).replace("/", "\\/").replace('\\"', '"')
+    return re.escape(text).replace("\\\n", "\\n").replace("/", "\\/").replace('\\"', '"')

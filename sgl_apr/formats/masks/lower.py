@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from sgl_apr.errors import GrammarError
-from sgl_apr.formats.grammar import Grammar
+from sgl_apr.formats.grammar import TEXT, Grammar
+from sgl_apr.formats.masks.free_text import ANY_TEXT
 from sgl_apr.formats.masks.llguidance import LlguidanceWriter
-from sgl_apr.formats.masks.writer import GrammarBackend, GrammarWriter, MaskOptions, alternatives
+from sgl_apr.formats.masks.tool_calls import extend_alternatives
+from sgl_apr.formats.masks.writer import CallMode, GrammarBackend, GrammarWriter, MaskOptions, alternatives
 from sgl_apr.formats.masks.xgrammar import XgrammarWriter
+from sgl_apr.formats.tool_syntax import ToolSyntax
 from sgl_apr.tokenizer import Tokenizer
 
 WRITERS: dict[str, type[GrammarWriter]] = {"llguidance": LlguidanceWriter, "xgrammar": XgrammarWriter}
@@ -38,7 +43,42 @@ def lower(
     """
     if backend not in WRITERS:
         raise GrammarError(f"no grammar backend {backend!r}, expected {' or '.join(WRITERS)}")
-    return WRITERS[backend](grammar, tokenizer, options).write(alternatives(grammar, phase, options))
+    writer = WRITERS[backend](grammar, tokenizer, options)
+    return writer.write(extend_alternatives(alternatives(grammar, phase, options), writer))
+
+
+@lru_cache(maxsize=256)  # called for every request
+def lower_free_text(
+    tokenizer: Tokenizer,
+    backend: GrammarBackend = "llguidance",
+    *,
+    tool_syntax: ToolSyntax | None = None,
+    max_calls: int = 0,
+    call: CallMode = "auto",
+    answer_schema: str | None = None,
+) -> str:
+    """Return the text of a grammar for text without a dialect, which can end with calls of tools.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        backend: The grammar backend of the server.
+        tool_syntax: The tools that can be called. The text cannot contain the text with which calls begin.
+        max_calls: How many calls of tools the text can end with.
+        call: Whether it can end with a call ("auto") or has to ("required").
+        answer_schema: A JSON schema, as text. A text without calls is then JSON that fits it.
+
+    Raises:
+        GrammarError: A schema holds something that the backend cannot enforce.
+    """
+    options = MaskOptions(
+        tool_syntax=tool_syntax, max_calls=max_calls, call=call, answer_schema=answer_schema
+    )
+    return lower(_free_text_grammar(), "text", tokenizer, options, backend)
+
+
+@lru_cache(maxsize=1)
+def _free_text_grammar() -> Grammar:
+    return Grammar(f"text : {TEXT}\n{TEXT} : /{ANY_TEXT}/\n", "free text")
 
 
 def check_widths(name: str, options: MaskOptions, max_width: int, max_depth: int) -> None:

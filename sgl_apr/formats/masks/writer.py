@@ -5,12 +5,17 @@ The backend compiles the rules into a token mask. Each backend has a subclass of
 
 from __future__ import annotations
 
+import json
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from sgl_apr.errors import GrammarError
+from sgl_apr.formats.call_formats import call_tag_names
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar, merge_tag_parts
 from sgl_apr.formats.grammar_checks import check_expansion
 from sgl_apr.formats.lark_ast import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
@@ -51,10 +56,27 @@ class RuleRef:
     name: str
 
 
+_TOKEN_LIKE = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\])")  # what can be one token in the form of a call
+
 Item = StringLiteral | SymbolRef | NumberedRepeat | RuleMarker | OptionalText | RuleRef
 FlatSequence = tuple[Item, ...]
 FORK, WAIT = RuleMarker("fork"), RuleMarker("wait")
 OWN = RuleMarker("own")
+
+
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """What a parameter that is plain text has to be.
+
+    Attributes:
+        min_chars: Its minimal length in characters.
+        max_chars: Its maximal length, None if there is none.
+        pattern: A regular expression for all of it.
+    """
+
+    min_chars: int = 0
+    max_chars: int | None = None
+    pattern: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +120,21 @@ class MaskOptions:
     call: CallMode = "auto"
     resumed: bool = False
     answer_schema: str | None = None
+
+    @property
+    def parsed_answer_schema(self) -> dict[str, Any]:
+        """The schema of the answer.
+
+        Raises:
+            GrammarError: It is not the text of a JSON object.
+        """
+        try:
+            schema = json.loads(self.answer_schema or "{}")
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"the answer's schema is not JSON: {error}") from None
+        if not isinstance(schema, dict):
+            raise GrammarError("the answer's schema is not a JSON object")
+        return schema
 
 
 def alternatives(grammar: Grammar, phase: str, options: MaskOptions) -> list[FlatSequence]:
@@ -168,6 +205,7 @@ class GrammarWriter(ABC):
         options: What the request can decode.
     """
 
+    BACKEND: GrammarBackend
     DEFINES = ": "
     START = "start"
 
@@ -246,9 +284,65 @@ class GrammarWriter(ABC):
             single_line: Whether a text with a maximal length has to stay on one line.
         """
 
+    @abstractmethod
+    def json_value(self, name: str, schema: Mapping[str, Any]) -> str:
+        """Write a rule for JSON that fits a schema, and return its symbol.
+
+        Args:
+            name: The name of the rule.
+            schema: The schema, as `SchemaPreparer` returns it.
+        """
+
+    @property
+    @abstractmethod
+    def string_pattern(self) -> str | None:
+        """The pattern that keeps tags out of a JSON string; None if `json_value` does."""
+
+    @abstractmethod
+    def parameter_text(self, name: str, end: str, limits: TextLimits) -> list[str]:
+        """Return the symbols of a parameter that is plain text, and of the fixed text at its end.
+
+        Args:
+            name: Names its rules.
+            end: The fixed text after it, which begins with a character that is no tag.
+            limits: What the text has to be.
+        """
+
     def token(self, text: str) -> int | None:
         """Return the id of a tag that is one token, otherwise None."""
-        return self.tokenizer.special_token_id(text) if StringLiteral(text).is_tag else None
+        return self.tokenizer.special_token_id(text) if self.is_tag(text) else None
+
+    def is_tag(self, text: str) -> bool:
+        """Whether free text ends where a text stands: at a tag, and where calls of tools begin."""
+        return StringLiteral(text).is_tag or text == self.trigger
+
+    @cached_property
+    def trigger(self) -> str | None:
+        """The text with which calls of tools begin."""
+        syntax = self.options.tool_syntax
+        return None if syntax is None else syntax.trigger
+
+    def fixed(self, text: str) -> list[str]:
+        """Return the symbols of a fixed text in which some pieces are one token each."""
+        symbols: list[str] = []
+        plain = ""
+        for piece in _TOKEN_LIKE.split(text):
+            token = self.tokenizer.special_token_id(piece) if _TOKEN_LIKE.fullmatch(piece) else None
+            if token is None:
+                plain += piece
+                continue
+            symbols += [self.plain(plain)] if plain else []
+            symbols.append(self.token_symbol(token))
+            plain = ""
+        return [*symbols, self.plain(plain)] if plain else symbols
+
+    def plain(self, text: str) -> str:
+        """Return the symbol of a fixed text of ordinary characters."""
+        return json.dumps(text, ensure_ascii=False)
+
+    @abstractmethod
+    def token_symbol(self, token: int) -> str:
+        """Return the symbol of one token."""
 
     def terminal(self, name: str) -> str:
         """Return the symbol of a terminal."""
@@ -269,6 +363,18 @@ class GrammarWriter(ABC):
         continue without it.
         """
         return list(dict.fromkeys(tag.strip("</>") for tag in self.grammar.tag_literals))
+
+    @cached_property
+    def excluded_names(self) -> list[str]:
+        """The names that no text can contain: `tag_names`, and with tools or a JSON answer those of control tokens.
+
+        Control tokens of chat models begin with `<|`.
+        """
+        syntax = self.options.tool_syntax
+        names = [] if syntax is None else [*call_tag_names(syntax.form), "|", "\uff5c"]
+        if self.options.answer_schema is not None:
+            names.append("|")
+        return list(dict.fromkeys([*self.tag_names, *names]))
 
     def numbered_items(self, rule: str, min_count: int) -> str:
         """Return the symbols of a numbered repetition: a rule for each number, as many as the options allow."""

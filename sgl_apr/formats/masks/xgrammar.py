@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral
-from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding
-from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker
+from sgl_apr.formats.masks.free_text import ANY_TEXT, TextParts, text_excluding, text_parts
+from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker, TextLimits
+from sgl_apr.formats.masks.xgrammar_json import json_rules
 
 
 class XgrammarWriter(GrammarWriter):
@@ -21,23 +24,45 @@ class XgrammarWriter(GrammarWriter):
     xgrammar matches an added token by its spelling, so text without the spelling of a tag is without the tag.
     """
 
+    BACKEND = "xgrammar"
     DEFINES = " ::= "
     START = "root"
 
     def literal(self, text: str) -> str:
         token = self.token(text)
-        if token is None and StringLiteral(text).is_tag:
+        if token is None and self.is_tag(text) and text != self.trigger:
             raise GrammarError(
                 f"{self.grammar.name}: {text} is not one token of this tokenizer, which xgrammar needs to end free "
                 "text at it; expected a tokenizer with the dialect's tags, or --grammar-backend llguidance"
             )
         if token is None:
-            return json.dumps(text, ensure_ascii=False)
+            if text == self.trigger and not text.startswith("<"):
+                raise GrammarError(
+                    f"{self.grammar.name}: calls begin with {text}, which xgrammar cannot keep out of free text; "
+                    "expected --grammar-backend llguidance"
+                )
+            return self.plain(text)
+        return self.token_symbol(token)
+
+    def token_symbol(self, token: int) -> str:
         # Up to xgrammar 0.2.7 the compiler's cache confuses grammars that differ only in token ids, and returns the
         # masks of the wrong one. A rule that can never match makes them different.
         self.lines[f"never_{token}"] = f'never_{token} "{token}"'
         self.lines[f"tag_{token}"] = f"Token({token}) | never_{token}"
         return f"tag_{token}"
+
+    def json_value(self, name: str, schema: Mapping[str, Any]) -> str:
+        rules = json_rules(json.dumps(schema), name, tuple(self.excluded_names))
+        self.lines.update(rules)
+        return rules[0][0]
+
+    @property
+    def string_pattern(self) -> None:
+        return None
+
+    def parameter_text(self, name: str, end: str, limits: TextLimits) -> list[str]:
+        self.lines.update(_text_except("null", text_parts(self.excluded_names)))
+        return ["value_0?", *self.fixed(end)]
 
     def pattern(self, name: str, regex: str) -> str:
         self.lines[name] = _to_ebnf(regex)
@@ -63,9 +88,26 @@ class XgrammarWriter(GrammarWriter):
             raise GrammarError(f"{self.grammar.name}: xgrammar supports only /{ANY_TEXT}/ as {TEXT}")
         # `|` excludes the control tokens of chat models, `<|...`, which xgrammar would match by their spelling, too.
         self.lines["TEXT"] = (
-            f"Regex({json.dumps(text_excluding([*self.tag_names, '|']), ensure_ascii=False)})"
+            f"Regex({json.dumps(text_excluding(list(dict.fromkeys([*self.excluded_names, '|']))), ensure_ascii=False)})"
         )
         return "TEXT" + "?" * optional
+
+
+def _text_except(word: str, parts: TextParts) -> Iterator[tuple[str, str]]:
+    """The rules of a text that is not one word, in any case. `value_0` is the text, if it is not empty."""
+
+    def regex(pattern: str) -> str:
+        return f"Regex({json.dumps(pattern, ensure_ascii=False)})"
+
+    yield "value_end", regex(f"({parts.staying})+")
+    yield "value_leaving", regex(parts.leaving)
+    yield "value_rest", regex(f"({parts.character}|{parts.leaving})*{parts.staying}")
+    for index, character in enumerate(word):
+        cases = character.lower() + character.upper()
+        after = f"[{cases}] value_{index + 1}" + "?" * (index + 1 < len(word))
+        end = " | value_end" * (index > 0)
+        yield f"value_{index}", f"[^<{cases}] value_rest | value_leaving value_rest | {after}{end}"
+    yield f"value_{len(word)}", "[^<] value_rest | value_leaving value_rest | value_end"
 
 
 def _to_ebnf(regex: str) -> str:

@@ -1,0 +1,233 @@
+"""Prepares JSON schemas for grammar backends: checks what they can enforce, and makes every object strict."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from sgl_apr.errors import GrammarError
+
+ANY = "apr_any"  # the definition of any JSON value
+MAX_DEPTH = 32
+ANNOTATIONS = frozenset(
+    [
+        "$schema",
+        "$id",
+        "$comment",
+        "$anchor",
+        "title",
+        "description",
+        "default",
+        "examples",
+        "example",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "discriminator",
+        "strict",
+        "nullable",
+    ]
+)
+BY_TYPE = {
+    "object": frozenset(
+        [
+            "properties",
+            "required",
+            "additionalProperties",
+            "patternProperties",
+            "minProperties",
+            "maxProperties",
+        ]
+    ),
+    "array": frozenset(["items", "prefixItems", "minItems", "maxItems"]),
+    "string": frozenset(["minLength", "maxLength", "pattern", "format"]),
+    "number": frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"]),
+}
+ANY_TYPE = frozenset(["type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions"])
+KNOWN = ANY_TYPE.union(*BY_TYPE.values())
+TYPES = frozenset(("object", "array", "string", "number", "integer", "boolean", "null"))
+FORMATS = frozenset(
+    ("date", "time", "date-time", "uuid", "ipv4")
+)  # others are annotations, as in the standard
+XGRAMMAR_LACKS = frozenset(("patternProperties", "minProperties", "maxProperties"))
+
+
+class SchemaPreparer:
+    """Rewrites the schemas of one mask so that every string in them is without tags.
+
+    Args:
+        excluded: A regular expression for tags, which must not occur in a string.
+        string_pattern: The pattern that every string has to match, None if the backend excludes tags by itself.
+        backend: The grammar backend, for messages.
+    """
+
+    def __init__(self, excluded: re.Pattern[str], string_pattern: str | None, backend: str) -> None:
+        self.excluded, self.string_pattern, self.backend = excluded, string_pattern, backend
+        self._uses_any = False
+
+    def prepare(self, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return a schema that the backend enforces completely.
+
+        Objects have no other properties than the declared ones, unless they declare none.
+
+        Args:
+            schema: The schema.
+            where: What it is of, for messages.
+
+        Raises:
+            GrammarError: It holds something that the backend cannot enforce. The message names it.
+        """
+        self._uses_any = False
+        prepared = self._schema(schema, where, MAX_DEPTH)
+        if self._uses_any:
+            prepared["$defs"] = {**prepared.get("$defs", {}), ANY: self._any_value()}
+        return prepared
+
+    def _schema(self, schema: Any, where: str, depth: int) -> dict[str, Any]:
+        if not depth:
+            raise GrammarError(f"{where}: the schema is nested more than {MAX_DEPTH} levels deep")
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, Mapping):
+            raise GrammarError(f"{where}: {json.dumps(schema)[:60]}, expected a JSON schema")
+        schema = {k: v for k, v in schema.items() if k not in ANNOTATIONS}
+        if schema.get("format") not in FORMATS:
+            schema.pop("format", None)
+        self._check_keywords(schema, where)
+        self._check_strings(schema, where)
+        for pattern in schema.get("patternProperties") or ():
+            if not re.fullmatch(r"\^[^<.^]*\$", pattern) or re.search(r"\\[SDWPs]", pattern):
+                raise GrammarError(
+                    f"{where}: the names of properties are not limited by {pattern!r:.60}, expected ^...$ without "
+                    "characters of every kind"
+                )
+        prepared: dict[str, Any] = {}
+        for key, value in schema.items():
+            place = f"{where}.{key}"
+            if key in ("properties", "patternProperties", "$defs", "definitions"):
+                if not isinstance(value, Mapping):
+                    raise GrammarError(f"{place}: expected an object")
+                inner = place if key.startswith(("$", "def", "pattern")) else where
+                prepared[key] = {k: self._schema(v, f"{inner}.{k}", depth - 1) for k, v in value.items()}
+            elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+                if not isinstance(value, list) or not value:
+                    raise GrammarError(f"{place}: expected a list of schemas")
+                prepared[key] = [self._schema(v, f"{place}[{i}]", depth - 1) for i, v in enumerate(value)]
+            elif key == "items" and value is not False:
+                prepared[key] = self._schema(value, place, depth - 1)
+            elif key != "additionalProperties":
+                prepared[key] = value
+        return self._strict(prepared, schema, where, depth)
+
+    def _strict(
+        self, prepared: dict[str, Any], schema: Mapping[str, Any], where: str, depth: int
+    ) -> dict[str, Any]:
+        """Complete a schema by what it leaves open."""
+        types = self._types(prepared, where)
+        if types is None:
+            if prepared.keys() & (ANY_TYPE - {"type", "$defs", "definitions"}):
+                return prepared
+            return {**self._reference_any(), **prepared}
+        prepared["type"] = types[0] if len(types) == 1 else types
+        if "object" in types:
+            extra = schema.get("additionalProperties", "properties" not in schema)
+            if extra is False or prepared.get("properties") or prepared.get("patternProperties"):
+                prepared["additionalProperties"] = False
+            else:
+                self._allow_properties(prepared, self._schema(extra, f"{where}.*", depth - 1))
+        if "array" in types and "items" not in prepared:
+            prepared["items"] = False if "prefixItems" in prepared else self._reference_any()
+        limited = prepared.keys() & {"enum", "const", "format", "$ref", "anyOf", "oneOf"}
+        if "string" in types and self.string_pattern is not None and not limited:
+            prepared["allOf"] = [*prepared.get("allOf", ()), {"pattern": self.string_pattern}]
+        return prepared
+
+    def _allow_properties(self, prepared: dict[str, Any], value: dict[str, Any]) -> None:
+        """Allow any property whose name holds no tag."""
+        if self.string_pattern is None:
+            prepared["additionalProperties"] = value
+        else:
+            prepared |= {"patternProperties": {self.string_pattern: value}, "additionalProperties": False}
+
+    def _reference_any(self) -> dict[str, Any]:
+        self._uses_any = self.string_pattern is not None
+        return {"$ref": f"#/$defs/{ANY}"} if self._uses_any else {}
+
+    def _any_value(self) -> dict[str, Any]:
+        value = {"$ref": f"#/$defs/{ANY}"}
+        keys = {"type": "object", "patternProperties": {self.string_pattern: value}}
+        return {
+            "anyOf": [
+                {"type": ["null", "boolean", "number"]},
+                {"type": "string", "pattern": self.string_pattern},
+                {"type": "array", "items": value},
+                {**keys, "additionalProperties": False},
+            ]
+        }
+
+    def _types(self, schema: Mapping[str, Any], where: str) -> list[str] | None:
+        """The types that a schema names, or that its keywords are about; None if it is open."""
+        declared = schema.get("type")
+        if declared is None:
+            about = [kind for kind, keys in BY_TYPE.items() if schema.keys() & keys]
+            if len(about) > 1:
+                raise GrammarError(f"{where}: no type, expected one of {', '.join(sorted(TYPES))}")
+            return about or None
+        types = [declared] if isinstance(declared, str) else declared
+        if not isinstance(types, list) or not types or not set(types) <= TYPES:
+            raise GrammarError(
+                f"{where}: type {json.dumps(declared)[:60]}, expected some of {', '.join(sorted(TYPES))}"
+            )
+        return types
+
+    def _check_keywords(self, schema: Mapping[str, Any], where: str) -> None:
+        lacking = XGRAMMAR_LACKS if self.backend == "xgrammar" else frozenset()
+        for key in schema:
+            if key not in KNOWN or key in lacking:
+                raise GrammarError(f"{where}: the grammar backend {self.backend} cannot enforce {key!r}")
+        if self.backend == "xgrammar":
+            if len(schema.get("allOf", ())) > 1:
+                raise GrammarError(
+                    f"{where}: the grammar backend xgrammar cannot enforce 'allOf' of several schemas"
+                )
+            combined = schema.keys() & {"anyOf", "oneOf", "allOf", "$ref"}
+            rest = schema.keys() - combined - {"$defs", "definitions"}
+            if len(combined) > 1 or (combined and rest):
+                raise GrammarError(
+                    f"{where}: the grammar backend xgrammar cannot enforce {sorted(combined)[0]!r} together with "
+                    f"{sorted((*rest, *combined))[-1]!r}"
+                )
+            pattern = schema.get("pattern")
+            if pattern is not None and re.search(r"[<.^]|\\[SDWPs]", str(pattern).removeprefix("^")):
+                raise GrammarError(
+                    f"{where}: the grammar backend xgrammar cannot keep tags out of the pattern {pattern!r:.60}"
+                )
+
+    def _check_strings(self, schema: Mapping[str, Any], where: str) -> None:
+        """Check that no fixed string of a schema holds a tag."""
+        fixed = [schema.get("enum"), schema.get("const"), *(schema.get("properties") or ())]
+        for text in _strings(fixed):
+            if self.excluded.search(text):
+                raise GrammarError(f"{where}: {text!r:.60} holds a tag of the format or of a call")
+
+
+@lru_cache(maxsize=64)
+def first_characters(schema: str) -> str:
+    """Return the characters with which JSON that fits a schema can begin, for a character class."""
+    kind = json.loads(schema).get("type")
+    return {"object": "{", "array": "\\["}.get(kind if isinstance(kind, str) else "", '{\\["\\-0-9tfn')
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (key, *_strings(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)

@@ -1,0 +1,53 @@
+"""Rules of xgrammar for JSON that fits a schema, in which no string holds a tag."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+
+from sgl_apr.errors import GrammarError, UnsupportedEngine
+from sgl_apr.formats.masks.free_text import value_excluding
+
+# Strings, character classes, and names outside of both.
+_TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|[A-Za-z_]\w*')
+_ANY_CHARACTER = r"[^\"\\\r\n]"  # how xgrammar writes a character of a string with a maximal length
+_TAGLESS_CHARACTER = r"[^\0-\x1f\"\\<]"
+
+
+@lru_cache(maxsize=256)
+def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return rules as (name, body) pairs. The first is that of the value.
+
+    xgrammar converts the schema. Its rules for characters of strings are replaced by those that exclude tags.
+
+    Args:
+        schema: The schema, as JSON text.
+        prefix: What the names of the rules begin with.
+        excluded: The names of the tags, without brackets.
+
+    Raises:
+        GrammarError: xgrammar cannot convert the schema.
+        UnsupportedEngine: xgrammar is not installed.
+    """
+    try:
+        from xgrammar import Grammar
+    except ImportError as error:
+        raise UnsupportedEngine(
+            f"tools with the grammar backend xgrammar need it here: pip install xgrammar ({error})"
+        ) from error
+    try:
+        text = str(Grammar.from_json_schema(schema, any_whitespace=False))
+    except RuntimeError as error:
+        raise GrammarError(f"xgrammar cannot convert the schema: {str(error).splitlines()[0]}") from None
+    rules = dict(line.split(" ::= ", 1) for line in text.splitlines() if " ::= " in line)
+    inside = json.dumps(value_excluding(excluded, in_json=True), ensure_ascii=False)
+    rules["basic_string_sub"] = 'basic_string_text? "\\""'
+    rules["basic_string_text"] = f"Regex({inside})"
+    names = {name: f"{prefix}_{name}" for name in rules}
+
+    def renamed(body: str) -> str:
+        return _TOKENS.sub(lambda m: names.get(m[0], m[0]), body.replace(_ANY_CHARACTER, _TAGLESS_CHARACTER))
+
+    order = ["root", *(name for name in rules if name != "root")]
+    return tuple((names[name], renamed(rules[name])) for name in order)
