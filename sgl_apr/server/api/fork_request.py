@@ -73,9 +73,9 @@ class ForkRequest:
         tasks, merge = fields.pop("tasks", []), fields.pop("merge", None)
         stream = check_type("stream", fields.pop("stream", False), bool)
         policy = check_type("policy", fields.pop("policy", "all"), str)
-        check_type("tasks", tasks, list)
-        made = [_make_task(number, task) for number, task in enumerate(tasks, 1)]
-        return cls(prompts[0], make_tasks(made), _make_merge(merge), policy, fields, stream)
+        if isinstance(tasks, list):  # if not, `make_tasks` says what was expected
+            tasks = [_make_task(number, task) for number, task in enumerate(tasks, 1)]
+        return cls(prompts[0], make_tasks(tasks), _make_merge(merge), policy, fields, stream)
 
     def with_options(self, options: Mapping[str, Any], limits: RequestLimits) -> ForkRequest:
         """Return the request with checked options, within the operator's limits.

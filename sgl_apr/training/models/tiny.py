@@ -41,6 +41,7 @@ def random_llama(
     seed: int = 0,
     tag_bias: float = 0.0,
     eos_bias: float = 0.0,
+    context: int = 8192,
 ) -> Path:
     """Write the checkpoint (float32) into a directory; the same arguments give the same weights.
 
@@ -57,6 +58,7 @@ def random_llama(
         tag_bias: Added to the logits of the tags, within 1%: at temperature 1 a tag is exp(tag_bias) times as likely as
             another token.
         eos_bias: The same for `<|im_end|>`.
+        context: Tokens of the model's context.
 
     Returns:
         The directory.
@@ -69,7 +71,7 @@ def random_llama(
 
     if hidden % (2 * HEADS) or hidden < 2 * HEADS:
         raise AprError(f"hidden = {hidden}, expected a multiple of {2 * HEADS}: {HEADS} heads of even size")
-    tokenizer = _tokenizer(validate_tags(tags))
+    tokenizer = _tokenizer(validate_tags(tags), context)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -79,7 +81,7 @@ def random_llama(
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=hidden // HEADS,
-        max_position_embeddings=8192,
+        max_position_embeddings=context,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=eos,
@@ -95,7 +97,7 @@ def random_llama(
     return directory
 
 
-def _tokenizer(tags: Sequence[str]) -> Any:
+def _tokenizer(tags: Sequence[str], context: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -108,7 +110,7 @@ def _tokenizer(tags: Sequence[str]) -> Any:
     trainer: Any = trainers.BpeTrainer  # untyped there
     bpe.train_from_iterator(CORPUS.splitlines(keepends=True), trainer(vocab_size=size, **options))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END_TURN, pad_token=END, model_max_length=8192
+        tokenizer_object=bpe, eos_token=END_TURN, pad_token=END, model_max_length=context
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     add_to_tokenizer(tokenizer, tags)
