@@ -99,7 +99,7 @@ def _text_except(word: str, parts: TextParts) -> Iterator[tuple[str, str]]:
     def regex(pattern: str) -> str:
         return f"Regex({json.dumps(pattern, ensure_ascii=False)})"
 
-    yield "value_end", regex(f"({parts.staying})+")
+    yield "value_end", regex(parts.staying.removesuffix("*") + "+")
     yield "value_leaving", regex(parts.leaving)
     yield "value_rest", regex(f"({parts.character}|{parts.leaving})*{parts.staying}")
     for index, character in enumerate(word):
