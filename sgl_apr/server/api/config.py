@@ -14,6 +14,7 @@ from sgl_apr.formats.dialects import Dialect, register_dialect
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls
 from sgl_apr.server.api.limits import LIMIT_FLAGS, RequestLimits, add_limit_arguments
 from sgl_apr.server.api.response_options import ResponseOptions
+from sgl_apr.server.api.tool_sources import ToolSources, tool_source
 from sgl_apr.server.launch.usage import UsageError, UsageParser
 
 NESTED_OPTIONS = ("budget", "pacing", "retry", "sampling")  # objects whose fields are merged one by one
@@ -28,12 +29,16 @@ class ApiConfig:
         default_options: Options of every trajectory, unless its request sets them.
         all_chats: Whether a chat completion without `apr` is a trajectory, too.
         dialects: Dialects from files, in addition to those that every server has.
+        tools: Where the operator's tools come from: values of `--apr-tools`.
+        tool_sources: The same, loaded.
     """
 
     limits: RequestLimits = field(default_factory=RequestLimits)
     default_options: Mapping[str, Any] = field(default_factory=dict)
     all_chats: bool = False
     dialects: tuple[Dialect, ...] = ()
+    tools: tuple[str, ...] = ()
+    tool_sources: ToolSources = field(default_factory=ToolSources)
 
 
 def add_api_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +67,16 @@ def add_api_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="FILE",
         help="a .lark file, whose dialect requests can name; can be repeated",
+    )
+    parser.add_argument(
+        "--apr-tools",
+        dest="tools",
+        action="append",
+        type=tool_source,
+        default=argparse.SUPPRESS,
+        metavar="MODULE:NAME",
+        help="tools that requests can name and this server runs: a function, a Tool or a list of them in a Python module, "
+        "MODULE:NAME() for what a function returns, or a file *.json with mcpServers; can be repeated",
     )
 
 
@@ -95,7 +110,8 @@ def parse_api_arguments(argv: Sequence[str]) -> tuple[ApiConfig, list[str]]:
     names = [dialect.name for dialect in dialects]
     if len({*names}) < len(names):
         raise UsageError(f"--apr-dialect: two files of one name: {', '.join(sorted(names))}")
-    config = ApiConfig(limits, dialects=dialects, **values)
+    tools = tuple(values.pop("tools", ()))
+    config = ApiConfig(limits, dialects=dialects, tools=tools, **values)
     if config.default_options:
         _check_default_options(config)
     return config, remaining
@@ -138,6 +154,7 @@ def _check_default_options(config: ApiConfig) -> None:
 
     try:
         ResponseOptions.pop_from(options := dict(config.default_options))
+        options.pop("tools", None)  # checked once the tools are loaded
         parser = OptionsParser(config.limits, ByteTokenizer(), context_length=2**31, vocab_size=2**31)
         parser.parse(ReasonRequest([0], options))
     except AprError as error:

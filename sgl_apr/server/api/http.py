@@ -24,6 +24,9 @@ from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
 from sgl_apr.server.api.options import ReasonRequest
 from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.server.api.service import TrajectoryService
+from sgl_apr.server.api.tool_request import pop_tools
+from sgl_apr.server.api.tool_response import turn_chunks, turn_completion
+from sgl_apr.server.api.tool_turns import find_turn
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page import render_live_page
 
@@ -68,6 +71,12 @@ async def openai_completion(
     OPENAI_FIELDS.check(body, field_defaults(request))
     parsed = await parse_openai_request(serving, request, raw_request, apr, service.config, chat=chat)
     response = await _response_builder(service, parsed, model, chat)
+    if chat and (turn := await find_turn(service, raw_request, body, parsed)) is not None:
+        session, events = turn
+        if parsed.request.stream:
+            return await event_stream(raw_request.receive, turn_chunks(response, session, events))
+        completion = turn_completion(response, session, events)
+        return json_response(await run_until_disconnect(raw_request.receive, completion))
     choices = make_choices(await service.check(parsed.request), parsed.choices)
     if parsed.request.stream:
         chunks = response.chunks(choices, stream_choices(service, choices))
@@ -94,7 +103,9 @@ async def generate(request: Request) -> Response:
     reason_request = ReasonRequest.from_json(await request.body())
     defaults = dict(service.config.default_options)
     ResponseOptions.pop_from(defaults)
-    reason_request = replace(reason_request, options=merge_options(defaults, reason_request.options))
+    options = merge_options(defaults, reason_request.options)
+    tools = pop_tools(options, service.operator_tools.tools)
+    reason_request = replace(reason_request, options=options, request_options=tools.options)
     if reason_request.stream:
         return await event_stream(request.receive, _event_objects(service.stream(reason_request)))
     trajectory = await run_until_disconnect(request.receive, service.run(reason_request))
@@ -127,6 +138,13 @@ async def dialects(request: Request) -> Response:
 
 
 @respond_to_errors
+async def tools(request: Request) -> Response:
+    """Return the tools that this server runs, as `tools` of OpenAI's API has them. Requests name them in `apr`."""
+    service: TrajectoryService = request.app.state.apr
+    return json_response({"tools": [tool.to_openai() for tool in service.operator_tools.tools]})
+
+
+@respond_to_errors
 async def stats(request: Request) -> Response:
     """Return the counts since the launch, the operator's limits, and what the engine supports."""
     service: TrajectoryService = request.app.state.apr
@@ -136,6 +154,7 @@ async def stats(request: Request) -> Response:
             **service.counters.to_json(),
             "default_options": service.config.default_options,
             "limits": asdict(service.config.limits),
+            "turn_memory": service.turn_memory.to_json(),
             "joins_kv": engine.joins_kv,
             "grammar_backend": engine.grammar_backend,
             "supports_seeds": engine.supports_seeds,

@@ -6,6 +6,7 @@ GET  /v1/models, /v1/models/NAME             SGLang's, and the model "NAME:apr"
 POST /apr/generate                           takes a prompt, returns a trajectory or streams its events
 POST /apr/fork                               takes a context and tasks, answers all of them at once
 GET  /apr/dialects                           the dialects that a trajectory can be written in
+GET  /apr/tools                              the tools that this server runs
 GET  /apr/stats                              counts of what has run so far
 GET  /apr/ui                                 a page to send prompts and watch trajectories; it opens without an API key
 """
@@ -82,8 +83,10 @@ def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.apr = make_service()
+        app.state.apr = service = make_service()
+        await service.start()
         yield
+        await service.close()
 
     router = APIRouter(lifespan=lifespan)
     router.add_api_route(
@@ -103,6 +106,7 @@ def make_router(make_service: Callable[[], TrajectoryService]) -> APIRouter:
     router.add_api_route(
         "/apr/dialects", http.dialects, methods=["GET"], responses=json_responses("Dialects")
     )
+    router.add_api_route("/apr/tools", http.tools, methods=["GET"], responses=json_responses("Tools"))
     router.add_api_route("/apr/stats", http.stats, methods=["GET"], responses=json_responses("Stats"))
     router.add_api_route(UI_PATH, http.ui, methods=["GET"], response_class=HTMLResponse)
     return router

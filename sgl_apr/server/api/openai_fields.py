@@ -18,6 +18,7 @@ IDENTIFIERS = (
     "prompt_cache_key",
     "custom_labels",
 )  # they change no reply
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 PROMPT_FIELDS = (
     "messages", "prompt", "input_ids", "chat_template_kwargs", "continue_final_message", "thinking", "task",
 )  # fmt: skip
@@ -25,7 +26,7 @@ HONOURED = (
     "model", "apr", *PROMPT_FIELDS, "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p",
     "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "seed", "n", "stop", "stream",
     "stream_options", "response_format", "logprobs", "top_logprobs", "reasoning_effort", "reasoning",
-    "separate_reasoning", "lora_path", "cache_salt", "extra_key", "priority", *IDENTIFIERS,
+    "separate_reasoning", "lora_path", "cache_salt", "extra_key", "priority", *TOOL_FIELDS, *IDENTIFIERS,
 )  # fmt: skip
 # Fields of which only some values can be had: those values, and why there are no others.
 ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -36,13 +37,11 @@ ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "stream_reasoning": ((True,), "use apr={'separate_reasoning': false} to get one text"),
     "skip_special_tokens": ((False,), TOKEN_IDS),
     "prompt_cache_retention": (("in_memory",), "the cache of the server is in its memory"),
-    "tool_choice": (("auto", "none"), "there are no tools"),
-    "parallel_tool_calls": ((True, False), "there are no tools"),
 }
 REFUSED: Mapping[str, str] = {
     "best_of": ONE_REPLY, "echo": ONE_REPLY, "suffix": ONE_REPLY,
     "session_id": SESSION, "session_params": SESSION,
-    "tools": GRAMMAR, "functions": "use tools", "function_call": "use tool_choice",
+    "functions": "use tools", "function_call": "use tool_choice",
     "regex": GRAMMAR, "ebnf": GRAMMAR, "json_schema": "use response_format",
     "custom_logit_processor": GRAMMAR, "custom_params": GRAMMAR, "watermark": GRAMMAR,
     "stop_token_ids": STOP, "stop_regex": STOP, "min_tokens": STOP, "ignore_eos": STOP, "no_stop_trim": STOP,

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi import HTTPException
-
-from sgl_apr.errors import AprError, BudgetExceeded, EngineError
-from sgl_apr.runtime.option_checks import REQUEST_FIELDS
+from sgl_apr.errors import AprError, BudgetExceeded
+from sgl_apr.runtime.option_checks import MAX_TOP_LOGPROBS, REQUEST_FIELDS
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls, shorten
+from sgl_apr.server.api.chat_prompt import ChatPrompt, internal_request, make_chat_prompt
 from sgl_apr.server.api.chat_template import branch_prompt_template
 from sgl_apr.server.api.config import ApiConfig, merge_options
 from sgl_apr.server.api.options import ReasonRequest
 from sgl_apr.server.api.reasoning_effort import effort_options
 from sgl_apr.server.api.response_options import ResponseOptions
+from sgl_apr.server.api.tool_request import parse_tools, show_tools
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
-MAX_TOP_LOGPROBS = 20
 ANY_OBJECT = '{"type": "object"}'  # the schema of `json_object`
 
 
@@ -31,11 +31,13 @@ class OpenAIRequest:
         request: The request for one trajectory.
         response: How the response should look.
         choices: How many trajectories to run.
+        runs_tools: Whether the client runs tools. The request then needs the option `run_tool`.
     """
 
     request: ReasonRequest
     response: ResponseOptions
     choices: int = 1
+    runs_tools: bool = False
 
 
 async def parse_openai_request(
@@ -54,7 +56,7 @@ async def parse_openai_request(
     Args:
         serving: SGLang's serving object of the route.
         request: SGLang's `ChatCompletionRequest` or `CompletionRequest`.
-        raw_request: The HTTP request.
+        raw_request: The HTTP request. Its application has the operator's tools.
         apr: The options of the trajectory: the field `apr`. Where it and the request set the same option, it wins.
         config: The operator's settings. Its default options are those that neither of both sets.
         chat: Whether this is a chat completion.
@@ -67,7 +69,14 @@ async def parse_openai_request(
     choices = _parse_choices(request.n, config)
     stop = _parse_stop(request.stop)
     logprobs, top_logprobs = _parse_logprobs(request, chat=chat)
-    generate = await _generate_request(serving, request, raw_request)
+    names = own.pop("tools", config.default_options.get("tools"))
+    tools = parse_tools(
+        request, await raw_request.json(), names, raw_request.app.state.apr.operator_tools.tools
+    )
+    if chat:
+        show_tools(request, tools)
+    made = await _make_prompt(serving, request, raw_request, config, own, chat=chat)
+    generate = made.generate
     if any(getattr(generate, f"{kind}_data") for kind in ("image", "video", "audio")):
         raise AprError("images, video and audio cannot be combined with apr")
     prompt = generate.input_ids if generate.text is None else generate.text
@@ -81,10 +90,11 @@ async def parse_openai_request(
         effort_options(getattr(request, "reasoning_effort", None), config.limits),
         {"sampling": explicit},
         {"seed": request.seed, **{name: getattr(generate, name) for name in REQUEST_FIELDS}},
-        {"logprobs": True} if logprobs else {},
+        {"logprobs": True, "top_logprobs": top_logprobs} if logprobs else {},
         _separate_reasoning(request),
         own,
     )
+    options.pop("tools", None)  # the default
     response = ResponseOptions.pop_from(options, separate_reasoning=chat)
     if response.all_sequences and (stop or logprobs) and request.stream:
         name = "stop" if stop else "logprobs"
@@ -103,12 +113,19 @@ async def parse_openai_request(
     )
     template = branch_prompt_template(serving, request) if chat else None
     request_options = drop_nulls(
-        {"answer_schema": _answer_schema(request.response_format), "stop": stop or None}
+        {"answer_schema": _answer_schema(request.response_format), "stop": stop or None, **tools.options}
+    )
+    turn = made.turn and replace(
+        made.turn, separate_reasoning=response.separate_reasoning, stop=response.stop
     )
     reason_request = ReasonRequest(
-        prompt, options, bool(request.stream), max_tokens, template, request_options
+        prompt, options, bool(request.stream), max_tokens, template, request_options, made.layout, turn
     )
-    return OpenAIRequest(reason_request, response, choices)
+    if tools.client and choices > 1:
+        raise AprError(f"n={choices} cannot be combined with tools that the client runs, expected n=1")
+    if tools.client and logprobs and not response.separate_reasoning:
+        raise AprError("logprobs cannot be combined with tools and separate_reasoning=false")
+    return OpenAIRequest(reason_request, response, choices, bool(tools.client))
 
 
 def field_defaults(request: Any) -> dict[str, Any]:
@@ -181,14 +198,25 @@ def _includes_usage(request: Any) -> bool:
     return bool(options.include_usage)
 
 
-async def _generate_request(serving: Any, request: Any, raw_request: Any) -> Any:
-    """Return SGLang's `GenerateReqInput`. Like SGLang, it applies the chat template in a thread."""
+async def _make_prompt(
+    serving: Any,
+    request: Any,
+    raw_request: Any,
+    config: ApiConfig,
+    own: Mapping[str, Any],
+    *,
+    chat: bool,
+) -> ChatPrompt:
+    """Return SGLang's `GenerateReqInput` with the prompt. Like SGLang, it applies the chat template in a thread."""
     if message := serving._validate_request(request):
         raise AprError(message)
-    try:
-        generate, _ = await asyncio.to_thread(serving._convert_to_internal_request, request, raw_request)
-    except HTTPException as error:
-        raise EngineError(str(error.detail), error.status_code) from error
-    except ValueError as error:
-        raise AprError(str(error)) from error
-    return generate
+    if not chat:
+        return ChatPrompt(await asyncio.to_thread(internal_request, serving, request, raw_request))
+    service = raw_request.app.state.apr
+    uses_memory = merge_options(config.default_options, own).get("turn_memory", True)
+    is_used = check_type("turn_memory", uses_memory, bool) and service.turn_memory.is_on
+    memory = service.turn_memory if is_used else None
+    parser = await service.parser()
+    return await make_chat_prompt(
+        serving, request, raw_request, parser.tokenizer, memory, parser.context_length - 1
+    )

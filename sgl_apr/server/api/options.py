@@ -17,13 +17,15 @@ from sgl_apr.runtime.option_checks import JSON_OPTION_NAMES, check_option_names,
 from sgl_apr.runtime.options import DEFAULT_DIALECT, ReasonOptions
 from sgl_apr.runtime.retry import Retry
 from sgl_apr.runtime.value_checks import check_type, check_types, drop_nulls, number_types, shorten
+from sgl_apr.server.api.chat_prompt import ChatTurn
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.join_layout import Layout
 
 UNKNOWN_TOKEN_CHARS = 256  # of the longest token, for a tokenizer that does not list its tokens
 LONG_PROMPT = 16_384  # characters or token ids
 MAX_ATTEMPTS = 10  # of one engine request
-OPTION_NAMES = ("dialect", *JSON_OPTION_NAMES)
+OPTION_NAMES = ("dialect", *JSON_OPTION_NAMES, "tool_call_parser")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class ReasonRequest:
         max_tokens: An upper bound for the tokens of the budget.
         branch_prompt_template: Makes a prompt of the message of a branch that has its own context.
         request_options: Further options that a request has as fields of its own and not in `apr`, such as `stop`.
+        layout: How the beginning of the prompt is joined in the KV cache.
+        turn: Remembers the reply. None if nothing does.
     """
 
     prompt: Any
@@ -45,6 +49,8 @@ class ReasonRequest:
     max_tokens: int | None = None
     branch_prompt_template: Callable[[str], str] | None = None
     request_options: Mapping[str, Any] = field(default_factory=dict)
+    layout: Layout = ()
+    turn: ChatTurn | None = None
 
     @classmethod
     def from_json(cls, body: bytes) -> ReasonRequest:
@@ -72,10 +78,14 @@ class CheckedRequest:
     Attributes:
         prompt: The token ids of the prompt.
         options: The options.
+        layout: How the beginning of the prompt is joined in the KV cache.
+        turn: Remembers the reply. None if nothing does.
     """
 
     prompt: tuple[int, ...]
     options: ReasonOptions
+    layout: Layout = ()
+    turn: ChatTurn | None = None
 
 
 @dataclass(frozen=True, slots=True)

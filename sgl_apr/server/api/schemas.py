@@ -11,7 +11,13 @@ from pydantic import TypeAdapter
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.formats.options import JOIN_POLICY_PATTERN, FormatOptions
 from sgl_apr.runtime.event_json import EVENT_TYPES
-from sgl_apr.runtime.option_checks import CHOICES, OBJECT_TYPES, OPTION_TYPES, REQUEST_FIELD_TYPES
+from sgl_apr.runtime.option_checks import (
+    CHOICES,
+    MAX_TOP_LOGPROBS,
+    OBJECT_TYPES,
+    OPTION_TYPES,
+    REQUEST_FIELD_TYPES,
+)
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.value_checks import (
     MAX_LOGIT_BIAS,
@@ -34,6 +40,7 @@ from sgl_apr.server.api.schema_parts import (
     object_schema,
     reference,
 )
+from sgl_apr.server.api.tool_request import ALL_TOOLS
 from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
 OPENAI_REQUESTS = ("ChatCompletionRequest", "CompletionRequest")
@@ -81,7 +88,9 @@ def option_schemas() -> dict[str, Schema]:
     for name in ("min_blocks", "max_blocks"):
         schemas[name]["minimum"] = 0
     schemas["min_width"]["minimum"] = 1
+    schemas["top_logprobs"] |= {"minimum": 0, "maximum": MAX_TOP_LOGPROBS}
     schemas["policy"]["pattern"] = f"^(?:{JOIN_POLICY_PATTERN.pattern})$"
+    schemas["tool_call_parser"] = {"type": "string"}
     schemas |= _sampling_schemas()
     return {name: describe(nullable(schema), texts.get(name, "")) for name, schema in schemas.items()}
 
@@ -133,6 +142,10 @@ def json_responses(name: str, *, events: str | None = None) -> dict[int | str, S
 def _components() -> dict[str, Schema]:
     options = option_schemas()
     response_options = attribute_texts(ResponseOptions)
+    tool_names = describe(
+        {"anyOf": [{"const": ALL_TOOLS}, {"type": "array", "items": {"type": "string"}}]},
+        "Tools that this server runs, by their names, or all of them. GET /apr/tools lists them",
+    )
     openai_options = {
         "stream": describe(
             {"type": "string", "enum": list(STREAMS)},
@@ -141,7 +154,16 @@ def _components() -> dict[str, Schema]:
         "separate_reasoning": describe({"type": "boolean"}, response_options["separate_reasoning"]),
         "trajectory": describe({"type": "boolean"}, response_options["include_trajectory"]),
     }
+    openai_options |= {"tools": tool_names}
     openai_options = {name: nullable(schema) for name, schema in openai_options.items()}
+    tool_options = {
+        "tools": tool_names,
+        "tool_choice": describe(
+            {"type": "string", "minLength": 1}, "auto, none, required, or the name of a tool"
+        ),
+        "parallel_tool_calls": describe({"type": "boolean"}, "Let a sequence call several tools at once"),
+    }
+    tool_options = {name: nullable(schema) for name, schema in tool_options.items()}
     prompts: dict[str, Schema] = {
         "prompt": {"type": "string", "minLength": 1},
         "input_ids": {
@@ -167,11 +189,15 @@ def _components() -> dict[str, Schema]:
     return {
         **nested,
         "AprOptions": object_schema(options | openai_options),
-        "AprGenerateRequest": {**object_schema(prompts | options | {"stream": stream}), "oneOf": one_prompt},
+        "AprGenerateRequest": {
+            **object_schema(prompts | options | tool_options | {"stream": stream}),
+            "oneOf": one_prompt,
+        },
         "AprTrajectory": trajectory,
         "AprEvent": {"oneOf": events},
         **fork_components(options, single_prompts, stream),
         "AprDialects": _dialects_schema(),
+        "AprTools": _tools_schema(),
         "AprStats": _stats_schema(),
         "AprError": _error_schema(),
     }
@@ -223,6 +249,15 @@ def _dialects_schema() -> Schema:
         "dialects": dialects,
     }
     return object_schema(properties, required=True)
+
+
+def _tools_schema() -> Schema:
+    text: Schema = {"type": "string"}
+    function = object_schema(
+        {"name": text, "description": text, "parameters": {"type": "object"}}, required=True
+    )
+    tool = object_schema({"type": {"const": "function"}, "function": function}, required=True)
+    return object_schema({"tools": {"type": "array", "items": tool}}, required=True)
 
 
 def _stats_schema() -> Schema:

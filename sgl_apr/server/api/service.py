@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from sgl_apr.engine.in_process import InProcessEngine
@@ -14,13 +15,21 @@ from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.kv_admission import Slot, fetch_pool_tokens
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.server.api.admission import AdmissionQueue
+from sgl_apr.server.api.client_calls import ClientCalls
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.counters import ServerCounters
+from sgl_apr.server.api.operator_tools import OperatorTools
 from sgl_apr.server.api.options import UNKNOWN_TOKEN_CHARS, CheckedRequest, OptionsParser, ReasonRequest
+from sgl_apr.server.api.reply_stream import ReplyStream
+from sgl_apr.server.api.tool_messages import Message
+from sgl_apr.server.api.tool_session import ToolSession
+from sgl_apr.server.api.tool_sessions import ToolSessions
+from sgl_apr.server.api.turn_memory import MIB, TurnMemory
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class TrajectoryService:
@@ -30,6 +39,9 @@ class TrajectoryService:
         config: The operator's settings.
         admission: The trajectories that run and wait.
         counters: Counts of what has run so far.
+        turn_memory: The token ids of replies, for the next turns.
+        operator_tools: The tools that the operator runs.
+        sessions: The trajectories whose clients run tools.
     """
 
     def __init__(self, manager: Any, config: ApiConfig) -> None:
@@ -38,6 +50,9 @@ class TrajectoryService:
             str(manager.served_model_name), bool(manager.config_value("enable_metrics"))
         )
         self.admission = AdmissionQueue(config.limits, self.counters.set_load)
+        self.turn_memory = TurnMemory(config.limits.turn_memory * MIB)
+        self.operator_tools = OperatorTools(config.tool_sources)
+        self.sessions = ToolSessions(config.limits, self.counters)
         self._manager = manager
         self._engine: InProcessEngine | None = None
         self._parser: OptionsParser | None = None
@@ -46,6 +61,25 @@ class TrajectoryService:
     def model_name(self) -> str:
         """The name of the served model."""
         return str(self._manager.served_model_name)
+
+    async def start(self) -> None:
+        """Start the MCP servers of the operator.
+
+        Raises:
+            LaunchError: One does not start.
+        """
+        await self.operator_tools.start()
+
+    async def close(self) -> None:
+        """End the trajectories that wait for their clients, and the MCP servers."""
+        await self.sessions.close()
+        await self.operator_tools.close()
+
+    @property
+    def tool_call_parser(self) -> str | None:
+        """The name of the parser that the server was started with, as `--tool-call-parser` has it."""
+        name = self._manager.config_value("tool_call_parser")
+        return None if name is None else str(name)
 
     @property
     def has_chat_template(self) -> bool:
@@ -89,7 +123,7 @@ class TrajectoryService:
             AprError: The request is not valid.
         """
         prompt, options = await (await self.parser()).parse_in_thread(request)
-        return CheckedRequest(prompt, options)
+        return CheckedRequest(prompt, options, request.layout, request.turn)
 
     async def run(
         self, request: ReasonRequest | CheckedRequest, on_event: OnEvent | None = None
@@ -107,9 +141,52 @@ class TrajectoryService:
         checked = request if isinstance(request, CheckedRequest) else await self.check(request)
         prompt, options = checked.prompt, checked.options
         async with self.admit(len(prompt), options.budget.tokens) as slot:
-            trajectory = slot.trajectory = await run_with_options(engine, prompt, options, on_event)
+            trajectory = slot.trajectory = await run_with_options(
+                engine, prompt, options, on_event, prompt_layout=checked.layout
+            )
         self.counters.count_finished(options, trajectory)
+        self._remember(checked, trajectory)
         return trajectory
+
+    def open_session(
+        self,
+        calls: ClientCalls,
+        request: CheckedRequest,
+        messages: tuple[Message, ...],
+        reply: ReplyStream,
+        owner: str,
+    ) -> ToolSession:
+        """Return a session for a trajectory whose client runs tools. `sessions.turn` starts it.
+
+        Args:
+            calls: The calls of the trajectory. The request has their function as an option.
+            request: The request.
+            messages: Its messages.
+            reply: Splits the text of the trajectory for the responses.
+            owner: Who may continue the trajectory.
+        """
+
+        async def run(checked: CheckedRequest, on_event: OnEvent) -> Trajectory:
+            engine = await self.engine()
+            with self._counting():
+                trajectory = await run_with_options(
+                    engine, checked.prompt, checked.options, on_event, calls.activity, checked.layout
+                )
+            self.counters.count_finished(checked.options, trajectory)
+            self._remember(session.request, trajectory)  # of its last request
+            return trajectory
+
+        session = ToolSession(calls, request, messages, reply, run, self.admission, owner)
+        return session
+
+    def _remember(self, request: CheckedRequest, trajectory: Trajectory) -> None:
+        """Remember the token ids of a reply for the next turn of its conversation."""
+        if request.turn is None or self._engine is None:
+            return
+        try:
+            request.turn.remember(trajectory, self._engine.tokenizer)
+        except Exception:  # the reply itself is done
+            log.exception("a reply is not remembered")
 
     @asynccontextmanager
     async def admit(self, prompt_tokens: int, max_tokens: int) -> AsyncIterator[Slot]:
@@ -122,9 +199,15 @@ class TrajectoryService:
         Raises:
             ServerBusy: As many trajectories run and wait as the operator allows, or no slot became free in time.
         """
-        try:
+        with self._counting():
             async with self.admission.slot(prompt_tokens, max_tokens) as slot:
                 yield slot
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count the trajectory of the block if it fails."""
+        try:
+            yield
         except asyncio.CancelledError:
             self.counters.count_outcome("cancelled")
             raise

@@ -39,32 +39,44 @@ class RequestTools:
         return {"tools": make_tools(tools), "tool_choice": self.choice, "parallel_tool_calls": self.parallel}
 
 
-def parse_tools(body: Mapping[str, Any], names: Any, operator: Sequence[Tool]) -> RequestTools:
-    """Return the tools of a chat request.
+def parse_tools(request: Any, body: Mapping[str, Any], names: Any, operator: Sequence[Tool]) -> RequestTools:
+    """Return the tools of a request.
 
     Args:
-        body: The fields of the request: `tools`, `tool_choice` and `parallel_tool_calls` count here.
+        request: SGLang's request. Its field `tools` has those that the client runs.
+        body: The fields of the request as they were sent: `tool_choice` and `parallel_tool_calls` count here.
         names: The option `tools` of `apr`: names of the operator's tools, or "all".
         operator: The operator's tools.
 
     Raises:
         AprError: A tool is not valid or not known, or the choice names none of them.
     """
-    listed = check_type("tools", body.get("tools") or [], list)
+    listed = [tool.model_dump(exclude_none=True) for tool in getattr(request, "tools", None) or ()]
     if len(listed) > MAX_TOOLS:
         raise AprError(f"tools has {len(listed)} entries, expected at most {MAX_TOOLS}")
     client = tuple(Tool.from_openai(tool) for tool in listed)
-    selected = select_tools(names, operator)
-    choice = _parse_choice(body.get("tool_choice"))
-    known = [tool.name for tool in (*client, *selected)]
-    if choice not in ("auto", "none") and not known:
-        raise AprError(f"tool_choice={shorten(body['tool_choice'])} needs tools")
-    if choice not in ("auto", "none", "required", *known):
-        raise AprError(f"tool_choice names {shorten(choice)}, expected one of the tools: {', '.join(known)}")
-    parallel = body.get("parallel_tool_calls")
-    return RequestTools(
-        client, selected, choice, check_type("parallel_tool_calls", parallel is not False, bool)
-    )
+    choice, parallel = body.get("tool_choice"), body.get("parallel_tool_calls")
+    return make_request_tools(client, select_tools(names, operator), choice, parallel)
+
+
+def make_request_tools(
+    client: tuple[Tool, ...], operator: tuple[Tool, ...], choice: Any, parallel: Any
+) -> RequestTools:
+    """Return the tools of a request, once it is checked that the choice names one of them.
+
+    Raises:
+        AprError: It does not, or two tools have one name.
+    """
+    known = [tool.name for tool in make_tools((*client, *operator))]
+    name = _parse_choice(choice)
+    if name not in ("auto", "none") and not known:
+        raise AprError(f"tool_choice={shorten(choice)} needs tools")
+    if name not in ("auto", "none", "required", *known):
+        raise AprError(f"tool_choice={shorten(name)}, expected one of the tools: {', '.join(known)}")
+    is_parallel = check_type("parallel_tool_calls", True if parallel is None else parallel, bool)
+    if name == "none":
+        return RequestTools(choice=name)
+    return RequestTools(client, operator, name, is_parallel)
 
 
 def select_tools(names: Any, operator: Sequence[Tool]) -> tuple[Tool, ...]:
@@ -101,7 +113,7 @@ def show_tools(request: Any, tools: RequestTools) -> None:
 
     if tools.operator:
         request.tools = [*(request.tools or []), *(SglangTool(**tool.to_openai()) for tool in tools.operator)]
-    if request.tools:
+    if getattr(request, "tools", None):
         # SGLang would show a tool that has to be called without the others, and refuse it with a response_format.
         request.tool_choice = "none" if tools.choice == "none" else "auto"
 
@@ -117,3 +129,19 @@ def _parse_choice(choice: Any) -> str:
     if not isinstance(name, str):
         raise AprError(f"tool_choice={shorten(choice)}, expected auto, none, required, or the name of a tool")
     return name
+
+
+def pop_tools(options: dict[str, Any], operator: Sequence[Tool]) -> RequestTools:
+    """Take the options about the operator's tools out of those of a request that has no fields for them.
+
+    Args:
+        options: Options by name: `tools`, `tool_choice` and `parallel_tool_calls` are removed.
+        operator: The operator's tools.
+
+    Raises:
+        AprError: A tool is not known, or the choice names none of them.
+    """
+    names, choice, parallel = (
+        options.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")
+    )
+    return make_request_tools((), select_tools(names, operator), choice, parallel)

@@ -90,7 +90,10 @@ def turn_usage(session: ToolSession, trajectory: Trajectory | None = None) -> di
     cached = {"cached_tokens": min(session.turn_cached_tokens, prompt)}
     if trajectory is None:
         written = session.tokens - prompt
-        counts = {"completion_tokens": written, "completion_tokens_details": {"reasoning_tokens": written}}
+        counts: dict[str, Any] = {
+            "completion_tokens": written,
+            "completion_tokens_details": {"reasoning_tokens": written},
+        }
     else:
         counts = usage([trajectory])
         written = max(0, counts["completion_tokens"] - earlier)

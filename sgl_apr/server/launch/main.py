@@ -7,6 +7,7 @@ is gone, however the launcher ended.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
     launcher, secret_flags = _connect_launcher(folder)
     try:
         config, argv = parse_api_arguments(argv)
+        config = _load_tools(config)
         guard_limits, argv = parse_guard_arguments(argv)
         with fast_imports():
             args = server_args([*argv, *secret_flags])
@@ -83,6 +86,18 @@ def main(argv: list[str]) -> None:
         launch_server(args, execute_warmup_func=warm_up_sglang, launch_callback=ready)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _load_tools(config: ApiConfig) -> ApiConfig:
+    """Load the operator's tools, and check that their MCP servers start."""
+    if not config.tools and "tools" not in config.default_options:
+        return config
+    from sgl_apr.server.api.operator_tools import check_tools
+    from sgl_apr.server.api.tool_sources import load_tool_sources
+
+    sources = load_tool_sources(config.tools)
+    asyncio.run(check_tools(sources, config.default_options.get("tools")))
+    return replace(config, tool_sources=sources)
 
 
 def _add_routes(config: ApiConfig) -> None:
