@@ -69,6 +69,7 @@ from .runtime.pacing import Demand as Demand
 from .runtime.pacing import Pacing as Pacing
 from .runtime.retry import Retry as Retry
 from .runtime.tools.mcp import mcp_tools as mcp_tools
+from .runtime.tools.request import ToolRequest as ToolRequest
 from .runtime.tools.tool import Tool as Tool
 from .server.launch.launcher import Server as Server
 from .server.local_engine import LocalEngine as LocalEngine
@@ -151,6 +152,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolCalled",
+    "ToolRequest",
     "ToolReturned",
     "TraceError",
     "Trajectory",

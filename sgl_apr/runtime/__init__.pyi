@@ -28,6 +28,7 @@ from .pacing import Demand as Demand
 from .pacing import Pacing as Pacing
 from .retry import Retry as Retry
 from .tools.mcp import mcp_tools as mcp_tools
+from .tools.request import ToolRequest as ToolRequest
 from .tools.tool import Tool as Tool
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "TextRetracted",
     "Tool",
     "ToolCalled",
+    "ToolRequest",
     "ToolReturned",
     "areason",
     "arun_many",

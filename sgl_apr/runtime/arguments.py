@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 from sgl_apr.formats.options import JoinMethod
 from sgl_apr.runtime.budget import Budget
@@ -11,6 +11,8 @@ from sgl_apr.runtime.join_policy import Policy
 from sgl_apr.runtime.option_checks import Mode, OnBranchFailure
 from sgl_apr.runtime.pacing import Pacing, PacingFunction
 from sgl_apr.runtime.retry import Retry
+from sgl_apr.runtime.tools.request import RunTool
+from sgl_apr.runtime.tools.tool import Tool
 
 
 class BudgetFields(TypedDict, total=False):
@@ -87,9 +89,17 @@ class ReasonArguments(SamplingParameters, total=False):
     constrain: bool | None
     forbid_angle_brackets: bool | None
     logprobs: bool | None
+    top_logprobs: int | None
     sampling: SamplingParameters | None
     request_fields: Mapping[str, str | int] | None
     lora_path: str | None
     cache_salt: str | None
     extra_key: str | None
     priority: int | None
+    tools: Sequence[Tool | Callable[..., Any]] | None
+    tool_choice: str | None
+    parallel_tool_calls: bool | None
+    tool_call_parser: str | None
+    run_tool: RunTool | None
+    answer_schema: Mapping[str, Any] | str | None
+    stop: str | Sequence[str] | None

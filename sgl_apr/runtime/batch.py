@@ -19,7 +19,7 @@ from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import gather
 from sgl_apr.runtime.kv_admission import KvAdmission, fetch_pool_tokens
 from sgl_apr.runtime.loop import run_with_options
-from sgl_apr.runtime.options import check_call, make_options
+from sgl_apr.runtime.options import ReasonOptions, check_call, make_options
 from sgl_apr.runtime.prompts import Prompt, check_engine, encode_prompt, vocab_size
 from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.runtime.value_checks import check_type, shorten
@@ -125,7 +125,7 @@ async def arun_many(
     _check_problems(problems)
     base = make_options(dialect, engine.tokenizer, vocab_size(engine), **options)
     with open_for_append(Path(path)) as file:
-        skipped = await _finished_ids(engine, Path(path), problems, base.dialect.name)
+        skipped = await _finished_ids(engine, Path(path), problems, base)
         todo = iter([name for name in problems if name not in skipped])
         finished, failed = list[str](), dict[str, Exception]()
         bar = _progress_bar(len(problems), len(skipped)) if progress_bar else None
@@ -137,7 +137,7 @@ async def arun_many(
             for name in todo:
                 seeded = base if base.seed is None else replace(base, seed=derive_seed(base.seed, name))
                 try:
-                    prompt = await encode_prompt(engine, problems[name])
+                    prompt = await encode_prompt(engine, problems[name], base.chat_tools)
                     async with admission.slot(len(prompt), max_tokens) as slot:
                         trajectory = await run_with_options(engine, prompt, seeded)
                         slot.trajectory = trajectory
@@ -187,7 +187,7 @@ def _check_problems(problems: object) -> None:
 
 
 async def _finished_ids(
-    engine: Engine, path: Path, problems: Mapping[str, Prompt], dialect_name: str
+    engine: Engine, path: Path, problems: Mapping[str, Prompt], options: ReasonOptions
 ) -> dict[str, None]:
     """The ids of the problems whose trajectories are in the file."""
     finished = dict[str, None]()
@@ -196,13 +196,13 @@ async def _finished_ids(
             raise AprError(f"{path} holds {name!r}, which is none of the problems of this run")
         # By ids: the text of a prompt may differ from what was encoded, by a BOS token or a normalizer.
         prompt = trajectory.spans[0]
-        if prompt.token_ids != await encode_prompt(engine, problems[name]):
+        if prompt.token_ids != await encode_prompt(engine, problems[name], options.chat_tools):
             raise AprError(f"{path} holds another problem under the id {name!r}: {prompt.text[:60]!r}")
         if name in finished:
             raise AprError(f"{path} holds {name!r} twice")
-        if trajectory.dialect != dialect_name:
+        if trajectory.dialect != options.dialect.name:
             raise AprError(
-                f"{path} holds {name!r} in dialect {trajectory.dialect}, this run has dialect {dialect_name}: "
+                f"{path} holds {name!r} in dialect {trajectory.dialect}, this run has dialect {options.dialect.name}: "
                 "give the same dialect or another file"
             )
         finished[name] = None

@@ -189,7 +189,7 @@ class BranchGroup:
         await gather(run_and_follow(branch) for branch in self.branches)
         if self.outer:  # branches that were cut while they waited have left their parent without its slot
             with suppress(ScopeCancelled):
-                await self.parent.scope.run(self.outer._acquire_slots(self.parent))
+                await self.parent.scope.run(self.outer.acquire_slots(self.parent))
 
     async def extend(self, branch: SequenceState, returned: int, *, path: bool = False) -> int:
         """Wait until a branch that has used up its lease may write more, without a slot in the meantime.
@@ -206,7 +206,7 @@ class BranchGroup:
             return 0
         self.release_slot(branch)
         tokens = await self.leases.extend(branch, returned, path=path)
-        await self._acquire_slots(branch)
+        await self.acquire_slots(branch)
         return tokens
 
     def release_slot(self, branch: SequenceState) -> None:
@@ -214,10 +214,10 @@ class BranchGroup:
         if self._slots:
             self._slots.release(branch)
 
-    async def _acquire_slots(self, branch: SequenceState) -> None:
+    async def acquire_slots(self, branch: SequenceState) -> None:
         """Wait until a branch, and the branches that it stands in, may run again."""
         if self.outer:
-            await self.outer._acquire_slots(self.parent)
+            await self.outer.acquire_slots(self.parent)
         if self._slots:
             await self._slots.acquire(branch)
 

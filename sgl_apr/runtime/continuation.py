@@ -105,9 +105,10 @@ def can_continue(engine: Engine, options: ReasonOptions) -> bool:
     Args:
         engine: Decodes.
         options: Of the trajectory. Penalties are of one request, since they count what it has written. Without a
-            grammar the engine looks for stop texts in what one request has written, so none may be cut in two.
+            grammar the engine looks for stop texts in what one request has written, so none may be cut in two. Tools
+            decide while a branch runs how much of its tokens is left.
     """
-    if is_penalized(options.sampling):
+    if is_penalized(options.sampling) or options.tools:
         return False
     if options.constrain:
         return engine.resumes_grammar

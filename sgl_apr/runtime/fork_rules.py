@@ -200,7 +200,8 @@ class ForkRules:
           returns a message, which may be as long as what the branch decoded;
         - critical path: what is left of it after the join, times (1 - reserve), divided by 1 + n if messages follow one
           another;
-        - calls and blocks: equal parts, rounded down. A branch that can only be closed gets none.
+        - calls and blocks: equal parts, rounded down. A branch that can only be closed gets none;
+        - calls of tools: equal parts of all that are left, rounded down.
         """
         budget, allowance = self.options.budget, sequence.allowance
         tokens, field = self._token_share(allowance, branches), allowance.limiting_field
@@ -208,7 +209,10 @@ class ForkRules:
             tokens, field = budget.branch_tokens, "branch_tokens"
         path = self._critical_path_share(allowance, sequence.critical_path, branches)
         blocks, calls = allowance.blocks // (branches + 1), self._call_share(allowance, branches)
-        return Allowance(max(0, tokens), max(0, path), max(0, blocks), max(0, calls), field)
+        tool_calls = allowance.tool_calls // branches
+        return Allowance(
+            max(0, tokens), max(0, path), max(0, blocks), max(0, calls), field, max(0, tool_calls)
+        )
 
     def lease_pool(
         self, sequence: SequenceState, branches: int, source: LeaseSource | None = None

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect
+from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import first_error
 from sgl_apr.runtime.event_queue import stream_events
@@ -19,7 +20,9 @@ from sgl_apr.runtime.options import ReasonOptions, check_call, make_options
 from sgl_apr.runtime.prompts import Prompt, check_engine, check_prompt, encode_prompt, vocab_size
 from sgl_apr.runtime.reasoning_run import ReasoningRun
 from sgl_apr.runtime.request_runner import abort_requests
+from sgl_apr.runtime.tools.rules import load_syntax
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.join_layout import Layout
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -54,7 +57,8 @@ async def areason(
     checked = make_options(dialect, engine.tokenizer, vocab_size(engine), **options)
     if on_event is not None:
         check_function("on_event", on_event)
-    return await run_with_options(engine, await encode_prompt(engine, prompt), checked, on_event)
+    ids = await encode_prompt(engine, prompt, checked.chat_tools)
+    return await run_with_options(engine, ids, checked, on_event)
 
 
 def stream(
@@ -83,7 +87,7 @@ def stream(
 
 
 async def _stream(engine: Engine, prompt: Prompt, options: ReasonOptions) -> AsyncGenerator[Event, None]:
-    ids = await encode_prompt(engine, prompt)
+    ids = await encode_prompt(engine, prompt, options.chat_tools)
 
     def start(on_event: OnEvent) -> Coroutine[Any, Any, Trajectory]:
         return run_with_options(engine, ids, options, on_event)
@@ -125,8 +129,19 @@ async def run_with_options(
     prompt_ids: tuple[int, ...],
     options: ReasonOptions,
     on_event: OnEvent | None = None,
+    activity: Activity | None = None,
+    prompt_layout: Layout = (),
 ) -> Trajectory:
     """`areason` for token ids and checked options.
+
+    Args:
+        engine: Decodes.
+        prompt_ids: The token ids of the prompt.
+        options: What was asked for.
+        on_event: Called with every event.
+        activity: Counts what is in flight, so that somebody notices when all calls wait for the client.
+        prompt_layout: How the beginning of the prompt is joined in the KV cache, up to the end of its last join
+            (`sgl_apr.trajectory.context_layout` of an earlier turn). Only for engines that join there.
 
     Raises:
         KvJoinUnavailable: The options ask for joins in the KV cache, and the engine has none.
@@ -137,10 +152,12 @@ async def run_with_options(
             "works, and says so where it does not"
         )
     tasks = asyncio.TaskGroup()
-    run = ReasoningRun(engine, options, on_event, tasks)
+    if options.tools:
+        await load_syntax(options, engine)
+    run = ReasoningRun(engine, options, on_event, tasks, activity)
     try:
         async with tasks:
-            trajectory = await run.run(prompt_ids)
+            trajectory = await run.run(prompt_ids, prompt_layout)
     except BaseException as failed:  # a failure or a cancellation: no request of it may continue
         error = first_error(failed) if isinstance(failed, BaseExceptionGroup) else failed
         run.report(error)

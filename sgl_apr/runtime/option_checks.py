@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from sgl_apr.errors import AprError, BudgetExceeded
@@ -12,6 +13,7 @@ from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.join_policy import POLICY_HELP, is_valid_policy
 from sgl_apr.runtime.pacing import Pacing
 from sgl_apr.runtime.retry import Retry
+from sgl_apr.runtime.tools.tool import make_tools
 from sgl_apr.runtime.value_checks import (
     SAMPLING_TYPES,
     check_sampling,
@@ -35,21 +37,26 @@ TOKEN_IDS = "a trajectory is made of token ids, and its text has all of them"
 REFUSED_OPTIONS: Mapping[str, str] = {
     "n": ONE_REPLY, "best_of": ONE_REPLY, "echo": ONE_REPLY, "suffix": ONE_REPLY, "session_id": ONE_REPLY,
     "session_params": ONE_REPLY,
-    "tools": GRAMMAR, "response_format": GRAMMAR, "regex": GRAMMAR, "ebnf": GRAMMAR, "json_schema": GRAMMAR,
+    "response_format": GRAMMAR, "regex": GRAMMAR, "ebnf": GRAMMAR, "json_schema": GRAMMAR,
     "structural_tag": GRAMMAR, "custom_logit_processor": GRAMMAR, "custom_params": GRAMMAR, "watermark": GRAMMAR,
-    "stop": STOP, "stop_token_ids": STOP, "stop_regex": STOP, "min_tokens": STOP, "min_new_tokens": STOP,
+    "stop_token_ids": STOP, "stop_regex": STOP, "min_tokens": STOP, "min_new_tokens": STOP,
     "ignore_eos": STOP, "no_stop_trim": STOP,
     "max_tokens": BUDGET, "max_new_tokens": BUDGET, "max_completion_tokens": BUDGET,
     "skip_special_tokens": TOKEN_IDS, "spaces_between_special_tokens": TOKEN_IDS,
     "sampling_seed": "the seeds of all requests are derived from `seed`",
-    "return_logprob": "use logprobs=True", "top_logprobs": NOT_AVAILABLE, "top_logprobs_num": NOT_AVAILABLE,
+    "return_logprob": "use logprobs=True", "top_logprobs_num": "use top_logprobs",
     "return_hidden_states": NOT_AVAILABLE, "return_routed_experts": NOT_AVAILABLE,
 }  # fmt: skip
+# Options that a request over HTTP has as fields of its own, and not as options of `apr`.
+REQUEST_LEVEL = "it is a field of the request itself"
+REQUEST_LEVEL_OPTIONS: Mapping[str, str] = dict.fromkeys(
+    ("tools", "tool_choice", "parallel_tool_calls", "stop"), REQUEST_LEVEL
+)
 
 OPTION_TYPES: Mapping[str, type] = {
     "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
     "cap_width_by_load": bool, "on_branch_failure": str, "seed": int, "constrain": bool, "forbid_angle_brackets": bool,
-    "logprobs": bool,
+    "logprobs": bool, "top_logprobs": int,
 }  # fmt: skip
 REQUEST_FIELDS = ("lora_path", "cache_salt", "extra_key", "priority")
 REQUEST_FIELD_TYPES: Mapping[str, type] = {n: int if n == "priority" else str for n in REQUEST_FIELDS}
@@ -59,7 +66,17 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 # The names that JSON can express, without `dialect`. Python has these and `PYTHON_OPTION_NAMES`.
 JSON_OPTION_NAMES = (*OBJECT_TYPES, "sampling", *OPTION_TYPES, *SAMPLING_TYPES, *REQUEST_FIELD_TYPES)
-PYTHON_OPTION_NAMES = ("branch_prompt_template", "request_fields")
+# Those of tools, and of what the final text has to be. OpenAI's API has fields of its own for most of them.
+TOOL_OPTION_NAMES = ("tools", "tool_choice", "parallel_tool_calls", "tool_call_parser", "run_tool")
+PYTHON_OPTION_NAMES = (
+    "branch_prompt_template",
+    "request_fields",
+    *TOOL_OPTION_NAMES,
+    "answer_schema",
+    "stop",
+)
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
 OPTION_NAMES = dict.fromkeys((*JSON_OPTION_NAMES, *PYTHON_OPTION_NAMES)).keys()
 # Functions among the options: their arguments, and what a message calls them.
 FUNCTIONS: Mapping[str, tuple[int, str]] = {
@@ -79,8 +96,9 @@ def check_option_names(options: Iterable[Any], known: Collection[str]) -> None:
     for name in options:
         if name in known:
             continue
-        if isinstance(name, str) and name in REFUSED_OPTIONS:
-            raise AprError(f"no option {name!r}: {REFUSED_OPTIONS[name]}")
+        refused = {**REFUSED_OPTIONS, **REQUEST_LEVEL_OPTIONS}
+        if isinstance(name, str) and name in refused:
+            raise AprError(f"no option {name!r}: {refused[name]}")
         raise AprError(unknown_name(name, known, "option "))
 
 
@@ -109,6 +127,8 @@ def check_options(options: Mapping[str, Any], vocab_size: int | None = None) -> 
             checked[name] = make_object(name, value)
         elif name in OPTION_TYPES:
             checked[name] = _check_scalar(name, value)
+        elif name in ANSWER_CHECKS:
+            checked[name] = ANSWER_CHECKS[name](value)
     sampling = _check_mapping("sampling", given)
     if sampling is not None:
         _check_refused(sampling, "sampling ")
@@ -189,6 +209,62 @@ def _check_scalar(name: str, value: Any) -> Any:
     return value
 
 
+def check_tool_choice(choice: Any) -> str:
+    """Return whether tools may or have to be called: "auto", "required", "none", or the name of a tool."""
+    if isinstance(choice, Mapping):  # as in OpenAI's API
+        function = choice.get("function")
+        choice = function.get("name") if isinstance(function, Mapping) else choice.get("name")
+    if not isinstance(choice, str) or not choice:
+        raise AprError(
+            f'tool_choice={shorten(choice)}, expected "auto", "required", "none", or the name of a tool'
+        )
+    return choice
+
+
+def check_answer_schema(schema: Any) -> str:
+    """Return the JSON text of a JSON schema."""
+    expected = "expected a JSON schema"
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise AprError(f"answer_schema={shorten(schema)}, {expected}") from None
+    if not isinstance(schema, Mapping):
+        raise AprError(f"answer_schema={shorten(schema)}, {expected}")
+    try:
+        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AprError(f"answer_schema={shorten(schema)}, {expected}: {error}") from None
+
+
+def check_stop(stop: Any) -> tuple[str, ...]:
+    """Return the texts that end the final text."""
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
+        raise AprError(f"stop={shorten(stop)}, expected a text, or a list of texts that are not empty")
+    if len(stops) > MAX_STOPS:
+        raise AprError(f"stop has {len(stops)} texts, expected at most {MAX_STOPS}")
+    return tuple(stops)
+
+
+def check_run_tool(function: Any) -> Any:
+    """Return a function that runs the tools without a function."""
+    if not callable(function):
+        raise AprError(f"run_tool={shorten(function)}, expected an async function of a ToolRequest")
+    return function
+
+
+ANSWER_CHECKS: Mapping[str, Callable[[Any], Any]] = {
+    "tools": make_tools,
+    "tool_choice": check_tool_choice,
+    "parallel_tool_calls": lambda value: check_type("parallel_tool_calls", value, bool),
+    "tool_call_parser": lambda value: check_type("tool_call_parser", value, str),
+    "run_tool": check_run_tool,
+    "answer_schema": check_answer_schema,
+    "stop": check_stop,
+}
+
+
 def _check_consistent(options: Mapping[str, Any]) -> None:
     """Check what does not depend on the dialect."""
     mode, min_blocks, max_blocks = (
@@ -206,6 +282,11 @@ def _check_consistent(options: Mapping[str, Any]) -> None:
         raise BudgetExceeded(f"min_width={options['min_width']}, expected at least 1")
     if options.get("cap_width_by_load") and options.get("pacing", True) is None:
         raise AprError("cap_width_by_load=True needs pacing, found pacing=None")
+    top_logprobs = options.get("top_logprobs", 0)
+    if not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+        raise AprError(f"top_logprobs={top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}")
+    if top_logprobs and not options.get("logprobs"):
+        raise AprError(f"top_logprobs={top_logprobs} needs logprobs=True")
 
 
 def _check_mapping(name: str, options: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any
@@ -13,10 +13,18 @@ from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
+from sgl_apr.runtime.option_checks import (
+    ANSWER_CHECKS,
+    Mode,
+    OnBranchFailure,
+    check_function,
+    check_options,
+)
 from sgl_apr.runtime.option_checks import REQUEST_FIELDS as REQUEST_FIELDS
-from sgl_apr.runtime.option_checks import Mode, OnBranchFailure, check_function, check_options
 from sgl_apr.runtime.pacing import Pacing, PacingFunction
 from sgl_apr.runtime.retry import Retry
+from sgl_apr.runtime.tools.request import RunTool
+from sgl_apr.runtime.tools.tool import Tool
 from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.tokenizer import Tokenizer
 
@@ -53,9 +61,20 @@ class ReasonOptions:
         constrain: Decode under the grammar. Without it the text may leave the dialect.
         forbid_angle_brackets: Keep `<` out of free text, for models too small to tell tags from text.
         logprobs: Record the log-probability of every decoded token in `trajectory.calls`.
+        top_logprobs: Record as many of the most likely tokens in the place of each, too.
         sampling: SGLang's sampling parameters for every request.
         request_fields: Further fields of every request under SGLang's names (`REQUEST_FIELDS`). What is cached under one
             adapter or salt is not found under another.
+        tools: What the model may call, in the trunk and in every branch: `Tool`s, and typed functions.
+        tool_choice: "auto" lets the model decide, "none" forbids calls, "required" makes the trunk call a tool before it
+            answers, and the name of a tool makes it call that one.
+        parallel_tool_calls: Let the model call several tools at once, if its format allows that.
+        tool_call_parser: How the model writes calls: a name that `--tool-call-parser` of SGLang accepts. None takes the
+            server's.
+        run_tool: Runs the tools that have no function, and limits its own time. An async function of a `ToolRequest` that
+            returns text.
+        answer_schema: JSON schema of the final text, which is then JSON.
+        stop: Texts that end the final text. They are not part of it.
     """
 
     dialect: Dialect
@@ -75,8 +94,16 @@ class ReasonOptions:
     constrain: bool = True
     forbid_angle_brackets: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
     sampling: Mapping[str, Any] = field(default_factory=dict)
     request_fields: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Tool] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    tool_call_parser: str | None = None
+    run_tool: RunTool | None = None
+    answer_schema: str | None = None
+    stop: tuple[str, ...] = ()
 
     @cached_property
     def width(self) -> int:
@@ -107,11 +134,20 @@ class ReasonOptions:
         """The policy, by default the dialect's."""
         return self.policy or self.dialect.policy
 
+    @cached_property
+    def chat_tools(self) -> list[dict[str, Any]] | None:
+        """The tools as a chat template shows them to the model; None if it must not call any."""
+        shown = self.tools if self.tool_choice != "none" else ()
+        return [tool.to_openai() for tool in shown] or None
+
     def __post_init__(self) -> None:
         if not isinstance(self.dialect, Dialect):
             raise AprError(f"dialect={shorten(self.dialect)}, expected a Dialect")
         values = ((name, getattr(self, name), default) for name, default in _defaults().items())
-        check_options({name: value for name, value, default in values if value is not default})
+        checked = check_options({name: value for name, value, default in values if value is not default})
+        for name in ANSWER_CHECKS.keys() & checked.keys():
+            object.__setattr__(self, name, checked[name])
+        self._check_tools()
         d, b = self.dialect, self.budget
         if self.width > d.max_width:
             raise BudgetExceeded(
@@ -135,6 +171,31 @@ class ReasonOptions:
             raise AprError(
                 f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={self.min_forks}"
             )
+
+    def _check_tools(self) -> None:
+        """Check that the options about tools fit one another."""
+        choice, names = self.tool_choice, [tool.name for tool in self.tools]
+        if choice not in ("auto", "none", "required", *names):
+            expected = f"the name of a tool: {', '.join(names)}" if names else "no name without tools"
+            raise AprError(
+                f'tool_choice={shorten(choice)}, expected "auto", "required", "none", or {expected}'
+            )
+        if choice not in ("auto", "none"):
+            if not names:
+                raise AprError(f"tool_choice={choice!r} needs tools")
+            if not self.constrain:
+                raise AprError(f"tool_choice={choice!r} needs the grammar, found constrain=False")
+            if self.budget.tool_calls == 0:
+                raise BudgetExceeded(
+                    f"tool_choice={choice!r} needs a call of a tool, found budget tool_calls=0"
+                )
+        if self.answer_schema is not None and not self.constrain:
+            raise AprError("answer_schema needs the grammar, found constrain=False")
+        for tool in self.tools:
+            if tool.function is None and self.run_tool is None:
+                raise AprError(
+                    f"the tool {tool.name!r} has no function, expected one, or run_tool, which runs it"
+                )
 
 
 @cache

@@ -15,6 +15,7 @@ from sgl_apr.errors import BranchFailed, EngineError
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime import telemetry
+from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branch_group import BranchGroup, OuterLease
@@ -34,6 +35,10 @@ from sgl_apr.runtime.request_runner import (
     release_engines,
 )
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.runtime.tools.call_loop import CallLoop, CallTurn
+from sgl_apr.runtime.tools.rules import CallRules, make_syntax
+from sgl_apr.runtime.tools.runner import ToolRunner
+from sgl_apr.trajectory.join_layout import Layout
 from sgl_apr.trajectory.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
@@ -46,11 +51,17 @@ class ReasoningRun:
         engine: Decodes.
         options: What was asked for.
         on_event: Is called with every event.
-        tasks: Runs branches that continue beside their sequence.
+        tasks: Runs branches that continue in parallel with their sequence.
+        activity: Counts what is in flight.
     """
 
     def __init__(
-        self, engine: Engine, options: ReasonOptions, on_event: OnEvent | None, tasks: asyncio.TaskGroup
+        self,
+        engine: Engine,
+        options: ReasonOptions,
+        on_event: OnEvent | None,
+        tasks: asyncio.TaskGroup,
+        activity: Activity | None = None,
     ) -> None:
         self.engine, self.options, self.dialect = engine, options, options.dialect
         self.rid = f"apr-{uuid.uuid4().hex}"
@@ -64,17 +75,28 @@ class ReasoningRun:
             options, overhead, self.recorder.request_log, engine.context,
             shares_tokens=can_continue(engine, options),
         )  # fmt: skip
-        self.runner = RequestRunner(engine, options, self.recorder, self.rid, self.seed)
+        self.runner = RequestRunner(engine, options, self.recorder, self.rid, self.seed, activity)
+        self.call_loop: CallLoop | None = None
+        if syntax := make_syntax(options, engine):
+            tools = ToolRunner(options, syntax, self.recorder, activity)
+            self.call_loop = CallLoop(
+                tools, CallRules(options, syntax, self.recorder.request_log), self.rules
+            )
         self.fork_join = ForkJoin(options, self.runner.kv_joiner)
         self.async_branches = AsyncBranches(self.runner, self.rules, self.fork_join, tasks)
 
-    async def run(self, prompt_ids: tuple[int, ...]) -> Trajectory:
-        """Run from the prompt to the end of the trunk."""
+    async def run(self, prompt_ids: tuple[int, ...], prompt_layout: Layout = ()) -> Trajectory:
+        """Run from the prompt to the end of the trunk.
+
+        Args:
+            prompt_ids: The token ids of the prompt.
+            prompt_layout: How its beginning is joined in the KV cache.
+        """
         seconds = self.options.budget.seconds
         deadline = asyncio.get_running_loop().time() + seconds if seconds is not None else None
         scope = CancelScope(None, deadline, "seconds")
         allowance = self.rules.trunk_allowance(len(prompt_ids))
-        trunk = self.recorder.start_trunk(prompt_ids, allowance, scope)
+        trunk = self.recorder.start_trunk(prompt_ids, allowance, scope, prompt_layout)
         try:
             await self._run_sequence(self.engine, trunk, "trunk", len(prompt_ids))
         finally:
@@ -114,13 +136,21 @@ class ReasoningRun:
         if phase == "trunk" and phase not in self.dialect.grammar.rules:  # the reply begins with a fork
             outlines = self.rules.opening_outlines(sequence)
             new, phase = await self._fork_and_join(engine, sequence, outlines, new, group), next_phase
+        turn = CallTurn()
         while True:
             load = await self._load_for_width(engine, sequence)
             limits = self.rules.phase_limits(sequence, phase, load)
             extend = self._extension(sequence, phase, limits, group)
-            output, call = await self.runner.decode(engine, sequence, phase, new, limits, extend)
+            calls = self.call_loop.limits(sequence, limits, turn) if self.call_loop else None
+            output, call = await self.runner.decode(engine, sequence, phase, new, limits, extend, calls)
             output = self.rules.checked(output, sequence, limits)
+            if self.call_loop and engine and (output.calls or output.cut_call):
+                output = self.call_loop.labelled(sequence, output)
+                sequence.append_output(output, call)
+                new = await self.call_loop.answer(engine, sequence, phase, output, turn, group)
+                continue
             sequence.append_output(output, call)
+            turn.resumed = False
             if phase == next_phase:
                 sequence.record_text(output)
             if output.is_final:

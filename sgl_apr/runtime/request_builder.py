@@ -14,6 +14,7 @@ from sgl_apr.runtime.budget import lead_chars
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.runtime.tools.rules import CallLimits
 from sgl_apr.tokenizer import Tokenizer
 
 
@@ -72,14 +73,30 @@ class RequestBuilder:
             stop_ids,
             stop_strings,
             logprobs=self.options.logprobs,
+            top_logprobs=self.options.top_logprobs,
             fields=self.options.request_fields,
         )
 
     def phase_request(
-        self, sequence: SequenceState, phase: Phase, numbering: BranchNumbering, limits: PhaseLimits
+        self,
+        sequence: SequenceState,
+        phase: Phase,
+        numbering: BranchNumbering,
+        limits: PhaseLimits,
+        calls: CallLimits | None = None,
     ) -> Request:
         """The request of one phase of a sequence, under the grammar if the options say so."""
         options, dialect = self.options, self.dialect
+        further: dict[str, Any] = {}
+        if calls:
+            further = {
+                "tool_syntax": calls.syntax,
+                "max_calls": calls.max_calls,
+                "call": calls.choice,
+                "resumed": calls.resumed,
+            }
+        if options.answer_schema is not None and not sequence.path:
+            further["answer_schema"] = options.answer_schema
         grammar = None
         if options.constrain:
             grammar = dialect.lower(
@@ -95,6 +112,7 @@ class RequestBuilder:
                 lead_chars=lead_chars(limits.max_new_tokens) if limits.fork == "required" else None,
                 outline_chars=options.budget.outline_chars,
                 forbid_angle_brackets=options.forbid_angle_brackets,
+                **further,
             )
         stop = dialect.stop_strings(phase, numbering)
         return self.decode_request(

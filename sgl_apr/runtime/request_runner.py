@@ -14,6 +14,7 @@ from sgl_apr.engine.base import Engine, Load, Request, Result
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
 from sgl_apr.errors import EngineError
 from sgl_apr.formats.dialects import Phase
+from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.cancel_scope import ScopeCancelled
 from sgl_apr.runtime.continuation import Extend, PhaseExtension
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
@@ -26,6 +27,7 @@ from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.request_builder import RequestBuilder
 from sgl_apr.runtime.retry import as_engine_error
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.runtime.tools.rules import CallLimits
 
 T = TypeVar("T")
 MAX_RECOMPUTED_TOKENS = 32  # an engine prefills so many tokens in less time than a commit takes
@@ -45,15 +47,22 @@ class RequestRunner:
         recorder: Records requests and limits.
         rid: What request ids begin with.
         seed: What the seeds of requests are derived from.
+        activity: Counts requests in flight.
 
     Attributes:
         cuts_branches: Whether a join policy may cut branches, whose text up to there is kept.
     """
 
     def __init__(
-        self, engine: Engine, options: ReasonOptions, recorder: TrajectoryRecorder, rid: str, seed: int
+        self,
+        engine: Engine,
+        options: ReasonOptions,
+        recorder: TrajectoryRecorder,
+        rid: str,
+        seed: int,
+        activity: Activity | None = None,
     ) -> None:
-        self.options, self.rid, self.seed = options, rid, seed
+        self.options, self.rid, self.seed, self._activity = options, rid, seed, activity
         self.events, self.request_log = recorder.events, recorder.request_log
         self.supports_seeds = engine.supports_seeds
         self.cuts_branches = options.effective_policy != "all"
@@ -68,6 +77,7 @@ class RequestRunner:
         new: int,
         limits: PhaseLimits,
         extend: PhaseExtension | None = None,
+        calls: CallLimits | None = None,
     ) -> tuple[PhaseOutput, int | None]:
         """Decode one phase. No request is sent where nothing may be decoded.
 
@@ -78,6 +88,7 @@ class RequestRunner:
             new: Tokens of its context that the engine has not computed.
             limits: Bounds of the request.
             extend: Waits for more tokens where the request was cut by its limit.
+            calls: The calls of tools that the phase may end with. None without tools.
 
         Returns:
             What the phase wrote, and the index of its call.
@@ -90,7 +101,7 @@ class RequestRunner:
             more = await self._further_tokens(sequence, (), extend)
             limits = replace(limits, max_new_tokens=more or 0)
         if engine and limits.max_new_tokens > 0 and not sequence.scope.cancel_reason:
-            request = self.builder.phase_request(sequence, phase, numbering, limits)
+            request = self.builder.phase_request(sequence, phase, numbering, limits, calls)
             result, call = await self.send_request(engine, sequence, phase, new, request, text, extend)
         cut = sequence.scope.cancel_reason if result is None else None
         if cut is None and (result is None or result.finish == "length"):
@@ -100,6 +111,7 @@ class RequestRunner:
             self.options.dialect, phase, numbering, context, ids, cut, tokenizer,
             completes_fork=limits.fork != "forbidden" or sequence.pending_count > 0,
             max_filler_tokens=sequence.max_filler_tokens,
+            tool_syntax=calls.syntax if calls else None, resumed=bool(calls and calls.resumed),
         )  # fmt: skip
         if cut == "length" and output.finish != "stop":  # a phase that ends where it was cut lacks nothing
             limit = extend.limiting_field if extend else limits.limiting_field
@@ -288,7 +300,10 @@ class RequestRunner:
             tries += 1
             allowance.spend(calls=1)
             try:
-                return await attempt()
+                if self._activity is None:
+                    return await attempt()
+                with self._activity.working():
+                    return await attempt()
             except OSError as error:  # also TimeoutError
                 if error is self.events.failure:
                     raise

@@ -104,6 +104,7 @@ class SequenceState:
         blocks: Forks so far.
         tokens_used: Tokens that it and its branches have written.
         requests: Requests that it has sent.
+        tool_calls: Calls of tools that it has decoded.
         tolerate_failure: A failing engine ends it with a note, and raises nothing.
         pending: Its branches that run while it continues.
         kv_layout: The layout of its context up to the end of the last join in the KV cache.
@@ -126,6 +127,7 @@ class SequenceState:
     blocks: int = 0
     tokens_used: int = 0
     requests: int = 0
+    tool_calls: int = 0
     tolerate_failure: bool = False
     pending: PendingBranches | None = None
     kv_layout: Layout = ()
@@ -198,8 +200,12 @@ class SequenceState:
         return (*self.path, self.blocks)
 
     def set_aside(self, share: Allowance, branches: int) -> None:
-        """Set aside the calls and blocks of branches. `merge` gives back what they leave."""
-        self.allowance.spend(calls=branches * share.calls, blocks=branches * share.blocks)
+        """Set aside the calls, blocks and calls of tools of branches. `merge` gives back what they leave."""
+        self.allowance.spend(
+            calls=branches * share.calls,
+            blocks=branches * share.blocks,
+            tool_calls=branches * share.tool_calls,
+        )
 
     def reserve(self, pending: PendingBranch) -> None:
         """Set aside the tokens of a branch that runs while this sequence continues."""
@@ -288,7 +294,9 @@ class SequenceState:
         self.tokens_used += branch.tokens_used
         self.usage = self.usage.plus(branch.usage, branch.first_usage)
         left = branch.allowance
-        self.allowance.spend(branch.tokens_used, calls=-left.calls, blocks=-left.blocks)
+        self.allowance.spend(
+            branch.tokens_used, calls=-left.calls, blocks=-left.blocks, tool_calls=-left.tool_calls
+        )
 
     def record_branch(self, branch: SequenceState, tokens: int) -> None:
         """Record what a branch and its result took, if it has ended by itself."""
@@ -306,6 +314,13 @@ class SequenceState:
             self.frontier = span.parents
             self.context = self.context[: len(self.context) - span.tokens]
 
+    def drop_call(self) -> None:
+        """Continue from before the calls that the sequence ends with. Their span stays in the trajectory."""
+        span = self.graph.spans[self.frontier[0]]
+        assert span.role == "call", span
+        self.frontier = span.parents
+        self.context = self.context[: len(self.context) - span.tokens]
+
     def checkpoint(self) -> dict[str, Any]:
         """The state to which `restart` returns."""
         state = {name: getattr(self, name) for name in _RESTARTED}
@@ -313,10 +328,13 @@ class SequenceState:
 
     def restart(self, checkpoint: dict[str, Any]) -> None:
         """Return to a checkpoint. Calls that were made since are still paid for, and extensions are kept."""
-        calls, extension, path_extension = self.allowance.calls, self.extension, self.path_extension
+        calls, tool_calls = self.allowance.calls, self.allowance.tool_calls
+        extension, path_extension = self.extension, self.path_extension
         for name, value in checkpoint.items():
             setattr(self, name, value)
-        self.allowance.spend(calls=self.allowance.calls - calls)
+        self.allowance.spend(
+            calls=self.allowance.calls - calls, tool_calls=self.allowance.tool_calls - tool_calls
+        )
         self.extend(extension - self.extension, critical_path=path_extension - self.path_extension)
 
     def as_branch(self) -> Branch:

@@ -57,7 +57,7 @@ WRONG = [
     ({"something": 1}, "no option 'something', expected some of "),
     ({"max_new_tokens": 5}, "no option 'max_new_tokens': a budget limits the tokens"),
     ({"n": 2}, "no option 'n': a trajectory is one reply"),
-    ({"stop": ["x"]}, "no option 'stop': the dialect decides where a reply stops"),
+    ({"stop_regex": "x"}, "no option 'stop_regex': the dialect decides where a reply stops"),
     ({"ebnf": "x"}, "no option 'ebnf': the dialect's grammar constrains decoding"),
     ({"sampling": {"regex": "x"}}, "no sampling 'regex': the dialect's grammar constrains decoding"),
     ({"sampling": {"temprature": 1}}, "no sampling 'temprature', did you mean 'temperature'?"),
