@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.join_layout import Layout
 
 TokenSink = Callable[[Sequence[int]], None]  # receives the ids of each chunk as it arrives
@@ -31,6 +32,7 @@ class Request:
         layout: Which of the ids are branches that were decoded in parallel. None means that the prompt is one
             sequence. Engines that do not join in their cache (`joins_kv`) are sent no layout.
         logprobs: Whether to return the log-probabilities of the decoded tokens.
+        top_logprobs: How many of the most likely tokens to return in the place of each, with their log-probabilities.
         resumed_tokens: How many of the last `input_ids` were decoded under `grammar`, by a request that its
             `max_tokens` cut. The grammar continues after them. Only for engines that resume (`resumes_grammar`), or
             without a grammar.
@@ -46,6 +48,7 @@ class Request:
     stop: tuple[str, ...] = ()
     layout: Layout | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
     resumed_tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -61,6 +64,7 @@ class Result:
         cached_tokens: Tokens of the prompt that were cached. None if the request was cut before the engine
             reported them.
         logprobs: The log-probabilities of `token_ids`, if they were requested.
+        top_logprobs: For each of `token_ids` the most likely tokens in its place, if they were requested.
         weight_version: The engine's name for the weights that it used.
     """
 
@@ -69,6 +73,7 @@ class Result:
     prompt_tokens: int
     cached_tokens: int | None
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
     weight_version: str | None = None
 
     def continued_by(self, further: Result) -> Result:
@@ -82,12 +87,14 @@ class Result:
             again = max(0, further.prompt_tokens - further.cached_tokens - 1)
             cached = max(0, self.cached_tokens - again)
         logprobs = None if further.logprobs is None else (*(self.logprobs or ()), *further.logprobs)
+        top = None if further.top_logprobs is None else (*(self.top_logprobs or ()), *further.top_logprobs)
         return replace(
             self,
             token_ids=self.token_ids + further.token_ids,
             finish=further.finish,
             cached_tokens=cached,
             logprobs=logprobs,
+            top_logprobs=top,
             weight_version=further.weight_version,
         )
 

@@ -41,6 +41,7 @@ from sgl_apr.engine.sglang_request import (
     make_result,
     new_logprobs,
     new_token_ids,
+    new_top_logprobs,
     stream_interval,
     sum_loads,
     unexpected,
@@ -50,6 +51,7 @@ from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
+from sgl_apr.trajectory.calls import TopLogprobs
 
 PROBE_S = 20.0  # a healthy SGLang takes a second or more: it looks once a second whether it decoded anything
 ABORT_S = 5.0
@@ -271,8 +273,9 @@ class HttpEngine(ServerRequests, SGLangEngine):
             "input_ids": list(request.input_ids),
             "sampling_params": with_layout(sampling, request.layout),
             **({"return_logprob": True} if request.logprobs else {}),
+            **({"top_logprobs_num": request.top_logprobs} if request.top_logprobs else {}),
         }
-        received, logprobs = list[int](), list[float]()
+        received, logprobs, top_logprobs = list[int](), list[float](), list[TopLogprobs]()
         meta: dict[str, Any] = {}
         vocab_size = id_limit(self._tokenizer)
         async with contextlib.aclosing(self.events(body)) as events:
@@ -281,9 +284,10 @@ class HttpEngine(ServerRequests, SGLangEngine):
                 new = new_token_ids(self.url, data, len(received), vocab_size)
                 received += new
                 logprobs += new_logprobs(self.url, len(logprobs), meta)
+                top_logprobs += new_top_logprobs(self.url, len(top_logprobs), meta)
                 if new and on_tokens:
                     on_tokens(new)
-        return make_result(self.url, received, logprobs, meta, request)
+        return make_result(self.url, received, logprobs, meta, request, top_logprobs)
 
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:

@@ -24,6 +24,7 @@ from sgl_apr.engine.sglang_request import (
     make_result,
     new_logprobs,
     new_token_ids,
+    new_top_logprobs,
     stream_interval,
     sum_loads,
     with_layout,
@@ -32,6 +33,7 @@ from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
+from sgl_apr.trajectory.calls import TopLogprobs
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ class InProcessEngine(SGLangEngine):
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
         self._check_loop()
-        received, logprobs = list[int](), list[float]()
+        received, logprobs, top_logprobs = list[int](), list[float](), list[TopLogprobs]()
         meta: dict[str, Any] = {}
         at = 0.0
         async with contextlib.aclosing(self._chunks(request, sampling)) as chunks:
@@ -119,6 +121,7 @@ class InProcessEngine(SGLangEngine):
                 meta = check_chunk(NAME, data)
                 new = new_token_ids(NAME, data, len(received), self.vocab_size)
                 logprobs += new_logprobs(NAME, len(logprobs), meta)
+                top_logprobs += new_top_logprobs(NAME, len(top_logprobs), meta)
                 if new:
                     now = time.monotonic()
                     if received:
@@ -128,7 +131,7 @@ class InProcessEngine(SGLangEngine):
                     if on_tokens:
                         on_tokens(new)
         check_finished(NAME, meta)
-        return make_result(NAME, received, logprobs, meta, request)
+        return make_result(NAME, received, logprobs, meta, request, top_logprobs)
 
     async def _chunks(
         self, request: Request, sampling: Mapping[str, Any]
@@ -143,6 +146,7 @@ class InProcessEngine(SGLangEngine):
                 input_ids=list(request.input_ids),
                 sampling_params=with_layout(sampling, request.layout),
                 return_logprob=request.logprobs,
+                top_logprobs_num=request.top_logprobs or None,
                 stream=True,
             )
             now = asyncio.get_running_loop().time

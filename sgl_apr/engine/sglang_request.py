@@ -13,6 +13,7 @@ from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.calls import TokenLogprob, TopLogprobs
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
 
 MAX_COUNT = 1 << 62  # tokens or requests
@@ -123,7 +124,12 @@ def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str,
 
 
 def make_result(
-    name: str, ids: Sequence[int], logprobs: Sequence[float], meta: Mapping[str, Any], request: Request
+    name: str,
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    meta: Mapping[str, Any],
+    request: Request,
+    top_logprobs: Sequence[TopLogprobs] = (),
 ) -> Result:
     """Return the result of a request.
 
@@ -133,6 +139,7 @@ def make_result(
         logprobs: The log-probabilities of all chunks.
         meta: `meta_info` of the last chunk.
         request: The request.
+        top_logprobs: The most likely tokens of all chunks.
 
     Raises:
         EngineError: The engine reports no counts.
@@ -144,6 +151,7 @@ def make_result(
         prompt_tokens=_count(name, meta, "prompt_tokens"),
         cached_tokens=_count(name, meta, "cached_tokens"),
         logprobs=tuple(logprobs) if request.logprobs else None,
+        top_logprobs=tuple(top_logprobs) if request.top_logprobs else None,
         weight_version=None if version is None else str(version),
     )
 
@@ -273,6 +281,38 @@ def new_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[float]:
             raise unexpected(name, "a log-probability", repr(value)[:60], "a finite number")
         values.append(float(value))
     return values
+
+
+def new_top_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[TopLogprobs]:
+    """Return the most likely tokens that are new in a chunk, empty if none were requested.
+
+    Tokens that the grammar rules out are left out.
+
+    Args:
+        name: The engine, for messages.
+        known: How many positions earlier chunks had.
+        meta: `meta_info` of the chunk.
+
+    Raises:
+        EngineError: One of them is no token with a log-probability.
+    """
+    positions = meta.get("output_top_logprobs") or []
+    if not isinstance(positions, list):
+        raise unexpected(name, "output_top_logprobs", type(positions).__name__, "a list")
+    new = positions[known:] if len(positions) == meta["completion_tokens"] else positions
+    try:
+        return [
+            tuple(
+                TokenLogprob(int(token), float(value))
+                for value, token, *_ in position or ()
+                if isfinite(value)
+            )
+            for position in new
+        ]
+    except (TypeError, ValueError):
+        raise unexpected(
+            name, "a position of output_top_logprobs", repr(new)[:60], "log-probabilities with token ids"
+        ) from None
 
 
 def new_token_ids(name: str, data: Mapping[str, Any], known: int, vocab_size: int) -> list[int]:

@@ -72,6 +72,7 @@ class RequestLog:
             retries=retries,
             continuations=continuations,
             logprobs=result.logprobs,
+            top_logprobs=result.top_logprobs,
             weight_version=result.weight_version,
         )
         self.calls.append(call)

@@ -9,6 +9,17 @@ from sgl_apr.trajectory.spans import Path
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that could have been decoded, and its log-probability."""
+
+    token_id: int
+    logprob: float
+
+
+TopLogprobs = tuple[TokenLogprob, ...]  # of one position, the most likely token first
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One engine request, as the engine reported it.
 
@@ -29,6 +40,7 @@ class Call:
         logprobs: The log-probabilities of all output tokens, an end of text included, under the grammar's mask
             and the temperature; None if they were not requested.
         weight_version: The engine's name of the weights that it used.
+        top_logprobs: For each output token the most likely tokens in its place; None if they were not requested.
     """
 
     phase: str
@@ -44,6 +56,7 @@ class Call:
     continuations: int = 0
     logprobs: tuple[float, ...] | None = None
     weight_version: str | None = None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
 
     @property
     def shared_tokens(self) -> int:

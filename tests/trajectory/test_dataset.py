@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 import sgl_apr as apr
 from sgl_apr.trajectory import dataset
-from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
+from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision, TokenLogprob
 from sgl_apr.trajectory.dataset import from_dataset, to_dataset
 from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.tool_calls import ToolCall
@@ -36,7 +36,22 @@ FULL = Trajectory(
     ),
     dialect="threadweaver",
     calls=(
-        Call("trunk", (), 1, 2, 3, 4, 0.1, 1e-300, HIGHEST, 2, 1, (-0.5, -1e-300), "step 3"),
+        Call(
+            "trunk",
+            (),
+            1,
+            2,
+            3,
+            4,
+            0.1,
+            1e-300,
+            HIGHEST,
+            2,
+            1,
+            (-0.5, -1e-300),
+            "step 3",
+            ((TokenLogprob(7, -0.5), TokenLogprob(HIGHEST, -1e-300)), ()),
+        ),
         Call("branch", (1, 2), 1, None, 3, 4, 0.1 + 0.2, 5.0, -1, 3),
     ),
     wall_s=1 / 3,
@@ -88,6 +103,7 @@ def test_the_sample_leaves_no_default():
         PacingDecision,
         JoinRecord,
         ToolCall,
+        TokenLogprob,
     }
     for kind in map(type, found):
         for field in fields(kind):

@@ -8,16 +8,15 @@ from typing import Any
 
 from sgl_apr.server.api.reply import Reply
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
 REPLACEMENT = "\ufffd"  # in place of bytes that are no complete character
 
-TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities
-
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class ReplyToken:
     """A token of a reply.
 
     Attributes:
@@ -55,7 +54,7 @@ class LogprobsBuilder:
         content = [
             {
                 **self._token(token.id, token.logprob),
-                "top_logprobs": [self._token(i, logprob) for i, logprob in token.top],
+                "top_logprobs": [self._token(one.token_id, one.logprob) for one in token.top],
             }
             for token in self._content_tokens(trajectory, reply)
             if token.logprob is not None
@@ -70,7 +69,9 @@ class LogprobsBuilder:
             "tokens": [self.tokenizer.decode([token.id]) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self.tokenizer.decode([i]): logprob for i, logprob in token.top} if token.top else None
+                {self.tokenizer.decode([one.token_id]): one.logprob for one in token.top}
+                if token.top
+                else None
                 for token in tokens
             ],
             "text_offset": [max(0, token.start - start) for token in tokens],
@@ -82,14 +83,14 @@ class LogprobsBuilder:
         data = None if REPLACEMENT in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": data}
 
-    def _content_tokens(self, trajectory: Trajectory, reply: Reply) -> Iterator[TokenLogprob]:
+    def _content_tokens(self, trajectory: Trajectory, reply: Reply) -> Iterator[ReplyToken]:
         start = len(reply.reasoning)
         end = start + len(reply.content)
         for token in self._tokens(trajectory):
             if token.start < end and token.end > start:
                 yield token
 
-    def _tokens(self, trajectory: Trajectory) -> Iterator[TokenLogprob]:
+    def _tokens(self, trajectory: Trajectory) -> Iterator[ReplyToken]:
         """Yield the tokens of `Trajectory.text`."""
         decoded: dict[int, int] = {}  # tokens of each call so far
         in_reply = set(map(id, trajectory.reply_spans))
@@ -105,7 +106,7 @@ class LogprobsBuilder:
 
     def _span_tokens(
         self, trajectory: Trajectory, span: Span, first: int, position: int
-    ) -> Iterator[TokenLogprob]:
+    ) -> Iterator[ReplyToken]:
         """Yield the tokens of a span.
 
         Args:
@@ -116,7 +117,7 @@ class LogprobsBuilder:
         """
         call = None if span.call is None else trajectory.calls[span.call]
         logprobs = None if call is None else call.logprobs
-        top = None if call is None else getattr(call, "top_logprobs", None)
+        top = None if call is None else call.top_logprobs
         context: tuple[int, ...] = ()
         pending: list[int] = []
         begin, limit = position, position + len(span.text)
@@ -129,7 +130,7 @@ class LogprobsBuilder:
             end = min(limit, begin + len(text)) if k + 1 < len(ids) else limit
             for index in range(k + 1 - len(pending), k + 1):
                 n = first + index
-                yield TokenLogprob(
+                yield ReplyToken(
                     ids[index], begin, end,
                     logprobs[n] if logprobs is not None and n < len(logprobs) else None,
                     top[n][: self.top_logprobs] if top and n < len(top) else (),
