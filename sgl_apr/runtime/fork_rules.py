@@ -119,9 +119,8 @@ class ForkRules:
         path = sequence.allowance.critical_path_cap - sequence.critical_path - closing_path
         if path < tokens:
             tokens, field = path, "critical_tokens"
-        left = (
-            NO_LIMIT if self.context_length is None else self.context_length - len(sequence.context) - closing
-        )
+        context = self.context_length
+        left = NO_LIMIT if context is None else context - len(sequence.context) - closing
         return (left, "context") if left < tokens else (tokens, field)
 
     def _closing_tokens(self, branches: int, phase: Phase) -> tuple[int, int]:
@@ -200,8 +199,7 @@ class ForkRules:
           returns a message, which may be as long as what the branch decoded;
         - critical path: what is left of it after the join, times (1 - reserve), divided by 1 + n if messages follow one
           another;
-        - calls and blocks: equal parts, rounded down. A branch that can only be closed gets none;
-        - calls of tools: equal parts of all that are left, rounded down.
+        - calls and blocks: equal parts, rounded down, also of all calls of tools. A branch that is only closed gets none.
         """
         budget, allowance = self.options.budget, sequence.allowance
         tokens, field = self._token_share(allowance, branches), allowance.limiting_field
@@ -209,10 +207,8 @@ class ForkRules:
             tokens, field = budget.branch_tokens, "branch_tokens"
         path = self._critical_path_share(allowance, sequence.critical_path, branches)
         blocks, calls = allowance.blocks // (branches + 1), self._call_share(allowance, branches)
-        tool_calls = allowance.tool_calls // branches
-        return Allowance(
-            max(0, tokens), max(0, path), max(0, blocks), max(0, calls), field, max(0, tool_calls)
-        )
+        tokens, path, blocks, calls = (max(0, n) for n in (tokens, path, blocks, calls))
+        return Allowance(tokens, path, blocks, calls, field, max(0, allowance.tool_calls // branches))
 
     def lease_pool(
         self, sequence: SequenceState, branches: int, source: LeaseSource | None = None

@@ -54,14 +54,9 @@ class RequestRunner:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        options: ReasonOptions,
-        recorder: TrajectoryRecorder,
-        rid: str,
-        seed: int,
+        self, engine: Engine, options: ReasonOptions, recorder: TrajectoryRecorder, rid: str, seed: int,
         activity: Activity | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.options, self.rid, self.seed, self._activity = options, rid, seed, activity
         self.events, self.request_log = recorder.events, recorder.request_log
         self.supports_seeds = engine.supports_seeds
