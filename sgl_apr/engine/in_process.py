@@ -66,6 +66,7 @@ class InProcessEngine(SGLangEngine):
         self.resumes_grammar = True
         self.joins_kv = manager.config_value("radix_cache_backend") == RADIX_CACHE_BACKEND
         self.default_interval = stream_interval(manager.config_value("stream_interval"))
+        self.tool_call_parser = manager.config_value("tool_call_parser") or None
         self.context: int | None = int(manager.model_config.context_len)
         self.vocab_size = int(manager.model_config.vocab_size)
         self._tokenizer = tokenizer or load_tokenizer(str(manager.config_value("tokenizer_path")))

@@ -42,6 +42,7 @@ class SGLangEngine(ABC):
 
     Attributes:
         default_interval: Tokens of a chunk unless a request sets another number. None if a request cannot.
+        tool_call_parser: How the model writes calls of tools: the server's `--tool-call-parser`.
     """
 
     caches_output = True
@@ -49,6 +50,7 @@ class SGLangEngine(ABC):
     _timeout: float
     _step_timer: StepTimer
     default_interval: int | None = None
+    tool_call_parser: str | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
