@@ -127,8 +127,7 @@ class HttpEngine(ServerRequests, SGLangEngine):
             engine.joins_kv = server.get("radix_cache_backend") == RADIX_CACHE_BACKEND
             engine.resumes_grammar = engine.joins_kv
             engine.default_interval = stream_interval(server.get("stream_interval"))
-            parser = server.get("tool_call_parser")
-            engine.tool_call_parser = parser if isinstance(parser, str) and parser else None
+            engine.tool_call_parser = server.get("tool_call_parser") or None
             engine.context = await engine._context()
             if tokenizer is None:
                 path = info.get("tokenizer_path")

@@ -19,6 +19,7 @@ from sgl_apr.runtime.phase_output import FAILURE_NOTE
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
 from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.tokenizer import truncate_tokens
+from sgl_apr.trajectory.spans import Span
 
 
 class ForkJoin:
@@ -182,10 +183,16 @@ class ForkJoin:
         if grammar.closing_literal("body", branch.identity.number):
             text = closers[0].label if closers and all(s.origin == "decoded" for s in closers) else ""
         else:
-            body = "".join(s.text for s in spans if s.role == "body" and s.origin == "decoded")
+            body = "".join(s.text for s in _after_results(spans) if s.role == "body" and s.origin == "decoded")
             text = branch_prompt(self.dialect.branch_prompt).extract_result(body)
         text = truncate_tokens(tokenizer, text, max_tokens)
         return text if not any(tag in text for tag in grammar.tag_literals) else ""
+
+
+def _after_results(spans: list[Span]) -> list[Span]:
+    """The spans after the last result of a tool."""
+    last = max((i for i, span in enumerate(spans) if span.role == "observation"), default=-1)
+    return spans[last + 1 :]
 
 
 def apply_template(template: Callable[[str], str], message: str) -> str:
