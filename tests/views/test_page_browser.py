@@ -17,7 +17,9 @@ from sgl_apr.evaluation.report_files import read_entries
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.views.page import render_page
+from sgl_apr.views.page_entry import PageEntry
 from tests.support.browser import PHONE, WIDE, Tab, launched, tab, url
+from tests.support.tool_trajectories import tool_trajectory
 from tests.views.test_page import HOSTILE, evaluation, forked, many, sampled, saying
 
 LARGE = 2000
@@ -131,7 +133,7 @@ def test_spans_begin_where_the_longest_chain_of_what_they_follow_ends(browser, r
         assert figures == {
             "tokens": m.total, "critical": m.critical_path, "inside": m.branch_tokens, "blocks": m.blocks, "branches": m.branches,
             "wall": m.wall_s, "calls": m.engine_calls, "prompt": m.prompt_tokens, "cached": m.cached_tokens,
-            "again": m.reprefilled_tokens,
+            "again": m.reprefilled_tokens, "tools": m.tool_calls, "tool_s": m.tool_s, "critical_tool_s": m.critical_tool_s,
         }  # fmt: skip
 
 
@@ -192,6 +194,64 @@ def test_a_join_by_message_has_dashed_edges_and_a_fork_whole_ones(browser, repor
     assert shown.page.locator(".edge.seen").count() == 4, "two branches, forked and joined"
     assert shown.page.locator(".edge.message").count() == 0
     assert (shown.page.locator("circle.fork").count(), shown.page.locator("circle.join").count()) == (1, 1)
+
+
+# Calls of tools
+
+
+def test_calls_of_tools_are_drawn_and_described(browser, tmp_path: Path):
+    hostile = HOSTILE[0] + "\u202e" + "x" * 3000
+    tooled = tool_trajectory("threadweaver")
+    first, *rest = tooled.tool_calls
+    tooled = replace(
+        tooled, tool_calls=(replace(first, name="<b>", arguments=hostile, result=hostile), *rest), wall_s=4.0
+    )
+    page = tmp_path / "page.html"
+    page.write_text(render_page([PageEntry("tools", tooled), PageEntry("none", forked())]))
+    shown = opened(browser, page, 0)
+    roles = [s.role for s in tooled.spans]
+    assert shown.page.locator(".call-frame").count() == roles.count("call") == 4
+    assert shown.page.locator(".stripes").count() == roles.count("observation") == 4
+    assert shown.page.locator("#lanes .cut.failed").count() == 1, "of the result that says that a tool failed"
+    legend = shown.page.locator(".legend li").all_inner_texts()
+    assert legend[-2:] == ["call of a tool", "its result"]
+    m = tooled.metrics()
+    assert shown.text("[data-figure=tools]").split("\n") == [
+        "5 calls of tools",
+        "5.00 s",
+        "3.13 s on the longest chain",
+    ]
+    figures = shown.page.evaluate("toolFigures(view.t)")
+    assert figures == {"tools": 5, "tool_s": m.tool_s, "critical_tool_s": m.critical_tool_s}
+    shown.page.evaluate("chooseLane('1.2')")
+    assert shown.page.locator("#reader .text .tool").all_inner_texts() == [
+        "search\nfailed, 1.00 s",
+        "search\ncut off by a token limit",
+    ]
+    assert "tools\n2" in shown.page.locator("#reader .facts > div").all_inner_texts()
+    assert shown.page.evaluate("tooltipLines(view.layout, view.lanes[0], view.layout.starts[2])")[2:4] == [
+        f"<b> {plain(HOSTILE[0])}⟨U+202E⟩" + "x" * (90 - len(HOSTILE[0]) - 9) + "…",
+        f"returned, 2.00 s: {plain(HOSTILE[0])}⟨U+202E⟩" + "x" * (90 - len(HOSTILE[0]) - 9) + "…",
+    ]
+    shown.page.evaluate("openEntry(known.entries[1])")
+    shown.until("view.entry.id === 1")
+    assert shown.page.locator(".legend li").count() == len(legend) - 2, "nothing about tools without any"
+    assert shown.page.locator("[data-figure=tools]").count() == 0
+    assert shown.complaints == []
+
+
+def test_a_result_stands_where_its_tool_ran(browser, tmp_path: Path):
+    tooled = tool_trajectory("threadweaver")
+    page = tmp_path / "page.html"
+    page.write_text(render_page([PageEntry("tools", tooled)]))
+    shown = opened(browser, page, 0)
+    placed = shown.page.evaluate("placedByTime(view.t)")
+    by_id = {call.id: call for call in tooled.tool_calls}
+    observations = [i for i, s in enumerate(tooled.spans) if s.role == "observation"]
+    assert observations
+    for i in observations:
+        call = by_id[tooled.spans[i].label]
+        assert (placed["starts"][i], placed["ends"][i]) == (call.started, call.ended)
 
 
 # The list

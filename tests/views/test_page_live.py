@@ -139,7 +139,7 @@ def check(shown: Tab, t: apr.Trajectory) -> None:
     assert figures == {
         "tokens": m.total, "critical": m.critical_path, "inside": m.branch_tokens, "blocks": m.blocks, "branches": m.branches,
         "wall": m.wall_s, "calls": m.engine_calls, "prompt": m.prompt_tokens, "cached": m.cached_tokens,
-        "again": m.reprefilled_tokens,
+        "again": m.reprefilled_tokens, "tools": m.tool_calls, "tool_s": m.tool_s, "critical_tool_s": m.critical_tool_s,
     }  # fmt: skip
     assert number(shown.text("[data-figure=tokens] b")) == m.total
     expected: dict[str, list] = {named(path): [] for path in {(), *(s.path for s in t.spans)}}
@@ -148,8 +148,8 @@ def check(shown: Tab, t: apr.Trajectory) -> None:
     assert shown.page.evaluate(READ) == expected
     expected = json.loads(t.to_json())
     actual = shown.page.evaluate("view.t")
-    for name in ("calls", "limits", "decisions", "joins", "dialect"):
-        assert actual[name] == expected[name]
+    for name in ("calls", "tools", "limits", "decisions", "joins", "dialect"):
+        assert actual[name] == expected["tool_calls" if name == "tools" else name]
     assert [(s["parents"], s["waits_for"]) for s in actual["spans"]] == [
         (s["parents"], s["waits_for"]) for s in expected["spans"]
     ]
@@ -435,4 +435,49 @@ def test_hostile_words_change_nothing(browser):
         shown.until("!live.run && known.entries.length", 30)
         check(shown, service.made[0])
         assert shown.page.evaluate("[window.pwned, document.scripts.length]") == [None, 2]
+        assert shown.complaints == []
+
+
+def test_a_tool_that_runs_is_drawn_until_it_returns(browser):
+    """By the events of a server, as the page gets them."""
+    call = {
+        "id": "a", "path": [1, 1], "name": HOSTILE[0], "arguments": "{}", "result": "3 hits", "outcome": "timeout",
+        "started": 0.0, "ended": 0.5, "truncated": False,
+    }  # fmt: skip
+    with serving(slow()) as (url, _):
+        shown = tab(browser)
+        shown.go(url + UI_PATH)
+        shown.page.evaluate(
+            """call => {
+                const run = window.run = live.run = startRun("Q: "), path = call.path, send = (kind, event) => EVENT_HANDLERS[kind](run, event);
+                send("span_finished", { index: 0, span: { role: "prompt", origin: "prompt", text: "Q: ", token_ids: [1], parents: [], path: [], label: "", finish: null, call: null, waits_for: [], outline: "" } });
+                send("forked", { path: [1], branches: [["1", "count"], ["2", "guess"]], first_branch: 1 });
+                send("delta", { path, text: "Let me look. " });
+                send("span_finished", { index: 1, span: { role: "call", origin: "decoded", text: "Let me look. ", token_ids: [1, 2], parents: [0], path, label: "a", finish: "stop", call: null, waits_for: [], outline: "" } });
+                send("tool_called", call);
+                drawRun(run);
+            }""",
+            call,
+        )
+        assert shown.text('[data-branch="1.1"] .soft') == f"runs {plain(HOSTILE[0])[:29]}…"
+        assert shown.text('[data-branch="1.2"] .soft') == "running"
+        assert shown.page.locator(".stripes").count() == 1
+        time.sleep(0.2)
+        first = shown.page.evaluate("currentTrajectory(run).tools[0]")
+        assert first["open"]
+        assert first["ended"] - first["started"] >= 0.2
+        assert shown.page.evaluate(
+            "tooltipLines(view.layout, view.lanes[1], view.layout.ends.at(-1) - 1e-6)"
+        )[3].startswith("running, ")
+        shown.page.evaluate(
+            "call => { EVENT_HANDLERS.tool_returned(run, { index: 0, call }); redraw(run, currentTrajectory(run)); }",
+            call,
+        )
+        assert shown.text('[data-branch="1.1"] .soft') == "running"
+        assert shown.page.evaluate("currentTrajectory(run).tools") == [call]
+        assert shown.page.evaluate("toolFigures(currentTrajectory(run))") == {
+            "tools": 1,
+            "tool_s": 0.5,
+            "critical_tool_s": 0.5,
+        }
         assert shown.complaints == []

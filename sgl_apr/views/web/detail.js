@@ -101,7 +101,7 @@ function tilesOf(entry) {
           "tools",
           seconds(entry.tool_s),
           plural(entry.tools, "call of tools", "calls of tools"),
-          `${seconds(entry.critical_tool_s)} one after another`,
+          `${seconds(entry.critical_tool_s)} on the longest chain`,
         )
       : null,
   );

@@ -165,7 +165,7 @@ function bars(l, on) {
       if (isPrompt(span) && !l.stub) return null;
       const width = Math.max(isPrompt(span) ? l.stub - 3 : 1.6, l.x(l.ends[i]) - from - (isPrompt(span) ? 3 : 0.6));
       return svg("rect", {
-        class: `bar ${span.origin} ${span.role}${on.has(i) ? " on" : ""}${span.open ? " open" : ""}`,
+        class: `bar ${span.origin}${on.has(i) ? " on" : ""}${span.open ? " open" : ""}`,
         x: from,
         y: l.y(i) - l.bar / 2,
         width,

@@ -195,7 +195,7 @@ function drawCards(run, t) {
           {},
           el("b", {}, key),
           el("bdi", {}, short(outline, 60)),
-          el("span", { class: "soft" }, el("bdi", {}, state(key, outcome))),
+          el("span", { class: "soft" }, state(key, outcome)),
         ),
         el("div", { class: "tail" }, el("bdi", {}, plain(text(key).slice(-TAIL_CHARS)))),
       ),

@@ -72,7 +72,7 @@ function textOf(lane, max) {
       rest += span.text.length - piece.length;
       left -= piece.length;
       if (piece) text.append(...toolChips(view.t, span));
-      if (piece) text.append(el("span", { class: `${span.origin} ${span.role}`, "data-span": i }, plain(piece)));
+      if (piece) text.append(el("span", { class: span.origin, "data-span": i, "data-role": span.role }, plain(piece)));
       return;
     }
     const block = own.slice(0, lane.path.length + 1),
