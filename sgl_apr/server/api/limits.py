@@ -30,6 +30,11 @@ LIMIT_FLAGS: Mapping[str, tuple[str, int | float, str]] = {
     "--apr-queue-timeout": (
         "queue_timeout", 0.001, "seconds that a trajectory waits before it is refused with status 503 (default: 60)",
     ),
+    "--apr-turn-memory": (
+        "turn_memory", 0,
+        "MiB of memory for the token ids of replies, which the next turn of a conversation finds in the KV cache; 0 "
+        "remembers none (default: 64)",
+    ),
     "--apr-tool-wait": (
         "tool_wait", 0.001, "seconds that a trajectory waits for the results of tools that its client runs (default: 300)",
     ),
@@ -61,6 +66,7 @@ class RequestLimits:
         concurrent: Trajectories that run at once. Further ones wait.
         queued: Trajectories that wait. The server refuses further ones.
         queue_timeout: Seconds that a trajectory waits before the server refuses it.
+        turn_memory: MiB for the token ids of replies, for the next turns of their conversations. 0 remembers none.
         tool_wait: Seconds that a trajectory waits for the results of tools that its client runs.
         max_waiting: Trajectories that wait for such results. More end the oldest. 0 refuses such tools.
         max_waiting_tokens: Tokens of all trajectories that wait for such results. More end the oldest.
@@ -76,6 +82,7 @@ class RequestLimits:
     concurrent: int = 256
     queued: int = 1024
     queue_timeout: float = 60.0
+    turn_memory: int = 64
     tool_wait: float = 300.0
     max_waiting: int = 1024
     max_waiting_tokens: int = 4_000_000

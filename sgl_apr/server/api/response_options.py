@@ -25,6 +25,7 @@ class ResponseOptions:
         stop: Texts before which the content ends.
         logprobs: Add the log-probabilities of the tokens of the content.
         top_logprobs: How many alternatives of each of these tokens to add.
+        turn_memory: Use the token ids of earlier replies in the conversation, and remember those of this one.
     """
 
     separate_reasoning: bool = True
@@ -34,6 +35,7 @@ class ResponseOptions:
     stop: tuple[str, ...] = ()
     logprobs: bool = False
     top_logprobs: int = 0
+    turn_memory: bool = True
 
     @classmethod
     def pop_from(cls, options: dict[str, Any], *, separate_reasoning: bool = True) -> Self:
@@ -55,4 +57,5 @@ class ResponseOptions:
             ),
             include_trajectory=check_type("trajectory", options.pop("trajectory", False), bool),
             all_sequences=stream == "all",
+            turn_memory=check_type("turn_memory", options.pop("turn_memory", True), bool),
         )

@@ -271,6 +271,9 @@ def _stats_schema() -> Schema:
         properties[name] = describe(schema, text)
     properties |= {
         "limits": describe({"type": "object"}, "The operator's limits"),
+        "turn_memory": describe(
+            {"type": "object", "additionalProperties": count}, "The replies that are remembered for next turns"
+        ),
         "default_options": describe({"type": "object"}, "The operator's default options"),
         "joins_kv": {"type": "boolean"},
         "grammar_backend": {"type": "string"},
