@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sgl_apr.engine.base import Engine
@@ -13,6 +13,7 @@ from sgl_apr.methods.fork_prompts import ForkPrompts, PromptRenderer
 from sgl_apr.methods.fork_result import ForkResult
 from sgl_apr.methods.fork_run import ForkRun
 from sgl_apr.methods.fork_task import ForkTask, Merge, TaskPrompt, make_merge, make_tasks
+from sgl_apr.methods.fork_tools import ForkToolOptions
 from sgl_apr.methods.requests import check_method_options
 from sgl_apr.methods.session import method_session
 from sgl_apr.runtime.budget import Budget
@@ -56,7 +57,9 @@ async def fork(
         budget: Limits of all branches and of the merge together, for which `reserve` is kept. `tokens` counts what is
             decoded and what tools return, and not the tasks themselves. `width` is how many branches run at once.
         on_event: Is called with every event. The path of branch k is `(1, k)`.
-        options: Options of `areason` that concern requests, such as temperature, seed, retry and on_branch_failure.
+        options: Options of `areason` that concern requests, such as temperature, seed, retry and on_branch_failure, and those
+            about tools (`tools`, `tool_choice`, `parallel_tool_calls`, `tool_call_parser`, `run_tool`), for tasks that have
+            none of their own.
 
     Raises:
         AprError: The prompt, a task or an option is wrong. This is raised before anything is sent.
@@ -71,8 +74,9 @@ async def fork(
         ... )
         >>> result["1"].text, result.merged  # doctest: +SKIP
     """
+    tools = ForkToolOptions.pop_from(options)
     checked_tasks, checked_merge = check_fork(engine, prompt, tasks, merge, policy, on_event, options)
-    prepared = await prepare_fork(engine, prompt, checked_tasks, checked_merge)
+    prepared = await prepare_fork(engine, prompt, checked_tasks, checked_merge, tools)
     return await run_prepared_fork(prepared, policy, budget=budget, on_event=on_event, **options)
 
 
@@ -86,6 +90,7 @@ class PreparedFork:
         prompts: The prompts of the branches.
         tasks: The tasks.
         merge: The merge, if there is one.
+        tools: The options about tools of the fork.
     """
 
     engine: Engine
@@ -93,6 +98,7 @@ class PreparedFork:
     prompts: ForkPrompts
     tasks: tuple[ForkTask, ...]
     merge: Merge | None
+    tools: ForkToolOptions = field(default_factory=ForkToolOptions)
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,15 +108,20 @@ class PreparedFork:
 
 
 async def prepare_fork(
-    engine: Engine, prompt: Prompt, tasks: tuple[ForkTask, ...], merge: Merge | None
+    engine: Engine,
+    prompt: Prompt,
+    tasks: tuple[ForkTask, ...],
+    merge: Merge | None,
+    tools: ForkToolOptions | None = None,
 ) -> PreparedFork:
     """Encode the prompts of a fork, whose arguments are checked.
 
     Raises:
-        AprError: A prompt cannot be rendered.
+        AprError: A prompt cannot be rendered, or a tool cannot be used.
     """
-    renderer = PromptRenderer(engine, prompt)
-    return PreparedFork(engine, renderer, await renderer.render_tasks(tasks), tasks, merge)
+    tools = tools or ForkToolOptions()
+    renderer = PromptRenderer(engine, prompt, tools.shown_tools(tasks))
+    return PreparedFork(engine, renderer, await renderer.render_tasks(tasks, merge), tasks, merge, tools)
 
 
 async def run_prepared_fork(
@@ -126,7 +137,9 @@ async def run_prepared_fork(
     async with method_session(
         prepared.engine, prompts.context, FORK_METHOD, budget=budget, on_event=on_event, **options
     ) as session:
-        run = ForkRun(session, prompts, prepared.renderer, prepared.tasks, prepared.merge, policy)
+        run = ForkRun(
+            session, prompts, prepared.renderer, prepared.tasks, prepared.merge, policy, prepared.tools
+        )
         return await run.run()
 
 

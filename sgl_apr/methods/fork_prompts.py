@@ -13,6 +13,7 @@ from sgl_apr.methods.fork_task import RESULTS_PLACEHOLDER, ForkTask, Merge
 from sgl_apr.methods.requests import common_prefix
 from sgl_apr.runtime.prompts import Prompt, encode_prompt, is_chat
 from sgl_apr.runtime.value_checks import shorten
+from sgl_apr.tokenizer import plain_ids
 
 TokenIds = tuple[int, ...]
 Message = dict[str, Any]
@@ -43,17 +44,24 @@ class PromptRenderer:
     Args:
         engine: Has the tokenizer and the chat template.
         prompt: Text, token ids, or chat messages.
+        tools: The tools that the template shows to all branches, in OpenAI's form.
     """
 
-    def __init__(self, engine: Engine, prompt: Prompt) -> None:
-        self.engine, self.prompt = engine, prompt
+    def __init__(
+        self, engine: Engine, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        self.engine, self.prompt, self.tools = engine, prompt, tools
         self._context: TokenIds = ()
         self.messages: list[Message] | None = None
         if is_chat(prompt):
             self.messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
 
-    async def render_tasks(self, tasks: Sequence[ForkTask]) -> ForkPrompts:
+    async def render_tasks(self, tasks: Sequence[ForkTask], merge: Merge | None = None) -> ForkPrompts:
         """Return the prompts of the tasks.
+
+        Args:
+            tasks: The tasks.
+            merge: What will follow them.
 
         Raises:
             AprError: A task is messages, and the prompt is not, or the chat template refuses the messages.
@@ -65,6 +73,8 @@ class PromptRenderer:
             self._render_conversation(), *(self._render_chat(as_messages(task.prompt)) for task in tasks)
         )
         context, prompts = rendered[0], tuple(rendered[1:])
+        if not context and merge and merge.join == "text":
+            context = await self.render_merge(merge, "")
         shortest = min(len(ids) for ids in prompts)  # a branch has a token of its own, from which it decodes
         shared = common_prefix([context, *prompts] if context else prompts)[: shortest - 1]
         if not shared:
@@ -84,9 +94,13 @@ class PromptRenderer:
         if self.messages is not None:
             return await self._render_chat(_with_listing(merge.prompt, listing))
         context = self._context or await encode_prompt(self.engine, self.prompt)
-        return context + tuple(
-            self.engine.tokenizer.encode("\n\n" + _fill(self._text(merge.prompt), listing))
-        )
+        encode = self.engine.tokenizer.encode
+        before, placeholder, after = self._text(merge.prompt).partition(RESULTS_PLACEHOLDER)
+        if not placeholder:
+            before, after = "", f"\n\n{before}"
+        # What branches wrote may quote strangers, so no tag in it becomes a token.
+        listed = plain_ids(self.engine.tokenizer, listing)
+        return (*context, *encode("\n\n" + before), *listed, *encode(after))
 
     async def render_after_branch(self, merge: Merge, task: ForkTask) -> TokenIds:
         """Return what follows a branch where a merge continues after the branches themselves.
@@ -124,7 +138,7 @@ class PromptRenderer:
             return ()
 
     async def _render_chat(self, turn: Sequence[Message]) -> TokenIds:
-        return await encode_prompt(self.engine, [*(self.messages or ()), *turn])
+        return await encode_prompt(self.engine, [*(self.messages or ()), *turn], self.tools)
 
     def _encode_task(self, task: ForkTask) -> TokenIds:
         return tuple(self.engine.tokenizer.encode(self._text(task.prompt)))

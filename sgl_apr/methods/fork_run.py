@@ -6,23 +6,27 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BranchFailed, BudgetExceeded, EngineError
-from sgl_apr.methods.fork_prompts import ForkPrompts, PromptRenderer, with_text_before
-from sgl_apr.methods.fork_result import ForkResult, TaskResult, TokenUsage, render_results
+from sgl_apr.methods.fork_merge import ForkMerger, without_stop
+from sgl_apr.methods.fork_prompts import ForkPrompts, PromptRenderer
+from sgl_apr.methods.fork_result import ForkResult, TaskResult, TokenUsage
 from sgl_apr.methods.fork_task import ForkTask, Merge
+from sgl_apr.methods.fork_tools import ForkToolOptions, WorkerTools, decoding_prompt
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.session import MethodSession
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.branch_group import BranchGroup
-from sgl_apr.runtime.cancel_scope import CancelScope
+from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
 from sgl_apr.runtime.events import Delta
 from sgl_apr.runtime.join_policy import Policy, deadline_seconds
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.runtime.tools.rules import load_syntax
 
-MERGE_NAME = "merge"
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +40,7 @@ class ForkRun:
         tasks: One for each branch.
         merge: What follows the branches, if anything.
         policy: When the branches end.
+        tools: The options about tools of the fork.
     """
 
     def __init__(
@@ -46,18 +51,29 @@ class ForkRun:
         tasks: Sequence[ForkTask],
         merge: Merge | None,
         policy: Policy,
+        tools: ForkToolOptions,
     ) -> None:
         self.session, self.requests, self.trunk = session, session.requests, session.root.sequence
-        self.prompts, self.renderer, self.tasks, self.merge = prompts, renderer, tasks, merge
+        self.prompts, self.tasks = prompts, tasks
+        self.merger = ForkMerger(session, renderer, merge, tasks) if merge else None
         self.policy, self.budget = policy, session.budget
         self.requests.runner.cuts_branches |= policy != "all" or any(task.limits for task in tasks)
-        self._outlines = [task.outline for task in tasks]
         self._task_of: dict[SequenceState, ForkTask] = {}
+        self._tool_options = {task.name: tools.for_task(task) for task in tasks}
+        self._tools: dict[SequenceState, WorkerTools] = {}
+        if any(options.get("tools") for options in self._tool_options.values()):
+            self.requests.shares_tokens = False  # what a tool returns is not known when tokens are leased
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self.session.root.engine
+        assert engine is not None
+        return engine
 
     @property
     def joins_kv(self) -> bool:
         """Whether the merge continues after the branches in the KV cache."""
-        return self.merge is not None and self.merge.join == "kv"
+        return self.merger is not None and self.merger.joins_kv
 
     async def run(self) -> ForkResult:
         """Run all branches and the merge.
@@ -67,20 +83,21 @@ class ForkRun:
             BranchFailed: The engine failed a branch for good, and failures are to be raised.
         """
         share = await self._share()
+        for options in self._tool_options.values():
+            if options.get("tools"):
+                await load_syntax(replace(self.requests.options, **options), self._engine)
         group = BranchGroup(self.trunk)
-        prompts = [self._decoding(task) for task in self.tasks]
-        engine = self.session.root.engine
-        assert engine is not None
+        prompts = [decoding_prompt(self._engine, task) for task in self.tasks]
         engines, parallelism = await self.requests.commit_prefix(
-            engine, self.trunk, self.prompts.shared, len(self.tasks), share.tokens
+            self._engine, self.trunk, self.prompts.shared, len(self.tasks), share.tokens
         )
         self._start(group, share)
         equal = [share.tokens] * len(prompts)  # what a task may not take, the others may
         group.leases = self.requests.open_leases(group.branches, prompts, equal)
         await self._decode_branches(group, prompts, engines, parallelism)
         results = tuple(self._result(branch) for branch in group.branches)
-        merged = await self._merge(group, results) if self.merge else None
-        if not self.merge:
+        merged = await self.merger.run(group, results) if self.merger else None
+        if not self.merger:
             group.joined()
         trajectory = self.session.finish()
         return ForkResult(results, merged, len(self.prompts.shared), trajectory)
@@ -88,9 +105,9 @@ class ForkRun:
     async def _share(self) -> Allowance:
         """What one branch may spend at most, so that the merge keeps its reserve."""
         left, branches = self.requests.allowance, len(self.tasks)
-        reserve = self.budget.reserve if self.merge else 0.0
+        reserve = self.budget.reserve if self.merger else 0.0
         tokens = int(left.tokens * (1 - reserve))
-        context = self.session.root.engine.context if self.session.root.engine else None
+        context = self._engine.context
         if context is not None:
             tokens = min(tokens, await self._context_left(context, reserve))
         if tokens < branches:
@@ -99,10 +116,10 @@ class ForkRun:
             )
         calls = NO_LIMIT
         if self.budget.calls is not None:
-            kept = max(1 + branches * self.joins_kv, math.ceil(left.calls * reserve)) if self.merge else 0
+            kept = max(1 + branches * self.joins_kv, math.ceil(left.calls * reserve)) if self.merger else 0
             calls = (left.calls - kept - 1) // branches  # one commits the prefix
             if calls < 1:
-                needed = 1 + branches * (1 + self.joins_kv) + (self.merge is not None)
+                needed = 1 + branches * (1 + self.joins_kv) + (self.merger is not None)
                 raise BudgetExceeded(f"budget calls={self.budget.calls}, expected at least {needed}")
         tool_calls = left.tool_calls if left.tool_calls >= NO_LIMIT else left.tool_calls // branches
         return Allowance(tokens // branches, left.critical_path_cap, 0, calls, tool_calls=tool_calls)
@@ -115,14 +132,9 @@ class ForkRun:
                     f"the prompt of task {task.name} has {len(ids)} tokens, "
                     f"expected fewer than the {context} of the engine's context"
                 )
-        if self.merge is None:
+        if self.merger is None:
             return NO_LIMIT
-        if self.joins_kv:
-            used = sum(map(len, self.prompts.tasks)) - (len(self.tasks) - 1) * len(self.prompts.context)
-            used += len(await self.renderer.render_after_branch(self.merge, self.tasks[0]))
-        else:
-            empty = [TaskResult(task.name, "", "stop") for task in self.tasks]
-            used = len(await self.renderer.render_merge(self.merge, render_results(empty, self._outlines)))
+        used = await self.merger.prompt_tokens(self.prompts.tasks, self.prompts.context)
         return int((context - used - 1) * (1 - reserve))
 
     def _start(self, group: BranchGroup, share: Allowance) -> None:
@@ -154,28 +166,32 @@ class ForkRun:
             branch.inject("header", text, task.outline, charged=False, token_ids=header)
             self.session.place_branch(self.trunk, branch)
             self._task_of[branch] = task
+            if self._tool_options[task.name].get("tools"):
+                allowance.tokens = min(allowance.tokens, task.token_limit or NO_LIMIT)
+                self._tools[branch] = self._worker_tools(task)
+
+    def _worker_tools(self, task: ForkTask) -> WorkerTools:
+        limits, budget = task.limits or self.budget, self.budget
+        own = Budget(
+            reserve=budget.reserve,
+            tool_calls=limits.tool_calls,
+            tool_seconds=min(limits.tool_seconds, budget.tool_seconds),
+            tool_result_tokens=min(limits.tool_result_tokens, budget.tool_result_tokens),
+        )
+        options, tools = self.requests.options, self._tool_options[task.name]
+        return WorkerTools(self._engine, options, tools, own, self.requests.recorder)
 
     def _scope(self) -> CancelScope:
         """The scope of the branches. They leave the merge its reserve of time."""
         scope, now = self.trunk.scope, asyncio.get_running_loop().time()
         left, policy_s = scope.remaining_seconds(), deadline_seconds(self.policy)
         deadlines = []
-        if left is not None and self.merge:
+        if left is not None and self.merger:
             deadlines.append((now + left * (1 - self.budget.reserve), scope.limit))
         if policy_s is not None:
             deadlines.append((now + policy_s, "policy"))
         deadline, limit = min(deadlines, default=(None, ""))
         return CancelScope(scope, deadline, limit)
-
-    @staticmethod
-    def _decoding(task: ForkTask) -> Prompt:
-        return Prompt(
-            tokens=task.token_limit,
-            stop=task.stops,
-            sampling=task.sampling,
-            ends_with_eos=True,
-            name=task.name,
-        )
 
     async def _decode_branches(
         self, group: BranchGroup, prompts: Sequence[Prompt], engines: Sequence[Engine], parallelism: int
@@ -209,7 +225,7 @@ class ForkRun:
             await self._decode_branch(group, branch, prompt, engine)
         except EngineError as error:
             if checkpoint is None:
-                name = f"branch {branch.identity} ({prompt.name})"
+                name = f"branch {branch.identity} ({self._task_of[branch].name})"
                 raise BranchFailed(f"{name}: {error}", branch.path, error.status) from error
             log.warning("%s: branch %s failed, and restarts: %s", self.requests.rid, branch.identity, error)
             events = self.trunk.graph.events
@@ -228,16 +244,46 @@ class ForkRun:
     async def _decode_branch(
         self, group: BranchGroup, branch: SequenceState, prompt: Prompt, engine: Engine | None
     ) -> None:
-        leases = group.leases
+        leases, before = group.leases, branch.tokens_used
         assert leases is not None
-        before = branch.tokens_used
 
         async def extend() -> int:
             await group.extend(branch, 0)
             return leases.of(branch).tokens
 
-        await self.requests.decode(engine, branch, prompt, leases.of(branch).tokens, extend)
-        self.requests.allowance.spend(branch.tokens_used - before)
+        tools = self._tools.get(branch)
+        try:
+            if tools is None or engine is None:
+                await self.requests.decode(engine, branch, prompt, leases.of(branch).tokens, extend)
+            else:
+                await self._decode_with_tools(group, branch, engine, tools)
+        finally:
+            self.requests.allowance.spend(branch.tokens_used - before)
+
+    async def _decode_with_tools(
+        self, group: BranchGroup, branch: SequenceState, engine: Engine, tools: WorkerTools
+    ) -> None:
+        """Decode, run the calls of tools, and continue, until a text ends without calls."""
+        may_call = True
+        while True:
+            tokens = branch.allowance.tokens
+            limits = tools.limits(branch, tokens, may_call=may_call)
+            prompt = decoding_prompt(engine, self._task_of[branch], limits)
+            completion = await self.requests.decode(engine, branch, replace(prompt, tokens=None), tokens)
+            if completion.cut_call:
+                tools.runner.record_cut(branch, completion.cut_call)
+                may_call = False
+                if branch.scope.cancel_reason or branch.allowance.tokens < 1:
+                    return
+            elif completion.calls:
+                group.release_slot(branch)
+                room = engine.context - len(branch.context) - 1 if engine.context is not None else None
+                new = await tools.runner.run_calls(engine, branch, completion.calls, max_tokens=room)
+                may_call = new > 0
+                with suppress(ScopeCancelled):
+                    await branch.scope.run(group.acquire_slots(branch))
+            else:
+                return
 
     def _result(self, branch: SequenceState) -> TaskResult:
         """What a branch returned."""
@@ -252,52 +298,6 @@ class ForkRun:
             path,
         )
 
-    async def _merge(self, group: BranchGroup, results: Sequence[TaskResult]) -> TaskResult:
-        """Continue after the branches: by their text, or in the KV cache."""
-        merge, trunk = self.merge, self.trunk
-        assert merge is not None
-        ends = tuple(i for branch in group.branches for i in branch.frontier)
-        if merge.join == "kv":
-            ids = await self._join_kv(group, merge, results)
-            waits_for: tuple[int, ...] = ()
-        else:
-            complete = await self.renderer.render_merge(merge, render_results(results, self._outlines))
-            ids, waits_for = complete[len(trunk.context) :], ends
-        text = trunk.graph.tokenizer.decode(ids, trunk.context)
-        trunk.inject("tail", text, waits_for=waits_for, charged=False, token_ids=ids)
-        group.joined()
-        prompt = Prompt(
-            tokens=merge.max_tokens, stop=merge.stops, sampling=merge.sampling, ends_with_eos=True
-        )
-        calls = len(self.requests.recorder.request_log.calls)
-        completion = await self.requests.decode(
-            self.session.root.engine, trunk, prompt, self.requests.allowance.tokens
-        )
-        made = self.requests.recorder.request_log.calls[calls:]
-        usage = TokenUsage.of_calls([call for call in made if not call.path])
-        return TaskResult(MERGE_NAME, without_stop(completion.text, merge.stops), completion.finish, usage)
-
-    async def _join_kv(
-        self, group: BranchGroup, merge: Merge, results: Sequence[TaskResult]
-    ) -> tuple[int, ...]:
-        """Let the trunk continue after the branches that did not fail, and return the merge's prompt."""
-        joined = [branch for branch in group.branches if branch.finish != "failed"]
-        fork = len(self.trunk.context)
-        pairs = zip(results, self._outlines, strict=True)
-        if failed := [pair for pair in pairs if pair[0].finish == "failed"]:
-            merge = replace(
-                merge, prompt=with_text_before(merge.prompt, render_results(*zip(*failed, strict=True)))
-            )
-        if not joined:
-            complete = await self.renderer.render_merge(
-                replace(merge, join="text"), render_results(results, self._outlines)
-            )
-            return complete[fork:]
-        ids = await self.renderer.render_after_branch(merge, self.tasks[0])
-        self.requests.runner.kv_joiner.join(self.trunk, fork, joined)
-        self.trunk.append_branches(joined)
-        return ids
-
 
 def answer_text(branch: SequenceState) -> str:
     """What a branch wrote after its prompt and its last call of a tool."""
@@ -307,11 +307,3 @@ def answer_text(branch: SequenceState) -> str:
             break
         texts.append(span.text)
     return "".join(reversed(texts))
-
-
-def without_stop(text: str, stops: Sequence[str]) -> str:
-    """A text without the stop text that ended it."""
-    for stop in stops:
-        if text.endswith(stop):
-            return text[: -len(stop)]
-    return text

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgl_apr.engine.base import Engine
+from sgl_apr.formats.tool_syntax import DecodedCall, ToolSyntax
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish
 
@@ -21,6 +22,7 @@ class Prompt:
         grammar: Text for the engine's grammar backend.
         stop: Texts that end decoding and stay in the output.
         sampling: SGLang's sampling parameters, over those of the run.
+        tool_syntax: How calls of tools are written, if the text may end with some.
         ends_with_eos: An end-of-text token is the end that is expected, and not one in place of a closing tag.
         name: A label for people.
         depends_on: Completions that it follows in time without seeing them, if it has a context of its own.
@@ -31,6 +33,7 @@ class Prompt:
     grammar: str | None = None
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    tool_syntax: ToolSyntax | None = None
     ends_with_eos: bool = False
     name: str = ""
     depends_on: tuple[Completion, ...] = ()
@@ -51,6 +54,8 @@ class Completion:
         text: What was decoded, without an end-of-text token.
         finish: How it ended.
         logprob: Mean log-probability of its tokens, None if there are none.
+        calls: The calls of tools that the text ends with.
+        cut_call: What was decoded of calls that a limit has cut, the last span of the sequence.
     """
 
     sequence: SequenceState
@@ -58,6 +63,8 @@ class Completion:
     text: str = ""
     finish: Finish = "stop"
     logprob: float | None = None
+    calls: tuple[DecodedCall, ...] = ()
+    cut_call: str = ""
 
     @property
     def is_complete(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
+from sgl_apr.methods.free_text import free_text_output
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.budget import Budget
@@ -132,6 +133,8 @@ class MethodRequests:
         own = own if prompt.tokens is None else min(own, prompt.tokens)
         # A stop text may begin before the end of a request, and SGLang looks for it in what follows.
         resumes = self.engine.resumes_grammar if prompt.grammar else not prompt.stop
+        if "stop" in prompt.sampling:  # of a grammar that does not end there by itself
+            resumes = False
         if self.budget.calls is not None:  # a method plans its calls, so none is left for another request
             resumes = False
         resumes = resumes and self.shares_tokens and not is_penalized(prompt.sampling)
@@ -239,16 +242,9 @@ class MethodRequests:
         """End a sequence in which nothing may be decoded."""
         self.recorder.request_log.record_limit(limit, sequence.path)
         finish: Finish = sequence.scope.cancel_reason or "length"
-        self._append(sequence, "", (), finish, None)
+        role: Role = "body" if sequence.path else "text"
+        sequence.append_output(PhaseOutput((SpanDraft(role, "decoded", "", ()),), finish), None)
         return Completion(sequence, engine, "", finish)
-
-    def _append(
-        self, sequence: SequenceState, text: str, ids: tuple[int, ...], finish: Finish, call: int | None
-    ) -> PhaseOutput:
-        draft = SpanDraft("body" if sequence.path else "text", "decoded", text, ids)
-        output = PhaseOutput((draft,), finish)
-        sequence.append_output(output, call)
-        return output
 
     async def _complete(
         self,
@@ -284,9 +280,12 @@ class MethodRequests:
             own = ()
         insort(self._computed, (*sequence.context, *own[:-1]))
         text = self.tokenizer.decode(own, sequence.context)
-        stream.finish(self._append(sequence, text, own, finish, call))
-        logprobs = result.logprobs if result else None
-        return Completion(sequence, engine, text, finish, fmean(logprobs) if logprobs else None)
+        output = free_text_output(sequence, prompt.tool_syntax, text, own, finish, self.tokenizer)
+        sequence.append_output(output, call)
+        stream.finish(output)
+        logprobs = fmean(result.logprobs) if result and result.logprobs else None
+        cut_call = output.pieces[-1].text if output.cut_call else ""
+        return Completion(sequence, engine, text, output.finish, logprobs, output.calls, cut_call)
 
     def _uncomputed_tokens(self, ids: tuple[int, ...]) -> int:
         """How many of these ids no request has computed. The last one is always computed again."""
