@@ -30,6 +30,13 @@ RESULT_COLUMNS: Sequence[tuple[str, int, Callable[[MethodResults], str]]] = (
     ("one by one", 9, lambda row: f"{row.alone[1] / row.alone[0]:.1f}x" if row.alone else "-"),
 )
 
+# Shown if any attempt called a tool.
+TOOL_COLUMNS: Sequence[tuple[str, int, Callable[[MethodResults], str]]] = (
+    ("tool calls", 12, lambda row: f"{row.mean(lambda a: a.tool_calls):.1f}"),
+    ("tool seconds", 14, lambda row: f"{row.mean(lambda a: a.tool_s):.2f}"),
+    ("tools in sequence", 13, lambda row: f"{row.mean(lambda a: a.critical_tool_s):.2f}"),
+)
+
 
 def print_results(task: str, rows: Sequence[MethodResults], several: bool, wide: bool = False) -> None:
     """Print a table with a row for each method, and notes below, such as why a method cannot run.
@@ -40,10 +47,11 @@ def print_results(task: str, rows: Sequence[MethodResults], several: bool, wide:
         several: Whether other tasks have tables too, so that each needs a title.
         wide: Whether all columns are printed, however wide the terminal is.
     """
+    has_tools = any(attempt.tool_calls for row in rows for attempt in row.attempts)
     columns = [Column("method", [row.method for row in rows], left=True)]
     columns += [
         Column(name, [text(row) if row.attempts else "-" for row in rows], rank)
-        for name, rank, text in RESULT_COLUMNS
+        for name, rank, text in (*RESULT_COLUMNS, *(TOOL_COLUMNS if has_tools else ()))
     ]
     console = _console(wide)
     console.print(FittedTable(columns, task if several else None, ALL_COLUMNS))

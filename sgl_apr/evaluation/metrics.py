@@ -25,7 +25,7 @@ BY_NUMBERS_METRICS = (
 METRIC_NAMES = (
     "accuracy", "ci95", "total_tokens", "critical_path", "fork_rate", "wall_s", "context_mean", "context_max", "redundancy",
     "diversity", "cached_share", "engine_calls", "label", "alone_s", "one_by_one_s", "took_s", "predicted_sequential_s",
-    "predicted_parallel_s",
+    "predicted_parallel_s", "tool_calls", "tool_s", "critical_tool_s",
 )  # fmt: skip
 
 
@@ -51,6 +51,9 @@ class AttemptMetrics:
         took_s: Seconds that the trajectory took.
         sequential_s: Predicted by `sgl_apr.evaluation.cost_model`; None without an engine cost.
         parallel_s: The same, with its forks.
+        tool_calls: Calls of tools.
+        tool_s: Seconds that these calls took, added up.
+        critical_tool_s: Seconds of tools on the chain that waits for them the longest.
     """
 
     problem: str
@@ -70,6 +73,9 @@ class AttemptMetrics:
     took_s: float | None = None
     sequential_s: float | None = None
     parallel_s: float | None = None
+    tool_calls: int = 0
+    tool_s: float = 0.0
+    critical_tool_s: float = 0.0
 
     @classmethod
     def from_result(
@@ -87,7 +93,7 @@ class AttemptMetrics:
             case.name, case.size, correct, m.total, m.critical_path, m.longest_context, m.branches, m.blocks,
             m.engine_calls, m.prompt_tokens, m.cached_tokens, result.label, redundancy(trajectory),
             diversity(trajectory, answer_key), trajectory.wall_s, predicted.sequential_s if predicted else None,
-            predicted.parallel_s if predicted else None,
+            predicted.parallel_s if predicted else None, m.tool_calls, m.tool_s, m.critical_tool_s,
         )  # fmt: skip
 
 
@@ -195,6 +201,9 @@ class MethodResults:
             "took_s": self.mean_known(lambda a: a.took_s),
             "predicted_sequential_s": self.mean_known(lambda a: a.sequential_s),
             "predicted_parallel_s": self.mean_known(lambda a: a.parallel_s),
+            "tool_calls": round(self.mean(lambda a: a.tool_calls), 2),
+            "tool_s": round(self.mean(lambda a: a.tool_s), 3),
+            "critical_tool_s": round(self.mean(lambda a: a.critical_tool_s), 3),
             "by_size": groups,
             "by_numbers": {
                 size: {name: group[name] for name in BY_NUMBERS_METRICS} for size, group in groups.items()

@@ -121,7 +121,7 @@ def render_summary(trajectories: dict[str, Trajectory]) -> FittedTable:
         tools = [
             Column("tool calls", [str(m.tool_calls) for m in metrics], rank=7),
             Column("tool seconds", [f"{m.tool_s:.1f}" for m in metrics], rank=9),
-            Column("on critical path", [f"{m.critical_tool_s:.1f}" for m in metrics], rank=8),
+            Column("tools in sequence", [f"{m.critical_tool_s:.1f}" for m in metrics], rank=8),
         ]
     return FittedTable(
         [

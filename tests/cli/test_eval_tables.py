@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
-from sgl_apr.cli.eval_tables import RESULT_COLUMNS, print_results
-from sgl_apr.evaluation.metrics import MethodResults
+from sgl_apr.cli.eval_tables import RESULT_COLUMNS, TOOL_COLUMNS, print_results
+from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 
 NAMES = [name for name, _, _ in RESULT_COLUMNS]
 
@@ -42,3 +45,16 @@ def test_a_table_leaves_out_columns_and_cuts_no_name(columns, wide, left_out, ca
     assert note == (f"{', '.join(missing)} (--wide or --json" if missing else "")
     if columns and not wide:
         assert max(map(len, table.splitlines())) <= int(columns)
+
+
+def test_columns_of_tools_are_shown_if_there_are_any(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "240")
+    tooled = AttemptMetrics("p", 4, True, 100, 60, 40, 3, 1, tool_calls=4, tool_s=4.0, critical_tool_s=1.0)
+    print_results("countdown", [MethodResults("apr", [tooled, replace(tooled, tool_calls=2)])], False)
+    lines = [[c.strip() for c in re.split("[┃│]", line)] for line in capsys.readouterr().out.splitlines()]
+    found = dict(zip(lines[1], lines[3], strict=True))
+    assert [found[name] for name, _, _ in TOOL_COLUMNS] == ["3.0", "4.00", "1.00"]
+    print_results("countdown", [MethodResults("apr", [replace(tooled, tool_calls=0)])], False)
+    assert "tool" not in capsys.readouterr().out

@@ -121,5 +121,5 @@ def test_figures_of_tools_are_shown_if_there_are_any():
     text = shown(render_summary({"title": tool_trajectory("threadweaver")}), 240)
     names, cells = ([c.strip() for c in re.split("[┃│]", text.splitlines()[k])] for k in (2, 4))
     found = dict(zip(names, cells, strict=True))
-    assert (found["tool calls"], found["tool seconds"], found["on critical path"]) == ("5", "5.0", "3.1")
+    assert (found["tool calls"], found["tool seconds"], found["tools in sequence"]) == ("5", "5.0", "3.1")
     assert "tool" not in shown(render_summary({"title": parsed()}), 240)
