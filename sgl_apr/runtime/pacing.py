@@ -86,7 +86,7 @@ def choose_parallelism(pacing: PacingFunction, demand: Demand, load: Load) -> tu
         raise AprError(f"the pacing function raised {shorten(error)}, {expected}") from error
     if isinstance(decision, tuple) and len(decision) == 2:
         branches, reason = decision
-        is_count = isinstance(branches, Integral) and not isinstance(branches, bool) and branches >= 1
+        is_count = isinstance(branches, Integral) and not isinstance(branches, bool) and int(branches) >= 1
         if is_count and isinstance(reason, str):
             return int(branches), reason
     raise AprError(f"the pacing function returned {shorten(decision)}, {expected}")

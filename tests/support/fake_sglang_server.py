@@ -133,9 +133,11 @@ class SglangServer:
         """Answer a request of a program's own expressions, without a stream: `GEN` after each prompt."""
         if self.failures.get("gen") == "status 500":
             return web.json_response({"error": {"message": "out of memory"}}, status=500)
-        if "text" in body:  # of a program with an image
-            return web.json_response(self._complete_answer(body, TOKENIZER.encode(body["text"])))
-        prompts = body["input_ids"]
+        text = body.get("text")  # of a program with an image
+        if isinstance(text, str):
+            prompts: Any = TOKENIZER.encode(text)
+        else:
+            prompts = [TOKENIZER.encode(one) for one in text] if text else body["input_ids"]
         if isinstance(prompts[0], int):
             return web.json_response(self._complete_answer(body, prompts))
         return web.json_response([self._complete_answer(body, ids) for ids in prompts])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import uuid
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from sgl_apr.engine.base import Request, Result
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.engine.server_url import normalize_url
-from sgl_apr.errors import EngineError
+from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.events import Delta, Event, OnEvent
 from sgl_apr.runtime.frontend.engine_call import EngineCall, Reason
 from sgl_apr.runtime.frontend.event_loop import EventLoopThread, wait_for
@@ -29,7 +28,9 @@ from sgl_apr.runtime.frontend.program_requests import (
     gen_body,
     image_prompt,
     new_rid,
+    program_routing_key,
     trajectory_meta,
+    with_ids,
 )
 from sgl_apr.runtime.frontend.program_text import ProgramText
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
@@ -46,7 +47,6 @@ from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
-ROUTE_VARIABLE = "__apr_route__"
 
 
 class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
@@ -165,11 +165,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         """Send a request of `select`, with token ids in place of text."""
         if s.images_:
             data = image_prompt(s.text_, s.images_) | data
-        elif (text := data.get("text")) is not None:
-            texts = [text] if isinstance(text, str) else text
-            ids = [list(self._tokens(s, one).ids) for one in texts]
-            data = {name: value for name, value in data.items() if name != "text"}
-            data["input_ids"] = ids[0] if isinstance(text, str) else ids
+        else:
+            data = with_ids(data, lambda text: self._tokens(s, text).ids)
         return self._wait(self.http.post(self._routed(s, data)), s)
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
@@ -213,7 +210,11 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     def route(self, s: StreamExecutor) -> str:
         """Return the routing key that keeps a program and its forks on one replica. Forks copy it as a variable."""
-        return str(s.variables.setdefault(ROUTE_VARIABLE, uuid.uuid4().hex))
+        return program_routing_key(s.variables)
+
+    def check_may_wait(self) -> None:
+        """Check that waiting for a program here would not stop the event loop that runs it."""
+        self._loop.check_may_wait()
 
     def prepare_fork(self, s: StreamExecutor) -> None:
         """Give a program the variables that its forks share.
@@ -336,4 +337,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     def _wait(self, work: Coroutine[Any, Any, T], s: StreamExecutor | None = None) -> T:
         """Run `work` in the endpoint's event loop and return its result. Cancelling the program `s` cancels it."""
+        try:
+            self.check_may_wait()
+        except AprError:
+            work.close()
+            raise
         return wait_for(self._start(work, s, lambda: None) if s else self._loop.submit(work))

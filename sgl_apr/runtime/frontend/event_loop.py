@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-from sgl_apr.errors import EngineError
+from sgl_apr.errors import AprError, EngineError
 
 T = TypeVar("T")
 STOP_TIMEOUT_S = 5.0
@@ -30,6 +30,18 @@ class EventLoopThread:
     def is_running(self) -> bool:
         """Whether the loop still takes work."""
         return self._loop.is_running()
+
+    def check_may_wait(self) -> None:
+        """Check that this is called in another thread than the loop's, which would wait for itself.
+
+        Raises:
+            AprError: It is called in the loop.
+        """
+        if threading.current_thread() is self._thread:
+            raise AprError(
+                "an event callback or an async tool waits for a program of the same apr.Endpoint, which would never end: "
+                "expected another thread, such as a tool that is a blocking function"
+            )
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start `work` and return its future at once."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglGen
@@ -105,6 +105,16 @@ class ProgramEngine:
     @property
     def resumes_grammar(self) -> bool:
         return self.server.http.resumes_grammar
+
+    @property
+    def tool_call_parser(self) -> str | None:
+        """The form of calls of tools that the server names, if it names one."""
+        return getattr(self.server.http, "tool_call_parser", None)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Sequence[int]:
+        return await self.server.http.encode_chat(messages, tools)
 
     async def commit(self, request: Request) -> Result:
         return await self.server.http.commit(self._routed(request))

@@ -42,9 +42,15 @@ def patch_forks() -> None:
         if not hasattr(parent.backend, "prepare_fork"):
             stock_join(self, mode)
             return
-        before = set(parent.variables)
+        children = [state.stream_executor for state in self.states]
+        for child in children:
+            child.sync()
+        if error := next((child.error_ for child in children if child.error_ is not None), None):
+            _fail(parent, error)
+            parent.sync()
+        elif mode == "gather_variable":
+            _gather(parent, children)
         stock_join(self, mode)
-        _after_join(parent, [state.stream_executor for state in self.states], before)
 
     StreamExecutor.fork, ProgramStateGroup.join = fork, join
 
@@ -65,20 +71,17 @@ def _fork(
     return children
 
 
-def _after_join(parent: Any, children: Sequence[Any], before: set[str]) -> None:
-    """Let a program fail with the first child that failed, or gather the meta information of the gathered variables.
+def _gather(parent: Any, children: Sequence[Any]) -> None:
+    """Give a program the variables that only its children have, as lists, with their meta information.
 
-    Args:
-        parent: The program.
-        children: The joined children, in order.
-        before: The program's variables before the join.
+    SGLang appends value by value, so that a program that streams is read with lists that are too short.
     """
-    if error := next((child.error_ for child in children if child.error_ is not None), None):
-        _fail(parent, error)
-        parent.sync()
-        return
-    for name in set(parent.variables) - before:
-        parent.meta_info[name] = [child.meta_info.get(name) for child in children if name in child.variables]
+    for name in {
+        name: None for child in children for name in child.variables if name not in parent.variables
+    }:
+        having = [child for child in children if name in child.variables]
+        parent.meta_info[name] = [child.meta_info.get(name) for child in having]
+        parent.variables[name] = [child.variables[name] for child in having]
 
 
 def _fail(executor: Any, error: BaseException) -> None:

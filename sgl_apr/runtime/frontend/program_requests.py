@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from sglang.lang.global_config import global_config
@@ -15,6 +15,7 @@ from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.trajectory.trajectory import Trajectory
 
 PROGRAM_SAMPLING_PARAMS = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
+ROUTE_VARIABLE = "__apr_route__"  # SGLang copies variables to forks
 LOGPROB_PARAMS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
 
 
@@ -37,6 +38,23 @@ def gen_body(prompt: Mapping[str, Any], params: SglSamplingParams, routing_key: 
         **{k: v for k in LOGPROB_PARAMS if (v := getattr(params, k)) is not None},
     }
     return body if params.n > 1 else {"rid": new_rid(), **body}  # SGLang makes the ids of a batch itself
+
+
+def program_routing_key(variables: MutableMapping[str, Any]) -> str:
+    """Return the routing key that a program and its forks share. A new one is stored with the program's variables."""
+    return str(variables.setdefault(ROUTE_VARIABLE, uuid.uuid4().hex))
+
+
+def with_ids(body: Mapping[str, Any], encode: Callable[[str], Sequence[int]]) -> dict[str, Any]:
+    """Return a body with token ids in place of its text, or of its texts."""
+    rest = {name: value for name, value in body.items() if name != "text"}
+    match body.get("text"):
+        case None:
+            return rest
+        case str() as text:
+            return {**rest, "input_ids": list(encode(text))}
+        case texts:
+            return {**rest, "input_ids": [list(encode(text)) for text in texts]}
 
 
 def image_prompt(text: str, images: Sequence[tuple[Any, str]]) -> dict[str, Any]:

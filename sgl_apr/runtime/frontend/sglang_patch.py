@@ -65,6 +65,7 @@ def patch_frontend() -> None:
     stock_execute_gen = StreamExecutor._execute_gen
 
     def get_var(self: Any, name: str) -> Any:
+        _check_may_wait(self)
         if _raises_errors(self) and not _wait_for_variable(self, name):
             raise self.error_
         try:
@@ -74,6 +75,7 @@ def patch_frontend() -> None:
             raise
 
     def get_meta_info(self: Any, name: str, timeout: float | None = None) -> Any:
+        _check_may_wait(self)
         if _raises_errors(self) and timeout is None and not _wait_for_variable(self, name):
             raise self.error_
         meta = stock_meta(self, name, timeout)
@@ -82,6 +84,7 @@ def patch_frontend() -> None:
         return meta
 
     def sync(self: Any) -> None:
+        _check_may_wait(self)
         if not self.use_thread:
             stock_sync(self)
             return
@@ -192,6 +195,12 @@ def _raise_own_error(executor: Any) -> None:
 
 def _raises_errors(executor: Any) -> bool:
     return bool(executor.use_thread and getattr(executor.backend, "raises_errors", False))
+
+
+def _check_may_wait(executor: Any) -> None:
+    """Raise an error where waiting for a program would stop the event loop that runs it."""
+    if check := getattr(executor.backend, "check_may_wait", None):
+        check()
 
 
 def _wait_for_variable(executor: Any, name: str) -> bool:
