@@ -10,10 +10,12 @@ import orjson
 
 from sgl_apr.errors import AprError, BudgetExceeded
 from sgl_apr.methods.fork_task import ForkTask, Merge, make_merge, make_tasks
+from sgl_apr.methods.fork_tools import ForkToolOptions
 from sgl_apr.methods.requests import FORK_OPTION_NAMES, check_method_options
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.option_checks import JSON_OPTION_NAMES, check_option_names
 from sgl_apr.runtime.retry import Retry
+from sgl_apr.runtime.tools.tool import Tool
 from sgl_apr.runtime.value_checks import (
     SAMPLING_TYPES,
     check_type,
@@ -25,6 +27,7 @@ from sgl_apr.runtime.value_checks import (
 )
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.options import MAX_ATTEMPTS
+from sgl_apr.server.api.tool_request import select_tools
 
 PROMPT_FIELDS = ("prompt", "input_ids", "messages")
 # Options of a fork that JSON can express.
@@ -32,6 +35,7 @@ FORK_REQUEST_OPTIONS = tuple(name for name in JSON_OPTION_NAMES if name not in F
 TASK_FIELDS = (
     "prompt", "messages", "name", "sampling", "response_format", "tools", "tool_choice", "budget", "max_tokens", "stop",
 )  # fmt: skip
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 MERGE_FIELDS = ("prompt", "messages", "join", "sampling", "response_format", "max_tokens", "stop")
 
 
@@ -46,6 +50,7 @@ class ForkRequest:
         policy: When the branches end.
         options: Options by name, of `FORK_REQUEST_OPTIONS`.
         stream: Whether the client wants events while the branches run.
+        tools: The operator's tools that all tasks may call, and how.
     """
 
     prompt: Any
@@ -54,10 +59,15 @@ class ForkRequest:
     policy: str = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
+    tools: ForkToolOptions = field(default_factory=ForkToolOptions)
 
     @classmethod
-    def from_json(cls, body: bytes) -> ForkRequest:
+    def from_json(cls, body: bytes, operator_tools: Sequence[Tool] = ()) -> ForkRequest:
         """Return the request in a body of `/apr/fork`.
+
+        Args:
+            body: The body.
+            operator_tools: The tools of the operator, which a request names.
 
         Raises:
             AprError: The body is not such an object. The message says what was expected.
@@ -74,8 +84,19 @@ class ForkRequest:
         stream = check_type("stream", fields.pop("stream", False), bool)
         policy = check_type("policy", fields.pop("policy", "all"), str)
         if isinstance(tasks, list):  # if not, `make_tasks` says what was expected
-            tasks = [_make_task(number, task) for number, task in enumerate(tasks, 1)]
-        return cls(prompts[0], make_tasks(tasks), _make_merge(merge), policy, fields, stream)
+            tasks = [_make_task(number, task, operator_tools) for number, task in enumerate(tasks, 1)]
+        tools = {name: fields.pop(name) for name in TOOL_FIELDS if name in fields}
+        if "tools" in tools:
+            tools["tools"] = _select_tools(tools["tools"], operator_tools)
+        return cls(
+            prompts[0],
+            make_tasks(tasks),
+            _make_merge(merge),
+            policy,
+            fields,
+            stream,
+            ForkToolOptions.pop_from(tools),
+        )
 
     def with_options(self, options: Mapping[str, Any], limits: RequestLimits) -> ForkRequest:
         """Return the request with checked options, within the operator's limits.
@@ -104,11 +125,26 @@ class ForkRequest:
         return replace(self, options={**options, "budget": limits.fork_budget(fields)})
 
 
-def _make_task(number: int, task: Any) -> ForkTask:
+def _make_task(number: int, task: Any, operator_tools: Sequence[Tool]) -> ForkTask:
     try:
-        return ForkTask(**_fields("task", task, TASK_FIELDS)) if isinstance(task, dict) else ForkTask(task)
+        if not isinstance(task, dict):
+            return ForkTask(task)
+        fields = _fields("task", task, TASK_FIELDS)
+        if "tools" in fields:
+            fields["tools"] = _select_tools(fields["tools"], operator_tools)
+        return ForkTask(**fields)
     except AprError as error:
         raise type(error)(f"task {number}: {error}") from None
+
+
+def _select_tools(names: Any, operator_tools: Sequence[Tool]) -> tuple[Tool, ...]:
+    """The operator's tools of these names."""
+    if names == []:
+        return ()
+    try:
+        return select_tools(names, operator_tools)
+    except AprError as error:  # in chat completions, they are a field of `apr`
+        raise AprError(str(error).removeprefix("apr ")) from None
 
 
 def _make_merge(merge: Any) -> Merge | None:

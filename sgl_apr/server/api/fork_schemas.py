@@ -48,7 +48,7 @@ FIELD_SCHEMAS: Mapping[str, Schema] = {
     "messages": MESSAGES,
     "name": {"type": "string", "maxLength": MAX_NAME_CHARS},
     "response_format": RESPONSE_FORMAT,
-    "tools": {"type": "array", "items": {"type": "string"}},
+    "tools": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"const": "all"}]},
     "tool_choice": {"type": "string"},
     "max_tokens": {"type": "integer", "minimum": 1},
     "stop": STOP,
@@ -81,6 +81,9 @@ def fork_components(
             "merge": nullable({"anyOf": [TEXT, MESSAGES, _fields(MERGE_FIELDS, Merge, options)]}),
             "policy": nullable({"type": "string", "pattern": f"^(?:{JOIN_POLICY_PATTERN.pattern})$"}),
             "stream": stream,
+            "tools": nullable(describe(FIELD_SCHEMAS["tools"], 'Names of the operator\'s tools, or "all"')),
+            "tool_choice": nullable(FIELD_SCHEMAS["tool_choice"]),
+            "parallel_tool_calls": nullable({"type": "boolean"}),
             **fork_options,
         }
     )

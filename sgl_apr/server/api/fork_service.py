@@ -58,7 +58,7 @@ async def check_request(service: TrajectoryService, request: ForkRequest) -> Che
         )
     options = {name: value for name, value in request.options.items() if name != "budget"}
     tasks, merge = check_fork(engine, prompt, request.tasks, request.merge, request.policy, None, options)
-    return CheckedFork(await prepare_fork(engine, prompt, tasks, merge), request)
+    return CheckedFork(await prepare_fork(engine, prompt, tasks, merge, request.tools), request)
 
 
 def check_text_size(request: ForkRequest, parser: OptionsParser) -> None:
@@ -107,7 +107,7 @@ async def fork(request: Request) -> Response:
     `"stream": true` the events of all branches (`sgl_apr.runtime.event_from_json`) and then one `fork_result`.
     """
     service: TrajectoryService = request.app.state.apr
-    fork_request = ForkRequest.from_json(await request.body())
+    fork_request = ForkRequest.from_json(await request.body(), service.operator_tools.tools)
     checked = await run_until_disconnect(request.receive, check_request(service, fork_request))
     if fork_request.stream:
         events = hold_first(stream_events(lambda on_event: run_fork(service, checked, on_event)))

@@ -89,6 +89,35 @@ def test_a_dialect_is_no_option_of_a_fork():
         assert not is_described({"prompt": "p", "tasks": ["a"], name: value})
 
 
+def test_tools_are_those_of_the_operator():
+    def search(query: str) -> str:
+        "Search."
+        return query
+
+    tool = apr.Tool.from_function(search)
+    tasks = [
+        {"prompt": "a", "tools": ["search"], "tool_choice": "required"},
+        {"prompt": "b", "tools": []},
+        "c",
+    ]
+    body = {"prompt": "p", "tasks": tasks, "tools": "all", "parallel_tool_calls": False}
+    request = ForkRequest.from_json(json.dumps(body).encode(), [tool])
+    assert is_described(body)
+    assert [task.own_tools for task in request.tasks] == [(tool,), (), None]
+    assert request.tools.for_task(request.tasks[2]) == {"tools": (tool,), "parallel_tool_calls": False}
+    for wrong, message in (
+        ({"tools": ["serach"]}, "tools has 'serach', did you mean 'search'"),
+        ({"tools": [{"type": "function"}]}, 'expected "all" or a list with some of search'),
+        ({"tasks": [{"prompt": "a", "tools": ["x"]}]}, "task 1: tools has 'x', expected"),
+        ({"tool_choice": 3}, "tool_choice=3, expected"),
+    ):
+        with pytest.raises(apr.AprError) as error:
+            ForkRequest.from_json(json.dumps({**body, **wrong}).encode(), [tool])
+        assert message in str(error.value)
+    with pytest.raises(apr.AprError, match="this server has no tools of its own: start it with --apr-tools"):
+        ForkRequest.from_json(json.dumps(body).encode())
+
+
 def test_the_operator_limits_workers_tokens_and_seconds():
     limits = RequestLimits(width=2, tokens=100, seconds=9.0)
     assert parse(limits, prompt="p", tasks=["a", "b"]).options["budget"] == apr.Budget(
