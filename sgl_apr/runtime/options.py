@@ -74,7 +74,8 @@ class ReasonOptions:
         run_tool: Runs the tools that have no function, and limits its own time. An async function of a `ToolRequest` that
             returns text.
         answer_schema: JSON schema of the final text, which is then JSON.
-        stop: Texts that end the final text. They are not part of it.
+        stop: Texts that end the final text: what decodes it ends as soon as it has written one. The trajectory has what was
+            decoded up to there.
     """
 
     dialect: Dialect

@@ -15,6 +15,7 @@ from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
 from sgl_apr.errors import EngineError
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.runtime.activity import Activity
+from sgl_apr.runtime.answer_stop import watch_for_stop
 from sgl_apr.runtime.cancel_scope import ScopeCancelled
 from sgl_apr.runtime.continuation import Extend, PhaseExtension
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
@@ -91,6 +92,7 @@ class RequestRunner:
         numbering, context = self.builder.numbering(sequence), sequence.context
         tokenizer = self.builder.tokenizer
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
+        watch_for_stop(text, self.options, sequence, phase, limits, calls)
         result, call = None, None
         if engine and extend and limits.max_new_tokens < 1 and not sequence.scope.cancel_reason:
             more = await self._further_tokens(sequence, (), extend)
@@ -137,7 +139,7 @@ class RequestRunner:
         if self.supports_seeds:
             request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
         started = time.monotonic()
-        needs_tokens = self.events.listening or self._may_be_cut(sequence)
+        needs_tokens = text.emit is not None or self._may_be_cut(sequence)
 
         async def decode(request: Request) -> tuple[Result | None, int]:
             async def attempt(request: Request) -> Result:
