@@ -64,6 +64,7 @@ from .runtime.frontend.expressions import reason as reason
 from .runtime.loop import areason as areason
 from .runtime.loop import run as run
 from .runtime.loop import stream as stream
+from .runtime.turn_prompt import next_turn as next_turn
 from .runtime.options import ReasonOptions as ReasonOptions
 from .runtime.pacing import Demand as Demand
 from .runtime.pacing import Pacing as Pacing
@@ -169,6 +170,7 @@ __all__ = [
     "from_dataset",
     "mcp_tools",
     "methods",
+    "next_turn",
     "preset",
     "read",
     "read_many",

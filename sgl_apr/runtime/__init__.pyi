@@ -23,6 +23,7 @@ from .frontend.expressions import reason as reason
 from .loop import areason as areason
 from .loop import run as run
 from .loop import stream as stream
+from .turn_prompt import next_turn as next_turn
 from .options import ReasonOptions as ReasonOptions
 from .pacing import Demand as Demand
 from .pacing import Pacing as Pacing
@@ -58,6 +59,7 @@ __all__ = [
     "event_from_json",
     "event_to_json",
     "mcp_tools",
+    "next_turn",
     "read_many",
     "reason",
     "rebuild",

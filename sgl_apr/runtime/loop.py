@@ -17,7 +17,14 @@ from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.option_checks import check_function
 from sgl_apr.runtime.options import ReasonOptions, check_call, make_options
-from sgl_apr.runtime.prompts import Prompt, check_engine, check_prompt, encode_prompt, vocab_size
+from sgl_apr.runtime.prompts import (
+    Prompt,
+    check_engine,
+    check_prompt,
+    encode_prompt,
+    layout_of_prompt,
+    vocab_size,
+)
 from sgl_apr.runtime.reasoning_run import ReasoningRun
 from sgl_apr.runtime.request_runner import abort_requests
 from sgl_apr.runtime.tools.rules import load_syntax
@@ -39,7 +46,7 @@ async def areason(
     Args:
         engine: Decodes.
         prompt: Text, token ids that are sent as they are, or chat messages in OpenAI's form, which the chat template of
-            the model renders.
+            the model renders. `apr.next_turn` makes the token ids of the next turn of a conversation.
         dialect: The format. Without one it is the one whose tags the tokenizer has, else "threadweaver".
         on_event: Called with every event as it happens. See `sgl_apr.runtime.events`.
         options: The fields of `ReasonOptions`, and sampling parameters (temperature, top_p, ...). `budget`, `pacing`
@@ -58,7 +65,7 @@ async def areason(
     if on_event is not None:
         check_function("on_event", on_event)
     ids = await encode_prompt(engine, prompt, checked.chat_tools)
-    return await run_with_options(engine, ids, checked, on_event)
+    return await run_with_options(engine, ids, checked, on_event, prompt_layout=layout_of_prompt(prompt))
 
 
 def stream(
@@ -90,7 +97,7 @@ async def _stream(engine: Engine, prompt: Prompt, options: ReasonOptions) -> Asy
     ids = await encode_prompt(engine, prompt, options.chat_tools)
 
     def start(on_event: OnEvent) -> Coroutine[Any, Any, Trajectory]:
-        return run_with_options(engine, ids, options, on_event)
+        return run_with_options(engine, ids, options, on_event, prompt_layout=layout_of_prompt(prompt))
 
     async with contextlib.aclosing(stream_events(start)) as events:
         async for event in events:

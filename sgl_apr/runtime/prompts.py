@@ -13,6 +13,7 @@ from sgl_apr.errors import AprError
 from sgl_apr.runtime.retry import as_engine_error
 from sgl_apr.runtime.value_checks import MAX_VOCAB_SIZE, shorten
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.join_layout import Layout
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
@@ -68,6 +69,21 @@ def check_token_ids(ids: Any, vocab_size: int | None) -> tuple[int, ...]:
             f"the prompt has the token id {shorten(wrong[0])}, which is outside of the vocabulary: 0 to {largest}"
         )
     return checked
+
+
+class TurnPrompt(tuple[int, ...]):
+    """Token ids of a prompt that begins with an earlier turn: see `apr.next_turn`.
+
+    Attributes:
+        layout: How that turn is joined in the KV cache, up to the end of its last join. Empty if it is one sequence.
+    """
+
+    layout: Layout = ()
+
+
+def layout_of_prompt(prompt: Prompt) -> Layout:
+    """Return how the beginning of a prompt is joined in the KV cache."""
+    return prompt.layout if isinstance(prompt, TurnPrompt) else ()
 
 
 def encode_text(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:

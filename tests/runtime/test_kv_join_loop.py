@@ -12,8 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
+from sgl_apr.runtime.loop import run_with_options
+from sgl_apr.runtime.options import make_options
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
+from sgl_apr.trajectory.causal_graph import context_layout
 from sgl_apr.trajectory.join_layout import commit_prompts, layout_positions
 from tests.support.dense_mask import dense_mask
 
@@ -107,6 +110,34 @@ def test_what_is_written_is_what_the_reference_writes(joining: Server, reference
     assert max(regret(reference, trajectory, apr.causality(trajectory, "text"), letters)) > 1e-2, (
         "not in a line"
     )
+
+
+@pytest.mark.parametrize("join", ["kv", "text"])
+def test_a_second_turn_continues_what_the_first_has_joined(joining: Server, reference, join: str):
+    async def two_turns() -> tuple[apr.Trajectory, apr.Trajectory, apr.Trajectory]:
+        async with await apr.HttpEngine.connect(joining.url) as engine:
+            first = await apr.areason(engine, "Whales and eagles: ", "multiverse", **options("multiverse"))
+            checked = make_options("multiverse", engine.tokenizer, **options("multiverse") | {"join": join})
+            turns = [first]
+            for _ in range(2):
+                ids = (*turns[-1].context_ids, *engine.tokenizer.encode("<|im_end|>\nAnd sharks: "))
+                layout = context_layout(turns[-1])
+                assert layout
+                turns.append(await run_with_options(engine, ids, checked, prompt_layout=layout))
+            return tuple(turns)
+
+    letters = plain(asyncio.run(tokenizer_of(joining.url)), reference.config.vocab_size)
+    first, *later = asyncio.run(two_turns())
+    for before, trajectory in zip((first, later[0]), later, strict=True):
+        assert trajectory.calls[0].cached_tokens >= len(before.context_ids) - 1
+        assert trajectory == apr.Trajectory.from_json(trajectory.to_json())
+        found = apr.causality(trajectory)
+        layout = context_layout(before)
+        assert found.layout[: len(layout)] == layout
+        decoded = regret(reference, trajectory, found, letters)
+        assert len(decoded) >= 10
+        assert max(decoded) < 1e-4
+        assert max(regret(reference, trajectory, apr.causality(trajectory, "text"), letters)) > 1e-2
 
 
 async def tokenizer_of(url: str):
