@@ -105,6 +105,8 @@ def parse_phase_output(
             before = _text_before_call(dialect, phase, numbering, text[: written.start], resumed)
         if before is not None:
             return _calls_output(before, written, cut, ids, text, tokenizer)
+    if resumed and phase == "trunk" and not text and max_filler_tokens is not None and max_filler_tokens < 1:
+        return PhaseOutput((), cut or "length")  # there is text before, so that none has to stand for it
     closing, segments = "", None
     if cut != "failed":
         segments = dialect.match_phase(phase, text, numbering, resumed=resumed)
