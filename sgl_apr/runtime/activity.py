@@ -46,7 +46,9 @@ class Activity:
             yield
         finally:
             self.waiting -= 1
-            if not self.waiting:
+            if self.waiting:
+                self._start_timer()  # what continues may end without a request
+            else:
                 self._cancel_timer()
 
     def _start_timer(self) -> None:
