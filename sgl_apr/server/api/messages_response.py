@@ -11,7 +11,7 @@ from typing import Any
 from sgl_apr.server.api.http_errors import error_body
 from sgl_apr.server.api.http_streams import EventFormat, named_event
 from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary, usage
-from sgl_apr.server.api.reply import Reply, split_reply
+from sgl_apr.server.api.reply import ReplyText, split_reply
 from sgl_apr.server.api.reply_stream import ReplyDelta
 from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -95,7 +95,7 @@ class MessageBuilder:
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
 
-    def _split(self, trajectory: Trajectory) -> Reply:
+    def _split(self, trajectory: Trajectory) -> ReplyText:
         options = self.options
         return split_reply(trajectory, separate_reasoning=options.separate_reasoning, stop=options.stop)
 
@@ -103,7 +103,7 @@ class MessageBuilder:
         return trajectory_summary(trajectory, include_trajectory=self.options.include_trajectory)
 
     @staticmethod
-    def _ending(trajectory: Trajectory, reply: Reply) -> dict[str, Any]:
+    def _ending(trajectory: Trajectory, reply: ReplyText) -> dict[str, Any]:
         is_cut = finish_reason(trajectory, is_stopped=reply.is_stopped) == "length"
         reason = "stop_sequence" if reply.is_stopped else "max_tokens" if is_cut else "end_turn"
         return {"stop_reason": reason, "stop_sequence": reply.stop}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_apr.server.api.reply import Reply
+from sgl_apr.server.api.reply import ReplyText
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Span
@@ -46,7 +46,7 @@ class LogprobsBuilder:
     tokenizer: Tokenizer
     top_logprobs: int = 0
 
-    def chat(self, trajectory: Trajectory, reply: Reply) -> dict[str, Any]:
+    def chat(self, trajectory: Trajectory, reply: ReplyText) -> dict[str, Any]:
         """Return the field of a chat completion: the tokens of the content that the model decoded.
 
         Injected tokens, as those that close a text that was cut, have no log-probability and are left out.
@@ -61,7 +61,7 @@ class LogprobsBuilder:
         ]
         return {"content": content, "refusal": None}
 
-    def text(self, trajectory: Trajectory, reply: Reply) -> dict[str, Any]:
+    def text(self, trajectory: Trajectory, reply: ReplyText) -> dict[str, Any]:
         """Return the field of a text completion: all tokens of the text. Those that were injected have null."""
         tokens = list(self._content_tokens(trajectory, reply))
         start = len(reply.reasoning)
@@ -83,7 +83,7 @@ class LogprobsBuilder:
         data = None if REPLACEMENT in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": data}
 
-    def _content_tokens(self, trajectory: Trajectory, reply: Reply) -> Iterator[ReplyToken]:
+    def _content_tokens(self, trajectory: Trajectory, reply: ReplyText) -> Iterator[ReplyToken]:
         start = len(reply.reasoning)
         end = start + len(reply.content)
         for token in self._tokens(trajectory):

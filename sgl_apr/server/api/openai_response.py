@@ -22,7 +22,7 @@ from sgl_apr.runtime.events import (
 from sgl_apr.server.api.openai_logprobs import LogprobsBuilder
 from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary, usage
 from sgl_apr.server.api.options import CheckedRequest
-from sgl_apr.server.api.reply import Reply, split_reply
+from sgl_apr.server.api.reply import ReplyText, split_reply
 from sgl_apr.server.api.reply_stream import ReplyDelta, ReplyStream
 from sgl_apr.server.api.response_options import ResponseOptions as ResponseOptions
 from sgl_apr.tokenizer import Tokenizer
@@ -74,12 +74,12 @@ class OpenAIResponseBuilder:
         finish = finish_reason(trajectory, is_stopped=reply.is_stopped)
         return _choice(index, body, finish, self._logprobs(trajectory, reply))
 
-    def split(self, trajectory: Trajectory) -> Reply:
+    def split(self, trajectory: Trajectory) -> ReplyText:
         """Split the text of a trajectory into reasoning and content."""
         options = self.options
         return split_reply(trajectory, separate_reasoning=options.separate_reasoning, stop=options.stop)
 
-    def _logprobs(self, trajectory: Trajectory, reply: Reply) -> dict[str, Any] | None:
+    def _logprobs(self, trajectory: Trajectory, reply: ReplyText) -> dict[str, Any] | None:
         if not self.options.logprobs or self.tokenizer is None:
             return None
         builder = LogprobsBuilder(self.tokenizer, self.options.top_logprobs)

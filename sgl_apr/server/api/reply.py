@@ -9,7 +9,7 @@ from sgl_apr.trajectory.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ReplyText:
     """The texts of one choice of a response.
 
     Attributes:
@@ -28,7 +28,7 @@ class Reply:
         return self.stop is not None
 
 
-def split_reply(trajectory: Trajectory, *, separate_reasoning: bool, stop: Sequence[str] = ()) -> Reply:
+def split_reply(trajectory: Trajectory, *, separate_reasoning: bool, stop: Sequence[str] = ()) -> ReplyText:
     """Split the text of a trajectory.
 
     `reasoning + content` is the text of the trajectory, up to a stop string.
@@ -45,7 +45,7 @@ def split_reply(trajectory: Trajectory, *, separate_reasoning: bool, stop: Seque
     if not separate_reasoning:
         start = 0
     found = None if position is None else next(s for s in stop if text.startswith(s, end))
-    return Reply(text[start:end], text[:start], found)
+    return ReplyText(text[start:end], text[:start], found)
 
 
 def answer_start(trajectory: Trajectory) -> int:

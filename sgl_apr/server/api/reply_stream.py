@@ -28,7 +28,7 @@ class ReplyDelta:
 
 
 class ReplyStream:
-    """Receives the events of a trajectory, and returns deltas that add up to its `Reply`.
+    """Receives the events of a trajectory, and returns deltas that add up to its `ReplyText`.
 
     Text of the trunk is an answer only if no fork and no call of a tool follows. It is held back until that is certain:
     from its first character on if the options leave no further fork, else until the request that decodes it has ended.

@@ -14,7 +14,7 @@ from sgl_apr.server.api.http_errors import error_body
 from sgl_apr.server.api.http_streams import EventFormat, named_event
 from sgl_apr.server.api.openai_logprobs import LogprobsBuilder
 from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary, usage
-from sgl_apr.server.api.reply import Reply, split_reply
+from sgl_apr.server.api.reply import ReplyText, split_reply
 from sgl_apr.server.api.reply_stream import ReplyDelta
 from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ class ResponseBuilder:
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
-    def _logprobs(self, trajectory: Trajectory, reply: Reply) -> list[Any] | None:
+    def _logprobs(self, trajectory: Trajectory, reply: ReplyText) -> list[Any] | None:
         if not self.options.logprobs or self.tokenizer is None:
             return None
         content = LogprobsBuilder(self.tokenizer, self.options.top_logprobs).chat(trajectory, reply)[

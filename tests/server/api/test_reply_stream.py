@@ -11,7 +11,7 @@ import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.runtime.options import ReasonOptions, make_options
 from sgl_apr.server.api.reply import (
-    Reply,
+    ReplyText,
     answer_start,
     answer_tokens,
     find_stop,
@@ -57,7 +57,7 @@ def deltas_of(options: ReasonOptions, events: list, trajectory: apr.Trajectory, 
 
 def check(
     options: ReasonOptions, events: list, trajectory: apr.Trajectory, stop: tuple[str, ...] = ()
-) -> Reply:
+) -> ReplyText:
     """The deltas are the reply, for both forms of the content, and the reasoning of a stream comes first."""
     order = ReplyOrder(options)
     assert "".join(order.add(event)[1] for event in events) == trajectory.text
