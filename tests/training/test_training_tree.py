@@ -13,11 +13,13 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sgl_apr as apr
+from sgl_apr.engine.scripted import Script
 from sgl_apr.training.attention_mask import Visibility
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
 from sgl_apr.trajectory.join_layout import layout_positions
 from sgl_apr.trajectory.metrics import longest_paths
+from tests.runtime.tools.scripted_tools import call
 from tests.support.example_documents import DOCUMENTS
 from tests.support.masked_sampler import SampledEngine, masked
 from tests.support.tool_trajectories import tool_trajectory
@@ -223,3 +225,66 @@ def test_the_tree_of_a_trajectory_with_tools_is_as_good_as_its_separate_contexts
     torch.testing.assert_close(ours, torch.cat(theirs), atol=1e-4, rtol=0)
     causal = torch.tensor([s for span in trajectory.spans for s in span.token_ids])
     assert len(causal) < found.tokens, "the text join is read again"
+
+
+class NotedScript(apr.ScriptedEngine):
+    """A scripted engine that records requests and their results."""
+
+    def __init__(self, script: Script, tokenizer: apr.ByteTokenizer) -> None:
+        super().__init__(script, tokenizer)
+        self.noted: list[tuple[apr.Request, tuple[int, ...]]] = []
+        self.joins_kv = True
+
+    async def decode(self, request, on_tokens=None):
+        result = await super().decode(request, on_tokens)
+        self.noted.append((request, result.token_ids))
+        return result
+
+
+MULTIVERSE_FORK = "<Parallel>\n<Goal>\n<Outline>\n1: a\n</Outline>\n<Outline>\n2: b\n</Outline>\n<Outline>\n3: c\n</Outline>\n</Goal>"
+
+
+@pytest.mark.parametrize("join", ["text", "kv"])
+def test_a_run_with_tools_is_trained_on_as_the_requests_read_it(join: str):
+    """In the trunk, two at once in a branch, one that fails in another, and one that is cut in a third."""
+    asked = Counter()
+
+    def search(query: str) -> str:
+        """Search."""
+        asked[query] += 1
+        if query == "fail":
+            raise ValueError("no such page")
+        return f"found {query}"
+
+    def script(request: apr.Request, prompt: str) -> apr.Reply | str:
+        for end, reply in {
+            "Q: ": "Hm. " + call("search", query="trunk"),
+            "found trunk\n</tool_response>\n": "So. " + MULTIVERSE_FORK,
+            "1:": " One." + call("search", query="x") + "\n" + call("search", query="y"),
+            "found y\n</tool_response>\n": " Found.\n</Path>",
+            "2:": " Two." + call("search", query="fail"),
+            "no such page\n</tool_response>\n": " Failed.\n</Path>",
+            "3:": " Three." + call("search", query="z" * 400),
+        }.items():
+            if prompt.endswith(end):
+                return reply
+        return "all\n</Conclusion>\n</Parallel>\nDone."
+
+    engine = NotedScript(script, apr.ByteTokenizer(apr.dialect("multiverse").tags))
+    trajectory = asyncio.run(
+        apr.areason(
+            engine, "Q: ", "multiverse", tools=[search], tool_call_parser="qwen25", join=join,
+            budget=apr.Budget(tokens=6000, branch_tokens=300), mode="parallel",
+        )
+    )  # fmt: skip
+    assert sorted(asked) == ["fail", "trunk", "x", "y"], "not the one that was cut"
+    assert Counter(c.outcome for c in trajectory.tool_calls) == {"ok": 3, "error": 1, "length": 1}
+    assert {j.by for j in trajectory.joins} == ({"kv"} if join == "kv" else set())
+    assert trajectory.answer == "Done."
+    found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
+    assert read(found) == requests(engine)
+    roles = {trajectory.spans[i].role for i in found.spans.tolist()}
+    assert "call" in roles
+    assert "observation" not in roles
+    m = trajectory.metrics()
+    assert (m.blocks, m.branches, m.tool_calls, m.tool_errors) == (1, 3, 5, 2)
