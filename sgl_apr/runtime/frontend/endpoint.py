@@ -7,30 +7,23 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.chat_template import get_chat_template
-from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
 from sgl_apr.engine.base import Request, Result
 from sgl_apr.engine.http import HttpEngine
-from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.engine.server_url import normalize_url
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.runtime.events import Delta, Event, OnEvent
 from sgl_apr.runtime.frontend.engine_call import EngineCall, Reason
 from sgl_apr.runtime.frontend.event_loop import EventLoopThread, wait_for
+from sgl_apr.runtime.frontend.program_backend import ProgramBackend
 from sgl_apr.runtime.frontend.program_engine import DecodeCall, ProgramEngine, resolve_future
 from sgl_apr.runtime.frontend.program_requests import (
     PROGRAM_SAMPLING_PARAMS,
     check_no_images,
-    gen_body,
-    image_prompt,
-    new_rid,
-    program_routing_key,
     trajectory_meta,
-    with_ids,
 )
 from sgl_apr.runtime.frontend.program_text import ProgramText
 from sgl_apr.runtime.frontend.sglang_patch import patch_frontend
@@ -38,18 +31,17 @@ from sgl_apr.runtime.frontend.token_ledger import (
     TOKENS_VARIABLE,
     ProgramTokens,
     program_tokens,
-    stored_tokens,
 )
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import ReasonOptions
-from sgl_apr.runtime.prompts import encode_text
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.causal_graph import context_layout
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
 
 
-class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
+class Endpoint(ProgramBackend):
     """A running SGLang server as the backend of `@sgl.function` programs.
 
     Everything that works on SGLang's own `RuntimeEndpoint` works here (gen, select, fork, roles, streaming, batches),
@@ -115,11 +107,6 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         if guessed and self.tokenizer.special_token_id("<|im_start|>") is not None:
             self.chat_template = get_chat_template("chatml")
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the served model."""
-        return self.http.tokenizer
-
     def close(self) -> None:
         """Cancel running programs, abort their requests on the server, and close connections and threads."""
         if self._loop.is_running:
@@ -138,37 +125,6 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
 
     # Called by SGLang's interpreter.
 
-    def commit_lazy_operations(self, s: StreamExecutor) -> None:
-        pending = self.pending_commits.get(s.sid)
-        if s.images_ and not pending:
-            body = image_prompt(s.text_, s.images_) | {"sampling_params": {"max_new_tokens": 0}}
-            self._wait(self.http.post(self._routed(s, body)), s)
-            return
-        fields = {ROUTING_KEY_FIELD: self.route(s)}
-        result = self._wait(self.http.commit(pending or Request(new_rid(), self._ids(s), fields=fields)), s)
-        if pending:
-            self.commit_results[s.sid] = result
-
-    def cache_prefix(self, prefix_str: str) -> None:
-        ids = encode_text(self.tokenizer, prefix_str)
-        self._wait(self.http.commit(Request(new_rid(), ids)))
-
-    def select(
-        self, s: StreamExecutor, choices: list[str], temperature: float, choices_method: ChoicesSamplingMethod
-    ) -> ChoicesDecision:
-        decision = super().select(s, choices, temperature, choices_method)
-        if not s.images_:  # the ids that were scored, which the cache has
-            s.variables[TOKENS_VARIABLE] = self._tokens(s, s.text_ + decision.decision)
-        return decision
-
-    def _generate_http_request(self, s: StreamExecutor, data: dict[str, Any]) -> Any:
-        """Send a request of `select`, with token ids in place of text."""
-        if s.images_:
-            data = image_prompt(s.text_, s.images_) | data
-        else:
-            data = with_ids(data, lambda text: self._tokens(s, text).ids)
-        return self._wait(self.http.post(self._routed(s, data)), s)
-
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[Any, dict[str, Any]]:
         match sampling_params.dtype:
             case Reason() as expression:
@@ -179,7 +135,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             case EngineCall() as expression:
                 result = self._wait(expression.run(ProgramEngine(self, s)), s)
                 return result.answer, {**trajectory_meta(result.trajectory), "result": result}
-        answer = self._wait(self.http.post(self._body(s, sampling_params)), s)
+        body = self._body(s, sampling_params)
+        answer = self._wait(self._send(s, body, self.http.post), s)
         if isinstance(answer, list):  # n > 1: the program continues with the first one, as in SGLang
             self._record_answer(s, s.text_, answer[0])
             return [a["text"] for a in answer], answer[0]["meta_info"]
@@ -196,9 +153,13 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             yield self.generate(s, sampling_params)
             return
         chunks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        future = self._start(
-            self._forward_chunks(self._body(s, sampling_params), chunks), s, lambda: chunks.put(None)
-        )
+
+        async def forward(body: dict[str, Any]) -> None:
+            async for chunk in self.http.events(body):
+                chunks.put(chunk)
+
+        body = self._body(s, sampling_params)
+        future = self._start(self._send(s, body, forward), s, lambda: chunks.put(None))
         before, sent = s.text_, 0
         ids: list[int] = []
         while (chunk := chunks.get()) is not None:
@@ -208,49 +169,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
         wait_for(future)
         self._record_answer(s, before, {"text": s.text_[len(before) :], "output_ids": ids})
 
-    def route(self, s: StreamExecutor) -> str:
-        """Return the routing key that keeps a program and its forks on one replica. Forks copy it as a variable."""
-        return program_routing_key(s.variables)
-
     def check_may_wait(self) -> None:
         """Check that waiting for a program here would not stop the event loop that runs it."""
         self._loop.check_may_wait()
-
-    def prepare_fork(self, s: StreamExecutor) -> None:
-        """Give a program the variables that its forks share.
-
-        SGLang copies variables to forks. What only the forks have becomes a list when `join` gathers variables.
-        """
-        self.route(s)
-        s.variables.setdefault(TOKENS_VARIABLE, ProgramTokens())
-
-    def _routed(self, s: StreamExecutor, body: dict[str, Any]) -> dict[str, Any]:
-        return {**body, ROUTING_KEY_FIELD: self.route(s)}
-
-    def _tokens(self, s: StreamExecutor, text: str) -> ProgramTokens:
-        """Return the tokens of a text that continues the program, and store nothing."""
-        return stored_tokens(s.variables).extended_to(text, self.tokenizer)
-
-    def _ids(self, s: StreamExecutor) -> tuple[int, ...]:
-        return program_tokens(s.text_, s.variables, self.tokenizer).ids
-
-    def _record_answer(self, s: StreamExecutor, before: str, answer: dict[str, Any]) -> None:
-        """Add the tokens of an answer to the program. SGLang appends its text afterwards."""
-        if s.images_:  # the server has encoded the prompt
-            return
-        tokens = program_tokens(before, s.variables, self.tokenizer)
-        s.variables[TOKENS_VARIABLE] = tokens.with_decoded(
-            answer["text"], answer["output_ids"], self.tokenizer
-        )
-
-    def _body(self, s: StreamExecutor, params: SglSamplingParams) -> dict[str, Any]:
-        self._handle_dtype_to_regex(params)
-        prompt = image_prompt(s.text_, s.images_) if s.images_ else {"input_ids": list(self._ids(s))}
-        return gen_body(prompt, params, self.route(s))
-
-    async def _forward_chunks(self, body: dict[str, Any], chunks: queue.SimpleQueue[Any]) -> None:
-        async for chunk in self.http.events(body):
-            chunks.put(chunk)
 
     def _branch(self, s: StreamExecutor, call: DecodeCall) -> tuple[str, dict[str, Any]]:
         """Run a gen inside a native fork: decode the request of the loop and return the result to it."""
@@ -279,7 +200,9 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
     def _reason(
         self, s: StreamExecutor, options: ReasonOptions, on_event: OnEvent | None
     ) -> Coroutine[Any, Any, Trajectory]:
-        return run_with_options(ProgramEngine(self, s), self._ids(s), options, on_event)
+        tokens = self._program_tokens(s)
+        layout = tokens.layout if tokens.joined_layout else ()
+        return run_with_options(ProgramEngine(self, s), tokens.ids, options, on_event, prompt_layout=layout)
 
     def _options(self, s: StreamExecutor, expression: Reason, params: SglSamplingParams) -> ReasonOptions:
         check_no_images(f"apr.reason({expression.name!r})", s.images_)
@@ -294,7 +217,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]  # SGLang has no types
             The answer and its meta information.
         """
         trace, answer = trajectory.text, trajectory.answer
-        s.variables[TOKENS_VARIABLE] = ProgramTokens(before + trace, trajectory.context_ids)
+        layout = context_layout(trajectory) or ()
+        s.variables[TOKENS_VARIABLE] = ProgramTokens(before + trace, trajectory.context_ids, layout)
         s.text_ = before + trace[: len(trace) - len(answer)]
         return answer, trajectory_meta(trajectory)
 

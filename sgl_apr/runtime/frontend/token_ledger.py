@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.join_layout import Layout, extend_layout, token_count
 
 # Native forks copy the variables of a program and nothing else of the backend, so the ids are one of the variables.
 TOKENS_VARIABLE = "__apr_ledger__"
@@ -19,10 +20,17 @@ class ProgramTokens:
     Attributes:
         text: The text.
         ids: The token ids of the text.
+        layout: How the beginning of the ids is joined in the KV cache, up to the end of the last join.
     """
 
     text: str = ""
     ids: tuple[int, ...] = ()
+    layout: Layout = ()
+
+    @property
+    def joined_layout(self) -> Layout | None:
+        """The layout of all ids, None if nothing is joined in the cache, or nothing follows the last join."""
+        return extend_layout(self.layout, len(self.ids)) if len(self.ids) > token_count(self.layout) else None
 
     def extended_to(self, text: str, tokenizer: Tokenizer) -> ProgramTokens:
         """Return the tokens of a longer text. Text that was changed rather than extended is encoded as a whole."""
@@ -30,7 +38,9 @@ class ProgramTokens:
             return ProgramTokens().extended_to(text, tokenizer)
         rest = text[len(self.text) :]
         return (
-            ProgramTokens(text, (*self.ids, *tokenizer.encode(rest, add_special_tokens=not self.ids)))
+            replace(
+                self, text=text, ids=(*self.ids, *tokenizer.encode(rest, add_special_tokens=not self.ids))
+            )
             if rest
             else self
         )
@@ -50,7 +60,8 @@ class ProgramTokens:
         kept = [*ids[:-1], *kept]
         while kept and not text.startswith(tokenizer.decode(kept, self.ids)):
             kept.pop()
-        extended = ProgramTokens(self.text + tokenizer.decode(kept, self.ids), (*self.ids, *kept))
+        text_kept = self.text + tokenizer.decode(kept, self.ids)
+        extended = replace(self, text=text_kept, ids=(*self.ids, *kept))
         return extended.extended_to(self.text + text, tokenizer)
 
 
