@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, load_dialect, parse_budget
 from sgl_apr.cli.display import print_trajectory
+from sgl_apr.cli.tool_options import add_tool_arguments, connect_tools, load_tool_arguments
 from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.methods.registry import METHOD_MODULES
 from sgl_apr.runtime.budget import Budget
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from sgl_apr.methods.task import Task
     from sgl_apr.runtime.arguments import ReasonArguments
     from sgl_apr.runtime.events import OnEvent
+    from sgl_apr.runtime.tools.tool import Tool
 
-    Answer = Callable[[Engine, OnEvent | None], Awaitable[Trajectory | MethodResult]]
+    Answer = Callable[[Engine, OnEvent | None, Sequence[Tool]], Awaitable[Trajectory | MethodResult]]
 
 TASKS = ("question", "mathematics", "countdown")
 CHATML_PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -80,7 +82,7 @@ def add_command(commands: Any) -> None:
         default=Budget(),
         metavar="NAME=N,...",
         help="limits: tokens (4096), critical_tokens, branch_tokens, width, depth (1), blocks, calls, seconds, "
-        "outline_chars, reserve",
+        "outline_chars, tool_calls, tool_seconds (60), tool_result_tokens (1024), reserve",
     )
     parser.add_argument(
         "--policy",
@@ -91,6 +93,7 @@ def add_command(commands: Any) -> None:
         choices=["text", "kv", "message"],
         help="how branches join (default: the first kind that the dialect has)",
     )
+    add_tool_arguments(parser)
     parser.add_argument("--seed", type=int, help="sampling seed, if the server supports seeds")
     parser.add_argument("--temperature", type=float, help="default: 1, or that of a method's paper")
     parser.add_argument(
@@ -152,8 +155,11 @@ async def _connect_and_answer(
     # Not `apr.Endpoint`: it imports SGLang, which takes seconds.
     from sgl_apr.engine.http import HttpEngine
 
-    async with await HttpEngine.connect(options.url, api_key=options.api_key) as engine:
-        return await answer(engine, on_event)
+    async with (
+        connect_tools(options) as tools,
+        await HttpEngine.connect(options.url, api_key=options.api_key) as engine,
+    ):
+        return await answer(engine, on_event, tools)
 
 
 def _reason_call(options: argparse.Namespace) -> Answer:
@@ -166,21 +172,29 @@ def _reason_call(options: argparse.Namespace) -> Answer:
         "seed": options.seed, "temperature": 1.0 if options.temperature is None else options.temperature,
     }  # fmt: skip
     dialect = load_dialect(options.dialect) if options.dialect else None
+    own_tools = load_tool_arguments(options)
+    if own_tools:
+        arguments["tools"] = own_tools
+    if options.tool_call_parser:
+        arguments["tool_call_parser"] = options.tool_call_parser
     check_call(dialect, arguments)
 
-    async def answer(engine: Engine, on_event: OnEvent | None) -> Trajectory:
-        prompt = options.question if options.raw else await _chat_prompt(engine, options.question)
+    async def answer(engine: Engine, on_event: OnEvent | None, tools: Sequence[Tool]) -> Trajectory:
+        if all_tools := [*own_tools, *tools]:
+            arguments["tools"] = all_tools
+        prompt = options.question if options.raw else await _chat_prompt(engine, options.question, all_tools)
         return await areason(engine, prompt, dialect, on_event=on_event, **arguments)
 
     return answer
 
 
-async def _chat_prompt(engine: Engine, question: str) -> Sequence[int]:
-    """The question as a user's message, by the chat template of the model, or else in plain text."""
+async def _chat_prompt(engine: Engine, question: str, tools: Sequence[Tool]) -> Sequence[int]:
+    """The question as a user's message, with the tools that the model may call, by the chat template of the model, or else in plain text."""
     from sgl_apr.runtime.prompts import encode_prompt
 
     try:
-        return await encode_prompt(engine, [{"role": "user", "content": question}])
+        shown = [tool.to_openai() for tool in tools] or None
+        return await encode_prompt(engine, [{"role": "user", "content": question}], shown)
     except UnsupportedEngine:
         # As SGLang's programs do it for a model without a chat template.
         has_tags = engine.tokenizer.special_token_id("<|im_start|>") is not None
@@ -204,9 +218,15 @@ def _method_call(options: argparse.Namespace) -> Answer:
         arguments["temperature"] = options.temperature
     if options.allow_code:
         arguments["allow_code"] = True
+    if own_tools := load_tool_arguments(options):
+        arguments["tools"] = own_tools
+    if options.tool_call_parser:
+        arguments["tool_call_parser"] = options.tool_call_parser
     check_arguments(options.method, task, arguments)
 
-    async def answer(engine: Engine, on_event: OnEvent | None) -> MethodResult:
+    async def answer(engine: Engine, on_event: OnEvent | None, tools: Sequence[Tool]) -> MethodResult:
+        if tools:
+            arguments["tools"] = [*own_tools, *tools]
         return await method(options.method)(
             engine, problem, task=task(engine), on_event=on_event, **arguments
         )
