@@ -28,7 +28,7 @@ from sgl_apr.formats.options import (
 )
 from sgl_apr.formats.options import BranchNumbering as BranchNumbering
 from sgl_apr.formats.options import Phase as Phase
-from sgl_apr.formats.phases import check_phase_numbers, phase_stop_strings
+from sgl_apr.formats.phases import check_phase_numbers, number_in_completion, phase_stop_strings
 from sgl_apr.formats.resumption import drop_prefix, resumption_prefixes
 from sgl_apr.formats.segmenter import Segment, match_segments, raise_on_defect, split_segments
 from sgl_apr.formats.token_split import split_token_ids
@@ -234,11 +234,7 @@ class Dialect(FormatOptions):
     ) -> list[Segment] | None:
         """Split the text of a phase as `parse_phase` does; None if it is not one that the phase can decode.
 
-        Args:
-            phase: The phase.
-            text: What it decoded.
-            numbering: The numbers that it can write.
-            resumed: Whether it continued after the result of a tool, so that it began in its free text.
+        With `resumed`, the phase continued after the result of a tool, so that it began in its free text.
         """
         if resumed:
             for prefix in resumption_prefixes(self.grammar, self.rule_for_phase(phase)):
@@ -275,13 +271,7 @@ class Dialect(FormatOptions):
             completions = (self.complete_phase(phase, prefix + text, numbering) for prefix in prefixes)
             return next((c for c in completions if c is not None), None)
 
-        def number(count: int, previous: str) -> str:
-            if previous and previous == self.grammar.opening_literal("wait"):
-                return numbering.waiting[0] if numbering.waiting else str(self.first_number)
-            after_closer = previous == self.grammar.opening_literal("closer")
-            in_fork = self.grammar.has_repetition("fork") and not after_closer
-            return (not in_fork and numbering.number) or f"{numbering.prefix}{self.first_number + count}"
-
+        number = number_in_completion(self.grammar, self.first_number, numbering)
         if not text and self._may_be_empty(phase):
             return ""
         options = (complete_text(self.grammar, rule, text, number) for rule in self._candidate_rules(phase))

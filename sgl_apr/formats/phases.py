@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from sgl_apr.formats.completion import NumberOf
 from sgl_apr.formats.grammar import Grammar
 from sgl_apr.formats.graph_builder import OpenBlock, ParserFrame, SpanGraphBuilder
 from sgl_apr.formats.options import BranchNumbering, FormatOptions, Phase
@@ -47,6 +48,25 @@ def check_phase_numbers(
     builder = SpanGraphBuilder(options, raise_on_defect(text), asynchronous=asynchronous, start=sequence)
     for index, segment in enumerate(segments):
         builder.place(segment, index)
+
+
+def number_in_completion(grammar: Grammar, first_number: int, numbering: BranchNumbering) -> NumberOf:
+    """Return a function that gives the next number of a phase that is completed.
+
+    Args:
+        grammar: The grammar.
+        first_number: The number of the first branch.
+        numbering: The numbers that the phase can write.
+    """
+
+    def number(count: int, previous: str) -> str:
+        if previous and previous == grammar.opening_literal("wait"):
+            return numbering.waiting[0] if numbering.waiting else str(first_number)
+        after_closer = previous == grammar.opening_literal("closer")
+        in_fork = grammar.has_repetition("fork") and not after_closer
+        return (not in_fork and numbering.number) or f"{numbering.prefix}{first_number + count}"
+
+    return number
 
 
 @lru_cache(maxsize=1024)  # called for every request

@@ -23,7 +23,9 @@ class TaggedReader:
 
     def __init__(self, tags: ParameterTags, schema: Mapping[str, Any]) -> None:
         self.tags = tags
-        self.types = {name: value_type(parameter) for name, parameter in parameter_schemas(schema).items()}
+        parameters = parameter_schemas(schema)
+        self.types = {name: value_type(parameter) for name, parameter in parameters.items()}
+        self._strings = {name for name, parameter in parameters.items() if parameter.get("type") == "string"}
         self._begin, self._end = tags.begin.strip(), tags.end.strip()
         self._middles = [m.strip() for m in (tags.middle, tags.json_middle) if m]
 
@@ -61,7 +63,7 @@ class TaggedReader:
     def _value(self, written: str, name: str) -> str:
         """The JSON text of a value."""
         written = written.strip() if self.tags.strips_space else written.removeprefix("\n").removesuffix("\n")
-        if self.tags.reads_null and written.lower() == "null":
+        if self.tags.reads_null and written.lower() == "null" and name not in self._strings:
             return "null"
         kind = self.types.get(name, "string")
         if kind == "string":

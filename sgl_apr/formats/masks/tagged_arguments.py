@@ -81,29 +81,25 @@ def _limits(
         o == {} or (o.get("type") == "string" and len(o) == 1) for o in map(_bare, options)
     ):
         raise GrammarError(f"{where}: none of its alternatives is a string without limits")
-    pattern, shortest, longest = (
-        rest.pop("pattern", None),
-        rest.pop("minLength", 0),
-        rest.pop("maxLength", None),
-    )
-    preparer.prepare(rest, where)
+    pattern, min_chars = rest.pop("pattern", None), rest.pop("minLength", 0)
+    max_chars = rest.pop("maxLength", None)
+    preparer.prepare(rest if pattern is None else {**rest, "pattern": pattern}, where)
     if unknown := rest.keys() - {"type", "format", "$defs", "definitions"}:
         raise GrammarError(f"{where}: {min(unknown)!r} cannot be enforced in a parameter that is plain text")
     if rest.get("format") in FORMATS:
         raise GrammarError(f"{where}: 'format' cannot be enforced in a parameter that is plain text")
-    limits = TextLimits(shortest, longest, None)
-    if pattern is not None:
-        if not re.fullmatch(r"\^[^^]*\$", pattern):
-            raise GrammarError(
-                f"{where}: the pattern {pattern!r:.60}, expected ^...$ in a parameter that is plain text"
-            )
-        limits = TextLimits(shortest, longest, pattern[1:-1])
-    if limits != TextLimits() and writer.BACKEND == "xgrammar":
+    if pattern is None:
+        return TextLimits(min_chars, max_chars)
+    if not re.fullmatch(r"\^[^^]*\$", pattern):
         raise GrammarError(
-            f"{where}: the grammar backend xgrammar cannot enforce the length or the pattern of a parameter that is "
-            "plain text; expected --grammar-backend llguidance"
+            f"{where}: the pattern {pattern!r:.60}, expected ^...$ in a parameter that is plain text"
         )
-    return limits
+    if writer.BACKEND == "xgrammar" and (min_chars or max_chars is not None):
+        raise GrammarError(
+            f"{where}: the grammar backend xgrammar cannot enforce a pattern and a length; expected "
+            "--grammar-backend llguidance"
+        )
+    return TextLimits(min_chars, max_chars, pattern[1:-1])
 
 
 def _bare(schema: Any) -> dict[str, Any]:

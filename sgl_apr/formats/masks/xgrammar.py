@@ -61,8 +61,14 @@ class XgrammarWriter(GrammarWriter):
         return None
 
     def parameter_text(self, name: str, end: str, limits: TextLimits) -> list[str]:
-        self.lines.update(_text_except("null", text_parts(self.excluded_names)))
-        return ["value_0?", *self.fixed(end)]
+        if limits.pattern is not None:
+            self.lines[name] = f"Regex({json.dumps(limits.pattern, ensure_ascii=False)})"
+            return [name, *self.fixed(end)]
+        if limits.max_chars is None and not limits.min_chars:
+            self.lines.update(_text_except("null", text_parts(self.excluded_names)))
+            return ["value_0?", *self.fixed(end)]
+        self.lines.update(_limited_text_except("null", limits.min_chars, limits.max_chars, name))
+        return [f"{name}_0", *self.fixed(end)]
 
     def pattern(self, name: str, regex: str) -> str:
         self.lines[name] = _to_ebnf(regex)
@@ -108,6 +114,28 @@ def _text_except(word: str, parts: TextParts) -> Iterator[tuple[str, str]]:
         end = " | value_end" * (index > 0)
         yield f"value_{index}", f"[^<{cases}] value_rest | value_leaving value_rest | {after}{end}"
     yield f"value_{len(word)}", "[^<] value_rest | value_leaving value_rest | value_end"
+
+
+def _limited_text_except(
+    word: str, min_chars: int, max_chars: int | None, name: str
+) -> Iterator[tuple[str, str]]:
+    """The rules of a text of some length without `<` that is not one word, in any case."""
+
+    def rest(used: int, least: int = 0) -> str:
+        """What can follow `used` characters."""
+        limit = "" if max_chars is None else max_chars - used
+        return f"[^<]{{{max(min_chars - used, least)},{limit}}}"
+
+    longest = len(word) if max_chars is None else min(len(word), max_chars)
+    can_be_longer = max_chars is None or max_chars > len(word)
+    for index, character in enumerate(word[:longest]):
+        cases = character.lower() + character.upper()
+        options = ['""'] if index >= min_chars else []
+        options.append(f"[^<{cases}] {rest(index + 1)}")
+        if index + 1 < len(word) or can_be_longer:  # otherwise the word would be complete
+            options.append(f"[{cases}] {name}_{index + 1}")
+        yield f"{name}_{index}", " | ".join(options)
+    yield f"{name}_{longest}", rest(longest, 1) if longest == len(word) and can_be_longer else '""'
 
 
 def _to_ebnf(regex: str) -> str:
