@@ -168,12 +168,12 @@ def longest_paths(spans: Sequence[Span], weights: Sequence[Weight]) -> list[Weig
 def _critical_tool_s(spans: Sequence[Span], tool_calls: Sequence[ToolCall]) -> float:
     """Seconds of tools on the chain with most of them. A call span weighs the time in which one of its calls runs."""
     by_id = {call.id: call for call in tool_calls}
-    weights = [
-        _union_length([(c.started, c.ended) for c in called_tools(span, by_id)])
-        if span.role == "call"
-        else 0.0
-        for span in spans
-    ]
+
+    def weight(span: Span) -> float:
+        calls = called_tools(span, by_id) if span.role == "call" else []
+        return _union_length([(call.started, call.ended) for call in calls])
+
+    weights = [weight(span) for span in spans]
     return max(longest_paths(spans, weights), default=0.0)
 
 
