@@ -94,6 +94,33 @@ async def encode_untrusted(
     return untrusted.encode(rendered) or []
 
 
+def render_untrusted(
+    tokenizer: Tokenizer, render: Callable[[UntrustedText], Rendered]
+) -> tuple[list[int] | None, bool]:
+    """Do the same where the renderer marks the messages itself, and where a prompt that it makes as text stays text.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        render: Marks messages, applies the chat template, and returns what it made. It keeps the last result.
+
+    Returns:
+        The token ids, or None if the last result is to be used as it is. And whether no text was changed.
+    """
+    own_tokens = 0
+    for untrusted in untrusted_texts(tokenizer):
+        rendered = render(untrusted)
+        if not untrusted.separated:
+            if untrusted.is_empty:
+                return None, True
+            ids = None if isinstance(rendered, str) else untrusted.encode(rendered)
+            if ids is not None:
+                return ids, True
+            own_tokens = untrusted.count_added(rendered)
+        elif untrusted.count_added(rendered) <= own_tokens:
+            break
+    return None, False
+
+
 def untrusted_texts(tokenizer: Tokenizer) -> Iterator[UntrustedText]:
     """Yield how to mark the same text, best first. All but the first change it a little."""
     yield UntrustedText(tokenizer)

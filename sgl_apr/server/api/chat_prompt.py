@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from sgl_apr.engine.untrusted_text import Rendered, UntrustedText, untrusted_texts
+from sgl_apr.engine.untrusted_text import Rendered, UntrustedText, render_untrusted
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.formats.token_split import split_token_ids
 from sgl_apr.server.api.reply import answer_start, find_stop, split_reply
@@ -132,6 +132,34 @@ def internal_request(serving: Any, request: Any, raw_request: Any) -> Any:
         raise AprError(str(error)) from error
 
 
+@contextmanager
+def marked_messages(request: Any, untrusted: UntrustedText, anchored: int | None = None) -> Iterator[None]:
+    """Replace what strangers wrote in a request by placeholders, for the duration of the block.
+
+    Args:
+        request: SGLang's `ChatCompletionRequest`.
+        untrusted: Makes the placeholders.
+        anchored: The index of a reply that becomes an anchor.
+    """
+    messages, tools = request.messages, request.tools
+    dumped = [message.model_dump() for message in messages]
+    marked = untrusted.mark_messages(dumped)
+    if anchored is not None:
+        marked[anchored] = {"role": "assistant", "content": untrusted.anchor()}
+    try:
+        request.messages = [
+            message if before == after else type(message).model_validate(after)
+            for message, before, after in zip(messages, dumped, marked, strict=True)
+        ]
+        if tools:
+            request.tools = [type(tool).model_validate(untrusted.mark(tool.model_dump())) for tool in tools]
+        yield
+    finally:
+        request.messages = messages
+        if tools:
+            request.tools = tools
+
+
 @dataclass(frozen=True, slots=True)
 class _PromptBuilder:
     serving: Any
@@ -155,54 +183,19 @@ class _PromptBuilder:
 
     def _render(self) -> tuple[Any, bool]:
         """Return SGLang's request, and whether its prompt is exactly what the template makes."""
-        own_tokens = 0
-        for untrusted in untrusted_texts(self.tokenizer):
-            with self._marked(untrusted):
+        generate: Any = None
+
+        def render(untrusted: UntrustedText) -> Rendered:
+            nonlocal generate
+            with marked_messages(self.request, untrusted):
                 generate = internal_request(self.serving, self.request, self.raw_request)
-            if untrusted.is_empty and not untrusted.separated:
-                return generate, True
             rendered: Rendered = generate.text if generate.input_ids is None else generate.input_ids
-            ids = (
-                None if isinstance(rendered, str) and not untrusted.separated else untrusted.encode(rendered)
-            )
-            if ids is not None and (not untrusted.separated or untrusted.count_added(ids) <= own_tokens):
-                break
-            own_tokens = own_tokens or untrusted.count_added(rendered)
-        if generate.text is None and ids is not None:
+            return rendered
+
+        ids, is_exact = render_untrusted(self.tokenizer, render)
+        if ids is not None:
             generate.input_ids = ids
-        return generate, not untrusted.separated
-
-    @contextmanager
-    def _marked(self, untrusted: UntrustedText, anchored: int | None = None) -> Iterator[None]:
-        """Replace what strangers wrote in the request by placeholders, while SGLang renders it.
-
-        Args:
-            untrusted: Makes the placeholders.
-            anchored: The index of a reply that becomes an anchor.
-        """
-        request = self.request
-        messages, tools = request.messages, request.tools
-        was_set = "tools" in request.model_fields_set
-        dumped = [message.model_dump() for message in messages]
-        marked = untrusted.mark_messages(dumped)
-        if anchored is not None:
-            marked[anchored] = {"role": "assistant", "content": untrusted.anchor()}
-        try:
-            request.messages = [
-                message if before == after else type(message).model_validate(after)
-                for message, before, after in zip(messages, dumped, marked, strict=True)
-            ]
-            if tools:
-                request.tools = [
-                    type(tool).model_validate(untrusted.mark(tool.model_dump())) for tool in tools
-                ]
-            yield
-        finally:
-            request.messages = messages
-            if tools:
-                request.tools = tools
-            if not was_set:
-                request.model_fields_set.discard("tools")
+        return generate, is_exact
 
     def _keys(self, generate: Any, memory: TurnMemory) -> list[ConversationKey]:
         """The keys of the conversation before each message, and of all of it."""
@@ -243,7 +236,7 @@ class _PromptBuilder:
     def _encode_after(self, index: int, turn: RememberedTurn) -> list[int] | None:
         """Encode what follows a reply, if what the template writes before it is what it wrote in that turn."""
         untrusted = UntrustedText(self.tokenizer)
-        with self._marked(untrusted, index):
+        with marked_messages(self.request, untrusted, index):
             generate = internal_request(self.serving, self.request, self.raw_request)
         if generate.input_ids is None:
             return None

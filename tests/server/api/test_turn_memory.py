@@ -15,7 +15,7 @@ import sgl_apr as apr
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
 from sgl_apr.server.api.chat_prompt import ChatPrompt, make_chat_prompt, usable_layout
-from sgl_apr.server.api.reply import Reply, split_reply
+from sgl_apr.server.api.reply import ReplyText, split_reply
 from sgl_apr.server.api.turn_memory import MIB, RememberedTurn, RenderedPrompt, TurnMemory
 from tests.support.chat_templates import CHATML, QWEN, TAGS, TRIMMED, compiled
 from tests.support.masked_sampler import Masked, SampledEngine
@@ -73,7 +73,7 @@ class Chat:
 
     def turn(
         self, messages: list[dict[str, Any]], *, stop: tuple[str, ...] = (), **body: Any
-    ) -> tuple[list[int], apr.Trajectory, Reply]:
+    ) -> tuple[list[int], apr.Trajectory, ReplyText]:
         """Answer messages, and remember the reply. Returns the prompt, the trajectory and the reply."""
         made = self.prompt(messages, **body)
         self.seed += 1
@@ -91,7 +91,7 @@ class Chat:
         )
 
 
-def assistant(reply: Reply, form: str) -> dict[str, Any]:
+def assistant(reply: ReplyText, form: str) -> dict[str, Any]:
     """The reply as a client sends it back."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.content}
     if form == "both":
