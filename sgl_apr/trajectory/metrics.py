@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, overload
 
 from sgl_apr.trajectory.blocks import iter_blocks
 from sgl_apr.trajectory.calls import Call
@@ -12,7 +12,6 @@ from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.tool_calls import ToolCall, called_tools
 
 Convention = Literal["causal", "threadweaver", "multiverse"]
-Weight = TypeVar("Weight", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +156,13 @@ def compute_metrics(
     )
 
 
-def longest_paths(spans: Sequence[Span], weights: Sequence[Weight]) -> list[Weight]:
+@overload
+def longest_paths(spans: Sequence[Span], weights: Sequence[int]) -> list[int]: ...
+@overload
+def longest_paths(spans: Sequence[Span], weights: Sequence[float]) -> list[float]: ...
+def longest_paths(spans: Sequence[Span], weights: Sequence[float]) -> list[Any]:
     """Return for every span the weight of the heaviest chain that ends with it. Parents come before children."""
-    ends: list[Weight] = []
+    ends: list[float] = []
     for span, weight in zip(spans, weights, strict=True):
         ends.append(weight + max((ends[p] for p in (*span.parents, *span.waits_for)), default=0))
     return ends
