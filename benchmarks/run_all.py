@@ -48,6 +48,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tre
         f"{RUNS}sequential", f"{RUNS}parallel", f"{RUNS}rl", "--sampled", f"{RUNS}parallel-sampled", f"{RUNS}rl-sampled",
         "--check",
     ),
+    "agents": ("--check",),
     "budgets": ("--check", "--at-once", "200", "-o", "runs/budgets"),
     "startup": ("--check", "--demo", "--variants", "default", "none of these"),
     "masks.mask_latency": ("--runs", "200"),

@@ -228,6 +228,31 @@ def budgets(result: Result) -> str:
     )
 
 
+def agents(result: Result) -> str:
+    rows = [
+        [
+            str(row["workers"]),
+            f"{row['context']:,}",
+            percent(row["min_cached_share"]),
+            f"{row['wall_s']:.2f}",
+            f"{row['serial_wall_s']:.2f}",
+            f"{row['serial_wall_s'] / row['wall_s']:.2f}",
+            percent(row["second_turn_cached"]),
+        ]
+        for row in result["rows"]
+    ]
+    heads = [
+        "workers",
+        "shared tokens",
+        "found in the cache",
+        "s at once",
+        "s in sequence",
+        "gain",
+        "second turn",
+    ]
+    return table(heads, rows)
+
+
 def peers(result: Result) -> str:
     rounds = result["rounds"]
 

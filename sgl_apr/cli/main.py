@@ -17,6 +17,7 @@ from sgl_apr.errors import AprError
 SUBCOMMANDS = (
     "model",
     "run",
+    "fork",
     "parse",
     "validate",
     "convert",

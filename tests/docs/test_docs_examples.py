@@ -47,3 +47,14 @@ def test_coding_counts_all_tries(server):
 def test_coding_solves_exercises_with_a_small_model():
     figures, _ = run("coding.py")
     assert figures["solved"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_agents_share_a_document_and_search_it_at_once(server):
+    figures, output = run("agents.py", "--url", server.url, "--tokens", "400")
+    assert figures["ok"], output
+    assert (figures["workers"], figures["min_cached_share"]) == (4, 1.0)
+    assert figures["tool_calls"] == figures["tools_ok"] == 4
+    assert figures["gain"] > 1
+    assert "North Ridge" in output
