@@ -29,6 +29,7 @@ class ApiConfig:
         default_options: Options of every trajectory, unless its request sets them.
         all_chats: Whether a chat completion without `apr` is a trajectory, too.
         dialects: Dialects from files, in addition to those that every server has.
+        plain_messages: Whether messages of chat requests without `apr` are kept from having control tokens, too.
         tools: Where the operator's tools come from: values of `--apr-tools`.
         tool_sources: The same, loaded.
     """
@@ -37,6 +38,7 @@ class ApiConfig:
     default_options: Mapping[str, Any] = field(default_factory=dict)
     all_chats: bool = False
     dialects: tuple[Dialect, ...] = ()
+    plain_messages: bool = False
     tools: tuple[str, ...] = ()
     tool_sources: ToolSources = field(default_factory=ToolSources)
 
@@ -58,6 +60,13 @@ def add_api_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=argparse.SUPPRESS,
         help="answer chat completions without `apr` as if they had an empty one",
+    )
+    parser.add_argument(
+        "--apr-plain-messages",
+        dest="plain_messages",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="in chat requests without `apr`, too, tags that a user or a tool spells are text and no control tokens",
     )
     parser.add_argument(
         "--apr-dialect",

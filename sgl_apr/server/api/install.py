@@ -28,6 +28,7 @@ from sgl_apr.server.api.chat_template import validate_chat_request
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.handlers import RequestHandlers
 from sgl_apr.server.api.model_alias import make_models_router
+from sgl_apr.server.api.plain_messages import apply_conversation_template, apply_jinja_template
 from sgl_apr.server.api.schemas import describe_openapi, json_body, json_responses
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import hook_around, require_sglang
@@ -64,6 +65,13 @@ def install(config: ApiConfig) -> None:
         (HANDLE_MESSAGES, ["request", "raw_request"], handlers.message_request),
         (DECIDE_AUTH, ["method", "path"], allow_ui_without_key),
     )
+    if config.plain_messages:
+        path = f"{chat.__module__}:{chat.__name__}"
+        jinja, conversation = f"{path}._apply_jinja_template", f"{path}._apply_conversation_template"
+        hooks += (
+            (jinja, ["request", "tools", "is_multimodal"], apply_jinja_template),
+            (conversation, ["request", "is_multimodal"], apply_conversation_template),
+        )
     originals = [require_sglang(path) for path, _, _ in hooks]
     for path, parameters, hook in hooks:
         hook_around(path, parameters, hook)
