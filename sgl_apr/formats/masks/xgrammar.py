@@ -52,9 +52,8 @@ class XgrammarWriter(GrammarWriter):
         return f"tag_{token}"
 
     def json_value(self, name: str, schema: Mapping[str, Any]) -> str:
-        rules = json_rules(json.dumps(schema), name, tuple(self.excluded_names))
-        self.lines.update(rules)
-        return rules[0][0]
+        self.lines.update(json_rules(json.dumps(schema), name, tuple(self.excluded_names)))
+        return name
 
     @property
     def string_pattern(self) -> None:
@@ -111,8 +110,7 @@ def _text_except(word: str, parts: TextParts) -> Iterator[tuple[str, str]]:
     for index, character in enumerate(word):
         cases = character.lower() + character.upper()
         after = f"[{cases}] value_{index + 1}" + "?" * (index + 1 < len(word))
-        end = " | value_end" * (index > 0)
-        yield f"value_{index}", f"[^<{cases}] value_rest | value_leaving value_rest | {after}{end}"
+        yield f"value_{index}", f"[^<{cases}] value_rest | value_leaving value_rest | {after} | value_end"
     yield f"value_{len(word)}", "[^<] value_rest | value_leaving value_rest | value_end"
 
 

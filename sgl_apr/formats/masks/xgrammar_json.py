@@ -23,7 +23,7 @@ def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tup
 
     Args:
         schema: The schema, as JSON text.
-        prefix: What the names of the rules begin with.
+        prefix: The name of the rule of the value, with which the names of the others begin.
         excluded: The names of the tags, without brackets.
 
     Raises:
@@ -44,7 +44,7 @@ def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tup
     inside = json.dumps(value_excluding(excluded, in_json=True), ensure_ascii=False)
     rules["basic_string_sub"] = 'basic_string_text? "\\""'
     rules["basic_string_text"] = f"Regex({inside})"
-    names = {name: f"{prefix}_{name}" for name in rules}
+    names = {name: prefix if name == "root" else f"{prefix}_{name}" for name in rules}
 
     def renamed(body: str) -> str:
         return _TOKENS.sub(lambda m: names.get(m[0], m[0]), body.replace(_ANY_CHARACTER, _TAGLESS_CHARACTER))
