@@ -37,7 +37,7 @@ def main() -> None:
     client, console = OpenAI(base_url=f"{options.url}/v1", api_key=options.api_key), Console()
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": options.question}]
 
-    extra = {"apr": {**APR, "separate_reasoning": True, "trajectory": True}}
+    extra = {"apr": {**APR, "trajectory": True}}
     complete: Any = client.chat.completions.create(
         model="default", messages=messages, max_tokens=300, extra_body=extra
     )
@@ -47,7 +47,11 @@ def main() -> None:
 
     texts: dict[tuple[int, ...], str] = {}
     stream: Any = client.chat.completions.create(
-        model="default", messages=messages, max_tokens=300, stream=True, extra_body={"apr": APR}
+        model="default",
+        messages=messages,
+        max_tokens=300,
+        stream=True,
+        extra_body={"apr": {**APR, "stream": "all"}},
     )
     for chunk in stream:
         (choice,), fields = chunk.choices, chunk.apr

@@ -16,11 +16,15 @@ from sgl_apr.server.api.request_fields import FieldTable
 MESSAGES_FIELDS = FieldTable(
     honoured=(
         "model", "apr", "messages", "system", "max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream",
-        "thinking", "output_config", "metadata", "betas",
+        "thinking", "output_config", "metadata", "betas", "cache_control", "user_profile_id", "workspace_id",
     ),
-    only={"service_tier": (("auto", "standard_only"), "the server has one tier")},
+    only={
+        "service_tier": (("auto", "standard_only"), "the server has one tier"),
+        "speed": (("standard",), "the server has one speed"),
+    },
     refused={
-        "tools": GRAMMAR, "tool_choice": "there are no tools", "container": "the server has no containers",
+        "tools": GRAMMAR, "tool_choice": "there are no tools", "container": "the server has no containers", "diagnostics": "the server has none",
+        "inference_geo": "the server is where it is",
         "context_management": "the server edits no contexts", "mcp_servers": "there are no tools",
         "bootstrap_host": ROUTING, "bootstrap_port": ROUTING, "bootstrap_room": ROUTING, "routed_dp_rank": ROUTING,
         "disagg_prefill_dp_rank": ROUTING,

@@ -43,7 +43,9 @@ from sgl_apr.server.api.schema_parts import (
 from sgl_apr.server.api.tool_request import ALL_TOOLS
 from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
-OPENAI_REQUESTS = ("ChatCompletionRequest", "CompletionRequest")
+OPENAI_REQUESTS = (
+    "ChatCompletionRequest", "CompletionRequest", "ResponsesRequest", "AnthropicMessagesRequest",
+)  # fmt: skip
 JSON_TYPES: Mapping[type, Schema] = {
     str: {"type": "string"},
     int: {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
@@ -272,7 +274,8 @@ def _stats_schema() -> Schema:
     properties |= {
         "limits": describe({"type": "object"}, "The operator's limits"),
         "turn_memory": describe(
-            {"type": "object", "additionalProperties": count}, "The replies that are remembered for next turns"
+            {"type": "object", "additionalProperties": count},
+            "The replies that are remembered for next turns",
         ),
         "default_options": describe({"type": "object"}, "The operator's default options"),
         "joins_kv": {"type": "boolean"},

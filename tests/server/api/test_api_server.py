@@ -28,6 +28,7 @@ from tests.support.processes import until
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 MESSAGES: Any = [{"role": "user", "content": "Why do cats purr?"}]
 FORKS = {"dialect": "threadweaver", "mode": "parallel", "budget": {"width": 3}}
+TEXT_OF_ALL = {"separate_reasoning": False}  # the content is the complete text
 KEY = "sesame"
 
 
@@ -71,12 +72,13 @@ def check(text: str, found: dict) -> None:
 def test_a_chat_completion(server: Server):
     answer = chat(server, FORKS)
     (choice,) = answer.choices
-    check(choice.message.content, answer.apr)
+    check(choice.message.reasoning_content + choice.message.content, answer.apr)
     assert (answer.object, answer.model, choice.message.role) == ("chat.completion", "m", "assistant")
     assert choice.finish_reason in ("stop", "length")
     usage = answer.usage
     assert usage.completion_tokens == usage.apr["total"] == answer.apr["metrics"]["total"] <= 200
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert 0 < usage.completion_tokens_details.reasoning_tokens <= usage.completion_tokens
     assert usage.apr["forks"] == len(answer.apr["blocks"])
     assert 0 < usage.apr["critical_path"] < usage.apr["total"]
     assert usage.apr["cached"] > 0
@@ -94,7 +96,8 @@ def test_a_text_completion(server: Server):
 def test_the_prompt_is_that_of_the_chat_template(server: Server):
     plain, answer = chat(server, max_tokens=1), chat(server, {**FORKS, "trajectory": True})
     trajectory = apr.Trajectory.from_json(json.dumps(answer.apr["trajectory"]))
-    assert trajectory.text == answer.choices[0].message.content
+    message = answer.choices[0].message
+    assert trajectory.text == message.reasoning_content + message.content
     assert "<|im_start|>user\nWhy do cats purr?" in trajectory.prompt
     assert answer.usage.prompt_tokens == plain.usage.prompt_tokens == trajectory.spans[0].tokens
     same = apr.run(
@@ -120,8 +123,8 @@ def test_the_messages_of_branches_go_through_the_chat_template(server: Server):
 
 def test_the_answer_separate_from_the_trace(server: Server):
     whole, separate = (
-        chat(server, FORKS),
-        chat(server, {**FORKS, "separate_reasoning": True}).choices[0].message,
+        chat(server, FORKS | TEXT_OF_ALL),
+        chat(server, FORKS).choices[0].message,
     )
     assert separate.reasoning_content + separate.content == whole.choices[0].message.content
     assert separate.reasoning_content.rstrip().endswith("</Parallel>")
@@ -145,7 +148,7 @@ def test_a_stream_is_tagged_by_branch(server: Server):
                 max_completion_tokens=200,
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body={"apr": {**FORKS, "trajectory": True}},
+                extra_body={"apr": {**FORKS, "trajectory": True, "stream": "all"}},
             )
             return [chunk async for chunk in stream]
 
@@ -162,28 +165,7 @@ def test_a_stream_is_tagged_by_branch(server: Server):
     assert last.choices[0].finish_reason in ("stop", "length")
     assert usage.choices == []
     assert usage.usage.completion_tokens == trajectory.metrics().total
-    assert trajectory.text == chat(server, FORKS).choices[0].message.content
-
-
-@pytest.mark.parametrize("kind", ["chat", "text"])
-def test_a_stream_of_the_trunk(server: Server, kind: str):
-    options = {**FORKS, "stream": "trunk", "trajectory": True}
-    more: Any = {
-        "model": "m",
-        "temperature": 0,
-        "max_tokens": 200,
-        "stream": True,
-        "extra_body": {"apr": options},
-    }
-    if kind == "chat":
-        chunks = list(client(server).chat.completions.create(messages=MESSAGES, **more))
-        text = "".join(c.choices[0].delta.content or "" for c in chunks)
-    else:
-        chunks = list(client(server).completions.create(prompt="Why?", **more))
-        text = "".join(c.choices[0].text for c in chunks)
-    trajectory = apr.Trajectory.from_json(json.dumps(chunks[-1].apr["trajectory"]))
-    assert text == regrouped(trajectory)[()]
-    assert trajectory.blocks
+    assert trajectory.text == chat(server, FORKS | TEXT_OF_ALL).choices[0].message.content
 
 
 def test_without_apr_it_is_sglangs_answer(server: Server):
@@ -229,7 +211,8 @@ def test_curl(server: Server):
         ).stdout
 
     answer = json.loads(run(body))
-    check(answer["choices"][0]["message"]["content"], answer["apr"])
+    message = answer["choices"][0]["message"]
+    check(message["reasoning_content"] + message["content"], answer["apr"])
     *lines, done = run(json.dumps({**json.loads(body), "stream": True})).strip().split("\n\n")
     assert done == "data: [DONE]"
     assert json.loads(lines[-1].removeprefix("data: "))["apr"]["blocks"]
@@ -312,12 +295,6 @@ WRONG = [
     (CHAT, {"apr": {"branch_prompt_template": "str"}}, "apr_error", "no option 'branch_prompt_template'"),
     (CHAT, {"apr": "yes"}, "apr_error", "expected an object"),
     (CHAT, {"apr": {"stream": "branches"}}, "apr_error", "all"),
-    (CHAT, {"apr": {"separate_reasoning": True}, "stream": True}, "apr_error", "separate_reasoning"),
-    (CHAT, {"apr": {}, "n": 2}, "apr_error", "n cannot be combined"),
-    (CHAT, {"apr": {}, "logprobs": True}, "apr_error", "logprobs"),
-    (CHAT, {"apr": {}, "stop": ["x"]}, "apr_error", "stop"),
-    (CHAT, {"apr": {}, "response_format": {"type": "json_object"}}, "apr_error", "response_format"),
-    (CHAT, {"apr": {}, "tools": [{"type": "function", "function": {"name": "f"}}]}, "apr_error", "tools"),
     (CHAT, {"apr": {}, "messages": []}, "apr_error", "[Mm]essages"),
     (CHAT, {"apr": {"lora_path": "nobody"}}, "engine_error", "[Ll]o[Rr][Aa]"),
     (CHAT, {"apr": {}, "top_p": 7, "stream": True}, "apr_error", "top_p=7"),
@@ -635,14 +612,12 @@ def test_a_model_name_stands_for_apr(server: Server):
     assert answer.apr["dialect"] == plain.apr["dialect"]
     text = client(server).completions.create(model=alias, prompt="Q: ", max_tokens=50)
     assert text.apr["metrics"]["total"] <= 50
-    with pytest.raises(openai.BadRequestError, match="n cannot be combined with apr"):
-        chat(server, model=alias, n=2)
+    with pytest.raises(openai.BadRequestError, match="min_tokens cannot be combined with apr"):
+        chat(server, model=alias, extra_body={"min_tokens": 2})
     stock = post(server, CHAT, {**BASE[CHAT], "model": alias, "max_tokens": 5, "apr": False}).json()
     assert "apr" not in stock
-    chunks = list(chat(server, FORKS, model=alias, stream=True))
-    assert {tuple(c.apr["path"]) for c in chunks if "path" in c.apr} > {()}
     chunks = list(chat(server, model=alias, stream=True))
-    assert {tuple(c.apr["path"]) for c in chunks if "path" in c.apr} == {()}, "of the trunk alone"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer.choices[0].message.content
 
 
 def test_a_join_in_the_cache(server: Server, guarded: Server):
