@@ -10,6 +10,7 @@ from sgl_apr.engine.base import Load
 from sgl_apr.errors import AprError, TraceError
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.strict_json import read_strictly
+from sgl_apr.trajectory.tool_calls import called_tools
 from sgl_apr.trajectory.trajectory import Trajectory
 
 EPSILON = 1e-9  # seconds or steps; a smaller remainder is rounding error
@@ -74,28 +75,36 @@ def predict_speedup(trajectory: Trajectory, cost: EngineCost) -> SpeedupPredicti
 
     Sequentially, every token is computed once. With forks, every prompt token that the cache did not hold is computed too.
     Calls that do not wait for each other run at the same time: their prompts one after another, their decoding in
-    shared steps.
+    shared steps. Tools take the seconds that they took: sequentially all of them, one after another.
     """
     calls = trajectory.calls
     prompts = sum(call.new_tokens for call in calls) * cost.prefill_s
     decoding = sum(call.output_tokens for call in calls) * cost.step_s(1)
-    sequential_s = cost.request_s + prompts + decoding if calls else 0.0
-    parallel_s = _simulate_parallel(calls, _call_dependencies(trajectory), cost)
+    tools = sum(call.seconds for call in trajectory.tool_calls)
+    sequential_s = cost.request_s + prompts + decoding + tools if calls else 0.0
+    parallel_s = _simulate_parallel(calls, _call_dependencies(trajectory), _tool_waits(trajectory), cost)
     return SpeedupPrediction(sequential_s, parallel_s, trajectory.wall_s)
 
 
-def _simulate_parallel(calls: Sequence[Call], dependencies: Sequence[set[int]], cost: EngineCost) -> float:
-    """Seconds until the last call ends, if each starts as soon as its dependencies have ended."""
+def _simulate_parallel(
+    calls: Sequence[Call], dependencies: Sequence[set[int]], tool_waits: Sequence[float], cost: EngineCost
+) -> float:
+    """Seconds until the last call ends, if each starts as soon as its dependencies have ended and their tools returned."""
     now, waiting, ended = 0.0, set(range(len(calls))), set[int]()
+    tools = dict[int, float]()  # by call that waits for them: seconds until the last tool returns
     prefilling = dict[int, float]()  # by call: seconds left, as if it were prefilled alone
     decoding = dict[int, float]()  # by call: steps left
-    while waiting or prefilling or decoding:
-        ready = {i for i in waiting if dependencies[i] <= ended}
-        waiting -= ready
+    while waiting or tools or prefilling or decoding:
+        starting = {i for i in waiting if dependencies[i] <= ended}
+        waiting -= starting
+        tools |= {i: tool_waits[i] for i in starting}
+        ready = {i for i, left in tools.items() if left <= EPSILON}
+        tools = {i: left for i, left in tools.items() if i not in ready}
         prefilling |= {i: _seconds_before_decoding(calls[i], cost) for i in ready}
         sharing, step = len(prefilling), cost.step_s(len(decoding))
         ends = [left * sharing for left in prefilling.values()] + [left * step for left in decoding.values()]
-        now += (elapsed := min(ends))
+        now += (elapsed := min([*ends, *tools.values()]))
+        tools = {i: left - elapsed for i, left in tools.items()}
         prefilling = {i: left - elapsed / sharing for i, left in prefilling.items()}
         decoding = {i: left - elapsed / step if step else 0.0 for i, left in decoding.items()}
         prefilled = {i for i, left in prefilling.items() if left <= EPSILON}
@@ -138,6 +147,21 @@ def _call_dependencies(trajectory: Trajectory) -> list[set[int]]:
                 dependencies[i].add(j)
     # Calls are listed in the order in which they ended.
     return [{j for j in earlier if j < i} for i, earlier in enumerate(dependencies)]
+
+
+def _tool_waits(trajectory: Trajectory) -> list[float]:
+    """For each call, the seconds of tools between the last calls before it and its start."""
+    by_id = {tool_call.id: tool_call for tool_call in trajectory.tool_calls}
+    waits = [0.0] * len(trajectory.calls)
+    after = list[float]()  # for each span, the seconds of tools since the last call that leads to its end
+    for span in trajectory.spans:
+        before = max([after[p] for p in (*span.parents, *span.waits_for)], default=0.0)
+        if span.call is not None and 0 <= span.call < len(waits):
+            waits[span.call] = max(waits[span.call], before)
+            before = 0.0
+        called = called_tools(span, by_id) if span.role == "call" else []
+        after.append(before + max([tool_call.seconds for tool_call in called], default=0.0))
+    return waits
 
 
 def _is_prefix_of_other(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

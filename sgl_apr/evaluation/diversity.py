@@ -6,10 +6,11 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import combinations
 from statistics import fmean
 
+from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.trajectory import Trajectory
 
 NGRAM_SIZE = 4  # tokens
-EXCLUDED_ROLES = ("header", "closer")  # all branches have these alike
+EXCLUDED_ROLES = ("header", "closer", "call")  # all branches have these alike, or at least their form
 
 
 def token_ngrams(ids: Sequence[int], size: int = NGRAM_SIZE) -> frozenset[tuple[int, ...]]:
@@ -31,7 +32,7 @@ def redundancy(trajectory: Trajectory) -> float | None:
     """How similar the branches of each fork are, averaged over forks.
 
     For one fork it is the mean Jaccard similarity over pairs of branches of the 4-grams of tokens that they decoded. Nested
-    branches count; headers and closers do not.
+    branches count; headers, closers and calls of tools do not.
 
     Returns:
         A number from 0 to 1; None if no fork has two branches with decoded tokens.
@@ -52,7 +53,7 @@ def redundancy(trajectory: Trajectory) -> float | None:
 def diversity(trajectory: Trajectory, answer_key: Callable[[str], Hashable | None]) -> float | None:
     """The number of different answers of the branches of a fork over the number of answers, averaged over forks.
 
-    A branch's answer is read from the message that it returned, or else from all of its text.
+    A branch's answer is read from the message that it returned, or else from what it wrote after its last call of a tool.
 
     Args:
         trajectory: The trajectory.
@@ -63,8 +64,18 @@ def diversity(trajectory: Trajectory, answer_key: Callable[[str], Hashable | Non
     """
     by_fork = list[float]()
     for block in trajectory.blocks:
-        keys = [answer_key(branch.result or branch.text) for branch in block.branches]
+        keys = [answer_key(branch.result or _conclusion(trajectory, branch)) for branch in block.branches]
         answers = [key for key in keys if key is not None]
         if len(answers) > 1:
             by_fork.append(len(set(answers)) / len(answers))
     return fmean(by_fork) if by_fork else None
+
+
+def _conclusion(trajectory: Trajectory, branch: Branch) -> str:
+    """The text of a branch, or what follows its last call and its result if it called tools."""
+    spans = [trajectory.spans[i] for i in branch.spans]
+    tools = [k for k, s in enumerate(spans) if s.path == branch.path and s.role in ("call", "observation")]
+    if not tools:
+        return branch.text
+    after = spans[tools[-1] + 1 :]
+    return "".join(s.text for s in after if s.path != branch.path or s.role not in ("closer", "result"))

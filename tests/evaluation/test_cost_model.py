@@ -22,6 +22,7 @@ from sgl_apr.evaluation.timing import BATCH_SIZES, EngineTimer
 from sgl_apr.methods.registry import method
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.trajectory.calls import Call
+from tests.runtime.tools.scripted_tools import call
 from tests.support import virtual_time
 from tests.support.threadweaver_traces import TRACE
 
@@ -123,6 +124,42 @@ def test_forks_take_as_long_as_predicted():
     tokens, prompts = sum(c.output_tokens for c in made.calls), sum(c.new_tokens for c in made.calls)
     assert found.sequential_s == pytest.approx(KNOWN.request_s + tokens * 0.01 + prompts * 0.0005)
     assert found.sequential_s > 1.1 * found.parallel_s
+
+
+def test_tools_take_as_long_as_predicted():
+    """One second in the trunk, and one in each branch at the same time."""
+
+    async def search(query: str) -> str:
+        """Search."""
+        await asyncio.sleep(1.0)
+        return f"found {query}"
+
+    def calls(request: apr.Request, prompt: str) -> str:
+        asked = call("search", query="tides")
+        if prompt.endswith("How many?"):
+            return f"Hm. {asked}"
+        if any(prompt.endswith(f"<Thread>\n{number}:") for number in "123"):
+            return f" Hm. {asked}"
+        if prompt.endswith("</tool_response>\n") and "<Thread>" in prompt:
+            return " words\n</Thread>"
+        return thinks(request, prompt)
+
+    engine = Timed(calls, apr.ByteTokenizer(apr.dialect("threadweaver").tags))
+    options = {
+        "tools": [search],
+        "tool_call_parser": "qwen25",
+        "pacing": None,
+        "budget": apr.Budget(tokens=6000),
+    }
+    made, took = virtual_time.run(apr.areason(engine, "How many?", "threadweaver", **options))
+    assert [c.path for c in made.tool_calls] == [(), (1, 1), (1, 2), (1, 3)]
+    # Trajectories have the real clock.
+    timed = replace(made, tool_calls=tuple(replace(c, started=0.0, ended=1.0) for c in made.tool_calls))
+    found = predict_speedup(timed, KNOWN)
+    assert found.parallel_s == pytest.approx(took, rel=0.03)
+    without = predict_speedup(replace(made, tool_calls=()), KNOWN)
+    assert found.sequential_s == pytest.approx(without.sequential_s + 4)
+    assert found.parallel_s == pytest.approx(without.parallel_s + 2, rel=0.03)
 
 
 @pytest.mark.parametrize(

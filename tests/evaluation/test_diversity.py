@@ -12,6 +12,7 @@ from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.trajectory.spans import Span
 from tests.support.document_strategies import documents
 from tests.support.threadweaver_traces import TRACE
+from tests.support.tool_trajectories import tool_trajectory
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 
@@ -111,3 +112,17 @@ def test_tags_of_a_dialect_do_not_count():
     made = apr.dialect("threadweaver").parse(TRACE, tokenizer=apr.ByteTokenizer())
     assert redundancy(made) == 0.0
     assert diversity(made, str.strip) == 1.0
+
+
+def test_calls_of_tools_are_neither_text_nor_answers():
+    """Their form is alike in all branches, and a result is what a tool answered."""
+    plain = tool_trajectory("threadweaver", cut=False)
+    first, second = plain.blocks[0].branches
+    assert redundancy(plain) == 0.0
+    texts: list[str] = []
+    diversity(plain, lambda text: texts.append(text))
+    assert [text.strip() for text in texts] == ["A", "B"]
+    assert all("tool_call" in branch.text for branch in (first, second))
+    cut: list[str] = []
+    diversity(tool_trajectory("threadweaver"), lambda text: cut.append(text))
+    assert cut == [texts[0], ""], "after a call that was cut stands nothing"
