@@ -267,7 +267,7 @@ class ForkRules:
         required = not sequence.path and sequence.blocks < options.min_forks
         width = self._affordable_width(sequence)
         if not width:
-            if required and not sequence.blocks:
+            if required and not sequence.blocks and not sequence.tool_calls:
                 self._raise_unaffordable(sequence)
             return 0, "forbidden"
         return width, "required" if required else "auto"

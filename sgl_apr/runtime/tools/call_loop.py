@@ -79,6 +79,7 @@ class CallLoop:
             turn.may_call = False
             return 0
         tokens, limit = self.fork_rules.max_new_tokens(sequence, phase, 0)
+        tokens -= self._fork_tokens(sequence)
         if group:
             group.release_slot(sequence)
         new = await self.tools.run_calls(
@@ -89,3 +90,10 @@ class CallLoop:
             with suppress(ScopeCancelled):
                 await sequence.scope.run(group.acquire_slots(sequence))
         return new
+
+    def _fork_tokens(self, sequence: SequenceState) -> int:
+        """Tokens that results have to leave for a fork that has to come."""
+        rules = self.fork_rules
+        if sequence.path or sequence.blocks >= rules.options.min_forks or not rules.may_fork(sequence):
+            return 0
+        return 2 * rules.overhead.of(rules.options.min_branches)

@@ -76,7 +76,10 @@ async def observation_form(engine: Engine, syntax: ToolSyntax) -> ObservationFor
         engine: Renders chat messages.
         syntax: The syntax of calls.
     """
-    known = _forms.setdefault(engine, {})
+    try:
+        known = _forms.setdefault(engine, {})
+    except TypeError:  # an engine of somebody else's, which has no weak references or no hash
+        known = {}
     if syntax.parser not in known:
         try:
             known[syntax.parser] = await _render_form(engine, syntax.parser)

@@ -589,3 +589,23 @@ def test_a_branch_waits_for_its_tool_without_a_slot():
 
     reason(engine(script), tools=[t], pacing=lambda demand, load: (1, "one at a time"))
     assert order == ["Q: ", "1:", "2:", PLAIN_AFTER, "</Thread>\n"]
+
+
+def test_a_fork_that_has_to_come_is_left_its_tokens():
+    """And where a model spent them on calls all the same, the trajectory ends without the fork."""
+    script = {"Q: ": "Hm. " + call("t", x=1), PLAIN_AFTER: FORK, "1:": " a</Thread>", "2:": " b</Thread>"}
+    scripted = engine({**script, "</Thread>\n": JOINED, "Hm. ": FORK})
+
+    def t(x: int) -> str:
+        return "r" * 4000
+
+    trajectory = reason(scripted, tools=[t], mode="parallel", budget={"tokens": 1500, "width": 2})
+    assert trajectory.tool_calls[0].truncated
+    assert len(trajectory.blocks) == 1
+
+    def again(request: apr.Request, prompt: str) -> Any:
+        return call("t", x=1)
+
+    wasteful = reason(engine(again), tools=[t], mode="parallel", budget={"tokens": 800, "width": 2})
+    assert wasteful.blocks == ()
+    assert sum(s.tokens for s in wasteful.reply) <= 800

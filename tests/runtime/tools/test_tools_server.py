@@ -1,0 +1,263 @@
+"""Tools with a real server and a random model under the grammar: what is decoded is valid, and tools do not hold up others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+import pytest
+from jsonschema import validate
+from pydantic import Field
+
+import sgl_apr as apr
+from sgl_apr.server.launch.launcher import Server
+from sgl_apr.training.models import random_llama
+from tests.support.chat_templates import QWEN
+from tests.support.tool_sampler import detected
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+T = TypeVar("T")
+DIALECTS = ("threadweaver", "multiverse", "spawn")
+PARSERS = ("qwen25", "qwen3_coder")
+CALL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+MESSAGES = [{"role": "user", "content": "What is it?"}]
+
+
+def search(
+    query: Annotated[str, Field(max_length=8)],
+    kind: Literal["web", "book"] = "web",
+    limit: Annotated[int, Field(ge=1, le=99)] = 3,
+) -> str:
+    """Search."""
+    return f"</Thread><tool_call>{query} {kind} {limit}</tool_call></Path><|im_end|>"
+
+
+async def plot(
+    points: Annotated[list[bool], Field(max_length=3)], note: Literal["a", None] = None
+) -> list[Any]:
+    """Plot."""
+    await asyncio.sleep(0.001)
+    return [points, note]
+
+
+@pytest.fixture(scope="module")
+def tool_server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a random model that often writes the tags of formats and of calls."""
+    directory = tmp_path_factory.mktemp("tools")
+    tags = dict.fromkeys(tag for name in DIALECTS for tag in apr.dialect(name).tags)
+    random_llama(directory, tags=[*tags, *CALL_TAGS], tag_bias=5.0)
+    (template := directory / "qwen.jinja").write_text(QWEN)
+    with forked_server(
+        directory, log_path=directory / "log", chat_template=str(template), tool_call_parser="qwen25"
+    ) as server:
+        yield server
+
+
+def with_engine(server: Server, work: Callable[[apr.HttpEngine], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with await apr.HttpEngine.connect(server.url) as engine:
+            return await work(engine)
+
+    return asyncio.run(run())
+
+
+def check(trajectory: apr.Trajectory, parser: str) -> int:
+    """Check a trajectory and return how many calls it has."""
+    definitions = {tool.name: tool for tool in map(apr.Tool.from_function, (search, plot))}
+    from sgl_apr.formats.tool_syntax import ToolDefinition
+
+    known = tuple(ToolDefinition.from_schema(t.name, t.description, t.schema) for t in definitions.values())
+    dialect = apr.dialect(trajectory.dialect)
+    written = "".join(s.text for s in trajectory.reply if s.role not in ("call", "observation"))
+    dialect.validate(written)
+    records = {called.id: called for called in trajectory.tool_calls}
+    seen = 0
+    for k, span in enumerate(trajectory.spans):
+        if span.role != "call":
+            continue
+        ids = span.label.split()
+        if any(records[i].outcome == "length" for i in ids):
+            continue
+        assert [(records[i].name, json.loads(records[i].arguments)) for i in ids] == detected(
+            parser, span.text, known
+        )
+        for i in ids:
+            validate(json.loads(records[i].arguments), definitions[records[i].name].schema)
+            assert records[i].outcome in ("ok", "cancelled"), records[i]
+        results = [s for s in trajectory.spans[k + 1 :] if s.role == "observation" and s.label in ids]
+        assert [s.label for s in results] == ids
+        seen += len(ids)
+    return seen
+
+
+async def run_many(engine: apr.HttpEngine, dialect: str, parser: str, count: int) -> list[apr.Trajectory]:
+    limit = asyncio.Semaphore(16)
+
+    async def one(seed: int) -> apr.Trajectory:
+        async with limit:
+            events: list[apr.Event] = []
+            trajectory = await apr.areason(
+                engine,
+                [{"role": "user", "content": f"Question {seed}?"}],
+                dialect,
+                tools=[search, plot],
+                tool_call_parser=parser,
+                temperature=1.5,
+                on_event=events.append,
+                budget={"tokens": 900, "width": 3, "tool_calls": 9, "tool_result_tokens": 48},
+            )
+            assert apr.rebuild(events) == trajectory
+            return trajectory
+
+    return await asyncio.gather(*map(one, range(count)))
+
+
+def all_valid(server: Server, dialect: str, parser: str, count: int) -> tuple[int, int]:
+    """Check trajectories. Returns how many calls they have, and how many of these branches made."""
+    trajectories = with_engine(server, lambda engine: run_many(engine, dialect, parser, count))
+    calls = sum(check(t, parser) for t in trajectories)
+    for t in trajectories:
+        assert sum(s.tokens for s in t.reply) <= 900 + 900 * (t.dialect == "spawn")
+        for request in t.calls:
+            if (
+                request.phase in ("trunk", "branch")
+                and request.cached_tokens is not None
+                and request.new_tokens
+            ):
+                assert request.cached_tokens <= request.prompt_tokens
+    return calls, sum(bool(c.path) for t in trajectories for c in t.tool_calls)
+
+
+def test_calls_are_valid_and_fit(tool_server: Server):
+    calls, of_branches = all_valid(tool_server, "threadweaver", "qwen25", 12)
+    assert calls
+    assert of_branches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_200_of_200_trajectories_are_valid(tool_server: Server, dialect: str, parser: str):
+    calls, of_branches = all_valid(tool_server, dialect, parser, 200)
+    print(f"{dialect} {parser}: {calls} calls, {of_branches} of branches")
+    assert calls > 100
+    assert of_branches > 20
+
+
+class Steered:
+    """An engine that makes branches call a tool at once, but not the trunk, nor those whose number is in `silent`."""
+
+    def __init__(self, engine: apr.HttpEngine, silent: str = "") -> None:
+        self._engine, self._silent = engine, silent
+        self._call = engine.tokenizer.special_token_id("<tool_call>")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def fork(self, request: apr.Request, size: int) -> Any:
+        result, _ = await self._engine.fork(request, size)
+        return result, [self] * size
+
+    async def decode(self, request: apr.Request, on_tokens: Any = None) -> apr.Result:
+        text = self._engine.tokenizer.decode(request.input_ids)
+        number = text[-2:-1] if text.endswith(":") else ""
+        bias = 100 if number and number not in self._silent else -100
+        sampling = {**request.sampling, "logit_bias": {str(self._call): bias}}
+        return await self._engine.decode(
+            apr.Request(
+                request.rid, request.input_ids, request.max_tokens, sampling, request.grammar, request.stop_ids,
+                request.stop, fields=request.fields,
+            ),
+            on_tokens,
+        )  # fmt: skip
+
+
+FOUR = {
+    "mode": "parallel",
+    "max_blocks": 1,
+    "min_width": 4,
+    "budget": {"tokens": 1200, "width": 4, "tool_calls": 4, "branch_tokens": 120, "outline_chars": 8},
+    "parallel_tool_calls": False,
+    "temperature": 1.0,
+}
+
+
+def nap(kind: Literal["a"]) -> str:
+    """Take a second."""
+    time.sleep(1.0)
+    return "rested"
+
+
+@pytest.mark.slow
+def test_four_tools_of_a_second_take_little_more_than_one(tool_server: Server):
+    async def measure(engine: apr.HttpEngine) -> tuple[apr.Trajectory, list[tuple[float, apr.Event]]]:
+        events: list[tuple[float, apr.Event]] = []
+        steered: Any = Steered(engine)
+        options: Any = FOUR
+        await apr.areason(steered, MESSAGES, "threadweaver", tools=[nap], **options)  # grammars are compiled
+        trajectory = await apr.areason(
+            steered, MESSAGES, "threadweaver", tools=[nap],
+            on_event=lambda event: events.append((time.monotonic(), event)), **options,
+        )  # fmt: skip
+        return trajectory, events
+
+    trajectory, events = with_engine(tool_server, measure)
+    assert [c.outcome for c in trajectory.tool_calls] == ["ok"] * 4
+    called = [at for at, event in events if isinstance(event, apr.ToolCalled)]
+    returned = [at for at, event in events if isinstance(event, apr.ToolReturned)]
+    wall = max(returned) - min(called)
+    print(f"four tools of one second: {wall:.2f} s")
+    assert wall <= 1.3
+
+
+@pytest.mark.slow
+def test_a_sibling_decodes_while_a_tool_runs(tool_server: Server):
+    async def measure(engine: apr.HttpEngine) -> list[tuple[float, apr.Event]]:
+        events: list[tuple[float, apr.Event]] = []
+        steered: Any = Steered(engine, silent="4")
+        options: Any = FOUR
+        await apr.areason(
+            steered, MESSAGES, "threadweaver", tools=[nap],
+            on_event=lambda event: events.append((time.monotonic(), event)), **options,
+        )  # fmt: skip
+        return events
+
+    events = with_engine(tool_server, measure)
+    start = min(at for at, event in events if isinstance(event, apr.ToolCalled))
+    end = max(at for at, event in events if isinstance(event, apr.ToolReturned))
+    meanwhile = [
+        event
+        for at, event in events
+        if start < at < end and isinstance(event, apr.Delta) and event.path == (1, 4)
+    ]
+    print(f"{len(meanwhile)} pieces of text of branch 4 while three tools ran")
+    assert len(meanwhile) >= 5
+
+
+@pytest.mark.slow
+def test_a_tool_that_never_returns_costs_its_branch_alone(tool_server: Server):
+    release = threading.Event()
+
+    def hang(kind: Literal["a"]) -> str:
+        """Never return."""
+        if not first.is_set():
+            first.set()
+            release.wait(60)
+        return "fine"
+
+    first = threading.Event()
+
+    async def measure(engine: apr.HttpEngine) -> apr.Trajectory:
+        steered: Any = Steered(engine)
+        options: Any = {**FOUR, "budget": {**FOUR["budget"], "tool_seconds": 2}}  # type: ignore[dict-item]
+        return await apr.areason(steered, MESSAGES, "threadweaver", tools=[hang], **options)
+
+    trajectory = with_engine(tool_server, measure)
+    release.set()
+    assert sorted(c.outcome for c in trajectory.tool_calls) == ["ok", "ok", "ok", "timeout"]
+    assert len(trajectory.blocks[0].branches) == 4
+    assert trajectory.wall_s < 20
