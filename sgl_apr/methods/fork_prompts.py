@@ -17,6 +17,8 @@ from sgl_apr.tokenizer import plain_ids
 
 TokenIds = tuple[int, ...]
 Message = dict[str, Any]
+MIN_TASKS_BY_PARTS = 3
+LONG_CONTENT, SHORT_CONTENT = 1000, "A text."  # of a message, in characters
 REPLY = "The reply of a branch."  # stands for one where only the text around it is wanted
 
 
@@ -52,6 +54,8 @@ class PromptRenderer:
     ) -> None:
         self.engine, self.prompt, self.tools = engine, prompt, tools
         self._context: TokenIds = ()
+        # What the conversation and tasks have in common, how many tokens that is in a short one, and what renders that.
+        self._short: tuple[TokenIds, int, PromptRenderer] | None = None
         self.messages: list[Message] | None = None
         if is_chat(prompt):
             self.messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
@@ -69,10 +73,8 @@ class PromptRenderer:
         if self.messages is None:
             context = self._context = await encode_prompt(self.engine, self.prompt)
             return ForkPrompts(context, tuple(context + self._encode_task(task) for task in tasks))
-        rendered = await asyncio.gather(
-            self._render_conversation(), *(self._render_chat(as_messages(task.prompt)) for task in tasks)
-        )
-        context, prompts = rendered[0], tuple(rendered[1:])
+        turns = [as_messages(task.prompt) for task in tasks]
+        context, prompts = await self._render_by_parts(turns) or await self._render_completely(turns)
         if not context and merge and merge.join == "text":
             context = await self.render_merge(merge, "")
         shortest = min(len(ids) for ids in prompts)  # a branch has a token of its own, from which it decodes
@@ -92,15 +94,19 @@ class PromptRenderer:
             listing: The results.
         """
         if self.messages is not None:
-            return await self._render_chat(_with_listing(merge.prompt, listing))
+            turn = _with_listing(merge.prompt, listing)
+            if self._short is None or not _is_user_turn(turn):
+                return await self._render_chat(turn)
+            base, after, renderer = self._short
+            return base + (await renderer._render_chat(turn))[after:]
         context = self._context or await encode_prompt(self.engine, self.prompt)
         encode = self.engine.tokenizer.encode
-        before, placeholder, after = self._text(merge.prompt).partition(RESULTS_PLACEHOLDER)
+        before, placeholder, rest = self._text(merge.prompt).partition(RESULTS_PLACEHOLDER)
         if not placeholder:
-            before, after = "", f"\n\n{before}"
+            before, rest = "", f"\n\n{before}"
         # What branches wrote may quote strangers, so no tag in it becomes a token.
         listed = plain_ids(self.engine.tokenizer, listing)
-        return (*context, *encode("\n\n" + before), *listed, *encode(after))
+        return (*context, *encode("\n\n" + before), *listed, *encode(rest))
 
     async def render_after_branch(self, merge: Merge, task: ForkTask) -> TokenIds:
         """Return what follows a branch where a merge continues after the branches themselves.
@@ -128,6 +134,44 @@ class PromptRenderer:
             'the chat template changes replies of earlier turns, expected Merge(..., join="text") with this model'
         )
 
+    async def _render_completely(
+        self, turns: Sequence[Sequence[Message]]
+    ) -> tuple[TokenIds, tuple[TokenIds, ...]]:
+        """The conversation without a task, and with each of them."""
+        rendered = await asyncio.gather(
+            self._render_conversation(), *(self._render_chat(turn) for turn in turns)
+        )
+        return rendered[0], tuple(rendered[1:])
+
+    async def _render_by_parts(
+        self, turns: Sequence[Sequence[Message]]
+    ) -> tuple[TokenIds, tuple[TokenIds, ...]] | None:
+        """The same, but the conversation is encoded three times at most, however many tasks there are.
+
+        What follows the conversation is taken from a short one with the same roles. It is the same there if the first and the
+        last prompt are, and if it follows an added token, before which the encoding does not depend on what follows.
+
+        Returns:
+            None if the prompts cannot be made like this.
+        """
+        messages = self.messages or []
+        short = [_shortened(message) for message in messages]
+        if len(turns) < MIN_TASKS_BY_PARTS or not all(map(_is_user_turn, turns)) or short == messages:
+            return None
+        context, (first, last) = await self._render_completely([turns[0], turns[-1]])
+        renderer = PromptRenderer(self.engine, short, self.tools)
+        short_context, shorts = await renderer._render_completely(turns)
+        if not context or not short_context:
+            return None
+        base = common_prefix([context, first, last])
+        after = len(common_prefix([short_context, shorts[0], shorts[-1]]))
+        prompts = tuple(base + ids[after:] for ids in shorts)
+        added = self.engine.tokenizer.added_tokens.values()
+        if not base or base[-1] not in added or (prompts[0], prompts[-1]) != (first, last):
+            return None
+        self._short = base, after, renderer
+        return context, prompts
+
     async def _render_conversation(self) -> TokenIds:
         """The conversation without a task. Empty if the template needs one."""
         try:
@@ -150,6 +194,18 @@ class PromptRenderer:
                 f"a task or merge is {shorten(prompt)}, expected text: the prompt is text, and no conversation"
             )
         return prompt
+
+
+def _is_user_turn(turn: Sequence[Message]) -> bool:
+    """Whether a turn is one message of a user."""
+    return len(turn) == 1 and turn[0].get("role") == "user"
+
+
+def _shortened(message: Message) -> Message:
+    """The message, or one of the same role with a short text."""
+    content = message.get("content")
+    is_long = isinstance(content, str) and len(content) > LONG_CONTENT
+    return {**message, "content": SHORT_CONTENT} if is_long else message
 
 
 def as_messages(prompt: Any) -> list[Message]:

@@ -102,6 +102,36 @@ def test_tasks_follow_a_conversation_as_messages():
     assert (last.role, last.path, result.trajectory.answer) == ("text", (), "[em.]")
 
 
+@pytest.mark.parametrize("template", ["stable", "counts characters", "no tags"])
+def test_long_conversations_are_encoded_a_few_times_for_any_number_of_tasks(template: str):
+    """The prompts are those of the template, whatever it does with the conversation."""
+    encoded = list[int]()
+
+    class Tokenizer(ChatTokenizer):
+        def apply_chat_template(self, messages: Any, **options: Any) -> str:
+            text = super().apply_chat_template(messages, **options)
+            if template == "counts characters":
+                text += f"{sum(len(m['content']) for m in messages)}: "
+            return text.replace("<turn>", "").replace("</turn>", "") if template == "no tags" else text
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            if len(text) > 5000:
+                encoded.append(len(text))
+            return super().encode(text, **options)
+
+    chat = [*CHAT, {"role": "assistant", "content": "x" * 5000}]
+    tasks = [f"Part {k}" for k in range(20)]
+    engine = apr.ScriptedEngine(echo, Tokenizer())
+    result = asyncio.run(apr.fork(engine, chat, tasks, "Merge!", seed=0))
+    check_sharing(result)
+    turns = [[{"role": "user", "content": task}] for task in tasks]
+    rendered = [Tokenizer().apply_chat_template([*chat, *turn]) for turn in turns]
+    assert [engine.tokenizer.decode(r.input_ids) for r in engine.requests[:-1]] == rendered
+    merged = engine.tokenizer.decode(engine.requests[-1].input_ids)
+    assert merged.startswith(rendered[0].partition("Part 0")[0] + "Result 1 (Part 0):")
+    assert (len(encoded) < 15) == (template == "stable")
+
+
 def test_a_merge_is_placed_where_its_template_says():
     prompts = [
         "Read {results}, and merge.",
