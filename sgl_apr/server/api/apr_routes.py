@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -10,7 +12,7 @@ from sgl_apr.server.guard.refusal import RequestRefused, send_refusal
 # The routes whose bodies may have `apr`. Our own have options at the top level.
 APR_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 OWN_PREFIX = "/apr/"
-NAMES = (b'apr"', b"\\u00")  # what a body with the field contains: its name, or a part of it escaped
+NAME = re.compile(rb'"(?:a|\\u0061)(?:p|\\u0070)(?:r|\\u0072)"')  # of the field, as JSON may spell it
 
 
 class AprRoutes:
@@ -49,7 +51,7 @@ def takes_apr(path: str) -> bool:
 def has_apr(message: Message) -> bool:
     """Return whether a message is a complete body that asks for a trajectory."""
     body: bytes = message.get("body", b"")
-    if message.get("more_body") or not any(name in body for name in NAMES):
+    if message.get("more_body") or not NAME.search(body):
         return False
     try:
         parsed = orjson.loads(body)

@@ -110,12 +110,8 @@ class ReplyStream:
     def _is_final(self) -> bool:
         """Whether the trunk can do nothing but to write its answer."""
         options = self._options
-        if (
-            not options.constrain
-            or self._running
-            or self._awaits_close
-            or bool(getattr(options, "tools", None))
-        ):
+        may_call = options.tools and options.tool_choice != "none"
+        if not options.constrain or self._running or self._awaits_close or may_call:
             return False
         forks = sum(len(path) == 1 for path in self._blocks)
         max_forks, max_blocks = options.max_forks, options.budget.blocks
