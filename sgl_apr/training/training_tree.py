@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from sgl_apr.errors import AprError
 from sgl_apr.training.trie import ROOT, Cursor, FlatTree, Ints, Trie
+from sgl_apr.trajectory.join_layout import Layout, freeze_layout
 from sgl_apr.trajectory.spans import Path
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -146,6 +148,9 @@ class _TreeBuilder:
         self.trie, self.trajectory, self.spans = trie, trajectory, trajectory.spans
         self.join, self.separate_contexts = join, separate_contexts
         self.joined = {j.path for j in trajectory.joins if j.by == "kv"}
+        self.prompt_layout = (
+            freeze_layout(json.loads(trajectory.prompt_layout or "[]")) if join != "text" else ()
+        )
         self.cursors: list[Cursor] = []  # after every span
         self.forks: dict[Path, tuple[int, ...]] = {}  # by block: the spans that its branches follow
         self.with_eos = set(_spans_with_eos(trajectory))
@@ -160,6 +165,9 @@ class _TreeBuilder:
                     "this trajectory was parsed without token ids: parse it with tokenizer= to train on it"
                 )
             before = self._cursor_before(i)
+            if span.origin == "prompt" and self.prompt_layout:
+                self.cursors.append(self._insert_joined(before, span.token_ids))
+                continue
             after, nodes = self.trie.insert(before, span.token_ids)
             self.cursors.append(after)
             decoded = span.token_ids if span.origin == "decoded" else ()
@@ -170,6 +178,26 @@ class _TreeBuilder:
                 if before.node < 0 or before.ends:
                     raise AprError(f"span {i} was decoded at the very start, or directly after a join")
                 losses.add([before.node, *nodes[:-1].tolist()], decoded, i, number)
+
+    def _insert_joined(self, cursor: Cursor, ids: Sequence[int]) -> Cursor:
+        """Insert a prompt whose beginning was joined in the KV cache in earlier turns."""
+        position = 0
+
+        def insert(cursor: Cursor, layout: Layout) -> Cursor:
+            nonlocal position
+            for item in layout:
+                if isinstance(item, int):
+                    if item:
+                        cursor, _ = self.trie.insert(cursor, ids[position : position + item])
+                    position += item
+                else:
+                    branches = [replace(cursor, join_group=k) for k in range(1, len(item) + 1)]
+                    ends = [insert(branch, own) for branch, own in zip(branches, item, strict=True)]
+                    cursor = self.trie.join(cursor, ends)
+            return cursor
+
+        cursor = insert(cursor, self.prompt_layout)
+        return self.trie.insert(cursor, ids[position:])[0]
 
     def _is_joined(self, block: Path) -> bool:
         """Whether the branches of a block were joined in the KV cache."""

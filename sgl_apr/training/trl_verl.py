@@ -62,7 +62,8 @@ def for_verl(
     """A `compute_score` for verl's `custom_reward_function`: (data_source, solution_str, ground_truth, extra_info).
 
     verl's reward managers drop special tokens from `solution_str`, so the tags must not be special tokens. A text with
-    defects counts as malformed. verl needs a number, so a reply that the reward drops has 0.
+    defects counts as malformed. If a model calls tools, verl passes their results in the same text: what tools return should
+    have no tags. verl needs a number, so a reply that the reward drops has 0.
 
     Args:
         reward: One of `sgl_apr.training.rewards`.
