@@ -14,9 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.engine.scripted import Script
+from sgl_apr.runtime.loop import run_with_options
+from sgl_apr.runtime.options import make_options
 from sgl_apr.training.attention_mask import Visibility
 from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
+from sgl_apr.trajectory.causal_graph import context_layout
 from sgl_apr.trajectory.join_layout import layout_positions
 from sgl_apr.trajectory.metrics import longest_paths
 from tests.runtime.tools.scripted_tools import call
@@ -99,6 +102,27 @@ def test_kv_joins_match_the_requests(name: str):
         assert dense.tolist() == [
             [k <= q and k not in hidden[q] for k in range(len(hidden))] for q in range(len(hidden))
         ]
+
+
+@pytest.mark.parametrize("name", KV)
+def test_a_second_turn_continues_what_the_first_has_joined(name: str):
+    nested = 0
+    for seed in range(2):
+        trajectory, engine = sampled(name, seed, join="kv")
+        for _ in range(2):
+            layout = context_layout(trajectory)
+            assert layout
+            nested += any(isinstance(i, tuple) for block in layout[1::2] for branch in block for i in branch)
+            options = make_options(
+                name, engine.tokenizer, join="kv", mode="parallel", budget={"tokens": 600, "width": 3}
+            )
+            engine.noted.clear()
+            ids = (*trajectory.context_ids, *engine.tokenizer.encode("\nMore: "))
+            trajectory = asyncio.run(run_with_options(engine, ids, options, prompt_layout=layout))
+            found = build_training_tree([trajectory], eos=apr.ByteTokenizer.EOS)
+            assert read(found) == requests(engine)
+            assert found.tree.positions.tolist() == list(apr.causality(trajectory).positions)
+    assert nested or apr.dialect(name).max_depth == 1
 
 
 @pytest.mark.parametrize("name", KV)
