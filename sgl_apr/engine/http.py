@@ -215,7 +215,13 @@ class HttpEngine(ServerRequests, SGLangEngine):
         """Return how busy the server is, at most `LOAD_TTL_S` ago. Concurrent calls share one request."""
         if self._loading is None or (self._loading.done() and time.monotonic() >= self._load_expires_at):
             self._loading = asyncio.create_task(self._load())
-        return await asyncio.shield(self._loading)
+        loading = self._loading
+        try:
+            return await asyncio.shield(loading)
+        except BaseException:
+            if self._loading is loading and loading.done():  # its traceback would keep the callers alive
+                self._loading = None
+            raise
 
     async def _load(self) -> Load:
         with self._errors():

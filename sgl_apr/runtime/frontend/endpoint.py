@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -100,6 +101,8 @@ class Endpoint(ProgramBackend):
         except BaseException:
             self._loop.close()
             raise
+        # Who only names an endpoint as SGLang's default backend has no occasion to close it.
+        self._close_unused = weakref.finalize(self, self._loop.close_soon, self.http.close)
         # The runtime joins as text. SGLang's own concatenation posts to a route that no server has.
         self.support_concate_and_append = False
         # SGLang guesses the template from the model's path. The tags of the tokenizer are more reliable.
@@ -108,7 +111,11 @@ class Endpoint(ProgramBackend):
             self.chat_template = get_chat_template("chatml")
 
     def close(self) -> None:
-        """Cancel running programs, abort their requests on the server, and close connections and threads."""
+        """Cancel running programs, abort their requests on the server, and close connections and threads.
+
+        An endpoint that nothing refers to any more closes itself.
+        """
+        self._close_unused.detach()
         if self._loop.is_running:
             self._loop.close(self.http.close)
 

@@ -21,10 +21,16 @@ class EventLoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._tasks = set[asyncio.Task[None]]()  # a loop keeps only weak references
         self._executor = ThreadPoolExecutor(MAX_WAITING_THREADS, thread_name_prefix=f"{name}-fork")
         self._loop.set_default_executor(self._executor)
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._executor.shutdown(wait=False)
+        self._loop.close()
 
     @property
     def is_running(self) -> bool:
@@ -60,11 +66,19 @@ class EventLoopThread:
         """
         if self._loop.is_running():
             wait_for(self.submit(self._drain(last)))
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.call_soon(self._loop.stop)
         self._thread.join(STOP_TIMEOUT_S)
-        self._executor.shutdown(wait=False)
-        if not self._thread.is_alive():
-            self._loop.close()
+
+    def close_soon(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do the same without waiting, in any thread, also in the loop's own."""
+
+        async def drain_and_stop() -> None:
+            try:
+                await self._drain(last)
+            finally:
+                self._loop.stop()
+
+        self.call_soon(lambda: self._tasks.add(self._loop.create_task(drain_and_stop())))
 
     async def _drain(self, last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ import sglang as sgl
 
 import sgl_apr as apr
 from tests.support.fake_sglang_server import TOKENIZER, SglangServer
+from tests.support.processes import until
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("error")]
 
@@ -180,3 +184,29 @@ def test_a_callback_that_waits_for_its_program_is_an_error():
         for wait in (read_variable, lambda: states[-1].text(), run_another):  # noqa: B007  # `on_event` calls it
             with pytest.raises(apr.AprError, match=r"waits for a program of the same apr\.Endpoint"):
                 _ = program.run(backend=endpoint)["answer"]
+
+
+# Leaving
+
+
+def test_an_endpoint_that_nobody_uses_closes_itself(caplog: pytest.LogCaptureFixture):
+    """As when another one becomes SGLang's default backend."""
+
+    @sgl.function
+    def program(s):
+        s += "Q: " + reason("answer")
+
+    before = set(threading.enumerate())
+    with SglangServer().in_thread() as url, caplog.at_level("ERROR", "asyncio"):
+        endpoint: apr.Endpoint | None = apr.Endpoint(url, tokenizer=TOKENIZER)
+        assert endpoint is not None
+        session, alive = endpoint.http._session, weakref.ref(endpoint)
+        assert program.run(backend=endpoint)["answer"] == "Done."
+        endpoint = None
+        gc.collect()
+        assert alive() is None
+        until(lambda session=session: session.closed, 5)
+        until(lambda: not [t for t in set(threading.enumerate()) - before if t.name == "apr-endpoint"], 5)
+        del session
+        gc.collect()
+    assert "Unclosed" not in caplog.text
