@@ -106,8 +106,14 @@ class InProcessEngine(SGLangEngine):
         if template:
             apply_template = tokenizer.apply_chat_template
             messages = normalized_messages(messages, content_format(str(template)))
+        defaults = self.manager.config_value("default_chat_template_kwargs") or {}
         return await encode_by_template(
-            self._tokenizer, apply_template, messages, tools, engine_name="the model"
+            self._tokenizer,
+            apply_template,
+            messages,
+            tools,
+            engine_name="the model",
+            template_options=defaults,
         )
 
     async def _generate(
