@@ -19,6 +19,7 @@ from sgl_apr.server.api.reasoning_effort import effort_options
 from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.server.api.tool_request import parse_tools, show_tools
 
+MIN_ROOM = 1024  # tokens of a reply
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
 ANY_OBJECT = '{"type": "object"}'  # the schema of `json_object`
 
@@ -217,6 +218,7 @@ async def _make_prompt(
     is_used = check_type("turn_memory", uses_memory, bool) and service.turn_memory.is_on
     memory = service.turn_memory if is_used else None
     parser = await service.parser()
-    return await make_chat_prompt(
-        serving, request, raw_request, parser.tokenizer, memory, parser.context_length - 1
-    )
+    # A prompt of remembered ids is longer than that of the template, and leaves room for a reply.
+    room = min(request.max_completion_tokens or request.max_tokens or MIN_ROOM, parser.context_length // 4)
+    max_tokens = parser.context_length - max(1, room)
+    return await make_chat_prompt(serving, request, raw_request, parser.tokenizer, memory, max_tokens)
