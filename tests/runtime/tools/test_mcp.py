@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sgl_apr.errors import AprError, McpError
+from sgl_apr.errors import AprError, McpError, MissingExtra
 from sgl_apr.runtime.tools import mcp_connection
 from sgl_apr.runtime.tools.mcp import mcp_tools
 from tests.support.paths import ROOT
@@ -189,6 +189,17 @@ def test_arguments_are_checked(arguments, expected):
             pytest.fail("it started")
 
     with pytest.raises(AprError, match=expected):
+        asyncio.run(main())
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr("sgl_apr.errors.find_spec", lambda name: None)
+
+    async def main():
+        async with mcp_tools(command=["a"]):
+            pytest.fail("it started")
+
+    with pytest.raises(MissingExtra, match=r"pip install .*mcp.* \(the extra mcp\)"):
         asyncio.run(main())
 
 
