@@ -14,6 +14,7 @@ ParsedCall = tuple[str, str, int, int]  # name, arguments, start, end
 
 _PIECES = re.compile(rf'"|\s+|[{{}}\[\]:,]|{NAME}|{INDEX}|[^\s"{{}}\[\]:,{NAME}{INDEX}]+')
 _VALUES = {NAME: re.compile(r"[\w.\-]+"), INDEX: re.compile(r"[0-9]+")}
+WINDOW = 2048  # characters of JSON that are decoded at first
 _SPACE = re.compile(r"\s*")
 _UNFINISHED = re.compile(r'-|[.eE][+-]?|[\\u"].{0,5}')
 
@@ -151,23 +152,32 @@ class CallParser:
         arguments, end, is_cut = self._readers[name].read(text, start)
         return arguments, Match(end, bool(arguments) and not is_cut, is_cut)
 
-    def _json_object(self, text: str, start: int) -> tuple[str, Match]:
+    @staticmethod
+    def _json_object(text: str, start: int) -> tuple[str, Match]:
         """Match a JSON object, and return its text."""
         if not text.startswith("{", start):
             return "", Match(start, False, start == len(text))
-        try:
-            _, end = _DECODER.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            # Whether it was cut or is malformed shows only in what is after the error: nothing, or a string without end.
-            unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
-            return "", Match(error.pos, False, unfinished or self._is_unfinished(text, error.pos))
-        except (ValueError, RecursionError):
-            return "", Match(start + 1, False)
-        return text[start:end], Match(end)
+        size = WINDOW
+        while True:
+            # An error of the decoder takes time in proportion to the text before it, so the text grows step by step.
+            window, is_rest = text[start : start + size], start + size >= len(text)
+            try:
+                _, end = _DECODER.raw_decode(window)
+            except json.JSONDecodeError as error:
+                is_cut = _is_cut(error, window)
+                if not is_cut or is_rest:
+                    return "", Match(start + error.pos, False, is_cut)
+                size *= 4
+            except (ValueError, RecursionError):
+                return "", Match(start + 1, False)
+            else:
+                return window[:end], Match(start + end)
 
-    @staticmethod
-    def _is_unfinished(text: str, position: int) -> bool:
-        """Whether a text ends in the middle of a literal, a number or an escape: `tru`, `1.`, `"\\u00`."""
-        rest = text[position : position + 8].strip()
-        literal = any(word.startswith(rest) for word in ("true", "false", "null"))
-        return len(rest) < 7 and (literal or _UNFINISHED.fullmatch(rest) is not None)
+
+def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether JSON is only wrong because it ends: in a string, a literal, a number or an escape (`tru`, `1.`, `"\\u00`)."""
+    rest = text[error.pos :]
+    if error.msg.startswith("Unterminated string") or not rest or rest.isspace():
+        return True
+    literal = any(word.startswith(rest) for word in ("true", "false", "null"))
+    return literal or (len(rest) < 7 and _UNFINISHED.fullmatch(rest) is not None)

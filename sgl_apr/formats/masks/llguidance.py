@@ -97,6 +97,10 @@ class LlguidanceWriter(GrammarWriter):
             raise GrammarError(
                 f"{self.grammar.name}: {following} follows {TEXT}, expected a tag or the end of the rule"
             )
+        if not following.text.startswith("<"):
+            raise GrammarError(
+                f"{self.grammar.name}: calls begin with {following.text}, which is not one token of this tokenizer"
+            )
         rest.remove(following)
         rule = f"/({self.free_text}){'?' * optional}{_escape(following.text)}/"
         if self.text_constraint:

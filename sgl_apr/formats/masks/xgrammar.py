@@ -29,6 +29,11 @@ class XgrammarWriter(GrammarWriter):
     START = "root"
 
     def literal(self, text: str) -> str:
+        if text == self.trigger and not text.startswith("<"):
+            raise GrammarError(
+                f"{self.grammar.name}: calls begin with {text}, which xgrammar cannot keep out of free text; "
+                "expected --grammar-backend llguidance"
+            )
         token = self.token(text)
         if token is None and self.is_tag(text) and text != self.trigger:
             raise GrammarError(
@@ -36,11 +41,6 @@ class XgrammarWriter(GrammarWriter):
                 "text at it; expected a tokenizer with the dialect's tags, or --grammar-backend llguidance"
             )
         if token is None:
-            if text == self.trigger and not text.startswith("<"):
-                raise GrammarError(
-                    f"{self.grammar.name}: calls begin with {text}, which xgrammar cannot keep out of free text; "
-                    "expected --grammar-backend llguidance"
-                )
             return self.plain(text)
         return self.token_symbol(token)
 
