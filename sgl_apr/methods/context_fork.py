@@ -15,7 +15,8 @@ from sgl_apr.methods.fork_run import ForkRun
 from sgl_apr.methods.fork_task import ForkTask, Merge, TaskPrompt, make_merge, make_tasks
 from sgl_apr.methods.fork_tools import ForkToolOptions
 from sgl_apr.methods.requests import check_method_options
-from sgl_apr.methods.session import method_session
+from sgl_apr.methods.session import MethodSession, method_session
+from sgl_apr.runtime import telemetry
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
@@ -140,7 +141,28 @@ async def run_prepared_fork(
         run = ForkRun(
             session, prompts, prepared.renderer, prepared.tasks, prepared.merge, policy, prepared.tools
         )
-        return await run.run()
+        try:
+            result = await run.run()
+        except BaseException as error:
+            _export(session, error)
+            raise
+        _export(session, None)
+        return result
+
+
+def _export(session: MethodSession, error: BaseException | None) -> None:
+    """Write the outcome of a fork to OpenTelemetry, if it is installed."""
+    requests = session.requests
+    log = requests.recorder.request_log
+    tokens = sum(span.tokens for span in requests.recorder.graph.spans if span.origin != "prompt")
+    telemetry.export(
+        FORK_METHOD,
+        log.calls,
+        log.seconds,
+        tool_calls=log.tool_calls,
+        attributes={"apr.rid": requests.rid, "apr.tokens": tokens},
+        error=error,
+    )
 
 
 async def stream_fork(

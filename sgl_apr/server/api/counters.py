@@ -70,8 +70,8 @@ class ServerCounters:
         """Count a finished trajectory with its tokens, forks and joins."""
         self.count_trajectory(trajectory, options.join or options.dialect.joins[0])
 
-    def count_trajectory(self, trajectory: Trajectory, join: str) -> None:
-        """Count a finished trajectory whose branches were to join by `join`, one of `JOINS`."""
+    def count_trajectory(self, trajectory: Trajectory, join: str | None) -> None:
+        """Count a finished trajectory whose branches were to join by `join`, one of `JOINS`, if they were to."""
         self.count_outcome("finished")
         metrics = trajectory.metrics()
         self._add("tokens", metrics.total)
@@ -84,7 +84,7 @@ class ServerCounters:
             # Odd paths are of blocks. Even ones are of sequences that fell back to text later.
             kinds = [join.by for join in trajectory.joins if len(join.path) % 2]
         else:
-            kinds = [join] * metrics.blocks  # type: ignore[list-item]  # checked
+            kinds = [join] * metrics.blocks if join else []  # type: ignore[list-item]  # checked
         for kind in kinds:
             self._add("joins", 1, kind)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,13 @@ async def check_request(service: TrajectoryService, request: ForkRequest) -> Che
         )
     options = {name: value for name, value in request.options.items() if name != "budget"}
     tasks, merge = check_fork(engine, prompt, request.tasks, request.merge, request.policy, None, options)
-    return CheckedFork(await prepare_fork(engine, prompt, tasks, merge, request.tools), request)
+
+    def prepare() -> Coroutine[Any, Any, PreparedFork]:
+        return prepare_fork(engine, prompt, tasks, merge, request.tools)
+
+    if is_chat(prompt) and _count_chars(prompt) > LONG_PROMPT:  # other requests do not wait for it
+        return CheckedFork(await asyncio.to_thread(lambda: asyncio.run(prepare())), request)
+    return CheckedFork(await prepare(), request)
 
 
 def check_text_size(request: ForkRequest, parser: OptionsParser) -> None:
@@ -94,8 +100,7 @@ async def run_fork(
     async with service.admit(prepared.prompt_tokens, budget.tokens) as slot:
         result = await run_prepared_fork(prepared, request.policy, on_event=on_event, **request.options)
         slot.trajectory = result.trajectory
-    is_kv = prepared.merge is not None and prepared.merge.join == "kv"
-    service.counters.count_trajectory(result.trajectory, "kv" if is_kv else "text")
+    service.counters.count_trajectory(result.trajectory, prepared.merge.join if prepared.merge else None)
     return result
 
 
