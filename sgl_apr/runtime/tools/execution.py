@@ -18,14 +18,11 @@ _threads = CallThreads()
 _abandoned = set[asyncio.Task[Any]]()  # an event loop keeps no reference to its tasks
 
 
-class ToolTimeout(Exception):
-    """A tool did not return in time."""
+async def call_function(function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float) -> str | None:
+    """Return the text of what a function returns, None if it takes longer than some seconds.
 
-
-async def call_function(function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float) -> str:
-    """Return the text of what a function returns.
-
-    An async function runs in this event loop. Any other function runs in a thread of its own.
+    An async function runs in this event loop, and is cancelled when time is up. Any other function runs in a thread of its
+    own, which then continues. Neither is awaited.
 
     Args:
         function: The function of a tool.
@@ -33,7 +30,6 @@ async def call_function(function: Callable[..., Any], arguments: Mapping[str, An
         seconds: How long it may take.
 
     Raises:
-        ToolTimeout: It took longer. An async function is cancelled, and not awaited. A thread continues on its own.
         Exception: What the function raised.
     """
     return await _run_limited(_call(partial(function, **arguments)), seconds)
@@ -64,8 +60,8 @@ async def _guarded(awaitable: Awaitable[T]) -> T:
         raise RuntimeError(f"SystemExit: {error}") from error
 
 
-async def _run_limited(work: Coroutine[Any, Any, T], seconds: float | None) -> T:
-    """The result of work in a task of its own. When time is up or this is cancelled, the task is cancelled."""
+async def _run_limited(work: Coroutine[Any, Any, T], seconds: float | None) -> T | None:
+    """The result of work in a task of its own, None if time is up. Then, or if this is cancelled, the task is cancelled."""
     task = asyncio.ensure_future(work)
     try:
         done, _ = await asyncio.wait({task}, timeout=seconds)
@@ -74,7 +70,7 @@ async def _run_limited(work: Coroutine[Any, Any, T], seconds: float | None) -> T
         raise
     if not done:
         _abandon(task)
-        raise ToolTimeout
+        return None
     if task.cancelled():
         raise RuntimeError("the tool cancelled itself")
     return task.result()

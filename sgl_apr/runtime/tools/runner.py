@@ -17,7 +17,7 @@ from sgl_apr.runtime.events import ToolCalled
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.sequence import SequenceState
-from sgl_apr.runtime.tools.execution import ToolTimeout, call_client, call_function
+from sgl_apr.runtime.tools.execution import call_client, call_function
 from sgl_apr.runtime.tools.observations import ObservationForm, encode_form, observation_form
 from sgl_apr.runtime.tools.request import ToolRequest
 from sgl_apr.runtime.tools.results import EncodedResult, ToolResult, encode_result, error_result
@@ -195,15 +195,15 @@ class ToolRunner:
         assert tool.function is not None
         try:
             text = await call_function(tool.function, arguments, self.budget.tool_seconds)
-        except ToolTimeout:
-            seconds = f"{self.budget.tool_seconds:g}"
-            return error_result(
-                "timeout", f"the tool did not return within {seconds} seconds", "tool_seconds"
-            )
         except AprError as error:  # its message is for readers
             return error_result("error", str(error))
         except Exception as error:
             return error_result("error", f"{type(error).__name__}: {error}")
+        if text is None:
+            seconds = f"{self.budget.tool_seconds:g}"
+            return error_result(
+                "timeout", f"the tool did not return within {seconds} seconds", "tool_seconds"
+            )
         return ToolResult("ok", text)
 
     async def _ask_client(self, sequence: SequenceState, one: _PendingCall) -> ToolResult:
