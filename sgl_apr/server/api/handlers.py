@@ -39,7 +39,10 @@ class RequestHandlers:
         body = await raw_request.json()  # FastAPI has parsed the body already and keeps it
         apr = _requested_options(body, request, serving)
         if apr is None and self.config.all_chats and is_chat and body.get("apr") is not False:
-            apr = None if OPENAI_FIELDS.refuses(body, field_defaults(request)) else {}
+            # Without a parser only SGLang can answer: with the calls as text.
+            has_no_parser = bool(request.tools) and serving.tool_call_parser is None
+            is_refused = has_no_parser or OPENAI_FIELDS.refuses(body, field_defaults(request))
+            apr = None if is_refused else {}
         if apr is None:
             return await original(serving, request, raw_request)
         return await http.openai_completion(
