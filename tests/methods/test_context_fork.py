@@ -10,6 +10,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.methods.fork_task import MAX_TASKS
+from sgl_apr.runtime import telemetry
 
 DOCUMENT = "The document is long. "
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": DOCUMENT}]
@@ -368,3 +369,20 @@ def test_a_merge_is_checked_when_it_is_made():
         apr.Merge("a", join="message")  # type: ignore[arg-type]  # as the test wants
     with pytest.raises(apr.AprError, match="it sees the branches"):
         apr.Merge("Read {results}", join="kv")
+
+
+def test_a_fork_is_exported_to_opentelemetry(monkeypatch: pytest.MonkeyPatch):
+    exported = []
+    monkeypatch.setattr(telemetry, "export", lambda *arguments, **named: exported.append((*arguments, named)))
+    result, _ = run_fork(echo, DOCUMENT, ["one", "two"], "Merge")
+    with pytest.raises(apr.BranchFailed):
+        run_fork(
+            lambda request, prompt: apr.Reply(error=apr.EngineError("broken", status=400)),
+            DOCUMENT,
+            ["one"],
+            on_branch_failure="raise",
+        )
+    (name, calls, _, first), (*_, second) = exported
+    assert (name, tuple(calls), first["error"]) == ("fork", result.trajectory.calls, None)
+    assert first["attributes"]["apr.tokens"] == result.trajectory.metrics().total
+    assert isinstance(second["error"], apr.BranchFailed)
