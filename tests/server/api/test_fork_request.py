@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 
 import sgl_apr as apr
 from sgl_apr.server.api.fork_request import ForkRequest
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.schemas import add_components
+from tests.server.api.test_schemas import document, whole_numbers
 
 CHAT = [{"role": "user", "content": "A long document."}]
 NO_LIMITS = RequestLimits()
@@ -136,3 +141,22 @@ def test_the_operator_limits_workers_tokens_and_seconds():
 def test_a_body_that_is_no_object_is_refused(body: bytes):
     with pytest.raises(apr.AprError, match="the body"):
         ForkRequest.from_json(body)
+
+
+def test_a_request_that_fits_its_schema_is_refused_only_for_its_values():
+    wrong_type = re.compile(
+        "expected (a string|true or false|an object|a number from|a whole number|one of prompt|a list)"
+    )
+    operation = schemathesis.openapi.from_dict(document())["/apr/fork"]["POST"]
+
+    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
+    def check(case: schemathesis.Case) -> None:
+        refusal = ""
+        try:
+            parse(**whole_numbers(case.body))
+        except apr.AprError as error:
+            refusal = str(error)
+        assert not wrong_type.search(refusal), refusal
+
+    check()
