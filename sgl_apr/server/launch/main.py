@@ -33,7 +33,12 @@ from sgl_apr.server.launch.arguments import server_args
 from sgl_apr.server.launch.fast_imports import fast_imports
 from sgl_apr.server.launch.fork_start import fork_children
 from sgl_apr.server.launch.served_model import import_only_served_model
-from sgl_apr.server.launch.server_folder import lock_folder, remove_folder, this_servers_folder
+from sgl_apr.server.launch.server_folder import (
+    keep_metrics_in,
+    lock_folder,
+    remove_folder,
+    this_servers_folder,
+)
 from sgl_apr.server.launch.usage import UsageError
 from sgl_apr.server.launch.warmup import warm_up_grammars, warm_up_sglang
 
@@ -52,6 +57,8 @@ def main(argv: list[str]) -> None:
         guard_limits, argv = parse_guard_arguments(argv)
         with fast_imports():
             args = server_args([*argv, *secret_flags])
+            if folder is not None and args.enable_metrics:
+                keep_metrics_in(folder)
             _add_routes(config)
             _guard_requests(guard_limits, args.host)
         import_only_served_model(args)

@@ -1,7 +1,8 @@
 """A temporary folder for each server, so that nothing is left of it in the folders for temporary files.
 
-SGLang makes sockets in the temporary folder and a segment in shared memory, and does not remove them. A server gets a
-folder of its own for the sockets, and its name is part of the segment's. The launcher removes both after the last
+SGLang makes sockets in the temporary folder and a segment in shared memory, and does not remove them. With
+`--enable-metrics` it also makes a folder there. A server gets a folder of its own for all files, and its name is part
+of the segment's. The launcher removes both after the last
 process. The server does so if the launcher was killed, and the next launch if both were killed. Until then, a lock
 shows that the folder is in use. Caches of compiled kernels stay in the temporary folder, for the next server.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from sgl_apr.server.hooks import hook_around
 
 FOLDER_ENV = "SGLANG_APR_FOLDER"  # the folder, for the processes of a server
+METRICS_ENV = "PROMETHEUS_MULTIPROC_DIR"  # where the processes of a server write their metrics
 PREFIX = "sgl-apr-server-"
 # Where SGLang makes files outside the temporary folder. Their names contain its instance id.
 OUTSIDE = (Path("/dev/shm"), Path("/tmp"))
@@ -120,6 +122,17 @@ def this_servers_folder() -> Path | None:
     """Return the folder of the server that this process belongs to, or None."""
     folder = os.environ.get(FOLDER_ENV)
     return Path(folder) if folder else None
+
+
+def keep_metrics_in(folder: Path) -> None:
+    """Let the processes of a server write their metrics into its folder, unless the environment names another.
+
+    SGLang makes a folder for them that is left if the server is killed.
+    """
+    if METRICS_ENV not in os.environ:
+        metrics = folder / "metrics"
+        metrics.mkdir(exist_ok=True)
+        os.environ[METRICS_ENV] = str(metrics)
 
 
 def register_hooks() -> None:

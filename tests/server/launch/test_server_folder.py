@@ -74,6 +74,23 @@ def test_sglangs_sockets_are_in_the_folder(base: Path, monkeypatch: pytest.Monke
     folder.remove()
 
 
+def test_metrics_are_kept_in_the_folder_unless_the_environment_names_another(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(server_folder.METRICS_ENV, "")  # which restores it after the test
+    monkeypatch.delenv(server_folder.METRICS_ENV)
+    folder = ServerFolder()
+    server_folder.keep_metrics_in(folder.path)
+    metrics = Path(os.environ[server_folder.METRICS_ENV])
+    assert metrics.parent == folder.path
+    (metrics / "counter_1.db").touch()
+    folder.remove()
+    assert contents(base) == []
+    monkeypatch.setenv(server_folder.METRICS_ENV, "/another")
+    server_folder.keep_metrics_in(folder.path)
+    assert os.environ[server_folder.METRICS_ENV] == "/another"
+
+
 def test_a_long_temporary_folder_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     assert server_folder._base_folder() == Path("/tmp")

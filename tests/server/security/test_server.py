@@ -71,6 +71,11 @@ def server_folder_of(folder: Path) -> str:
     return path.name
 
 
+def metrics_of(folder: Path) -> set[str]:
+    """Return the kinds of files that the only server in a folder for temporary files writes its metrics to."""
+    return {path.name.split("_")[0] for path in (folder / server_folder_of(folder)).glob("metrics/*.db")}
+
+
 def shared_memory_of(leader: int) -> set[str]:
     """Return the names in shared memory that the processes of a server use, of which each has to be removed."""
     maps = (Path(f"/proc/{pid}/maps").read_text() for pid in in_session(leader))
@@ -92,12 +97,13 @@ def send(url: str, path: str, key: str | None, body: dict[str, Any] | None = Non
 def keyed(forked_server: type[Server], untagged: Path, new_folder: Callable[[], Path]) -> Iterator[Server]:
     """A server with both keys, of which nothing may be left."""
     log, folder = untagged / "keyed.log", new_folder()
-    options = {"api_key": KEY, "admin_api_key": ADMIN_KEY, "apr_body_timeout": 1}
+    options = {"api_key": KEY, "admin_api_key": ADMIN_KEY, "apr_body_timeout": 1, "enable_metrics": True}
     server = forked_server(untagged, log_path=log, max_total_tokens=4096, context_length=2048, **options)
     with temporary_files_in(folder):
         server.start()
     name, segments = server_folder_of(folder), shared_memory_of(server.pid)
     assert [s for s in segments if s.startswith("sglang_load") and name in s]
+    assert "gauge" in metrics_of(folder)
     yield server
     threads, descriptors, pid = threading.active_count(), psutil.Process().num_fds(), server.pid
     server.stop()
@@ -326,12 +332,15 @@ def test_five_starts_and_stops_leave_nothing(
     names, segments = set[str](), set[str]()
     threads, descriptors = threading.active_count(), psutil.Process().num_fds()
     for ending in (signal.SIGTERM, signal.SIGKILL, None, None, None):
-        server = forked_server(untagged, log_path=tmp_path / "log", max_total_tokens=2048, context_length=512)
+        options = {"max_total_tokens": 2048, "context_length": 512, "enable_metrics": True}
+        server = forked_server(untagged, log_path=tmp_path / "log", **options)
         with temporary_files_in(folder), server:
             pid = server.pid
             body = {"text": "x", "sampling_params": {"max_new_tokens": 2}}
             assert send(server.url, "/generate", None, body)[0] == 200
             names.add(server_folder_of(folder))
+            assert "sglang:generation_tokens_total" in send(server.url, "/metrics", None)[1]
+            assert {"counter", "histogram"} <= metrics_of(folder)
             segments |= shared_memory_of(pid)
             if ending is not None:
                 os.kill(pid, ending)
