@@ -49,6 +49,10 @@ class SglangServer:
         self.intervals: dict[str, list[int | None]] = {}  # by phase, what each request set
         self.chunks: dict[str, int] = {}  # by phase
 
+    def reply(self, phase: str, prompt: str) -> str:
+        """What is decoded in a phase, after a prompt."""
+        return REPLIES.get(phase, "")
+
     @contextmanager
     def in_thread(self) -> Iterator[str]:
         """Serve in another thread, for callers that block."""
@@ -122,6 +126,7 @@ class SglangServer:
                 request,
                 rid,
                 len(body["input_ids"]),
+                self.reply(phase, TOKENIZER.decode(body["input_ids"])),
                 phase,
                 failure,
                 interval or 1,
@@ -153,9 +158,16 @@ class SglangServer:
         return {"text": text, "output_ids": TOKENIZER.encode(text), "meta_info": meta}
 
     async def _stream(
-        self, request: web.Request, rid: str, prompt: int, phase: str, failure: str | None, interval: int
+        self,
+        request: web.Request,
+        rid: str,
+        prompt: int,
+        text: str,
+        phase: str,
+        failure: str | None,
+        interval: int,
     ) -> web.StreamResponse:
-        text, sent = REPLIES.get(phase, ""), 0
+        sent = 0
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         fails = failure not in (None, "is slow")

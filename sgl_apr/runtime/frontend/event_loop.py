@@ -13,6 +13,7 @@ from sgl_apr.errors import AprError, EngineError
 
 T = TypeVar("T")
 STOP_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 10.0  # how long cancelled work may take to end
 MAX_WAITING_THREADS = 256  # a native fork waits in a thread, and thousands of programs may fork at once
 
 
@@ -83,9 +84,12 @@ class EventLoopThread:
     async def _drain(self, last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        # A cancelled task aborts its requests on the server. Wait for that, and do not cancel it.
+        # A cancelled task aborts its requests on the server. Wait for that, and do not cancel it. A tool may never end.
+        deadline = self._loop.time() + DRAIN_TIMEOUT_S
         while running := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.gather(*running, return_exceptions=True)
+            if (left := deadline - self._loop.time()) <= 0:
+                break
+            await asyncio.wait(running, timeout=left)
         if last:
             await last()
 
