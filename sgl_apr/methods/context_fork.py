@@ -14,7 +14,7 @@ from sgl_apr.methods.fork_result import ForkResult
 from sgl_apr.methods.fork_run import ForkRun
 from sgl_apr.methods.fork_task import ForkTask, Merge, TaskPrompt, make_merge, make_tasks
 from sgl_apr.methods.fork_tools import ForkToolOptions
-from sgl_apr.methods.requests import check_method_options
+from sgl_apr.methods.method_options import check_method_options
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.runtime import telemetry
 from sgl_apr.runtime.budget import Budget

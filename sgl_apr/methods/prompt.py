@@ -70,3 +70,25 @@ class Completion:
     def is_complete(self) -> bool:
         """Whether the model ended it."""
         return self.finish in ("stop", "eos")
+
+
+@dataclass(frozen=True, slots=True)
+class BranchStart:
+    """Where a branch begins.
+
+    Attributes:
+        prompt: What is written first, and how to decode after it.
+        context: The token ids before that.
+        frontier: Spans that it is conditioned on.
+        waits_for: Spans that it follows in time only.
+    """
+
+    prompt: Prompt
+    context: tuple[int, ...] = ()
+    frontier: tuple[int, ...] = ()
+    waits_for: tuple[int, ...] = ()
+
+
+def as_prompt(prompt: Prompt | str) -> Prompt:
+    """A prompt, or a text as one."""
+    return Prompt(prompt) if isinstance(prompt, str) else prompt

@@ -76,7 +76,7 @@ def check_arguments(name: str, task: Any, options: Mapping[str, Any]) -> None:
         AprError: There is no such method, or an option has an unknown name, a wrong type, or a value that is not
             possible.
     """
-    from sgl_apr.methods.requests import METHOD_OPTION_NAMES, check_method_options
+    from sgl_apr.methods.method_options import METHOD_OPTION_NAMES, check_method_options
 
     run = method(name)
     if not callable(task):

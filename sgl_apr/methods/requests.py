@@ -11,10 +11,12 @@ from statistics import fmean
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.errors import AprError
 from sgl_apr.methods.free_text import free_text_output
+from sgl_apr.methods.method_options import check_method_options
+from sgl_apr.methods.method_tools import MethodTools
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
+from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.continuation import Extend, can_continue, is_penalized
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
@@ -22,10 +24,7 @@ from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
 from sgl_apr.runtime.leases import BranchLeases
 from sgl_apr.runtime.option_checks import (
-    JSON_OPTION_NAMES,
     check_function,
-    check_option_names,
-    check_options,
     make_object,
 )
 from sgl_apr.runtime.options import DEFAULT_DIALECT, make_options
@@ -37,14 +36,6 @@ from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 
 PROMPT_LIMIT = "prompt"  # the limit that a prompt sets itself; it is not recorded as one of the budget's
-# Options of `areason` that are about forks of the model. A method forks as it is defined.
-FORK_OPTION_NAMES = (
-    "dialect", "join", "mode", "min_blocks", "max_blocks", "min_width", "policy", "cap_width_by_load", "constrain",
-    "forbid_angle_brackets", "branch_prompt_template",
-)  # fmt: skip
-METHOD_OPTION_NAMES = (
-    *(name for name in JSON_OPTION_NAMES if name not in FORK_OPTION_NAMES), "request_fields",
-)  # fmt: skip
 
 
 class MethodRequests:
@@ -78,6 +69,9 @@ class MethodRequests:
         self.runner = RequestRunner(engine, self.options, self.recorder, self.rid, self.seed)
         self.allowance = Allowance.of(self.budget)
         self.shares_tokens = can_continue(engine, self.options)
+        self._tools = None
+        if self.options.tools:
+            self._tools = MethodTools(engine, self.options, self.budget, self.recorder)
         self._reserved = 0
         self._computed = list[tuple[int, ...]]()  # prefixes that the engine has computed, sorted
         self._forked = list[Engine]()
@@ -102,7 +96,7 @@ class MethodRequests:
         """
         equal = max(0, int(self.unreserved_tokens * share) // len(prompts))
         equal = equal if max_tokens is None else min(equal, max_tokens)
-        tokens = [equal if p.tokens is None else min(equal, p.tokens) for p in prompts]
+        tokens = [min(equal, self._own_limit(p)) for p in prompts]
         self._reserved += sum(tokens)
         return tokens
 
@@ -129,8 +123,7 @@ class MethodRequests:
 
     def _max_tokens(self, prompt: Prompt, equal: int) -> int:
         """What one completion may decode, at most. Where it cannot be continued, that is its equal part."""
-        own = self.budget.branch_tokens or NO_LIMIT
-        own = own if prompt.tokens is None else min(own, prompt.tokens)
+        own = min(self.budget.branch_tokens or NO_LIMIT, self._own_limit(prompt))
         # A stop text may begin before the end of a request, and SGLang looks for it in what follows.
         resumes = self.engine.resumes_grammar if prompt.grammar else not prompt.stop
         if "stop" in prompt.sampling:  # of a grammar that does not end there by itself
@@ -139,6 +132,11 @@ class MethodRequests:
             resumes = False
         resumes = resumes and self.shares_tokens and not is_penalized(prompt.sampling)
         return own if resumes else min(own, equal)
+
+    def _own_limit(self, prompt: Prompt) -> int:
+        """Tokens that a prompt asks for at most. Its limit is of one text, between whose calls of tools results stand."""
+        several_texts = self._tools is not None and self._tools.may_call(prompt)
+        return NO_LIMIT if prompt.tokens is None or several_texts else prompt.tokens
 
     def release_tokens(self, tokens: int) -> None:
         """Give back tokens that were reserved."""
@@ -205,8 +203,9 @@ class MethodRequests:
         prompt: Prompt,
         tokens: int,
         extend: Callable[[], Awaitable[int]] | None = None,
+        group: BranchGroup | None = None,
     ) -> Completion:
-        """Decode after a sequence.
+        """Decode after a sequence. Calls of tools are answered, and the completion is the text after them.
 
         Args:
             engine: Decodes, None if nothing may be decoded.
@@ -214,7 +213,25 @@ class MethodRequests:
             prompt: How to decode.
             tokens: Tokens that were reserved for it.
             extend: Waits for more of them, and returns how many it may decode in all.
+            group: The group that the sequence is a branch of.
         """
+        if engine is None or self._tools is None or not self._tools.may_call(prompt):
+            return await self._decode_text(engine, sequence, prompt, tokens, extend)
+
+        async def decode_text(prompt: Prompt, tokens: int) -> Completion:
+            return await self._decode_text(engine, sequence, prompt, tokens)
+
+        return await self._tools.decode(engine, sequence, prompt, tokens, decode_text, group)
+
+    async def _decode_text(
+        self,
+        engine: Engine | None,
+        sequence: SequenceState,
+        prompt: Prompt,
+        tokens: int,
+        extend: Callable[[], Awaitable[int]] | None = None,
+    ) -> Completion:
+        """Decode one text."""
         # A prompt's own limit comes first: where it is granted in full, no limit of the budget acts.
         limits = {} if prompt.tokens is None else {PROMPT_LIMIT: prompt.tokens}
         if sequence.path and self.budget.branch_tokens is not None:
@@ -296,19 +313,6 @@ class MethodRequests:
     async def release(self) -> None:
         """Release the engines of all forks."""
         await release_engines(self._forked)
-
-
-def check_method_options(options: Mapping[str, Any]) -> None:
-    """Check the options of a method that concern its requests.
-
-    Raises:
-        AprError: One has an unknown name, a wrong type, or a value that is not possible.
-    """
-    for name in options:
-        if name in FORK_OPTION_NAMES:
-            raise AprError(f"no option {name!r}: a method has a fixed structure")
-    check_option_names(options, METHOD_OPTION_NAMES)
-    check_options(options)
 
 
 def lowest(limits: Mapping[str, int]) -> tuple[str, int]:

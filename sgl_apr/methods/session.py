@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BudgetExceeded
-from sgl_apr.methods.prompt import Completion, Prompt
+from sgl_apr.methods.method_tools import ToolHeading, tool_heading
+from sgl_apr.methods.prompt import BranchStart, Completion, Prompt, as_prompt
 from sgl_apr.methods.requests import MethodRequests
 from sgl_apr.runtime.branch_group import BranchGroup, gather
 from sgl_apr.runtime.budget import Budget
@@ -24,23 +25,6 @@ from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class BranchStart:
-    """Where a branch begins.
-
-    Attributes:
-        prompt: What is written first, and how to decode after it.
-        context: The token ids before that.
-        frontier: Spans that it is conditioned on.
-        waits_for: Spans that it follows in time only.
-    """
-
-    prompt: Prompt
-    context: tuple[int, ...] = ()
-    frontier: tuple[int, ...] = ()
-    waits_for: tuple[int, ...] = ()
 
 
 class MethodSession:
@@ -61,6 +45,7 @@ class MethodSession:
 
     Attributes:
         root: The prompt as a completion without text.
+        heading: How prompts show the tools of the method. None without tools.
     """
 
     def __init__(
@@ -77,6 +62,7 @@ class MethodSession:
         self.method = method
         self.requests = MethodRequests(engine, budget, on_event, options)
         self.recorder, self.budget = self.requests.recorder, self.requests.budget
+        self.heading: ToolHeading | None = None
         # The branches of a sequence, and before which of its spans each belongs.
         self._branches = dict[SequenceState, list[tuple[int, SequenceState]]]()
         # An empty prompt is one of contexts that have nothing in common.
@@ -96,7 +82,7 @@ class MethodSession:
 
     async def continue_from(self, completion: Completion, prompt: Prompt | str = "") -> Completion:
         """Continue a completion in its own context."""
-        prompt = _as_prompt(prompt)
+        prompt = as_prompt(prompt)
         waits_for = self._ends(prompt.depends_on) if prompt.depends_on else ()
         self.requests.write(completion.sequence, prompt.text, waits_for)
         (tokens,) = self.requests.reserve([prompt])
@@ -125,7 +111,7 @@ class MethodSession:
             One completion for each prompt, in order, also those that were cut, and those that failed, without text.
         """
         parent = completion.sequence
-        starts = [BranchStart(_as_prompt(p), parent.context, parent.frontier) for p in prompts]
+        starts = [BranchStart(as_prompt(p), parent.context, parent.frontier) for p in prompts]
         return await self._run(completion, starts, share, policy)
 
     async def sample_independent(
@@ -186,7 +172,7 @@ class MethodSession:
         """
         encode = self.requests.tokenizer.encode
         starts = [
-            BranchStart(prompt, tuple(encode(text, add_special_tokens=True)), self._ends(quoted))
+            BranchStart(prompt, tuple(encode(self._shown(text), add_special_tokens=True)), self._ends(quoted))
             for text, quoted, prompt in contexts
         ]
         return await self._run(self.root, starts, share, "all")
@@ -240,7 +226,11 @@ class MethodSession:
         return tuple(dict.fromkeys(ends))
 
     def _independent(self, prompts: Sequence[Prompt | str]) -> list[BranchStart]:
-        return [BranchStart(p, waits_for=self._ends(p.depends_on)) for p in map(_as_prompt, prompts)]
+        made = (replace(p, text=self._shown(p.text)) for p in map(as_prompt, prompts))
+        return [BranchStart(p, waits_for=self._ends(p.depends_on)) for p in made]
+
+    def _shown(self, text: str) -> str:
+        return self.heading.shown(text) if self.heading else text
 
     def _ordered_spans(self, sequence: SequenceState) -> list[int]:
         """The spans of a sequence with those of its branches where they were forked: parents come first."""
@@ -300,7 +290,7 @@ class MethodSession:
                 return leases.of(branch).tokens
 
             completions[branch] = await self.requests.decode(
-                engines[k] if engines else None, branch, prompts[k], leases.of(branch).tokens, extend
+                engines[k] if engines else None, branch, prompts[k], leases.of(branch).tokens, extend, group
             )
             written = branch.tokens_used - before  # spent, and so no longer reserved
             reserved -= written
@@ -315,10 +305,6 @@ class MethodSession:
             self.requests.release_tokens(reserved)
         group.joined()
         return [completions[branch] for branch in group.branches]
-
-
-def _as_prompt(prompt: Prompt | str) -> Prompt:
-    return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
 @asynccontextmanager
@@ -338,8 +324,13 @@ async def method_session(
     """
     check_engine(engine)
     check_prompt(prompt)
-    ids = prompt if isinstance(prompt, str) else await encode_prompt(engine, prompt)
+    heading = await tool_heading(engine, options)
+    if isinstance(prompt, str):
+        ids: str | Sequence[int] = heading.shown(prompt) if heading else prompt
+    else:
+        ids = await encode_prompt(engine, prompt, heading.tools if heading else None)
     session = MethodSession(engine, ids, method, **options)
+    session.heading = heading
     try:
         yield session
     except BaseException:
