@@ -25,6 +25,8 @@ from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.install import UI_PATH, allow_ui_without_key, make_router
 from sgl_apr.server.api.service import TrajectoryService
 from tests.runtime.test_loop import BOOM, FORK, scripted
+from tests.runtime.tools.scripted_tools import call
+from tests.runtime.tools.scripted_tools import engine as scripted_calls
 from tests.support.browser import PHONE, Tab, launched, tab
 from tests.support.masked_sampler import SampledEngine, masked
 from tests.views.test_page import HOSTILE
@@ -480,4 +482,48 @@ def test_a_tool_that_runs_is_drawn_until_it_returns(browser):
             "tool_s": 0.5,
             "critical_tool_s": 0.5,
         }
+        assert shown.complaints == []
+
+
+def test_a_trajectory_with_tools_is_followed_to_its_end(browser):
+    """Of a server that runs the tools: the page shows which run, and ends with what the server has."""
+    gate = threading.Event()
+
+    async def search(query: str) -> str:
+        """Search."""
+        while query == "held" and not gate.is_set():
+            await asyncio.sleep(0.01)
+        return f"found {query} {HOSTILE[0]}"
+
+    ended = f"{HOSTILE[0]}\n</tool_response>\n"
+    script = {
+        "Q: ": "Hm. " + call("search", query="trunk"),
+        f"found trunk {ended}": "So. " + FORK,
+        "1:": " one" + call("search", query="held"),
+        "2:": " two" + call("search", query="plain"),
+        f"found held {ended}": "\n</Thread>",
+        f"found plain {ended}": "\n</Thread>",
+        "</Parallel>": " Done.",
+        "\n": "<Conclusion>both</Conclusion>\n</Parallel>\n\nDone.",
+    }
+    engine = scripted_calls(script, apr.ByteTokenizer(apr.dialect("threadweaver").tags))
+    engine.tool_call_parser = "qwen25"
+    with serving(engine) as (url, service):
+        service.operator_tools.tools = (apr.Tool.from_function(search),)
+        shown = tab(browser)
+        shown.go(url + UI_PATH)
+        also(shown, {"tools": ["search"]})
+        shown.page.fill("#prompt", "Q: ")
+        shown.page.click("#run")
+        shown.until("live.run?.tools.size === 3 && live.run.tools.get('call_1.2_1')?.outcome === 'ok'", 30)
+        shown.until("document.querySelector('[data-branch=\"1.1\"] .soft')?.textContent === 'runs search'")
+        gate.set()
+        shown.until("!live.run", 30)
+        (made,) = service.made
+        assert {c.id: c.outcome for c in made.tool_calls} == {
+            "call_1": "ok",
+            "call_1.1_1": "ok",
+            "call_1.2_1": "ok",
+        }
+        check(shown, made)
         assert shown.complaints == []

@@ -68,6 +68,7 @@ const EVENT_HANDLERS = {
     run.tools.set(id, { id, path, name, arguments: text, result: "", outcome: null, started: clock(run), ended: null });
   },
   tool_returned(run, { call }) {
+    run.tools.delete(call.id); // calls are in the order in which they end
     run.tools.set(call.id, call);
     run.skew = Math.min(run.skew, (performance.now() - run.started) / 1000 - call.ended);
   },
