@@ -90,7 +90,7 @@ def _export_calls(
         start(f"apr.{call.phase}", spans[call.path], call.started, _attributes(call)).end(at(call.ended))
     for tool_call in tool_calls:
         span = start(
-            f"execute_tool {tool_call.name}",
+            f"execute_tool {tool_call.name}".rstrip(),
             spans[tool_call.path],
             tool_call.started,
             _tool_attributes(tool_call),
