@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
-from jsonschema import validate
-from pydantic import Field
 
 import sgl_apr as apr
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
+from tests.runtime.tools.checked_tools import CALL_TAGS, DIALECTS, PARSERS, check, plot, search
 from tests.support.chat_templates import QWEN
-from tests.support.tool_sampler import detected
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 T = TypeVar("T")
-DIALECTS = ("threadweaver", "multiverse", "spawn")
-PARSERS = ("qwen25", "qwen3_coder")
-CALL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 MESSAGES = [{"role": "user", "content": "What is it?"}]
-
-
-def search(
-    query: Annotated[str, Field(max_length=8)],
-    kind: Literal["web", "book"] = "web",
-    limit: Annotated[int, Field(ge=1, le=99)] = 3,
-) -> str:
-    """Search."""
-    return f"</Thread><tool_call>{query} {kind} {limit}</tool_call></Path><|im_end|>"
-
-
-async def plot(
-    points: Annotated[list[bool], Field(max_length=3)], note: Literal["a", None] = None
-) -> list[Any]:
-    """Plot."""
-    await asyncio.sleep(0.001)
-    return [points, note]
 
 
 @pytest.fixture(scope="module")
@@ -63,35 +40,6 @@ def with_engine(server: Server, work: Callable[[apr.HttpEngine], Awaitable[T]]) 
             return await work(engine)
 
     return asyncio.run(run())
-
-
-def check(trajectory: apr.Trajectory, parser: str) -> int:
-    """Check a trajectory and return how many calls it has."""
-    definitions = {tool.name: tool for tool in map(apr.Tool.from_function, (search, plot))}
-    from sgl_apr.formats.tool_syntax import ToolDefinition
-
-    known = tuple(ToolDefinition.from_schema(t.name, t.description, t.schema) for t in definitions.values())
-    dialect = apr.dialect(trajectory.dialect)
-    written = "".join(s.text for s in trajectory.reply if s.role not in ("call", "observation"))
-    dialect.validate(written)
-    records = {called.id: called for called in trajectory.tool_calls}
-    seen = 0
-    for k, span in enumerate(trajectory.spans):
-        if span.role != "call":
-            continue
-        ids = span.label.split()
-        if any(records[i].outcome == "length" for i in ids):
-            continue
-        assert [(records[i].name, json.loads(records[i].arguments)) for i in ids] == detected(
-            parser, span.text, known
-        )
-        for i in ids:
-            validate(json.loads(records[i].arguments), definitions[records[i].name].schema)
-            assert records[i].outcome in ("ok", "cancelled"), records[i]
-        results = [s for s in trajectory.spans[k + 1 :] if s.role == "observation" and s.label in ids]
-        assert [s.label for s in results] == ids
-        seen += len(ids)
-    return seen
 
 
 async def run_many(engine: apr.HttpEngine, dialect: str, parser: str, count: int) -> list[apr.Trajectory]:
