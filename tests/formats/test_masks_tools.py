@@ -210,35 +210,39 @@ def test_text_without_a_dialect(backend: str):
 @pytest.mark.parametrize(
     ("limits", "accepted"),
     [
-        ({"maxLength": 3}, ["", "a", "abc", "nul"]),
-        ({"minLength": 4, "maxLength": 4}, ["abca"]),
-        ({"minLength": 4}, ["abca", "nulls"]),
+        ({"maxLength": 3}, ["", "a", "abc", " a "]),
+        ({"minLength": 4, "maxLength": 4}, ["abca", "null"]),
+        ({"minLength": 2}, ["abc", "abca", "null", " a "]),
         ({"pattern": "^[a-c]+$"}, ["a", "abc", "abca"]),
         ({"enum": ["a", "abca", "null"]}, ["a", "abca"]),
-        ({}, ["", "a", "abc", "nul", "abca", "nulls", "<", "a<b"]),
+        ({}, ["", "a", "abc", "abca", "null", " a ", "<", "a<b"]),
     ],
 )
 def test_limits_of_plain_text(backend: str, limits: dict[str, object], accepted: list[str]):
-    """A tagged parameter is plain text, and `null` is no text."""
+    """A tagged parameter is plain text."""
     schema = {"type": "object", "properties": {"s": {"type": "string", **limits}}, "required": ["s"]}
-    at = sampler(backend)
-    grammar = lower_free_text(
-        at.masked, backend, tool_syntax=syntax("qwen3_coder", (ToolDefinition.from_schema("f", "", schema),)), max_calls=1
-    )  # fmt: skip
-    texts = [
-        "",
-        "a",
-        "abc",
-        "nul",
-        "null",
-        "NULL",
-        "abca",
-        "nulls",
-        "</function>",
-        *["<", "a<b"] * (not limits),
-    ]
+    tools, at = (ToolDefinition.from_schema("f", "", schema),), sampler(backend)
+    texts = ["", "a", "abc", "abca", "null", " a ", "</function>", *["<", "a<b"] * (not limits)]
     call = "<tool_call>\n<function=f>\n<parameter=s>\n{}\n</parameter>\n</function>\n</tool_call>"
+    grammar = lower_free_text(at.masked, backend, tool_syntax=syntax("qwen3_coder", tools), max_calls=1)
     assert [text for text in texts if at.accepts(grammar, call.format(text))] == accepted
+    for text in accepted:
+        (parsed,) = syntax("qwen3_coder", tools).parse(call.format(text)).calls
+        assert json.loads(parsed.arguments) == {"s": text}
+
+
+@both
+def test_limits_of_text_whose_ends_are_trimmed(backend: str):
+    """DeepSeek's parser removes white space, which must not make a text too short."""
+    schema = {"type": "object", "properties": {"s": {"type": "string", "minLength": 2}}, "required": ["s"]}
+    tools, at = (ToolDefinition.from_schema("f", "", schema),), sampler(backend)
+    grammar = lower_free_text(at.masked, backend, tool_syntax=syntax("deepseekv32", tools), max_calls=1)
+    call = (
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="s" string="true">{}'
+        "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>"
+    )
+    texts = ["", "a", "ab", "a b", " a", "a\n", "  ", "ab\u3000"]
+    assert [text for text in texts if at.accepts(grammar, call.format(text))] == ["ab", "a b"]
 
 
 @pytest.mark.parametrize(

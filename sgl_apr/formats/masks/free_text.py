@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 ANY_TEXT = r"(.|\n)+"
 
 
+# The characters that `str.strip` removes, for a character class.
+SPACES = r"\x09-\x0d\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # A character of a JSON string that is written as an escape, without halves of surrogate pairs.
 JSON_ESCAPE = r'\\(["\\\/bfnrt]|u([0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}))'
 

@@ -11,7 +11,7 @@ from typing import Any
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral
-from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding, value_excluding
+from sgl_apr.formats.masks.free_text import ANY_TEXT, SPACES, text_excluding, value_excluding
 from sgl_apr.formats.masks.json_schema import first_characters
 from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker, TextLimits
 
@@ -54,12 +54,15 @@ class LlguidanceWriter(GrammarWriter):
         fixed = self.fixed(end)
         spelled = json.loads(fixed[0])
         tail = _escape(spelled)
-        count = f"{{{limits.min_chars},{'' if limits.max_chars is None else limits.max_chars}}}"
-        length = f" & /(.|\n){count}{tail}/" if limits.min_chars or limits.max_chars is not None else ""
-        pattern = f" & /({limits.pattern}){tail}/" if limits.pattern else ""
-        self.lines[name.upper()] = (
-            f"/{value_excluding(self.excluded_names)}{tail}/ & ~/[nN][uU][lL][lL]{tail}/{length}{pattern}"
-        )
+        rules = [value_excluding(self.excluded_names) + tail]
+        if limits.min_chars or limits.max_chars is not None:
+            longest = "" if limits.max_chars is None else limits.max_chars
+            rules.append(rf"(.|\n){{{limits.min_chars},{longest}}}{tail}")
+        if limits.pattern is not None:
+            rules.append(f"({limits.pattern}){tail}")
+        if limits.trimmed:
+            rules.append(rf"[^{SPACES}]((.|\n)*[^{SPACES}])?{tail}")
+        self.lines[name.upper()] = " & ".join(f"/{rule}/" for rule in rules)
         return [name.upper(), *fixed[1:]]
 
     def pattern(self, name: str, regex: str) -> str:

@@ -22,11 +22,13 @@ class TextLimits:
         min_chars: Its minimal length in characters.
         max_chars: Its maximal length, None if there is none.
         pattern: A regular expression for all of it.
+        trimmed: Whether it has to be without white space at its ends, which the parser removes.
     """
 
     min_chars: int = 0
     max_chars: int | None = None
     pattern: str | None = None
+    trimmed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

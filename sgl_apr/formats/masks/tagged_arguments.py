@@ -68,11 +68,15 @@ def _value(
             raise GrammarError(f"{where}: none of its values can be written as plain text")
         writer.lines[name] = " | ".join(map(writer.plain, texts))
         return [name, *writer.fixed(tags.end)]
-    return writer.parameter_text(name, tags.end, _limits(writer, preparer, schema, where))
+    return writer.parameter_text(name, tags.end, _limits(writer, preparer, tags, schema, where))
 
 
 def _limits(
-    writer: GrammarWriter, preparer: SchemaPreparer, schema: Mapping[str, Any], where: str
+    writer: GrammarWriter,
+    preparer: SchemaPreparer,
+    tags: ParameterTags,
+    schema: Mapping[str, Any],
+    where: str,
 ) -> TextLimits:
     """What a schema requires of plain text."""
     rest = {k: v for k, v in schema.items() if k not in ANNOTATIONS}
@@ -88,18 +92,19 @@ def _limits(
         raise GrammarError(f"{where}: {min(unknown)!r} cannot be enforced in a parameter that is plain text")
     if rest.get("format") in FORMATS:
         raise GrammarError(f"{where}: 'format' cannot be enforced in a parameter that is plain text")
+    trimmed = tags.strips_space and (bool(min_chars) or pattern is not None)
     if pattern is None:
-        return TextLimits(min_chars, max_chars)
+        return TextLimits(min_chars, max_chars, trimmed=trimmed)
     if not re.fullmatch(r"\^[^^]*\$", pattern):
         raise GrammarError(
             f"{where}: the pattern {pattern!r:.60}, expected ^...$ in a parameter that is plain text"
         )
-    if writer.BACKEND == "xgrammar" and (min_chars or max_chars is not None):
+    if writer.BACKEND == "xgrammar" and (min_chars or max_chars is not None or trimmed):
         raise GrammarError(
-            f"{where}: the grammar backend xgrammar cannot enforce a pattern and a length; expected "
+            f"{where}: the grammar backend xgrammar cannot enforce a pattern and another limit; expected "
             "--grammar-backend llguidance"
         )
-    return TextLimits(min_chars, max_chars, pattern[1:-1])
+    return TextLimits(min_chars, max_chars, pattern[1:-1], trimmed)
 
 
 def _bare(schema: Any) -> dict[str, Any]:

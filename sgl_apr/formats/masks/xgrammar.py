@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral
-from sgl_apr.formats.masks.free_text import ANY_TEXT, TextParts, text_excluding, text_parts
+from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding, text_parts
 from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker, TextLimits
 from sgl_apr.formats.masks.xgrammar_json import json_rules
 
@@ -62,12 +62,13 @@ class XgrammarWriter(GrammarWriter):
     def parameter_text(self, name: str, end: str, limits: TextLimits) -> list[str]:
         if limits.pattern is not None:
             self.lines[name] = f"Regex({json.dumps(limits.pattern, ensure_ascii=False)})"
-            return [name, *self.fixed(end)]
-        if limits.max_chars is None and not limits.min_chars:
-            self.lines.update(_text_except("null", text_parts(self.excluded_names)))
-            return ["value_0?", *self.fixed(end)]
-        self.lines.update(_limited_text_except("null", limits.min_chars, limits.max_chars, name))
-        return [f"{name}_0", *self.fixed(end)]
+        elif limits.max_chars is not None or limits.min_chars:
+            self.lines[name] = _limited_text(limits)
+        else:
+            end_of_text = text_parts(self.excluded_names).staying.removesuffix("*") + "+"
+            self.lines["TEXT_END"] = f"Regex({json.dumps(end_of_text, ensure_ascii=False)})"
+            self.lines[name] = f'"" | {self._free_text()} | TEXT_END'
+        return [name, *self.fixed(end)]
 
     def pattern(self, name: str, regex: str) -> str:
         self.lines[name] = _to_ebnf(regex)
@@ -91,49 +92,28 @@ class XgrammarWriter(GrammarWriter):
             return name + "?" * optional
         if self.grammar.terminals[TEXT] != ANY_TEXT:
             raise GrammarError(f"{self.grammar.name}: xgrammar supports only /{ANY_TEXT}/ as {TEXT}")
+        return self._free_text() + "?" * optional
+
+    def _free_text(self) -> str:
+        """Write the rule of text without tags, and return its symbol."""
         # `|` excludes the control tokens of chat models, `<|...`, which xgrammar would match by their spelling, too.
-        self.lines["TEXT"] = (
-            f"Regex({json.dumps(text_excluding(list(dict.fromkeys([*self.excluded_names, '|']))), ensure_ascii=False)})"
-        )
-        return "TEXT" + "?" * optional
+        names = dict.fromkeys([*self.excluded_names, "|"])
+        self.lines[TEXT] = f"Regex({json.dumps(text_excluding(list(names)), ensure_ascii=False)})"
+        return TEXT
 
 
-def _text_except(word: str, parts: TextParts) -> Iterator[tuple[str, str]]:
-    """The rules of a text that is not one word, in any case. `value_0` is the text, if it is not empty."""
+def _limited_text(limits: TextLimits) -> str:
+    """An expression for text of some length without `<`."""
 
-    def regex(pattern: str) -> str:
-        return f"Regex({json.dumps(pattern, ensure_ascii=False)})"
+    def count(used: int) -> str:
+        longest = "" if limits.max_chars is None else limits.max_chars - used
+        return f"[^<]{{{max(limits.min_chars - used, 0)},{longest}}}"
 
-    yield "value_end", regex(parts.staying.removesuffix("*") + "+")
-    yield "value_leaving", regex(parts.leaving)
-    yield "value_rest", regex(f"({parts.character}|{parts.leaving})*{parts.staying}")
-    for index, character in enumerate(word):
-        cases = character.lower() + character.upper()
-        after = f"[{cases}] value_{index + 1}" + "?" * (index + 1 < len(word))
-        yield f"value_{index}", f"[^<{cases}] value_rest | value_leaving value_rest | {after} | value_end"
-    yield f"value_{len(word)}", "[^<] value_rest | value_leaving value_rest | value_end"
-
-
-def _limited_text_except(
-    word: str, min_chars: int, max_chars: int | None, name: str
-) -> Iterator[tuple[str, str]]:
-    """The rules of a text of some length without `<` that is not one word, in any case."""
-
-    def rest(used: int, least: int = 0) -> str:
-        """What can follow `used` characters."""
-        limit = "" if max_chars is None else max_chars - used
-        return f"[^<]{{{max(min_chars - used, least)},{limit}}}"
-
-    longest = len(word) if max_chars is None else min(len(word), max_chars)
-    can_be_longer = max_chars is None or max_chars > len(word)
-    for index, character in enumerate(word[:longest]):
-        cases = character.lower() + character.upper()
-        options = ['""'] if index >= min_chars else []
-        options.append(f"[^<{cases}] {rest(index + 1)}")
-        if index + 1 < len(word) or can_be_longer:  # otherwise the word would be complete
-            options.append(f"[{cases}] {name}_{index + 1}")
-        yield f"{name}_{index}", " | ".join(options)
-    yield f"{name}_{longest}", rest(longest, 1) if longest == len(word) and can_be_longer else '""'
+    if not limits.trimmed:
+        return count(0)
+    end = "[!-;=-~]"  # xgrammar fails at classes that exclude some characters beyond ASCII
+    longer = f"{end} {count(2)} {end}" if limits.max_chars is None or limits.max_chars > 1 else ""
+    return " | ".join(e for e in (end if limits.min_chars == 1 else "", longer) if e)
 
 
 def _to_ebnf(regex: str) -> str:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from sgl_apr.errors import GrammarError, UnsupportedEngine
 from sgl_apr.formats.masks.free_text import value_excluding
 
+STRING_TEXT = "json_string_text"  # the rule of the inside of a string, which all schemas of a mask share
 # Strings, character classes, and names outside of both.
 _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|[A-Za-z_]\w*')
 _ANY_CHARACTER = r"[^\"\\\r\n]"  # how xgrammar writes a character of a string with a maximal length
@@ -42,12 +43,11 @@ def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tup
         raise GrammarError(f"xgrammar cannot convert the schema: {str(error).splitlines()[0]}") from None
     rules = dict(line.split(" ::= ", 1) for line in text.splitlines() if " ::= " in line)
     inside = json.dumps(value_excluding(excluded, in_json=True), ensure_ascii=False)
-    rules["basic_string_sub"] = 'basic_string_text? "\\""'
-    rules["basic_string_text"] = f"Regex({inside})"
+    rules["basic_string_sub"] = f'{STRING_TEXT} "\\""'
     names = {name: prefix if name == "root" else f"{prefix}_{name}" for name in rules}
 
     def renamed(body: str) -> str:
         return _TOKENS.sub(lambda m: names.get(m[0], m[0]), body.replace(_ANY_CHARACTER, _TAGLESS_CHARACTER))
 
     order = ["root", *(name for name in rules if name != "root")]
-    return tuple((names[name], renamed(rules[name])) for name in order)
+    return (*((names[name], renamed(rules[name])) for name in order), (STRING_TEXT, f"Regex({inside})"))
