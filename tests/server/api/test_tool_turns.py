@@ -1,0 +1,177 @@
+"""Responses of trajectories whose clients run tools, on a scripted engine: calls of branches, streams, usage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sgl_apr as apr
+from sgl_apr.runtime.tools.tool import Tool
+from sgl_apr.server.api.config import ApiConfig
+from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.openai_request import OpenAIRequest
+from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
+from sgl_apr.server.api.options import ReasonRequest
+from sgl_apr.server.api.response_options import ResponseOptions
+from sgl_apr.server.api.service import TrajectoryService
+from sgl_apr.server.api.tool_response import turn_chunks, turn_completion
+from sgl_apr.server.api.tool_turns import find_turn
+from tests.runtime.tools.scripted_tools import FORK, JOINED, call, engine
+
+USER = {"role": "user", "content": "Q"}
+AFTER_RESULT = "\n</tool_response>\n"
+SCRIPT = {
+    "Q: ": "Let us see. " + FORK,
+    "<Thread>\n1:": " look " + call("search", q="left") + call("search", q="low"),
+    "<Thread>\n2:": " look " + call("search", q="right"),
+    AFTER_RESULT: " found\n</Thread>",
+    "</Thread>\n": JOINED,
+}
+TOOL = Tool("search", "Find.", {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]})
+
+
+class ScriptedService(TrajectoryService):
+    """The service of a server whose engine is scripted."""
+
+    def __init__(self, scripted: apr.ScriptedEngine, limits: RequestLimits) -> None:
+        model = SimpleNamespace(context_len=100_000, vocab_size=1000)
+        values = {"tool_call_parser": "qwen25"}
+        manager = SimpleNamespace(served_model_name="m", config_value=values.get, model_config=model)
+        super().__init__(manager, ApiConfig(limits))
+        self._engine: Any = scripted
+
+
+class Client:
+    """Sends chat requests to a service, streamed or not, and returns message, finish reason, usage and `apr`."""
+
+    def __init__(self, service: ScriptedService, *, stream: bool, **response: Any) -> None:
+        self.service, self.stream = service, stream
+        self.response = ResponseOptions(include_usage=stream, include_trajectory=True, **response)
+        self.reasoning = self.content = ""
+
+    async def send(self, messages: list[Any]) -> tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]:
+        options = {"dialect": "threadweaver", "budget": {"tokens": 3000}, "tool_call_parser": "qwen25"}
+        request = ReasonRequest("Q: ", options, request_options={"tools": (TOOL,)})
+        parsed = OpenAIRequest(request, self.response, runs_tools=True)
+        raw: Any = SimpleNamespace(headers={})
+        turn = await find_turn(self.service, raw, {"messages": messages}, parsed)
+        assert turn is not None
+        builder = OpenAIResponseBuilder("m", True, self.response)
+        if self.stream:
+            chunks = [chunk async for chunk in turn_chunks(builder, *turn)]
+            message, finish, usage, summary = assemble(chunks)
+        else:
+            completion = await turn_completion(builder, *turn)
+            (choice,) = completion["choices"]
+            message, finish = choice["message"], choice["finish_reason"]
+            usage, summary = completion["usage"], completion["apr"]
+        self.reasoning += message["reasoning_content"] or ""
+        self.content += message["content"] or ""
+        return message, finish, usage, summary
+
+    async def loop(self, run: Callable[[str], str]) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
+        """The calls of each response, the usages, and `apr` of the last response."""
+        messages, turns, usages = [USER], [], []
+        while True:
+            message, finish, usage, summary = await self.send(messages)
+            usages.append(usage)
+            if finish != "tool_calls":
+                return turns, usages, summary
+            calls = message["tool_calls"]
+            turns.append([(tuple(made["path"]), one["function"]["arguments"])
+                          for made, one in zip(summary["calls"], calls, strict=True)])  # fmt: skip
+            results = [
+                {"role": "tool", "tool_call_id": c["id"], "content": run(c["function"]["arguments"])}
+                for c in calls
+            ]
+            messages = [*messages, {"role": "assistant", "tool_calls": calls}, *reversed(results)]
+
+
+def assemble(chunks: list[Any]) -> tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]:
+    """What a client makes of the chunks of a response."""
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+    finish, summary = "", {}
+    *chunks, last = chunks
+    assert (last["choices"], chunks[0]["choices"][0]["delta"]["role"]) == ([], "assistant")
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        message["content"] += choice["delta"].get("content") or ""
+        message["reasoning_content"] += choice["delta"].get("reasoning_content") or ""
+        for made in choice["delta"].get("tool_calls", ()):
+            assert made.pop("index") == len(message["tool_calls"])
+            message["tool_calls"].append(made)
+        finish = choice["finish_reason"] or finish
+        summary = chunk.get("apr") or summary
+    return message, finish, last["usage"], summary
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_two_branches_come_together_and_their_results_go_where_they_belong(stream: bool):
+    async def main() -> None:
+        service = ScriptedService(engine(SCRIPT), RequestLimits())
+        client = Client(service, stream=stream)
+        turns, usages, summary = await client.loop(lambda arguments: f"<Thread>{arguments}")
+        assert sorted(turns[0]) == [
+            ((1, 1), '{"q": "left"}'), ((1, 1), '{"q": "low"}'), ((1, 2), '{"q": "right"}'),
+        ]  # fmt: skip
+        assert len(turns) == 1
+        trajectory = apr.Trajectory.from_json(apr_json(summary))
+        assert client.content == trajectory.answer.lstrip() == "Done."
+        assert client.reasoning + client.content == trajectory.text
+        assert {(called.path, called.result) for called in trajectory.tool_calls} == {
+            ((1, 1), '<Thread>{"q": "left"}'), ((1, 1), '<Thread>{"q": "low"}'), ((1, 2), '<Thread>{"q": "right"}'),
+        }  # fmt: skip
+        first, second = usages
+        assert second["prompt_tokens"] == first["total_tokens"]
+        assert first["completion_tokens"] + second["completion_tokens"] == trajectory.metrics().total
+        assert service.counters.to_json()["trajectories"]["finished"] == 1
+        assert (service.admission.running, service.counters.to_json()["waiting"]) == (0, 0)
+
+    asyncio.run(main())
+
+
+def apr_json(summary: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(summary["trajectory"])
+
+
+def test_a_stream_of_all_sequences_has_the_calls_too():
+    async def main() -> None:
+        service = ScriptedService(engine(SCRIPT), RequestLimits())
+        turns, _, summary = await Client(service, stream=True, all_sequences=True).loop(str)
+        assert len(turns[0]) == 3
+        assert summary["event"] == "done"
+
+    asyncio.run(main())
+
+
+def test_a_wait_that_is_too_long_ends_the_trajectory_and_its_requests():
+    async def main() -> None:
+        scripted = engine(SCRIPT)
+        service = ScriptedService(scripted, RequestLimits(tool_wait=0.05))
+        client = Client(service, stream=False)
+        message, finish, _, _ = await client.send([USER])
+        assert finish == "tool_calls"
+        await asyncio.sleep(0.1)
+        counts = service.counters.to_json()
+        assert (counts["waiting"], counts["tool_waits"]["expired"]) == (0, 1)
+        assert counts["trajectories"]["cancelled"] == 1
+        assert scripted.active == set()
+        results = [
+            {"role": "tool", "tool_call_id": one["id"], "content": "late"} for one in message["tool_calls"]
+        ]
+        again = [USER, {"role": "assistant", "tool_calls": message["tool_calls"]}, *results]
+        fresh, finish, _, _ = await client.send(again)  # as a server that keeps nothing would answer
+        assert finish == "tool_calls"
+        assert {one["id"] for one in fresh["tool_calls"]}.isdisjoint(
+            one["id"] for one in message["tool_calls"]
+        )
+        await service.close()
+        assert scripted.active == set()
+
+    asyncio.run(main())
