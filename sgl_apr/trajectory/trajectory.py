@@ -142,9 +142,9 @@ class Trajectory:
 
     @property
     def answer(self) -> str:
-        """The trunk's text after the last join and the last result of a tool, without leading white space.
+        """The trunk's text after the last join, call and result of a tool, without leading white space.
 
-        A call of a tool is no part of it, also if it was cut and has no result.
+        `text` ends with it.
         """
         return "".join(self.spans[i].text for i in self.answer_spans).lstrip()
 
@@ -154,10 +154,9 @@ class Trajectory:
         answer: list[int] = []
         for i in reversed(range(len(self.spans))):
             span = self.spans[i]
-            if span.path != () or span.role not in ("text", "call"):
+            if span.path != () or span.role != "text":
                 break
-            if span.role == "text":
-                answer.append(i)
+            answer.append(i)
         return tuple(reversed(answer))
 
     @property

@@ -40,11 +40,14 @@ def test_the_answer_follows_the_last_result():
     assert [TOOLED.spans[i].text.strip() for i in TOOLED.answer_spans] == ["The answer is 4."]
 
 
-def test_a_call_is_no_part_of_an_answer():
+def test_the_text_ends_with_the_answer():
+    """Also if a call was cut, after which the trunk continues or ends."""
     cut = span("call", CUT, "a", finish="length")
     calls = (replace(CALL_A, outcome="length"),)
+    trajectory = trunk(PROMPT, span("text", "Hm. "), cut, span("text", " It is 3."), tool_calls=calls)
+    assert (trajectory.answer, trajectory.text) == ("It is 3.", f"Hm. {CUT} It is 3.")
     trajectory = trunk(PROMPT, span("text", "It is 3. "), cut, tool_calls=calls)
-    assert (trajectory.answer, trajectory.finish) == ("It is 3. ", "length")
+    assert (trajectory.answer, trajectory.finish) == ("", "length")
     assert trajectory.text == f"It is 3. {CUT}", "the text has all that was decoded"
 
 

@@ -174,13 +174,12 @@ function rowFor(run, t) {
   };
 }
 
-/** Returns the text of the trunk after the last join and the last result of a tool, as `Trajectory.answer` does. */
+/** Returns the text of the trunk after the last join, call and result of a tool, as `Trajectory.answer` does. */
 function answerOf({ spans }) {
   const reply = spans.filter((span) => !isPrompt(span)),
-    last = reply.findLastIndex((span) => !["text", "call"].includes(span.role) || span.path.length);
+    last = reply.findLastIndex((span) => span.role !== "text" || span.path.length);
   return reply
     .slice(last + 1)
-    .filter((span) => span.role === "text")
     .map((span) => span.text)
     .join("")
     .trimStart();
