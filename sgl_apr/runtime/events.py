@@ -7,7 +7,9 @@ Events come in this order:
 3. `Forked`, before all events of its branches. Events of parallel branches are interleaved.
 4. `BranchEnded`, after the last event of its branch. In a join by message the result follows, with the branch's path.
 5. `Joined`, after the `BranchEnded` of every branch that it joins and after all that is written at the join.
-6. `Done`, last.
+6. `ToolCalled`, after the `SpanFinished` of its call. `ToolReturned` follows, before the `Delta` and the `SpanFinished` of the
+   result. A call that is not run, such as one that a limit cut, has a `ToolReturned` alone.
+7. `Done`, last.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class Trajectory:
     def text(self) -> str:
         """The complete reply, tags and injected text included, without the prompt.
 
-        Of a branch that saw only a message it holds only the result, as the context of the trunk does.
+        Of a branch that saw only a message it holds only the result, as the context of the trunk does. Calls of tools and
+        their results are part of it. A result may spell tags, so that the text cannot be parsed again.
         """
         return "".join(s.text for s in self.reply_spans)
 

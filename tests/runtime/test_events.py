@@ -11,6 +11,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
+from tests.runtime.tools.scripted_tools import FORK, JOINED, call, engine
 from tests.support.masked_sampler import SampledEngine, masked
 
 every_dialect = pytest.mark.parametrize("name", dialect_names())
@@ -119,3 +120,38 @@ def test_leaving_a_stream_cancels():
         assert len(engine.aborted) == 1
 
     asyncio.run(go())
+
+
+def test_the_order_of_calls_of_tools():
+    def search(query: str) -> str:
+        """Search."""
+        return f"found {query}"
+
+    script = {
+        "Q: ": "Hm. " + call("search", query="trunk"),
+        "found trunk\n</tool_response>\n": "So. " + FORK,
+        "1:": " one" + call("search", query="x") + "\n" + call("search", query="y"),
+        "2:": " two" + call("search", query="z" * 900),
+        "</tool_response>\n": "\n</Thread>",
+        "\n": JOINED,
+    }
+    budget = apr.Budget(tokens=4000, branch_tokens=300)
+    _, events = listen(engine(script), tools=[search], tool_call_parser="qwen25", budget=budget)
+    kinds: dict = defaultdict(list)
+    for event in events:
+        match event:
+            case apr.ToolCalled(_, name):
+                kinds[name].append("called")
+            case apr.ToolReturned(_, returned):
+                kinds[returned.id].append("returned")
+            case apr.SpanFinished(_, span) if span.role in ("call", "observation"):
+                for name in span.label.split():
+                    kinds[name].append(span.role)
+    complete = ["call", "called", "returned", "observation"]
+    assert kinds == {
+        "call_1": complete,
+        "call_1.1_1": complete,
+        "call_1.1_2": complete,
+        "call_1.2_1": ["call", "returned"],
+    }
+    assert [e.index for e in events if isinstance(e, apr.ToolReturned)] == [0, 1, 2, 3]
