@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.trajectory.tool_calls import ToolOutcome
 from sgl_apr.trajectory.trajectory import Trajectory
 
 OUTCOMES = ("finished", "failed", "cancelled", "refused")
@@ -19,6 +20,7 @@ COUNTERS = {
     "forks": "Forks of finished trajectories",
     "joins": "Joins of finished trajectories, by kind",
     "text_fallbacks": "Requested joins in the KV cache that were done as text",
+    "tool_calls": "Calls of tools in finished trajectories, by outcome",
     "tool_waits": "Times that a trajectory waited for results of tools from its client, by how that ended; unknown: results "
     "came for calls that do not wait",
 }
@@ -31,6 +33,7 @@ WAIT_OUTCOMES = ("continued", "expired", "evicted", "cancelled", "unknown")
 LABELS = {
     "trajectories": ("outcome", OUTCOMES),
     "joins": ("by", JOINS),
+    "tool_calls": ("outcome", get_args(ToolOutcome)),
     "tool_waits": ("outcome", WAIT_OUTCOMES),
 }
 
@@ -80,6 +83,8 @@ class ServerCounters:
         self._add("reprefilled_tokens", metrics.reprefilled_tokens)
         self._add("forks", metrics.blocks)
         self._add("text_fallbacks", sum(join.by == "text" for join in trajectory.joins))
+        for call in trajectory.tool_calls:
+            self._add("tool_calls", 1, call.outcome)
         if join == "kv":
             # Odd paths are of blocks. Even ones are of sequences that fell back to text later.
             kinds = [join.by for join in trajectory.joins if len(join.path) % 2]
