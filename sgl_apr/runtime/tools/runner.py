@@ -18,7 +18,12 @@ from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.runtime.tools.execution import call_client, call_function
-from sgl_apr.runtime.tools.observations import ObservationForm, encode_form, observation_form
+from sgl_apr.runtime.tools.observations import (
+    PLAIN_FORM,
+    ObservationForm,
+    encode_form,
+    observation_form,
+)
 from sgl_apr.runtime.tools.request import ToolRequest
 from sgl_apr.runtime.tools.results import EncodedResult, ToolResult, encode_result, error_result
 from sgl_apr.runtime.tools.tool import Tool
@@ -97,7 +102,7 @@ class ToolRunner:
         ids = self.call_ids(sequence, len(calls))
         sequence.tool_calls += len(calls)
         pending = [_PendingCall(i, call, started) for i, call in zip(ids, calls, strict=True)]
-        form = await self._observation_form(engine)
+        form = await self._observation_form(engine, sequence)
         limit = limiting_field or sequence.allowance.limiting_field
         tokens = self._result_tokens(sequence, form, len(calls), max_tokens)
         if tokens is None:
@@ -137,10 +142,13 @@ class ToolRunner:
         self.request_log.record_tool_call(ToolCall(call_id, sequence.path, name, text, "", outcome, now, now))
         sequence.drop_call()
 
-    async def _observation_form(self, engine: Engine) -> ObservationForm:
-        """What stands around results. The engine is asked once."""
+    async def _observation_form(self, engine: Engine, sequence: SequenceState) -> ObservationForm:
+        """What stands around results. The engine is asked once. A sequence that is cut meanwhile has the plain form."""
         if self._form is None:
-            self._form = await observation_form(engine, self.syntax)
+            try:
+                self._form = await sequence.scope.run(observation_form(engine, self.syntax))
+            except ScopeCancelled:
+                return PLAIN_FORM
         return self._form
 
     def _refusal(self, sequence: SequenceState, call: DecodedCall) -> str | None:

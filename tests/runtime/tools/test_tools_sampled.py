@@ -13,13 +13,12 @@ from tests.support.masked_sampler import Masked, SampledEngine
 
 
 @cache
-def tokenizer(dialect: str, *, spelled: bool) -> Masked:
-    tags = apr.dialect(dialect).tags
-    return Masked(tags if spelled else (*tags, *CALL_TAGS))
+def tokenizer(dialect: str) -> Masked:
+    return Masked((*apr.dialect(dialect).tags, *CALL_TAGS))
 
 
-def sample(dialect: str, parser: str, seed: int, *, spelled: bool, tokens: int = 900) -> apr.Trajectory:
-    engine = SampledEngine(tokenizer(dialect, spelled=spelled), seed)
+def sample(dialect: str, parser: str, seed: int, tokens: int = 900) -> apr.Trajectory:
+    engine = SampledEngine(tokenizer(dialect), seed)
     events: list[apr.Event] = []
     trajectory = asyncio.run(
         apr.areason(
@@ -38,8 +37,8 @@ def sample(dialect: str, parser: str, seed: int, *, spelled: bool, tokens: int =
     return trajectory
 
 
-def all_valid(dialect: str, parser: str, count: int, *, spelled: bool) -> tuple[int, int]:
-    trajectories = [sample(dialect, parser, seed, spelled=spelled) for seed in range(count)]
+def all_valid(dialect: str, parser: str, count: int) -> tuple[int, int]:
+    trajectories = [sample(dialect, parser, seed) for seed in range(count)]
     calls = sum(check(t, parser) for t in trajectories)
     return calls, sum(bool(c.path) for t in trajectories for c in t.tool_calls)
 
@@ -47,17 +46,16 @@ def all_valid(dialect: str, parser: str, count: int, *, spelled: bool) -> tuple[
 @pytest.mark.parametrize("parser", PARSERS)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_calls_are_valid_and_fit(dialect: str, parser: str):
-    calls, of_branches = all_valid(dialect, parser, 6, spelled=False)
+    calls, of_branches = all_valid(dialect, parser, 6)
     assert calls
     assert of_branches
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spelled", [False, True], ids=["tokens", "text"])
 @pytest.mark.parametrize("parser", PARSERS)
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_200_of_200_are_valid(dialect: str, parser: str, spelled: bool):
-    calls, _ = all_valid(dialect, parser, 200, spelled=spelled)
+def test_200_of_200_are_valid(dialect: str, parser: str):
+    calls, _ = all_valid(dialect, parser, 200)
     print(f"{dialect} {parser}: {calls} calls")
     assert calls > 50
 
@@ -66,4 +64,4 @@ def test_200_of_200_are_valid(dialect: str, parser: str, spelled: bool):
 @pytest.mark.parametrize("tokens", [120, 200, 300, 450])
 def test_small_budgets_hold(dialect: str, tokens: int):
     for seed in range(3):
-        check(sample(dialect, "qwen25", seed, spelled=False, tokens=tokens), "qwen25")
+        check(sample(dialect, "qwen25", seed, tokens=tokens), "qwen25")
