@@ -21,7 +21,8 @@ from sgl_apr.server.api.reply import (
 from sgl_apr.server.api.reply_order import ReplyOrder
 from sgl_apr.server.api.reply_stream import ReplyDelta, ReplyStream
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
-from tests.support.masked_sampler import SampledEngine, masked
+from tests.runtime.tools.checked_tools import CALL_TAGS, plot, search
+from tests.support.masked_sampler import Masked, SampledEngine, masked
 
 STOPS: tuple[tuple[str, ...], ...] = ((), ("a",), ("ab", "c\n"), ("e", "\n"), ("zzz",))
 
@@ -91,6 +92,23 @@ def test_deltas_add_up_in_every_dialect(name: str):
         check(*result)
         seen.add(bool(result[2].blocks))
     assert True in seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["threadweaver", "spawn"])
+def test_deltas_add_up_with_calls_of_tools(name: str):
+    calls = 0
+    for seed in range(3):
+        options: dict = {
+            "tools": [search, plot],
+            "tool_call_parser": "qwen25",
+            "tool_choice": "required" if seed else "auto",
+            "budget": apr.Budget(tokens=700, width=3, tool_calls=6, tool_result_tokens=40),
+        }
+        result = run(InterleavedEngine(Masked((*apr.dialect(name).tags, *CALL_TAGS)), seed), name, **options)
+        check(*result, stop=("a",))
+        calls += len(result[2].tool_calls)
+    assert calls
 
 
 def test_an_answer_is_streamed_where_no_fork_can_follow():
