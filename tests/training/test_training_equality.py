@@ -87,17 +87,13 @@ def allowed(path: str, found: TrainingTree, trajectory: apr.Trajectory, noted: d
     return rows
 
 
-def masked(
-    model, found: TrainingTree, rows: torch.Tensor, bias: dict[int, float] | None = None
-) -> torch.Tensor:
+def masked(model, found: TrainingTree, rows: torch.Tensor) -> torch.Tensor:
     batch = Collator()([found])
     with torch.no_grad():
         hidden = model.model(
             batch["input_ids"], position_ids=batch["position_ids"], attention_mask=batch["attention_mask"]
         ).last_hidden_state
         logits = model.lm_head(hidden[batch["rows"], batch["sources"]])
-    for token, value in (bias or {}).items():
-        logits[:, token] += value
     logits = logits.masked_fill(~rows, -torch.inf)
     return logits.log_softmax(-1).gather(-1, batch["targets"][:, None])[:, 0]
 
@@ -124,47 +120,6 @@ def test_log_probabilities_equal_those_of_the_server(
         theirs = log_probabilities(model, Collator()([other])).detach().numpy()
         ours = log_probabilities(model, Collator()([found])).detach().numpy()
         assert np.abs(theirs - ours)[behind].max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("name", "join"),
-    [("threadweaver", "text"), pytest.param("multiverse", "kv", marks=pytest.mark.slow)],
-)
-def test_calls_of_tools_have_the_log_probabilities_of_the_server(
-    server, path: str, model, name: str, join: str
-):
-    """Of calls in the trunk and in branches, and of what follows their results. A bias makes the model call often."""
-
-    async def search(query: str) -> str:
-        """Search."""
-        return f"</Thread> {query[:20]}"
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    bias = {tokenizer.encode("<", add_special_tokens=False)[-1]: 6.0}
-
-    async def run(seed: int) -> tuple[apr.Trajectory, dict]:
-        async with await Noted.connect(server.url) as engine:
-            engine.noted = {}
-            trajectory = await apr.areason(
-                engine, f"Question {seed}: ", name, join=join, logprobs=True, temperature=1.0, mode="parallel", policy="all",
-                budget=apr.Budget(tokens=2000, width=3, outline_chars=8, tool_calls=8, tool_result_tokens=40), min_width=2,
-                tools=[search], tool_call_parser="qwen25", logit_bias={str(k): v for k, v in bias.items()},
-            )  # fmt: skip
-            return trajectory, engine.noted
-
-    for seed in range(12):
-        trajectory, noted = asyncio.run(run(seed))
-        if {bool(call.path) for call in trajectory.tool_calls if call.outcome == "ok"} == {True, False}:
-            break
-    assert {bool(call.path) for call in trajectory.tool_calls if call.outcome == "ok"} == {True, False}
-    assert all(j.by == "kv" for j in trajectory.joins)
-    found = build_training_tree([trajectory], eos=model.config.eos_token_id)
-    assert len(found.sources) == sum(c.output_tokens for c in trajectory.calls)
-    roles = [trajectory.spans[span].role for span in found.spans.tolist()]
-    assert roles.count("call") > 20
-    assert "observation" not in roles
-    mine = masked(model, found, allowed(path, found, trajectory, noted), bias).numpy()
-    assert np.abs(logprobs(found, [trajectory]) - mine).max() < 1e-3
 
 
 def test_aborted_branches_have_none(server):

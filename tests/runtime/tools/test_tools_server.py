@@ -8,13 +8,19 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pytest
+import requests
+import torch
+from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
+from sgl_apr.training.training_tree import build_training_tree, logprobs
 from tests.runtime.tools.checked_tools import CALL_TAGS, DIALECTS, PARSERS, check, plot, search
 from tests.support.chat_templates import QWEN
+from tests.training.test_training_equality import Noted, allowed, masked
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 T = TypeVar("T")
@@ -209,3 +215,37 @@ def test_a_tool_that_never_returns_costs_its_branch_alone(tool_server: Server):
     assert sorted(c.outcome for c in trajectory.tool_calls) == ["ok", "ok", "ok", "timeout"]
     assert len(trajectory.blocks[0].branches) == 4
     assert trajectory.wall_s < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "join"), [("threadweaver", "text"), pytest.param("multiverse", "kv", marks=pytest.mark.slow)]
+)
+def test_training_trees_have_the_log_probabilities_of_the_server(tool_server: Server, name: str, join: str):
+    """Of calls in the trunk and in branches, of calls that were cut, and of what follows results."""
+    path = requests.get(f"{tool_server.url}/server_info", timeout=60).json()["model_path"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    budget = {"tokens": 900, "width": 3, "tool_calls": 9, "tool_result_tokens": 48, "outline_chars": 8}
+
+    async def run(seed: int) -> tuple[apr.Trajectory, dict[Any, str]]:
+        async with await Noted.connect(tool_server.url) as engine:
+            engine.noted = {}
+            trajectory = await apr.areason(
+                engine, [{"role": "user", "content": f"Question {seed}?"}], name, tools=[search, plot], join=join, logprobs=True,
+                temperature=1.0, mode="parallel", policy="all", min_width=2, budget=budget, seed=seed,
+            )  # fmt: skip
+            return trajectory, engine.noted
+
+    for seed in range(16):
+        trajectory, noted = asyncio.run(run(seed))
+        callers = {bool(call.path) for call in trajectory.tool_calls if call.outcome == "ok"}
+        if callers == {True, False}:
+            break
+    assert callers == {True, False}, "the trunk and a branch"
+    assert all(joined.by == "kv" for joined in trajectory.joins)
+    found = build_training_tree([trajectory], eos=model.config.eos_token_id)
+    assert len(found.sources) == sum(call.output_tokens for call in trajectory.calls)
+    roles = {trajectory.spans[span].role for span in found.spans.tolist()}
+    assert "call" in roles
+    assert "observation" not in roles
+    mine = masked(model, found, allowed(path, found, trajectory, noted)).numpy()
+    assert np.abs(logprobs(found, [trajectory]) - mine).max() < 1e-3
