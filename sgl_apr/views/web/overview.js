@@ -28,6 +28,7 @@ function drawOverview() {
 }
 
 function methodTable(groups, judged) {
+  const hasTools = groups.some(({ own }) => own.some((e) => e.tools));
   const columns = [
     ["attempts", ({ own }) => count(own.length)],
     judged && ["accuracy, 95% interval", ({ own }) => within(own.filter((e) => e.correct).length, own.length)],
@@ -36,6 +37,8 @@ function methodTable(groups, judged) {
     ["parallelism", ({ own }) => times(mean(own.map((e) => e.parallelism)))],
     ["forked", ({ own }) => percent(mean(own.map((e) => Number(e.blocks > 0))))],
     ["branches", ({ own }) => mean(own.map((e) => e.branches)).toFixed(1)],
+    hasTools && ["tool calls", ({ own }) => mean(own.map((e) => e.tools ?? 0)).toFixed(1)],
+    hasTools && ["tool time", ({ own }) => seconds(mean(own.map((e) => e.tool_s ?? 0)))],
     ["wall time", ({ own }) => seconds(mean(own.map((e) => e.wall)))],
     ["cached", ({ own }) => percent(sum(own.map((e) => e.cached)) / Math.max(1, sum(own.map((e) => e.prompt))))],
   ].filter(Boolean);
