@@ -119,7 +119,7 @@ async def _render_pieces(engine: Engine, syntax: ToolSyntax, calls: int) -> list
         except AprError as error:  # it does not know tools
             log.info("the chat template refuses calls of tools: %s", error)
             continue
-        if pieces := _cut_pieces(engine.tokenizer.decode(ids), syntax, calls):
+        if pieces := _cut_pieces(engine.tokenizer.decode(ids), engine.tokenizer, syntax, calls):
             return pieces
     return None
 
@@ -143,17 +143,41 @@ def _conversation(calls: int, *, as_text: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _cut_pieces(text: str, syntax: ToolSyntax, calls: int) -> list[str] | None:
+def _cut_pieces(text: str, tokenizer: Tokenizer, syntax: ToolSyntax, calls: int) -> list[str] | None:
     """Cut out of a rendered conversation what stands between the last call and the first result, and so on."""
     user = text.rfind(USER)
     argument = text.find(f"{ARGUMENT}{calls - 1}", user)
     results = [text.find(f"{RESULT}{k}", argument) for k in range(calls)]
     if min(user, argument, *results) < 0 or results != sorted(results):
         return None
-    start = user + len(USER)
-    for end in range(argument, min(results[0], argument + MAX_SYNTAX_CHARS) + 1):
+    end = _end_of_calls(text, syntax, user + len(USER), argument, results[0], calls)
+    if end is None:
+        end = _end_of_turn(text, tokenizer, argument, results[0])
+    if end is None:
+        return None
+    ends = [end, *(at + len(f"{RESULT}{k}") for k, at in enumerate(results))]
+    return [text[a:b] for a, b in zip(ends, [*results, len(text)], strict=True)]
+
+
+def _end_of_calls(
+    text: str, syntax: ToolSyntax, start: int, argument: int, result: int, calls: int
+) -> int | None:
+    """Where the calls end that stand between `start` and `result`, the last of them with its argument at `argument`.
+
+    A template may write more than the model has to, such as the ids of calls. Then what closes calls is looked for.
+    """
+    for end in range(argument, min(result, argument + MAX_SYNTAX_CHARS) + 1):
         parsed = syntax.parse(text[start:end])
         if parsed.complete and len(parsed.calls) == calls:
-            ends = [end, *(at + len(f"{RESULT}{k}") for k, at in enumerate(results))]
-            return [text[a:b] for a, b in zip(ends, [*results, len(text)], strict=True)]
-    return None
+            return end
+    closing = (syntax.form.end + syntax.form.section_end).split()[-1:]
+    if not closing or closing[0].endswith("}"):  # it also ends the arguments
+        return None
+    at = text.find(closing[0], argument, result)
+    return at + len(closing[0]) if at >= 0 else None
+
+
+def _end_of_turn(text: str, tokenizer: Tokenizer, argument: int, result: int) -> int | None:
+    """Where the first end-of-text token stands between the argument of the last call and its result."""
+    marks = filter(None, (tokenizer.decode([i]) for i in tokenizer.eos_ids))
+    return min((at for mark in marks if (at := text.find(mark, argument, result)) >= 0), default=None)
