@@ -184,13 +184,23 @@ class ConversationKey:
 
 
 def content_text(content: Any) -> Any:
-    """Return the content of a message as text without outer white space. Parts that are not text stay as they are."""
+    """Return the content of a message as text without outer white space and without reasoning.
+
+    Content that has parts of another kind stays as it is.
+    """
     if isinstance(content, list):
-        texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-        if len(texts) < len(content):
+        parts = [part for part in content if not _is_reasoning(part)]
+        texts = [
+            part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        ]
+        if len(texts) < len(parts):
             return content
         content = " ".join(texts)  # as SGLang joins them
     return content.strip() if isinstance(content, str) else content
+
+
+def _is_reasoning(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("thinking", "reasoning")
 
 
 def _digest(data: bytes, key: bytes = b"") -> bytes:

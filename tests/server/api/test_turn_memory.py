@@ -98,6 +98,11 @@ def assistant(reply: ReplyText, form: str) -> dict[str, Any]:
         message["reasoning_content"] = reply.reasoning
     if form == "text":
         message["content"] = reply.reasoning + reply.content
+    if form == "thinking":
+        message["content"] = [
+            {"type": "thinking", "thinking": reply.reasoning},
+            {"type": "text", "text": reply.content},
+        ]
     if form == "parts":
         message["content"] = [{"type": "text", "text": f" {reply.content}\n"}]
     return message
@@ -108,7 +113,7 @@ def added(ids: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("form", ["content", "both", "text", "parts"])
+@pytest.mark.parametrize("form", ["content", "both", "text", "parts", "thinking"])
 def test_a_prompt_begins_with_the_ids_of_the_turns_before(template: str, form: str):
     chat, messages, context = Chat(TEMPLATES[template]), [USER], ()
     for _ in range(3):
