@@ -215,7 +215,7 @@ def test_a_tool_that_never_returns_costs_its_branch_alone(kind: str):
         return "never"
 
     async def stubborn(query: str) -> str:
-        for _ in range(50):  # it does not let itself be cancelled
+        for _ in range(6):  # it does not let itself be cancelled
             try:
                 await asyncio.sleep(0.05)
             except asyncio.CancelledError:
@@ -236,7 +236,7 @@ def test_a_tool_that_never_returns_costs_its_branch_alone(kind: str):
     started = time.monotonic()
     t = reason(scripted, tools=[tool], budget={"tokens": 4000, "tool_seconds": 0.1})
     release.set()
-    assert kind == "stubborn" or time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     (called,) = t.tool_calls
     assert (called.outcome, called.result) == (
         "timeout",
@@ -250,40 +250,32 @@ def test_a_tool_that_never_returns_costs_its_branch_alone(kind: str):
 
 
 def test_tools_run_in_threads_at_once_while_siblings_decode():
-    times: list[tuple[float, str]] = []
-    barrier = threading.Barrier(2, timeout=10)
+    """Both calls of a phase return only when the other is there, and when the sibling has decoded meanwhile."""
+    barrier, sibling, pieces = threading.Barrier(2, timeout=20), threading.Event(), [0]
 
     def meet(query: str) -> str:
-        barrier.wait()  # both calls of the phase have to be here
-        time.sleep(0.2)
-        return query
-
-    def script(request: apr.Request, prompt: str) -> Any:
-        if prompt.endswith("Q: "):
-            return FORK
-        if prompt.endswith("1:"):
-            return " " + call("meet", query="a") + "\n" + call("meet", query="b")
-        if prompt.endswith("2:"):
-            return apr.Reply(" " + "x" * 20 + "</Thread>", delay=0.01)
-        return " so</Thread>" if prompt.endswith(PLAIN_AFTER) else JOINED
-
-    scripted = engine(script)
+        barrier.wait()
+        return query if sibling.wait(20) else "the sibling does not decode"
 
     def listen(event: apr.Event) -> None:
-        if isinstance(event, apr.ToolCalled | apr.ToolReturned | apr.Delta):
-            path = event.call.path if isinstance(event, apr.ToolReturned) else event.path
-            times.append((time.monotonic(), f"{type(event).__name__} {path}"))
+        if isinstance(event, apr.Delta) and event.path == (1, 2) and not barrier.n_waiting:
+            pieces[0] += 1
+            if pieces[0] == 10:
+                sibling.set()
 
-    asyncio.run(
+    both = call("meet", query="a") + "\n" + call("meet", query="b")
+    script = {**BRANCH_CALLS, "1:": " " + both, "2:": apr.Reply(" " + "x" * 60 + "</Thread>", delay=0.01)}
+    trajectory = asyncio.run(
         apr.areason(
-            scripted, "Q: ", tools=[meet], tool_call_parser="qwen25", on_event=listen, budget="tokens=4000"
+            engine(script),
+            "Q: ",
+            tools=[meet],
+            tool_call_parser="qwen25",
+            on_event=listen,
+            budget="tokens=4000",
         )
     )
-    kinds = [kind for _, kind in times]
-    called = kinds.index("ToolCalled (1, 1)")
-    returned = kinds.index("ToolReturned (1, 1)")
-    assert kinds[called + 1] == "ToolCalled (1, 1)", "at once"
-    assert kinds[called:returned].count("Delta (1, 2)") >= 10, "the sibling decodes while the tools run"
+    assert [c.result for c in sorted(trajectory.tool_calls, key=lambda c: c.id)] == ["a", "b"]
 
 
 def test_a_long_result_is_cut_to_the_budget():

@@ -46,7 +46,7 @@ def all_valid(dialect: str, parser: str, count: int) -> tuple[int, int]:
 @pytest.mark.parametrize("parser", PARSERS)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_calls_are_valid_and_fit(dialect: str, parser: str):
-    calls, of_branches = all_valid(dialect, parser, 6)
+    calls, of_branches = all_valid(dialect, parser, 3)
     assert calls
     assert of_branches
 
@@ -61,7 +61,7 @@ def test_200_of_200_are_valid(dialect: str, parser: str):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("tokens", [120, 200, 300, 450])
+@pytest.mark.parametrize("tokens", [140, 320])
 def test_small_budgets_hold(dialect: str, tokens: int):
-    for seed in range(3):
+    for seed in range(2):
         check(sample(dialect, "qwen25", seed, tokens=tokens), "qwen25")

@@ -27,19 +27,6 @@ T = TypeVar("T")
 MESSAGES = [{"role": "user", "content": "What is it?"}]
 
 
-@pytest.fixture(scope="module")
-def tool_server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a random model that often writes the tags of formats and of calls."""
-    directory = tmp_path_factory.mktemp("tools")
-    tags = dict.fromkeys(tag for name in DIALECTS for tag in apr.dialect(name).tags)
-    random_llama(directory, tags=[*tags, *CALL_TAGS], tag_bias=5.0)
-    (template := directory / "qwen.jinja").write_text(QWEN)
-    with forked_server(
-        directory, log_path=directory / "log", chat_template=str(template), tool_call_parser="qwen25"
-    ) as server:
-        yield server
-
-
 def with_engine(server: Server, work: Callable[[apr.HttpEngine], Awaitable[T]]) -> T:
     async def run() -> T:
         async with await apr.HttpEngine.connect(server.url) as engine:
