@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 ANY_TEXT = r"(.|\n)+"
+SLASH = r"\/"
 
 
 # The characters that `str.strip` removes, for a character class.
@@ -41,8 +42,25 @@ def text_excluding(names: Sequence[str]) -> str:
     Args:
         names: The names of the tags, without brackets.
     """
-    parts = text_parts(names)
-    return rf"({parts.character}|{parts.leaving})+{parts.staying}"
+    leaving, staying = [], []
+
+    def visit(node: dict[str, Any], prefix: str) -> None:
+        following = [c for c in node if c]
+        if prefix:
+            leaving.append(f"{prefix}[^<{''.join(map(_both_cases, following))}]")
+            staying.append(prefix)
+        for character in following:
+            if "" not in node[character]:  # otherwise the name is complete there
+                visit(node[character], prefix + f"[{_both_cases(character)}]")
+
+    trie = _trie(names)
+    visit(trie, "")
+    first = "".join(map(_both_cases, (c for c in trie if c)))
+    left = "|".join(
+        [rf"[^<\/{first}]", rf"\/[^<{first}]", *([rf"\/?({'|'.join(leaving)})"] if leaving else [])]
+    )
+    stays = rf"<\/?({'|'.join(staying)})?" if staying else r"<\/?"
+    return rf"([^<]|({stays})*<({left}))+({stays})*"
 
 
 def value_excluding(names: Sequence[str], *, in_json: bool = False) -> str:
@@ -57,40 +75,50 @@ def value_excluding(names: Sequence[str], *, in_json: bool = False) -> str:
 
 
 def text_parts(names: Sequence[str], *, in_json: bool = False) -> TextParts:
-    """Return the parts of text in which no name follows `<` or `</`, as `value_excluding` puts them together."""
+    """Return the parts of text in which no name follows `<` or `</`, in any case. They are short for long names.
+
+    Args:
+        names: The names of the tags, without brackets.
+        in_json: Whether the text is the inside of a JSON string, in which some characters are written as escapes.
+    """
 
     def other(excluded: str) -> str:
         """Any character except some."""
-        return f'([^"\\\\\\x00-\\x1f{excluded}]|{JSON_ESCAPE})' if in_json else f"[^{excluded}]"
+        return f'[^"\\\\\\x00-\\x1f{excluded}]|{JSON_ESCAPE}' if in_json else f"[^{excluded}]"
 
+    def leaves(node: dict[str, Any]) -> str:
+        """What leaves the names from a node on."""
+        return "|".join([other("<" + first_characters(node)), *steps(node, leaves)])
+
+    def stays(node: dict[str, Any]) -> str:
+        """What stays in the names from a node on."""
+        inner = "|".join(steps(node, stays))
+        return f"({inner})?" if inner else ""
+
+    def steps(node: dict[str, Any], rest: Callable[[dict[str, Any]], str]) -> list[str]:
+        incomplete = {c: child for c, child in node.items() if c and "" not in child}
+        return [f"[{_both_cases(c)}]({rest(child)})" for c, child in incomplete.items()]
+
+    def first_characters(node: dict[str, Any]) -> str:
+        return "".join(_both_cases(c) for c in node if c)
+
+    trie = _trie(names)
+    first = first_characters(trie)
+    begun = rf"|\/?({'|'.join(inside)})" if (inside := steps(trie, leaves)) else ""
+    beginning = rf"(<\/?{stays(trie)})*"
+    leaving = rf"{beginning}<({other('<' + SLASH + first)}|\/({other('<' + first)}){begun})"
+    return TextParts(f"({other('<')})", leaving, beginning)
+
+
+def _trie(names: Sequence[str]) -> dict[str, Any]:
+    """The names by their characters. A name is complete where there is an empty key."""
     trie: dict[str, Any] = {}
     for name in names:
         node = trie
         for character in name.lower():
             node = node.setdefault(character, {})
         node[""] = True
-    leaving, staying = [], []
-
-    def visit(node: dict[str, Any], prefix: str) -> None:
-        following = [c for c in node if c]
-        if prefix:
-            leaving.append(prefix + other("<" + "".join(map(_both_cases, following))))
-            staying.append(prefix)
-        for character in following:
-            if "" not in node[character]:  # otherwise the name is complete there
-                visit(node[character], prefix + f"[{_both_cases(character)}]")
-
-    visit(trie, "")
-    first = "".join(map(_both_cases, (c for c in trie if c)))
-    left = "|".join(
-        [
-            other(rf"<\/{first}"),
-            rf"\/{other('<' + first)}",
-            *([rf"\/?({'|'.join(leaving)})"] if leaving else []),
-        ]
-    )
-    stays = rf"<\/?({'|'.join(staying)})?" if staying else r"<\/?"
-    return TextParts(other("<"), rf"({stays})*<({left})", rf"({stays})*")
+    return trie
 
 
 def _both_cases(character: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from sgl_apr.errors import GrammarError
 
 ANY = "apr_any"  # the definition of any JSON value
+STRING = "apr_string"  # the definition of a string without tags
 MAX_DEPTH = 32
 ANNOTATIONS = frozenset(
     [
@@ -66,7 +67,7 @@ class SchemaPreparer:
 
     def __init__(self, excluded: re.Pattern[str], string_pattern: str | None, backend: str) -> None:
         self.excluded, self.string_pattern, self.backend = excluded, string_pattern, backend
-        self._uses_any = False
+        self._used: set[str] = set()  # of the added definitions
 
     def prepare(self, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return a schema that the backend enforces completely.
@@ -80,11 +81,10 @@ class SchemaPreparer:
         Raises:
             GrammarError: It holds something that the backend cannot enforce. The message names it.
         """
-        self._uses_any = False
+        self._used.clear()
         prepared = self._schema(schema, where, MAX_DEPTH)
-        if self._uses_any:
-            prepared["$defs"] = {**prepared.get("$defs", {}), ANY: self._any_value()}
-        return prepared
+        added = {name: self._definitions[name] for name in (STRING, ANY) if name in self._used}
+        return {**prepared, "$defs": {**prepared.get("$defs", {}), **added}} if added else prepared
 
     def _schema(self, schema: Any, where: str, depth: int) -> dict[str, Any]:
         if not depth:
@@ -130,7 +130,7 @@ class SchemaPreparer:
         if types is None:
             if prepared.keys() & (ANY_TYPE - {"type", "$defs", "definitions"}):
                 return prepared
-            return {**self._reference_any(), **prepared}
+            return {**self._reference(ANY), **prepared}
         prepared["type"] = types[0] if len(types) == 1 else types
         if "object" in types:
             extra = schema.get("additionalProperties", "properties" not in schema)
@@ -139,8 +139,10 @@ class SchemaPreparer:
             else:
                 self._allow_properties(prepared, self._schema(extra, f"{where}.*", depth - 1))
         if "array" in types and "items" not in prepared:
-            prepared["items"] = False if "prefixItems" in prepared else self._reference_any()
+            prepared["items"] = False if "prefixItems" in prepared else self._reference(ANY)
         limited = prepared.keys() & {"enum", "const", "format", "$ref", "anyOf", "oneOf"}
+        if prepared == {"type": "string"}:
+            return self._reference(STRING, prepared)
         if "string" in types and self.string_pattern is not None and not limited:
             prepared["allOf"] = [*prepared.get("allOf", ()), {"pattern": self.string_pattern}]
         return prepared
@@ -152,20 +154,23 @@ class SchemaPreparer:
         else:
             prepared |= {"patternProperties": {self.string_pattern: value}, "additionalProperties": False}
 
-    def _reference_any(self) -> dict[str, Any]:
-        self._uses_any = self.string_pattern is not None
-        return {"$ref": f"#/$defs/{ANY}"} if self._uses_any else {}
+    def _reference(self, name: str, otherwise: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A reference to an added definition; another schema if the backend excludes tags by itself."""
+        if self.string_pattern is None:
+            return dict(otherwise or {})
+        self._used |= {name, STRING}
+        return {"$ref": f"#/$defs/{name}"}
 
-    def _any_value(self) -> dict[str, Any]:
-        value = {"$ref": f"#/$defs/{ANY}"}
-        keys = {"type": "object", "patternProperties": {self.string_pattern: value}}
+    @cached_property
+    def _definitions(self) -> dict[str, Any]:
+        """Any JSON value, and a string without tags."""
+        value, text = ({"$ref": f"#/$defs/{name}"} for name in (ANY, STRING))
+        keys = {"patternProperties": {self.string_pattern: value}, "additionalProperties": False}
+        scalar = {"type": ["null", "boolean", "number"]}
+        array = {"type": "array", "items": value}
         return {
-            "anyOf": [
-                {"type": ["null", "boolean", "number"]},
-                {"type": "string", "pattern": self.string_pattern},
-                {"type": "array", "items": value},
-                {**keys, "additionalProperties": False},
-            ]
+            STRING: {"type": "string", "pattern": self.string_pattern},
+            ANY: {"anyOf": [scalar, text, array, {"type": "object", **keys}]},
         }
 
     def _types(self, schema: Mapping[str, Any], where: str) -> list[str] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral
-from sgl_apr.formats.masks.free_text import ANY_TEXT, SPACES, text_excluding, value_excluding
+from sgl_apr.formats.masks.free_text import ANY_TEXT, SPACES, value_excluding
 from sgl_apr.formats.masks.json_schema import first_characters
 from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker, TextLimits
 
@@ -62,8 +62,14 @@ class LlguidanceWriter(GrammarWriter):
             rules.append(f"({limits.pattern}){tail}")
         if limits.trimmed:
             rules.append(rf"[^{SPACES}]((.|\n)*[^{SPACES}])?{tail}")
-        self.lines[name.upper()] = " & ".join(f"/{rule}/" for rule in rules)
-        return [name.upper(), *fixed[1:]]
+        return [self.lexeme(name.upper(), " & ".join(f"/{rule}/" for rule in rules)), *fixed[1:]]
+
+    def lexeme(self, name: str, body: str) -> str:
+        """Write a lexeme, and return its name. One that is there already is not written again."""
+        same = [other for other, rule in self.lines.items() if rule == body]
+        if not same:
+            self.lines[name] = body
+        return same[0] if same else name
 
     def pattern(self, name: str, regex: str) -> str:
         self.lines[name] = f"/{regex}/"
@@ -110,10 +116,7 @@ class LlguidanceWriter(GrammarWriter):
             pattern = self.grammar.terminals[TEXT]
             rule += f" & /({pattern}){'?' * optional}{_escape(following.text)}/"
         rule += self.no_answer
-        same = [name for name, body in self.lines.items() if body == rule]
-        name = same[0] if same else f"UNTIL_{len(self.lines)}"
-        self.lines[name] = rule
-        return name
+        return self.lexeme(f"UNTIL_{len(self.lines)}", rule)
 
     @property
     def text_constraint(self) -> str:
@@ -124,7 +127,7 @@ class LlguidanceWriter(GrammarWriter):
     @cached_property
     def free_text(self) -> str:
         """A regular expression for text without a tag and without anything that resembles one (`tag_names`)."""
-        return text_excluding(self.excluded_names)
+        return self.text_pattern(self.excluded_names)
 
     @property
     def no_answer(self) -> str:

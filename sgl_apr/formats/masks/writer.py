@@ -19,6 +19,7 @@ from sgl_apr.formats.call_formats import call_tag_names
 from sgl_apr.formats.grammar import NUMBER, TEXT, Grammar, merge_tag_parts
 from sgl_apr.formats.grammar_checks import check_expansion
 from sgl_apr.formats.lark_ast import Alt, Expr, Repeat, SequenceExpr, StringLiteral, SymbolRef
+from sgl_apr.formats.masks.free_text import text_excluding, text_parts
 from sgl_apr.formats.masks.mask_options import CallMode as CallMode
 from sgl_apr.formats.masks.mask_options import ForkMode as ForkMode
 from sgl_apr.formats.masks.mask_options import GrammarBackend as GrammarBackend
@@ -266,6 +267,13 @@ class GrammarWriter(ABC):
     def plain(self, text: str) -> str:
         """Return the symbol of a fixed text of ordinary characters."""
         return json.dumps(text, ensure_ascii=False)
+
+    def text_pattern(self, names: list[str]) -> str:
+        """Return a regular expression for free text. Masks without tools and answers have the one they always had."""
+        if self.options.tool_syntax is None and self.options.answer_schema is None:
+            return text_excluding(names)
+        parts = text_parts(names)
+        return f"({parts.character}|{parts.leaving})+{parts.staying}"
 
     @abstractmethod
     def token_symbol(self, token: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from sgl_apr.errors import GrammarError
 from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral
-from sgl_apr.formats.masks.free_text import ANY_TEXT, text_excluding, text_parts
+from sgl_apr.formats.masks.free_text import ANY_TEXT, text_parts
 from sgl_apr.formats.masks.writer import GrammarWriter, Item, RuleMarker, TextLimits
 from sgl_apr.formats.masks.xgrammar_json import json_rules
 
@@ -98,7 +98,7 @@ class XgrammarWriter(GrammarWriter):
         """Write the rule of text without tags, and return its symbol."""
         # `|` excludes the control tokens of chat models, `<|...`, which xgrammar would match by their spelling, too.
         names = dict.fromkeys([*self.excluded_names, "|"])
-        self.lines[TEXT] = f"Regex({json.dumps(text_excluding(list(names)), ensure_ascii=False)})"
+        self.lines[TEXT] = f"Regex({json.dumps(self.text_pattern(list(names)), ensure_ascii=False)})"
         return TEXT
 
 

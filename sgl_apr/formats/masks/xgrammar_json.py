@@ -18,7 +18,7 @@ _TAGLESS_CHARACTER = r"[^\0-\x1f\"\\<]"
 
 @lru_cache(maxsize=256)
 def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return rules as (name, body) pairs. The first is that of the value.
+    """Return rules as (name, body) pairs.
 
     xgrammar converts the schema. Its rules for characters of strings are replaced by those that exclude tags.
 
@@ -45,9 +45,14 @@ def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tup
     inside = json.dumps(value_excluding(excluded, in_json=True), ensure_ascii=False)
     rules["basic_string_sub"] = f'{STRING_TEXT} "\\""'
     names = {name: prefix if name == "root" else f"{prefix}_{name}" for name in rules}
-
-    def renamed(body: str) -> str:
-        return _TOKENS.sub(lambda m: names.get(m[0], m[0]), body.replace(_ANY_CHARACTER, _TAGLESS_CHARACTER))
-
-    order = ["root", *(name for name in rules if name != "root")]
-    return (*((names[name], renamed(rules[name])) for name in order), (STRING_TEXT, f"Regex({inside})"))
+    pending, written = ["root"], dict[str, str]()
+    while pending:  # only the rules that the value needs
+        name = pending.pop()
+        if names[name] not in written:
+            used = [m[0] for m in _TOKENS.finditer(rules[name]) if m[0] in rules]
+            pending += used
+            body = rules[name].replace(_ANY_CHARACTER, _TAGLESS_CHARACTER)
+            written[names[name]] = _TOKENS.sub(lambda m: names.get(m[0], m[0]), body)
+    if any(STRING_TEXT in body for body in written.values()):
+        written[STRING_TEXT] = f"Regex({inside})"
+    return tuple(written.items())
