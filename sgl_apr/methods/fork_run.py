@@ -6,22 +6,22 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BranchFailed, BudgetExceeded, EngineError
+from sgl_apr.methods.call_turns import decode_turns
 from sgl_apr.methods.fork_merge import ForkMerger, without_stop
 from sgl_apr.methods.fork_prompts import ForkPrompts, PromptRenderer
 from sgl_apr.methods.fork_result import ForkResult, TaskResult, TokenUsage
 from sgl_apr.methods.fork_task import ForkTask, Merge
 from sgl_apr.methods.fork_tools import ForkToolOptions, WorkerTools, decoding_prompt
-from sgl_apr.methods.prompt import Prompt
+from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.session import MethodSession
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
+from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.events import Delta
 from sgl_apr.runtime.join_policy import Policy, deadline_seconds
 from sgl_apr.runtime.sequence import SequenceState
@@ -264,26 +264,14 @@ class ForkRun:
         self, group: BranchGroup, branch: SequenceState, engine: Engine, tools: WorkerTools
     ) -> None:
         """Decode, run the calls of tools, and continue, until a text ends without calls."""
-        may_call = True
-        while True:
-            tokens = branch.allowance.tokens
-            limits = tools.limits(branch, tokens, may_call=may_call)
-            prompt = decoding_prompt(engine, self._task_of[branch], limits)
-            completion = await self.requests.decode(engine, branch, replace(prompt, tokens=None), tokens)
-            if completion.cut_call:
-                tools.runner.record_cut(branch, completion.cut_call)
-                may_call = False
-                if branch.scope.cancel_reason or branch.allowance.tokens < 1:
-                    return
-            elif completion.calls:
-                group.release_slot(branch)
-                room = engine.context - len(branch.context) - 1 if engine.context is not None else None
-                new = await tools.runner.run_calls(engine, branch, completion.calls, max_tokens=room)
-                may_call = new > 0
-                with suppress(ScopeCancelled):
-                    await branch.scope.run(group.acquire_slots(branch))
-            else:
-                return
+
+        async def decode(tokens: int, may_call: bool) -> Completion:
+            prompt = decoding_prompt(
+                engine, self._task_of[branch], tools.limits(branch, tokens, may_call=may_call)
+            )
+            return await self.requests.decode(engine, branch, replace(prompt, tokens=None), tokens)
+
+        await decode_turns(tools.runner, engine, branch, decode, branch.allowance.tokens, group)
 
     def _result(self, branch: SequenceState) -> TaskResult:
         """What a branch returned."""

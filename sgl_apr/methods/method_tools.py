@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +10,10 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.engine.chat_template import encode_messages
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.formats.masks.lower import lower_free_text
+from sgl_apr.methods.call_turns import decode_turns
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.cancel_scope import ScopeCancelled
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.option_checks import TOOL_OPTION_NAMES, check_options
 from sgl_apr.runtime.options import DEFAULT_DIALECT, ReasonOptions, make_options
@@ -142,26 +141,11 @@ class MethodTools:
         Returns:
             The last text.
         """
-        end, may_call = sequence.tokens_used + tokens, True
-        while True:
-            left = end - sequence.tokens_used
-            completion = await decode_text(self._constrained(engine, sequence, prompt, left, may_call), left)
-            left = end - sequence.tokens_used
-            if completion.cut_call:
-                self._runner.record_cut(sequence, completion.cut_call)
-                may_call = False
-                if sequence.scope.cancel_reason or left < 1:
-                    return replace(completion, text="")
-            elif completion.calls:
-                if group:
-                    group.release_slot(sequence)
-                new = await self._runner.run_calls(engine, sequence, completion.calls, max_tokens=left)
-                may_call = new > 0
-                if group:
-                    with suppress(ScopeCancelled):
-                        await sequence.scope.run(group.acquire_slots(sequence))
-            else:
-                return completion
+
+        async def decode(left: int, may_call: bool) -> Completion:
+            return await decode_text(self._constrained(engine, sequence, prompt, left, may_call), left)
+
+        return await decode_turns(self._runner, engine, sequence, decode, tokens, group)
 
     def _constrained(
         self, engine: Engine, sequence: SequenceState, prompt: Prompt, tokens: int, may_call: bool
