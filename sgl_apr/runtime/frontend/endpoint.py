@@ -103,6 +103,7 @@ class Endpoint(ProgramBackend):
             raise
         # Who only names an endpoint as SGLang's default backend has no occasion to close it.
         self._close_unused = weakref.finalize(self, self._loop.close_soon, self.http.close)
+        self._close_unused.atexit = False  # the connections end with the process
         # The runtime joins as text. SGLang's own concatenation posts to a route that no server has.
         self.support_concate_and_append = False
         # SGLang guesses the template from the model's path. The tags of the tokenizer are more reliable.
