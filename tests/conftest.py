@@ -21,6 +21,13 @@ from tests.support.forked_server import ForkServer, cores_per_worker
 
 SERVER_MARK = "pytest.mark.server"
 SPLIT = ("tests/docs/test_docs_served.py",)  # a minute for some of its tests: workers share them
+TOOL_DIALECTS = ("threadweaver", "multiverse", "spawn")
+CALL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+OPERATOR_TOOLS = """
+def add(a: int, b: int) -> int:
+    "Add two numbers."
+    return a + b
+"""
 GPU = has_accelerator()
 GC_THRESHOLD = 10_000  # objects: importing SGLang takes a fifth longer at Python's own threshold
 
@@ -53,9 +60,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def shared_server(path: Path) -> str | None:
     """The fixture of the shared server that the tests of a file use, if they use one."""
     text = path.read_text(encoding="utf-8")
-    used = re.findall(r"^ *(?:async )?def \w+\([^)]*\b(server|solver|checked)\b", text, re.MULTILINE)
-    own = re.findall(r"^def (server|solver|checked)\(", text, re.MULTILINE)
-    return next((name for name in ("server", "solver", "checked") if name in used and name not in own), None)
+    used = re.findall(
+        r"^ *(?:async )?def \w+\([^)]*\b(server|solver|checked|tool_server)\b", text, re.MULTILINE
+    )
+    own = re.findall(r"^def (server|solver|checked|tool_server)\(", text, re.MULTILINE)
+    return next(
+        (name for name in ("server", "solver", "checked", "tool_server") if name in used and name not in own),
+        None,
+    )
 
 
 def pytest_collection_finish() -> None:
@@ -119,6 +131,24 @@ def solver(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory
         locate_model("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER_OPTIONS
     ) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tool_server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a random model that often writes the tags of formats and of calls. It has tools of its own."""
+    from tests.support.chat_templates import QWEN
+
+    directory = tmp_path_factory.mktemp("tools")
+    tags = dict.fromkeys(tag for name in TOOL_DIALECTS for tag in dialect(name).tags)
+    random_llama(directory, tags=[*tags, *CALL_TAGS], tag_bias=5.0)
+    (template := directory / "qwen.jinja").write_text(QWEN)
+    (directory / "operator_tools.py").write_text(OPERATOR_TOOLS)
+    flags = {"chat_template": str(template), "tool_call_parser": "qwen25", "apr_tools": "operator_tools:add"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        server = forked_server(directory, log_path=directory / "log", apr_tool_wait=20, **flags).start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

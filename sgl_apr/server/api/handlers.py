@@ -40,7 +40,7 @@ class RequestHandlers:
         apr = _requested_options(body, request, serving)
         if apr is None and self.config.all_chats and is_chat and body.get("apr") is not False:
             # Without a parser only SGLang can answer: with the calls as text.
-            has_no_parser = bool(request.tools) and serving.tool_call_parser is None
+            has_no_parser = bool(request.tools) and getattr(serving, "tool_call_parser", None) is None
             is_refused = has_no_parser or OPENAI_FIELDS.refuses(body, field_defaults(request))
             apr = None if is_refused else {}
         if apr is None:

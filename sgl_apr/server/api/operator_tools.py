@@ -35,7 +35,7 @@ class OperatorTools:
 
     def __init__(self, sources: ToolSources) -> None:
         self._sources = sources
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stack = AsyncExitStack()
         self._thread: threading.Thread | None = None
         self.tools: tuple[Tool, ...] = tuple(map(self._in_own_loop, sources.tools))
@@ -48,6 +48,7 @@ class OperatorTools:
         """
         if not self._sources:
             return
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sgl-apr-tools", daemon=True)
         self._thread.start()
         try:
@@ -59,16 +60,19 @@ class OperatorTools:
 
     async def close(self) -> None:
         """End the MCP servers and the thread."""
-        if self._thread is None:
+        if self._thread is None or self._loop is None:
             return
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self._run(self._stack.aclose())
+                await self._run(self._disconnect())
         except TimeoutError:
             pass  # a tool blocks the loop, and the thread ends with the process
-        finally:
+        else:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread = None
+            await asyncio.to_thread(self._thread.join)  # a process that forks should have no other threads
+            self._loop.close()
+        finally:
+            self._thread = self._loop = None
 
     async def _connect(self) -> list[Tool]:
         tools: list[Tool] = []
@@ -79,7 +83,17 @@ class OperatorTools:
                 raise LaunchError(f"mcpServers {name}: {error}") from error
         return tools
 
+    async def _disconnect(self) -> None:
+        await self._stack.aclose()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
     def _run(self, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+        if self._loop is None:
+            work.close()
+            raise AprError("the server stops")
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
     def _in_own_loop(self, tool: Tool) -> Tool:
@@ -105,7 +119,8 @@ async def check_tools(sources: ToolSources, default: Any = None) -> None:
         LaunchError: An MCP server does not start, two tools have one name, or a default names none of them.
     """
     tools = OperatorTools(sources)
-    await tools.start()
+    if sources.mcp_servers:
+        await tools.start()
     try:
         select_tools(default, tools.tools)
     except AprError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -16,10 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.training.models import random_llama
 from sgl_apr.training.training_tree import build_training_tree, logprobs
-from tests.runtime.tools.checked_tools import CALL_TAGS, DIALECTS, PARSERS, check, plot, search
-from tests.support.chat_templates import QWEN
+from tests.runtime.tools.checked_tools import DIALECTS, PARSERS, check, plot, search
 from tests.training.test_training_equality import Noted, allowed, masked
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]

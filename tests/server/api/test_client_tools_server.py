@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 import requests
 
 import sgl_apr as apr
-from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.server.api.client_calls import session_of
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
@@ -33,12 +31,10 @@ SCHEMA = {
 }
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
 OPTIONS = {
-    "tool_call_parser": "hermes",
     "dialect": "threadweaver",
     "budget": {"width": 3, "tokens": 400, "tool_calls": 3},
 }
 MAX_TURNS = 40
-KEY = "sesame"
 
 
 def client(server: Server, kind: type = openai.OpenAI, key: str = "none") -> Any:
@@ -62,10 +58,8 @@ def result_of(call: dict[str, Any]) -> str:
     return f"</Thread> {json.loads(call['function']['arguments'])['city']} {call['id'][-2:]}"
 
 
-def stats(server: Server, key: str = "none") -> dict[str, Any]:
-    return requests.get(
-        f"{server.url}/apr/stats", timeout=30, headers={"Authorization": f"Bearer {key}"}
-    ).json()
+def stats(server: Server) -> dict[str, Any]:
+    return requests.get(f"{server.url}/apr/stats", timeout=30).json()
 
 
 def loop(server: Server, options: dict[str, Any] | None = None, **more: Any) -> list[Any]:
@@ -102,13 +96,13 @@ def check_loop(responses: list[Any]) -> apr.Trajectory:
     return trajectory
 
 
-def test_a_loop_of_the_sync_client(server: Server):
-    before = stats(server)
-    responses = loop(server, {"trajectory": True})
+def test_a_loop_of_the_sync_client(tool_server: Server):
+    before = stats(tool_server)
+    responses = loop(tool_server, {"trajectory": True})
     check_loop(responses)
-    after = stats(server)
+    after = stats(tool_server)
     assert after["tool_waits"]["continued"] - before["tool_waits"]["continued"] == len(responses) - 1
-    assert (after["waiting"], after["running"]) == (0, 0)
+    assert (after["waiting"], after["running"]) == (before["waiting"], 0)
 
 
 async def stream_turn(chats: Any, messages: list[Any], **more: Any) -> tuple[list[Any], str, str, Any]:
@@ -129,9 +123,9 @@ async def stream_turn(chats: Any, messages: list[Any], **more: Any) -> tuple[lis
     return calls, content, finish, usage
 
 
-def test_a_loop_of_the_async_client_with_streams(server: Server):
+def test_a_loop_of_the_async_client_with_streams(tool_server: Server):
     async def main() -> None:
-        async with client(server, openai.AsyncOpenAI) as asynchronous:
+        async with client(tool_server, openai.AsyncOpenAI) as asynchronous:
             messages, choice = [USER], {"type": "function", "function": {"name": "weather"}}
             for turn in range(MAX_TURNS):
                 calls, content, finish, usage = await stream_turn(
@@ -149,8 +143,8 @@ def test_a_loop_of_the_async_client_with_streams(server: Server):
     asyncio.run(main())
 
 
-def test_results_that_do_not_fit_are_refused_and_the_trajectory_waits_on(server: Server):
-    chats = client(server).chat.completions
+def test_results_that_do_not_fit_are_refused_and_the_trajectory_waits_on(tool_server: Server):
+    chats = client(tool_server).chat.completions
     first = chats.create(**arguments([USER], tool_choice="required"))
     calls = [call.model_dump() for call in first.choices[0].message.tool_calls]
     full = answered([USER], calls)
@@ -162,62 +156,38 @@ def test_results_that_do_not_fit_are_refused_and_the_trajectory_waits_on(server:
             chats.create(**arguments(messages))
     with pytest.raises(openai.BadRequestError, match="n=2 cannot be combined with tools"):
         chats.create(**arguments([USER], n=2))
-    assert stats(server)["waiting"] == 1
-    other = client(server, key="another").chat.completions.create(**arguments(full, tool_choice="none"))
+    waiting = stats(tool_server)["waiting"]
+    assert waiting >= 1
+    other = client(tool_server, key="another").chat.completions.create(**arguments(full, tool_choice="none"))
     assert other.choices[0].finish_reason in ("stop", "length")  # a reply of its own
-    assert stats(server)["waiting"] == 1
+    assert stats(tool_server)["waiting"] == waiting
     chats.create(**arguments(full))
     again = chats.create(**arguments(full, tool_choice="none"))
     assert again.choices[0].finish_reason in ("stop", "length")
 
 
-def test_names_of_tools_that_a_server_does_not_have(server: Server):
-    with pytest.raises(openai.BadRequestError, match="start it with --apr-tools"):
-        client(server).chat.completions.create(
-            model="m", messages=[USER], extra_body={"apr": {"tools": "all"}}
-        )
-    with pytest.raises(openai.BadRequestError, match="tool_call_parser"):
-        client(server).chat.completions.create(**arguments([USER], {"tool_call_parser": None}))
-    assert requests.get(f"{server.url}/apr/tools", timeout=30).json() == {"tools": []}
-
-
-MODULE = """
-import asyncio, time
-
-def add(a: int, b: int) -> int:
-    "Add."
-    return a + b
-
-async def pause() -> str:
-    "Wait."
-    time.sleep(0.2)
-    return "paused"
-"""
-
-
-@pytest.fixture(scope="module")
-def tool_server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a random model that often calls tools, also in branches. It has tools, and little patience."""
-    directory = tmp_path_factory.mktemp("tools")
-    tags = dict.fromkeys(tag for name in dialect_names() for tag in dialect(name).tags)
-    random_llama(directory, tags=[*tags, "<tool_call>", "</tool_call>"], tag_bias=5.0)
-    (directory / "operator_tools.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)
-        flags = {
-            "tool_call_parser": "hermes",
-            "apr_tools": "operator_tools:add",
-            "apr_tool_wait": 8,
-            "api_key": KEY,
-        }
-        with forked_server(directory, log_path=directory / "log", **flags) as server:
-            yield server
+def test_tools_of_the_server_run_there(tool_server: Server):
+    (listed,) = requests.get(f"{tool_server.url}/apr/tools", timeout=30).json()["tools"]
+    assert listed["function"]["name"] == "add"
+    with pytest.raises(openai.BadRequestError, match="did you mean 'add'"):
+        client(tool_server).chat.completions.create(**arguments([USER], {"tools": ["ad"]}))
+    chats = client(tool_server).chat.completions
+    options = {"tools": "all", "trajectory": True, "budget": {"tokens": 500, "tool_calls": 3, "width": 2}}
+    named = {"type": "function", "function": {"name": "add"}}
+    response = chats.create(**arguments([USER], options, tools=None, tool_choice=named))
+    assert response.choices[0].finish_reason in ("stop", "length")
+    calls = [call for call in response.apr["trajectory"]["tool_calls"] if call["outcome"] == "ok"]
+    assert calls
+    for call in calls:
+        sent = json.loads(call["arguments"])
+        assert call["result"] == str(sent["a"] + sent["b"])
 
 
 def ask(server: Server, messages: list[Any], **more: Any) -> Any:
-    options = {"mode": "parallel", "trajectory": True, "tool_call_parser": None}
+    """A response that may have calls of several branches."""
+    options = {"mode": "parallel", "trajectory": True}
     options["budget"] = {"width": 4, "tokens": 800, "tool_calls": 12}
-    chats = client(server, key=KEY).chat.completions
+    chats = client(server).chat.completions
     return chats.create(**arguments(messages, options, **more))
 
 
@@ -236,7 +206,6 @@ def test_the_calls_of_several_branches_come_with_one_response(tool_server: Serve
         if len(responses) > 1:
             check_loop(responses)
     assert most > 1
-    assert stats(tool_server, KEY)["waiting"] == 0
 
 
 @pytest.mark.slow
@@ -246,37 +215,32 @@ def test_300_clients_that_vanish_leave_nothing_behind(tool_server: Server):
     def vanish(number: int) -> int:
         body = arguments([USER], {"mode": "parallel"}, tool_choice="required", seed=number)
         body |= body.pop("extra_body")
-        url, headers = f"{tool_server.url}/v1/chat/completions", {"Authorization": f"Bearer {KEY}"}
+        url = f"{tool_server.url}/v1/chat/completions"
         if number % 3 == 0:
-            with requests.post(
-                url, json=body | {"stream": True}, headers=headers, stream=True, timeout=300
-            ) as answer:
+            with requests.post(url, json=body | {"stream": True}, stream=True, timeout=300) as answer:
                 next(answer.iter_lines())
             return 0
-        first = requests.post(url, json=body, headers=headers, timeout=300).json()
+        first = requests.post(url, json=body, timeout=300).json()
         calls = first["choices"][0]["message"].get("tool_calls") or []
         if number % 3 == 1 or not calls:
             return bool(calls)
         body["messages"] = answered([USER], calls)
-        with requests.post(
-            url, json=body | {"stream": True}, headers=headers, stream=True, timeout=300
-        ) as answer:
+        with requests.post(url, json=body | {"stream": True}, stream=True, timeout=300) as answer:
             next(answer.iter_lines(), None)
         return 0
 
     with ThreadPoolExecutor(60) as threads:
         waiting = sum(threads.map(vanish, range(300)))
     assert waiting >= 50
-    headers = {"Authorization": f"Bearer {KEY}"}
 
     def is_clean() -> bool:
-        found = stats(tool_server, KEY)
-        loads = requests.get(f"{tool_server.url}/get_load", timeout=30, headers=headers).json()
+        found = stats(tool_server)
+        loads = requests.get(f"{tool_server.url}/get_load", timeout=30).json()
         idle = all(load.get("num_reqs", 0) == 0 for load in loads)
         return found["waiting"] == found["running"] == found["queued"] == 0 and idle
 
     until(is_clean, 60)
-    assert stats(tool_server, KEY)["tool_waits"]["expired"] >= waiting
+    assert stats(tool_server)["tool_waits"]["expired"] >= waiting
     assert ask(tool_server, [USER], tool_choice="none").choices[0].finish_reason in ("stop", "length")
 
 
@@ -284,38 +248,11 @@ def test_300_clients_that_vanish_leave_nothing_behind(tool_server: Server):
 def test_a_trajectory_that_has_waited_for_too_long_starts_again(tool_server: Server):
     first = ask(tool_server, [USER], tool_choice="required")
     calls = [call.model_dump() for call in first.choices[0].message.tool_calls]
-    time.sleep(9)
-    before = stats(tool_server, KEY)["tool_waits"]
+    time.sleep(21)
+    before = stats(tool_server)["tool_waits"]
     again = ask(tool_server, answered([USER], calls), tool_choice="none")
     assert again.choices[0].finish_reason in ("stop", "length")
-    assert stats(tool_server, KEY)["tool_waits"]["unknown"] == before["unknown"] + 1
-
-
-@pytest.mark.slow
-def test_the_server_runs_its_own_tools(tool_server: Server):
-    headers = {"Authorization": f"Bearer {KEY}"}
-    listed = requests.get(f"{tool_server.url}/apr/tools", timeout=30, headers=headers).json()["tools"]
-    assert [tool["function"]["name"] for tool in listed] == ["add"]
-    body = {
-        "prompt": "Q",
-        "tools": ["add"],
-        "tool_choice": "required",
-        "budget": {"tokens": 300, "tool_calls": 4},
-    }
-    text = requests.post(f"{tool_server.url}/apr/generate", json=body, timeout=60, headers=headers).text
-    trajectory = apr.Trajectory.from_json(text)
-    ran = [call for call in trajectory.tool_calls if call.outcome == "ok"]
-    assert ran
-    for call in ran:
-        sent = json.loads(call.arguments)
-        assert call.result == str(sent["a"] + sent["b"])
-    refused = requests.post(
-        f"{tool_server.url}/apr/generate", json={"prompt": "Q", "tools": ["ad"]}, timeout=60, headers=headers
-    )
-    assert refused.status_code == 400
-    assert "did you mean 'add'" in refused.json()["error"]["message"]
-    both = arguments([USER], {"tools": "all", "tool_call_parser": None}, tool_choice="required")
-    assert client(tool_server, key=KEY).chat.completions.create(**both).choices[0].finish_reason
+    assert stats(tool_server)["tool_waits"]["unknown"] == before["unknown"] + 1
 
 
 @pytest.mark.slow
