@@ -46,7 +46,7 @@ def patch_forks() -> None:
         for child in children:
             child.sync()
         if error := next((child.error_ for child in children if child.error_ is not None), None):
-            _fail(parent, error)
+            fail(parent, error)
             parent.sync()
         elif mode == "gather_variable":
             _gather(parent, children)
@@ -66,8 +66,9 @@ def _fork(
     children: list[Any] = stock_fork(parent, size, position_ids_offset)
     for child in children:
         child.meta_info = dict(parent.meta_info)
+        child.apr_program_thread = getattr(parent, "apr_program_thread", None)
         if parent.error_ is not None:
-            _fail(child, parent.error_)
+            fail(child, parent.error_)
     return children
 
 
@@ -84,5 +85,6 @@ def _gather(parent: Any, children: Sequence[Any]) -> None:
         parent.variables[name] = [child.variables[name] for child in having]
 
 
-def _fail(executor: Any, error: BaseException) -> None:
+def fail(executor: Any, error: BaseException) -> None:
+    """Let a program fail with an error, after what was submitted to it before."""
     executor.submit(SglGen("__apr_failure__", dtype=ProgramFailure(error)))

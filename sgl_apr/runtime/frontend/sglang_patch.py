@@ -1,6 +1,6 @@
 """Patches SGLang's front end, so that reading a failed program raises its error instead of waiting forever.
 
-It also lets a program that streams be read as soon as it has started, and gives the forks of a program what they share.
+It also lets a program that streams be read at any time, and raises there what its function has raised.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import sys
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +20,6 @@ from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.runtime.frontend.engine_call import EngineCall, Reason
 
 log = logging.getLogger(__name__)
-START_TIMEOUT_S = 5.0  # how long a program may take to start, before reading an unknown variable is an error
 
 
 def check_sglang() -> None:
@@ -51,7 +51,7 @@ def patch_frontend() -> None:
     from sglang.lang import interpreter
     from sglang.lang.interpreter import ProgramState, StreamExecutor
 
-    from sgl_apr.runtime.frontend.program_forks import ProgramFailure, patch_forks
+    from sgl_apr.runtime.frontend.program_forks import ProgramFailure, fail, patch_forks
 
     if getattr(StreamExecutor, "_apr_patched", False):
         return
@@ -62,7 +62,7 @@ def patch_frontend() -> None:
         StreamExecutor.sync,
     )
     stock_text_iter, stock_async_iter = ProgramState.text_iter, ProgramState.text_async_iter
-    stock_execute_gen = StreamExecutor._execute_gen
+    stock_execute_gen, stock_run_internal = StreamExecutor._execute_gen, interpreter.run_internal
 
     def get_var(self: Any, name: str) -> Any:
         _check_may_wait(self)
@@ -102,6 +102,22 @@ def patch_frontend() -> None:
             yield piece
         _raise_if_failed(self.stream_executor)
 
+    def run_internal(state: Any, program: Any, arguments: Any, options: Any, sync: bool) -> None:
+        executor = state.stream_executor
+        executor.apr_program_thread = threading.current_thread()
+        if not (executor.stream and _raises_errors(executor)):
+            stock_run_internal(state, program, arguments, options, sync)
+            return
+        try:
+            state.ret_value = program.func(state, *arguments, **options)
+        except Exception as error:  # nobody waits for the thread that it is raised in
+            log.debug("a program failed", exc_info=error)
+            fail(executor, error)
+        finally:
+            executor.end()
+        if sync:
+            executor.sync()
+
     def execute_gen(self: Any, expression: Any) -> None:
         check_backend(self.backend, expression)
         if isinstance(failure := expression.sampling_params.dtype, ProgramFailure):
@@ -113,7 +129,7 @@ def patch_frontend() -> None:
     StreamExecutor._execute_gen = execute_gen
     ProgramState.text_iter, ProgramState.text_async_iter = text_iter, text_async_iter
     # A program that calls `apr.reason` first has a worker that runs already, as SGLang made it.
-    interpreter.warnings = _WorkerWarnings
+    interpreter.warnings, interpreter.run_internal = _WorkerWarnings, run_internal
     patch_forks()
     StreamExecutor._apr_patched = True
 
@@ -197,6 +213,11 @@ def _raises_errors(executor: Any) -> bool:
     return bool(executor.use_thread and getattr(executor.backend, "raises_errors", False))
 
 
+def program_thread(executor: Any) -> threading.Thread | None:
+    """Return the thread that runs the function of a program, None before it has started."""
+    return getattr(executor, "apr_program_thread", None)
+
+
 def _check_may_wait(executor: Any) -> None:
     """Raise an error where waiting for a program would stop the event loop that runs it."""
     if check := getattr(executor.backend, "check_may_wait", None):
@@ -205,10 +226,10 @@ def _check_may_wait(executor: Any) -> None:
 
 def _wait_for_variable(executor: Any, name: str) -> bool:
     """Wait until a variable is there (True) or its worker has failed without it (False)."""
-    # A streamed program starts in a thread of its own, so at first its variables are unknown.
-    deadline = time.monotonic() + (START_TIMEOUT_S if executor.stream_text_event else 0.0)
+    # A streamed program runs in a thread of its own, so a variable that is not known yet may still come.
+    may_come = executor.stream_text_event and threading.current_thread() is not program_thread(executor)
     while name not in executor.variable_event and name not in executor.variables:
-        if not executor.worker.is_alive() or time.monotonic() > deadline:
+        if not may_come or not executor.worker.is_alive():
             break
         time.sleep(0.01)
     event = executor.variable_event.get(name)

@@ -111,6 +111,59 @@ def test_roles():
         assert second.prompt.startswith(first.prompt + first.text)
 
 
+# Programs that stream
+
+
+def test_a_streamed_program_is_read_before_it_comes_to_the_variable():
+    may_continue = threading.Event()
+
+    @sgl.function
+    def program(s):
+        s += "Q: " + sgl.gen("before", max_tokens=3)
+        assert may_continue.wait(20)
+        for part in (parts := s.fork(2)):
+            part += reason("part")
+        parts.join("gather_variable")
+        with pytest.raises(KeyError):  # and not a wait for itself
+            s["another"]
+        with pytest.raises(KeyError):
+            parts[0]["another"]
+        s += reason("late")
+
+    with served(SglangServer()) as endpoint:
+        state = program.run(backend=endpoint, stream=True)
+        read: list[object] = []
+        readers = [
+            threading.Thread(target=lambda name=name: read.append(state[name])) for name in ("part", "late")
+        ]
+        for reader in readers:
+            reader.start()
+        time.sleep(0.3)
+        assert not read
+        may_continue.set()
+        for reader in readers:
+            reader.join(20)
+        assert sorted(map(str, read)) == ["Done.", "['Done.', 'Done.']"]
+        assert state.error() is None
+
+
+def test_what_the_function_of_a_streamed_program_raises_is_raised_where_it_is_read():
+    @sgl.function
+    def program(s):
+        s += "Q: " + reason("answer")
+        raise ZeroDivisionError("in the program")
+
+    with served(SglangServer()) as endpoint:
+        state = program.run(backend=endpoint, stream=True)
+        with pytest.raises(ZeroDivisionError, match="in the program"):
+            _ = state["never"]
+        pieces = []
+        with pytest.raises(ZeroDivisionError):
+            pieces.extend(state.text_iter())
+        assert "Done." in "".join(pieces), "what came before is there"
+        assert isinstance(state.error(), ZeroDivisionError)
+
+
 # Images
 
 
