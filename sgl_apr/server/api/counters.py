@@ -21,15 +21,15 @@ COUNTERS = {
     "joins": "Joins of finished trajectories, by kind",
     "text_fallbacks": "Requested joins in the KV cache that were done as text",
     "tool_calls": "Calls of tools in finished trajectories, by outcome",
-    "tool_waits": "Times that a trajectory waited for results of tools from its client, by how that ended; unknown: results "
-    "came for calls that do not wait",
+    "tool_waits": "Times that a trajectory waited for results of tools from its client, by how that ended; restarted: "
+    "with other messages before the calls; unknown: results came for calls that do not wait",
 }
 GAUGES = {
     "running": "Trajectories that run now",
     "queued": "Trajectories that wait until others have ended",
     "waiting": "Trajectories that wait for results of tools from their clients",
 }
-WAIT_OUTCOMES = ("continued", "expired", "evicted", "cancelled", "unknown")
+WAIT_OUTCOMES = ("continued", "expired", "evicted", "restarted", "cancelled", "unknown")
 LABELS = {
     "trajectories": ("outcome", OUTCOMES),
     "joins": ("by", JOINS),

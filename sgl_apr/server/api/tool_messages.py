@@ -52,31 +52,18 @@ def waiting_session(messages: Sequence[Message]) -> str | None:
     return next(iter(sessions))
 
 
-def match_results(
-    before: Sequence[Message], messages: Sequence[Message], calls: Sequence[str]
-) -> dict[str, str]:
+def match_results(messages: Sequence[Message], calls: Sequence[str]) -> dict[str, str]:
     """Return the results of calls, by id.
 
     Args:
-        before: The messages of the request that was answered with these calls.
-        messages: Those of the request with the results: the same, then the calls, then the results.
+        messages: What follows the messages that were answered with these calls: the calls, then the results.
         calls: The ids of the calls.
 
     Raises:
-        AprError: Earlier messages were changed, a result is missing, twice, or before its call.
+        AprError: A result is missing, twice, or before its call.
     """
-    for index, (old, new) in enumerate(zip(before, messages, strict=False)):
-        if old != new:
-            raise AprError(
-                f"message {index + 1} differs from that of the request which these tool calls answered, expected the same "
-                "messages: the trajectory that waits has them in its context"
-            )
-    if len(messages) < len(before):
-        raise AprError(
-            f"there are {len(messages)} messages, expected the {len(before)} before the tool calls, and results"
-        )
     results, announced = dict[str, str](), set[str]()
-    for message in messages[len(before) :]:
+    for message in messages:
         if message.role == "assistant":
             announced |= set(message.calls)
             continue

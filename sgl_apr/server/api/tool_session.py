@@ -103,8 +103,15 @@ class ToolSession:
             async with self._admission.slot(self.tokens, self.request.options.budget.tokens) as slot:
                 has_place = True
                 self._continue(results)
+                # The event of the prompt waits for the next one, so that a request that the engine refuses fails first.
+                held, is_held = list[Event](), results is None
                 while not isinstance(item := await self._queue.get(), CallsWaiting | None):
-                    yield item
+                    held.append(item)
+                    if not is_held:
+                        for event in held:
+                            yield event
+                        held.clear()
+                    is_held = False
                 waiting = item
                 if waiting is None:
                     assert self._task is not None

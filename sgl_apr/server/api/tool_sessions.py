@@ -51,8 +51,9 @@ class ToolSessions:
         """Return the session that waits for what the last messages of a request bring, and the results.
 
         Returns:
-            None if there is none: the messages bring no results of calls of this server, the session has ended, or it
-            belongs to another client. The request then starts a trajectory of its own.
+            None if there is none: the messages bring no results of calls of this server, the session has ended, it
+            belongs to another client, or the messages before the calls were changed, which ends it. The request then
+            starts a trajectory of its own.
 
         Raises:
             AprError: The results do not fit to the calls that wait.
@@ -68,7 +69,10 @@ class ToolSessions:
             raise AprError(
                 "the results of these tool calls have been sent already, and another request waits for the reply"
             )
-        return session, match_results(session.messages, messages, list(session.calls.sent))
+        if tuple(messages[: len(session.messages)]) != session.messages:
+            self._end(id_, "restarted")
+            return None
+        return session, match_results(messages[len(session.messages) :], list(session.calls.sent))
 
     async def turn(
         self,
