@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect
+from sgl_apr.formats.masks.tool_checks import check_answer_schema
 from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import first_error
@@ -161,6 +162,9 @@ async def run_with_options(
     tasks = asyncio.TaskGroup()
     if options.tools:
         await load_syntax(options, engine)
+    if options.answer_schema is not None:
+        arguments = (options.answer_schema, engine.tokenizer, engine.grammar_backend)
+        await asyncio.to_thread(check_answer_schema, *arguments)  # its imports take seconds
     run = ReasoningRun(engine, options, on_event, tasks, activity)
     try:
         async with tasks:

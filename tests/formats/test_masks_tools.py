@@ -10,6 +10,7 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.formats.masks.lower import lower_free_text
+from sgl_apr.formats.masks.tool_checks import check_answer_schema, check_tools
 from sgl_apr.formats.options import BranchNumbering
 from sgl_apr.formats.resumption import resumption_prefixes
 from sgl_apr.formats.tool_syntax import ToolDefinition
@@ -264,3 +265,53 @@ def test_schemas_that_cannot_be_enforced(backend: str, parser: str, schema: dict
     options = {"tool_syntax": syntax(parser, (tool,)), "max_calls": 1}
     with pytest.raises(apr.GrammarError, match=message):
         apr.dialect("threadweaver").lower("branch", sampler(backend).masked, backend, **options)
+
+
+@both
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (
+            {"oneOf": [{"type": "object"}, {"properties": {"x": {}}}]},
+            "tool 'f'.a.oneOf: its alternatives can hold",
+        ),
+        ({"type": "string", "pattern": "^(?=a)b$"}, "tool 'f'.a: the pattern .* looks around"),
+        ({"$ref": "#/$defs/none"}, "tool 'f': .*schema: "),
+        ({"type": "string", "minLength": 5, "maxLength": 2}, "tool 'f': .*schema: "),
+        ({"type": "array", "contains": {}}, "tool 'f'.a: .* cannot enforce 'contains'"),
+        ({"type": "text"}, "tool 'f'.a: type \"text\", expected some of"),
+    ],
+)
+def test_tools_are_checked_before_anything_is_decoded(
+    backend: str, parameter: dict[str, object], message: str
+):
+    schema = {"type": "object", "properties": {"a": parameter}, "required": ["a"]}
+    tools = syntax("qwen25", (TOOLS[0], ToolDefinition.from_schema("f", "", schema)))
+    with pytest.raises(apr.GrammarError, match=message):
+        check_tools(tools, sampler(backend).masked, backend)
+    with pytest.raises(apr.GrammarError, match=message.replace("tool 'f'", "the answer's schema")):
+        check_answer_schema(json.dumps(schema), sampler(backend).masked, backend)
+    check_tools(syntax("qwen25"), sampler(backend).masked, backend)
+
+
+@both
+def test_alternatives_that_exclude_one_another(backend: str):
+    """What pydantic writes for a union with a discriminator."""
+    kinds = [
+        {
+            "type": "object",
+            "properties": {"kind": {"const": k}, "n": {"type": "integer"}},
+            "required": ["kind"],
+        }
+        for k in "ab"
+    ]
+    schema = {
+        "$defs": {"A": kinds[0], "B": kinds[1]},
+        "type": "object",
+        "properties": {"a": {"oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}], "discriminator": {}}},
+        "required": ["a"],
+    }
+    at = sampler(backend)
+    grammar = lower_free_text(at.masked, backend, answer_schema=json.dumps(schema))
+    assert at.accepts(grammar, '{"a": {"kind": "b", "n": 1}}')
+    assert not at.accepts(grammar, '{"a": {"kind": "c"}}')

@@ -68,6 +68,7 @@ class SchemaPreparer:
     def __init__(self, excluded: re.Pattern[str], string_pattern: str | None, backend: str) -> None:
         self.excluded, self.string_pattern, self.backend = excluded, string_pattern, backend
         self._used: set[str] = set()  # of the added definitions
+        self._root: Mapping[str, Any] = {}
 
     def prepare(self, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return a schema that the backend enforces completely.
@@ -82,6 +83,7 @@ class SchemaPreparer:
             GrammarError: It holds something that the backend cannot enforce. The message names it.
         """
         self._used.clear()
+        self._root = schema
         prepared = self._schema(schema, where, MAX_DEPTH)
         added = {name: self._definitions[name] for name in (STRING, ANY) if name in self._used}
         return {**prepared, "$defs": {**prepared.get("$defs", {}), **added}} if added else prepared
@@ -115,7 +117,10 @@ class SchemaPreparer:
             elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
                 if not isinstance(value, list) or not value:
                     raise GrammarError(f"{place}: expected a list of schemas")
-                prepared[key] = [self._schema(v, f"{place}[{i}]", depth - 1) for i, v in enumerate(value)]
+                options = [self._schema(v, f"{place}[{i}]", depth - 1) for i, v in enumerate(value)]
+                if key == "oneOf" and not _are_disjoint([self._resolved(v) for v in value]):
+                    raise GrammarError(f"{place}: its alternatives can hold for one value, expected 'anyOf'")
+                prepared["anyOf" if key == "oneOf" else key] = options
             elif key == "items" and value is not False:
                 prepared[key] = self._schema(value, place, depth - 1)
             elif key != "additionalProperties":
@@ -188,11 +193,23 @@ class SchemaPreparer:
             )
         return types
 
+    def _resolved(self, schema: Any) -> dict[str, Any]:
+        """A schema whose reference at the top is followed."""
+        resolved = dict(schema) if isinstance(schema, Mapping) else {}
+        kind, _, name = str(resolved.get("$ref", "")).removeprefix("#/").partition("/")
+        definitions = self._root.get(kind) if kind in ("$defs", "definitions") else None
+        target = definitions.get(name) if isinstance(definitions, Mapping) else None
+        return {**target, **resolved} if isinstance(target, Mapping) else resolved
+
     def _check_keywords(self, schema: Mapping[str, Any], where: str) -> None:
         lacking = XGRAMMAR_LACKS if self.backend == "xgrammar" else frozenset()
         for key in schema:
             if key not in KNOWN or key in lacking:
                 raise GrammarError(f"{where}: the grammar backend {self.backend} cannot enforce {key!r}")
+        if re.search(r"\(\?(?!:)|\\[1-9bB]", str(schema.get("pattern", ""))):
+            raise GrammarError(
+                f"{where}: the pattern {schema['pattern']!r:.60} looks around or refers to a group"
+            )
         if self.backend == "xgrammar":
             if len(schema.get("allOf", ())) > 1:
                 raise GrammarError(
@@ -217,6 +234,29 @@ class SchemaPreparer:
         for text in _strings(fixed):
             if self.excluded.search(text):
                 raise GrammarError(f"{where}: {text!r:.60} holds a tag of the format or of a call")
+
+
+def _are_disjoint(options: list[dict[str, Any]]) -> bool:
+    """Whether no value fits two schemas: their types differ, or the values of a property that all of them require."""
+
+    def differ(values: list[list[Any]]) -> bool:
+        texts = [{json.dumps(v, sort_keys=True) for v in some} for some in values]
+        return all(texts) and sum(map(len, texts)) == len(set().union(*texts))
+
+    def types(option: Mapping[str, Any]) -> list[Any]:
+        declared = option.get("type")
+        listed = declared if isinstance(declared, list) else [declared] if declared else []
+        return ["number" if t == "integer" else t for t in listed]
+
+    def values(option: Mapping[str, Any], name: str) -> list[Any]:
+        fixed = option["properties"][name]
+        enum = fixed.get("enum") if isinstance(fixed, Mapping) else None
+        return enum if isinstance(enum, list) else [fixed["const"]] if "const" in fixed else []
+
+    if differ([types(option) for option in options]):
+        return True
+    required = [set(o.get("required", ())) & set(o.get("properties", ())) for o in options]
+    return any(differ([values(o, name) for o in options]) for name in set.intersection(*required))
 
 
 @lru_cache(maxsize=64)

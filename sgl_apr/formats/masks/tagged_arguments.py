@@ -92,6 +92,8 @@ def _limits(
         raise GrammarError(f"{where}: {min(unknown)!r} cannot be enforced in a parameter that is plain text")
     if rest.get("format") in FORMATS:
         raise GrammarError(f"{where}: 'format' cannot be enforced in a parameter that is plain text")
+    if max_chars is not None and min_chars > max_chars:
+        raise GrammarError(f"{where}: minLength {min_chars}, expected at most maxLength {max_chars}")
     trimmed = tags.strips_space and (bool(min_chars) or pattern is not None)
     if pattern is None:
         return TextLimits(min_chars, max_chars, trimmed=trimmed)

@@ -16,6 +16,11 @@ _ANY_CHARACTER = r"[^\"\\\r\n]"  # how xgrammar writes a character of a string w
 _TAGLESS_CHARACTER = r"[^\0-\x1f\"\\<]"
 
 
+def first_line(error: RuntimeError) -> str:
+    """Return the message of an error of xgrammar, without the time and the place in its source."""
+    return re.sub(r"^\[[0-9:]+\] \S+ ", "", str(error).split("\n")[0])
+
+
 @lru_cache(maxsize=256)
 def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return rules as (name, body) pairs.
@@ -40,7 +45,7 @@ def json_rules(schema: str, prefix: str, excluded: tuple[str, ...]) -> tuple[tup
     try:
         text = str(Grammar.from_json_schema(schema, any_whitespace=False))
     except RuntimeError as error:
-        raise GrammarError(f"xgrammar cannot convert the schema: {str(error).splitlines()[0]}") from None
+        raise GrammarError(f"xgrammar cannot convert the schema: {first_line(error)}") from None
     rules = dict(line.split(" ::= ", 1) for line in text.splitlines() if " ::= " in line)
     inside = json.dumps(value_excluding(excluded, in_json=True), ensure_ascii=False)
     rules["basic_string_sub"] = f'{STRING_TEXT} "\\""'

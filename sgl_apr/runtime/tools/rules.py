@@ -8,6 +8,7 @@ from typing import Literal
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, UnsupportedEngine
+from sgl_apr.formats.masks.tool_checks import check_tools
 from sgl_apr.formats.tool_syntax import ToolDefinition, ToolSyntax, tool_syntax
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.options import ReasonOptions
@@ -51,7 +52,10 @@ def make_syntax(options: ReasonOptions, engine: Engine) -> ToolSyntax | None:
             "or give tool_call_parser=NAME"
         )
     definitions = [ToolDefinition.from_schema(t.name, t.description, t.schema) for t in options.tools]
-    return tool_syntax(parser, definitions)
+    syntax = tool_syntax(parser, definitions)
+    if options.constrain:
+        check_tools(syntax, engine.tokenizer, engine.grammar_backend)
+    return syntax
 
 
 async def load_syntax(options: ReasonOptions, engine: Engine) -> None:
