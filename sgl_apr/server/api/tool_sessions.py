@@ -52,8 +52,8 @@ class ToolSessions:
 
         Returns:
             None if there is none: the messages bring no results of calls of this server, the session has ended, it
-            belongs to another client, or the messages before the calls were changed, which ends it. The request then
-            starts a trajectory of its own.
+            belongs to another client, or the messages before the calls were changed or are sent once more, which ends
+            it. The request then starts a trajectory of its own.
 
         Raises:
             AprError: The results do not fit to the calls that wait.
@@ -69,10 +69,11 @@ class ToolSessions:
             raise AprError(
                 "the results of these tool calls have been sent already, and another request waits for the reply"
             )
-        if tuple(messages[: len(session.messages)]) != session.messages:
+        before, after = tuple(messages[: len(session.messages)]), messages[len(session.messages) :]
+        if before != session.messages or not after:  # without any: the last request once more
             self._end(id_, "restarted")
             return None
-        return session, match_results(messages[len(session.messages) :], list(session.calls.sent))
+        return session, match_results(after, list(session.calls.sent))
 
     async def turn(
         self,

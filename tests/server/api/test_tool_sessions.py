@@ -393,6 +393,19 @@ def test_a_changed_history_starts_again_from_its_messages():
     asyncio.run(main())
 
 
+def test_a_request_that_is_repeated_starts_again():
+    async def main() -> None:
+        server = Server()
+        first = await last(server.begin(branches))
+        messages = answered([USER], first, ["a", "b", "c"])
+        assert isinstance(await last(server.resume(messages)), CallsWaiting)  # and the response was lost
+        assert server.resume(messages) is None
+        await asyncio.sleep(0.01)
+        server.check_nothing_left()
+
+    asyncio.run(main())
+
+
 def test_messages_of_other_servers_are_left_alone():
     foreign = [
         USER,
