@@ -184,7 +184,7 @@ class Dialect(FormatOptions):
         return True
 
     def llguidance(self, phase: str, tokenizer: Tokenizer, **options: Any) -> str:
-        """Return the mask of a phase for a server that runs llguidance: `lower` with that backend."""
+        """Return the mask of a phase for llguidance: `lower` with that backend."""
         return self.lower(phase, tokenizer, "llguidance", **options)
 
     def lower(self, phase: str, tokenizer: Tokenizer, backend: GrammarBackend, **options: Any) -> str:
@@ -232,10 +232,7 @@ class Dialect(FormatOptions):
     def match_phase(
         self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING, *, resumed: bool = False
     ) -> list[Segment] | None:
-        """Split the text of a phase as `parse_phase` does; None if it is not one that the phase can decode.
-
-        With `resumed`, the phase continued after the result of a tool, so that it began in its free text.
-        """
+        """Split the text of a phase, perhaps resumed, as `parse_phase` does; None if the phase cannot decode it."""
         if resumed:
             for prefix in resumption_prefixes(self.grammar, self.rule_for_phase(phase)):
                 segments = self.match_phase(phase, prefix + text, numbering)
@@ -255,25 +252,21 @@ class Dialect(FormatOptions):
     def complete_phase(
         self, phase: Phase, text: str, numbering: BranchNumbering = NO_NUMBERING, *, resumed: bool = False
     ) -> str | None:
-        """Return the shortest text that completes a phase that was cut off.
+        """Return the shortest text that completes a phase that was cut off; None if nothing does.
 
         Args:
             phase: The phase.
             text: What it decoded before it was cut off.
             numbering: The numbers that it can write.
             resumed: Whether it continued after the result of a tool, so that it began in its free text.
-
-        Returns:
-            The text to append, or None if nothing completes `text`.
         """
         if resumed:
             prefixes = resumption_prefixes(self.grammar, self.rule_for_phase(phase))
-            completions = (self.complete_phase(phase, prefix + text, numbering) for prefix in prefixes)
-            return next((c for c in completions if c is not None), None)
-
-        number = number_in_completion(self.grammar, self.first_number, numbering)
+            options = (self.complete_phase(phase, prefix + text, numbering) for prefix in prefixes)
+            return next((o for o in options if o is not None), None)
         if not text and self._may_be_empty(phase):
             return ""
+        number = number_in_completion(self.grammar, self.first_number, numbering)
         options = (complete_text(self.grammar, rule, text, number) for rule in self._candidate_rules(phase))
         return next((o for o in options if o is not None), None)
 
