@@ -41,7 +41,7 @@ class SecondTurn:
     @property
     def share(self) -> float:
         """The part of the first turn's tokens that the second turn found in the cache."""
-        return self.cached_tokens / self.context_tokens
+        return min(1.0, self.cached_tokens / self.context_tokens)
 
 
 async def measure_second_turn(

@@ -53,8 +53,7 @@ class ChatTurn:
         reply = split_reply(trajectory, separate_reasoning=self.separate_reasoning, stop=self.stop)
         turn = RememberedTurn.make(ids, layout, self.prompt)
         for content in {reply.content.strip(), (reply.reasoning + reply.content).strip()}:
-            if content:
-                self.memory.store(self.key.reply(content).digest, turn)
+            self.memory.store(self.key.reply(content).digest, turn)
 
     def _sent_ids(self, trajectory: Trajectory, tokenizer: Tokenizer) -> Sequence[int]:
         """The ids of the context. They end where a stop string has ended the content."""

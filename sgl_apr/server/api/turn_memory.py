@@ -196,7 +196,7 @@ def content_text(content: Any) -> Any:
         if len(texts) < len(parts):
             return content
         content = " ".join(texts)  # as SGLang joins them
-    return content.strip() if isinstance(content, str) else content
+    return (content or "").strip() if isinstance(content, str | None) else content
 
 
 def _is_reasoning(part: Any) -> bool:

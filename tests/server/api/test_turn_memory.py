@@ -53,6 +53,7 @@ class Chat:
     authorization: str = "Bearer a"
     max_tokens: int = 100_000
     seed: int = 0
+    tag_weight: float = 30.0
 
     def _convert_to_internal_request(self, request: Any, raw_request: Any) -> tuple[Any, Any]:
         messages = [message.model_dump() for message in request.messages]
@@ -80,7 +81,7 @@ class Chat:
         options = make_options(
             "threadweaver", tokenizer(), None, budget={"tokens": 900, "width": 3}, mode="parallel"
         )
-        engine = SampledEngine(tokenizer(), seed=self.seed)
+        engine = SampledEngine(tokenizer(), self.seed, self.tag_weight)
         trajectory = asyncio.run(run_with_options(engine, tuple(made.generate.input_ids), options))
         if made.turn:
             replace(made.turn, stop=stop).remember(trajectory, tokenizer())
@@ -163,6 +164,28 @@ def test_what_is_another_conversation_is_encoded_as_usual():
     assert is_remembered(chat, messages)
 
 
+def test_a_reply_without_an_answer_is_remembered_too():
+    chat = Chat(CHATML)
+    made = chat.prompt([USER])
+    options = make_options(
+        "threadweaver", tokenizer(), None, budget={"tokens": 81, "width": 2}, mode="parallel"
+    )
+    ids = tuple(made.generate.input_ids)
+    trajectory = next(
+        trajectory
+        for seed in range(100)
+        if not (
+            trajectory := asyncio.run(run_with_options(SampledEngine(tokenizer(), seed), ids, options))
+        ).answer
+    )
+    assert trajectory.blocks
+    assert made.turn
+    made.turn.remember(trajectory, tokenizer())
+    for content in ("", None, trajectory.text):
+        ids = chat.prompt([USER, {"role": "assistant", "content": content}, MORE]).generate.input_ids
+        assert tuple(ids[: len(trajectory.context_ids)]) == trajectory.context_ids
+
+
 def test_two_replies_to_one_conversation_are_both_remembered():
     chat = Chat(CHATML)
     replies = [chat.turn([USER])[1:] for _ in range(2)]
@@ -172,7 +195,7 @@ def test_two_replies_to_one_conversation_are_both_remembered():
 
 
 def test_a_reply_that_a_stop_string_ended_is_remembered_up_to_there():
-    chat = Chat(CHATML)
+    chat = Chat(CHATML, tag_weight=2.0)
     while len(answer := chat.turn([USER])[1].answer) < 9:
         pass
     stop = answer[4:6]
