@@ -122,6 +122,19 @@ class HfTokenizer:
     def added_tokens(self) -> Mapping[str, int]:
         return self._added_tokens
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return the bytes of a token of a byte-level or byte-fallback vocabulary; None if they are not known.
+
+        A token may be a part of a character, and then it has no text of its own.
+        """
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return None
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        alphabet = _byte_alphabet()
+        return bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else None
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
@@ -141,6 +154,14 @@ def check_encodable(text: str) -> None:
             f"character {error.start} of the text is {text[error.start]!r}, half a surrogate pair: "
             "expected text that UTF-8 can encode"
         ) from None
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte of every character of a byte-level vocabulary: printable ones are themselves, others follow 255."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
 
 
 @lru_cache(maxsize=8)

@@ -50,15 +50,28 @@ async def parse_messages_request(
         EngineError: SGLang refuses the request with an HTTP status.
     """
     MESSAGES_FIELDS.check(body)
-    try:
-        chat = serving._convert_to_chat_completion_request(request)
-    except ValueError as error:
-        raise AprError(" ".join(str(error).split())[:500]) from error
+    chat = _convert(serving, request)
     chat.stream_options = None  # usage is a part of every stream
     if request.thinking is not None and request.thinking.type == "disabled":
         chat.reasoning_effort = "none"
     own: Any = merge_options(_thinking_options(request), drop_nulls(apr)) if isinstance(apr, dict) else apr
     return await parse_openai_request(serving.openai_serving_chat, chat, raw_request, own, config, chat=True)
+
+
+def _convert(serving: Any, request: Any) -> Any:
+    """Return the chat completion that SGLang makes of a request.
+
+    A model without a thinking mode of its own can think in branches, so SGLang is not asked to switch that mode on or off.
+    """
+    try:
+        try:
+            return serving._convert_to_chat_completion_request(request)
+        except ValueError:
+            if request.thinking is None:
+                raise
+            return serving._convert_to_chat_completion_request(request.model_copy(update={"thinking": None}))
+    except ValueError as error:
+        raise AprError(" ".join(str(error).split())[:500]) from error
 
 
 def _thinking_options(request: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.server.api.reply import ReplyText
-from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.tokenizer import HfTokenizer, Tokenizer
 from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -79,9 +79,10 @@ class LogprobsBuilder:
 
     def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         text = self.tokenizer.decode([token_id])
-        # A token that is a part of a character has no text of its own.
-        data = None if REPLACEMENT in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": data}
+        data: bytes | None = text.encode()
+        if REPLACEMENT in text:  # a token that is a part of a character has no text of its own
+            data = self.tokenizer.token_bytes(token_id) if isinstance(self.tokenizer, HfTokenizer) else None
+        return {"token": text, "logprob": logprob, "bytes": None if data is None else list(data)}
 
     def _content_tokens(self, trajectory: Trajectory, reply: ReplyText) -> Iterator[ReplyToken]:
         start = len(reply.reasoning)

@@ -18,6 +18,8 @@ from sgl_apr.server.api.openai_fields import OPENAI_FIELDS
 from sgl_apr.server.api.reasoning_effort import EFFORTS, effort_options
 from sgl_apr.server.api.request_fields import FieldTable
 from sgl_apr.server.api.responses_request import RESPONSES_FIELDS
+from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.models import builtin_path
 from tests.support.paths import ROOT
 
 CLIENTS = [
@@ -103,3 +105,11 @@ def test_a_body_asks_for_a_trajectory(body: bytes, expected: bool):
 def test_routes_that_take_apr():
     assert all(map(takes_apr, ("/v1/chat/completions", "/v1/messages", "/apr/generate", "/apr/fork")))
     assert not any(map(takes_apr, ("/generate", "/v1/embeddings", "/v1/messages/count_tokens", "/apr")))
+
+
+@pytest.mark.parametrize("text", ["plain 12", "\u00fc \U0001f600 \u4e2d", "<Parallel>\n\t\0"])
+def test_the_bytes_of_tokens_are_those_of_the_text(text: str):
+    tokenizer = HfTokenizer(builtin_path())
+    pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode(text)]
+    assert b"".join(piece or b"?" for piece in pieces) == text.encode()
+    assert tokenizer.token_bytes(10**9) is None
