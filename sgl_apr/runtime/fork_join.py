@@ -183,7 +183,9 @@ class ForkJoin:
         if grammar.closing_literal("body", branch.identity.number):
             text = closers[0].label if closers and all(s.origin == "decoded" for s in closers) else ""
         else:
-            body = "".join(s.text for s in _after_results(spans) if s.role == "body" and s.origin == "decoded")
+            body = "".join(
+                s.text for s in _after_results(spans) if s.role == "body" and s.origin == "decoded"
+            )
             text = branch_prompt(self.dialect.branch_prompt).extract_result(body)
         text = truncate_tokens(tokenizer, text, max_tokens)
         return text if not any(tag in text for tag in grammar.tag_literals) else ""

@@ -138,17 +138,20 @@ class ReasonOptions:
     @cached_property
     def chat_tools(self) -> list[dict[str, Any]] | None:
         """The tools as a chat template shows them to the model; None if it must not call any."""
-        shown = self.tools if self.tool_choice != "none" else ()
-        return [tool.to_openai() for tool in shown] or None
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.to_openai() for tool in self.tools]
 
     def __post_init__(self) -> None:
         if not isinstance(self.dialect, Dialect):
             raise AprError(f"dialect={shorten(self.dialect)}, expected a Dialect")
         values = ((name, getattr(self, name), default) for name, default in _defaults().items())
         checked = check_options({name: value for name, value, default in values if value is not default})
-        for name in ANSWER_CHECKS.keys() & checked.keys():
-            object.__setattr__(self, name, checked[name])
-        self._check_tools()
+        for name in checked:
+            if name in ANSWER_CHECKS:
+                object.__setattr__(self, name, checked[name])
+        if self.tools or self.tool_choice != "auto" or self.answer_schema is not None:
+            self._check_tools()
         d, b = self.dialect, self.budget
         if self.width > d.max_width:
             raise BudgetExceeded(

@@ -136,21 +136,22 @@ class ReasoningRun:
         if phase == "trunk" and phase not in self.dialect.grammar.rules:  # the reply begins with a fork
             outlines = self.rules.opening_outlines(sequence)
             new, phase = await self._fork_and_join(engine, sequence, outlines, new, group), next_phase
-        turn = CallTurn()
+        turn = CallTurn() if self.call_loop else None
         while True:
             load = await self._load_for_width(engine, sequence)
             limits = self.rules.phase_limits(sequence, phase, load)
             extend = self._extension(sequence, phase, limits, group)
-            calls = self.call_loop.limits(sequence, limits, turn) if self.call_loop else None
+            calls = self.call_loop.limits(sequence, limits, turn) if self.call_loop and turn else None
             output, call = await self.runner.decode(engine, sequence, phase, new, limits, extend, calls)
             output = self.rules.checked(output, sequence, limits)
-            if self.call_loop and engine and (output.calls or output.cut_call):
+            if self.call_loop and turn and engine and (output.calls or output.cut_call):
                 output = self.call_loop.labelled(sequence, output)
                 sequence.append_output(output, call)
                 new = await self.call_loop.answer(engine, sequence, phase, output, turn, group)
                 continue
             sequence.append_output(output, call)
-            turn.resumed = False
+            if turn:
+                turn.resumed = False
             if phase == next_phase:
                 sequence.record_text(output)
             if output.is_final:

@@ -88,15 +88,8 @@ class RequestBuilder:
         """The request of one phase of a sequence, under the grammar if the options say so."""
         options, dialect = self.options, self.dialect
         further: dict[str, Any] = {}
-        if calls:
-            further = {
-                "tool_syntax": calls.syntax,
-                "max_calls": calls.max_calls,
-                "call": calls.choice,
-                "resumed": calls.resumed,
-            }
-        if options.answer_schema is not None and not sequence.path:
-            further["answer_schema"] = options.answer_schema
+        if calls or options.answer_schema is not None:
+            further = self._answer_mask_options(sequence, calls)
         grammar = None
         if options.constrain:
             grammar = dialect.lower(
@@ -118,6 +111,20 @@ class RequestBuilder:
         return self.decode_request(
             sequence.context, limits.max_new_tokens, grammar=grammar, stop=stop, sampling={}
         )
+
+    def _answer_mask_options(self, sequence: SequenceState, calls: CallLimits | None) -> dict[str, Any]:
+        """The fields of `MaskOptions` about calls of tools, and about the final text."""
+        fields: dict[str, Any] = {}
+        if calls:
+            fields = {
+                "tool_syntax": calls.syntax,
+                "max_calls": calls.max_calls,
+                "call": calls.choice,
+                "resumed": calls.resumed,
+            }
+        if self.options.answer_schema is not None and not sequence.path:
+            fields["answer_schema"] = self.options.answer_schema
+        return fields
 
     def numbering(self, sequence: SequenceState) -> BranchNumbering:
         """The numbers that the next phase of a sequence may write."""

@@ -92,7 +92,8 @@ class RequestRunner:
         numbering, context = self.builder.numbering(sequence), sequence.context
         tokenizer = self.builder.tokenizer
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
-        watch_for_stop(text, self.options, sequence, phase, limits, calls)
+        if self.options.stop:
+            watch_for_stop(text, self.options, sequence, phase, limits, calls)
         result, call = None, None
         if engine and extend and limits.max_new_tokens < 1 and not sequence.scope.cancel_reason:
             more = await self._further_tokens(sequence, (), extend)

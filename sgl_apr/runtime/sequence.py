@@ -201,8 +201,8 @@ class SequenceState:
 
     def set_aside(self, share: Allowance, branches: int) -> None:
         """Set aside the calls, blocks and calls of tools of branches. `merge` gives back what they leave."""
-        calls, blocks, tool_calls = (branches * n for n in (share.calls, share.blocks, share.tool_calls))
-        self.allowance.spend(calls=calls, blocks=blocks, tool_calls=tool_calls)
+        calls, blocks = branches * share.calls, branches * share.blocks
+        self.allowance.spend(calls=calls, blocks=blocks, tool_calls=branches * share.tool_calls)
 
     def reserve(self, pending: PendingBranch) -> None:
         """Set aside the tokens of a branch that runs while this sequence continues."""

@@ -18,7 +18,9 @@ _threads = CallThreads()
 _abandoned = set[asyncio.Task[Any]]()  # an event loop keeps no reference to its tasks
 
 
-async def call_function(function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float) -> str | None:
+async def call_function(
+    function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float
+) -> str | None:
     """Return the text of what a function returns, None if it takes longer than some seconds.
 
     An async function runs in this event loop, and is cancelled when time is up. Any other function runs in a thread of its
