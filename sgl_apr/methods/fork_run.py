@@ -224,6 +224,8 @@ class ForkRun:
         try:
             await self._decode_branch(group, branch, prompt, engine)
         except EngineError as error:
+            if isinstance(error, BranchFailed):  # a tool failed, and that is to be raised
+                raise
             if checkpoint is None:
                 name = f"branch {branch.identity} ({self._task_of[branch].name})"
                 raise BranchFailed(f"{name}: {error}", branch.path, error.status) from error

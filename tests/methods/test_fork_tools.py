@@ -128,6 +128,19 @@ def test_slow_tools_run_at_once_and_one_that_hangs_costs_its_branch_alone():
     assert seconds[0] < 0.4, "three waits of 0.2 seconds are over at once"
 
 
+def test_a_tool_that_fails_is_a_result_that_says_so():
+    def broken(query: str) -> str:
+        "Search."
+        raise ValueError("no index")
+
+    script = answers(lambda prompt: call("broken", query="x"))
+    result, _ = run_fork(script, DOCUMENT, ["a", apr.ForkTask("b", tools=[])], tools=[broken])
+    assert [(c.outcome, "no index" in c.result) for c in result["1"].tool_calls] == [("error", True)]
+    assert "no index" in result["1"].text
+    with pytest.raises(apr.BranchFailed, match=r"^branch 1\.1: tool broken: .*no index"):
+        run_fork(script, DOCUMENT, ["a"], tools=[broken], on_branch_failure="raise")
+
+
 def test_calls_are_divided_between_the_branches():
     result, _ = run_fork(
         lambda request, prompt: call("search", query="x") if "query" in (request.grammar or "") else "end",
