@@ -60,7 +60,7 @@ def _preparer(writer: GrammarWriter) -> SchemaPreparer:
 
 
 def _write_calls(writer: GrammarWriter, syntax: ToolSyntax, count: int) -> None:
-    """Write the rule `CALLS`: from behind the text with which calls begin to their end."""
+    """Write the rule `CALLS`: all of the calls, without the text with which they begin."""
     form, preparer, lines = syntax.form, _preparer(writer), writer.lines
     count = min(count, MAX_CALLS)
     for index, tool in enumerate(syntax.tools):
