@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +34,7 @@ SCHEMA = {
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
 OPTIONS = {
     "dialect": "threadweaver",
-    "budget": {"width": 3, "tokens": 400, "tool_calls": 3},
+    "budget": {"width": 3, "tokens": 250, "tool_calls": 3},
 }
 MAX_TURNS = 40
 
@@ -286,3 +288,37 @@ def test_wrong_tools_are_a_launch_error(forked_server: type[Server], tmp_path: P
     ):
         with pytest.raises(apr.LaunchError, match=f"--apr-tools: {tools}: .*{expected}"):
             forked_server(tmp_path, log_path=tmp_path / "log", apr_tools=tools).start()
+
+
+@pytest.mark.slow
+def test_a_stock_mcp_server_answers_calls_of_a_model(tool_server: Server):
+    """In a trajectory, and from the command line. The time zones of a random model are none, which the server says."""
+    command = str(Path(sys.executable).with_name("mcp-server-time"))
+
+    async def main() -> apr.Trajectory:
+        async with (
+            apr.mcp_tools(command=[command], include=["get_current_time"]) as tools,
+            await apr.HttpEngine.connect(tool_server.url) as engine,
+        ):
+            budget = {"tokens": 600, "tool_calls": 3, "width": 2}
+            return await apr.areason(
+                engine, [USER], "threadweaver", tools=tools, tool_choice="required", budget=budget
+            )
+
+    calls = asyncio.run(main()).tool_calls
+    assert any(call.outcome == "error" and "Invalid timezone" in call.result for call in calls)
+    argv = [
+        sys.executable,
+        "-m",
+        "sgl_apr.cli.main",
+        "run",
+        "What time is it?",
+        "--url",
+        tool_server.url,
+        "--json",
+    ]
+    argv += ["--mcp", command, "--budget", "tokens=900,tool_calls=6,width=3", "--dialect", "threadweaver"]
+    ran = subprocess.run([*argv, "--seed", "1"], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    called = apr.Trajectory.from_json(ran.stdout).tool_calls
+    assert {call.name for call in called} <= {"get_current_time", "convert_time"}
