@@ -14,7 +14,9 @@ from schemathesis import GenerationMode
 
 import sgl_apr as apr
 from sgl_apr.server.api.fork_request import ForkRequest
+from sgl_apr.server.api.fork_service import check_text_size
 from sgl_apr.server.api.limits import RequestLimits
+from sgl_apr.server.api.options import OptionsParser
 from sgl_apr.server.api.schemas import add_components
 from tests.server.api.test_schemas import document, whole_numbers
 
@@ -135,6 +137,26 @@ def test_the_operator_limits_workers_tokens_and_seconds():
     ):
         with pytest.raises(apr.BudgetExceeded, match=message):
             parse(limits, prompt="p", **body)
+
+
+def test_texts_that_no_context_holds_are_refused_before_they_are_encoded():
+    parser = OptionsParser(
+        NO_LIMITS, apr.ByteTokenizer(), context_length=10, vocab_size=300, max_token_chars=4
+    )
+    long = "x" * 41
+    for body, name in (
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": long}]}], "tasks": ["a"]},
+            "the messages",
+        ),
+        ({"prompt": "p", "tasks": ["a", long]}, "task 2"),
+        ({"prompt": "p", "tasks": ["a"], "merge": long}, "merge"),
+    ):
+        with pytest.raises(
+            apr.BudgetExceeded, match=rf"{name}: the text has \d+ characters, expected at most 40"
+        ):
+            check_text_size(parse(**body), parser)
+    check_text_size(parse(prompt="p", tasks=["x" * 40]), parser)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}'])
