@@ -145,11 +145,26 @@ class ReasonOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.dialect, Dialect):
             raise AprError(f"dialect={shorten(self.dialect)}, expected a Dialect")
-        values = ((name, getattr(self, name), default) for name, default in _defaults().items())
-        checked = check_options({name: value for name, value, default in values if value is not default})
+        values = vars(self)
+        checked = check_options(
+            {name: values[name] for name, default in _defaults().items() if values[name] is not default}
+        )
         for name in checked:
             if name in ANSWER_CHECKS:
                 object.__setattr__(self, name, checked[name])
+        self._check_consistent()
+
+    @classmethod
+    def of_checked(cls, dialect: Dialect, checked: Mapping[str, Any]) -> ReasonOptions:
+        """Options from what `check_options` has returned, which is not checked once more."""
+        made = object.__new__(cls)
+        vars(made).update(_defaults(), sampling={}, request_fields={}, dialect=dialect)
+        vars(made).update(checked)
+        made._check_consistent()
+        return made
+
+    def _check_consistent(self) -> None:
+        """Check what depends on the dialect, and on several options."""
         if self.tools or self.tool_choice != "auto" or self.answer_schema is not None:
             self._check_tools()
         d, b = self.dialect, self.budget
@@ -231,7 +246,7 @@ def make_options(
     checked = check_options(options, vocab_size)
     if dialect_ is None:
         dialect_ = (dialect_for(tokenizer) if tokenizer else None) or DEFAULT_DIALECT
-    return ReasonOptions(resolve_dialect(dialect_), **checked)
+    return ReasonOptions.of_checked(resolve_dialect(dialect_), checked)
 
 
 def resolve_dialect(name: Any) -> Dialect:

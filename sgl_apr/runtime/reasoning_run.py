@@ -138,9 +138,10 @@ class ReasoningRun:
             new, phase = await self._fork_and_join(engine, sequence, outlines, new, group), next_phase
         turn = CallTurn() if self.call_loop else None
         while True:
-            load = await self._load_for_width(engine, sequence)
+            caps_width = self.options.cap_width_by_load
+            load = await self._load_for_width(engine, sequence) if caps_width else None
             limits = self.rules.phase_limits(sequence, phase, load)
-            extend = self._extension(sequence, phase, limits, group)
+            extend = self._extension(sequence, phase, limits, group) if group else None
             calls = self.call_loop.limits(sequence, limits, turn) if self.call_loop and turn else None
             output, call = await self.runner.decode(engine, sequence, phase, new, limits, extend, calls)
             output = self.rules.checked(output, sequence, limits)
@@ -171,10 +172,10 @@ class ReasoningRun:
         await self.async_branches.join_remaining(sequence)
 
     def _extension(
-        self, sequence: SequenceState, phase: Phase, limits: PhaseLimits, group: BranchGroup | None
+        self, sequence: SequenceState, phase: Phase, limits: PhaseLimits, group: BranchGroup
     ) -> PhaseExtension | None:
-        """What extends the limit of a branch that shares its tokens with others, None for all other sequences."""
-        if group is None or group.leases is None:
+        """What extends the limit of a branch that shares its tokens with others, None if it has a fixed part."""
+        if group.leases is None:
             return None
         numbering = self.runner.builder.numbering(sequence)
         return PhaseExtension(
@@ -183,8 +184,7 @@ class ReasoningRun:
 
     async def _load_for_width(self, engine: Engine | None, sequence: SequenceState) -> Load | None:
         """The engine's load, if it is to cap the width of the next fork."""
-        wanted = engine and self.options.cap_width_by_load and not sequence.pending_count
-        if not (wanted and self.rules.may_fork(sequence)) or engine is None:
+        if engine is None or sequence.pending_count or not self.rules.may_fork(sequence):
             return None
         return await self.runner.load(engine, sequence)
 

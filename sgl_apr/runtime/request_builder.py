@@ -87,26 +87,22 @@ class RequestBuilder:
     ) -> Request:
         """The request of one phase of a sequence, under the grammar if the options say so."""
         options, dialect = self.options, self.dialect
-        further: dict[str, Any] = {}
-        if calls or options.answer_schema is not None:
-            further = self._answer_mask_options(sequence, calls)
         grammar = None
         if options.constrain:
-            grammar = dialect.lower(
-                phase,
-                self.tokenizer,
-                self.backend,
-                width=max(limits.width, options.min_branches),
-                min_width=options.min_branches,
-                fork="auto" if dialect.rule_for_phase(phase) == "body" else limits.fork,
-                prefix=numbering.prefix,
-                number=numbering.number,
-                waiting=numbering.waiting,
-                lead_chars=lead_chars(limits.max_new_tokens) if limits.fork == "required" else None,
-                outline_chars=options.budget.outline_chars,
-                forbid_angle_brackets=options.forbid_angle_brackets,
-                **further,
-            )
+            mask: dict[str, Any] = {
+                "width": max(limits.width, options.min_branches),
+                "min_width": options.min_branches,
+                "fork": "auto" if dialect.rule_for_phase(phase) == "body" else limits.fork,
+                "prefix": numbering.prefix,
+                "number": numbering.number,
+                "waiting": numbering.waiting,
+                "lead_chars": lead_chars(limits.max_new_tokens) if limits.fork == "required" else None,
+                "outline_chars": options.budget.outline_chars,
+                "forbid_angle_brackets": options.forbid_angle_brackets,
+            }
+            if calls or options.answer_schema is not None:
+                mask |= self._answer_mask_options(sequence, calls)
+            grammar = dialect.lower(phase, self.tokenizer, self.backend, **mask)
         stop = dialect.stop_strings(phase, numbering)
         return self.decode_request(
             sequence.context, limits.max_new_tokens, grammar=grammar, stop=stop, sampling={}
