@@ -43,7 +43,7 @@ LIMIT_FLAGS: Mapping[str, tuple[str, int | float, str]] = {
         "trajectories that wait for their clients; more end the oldest, and 0 refuses such tools (default: 1024)",
     ),
     "--apr-max-waiting-tokens": (
-        "max_waiting_tokens", 1, "tokens that these have in all; more end the oldest (default: 4000000)",
+        "max_waiting_tokens", 1, "tokens that these have in all; more end the oldest (default: 2000000)",
     ),
 }  # fmt: skip
 
@@ -85,7 +85,7 @@ class RequestLimits:
     turn_memory: int = 64
     tool_wait: float = 300.0
     max_waiting: int = 1024
-    max_waiting_tokens: int = 4_000_000
+    max_waiting_tokens: int = 2_000_000
 
     def budget(self, requested: Mapping[str, Any], dialect: Dialect, context_left: int) -> Budget:
         """Return the budget of a request.
