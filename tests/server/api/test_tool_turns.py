@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletionChunk
 
 import sgl_apr as apr
 from sgl_apr.runtime.tools.tool import Tool
@@ -95,6 +97,10 @@ def assemble(chunks: list[Any]) -> tuple[dict[str, Any], str, dict[str, Any], di
     """What a client makes of the chunks of a response."""
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
     finish, summary = "", {}
+    state = ChatCompletionStreamState()
+    for chunk in chunks:
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    official = state.get_final_completion().choices[0]
     *chunks, last = chunks
     assert (last["choices"], chunks[0]["choices"][0]["delta"]["role"]) == ([], "assistant")
     for chunk in chunks:
@@ -106,6 +112,11 @@ def assemble(chunks: list[Any]) -> tuple[dict[str, Any], str, dict[str, Any], di
             message["tool_calls"].append(made)
         finish = choice["finish_reason"] or finish
         summary = chunk.get("apr") or summary
+    made = [call.model_dump(include={"id", "type", "function"}) for call in official.message.tool_calls or ()]
+    assert [(call["id"], call["function"]["arguments"]) for call in made] == [
+        (call["id"], call["function"]["arguments"]) for call in message["tool_calls"]
+    ]
+    assert (official.finish_reason, official.message.content or "") == (finish, message["content"])
     return message, finish, last["usage"], summary
 
 
