@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import blake2b
 from typing import TypeVar
@@ -58,7 +59,8 @@ class RequestRunner:
         self, engine: Engine, options: ReasonOptions, recorder: TrajectoryRecorder, rid: str, seed: int,
         activity: Activity | None = None,
     ) -> None:  # fmt: skip
-        self.options, self.rid, self.seed, self._activity = options, rid, seed, activity
+        self.options, self.rid, self.seed = options, rid, seed
+        self._working = activity.working if activity else nullcontext
         self.events, self.request_log = recorder.events, recorder.request_log
         self.supports_seeds = engine.supports_seeds
         self.cuts_branches = options.effective_policy != "all"
@@ -92,9 +94,9 @@ class RequestRunner:
         numbering, context = self.builder.numbering(sequence), sequence.context
         tokenizer = self.builder.tokenizer
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
+        result, call = None, None
         if self.options.stop:
             watch_for_stop(text, self.options, sequence, phase, limits, calls)
-        result, call = None, None
         if engine and extend and limits.max_new_tokens < 1 and not sequence.scope.cancel_reason:
             more = await self._further_tokens(sequence, (), extend)
             limits = replace(limits, max_new_tokens=more or 0)
@@ -251,8 +253,7 @@ class RequestRunner:
             return size
         parallelism, reason = choose_parallelism(self.options.pacing, Demand(size, tokens), load)
         parallelism = max(1, min(size, parallelism))
-        block = (*sequence.path, sequence.blocks)
-        self.request_log.record_pacing(block, size, parallelism, load, reason)
+        self.request_log.record_pacing((*sequence.path, sequence.blocks), size, parallelism, load, reason)
         return parallelism
 
     async def commit(self, engine: Engine, sequence: SequenceState, branch: SequenceState) -> None:
@@ -298,17 +299,16 @@ class RequestRunner:
             tries += 1
             allowance.spend(calls=1)
             try:
-                if self._activity is None:
-                    return await attempt()
-                with self._activity.working():
-                    return await attempt()
+                return await attempt()
             except OSError as error:  # also TimeoutError
                 if error is self.events.failure:
                     raise
                 raise as_engine_error(error) from error
 
         try:
-            result = await sequence.scope.run(self.options.retry(paid_attempt, lambda: allowance.calls > 0))
+            work = self.options.retry(paid_attempt, lambda: allowance.calls > 0)
+            with self._working():
+                result = await sequence.scope.run(work)
         except ScopeCancelled:
             result = None
         except EngineError as error:

@@ -601,3 +601,41 @@ def test_a_fork_that_has_to_come_is_left_its_tokens():
     wasteful = reason(engine(again), tools=[t], mode="parallel", budget={"tokens": 800, "width": 2})
     assert wasteful.blocks == ()
     assert sum(s.tokens for s in wasteful.reply) <= 800
+
+
+def test_a_request_that_is_repeated_is_not_idle():
+    """Between its attempts as well: the calls of all branches reach the client together."""
+    idle: list[int] = []
+    state = {"failures": 2}
+
+    async def run() -> apr.Trajectory:
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def on_idle() -> None:
+            idle.append(activity.waiting)
+            answer.set_result("from the client")
+
+        async def run_tool(request: apr.ToolRequest) -> str:
+            return await asyncio.shield(answer)
+
+        def script(request: apr.Request, prompt: str) -> Any:
+            if prompt.endswith("2:") and state["failures"]:
+                state["failures"] -= 1
+                return apr.Reply("", error=apr.EngineError("busy", 503))
+            if prompt.endswith(("1:", "2:")):
+                return " " + call("ask")
+            return next(v for k, v in BRANCH_CALLS.items() if prompt.endswith(k))
+
+        activity = Activity(on_idle)
+        options = make_options(
+            "threadweaver", tools=[apr.Tool("ask")], run_tool=run_tool, tool_call_parser="qwen25",
+            budget="tokens=4000", retry={"wait": 0.2},
+        )  # fmt: skip
+        scripted = engine(script)
+        ids = tuple(scripted.tokenizer.encode("Q: "))
+        return await run_with_options(scripted, ids, options, activity=activity)
+
+    t = asyncio.run(run())
+    assert state["failures"] == 0
+    assert idle == [2]
+    assert set(outcomes(t).values()) == {"ok"}
