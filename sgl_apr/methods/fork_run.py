@@ -268,9 +268,8 @@ class ForkRun:
         """Decode, run the calls of tools, and continue, until a text ends without calls."""
 
         async def decode(tokens: int, may_call: bool) -> Completion:
-            prompt = decoding_prompt(
-                engine, self._task_of[branch], tools.limits(branch, tokens, may_call=may_call)
-            )
+            calls = tools.limits(branch, tokens, may_call=may_call)
+            prompt = decoding_prompt(engine, self._task_of[branch], calls, tokens)
             return await self.requests.decode(engine, branch, replace(prompt, tokens=None), tokens)
 
         await decode_turns(tools.runner, engine, branch, decode, branch.allowance.tokens, group)

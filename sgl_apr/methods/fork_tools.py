@@ -12,7 +12,7 @@ from sgl_apr.formats.masks.lower import lower_free_text
 from sgl_apr.formats.tool_syntax import ToolSyntax
 from sgl_apr.methods.fork_task import ForkTask, Merge, answer_schema
 from sgl_apr.methods.prompt import Prompt
-from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.budget import Budget, lead_chars
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.option_checks import TOOL_OPTION_NAMES, check_options
 from sgl_apr.runtime.options import ReasonOptions
@@ -136,13 +136,16 @@ class WorkerTools:
         return replace(calls, syntax=syntax, choice="required")
 
 
-def decoding_prompt(engine: Engine, task: ForkTask | Merge, calls: CallLimits | None = None) -> Prompt:
+def decoding_prompt(
+    engine: Engine, task: ForkTask | Merge, calls: CallLimits | None = None, tokens: int = 0
+) -> Prompt:
     """Return how the text of a task or of a merge is decoded, after a prompt that is written already.
 
     Args:
         engine: Decodes it.
         task: The task.
         calls: The calls of tools that it may end with, if it has tools.
+        tokens: Tokens that it may have then. Before a call that is required it may use a part of them.
     """
     schema, stops, sampling = answer_schema(task.response_format), task.stops, task.sampling
     grammar = None
@@ -154,6 +157,7 @@ def decoding_prompt(engine: Engine, task: ForkTask | Merge, calls: CallLimits | 
             max_calls=calls.max_calls,
             call=calls.choice,
             answer_schema=schema,
+            lead_chars=lead_chars(tokens) if calls.choice == "required" else None,
         )
     elif schema is not None:
         grammar = lower_free_text(engine.tokenizer, engine.grammar_backend, answer_schema=schema)

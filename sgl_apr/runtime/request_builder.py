@@ -89,6 +89,7 @@ class RequestBuilder:
         options, dialect = self.options, self.dialect
         grammar = None
         if options.constrain:
+            is_lead = limits.fork == "required" or (calls is not None and calls.choice == "required")
             mask: dict[str, Any] = {
                 "width": max(limits.width, options.min_branches),
                 "min_width": options.min_branches,
@@ -96,7 +97,7 @@ class RequestBuilder:
                 "prefix": numbering.prefix,
                 "number": numbering.number,
                 "waiting": numbering.waiting,
-                "lead_chars": lead_chars(limits.max_new_tokens) if limits.fork == "required" else None,
+                "lead_chars": lead_chars(limits.max_new_tokens) if is_lead else None,
                 "outline_chars": options.budget.outline_chars,
                 "forbid_angle_brackets": options.forbid_angle_brackets,
             }

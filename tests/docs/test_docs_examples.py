@@ -51,8 +51,8 @@ def test_coding_solves_exercises_with_a_small_model():
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_agents_share_a_document_and_search_it_at_once(server):
-    figures, output = run("agents.py", "--url", server.url, "--tokens", "400")
+def test_agents_share_a_document_and_search_it_at_once(tool_server):
+    figures, output = run("agents.py", "--url", tool_server.url, "--tokens", "400")
     assert figures["ok"], output
     assert (figures["workers"], figures["min_cached_share"]) == (4, 1.0)
     assert figures["tool_calls"] == figures["tools_ok"] == 4

@@ -6,12 +6,14 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 import sgl_apr as apr
 from tests.methods.test_context_fork import CHAT, DOCUMENT, ChatTokenizer, check_sharing
+from tests.support.masked_sampler import SampledEngine, masked
 
 PARSER = "hermes"
 BEGIN, END = "<tool_call>\n", "\n</tool_call>"
@@ -212,3 +214,22 @@ def test_a_response_format_is_a_grammar():
     assert '"object"' in (of_merge or "")
     assert engine.requests[0].sampling["stop"] == ["}"], "an engine looks for it under the grammar as well"
     assert result["1"].text == '{"n": 1'
+
+
+@pytest.mark.parametrize("choice", ["search", "required", "auto"])
+def test_calls_parse_and_fit_their_schema_whatever_is_sampled(choice: str):
+    def search(query: Annotated[str, Field(max_length=12)]) -> str:
+        "Search."
+        return f"found {query}"
+
+    made = 0
+    for seed in range(4):
+        engine = SampledEngine(masked("threadweaver"), seed=seed)
+        tasks = [apr.ForkTask(f"task {k}", tool_choice=choice) for k in range(3)]
+        options = {"tools": [search], "tool_call_parser": PARSER, "seed": seed}
+        budget = {"tokens": 900, "tool_calls": 6}
+        result = asyncio.run(apr.fork(engine, DOCUMENT, tasks, budget=budget, **options))
+        complete = [c for c in result.trajectory.tool_calls if c.outcome != "length"]
+        assert all(c.outcome == "ok" and len(json.loads(c.arguments)["query"]) <= 12 for c in complete)
+        made += len({c.path for c in complete})
+    assert choice == "auto" or made == 12, "each has to call a tool, and has the tokens for it"

@@ -89,6 +89,12 @@ class LlguidanceWriter(GrammarWriter):
         from `rest`.
         """
         following = next((i for i in rest if not isinstance(i, RuleMarker)), None)
+        is_spelled = isinstance(following, StringLiteral) and self.token(following.text) is None
+        if isinstance(following, StringLiteral) and is_spelled and self.is_tag(following.text):
+            if not following.text.startswith("<"):
+                raise GrammarError(
+                    f"{self.grammar.name}: calls begin with {following.text}, which is not one token of this tokenizer"
+                )
         if (
             max_chars or self.options.forbid_angle_brackets
         ):  # text without `<` ends by itself where a tag begins
@@ -105,10 +111,6 @@ class LlguidanceWriter(GrammarWriter):
         if not (isinstance(following, StringLiteral) and self.is_tag(following.text)):
             raise GrammarError(
                 f"{self.grammar.name}: {following} follows {TEXT}, expected a tag or the end of the rule"
-            )
-        if not following.text.startswith("<"):
-            raise GrammarError(
-                f"{self.grammar.name}: calls begin with {following.text}, which is not one token of this tokenizer"
             )
         rest.remove(following)
         rule = f"/({self.free_text}){'?' * optional}{_escape(following.text)}/"

@@ -56,6 +56,7 @@ def lower_free_text(
     max_calls: int = 0,
     call: CallMode = "auto",
     answer_schema: str | None = None,
+    lead_chars: int | None = None,
 ) -> str:
     """Return the text of a grammar for text without a dialect, which can end with calls of tools.
 
@@ -66,12 +67,17 @@ def lower_free_text(
         max_calls: How many calls of tools the text can end with.
         call: Whether it can end with a call ("auto") or has to ("required").
         answer_schema: A JSON schema, as text. A text without calls is then JSON that fits it.
+        lead_chars: The maximal length of the text before a call that is required, in characters.
 
     Raises:
         GrammarError: A schema holds something that the backend cannot enforce.
     """
     options = MaskOptions(
-        tool_syntax=tool_syntax, max_calls=max_calls, call=call, answer_schema=answer_schema
+        tool_syntax=tool_syntax,
+        max_calls=max_calls,
+        call=call,
+        answer_schema=answer_schema,
+        lead_chars=lead_chars,
     )
     return lower(_free_text_grammar(), "text", tokenizer, options, backend)
 

@@ -43,7 +43,7 @@ class MaskOptions:
         first_number: The number of the first branch. Numbers have no gaps.
         number: The number of the branch that decodes, or of the next one that is forked off.
         waiting: The numbers of the branches that the trunk can wait for. It has to wait for them before it ends.
-        lead_chars: The maximal length of each text before a fork, in characters.
+        lead_chars: The maximal length of each text before a fork, or before a call that is required, in characters.
         outline_chars: The maximal length of each outline, in characters. It also keeps an outline on one line.
         forbid_angle_brackets: Exclude `<` from text, which keeps a small model from writing tags of its own. Text
             with a maximal length never contains `<`.

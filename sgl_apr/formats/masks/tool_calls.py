@@ -11,11 +11,11 @@ from sgl_apr.formats.grammar import TEXT
 from sgl_apr.formats.lark_ast import StringLiteral, SymbolRef
 from sgl_apr.formats.masks.json_schema import SchemaPreparer
 from sgl_apr.formats.masks.tagged_arguments import tagged_arguments
-from sgl_apr.formats.masks.writer import OWN, FlatSequence, GrammarWriter, OptionalText, RuleRef
+from sgl_apr.formats.masks.writer import CALLS, OWN, FlatSequence, GrammarWriter, OptionalText, RuleRef
 from sgl_apr.formats.tool_syntax import ToolDefinition, ToolSyntax
 
 MAX_CALLS = 64
-CALLS, ANSWER = "tool_calls", "answer"
+ANSWER = "answer"
 
 
 def extend_alternatives(flats: list[FlatSequence], writer: GrammarWriter) -> list[FlatSequence]:

@@ -63,6 +63,7 @@ Item = StringLiteral | SymbolRef | NumberedRepeat | RuleMarker | OptionalText | 
 FlatSequence = tuple[Item, ...]
 FORK, WAIT = RuleMarker("fork"), RuleMarker("wait")
 OWN = RuleMarker("own")
+CALLS = "tool_calls"  # the rule of calls of tools
 
 
 def alternatives(grammar: Grammar, phase: str, options: MaskOptions) -> list[FlatSequence]:
@@ -162,10 +163,12 @@ class GrammarWriter(ABC):
         """
         items = list(flat)
         before_fork = FORK in items
+        # A model that has to call a tool could write until its tokens are used up.
+        before_call = self.options.call == "required" and RuleRef(CALLS) in items
         symbols: list[str] = []
         items = merge_tag_parts(items, number) if number else items
         while items:
-            max_chars = self.options.lead_chars if before_fork else None
+            max_chars = self.options.lead_chars if before_fork or before_call else None
             item = items.pop(0)
             match item:
                 case RuleMarker(rule):
