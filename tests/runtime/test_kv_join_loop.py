@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 KV = [name for name in apr.dialect_names() if "kv" in apr.dialect(name).joins]
 BUDGET = {"tokens": 600, "width": 3, "branch_tokens": 60, "outline_chars": 8}
+# Forks that leave tokens for text after the last join: the model forks for as long as its budget bears another one.
+FORKS = {"multiverse": 8, "npr": 10, "parallel_r1": 30}
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,10 @@ def regret(reference, trajectory: apr.Trajectory, found: apr.Causality, letters:
 
 @pytest.mark.parametrize(("name", "depth"), [*((name, 1) for name in KV), ("multiverse", 3)])
 def test_what_is_written_is_what_the_reference_writes(joining: Server, reference, name: str, depth: int):
-    trajectory = apr.run(joining.url, "Whales and eagles: ", name, **options(name, depth))
+    forks = FORKS.get(name, 1)
+    trajectory = apr.run(joining.url, "Whales and eagles: ", name, **options(name, depth, max_blocks=forks))
     apr.dialect(name).validate(trajectory.text)
-    assert trajectory.blocks
+    assert len(trajectory.blocks) >= forks
     assert {(j.path, j.by) for j in trajectory.joins} == {(b.path, "kv") for b in trajectory.blocks}
     # What a branch had decoded when another one cut it may not have come into the cache.
     cut = {b.path for block in trajectory.blocks for b in block.branches if b.outcome == "aborted"}
@@ -105,13 +108,14 @@ def test_what_is_written_is_what_the_reference_writes(joining: Server, reference
     )
     letters = plain(asyncio.run(tokenizer_of(joining.url)), reference.config.vocab_size)
     joined = regret(reference, trajectory, apr.causality(trajectory), letters)
-    assert len(joined) >= 10
+    assert len(joined) > 15
     assert max(joined) < 1e-4
     assert max(regret(reference, trajectory, apr.causality(trajectory, "text"), letters)) > 1e-2, (
         "not in a line"
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("join", ["kv", "text"])
 def test_a_second_turn_continues_what_the_first_has_joined(joining: Server, reference, join: str):
     async def two_turns() -> tuple[apr.Trajectory, apr.Trajectory, apr.Trajectory]:
