@@ -23,6 +23,7 @@ from sgl_apr.engine.http_response import (
     read_json,
 )
 from sgl_apr.engine.http_session import open_session
+from sgl_apr.engine.logprobs import CollectedLogprobs, logprob_fields
 from sgl_apr.engine.routing import (
     ROUTING_KEY_FIELD,
     ROUTING_KEY_HEADER,
@@ -39,19 +40,16 @@ from sgl_apr.engine.sglang_request import (
     check_finished,
     id_limit,
     make_result,
-    new_logprobs,
     new_token_ids,
-    new_top_logprobs,
     stream_interval,
     sum_loads,
-    unexpected,
     with_layout,
 )
 from sgl_apr.engine.step_timer import StepTimer
+from sgl_apr.engine.unexpected_answer import unexpected
 from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
-from sgl_apr.trajectory.calls import TopLogprobs
 
 PROBE_S = 20.0  # a healthy SGLang takes a second or more: it looks once a second whether it decoded anything
 ABORT_S = 5.0
@@ -82,10 +80,9 @@ class HttpEngine(ServerRequests, SGLangEngine):
         self._open: set[aiohttp.ClientResponse] = set()
         self._aborts: dict[str, asyncio.Task[None]] = {}
         self._loading: asyncio.Task[Load] | None = None
-        self._load_expires_at = 0.0  # when the reported load expires
+        self._load_expires_at = 0.0
         self.grammar_backend: GrammarBackend = "llguidance"
-        self.supports_seeds = False
-        self.joins_kv = self.resumes_grammar = False
+        self.supports_seeds = self.joins_kv = self.resumes_grammar = False
         self.context: int | None = None
 
     @classmethod
@@ -279,22 +276,19 @@ class HttpEngine(ServerRequests, SGLangEngine):
             "rid": request.rid,
             "input_ids": list(request.input_ids),
             "sampling_params": with_layout(sampling, request.layout),
-            **({"return_logprob": True} if request.logprobs else {}),
-            **({"top_logprobs_num": request.top_logprobs} if request.top_logprobs else {}),
+            **logprob_fields(request),
         }
-        received, logprobs, top_logprobs = list[int](), list[float](), list[TopLogprobs]()
+        received, logprobs = list[int](), CollectedLogprobs(self.url)
         meta: dict[str, Any] = {}
-        vocab_size = id_limit(self._tokenizer)
         async with contextlib.aclosing(self.events(body)) as events:
             async for data in events:
                 meta = data["meta_info"]
-                new = new_token_ids(self.url, data, len(received), vocab_size)
+                new = new_token_ids(self.url, data, len(received), id_limit(self._tokenizer))
                 received += new
-                logprobs += new_logprobs(self.url, len(logprobs), meta)
-                top_logprobs += new_top_logprobs(self.url, len(top_logprobs), meta)
+                logprobs.add(meta)
                 if new and on_tokens:
                     on_tokens(new)
-        return make_result(self.url, received, logprobs, meta, request, top_logprobs)
+        return make_result(self.url, received, logprobs, meta, request)
 
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:

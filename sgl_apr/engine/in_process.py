@@ -14,6 +14,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.chat_template import content_format, encode_by_template, normalized_messages
+from sgl_apr.engine.logprobs import CollectedLogprobs, logprob_fields
 from sgl_apr.engine.routing import dp_rank, routing_key
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import (
@@ -22,9 +23,7 @@ from sgl_apr.engine.sglang_request import (
     check_chunk,
     check_finished,
     make_result,
-    new_logprobs,
     new_token_ids,
-    new_top_logprobs,
     stream_interval,
     sum_loads,
     with_layout,
@@ -33,7 +32,6 @@ from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
-from sgl_apr.trajectory.calls import TopLogprobs
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -120,15 +118,14 @@ class InProcessEngine(SGLangEngine):
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
         self._check_loop()
-        received, logprobs, top_logprobs = list[int](), list[float](), list[TopLogprobs]()
+        received, logprobs = list[int](), CollectedLogprobs(NAME)
         meta: dict[str, Any] = {}
         at = 0.0
         async with contextlib.aclosing(self._chunks(request, sampling)) as chunks:
             async for data in chunks:
                 meta = check_chunk(NAME, data)
                 new = new_token_ids(NAME, data, len(received), self.vocab_size)
-                logprobs += new_logprobs(NAME, len(logprobs), meta)
-                top_logprobs += new_top_logprobs(NAME, len(top_logprobs), meta)
+                logprobs.add(meta)
                 if new:
                     now = time.monotonic()
                     if received:
@@ -138,7 +135,7 @@ class InProcessEngine(SGLangEngine):
                     if on_tokens:
                         on_tokens(new)
         check_finished(NAME, meta)
-        return make_result(NAME, received, logprobs, meta, request, top_logprobs)
+        return make_result(NAME, received, logprobs, meta, request)
 
     async def _chunks(
         self, request: Request, sampling: Mapping[str, Any]
@@ -152,8 +149,7 @@ class InProcessEngine(SGLangEngine):
                 rid=request.rid,
                 input_ids=list(request.input_ids),
                 sampling_params=with_layout(sampling, request.layout),
-                return_logprob=request.logprobs,
-                top_logprobs_num=request.top_logprobs or None,
+                **logprob_fields(request),
                 stream=True,
             )
             now = asyncio.get_running_loop().time

@@ -12,7 +12,7 @@ import aiohttp
 from sgl_apr.engine.http_errors import error_message
 from sgl_apr.engine.http_response import JSON_HEADERS, encode_body, read_error, read_object
 from sgl_apr.engine.routing import healthy_worker_urls
-from sgl_apr.engine.sglang_request import unexpected
+from sgl_apr.engine.unexpected_answer import unexpected
 from sgl_apr.engine.untrusted_text import encode_untrusted
 from sgl_apr.errors import AprError, EngineError, UnsupportedEngine
 from sgl_apr.tokenizer import Tokenizer

@@ -6,14 +6,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any, Self
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.logprobs import CollectedLogprobs
 from sgl_apr.engine.step_timer import StepTimer
+from sgl_apr.engine.unexpected_answer import unexpected
 from sgl_apr.errors import EngineError
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.calls import TokenLogprob, TopLogprobs
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM, Layout
 
 MAX_COUNT = 1 << 62  # tokens or requests
@@ -128,20 +128,18 @@ def with_layout(sampling: Mapping[str, Any], layout: Layout | None) -> dict[str,
 def make_result(
     name: str,
     ids: Sequence[int],
-    logprobs: Sequence[float],
+    logprobs: CollectedLogprobs,
     meta: Mapping[str, Any],
     request: Request,
-    top_logprobs: Sequence[TopLogprobs] = (),
 ) -> Result:
     """Return the result of a request.
 
     Args:
         name: The engine, for messages.
         ids: The ids of all chunks.
-        logprobs: The log-probabilities of all chunks.
+        logprobs: Those of all chunks.
         meta: `meta_info` of the last chunk.
         request: The request.
-        top_logprobs: The most likely tokens of all chunks.
 
     Raises:
         EngineError: The engine reports no counts.
@@ -152,8 +150,8 @@ def make_result(
         finish="length" if meta["finish_reason"]["type"] == "length" else "stop",
         prompt_tokens=_count(name, meta, "prompt_tokens"),
         cached_tokens=_count(name, meta, "cached_tokens"),
-        logprobs=tuple(logprobs) if request.logprobs else None,
-        top_logprobs=tuple(top_logprobs) if request.top_logprobs else None,
+        logprobs=tuple(logprobs.values) if request.logprobs else None,
+        top_logprobs=tuple(logprobs.top) if request.top_logprobs else None,
         weight_version=None if version is None else str(version),
     )
 
@@ -195,13 +193,6 @@ def _count(name: str, meta: Mapping[str, Any], field: str) -> int:
     if type(value) is not int or not 0 <= value <= MAX_COUNT:
         raise unexpected(name, field, repr(value)[:60], "a number of tokens")
     return value
-
-
-def unexpected(name: str, field: str, found: str, expected: str) -> EngineError:
-    """Return the error of a response in which something is not as SGLang sends it."""
-    return EngineError(
-        f"{name} does not answer like an SGLang server: {field} is {found}, expected {expected}"
-    )
 
 
 def id_limit(tokenizer: Tokenizer, vocab_size: int | None = None) -> int:
@@ -260,61 +251,6 @@ def sum_loads(
         max_running_requests=(total("max_running_requests") if has_maximum else 0) or None,
         steps=steps,
     )
-
-
-def new_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[float]:
-    """Return the log-probabilities that are new in a chunk, empty if none were requested.
-
-    Args:
-        name: The engine, for messages.
-        known: How many log-probabilities earlier chunks had.
-        meta: `meta_info` of the chunk.
-
-    Raises:
-        EngineError: One of them is no number.
-    """
-    logprobs = meta.get("output_token_logprobs") or []
-    if not isinstance(logprobs, list):
-        raise unexpected(name, "output_token_logprobs", type(logprobs).__name__, "a list")
-    values: list[float] = []
-    for entry in logprobs[known:] if len(logprobs) == meta["completion_tokens"] else logprobs:
-        value = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
-        if type(value) not in (int, float) or not isfinite(value):
-            raise unexpected(name, "a log-probability", repr(value)[:60], "a finite number")
-        values.append(float(value))
-    return values
-
-
-def new_top_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[TopLogprobs]:
-    """Return the most likely tokens that are new in a chunk, empty if none were requested.
-
-    Tokens that the grammar rules out are left out.
-
-    Args:
-        name: The engine, for messages.
-        known: How many positions earlier chunks had.
-        meta: `meta_info` of the chunk.
-
-    Raises:
-        EngineError: One of them is no token with a log-probability.
-    """
-    positions = meta.get("output_top_logprobs") or []
-    if not isinstance(positions, list):
-        raise unexpected(name, "output_top_logprobs", type(positions).__name__, "a list")
-    new = positions[known:] if len(positions) == meta["completion_tokens"] else positions
-    try:
-        return [
-            tuple(
-                TokenLogprob(int(token), float(value))
-                for value, token, *_ in position or ()
-                if isfinite(value)
-            )
-            for position in new
-        ]
-    except (TypeError, ValueError):
-        raise unexpected(
-            name, "a position of output_top_logprobs", repr(new)[:60], "log-probabilities with token ids"
-        ) from None
 
 
 def new_token_ids(name: str, data: Mapping[str, Any], known: int, vocab_size: int) -> list[int]:

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.runtime.events import Event
-from sgl_apr.server.api.openai_logprobs import LogprobsBuilder
+from sgl_apr.server.api.openai_objects import ResponseObjects, choice_object
 from sgl_apr.server.api.openai_stream import ChoiceStream, ContentStream, SequenceStream
 from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary, usage
 from sgl_apr.server.api.options import CheckedRequest
-from sgl_apr.server.api.reply import ReplyText, split_reply
 from sgl_apr.server.api.reply_stream import ReplyStream
-from sgl_apr.server.api.response_options import ResponseOptions as ResponseOptions
-from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
-class OpenAIResponseBuilder:
-    """Build the objects of one response.
-
-    Attributes:
-        model: The model's name, as the request has it.
-        chat: Whether to build chat completions or text completions.
-        options: How the response should look.
-        tokenizer: Of the model, for log-probabilities.
-        id: The response's id, without its prefix.
-        created: Seconds since 1970.
-    """
-
-    model: str
-    chat: bool
-    options: ResponseOptions
-    tokenizer: Tokenizer | None = None
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
+class OpenAIResponseBuilder(ResponseObjects):
+    """Build the objects of one response."""
 
     def completion(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Return the complete response in one object, with one choice for each trajectory.
@@ -54,7 +33,7 @@ class OpenAIResponseBuilder:
         choices = [self._complete_choice(index, t) for index, t in enumerate(trajectories)]
         if len(choices) > 1:
             choices = [choice | summary for choice, summary in zip(choices, summaries, strict=True)]
-        response = {**self._head("chat.completion"), "choices": choices, "usage": usage(trajectories)}
+        response = {**self.head("chat.completion"), "choices": choices, "usage": usage(trajectories)}
         return response | (summaries[0] if len(summaries) == 1 else {})
 
     def _complete_choice(self, index: int, trajectory: Trajectory) -> dict[str, Any]:
@@ -64,19 +43,7 @@ class OpenAIResponseBuilder:
             message = {"role": "assistant", "content": reply.content}
             body = {"message": {**message, "reasoning_content": reply.reasoning or None}}
         finish = finish_reason(trajectory, is_stopped=reply.is_stopped)
-        return _choice(index, body, finish, self.logprobs(trajectory, reply))
-
-    def split(self, trajectory: Trajectory) -> ReplyText:
-        """Split the text of a trajectory into reasoning and content."""
-        options = self.options
-        return split_reply(trajectory, separate_reasoning=options.separate_reasoning, stop=options.stop)
-
-    def logprobs(self, trajectory: Trajectory, reply: ReplyText) -> dict[str, Any] | None:
-        """Return the field `logprobs` of a choice, or None if the request does not ask for it."""
-        if not self.options.logprobs or self.tokenizer is None:
-            return None
-        builder = LogprobsBuilder(self.tokenizer, self.options.top_logprobs)
-        return builder.chat(trajectory, reply) if self.chat else builder.text(trajectory, reply)
+        return choice_object(index, body, finish, self.logprobs(trajectory, reply))
 
     async def chunks(
         self,
@@ -122,44 +89,11 @@ class OpenAIResponseBuilder:
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return the last chunk of a stream, which has the usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+        return {**self.head("chat.completion.chunk"), "choices": [], "usage": usage}
 
     def single(
         self, body: dict[str, Any], finish: str, usage: dict[str, Any], apr: dict[str, Any]
     ) -> dict[str, Any]:
         """Return a response with one choice whose trajectory has not ended."""
-        choices = [_choice(0, body, finish, None)]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage, "apr": apr}
-
-    def chunk(
-        self,
-        index: int,
-        body: dict[str, Any],
-        apr: dict[str, Any] | None = None,
-        finish: str | None = None,
-        logprobs: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Return a chunk of one choice.
-
-        Args:
-            index: The index of the choice.
-            body: The delta of a chat completion, or the text of a text completion.
-            apr: The field `apr`, if the chunk has one.
-            finish: The finish reason.
-            logprobs: The log-probabilities of the text.
-        """
-        body = {"delta": body} if self.chat else body
-        chunk = {**self._head("chat.completion.chunk"), "choices": [_choice(index, body, finish, logprobs)]}
-        if self.options.include_usage:
-            chunk["usage"] = None
-        return chunk if apr is None else {**chunk, "apr": apr}
-
-    def _head(self, chat_object: str) -> dict[str, Any]:
-        prefix, object_ = ("chatcmpl", chat_object) if self.chat else ("cmpl", "text_completion")
-        return {"id": f"{prefix}-{self.id}", "object": object_, "created": self.created, "model": self.model}
-
-
-def _choice(
-    index: int, body: dict[str, Any], finish: str | None, logprobs: dict[str, Any] | None
-) -> dict[str, Any]:
-    return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
+        choices = [choice_object(0, body, finish, None)]
+        return {**self.head("chat.completion"), "choices": choices, "usage": usage, "apr": apr}

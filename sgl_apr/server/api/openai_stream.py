@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sgl_apr.runtime.events import (
     BranchEnded,
@@ -15,19 +15,17 @@ from sgl_apr.runtime.events import (
     ToolCalled,
     ToolReturned,
 )
+from sgl_apr.server.api.openai_objects import ResponseObjects
 from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary
 from sgl_apr.server.api.options import CheckedRequest
 from sgl_apr.server.api.reply_stream import ReplyDelta, ReplyStream
 from sgl_apr.trajectory.trajectory import Trajectory
 
-if TYPE_CHECKING:
-    from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
-
 
 class ChoiceStream:
     """The chunks of one choice."""
 
-    def __init__(self, response: OpenAIResponseBuilder, index: int, request: CheckedRequest) -> None:
+    def __init__(self, response: ResponseObjects, index: int, request: CheckedRequest) -> None:
         self.response, self.index = response, index
         self._is_first = True
 
@@ -67,7 +65,7 @@ class ContentStream(ChoiceStream):
 
     def __init__(
         self,
-        response: OpenAIResponseBuilder,
+        response: ResponseObjects,
         index: int,
         request: CheckedRequest,
         reply: ReplyStream | None = None,

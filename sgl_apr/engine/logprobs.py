@@ -1,0 +1,98 @@
+"""Collects the log-probabilities that an SGLang server sends with the chunks of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from sgl_apr.engine.base import Request
+from sgl_apr.engine.unexpected_answer import unexpected
+from sgl_apr.trajectory.calls import TokenLogprob, TopLogprobs
+
+
+class CollectedLogprobs:
+    """The log-probabilities of one request so far.
+
+    Args:
+        name: The engine, for messages.
+
+    Attributes:
+        values: Those of the decoded tokens, empty if none were requested.
+        top: The most likely tokens in the place of each, empty if none were requested.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.values: list[float] = []
+        self.top: list[TopLogprobs] = []
+
+    def add(self, meta: Mapping[str, Any]) -> None:
+        """Add those of a chunk, by its `meta_info`.
+
+        Raises:
+            EngineError: One of them is no log-probability.
+        """
+        self.values += new_logprobs(self._name, len(self.values), meta)
+        self.top += new_top_logprobs(self._name, len(self.top), meta)
+
+
+def logprob_fields(request: Request) -> dict[str, Any]:
+    """Return the fields of SGLang's request that ask for the log-probabilities of a request."""
+    fields: dict[str, Any] = {"return_logprob": True} if request.logprobs else {}
+    return fields | ({"top_logprobs_num": request.top_logprobs} if request.top_logprobs else {})
+
+
+def new_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[float]:
+    """Return the log-probabilities that are new in a chunk, empty if none were requested.
+
+    Args:
+        name: The engine, for messages.
+        known: How many log-probabilities earlier chunks had.
+        meta: `meta_info` of the chunk.
+
+    Raises:
+        EngineError: One of them is no number.
+    """
+    logprobs = meta.get("output_token_logprobs") or []
+    if not isinstance(logprobs, list):
+        raise unexpected(name, "output_token_logprobs", type(logprobs).__name__, "a list")
+    values: list[float] = []
+    for entry in logprobs[known:] if len(logprobs) == meta["completion_tokens"] else logprobs:
+        value = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
+        if type(value) not in (int, float) or not isfinite(value):
+            raise unexpected(name, "a log-probability", repr(value)[:60], "a finite number")
+        values.append(float(value))
+    return values
+
+
+def new_top_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[TopLogprobs]:
+    """Return the most likely tokens that are new in a chunk, empty if none were requested.
+
+    Tokens that the grammar rules out are left out.
+
+    Args:
+        name: The engine, for messages.
+        known: How many positions earlier chunks had.
+        meta: `meta_info` of the chunk.
+
+    Raises:
+        EngineError: One of them is no token with a log-probability.
+    """
+    positions = meta.get("output_top_logprobs") or []
+    if not isinstance(positions, list):
+        raise unexpected(name, "output_top_logprobs", type(positions).__name__, "a list")
+    new = positions[known:] if len(positions) == meta["completion_tokens"] else positions
+    try:
+        return [
+            tuple(
+                TokenLogprob(int(token), float(value))
+                for value, token, *_ in position or ()
+                if isfinite(value)
+            )
+            for position in new
+        ]
+    except (TypeError, ValueError):
+        raise unexpected(
+            name, "a position of output_top_logprobs", repr(new)[:60], "log-probabilities with token ids"
+        ) from None
