@@ -42,7 +42,7 @@ class Tool:
         >>> tool.name, tool.description, tool.parameters["required"]
         ('add', 'Add two numbers.', ['a'])
         >>> tool.check_arguments('{"a": 2}')
-        {'a': 2}
+        {'a': 2, 'b': 1}
     """
 
     name: str
