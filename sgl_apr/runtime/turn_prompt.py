@@ -41,7 +41,7 @@ async def next_turn(
     Examples:
         >>> messages = [{"role": "user", "content": "..."}]
         >>> first = await apr.areason(engine, messages)  # doctest: +SKIP
-        >>> messages += [{"role": "assistant", "content": first.answer}, {"role": "user", "content": "..."}]
+        >>> messages += [{"role": "assistant", "content": first.answer}, {"role": "user", "content": "..."}]  # doctest: +SKIP
         >>> prompt = await apr.next_turn(engine, first, messages)  # doctest: +SKIP
         >>> second = await apr.areason(engine, prompt)  # doctest: +SKIP
     """
