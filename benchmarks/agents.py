@@ -3,8 +3,8 @@
 python benchmarks/agents.py [--json] [--check] [--workers 2,4,8] [--contexts 1000,4000,20000] [--rounds 3]
 python benchmarks/agents.py --url http://127.0.0.1:30000      # a server on this machine
 
-A random model of 3 layers serves, so that times are those of an engine and not of a large model. Both ways start with an
-empty cache, decode as many tokens and alternate. The seconds are medians. `second_turn_cached` is the part of
+A random model of 3 layers serves, so that times are those of an engine and not of a large model. Both ways find the
+conversation in the cache and nothing else, decode as many tokens, and alternate. The seconds are medians. `second_turn_cached` is the part of
 the first turn of a chat that its second turn finds, with a reply that forked into as many branches.
 """
 
@@ -105,6 +105,7 @@ async def measure(
     for number in range(rounds):
         for is_serial in (False, True) if number % 2 else (True, False):
             flush(url)
+            await apr.fork(engine, messages, [apr.ForkTask("Are you ready?", max_tokens=1)])
             started = time.perf_counter()
             if is_serial:
                 for task in tasks:

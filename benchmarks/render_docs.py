@@ -101,7 +101,7 @@ SECTIONS: dict[str, Section] = {
     "agents": Section(
         "Agents",
         "How long several [workers over one context](agents.md) take at once and one after another, on a random model of 3 "
-        "layers: each way starts with an empty cache, each worker decodes 32 tokens, and the ways take turns (medians). \"Found "
+        "layers: both ways find the conversation in the cache and nothing else, each worker decodes 32 tokens, and the ways take turns (medians). \"Found "
         "in the cache\" is the lowest share of the common tokens that a worker found. \"Second turn\" is the part of the first "
         "turn of a chat that its second turn finds, with a reply that forked into as many branches.",
         figures.agents,
