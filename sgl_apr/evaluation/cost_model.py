@@ -70,6 +70,21 @@ class SpeedupPrediction:
     took_s: float
 
 
+def seconds_per_token(few: tuple[int, float], many: tuple[int, float]) -> float:
+    """Return the cost of one more token, from two measurements.
+
+    Args:
+        few: Tokens, and the seconds that they took with the overhead of their request.
+        many: The same for more tokens.
+
+    Returns:
+        The slope of the line through both. Where noise hides it, because more tokens took no longer, what it is at most:
+        the cost of a token if `many` had no overhead.
+    """
+    (fewer, shorter), (more, longer) = few, many
+    return (longer - shorter) / (more - fewer) if longer > shorter else longer / more
+
+
 def predict_speedup(trajectory: Trajectory, cost: EngineCost) -> SpeedupPrediction:
     """Predict what the forks of a trajectory gain on an engine that serves nothing else.
 

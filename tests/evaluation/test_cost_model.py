@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 import sgl_apr as apr
 from sgl_apr.cli.main import main
@@ -63,8 +64,12 @@ class Timed(ScriptedEngine):
         return await self.commit(request), [self] * size
 
 
+def loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
 def test_the_timer_measures_a_known_cost():
-    watch = EngineTimer(Timed(lambda request, prompt: "x" * 100))
+    watch = EngineTimer(Timed(lambda request, prompt: "x" * 100), loop_time)
     watch.random = random.Random(0)  # texts of letters as tokens now and then begin alike
     cost, took = virtual_time.run(watch.measure_cost())
     assert cost.prefill_s == pytest.approx(KNOWN.prefill_s, rel=0.02)
@@ -77,11 +82,49 @@ def test_the_timer_measures_a_known_cost():
 
 def test_a_slow_engine_gets_fewer_requests():
     slow = EngineCost(0.004, 0.0005, tuple((running, 50 * seconds) for running, seconds in KNOWN.steps))
-    cost, _ = virtual_time.run(
-        EngineTimer(Timed(lambda request, prompt: "x" * 100, cost=slow)).measure_cost()
-    )
+    engine = Timed(lambda request, prompt: "x" * 100, cost=slow)
+    cost, _ = virtual_time.run(EngineTimer(engine, loop_time).measure_cost())
     assert 2 <= len(cost.steps) < len(BATCH_SIZES)
     assert dict(cost.steps) == pytest.approx(dict(slow.steps[: len(cost.steps)]), rel=0.02)
+
+
+class Noisy(Timed):
+    """Takes seconds that have nothing to do with the number of tokens."""
+
+    def __init__(self, seconds: Callable[[apr.Request], float]) -> None:
+        super().__init__(lambda request, prompt: "x" * 100)
+        self.seconds, self.cached_prompts = seconds, set[tuple[int, ...]]()
+
+    async def decode(self, request: apr.Request, on_tokens: Any = None) -> apr.Result:
+        await asyncio.sleep(self.seconds(request))
+        self.cached_prompts.add(request.input_ids)
+        return await ScriptedEngine.decode(self, request, on_tokens)
+
+    async def commit(self, request: apr.Request) -> apr.Result:
+        await asyncio.sleep(0.001 if request.input_ids in self.cached_prompts else self.seconds(request))
+        return await ScriptedEngine.commit(self, request)
+
+
+def test_measurements_that_noise_hides_cost_what_they_cost_at_most():
+    """More tokens take no longer: all of the time is that of the tokens."""
+    engine = Noisy(lambda request: 0.256)
+    cost, _ = virtual_time.run(EngineTimer(engine, loop_time).measure_cost())
+    assert cost.prefill_s == pytest.approx(0.256 / 512)
+    assert cost.request_s == pytest.approx(0.256 - 16 * 0.256 / 512)
+    assert dict(cost.steps) == pytest.approx({size: 0.256 / 5 for size, _ in cost.steps})
+    # Long prompts are slower than in proportion: the overhead is that of a cached prompt.
+    engine = Noisy(lambda request: 9.0 if len(request.input_ids) > 500 else 0.01)
+    cost, _ = virtual_time.run(EngineTimer(engine, loop_time).measure_cost())
+    assert (cost.prefill_s, cost.request_s) == (pytest.approx(8.99 / 496), pytest.approx(0.001))
+
+
+def test_no_cost_is_zero_on_the_event_loop_that_sglang_installs(monkeypatch: pytest.MonkeyPatch):
+    """Its clock counts whole milliseconds, and a scripted engine takes microseconds."""
+    monkeypatch.setattr("sgl_apr.evaluation.timing.SWEEP_LIMIT_S", 0.05)
+    engine = ScriptedEngine(lambda request, prompt: "x" * 100)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        cost = runner.run(EngineTimer(engine).measure_cost())
+    assert min(cost.request_s, cost.prefill_s, *(seconds for _, seconds in cost.steps)) > 0
 
 
 def test_a_context_too_short_to_time_is_an_error():
