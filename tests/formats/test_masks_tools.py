@@ -255,6 +255,13 @@ def test_limits_of_text_whose_ends_are_trimmed(backend: str):
         ("xgrammar", "qwen25", {"<tool_call>": {}}, "tool 'f'.*holds a tag"),
         ("xgrammar", "qwen25", {"a": {"type": "string", "pattern": "^.*$"}}, "tool 'f'.a.*keep tags out"),
         ("xgrammar", "qwen25", {"a": {"allOf": [{"minLength": 1}, {"maxLength": 2}]}}, "tool 'f'.a.*'allOf'"),
+        ("xgrammar", "qwen25", {"a": {"type": "integer", "multipleOf": 3}}, "tool 'f'.a.*'multipleOf'"),
+        (
+            "xgrammar",
+            "qwen25",
+            {"a": {"type": "string", "pattern": "^[ab]+$", "maxLength": 3}},
+            "tool 'f'.a.*'pattern' together with 'maxLength'",
+        ),
         ("llguidance", "qwen3_coder", {"a": {"const": {"x": 1}}}, "tool 'f'.a.*as plain text"),
         ("llguidance", "qwen3_coder", {"a>": {"type": "string"}}, "tool 'f'.a>.*between tags"),
         ("llguidance", "qwen3_coder", {"a": {"type": "string", "format": "date"}}, "tool 'f'.a: 'format'"),
@@ -279,6 +286,8 @@ def test_schemas_that_cannot_be_enforced(backend: str, parser: str, schema: dict
         ({"$ref": "#/$defs/none"}, "tool 'f': .*schema: "),
         ({"type": "string", "minLength": 5, "maxLength": 2}, "tool 'f': .*schema: "),
         ({"type": "array", "contains": {}}, "tool 'f'.a: .* cannot enforce 'contains'"),
+        ({"type": "object", "properties": {"x": {}}, "required": ["y"]}, "tool 'f'.a: requires 'y'"),
+        ({"type": "integer", "enum": ["x"]}, "tool 'f'.a: none of its values has the type"),
         ({"type": "text"}, "tool 'f'.a: type \"text\", expected some of"),
     ],
 )

@@ -53,7 +53,14 @@ TYPES = frozenset(("object", "array", "string", "number", "integer", "boolean", 
 FORMATS = frozenset(
     ("date", "time", "date-time", "uuid", "ipv4")
 )  # others are annotations, as in the standard
-XGRAMMAR_LACKS = frozenset(("patternProperties", "minProperties", "maxProperties"))
+XGRAMMAR_LACKS = frozenset(("patternProperties", "minProperties", "maxProperties", "multipleOf"))
+XGRAMMAR_ALONE = (
+    {"enum"},
+    {"const"},
+    {"pattern"},
+    {"format"},
+    {"minLength", "maxLength"},
+)  # it drops all but one
 
 
 class SchemaPreparer:
@@ -137,7 +144,19 @@ class SchemaPreparer:
                 return prepared
             return {**self._reference(ANY), **prepared}
         prepared["type"] = types[0] if len(types) == 1 else types
+        fixed = prepared.get("enum", [prepared["const"]] if "const" in prepared else None)
+        if isinstance(fixed, list):
+            fitting = [v for v in fixed if _has_type(v, types)]
+            if not fitting:
+                raise GrammarError(f"{where}: none of its values has the type {json.dumps(prepared['type'])}")
+            prepared = {k: v for k, v in prepared.items() if k != "const"} | {"enum": fitting}
         if "object" in types:
+            declared = prepared.get("properties", {})
+            missing = [k for k in prepared.get("required", ()) if k not in declared]
+            if missing and (declared or self.backend == "xgrammar"):
+                raise GrammarError(
+                    f"{where}: requires {str(missing[0])!r:.60}, which is none of its properties"
+                )
             extra = schema.get("additionalProperties", "properties" not in schema)
             if extra is False or prepared.get("properties") or prepared.get("patternProperties"):
                 prepared["additionalProperties"] = False
@@ -217,13 +236,14 @@ class SchemaPreparer:
                 )
             combined = schema.keys() & {"anyOf", "oneOf", "allOf", "$ref"}
             rest = schema.keys() - combined - {"$defs", "definitions"}
-            if len(combined) > 1 or (combined and rest):
+            limits = [min(keys & schema.keys()) for keys in XGRAMMAR_ALONE if keys & schema.keys()]
+            together = sorted(combined | rest) if combined and (rest or len(combined) > 1) else limits
+            if len(together) > 1:
                 raise GrammarError(
-                    f"{where}: the grammar backend xgrammar cannot enforce {sorted(combined)[0]!r} together with "
-                    f"{sorted((*rest, *combined))[-1]!r}"
+                    f"{where}: the grammar backend xgrammar cannot enforce {together[0]!r} together with {together[1]!r}"
                 )
             pattern = schema.get("pattern")
-            if pattern is not None and re.search(r"[<.^]|\\[SDWPs]", str(pattern).removeprefix("^")):
+            if pattern is not None and re.search(r"[<.^]|\\[SDWPs]|\$.", str(pattern).removeprefix("^")):
                 raise GrammarError(
                     f"{where}: the grammar backend xgrammar cannot keep tags out of the pattern {pattern!r:.60}"
                 )
@@ -234,6 +254,22 @@ class SchemaPreparer:
         for text in _strings(fixed):
             if self.excluded.search(text):
                 raise GrammarError(f"{where}: {text!r:.60} holds a tag of the format or of a call")
+
+
+def _has_type(value: Any, types: list[str]) -> bool:
+    """Whether a JSON value has one of some types."""
+    match value:
+        case None:
+            return "null" in types
+        case bool():
+            return "boolean" in types
+        case int() | float():
+            return "number" in types or ("integer" in types and value == int(value))
+        case str():
+            return "string" in types
+        case list():
+            return "array" in types
+    return "object" in types
 
 
 def _are_disjoint(options: list[dict[str, Any]]) -> bool:

@@ -89,12 +89,11 @@ class LlguidanceWriter(GrammarWriter):
         from `rest`.
         """
         following = next((i for i in rest if not isinstance(i, RuleMarker)), None)
-        is_spelled = isinstance(following, StringLiteral) and self.token(following.text) is None
-        if isinstance(following, StringLiteral) and is_spelled and self.is_tag(following.text):
-            if not following.text.startswith("<"):
-                raise GrammarError(
-                    f"{self.grammar.name}: calls begin with {following.text}, which is not one token of this tokenizer"
-                )
+        spelled = isinstance(following, StringLiteral) and self.token(following.text) is None
+        if spelled and following == StringLiteral(self.trigger or "") and not following.text.startswith("<"):
+            raise GrammarError(
+                f"{self.grammar.name}: calls begin with {following.text}, which is not one token of this tokenizer"
+            )
         if (
             max_chars or self.options.forbid_angle_brackets
         ):  # text without `<` ends by itself where a tag begins
