@@ -128,8 +128,9 @@ class Benchmark:
 
 
 def benchmarks(package: Path) -> list[Benchmark]:
-    """The programs in a directory and its subfolders, without those that run and render benchmarks."""
-    paths = (p for p in sorted(package.glob("**/*.py")) if p.parent != package or p.name not in TOOLS)
+    """The programs in a directory and its subfolders, without those that run, render and help benchmarks."""
+    candidates = (p for p in sorted(package.glob("**/*.py")) if p.parent != package or p.name not in TOOLS)
+    paths = (p for p in candidates if p.parent != package / "common")
     programs = (p for p in paths if "__main__" in p.read_text())
     names = (".".join(p.relative_to(package).with_suffix("").parts) for p in programs)
     return [Benchmark(name, package, ARGUMENTS.get(name, ())) for name in names]
