@@ -88,7 +88,9 @@ def check_loop(responses: list[Any]) -> apr.Trajectory:
     assert [r.choices[0].message.content for r in responses[:-1]] == [None] * (len(responses) - 1)
     trajectory = apr.Trajectory.from_json(json.dumps(responses[-1].apr["trajectory"]))
     done = [call for call in trajectory.tool_calls if call.outcome == "ok"]
-    assert sorted(call.result for call in done) == sorted(result_of(call.model_dump()) for call in calls)
+    results = {result_of(call.model_dump()) for call in calls}
+    assert len(done) == len(calls)
+    assert {call.result for call in done if not call.truncated} <= results  # no room for more
     paths = {path["id"]: tuple(path["path"]) for r in responses[:-1] for path in r.apr["calls"]}
     assert sorted(paths.values()) == sorted(call.path for call in done)
     for before, after in itertools.pairwise(responses):
@@ -210,7 +212,7 @@ def test_tasks_of_a_fork_call_tools_of_the_server(tool_server: Server):
 def ask(server: Server, messages: list[Any], **more: Any) -> Any:
     """A response that may have calls of several branches."""
     options = {"mode": "parallel", "trajectory": True}
-    options["budget"] = {"width": 4, "tokens": 800, "tool_calls": 12}
+    options["budget"] = {"width": 4, "tokens": 500, "tool_calls": 6}
     chats = client(server).chat.completions
     return chats.create(**arguments(messages, options, **more))
 
@@ -218,7 +220,7 @@ def ask(server: Server, messages: list[Any], **more: Any) -> Any:
 @pytest.mark.slow
 def test_the_calls_of_several_branches_come_with_one_response(tool_server: Server):
     most = 0
-    for seed in range(10):
+    for seed in range(3):
         messages, responses = [USER], []
         while len(responses) < MAX_TURNS:
             responses.append(ask(tool_server, messages, seed=seed))
@@ -237,7 +239,8 @@ def test_300_clients_that_vanish_leave_nothing_behind(tool_server: Server):
     """A third during the response, a third while their calls wait, and a third while a later response is written."""
 
     def vanish(number: int) -> int:
-        body = arguments([USER], {"mode": "parallel"}, tool_choice="required", seed=number)
+        options = {"mode": "parallel", "budget": {"tokens": 150, "tool_calls": 3, "width": 2}}
+        body = arguments([USER], options, tool_choice="required", seed=number)
         body |= body.pop("extra_body")
         url = f"{tool_server.url}/v1/chat/completions"
         if number % 3 == 0:
@@ -255,12 +258,12 @@ def test_300_clients_that_vanish_leave_nothing_behind(tool_server: Server):
 
     with ThreadPoolExecutor(60) as threads:
         waiting = sum(threads.map(vanish, range(300)))
-    assert waiting >= 50
+    assert waiting >= 30
 
     def is_clean() -> bool:
         found = stats(tool_server)
-        loads = requests.get(f"{tool_server.url}/get_load", timeout=30).json()
-        idle = all(load.get("num_reqs", 0) == 0 for load in loads)
+        (load,) = requests.get(f"{tool_server.url}/v1/loads", timeout=30).json()["loads"]
+        idle = load["num_running_reqs"] == load["num_waiting_reqs"] == 0
         return found["waiting"] == found["running"] == found["queued"] == 0 and idle
 
     until(is_clean, 60)
