@@ -27,7 +27,11 @@ class Message:
 
 
 def parse_messages(messages: Any) -> tuple[Message, ...]:
-    """Return the messages of a chat request. SGLang has checked their form."""
+    """Return the messages of a chat request. SGLang has checked their form.
+
+    Raises:
+        AprError: The result of a tool is not text.
+    """
     return tuple(_parse_message(message) for message in messages or () if isinstance(message, Mapping))
 
 
@@ -98,6 +102,11 @@ def _parse_message(message: Mapping[str, Any]) -> Message:
     )
     if role == "tool":
         calls = (str(message.get("tool_call_id")),)
+        for part in content if isinstance(content := message.get("content"), list) else ():
+            if isinstance(part, Mapping) and part.get("type") != "text":
+                raise AprError(
+                    f"the result of {shorten(calls[0])} has {shorten(part.get('type'))}, expected text"
+                )
     return Message(role, content_text(message.get("content")), calls)
 
 

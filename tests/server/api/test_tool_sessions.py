@@ -374,6 +374,16 @@ def test_results_that_do_not_fit_are_refused(messages: list[Any], expected: str)
         match(*messages)
 
 
+def test_a_result_that_is_an_image_is_refused():
+    with pytest.raises(apr.AprError, match="has 'image_url', expected text"):
+        match(
+            USER,
+            CALLS,
+            result(0),
+            result(1) | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        )
+
+
 def test_a_changed_history_starts_again_from_its_messages():
     async def main() -> None:
         edits: list[Any] = [
