@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
 import sgl_apr as apr
 from sgl_apr.runtime.tools.tool import Tool
 from sgl_apr.server.api.config import ApiConfig
+from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.openai_request import OpenAIRequest
 from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
@@ -47,6 +53,13 @@ class ScriptedService(TrajectoryService):
         self._engine: Any = scripted
 
 
+def parsed_request(response: ResponseOptions, *, stream: bool = False) -> OpenAIRequest:
+    options = {"dialect": "threadweaver", "budget": {"tokens": 3000}, "tool_call_parser": "qwen25"}
+    return OpenAIRequest(
+        ReasonRequest("Q: ", options, stream, request_options={"tools": (TOOL,)}), response, runs_tools=True
+    )
+
+
 class Client:
     """Sends chat requests to a service, streamed or not, and returns message, finish reason, usage and `apr`."""
 
@@ -56,9 +69,7 @@ class Client:
         self.reasoning = self.content = ""
 
     async def send(self, messages: list[Any]) -> tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]:
-        options = {"dialect": "threadweaver", "budget": {"tokens": 3000}, "tool_call_parser": "qwen25"}
-        request = ReasonRequest("Q: ", options, request_options={"tools": (TOOL,)})
-        parsed = OpenAIRequest(request, self.response, runs_tools=True)
+        parsed = parsed_request(self.response)
         raw: Any = SimpleNamespace(headers={})
         turn = await find_turn(self.service, raw, {"messages": messages}, parsed)
         assert turn is not None
@@ -186,3 +197,68 @@ def test_a_wait_that_is_too_long_ends_the_trajectory_and_its_requests():
         assert scripted.active == set()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("clients", [24, pytest.param(300, marks=pytest.mark.slow)])
+def test_clients_that_vanish_over_http_leave_nothing(clients: int):
+    """During a response, while calls wait, and during the response after the results."""
+    scripted = engine(slow_script)
+    service = ScriptedService(scripted, RequestLimits(tool_wait=clients / 60))
+    app = FastAPI()
+
+    @app.post("/chat")
+    async def chat(request: Request) -> Any:
+        body = await request.json()
+        parsed = parsed_request(ResponseOptions(), stream=body["stream"])
+        turn = await find_turn(service, request, body, parsed)
+        assert turn is not None
+        builder = OpenAIResponseBuilder("m", True, parsed.response)
+        if body["stream"]:
+            return await event_stream(request.receive, turn_chunks(builder, *turn))
+        return JSONResponse(await run_until_disconnect(request.receive, turn_completion(builder, *turn)))
+
+    async def vanish(client: httpx.AsyncClient, url: str, kind: int) -> None:
+        async def leave(messages: list[Any]) -> None:
+            body = {"messages": messages, "stream": True}
+            async with client.stream("POST", url, json=body) as answer:
+                await anext(answer.aiter_lines())
+
+        if kind == 0:
+            return await leave([USER])
+        first = (await client.post(url, json={"messages": [USER], "stream": False})).json()
+        (choice,) = first["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        if kind == 1:
+            return None
+        calls = choice["message"]["tool_calls"]
+        results = [{"role": "tool", "tool_call_id": c["id"], "content": "r"} for c in calls]
+        return await leave([USER, {"role": "assistant", "tool_calls": calls}, *results])
+
+    async def main() -> None:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/chat"
+        limits = httpx.Limits(max_connections=60)
+        async with httpx.AsyncClient(limits=limits, timeout=120) as client:
+            await asyncio.gather(*(vanish(client, url, number % 3) for number in range(clients)))
+        counts = service.counters.to_json
+        deadline = time.monotonic() + 30
+        while counts()["waiting"] or counts()["running"] or scripted.active:
+            assert time.monotonic() < deadline, counts()
+            await asyncio.sleep(0.02)
+        assert counts()["tool_waits"]["expired"] >= clients // 3
+        assert counts()["trajectories"]["cancelled"] >= clients // 3
+        assert not service.sessions._sessions
+        server.should_exit = True
+        await serving
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
+
+
+def slow_script(request: apr.Request, prompt: str) -> Any:
+    """The replies of `SCRIPT`, of which those after results take their time."""
+    text = next(reply for key, reply in reversed(SCRIPT.items()) if prompt.endswith(key))
+    return apr.Reply(text, delay=0.005) if prompt.endswith(AFTER_RESULT) else text
