@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import psutil
@@ -98,6 +98,7 @@ def test_calls_run_at_once_and_a_call_that_hangs_can_be_cancelled():
 
 def test_a_message_without_end_ends_the_connection(monkeypatch):
     monkeypatch.setattr("sgl_apr.runtime.tools.mcp_process.MAX_MESSAGE_BYTES", 2**20)
+    monkeypatch.setattr("sgl_apr.runtime.tools.mcp_process.EXIT_TIMEOUT_S", 0.1)
 
     async def main():
         async with raw_tools() as tools:
@@ -220,8 +221,8 @@ def test_a_stock_server_over_stdio():
     asyncio.run(main())
 
 
-@pytest.fixture(scope="module")
-def http_server() -> Iterator[str]:
+@contextmanager
+def serving(port: int = 0) -> Iterator[str]:
     """A server of the package `mcp` over streamable HTTP, in a thread."""
     import uvicorn
     from mcp.server.mcpserver import MCPServer
@@ -244,15 +245,21 @@ def http_server() -> Iterator[str]:
         "Return much."
         return "x" * size
 
-    config = uvicorn.Config(server.streamable_http_app(), port=0, log_level="error")
+    config = uvicorn.Config(server.streamable_http_app(), port=port, log_level="error")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:
         time.sleep(0.01)
     yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}/mcp"
-    running.should_exit = True
+    running.should_exit = running.force_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def http_server() -> Iterator[str]:
+    with serving() as url:
+        yield url
 
 
 def test_a_server_over_http(http_server):
@@ -279,3 +286,29 @@ def test_an_http_server_that_is_not_there_is_an_error():
 
     with pytest.raises(McpError, match=r"http://127\.0\.0\.1:1/mcp: .*attempts failed|Connect"):
         asyncio.run(main("http://user:secret@127.0.0.1:1/mcp?key=secret"))
+
+
+@pytest.mark.slow
+def test_an_http_server_that_is_started_again_is_found_again(monkeypatch):
+    monkeypatch.setattr(mcp_connection, "RESTART_INTERVAL_S", 0.2)
+
+    async def main():
+        server = ExitStack()
+        url = server.enter_context(serving())
+        async with mcp_tools(url=url, include=["sleep"]) as (tool,):
+            call = asyncio.create_task(tool.function(seconds=30))
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(server.close)
+            for waiting in (call, tool.function(seconds=0)):
+                with pytest.raises(McpError):
+                    await asyncio.wait_for(waiting, 10)
+            server.enter_context(serving(int(url.split(":")[2].removesuffix("/mcp"))))
+            await asyncio.sleep(0.2)
+            try:
+                assert await tool.function(seconds=0) == "slept 0.0"
+            except McpError:  # the session of the server that ended
+                await asyncio.sleep(0.2)
+                assert await tool.function(seconds=0) == "slept 0.0"
+            await asyncio.to_thread(server.close)
+
+    asyncio.run(main())
