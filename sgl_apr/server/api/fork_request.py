@@ -11,7 +11,7 @@ import orjson
 from sgl_apr.errors import AprError, BudgetExceeded
 from sgl_apr.methods.fork_task import ForkTask, Merge, make_merge, make_tasks
 from sgl_apr.methods.fork_tools import ForkToolOptions
-from sgl_apr.methods.requests import FORK_OPTION_NAMES, check_method_options
+from sgl_apr.methods.method_options import FORK_OPTION_NAMES, check_method_options
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.option_checks import JSON_OPTION_NAMES, check_option_names
 from sgl_apr.runtime.retry import Retry
