@@ -34,13 +34,15 @@ CASES = [
 
 
 class Noted(apr.HttpEngine):
-    """Records the grammar of every request, by its prompt and its output."""
+    """Records the grammar of every call, by its prompt and its output. Some calls consist of several requests."""
 
     noted: dict[tuple, str]
 
     async def decode(self, request, on_tokens=None):
         result = await super().decode(request, on_tokens)
-        self.noted[request.input_ids, result.token_ids] = request.grammar
+        begin = len(request.input_ids) - request.resumed_tokens
+        prompt, resumed = request.input_ids[:begin], request.input_ids[begin:]
+        self.noted[prompt, (*resumed, *result.token_ids)] = request.grammar
         return result
 
 
@@ -98,6 +100,16 @@ def masked(model, found: TrainingTree, rows: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, batch["targets"][:, None])[:, 0]
 
 
+def check_log_probabilities(path: str, model, trajectory: apr.Trajectory, noted: dict) -> TrainingTree:
+    """Compare the log-probabilities of the server with those of the model on the tree. Returns the tree."""
+    found = build_training_tree([trajectory], eos=model.config.eos_token_id)
+    assert len(found.sources) == sum(c.output_tokens for c in trajectory.calls) > 20
+    reported = logprobs(found, [trajectory])
+    mine = masked(model, found, allowed(path, found, trajectory, noted)).numpy()
+    assert np.abs(reported - mine).max() < 1e-3
+    return found
+
+
 @pytest.mark.parametrize(
     ("name", "join", "depth"),
     [pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in dict.fromkeys(CASES)],
@@ -109,17 +121,25 @@ def test_log_probabilities_equal_those_of_the_server(
     assert trajectory.blocks
     assert all(j.by == "kv" for j in trajectory.joins)
     assert {c.weight_version for c in trajectory.calls} != {None}
-    found = build_training_tree([trajectory], eos=model.config.eos_token_id)
-    assert len(found.sources) == sum(c.output_tokens for c in trajectory.calls) > 20
-    reported = logprobs(found, [trajectory])
-    mine = masked(model, found, allowed(path, found, trajectory, noted)).numpy()
-    assert np.abs(reported - mine).max() < 1e-3
+    found = check_log_probabilities(path, model, trajectory, noted)
     if join == "kv":  # the reverse has to differ: what is behind the join sees something else
         other = build_training_tree([trajectory], eos=model.config.eos_token_id, join="text")
         behind = np.array([trajectory.spans[s].path == () for s in found.spans])
         theirs = log_probabilities(model, Collator()([other])).detach().numpy()
         ours = log_probabilities(model, Collator()([found])).detach().numpy()
         assert np.abs(theirs - ours)[behind].max() > 1e-2
+
+
+@pytest.mark.slow
+def test_log_probabilities_of_requests_that_continue_others(server, path: str, model):
+    """Branches that need more than their first lease of tokens have several requests, and one call."""
+    for seed in range(60):
+        trajectory, noted = asyncio.run(sampled(server.url, "asyncthink", "message", 1, seed))
+        if any(call.continuations for call in trajectory.calls):
+            break
+    else:
+        pytest.fail("no request was continued")
+    check_log_probabilities(path, model, trajectory, noted)
 
 
 def test_aborted_branches_have_none(server):
