@@ -145,6 +145,7 @@ def test_a_batch_on_a_full_disk_is_resumed(server: Server, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.server
+@pytest.mark.timeout(3000)  # it ends where nothing is written for two minutes
 def test_an_evaluation_on_a_full_disk_is_resumed(solver: Server, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "128k") as disk:
         command = [
@@ -159,16 +160,17 @@ def test_an_evaluation_on_a_full_disk_is_resumed(solver: Server, tmp_path: Path)
             "-o",
             str(disk / "out"),
         ]
-        status, _, errors, _ = run_command(command)
+        path = disk / "out" / "run.jsonl"
+        status, _, errors, _ = run_command(command, progress=path)
         (line,) = error_lines(errors)
         assert status == 1
         assert "No space left on device" in line
-        before = (disk / "out" / "run.jsonl").read_bytes()
+        before = path.read_bytes()
         assert before.endswith(b"\n")
         resize_disk(disk, "16m")
-        status, _, errors, _ = run_command(command)
+        status, _, errors, _ = run_command(command, progress=path)
         assert (status, error_lines(errors)) == (0, [])
-        after = (disk / "out" / "run.jsonl").read_bytes()
+        after = path.read_bytes()
         assert after.startswith(before)
         assert after.count(b"\n") == 61
 

@@ -239,7 +239,7 @@ def test_the_server_is_restarted_under_an_evaluation(forked_server: type[Server]
     attempts = before.count(b"\n") - 1
     assert 30 - 1 <= attempts < 200
     with forked_server(builtin, port, **SERVER_OPTIONS):
-        status, stdout, stderr, _ = run_command(command, timeout=400)
+        status, stdout, stderr, _ = run_command(command, timeout=400, progress=out / "run.jsonl")
     assert (status, error_lines(stderr)) == (0, [])
     after = (out / "run.jsonl").read_bytes()
     assert after.startswith(before)

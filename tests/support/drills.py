@@ -98,18 +98,37 @@ def mount(arguments: list[str]) -> None:
 
 
 def run_command(
-    arguments: list[str], *, prefix: Sequence[str] = (), timeout: float = 120
+    arguments: list[str], *, prefix: Sequence[str] = (), timeout: float = 120, progress: Path | None = None
 ) -> tuple[int, str, str, float]:
-    """Run `sgl-apr`, and return its status, output and errors, and how many seconds it took."""
-    begin = time.monotonic()
-    done = subprocess.run(
-        [*prefix, *COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - begin
+    """Run `sgl-apr`, and return its status, output and errors, and how many seconds it took.
+
+    Args:
+        arguments: Of the command.
+        prefix: What it is run by.
+        timeout: Seconds after which it is killed.
+        progress: A file to which the command writes its results. It is killed only when the file has not grown for
+            `timeout` seconds, so a command with much to do may run as long as a busy machine needs.
+    """
+    begin, size = time.monotonic(), file_size(progress)
+    with subprocess.Popen(
+        [*prefix, *COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while True:
+            try:
+                output, errors = process.communicate(timeout=timeout)
+                break
+            except BaseException as error:
+                grown = file_size(progress)
+                if not isinstance(error, subprocess.TimeoutExpired) or grown == size:
+                    process.kill()
+                    raise
+                size = grown
+    return process.returncode, output, errors, time.monotonic() - begin
+
+
+def file_size(path: Path | None) -> int:
+    """Return the size of a file, 0 if there is none."""
+    return path.stat().st_size if path and path.exists() else 0
 
 
 def error_lines(stderr: str) -> list[str]:
