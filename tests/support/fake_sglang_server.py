@@ -42,6 +42,7 @@ class SglangServer:
         self.info = {"grammar_backend": "llguidance", **(info or {})}
         self.rids: dict[str, str] = {}  # by phase
         self.aborted: set[str] = set()
+        self.rendered = 0  # chats
         self.live: set[str] = set()
         self.headers: list[str | None] = []
         self.bodies: list[tuple[dict, str]] = []  # of /generate, each with its routing key
@@ -81,6 +82,7 @@ class SglangServer:
         app.router.add_get("/health", self._health)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/tokenize", self._tokenize)
         server = TestServer(app)
         await server.start_server()
         try:
@@ -97,6 +99,10 @@ class SglangServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        self.rendered += 1
+        return web.json_response({"error": {"message": "chat_template is not set"}}, status=400)
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.add((await request.json())["rid"])

@@ -111,6 +111,11 @@ class ProgramEngine:
         """The form of calls of tools that the server names, if it names one."""
         return getattr(self.server.http, "tool_call_parser", None)
 
+    @property
+    def chat_engine(self) -> HttpEngine:
+        """The engine that renders chat messages, which all programs share."""
+        return self.server.http
+
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Sequence[int]:

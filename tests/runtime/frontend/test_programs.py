@@ -306,6 +306,7 @@ def test_tools_run_in_programs_and_in_forks():
             ]  # fmt: skip
             assert [c.result for c in ended[:2]] == ["a: gen", "a: waited"]
             assert "waits for a program of the same apr.Endpoint" in ended[2].result
+        assert fake.rendered == 1, "the form of results is the same for all expressions"
         assert threads["asynchronous"] == {"apr-endpoint"}
         assert "apr-endpoint" not in threads["blocking"]
 

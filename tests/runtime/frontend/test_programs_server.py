@@ -85,7 +85,7 @@ def test_a_context_of_20000_tokens_is_computed_once_for_8_children(
         forked_server(tmp_path, log_path=tmp_path / "log", **options) as server,
         apr.Endpoint(server.url, timeout=300) as endpoint,
     ):
-        shared, seconds = check_fork(endpoint, "The same long text for all. " * 3500, 8)
+        shared, seconds = check_fork(endpoint, "The same long text for all. " * 1600, 8)
     print(f"{shared} tokens, {seconds:.1f} s")
     assert shared >= 20000
 
