@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -130,3 +131,34 @@ def test_what_branches_write_does_not_depend_on_speed(name: str, cases: int):
         first, second = (run(name, budget, seed, speed)[0] for speed in (1, 2))
         assert first.text == second.text, (budget, seed)
         assert first.metrics().total == second.metrics().total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_nobody_waits_for_ever(name: str):
+    """Branches that wait for tokens or for a slot end with their trajectory: where others are cut, and at a deadline.
+
+    A trajectory that is cancelled from outside leaves no task that waits.
+    """
+    rng = random.Random(name)
+    joins_by_itself = name not in ("asyncthink", "pasta")
+    for seed in range(100):
+        budget = replace(random_budget(name, rng), seconds=rng.choice([None, 2, 5, 20]))
+        options = {
+            "policy": rng.choice(["all", "first", "quorum:2", "deadline:3"]) if joins_by_itself else "all",
+            "pacing": rng.choice([None, apr.Pacing(max_parallel=1), apr.Pacing(max_parallel=2)]),
+        }
+        run(name, budget, seed, seed, **options)
+        engine, cancelled_after = SeededEngine(masked(name), random.Random(seed)), rng.uniform(0.01, 8)
+
+        async def cancelled() -> None:
+            work = apr.areason(engine, "Q: ", name, budget=budget, seed=seed, mode="parallel", **options)  # noqa: B023
+            task = asyncio.create_task(work)
+            await asyncio.wait([task], timeout=cancelled_after)  # noqa: B023
+            task.cancel()
+            async with asyncio.timeout(100):
+                await asyncio.wait([task])
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        virtual_time.run(cancelled())
+        assert engine.running == 0
