@@ -113,7 +113,10 @@ class Steered:
         text = self._engine.tokenizer.decode(request.input_ids)
         number = text[-2:-1] if text.endswith(":") else ""
         bias = 100 if number and number not in self._silent else -100
-        sampling = {**request.sampling, "logit_bias": {str(self._call): bias}}
+        biases = {str(self._call): bias}
+        if number and number in self._silent:
+            biases[str(self._engine.tokenizer.special_token_id("</Thread>"))] = -100  # it writes to its limit
+        sampling = {**request.sampling, "logit_bias": biases}
         return await self._engine.decode(
             apr.Request(
                 request.rid, request.input_ids, request.max_tokens, sampling, request.grammar, request.stop_ids,
