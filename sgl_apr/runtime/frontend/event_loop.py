@@ -22,6 +22,7 @@ class EventLoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._closing = False
         self._tasks = set[asyncio.Task[None]]()  # a loop keeps only weak references
         self._executor = ThreadPoolExecutor(MAX_WAITING_THREADS, thread_name_prefix=f"{name}-fork")
         self._loop.set_default_executor(self._executor)
@@ -30,6 +31,7 @@ class EventLoopThread:
 
     def _run(self) -> None:
         self._loop.run_forever()
+        self._loop.run_until_complete(self._drain(None))  # what was submitted in the last moment
         self._executor.shutdown(wait=False)
         self._loop.close()
 
@@ -51,7 +53,14 @@ class EventLoopThread:
             )
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start `work` and return its future at once."""
+        """Start `work` and return its future at once.
+
+        Raises:
+            EngineError: The loop is closed.
+        """
+        if self._closing:
+            work.close()
+            raise EngineError("the apr.Endpoint is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call_soon(self, callback: Callable[..., object], *arguments: Any) -> None:
@@ -66,7 +75,8 @@ class EventLoopThread:
             last: Makes the last coroutine of the loop, such as closing connections.
         """
         if self._loop.is_running():
-            wait_for(self.submit(self._drain(last)))
+            self._closing = True
+            wait_for(asyncio.run_coroutine_threadsafe(self._drain(last), self._loop))
         self.call_soon(self._loop.stop)
         self._thread.join(STOP_TIMEOUT_S)
 
@@ -79,6 +89,7 @@ class EventLoopThread:
             finally:
                 self._loop.stop()
 
+        self._closing = True
         self.call_soon(lambda: self._tasks.add(self._loop.create_task(drain_and_stop())))
 
     async def _drain(self, last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
