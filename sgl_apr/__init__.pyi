@@ -64,7 +64,6 @@ from .runtime.frontend.expressions import reason as reason
 from .runtime.loop import areason as areason
 from .runtime.loop import run as run
 from .runtime.loop import stream as stream
-from .runtime.turn_prompt import next_turn as next_turn
 from .runtime.options import ReasonOptions as ReasonOptions
 from .runtime.pacing import Demand as Demand
 from .runtime.pacing import Pacing as Pacing
@@ -72,6 +71,7 @@ from .runtime.retry import Retry as Retry
 from .runtime.tools.mcp import mcp_tools as mcp_tools
 from .runtime.tools.request import ToolRequest as ToolRequest
 from .runtime.tools.tool import Tool as Tool
+from .runtime.turn_prompt import next_turn as next_turn
 from .server.launch.launcher import Server as Server
 from .server.local_engine import LocalEngine as LocalEngine
 from .trajectory.blocks import Block as Block

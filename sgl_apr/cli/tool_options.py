@@ -46,7 +46,7 @@ def load_tool_arguments(options: argparse.Namespace) -> list[Tool]:
     """
     if not options.tools:
         return []
-    from sgl_apr.server.api.tool_sources import load_tools
+    from sgl_apr.server.api.tools.sources import load_tools
 
     tools: list[Tool] = []
     for text in options.tools:

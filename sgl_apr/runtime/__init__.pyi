@@ -23,7 +23,6 @@ from .frontend.expressions import reason as reason
 from .loop import areason as areason
 from .loop import run as run
 from .loop import stream as stream
-from .turn_prompt import next_turn as next_turn
 from .options import ReasonOptions as ReasonOptions
 from .pacing import Demand as Demand
 from .pacing import Pacing as Pacing
@@ -31,6 +30,7 @@ from .retry import Retry as Retry
 from .tools.mcp import mcp_tools as mcp_tools
 from .tools.request import ToolRequest as ToolRequest
 from .tools.tool import Tool as Tool
+from .turn_prompt import next_turn as next_turn
 
 __all__ = [
     "BranchEnded",

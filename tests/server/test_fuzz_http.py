@@ -22,6 +22,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from sgl_apr.server.api.compatible.messages_request import MESSAGES_FIELDS
+from sgl_apr.server.api.compatible.responses_request import RESPONSES_FIELDS
+from sgl_apr.server.api.openai.fields import OPENAI_FIELDS
 from sgl_apr.server.launch.launcher import Server
 from tests.support.processes import CoreWait, allocated_bytes, until
 
@@ -53,6 +56,10 @@ ADMIN_ROUTES = {
     "/resume_memory_occupation": CHANGES, "/weights_checker": CHANGES, "/slow_down": STOPS, "/pd_role_switch": CHANGES,
     "/load_lora_adapter": CHANGES, "/load_lora_adapter_from_tensors": CHANGES, "/unload_lora_adapter": CHANGES,
     "/configure_logging": WRITES, "/abort_request": STOPS, "/pause_generation": STOPS, "/continue_generation": STOPS,
+}  # fmt: skip
+APR_FIELDS = {
+    "/v1/chat/completions": OPENAI_FIELDS, "/v1/completions": OPENAI_FIELDS, "/v1/responses": RESPONSES_FIELDS,
+    "/v1/messages": MESSAGES_FIELDS,
 }  # fmt: skip
 OFTEN = ("/apr/generate", "/v1/chat/completions", "/v1/completions", "/generate")
 # Values that JSON schemas do not suggest, as they stand in a body.
@@ -116,6 +123,16 @@ class Fuzzer:
         case = data.draw(operation.as_strategy(generation_mode=mode))
         arguments = case.as_transport_kwargs(base_url=self.url)
         arguments["headers"] = {**arguments.get("headers", {}), **self._session.headers}
+        table, valid = APR_FIELDS.get(operation.path), arguments.get("json")
+        # Most fields of SGLang cannot be combined with `apr`, so half of these requests have only those that can.
+        if (
+            table
+            and kind == "valid"
+            and isinstance(valid, dict)
+            and valid.get("apr")
+            and data.draw(st.booleans())
+        ):
+            arguments["json"] = {name: value for name, value in valid.items() if name in table.honoured}
         if kind == "invalid" and operation.body:
             names = sorted(operation.body[0].definition.get("schema", {}).get("properties", {}))
             for name in ("json", "files", "data"):
@@ -154,10 +171,11 @@ class Fuzzer:
     def send(self, name: str, arguments: dict[str, Any], *, repeated: bool = False) -> int:
         """Send a request and check its answer.
 
-        One that is slow is sent again. The seconds for which this process and the one of the event loop wait for a core
-        of a busy machine then do not count.
+        One that is slow is sent again. The seconds for which this process and those of the server wait for a core of a
+        busy machine then do not count. A valid chat completion decodes to the end of the context, and needs each of
+        them for each of its tokens.
         """
-        waiting = CoreWait(os.getpid(), self._process.pid) if repeated else None
+        waiting = CoreWait(os.getpid(), *(process.pid for process in self.processes())) if repeated else None
         start = time.monotonic()
         try:
             response = self._session.request(**arguments, timeout=30, allow_redirects=False)
@@ -189,14 +207,17 @@ class Fuzzer:
         """Send a request with a query and no body."""
         return self._session.request(method, self.url + path, params=query, headers=headers, timeout=30)
 
+    def processes(self) -> list[psutil.Process]:
+        """The processes of the server: of the event loop, the scheduler and the detokenizer."""
+        return [self._process, *self._process.children(recursive=True)]
+
     def memory(self) -> int:
         """The bytes that all processes of the server have allocated.
 
         Memory that is swapped out counts. Pages that a forked server shares with its parent count from the start, and
         not when it first writes to them, as garbage collection does to all objects.
         """
-        processes = [self._process, *self._process.children(recursive=True)]
-        return sum(allocated_bytes(process.pid) for process in processes)
+        return sum(allocated_bytes(process.pid) for process in self.processes())
 
     def greedy_answer(self) -> Any:
         body = {"text": "Once upon", "sampling_params": {"temperature": 0, "max_new_tokens": 24}}

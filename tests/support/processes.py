@@ -34,9 +34,10 @@ def in_session(leader: int) -> set[int]:
 def run_delays(pid: int) -> dict[str, float]:
     """Return for how many seconds each thread of a process was ready to run, but waited for a core. Linux counts them."""
     delays = {}
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(OSError):  # it has ended
-            delays[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
+    with suppress(OSError):  # the process has ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # the thread has ended
+                delays[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
     return delays
 
 
@@ -53,7 +54,7 @@ class CoreWait:
     def seconds(self) -> float:
         """Return the seconds since the start, of the thread of each process that waited longest."""
         return sum(
-            max(delay - before.get(thread, 0) for thread, delay in run_delays(pid).items())
+            max((delay - before.get(thread, 0) for thread, delay in run_delays(pid).items()), default=0.0)
             for pid, before in self._before.items()
         )
 

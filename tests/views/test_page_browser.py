@@ -238,7 +238,9 @@ def test_calls_of_tools_are_drawn_and_described(browser, tmp_path: Path):
     assert shown.page.locator(".legend li").count() == len(legend) - 2, "nothing about tools without any"
     assert shown.page.locator("[data-figure=tools]").count() == 0
     shown.page.click("#to-overview")
-    assert shown.page.locator("#overview [data-name^=tool]").all_inner_texts() == ["2.5", "2.50 s"], "the mean of both"
+    assert shown.page.locator("#overview [data-name^=tool]").all_inner_texts() == ["2.5", "2.50 s"], (
+        "the mean of both"
+    )
     assert shown.complaints == []
 
 

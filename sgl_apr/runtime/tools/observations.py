@@ -76,7 +76,9 @@ async def observation_form(engine: Engine, syntax: ToolSyntax) -> ObservationFor
         engine: Renders chat messages.
         syntax: The syntax of calls.
     """
-    engine = getattr(engine, "chat_engine", engine)  # an engine of a program lives no longer than one expression
+    engine = getattr(
+        engine, "chat_engine", engine
+    )  # an engine of a program lives no longer than one expression
     try:
         known = _forms.setdefault(engine, {})
     except TypeError:  # an engine of somebody else's, which has no weak references or no hash

@@ -13,8 +13,8 @@ from sgl_apr.errors import AprError, GrammarError
 from sgl_apr.formats.dialects import Dialect, register_dialect
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls
 from sgl_apr.server.api.limits import LIMIT_FLAGS, RequestLimits, add_limit_arguments
-from sgl_apr.server.api.response_options import ResponseOptions
-from sgl_apr.server.api.tool_sources import ToolSources, tool_source
+from sgl_apr.server.api.openai.response_options import ResponseOptions
+from sgl_apr.server.api.tools.sources import ToolSources, tool_source
 from sgl_apr.server.launch.usage import UsageError, UsageParser
 
 NESTED_OPTIONS = ("budget", "pacing", "retry", "sampling")  # objects whose fields are merged one by one

@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_apr.server.api import http, http_apis
+from sgl_apr.server.api import http
+from sgl_apr.server.api.compatible import http_apis
 from sgl_apr.server.api.config import ApiConfig
-from sgl_apr.server.api.model_alias import ALIAS_SUFFIX, has_alias
-from sgl_apr.server.api.openai_fields import OPENAI_FIELDS
-from sgl_apr.server.api.openai_request import field_defaults
+from sgl_apr.server.api.openai.fields import OPENAI_FIELDS
+from sgl_apr.server.api.openai.model_alias import ALIAS_SUFFIX, has_alias
+from sgl_apr.server.api.openai.request import field_defaults
 
 Original = Callable[..., Awaitable[Any]]
 

@@ -14,19 +14,19 @@ from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.event_json import event_to_json
 from sgl_apr.runtime.options import DEFAULT_DIALECT
-from sgl_apr.server.api.choices import make_choices, run_choices, stream_choices
 from sgl_apr.server.api.config import merge_options
 from sgl_apr.server.api.http_errors import json_response, respond_to_errors
 from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
-from sgl_apr.server.api.openai_fields import OPENAI_FIELDS
-from sgl_apr.server.api.openai_request import OpenAIRequest, field_defaults, parse_openai_request
-from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai.choices import make_choices, run_choices, stream_choices
+from sgl_apr.server.api.openai.fields import OPENAI_FIELDS
+from sgl_apr.server.api.openai.request import OpenAIRequest, field_defaults, parse_openai_request
+from sgl_apr.server.api.openai.response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai.response_options import ResponseOptions
 from sgl_apr.server.api.options import ReasonRequest
-from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.server.api.service import TrajectoryService
-from sgl_apr.server.api.tool_request import pop_tools
-from sgl_apr.server.api.tool_response import turn_chunks, turn_completion
-from sgl_apr.server.api.tool_turns import find_turn
+from sgl_apr.server.api.tools.request import pop_tools
+from sgl_apr.server.api.tools.response import turn_chunks, turn_completion
+from sgl_apr.server.api.tools.turns import find_turn
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page import render_live_page
 

@@ -22,13 +22,14 @@ from fastapi.responses import HTMLResponse
 from starlette.middleware import Middleware
 
 from sgl_apr.errors import LaunchError
-from sgl_apr.server.api import fork_service, http
+from sgl_apr.server.api import http
 from sgl_apr.server.api.apr_routes import AprRoutes
-from sgl_apr.server.api.chat_template import validate_chat_request
+from sgl_apr.server.api.chat.plain_messages import apply_conversation_template, apply_jinja_template
+from sgl_apr.server.api.chat.template import validate_chat_request
 from sgl_apr.server.api.config import ApiConfig
+from sgl_apr.server.api.fork import service as fork_service
 from sgl_apr.server.api.handlers import RequestHandlers
-from sgl_apr.server.api.model_alias import make_models_router
-from sgl_apr.server.api.plain_messages import apply_conversation_template, apply_jinja_template
+from sgl_apr.server.api.openai.model_alias import make_models_router
 from sgl_apr.server.api.schemas import describe_openapi, json_body, json_responses
 from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.hooks import hook_around, require_sglang

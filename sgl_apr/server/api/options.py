@@ -17,7 +17,7 @@ from sgl_apr.runtime.option_checks import JSON_OPTION_NAMES, check_option_names,
 from sgl_apr.runtime.options import DEFAULT_DIALECT, ReasonOptions
 from sgl_apr.runtime.retry import Retry
 from sgl_apr.runtime.value_checks import check_type, check_types, drop_nulls, number_types, shorten
-from sgl_apr.server.api.chat_prompt import ChatTurn
+from sgl_apr.server.api.chat.prompt import ChatTurn
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import Layout

@@ -28,9 +28,9 @@ from sgl_apr.runtime.value_checks import (
     SAMPLING_TYPES,
     number_types,
 )
-from sgl_apr.server.api.fork_schemas import fork_components
+from sgl_apr.server.api.fork.schemas import fork_components
+from sgl_apr.server.api.openai.response_options import STREAMS, ResponseOptions
 from sgl_apr.server.api.options import MAX_ATTEMPTS
-from sgl_apr.server.api.response_options import STREAMS, ResponseOptions
 from sgl_apr.server.api.schema_parts import (
     REFERENCE,
     Schema,
@@ -40,7 +40,7 @@ from sgl_apr.server.api.schema_parts import (
     object_schema,
     reference,
 )
-from sgl_apr.server.api.tool_request import ALL_TOOLS
+from sgl_apr.server.api.tools.request import ALL_TOOLS
 from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
 OPENAI_REQUESTS = (

@@ -15,16 +15,16 @@ from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.kv_admission import Slot, fetch_pool_tokens
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.server.api.admission import AdmissionQueue
-from sgl_apr.server.api.client_calls import ClientCalls
+from sgl_apr.server.api.chat.turn_memory import MIB, TurnMemory
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.counters import ServerCounters
-from sgl_apr.server.api.operator_tools import OperatorTools
+from sgl_apr.server.api.openai.reply_stream import ReplyStream
 from sgl_apr.server.api.options import UNKNOWN_TOKEN_CHARS, CheckedRequest, OptionsParser, ReasonRequest
-from sgl_apr.server.api.reply_stream import ReplyStream
-from sgl_apr.server.api.tool_messages import Message
-from sgl_apr.server.api.tool_session import ToolSession
-from sgl_apr.server.api.tool_sessions import ToolSessions
-from sgl_apr.server.api.turn_memory import MIB, TurnMemory
+from sgl_apr.server.api.tools.client_calls import ClientCalls
+from sgl_apr.server.api.tools.messages import Message
+from sgl_apr.server.api.tools.operator_tools import OperatorTools
+from sgl_apr.server.api.tools.session import ToolSession
+from sgl_apr.server.api.tools.sessions import ToolSessions
 from sgl_apr.tokenizer import load_tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 

@@ -99,8 +99,8 @@ def _load_tools(config: ApiConfig) -> ApiConfig:
     """Load the operator's tools, and check that their MCP servers start."""
     if not config.tools and "tools" not in config.default_options:
         return config
-    from sgl_apr.server.api.operator_tools import check_tools
-    from sgl_apr.server.api.tool_sources import load_tool_sources
+    from sgl_apr.server.api.tools.operator_tools import check_tools
+    from sgl_apr.server.api.tools.sources import load_tool_sources
 
     sources = load_tool_sources(config.tools)
     asyncio.run(check_tools(sources, config.default_options.get("tools")))

@@ -18,7 +18,7 @@ import pytest
 import requests
 
 import sgl_apr as apr
-from sgl_apr.server.api.client_calls import session_of
+from sgl_apr.server.api.tools.client_calls import session_of
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import random_llama
 from tests.support.processes import until

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 import sgl_apr as apr
-from sgl_apr.server.api.fork_request import ForkRequest
-from sgl_apr.server.api.fork_service import check_text_size
+from sgl_apr.server.api.fork.request import ForkRequest
+from sgl_apr.server.api.fork.service import check_text_size
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.options import OptionsParser
 from sgl_apr.server.api.schemas import add_components

@@ -16,9 +16,9 @@ import pytest
 from sgl_apr.errors import AprError, LaunchError
 from sgl_apr.runtime.tools.tool import Tool
 from sgl_apr.server.api.config import parse_api_arguments
-from sgl_apr.server.api.operator_tools import OperatorTools, check_tools
-from sgl_apr.server.api.tool_request import parse_tools, pop_tools, select_tools
-from sgl_apr.server.api.tool_sources import ToolSources, load_tool_sources, tool_source
+from sgl_apr.server.api.tools.operator_tools import OperatorTools, check_tools
+from sgl_apr.server.api.tools.request import parse_tools, pop_tools, select_tools
+from sgl_apr.server.api.tools.sources import ToolSources, load_tool_sources, tool_source
 from sgl_apr.server.launch.usage import UsageError
 from tests.runtime.tools.test_mcp import raw
 

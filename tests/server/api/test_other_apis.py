@@ -18,15 +18,15 @@ from fastapi import FastAPI, Request
 import sgl_apr as apr
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.options import make_options
+from sgl_apr.server.api.compatible.messages_request import _thinking_options, parse_messages_request
+from sgl_apr.server.api.compatible.messages_response import MESSAGE_EVENTS, MessageBuilder, message_error
+from sgl_apr.server.api.compatible.responses_request import parse_responses_request
+from sgl_apr.server.api.compatible.responses_response import RESPONSE_EVENTS, ResponseBuilder
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.http_errors import json_response, respond_to_errors, respond_with
 from sgl_apr.server.api.http_streams import event_stream
-from sgl_apr.server.api.messages_request import _thinking_options, parse_messages_request
-from sgl_apr.server.api.messages_response import MESSAGE_EVENTS, MessageBuilder, message_error
-from sgl_apr.server.api.reply_stream import ReplyStream, reply_deltas
-from sgl_apr.server.api.response_options import ResponseOptions
-from sgl_apr.server.api.responses_request import parse_responses_request
-from sgl_apr.server.api.responses_response import RESPONSE_EVENTS, ResponseBuilder
+from sgl_apr.server.api.openai.reply_stream import ReplyStream, reply_deltas
+from sgl_apr.server.api.openai.response_options import ResponseOptions
 from tests.runtime.test_loop import scripted
 
 MESSAGES: Any = [{"role": "user", "content": "Why?"}]

@@ -10,7 +10,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.runtime.options import ReasonOptions, make_options
-from sgl_apr.server.api.reply import (
+from sgl_apr.server.api.openai.reply import (
     ReplyText,
     answer_start,
     answer_tokens,
@@ -18,8 +18,8 @@ from sgl_apr.server.api.reply import (
     split_reply,
     stop_prefix_chars,
 )
-from sgl_apr.server.api.reply_order import ReplyOrder
-from sgl_apr.server.api.reply_stream import ReplyDelta, ReplyStream
+from sgl_apr.server.api.openai.reply_order import ReplyOrder
+from sgl_apr.server.api.openai.reply_stream import ReplyDelta, ReplyStream
 from tests.runtime.test_loop import AT_ONCE, BOOM, scripted
 from tests.runtime.tools.checked_tools import CALL_TAGS, plot, search
 from tests.support.masked_sampler import Masked, SampledEngine, masked

@@ -12,12 +12,12 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 
 import sgl_apr as apr
 from sgl_apr.server.api.apr_routes import has_apr, takes_apr
+from sgl_apr.server.api.compatible.messages_request import MESSAGES_FIELDS
+from sgl_apr.server.api.compatible.responses_request import RESPONSES_FIELDS
 from sgl_apr.server.api.limits import RequestLimits
-from sgl_apr.server.api.messages_request import MESSAGES_FIELDS
-from sgl_apr.server.api.openai_fields import OPENAI_FIELDS
-from sgl_apr.server.api.reasoning_effort import EFFORTS, effort_options
-from sgl_apr.server.api.request_fields import FieldTable
-from sgl_apr.server.api.responses_request import RESPONSES_FIELDS
+from sgl_apr.server.api.openai.fields import OPENAI_FIELDS
+from sgl_apr.server.api.openai.reasoning_effort import EFFORTS, effort_options
+from sgl_apr.server.api.openai.request_fields import FieldTable
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.models import builtin_path
 from tests.support.paths import ROOT

@@ -17,9 +17,9 @@ from sgl_apr.runtime.options import make_options
 from sgl_apr.server.api.admission import AdmissionQueue, ServerBusy
 from sgl_apr.server.api.config import ApiConfig, merge_options, parse_api_arguments
 from sgl_apr.server.api.limits import RequestLimits
-from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai.response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai.response_options import ResponseOptions
 from sgl_apr.server.api.options import CheckedRequest, OptionsParser, ReasonRequest
-from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.server.launch.launcher import serve
 from sgl_apr.server.launch.usage import UsageError
 from sgl_apr.tokenizer import HfTokenizer

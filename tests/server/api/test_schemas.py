@@ -130,7 +130,11 @@ def test_the_responses_of_a_server_match_their_schemas(server: Server):
         validator(openapi, "AprEvent").validate(event)
         kinds.add(event["event"])
     assert {"delta", "forked", "span_finished", "request_finished", "branch_ended", "joined", "done"} <= kinds
-    for path, name in (("/apr/dialects", "AprDialects"), ("/apr/tools", "AprTools"), ("/apr/stats", "AprStats")):
+    for path, name in (
+        ("/apr/dialects", "AprDialects"),
+        ("/apr/tools", "AprTools"),
+        ("/apr/stats", "AprStats"),
+    ):
         validator(openapi, name).validate(requests.get(server.url + path, timeout=30).json())
     error = requests.post(f"{server.url}/apr/generate", json={"prompt": ""}, timeout=30)
     assert error.status_code == 400

@@ -15,13 +15,13 @@ from sgl_apr.runtime.events import Delta, RequestFinished
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.tools.request import ToolRequest
 from sgl_apr.server.api.admission import AdmissionQueue, ServerBusy
-from sgl_apr.server.api.client_calls import ClientCalls, session_of
 from sgl_apr.server.api.counters import ServerCounters
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.options import CheckedRequest
-from sgl_apr.server.api.tool_messages import match_results, parse_messages, waiting_session
-from sgl_apr.server.api.tool_session import CallsWaiting, ToolSession
-from sgl_apr.server.api.tool_sessions import ToolSessions
+from sgl_apr.server.api.tools.client_calls import ClientCalls, session_of
+from sgl_apr.server.api.tools.messages import match_results, parse_messages, waiting_session
+from sgl_apr.server.api.tools.session import CallsWaiting, ToolSession
+from sgl_apr.server.api.tools.sessions import ToolSessions
 
 USER = {"role": "user", "content": "Q"}
 FINISHED = apr.Trajectory((), "threadweaver")

@@ -21,13 +21,13 @@ from sgl_apr.runtime.tools.tool import Tool
 from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
 from sgl_apr.server.api.limits import RequestLimits
-from sgl_apr.server.api.openai_request import OpenAIRequest
-from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai.request import OpenAIRequest
+from sgl_apr.server.api.openai.response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai.response_options import ResponseOptions
 from sgl_apr.server.api.options import ReasonRequest
-from sgl_apr.server.api.response_options import ResponseOptions
 from sgl_apr.server.api.service import TrajectoryService
-from sgl_apr.server.api.tool_response import turn_chunks, turn_completion
-from sgl_apr.server.api.tool_turns import find_turn
+from sgl_apr.server.api.tools.response import turn_chunks, turn_completion
+from sgl_apr.server.api.tools.turns import find_turn
 from tests.runtime.tools.scripted_tools import FORK, JOINED, call, engine
 
 USER = {"role": "user", "content": "Q"}

@@ -14,9 +14,9 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 import sgl_apr as apr
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
-from sgl_apr.server.api.chat_prompt import ChatPrompt, make_chat_prompt, usable_layout
-from sgl_apr.server.api.reply import ReplyText, split_reply
-from sgl_apr.server.api.turn_memory import MIB, RememberedTurn, RenderedPrompt, TurnMemory
+from sgl_apr.server.api.chat.prompt import ChatPrompt, make_chat_prompt, usable_layout
+from sgl_apr.server.api.chat.turn_memory import MIB, RememberedTurn, RenderedPrompt, TurnMemory
+from sgl_apr.server.api.openai.reply import ReplyText, split_reply
 from tests.support.chat_templates import CHATML, QWEN, TAGS, TRIMMED, compiled
 from tests.support.masked_sampler import Masked, SampledEngine
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_apr.server.api.reply import ReplyText
+from sgl_apr.server.api.openai.reply import ReplyText
 from sgl_apr.tokenizer import HfTokenizer, Tokenizer
 from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Span

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgl_apr.runtime.option_checks import GRAMMAR, NOT_AVAILABLE, ONE_REPLY, STOP, TOKEN_IDS
-from sgl_apr.server.api.request_fields import FieldTable
+from sgl_apr.server.api.openai.request_fields import FieldTable
 
 MEDIA = "a trajectory is made of text alone"
 ROUTING = "the requests of a trajectory are routed together, by its id"

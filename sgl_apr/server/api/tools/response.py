@@ -7,10 +7,10 @@ from contextlib import aclosing
 from typing import Any
 
 from sgl_apr.runtime.events import Event
-from sgl_apr.server.api.client_calls import ClientCall
-from sgl_apr.server.api.openai_response import OpenAIResponseBuilder
-from sgl_apr.server.api.openai_usage import usage
-from sgl_apr.server.api.tool_session import CallsWaiting, ToolSession
+from sgl_apr.server.api.openai.response import OpenAIResponseBuilder
+from sgl_apr.server.api.openai.usage import usage
+from sgl_apr.server.api.tools.client_calls import ClientCall
+from sgl_apr.server.api.tools.session import CallsWaiting, ToolSession
 from sgl_apr.trajectory.trajectory import Trajectory
 
 TOOL_CALLS = "tool_calls"  # OpenAI's finish reason

@@ -9,7 +9,7 @@ from sgl_apr.formats.options import JOIN_POLICY_PATTERN
 from sgl_apr.methods.fork_result import ForkResult, TaskResult
 from sgl_apr.methods.fork_task import MAX_NAME_CHARS, MAX_STOP_CHARS, MAX_STOPS, MAX_TASKS, ForkTask, Merge
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES
-from sgl_apr.server.api.fork_request import FORK_REQUEST_OPTIONS, MERGE_FIELDS, TASK_FIELDS
+from sgl_apr.server.api.fork.request import FORK_REQUEST_OPTIONS, MERGE_FIELDS, TASK_FIELDS
 from sgl_apr.server.api.schema_parts import attribute_texts, describe, nullable, object_schema, reference
 
 Schema = dict[str, Any]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgl_apr.runtime.events import Event
-from sgl_apr.server.api.openai_objects import ResponseObjects, choice_object
-from sgl_apr.server.api.openai_stream import ChoiceStream, ContentStream, SequenceStream
-from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary, usage
+from sgl_apr.server.api.openai.objects import ResponseObjects, choice_object
+from sgl_apr.server.api.openai.reply_stream import ReplyStream
+from sgl_apr.server.api.openai.stream import ChoiceStream, ContentStream, SequenceStream
+from sgl_apr.server.api.openai.usage import finish_reason, trajectory_summary, usage
 from sgl_apr.server.api.options import CheckedRequest
-from sgl_apr.server.api.reply_stream import ReplyStream
 from sgl_apr.trajectory.trajectory import Trajectory
 
 

@@ -9,9 +9,9 @@ from sgl_apr.errors import AprError
 from sgl_apr.runtime.option_checks import GRAMMAR
 from sgl_apr.runtime.value_checks import drop_nulls
 from sgl_apr.server.api.config import ApiConfig, merge_options
-from sgl_apr.server.api.openai_fields import ROUTING
-from sgl_apr.server.api.openai_request import OpenAIRequest, parse_openai_request
-from sgl_apr.server.api.request_fields import FieldTable
+from sgl_apr.server.api.openai.fields import ROUTING
+from sgl_apr.server.api.openai.request import OpenAIRequest, parse_openai_request
+from sgl_apr.server.api.openai.request_fields import FieldTable
 
 MESSAGES_FIELDS = FieldTable(
     honoured=(

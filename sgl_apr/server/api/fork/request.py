@@ -27,7 +27,7 @@ from sgl_apr.runtime.value_checks import (
 )
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.options import MAX_ATTEMPTS
-from sgl_apr.server.api.tool_request import select_tools
+from sgl_apr.server.api.tools.request import select_tools
 
 PROMPT_FIELDS = ("prompt", "input_ids", "messages")
 # Options of a fork that JSON can express.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sgl_apr.engine.untrusted_text import Rendered, UntrustedText, render_untrusted
-from sgl_apr.server.api.chat_prompt import marked_messages
+from sgl_apr.server.api.chat.prompt import marked_messages
 from sgl_apr.tokenizer import load_tokenizer
 
 

@@ -7,9 +7,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgl_apr.server.api.openai_logprobs import LogprobsBuilder
-from sgl_apr.server.api.reply import ReplyText, split_reply
-from sgl_apr.server.api.response_options import ResponseOptions
+from sgl_apr.server.api.openai.logprobs import LogprobsBuilder
+from sgl_apr.server.api.openai.reply import ReplyText, split_reply
+from sgl_apr.server.api.openai.response_options import ResponseOptions
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 

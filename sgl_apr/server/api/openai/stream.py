@@ -15,10 +15,10 @@ from sgl_apr.runtime.events import (
     ToolCalled,
     ToolReturned,
 )
-from sgl_apr.server.api.openai_objects import ResponseObjects
-from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary
+from sgl_apr.server.api.openai.objects import ResponseObjects
+from sgl_apr.server.api.openai.reply_stream import ReplyDelta, ReplyStream
+from sgl_apr.server.api.openai.usage import finish_reason, trajectory_summary
 from sgl_apr.server.api.options import CheckedRequest
-from sgl_apr.server.api.reply_stream import ReplyDelta, ReplyStream
 from sgl_apr.trajectory.trajectory import Trajectory
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from fastapi import Request
 
-from sgl_apr.server.api.client_calls import ClientCalls
-from sgl_apr.server.api.openai_request import OpenAIRequest
-from sgl_apr.server.api.reply_stream import ReplyStream
+from sgl_apr.server.api.openai.reply_stream import ReplyStream
+from sgl_apr.server.api.openai.request import OpenAIRequest
 from sgl_apr.server.api.service import TrajectoryService
-from sgl_apr.server.api.tool_messages import parse_messages
-from sgl_apr.server.api.tool_response import TurnEvents
-from sgl_apr.server.api.tool_session import ToolSession
-from sgl_apr.server.api.tool_sessions import owner_of
+from sgl_apr.server.api.tools.client_calls import ClientCalls
+from sgl_apr.server.api.tools.messages import parse_messages
+from sgl_apr.server.api.tools.response import TurnEvents
+from sgl_apr.server.api.tools.session import ToolSession
+from sgl_apr.server.api.tools.sessions import owner_of
 
 
 async def find_turn(

@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import Request, Response
 
 from sgl_apr.errors import AprError
+from sgl_apr.server.api.compatible.messages_request import parse_messages_request
+from sgl_apr.server.api.compatible.messages_response import MESSAGE_EVENTS, MessageBuilder, message_error
+from sgl_apr.server.api.compatible.responses_request import parse_responses_request, wants_summary
+from sgl_apr.server.api.compatible.responses_response import RESPONSE_EVENTS, ResponseBuilder
 from sgl_apr.server.api.http_errors import json_response, respond_to_errors, respond_with
 from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
-from sgl_apr.server.api.messages_request import parse_messages_request
-from sgl_apr.server.api.messages_response import MESSAGE_EVENTS, MessageBuilder, message_error
-from sgl_apr.server.api.openai_request import OpenAIRequest
+from sgl_apr.server.api.openai.reply_stream import ReplyStream, reply_deltas
+from sgl_apr.server.api.openai.request import OpenAIRequest
 from sgl_apr.server.api.options import CheckedRequest
-from sgl_apr.server.api.reply_stream import ReplyStream, reply_deltas
-from sgl_apr.server.api.responses_request import parse_responses_request, wants_summary
-from sgl_apr.server.api.responses_response import RESPONSE_EVENTS, ResponseBuilder
 from sgl_apr.server.api.service import TrajectoryService
 
 

@@ -18,7 +18,7 @@ from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.prompts import is_chat
 from sgl_apr.server.api.config import merge_options
-from sgl_apr.server.api.fork_request import FORK_REQUEST_OPTIONS, ForkRequest
+from sgl_apr.server.api.fork.request import FORK_REQUEST_OPTIONS, ForkRequest
 from sgl_apr.server.api.http_errors import json_response, respond_to_errors
 from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
 from sgl_apr.server.api.options import LONG_PROMPT, OptionsParser

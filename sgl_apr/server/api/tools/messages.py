@@ -8,7 +8,7 @@ from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.value_checks import shorten
-from sgl_apr.server.api.client_calls import session_of
+from sgl_apr.server.api.tools.client_calls import session_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from sgl_apr.errors import AprError, LaunchError
 from sgl_apr.runtime.tools.mcp import mcp_tools
 from sgl_apr.runtime.tools.tool import Tool, make_tools
-from sgl_apr.server.api.tool_request import select_tools
-from sgl_apr.server.api.tool_sources import ToolSources
+from sgl_apr.server.api.tools.request import select_tools
+from sgl_apr.server.api.tools.sources import ToolSources
 
 T = TypeVar("T")
 STOP_TIMEOUT_S = 15.0

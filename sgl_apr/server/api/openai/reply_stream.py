@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sgl_apr.errors import EngineError
 from sgl_apr.runtime.events import Event, Forked, Joined, SpanFinished
 from sgl_apr.runtime.options import ReasonOptions
-from sgl_apr.server.api.reply import find_stop, split_reply, stop_prefix_chars
-from sgl_apr.server.api.reply_order import ReplyOrder
+from sgl_apr.server.api.openai.reply import find_stop, split_reply, stop_prefix_chars
+from sgl_apr.server.api.openai.reply_order import ReplyOrder
 from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.trajectory import Trajectory
 

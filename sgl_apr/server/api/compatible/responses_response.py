@@ -12,11 +12,11 @@ from typing import Any
 
 from sgl_apr.server.api.http_errors import error_body
 from sgl_apr.server.api.http_streams import EventFormat, named_event
-from sgl_apr.server.api.openai_logprobs import LogprobsBuilder
-from sgl_apr.server.api.openai_usage import finish_reason, trajectory_summary, usage
-from sgl_apr.server.api.reply import ReplyText, split_reply
-from sgl_apr.server.api.reply_stream import ReplyDelta
-from sgl_apr.server.api.response_options import ResponseOptions
+from sgl_apr.server.api.openai.logprobs import LogprobsBuilder
+from sgl_apr.server.api.openai.reply import ReplyText, split_reply
+from sgl_apr.server.api.openai.reply_stream import ReplyDelta
+from sgl_apr.server.api.openai.response_options import ResponseOptions
+from sgl_apr.server.api.openai.usage import finish_reason, trajectory_summary, usage
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.trajectory import Trajectory
 

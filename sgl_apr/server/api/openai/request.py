@@ -11,13 +11,13 @@ from typing import Any
 from sgl_apr.errors import AprError, BudgetExceeded
 from sgl_apr.runtime.option_checks import MAX_TOP_LOGPROBS, REQUEST_FIELDS
 from sgl_apr.runtime.value_checks import SAMPLING_TYPES, check_type, drop_nulls, shorten
-from sgl_apr.server.api.chat_prompt import ChatPrompt, internal_request, make_chat_prompt
-from sgl_apr.server.api.chat_template import branch_prompt_template
+from sgl_apr.server.api.chat.prompt import ChatPrompt, internal_request, make_chat_prompt
+from sgl_apr.server.api.chat.template import branch_prompt_template
 from sgl_apr.server.api.config import ApiConfig, merge_options
+from sgl_apr.server.api.openai.reasoning_effort import effort_options
+from sgl_apr.server.api.openai.response_options import ResponseOptions
 from sgl_apr.server.api.options import ReasonRequest
-from sgl_apr.server.api.reasoning_effort import effort_options
-from sgl_apr.server.api.response_options import ResponseOptions
-from sgl_apr.server.api.tool_request import parse_tools, show_tools
+from sgl_apr.server.api.tools.request import parse_tools, show_tools
 
 MIN_ROOM = 1024  # tokens of a reply
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256

@@ -9,10 +9,10 @@ from typing import Any
 
 from sgl_apr.runtime.events import Event, OnEvent, RequestFinished, SpanFinished
 from sgl_apr.server.api.admission import AdmissionQueue
-from sgl_apr.server.api.client_calls import ClientCall, ClientCalls
+from sgl_apr.server.api.openai.reply_stream import ReplyStream
 from sgl_apr.server.api.options import CheckedRequest
-from sgl_apr.server.api.reply_stream import ReplyStream
-from sgl_apr.server.api.tool_messages import Message
+from sgl_apr.server.api.tools.client_calls import ClientCall, ClientCalls
+from sgl_apr.server.api.tools.messages import Message
 from sgl_apr.trajectory.trajectory import Trajectory
 
 Run = Callable[[CheckedRequest, OnEvent], Coroutine[Any, Any, Trajectory]]

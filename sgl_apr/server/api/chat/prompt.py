@@ -13,8 +13,8 @@ from fastapi import HTTPException
 from sgl_apr.engine.untrusted_text import Rendered, UntrustedText, render_untrusted
 from sgl_apr.errors import AprError, EngineError
 from sgl_apr.formats.token_split import split_token_ids
-from sgl_apr.server.api.reply import answer_start, find_stop, split_reply
-from sgl_apr.server.api.turn_memory import ConversationKey, RememberedTurn, RenderedPrompt, TurnMemory
+from sgl_apr.server.api.chat.turn_memory import ConversationKey, RememberedTurn, RenderedPrompt, TurnMemory
+from sgl_apr.server.api.openai.reply import answer_start, find_stop, split_reply
 from sgl_apr.server.kv_join.cache_keys import lookup_cost
 from sgl_apr.server.kv_join.validation import MAX_LAYOUT_CHARS, MAX_LOOKUP_COST
 from sgl_apr.tokenizer import Tokenizer, plain_ids

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sgl_apr.server.api.reply import answer_tokens
+from sgl_apr.server.api.openai.reply import answer_tokens
 from sgl_apr.trajectory.blocks import Block
 from sgl_apr.trajectory.trajectory import Trajectory
 

@@ -12,8 +12,8 @@ from sgl_apr.errors import AprError
 from sgl_apr.runtime.events import Event
 from sgl_apr.server.api.counters import ServerCounters
 from sgl_apr.server.api.limits import RequestLimits
-from sgl_apr.server.api.tool_messages import Message, match_results, waiting_session
-from sgl_apr.server.api.tool_session import CallsWaiting, ToolSession
+from sgl_apr.server.api.tools.messages import Message, match_results, waiting_session
+from sgl_apr.server.api.tools.session import CallsWaiting, ToolSession
 from sgl_apr.trajectory.trajectory import Trajectory
 
 NO_SESSIONS = "this server does not wait for tools of its clients: --apr-max-waiting 0"

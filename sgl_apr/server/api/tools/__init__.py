@@ -1,0 +1,1 @@
+"""Tools that the client or the operator runs."""
