@@ -190,12 +190,12 @@ class Endpoint(ProgramBackend):
         else:  # a branch with a context of its own
             s.text_ = self.tokenizer.decode(context)
         s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_, context)
-        future = self._loop.submit(self.http.decode(call.request, call.on_tokens))
-        # A branch that the loop has cancelled is aborted. The future of an ended loop is never awaited.
-        self._loop.call_soon(
-            call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
-        )
         try:
+            future = self._loop.submit(self.http.decode(call.request, call.on_tokens))
+            # A branch that the loop has cancelled is aborted. The future of an ended loop is never awaited.
+            self._loop.call_soon(
+                call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
+            )
             result = future.result()
         except BaseException as error:
             self._loop.call_soon(resolve_future, call.done, None, error)
