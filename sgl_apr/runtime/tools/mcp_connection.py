@@ -48,7 +48,8 @@ class McpConnection:
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._started_at = 0.0
-        self._starting = asyncio.Lock()
+        self._restarting: asyncio.Task[list[Any]] | None = None
+        self._is_closed = False
 
     async def start(self) -> list[Any]:
         """Connect, and return the server's tools.
@@ -65,11 +66,11 @@ class McpConnection:
                 return await ready
         except TimeoutError:
             self._task.cancel()
-            await self.close()
+            await self._end_session()
             raise self._error(f"it did not start within {self._start_timeout:g} seconds") from None
         except BaseException:
             self._task.cancel()
-            await self.close()
+            await self._end_session()
             raise
 
     async def call(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -80,18 +81,36 @@ class McpConnection:
         Raises:
             McpError: The server ended or failed, or its result is not valid.
         """
-        async with self._starting:
-            if self._task is None or self._stop.is_set():
-                raise self._error("the connection is closed")
-            if self._task.done():
-                if time.monotonic() - self._started_at < RESTART_INTERVAL_S:
-                    raise self._error(self._state.failure or "the server ended")
-                log.warning("%s", self._error("the server ended; it is started again"))
-                await self.start()
+        if self._is_closed or self._task is None:
+            raise self._error("the connection is closed")
+        if self._restarting or self._stop.is_set() or self._task.done():
+            await self._restart()
         return await self._until_end(self._session.call_tool(name, arguments))
 
     async def close(self) -> None:
         """End the session and the server. It waits until the server's process has ended, if the caller lets it."""
+        self._is_closed = True
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
+        await self._end_session()
+
+    async def _restart(self) -> None:
+        """Start the server again, for all calls that wait for it. A call that is cancelled does not end the start."""
+        if self._restarting is None:
+            if time.monotonic() - self._started_at < RESTART_INTERVAL_S:
+                raise self._error(self._state.failure or "the server ended")
+            log.warning("%s", self._error("the server ended; it is started again"))
+            self._restarting = asyncio.create_task(self.start())
+            self._restarting.add_done_callback(self._forget_restart)
+        await asyncio.shield(self._restarting)
+
+    def _forget_restart(self, task: asyncio.Task[list[Any]]) -> None:
+        self._restarting = None
+        if not task.cancelled():
+            task.exception()  # the calls that waited for it have raised it
+
+    async def _end_session(self) -> None:
         self._stop.set()
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=CLOSE_TIMEOUT_S)

@@ -80,6 +80,32 @@ def test_a_server_that_ends_fails_the_calls_and_is_started_again(monkeypatch, ca
     assert "out of luck" in caplog.text
 
 
+def test_a_start_that_fails_or_takes_longer_than_a_call_is_followed_by_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(mcp_connection, "RESTART_INTERVAL_S", 0.0)
+    server = tmp_path / "server.py"
+    server.write_text(code := RAW.read_text())
+
+    async def main():
+        async with mcp_tools(command=[sys.executable, "-S", "-E", str(server)]) as listed:
+            tools = {tool.name: tool.function for tool in listed}
+            server.write_text("raise SystemExit(3)")
+            for name in ("dies", "ok", "ok"):
+                with pytest.raises(McpError, match="the server ended"):
+                    await tools[name]()
+                await asyncio.sleep(0.1)
+            server.write_text(code)
+            assert await tools["ok"]() == "done"
+            with pytest.raises(McpError):
+                await tools["dies"]()
+            await asyncio.sleep(0.2)
+            call = asyncio.create_task(tools["ok"]())
+            await asyncio.sleep(0.001)
+            call.cancel()  # its time is up, and the server goes on starting
+            assert await tools["ok"]() == "done"
+
+    asyncio.run(main())
+
+
 def test_calls_run_at_once_and_a_call_that_hangs_can_be_cancelled():
     async def main():
         async with raw_tools() as tools:
