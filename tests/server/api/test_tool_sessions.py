@@ -416,6 +416,28 @@ def test_a_request_that_is_repeated_starts_again():
     asyncio.run(main())
 
 
+def test_of_two_requests_with_the_same_results_at_the_same_time_one_is_answered():
+    async def main() -> None:
+        server = Server(tool_wait=0.05)
+        waiting = await last(server.begin(lambda run: run.call()))
+        messages = answered([USER], waiting, ["a"])
+        turns = [server.resume(messages) for _ in range(2)]  # both were found before one of them starts
+        ended = await asyncio.wait_for(asyncio.gather(*map(last, turns), return_exceptions=True), 5)
+        assert ended[0] is FINISHED
+        assert isinstance(ended[1], apr.AprError)
+        assert "sent already" in str(ended[1])
+        server.check_nothing_left()
+
+        waiting = await last(server.begin(lambda run: run.call()))
+        turn = server.resume(answered([USER], waiting, ["a"]))
+        await asyncio.sleep(0.1)  # its time is up before the turn starts
+        with pytest.raises(apr.AprError, match="has just ended"):
+            await asyncio.wait_for(last(turn), 5)
+        server.check_nothing_left()
+
+    asyncio.run(main())
+
+
 def test_messages_of_other_servers_are_left_alone():
     foreign = [
         USER,

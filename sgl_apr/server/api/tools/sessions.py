@@ -16,6 +16,10 @@ from sgl_apr.server.api.tools.messages import Message, match_results, waiting_se
 from sgl_apr.server.api.tools.session import CallsWaiting, ToolSession
 from sgl_apr.trajectory.trajectory import Trajectory
 
+ALREADY_SENT = (
+    "the results of these tool calls have been sent already, and another request waits for the reply"
+)
+ENDED = "the trajectory that waited for the results of these tool calls has just ended: send the request once more"
 NO_SESSIONS = "this server does not wait for tools of its clients: --apr-max-waiting 0"
 
 
@@ -66,9 +70,7 @@ class ToolSessions:
             self._counters.count_wait("unknown")
             return None
         if id_ not in self._waiting:
-            raise AprError(
-                "the results of these tool calls have been sent already, and another request waits for the reply"
-            )
+            raise AprError(ALREADY_SENT)
         before, after = tuple(messages[: len(session.messages)]), messages[len(session.messages) :]
         if before != session.messages or not after:  # without any: the last request once more
             self._end(id_, "restarted")
@@ -87,7 +89,12 @@ class ToolSessions:
             session: From `find`, or a new one.
             messages: The messages of the request that continues it.
             results: The results from `find`.
+
+        Raises:
+            AprError: Another request has continued the session since `find`, or it has ended.
         """
+        if messages is not None and session.id not in self._waiting:
+            raise AprError(ALREADY_SENT if session.id in self._sessions else ENDED)
         self._sessions[session.id] = session
         self._stop_waiting(session)
         is_waiting = False
