@@ -109,8 +109,6 @@ class ForkMerger:
 
 
 def without_stop(text: str, stops: Sequence[str]) -> str:
-    """A text without the stop text that ended it."""
-    for stop in stops:
-        if text.endswith(stop):
-            return text[: -len(stop)]
-    return text
+    """A text up to the stop text that ended it. The last token may hold more than the stop text."""
+    positions = [position for stop in stops if (position := text.find(stop)) >= 0]
+    return text[: min(positions, default=len(text))]

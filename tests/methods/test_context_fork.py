@@ -252,6 +252,20 @@ def test_a_task_has_limits_sampling_and_stops_of_its_own():
     assert [r.sampling["temperature"] for r in engine.requests] == [0.25, 0.5, 0.25]
 
 
+def test_nothing_of_a_token_follows_the_stop_text_that_it_contains():
+    class Lines(apr.ByteTokenizer):
+        """A tokenizer with a token of which a stop text is the beginning."""
+
+        def __init__(self) -> None:
+            super().__init__([".\n"])
+
+    engine = apr.ScriptedEngine(lambda request, prompt: "one.\n", Lines())
+    tasks = [apr.ForkTask("a", stop="."), apr.ForkTask("b", stop=["!", "e."]), apr.ForkTask("c", stop="x")]
+    result = asyncio.run(apr.fork(engine, DOCUMENT, tasks, apr.Merge("Merge", stop=["."]), seed=0))
+    assert [task.text for task in result.results] == ["one", "on", "one.\n"]
+    assert result.merged == "one"
+
+
 def test_a_worker_that_fails_is_a_result_that_says_so():
     def script(request: apr.Request, prompt: str) -> Any:
         failed.append(prompt)
