@@ -116,7 +116,7 @@ def test_completion_knows_commands_flags_values_and_files(tmp_path: Path, capsys
 
     assert complete("sgl-apr", "ru") == {"run"}
     assert complete("sgl-apr", "serve", "--context-l") == {"--context-length"}
-    assert complete("sgl-apr", "serve", "--apr-max-w") == {"--apr-max-width"}
+    assert complete("sgl-apr", "serve", "--apr-max-wi") == {"--apr-max-width"}
     assert complete("sgl-apr", "run", "--mode", "") == {"auto", "sequential", "parallel"}
     assert complete("sgl-apr", "parse", f"{tmp_path}/tr") == {f"{tmp_path}/trace.txt"}
 

@@ -166,10 +166,11 @@ def test_what_the_function_of_a_streamed_program_raises_is_raised_where_it_is_re
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "cat.png"
-    path.write_bytes(b"\x89PNG not really")
-    return str(path)
+def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file whose name is short, since messages cut long ones."""
+    monkeypatch.chdir(tmp_path)
+    Path("cat.png").write_bytes(b"\x89PNG not really")
+    return "cat.png"
 
 
 @pytest.mark.parametrize("stream", [False, True])
