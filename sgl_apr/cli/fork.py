@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_apr.cli.arguments import add_api_key, parse_budget, parse_count
 from sgl_apr.cli.display import print_trajectory
+from sgl_apr.cli.tool_options import add_tool_arguments, connect_tools, load_tool_arguments
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.views.printable import printable, printable_json
@@ -19,6 +20,7 @@ from sgl_apr.views.printable import printable, printable_json
 if TYPE_CHECKING:
     from sgl_apr.methods.fork_result import ForkResult
     from sgl_apr.runtime.events import OnEvent
+    from sgl_apr.runtime.tools.tool import Tool
 
 
 def add_command(commands: Any) -> None:
@@ -28,7 +30,9 @@ def add_command(commands: Any) -> None:
         help="give several tasks to a served model after one context, all at once",
         epilog='example: sgl-apr fork --context report.txt --task "List the risks." --task "List the costs." \\\n'
         '             --merge "Write a summary of both." --url http://127.0.0.1:30000\n'
-        '         sgl-apr fork --context chat.json --task "Answer yes or no." --task "Explain." --policy first --json',
+        '         sgl-apr fork --context chat.json --task "Answer yes or no." --task "Explain." --policy first --json\n'
+        '         sgl-apr fork --context report.txt --task "Who built it?" --task "What did it cost?" \\\n'
+        "             --tool my_tools:search --tool-choice required --budget tokens=2000,tool_calls=4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -67,11 +71,19 @@ def add_command(commands: Any) -> None:
         default=Budget(),
         metavar="NAME=N,...",
         help="limits of all branches and of the merge: tokens (4096), critical_tokens, branch_tokens, width, calls, "
-        "seconds, reserve",
+        "seconds, tool_calls, tool_seconds (60), tool_result_tokens (1024), reserve",
     )
     parser.add_argument("--max-tokens", type=parse_count, metavar="N", help="tokens of each branch, at most")
     parser.add_argument(
-        "--policy", default="all", help='when the branches end: "all", "first", "quorum:k" or "deadline:s"'
+        "--policy",
+        default="all",
+        help='when the branches end: "all", "first", "quorum:k" or "deadline:s" (default: all)',
+    )
+    add_tool_arguments(parser)
+    parser.add_argument(
+        "--tool-choice",
+        metavar="CHOICE",
+        help='"auto", "none", "required" (each branch calls a tool before it answers), or the name of one (default: auto)',
     )
     parser.add_argument("--seed", type=int, help="sampling seed, if the server supports seeds")
     parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
@@ -97,6 +109,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.merge is None and options.join != "text":
         raise AprError("--join is for a merge, expected --merge")
     merge = make_merge(options.merge)
+    own_tools = load_tool_arguments(options)
+    if options.tool_choice and not (own_tools or options.mcp_servers):
+        raise AprError("--tool-choice is for tools, expected --tool or --mcp")
     view = LiveView(options.context)
     with ExitStack() as stack:
         if options.model:
@@ -110,7 +125,9 @@ def _run(options: argparse.Namespace) -> int:
             stack.enter_context(
                 Live(view, console=console, refresh_per_second=8, transient=console.is_terminal)
             )
-        result = asyncio.run(_connect_and_fork(options, prompt, tasks, merge, view if options.live else None))
+        result = asyncio.run(
+            _connect_and_fork(options, prompt, tasks, merge, own_tools, view if options.live else None)
+        )
     if options.json:
         print(printable_json(json.dumps(result.to_dict(), ensure_ascii=False)))
         return 0
@@ -119,7 +136,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _connect_and_fork(
-    options: argparse.Namespace, prompt: Any, tasks: Any, merge: Any, on_event: OnEvent | None
+    options: argparse.Namespace,
+    prompt: Any,
+    tasks: Any,
+    merge: Any,
+    own_tools: list[Tool],
+    on_event: OnEvent | None,
 ) -> ForkResult:
     from dataclasses import replace
 
@@ -128,7 +150,17 @@ async def _connect_and_fork(
 
     if merge is not None:
         merge = replace(merge, join=options.join)
-    async with await HttpEngine.connect(options.url, api_key=options.api_key) as engine:
+    async with (
+        connect_tools(options) as tools,
+        await HttpEngine.connect(options.url, api_key=options.api_key) as engine,
+    ):
+        tool_options: dict[str, Any] = {}
+        if own_tools or tools:
+            tool_options = {
+                "tools": [*own_tools, *tools],
+                "tool_choice": options.tool_choice or "auto",
+                "tool_call_parser": options.tool_call_parser,
+            }
         return await fork(
             engine,
             prompt,
@@ -139,6 +171,7 @@ async def _connect_and_fork(
             on_event=on_event,
             seed=options.seed,
             temperature=options.temperature,
+            **tool_options,
         )
 
 

@@ -26,6 +26,8 @@ def context(tmp_path: Path) -> Path:
         ("a", ["--task", "x"], "tasks 1 and 2 are the same"),
         ("a", ["--task", " "], "expected text that is not empty"),
         ("a", ["--join", "kv"], "--join is for a merge, expected --merge"),
+        ("a", ["--tool-choice", "required"], "--tool-choice is for tools, expected --tool or --mcp"),
+        ("a", ["--tool", "no_such_module:f"], "--tool no_such_module:f: the module cannot be imported"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text, arguments, message):

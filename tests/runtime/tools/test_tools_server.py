@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
+from sgl_apr.cli.main import main
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.training_tree import build_training_tree, logprobs
 from tests.runtime.tools.checked_tools import DIALECTS, PARSERS, check, plot, search
@@ -80,6 +83,24 @@ def all_valid(server: Server, dialect: str, parser: str, count: int, **options: 
     assert again
     assert sum(tokens > 1 for tokens in again) <= 0.05 * len(again), sorted(again)[-20:]
     return calls, sum(bool(c.path) for t in trajectories for c in t.tool_calls)
+
+
+def test_branches_of_the_fork_command_call_tools(tool_server: Server, tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "fork_tools.py").write_text("def count(n: bool) -> str:\n    return 'three'\n")
+    (tmp_path / "report.txt").write_text("The bridge was built in 1931. " * 10)
+    monkeypatch.chdir(tmp_path)
+    command = (
+        f"fork --url {tool_server.url} --context report.txt --task Risks? --task Costs? "
+        "--tool fork_tools:count --tool-choice required --budget tokens=400,tool_calls=2"
+    ).split()
+    assert main([*command, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [call["name"] for result in results for call in result["tool_calls"]] == ["count", "count"]
+    assert main([*command, "--tool-choice", "cuont"]) == 1
+    assert (
+        'expected "auto", "none", "required", or the name of one of its tools: count'
+        in capsys.readouterr().err
+    )
 
 
 def test_calls_are_valid_and_fit(tool_server: Server):
