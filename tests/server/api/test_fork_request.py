@@ -66,6 +66,8 @@ def test_tasks_and_merges_are_text_messages_or_objects():
     [
         ({"tasks": ["a"]}, "the body has 0 prompts, expected one of prompt, input_ids, messages"),
         ({"prompt": "p", "input_ids": [1], "tasks": ["a"]}, "the body has 2 prompts"),
+        ({"prompt": "p", "task": ["a"]}, "no option 'task', did you mean 'tasks'"),
+        ({"message": CHAT, "tasks": ["a"]}, "no option 'message', did you mean 'messages'"),
         ({"prompt": "p"}, "tasks has 0 tasks, expected 1 to 256"),
         ({"prompt": "p", "tasks": "a"}, "tasks='a', expected"),
         ({"prompt": "p", "tasks": ["a", ""]}, "task 2: the prompt of a task is ''"),

@@ -36,6 +36,7 @@ TASK_FIELDS = (
     "prompt", "messages", "name", "sampling", "response_format", "tools", "tool_choice", "budget", "max_tokens", "stop",
 )  # fmt: skip
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
+BODY_FIELDS = ("tasks", "merge", "stream", "policy", *PROMPT_FIELDS, *TOOL_FIELDS)
 MERGE_FIELDS = ("prompt", "messages", "join", "sampling", "response_format", "max_tokens", "stop")
 
 
@@ -78,6 +79,9 @@ class ForkRequest:
         except ValueError as error:
             raise AprError(f"the body is not JSON: {error}") from None
         prompts = [fields.pop(name) for name in PROMPT_FIELDS if name in fields]
+        if len(prompts) != 1 or "tasks" not in fields:
+            # A field with a wrong name, such as `task`, is the better explanation.
+            check_option_names(fields, (*BODY_FIELDS, *FORK_REQUEST_OPTIONS))
         if len(prompts) != 1:
             raise AprError(f"the body has {len(prompts)} prompts, expected one of {', '.join(PROMPT_FIELDS)}")
         tasks, merge = fields.pop("tasks", []), fields.pop("merge", None)
