@@ -191,7 +191,7 @@ class PromptRenderer:
     def _text(prompt: Any) -> str:
         if not isinstance(prompt, str):
             raise AprError(
-                f"a task or merge is {shorten(prompt)}, expected text: the prompt is text, and no conversation"
+                f"a task or the merge is {shorten(prompt)}, expected text: the prompt is text or token ids, not chat messages"
             )
         return prompt
 

@@ -104,7 +104,7 @@ class ReasoningRun:
         if trunk.blocks < self.options.min_forks:
             acted = ", ".join({hit.limit: None for hit in self.recorder.request_log.limits if not hit.path})
             log.warning(
-                "%s: %d forks of the %d that had to come, limits that acted: %s",
+                "%s: the reply ended with %d of %d required forks; limits that it reached: %s",
                 self.rid, trunk.blocks, self.options.min_forks, acted or "none",
             )  # fmt: skip
         return self.recorder.finish(

@@ -339,7 +339,7 @@ def test_leaving_a_stream_ends_all_branches():
         ((DOCUMENT, ["a", " "]), {}, "task 2: the prompt of a task is ' ', expected text that is not empty"),
         ((DOCUMENT, ["a", 3]), {}, "task 2: the prompt of a task is 3, expected text or chat messages"),
         ((DOCUMENT, ["a", "b", "a"]), {}, "tasks 1 and 3 are the same, expected different ones"),
-        ((DOCUMENT, ["a", [{"role": "user", "content": "b"}]]), {}, "expected text: the prompt is text"),
+        ((DOCUMENT, ["a", [{"role": "user", "content": "b"}]]), {}, "expected text: the prompt is text or token ids, not chat messages"),
         (("", ["a"]), {}, "the prompt is empty, expected the context that all tasks share"),
         ((DOCUMENT, ["a"], 3), {}, "merge: the prompt of a task is 3, expected text"),
         ((DOCUMENT, ["a"]), {"policy": "last"}, "policy='last', expected"),

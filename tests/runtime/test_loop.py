@@ -446,4 +446,4 @@ def test_a_required_fork_that_time_rules_out_is_noted(caplog):
     )
     assert not t.blocks
     assert [(hit.limit, hit.path) for hit in t.limits] == [("seconds", ())]
-    assert "0 forks of the 1 that had to come, limits that acted: seconds" in caplog.text
+    assert "the reply ended with 0 of 1 required forks; limits that it reached: seconds" in caplog.text
