@@ -236,7 +236,7 @@ class UntrustedText:
         if self.is_empty or self.separated:
             return self._tokenizer.encode(rendered)
         restored = self._restore(rendered)
-        return None if restored is None else self._encode_marked(restored.text, restored.ranges)
+        return None if restored is None else self.encode_marked(restored.text, restored.ranges)
 
     def anchor(self) -> str:
         """Return a placeholder for text that is known already, for `encode_after_anchor`."""
@@ -259,7 +259,7 @@ class UntrustedText:
             return None
         (position,) = restored.anchors
         ranges = [(start - position, end - position) for start, end in restored.ranges if start >= position]
-        after = self._encode_marked(restored.text[position:], ranges, continues=True)
+        after = self.encode_marked(restored.text[position:], ranges, continues=True)
         return restored.text[:position], after
 
     def _restore(self, rendered: str) -> RestoredText | None:
@@ -281,7 +281,7 @@ class UntrustedText:
             length += len(pieces[index])
         return RestoredText("".join(pieces), ranges, anchors)
 
-    def _encode_marked(
+    def encode_marked(
         self, text: str, ranges: Sequence[tuple[int, int]], *, continues: bool = False
     ) -> list[int]:
         """Encode a text so that no added token overlaps one of the ranges, which are ascending."""

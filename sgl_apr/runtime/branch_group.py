@@ -118,13 +118,14 @@ class BranchGroup:
         scope: CancelScope,
         prompt: str,
         *,
+        token_ids: Sequence[int] | None = None,
         tolerate_failure: bool,
     ) -> SequenceState:
         """Start a branch with a prompt in a context of its own, which it pays for. Arguments as in `start_with_header`."""
         allowance = share.starting_at(self.parent.critical_path)
         branch = self.start(identity, allowance, scope, context=(), tolerate_failure=tolerate_failure)
         waits_for = () if self._fork_span is None else (self._fork_span,)
-        branch.inject("header", prompt, identity.outline, waits_for=waits_for)
+        branch.inject("header", prompt, identity.outline, waits_for=waits_for, token_ids=token_ids)
         return branch
 
     async def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from sgl_apr.engine.quoted_text import encode_quoted, truncate_plain
 from sgl_apr.errors import AprError
 from sgl_apr.formats.branch_prompts import branch_prompt
 from sgl_apr.formats.completion import PLACEHOLDER
@@ -18,7 +19,7 @@ from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import FAILURE_NOTE
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
 from sgl_apr.runtime.value_checks import shorten
-from sgl_apr.tokenizer import truncate_tokens
+from sgl_apr.tokenizer import plain_ids, truncate_tokens
 from sgl_apr.trajectory.spans import Span
 
 
@@ -81,10 +82,18 @@ class ForkJoin:
         max_tokens = min(
             share.tokens if max_prompt_tokens is None else max_prompt_tokens, share.critical_path_cap
         )
-        prompt = truncate_tokens(tokenizer, text, max_tokens) or PLACEHOLDER
+        quoted = identity.outline if identity.outline in text else text
+        pieces = len(plain_ids(tokenizer, quoted)) - len(
+            tokenizer.encode(quoted)
+        )  # of spellings of added tokens
+        prompt = truncate_tokens(tokenizer, text, max(0, max_tokens - pieces)) or PLACEHOLDER
+        quoted = identity.outline if identity.outline in prompt else prompt
         if self.options.branch_prompt_template:
             prompt = apply_template(self.options.branch_prompt_template, prompt)
-        return group.start_with_prompt(identity, share, scope, prompt, tolerate_failure=tolerate)
+        ids = encode_quoted(tokenizer, prompt, [quoted], add_special_tokens=True)
+        return group.start_with_prompt(
+            identity, share, scope, prompt, token_ids=ids, tolerate_failure=tolerate
+        )
 
     def open(self, sequence: SequenceState) -> None:
         """Write what stands before the branches of a block, or drop the call that forked them."""
@@ -124,8 +133,8 @@ class ForkJoin:
         """Tokens that a branch that has ended takes, with the result that it returns as a message."""
         if not self.by_message:
             return branch.tokens_used
-        result, _ = self._render_result(branch, max_result_tokens)
-        return branch.tokens_used + len(branch.graph.tokenizer.encode(result))
+        text, result = self._render_result(branch, max_result_tokens)
+        return branch.tokens_used + len(self._encode_result(branch, text, result))
 
     def decoded_result_tokens(self, sequence: SequenceState, ids: Sequence[int]) -> int:
         """Tokens of its result that a branch has decoded so far.
@@ -140,9 +149,9 @@ class ForkJoin:
         text = tokenizer.decode(ids, sequence.context)
         if not self.grammar.closing_literal("body", sequence.identity.number):  # the text may be its result
             spans = [s for s in sequence.spans if s.path == sequence.path and s.role == "body"]
-            return sum(s.tokens for s in spans) + len(tokenizer.encode(text))
+            return sum(s.tokens for s in spans) + len(plain_ids(tokenizer, text))
         opening = self.grammar.opening_literal("closer")
-        return len(tokenizer.encode(text.partition(opening)[2])) if opening and opening in text else 0
+        return len(plain_ids(tokenizer, text.partition(opening)[2])) if opening and opening in text else 0
 
     def write_results(
         self, sequence: SequenceState, branches: Sequence[SequenceState], max_tokens: Sequence[int]
@@ -161,8 +170,14 @@ class ForkJoin:
         sequence.inject("lead", self.grammar.render_rule("lead"))
         for branch, max_result_tokens in zip(branches, max_tokens, strict=True):
             text, result = self._render_result(branch, max_result_tokens)
+            ids = self._encode_result(branch, text, result)
             sequence.inject(
-                "result", text, result.strip(), result_of=branch.identity, waits_for=branch.frontier
+                "result",
+                text,
+                result.strip(),
+                result_of=branch.identity,
+                waits_for=branch.frontier,
+                token_ids=ids,
             )
         sequence.inject("tail", self.grammar.render_rule("tail"))
         return len(sequence.context) - before
@@ -172,6 +187,11 @@ class ForkJoin:
         identity, result = branch.identity, self._result(branch, max_tokens)
         rule = "failure" if not result and "failure" in self.grammar.rules else "result"
         return self.grammar.render_rule(rule, identity.number, result, identity.outline), result
+
+    @staticmethod
+    def _encode_result(branch: SequenceState, text: str, result: str) -> list[int]:
+        """The token ids of a rendered result. What the branch wrote has no added tokens: it may quote a stranger."""
+        return encode_quoted(branch.graph.tokenizer, text, [result, branch.identity.outline])
 
     def _result(self, branch: SequenceState, max_tokens: int) -> str:
         """What a branch returns. Empty if it was cut before it had written a result."""
@@ -187,7 +207,7 @@ class ForkJoin:
                 s.text for s in _after_results(spans) if s.role == "body" and s.origin == "decoded"
             )
             text = branch_prompt(self.dialect.branch_prompt).extract_result(body)
-        text = truncate_tokens(tokenizer, text, max_tokens)
+        text = truncate_plain(tokenizer, text, max_tokens)
         return text if not any(tag in text for tag in grammar.tag_literals) else ""
 
 
