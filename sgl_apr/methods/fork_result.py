@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sgl_apr.trajectory.blocks import Outcome, branch_outcome
@@ -83,7 +83,7 @@ class ForkResult:
     results: tuple[TaskResult, ...]
     merge: TaskResult | None
     shared_tokens: int
-    trajectory: Trajectory
+    trajectory: Trajectory = field(repr=False)  # it is long: a span for each text, with its token ids
 
     @property
     def merged(self) -> str | None:
@@ -117,11 +117,17 @@ class ForkResult:
         return min((min(1.0, tokens / expected) for tokens in cached), default=0.0)
 
     def __getitem__(self, name: str) -> TaskResult:
-        """The result of the task with this name."""
+        """The result of the task with this name.
+
+        Raises:
+            KeyError: No task has it.
+        """
         for result in self.results:
             if result.name == name:
                 return result
-        raise KeyError(name)
+        raise KeyError(
+            f"no result {name!r}, expected one of {', '.join(result.name for result in self.results)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can express: the response of `/apr/fork`."""

@@ -49,7 +49,7 @@ class ForkToolOptions:
         """The options about tools of a task.
 
         Raises:
-            AprError: Its tool_choice is none of its tools.
+            AprError: Its tool_choice is none of its tools, or needs one.
         """
         options = dict(self.options)
         if task.own_tools is not None:
@@ -65,6 +65,8 @@ class ForkToolOptions:
             raise AprError(
                 f'task {task.name}: tool_choice={choice!r}, expected "auto", "none", "required", or {expected}'
             )
+        if task.tool_choice == "required" and not names:
+            raise AprError(f"task {task.name}: tool_choice='required' needs tools")
         return options
 
     def shown_tools(self, tasks: Sequence[ForkTask]) -> list[dict[str, Any]] | None:
@@ -73,7 +75,7 @@ class ForkToolOptions:
         All branches are shown the same tools, so that their prompts begin with the same tokens.
 
         Raises:
-            AprError: Two tasks have different tools of one name.
+            AprError: Two tasks have different tools of one name, or no task has a tool that is required.
         """
         shown: dict[str, Tool] = {}
         for task in tasks:
@@ -84,6 +86,8 @@ class ForkToolOptions:
                         f"the tool {tool.name!r} of task {task.name} differs from that of another task, expected one "
                         "description and one schema for each name, or different names"
                     )
+        if self.options.get("tool_choice") == "required" and not shown:
+            raise AprError("tool_choice='required' needs tools")
         return [tool.to_openai() for tool in shown.values()] or None
 
 

@@ -195,7 +195,7 @@ class ReasonOptions:
         """Check that the options about tools fit one another."""
         choice, names = self.tool_choice, [tool.name for tool in self.tools]
         if choice not in ("auto", "none", "required", *names):
-            expected = f"the name of a tool: {', '.join(names)}" if names else "no name without tools"
+            expected = f"the name of a tool: {', '.join(names)}" if names else "tools with that name"
             raise AprError(
                 f'tool_choice={shorten(choice)}, expected "auto", "required", "none", or {expected}'
             )

@@ -347,6 +347,8 @@ def test_leaving_a_stream_ends_all_branches():
         ((DOCUMENT, ["a"]), {"max_tokens": 3}, "each task has its own, as in apr.ForkTask"),
         ((DOCUMENT, ["a"]), {"temprature": 3}, "did you mean 'temperature'"),
         ((DOCUMENT, ["a"], apr.Merge("m", join="kv")), {}, "needs an engine that joins in its KV cache"),
+        ((DOCUMENT, [apr.ForkTask("a", tool_choice="required")]), {}, "task 1: tool_choice='required' needs tools"),
+        ((DOCUMENT, ["a"]), {"tool_choice": "required"}, "tool_choice='required' needs tools"),
         ((DOCUMENT, [apr.ForkTask("a", name="x"), apr.ForkTask("b", name="x")]), {}, "have the name 'x'"),
     ],
 )  # fmt: skip
@@ -400,3 +402,12 @@ def test_a_fork_is_exported_to_opentelemetry(monkeypatch: pytest.MonkeyPatch):
     assert (name, tuple(calls), first["error"]) == ("fork", result.trajectory.calls, None)
     assert first["attributes"]["apr.tokens"] == result.trajectory.metrics().total
     assert isinstance(second["error"], apr.BranchFailed)
+
+
+def test_a_result_is_printed_without_its_trajectory_and_a_wrong_name_says_which_there_are():
+    result = asyncio.run(
+        apr.fork(apr.ScriptedEngine(echo), DOCUMENT, ["one", apr.ForkTask("two", name="costs")])
+    )
+    assert "trajectory" not in repr(result)
+    with pytest.raises(KeyError, match="no result 'cost', expected one of 1, costs"):
+        result["cost"]
