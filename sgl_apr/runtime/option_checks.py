@@ -87,8 +87,15 @@ FUNCTIONS: Mapping[str, tuple[int, str]] = {
 }
 
 
-def check_option_names(options: Iterable[Any], known: Collection[str]) -> None:
+def check_option_names(
+    options: Iterable[Any], known: Collection[str], known_elsewhere: Collection[str] = ()
+) -> None:
     """Check that all options are known.
+
+    Args:
+        options: Their names.
+        known: The names that are known.
+        known_elsewhere: Names that were taken out of the options before, and that a message may suggest.
 
     Raises:
         AprError: One is not. The message says what it may mean, or why it cannot be had.
@@ -99,7 +106,7 @@ def check_option_names(options: Iterable[Any], known: Collection[str]) -> None:
         refused = {**REFUSED_OPTIONS, **REQUEST_LEVEL_OPTIONS}
         if isinstance(name, str) and name in refused:
             raise AprError(f"no option {name!r}: {refused[name]}")
-        raise AprError(unknown_name(name, known, "option "))
+        raise AprError(unknown_name(name, [*known, *known_elsewhere], "option "))
 
 
 def check_options(options: Mapping[str, Any], vocab_size: int | None = None) -> dict[str, Any]:

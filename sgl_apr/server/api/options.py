@@ -124,7 +124,7 @@ class OptionsParser:
         """
         prompt = self.prompt_ids(request.prompt)
         options = drop_nulls(request.options)
-        check_option_names(options, OPTION_NAMES)
+        check_option_names(options, OPTION_NAMES, known_elsewhere=("tools",))
         dialect_ = self._dialect(options.pop("dialect", None))
         budget = self._check_budget(options.pop("budget", {}), request.max_tokens)
         checked = check_options({**options, **request.request_options}, self.vocab_size)

@@ -292,6 +292,7 @@ WRONG = [
     (CHAT, {"apr": {"join": "message"}}, "apr_error", "joins by"),
     (CHAT, {"apr": {"join": "kv", "dialect": "spawn"}}, "kv_join_unavailable", "spawn joins by"),
     (CHAT, {"apr": {"widht": 2}}, "apr_error", "no option 'widht'"),
+    (CHAT, {"apr": {"tool": ["f"]}}, "apr_error", "no option 'tool', did you mean 'tools'"),
     (CHAT, {"apr": {"branch_prompt_template": "str"}}, "apr_error", "no option 'branch_prompt_template'"),
     (CHAT, {"apr": "yes"}, "apr_error", "expected an object"),
     (CHAT, {"apr": {"stream": "branches"}}, "apr_error", "all"),

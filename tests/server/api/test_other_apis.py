@@ -154,6 +154,10 @@ def test_what_other_apis_do_not_have_is_refused():
             asyncio.run(parse(None, None, None, body, {}, ApiConfig()))
 
     refused(parse_messages_request, {"n": 2}, "'n' is no field")
+    for field in ({"tools": [{"name": "f"}]}, {"tool_choice": {"type": "any"}}):
+        refused(parse_messages_request, field, "this route runs tools of the server only")
+    for field in ({"tools": [{"name": "f"}]}, {"tool_choice": "required"}):
+        refused(parse_responses_request, field, "this route runs tools of the server only")
     refused(parse_messages_request, {"container": "c"}, "container cannot be combined with apr")
     refused(parse_responses_request, {"previous_response_id": "r"}, "previous_response_id cannot be combined")
     refused(

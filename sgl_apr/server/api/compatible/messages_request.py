@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.runtime.option_checks import GRAMMAR
 from sgl_apr.runtime.value_checks import drop_nulls
 from sgl_apr.server.api.config import ApiConfig, merge_options
-from sgl_apr.server.api.openai.fields import ROUTING
+from sgl_apr.server.api.openai.fields import CLIENT_TOOLS, ROUTING
 from sgl_apr.server.api.openai.request import OpenAIRequest, parse_openai_request
 from sgl_apr.server.api.openai.request_fields import FieldTable
 
@@ -23,9 +22,9 @@ MESSAGES_FIELDS = FieldTable(
         "speed": (("standard",), "the server has one speed"),
     },
     refused={
-        "tools": GRAMMAR, "tool_choice": "there are no tools", "container": "the server has no containers", "diagnostics": "the server has none",
+        "tools": CLIENT_TOOLS, "tool_choice": CLIENT_TOOLS, "container": "the server has no containers", "diagnostics": "the server has none",
         "inference_geo": "the server is where it is",
-        "context_management": "the server edits no contexts", "mcp_servers": "there are no tools",
+        "context_management": "the server edits no contexts", "mcp_servers": "the operator connects MCP servers, with --apr-tools FILE.json",
         "bootstrap_host": ROUTING, "bootstrap_port": ROUTING, "bootstrap_room": ROUTING, "routed_dp_rank": ROUTING,
         "disagg_prefill_dp_rank": ROUTING,
     },

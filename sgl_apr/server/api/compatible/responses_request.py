@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgl_apr.errors import AprError
-from sgl_apr.runtime.option_checks import GRAMMAR
 from sgl_apr.runtime.value_checks import shorten
 from sgl_apr.server.api.config import ApiConfig
-from sgl_apr.server.api.openai.fields import IDENTIFIERS, ROUTING, SESSION
+from sgl_apr.server.api.openai.fields import CLIENT_TOOLS, IDENTIFIERS, ROUTING, SESSION
 from sgl_apr.server.api.openai.request import OpenAIRequest, parse_openai_request
 from sgl_apr.server.api.openai.request_fields import FieldTable
 from sgl_apr.server.hooks import require_sglang
@@ -31,12 +30,12 @@ RESPONSES_FIELDS = FieldTable(
         "background": ((False,), NOT_STORED),
         "service_tier": (("auto", "default"), "the server has one tier; `priority` orders requests"),
         "truncation": (("disabled",), "a prompt that does not fit is refused"),
-        "tool_choice": (("auto", "none"), "there are no tools"),
-        "parallel_tool_calls": ((True, False), "there are no tools"),
+        "tool_choice": (("auto", "none"), CLIENT_TOOLS),
+        "parallel_tool_calls": ((True, False), CLIENT_TOOLS),
         "prompt_cache_retention": (("in_memory",), "the cache of the server is in its memory"),
     },
     refused={
-        "tools": GRAMMAR, "max_tool_calls": "there are no tools", "previous_response_id": NOT_STORED,
+        "tools": CLIENT_TOOLS, "max_tool_calls": '"apr": {"budget": {"tool_calls": N}} limits calls', "previous_response_id": NOT_STORED,
         "conversation": NOT_STORED, "prompt": "the server has no stored prompts", "session_id": SESSION,
         "request_id": "a response has an id of its own",
         "bootstrap_host": ROUTING, "bootstrap_port": ROUTING, "bootstrap_room": ROUTING, "routed_dp_rank": ROUTING,

@@ -9,6 +9,8 @@ from sgl_apr.runtime.option_checks import GRAMMAR, NOT_AVAILABLE, ONE_REPLY, STO
 from sgl_apr.server.api.openai.request_fields import FieldTable
 
 MEDIA = "a trajectory is made of text alone"
+# Of /v1/responses and /v1/messages.
+CLIENT_TOOLS = 'this route runs tools of the server only, "apr": {"tools": [...]}; send tools of the client to /v1/chat/completions'
 ROUTING = "the requests of a trajectory are routed together, by its id"
 SESSION = "a trajectory caches by its token ids, without sessions"
 IDENTIFIERS = (
