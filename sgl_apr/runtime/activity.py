@@ -35,23 +35,24 @@ class Activity:
             yield
         finally:
             self.busy -= 1
-            self._start_timer()
+            self.start_timer()
 
     @contextmanager
     def waiting_for_client(self) -> Iterator[None]:
         """Count a call that waits for the client for as long as the block runs."""
         self.waiting += 1
-        self._start_timer()
+        self.start_timer()
         try:
             yield
         finally:
             self.waiting -= 1
             if self.waiting:
-                self._start_timer()  # what continues may end without a request
+                self.start_timer()  # what continues may end without a request
             else:
                 self._cancel_timer()
 
-    def _start_timer(self) -> None:
+    def start_timer(self) -> None:
+        """Let the 10 ms begin again, if calls wait and nothing is busy: what `on_idle` reports may have changed."""
         if self.waiting and not self.busy:
             self._cancel_timer()
             self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._fire)

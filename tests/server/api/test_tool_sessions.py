@@ -167,6 +167,25 @@ def test_a_call_that_begins_to_wait_after_the_response_comes_with_the_next_one()
     asyncio.run(main())
 
 
+def test_a_call_that_is_known_only_after_the_trajectory_was_idle_is_reported():
+    """As in a busy event loop whose timers come before its tasks."""
+
+    async def main() -> None:
+        server = Server()
+
+        async def script(run: Run) -> None:
+            with run.calls.activity.waiting_for_client():
+                await asyncio.sleep(0.03)
+                await run.calls.run_tool(ToolRequest("1", (), "search", "{}"))
+
+        async with asyncio.timeout(5):
+            waiting = await last(server.begin(script))
+            assert await last(server.resume(answered([USER], waiting, ["a"]))) is FINISHED
+        server.check_nothing_left()
+
+    asyncio.run(main())
+
+
 def test_a_result_for_a_branch_that_was_cut_is_taken_and_lost():
     async def main() -> None:
         server = Server()

@@ -64,6 +64,8 @@ class ClientCalls:
         call = ClientCall(f"call_{self.id}_{self._count}", request)
         self._count += 1
         self._pending[call.id] = call
+        # Where timers come before tasks, as with uvloop, a busy loop may have found it idle before this call was known.
+        self.activity.start_timer()
         try:
             return await call.result
         finally:
