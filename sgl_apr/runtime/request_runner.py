@@ -111,7 +111,7 @@ class RequestRunner:
             self.options.dialect, phase, numbering, context, ids, cut, tokenizer,
             completes_fork=limits.fork != "forbidden" or sequence.pending_count > 0,
             max_filler_tokens=sequence.max_filler_tokens,
-            tool_syntax=calls.syntax if calls else None, resumed=bool(calls and calls.resumed),
+            tool_syntax=calls.parsed_syntax if calls else None, resumed=bool(calls and calls.resumed),
         )  # fmt: skip
         if cut == "length" and output.finish != "stop":  # a phase that ends where it was cut lacks nothing
             limit = extend.limiting_field if extend else limits.limiting_field

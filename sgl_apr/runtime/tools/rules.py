@@ -28,12 +28,19 @@ class CallLimits:
         max_calls: How many calls, 0 for none.
         choice: Whether the phase may call a tool, or has to.
         resumed: The phase continues after the results of calls.
+        is_parsed: What the phase writes in the form of a call is one. Otherwise it is text.
     """
 
     syntax: ToolSyntax
     max_calls: int = 0
     choice: Literal["auto", "required"] = "auto"
     resumed: bool = False
+    is_parsed: bool = True
+
+    @property
+    def parsed_syntax(self) -> ToolSyntax | None:
+        """The form of the calls in what the phase writes, None if there are none."""
+        return self.syntax if self.is_parsed else None
 
 
 def make_syntax(options: ReasonOptions, engine: Engine) -> ToolSyntax | None:
@@ -63,6 +70,11 @@ async def load_syntax(options: ReasonOptions, engine: Engine) -> None:
     await asyncio.to_thread(make_syntax, options, engine)
 
 
+def max_phase_calls(options: ReasonOptions, syntax: ToolSyntax) -> int:
+    """Return how many calls one phase may end with."""
+    return MAX_CALLS if options.parallel_tool_calls and syntax.allows_parallel else 1
+
+
 class CallRules:
     """Applies the options and the budget of one trajectory to its calls of tools.
 
@@ -74,8 +86,7 @@ class CallRules:
 
     def __init__(self, options: ReasonOptions, syntax: ToolSyntax, request_log: RequestLog) -> None:
         self.options, self.syntax, self.request_log = options, syntax, request_log
-        parallel = options.parallel_tool_calls and syntax.allows_parallel
-        self._max_calls = MAX_CALLS if parallel else 1
+        self._max_calls = max_phase_calls(options, syntax)
         forced = options.tool_choice not in ("auto", "none")
         self._forced: ToolSyntax | None = None
         if forced and options.tool_choice != "required":
@@ -101,7 +112,7 @@ class CallRules:
         forced = self._forced and not sequence.path and not sequence.tool_calls and limits.fork != "required"
         if max_calls and forced and self._forced:
             return CallLimits(self._forced, max_calls, "required", resumed)
-        return CallLimits(self.syntax, max_calls, "auto", resumed)
+        return CallLimits(self.syntax, max_calls, "auto", resumed, self.options.tool_choice != "none")
 
     def _affordable_calls(self, sequence: SequenceState, limits: PhaseLimits) -> int:
         """How many calls the budget leaves a phase. The limit that rules out all of them is recorded."""

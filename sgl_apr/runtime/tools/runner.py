@@ -26,6 +26,7 @@ from sgl_apr.runtime.tools.observations import (
 )
 from sgl_apr.runtime.tools.request import ToolRequest
 from sgl_apr.runtime.tools.results import EncodedResult, ToolResult, encode_result, error_result
+from sgl_apr.runtime.tools.rules import max_phase_calls
 from sgl_apr.runtime.tools.tool import Tool
 from sgl_apr.trajectory.tool_calls import ToolCall, ToolOutcome
 
@@ -62,6 +63,7 @@ class ToolRunner:
         self.options, self.budget, self.syntax = options, options.budget, syntax
         self.events, self.request_log = recorder.events, recorder.request_log
         self._tools = {tool.name: tool for tool in options.tools}
+        self._max_calls = max_phase_calls(options, syntax)
         self._activity = activity
         self._form: ObservationForm | None = None
 
@@ -109,7 +111,7 @@ class ToolRunner:
             self.request_log.record_limit(limit, sequence.path)
             self._drop(sequence, pending)
             return 0
-        refusals = [self._refusal(sequence, call) for call in calls]
+        refusals = [self._refusal(sequence, call, index) for index, call in enumerate(calls)]
 
         async def run_one(one: _PendingCall, refusal: str | None) -> None:
             one.started = self.request_log.seconds
@@ -151,8 +153,13 @@ class ToolRunner:
                 return PLAIN_FORM
         return self._form
 
-    def _refusal(self, sequence: SequenceState, call: DecodedCall) -> str | None:
-        """Why a call is not run; None if it is. A call that is known takes one of those that are left."""
+    def _refusal(self, sequence: SequenceState, call: DecodedCall, index: int) -> str | None:
+        """Why a call is not run; None if it is. A call that is known takes one of those that are left.
+
+        `index` counts the calls that were made together. Without a mask, a model can make more than the options allow.
+        """
+        if index >= self._max_calls:
+            return f"too many calls at once, expected at most {self._max_calls}"
         if call.name not in self._tools:
             return f"there is no tool {call.name[:80]!r}, expected one of {', '.join(self._tools)}"
         if sequence.allowance.tool_calls < 1:

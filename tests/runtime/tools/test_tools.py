@@ -14,6 +14,7 @@ import sgl_apr as apr
 from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.tools.rules import MAX_CALLS
 from tests.runtime.tools.scripted_tools import (
     AFTER,
     BEFORE,
@@ -639,3 +640,29 @@ def test_a_request_that_is_repeated_is_not_idle():
     assert state["failures"] == 0
     assert idle == [2]
     assert set(outcomes(t).values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("options", "queries"),
+    [
+        ({"tool_choice": "none"}, []),
+        ({"parallel_tool_calls": False}, ["0"]),
+        ({}, [str(k) for k in range(MAX_CALLS)]),
+    ],
+)
+def test_without_a_mask_the_options_hold_for_what_a_model_writes(options, queries):
+    ran = []
+
+    def search(query: str) -> str:
+        "Search."
+        ran.append(query)
+        return "found"
+
+    calls = "\n".join(call("search", query=str(k)) for k in range(MAX_CALLS + 4))
+    scripted = engine(lambda request, prompt: calls if prompt.endswith("Q: ") else "Done.")
+    t = reason(scripted, tools=[search], constrain=False, min_blocks=0, **options)
+    assert sorted(ran) == sorted(queries)
+    refused = [c for c in t.tool_calls if c.outcome == "refused"]
+    assert len(refused) == (0 if not queries else MAX_CALLS + 4 - len(queries))
+    assert all("too many calls at once" in c.result for c in refused)
+    assert t.answer == ("Done." if queries else calls)
