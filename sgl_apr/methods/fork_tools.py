@@ -133,7 +133,10 @@ class WorkerTools:
         limits = PhaseLimits(0, "forbidden", max_new_tokens, "tokens")
         calls = self._rules.phase_calls(branch, limits, resumed=False, may_call=may_call)
         choice = self.options.tool_choice
-        if choice in NO_DECISION or branch.tool_calls or not calls.max_calls:
+        has_called = any(
+            span.role == "call" for span in branch.spans
+        )  # since it was started, or started again
+        if choice in NO_DECISION or has_called or not calls.max_calls:
             return calls
         definition = self.syntax.definition(choice)
         syntax = ToolSyntax(self.syntax.parser, (definition,)) if definition else self.syntax

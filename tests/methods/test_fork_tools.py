@@ -169,6 +169,23 @@ def test_a_choice_forces_the_first_call():
         run_fork(lambda r, p: "", DOCUMENT, [apr.ForkTask("a", tool_choice="look")])
 
 
+def test_a_branch_that_starts_again_has_to_call_its_tool_again():
+    failures = ["gone"]
+
+    def script(request: apr.Request, prompt: str) -> str:
+        if "found" in prompt and failures:
+            raise apr.EngineError(failures.pop())
+        return "Read." if "found" in prompt else call("search", query="x")
+
+    engine = apr.ScriptedEngine(script)
+    tasks = [apr.ForkTask("one", tool_choice="required"), apr.ForkTask("two", tools=[])]
+    options = {"on_branch_failure": "retry", "retry": {"attempts": 1}, "tool_call_parser": PARSER, "seed": 0}
+    result = asyncio.run(apr.fork(engine, DOCUMENT, tasks, tools=[search], **options))
+    assert result["1"].text == "Read."
+    first, again = (r.grammar for r in engine.requests if r.input_ids[-3:] == tuple(b"one"))
+    assert first == again  # it demands the call
+
+
 def test_what_is_wrong_with_tools_is_said():
     def other(query: int) -> str:
         "Another tool."
