@@ -80,6 +80,7 @@ def test_tasks_and_merges_are_text_messages_or_objects():
         ({"prompt": "p", "tasks": ["a"], "budget": {"tokens": 0}}, "budget tokens=0, expected at least 1"),
         ({"prompt": "p", "tasks": ["a"], "budget": {"depht": 1}}, "did you mean 'depth'"),
         ({"prompt": "p", "tasks": ["a"], "retry": {"attempts": 11}}, "retry attempts=11, expected at most 10"),
+        ({"prompt": "p", "tasks": ["a"], "merges": "b"}, "no option 'merges', did you mean 'merge'"),
         ({"prompt": "p", "tasks": ["a"], "width": 3}, "no option 'width'"),
         ({"prompt": "p", "tasks": ["a"], "temperature": -1}, "temperature=-1, expected"),
     ],

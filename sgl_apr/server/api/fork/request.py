@@ -118,7 +118,7 @@ class ForkRequest:
                 f"{len(self.tasks)} tasks are more than this server allows: --apr-max-width {limits.width}"
             )
         options = drop_nulls(options)
-        check_option_names(options, FORK_REQUEST_OPTIONS)
+        check_option_names(options, FORK_REQUEST_OPTIONS, known_elsewhere=BODY_FIELDS)
         fields = check_types(
             check_type("budget", options.pop("budget", {}), dict), number_types(Budget), "budget "
         )
