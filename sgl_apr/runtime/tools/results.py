@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from sgl_apr.trajectory.tool_calls import ToolOutcome
 
 CHARS_PER_TOKEN = 8  # the first guess of how much of a long text is needed to fill its limit
 MAX_ERROR_CHARS = 1000
+HALF_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\(?:u[0-9a-f]{0,3})?$")  # the beginning of an escape of JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +73,19 @@ def result_text(value: Any) -> str:
         return str(value)
 
 
-def encode_result(tokenizer: Tokenizer, text: str, max_tokens: int) -> EncodedResult:
+def encode_result(
+    tokenizer: Tokenizer, text: str, max_tokens: int, escape: Callable[[str], str] = str
+) -> EncodedResult:
     """Encode a result as plain text: tags and the syntax of calls in it are no special tokens.
 
     Args:
         tokenizer: Of the model.
         text: The result.
         max_tokens: Tokens that it may have. A longer one ends with a note that it was cut.
+        escape: Writes text as the form around the result holds it.
     """
     text = text.encode(errors="replace").decode()  # half a surrogate pair has no tokens
+    size, text = len(text), escape(text)
     max_chars = max_tokens * CHARS_PER_TOKEN
     while True:
         head = text[:max_chars]
@@ -88,13 +95,16 @@ def encode_result(tokenizer: Tokenizer, text: str, max_tokens: int) -> EncodedRe
         max_chars *= 4
     if len(ids) <= max_tokens:
         return EncodedResult(text, tuple(ids))
-    note = f"\n[cut: the result has {len(text)} characters]"
+    note = escape(f"\n[cut: the result has {size} characters]")
     note_ids = plain_ids(tokenizer, note)
     if len(note_ids) >= max_tokens:
         note, note_ids = "", []
     kept = ids[: max_tokens - len(note_ids)]
     shown = tokenizer.decode(kept)
-    while kept and shown.endswith("\ufffd"):  # half a character
+    is_escaped = escape("\n") != "\n"
+    while kept and (
+        shown.endswith("\ufffd") or (is_escaped and HALF_ESCAPE.search(shown))
+    ):  # half a character
         kept = kept[:-1]
         shown = tokenizer.decode(kept)
     return EncodedResult(shown + note, (*kept, *note_ids), truncated=True)

@@ -248,7 +248,7 @@ class ToolRunner:
         limit: str,
     ) -> None:
         """Record a call that has ended, and the limits that acted on it. `limit` is that of the sequence."""
-        encoded = encode_result(sequence.graph.tokenizer, form.escaped(result.text), max_tokens)
+        encoded = encode_result(sequence.graph.tokenizer, result.text, max_tokens, form.escaped)
         if result.limit:
             self.request_log.record_limit(result.limit, sequence.path)
         if encoded.truncated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from typing import Any
@@ -14,6 +15,8 @@ import sgl_apr as apr
 from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import make_options
+from sgl_apr.runtime.tools.observations import ObservationForm
+from sgl_apr.runtime.tools.results import encode_result
 from sgl_apr.runtime.tools.rules import MAX_CALLS
 from tests.runtime.tools.scripted_tools import (
     AFTER,
@@ -666,3 +669,15 @@ def test_without_a_mask_the_options_hold_for_what_a_model_writes(options, querie
     assert len(refused) == (0 if not queries else MAX_CALLS + 4 - len(queries))
     assert all("too many calls at once" in c.result for c in refused)
     assert t.answer == ("Done." if queries else calls)
+
+
+@pytest.mark.parametrize("text", ["\n" * 60, '\\"' * 40, "a\x01" * 40, "plain " * 20])
+def test_a_result_within_quotes_is_cut_between_its_escapes(text):
+    form = ObservationForm('"', '"', '"', quoted=True)
+    for limit in range(1, 200):
+        encoded = encode_result(apr.ByteTokenizer(), text, limit, form.escaped)
+        assert len(encoded.token_ids) <= limit
+        shown = json.loads(f'"{encoded.text}"')
+        head, _, note = shown.partition("\n[cut: ")
+        assert text.startswith(head)
+        assert not note or note == f"the result has {len(text)} characters]"
