@@ -122,6 +122,7 @@ async def prepare_fork(
     """
     tools = tools or ForkToolOptions()
     renderer = PromptRenderer(engine, prompt, tools.shown_tools(tasks))
+    await tools.load_syntax(engine, tasks)
     return PreparedFork(engine, renderer, await renderer.render_tasks(tasks, merge), tasks, merge, tools)
 
 

@@ -15,10 +15,10 @@ from sgl_apr.methods.prompt import Prompt
 from sgl_apr.runtime.budget import Budget, lead_chars
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.option_checks import TOOL_OPTION_NAMES, check_options
-from sgl_apr.runtime.options import ReasonOptions
+from sgl_apr.runtime.options import DEFAULT_DIALECT, ReasonOptions, make_options
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.sequence import SequenceState
-from sgl_apr.runtime.tools.rules import CallLimits, CallRules, make_syntax
+from sgl_apr.runtime.tools.rules import CallLimits, CallRules, load_syntax, make_syntax
 from sgl_apr.runtime.tools.runner import ToolRunner
 from sgl_apr.runtime.tools.tool import Tool
 
@@ -89,6 +89,17 @@ class ForkToolOptions:
         if self.options.get("tool_choice") == "required" and not shown:
             raise AprError("tool_choice='required' needs tools")
         return [tool.to_openai() for tool in shown.values()] or None
+
+    async def load_syntax(self, engine: Engine, tasks: Sequence[ForkTask]) -> None:
+        """Import what calls of tools need, before the time of the fork begins. The first time takes seconds.
+
+        Raises:
+            UnsupportedEngine: It is not known how the model calls tools.
+            AprError: A tool cannot be constrained.
+        """
+        options = next((found for task in tasks if (found := self.for_task(task)).get("tools")), None)
+        if options is not None:
+            await load_syntax(make_options(DEFAULT_DIALECT, **options), engine)
 
 
 class WorkerTools:

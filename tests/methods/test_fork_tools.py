@@ -12,6 +12,7 @@ import pytest
 from pydantic import Field
 
 import sgl_apr as apr
+from sgl_apr.runtime.tools.rules import make_syntax
 from tests.methods.test_context_fork import CHAT, DOCUMENT, ChatTokenizer, check_sharing
 from tests.support.masked_sampler import SampledEngine, masked
 
@@ -250,3 +251,16 @@ def test_calls_parse_and_fit_their_schema_whatever_is_sampled(choice: str):
         assert all(c.outcome == "ok" and len(json.loads(c.arguments)["query"]) <= 12 for c in complete)
         made += len({c.path for c in complete})
     assert choice == "auto" or made == 12, "each has to call a tool, and has the tokens for it"
+
+
+def test_what_is_imported_for_the_first_call_takes_no_time_of_the_fork(monkeypatch: pytest.MonkeyPatch):
+    waits = [0.6]
+
+    def slow_at_first(*arguments: Any) -> Any:
+        time.sleep(waits.pop() if waits else 0)
+        return make_syntax(*arguments)
+
+    monkeypatch.setattr("sgl_apr.runtime.tools.rules.make_syntax", slow_at_first)
+    result, _ = run_fork(lambda r, p: "done", DOCUMENT, ["a"], tools=[search], budget={"seconds": 0.5})
+    assert not waits
+    assert (result.results[0].outcome, result.trajectory.wall_s < 0.5) == ("ok", True)
