@@ -116,7 +116,9 @@ class Fuzzer:
     def draw(self, data: Any, operations: list[Any]) -> tuple[str, dict[str, Any]]:
         """Return a name and the arguments of a request: valid, invalid, or with a nasty value in its body."""
         operation = data.draw(st.sampled_from(operations))
-        kind = data.draw(st.sampled_from(["valid", "valid", "invalid"]))  # most of the valid ones are refused, too
+        kind = data.draw(
+            st.sampled_from(["valid", "valid", "invalid"])
+        )  # most of the valid ones are refused, too
         # Schemathesis takes a minute to negate the schema of a chat completion, so bodies are changed here.
         negated = kind == "invalid" and not operation.body
         mode = GenerationMode.NEGATIVE if negated else GenerationMode.POSITIVE

@@ -27,11 +27,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from sgl_apr.cli import main as cli
 from sgl_apr.formats.grammar import Grammar
+from sgl_apr.server.api.apr_routes import APR_PATHS
 from sgl_apr.server.api.config import parse_api_arguments
 from sgl_apr.server.launch.secret_options import SECRET_OPTIONS
 from sgl_apr.training.models import locate_model
@@ -234,6 +236,12 @@ def checked(words: list[str], block: Block) -> str:
             unknown = {f for f in flags if f'"{f}"' not in text and f" {f}" not in text}
         case ["python3", "-m", "venv", ".venv", "&&", "source", ".venv/bin/activate"]:
             unknown = set()
+        case ["curl", url, *_]:
+            routes = (ROOT / "sgl_apr/server/api/install.py").read_text()
+            unknown = {
+                path for path in [urlsplit(url).path] if f'"{path}"' not in routes and path not in APR_PATHS
+            }
+            unknown |= flags
         case ["make", *targets]:
             known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             unknown = {t for t in targets if "=" not in t} - set(known)

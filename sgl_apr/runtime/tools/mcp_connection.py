@@ -188,6 +188,8 @@ def _describe(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, FileNotFoundError):
-        return f"No such file: {error.filename!r}, expected the path of a program, or its name if it is on PATH"
+        return (
+            f"No such file: {error.filename!r}, expected the path of a program, or its name if it is on PATH"
+        )
     text = " ".join(str(error).splitlines()[:3]) or type(error).__name__
     return text if isinstance(error, AprError) else f"{type(error).__name__}: {text}"[:500]

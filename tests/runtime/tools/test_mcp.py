@@ -138,7 +138,10 @@ def test_a_message_without_end_ends_the_connection(monkeypatch):
     ("command", "expected"),
     [
         (raw("deaf"), "did not start within 0.5 seconds"),
-        (["/no/such/program"], "No such file: '/no/such/program', expected the path of a program, or its name"),
+        (
+            ["/no/such/program"],
+            "No such file: '/no/such/program', expected the path of a program, or its name",
+        ),
         (
             [sys.executable, "-S", "-c", "import sys; sys.exit('no licence')"],
             "the server ended; it wrote: no licence",
