@@ -79,16 +79,20 @@ async def process_transport(
     import anyio
 
     inherited = {name: os.environ[name] for name in INHERITED_ENV if name in os.environ}
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=inherited | dict(env),
-        cwd=cwd,
-        start_new_session=True,
-        limit=MAX_MESSAGE_BYTES,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=inherited | dict(env),
+            cwd=cwd,
+            start_new_session=True,
+            limit=MAX_MESSAGE_BYTES,
+        )
+    except FileNotFoundError as error:  # that of uvloop names no file
+        error.filename = error.filename or (cwd if cwd and not os.path.isdir(cwd) else command[0])
+        raise
     to_session, read_stream = anyio.create_memory_object_stream[Any](0)
     write_stream, from_session = anyio.create_memory_object_stream[Any](0)
     tasks = [

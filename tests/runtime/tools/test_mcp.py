@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from sgl_apr.errors import AprError, McpError, MissingExtra
 from sgl_apr.runtime.tools import mcp_connection
@@ -162,6 +163,21 @@ def test_a_server_that_does_not_start_is_an_error(command, expected, monkeypatch
 
     with pytest.raises(McpError, match=expected):
         asyncio.run(main())
+
+
+@pytest.mark.parametrize(("program", "cwd"), [("/no/such/file", None), (sys.executable, "/no/such/file")])
+def test_what_is_missing_is_named_under_uvloop(program: str, cwd: str | None):
+    """Servers run under it, and its error does not say which file is missing."""
+
+    async def main():
+        async with mcp_tools(command=[program], cwd=cwd):
+            pytest.fail("it started")
+
+    with (
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        pytest.raises(McpError, match="No such file: '/no/such/file'"),
+    ):
+        runner.run(main())
 
 
 def test_no_process_of_a_server_survives(monkeypatch):
