@@ -6,12 +6,12 @@ import argparse
 import asyncio
 import json
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgl_apr.cli.arguments import add_api_key, parse_budget, parse_count
 from sgl_apr.cli.display import print_trajectory
+from sgl_apr.cli.live_server import live_server
 from sgl_apr.cli.tool_options import add_tool_arguments, connect_tools, load_tool_arguments
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.budget import Budget
@@ -98,11 +98,7 @@ def add_command(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.live import Live
-
     from sgl_apr.methods.fork_task import ForkTask, make_merge, make_tasks
-    from sgl_apr.views.live import LiveView
 
     prompt = read_context(options.context, raw=options.raw)
     tasks = make_tasks([ForkTask(text, max_tokens=options.max_tokens) for text in options.tasks])
@@ -112,22 +108,8 @@ def _run(options: argparse.Namespace) -> int:
     own_tools = load_tool_arguments(options)
     if options.tool_choice and not (own_tools or options.mcp_servers):
         raise AprError("--tool-choice is for tools, expected --tool or --mcp")
-    view = LiveView(options.context)
-    with ExitStack() as stack:
-        if options.model:
-            from sgl_apr.server.launch.launcher import Server
-            from sgl_apr.training.models import locate_model
-
-            server = Server(locate_model(options.model), api_key=options.api_key)
-            options.url = stack.enter_context(server).url
-        if options.live:  # on stderr, so that the result on stdout can be piped
-            console = Console(stderr=True)
-            stack.enter_context(
-                Live(view, console=console, refresh_per_second=8, transient=console.is_terminal)
-            )
-        result = asyncio.run(
-            _connect_and_fork(options, prompt, tasks, merge, own_tools, view if options.live else None)
-        )
+    with live_server(options, options.context) as view:
+        result = asyncio.run(_connect_and_fork(options, prompt, tasks, merge, own_tools, view))
     if options.json:
         print(printable_json(json.dumps(result.to_dict(), ensure_ascii=False)))
         return 0

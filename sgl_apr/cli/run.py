@@ -6,11 +6,11 @@ import argparse
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, load_dialect, parse_budget
 from sgl_apr.cli.display import print_trajectory
+from sgl_apr.cli.live_server import live_server
 from sgl_apr.cli.tool_options import add_tool_arguments, connect_tools, load_tool_arguments
 from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.methods.registry import METHOD_MODULES
@@ -112,27 +112,12 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.live import Live
-
-    from sgl_apr.views.live import LiveView
 
     if not options.question.strip():
         raise AprError("the question is empty, expected text")
     answer = _method_call(options) if options.method else _reason_call(options)
-    view = LiveView(options.question)
-    with ExitStack() as stack:
-        if options.model:
-            from sgl_apr.server.launch.launcher import Server
-            from sgl_apr.training.models import locate_model
-
-            server = Server(locate_model(options.model), api_key=options.api_key)
-            options.url = stack.enter_context(server).url
-        if options.live:  # on stderr, so that the result on stdout can be piped
-            console = Console(stderr=True)
-            stack.enter_context(
-                Live(view, console=console, refresh_per_second=8, transient=console.is_terminal)
-            )
-        result = asyncio.run(_connect_and_answer(options, answer, view if options.live else None))
+    with live_server(options, options.question) as view:
+        result = asyncio.run(_connect_and_answer(options, answer, view))
     trajectory = result if isinstance(result, Trajectory) else result.trajectory
     if options.json:
         print(printable_json(result.to_json() if isinstance(result, Trajectory) else _result_json(result)))
