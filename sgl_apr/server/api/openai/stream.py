@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from sgl_apr.server.api.options import CheckedRequest
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
-class ChoiceStream:
+class ChoiceStream(ABC):
     """The chunks of one choice."""
 
     def __init__(self, response: ResponseObjects, index: int, request: CheckedRequest) -> None:
@@ -40,12 +41,13 @@ class ChoiceStream:
             yield self.response.chunk(self.index, {"role": "assistant", "content": ""}, self._path(()))
         self._is_first = False
 
+    @abstractmethod
     def finish(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
         """Yield the last chunks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        raise NotImplementedError
+        """Yield the chunks of an event after the first chunk."""
 
     def _path(self, path: tuple[int, ...]) -> dict[str, Any] | None:
         return None
