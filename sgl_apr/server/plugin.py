@@ -149,7 +149,7 @@ def _make_cache(context: Any) -> Any:
 
 
 def _shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
-    from sgl_apr.server.kv_join.radix_cache import shift_positions
+    from sgl_apr.server.kv_join.positions import shift_positions
 
     shift_positions(batch, *arguments, **options)
 
