@@ -37,6 +37,7 @@ from sgl_apr.server.hooks import (
 from sgl_apr.server.kv_join.cache_secret import cache_secret
 from sgl_apr.server.launch import server_folder
 from sgl_apr.server.security import abort, auth, grammar_cost, logprob_texts, redaction
+from sgl_apr.server.shared_cache import registration as shared_cache
 
 STOCK_CACHE_BACKEND = "stock"  # SGLang's own radix cache
 
@@ -114,7 +115,7 @@ def _register_cache() -> None:
     hook_after(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
         _TOKENIZED,
-        _validate_layout,
+        _validate_request,
     )
     register = require_sglang(
         "sglang.srt.mem_cache.registry:register_radix_cache_backend", ["name", "factory"]
@@ -127,6 +128,12 @@ def _register_cache() -> None:
     register(RADIX_CACHE_BACKEND, _make_cache)
     hook_after(
         "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift_positions
+    )
+    shared_cache.register_hooks()
+    hook_around(
+        "sglang.srt.model_executor.model_runner:ModelRunner.sample",
+        ["logits_output", "forward_batch"],
+        _sample_by_length,
     )
 
 
@@ -154,17 +161,28 @@ def _shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
     shift_positions(batch, *arguments, **options)
 
 
-def _validate_layout(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
-    """Validate a layout in the HTTP process, where SGLang turns a ValueError into a response of status 400."""
+def _sample_by_length(sample: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+    from sgl_apr.server.kv_join.positions import sample_by_length
+
+    return sample_by_length(sample, runner, logits_output, forward_batch)
+
+
+def _validate_request(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:
+    """Validate a layout or a worker of a group in the HTTP process, where SGLang turns a ValueError into a response of status 400."""
     from sglang.srt.runtime_context import get_memory
 
     from sgl_apr.server.kv_join.validation import validate_request
+    from sgl_apr.server.shared_cache.parameters import GroupError
+    from sgl_apr.server.shared_cache.validation import validate_worker
     from sgl_apr.trajectory.join_layout import LayoutError
 
     try:
         validate_request(obj, request, joins=get_memory().radix_cache_backend == RADIX_CACHE_BACKEND)
+        validate_worker(request, manager)
     except LayoutError as error:
         raise ValueError(f"KV join: {error}") from None
+    except GroupError as error:
+        raise ValueError(f"worker group: {error}") from None
 
 
 def _register_attention() -> None:

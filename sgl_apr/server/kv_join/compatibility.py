@@ -70,7 +70,7 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "--kv-canary, which expects positions to equal places", args.kv_canary != "none"
     yield "SGLANG_RADIX_FORCE_MISS", _cache_hits_disabled()
     yield f"{KV_JOIN_ENV}=0", not is_enabled(KV_JOIN_ENV)
-    for backend in _attention_backends(args):
+    for backend in attention_backends(args):
         yield f"--attention-backend {backend}", backend not in SUPPORTED_ATTENTION_BACKENDS
 
 
@@ -80,7 +80,8 @@ def _has_recurrent_state(model: Any) -> bool:
     return bool(uses_ssm_state(model))
 
 
-def _attention_backends(args: Any) -> tuple[str, str]:
+def attention_backends(args: Any) -> tuple[str, str]:
+    """Return the attention backends of (prefill, decode)."""
     from sglang.srt.arg_groups.overrides import attention_backends_of
 
     prefill, decode = attention_backends_of(args)

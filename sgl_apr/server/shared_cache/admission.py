@@ -1,0 +1,140 @@
+"""Starts the workers of a group together: they are prefilled in one batch, so that they decode in step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from sgl_apr.server.shared_cache import lifecycle
+from sgl_apr.server.shared_cache.group import WorkerGroup
+
+# Seconds until a group whose workers have not all arrived ends. They are sent one right after the other.
+ARRIVAL_TIMEOUT_S = 10.0
+
+
+def get_prefill_batch(
+    original: Callable[..., Any], scheduler: Any, delayer: Any, running_batch: Any, **options: Any
+) -> Any:
+    """Choose the next batch to prefill: the workers of one group that is complete and fits, or ordinary requests."""
+    waiting = lifecycle.waiting_groups()
+    if not waiting:
+        return original(scheduler, delayer, running_batch, **options)
+    grammars = scheduler.grammar_manager
+    if grammars.has_waiting_grammars():  # as in the original, which would add them to the workers of a group
+        for req in grammars.get_ready_grammar_requests():
+            scheduler._add_request_to_queue(req)
+    _expire(waiting)
+    group = next((g for g in waiting if g.is_complete and _fits(g, scheduler, running_batch)), None)
+    queue: Sequence[Any] = scheduler.waiting_queue
+    if group is None:
+        return _with_queue(
+            [req for req in queue if not _is_waiting_worker(req)],
+            original,
+            scheduler,
+            delayer,
+            running_batch,
+            **options,
+        )
+    members = {id(worker.req) for worker in group.live_workers}
+    result = _with_queue(
+        [req for req in queue if id(req) in members], original, scheduler, delayer, running_batch, **options
+    )
+    _check_started(group, result[0], running_batch)
+    return result
+
+
+def _with_queue(
+    visible: list[Any], original: Callable[..., Any], scheduler: Any, *arguments: Any, **options: Any
+) -> Any:
+    """Call the original with some of the waiting requests. The others stay in the queue, in order."""
+    shown = set(map(id, visible))
+    order = {id(req): place for place, req in enumerate(scheduler.waiting_queue)}
+    hidden = [req for req in scheduler.waiting_queue if id(req) not in shown]
+    scheduler.waiting_queue = visible
+    try:
+        return original(scheduler, *arguments, **options)
+    finally:
+        left = scheduler.waiting_queue + hidden
+        scheduler.waiting_queue = sorted(left, key=lambda req: order.get(id(req), len(order)))
+
+
+def _is_waiting_worker(req: Any) -> bool:
+    worker = lifecycle.worker_of(req)
+    return worker is not None and not worker.group.started
+
+
+def _expire(waiting: Sequence[WorkerGroup]) -> None:
+    """End groups whose workers do not all arrive. Ranks that schedule together have no common clock, so none does it."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().tp_size > 1:
+        return
+    now = time.monotonic()
+    for group in waiting:
+        if not group.is_complete and now - group.created_at > ARRIVAL_TIMEOUT_S:
+            count = len(group.workers)
+            lifecycle.fail(
+                group, f"{count} of {group.params.workers} workers arrived within {ARRIVAL_TIMEOUT_S:g} s"
+            )
+
+
+def _fits(group: WorkerGroup, scheduler: Any, running_batch: Any) -> bool:
+    """Return whether a group can start now: there are rows and slots for all of its workers, and no chunk is pending.
+
+    The estimate of slots is that of SGLang's `PrefillAdder`. With nothing else running, the group is tried.
+    """
+    from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+    if scheduler.chunked_req is not None:
+        return False
+    workers = group.live_workers
+    if not workers:
+        return True
+    is_idle = running_batch.is_empty()
+    if not is_idle and (
+        running_batch.batch_is_full and not _has_room(scheduler, running_batch, len(workers))
+    ):
+        return False
+    if not _has_room(scheduler, running_batch, len(workers)):
+        if is_idle and scheduler.last_batch is None:
+            lifecycle.fail(
+                group, f"{len(workers)} workers need {len(workers) + 1} rows, more than the server has"
+            )
+        return False
+
+    def reserve(req: Any) -> int:
+        return int(min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
+
+    header_tokens = sum(len(w.req.origin_input_ids) - group.params.prompt_tokens for w in workers)
+    needed = group.params.prompt_tokens + header_tokens + sum(reserve(w.req) + 1 for w in workers)
+    ratio = scheduler.new_token_ratio_tracker.current
+    running = sum(reserve(req) * ratio for req in running_batch.reqs)
+    free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
+    return is_idle or bool(free - running >= needed)
+
+
+def _has_room(scheduler: Any, running_batch: Any, workers: int) -> bool:
+    """Return whether there is a row for each worker, and one for the view of the group."""
+    allocatable = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
+    return bool(allocatable >= workers and scheduler.req_to_token_pool.available_size() > workers)
+
+
+def _check_started(group: WorkerGroup, batch: Any, running_batch: Any) -> None:
+    """Note that a group has started, or fail it if only some of its workers have."""
+    workers = group.live_workers
+    started = set() if batch is None else set(map(id, batch.reqs))
+    count = sum(id(worker.req) in started for worker in workers)
+    if count == len(workers):
+        lifecycle.start(group)
+        if any(
+            worker.req is not None and worker.req.extend_end < len(worker.req.origin_input_ids)
+            for worker in workers
+        ):
+            lifecycle.fail(group, "the prompt and the headers do not fit into one chunk of the prefill")
+    elif count:
+        lifecycle.start(group)
+        lifecycle.fail(group, f"only {count} of {len(workers)} workers fit into one batch")
+    elif running_batch.is_empty() and batch is None:
+        lifecycle.fail(group, "the workers do not fit into the cache", HTTPStatus.SERVICE_UNAVAILABLE)
