@@ -8,7 +8,8 @@ encoder attention, and a cache with another type than the queries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ from sgl_apr.server.cpu.attention_plan import (
 )
 from sgl_apr.server.cpu.decode_schedule import DecodeSchedule, plan_pieces
 from sgl_apr.server.cpu.kernel import decode_kernel
+from sgl_apr.server.cpu.view_attention import TurnedQueries, attend_views
 from sgl_apr.server.hooks import is_enabled
+from sgl_apr.server.shared_cache.rotary import Rotation
+from sgl_apr.server.shared_cache.view_plan import ViewPlan, plan_views
+from sgl_apr.server.shared_cache.views import WorkerView
 
 
 class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang has no types
@@ -36,14 +41,23 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         model_runner: SGLang's model runner.
         share: Whether slots that several decoding requests begin with, as the branches of a fork do, are read once for
             all of them. None reads the environment variable `SHARED_PREFIX_ENV`.
+
+    Attributes:
+        worker_views: What the workers of groups attend to in the next forward pass, if it decodes. Set before
+            `init_forward_metadata`.
     """
+
+    worker_views: Sequence[WorkerView] = ()
 
     def __init__(self, model_runner: Any, *, share: bool | None = None) -> None:
         super().__init__(model_runner)
+        self._runner = model_runner
         self._share = is_enabled(SHARED_PREFIX_ENV) if share is None else share
         # Valid for the current forward pass only: in the next one a slot may belong to another request.
         self._schedule: DecodeSchedule | None = None
         self._plans: dict[int, AttentionPlan] = {}  # by number of key heads
+        self._views: ViewPlan | None = None
+        self._turned: TurnedQueries | None = None  # with `_views`
         self._scratch = GatherBuffer()
         decode_kernel()  # compile it now rather than at the first token
 
@@ -51,6 +65,15 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         super().init_forward_metadata(forward_batch)
         self._schedule = None
         self._plans.clear()
+        self._views = self._turned = None
+        if self.worker_views:
+            self._views = plan_views(self.worker_views)
+            self._turned = TurnedQueries.from_plan(self._views, forward_batch.batch_size, self.rotation)
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """The rotary embedding of the model, which only workers of groups need."""
+        return Rotation.from_model(self._runner.model)
 
     def _run_sdpa_forward_decode(
         self,
@@ -64,25 +87,39 @@ class AprCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang h
         encoder_lens: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        if encoder_lens is not None or _is_unsupported(query, k_cache, v_cache, options):
-            batch = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
-            return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *batch, **options)
-        kernel = decode_kernel()
-        if kernel is not None and kernel.supports(query, output, k_cache, v_cache, slots=req_to_token):
-            scaling = options.get("scaling")
+        queries = query if self._turned is None else self._turned.expand(query, self.rotation)
+        scaling = options.get("scaling")
+        unsupported = encoder_lens is not None or _is_unsupported(query, k_cache, v_cache, options)
+        kernel = None if unsupported else decode_kernel()
+        if kernel is not None and kernel.supports(queries, output, k_cache, v_cache, slots=req_to_token):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             if self._schedule is None:
                 self._schedule = plan_pieces(
-                    req_to_token, req_pool_indices, seq_lens.tolist(), share=self._share
-                )
-            return kernel(query, output, k_cache, v_cache, req_to_token, self._schedule, scale)
-        plan = self._plan(
-            k_cache,
-            lambda heads: plan_decode(
-                req_to_token, req_pool_indices, seq_lens.tolist(), heads, share=self._share
-            ),
-        )
-        return attend(plan, query, output, k_cache, v_cache, options.get("scaling"), self._scratch)
+                    req_to_token, req_pool_indices, seq_lens.tolist(), share=self._share, views=self._views,
+                    turned_rows={} if self._turned is None else self._turned.rows,
+                )  # fmt: skip
+            return kernel(queries, output, k_cache, v_cache, req_to_token, self._schedule, scale)
+        if unsupported:
+            batch = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
+            super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *batch, **options)
+        else:
+            workers = () if self._views is None else self._views.batch_rows
+            plan = self._plan(
+                k_cache,
+                lambda heads: plan_decode(
+                    req_to_token,
+                    req_pool_indices,
+                    seq_lens.tolist(),
+                    heads,
+                    share=self._share,
+                    workers=workers,
+                ),
+            )
+            attend(plan, query, output, k_cache, v_cache, scaling, self._scratch)
+        if self._views is not None and self._turned is not None:
+            caches = (k_cache, v_cache, req_to_token)
+            attend_views(self._views, self._turned.rows, queries, output, *caches, scaling)
+        return output
 
     def _run_sdpa_forward_extend(
         self,

@@ -7,7 +7,7 @@ of each row is padded only to rows of similar length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
@@ -49,7 +49,7 @@ class QuerySpan:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """The plan for a batch: every query token is in exactly one group or span, and the groups take `rows` in turn."""
+    """The plan for a batch: every query token is in at most one group or span, and the groups take `rows` in turn."""
 
     rows: torch.Tensor | None  # places in the query tensor; None if that is every token in order
     groups: tuple[RowGroup, ...]
@@ -57,7 +57,13 @@ class AttentionPlan:
 
 
 def plan_decode(
-    slots: torch.Tensor, requests: torch.Tensor, lengths: Sequence[int], heads: int, *, share: bool = True
+    slots: torch.Tensor,
+    requests: torch.Tensor,
+    lengths: Sequence[int],
+    heads: int,
+    *,
+    share: bool = True,
+    workers: Collection[int] = (),
 ) -> AttentionPlan:
     """Plan a batch that decodes.
 
@@ -67,11 +73,17 @@ def plan_decode(
         lengths: Tokens of each request.
         heads: Key heads.
         share: Whether to share common prefixes.
+        workers: Rows to leave out.
     """
-    trees = build_prefix_trees(slots, requests, lengths) if share else unshared_rows(lengths)
-    order, groups = _groups(slots, requests, lengths, heads, trees)
+    rows = [row for row in range(len(lengths)) if row not in workers]
+    if len(rows) < len(lengths):
+        requests = requests[rows]
+    own_lengths = [lengths[row] for row in rows]
+    trees = build_prefix_trees(slots, requests, own_lengths) if share else unshared_rows(own_lengths)
+    order, groups = _groups(slots, requests, own_lengths, heads, trees)
+    order = [rows[i] for i in order]
     in_order = order == list(range(len(lengths)))
-    return AttentionPlan(None if in_order else torch.tensor(order), groups)
+    return AttentionPlan(None if in_order else torch.tensor(order, dtype=torch.long), groups)
 
 
 def plan_extend(

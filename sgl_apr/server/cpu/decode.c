@@ -21,7 +21,7 @@ typedef float lanes __attribute__((vector_size(4 * LANES))); // one number for e
 
 typedef struct {
   int64_t request, first, last; // slots `first` to `last` of a request, which all these rows share
-  int64_t member, rows, part;   // members[member], ... are the rows; their parts are `part`, `part + 1`, ...
+  int64_t member, rows, part;   // members[member], ... are the rows of queries; their parts are `part`, `part + 1`, ...
 } Piece;
 
 typedef struct {
@@ -149,7 +149,8 @@ static void merge(const float *parts, int64_t size, const int64_t *indices, int6
   for (int64_t v = 0; v < vdim; v++) out[v] /= sum;
 }
 
-// query, out: [rows, heads, group, dim | vdim]; keys, values: [slots, heads, dim | vdim]; slots: [requests, stride].
+// query: [queries, heads, group, dim]; out: [rows, heads, group, vdim]; keys, values: [slots, heads, dim | vdim];
+// slots: [requests, stride]. The query of a row is in the same place, and queries after them are for pieces alone.
 // parts: [begin[rows], heads, group, vdim + 2]; those of row r are indices[begin[r]], ..., indices[begin[r + 1] - 1].
 void apr_decode(const float *query, float *out, const float *keys, const float *values, const int32_t *slots,
                 float *parts, const Piece *pieces, const int64_t *members, const int64_t *indices, const int64_t *begin,

@@ -40,7 +40,7 @@ class DecodeKernel:
         """Compute attention.
 
         Args:
-            query: [rows, heads, dim].
+            query: [queries, heads, dim]. Those of the rows, in general; turned ones of workers come after them.
             output: [rows, heads, v_dim], where the result is written.
             k_cache: [slots, kv_heads, dim].
             v_cache: [slots, kv_heads, v_dim].
@@ -51,7 +51,7 @@ class DecodeKernel:
         Returns:
             `output`.
         """
-        rows, heads, dim = query.shape
+        heads, dim = query.shape[1:]
         kv_heads, v_dim = v_cache.shape[1:]
         size = work.part_indices.numel() * heads * (v_dim + 2)
         if self._parts.numel() < size:
@@ -59,7 +59,7 @@ class DecodeKernel:
         tensors = (
             query, output, k_cache, v_cache, slots, self._parts, work.pieces, work.members, work.part_indices, work.begin
         )  # fmt: skip
-        sizes = (slots.stride(0), len(work.pieces), rows, kv_heads, heads // kv_heads, dim, v_dim)
+        sizes = (slots.stride(0), len(work.pieces), len(output), kv_heads, heads // kv_heads, dim, v_dim)
         self._decode(*(tensor.data_ptr() for tensor in tensors), *sizes, scale)
         return output
 

@@ -57,26 +57,26 @@ class Rotation:
         """Find the rotary embedding of a model of SGLang.
 
         Raises:
-            ValueError: Queries of this model cannot be turned. The text says why and begins with "the model".
+            ValueError: Queries of this model cannot be turned. The text says why: it completes "does not work with".
         """
         layers = list(_attention_layers(model))
         if not any(getattr(module, "rotary_emb", None) is not None for _, module, _ in layers):
-            raise ValueError("the model has no rotary embedding")
+            raise ValueError("a model without a rotary embedding")
         rotations: list[Rotation] = []
         for name, module, attention in layers:
             kind = type(module).__module__.rpartition(".")[2]
             if kind in _OTHER_ATTENTION:
-                raise ValueError(f"the model {_OTHER_ATTENTION[kind]} ({name})")
+                raise ValueError(f"a model that {_OTHER_ATTENTION[kind]} ({name})")
             if attention.sliding_window_size > -1 or attention.is_cross_attention:
-                raise ValueError(f"the model has a sliding window or cross attention ({name})")
+                raise ValueError(f"a model with a sliding window or cross attention ({name})")
             rotary = getattr(module, "rotary_emb", None)
             if rotary is None:
-                raise ValueError(f"the model has layers without a rotary embedding ({name})")
+                raise ValueError(f"a model with layers without a rotary embedding ({name})")
             rotations.append(cls.from_rotary_embedding(rotary))
             if rotations[-1].head_dim != attention.head_dim:
-                raise ValueError(f"the model's rotary embedding is not for all of a head ({name})")
+                raise ValueError(f"a rotary embedding that is not for a complete head ({name})")
             if not rotations[-1].equals(rotations[0]):
-                raise ValueError(f"the model has layers with different rotary embeddings ({name})")
+                raise ValueError(f"a model with different rotary embeddings ({name})")
         return rotations[0]
 
     @classmethod
@@ -84,7 +84,7 @@ class Rotation:
         """Read SGLang's rotary embedding.
 
         Raises:
-            ValueError: It is not a rotation by a number of positions. The text begins with "the model".
+            ValueError: It is not a rotation by a number of positions. The text completes "does not work with".
         """
         frequencies = _frequencies(rotary)
         # A table may have a scale too (YaRN's mscale). It is a factor of keys and queries and not part of a turn.
@@ -92,9 +92,7 @@ class Rotation:
         row = row / row.square().sum(0).sqrt()
         expected = torch.stack([frequencies.cos(), frequencies.sin()])
         if row.shape != expected.shape or float((row - expected).abs().max()) > _TABLE_TOLERANCE:
-            raise ValueError(
-                f"the model's rotary embedding ({type(rotary).__name__}) has another table of angles"
-            )
+            raise ValueError(f"a {type(rotary).__name__} with another table of angles")
         return cls(frequencies, rotary.head_size, rotary.is_neox_style)
 
     def equals(self, other: Rotation) -> bool:
@@ -150,12 +148,12 @@ class Rotation:
 
 
 def pool_obstacle(kv_pool: Any) -> str | None:
-    """Return why the keys of a pool cannot be turned, or None if they can."""
+    """Return what keeps the keys of a pool from being turned, or None. The text completes "does not work with"."""
     stock = require_sglang("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool")
     if type(kv_pool) is not stock or kv_pool.kv_cache_layout != "nhd" or kv_pool.is_quantized_kv_cache:
-        return f"keys are not stored as heads of one slot for each token ({type(kv_pool).__name__})"
+        return f"a {type(kv_pool).__name__} or its layout of keys"
     if kv_pool.store_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"keys are stored as {kv_pool.store_dtype}"
+        return f"keys that are stored as {kv_pool.store_dtype}"
     return None
 
 
@@ -185,9 +183,9 @@ def _frequencies(rotary: Any) -> torch.Tensor:
     elif kind is yarn.YaRNScalingRotaryEmbedding:
         frequencies = rotary._compute_inv_freq(rotary.scaling_factor)
     elif isinstance(rotary, sglang_rotary.MRotaryEmbedding) or "MRotary" in kind.__name__:
-        raise ValueError("the model has M-RoPE positions")
+        raise ValueError("M-RoPE positions")
     elif "Dynamic" in kind.__name__ or "LongRoPE" in kind.__name__:
-        raise ValueError(f"the model's rotary embedding has dynamic scaling ({kind.__name__})")
+        raise ValueError(f"a rotary embedding with dynamic scaling ({kind.__name__})")
     else:
-        raise ValueError(f"the model's rotary embedding is not supported ({kind.__name__})")
+        raise ValueError(f"this rotary embedding: {kind.__name__}")
     return frequencies.to("cpu", torch.float64)
