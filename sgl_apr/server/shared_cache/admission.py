@@ -15,12 +15,12 @@ ARRIVAL_TIMEOUT_S = 10.0
 
 
 def get_prefill_batch(
-    original: Callable[..., Any], scheduler: Any, delayer: Any, running_batch: Any, **options: Any
+    original: Callable[..., Any], scheduler: Any, prefill_delayer_single_pass: Any, running_batch: Any
 ) -> Any:
     """Choose the next batch to prefill: the workers of one group that is complete and fits, or ordinary requests."""
     waiting = lifecycle.waiting_groups()
     if not waiting:
-        return original(scheduler, delayer, running_batch, **options)
+        return original(scheduler, prefill_delayer_single_pass, running_batch)
     grammars = scheduler.grammar_manager
     if grammars.has_waiting_grammars():  # as in the original, which would add them to the workers of a group
         for req in grammars.get_ready_grammar_requests():
@@ -33,28 +33,29 @@ def get_prefill_batch(
             [req for req in queue if not _is_waiting_worker(req)],
             original,
             scheduler,
-            delayer,
+            prefill_delayer_single_pass,
             running_batch,
-            **options,
         )
     members = {id(worker.req) for worker in group.live_workers}
     result = _with_queue(
-        [req for req in queue if id(req) in members], original, scheduler, delayer, running_batch, **options
+        [req for req in queue if id(req) in members],
+        original,
+        scheduler,
+        prefill_delayer_single_pass,
+        running_batch,
     )
     _check_started(group, result[0], running_batch)
     return result
 
 
-def _with_queue(
-    visible: list[Any], original: Callable[..., Any], scheduler: Any, *arguments: Any, **options: Any
-) -> Any:
+def _with_queue(visible: list[Any], original: Callable[..., Any], scheduler: Any, *arguments: Any) -> Any:
     """Call the original with some of the waiting requests. The others stay in the queue, in order."""
     shown = set(map(id, visible))
     order = {id(req): place for place, req in enumerate(scheduler.waiting_queue)}
     hidden = [req for req in scheduler.waiting_queue if id(req) not in shown]
     scheduler.waiting_queue = visible
     try:
-        return original(scheduler, *arguments, **options)
+        return original(scheduler, *arguments)
     finally:
         left = scheduler.waiting_queue + hidden
         scheduler.waiting_queue = sorted(left, key=lambda req: order.get(id(req), len(order)))

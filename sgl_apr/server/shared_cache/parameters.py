@@ -78,7 +78,7 @@ def parse_group(params: Mapping[str, Any]) -> GroupParams:
     value = params[GROUP_PARAM]
     if not isinstance(value, dict):
         raise GroupError(f"{GROUP_PARAM} is {type(value).__name__}, expected an object")
-    kind = value.get("kind")
+    kind: Any = value.get("kind")
     if kind not in get_args(GroupKind):
         raise GroupError(f"kind is {str(kind)[:40]!r}, expected one of {', '.join(get_args(GroupKind))}")
     if unknown := set(value) - _FIELDS - _KIND_FIELDS[kind] - {"name"}:
