@@ -129,6 +129,11 @@ def _register_cache() -> None:
     hook_after(
         "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new", ["batch"], _shift_positions
     )
+    hook_after(
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        ["batch", "model_runner"],
+        _copy_pending,
+    )
     shared_cache.register_hooks()
     hook_around(
         "sglang.srt.model_executor.model_runner:ModelRunner.sample",
@@ -148,6 +153,10 @@ def _make_cache(context: Any) -> Any:
         "lock": ["node_id", "skip_lock_components"],
         "unlock": ["lock"],
         "checkpoint": ["req", "up_to"],
+        "init_load_back": ["params"],
+        "load_back_is_cache_owned": [],
+        "inc_host_lock_ref": ["node_id"],
+        "dec_host_lock_ref": ["node_id", "params"],
     }.items():
         require_sglang(f"{cache}.{method}", parameters)
     from sgl_apr.server.kv_join import radix_cache
@@ -155,10 +164,16 @@ def _make_cache(context: Any) -> Any:
     return radix_cache.make_cache(context)
 
 
-def _shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
+def _shift_positions(forward_batch: Any, /, *arguments: Any, **options: Any) -> None:
     from sgl_apr.server.kv_join.positions import shift_positions
 
-    shift_positions(batch, *arguments, **options)
+    shift_positions(forward_batch, *arguments, **options)
+
+
+def _copy_pending(batch: Any, *arguments: Any, **options: Any) -> None:
+    from sgl_apr.server.kv_join.slot_copy import copy_pending
+
+    copy_pending(batch, *arguments, **options)
 
 
 def _sample_by_length(sample: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:

@@ -62,7 +62,7 @@ def hooked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (PADDED_MATMUL_ENV, {"UnquantizedLinearMethod.apply", "LogitsProcessor._compute_lm_head"}),
         (MASK_KERNEL_ENV, {"GuidanceGrammar.apply_vocab_mask"}),
         (MASK_SLICES_ENV, {"_create_llguidance_tokenizer"}),
-        (KV_JOIN_ENV, {"ForwardBatch.init_new"}),
+        (KV_JOIN_ENV, {"ForwardBatch.init_new", "ModelRunner.sample"}),
     ],
 )
 def test_a_hook_can_be_switched_off(

@@ -1,29 +1,83 @@
-"""Sets the positions of the tokens of joined requests in a forward pass."""
+"""Sets the positions of joined requests in a forward pass, and those that choose the noise of a seeded sample.
+
+SGLang derives both from the length of a request. A joined request continues after its longest branch, so the positions
+of its tokens are lower than their places in the flat prompt.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
+from sglang.srt.utils.common import async_h2d
 
 from sgl_apr.server.kv_join.radix_cache import JoinedPrefix
 
+_LAST_NODE = attrgetter("last_node")  # this loop runs for every request in every step
 
-def shift_positions(batch: Any, *arguments: Any, **options: Any) -> None:
+
+def shift_positions(forward_batch: Any, /, *arguments: Any, **options: Any) -> None:
     """Shift the positions of a new `ForwardBatch`, so that a joined request continues after its longest branch.
 
+    The host never waits for the device here. A batch without joined requests is left as it is.
+
     Args:
-        batch: The new batch.
+        forward_batch: The new batch.
         *arguments: The positional arguments of `ForwardBatch.init_new`.
         **options: Its keyword arguments.
     """
     reqs = (arguments[1] if len(arguments) > 1 else options["batch"]).reqs
-    offsets = [req.last_node.offset if isinstance(req.last_node, JoinedPrefix) else 0 for req in reqs]
-    if not any(offsets):
+    if JoinedPrefix not in set(map(type, map(_LAST_NODE, reqs))):
         return
-    positions = batch.positions
-    shift = torch.tensor(offsets, dtype=positions.dtype, device=positions.device)
-    if not batch.forward_mode.is_decode():
-        shift = torch.repeat_interleave(shift, torch.tensor(batch.extend_seq_lens_cpu, device=shift.device))
-    # Rows after those of the requests belong to beams, which no joined request has.
-    batch.positions = positions + torch.nn.functional.pad(shift, (0, len(positions) - len(shift)))
+    offsets = tuple(req.last_node.offset if isinstance(req.last_node, JoinedPrefix) else 0 for req in reqs)
+    positions, mrope = forward_batch.positions, forward_batch.mrope_positions
+    shift = _offsets_on_device(offsets, positions.dtype, positions.device)
+    if not forward_batch.forward_mode.is_decode():
+        tokens = sum(forward_batch.extend_seq_lens_cpu[: len(offsets)])
+        shift = shift.repeat_interleave(forward_batch.extend_seq_lens[: len(offsets)], output_size=tokens)
+    forward_batch.positions = _add_to_first(positions, shift)
+    if mrope is not None:  # rows for time, height and width, which are the same for text
+        forward_batch.mrope_positions = _add_to_first(mrope, shift.to(mrope.dtype))
+
+
+@lru_cache(maxsize=16)  # a batch that only decodes has the same offsets in every step
+def _offsets_on_device(offsets: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the offsets in a tensor on the device, which nobody changes.
+
+    `torch.tensor(..., device=...)` would copy from pageable memory: the host would wait for all that the device has to
+    do, and the overlap of the scheduler with the forward pass would be lost.
+    """
+    return async_h2d(list(offsets), dtype=dtype, device=device)
+
+
+def _add_to_first(positions: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Add a shift to the first columns. Those after them belong to beams and padding, which are not joined."""
+    rest = positions.shape[-1] - len(shift)
+    return positions + (torch.nn.functional.pad(shift, (0, rest)) if rest else shift)
+
+
+def sample_by_length(sample: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+    """Sample with a seed at a position that no other token of the request has, in place of `ModelRunner.sample`.
+
+    The seed and the position choose the noise. SGLang takes the length of the request less one for the first token
+    after a prefill, and `ForwardBatch.positions` for a decoded token. The two are the same for ordinary requests. For
+    a joined request they are not, and several tokens would get the same noise. Here it is always the length.
+
+    Args:
+        sample: SGLang's `ModelRunner.sample`.
+        runner: Its `self`.
+        logits_output: The logits.
+        forward_batch: The batch that they belong to.
+    """
+    seeded = forward_batch.sampling_info.sampling_seed is not None
+    if not (seeded and forward_batch.forward_mode.is_decode()):
+        return sample(runner, logits_output, forward_batch)
+    positions = forward_batch.positions
+    forward_batch.positions = (forward_batch.seq_lens - 1).clamp(min=0).to(positions.dtype)
+    try:
+        return sample(runner, logits_output, forward_batch)
+    finally:
+        forward_batch.positions = positions
