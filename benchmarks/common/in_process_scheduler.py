@@ -37,7 +37,7 @@ _COMMON: dict[str, Any] = {
     "radix_cache_backend": "apr", "schedule_policy": "lpm", "grammar_backend": "none", "max_running_requests": 32,
     "max_total_tokens": 16384, "random_seed": 0, "log_level": "error", "watchdog_timeout": 100000,
 }  # fmt: skip
-_current: Any = None
+_in_use: tuple[Any, contextlib.ExitStack] | None = None  # a scheduler, and what undoes its start
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,54 +85,58 @@ def make_scheduler(model: str | Path, *, overlap: bool = True, **flags: Any) -> 
     Raises:
         RuntimeError: Another scheduler is still in use, or the plugin was not loaded.
     """
-    global _current
-    if _current is not None:
+    global _in_use
+    if _in_use is not None:
         raise RuntimeError("a scheduler is in use in this process: close it first with close_scheduler")
-    with _quiet_stderr():
-        from sglang.srt.plugins import load_plugins
+    with contextlib.ExitStack() as cleanup, _quiet_stderr():
+        scheduler = _start(model, overlap, flags, cleanup)
+        _in_use = scheduler, cleanup.pop_all()
+    return scheduler
 
-        load_plugins()
-        from sglang.srt.managers.scheduler import Scheduler
-        from sglang.srt.runtime_context import SpawnRanks, publish
-        from sglang.srt.server_args import PortArgs, prepare_server_args
+
+def _start(model: str | Path, overlap: bool, flags: Mapping[str, Any], cleanup: contextlib.ExitStack) -> Any:
+    """Start a scheduler as SGLang's scheduler process does. What has to be undone is added to `cleanup`."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.runtime_context import SpawnRanks, publish, restore_context, snapshot_context
+    from sglang.srt.server_args import PortArgs, prepare_server_args
+
     from sgl_apr.server import plugin
 
     if not plugin.activated:
         raise RuntimeError(
             "SGLang did not load the plugin of sgl-apr: is it installed, and in SGLANG_PLUGINS?"
         )
-    logging.getLogger("sglang").setLevel(logging.ERROR)
-    hardware = (
+    logger = logging.getLogger("sglang")
+    cleanup.callback(logger.setLevel, logger.level)
+    logger.setLevel(logging.ERROR)
+    cpu = (
         {} if has_accelerator() else {name[2:].replace("-", "_"): value for name, value in CPU_FLAGS.items()}
     )
-    hardware.pop("sleep_on_idle", None)
-    options = {"model_path": model, **_COMMON, **hardware, "disable_overlap_schedule": not overlap, **flags}
-    folder = ServerFolder()  # of the sockets, which exist until `_disconnect` only
-    try:
-        with _quiet_stderr(), folder.used_by_this_process():
-            args = prepare_server_args(as_flags(options))
-            args.resolve_once()
-            ports = PortArgs.init_new(args)
-            publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
-            scheduler = Scheduler(args, ports)
+    cpu.pop("sleep_on_idle", None)
+    options = {"model_path": model, **_COMMON, **cpu, "disable_overlap_schedule": not overlap, **flags}
+    cleanup.callback(restore_context, snapshot_context())
+    cleanup.callback(_leave_process_groups)
+    with _server_folder():  # of the sockets, which exist until `_disconnect` only
+        args = prepare_server_args(as_flags(options))
+        args.resolve_once()
+        ports = PortArgs.init_new(args)
+        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+        scheduler = Scheduler(args, ports)
         _disconnect(scheduler)
-    except BaseException:
-        _leave_process_groups()
-        raise
-    finally:
-        folder.remove()
-    _current = scheduler
     return scheduler
 
 
 def close_scheduler(scheduler: Any) -> None:
     """Shut a scheduler down, so that another one can start in this process. Does nothing the second time."""
-    global _current
-    if _current is not scheduler:
+    global _in_use
+    if _in_use is None or _in_use[0] is not scheduler:
         return
+    cleanup, _in_use = _in_use[1], None
     scheduler.release_host_resources()
-    _leave_process_groups()
-    _current = None
+    cleanup.close()
     vars(scheduler).clear()  # SGLang's own references to it would keep the model and its cache in memory
     gc.collect()
 
@@ -303,6 +307,17 @@ def _quiet_stderr() -> Iterator[None]:
             if sys.__stderr__:
                 sys.__stderr__.write(output.getvalue())
             raise
+
+
+@contextlib.contextmanager
+def _server_folder() -> Iterator[None]:
+    """Let SGLang make the files of a server in a folder that is removed after the block."""
+    folder = ServerFolder()
+    try:
+        with folder.used_by_this_process():
+            yield
+    finally:
+        folder.remove()
 
 
 def _leave_process_groups() -> None:
