@@ -1,5 +1,6 @@
 from . import methods as methods
 from .engine.base import Engine as Engine
+from .engine.base import GroupRequest as GroupRequest
 from .engine.base import Load as Load
 from .engine.base import Request as Request
 from .engine.base import Result as Result
@@ -20,6 +21,7 @@ from .errors import LaunchError as LaunchError
 from .errors import McpError as McpError
 from .errors import MissingExtra as MissingExtra
 from .errors import SandboxUnavailable as SandboxUnavailable
+from .errors import SharedViewUnsupported as SharedViewUnsupported
 from .errors import TraceError as TraceError
 from .errors import UnsupportedEngine as UnsupportedEngine
 from .formats.conversion import convert as convert
@@ -88,6 +90,7 @@ from .trajectory.metrics import Metrics as Metrics
 from .trajectory.spans import Span as Span
 from .trajectory.tool_calls import ToolCall as ToolCall
 from .trajectory.trajectory import Trajectory as Trajectory
+from .trajectory.worker_groups import GroupRecord as GroupRecord
 
 __version__: str
 
@@ -118,6 +121,8 @@ __all__ = [
     "ForkTask",
     "Forked",
     "GrammarError",
+    "GroupRecord",
+    "GroupRequest",
     "HttpEngine",
     "JoinRecord",
     "Joined",
@@ -145,6 +150,7 @@ __all__ = [
     "SandboxUnavailable",
     "ScriptedEngine",
     "Server",
+    "SharedViewUnsupported",
     "Span",
     "SpanFinished",
     "TaskResult",

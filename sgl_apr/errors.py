@@ -8,6 +8,7 @@ AprError
 ├── LaunchError           a server could not be started
 ├── UnsupportedEngine     the engine or its model lacks a requested feature
 ├── KvJoinUnavailable     branches cannot be joined in the KV cache
+├── SharedViewUnsupported a structure cannot express what workers of a group saw of one another
 ├── CodeForbidden         a method runs model-written programs, and this was not allowed
 ├── SandboxUnavailable    this machine cannot isolate model-written programs
 ├── MissingExtra          an optional dependency is not installed
@@ -96,6 +97,10 @@ class UnsupportedEngine(AprError):
 
 class KvJoinUnavailable(AprError):
     """Branches cannot be joined in the KV cache here."""
+
+
+class SharedViewUnsupported(AprError):
+    """A structure cannot express that workers of a group saw one another's tokens as they were written."""
 
 
 class CodeForbidden(AprError):

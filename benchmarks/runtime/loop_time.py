@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sgl_apr as apr
-from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.base import GroupRequest, Load, Request, Result, TokenSink
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 DIALECT = apr.dialect("threadweaver")
 FORK: dict[str, Any] = {"mode": "parallel", "temperature": 1.0}
@@ -53,6 +54,7 @@ class ReplayEngine:
     grammar_backend: GrammarBackend = "llguidance"
     supports_seeds, context, joins_kv, chunk = False, None, False, CHUNK_COMPLETE
     resumes_grammar = caches_output = False
+    groups: tuple[GroupKind, ...] = ()
 
     def __init__(self, tokenizer: Tokenizer, answers: Iterator[tuple[int, ...]]) -> None:
         self.tokenizer, self._script, self.calls = tokenizer, answers, 0
@@ -75,6 +77,9 @@ class ReplayEngine:
             for k in range(0, len(ids), self.chunk):
                 on_tokens(ids[k : k + self.chunk])
         return result
+
+    async def group(self, group: GroupRequest, *sinks: object) -> list[Result | apr.EngineError]:
+        raise apr.UnsupportedEngine("a replay has no groups")
 
     async def commit(self, request: Request) -> Result:
         self.calls += 1

@@ -1,4 +1,5 @@
 from .base import Engine as Engine
+from .base import GroupRequest as GroupRequest
 from .base import Load as Load
 from .base import Request as Request
 from .base import Result as Result
@@ -12,6 +13,7 @@ from .sequential import SequentialEngine as SequentialEngine
 __all__ = [
     "ByteTokenizer",
     "Engine",
+    "GroupRequest",
     "HttpEngine",
     "InProcessEngine",
     "Load",

@@ -1,18 +1,23 @@
-"""The interface between the loop and an engine: decode, commit, fork, abort and load, in token ids."""
+"""The interface between the loop and an engine: decode, commit, fork, group, abort and load, in token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from sgl_apr.errors import AprError, EngineError
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.join_layout import Layout
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 TokenSink = Callable[[Sequence[int]], None]  # receives the ids of each chunk as it arrives
+WorkerSink = Callable[
+    [int, "Result | EngineError"], None
+]  # receives how a worker has ended, by its number from 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,69 @@ class Result:
             top_logprobs=top,
             weight_version=further.weight_version,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """Requests of workers that decode together: each token of a worker sees the tokens of all workers so far.
+
+    In decode step k every worker that has not ended reads its k-th token, and attends to the prompt, the headers, and
+    the first k tokens of all workers. The others also see the last token of a worker, whatever ended it.
+
+    Attributes:
+        kind: "group_think" or "hogwild" (`sgl_apr.trajectory.GroupRecord`).
+        requests: One for each worker. Their `input_ids` begin with the same prompt, and each has a header after it.
+        prompt_tokens: Tokens of the prompt that they have in common. Commit it before.
+        step_end: Text that ends a step of Hogwild!. The step then moves to the history that all workers share. None if
+            steps do not end.
+
+    Raises:
+        AprError: The requests do not fit together.
+    """
+
+    kind: GroupKind
+    requests: tuple[Request, ...]
+    prompt_tokens: int
+    step_end: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GroupKind):
+            raise AprError(
+                f"the group has the kind {self.kind!r}, expected {' or '.join(get_args(GroupKind))}"
+            )
+        if not self.requests or self.prompt_tokens < 1:
+            raise AprError("a group needs at least one worker, and a prompt of at least one token")
+        if self.step_end is not None and (self.kind != "hogwild" or not self.step_end):
+            raise AprError("step_end is for Hogwild!, expected None or a text that is not empty")
+        if len({request.rid for request in self.requests}) < len(self.requests):
+            raise AprError("two workers have the same request id")
+        first = self.requests[0]
+        for number, request in enumerate(self.requests):
+            if what := _unfit_for_group(request, first, self.prompt_tokens):
+                raise AprError(f"worker {number} {what}")
+
+    @property
+    def position_range(self) -> int:
+        """The positions that each worker of Group Think gets: enough for the longest header and output, and the token
+        that is sampled while the last one is read."""
+        return 1 + max(len(r.input_ids) - self.prompt_tokens + r.max_tokens for r in self.requests)
+
+
+def _unfit_for_group(request: Request, first: Request, prompt_tokens: int) -> str | None:
+    """Return why a request cannot be a worker beside the first one."""
+    if request.input_ids[:prompt_tokens] != first.input_ids[:prompt_tokens]:
+        return f"begins with another prompt than worker 0, expected the same {prompt_tokens} tokens"
+    if len(request.input_ids) <= prompt_tokens:
+        return (
+            f"has {len(request.input_ids)} tokens, expected a header after the {prompt_tokens} of the prompt"
+        )
+    if request.max_tokens < 1:
+        return f"may decode {request.max_tokens} tokens, expected at least 1"
+    if request.layout is not None or request.resumed_tokens:
+        return "has a layout or continues another request, which a worker cannot"
+    common = ("fields", "logprobs", "top_logprobs")
+    differing = [name for name in common if getattr(request, name) != getattr(first, name)]
+    return f"has other {differing[0]} than worker 0, expected the same" if differing else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +264,40 @@ class Engine(Protocol):
         """Whether a request may continue under its grammar where another was cut (`Request.resumed_tokens`)."""
         ...
 
+    @property
+    def groups(self) -> Collection[GroupKind]:
+        """The kinds of groups of workers that it decodes exactly (`group`). Empty if it decodes none."""
+        ...
+
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         """Decode one request and pass its ids to `on_tokens` as they arrive.
 
         Without `on_tokens` nobody needs an id before the end, so the engine may transfer them in few large pieces.
+        """
+        ...
+
+    async def group(
+        self,
+        group: GroupRequest,
+        on_tokens: Sequence[TokenSink | None] | None = None,
+        on_end: WorkerSink | None = None,
+    ) -> Sequence[Result | EngineError]:
+        """Decode the workers of a group together, until all have ended.
+
+        Aborting the id of one worker ends it, and the others continue. Cancelling the call aborts all of them.
+
+        Args:
+            group: The requests.
+            on_tokens: For each worker what receives its ids as they arrive.
+            on_end: Called as soon as a worker has ended, with its number and its result or error.
+
+        Returns:
+            For each worker its result, or the error that ended it. What an aborted worker has decoded is in the ids
+            that arrived.
+
+        Raises:
+            UnsupportedEngine: The engine does not decode groups of this kind.
+            EngineError: The group failed before any worker had ended.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, get_args
 
@@ -31,11 +31,10 @@ from sgl_apr.engine.routing import (
     dropped_by_router,
     routing_key,
 )
-from sgl_apr.engine.server_requests import ServerRequests, rank_count
+from sgl_apr.engine.server_requests import ServerRequests, rank_count, request_ids
 from sgl_apr.engine.server_url import normalize_url
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import (
-    SGLangEngine,
     check_chunk,
     check_finished,
     id_limit,
@@ -47,16 +46,16 @@ from sgl_apr.engine.sglang_request import (
 )
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.engine.unexpected_answer import unexpected
+from sgl_apr.engine.worker_group import WorkerGroupEngine, group_kinds
 from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_S = 20.0  # a healthy SGLang takes a second or more: it looks once a second whether it decoded anything
-ABORT_S = 5.0
 LOAD_TTL_S = 0.5  # how long a reported load is used
 
 
-class HttpEngine(ServerRequests, SGLangEngine):
+class HttpEngine(ServerRequests, WorkerGroupEngine):
     """A running SGLang server. It belongs to the event loop in which it was connected.
 
     Examples:
@@ -122,7 +121,7 @@ class HttpEngine(ServerRequests, SGLangEngine):
             engine.grammar_backend = backend  # type: ignore[assignment]  # just checked
             engine.supports_seeds = bool(server.get("enable_deterministic_inference"))
             engine.joins_kv = server.get("radix_cache_backend") == RADIX_CACHE_BACKEND
-            engine.resumes_grammar = engine.joins_kv
+            engine.resumes_grammar, engine.groups = engine.joins_kv, group_kinds(server)
             engine.default_interval = stream_interval(server.get("stream_interval"))
             engine.tool_call_parser = server.get("tool_call_parser") or None
             engine.context = await engine._context()
@@ -174,35 +173,6 @@ class HttpEngine(ServerRequests, SGLangEngine):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def abort(self, rid: str) -> None:
-        # The server takes complete ids only. It ignores those of requests that have ended.
-        known = [r for r in self._active_rids | self._aborts.keys() if r.startswith(rid)]
-        if known:
-            await asyncio.wait([self._abort_soon(r) for r in known])
-
-    def _abort_soon(self, rid: str) -> asyncio.Task[None]:
-        """Return the task that aborts one request. It is kept until it is done, so callers need not wait for it."""
-        task = self._aborts.get(rid)
-        # A task that is done but still listed was cancelled.
-        if task is None or task.done() or task.cancelling():
-            task = self._aborts[rid] = asyncio.create_task(self._abort(rid))
-        return task
-
-    async def _abort(self, rid: str) -> None:
-        # If no server listens, no request runs. A broken connection alone does not show that.
-        if not isinstance(self._circuit.error, aiohttp.ClientConnectorError):
-            # A router does not forward aborts, and a replica ignores unknown ids.
-            await asyncio.gather(*(self._abort_at(url, rid) for url in self._servers()))
-        del self._aborts[rid]
-
-    async def _abort_at(self, url: str, rid: str) -> None:
-        limit = aiohttp.ClientTimeout(total=ABORT_S)
-        post = self._session.post(f"{url}/abort_request", json={"rid": rid}, timeout=limit)
-        # RuntimeError: the session was closed.
-        with contextlib.suppress(EngineError, RuntimeError), self._errors(url):
-            async with post:
-                pass
 
     def _servers(self) -> list[str]:
         """Return the servers to send to what a router does not forward."""
@@ -290,12 +260,21 @@ class HttpEngine(ServerRequests, SGLangEngine):
                     on_tokens(new)
         return make_result(self.url, received, logprobs, meta, request)
 
+    async def _group_chunks(self, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        async with self._answer({**body, "stream": True}) as response:
+            async for line in data_lines(response, self._timeout):
+                yield decode_body(line)
+
+    def _response_limits(self) -> tuple[str, int]:
+        return self.url, id_limit(self._tokenizer)
+
     @contextlib.asynccontextmanager
     async def _answer(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a `/generate` request and yield its response, if its status is 200."""
         await self._circuit.wait_until_up()
         body, headers = self._with_routing(body)
-        with self._abort_on_error(body.get("rid")), self._step_timer.running():
+        rids = request_ids(body)
+        with self._abort_on_error(rids), self._step_timer.running(max(1, len(rids))):
             post = self._session.post(
                 f"{self.url}/generate",
                 data=encode_body(body),
@@ -319,7 +298,7 @@ class HttpEngine(ServerRequests, SGLangEngine):
     def _with_routing(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the body and headers that route a request to the replica and rank of its trajectory."""
         body, direct = dict(body), self._replicas is None
-        key = body.pop(ROUTING_KEY_FIELD, None) or routing_key(str(body.get("rid") or ""))
+        key = body.pop(ROUTING_KEY_FIELD, None) or routing_key(next(iter(request_ids(body)), ""))
         if not direct and (names := dropped_by_router(body)):
             raise UnsupportedEngine(f"{self.url} is a router, which does not forward {', '.join(names)}")
         if self._ranks > 1 and key:
@@ -328,19 +307,20 @@ class HttpEngine(ServerRequests, SGLangEngine):
         return body, {ROUTING_KEY_HEADER: key} if key else {}
 
     @contextlib.contextmanager
-    def _abort_on_error(self, rid: str | None) -> Iterator[None]:
-        """Start to abort the request on the server unless the block ends without an exception."""
-        if rid is None:  # the server names the requests of a batch; it notices that the client is gone
-            yield
-            return
-        self._active_rids.add(rid)
+    def _abort_on_error(self, rids: Sequence[str]) -> Iterator[None]:
+        """Start to abort requests on the server unless the block ends without an exception.
+
+        Where the server names the requests of a batch, there are none: it notices that the client is gone.
+        """
+        self._active_rids.update(rids)
         try:
             yield
         except BaseException:
-            self._abort_soon(rid)
+            for rid in rids:
+                self._abort_soon(rid)
             raise
         finally:
-            self._active_rids.discard(rid)
+            self._active_rids.difference_update(rids)
 
     def _errors(self, url: str = "") -> contextlib.AbstractContextManager[None]:
         """Translate exceptions of the HTTP library. Failed connections to a replica do not open the circuit."""

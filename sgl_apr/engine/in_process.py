@@ -16,10 +16,10 @@ from sgl_apr.engine.base import Load, Request, Result, TokenSink
 from sgl_apr.engine.chat_template import content_format, encode_by_template, normalized_messages
 from sgl_apr.engine.logprobs import CollectedLogprobs, logprob_fields
 from sgl_apr.engine.routing import dp_rank, routing_key
+from sgl_apr.engine.server_requests import request_ids
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.engine.sglang_request import (
     LOAD_FIELDS,
-    SGLangEngine,
     check_chunk,
     check_finished,
     make_result,
@@ -29,6 +29,7 @@ from sgl_apr.engine.sglang_request import (
     with_layout,
 )
 from sgl_apr.engine.step_timer import StepTimer
+from sgl_apr.engine.worker_group import GROUP_SETTINGS, WorkerGroupEngine, group_kinds
 from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 NAME = "the engine"  # in messages
 
 
-class InProcessEngine(SGLangEngine):
+class InProcessEngine(WorkerGroupEngine):
     """An engine on a TokenizerManager of SGLang. It belongs to the event loop that the manager runs in.
 
     Args:
@@ -63,6 +64,7 @@ class InProcessEngine(SGLangEngine):
         self._ranks = int(manager.config_value("dp_size")) * int(manager.config_value("attn_dp_size"))
         self.resumes_grammar = True
         self.joins_kv = manager.config_value("radix_cache_backend") == RADIX_CACHE_BACKEND
+        self.groups = group_kinds({name: manager.config_value(name) for name in GROUP_SETTINGS})
         self.default_interval = stream_interval(manager.config_value("stream_interval"))
         self.tool_call_parser = manager.config_value("tool_call_parser") or None
         self.context: int | None = int(manager.model_config.context_len)
@@ -121,7 +123,14 @@ class InProcessEngine(SGLangEngine):
         received, logprobs = list[int](), CollectedLogprobs(NAME)
         meta: dict[str, Any] = {}
         at = 0.0
-        async with contextlib.aclosing(self._chunks(request, sampling)) as chunks:
+        body = {
+            **request.fields,
+            "rid": request.rid,
+            "input_ids": list(request.input_ids),
+            "sampling_params": with_layout(sampling, request.layout),
+            **logprob_fields(request),
+        }
+        async with contextlib.aclosing(self._chunks(body)) as chunks:
             async for data in chunks:
                 meta = check_chunk(NAME, data)
                 new = new_token_ids(NAME, data, len(received), self.vocab_size)
@@ -137,27 +146,26 @@ class InProcessEngine(SGLangEngine):
         check_finished(NAME, meta)
         return make_result(NAME, received, logprobs, meta, request)
 
-    async def _chunks(
-        self, request: Request, sampling: Mapping[str, Any]
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield what the manager yields for one request. Closing the generator early aborts the request."""
-        self._active_rids.add(request.rid)
-        rank = dp_rank(routing_key(request.rid), self._ranks) if self._ranks > 1 else None
+    def _group_chunks(self, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        self._check_loop()
+        return self._chunks(body)
+
+    def _response_limits(self) -> tuple[str, int]:
+        return NAME, self.vocab_size
+
+    async def _chunks(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield what the manager yields for a request or a batch. Closing the generator early aborts it."""
+        rids = request_ids(body)
+        self._active_rids.update(rids)
+        rank = dp_rank(routing_key(rids[0]), self._ranks) if self._ranks > 1 else None
         try:
-            manager_request = GenerateReqInput(
-                **{"routed_dp_rank": rank, **request.fields},
-                rid=request.rid,
-                input_ids=list(request.input_ids),
-                sampling_params=with_layout(sampling, request.layout),
-                **logprob_fields(request),
-                stream=True,
-            )
+            manager_request = GenerateReqInput(**{"routed_dp_rank": rank, **body}, stream=True)
             now = asyncio.get_running_loop().time
             async with (
                 asyncio.timeout(self._timeout) as silence,
                 contextlib.aclosing(self.manager.generate_request(manager_request)) as chunks,
             ):
-                with self._step_timer.running():
+                with self._step_timer.running(len(rids)):
                     async for data in chunks:
                         silence.reschedule(now() + self._timeout)
                         yield data
@@ -172,7 +180,7 @@ class InProcessEngine(SGLangEngine):
         except Exception as error:
             raise EngineError(f"the engine failed: {error!r}", 500) from error
         finally:
-            self._active_rids.discard(request.rid)
+            self._active_rids.difference_update(rids)
 
     def _check_loop(self) -> None:
         """Check the event loop: SGLang's sockets belong to the first one, and calls in another one never return."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.base import GroupRequest, Load, Request, Result, TokenSink, WorkerSink
 from sgl_apr.engine.chat_template import encode_by_template
+from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, check_encodable
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 
 class ByteTokenizer:
@@ -92,9 +94,11 @@ class ScriptedEngine:
         script: Returns the reply to a request.
         tokenizer: The tokenizer. By default a `ByteTokenizer`.
         supports_seeds: What the engine reports about seeds.
+        groups: The kinds of groups that it decodes: the script answers each worker, and all write one token a step.
 
     Attributes:
-        requests: The requests to decode so far.
+        requests: The requests to decode so far, those of workers included.
+        group_requests: The groups so far.
         commits: The ids committed so far.
         aborted: The request ids, or prefixes of them, that were aborted.
         active: The ids of running requests. It is empty at the end if no request was left running.
@@ -104,9 +108,15 @@ class ScriptedEngine:
     """
 
     def __init__(
-        self, script: Script, tokenizer: Tokenizer | None = None, *, supports_seeds: bool = True
+        self,
+        script: Script,
+        tokenizer: Tokenizer | None = None,
+        *,
+        supports_seeds: bool = True,
+        groups: Collection[GroupKind] = (),
     ) -> None:
-        self.script, self.supports_seeds = script, supports_seeds
+        self.script, self.supports_seeds, self.groups = script, supports_seeds, groups
+        self.group_requests: list[GroupRequest] = []
         self._tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.joins_kv, self.resumes_grammar, self.caches_output = False, True, False
         self.context: int | None = None
@@ -129,13 +139,8 @@ class ScriptedEngine:
         return "llguidance"
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
-        self.requests.append(request)
         cached = self._cached(request.input_ids)
-        prompt = request.input_ids[: len(request.input_ids) - request.resumed_tokens]
-        reply = self.script(request, self._tokenizer.decode(prompt))
-        reply = Reply(reply) if isinstance(reply, str) else reply
-        ids, finish = self._limited(request, reply)
-        ids = ids[request.resumed_tokens :]
+        reply, ids, finish = self._reply(request)
         self.active.add(request.rid)
         try:
             for i in ids:
@@ -161,6 +166,60 @@ class ScriptedEngine:
         return await encode_by_template(
             self._tokenizer, template, messages, tools, engine_name=type(self).__name__
         )
+
+    async def group(
+        self,
+        group: GroupRequest,
+        on_tokens: Sequence[TokenSink | None] | None = None,
+        on_end: WorkerSink | None = None,
+    ) -> Sequence[Result | EngineError]:
+        """Answer each worker by the script. In each step every worker that has not ended gets one token."""
+        if group.kind not in self.groups:
+            raise UnsupportedEngine(f"this engine does not decode groups of kind {group.kind}")
+        self.group_requests.append(group)
+        requests, sinks = group.requests, on_tokens or [None] * len(group.requests)
+        cached = [self._cached(request.input_ids) for request in requests]
+        replies = [self._reply(request) for request in requests]
+        outcomes: dict[int, Result | EngineError] = {}
+        rids = {request.rid: number for number, request in enumerate(requests)}
+        self.active |= rids.keys()
+        try:
+            step = 0
+            while len(outcomes) < len(requests):
+                await asyncio.sleep(max(r.delay for k, (r, *_) in enumerate(replies) if k not in outcomes))
+                for number, request in enumerate(requests):
+                    if number in outcomes:
+                        continue
+                    reply, ids, finish = replies[number]
+                    is_aborted = any(request.rid.startswith(rid) for rid in self.aborted)
+                    if not is_aborted and step < len(ids):
+                        if sink := sinks[number]:
+                            sink([ids[step]])
+                        if step + 1 < len(ids) or reply.error:
+                            continue
+                    if is_aborted:
+                        outcomes[number] = EngineError("the request was aborted")
+                    elif reply.error is not None and not isinstance(reply.error, EngineError):
+                        raise reply.error
+                    else:
+                        length = len(request.input_ids)
+                        outcomes[number] = reply.error or Result(ids, finish, length, cached[number])
+                    self.active.discard(request.rid)
+                    if on_end:
+                        on_end(number, outcomes[number])
+                step += 1
+        finally:
+            self.active -= rids.keys()
+        return [outcomes[number] for number in range(len(requests))]
+
+    def _reply(self, request: Request) -> tuple[Reply, tuple[int, ...], Literal["stop", "length"]]:
+        """Return what the script answers, its ids without those that the request continues, and how it ends."""
+        self.requests.append(request)
+        prompt = request.input_ids[: len(request.input_ids) - request.resumed_tokens]
+        reply = self.script(request, self._tokenizer.decode(prompt))
+        reply = Reply(reply) if isinstance(reply, str) else reply
+        ids, finish = self._limited(request, reply)
+        return reply, ids[request.resumed_tokens :], finish
 
     def _limited(self, request: Request, reply: Reply) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
         ids: list[int] = []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sgl_apr.engine.base import Engine, Load, Request, Result, TokenSink
+from sgl_apr.engine.base import Engine, GroupRequest, Load, Request, Result, TokenSink, WorkerSink
 from sgl_apr.engine.chat_template import encode_messages
+from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 
 class SequentialEngine:
@@ -50,6 +52,21 @@ class SequentialEngine:
     @property
     def resumes_grammar(self) -> bool:
         return self._engine.resumes_grammar
+
+    @property
+    def groups(self) -> Collection[GroupKind]:
+        return ()  # workers of a group decode together
+
+    async def group(
+        self,
+        group: GroupRequest,
+        on_tokens: Sequence[TokenSink | None] | None = None,
+        on_end: WorkerSink | None = None,
+    ) -> Sequence[Result | EngineError]:
+        """Refuse: one request decodes at a time."""
+        raise UnsupportedEngine(
+            "this engine decodes one request at a time, and the workers of a group decode together"
+        )
 
     async def decode(self, request: Request, on_tokens: TokenSink | None = None) -> Result:
         """Decode once all earlier requests have ended."""

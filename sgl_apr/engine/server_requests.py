@@ -1,7 +1,8 @@
-"""Requests to an SGLang server other than those that decode: what it reports, and chat messages as token ids."""
+"""Requests to an SGLang server other than those that decode: what it reports, aborts, and chat messages as token ids."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import aiohttp
 
+from sgl_apr.engine.circuit_breaker import CircuitBreaker
 from sgl_apr.engine.http_errors import error_message
 from sgl_apr.engine.http_response import JSON_HEADERS, encode_body, read_error, read_object
 from sgl_apr.engine.routing import healthy_worker_urls
@@ -16,6 +18,8 @@ from sgl_apr.engine.unexpected_answer import unexpected
 from sgl_apr.engine.untrusted_text import encode_untrusted
 from sgl_apr.errors import AprError, EngineError, UnsupportedEngine
 from sgl_apr.tokenizer import Tokenizer
+
+ABORT_S = 5.0
 
 
 class ServerRequests(ABC):
@@ -25,6 +29,9 @@ class ServerRequests(ABC):
     _session: aiohttp.ClientSession
     _tokenizer: Tokenizer
     _replicas: list[str] | None
+    _circuit: CircuitBreaker
+    _active_rids: set[str]
+    _aborts: dict[str, asyncio.Task[None]]
 
     @abstractmethod
     def _servers(self) -> list[str]:
@@ -33,6 +40,36 @@ class ServerRequests(ABC):
     @abstractmethod
     def _errors(self, url: str = "") -> contextlib.AbstractContextManager[None]:
         """Translate exceptions of the HTTP library."""
+
+    async def abort(self, rid: str) -> None:
+        """Abort every request whose id begins with `rid`. Never raises."""
+        # The server takes complete ids only. It ignores those of requests that have ended.
+        known = [r for r in self._active_rids | self._aborts.keys() if r.startswith(rid)]
+        if known:
+            await asyncio.wait([self._abort_soon(r) for r in known])
+
+    def _abort_soon(self, rid: str) -> asyncio.Task[None]:
+        """Return the task that aborts one request. It is kept until it is done, so callers need not wait for it."""
+        task = self._aborts.get(rid)
+        # A task that is done but still listed was cancelled.
+        if task is None or task.done() or task.cancelling():
+            task = self._aborts[rid] = asyncio.create_task(self._abort(rid))
+        return task
+
+    async def _abort(self, rid: str) -> None:
+        # If no server listens, no request runs. A broken connection alone does not show that.
+        if not isinstance(self._circuit.error, aiohttp.ClientConnectorError):
+            # A router does not forward aborts, and a replica ignores unknown ids.
+            await asyncio.gather(*(self._abort_at(url, rid) for url in self._servers()))
+        del self._aborts[rid]
+
+    async def _abort_at(self, url: str, rid: str) -> None:
+        limit = aiohttp.ClientTimeout(total=ABORT_S)
+        post = self._session.post(f"{url}/abort_request", json={"rid": rid}, timeout=limit)
+        # RuntimeError: the session was closed.
+        with contextlib.suppress(EngineError, RuntimeError), self._errors(url):
+            async with post:
+                pass
 
     async def _get(self, path: str, url: str = "") -> dict[str, Any]:
         url = url or self.url
@@ -127,6 +164,12 @@ def _refusal(message: str, status: int) -> AprError:
     if status >= 500 or status in (401, 403, 404):
         return EngineError(message, status)
     return AprError(f"the chat messages cannot be rendered: {message}")
+
+
+def request_ids(body: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the requests in a body of `/generate`. Empty if the server names them."""
+    rid = body.get("rid")
+    return list(map(str, rid)) if isinstance(rid, list) else [str(rid)] if rid else []
 
 
 def rank_count(url: str, server: Mapping[str, Any], field: str) -> int:

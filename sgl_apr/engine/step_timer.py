@@ -35,13 +35,13 @@ class StepTimer:
         self._buckets = [Bucket() for _ in range(BUCKET_COUNT)]
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count one more running request inside the `with` block."""
-        self._running += 1
+    def running(self, requests: int = 1) -> Iterator[None]:
+        """Count one more running request, or several, inside the `with` block."""
+        self._running += requests
         try:
             yield
         finally:
-            self._running -= 1
+            self._running -= requests
 
     def record_step(self, tokens: int, seconds: float) -> None:
         """Record a chunk of a running request.

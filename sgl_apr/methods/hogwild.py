@@ -16,7 +16,7 @@ from sgl_apr.methods.voting import vote
 
 
 @dataclass
-class Worker(Agent):
+class StepAgent(Agent):
     """An agent whose text is its current step.
 
     Attributes:
@@ -74,10 +74,10 @@ async def hogwild(
     context, _ = shared.shared_context_prompt(problem, "", [""] * (workers - 1))
     async with method_session(engine, context, "hogwild", **options) as session:
         width = session.affordable_width(workers, chunk)
-        crew = [Worker(opening=shared.step_opening(number, 1)) for number in range(1, width + 1)]
+        crew = [StepAgent(opening=shared.step_opening(number, 1)) for number in range(1, width + 1)]
         history, last_check = "", 0
 
-        def context_of(worker: Worker) -> tuple[str, Prompt]:
+        def context_of(worker: StepAgent) -> tuple[str, Prompt]:
             others = [other.text for other in crew if other is not worker]
             text, prompt = shared.shared_context_prompt(problem, worker.text, others, history)
             opening, worker.opening = worker.opening, ""

@@ -25,6 +25,7 @@ from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.strict_json import WrongValue
 from sgl_apr.trajectory.tool_calls import ToolCall
 from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.trajectory.worker_groups import GroupRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ class Done:
     seeds_honoured: bool
     tokens_shared: bool = False
     prompt_layout: str = ""
+    groups: tuple[GroupRecord, ...] = ()
 
 
 Event = (
@@ -177,7 +179,13 @@ def rebuild(events: Iterable[Event]) -> Trajectory:
                     event,
                     [tool_calls[i] for i in range(len(tool_calls))],
                 )
-                check_references(trajectory.spans, trajectory.calls, trajectory.joins, trajectory.tool_calls)
+                check_references(
+                    trajectory.spans,
+                    trajectory.calls,
+                    trajectory.joins,
+                    trajectory.tool_calls,
+                    trajectory.groups,
+                )
             except KeyError as error:
                 raise AprError(f"the events lack a span or call: there is none of index {error}") from None
             except WrongValue as error:
@@ -215,4 +223,5 @@ def assemble_trajectory(
         done.tokens_shared,
         tuple(tool_calls),
         done.prompt_layout,
+        done.groups,
     )

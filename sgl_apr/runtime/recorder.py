@@ -68,7 +68,7 @@ class TrajectoryRecorder:
         order = tuple(trunk.span_order)
         done = Done(
             order, dialect, log.seconds, limits, decisions, joins, seed, seeds_honoured, tokens_shared,
-            self._prompt_layout,
+            self._prompt_layout, tuple(log.groups),
         )  # fmt: skip
         self.events.emit(done)
         return assemble_trajectory(self.graph.spans, log.calls, done, log.tool_calls)

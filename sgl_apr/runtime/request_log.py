@@ -10,6 +10,7 @@ from sgl_apr.runtime.span_graph import EventEmitter
 from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
 from sgl_apr.trajectory.spans import Path
 from sgl_apr.trajectory.tool_calls import ToolCall
+from sgl_apr.trajectory.worker_groups import GroupRecord
 
 
 class RequestLog:
@@ -22,6 +23,7 @@ class RequestLog:
         self.decisions: list[PacingDecision] = []
         self.joins: list[JoinRecord] = []
         self.tool_calls: list[ToolCall] = []
+        self.groups: list[GroupRecord] = []
 
     @property
     def seconds(self) -> float:
@@ -87,6 +89,10 @@ class RequestLog:
     def record_join(self, path: Path, why_text: str) -> None:
         """Record how a block was joined: in the KV cache, or as text for the reason `why_text`."""
         self.joins.append(JoinRecord(path, "text" if why_text else "kv", why_text))
+
+    def record_group(self, group: GroupRecord) -> None:
+        """Record that the branches of a block decode as a group of workers."""
+        self.groups.append(group)
 
     def record_pacing(self, block: Path, branches: int, parallelism: int, load: Load, reason: str) -> None:
         """Record how many branches of a block run in parallel, and what was known of the engine."""

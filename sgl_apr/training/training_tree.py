@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, SharedViewUnsupported
 from sgl_apr.training.trie import ROOT, Cursor, FlatTree, Ints, Trie
 from sgl_apr.trajectory.join_layout import Layout, freeze_layout
 from sgl_apr.trajectory.spans import Path
@@ -80,6 +80,7 @@ def build_training_tree(
 
     Raises:
         AprError: For a trajectory without token ids, and for one that lost a KV join in its middle.
+        SharedViewUnsupported: For a trajectory with a group of workers, whose tokens saw those of other branches.
     """
     trie, losses = Trie(), _Losses([], [], [], [])
     for k, trajectory in enumerate(trajectories):
@@ -145,6 +146,11 @@ class _TreeBuilder:
     ) -> None:
         if join is None and (lost := trajectory.lost_joins):
             raise AprError(f"the cache lost a join in the middle of this trajectory: {lost[0].why}")
+        if trajectory.groups:
+            raise SharedViewUnsupported(
+                f"block {trajectory.groups[0].path} is a group of workers ({trajectory.groups[0].kind}), which a training tree "
+                "cannot express: a token of a tree sees its ancestors, and a worker sees tokens of others as they are written"
+            )
         self.trie, self.trajectory, self.spans = trie, trajectory, trajectory.spans
         self.join, self.separate_contexts = join, separate_contexts
         self.joined = {j.path for j in trajectory.joins if j.by == "kv"}

@@ -22,6 +22,8 @@ from .spans import Span as Span
 from .tool_calls import ToolCall as ToolCall
 from .tool_calls import ToolOutcome as ToolOutcome
 from .trajectory import Trajectory as Trajectory
+from .worker_groups import GroupKind as GroupKind
+from .worker_groups import GroupRecord as GroupRecord
 
 __all__ = [
     "Block",
@@ -29,6 +31,8 @@ __all__ = [
     "Call",
     "Causality",
     "Finish",
+    "GroupKind",
+    "GroupRecord",
     "JoinRecord",
     "Layout",
     "LayoutError",

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
-from sgl_apr.errors import AprError
+from sgl_apr.errors import AprError, SharedViewUnsupported
 from sgl_apr.trajectory.join_layout import Layout, freeze_layout, layout_positions, masked_ranges, token_count
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -53,8 +53,14 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
     Raises:
         AprError: No single order holds for all tokens: branches saw only a message, or ran in parallel to their
             trunk, or a call of a tool was dropped, or the cache lost a join in the middle.
+        SharedViewUnsupported: Workers of a group saw one another's tokens as they were written.
     """
     spans = trajectory.spans
+    if trajectory.groups:
+        raise SharedViewUnsupported(
+            f"block {trajectory.groups[0].path} is a group of workers ({trajectory.groups[0].kind}), whose tokens saw those of "
+            "other branches as they were written: expected a trajectory in which a branch does not see the others"
+        )
     if join is None and (lost := trajectory.lost_joins):
         raise AprError(f"the cache lost a join in the middle of this trajectory: {lost[0].why}")
     joined = {j.path for j in trajectory.joins if j.by == "kv"}

@@ -10,6 +10,7 @@ from sgl_apr.trajectory.blocks import iter_blocks
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.tool_calls import ToolCall, called_tools
+from sgl_apr.trajectory.worker_groups import GroupRecord, tokens_seen
 
 Convention = Literal["causal", "threadweaver", "multiverse"]
 
@@ -56,6 +57,9 @@ class Metrics:
         tool_s: Seconds that the calls took, added up.
         critical_tool_s: Seconds of tools along the causal chain that waits for them the longest: what running branches in
             parallel cannot shorten. Calls that one text makes at once count while any of them runs.
+        decoded_tokens: Tokens that the model decoded, without an end of text.
+        seen_tokens: Summed over these, how many tokens each was conditioned on, prompt included. A worker of a group is
+            conditioned on what all workers had written by then (`GroupRecord`).
     """
 
     total: int
@@ -73,6 +77,13 @@ class Metrics:
     tool_errors: int = 0
     tool_s: float = 0.0
     critical_tool_s: float = 0.0
+    decoded_tokens: int = 0
+    seen_tokens: int = 0
+
+    @property
+    def mean_context(self) -> float:
+        """How many tokens a decoded token was conditioned on, on average; 0 without decoded tokens."""
+        return self.seen_tokens / self.decoded_tokens if self.decoded_tokens else 0.0
 
     @property
     def acceleration(self) -> float:
@@ -111,6 +122,7 @@ def compute_metrics(
     wall_s: float = 0.0,
     convention: Convention = "causal",
     tool_calls: Sequence[ToolCall] = (),
+    groups: Sequence[GroupRecord] = (),
 ) -> Metrics:
     """Compute the metrics of a trajectory.
 
@@ -123,6 +135,8 @@ def compute_metrics(
             its tags are part of the branch. "threadweaver" counts the headers and closers of all branches as
             sequential, and only the text between them as parallel.
         tool_calls: Its calls of tools.
+        groups: Its groups of workers. Their critical path is that of the longest worker, because workers decode in the
+            same steps.
     """
     all_blocks = tuple(iter_blocks(spans))
     weights = [0 if s.origin == "prompt" else s.tokens for s in spans]
@@ -137,11 +151,16 @@ def compute_metrics(
         s.path: s.origin for s in sorted(spans, key=lambda s: s.origin == "injected") if s.role == "closer"
     }
     origins = list(closers.values())
+    lengths = context_lengths(spans)
+    seen = tokens_seen(spans, calls, groups, lengths)
+    decoded = [own for own, span in zip(seen, spans, strict=True) if span.origin == "decoded" and len(own)]
+    # A worker's last token saw more than its ancestors.
+    longest_seen = max((own[-1] + 1 for own in decoded), default=0) if groups else 0
     return Metrics(
         total=sum(s.tokens for s in spans if s.origin != "prompt"),
         critical_path=sequential + max(longest_paths(spans, weights), default=0),
         branch_tokens=sum(w for w, s in zip(weights, spans, strict=True) if s.path),
-        longest_context=max(context_lengths(spans), default=0),
+        longest_context=max([longest_seen, *lengths], default=0),
         blocks=len(all_blocks),
         branches=sum(len(b.branches) for b in all_blocks),
         closers_decoded=origins.count("decoded"),
@@ -153,6 +172,10 @@ def compute_metrics(
         tool_errors=sum(call.outcome != "ok" for call in tool_calls),
         tool_s=sum(call.seconds for call in tool_calls),
         critical_tool_s=_critical_tool_s(spans, tool_calls) if tool_calls else 0.0,
+        decoded_tokens=sum(map(len, decoded)),
+        seen_tokens=sum(
+            (own[0] + own[-1]) * len(own) // 2 if isinstance(own, range) else sum(own) for own in decoded
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from sgl_apr.trajectory.calls import Call, JoinRecord
 from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.strict_json import WrongValue, describe
 from sgl_apr.trajectory.tool_calls import ToolCall
+from sgl_apr.trajectory.worker_groups import GroupRecord
 
 
 def check_references(
@@ -15,8 +16,10 @@ def check_references(
     calls: Sequence[Call],
     joins: Sequence[JoinRecord],
     tool_calls: Sequence[ToolCall] = (),
+    groups: Sequence[GroupRecord] = (),
 ) -> None:
-    """Check that parents come before their span, that calls and joined blocks exist, and that no count is negative.
+    """Check that parents come before their span, that calls, joined blocks and the blocks of groups exist, and that no
+    count is negative.
 
     Of calls of tools it checks that their ids differ, that spans name calls that exist, and that none ends before it starts.
 
@@ -48,6 +51,13 @@ def check_references(
         if join.path not in (blocks if len(join.path) % 2 else sequences):
             wrong = WrongValue(_short(join.path), "the path of a block or branch of the spans")
             raise wrong.inside(".path").inside(f"[{index}]").inside(".joins")
+    for index, group in enumerate(groups):
+        if group.path not in blocks:
+            wrong = WrongValue(_short(group.path), "the path of a block of the spans")
+            raise wrong.inside(".path").inside(f"[{index}]").inside(".groups")
+        if group.position_range < 0:
+            wrong = WrongValue(str(group.position_range), "0 or more")
+            raise wrong.inside(".position_range").inside(f"[{index}]").inside(".groups")
     names = set[str]()
     for index, tool_call in enumerate(tool_calls):
         try:

@@ -11,13 +11,14 @@ from typing import Any
 from sgl_apr.errors import TraceError
 from sgl_apr.trajectory.blocks import Block, iter_blocks
 from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
-from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics
+from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics, context_lengths
 from sgl_apr.trajectory.references import check_references
 from sgl_apr.trajectory.spans import Finish, Span, ancestors
 from sgl_apr.trajectory.strict_json import WrongValue, describe, read_strictly
 from sgl_apr.trajectory.tool_calls import ToolCall
+from sgl_apr.trajectory.worker_groups import GroupRecord, tokens_seen
 
-SCHEMA = "sgl_apr.trajectory/7"
+SCHEMA = "sgl_apr.trajectory/8"
 IGNORED_FIELDS = (
     "schema",
     "source",
@@ -46,6 +47,7 @@ class Trajectory:
         tool_calls: The calls of tools, in the order in which they ended.
         prompt_layout: How the beginning of the prompt was joined in the KV cache in earlier turns, as JSON of a layout
             (`sgl_apr.trajectory.join_layout`). Empty if it is one sequence.
+        groups: The blocks whose branches decoded as a group of workers, each token seeing the tokens of all.
 
     Examples:
         >>> import sgl_apr as apr
@@ -66,6 +68,7 @@ class Trajectory:
     tokens_shared: bool = False
     tool_calls: tuple[ToolCall, ...] = ()
     prompt_layout: str = ""
+    groups: tuple[GroupRecord, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -172,7 +175,13 @@ class Trajectory:
 
     def metrics(self, convention: Convention = "causal") -> Metrics:
         """Return tokens, critical path, parallelism and costs: see `sgl_apr.trajectory.compute_metrics`."""
-        return compute_metrics(self.spans, self.calls, self.wall_s, convention, self.tool_calls)
+        return compute_metrics(self.spans, self.calls, self.wall_s, convention, self.tool_calls, self.groups)
+
+    @property
+    def tokens_seen(self) -> tuple[tuple[int, ...], ...]:
+        """For every token of every span, how many tokens it was conditioned on, prompt included."""
+        lengths = context_lengths(self.spans)
+        return tuple(map(tuple, tokens_seen(self.spans, self.calls, self.groups, lengths)))
 
     def to_json(self) -> str:
         """Return one JSON object with its schema version. `from_json` reads it without loss.
@@ -221,7 +230,9 @@ class Trajectory:
         trajectory_fields = {name: data[name] for name in data if name not in IGNORED_FIELDS}
         trajectory = read_strictly(cls, trajectory_fields, where)
         try:
-            check_references(trajectory.spans, trajectory.calls, trajectory.joins, trajectory.tool_calls)
+            check_references(
+                trajectory.spans, trajectory.calls, trajectory.joins, trajectory.tool_calls, trajectory.groups
+            )
         except WrongValue as error:
             raise error.as_trace_error(where) from None
         return trajectory

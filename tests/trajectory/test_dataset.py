@@ -20,6 +20,7 @@ from sgl_apr.trajectory.dataset import from_dataset, to_dataset
 from sgl_apr.trajectory.spans import Span
 from sgl_apr.trajectory.tool_calls import ToolCall
 from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.trajectory.worker_groups import GroupRecord
 from tests.support.threadweaver_traces import TAGS, TRACE, traces
 
 DIALECT = apr.dialect("threadweaver")
@@ -71,6 +72,7 @@ FULL = Trajectory(
         ToolCall("call_2", (1, 2), "search", "{}", "", "timeout", 0.0, 60.0),
     ),
     prompt_layout="[1, [[0], [1]]]",
+    groups=(GroupRecord((1,), "hogwild", 7, "\n\n"),),
 )
 BARE = Trajectory((), "")
 SAMPLES = [
@@ -104,6 +106,7 @@ def test_the_sample_leaves_no_default():
         JoinRecord,
         ToolCall,
         TokenLogprob,
+        GroupRecord,
     }
     for kind in map(type, found):
         for field in fields(kind):

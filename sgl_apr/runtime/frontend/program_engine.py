@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 from sglang.lang.ir import SglGen
 
-from sgl_apr.engine.base import Load, Request, Result, TokenSink
+from sgl_apr.engine.base import GroupRequest, Load, Request, Result, TokenSink, WorkerSink
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.engine.routing import ROUTING_KEY_FIELD
 from sgl_apr.errors import EngineError
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.runtime.frontend.token_ledger import TOKENS_VARIABLE, ProgramTokens
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 
 class ProgramServer(Protocol):
@@ -105,6 +106,20 @@ class ProgramEngine:
     @property
     def resumes_grammar(self) -> bool:
         return self.server.http.resumes_grammar
+
+    @property
+    def groups(self) -> Collection[GroupKind]:
+        return self.server.http.groups
+
+    async def group(
+        self,
+        group: GroupRequest,
+        on_tokens: Sequence[TokenSink | None] | None = None,
+        on_end: WorkerSink | None = None,
+    ) -> Sequence[Result | EngineError]:
+        """Decode a group through the engine that all programs share: its workers are no native forks."""
+        routed = replace(group, requests=tuple(map(self._routed, group.requests)))
+        return await self.server.http.group(routed, on_tokens, on_end)
 
     @property
     def tool_call_parser(self) -> str | None:
