@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from sgl_apr.server.shared_cache import lifecycle
@@ -12,40 +11,52 @@ from sgl_apr.server.shared_cache.group import WorkerGroup
 
 # Seconds until a group whose workers have not all arrived ends. They are sent one right after the other.
 ARRIVAL_TIMEOUT_S = 10.0
+# Rounds of the scheduler in which smaller requests may overtake a group that does not fit yet. It is no time, because
+# ranks that schedule together have no common clock.
+MAX_SKIPPED_ROUNDS = 256
 
 
 def get_prefill_batch(
     original: Callable[..., Any], scheduler: Any, prefill_delayer_single_pass: Any, running_batch: Any
 ) -> Any:
     """Choose the next batch to prefill: the workers of one group that is complete and fits, or ordinary requests."""
-    waiting = lifecycle.waiting_groups()
-    if not waiting:
+    groups = lifecycle.waiting_groups()
+    if not groups:
         return original(scheduler, prefill_delayer_single_pass, running_batch)
     grammars = scheduler.grammar_manager
     if grammars.has_waiting_grammars():  # as in the original, which would add them to the workers of a group
         for req in grammars.get_ready_grammar_requests():
             scheduler._add_request_to_queue(req)
-    _expire(waiting)
-    group = next((g for g in waiting if g.is_complete and _fits(g, scheduler, running_batch)), None)
-    queue: Sequence[Any] = scheduler.waiting_queue
-    if group is None:
-        return _with_queue(
-            [req for req in queue if not _is_waiting_worker(req)],
-            original,
-            scheduler,
-            prefill_delayer_single_pass,
-            running_batch,
-        )
-    members = {id(worker.req) for worker in group.live_workers}
-    result = _with_queue(
-        [req for req in queue if id(req) in members],
-        original,
-        scheduler,
-        prefill_delayer_single_pass,
-        running_batch,
-    )
-    _check_started(group, result[0], running_batch)
+    _expire(groups)
+    group, holds_others = _next_group(groups, scheduler, running_batch)
+    if group is not None:
+        members = {id(worker.req) for worker in group.live_workers}
+        visible = [req for req in scheduler.waiting_queue if id(req) in members]
+    elif holds_others:
+        visible = []
+    else:
+        visible = [req for req in scheduler.waiting_queue if not _is_waiting_worker(req)]
+    result = _with_queue(visible, original, scheduler, prefill_delayer_single_pass, running_batch)
+    if group is not None:
+        _check_started(group, result[0], scheduler, running_batch)
     return result
+
+
+def _next_group(
+    groups: Sequence[WorkerGroup], scheduler: Any, running_batch: Any
+) -> tuple[WorkerGroup | None, bool]:
+    """Return the group that starts now, and whether another one has waited so long that nothing else may start."""
+    holds_others = False
+    for group in groups:
+        if not group.is_complete:
+            continue
+        if _fits(group, scheduler, running_batch):
+            return group, False
+        group.skipped_rounds += 1
+        holds_others = holds_others or group.skipped_rounds > MAX_SKIPPED_ROUNDS
+        if holds_others:
+            break
+    return None, holds_others
 
 
 def _with_queue(visible: list[Any], original: Callable[..., Any], scheduler: Any, *arguments: Any) -> Any:
@@ -67,7 +78,7 @@ def _is_waiting_worker(req: Any) -> bool:
 
 
 def _expire(waiting: Sequence[WorkerGroup]) -> None:
-    """End groups whose workers do not all arrive. Ranks that schedule together have no common clock, so none does it."""
+    """End groups whose workers do not all arrive, unless ranks schedule together."""
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().tp_size > 1:
@@ -88,54 +99,48 @@ def _fits(group: WorkerGroup, scheduler: Any, running_batch: Any) -> bool:
     """
     from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
+    workers = group.live_workers
     if scheduler.chunked_req is not None:
         return False
-    workers = group.live_workers
-    if not workers:
+    if not _has_rows(scheduler, running_batch, len(workers)):
+        if _is_idle(scheduler, running_batch):
+            rows = len(workers) + 1
+            lifecycle.fail(group, f"{len(workers)} workers need {rows} rows, more than this server has")
+        return False
+    if _is_idle(scheduler, running_batch):
         return True
-    is_idle = running_batch.is_empty()
-    if not is_idle and (
-        running_batch.batch_is_full and not _has_room(scheduler, running_batch, len(workers))
-    ):
-        return False
-    if not _has_room(scheduler, running_batch, len(workers)):
-        if is_idle and scheduler.last_batch is None:
-            lifecycle.fail(
-                group, f"{len(workers)} workers need {len(workers) + 1} rows, more than the server has"
-            )
-        return False
 
     def reserve(req: Any) -> int:
         return int(min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
 
-    header_tokens = sum(len(w.req.origin_input_ids) - group.params.prompt_tokens for w in workers)
-    needed = group.params.prompt_tokens + header_tokens + sum(reserve(w.req) + 1 for w in workers)
-    ratio = scheduler.new_token_ratio_tracker.current
-    running = sum(reserve(req) * ratio for req in running_batch.reqs)
+    prompt = group.params.prompt_tokens
+    needed = prompt + sum(len(w.req.origin_input_ids) - prompt + reserve(w.req) + 1 for w in workers)
+    running = sum(map(reserve, running_batch.reqs)) * scheduler.new_token_ratio_tracker.current
     free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
-    return is_idle or bool(free - running >= needed)
+    return bool(free - running >= needed)
 
 
-def _has_room(scheduler: Any, running_batch: Any, workers: int) -> bool:
+def _has_rows(scheduler: Any, running_batch: Any, workers: int) -> bool:
     """Return whether there is a row for each worker, and one for the view of the group."""
     allocatable = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
     return bool(allocatable >= workers and scheduler.req_to_token_pool.available_size() > workers)
 
 
-def _check_started(group: WorkerGroup, batch: Any, running_batch: Any) -> None:
+def _is_idle(scheduler: Any, running_batch: Any) -> bool:
+    """Return whether nothing runs, and no result is pending whose requests still hold rows and slots."""
+    return bool(running_batch.is_empty() and scheduler.last_batch is None)
+
+
+def _check_started(group: WorkerGroup, batch: Any, scheduler: Any, running_batch: Any) -> None:
     """Note that a group has started, or fail it if only some of its workers have."""
     workers = group.live_workers
     started = set() if batch is None else set(map(id, batch.reqs))
     count = sum(id(worker.req) in started for worker in workers)
-    if count == len(workers):
+    if count:
         lifecycle.start(group)
-        if any(
-            worker.req is not None and worker.req.extend_end < len(worker.req.origin_input_ids)
-            for worker in workers
-        ):
+        if count < len(workers):
+            lifecycle.fail(group, f"only {count} of {len(workers)} workers fit into one batch")
+        elif any(worker.req.extend_end < len(worker.req.origin_input_ids) for worker in workers):
             lifecycle.fail(group, "the prompt and the headers do not fit into one chunk of the prefill")
-    elif count:
-        lifecycle.start(group)
-        lifecycle.fail(group, f"only {count} of {len(workers)} workers fit into one batch")
-    elif running_batch.is_empty() and batch is None:
-        lifecycle.fail(group, "the workers do not fit into the cache", HTTPStatus.SERVICE_UNAVAILABLE)
+    elif workers and _is_idle(scheduler, running_batch):
+        lifecycle.fail(group, "the workers do not fit into the cache")

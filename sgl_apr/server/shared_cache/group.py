@@ -79,6 +79,7 @@ class WorkerGroup:
         workers: The workers that have arrived, by number.
         missing: Workers that were aborted before they were prefilled.
         started: Whether its workers have been prefilled.
+        skipped_rounds: In how many rounds of the scheduler it did not fit.
         view_row: A row of `req_to_token` that the group owns: the prompt, then (Group Think) the tokens of all workers in
             the order in which they were written, or (Hogwild!) the history.
         free_view_row: Gives that row back.
@@ -92,6 +93,7 @@ class WorkerGroup:
     workers: dict[int, Worker] = field(default_factory=dict)
     missing: set[int] = field(default_factory=set)
     started: bool = False
+    skipped_rounds: int = 0
     view_row: int | None = None
     free_view_row: Callable[[], object] | None = None
     view_length: int = 0

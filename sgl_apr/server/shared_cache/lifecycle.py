@@ -56,7 +56,7 @@ def register(_: Any, scheduler: Any, req: Any, *arguments: Any, **options: Any) 
         req.set_finish_with_abort(f"worker group: {error}", HTTPStatus.BAD_REQUEST, ERROR_TYPE)
         return
     if is_rejected:
-        group.missing.add(parsed.worker)
+        _miss(group, parsed.worker)
         return
     req.apr_worker = group.add(req, parsed)
     req.skip_radix_cache_insert = True  # its keys are not those of the same text read as one sequence
@@ -72,9 +72,14 @@ def leave_queue(_: Any, scheduler: Any, req: Any) -> None:
     """Let a group continue without a worker that was aborted in the queue."""
     worker = worker_of(req)
     if worker is not None and not worker.group.started:
-        worker.group.missing.add(worker.number)
-        if worker.group.is_over:
-            _waiting.pop(worker.group.params.name, None)
+        _miss(worker.group, worker.number)
+
+
+def _miss(group: WorkerGroup, worker: int) -> None:
+    """Note that a worker will not be prefilled."""
+    group.missing.add(worker)
+    if group.is_over:
+        _waiting.pop(group.params.name, None)
 
 
 def fail(group: WorkerGroup, why: str, status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE) -> None:
