@@ -31,7 +31,7 @@ class CachedSegment:
 
     def key(self, ids: array[int]) -> array[int]:
         """Return the key of the segment, from the ids of the prompt."""
-        return _slice_ranges(ids, self.ranges)
+        return slice_ranges(ids, self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,11 @@ class ResolvedPrompt:
     offset: int
 
 
-def lookup_cost(layout: Layout) -> int:
+def lookup_cost(layout: Layout, page_size: int = 1) -> int:
     """Return how many tokens are read to resolve a layout and to match its segments.
 
-    The key of each segment contains all tokens before it in its tree.
+    The key of each segment contains all tokens before it in its tree. With pages of several tokens, the keys of the
+    branches of the last block can contain all tokens before the block (`paged_keys`).
     """
 
     def walk(sequence: Layout, key: int) -> int:
@@ -68,7 +69,13 @@ def lookup_cost(layout: Layout) -> int:
                 key = 0
         return total
 
-    return walk(layout, 0)
+    total = walk(layout, 0)
+    if page_size > 1:
+        last = max((k for k, item in enumerate(layout) if not isinstance(item, int)), default=None)
+        block = () if last is None else layout[last]
+        assert not isinstance(block, int)
+        total += len(block) * token_count(layout[:last]) + sum(map(token_count, block))
+    return total
 
 
 def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes) -> ResolvedPrompt:
@@ -93,7 +100,7 @@ def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes)
             start, longest = at, 0
             if isinstance(item, int):
                 at += item
-                key = _append_range(key, start, at)
+                key = append_range(key, start, at)
                 if item:
                     parts.append(CachedSegment(namespace, key, item))
                 chain += item
@@ -103,7 +110,7 @@ def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes)
                 longest = max(longest, length)
             chain += longest
             namespace, key = (
-                _namespace_after_block(namespace, item, _slice_ranges(ids, key), ids[start:at], secret),
+                namespace_after_block(namespace, item, slice_ranges(ids, key), ids[start:at], secret),
                 (),
             )
         return at, chain, namespace
@@ -114,13 +121,13 @@ def resolve(layout: Layout, ids: Sequence[int], root: str | None, secret: bytes)
     return ResolvedPrompt(tuple(parts), namespace, tail, chain - end)
 
 
-def _append_range(ranges: Ranges, first: int, last: int) -> Ranges:
+def append_range(ranges: Ranges, first: int, last: int) -> Ranges:
     if ranges and ranges[-1][1] == first:
         return (*ranges[:-1], (ranges[-1][0], last))
     return (*ranges, (first, last))
 
 
-def _slice_ranges(ids: array[int], ranges: Ranges) -> array[int]:
+def slice_ranges(ids: array[int], ranges: Ranges) -> array[int]:
     first, *rest = ranges or ((0, 0),)
     selected = ids[slice(*first)]
     for bounds in rest:
@@ -128,7 +135,7 @@ def _slice_ranges(ids: array[int], ranges: Ranges) -> array[int]:
     return selected
 
 
-def _namespace_after_block(
+def namespace_after_block(
     namespace: str | None, block: Sequence[Layout], key: array[int], branch_ids: array[int], secret: bytes
 ) -> str:
     """Name the tree after a block, by the tokens before its fork, its layout and the tokens of its branches."""

@@ -1,7 +1,7 @@
 """Decides from SGLang's arguments and the model's configuration whether a server can join in its KV cache.
 
 It can in the modes where every rank has all keys and values of a prompt, in one slot for each token, attends to them
-by slot, and takes positions from `ForwardBatch.init_new`.
+by slot or by page, and takes positions from `ForwardBatch.init_new`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     )
     yield "n-gram embeddings", model.use_ngram_embedding or model.use_engram
 
-    yield f"--page-size {args.page_size}", args.page_size != 1
     yield f"--disaggregation-mode {args.disaggregation_mode}", args.disaggregation_mode != "null"
     yield "--enable-pdmux", args.enable_pdmux
     yield "--disable-radix-cache", args.disable_radix_cache

@@ -37,12 +37,13 @@ def has_layout(request: Any) -> bool:
     return isinstance(params, dict) and LAYOUT_PARAM in params
 
 
-def layout_of_request(request: Any, tokens: int) -> Layout:
+def layout_of_request(request: Any, tokens: int, page_size: int = 1) -> Layout:
     """Parse and validate the layout of a request.
 
     Args:
         request: A tokenized request, or a request of the scheduler, that has a layout.
         tokens: Tokens of its prompt.
+        page_size: Tokens of a page of the cache.
 
     Raises:
         LayoutError: The layout does not fit the prompt, is too large, or does not go with the other fields.
@@ -58,7 +59,7 @@ def layout_of_request(request: Any, tokens: int) -> Layout:
     if not isinstance(text, str) or len(text) > MAX_LAYOUT_CHARS:
         raise LayoutError(f"expected the layout as JSON in a string of at most {MAX_LAYOUT_CHARS} characters")
     layout = parse_layout(text, tokens)
-    if (cost := lookup_cost(layout)) > MAX_LOOKUP_COST:
+    if (cost := lookup_cost(layout, page_size)) > MAX_LOOKUP_COST:
         raise LayoutError(
             f"the branches and the tokens before each of them are {cost} tokens, expected at most {MAX_LOOKUP_COST}"
         )
