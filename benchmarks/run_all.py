@@ -49,6 +49,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tre
         "--check",
     ),
     "agents": ("--check",),
+    "gpu_acceptance": ("--device", "cpu"),
     "budgets": ("--check", "--at-once", "200", "-o", "runs/budgets"),
     "startup": ("--check", "--demo", "--variants", "default", "none of these"),
     "masks.mask_latency": ("--runs", "200"),
@@ -59,7 +60,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tre
         "runs/questions",
     ),
 }  # fmt: skip
-TOOLS = ("run_all.py", "render_docs.py")
+TOOLS = ("run_all.py", "render_docs.py", "gpu_bundle.py")
 OUTPUTS = ("runs/questions", "runs/budgets")  # every other argument below runs/ is an input
 
 
