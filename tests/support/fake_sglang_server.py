@@ -68,10 +68,12 @@ class SglangServer:
         try:
             yield wait(context.__aenter__())
         finally:
-            wait(context.__aexit__(None, None, None))
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
+            try:
+                wait(context.__aexit__(None, None, None))
+            finally:  # a thread that stays would keep the process from ending
+                loop.call_soon_threadsafe(loop.stop)
+                thread.join()
+                loop.close()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:

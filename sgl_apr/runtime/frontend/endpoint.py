@@ -182,7 +182,18 @@ class Endpoint(ProgramBackend):
         self._loop.check_may_wait()
 
     def _branch(self, s: StreamExecutor, call: DecodeCall) -> tuple[str, dict[str, Any]]:
-        """Run a gen inside a native fork: decode the request of the loop and return the result to it."""
+        """Run a gen inside a native fork: decode the request of the loop and return the result, or the error, to it."""
+        try:
+            result = self._decode_branch(s, call)
+        except BaseException as error:
+            self._loop.call_soon(resolve_future, call.done, None, error)
+            return "", {}
+        self._loop.call_soon(resolve_future, call.done, result, None)
+        text = s.variables[TOKENS_VARIABLE].text[len(s.text_) :]
+        return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
+
+    def _decode_branch(self, s: StreamExecutor, call: DecodeCall) -> Result:
+        """Decode the request of the loop in a native fork, and store the tokens of the branch with its variables."""
         tokens = program_tokens(s.text_, s.variables, self.tokenizer)
         context = call.request.input_ids
         if context[: len(tokens.ids)] == tokens.ids:
@@ -190,20 +201,15 @@ class Endpoint(ProgramBackend):
         else:  # a branch with a context of its own
             s.text_ = self.tokenizer.decode(context)
         s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_, context)
-        try:
-            future = self._loop.submit(self.http.decode(call.request, call.on_tokens))
-            # A branch that the loop has cancelled is aborted. The future of an ended loop is never awaited.
-            self._loop.call_soon(
-                call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
-            )
-            result = future.result()
-        except BaseException as error:
-            self._loop.call_soon(resolve_future, call.done, None, error)
-            return "", {}
+        future = self._loop.submit(self.http.decode(call.request, call.on_tokens))
+        # A branch that the loop has cancelled is aborted. The future of an ended loop is never awaited.
+        self._loop.call_soon(
+            call.done.add_done_callback, lambda done: future.cancel() if done.cancelled() else None
+        )
+        result = future.result()
         text = self.tokenizer.decode(result.token_ids, context)
         s.variables[TOKENS_VARIABLE] = ProgramTokens(s.text_ + text, (*context, *result.token_ids))
-        self._loop.call_soon(resolve_future, call.done, result, None)
-        return text, {"prompt_tokens": result.prompt_tokens, "cached_tokens": result.cached_tokens}
+        return result
 
     def _reason(
         self, s: StreamExecutor, options: ReasonOptions, on_event: OnEvent | None

@@ -14,6 +14,7 @@ from sgl_apr.errors import AprError, EngineError
 T = TypeVar("T")
 STOP_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 10.0  # how long cancelled work may take to end
+CLOSED = "the apr.Endpoint is closed"
 MAX_WAITING_THREADS = 256  # a native fork waits in a thread, and thousands of programs may fork at once
 
 
@@ -22,7 +23,7 @@ class EventLoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._closing = False
+        self._closing = self._ended = False
         self._tasks = set[asyncio.Task[None]]()  # a loop keeps only weak references
         self._executor = ThreadPoolExecutor(MAX_WAITING_THREADS, thread_name_prefix=f"{name}-fork")
         self._loop.set_default_executor(self._executor)
@@ -31,6 +32,7 @@ class EventLoopThread:
 
     def _run(self) -> None:
         self._loop.run_forever()
+        self._ended = True
         self._loop.run_until_complete(self._drain(None))  # what was submitted in the last moment
         self._executor.shutdown(wait=False)
         self._loop.close()
@@ -60,8 +62,16 @@ class EventLoopThread:
         """
         if self._closing:
             work.close()
-            raise EngineError("the apr.Endpoint is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+            raise EngineError(CLOSED)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError as error:  # closed meanwhile
+            work.close()
+            raise EngineError(CLOSED) from error
+        if self._ended:  # the loop may never come to this work, and a reader would wait for it forever
+            future.cancel()
+            raise EngineError(CLOSED)
+        return future
 
     def call_soon(self, callback: Callable[..., object], *arguments: Any) -> None:
         """Call `callback` in the loop. After `close` it is dropped, because no caller waits for it."""

@@ -6,7 +6,6 @@ It also lets a program that streams be read at any time, and raises there what i
 from __future__ import annotations
 
 import logging
-import queue
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.runtime.frontend.engine_call import EngineCall, Reason
+from sgl_apr.runtime.frontend.program_queue import QueueModule, drop_tasks, end_program
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +126,11 @@ def patch_frontend() -> None:
 
     StreamExecutor.get_var, StreamExecutor.get_meta_info = get_var, get_meta_info
     StreamExecutor.sync, StreamExecutor._thread_worker_func = sync, _run_worker
-    StreamExecutor._execute_gen = execute_gen
+    StreamExecutor._execute_gen, StreamExecutor.end = execute_gen, end_program
     ProgramState.text_iter, ProgramState.text_async_iter = text_iter, text_async_iter
     # A program that calls `apr.reason` first has a worker that runs already, as SGLang made it.
     interpreter.warnings, interpreter.run_internal = _WorkerWarnings, run_internal
+    interpreter.queue = QueueModule
     patch_forks()
     StreamExecutor._apr_patched = True
 
@@ -170,30 +171,23 @@ def _run_worker(self: Any) -> None:
         self.queue.task_done()
         if self.stream_text_event:
             self.stream_text_event.set()
-    else:
-        self.queue.task_done()
     if error is not None:
-        if _raises_errors(self) or isinstance(error, AprError):
-            log.debug("a program failed", exc_info=error)
-        else:
-            import traceback
-
-            warnings.warn(
-                f"Error in stream_executor: {''.join(traceback.format_exception(error))}", stacklevel=1
-            )
         self.error_ = error  # before the events, so that who waits for them finds it
-        try:
-            while True:
-                self.queue.task_done()
-                self.queue.get_nowait()
-        except queue.Empty:
-            pass
+        drop_tasks(self.queue)
         for events in (self.variable_event, self.stream_var_event or {}):
             for name in list(events):
                 events[name].set()
     self.is_finished = True
     if self.stream_text_event:
         self.stream_text_event.set()
+    if error is None:
+        return
+    if _raises_errors(self) or isinstance(error, AprError):
+        log.debug("a program failed", exc_info=error)
+    else:  # last, because warnings can be errors
+        import traceback
+
+        warnings.warn(f"Error in stream_executor: {''.join(traceback.format_exception(error))}", stacklevel=1)
 
 
 def _raise_if_failed(executor: Any) -> None:
@@ -225,7 +219,11 @@ def _check_may_wait(executor: Any) -> None:
 
 
 def _wait_for_variable(executor: Any, name: str) -> bool:
-    """Wait until a variable is there (True) or its worker has failed without it (False)."""
+    """Wait until a variable is there (True) or its worker has failed without it (False).
+
+    Raises:
+        AprError: The program ended before the variable was added.
+    """
     # A streamed program runs in a thread of its own, so a variable that is not known yet may still come.
     may_come = executor.stream_text_event and threading.current_thread() is not program_thread(executor)
     while name not in executor.variable_event and name not in executor.variables:
@@ -239,5 +237,10 @@ def _wait_for_variable(executor: Any, name: str) -> bool:
     if name in executor.variables and (event is None or event.is_set()) and executor.error_ is None:
         return True
     if event is not None and (not event.is_set() or name not in executor.variables):
-        executor.worker.join(5)  # it sets `error_` as the last thing it does
+        executor.worker.join(5)  # it may be about to set the event or `error_`
+        if not event.is_set() and executor.error_ is None and not executor.worker.is_alive():
+            raise AprError(
+                f"{name!r} was added to a program that has ended, so that nothing runs it: "
+                "expected it in the program's function, or before `join` in a fork"
+            )
     return executor.error_ is None or (name in executor.variables and name in executor.meta_info)
