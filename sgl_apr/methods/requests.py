@@ -20,6 +20,7 @@ from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.continuation import Extend, can_continue, is_penalized
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
+from sgl_apr.runtime.engine_cleanup import release_engines
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.lease_pool import Lease, LeasePool
 from sgl_apr.runtime.leases import BranchLeases
@@ -31,7 +32,7 @@ from sgl_apr.runtime.options import DEFAULT_DIALECT, make_options
 from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
 from sgl_apr.runtime.prompts import vocab_size
 from sgl_apr.runtime.recorder import TrajectoryRecorder
-from sgl_apr.runtime.request_runner import RequestRunner, release_engines
+from sgl_apr.runtime.request_runner import RequestRunner
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 

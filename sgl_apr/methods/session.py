@@ -16,11 +16,11 @@ from sgl_apr.methods.requests import MethodRequests
 from sgl_apr.runtime.branch_group import BranchGroup, gather
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
+from sgl_apr.runtime.engine_cleanup import abort_requests
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
 from sgl_apr.runtime.prompts import Prompt as PromptInput
 from sgl_apr.runtime.prompts import check_engine, check_prompt, check_token_ids, encode_prompt, vocab_size
-from sgl_apr.runtime.request_runner import abort_requests
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -135,7 +135,7 @@ class MethodSession:
         parent = parent or self.root
         if not prompts:
             return []
-        group, _ = self._start(parent.sequence, self._independent(prompts))
+        group, _ = self.start_branches(parent.sequence, self._independent(prompts))
         engines, _ = await self.requests.fork(parent, group.branches, 0)
         for branch in group.branches:
             if branch.scope.cancel_reason and not branch.span_order:  # there was no room for its prompt
@@ -241,7 +241,7 @@ class MethodSession:
             start = before
         return [*spans, *sequence.span_order[start:]]
 
-    def _start(
+    def start_branches(
         self, sequence: SequenceState, starts: Sequence[BranchStart]
     ) -> tuple[BranchGroup, list[Prompt]]:
         """Start the branches of a fork of `sequence`."""
@@ -273,7 +273,7 @@ class MethodSession:
         if not starts:
             return []
         self.requests.runner.cuts_branches |= policy != "all"
-        group, prompts = self._start(parent.sequence, starts)
+        group, prompts = self.start_branches(parent.sequence, starts)
         tokens = self.requests.reserve(prompts, share, max_tokens)
         engines, parallelism = await self.requests.fork(parent, group.branches, max(tokens))
         index = {branch: k for k, branch in enumerate(group.branches)}

@@ -82,6 +82,7 @@ class ReasonArguments(SamplingParameters, total=False):
     policy: Policy | None
     pacing: Pacing | PacingFields | PacingFunction | None
     cap_width_by_load: bool | None
+    eager_branches: bool | None
     retry: Retry | RetryFields | None
     on_branch_failure: OnBranchFailure | None
     seed: int | None

@@ -11,11 +11,12 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.formats.segmenter import Outline
 from sgl_apr.runtime.allowance import NO_LIMIT
 from sgl_apr.runtime.branch_group import BranchGroup
+from sgl_apr.runtime.engine_cleanup import release_engines
 from sgl_apr.runtime.fork_join import ForkJoin
 from sgl_apr.runtime.fork_rules import ForkRules
 from sgl_apr.runtime.lease_pool import Lease
 from sgl_apr.runtime.pending_leases import PendingLeases
-from sgl_apr.runtime.request_runner import RequestRunner, release_engines
+from sgl_apr.runtime.request_runner import RequestRunner
 from sgl_apr.runtime.sequence import PendingBranch, PendingBranches, SequenceState
 
 RunBranchOn = Callable[[Engine | None, BranchGroup, SequenceState], Coroutine[Any, Any, None]]

@@ -19,7 +19,7 @@ from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import FAILURE_NOTE
 from sgl_apr.runtime.sequence import BranchIdentity, SequenceState
 from sgl_apr.runtime.value_checks import shorten
-from sgl_apr.tokenizer import plain_ids, truncate_tokens
+from sgl_apr.tokenizer import Tokenizer, plain_ids, truncate_tokens
 from sgl_apr.trajectory.spans import Span
 
 
@@ -74,26 +74,38 @@ class ForkJoin:
         if not self.by_message:
             header = self.grammar.render_rule("header", identity.number)
             return group.start_with_header(identity, share, scope, header, tolerate_failure=tolerate)
-        parent, tokenizer = group.parent, group.parent.graph.tokenizer
-        text = branch_prompt(self.dialect.branch_prompt).make_prompt(
-            tokenizer.decode(parent.context), identity.outline
-        )
         # The prompt comes out of the branch's share.
         max_tokens = min(
             share.tokens if max_prompt_tokens is None else max_prompt_tokens, share.critical_path_cap
         )
-        quoted = identity.outline if identity.outline in text else text
+        tokenizer = group.parent.graph.tokenizer
+        context = tokenizer.decode(group.parent.context)
+        prompt, ids = self.message_prompt(tokenizer, context, identity.outline, max_tokens)
+        return group.start_with_prompt(
+            identity, share, scope, prompt, token_ids=ids, tolerate_failure=tolerate
+        )
+
+    def message_prompt(
+        self, tokenizer: Tokenizer, context: str, outline: str, max_tokens: int
+    ) -> tuple[str, list[int]]:
+        """The prompt of a branch in a context of its own, as text and as ids.
+
+        Args:
+            tokenizer: Of the model.
+            context: The text of the sequence that forks.
+            outline: What the branch is to do.
+            max_tokens: Tokens that the prompt may have, without those of a template.
+        """
+        text = branch_prompt(self.dialect.branch_prompt).make_prompt(context, outline)
+        quoted = outline if outline in text else text
         pieces = len(plain_ids(tokenizer, quoted)) - len(
             tokenizer.encode(quoted)
         )  # of spellings of added tokens
         prompt = truncate_tokens(tokenizer, text, max(0, max_tokens - pieces)) or PLACEHOLDER
-        quoted = identity.outline if identity.outline in prompt else prompt
+        quoted = outline if outline in prompt else prompt
         if self.options.branch_prompt_template:
             prompt = apply_template(self.options.branch_prompt_template, prompt)
-        ids = encode_quoted(tokenizer, prompt, [quoted], add_special_tokens=True)
-        return group.start_with_prompt(
-            identity, share, scope, prompt, token_ids=ids, tolerate_failure=tolerate
-        )
+        return prompt, encode_quoted(tokenizer, prompt, [quoted], add_special_tokens=True)
 
     def open(self, sequence: SequenceState) -> None:
         """Write what stands before the branches of a block, or drop the call that forked them."""

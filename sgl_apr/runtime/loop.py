@@ -14,6 +14,7 @@ from sgl_apr.formats.masks.tool_checks import check_answer_schema
 from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import first_error
+from sgl_apr.runtime.engine_cleanup import abort_requests
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.runtime.option_checks import check_function
@@ -27,7 +28,6 @@ from sgl_apr.runtime.prompts import (
     vocab_size,
 )
 from sgl_apr.runtime.reasoning_run import ReasoningRun
-from sgl_apr.runtime.request_runner import abort_requests
 from sgl_apr.runtime.tools.rules import load_syntax
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.join_layout import Layout

@@ -55,7 +55,7 @@ REQUEST_LEVEL_OPTIONS: Mapping[str, str] = dict.fromkeys(
 
 OPTION_TYPES: Mapping[str, type] = {
     "join": str, "mode": str, "min_blocks": int, "max_blocks": int, "min_width": int, "policy": str,
-    "cap_width_by_load": bool, "on_branch_failure": str, "seed": int, "constrain": bool, "forbid_angle_brackets": bool,
+    "cap_width_by_load": bool, "eager_branches": bool, "on_branch_failure": str, "seed": int, "constrain": bool, "forbid_angle_brackets": bool,
     "logprobs": bool, "top_logprobs": int,
 }  # fmt: skip
 REQUEST_FIELDS = ("lora_path", "cache_salt", "extra_key", "priority")

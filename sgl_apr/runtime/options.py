@@ -52,6 +52,8 @@ class ReasonOptions:
             they are. None takes the policy of the dialect.
         pacing: How many branches run at once. None never asks the engine for its load.
         cap_width_by_load: A fork is at most as wide as would run at once. What is written then depends on the load.
+        eager_branches: Start each branch as soon as its outline is written, while the fork still lists others. Only for
+            dialects whose branches see nothing but their message. Such a branch does not wait for `pacing`.
         retry: How often a failed request is repeated.
         on_branch_failure: What happens when the requests of a branch fail for good: "skip" closes the branch with a note
             that the model reads, "retry" restarts it once and then skips it, "raise" ends the trajectory.
@@ -88,6 +90,7 @@ class ReasonOptions:
     policy: Policy | None = None
     pacing: PacingFunction | None = DEFAULT_PACING
     cap_width_by_load: bool = False
+    eager_branches: bool = False
     retry: Retry = DEFAULT_RETRY
     on_branch_failure: OnBranchFailure = "skip"
     seed: int | None = None
@@ -186,6 +189,13 @@ class ReasonOptions:
             raise AprError(
                 f'{d.name} joins when the model says so: policy={policy!r}, expected "all" or "deadline:s"'
             )
+        if self.eager_branches and not (d.removes_call_from_context and "outline" in d.grammar.rules):
+            raise AprError(
+                f"{d.name} starts no branch before its fork is complete: eager_branches=True, expected a dialect "
+                "with outlines whose branches see only their message, such as apr or spawn"
+            )
+        if self.eager_branches and self.tools:
+            raise AprError("eager_branches=True cannot be combined with tools")
         if "trunk" not in d.grammar.rules and (self.max_forks == 0 or self.min_forks > 1):
             raise AprError(
                 f"{d.name} forks once, always: not mode={self.mode!r}, min_blocks={self.min_forks}"

@@ -21,6 +21,8 @@ from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branch_group import BranchGroup, OuterLease
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.continuation import PhaseExtension, can_continue
+from sgl_apr.runtime.eager_branches import EagerBranches
+from sgl_apr.runtime.engine_cleanup import release_engines
 from sgl_apr.runtime.events import Delta, OnEvent
 from sgl_apr.runtime.fork_join import ForkJoin, apply_template
 from sgl_apr.runtime.fork_rules import ForkRules, PhaseLimits
@@ -29,11 +31,7 @@ from sgl_apr.runtime.leases import BranchLeases
 from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.phase_output import closing_overhead
 from sgl_apr.runtime.recorder import TrajectoryRecorder
-from sgl_apr.runtime.request_runner import (
-    MAX_RECOMPUTED_TOKENS,
-    RequestRunner,
-    release_engines,
-)
+from sgl_apr.runtime.request_runner import MAX_RECOMPUTED_TOKENS, RequestRunner
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.runtime.tools.call_loop import CallLoop, CallTurn
 from sgl_apr.runtime.tools.rules import CallRules, make_syntax
@@ -84,6 +82,10 @@ class ReasoningRun:
             )
         self.fork_join = ForkJoin(options, self.runner.kv_joiner)
         self.async_branches = AsyncBranches(self.runner, self.rules, self.fork_join, tasks)
+        if options.eager_branches:
+            self.runner.eager_branches = EagerBranches(
+                self.rules, self.fork_join, self.runner.builder, tasks, self.runner.first_seed
+            )
 
     async def run(self, prompt_ids: tuple[int, ...], prompt_layout: Layout = ()) -> Trajectory:
         """Run from the prompt to the end of the trunk.
@@ -151,6 +153,8 @@ class ReasoningRun:
                 new = await self.call_loop.answer(engine, sequence, phase, output, turn, group)
                 continue
             sequence.append_output(output, call)
+            if self.runner.eager_branches and not output.forked:
+                self.runner.eager_branches.stop_unused(sequence, (*sequence.path, sequence.blocks + 1))
             if turn:
                 turn.resumed = False
             if phase == next_phase:
@@ -240,6 +244,8 @@ class ReasoningRun:
             )
         finally:
             scope.detach()
+            if self.runner.eager_branches:
+                self.runner.eager_branches.stop_unused(sequence, group.block)
             await release_engines(engines)
         if isinstance(group.leases, BranchLeases):
             sequence.allowance.refund(calls=group.leases.spare_calls)

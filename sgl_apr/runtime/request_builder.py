@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from sgl_apr.engine.base import Engine, Request
 from sgl_apr.errors import AprError
@@ -16,6 +16,22 @@ from sgl_apr.runtime.options import ReasonOptions
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.runtime.tools.rules import CallLimits
 from sgl_apr.tokenizer import Tokenizer
+from sgl_apr.trajectory.spans import Path
+
+
+class HasContext(Protocol):
+    """What a request needs to know of its sequence.
+
+    Attributes:
+        path: Its path.
+        context: The ids that its next token follows.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def context(self) -> tuple[int, ...]: ...
 
 
 class RequestBuilder:
@@ -79,7 +95,7 @@ class RequestBuilder:
 
     def phase_request(
         self,
-        sequence: SequenceState,
+        sequence: HasContext,
         phase: Phase,
         numbering: BranchNumbering,
         limits: PhaseLimits,
@@ -109,7 +125,7 @@ class RequestBuilder:
             sequence.context, limits.max_new_tokens, grammar=grammar, stop=stop, sampling={}
         )
 
-    def _answer_mask_options(self, sequence: SequenceState, calls: CallLimits | None) -> dict[str, Any]:
+    def _answer_mask_options(self, sequence: HasContext, calls: CallLimits | None) -> dict[str, Any]:
         """The fields of `MaskOptions` about calls of tools, and about the final text."""
         fields: dict[str, Any] = {}
         if calls:
@@ -125,13 +141,16 @@ class RequestBuilder:
 
     def numbering(self, sequence: SequenceState) -> BranchNumbering:
         """The numbers that the next phase of a sequence may write."""
-        first, number = self.dialect.first_number, sequence.identity.number
         if self.dialect.asynchronous and not sequence.path:
             pending = sequence.pending
             started = pending.started if pending and pending.running else 0
             waiting = tuple(pending.running) if pending else ()
-            return BranchNumbering(number=str(first + started), waiting=waiting)
-        nested = sequence.path and self.dialect.nested_numbering
+            return BranchNumbering(number=str(self.dialect.first_number + started), waiting=waiting)
+        return self.sequence_numbering(sequence.path, sequence.identity.number)
+
+    def sequence_numbering(self, path: Path, number: str) -> BranchNumbering:
+        """The numbers that a phase of the sequence of a path and a number may write, in dialects that fork all at once."""
+        nested = path and self.dialect.nested_numbering
         return BranchNumbering(prefix=f"{number}." if nested else "", number=number)
 
 

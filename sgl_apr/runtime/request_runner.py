@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import blake2b
@@ -20,6 +20,7 @@ from sgl_apr.runtime.answer_stop import watch_for_stop
 from sgl_apr.runtime.cancel_scope import ScopeCancelled
 from sgl_apr.runtime.continuation import Extend, PhaseExtension
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
+from sgl_apr.runtime.eager_branches import EagerBranches
 from sgl_apr.runtime.fork_rules import PhaseLimits
 from sgl_apr.runtime.kv_join import KvJoiner
 from sgl_apr.runtime.options import ReasonOptions
@@ -30,6 +31,7 @@ from sgl_apr.runtime.request_builder import RequestBuilder
 from sgl_apr.runtime.retry import as_engine_error
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.runtime.tools.rules import CallLimits
+from sgl_apr.trajectory.spans import Path
 
 T = TypeVar("T")
 MAX_RECOMPUTED_TOKENS = 32  # an engine prefills so many tokens in less time than a commit takes
@@ -53,6 +55,7 @@ class RequestRunner:
 
     Attributes:
         cuts_branches: Whether a join policy may cut branches, whose text up to there is kept.
+        eager_branches: Starts branches while their fork is being written. None if the options do not ask for that.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class RequestRunner:
         self.cuts_branches = options.effective_policy != "all"
         self.builder = RequestBuilder(engine, options, rid)
         self.kv_joiner = KvJoiner(self.request_log, self.builder.new_rid)
+        self.eager_branches: EagerBranches | None = None
 
     async def decode(
         self,
@@ -97,6 +101,8 @@ class RequestRunner:
         result, call = None, None
         if self.options.stop:
             watch_for_stop(text, self.options, sequence, phase, limits, calls)
+        if engine and self.eager_branches and limits.fork != "forbidden":
+            self.eager_branches.watch(text, engine, sequence, phase, numbering)
         if engine and extend and limits.max_new_tokens < 1 and not sequence.scope.cancel_reason:
             more = await self._further_tokens(sequence, (), extend)
             limits = replace(limits, max_new_tokens=more or 0)
@@ -141,19 +147,24 @@ class RequestRunner:
         sequence.requests += 1
         if self.supports_seeds:
             request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
-        started = time.monotonic()
+        early = self.eager_branches.take(sequence, request) if self.eager_branches else None
+        started = early.started if early else time.monotonic()
         needs_tokens = text.emit is not None or self._may_be_cut(sequence)
 
         async def decode(request: Request) -> tuple[Result | None, int]:
             async def attempt(request: Request) -> Result:
+                nonlocal early
                 self.events.retract_text(sequence.path, text.reset())
+                if early:
+                    waiting, early = early, None  # one that fails is repeated like any other
+                    return await waiting.result(request.max_tokens, text)
                 if needs_tokens:
                     return await engine.decode(request, text)
                 result = await engine.decode(request)
                 text(result.token_ids)
                 return result
 
-            return await self._run_with_retries(
+            return await self.run_with_retries(
                 sequence, lambda: self.kv_joiner.send(engine, sequence, sequence.allowance, request, attempt)
             )
 
@@ -178,6 +189,10 @@ class RequestRunner:
             name, sequence.path, received, new, started, seed, retries, continuations
         )
         return None if cut_while_waiting else result, call
+
+    def first_seed(self, path: Path) -> int | None:
+        """The seed of the first request of the sequence at `path`, None if the engine has no seeds."""
+        return derive_seed(self.seed, path, 0) if self.supports_seeds else None
 
     def _may_be_cut(self, sequence: SequenceState) -> bool:
         """Whether a deadline or the join policy may end a request of a sequence, which then keeps what has arrived."""
@@ -237,7 +252,7 @@ class RequestRunner:
             async def attempt(request: Request) -> tuple[Result, Sequence[Engine]]:
                 return await engine.fork(request, size)
 
-            forked, retries = await self._run_with_retries(
+            forked, retries = await self.run_with_retries(
                 sequence, lambda: self.kv_joiner.send(engine, sequence, sequence.allowance, prefix, attempt)
             )
             committed, engines = forked or (Result((), "length", len(sequence.context), None), ())
@@ -265,7 +280,7 @@ class RequestRunner:
             return
         new, started = max(1, branch.uncached_tokens), time.monotonic()
         prefix = self.builder.commit_request(branch)
-        result, retries = await self._run_with_retries(
+        result, retries = await self.run_with_retries(
             sequence,
             lambda: self.kv_joiner.send(engine, branch, sequence.allowance, prefix, engine.commit),
             ignore_failure=True,
@@ -284,7 +299,7 @@ class RequestRunner:
             log.info("%s: the load of the engine is not known (%r)", self.rid, error)
             return None
 
-    async def _run_with_retries(
+    async def run_with_retries(
         self, sequence: SequenceState, attempt: Callable[[], Awaitable[T]], ignore_failure: bool = False
     ) -> tuple[T | None, int]:
         """Run `attempt` at the expense of a sequence, again after passing errors.
@@ -325,23 +340,6 @@ class RequestRunner:
             sequence.scope.cancel("failed")
             result = None
         return result, max(0, tries - 1)
-
-
-async def abort_requests(engine: Engine, rid: str) -> None:
-    """Abort the requests whose ids begin with `rid`, also while this is cancelled. Errors are logged."""
-    try:
-        await asyncio.shield(engine.abort(rid))
-    except (EngineError, OSError) as error:
-        log.warning("%s: its requests could not be aborted: %r", rid, error)
-
-
-async def release_engines(engines: Iterable[Engine]) -> None:
-    """Release the engines of forks. One that fails does not keep the others from it."""
-    for engine in engines:
-        try:
-            await engine.release()
-        except (EngineError, OSError) as error:
-            log.warning("the engine of a branch could not be released: %r", error)
 
 
 def derive_seed(seed: int, *where: object) -> int:
