@@ -1,13 +1,17 @@
-"""Agents that write in parallel and read each other after every chunk of tokens."""
+"""Agents that write in parallel and read each other, after every chunk of tokens or, where the engine can, at every token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from sgl_apr.engine.base import Engine
+from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.session import MethodSession
+from sgl_apr.runtime.value_checks import check_type
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 
 @dataclass
@@ -34,6 +38,32 @@ class Agent:
 
 
 T = TypeVar("T", bound=Agent)
+
+
+def runs_exactly(engine: Engine, kind: GroupKind, exact: bool | None, options: Mapping[str, Any]) -> bool:
+    """Decide whether agents decode as one group, in which each token sees all tokens so far.
+
+    Args:
+        engine: The engine.
+        kind: The kind of the group.
+        exact: Whether they have to. None: where the engine decodes such groups.
+        options: The other options of the method. With tools they cannot: a worker of a group does not wait for a result.
+
+    Raises:
+        UnsupportedEngine: They have to, and the engine does not decode such groups.
+        AprError: They have to, and there are tools.
+    """
+    if exact is not None:
+        check_type("exact", exact, bool)
+    has_groups, has_tools = kind in getattr(engine, "groups", ()), bool(options.get("tools"))
+    if exact and not has_groups:
+        raise UnsupportedEngine(
+            f"exact=True, and this engine does not decode groups of kind {kind}: expected a server that `sgl-apr serve` "
+            "started in a mode where groups work, or exact=None"
+        )
+    if exact and has_tools:
+        raise AprError("exact=True with tools: a worker of a group cannot wait for the result of a tool")
+    return has_groups and not has_tools and exact is not False
 
 
 async def write_chunk(

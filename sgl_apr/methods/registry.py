@@ -92,7 +92,9 @@ def check_arguments(name: str, task: Any, options: Mapping[str, Any]) -> None:
     own = {p.name: p.default for p in signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for key, value in others.items():
         default = own.get(key)
-        if isinstance(default, bool | int | float) and value is not None:
+        if key == "exact" and key in own and value is not None:  # True, False, or what the engine can
+            check_type(key, value, bool)
+        elif isinstance(default, bool | int | float) and value is not None:
             check_type(key, value, type(default))
         elif (
             key not in own

@@ -18,12 +18,14 @@ from those whose methods it supports:
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.methods.graph_operations import Graph
 from sgl_apr.methods.prompt import Completion, Prompt
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 WORKERS = ("Alice", "Bob", "Carol", "Dave", "Eve", "Frank", "Grace", "Heidi")
 END_OF_SENTENCE = (".", "?", "!", "\u2026")
@@ -240,6 +242,33 @@ class CollaborativeTask(Task[P]):
             The context, and the prompt that continues it.
         """
         raise NotImplementedError
+
+    def worker_prompts(self, problem: P, workers: int, kind: GroupKind) -> tuple[str, Sequence[Prompt]]:
+        """What workers begin with where the engine decodes them as one group, so that each token sees all tokens so far.
+
+        By default it is the context of a worker that sees nothing yet, and the worker's name: for Hogwild! as it opens a
+        step.
+
+        Args:
+            problem: The problem.
+            workers: Number of workers.
+            kind: How they see each other.
+
+        Returns:
+            The text that all of them share, and for each worker its header with how it decodes. No header is empty.
+        """
+        context, prompt = self.shared_context_prompt(problem, "", [""] * (workers - 1))
+        names = [WORKERS[k % len(WORKERS)] for k in range(workers)]
+        headers = (
+            [self.step_opening(number, 1) for number in range(1, workers + 1)]
+            if kind == "hogwild"
+            else [f"**{name}:** " for name in names]
+        )
+        prompts = [
+            replace(prompt, text=prompt.text + header, name=name)
+            for header, name in zip(headers, names, strict=True)
+        ]
+        return context, prompts
 
     def step_opening(self, worker: int, number: int) -> str:
         """How a step of a worker begins (Hogwild!, section 3.2); both numbers count from 1."""

@@ -65,7 +65,10 @@ def _add_group(
     lengths: Sequence[int],
 ) -> None:
     depth = len(group.path) + 1
-    own = [i for i, span in enumerate(spans) if len(span.path) == depth and span.path[:-1] == group.path]
+    block = [i for i, span in enumerate(spans) if len(span.path) == depth and span.path[:-1] == group.path]
+    # A branch without a request had no tokens to decode, and was no worker.
+    workers = {spans[i].path for i in block if spans[i].call is not None}
+    own = [i for i in block if spans[i].path in workers]
     headers = [i for i in own if spans[i].origin != "decoded"]
     if not headers:
         return

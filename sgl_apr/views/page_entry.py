@@ -82,6 +82,7 @@ def full_entry(trajectory: Trajectory) -> dict[str, Any]:
         "limits": [asdict(limit) for limit in trajectory.limits],
         "decisions": [asdict(decision) for decision in trajectory.decisions],
         "joins": [asdict(join) for join in trajectory.joins],
+        "groups": [asdict(group) for group in trajectory.groups],
     }
 
 

@@ -76,7 +76,9 @@ def _add_block(root: Tree, block: Block, trajectory: Trajectory, tools: Mapping[
                 width=PANEL_WIDTH,
             )
         )
-    node = root.add(Text(f"fork into {len(panels)}", style="bold magenta"))
+    group = next((group for group in trajectory.groups if group.path == block.path), None)
+    title = f"group of {len(panels)} workers ({group.kind})" if group else f"fork into {len(panels)}"
+    node = root.add(Text(title, style="bold magenta"))
     node.add(Columns(panels))
     if block.conclusion:
         node.add(Text.assemble(("conclusion  ", "bold magenta"), printable(block.conclusion)))

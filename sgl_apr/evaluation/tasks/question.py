@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -21,6 +21,21 @@ from sgl_apr.methods.task import (
     ValuedSearchTask,
     VotedSearchTask,
 )
+from sgl_apr.trajectory.worker_groups import GroupKind
+
+WORKER_INSTRUCTIONS: Mapping[GroupKind, str] = {
+    "group_think": (
+        "Several thinkers work on this at the same time, each under its own name. While you write, you see every word that the "
+        "others have written so far. Work together: leave what another is doing, use what another has found, and add what is "
+        "missing. Any of you may say the answer, for all."
+    ),
+    "hogwild": (
+        "You work on this together with other assistants, and all of you write at the same time. A step begins with the name of "
+        "who writes it and its number, such as **Alice [1]:**, and ends with an empty line. You see the steps that any of you "
+        "has finished, then what the others are writing now, then your own step. If you are doing what another is doing, stop "
+        "and do something else. Use what another has found. Any of you may say the answer, for all."
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +212,12 @@ class QuestionTask(
         parts = [f"### {name}\n\n{text.strip()}\n\n" for name, text in shown.items() if text.strip()]
         heading = ["### Own work\n\n"] if parts else []
         return "".join([self.prompt_text(problem, instruction), *parts, *heading, own]), Prompt()
+
+    def worker_prompts(self, problem: str, workers: int, kind: GroupKind) -> tuple[str, Sequence[Prompt]]:
+        """A message in the style of the papers (Group Think: Hsu 2025, arXiv 2505.11107; Hogwild!: Rodionov 2025, arXiv
+        2504.06261, appendix C), and the name with which each worker opens its reply."""
+        _, prompts = super().worker_prompts(problem, workers, kind)
+        return self.prompt_text(problem, WORKER_INSTRUCTIONS[kind]), prompts
 
     def has_answer(self, text: str) -> bool:
         return bool(answer_lines(text))

@@ -107,13 +107,16 @@ function tilesOf(entry) {
   );
 }
 
-/** Lists the limits that applied, how blocks were joined, and where pacing reduced the parallelism. */
+/** Lists the limits that applied, how blocks were joined, which are groups of workers, and where pacing reduced the parallelism. */
 function notesOf(t) {
   const by = new Map();
   const note = (what, path) => by.set(what, [...(by.get(what) ?? []), nameOf(path)]);
   t.limits.forEach(({ limit, path }) => note(`limit reached: ${limit}`, path));
   t.joins.forEach(({ path, by: kind, why }) =>
     note(kind === "kv" ? "joined in the KV cache" : `joined as text${why ? `: ${why}` : ""}`, path),
+  );
+  t.groups?.forEach(({ path, kind }) =>
+    note(`its branches saw one another's tokens as they were written (${kind})`, path),
   );
   t.decisions
     .filter((d) => d.parallelism < d.branches)
@@ -127,7 +130,7 @@ function notesOf(t) {
       el("span", { class: "soft" }, ` at ${paths.slice(0, 8).join(", ")}${paths.length > 8 ? " …" : ""}`),
     ),
   );
-  return [el("ul", { class: "notes", "aria-label": "Limits, joins and pacing" }, items)];
+  return [el("ul", { class: "notes", "aria-label": "Limits, joins, groups and pacing" }, items)];
 }
 
 function otherAttempts(entry) {

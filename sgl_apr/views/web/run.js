@@ -155,9 +155,9 @@ function currentTrajectory(run) {
 }
 
 function common({ done, ...run }) {
-  if (!done) return { dialect: "", wall: clock(run), limits: [], decisions: [], joins: [] };
-  const { dialect, wall_s: wall, limits, decisions, joins } = done;
-  return { dialect, wall, limits, decisions, joins };
+  if (!done) return { dialect: "", wall: clock(run), limits: [], decisions: [], joins: [], groups: [] };
+  const { dialect, wall_s: wall, limits, decisions, joins, groups } = done;
+  return { dialect, wall, limits, decisions, joins, groups };
 }
 
 /** Returns a row of the list for a trajectory of this page. */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from sgl_apr.engine.base import Engine
@@ -23,6 +23,7 @@ from sgl_apr.formats.presets import dialect_for
 from sgl_apr.methods.graph_operations import Generate, Graph, KeepBest, Score
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.task import CollaborativeTask, GraphTask, Inapplicable, SampledTask, ValuedSearchTask
+from sgl_apr.trajectory.worker_groups import GroupKind
 
 STEP = r" \d{1,2}[-+*\/] \d{1,2}= \d{1,2}"
 MESSAGE_STEP = re.compile(rf">({STEP});")
@@ -138,6 +139,11 @@ class CountdownTask(
         """The text of the others stands above the worker's own, as if it had written that; a step is a line without a name."""
         above = (text.strip("\n") for text in (past, *others))
         return "\n".join([problem.text, *filter(None, above), own]), self.prompt(problem).without_text
+
+    def worker_prompts(self, problem: Problem, workers: int, kind: GroupKind) -> tuple[str, Sequence[Prompt]]:
+        """All begin a search of the same problem with a line break. The model's vocabulary has no names."""
+        prompt = replace(self.prompt(problem), text=self.step_separator)
+        return problem.text, [prompt] * workers
 
     def step_opening(self, worker: int, number: int) -> str:
         return ""
