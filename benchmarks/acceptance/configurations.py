@@ -46,8 +46,8 @@ class Configuration:
 
 # flashinfer and the CPU's attention can turn the queries of Hogwild!, no other backend can.
 NO_HOGWILD = frozenset({"hogwild"})
-# Blackwell's default backends need pages of 64 tokens, with which there are no groups.
-ANY_BACKEND = frozenset({"group_think", "hogwild"})
+# Blackwell's default backend needs pages of 64 tokens and joins nothing.
+ANY_BACKEND = frozenset({"start", "group_think", "hogwild"})
 _CUDA: dict[str, Any] = {
     "dtype": "bfloat16", "max_total_tokens": 65536, "context_length": 8192, "cuda_graph_max_bs_decode": 32,
     "max_running_requests": 48,

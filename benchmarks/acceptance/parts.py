@@ -165,7 +165,7 @@ class Acceptance:
         if what is not None:
             raise Refused(f"groups do not work with {what}")
         prompt, headers = self._draw(PROMPT_TOKENS), [self._draw(count) for count in HEADERS]
-        self._run([self._request(prompt, 1)])
+        self._run([self._request(prompt, 0)])
         self._requests += 1
         case = WorkerGroupCase(
             f"group{self._requests:04}",
@@ -243,7 +243,7 @@ class Acceptance:
     def _request(self, ids: Sequence[int], new: int, layout: Layout | None = None) -> Any:
         self._requests += 1
         params = {LAYOUT_PARAM: json.dumps(layout)} if layout else None
-        return make_request(f"request{self._requests:04}", ids, new, params)
+        return make_request(f"request{self._requests:04}", ids, new, params, logprobs=new > 0)
 
     def _run(self, requests: Sequence[Any]) -> tuple[SchedulerRun, Sequence[Any]]:
         run = run_requests(self.scheduler, [(0, request) for request in requests])
@@ -254,7 +254,7 @@ class Acceptance:
     def _commit(self, layout: Layout, ids: Sequence[int]) -> None:
         """Bring the branches of a prompt into the cache."""
         for ranges, own in commit_prompts(layout):
-            self._run([self._request([t for first, last in ranges for t in ids[first:last]], 1, own)])
+            self._run([self._request([t for first, last in ranges for t in ids[first:last]], 0, own)])
 
     def _error(
         self, run: SchedulerRun, request: Any, ids: Sequence[int], layout: Layout | None = None

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Process:
         noise: The mean error of ordinary requests, if it is known.
         environment: Additional environment variables.
         folder: A directory for its files.
-        command: What to run instead of the worker, for tests.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class Process:
         noise: float | None,
         environment: Mapping[str, str],
         folder: Path,
-        command: Sequence[str] | None = None,
     ) -> None:
         self.name, self.parts = name, parts
         arguments = json.dumps([name, device, parts, noise, str(folder)])
@@ -54,7 +52,7 @@ class Process:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with self._log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [*(command or (sys.executable, "-c", WORKER)), arguments],
+                [sys.executable, "-c", WORKER, arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -113,7 +113,7 @@ class SpeedAcceptance(Acceptance):
 
     def _prefix(self) -> list[int]:
         prefix = self._draw(2000 if self.on_gpu else 200)
-        self._run([self._request(prefix, 1)])
+        self._run([self._request(prefix, 0)])
         return prefix
 
     def _forks(self, prefix: list[int], width: int) -> list[Any]:

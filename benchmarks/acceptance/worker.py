@@ -77,7 +77,7 @@ def _run(
         started.append(acceptance)
         return describe(acceptance.scheduler, device)
 
-    if not run_part("start", start, configuration, report):
+    if not run_part("start", start, configuration, report) or not started:
         return 1
     (acceptance,) = started
     runs = (run_part(name, acceptance.parts[name], configuration, report) for name in parts)
@@ -85,19 +85,26 @@ def _run(
 
 
 def _start(configuration: Configuration, device: str, folder: Path, noise: float | None) -> Any:
-    from benchmarks.acceptance.parts import Acceptance
+    from benchmarks.acceptance.parts import Acceptance, Refused
     from benchmarks.acceptance.reference import Reference, make_checkpoint, make_weightless_checkpoint
     from benchmarks.acceptance.speed import SpeedAcceptance
     from benchmarks.common.in_process_scheduler import make_scheduler
 
-    options = {"overlap": configuration.overlap, **configuration.flags}
-    if "speed" in configuration.parts:
-        checkpoint = make_weightless_checkpoint(folder, large=device == "cuda")
-        return SpeedAcceptance(make_scheduler(checkpoint, **options), configuration, None)
-    checkpoint = make_checkpoint(folder)
-    scheduler = make_scheduler(checkpoint, **options)
+    timed = "speed" in configuration.parts
+    if timed:
+        make_weightless_checkpoint(folder, large=device == "cuda")
+    else:
+        make_checkpoint(folder)
+    try:
+        scheduler = make_scheduler(folder, overlap=configuration.overlap, **configuration.flags)
+    except ValueError as error:
+        if "does not work with" in str(error):  # the cache that joins
+            raise Refused(str(error)) from error
+        raise
+    if timed:
+        return SpeedAcceptance(scheduler, configuration, None)
     dtype = str(scheduler.model_config.dtype).removeprefix("torch.")
-    return Acceptance(scheduler, configuration, Reference(checkpoint, dtype), noise)
+    return Acceptance(scheduler, configuration, Reference(folder, dtype), noise)
 
 
 def run_part(
@@ -108,7 +115,7 @@ def run_part(
     Returns:
         Whether the scheduler can still be used: it cannot after an exception that nobody expected.
     """
-    from benchmarks.acceptance.parts import Refused
+    from benchmarks.acceptance.parts import Refused, RequestFailed
 
     report({"begins": name})
     began, usable = time.monotonic(), True
@@ -116,6 +123,8 @@ def run_part(
         figures = work()
     except Refused as error:
         figures = {"ok": None if name in configuration.may_refuse else False, "not supported": str(error)}
+    except RequestFailed as error:
+        figures = {"ok": False, "failed": str(error)}
     except Exception as error:
         traceback.print_exc()
         figures, usable = {"ok": False, "failed": f"{type(error).__name__}: {error}"[:2000]}, False
@@ -126,7 +135,10 @@ def run_part(
 def describe(scheduler: Any, device: str) -> dict[str, Any]:
     """Describe the card, the versions, and what SGLang has chosen."""
     import torch
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.runtime_context import get_exec
+
+    from sgl_apr.server.kv_join.compatibility import attention_backends
 
     runner, cache = scheduler.tp_worker.model_runner, scheduler.tree_cache
     graphs = get_exec().graph.cuda_graph_config
@@ -138,6 +150,7 @@ def describe(scheduler: Any, device: str) -> dict[str, Any]:
         **{package: _version(package) for package in PACKAGES},
         "cache": type(cache).__name__,
         "core": type(cache.tree_core).__name__,
+        "attention_backends": attention_backends(resolving_view(scheduler.server_args)),
         "attention": type(runner.attn_backend).__name__,
         "page_size": scheduler.page_size,
         "dtype": str(scheduler.model_config.dtype),
