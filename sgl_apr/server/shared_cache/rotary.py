@@ -30,8 +30,8 @@ class Turns:
     """Rotations of the rows of a tensor.
 
     Attributes:
-        cos: [rows, 1, rotary_dim / 2] or [1, 1, rotary_dim / 2], float32.
-        sin: The same shape.
+        cos: [rows, 1, rotary_dim] or [1, 1, rotary_dim], float32, of the angle of each number.
+        sin: The same shape. Negative for the first number of a pair, because x' = x cos - y sin, y' = y cos + x sin.
     """
 
     cos: torch.Tensor
@@ -106,7 +106,8 @@ class Rotation:
 
         # In float64, because in float32 a large angle would be known less exactly than its cosine has to be.
         angles = torch.tensor(positions, dtype=torch.float64)[:, None, None] * self.frequencies
-        return Turns(*async_h2d_stack([angles.cos().float(), angles.sin().float()], device=device))
+        cos, sin = self._join(angles.cos(), angles.cos()), self._join(-angles.sin(), angles.sin())
+        return Turns(*async_h2d_stack([cos.float(), sin.float()], device=device))
 
     def turn_queries(self, query: torch.Tensor, turns: Turns) -> torch.Tensor:
         """Return the queries at other positions.
@@ -121,11 +122,14 @@ class Rotation:
         size = 2 * len(self.frequencies)
         rotated = query[..., :size].float()
         left, right = rotated.chunk(2, -1) if self.is_neox_style else (rotated[..., ::2], rotated[..., 1::2])
-        pair = (left * turns.cos - right * turns.sin, right * turns.cos + left * turns.sin)
-        turned = (torch.cat(pair, -1) if self.is_neox_style else torch.stack(pair, -1).flatten(-2)).to(
-            query.dtype
-        )
+        turned = torch.addcmul(rotated * turns.cos, self._join(right, left), turns.sin).to(query.dtype)
         return turned if size == query.shape[-1] else torch.cat([turned, query[..., size:]], -1)
+
+    def _join(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return [..., rotary_dim] of the first and the second numbers of all pairs, each [..., rotary_dim / 2]."""
+        return (
+            torch.cat([left, right], -1) if self.is_neox_style else torch.stack([left, right], -1).flatten(-2)
+        )
 
     def turn_cached_keys(self, kv_pool: Any, slots: torch.Tensor, by: int) -> None:
         """Turn the keys of some slots in every layer, in place, without waiting for the device.
