@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from sglang.srt.utils.common import async_h2d
 
-from sgl_apr.server.kv_join.radix_cache import JoinedPrefix
+from sgl_apr.server.kv_join.joined_prefix import JoinedPrefix
 
 _LAST_NODE = attrgetter("last_node")  # this loop runs for every request in every step
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgl_apr.server.kv_join import positions
+from sgl_apr.server.kv_join.joined_prefix import JoinedPrefix
 from sgl_apr.server.kv_join.positions import sample_by_length, shift_positions
-from sgl_apr.server.kv_join.radix_cache import JoinedPrefix
 
 OFFSETS = [0, -5, -2]
 LENGTHS = [4, 1, 3]  # of the extensions of three requests
