@@ -26,7 +26,8 @@ class Worker:
         group: Its group.
         tokens_read: Own tokens whose keys are in the cache, that of the step which is being launched included.
         block_start: The own place where its current step begins (Hogwild!).
-        next_block_start: The own place where its next step begins, once its current step has ended.
+        next_block_starts: The own places where its next steps begin, of steps whose last token is known and which have not
+            been moved to the history. Two at most: without overlap, a step may end before the one before it is moved.
         pending_finish: (reason, number of output tokens) of a worker that ends as soon as its last token has been read.
         has_ended: Whether it has ended.
     """
@@ -36,7 +37,7 @@ class Worker:
     group: WorkerGroup
     tokens_read: int = 0
     block_start: int = 0
-    next_block_start: int | None = None
+    next_block_starts: list[int] = field(default_factory=list)
     pending_finish: tuple[Any, int] | None = None
     has_ended: bool = False
 
@@ -138,9 +139,13 @@ class WorkerGroup:
         for number, length in sorted(lengths.items()):
             worker = self.workers[number]
             worker.tokens_read = length - self.params.prompt_tokens
-            if worker.next_block_start is None or worker.tokens_read <= worker.next_block_start:
+            if not worker.next_block_starts or worker.tokens_read <= worker.next_block_starts[0]:
                 continue
-            prompt, start, end = self.params.prompt_tokens, worker.block_start, worker.next_block_start
+            prompt, start, end = (
+                self.params.prompt_tokens,
+                worker.block_start,
+                worker.next_block_starts.pop(0),
+            )
             # Keys are cached at prompt + own place. In the view, the step begins at `view_length`.
             moves.append(
                 HistoryMove(
@@ -152,7 +157,7 @@ class WorkerGroup:
                 )
             )
             self.view_length += end - start
-            worker.block_start, worker.next_block_start = end, None
+            worker.block_start = end
         return moves
 
     def hogwild_views(self, batch_rows: Mapping[int, int]) -> list[WorkerView]:

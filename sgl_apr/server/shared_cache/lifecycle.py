@@ -144,12 +144,13 @@ def finishing_in_flight(original: Callable[..., list[Any]], scheduler: Any, batc
 def _find_step_end(worker: Worker) -> None:
     """Note that the current step of a worker of Hogwild! ends with its last token, if it does."""
     step_end, req = worker.params.step_end, worker.req
-    if step_end is None or worker.next_block_start is not None:
+    if step_end is None:
         return
     header = len(req.origin_input_ids) - worker.params.prompt_tokens
-    first = max(worker.block_start - header, 0, len(req.output_ids) - len(step_end.encode()) - 4)
+    block_start = worker.next_block_starts[-1] if worker.next_block_starts else worker.block_start
+    first = max(block_start - header, 0, len(req.output_ids) - len(step_end.encode()) - 4)
     if step_end in req.tokenizer.decode(req.output_ids[first:].tolist()):
-        worker.next_block_start = header + len(req.output_ids)
+        worker.next_block_starts.append(header + len(req.output_ids))
 
 
 def match_kv_cache(original: Callable[..., Any], req: Any, *arguments: Any, **options: Any) -> Any:

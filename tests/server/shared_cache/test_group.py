@@ -44,12 +44,12 @@ def test_the_view_of_a_worker_is_one_sequence_of_positions() -> None:
 
 def test_a_step_moves_when_the_token_after_it_is_read() -> None:
     group = make_group(2)
-    group.workers[0].next_block_start = 4  # own places 0 to 3 are the step
+    group.workers[0].next_block_starts = [4]  # own places 0 to 3 are the step
     assert group.read_tokens({0: PROMPT + 4, 1: PROMPT + 4}) == [], "the last token of the step is read"
     moves = group.read_tokens({0: PROMPT + 5, 1: PROMPT + 5})
     assert moves == [HistoryMove(row=1, first=10, last=14, target=10, turn=0)]
     assert group.view_length == PROMPT + 4
-    group.workers[1].next_block_start = 7
+    group.workers[1].next_block_starts = [7]
     group.read_tokens({0: PROMPT + 6, 1: PROMPT + 6})
     group.read_tokens({0: PROMPT + 7, 1: PROMPT + 7})
     (move,) = group.read_tokens({0: PROMPT + 8, 1: PROMPT + 8})
@@ -58,10 +58,19 @@ def test_a_step_moves_when_the_token_after_it_is_read() -> None:
         assert key_positions(group, moves, view) == list(range(PROMPT + 8 + 8))
 
 
+def test_a_step_of_one_token_ends_before_the_one_before_it_has_moved() -> None:
+    group = make_group(1)
+    group.workers[0].next_block_starts = [4, 5]  # without overlap, both ends are known before the next token is read
+    assert [(m.first, m.last) for m in group.read_tokens({0: PROMPT + 5})] == [(10, 14)]
+    assert [(m.first, m.last) for m in group.read_tokens({0: PROMPT + 6})] == [(14, 15)]
+    assert group.read_tokens({0: PROMPT + 7}) == []
+
+
 def test_steps_that_end_together_move_by_number() -> None:
     group = make_group(2)
     group.read_tokens({0: PROMPT + 3, 1: PROMPT + 3})
-    group.workers[0].next_block_start = group.workers[1].next_block_start = 3
+    group.workers[0].next_block_starts = [3]
+    group.workers[1].next_block_starts = [3]
     moves = group.read_tokens({1: PROMPT + 4, 0: PROMPT + 4})
     assert [(move.row, move.target, move.turn) for move in moves] == [(1, 10, 0), (2, 13, 3)]
 
