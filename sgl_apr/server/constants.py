@@ -5,7 +5,8 @@ from __future__ import annotations
 CPU_ATTENTION_BACKEND = "apr_cpu"
 
 LAUNCHED_ENV = "SGLANG_APR_LAUNCHED"  # set in every process that `sgl-apr serve` or `Server` starts
-CACHE_SECRET_ENV = "SGLANG_APR_SECRET"  # the first process of a server makes it, and all of them share it
+CACHE_SECRET_ENV = "SGLANG_APR_SECRET"  # the secret of the cache, if the operator sets it
+GENERATED_SECRET_ENV = "SGLANG_APR_GENERATED_SECRET"  # the secret that the first process makes for all others
 
 # Each of these switches one feature off if it is "0". All are on by default.
 KV_JOIN_ENV = "SGLANG_APR_KV_JOIN"  # joins in the KV cache: SGLang's cache and positions stay as they are

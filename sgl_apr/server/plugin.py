@@ -34,7 +34,7 @@ from sgl_apr.server.hooks import (
     is_enabled,
     require_sglang,
 )
-from sgl_apr.server.kv_join.cache_secret import cache_secret
+from sgl_apr.server.kv_join.cache_secret import cache_secret, check_ranks_share_secret, require_shared_secret
 from sgl_apr.server.launch import server_folder
 from sgl_apr.server.security import abort, auth, grammar_cost, logprob_texts, redaction
 from sgl_apr.server.shared_cache import registration as shared_cache
@@ -159,6 +159,8 @@ def _make_cache(context: Any) -> Any:
         "dec_host_lock_ref": ["node_id", "params"],
     }.items():
         require_sglang(f"{cache}.{method}", parameters)
+    require_shared_secret(context.server_args.nnodes)
+    check_ranks_share_secret(context.tp_group)
     from sgl_apr.server.kv_join import radix_cache
 
     return radix_cache.make_cache(context)

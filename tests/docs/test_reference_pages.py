@@ -86,7 +86,12 @@ def test_flags_of_the_server_are_listed():
 
 
 def test_switches_are_listed():
-    private = {constants.LAUNCHED_ENV, constants.CACHE_SECRET_ENV, constants.MODEL_MODULE_ENV}
+    private = {
+        constants.LAUNCHED_ENV,
+        constants.CACHE_SECRET_ENV,
+        constants.GENERATED_SECRET_ENV,
+        constants.MODEL_MODULE_ENV,
+    }
     switches = {value for name, value in vars(constants).items() if name.endswith("_ENV")} - private
     listed = set(re.findall(r"^\| `(SGLANG_APR_\w+)`", section("Environment variables"), re.MULTILINE))
     assert listed == switches

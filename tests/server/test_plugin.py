@@ -52,7 +52,7 @@ def hooked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(plugin, "has_accelerator", lambda: False)
     monkeypatch.setattr(plugin, "activated", False)
     monkeypatch.setenv(LAUNCHED_ENV, "1")
-    monkeypatch.setenv(CACHE_SECRET_ENV, "00")
+    monkeypatch.setenv(CACHE_SECRET_ENV, "00" * 32)
     return paths
 
 

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from sgl_apr.server.constants import CACHE_SECRET_ENV, LAUNCHED_ENV
+from sgl_apr.server.constants import GENERATED_SECRET_ENV, LAUNCHED_ENV
 from sgl_apr.server.launch.defaults import SERVER_ENVIRONMENT
 from sgl_apr.server.launch.fast_imports import fast_imports
 
@@ -116,9 +116,9 @@ def _become(environment: dict[str, str], stdin: int, stdout: int) -> None:
         os.dup2(descriptor, number)
     os.close(stdin)
     os.close(stdout)
-    secret = os.environ[CACHE_SECRET_ENV]  # the plugin has read it already
+    secret = os.environ[GENERATED_SECRET_ENV]  # the plugin has read it already
     os.environ.clear()
-    os.environ.update(environment | {CACHE_SECRET_ENV: secret})
+    os.environ.update(environment | {GENERATED_SECRET_ENV: secret})
     tempfile.tempdir = None  # it is read from this environment
 
 
