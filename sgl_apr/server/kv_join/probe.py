@@ -49,15 +49,22 @@ class ProbeReply:
     cached: int
 
 
-def make_client(url: str, api_key: str | None = None) -> GenerateClient:
+def make_client(url: str, api_key: str | None = None, rank: int = 0) -> GenerateClient:
     """Return a client that sends requests to a server over HTTP.
 
     The client raises `EngineError` if the server does not answer, or not with status 200.
+
+    Args:
+        url: Where the server listens.
+        api_key: Its key.
+        rank: The data-parallel rank that gets all requests. A server without ranks ignores it if it is 0.
     """
     generate_url = f"{url.rstrip('/')}/generate"
 
     def generate(body: Mapping[str, Any]) -> Any:
-        return post_json(generate_url, body, api_key=api_key, timeout=ANSWER_TIMEOUT_S)
+        return post_json(
+            generate_url, {**body, "routed_dp_rank": rank}, api_key=api_key, timeout=ANSWER_TIMEOUT_S
+        )
 
     return generate
 

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgl_apr.engine.http_client import post_json
+from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.constants import QUICK_WARMUP_ENV
 from sgl_apr.server.hooks import is_enabled, require_sglang
+from sgl_apr.server.kv_join.probe import make_client
+from sgl_apr.server.kv_join.selfcheck import PROBE_TOKEN_IDS, assert_joins_correct
 
 # By grammar backend. The grammars are small, but the first one of a process may compile a torch kernel.
 WARMUP_GRAMMARS = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
@@ -89,6 +92,29 @@ def warm_up_grammars(args: Any) -> None:
             _generate(args.url(), {"text": texts, "sampling_params": sampling}, args.api_key)
         except LaunchError as error:
             raise LaunchError(f"constrained decoding does not work with this model: {error}") from error
+
+
+def check_joins(args: Any) -> None:
+    """Check the joins of a server whose cache joins, on each of its data-parallel ranks.
+
+    `--skip-server-warmup` does not skip this: a server that joins wrongly must not answer.
+
+    Args:
+        args: SGLang's `ServerArgs`.
+
+    Raises:
+        LaunchError: The joins do not match the model, or the server does not answer.
+    """
+    view = require_sglang("sglang.srt.arg_groups.overrides:resolving_view")(args)
+    if view.radix_cache_backend != RADIX_CACHE_BACKEND:
+        return
+    _generate(
+        args.url(),
+        {"input_ids": [PROBE_TOKEN_IDS[0]], "sampling_params": {"max_new_tokens": 0}},
+        args.api_key,
+    )
+    for rank in range(view.dp_size):
+        assert_joins_correct(make_client(args.url(), args.api_key, rank))
 
 
 def _generate(url: str, body: Mapping[str, Any], api_key: str | None) -> None:

@@ -279,6 +279,24 @@ def test_sglang_warms_up_in_all_other_cases(reason: str, stock: Stock, monkeypat
     assert (stock.calls, stock.status) == (1, None)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("skip_warmup", [False, True])
+def test_joins_are_checked_on_every_rank(ranks: int, skip_warmup: bool, monkeypatch: pytest.MonkeyPatch):
+    """Also with `--skip-server-warmup`: the check then waits until the server listens."""
+    calls: list[object] = []
+    view = argparse.Namespace(radix_cache_backend="apr", dp_size=ranks)
+    monkeypatch.setattr(warmup, "require_sglang", lambda path: lambda args: view)
+    monkeypatch.setattr(warmup, "_generate", lambda url, body, key: calls.append("listens"))
+    monkeypatch.setattr(warmup, "make_client", lambda url, key, rank: rank)
+    monkeypatch.setattr(warmup, "assert_joins_correct", calls.append)
+    args = argparse.Namespace(**vars(ARGS), skip_server_warmup=skip_warmup)
+    warmup.check_joins(args)
+    assert calls == ["listens", *range(ranks)]
+    view.radix_cache_backend = "stock"
+    warmup.check_joins(args)
+    assert calls == ["listens", *range(ranks)], "no other cache is checked"
+
+
 @pytest.mark.server
 def test_a_server_starts_without_what_it_does_not_need(server: Server):
     log = Path(server._log_path).read_text()
