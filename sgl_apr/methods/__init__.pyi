@@ -8,6 +8,7 @@ from .fork_task import ForkTask as ForkTask
 from .fork_task import Merge as Merge
 from .prompt import Completion as Completion
 from .prompt import Prompt as Prompt
+from .prompt_group import decode_group as decode_group
 from .registry import METHOD_NAMES as METHOD_NAMES
 from .registry import MethodResult as MethodResult
 from .registry import method as method
@@ -47,6 +48,7 @@ __all__ = [
     "TokenUsage",
     "ValuedSearchTask",
     "VotedSearchTask",
+    "decode_group",
     "fork",
     "method",
     "method_session",

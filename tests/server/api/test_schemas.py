@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -15,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 import sgl_apr as apr
+from sgl_apr.server.api.config import ApiConfig
 from sgl_apr.server.api.install import make_router
 from sgl_apr.server.api.limits import RequestLimits
 from sgl_apr.server.api.options import OPTION_NAMES, OptionsParser, ReasonRequest
 from sgl_apr.server.api.schemas import describe_openapi, option_schemas
+from sgl_apr.server.api.worker_group import check_group_request
 from sgl_apr.server.launch.launcher import Server
 from tests.server.api.test_requests import BAD_SAMPLING
 
@@ -108,6 +111,37 @@ def test_the_schema_of_a_request_agrees_with_the_checks(body: dict, is_valid: bo
     assert validator(document(), "AprGenerateRequest").is_valid(body) == is_valid
     try:
         PARSER.parse(ReasonRequest.from_json(json.dumps(body).encode()))
+    except apr.AprError:
+        assert not is_valid
+    else:
+        assert is_valid
+
+
+@pytest.mark.parametrize(
+    ("group", "is_valid"),
+    [
+        ({"kind": "group_think", "headers": ["A:", "B:"]}, True),
+        ({"kind": "hogwild", "headers": ["A:"], "step_end": "\n\n"}, True),
+        ({"kind": "hogwild", "headers": ["A:"], "step_end": None}, True),
+        ({"kind": "crowd", "headers": ["A:"]}, False),
+        ({"kind": "group_think", "headers": []}, False),
+        ({"kind": "group_think", "headers": ["A:"] * 65}, False),
+        ({"kind": "group_think", "headers": ["A:", ""]}, False),
+        ({"kind": "group_think", "headers": "A:"}, False),
+        ({"kind": "hogwild", "headers": ["A:"], "step_end": ""}, False),
+        ({"kind": "hogwild", "headers": ["A:"], "step_end": "x" * 65}, False),
+        ({"kind": "group_think", "headers": ["A:"], "workers": 1}, False),
+        ({"headers": ["A:"]}, False),
+        ({"kind": "group_think"}, False),
+        (["A:"], False),
+    ],
+)
+def test_the_schema_of_a_group_agrees_with_the_checks(group: object, is_valid: bool):
+    body = {"prompt": "Q", "group": group}
+    assert validator(document(), "AprGenerateRequest").is_valid(body) == is_valid
+    request = ReasonRequest.from_json(json.dumps(body).encode())
+    try:
+        asyncio.run(check_group_request(PARSER, ApiConfig(), request))
     except apr.AprError:
         assert not is_valid
     else:
