@@ -78,6 +78,8 @@ def print_results(task: str, rows: Sequence[MethodResults], several: bool, wide:
 def print_comparisons(pairs: Sequence[MethodPair], wide: bool = False) -> None:
     """Print a row for each pair; differences are the second minus the first, with 95% intervals.
 
+    Columns of tools are shown if any attempt called one.
+
     Args:
         pairs: The compared evaluations.
         wide: Whether all columns are printed, however wide the terminal is.
@@ -100,11 +102,19 @@ def print_comparisons(pairs: Sequence[MethodPair], wide: bool = False) -> None:
         Column("total tokens", [_difference(*by) for by in by_tokens], 5),
         Column("critical path", [_difference(*by) for by in by_path], 4),
     ]
+    if any(pair.has_tool_calls for pair in pairs):
+        calls = [pair.mean_difference(lambda a: a.tool_calls) for pair in pairs]
+        seconds = [pair.mean_difference(lambda a: a.tool_s) for pair in pairs]
+        columns += [
+            Column("tool calls", [_difference(*by) for by in calls], 6),
+            Column("tool seconds", [_difference(*by, digits=2) for by in seconds], 7),
+        ]
     _console(wide).print(FittedTable(columns, all_columns=ALL_COLUMNS))
 
 
-def _difference(value: float, interval: tuple[float, float]) -> str:
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(value, *interval)
+def _difference(value: float, interval: tuple[float, float], digits: int = 1) -> str:
+    low, high = interval
+    return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def _share(value: float | None) -> str:

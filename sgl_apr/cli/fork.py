@@ -80,11 +80,6 @@ def add_command(commands: Any) -> None:
         help='when the branches end: "all", "first", "quorum:k" or "deadline:s" (default: all)',
     )
     add_tool_arguments(parser)
-    parser.add_argument(
-        "--tool-choice",
-        metavar="CHOICE",
-        help='"auto", "none", "required" (each branch calls a tool before it answers), or the name of one (default: auto)',
-    )
     parser.add_argument("--seed", type=int, help="sampling seed, if the server supports seeds")
     parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument(
@@ -106,8 +101,6 @@ def _run(options: argparse.Namespace) -> int:
         raise AprError("--join is for a merge, expected --merge")
     merge = make_merge(options.merge)
     own_tools = load_tool_arguments(options)
-    if options.tool_choice and not (own_tools or options.mcp_servers):
-        raise AprError("--tool-choice is for tools, expected --tool or --mcp")
     with live_server(options, options.context) as view:
         result = asyncio.run(_connect_and_fork(options, prompt, tasks, merge, own_tools, view))
     if options.json:

@@ -162,12 +162,16 @@ def _reason_call(options: argparse.Namespace) -> Answer:
         arguments["tools"] = own_tools
     if options.tool_call_parser:
         arguments["tool_call_parser"] = options.tool_call_parser
-    check_call(dialect, arguments)
+    choice: ReasonArguments = {"tool_choice": options.tool_choice} if options.tool_choice else {}
+    # The tools of MCP servers are not known yet.
+    check_call(dialect, arguments if options.mcp_servers else {**arguments, **choice})
+    arguments |= choice
 
     async def answer(engine: Engine, on_event: OnEvent | None, tools: Sequence[Tool]) -> Trajectory:
         if all_tools := [*own_tools, *tools]:
             arguments["tools"] = all_tools
-        prompt = options.question if options.raw else await _chat_prompt(engine, options.question, all_tools)
+        shown = [] if options.tool_choice == "none" else all_tools
+        prompt = options.question if options.raw else await _chat_prompt(engine, options.question, shown)
         return await areason(engine, prompt, dialect, on_event=on_event, **arguments)
 
     return answer
@@ -205,6 +209,8 @@ def _method_call(options: argparse.Namespace) -> Answer:
         arguments["allow_code"] = True
     if own_tools := load_tool_arguments(options):
         arguments["tools"] = own_tools
+    if options.tool_choice:
+        arguments["tool_choice"] = options.tool_choice
     if options.tool_call_parser:
         arguments["tool_call_parser"] = options.tool_call_parser
     check_arguments(options.method, task, arguments)

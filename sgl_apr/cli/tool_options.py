@@ -32,6 +32,12 @@ def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
         help='the tools of an MCP server: a command such as "mcp-server-time", or the URL of one; can be repeated',
     )
     parser.add_argument(
+        "--tool-choice",
+        metavar="CHOICE",
+        help='"auto", "none", "required" (it calls a tool before it answers; each branch of `fork` does), or the name of one '
+        "(default: auto)",
+    )
+    parser.add_argument(
         "--tool-call-parser",
         metavar="NAME",
         help="how the model writes calls, as --tool-call-parser of SGLang (default: the server's)",
@@ -42,8 +48,10 @@ def load_tool_arguments(options: argparse.Namespace) -> list[Tool]:
     """Return the tools of `--tool`.
 
     Raises:
-        AprError: A module cannot be imported, a name is not in it, or is no tool.
+        AprError: A module cannot be imported, a name is not in it, or is no tool; or `--tool-choice` is none of the tools.
     """
+    if options.tool_choice and not (options.tools or options.mcp_servers):
+        raise AprError("--tool-choice is for tools, expected --tool or --mcp")
     if not options.tools:
         return []
     from sgl_apr.server.api.tools.sources import load_tools
@@ -54,6 +62,11 @@ def load_tool_arguments(options: argparse.Namespace) -> list[Tool]:
             tools += load_tools(text)
         except AprError as error:
             raise AprError(f"--tool {text}: {error}") from error
+    choice, names = options.tool_choice, [tool.name for tool in tools]
+    # The tools of MCP servers are not known yet.
+    if choice not in (None, "auto", "none", "required", *names) and not options.mcp_servers:
+        expected = ", ".join(names)
+        raise AprError(f"--tool-choice {choice}, expected auto, none, required, or a tool: {expected}")
     return tools
 
 

@@ -61,12 +61,28 @@ class MethodPair:
             "p": compared.p,
             "total_tokens": self._metric_json(lambda a: a.tokens),
             "critical_path": self._metric_json(lambda a: a.critical_path),
+            **(self._tool_metrics() if self.has_tool_calls else {}),
         }
 
-    def _metric_json(self, metric: Callable[[AttemptMetrics], float]) -> Mapping[str, object]:
+    @property
+    def has_tool_calls(self) -> bool:
+        """Whether any attempt called a tool."""
+        return any(attempt.tool_calls for row in self.results for attempt in row.attempts)
+
+    def _tool_metrics(self) -> Mapping[str, object]:
+        calls, seconds = (
+            self._metric_json(lambda a: a.tool_calls, 2),
+            self._metric_json(lambda a: a.tool_s, 3),
+        )
+        return {"tool_calls": calls, "tool_s": seconds}
+
+    def _metric_json(
+        self, metric: Callable[[AttemptMetrics], float], digits: int = 1
+    ) -> Mapping[str, object]:
         difference, ci95 = self.mean_difference(metric)
-        means = [round(row.mean(metric), 1) for row in self.results]
-        return {"means": means, "difference": round(difference, 1), "ci95": [round(x, 1) for x in ci95]}
+        means = [round(row.mean(metric), digits) for row in self.results]
+        interval = [round(x, digits) for x in ci95]
+        return {"means": means, "difference": round(difference, digits), "ci95": interval}
 
 
 def pair_evaluations(first: str, second: str) -> list[MethodPair]:

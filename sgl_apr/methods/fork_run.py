@@ -121,8 +121,15 @@ class ForkRun:
             if calls < 1:
                 needed = 1 + branches * (1 + self.joins_kv) + (self.merger is not None)
                 raise BudgetExceeded(f"budget calls={self.budget.calls}, expected at least {needed}")
-        tool_calls = left.tool_calls if left.tool_calls >= NO_LIMIT else left.tool_calls // branches
+        tool_calls = left.tool_calls
+        if tool_calls < NO_LIMIT:  # equal parts for the tasks that may call tools
+            tool_calls //= max(1, sum(map(self._may_call, self.tasks)))
         return Allowance(tokens // branches, left.critical_path_cap, 0, calls, tool_calls=tool_calls)
+
+    def _may_call(self, task: ForkTask) -> bool:
+        """Whether a task has tools that it may call."""
+        options = self._tool_options[task.name]
+        return bool(options.get("tools")) and options.get("tool_choice") != "none"
 
     async def _context_left(self, context: int, reserve: float) -> int:
         """Tokens that the branches may write together so that everything fits into the context of the engine."""
@@ -147,6 +154,8 @@ class ForkRun:
             limits = task.limits
             deadline = now + limits.seconds if limits and limits.seconds is not None else None
             allowance = replace(share)
+            if not self._may_call(task):
+                allowance.tool_calls = 0
             if limits:
                 allowance.calls = min(allowance.calls, limits.calls or NO_LIMIT)
                 if limits.tool_calls is not None:

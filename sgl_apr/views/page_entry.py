@@ -10,6 +10,7 @@ from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.trajectory.spans import Path, Span
 from sgl_apr.trajectory.tool_calls import ToolCall
 from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.views.answer_text import final_text
 
 MAX_LIST_LANES = 12  # lanes in the small picture of a trajectory
 SPAN_FIELDS = [f.name for f in fields(Span) if f.name != "token_ids"]
@@ -50,7 +51,7 @@ def list_row(entry: PageEntry) -> dict[str, Any]:
         "name": entry.name,
         "method": entry.method or entry.trajectory.dialect,
         "label": entry.label,
-        "answer": entry.trajectory.answer if entry.answer is None else entry.answer,
+        "answer": final_text(entry.trajectory) if entry.answer is None else entry.answer,
         "correct": entry.correct,
         "size": entry.size,
         "tokens": m.total,

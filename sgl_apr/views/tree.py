@@ -14,6 +14,7 @@ from sgl_apr.trajectory.blocks import Block, Branch
 from sgl_apr.trajectory.calls import Call
 from sgl_apr.trajectory.tool_calls import ToolCall, called_tools
 from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.views.answer_text import ends_with_branches
 from sgl_apr.views.fitted_table import Column, FittedTable
 from sgl_apr.views.printable import printable
 from sgl_apr.views.tool_text import tool_lines
@@ -31,7 +32,7 @@ FINISH_LABELS = {
 
 
 def render_tree(trajectory: Trajectory, title: str, max_blocks: int | None = None) -> Tree:
-    """Render the trunk, the branches in columns, the conclusions and the answer.
+    """Render the trunk, the branches in columns, the conclusions and the answer, unless nothing follows the branches.
 
     The text of a model is shown as it is, never as markup. In place of a call of a tool and its result stand two lines, with
     the beginning of the arguments and of the result.
@@ -58,7 +59,9 @@ def render_tree(trajectory: Trajectory, title: str, max_blocks: int | None = Non
             root.add(Text(printable(span.text.strip())))
         if span.path == () and span.role == "call":
             root.add(Text(tool_lines(called_tools(span, tools)) or printable(span.text.strip()), TOOL_STYLE))
-    root.add(Text.assemble(("answer  ", "bold green"), printable(trajectory.answer.strip()) or "(none)"))
+    answer = printable(trajectory.answer.strip())
+    if answer or not ends_with_branches(trajectory):
+        root.add(Text.assemble(("answer  ", "bold green"), answer or "(none)"))
     return root
 
 

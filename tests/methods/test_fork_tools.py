@@ -156,6 +156,16 @@ def test_calls_are_divided_between_the_branches():
     }
 
 
+def test_tasks_that_may_call_no_tool_get_no_part_of_the_calls():
+    result, _ = run_fork(
+        lambda request, prompt: call("search", query="x") if "query" in (request.grammar or "") else "end",
+        DOCUMENT, ["a", apr.ForkTask("b", tools=[]), apr.ForkTask("c", tool_choice="none"), "d"],
+        tools=[search], budget={"tool_calls": 5},
+    )  # fmt: skip
+    assert [len(r.tool_calls) for r in result.results] == [2, 0, 0, 2]
+    assert {hit.path for hit in result.trajectory.limits} == {(1, 1), (1, 4)}
+
+
 def test_a_choice_forces_the_first_call():
     engine = apr.ScriptedEngine(answers(lambda prompt: call("search", query="x")))
     tasks = [apr.ForkTask("one", tool_choice="search"), apr.ForkTask("two", tool_choice="none")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from rich.console import Console, RenderableType
 
 import sgl_apr as apr
 from sgl_apr.trajectory.calls import Call
+from sgl_apr.views.answer_text import final_text
+from sgl_apr.views.page_entry import PageEntry, list_row
 from sgl_apr.views.tree import render_report, render_summary, render_tree
 from tests.support.tool_trajectories import tool_trajectory
 
@@ -123,3 +126,24 @@ def test_figures_of_tools_are_shown_if_there_are_any():
     found = dict(zip(names, cells, strict=True))
     assert (found["tool calls"], found["tool seconds"], found["tools in sequence"]) == ("5", "5.0", "3.1")
     assert "tool" not in shown(render_summary({"title": parsed()}), 240)
+
+
+def test_a_fork_without_a_merge_has_no_answer_of_its_own():
+    """Its branches are the answers. They stand above."""
+
+    def script(request: apr.Request, prompt: str) -> str:
+        return "It leaks." if prompt.endswith("Risks?") else "It is old."
+
+    def fork(merge: str | None) -> apr.Trajectory:
+        engine = apr.ScriptedEngine(script)
+        return asyncio.run(apr.fork(engine, "A report. ", ["Risks?", "Age?"], merge)).trajectory
+
+    alone, merged = fork(None), fork("Both.")
+    text = shown(render_tree(alone, "fork"))
+    assert "It leaks." in text
+    assert "answer" not in text
+    assert "answer  It is old." in shown(render_tree(merged, "fork"))
+    assert final_text(alone) == "It leaks.\n\nIt is old."
+    assert list_row(PageEntry("fork", alone))["answer"] == "It leaks.\n\nIt is old."
+    assert final_text(merged) == merged.answer
+    assert "answer  (none)" in shown(render_tree(apr.dialect("threadweaver").parse(""), "empty"))
