@@ -9,7 +9,8 @@ import pytest
 import sgl_apr as apr
 from tests.support.doc_runner import PAGES, ROOT, name, run, server_of
 
-SLOW = ("evaluating.md",)  # it evaluates, and so do other tests
+# One evaluates, and the other shows calls that the tutorial and the page about the server show too.
+SLOW = ("evaluating.md", "coming-from.md")
 SERVED = [
     pytest.param(page, marks=pytest.mark.slow if name(page) in SLOW else (), id=name(page))
     for page in (ROOT / "README.md", *PAGES)

@@ -167,6 +167,7 @@ def spiral(grid: list[list[str]]) -> list[str]:
     return grid[0] + spiral([list(row) for row in zip(*grid[1:], strict=True)][::-1]) if grid else []
 
 
+@pytest.mark.slow  # it takes the time that an answer may take
 def test_a_slow_answer_is_wrong(judge: JsonWorker):
     found = benchmark("gym:spiral_matrix", 1)
     began = time.monotonic()

@@ -60,6 +60,7 @@ def test_a_buffer_is_written_into():
     assert out.tolist() == x.tolist()
 
 
+@pytest.mark.slow  # the process takes long to import SGLang's layers
 def test_sglang_multiplies_padded_rows():
     ran = subprocess.run([sys.executable, "-c", HOOKED], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
