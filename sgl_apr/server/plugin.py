@@ -194,7 +194,8 @@ def _validate_request(request: Any, manager: Any, obj: Any, *arguments: Any, **o
     from sgl_apr.trajectory.join_layout import LayoutError
 
     try:
-        validate_request(obj, request, joins=get_memory().radix_cache_backend == RADIX_CACHE_BACKEND)
+        joins = get_memory().radix_cache_backend == RADIX_CACHE_BACKEND
+        validate_request(obj, request, joins, manager.elastic_worker_count)
         validate_worker(request, manager)
     except LayoutError as error:
         raise ValueError(f"KV join: {error}") from None

@@ -37,13 +37,10 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "an encoder-decoder model", model.is_encoder_decoder
     yield "M-RoPE positions", model.model_is_mrope
     yield "a model with recurrent state", _has_recurrent_state(model)
+    yield "a model whose attention is sparse", is_sparse(model)
     yield (
         "a model with a sliding window",
         (model.is_hybrid_swa or model.attention_chunk_size or layers - {"full_attention", "attention"}),
-    )
-    yield (
-        "a model whose attention is sparse",
-        any(hasattr(model.hf_config, name) for name in ("dual_chunk_attention_config", "index_topk")),
     )
     yield "n-gram embeddings", model.use_ngram_embedding or model.use_engram
 
@@ -58,8 +55,7 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield "--enable-hisparse", args.enable_hisparse
     yield "--enable-unified-memory", args.enable_unified_memory
     yield "--enable-session-radix-cache", args.enable_session_radix_cache
-    yield f"--dp-size {args.dp_size}: branches would be in several caches", args.dp_size > 1
-    yield f"--attn-dp-size {args.attn_dp_size}: branches would be in several caches", args.attn_dp_size > 1
+    yield f"--attn-dp-size {args.attn_dp_size}, which is data-parallel attention", args.attn_dp_size > 1
     yield f"--dcp-size {args.dcp_size}", args.dcp_size > 1
     yield f"--attn-cp-size {args.attn_cp_size}", args.attn_cp_size > 1
     yield "--enable-kv-cache-sharding", args.enable_kv_cache_sharding
@@ -71,6 +67,11 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     yield f"{KV_JOIN_ENV}=0", not is_enabled(KV_JOIN_ENV)
     for backend in attention_backends(args):
         yield f"--attention-backend {backend}", backend not in SUPPORTED_ATTENTION_BACKENDS
+
+
+def is_sparse(model: Any) -> bool:
+    """Return whether a model attends to a part of its context that it chooses, as DeepSeek-V3.2 does."""
+    return any(hasattr(model.hf_config, name) for name in ("dual_chunk_attention_config", "index_topk"))
 
 
 def _has_recurrent_state(model: Any) -> bool:

@@ -66,13 +66,14 @@ def layout_of_request(request: Any, tokens: int, page_size: int = 1) -> Layout:
     return layout
 
 
-def validate_request(client_request: Any, request: Any, joins: bool) -> None:
+def validate_request(client_request: Any, request: Any, joins: bool, ranks: int = 1) -> None:
     """Reject in the HTTP process what the scheduler must not receive.
 
     Args:
         client_request: The request as a client sent it.
         request: The same request, tokenized.
         joins: Whether the server has the cache that joins.
+        ranks: Data-parallel ranks of the server. Each has a cache of its own.
 
     Raises:
         LayoutError: The request is not valid.
@@ -86,6 +87,11 @@ def validate_request(client_request: Any, request: Any, joins: bool) -> None:
         return
     if not joins:
         raise LayoutError("this server does not join in its KV cache")
+    if ranks > 1 and request.routed_dp_rank is None:
+        raise LayoutError(
+            f"this server has {ranks} data-parallel ranks, and only one has the branches in its cache: expected its "
+            "number as routed_dp_rank, here and in the requests that commit the branches"
+        )
     if client_request.input_ids is None or client_request.text is not None:
         raise LayoutError("a layout counts token ids: expected input_ids instead of text")
     if client_request.contains_mm_input():

@@ -21,15 +21,12 @@ from typing import Any
 
 import psutil
 
-from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import LaunchError
 from sgl_apr.server.api.config import ApiConfig, parse_api_arguments
 from sgl_apr.server.guard.limits import GuardLimits, parse_guard_arguments
 from sgl_apr.server.guard.origin_checks import is_loopback
 from sgl_apr.server.hooks import has_accelerator
-from sgl_apr.server.kv_join.probe import make_client
-from sgl_apr.server.kv_join.selfcheck import assert_joins_correct
-from sgl_apr.server.launch.arguments import server_args
+from sgl_apr.server.launch.arguments import launch_arguments
 from sgl_apr.server.launch.fast_imports import fast_imports
 from sgl_apr.server.launch.fork_start import fork_children
 from sgl_apr.server.launch.served_model import import_only_served_model
@@ -40,7 +37,7 @@ from sgl_apr.server.launch.server_folder import (
     this_servers_folder,
 )
 from sgl_apr.server.launch.usage import UsageError
-from sgl_apr.server.launch.warmup import warm_up_grammars, warm_up_sglang
+from sgl_apr.server.launch.warmup import check_joins, warm_up_grammars, warm_up_sglang
 
 
 def main(argv: list[str]) -> None:
@@ -56,10 +53,11 @@ def main(argv: list[str]) -> None:
         config = _load_tools(config)
         guard_limits, argv = parse_guard_arguments(argv)
         with fast_imports():
-            args = server_args([*argv, *secret_flags])
+            launched = launch_arguments([*argv, *secret_flags])
+            args = launched.args
             if folder is not None and args.enable_metrics:
                 keep_metrics_in(folder)
-            _add_routes(config)
+            _add_routes(replace(config, attention=launched.attention))
             _guard_requests(guard_limits, args.host)
         import_only_served_model(args)
         if not has_accelerator():
@@ -71,9 +69,8 @@ def main(argv: list[str]) -> None:
     def ready() -> None:
         try:
             warm_up_grammars(args)
+            check_joins(args)
             view = resolving_view(args)
-            if view.radix_cache_backend == RADIX_CACHE_BACKEND and not args.skip_server_warmup:
-                assert_joins_correct(make_client(args.url(), args.api_key))
         except LaunchError as error:
             _notify_launcher(launcher, error=str(error), usage=False)
         else:
@@ -81,7 +78,7 @@ def main(argv: list[str]) -> None:
                 launcher,
                 url=args.url(),
                 device=view.device,
-                attention=view.attention_backend,
+                attention=launched.attention,
                 warning=_warning(args),
             )
 

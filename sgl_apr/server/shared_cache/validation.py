@@ -99,6 +99,11 @@ def validate_worker(request: Any, manager: Any) -> None:
         raise GroupError("a worker cannot have a layout of branches as well")
     if what := _incompatibility(manager, worker.kind):
         raise GroupError(f"this server does not run groups: they do not work with {what}")
+    if manager.elastic_worker_count > 1 and request.routed_dp_rank is None:
+        raise GroupError(
+            f"this server has {manager.elastic_worker_count} data-parallel ranks: expected routed_dp_rank, so that all workers "
+            "get to one of them"
+        )
     if worker.step_end is not None and manager.tokenizer is None:
         raise GroupError("step_end needs a tokenizer, but this server runs with --skip-tokenizer-init")
     for name, what in UNSUPPORTED_FIELDS.items():

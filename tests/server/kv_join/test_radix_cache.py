@@ -84,7 +84,7 @@ class Evicted(Exception):
     """The prefix of a branch is no longer in the cache."""
 
 
-async def commit(session, url: str, layout: list, ids: list[int]) -> None:
+async def commit(session, url: str, layout: list, ids: list[int], **more) -> None:
     """Prefill every segment of a prompt into the cache, after the tokens it attends to; raises `Evicted`."""
 
     async def walk(sequence: list, at: int, before: list, seen: list[int]) -> int:
@@ -94,7 +94,7 @@ async def commit(session, url: str, layout: list, ids: list[int]) -> None:
                 nested = any(not isinstance(i, int) for i in before)
                 last = sequence is layout and k == len(sequence) - 1
                 if item and not last:
-                    found = await generate(session, url, seen, 0, merged(before) if nested else None)
+                    found = await generate(session, url, seen, 0, merged(before) if nested else None, **more)
                     if found["status"] == 409:
                         raise Evicted
                     assert found["status"] == 200, found

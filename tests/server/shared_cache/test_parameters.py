@@ -141,10 +141,11 @@ def worker_request(group: dict[str, Any], **changes: Any) -> Any:
     return SimpleNamespace(**{**fields, **changes})
 
 
-def manager(monkeypatch: pytest.MonkeyPatch, context: int = 200, chunk: int = 100) -> Any:
+def manager(monkeypatch: pytest.MonkeyPatch, context: int = 200, chunk: int = 100, ranks: int = 1) -> Any:
     monkeypatch.setattr("sgl_apr.server.shared_cache.validation._incompatibility", lambda manager, kind: None)
     return SimpleNamespace(
         tokenizer=object(),
+        elastic_worker_count=ranks,
         model_config=SimpleNamespace(context_len=context),
         server_args=SimpleNamespace(chunked_prefill_size=chunk),
     )
@@ -153,6 +154,7 @@ def manager(monkeypatch: pytest.MonkeyPatch, context: int = 200, chunk: int = 10
 def test_a_worker_that_fits_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     validate_worker(worker_request(THINK), manager(monkeypatch))
     validate_worker(worker_request(HOGWILD), manager(monkeypatch))
+    validate_worker(worker_request(THINK, routed_dp_rank=1), manager(monkeypatch, ranks=2))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,7 @@ def test_a_worker_that_fits_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None
         (THINK, {}, {"context": 102}, "may be 103 tokens, expected at most the context of 102"),
         ({**HOGWILD, "workers": 9}, {}, {}, "the tokens of 9 workers may be 201 tokens"),
         ({**THINK, "workers": 3, "position_range": 60}, {"input_ids": [1] * 37}, {}, "headers of 34 tokens for 3 workers"),
+        (THINK, {"routed_dp_rank": None}, {"ranks": 2}, "has 2 data-parallel ranks: expected routed_dp_rank"),
         (THINK, {"session_params": {}}, {}, "a worker cannot have a session"),
         (THINK, {"return_logprob": True, "logprob_start_len": 0}, {}, "no log-probabilities of its input"),
     ],
