@@ -131,16 +131,53 @@ def test_the_number_of_requests(results: Mapping[str, list[MethodResult]], name:
         case "mcts":  # a proposal, a value of each child, then the leaves that are selected
             assert (outer[0], inner[: 1 + outer[1]]) == (1, [1] * (1 + outer[1]))
             assert 1 + outer[1] <= called["branch"] <= sum(inner)
-        case "group_think" | "hogwild":  # rounds, in which all that have not ended write
-            assert outer[0] == (4 if name == "group_think" else 2)
-            assert outer == sorted(outer, reverse=True)
-            assert inner == []
-            assert outer[0] <= called["branch"] <= sum(outer)
-            assert called["commit"] <= len(outer)
+        case "group_think" | "hogwild":  # one group, whose prompt is committed first
+            workers = 4 if name == "group_think" else 2
+            assert (outer, inner, called) == ([workers], [], {"commit": 1, "branch": workers})
         case "parathinker":  # all that have written are read again
             assert (outer, inner, called) == ([8], [], {"commit": 9, "branch": 8, "after": 1})
         case _:  # of three numbers, which the model does not fork for
             assert (outer, inner, called) == ([], [], {"trunk": 1})
+
+
+GROUPS = {"group_think": "groupthink", "hogwild": "hogwild"}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_workers_decode_together(results: Mapping[str, list[MethodResult]], name: str):
+    """Every worker's first token saw the prompt and all headers, and each later one what all had written by then."""
+    (result,) = results[name]
+    assert result.label == f"{GROUPS[name]}-exact"
+    trajectory, (block,) = result.trajectory, result.trajectory.blocks
+    (group,) = trajectory.groups
+    assert (group.path, group.kind) == (block.path, name)
+    lengths = [sum(trajectory.spans[i].tokens for i in branch.spans) for branch in block.branches]
+    assert result.metrics.critical_path == max(lengths)
+    before = trajectory.spans[0].tokens + len(lengths)  # a header of one token each
+    bodies = [i for i, span in enumerate(trajectory.spans) if span.role == "body" and span.tokens]
+    assert all(trajectory.tokens_seen[i][0] == before for i in bodies)
+    if all(n > 3 for n in lengths):
+        assert all(trajectory.tokens_seen[i][2] == before + 2 * len(lengths) for i in bodies)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_form_by_chunks(solver: Server, name: str):
+    """Rounds, in which all that have not ended write."""
+
+    async def run() -> MethodResult:
+        async with await apr.HttpEngine.connect(solver.url) as engine:
+            return await method(name)(
+                engine, GIVEN[0], task=CountdownTask(engine), budget=apr.Budget(tokens=400), exact=False
+            )
+
+    result = asyncio.run(run())
+    called = Counter(call.phase for call in result.trajectory.calls)
+    outer = [len(block.branches) for block in result.trajectory.blocks]
+    assert result.label == f"{GROUPS[name]}-chunk(32)"
+    assert outer[0] == (4 if name == "group_think" else 2)
+    assert outer == sorted(outer, reverse=True)
+    assert outer[0] <= called["branch"] <= sum(outer)
+    assert called["commit"] <= len(outer)
 
 
 @pytest.mark.parametrize("name", NULL)
@@ -167,6 +204,29 @@ def test_they_run_on_open_questions(server: Server, name: str):
     result = asyncio.run(asked())
     assert result.metrics.engine_calls >= 1 + result.metrics.branches
     assert result.metrics.total <= 2000
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_program_runs_a_group(solver: Server, name: str):
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "Answer:" + apr.solve(
+            "answer",
+            GIVEN[0],
+            method=name,
+            task=CountdownTask,
+            exact=True,
+            seed=0,
+            budget=apr.Budget(tokens=300),
+        )
+
+    with apr.Endpoint(solver.url) as endpoint:
+        state = program.run(backend=endpoint)
+        result = state.get_meta_info("answer")["result"]
+        assert state["answer"] == result.answer
+        assert result.label == f"{GROUPS[name]}-exact"
+        assert result.trajectory.groups[0].kind == name
+        assert [call.phase for call in result.trajectory.calls].count("commit") == 1
 
 
 @pytest.mark.filterwarnings("ignore:Error in stream_executor")

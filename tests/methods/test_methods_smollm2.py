@@ -68,6 +68,21 @@ def test_recursive(smol: Server):
     assert result.answer
 
 
+@pytest.mark.parametrize("name", ["group_think", "hogwild"])
+def test_workers_that_share_a_cache(smol: Server, name: str):
+    """Each worker opens with its name, and the model writes English while it sees the others."""
+    budget = apr.Budget(tokens=600, branch_tokens=120)
+    result = solved(smol, name, "Name three animals that live in the sea.", budget=budget, exact=True, seed=3)
+    (block,) = result.trajectory.blocks
+    headers = [span.text for span in result.trajectory.spans if span.role == "header"]
+    names = ["Alice", "Bob", "Carol", "Dave"][: len(block.branches)]
+    assert headers == [f"**{own}{' [1]' if name == 'hogwild' else ''}:** " for own in names]
+    assert result.label.endswith("-exact")
+    assert all(len(branch.text.split()) > 5 for branch in block.branches)
+    assert result.answer
+    assert result.metrics.mean_context > sum(span.tokens for span in result.trajectory.spans[:1])
+
+
 def test_a_program_solves(smol: Server):
     import sglang as sgl
 
