@@ -32,6 +32,7 @@ class ApiConfig:
         plain_messages: Whether messages of chat requests without `apr` are kept from having control tokens, too.
         tools: Where the operator's tools come from: values of `--apr-tools`.
         tool_sources: The same, loaded.
+        attention: The attention backend of the server, and why on a GPU.
     """
 
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -41,6 +42,7 @@ class ApiConfig:
     plain_messages: bool = False
     tools: tuple[str, ...] = ()
     tool_sources: ToolSources = field(default_factory=ToolSources)
+    attention: str = ""
 
 
 def add_api_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from sgl_apr.server.api.service import TrajectoryService
 from sgl_apr.server.api.tools.request import pop_tools
 from sgl_apr.server.api.tools.response import turn_chunks, turn_completion
 from sgl_apr.server.api.tools.turns import find_turn
+from sgl_apr.server.api.worker_group import GROUP_FIELD, check_group_request, run_group, stream_group
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page import render_live_page
 
@@ -97,10 +98,16 @@ async def generate(request: Request) -> Response:
     """Return the trajectory of `prompt` (text) or `input_ids`. The body has the options, too.
 
     The response is the JSON of the trajectory (`apr.Trajectory.from_json`), or with `"stream": true` its events
-    (`sgl_apr.runtime.event_from_json`).
+    (`sgl_apr.runtime.event_from_json`). With `group`, workers decode together after the prompt.
     """
     service: TrajectoryService = request.app.state.apr
     reason_request = ReasonRequest.from_json(await request.body())
+    if GROUP_FIELD in reason_request.options:
+        group = await check_group_request(await service.parser(), service.config, reason_request)
+        if reason_request.stream:
+            return await event_stream(request.receive, _event_objects(stream_group(service, group)))
+        trajectory = await run_until_disconnect(request.receive, run_group(service, group))
+        return json_response(orjson.Fragment(trajectory.to_json()))
     defaults = dict(service.config.default_options)
     ResponseOptions.pop_from(defaults)
     options = merge_options(defaults, reason_request.options)
@@ -156,8 +163,10 @@ async def stats(request: Request) -> Response:
             "limits": asdict(service.config.limits),
             "turn_memory": service.turn_memory.to_json(),
             "joins_kv": engine.joins_kv,
+            "groups": sorted(engine.groups),
             "grammar_backend": engine.grammar_backend,
             "supports_seeds": engine.supports_seeds,
+            "attention": service.config.attention,
         }
     )
 

@@ -41,6 +41,7 @@ from sgl_apr.server.api.schema_parts import (
     reference,
 )
 from sgl_apr.server.api.tools.request import ALL_TOOLS
+from sgl_apr.server.api.worker_group import GROUP_FIELD, group_schema
 from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
 OPENAI_REQUESTS = (
@@ -192,7 +193,9 @@ def _components() -> dict[str, Schema]:
         **nested,
         "AprOptions": object_schema(options | openai_options),
         "AprGenerateRequest": {
-            **object_schema(prompts | options | tool_options | {"stream": stream}),
+            **object_schema(
+                prompts | options | tool_options | {"stream": stream, GROUP_FIELD: group_schema()}
+            ),
             "oneOf": one_prompt,
         },
         "AprTrajectory": trajectory,
@@ -279,8 +282,13 @@ def _stats_schema() -> Schema:
         ),
         "default_options": describe({"type": "object"}, "The operator's default options"),
         "joins_kv": {"type": "boolean"},
+        "groups": describe(
+            {"type": "array", "items": {"type": "string"}},
+            "The kinds of groups of workers that the server decodes",
+        ),
         "grammar_backend": {"type": "string"},
         "supports_seeds": {"type": "boolean"},
+        "attention": describe({"type": "string"}, "The attention backend, and why on a GPU"),
     }
     return object_schema(properties, required=True)
 

@@ -13,6 +13,7 @@ from sgl_apr.server.constants import CPU_ATTENTION_BACKEND
 
 # KV slots on a CPU, if memory allows: the pool is allocated (and filled) at launch.
 DEFAULT_POOL_TOKENS = 32768
+FLOAT32_BYTES = 4
 
 # Threads that wait for each other spin for microseconds instead of milliseconds. On an idle machine that costs
 # nothing. On a busy one, a spinning thread keeps the thread that it waits for from running (60x slower).
@@ -20,9 +21,6 @@ SERVER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 # lpm: a branch whose prefix is cached goes first, and only one of several with the same uncached prefix prefills it.
 COMMON_FLAGS = {"--grammar-backend": "llguidance", "--schedule-policy": "lpm"}
-GPU_FLAGS = {"--attention-backend": "flashinfer", "--page-size": "1"}
-# The prefill of flashinfer supports multiples of this head dimension only. That of Triton supports any.
-FLASHINFER_HEAD_DIM_MULTIPLE = 64
 CPU_FLAGS = {
     "--device": "cpu",
     "--attention-backend": CPU_ATTENTION_BACKEND,
@@ -34,22 +32,14 @@ CPU_FLAGS = {
 }
 
 
-def default_flags(
-    *, accelerator: bool, max_tokens: int = DEFAULT_POOL_TOKENS, config: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Return the flags that go before the user's.
+def default_flags(*, accelerator: bool, max_tokens: int = DEFAULT_POOL_TOKENS) -> list[str]:
+    """Return the flags that go before the user's. `attention_backend` adds one on some GPUs.
 
     Args:
         accelerator: Whether the machine has a GPU or another accelerator.
         max_tokens: Size of the KV pool in tokens, on a CPU.
-        config: The model's config.json, if it is known.
     """
-    flags = COMMON_FLAGS | (GPU_FLAGS if accelerator else CPU_FLAGS | {"--max-total-tokens": str(max_tokens)})
-    if (
-        accelerator
-        and (head_dim(config or {}) or FLASHINFER_HEAD_DIM_MULTIPLE) % FLASHINFER_HEAD_DIM_MULTIPLE
-    ):
-        flags |= {"--attention-backend": "triton"}
+    flags = COMMON_FLAGS | ({} if accelerator else CPU_FLAGS | {"--max-total-tokens": str(max_tokens)})
     return [argument for pair in flags.items() for argument in pair if argument is not None]
 
 
@@ -63,22 +53,49 @@ def pool_tokens(config: Mapping[str, Any], available: int) -> int:
     Returns:
         At most `DEFAULT_POOL_TOKENS`, and exactly that if the configuration does not contain the model's sizes.
     """
-    dim, config = head_dim(config), config.get("text_config") or config
-    try:
-        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        per_token = 2 * 4 * config["num_hidden_layers"] * heads * (dim or 0)
-    except KeyError:
+    values = cached_values_per_token(config)
+    if values is None:
         return DEFAULT_POOL_TOKENS
-    if not per_token:
-        return DEFAULT_POOL_TOKENS
-    return int(min(DEFAULT_POOL_TOKENS, max(1024, available // 2 // per_token)))
+    return int(min(DEFAULT_POOL_TOKENS, max(1024, available // 2 // (FLOAT32_BYTES * values))))
 
 
-def head_dim(config: Mapping[str, Any]) -> int | None:
-    """Return the dimension of a model's attention heads from its config.json, or None if it is not there."""
-    config = config.get("text_config") or config
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    return config.get("head_dim") or (hidden // heads if hidden and heads else None)
+def cached_values_per_token(config: Mapping[str, Any]) -> int | None:
+    """Return how many numbers the KV cache has for each token, in all layers together.
+
+    A model with multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434) caches one latent vector and one
+    rotated key for all its heads, in place of a key and a value for each.
+
+    Args:
+        config: The model's config.json.
+
+    Returns:
+        The number, or None if the configuration does not contain the model's sizes.
+
+    Examples:
+        >>> cached_values_per_token({"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 512})
+        2048
+        >>> cached_values_per_token({"num_hidden_layers": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64})
+        1152
+    """
+    config = text_config(config)
+    layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
+    if not layers:
+        return None
+    if latent := config.get("kv_lora_rank"):
+        return int(layers * (latent + (config.get("qk_rope_head_dim") or 0)))
+    key = config.get("head_dim") or (heads and (config.get("hidden_size") or 0) // heads)
+    if not key or not heads:
+        return None
+    value = config.get("v_head_dim") or key
+    return int(layers * (config.get("num_key_value_heads") or heads) * (key + value))
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config.json that describes the language model, as SGLang's `get_hf_text_config` does."""
+    for name in ("thinker_config", "llm_config", "language_config", "text_config"):
+        if isinstance(nested := config.get(name), Mapping) and nested:
+            return text_config(nested)
+    return config
 
 
 def as_flags(options: Mapping[str, object]) -> list[str]:

@@ -27,8 +27,8 @@ Defaults, which your flags override:
   everywhere      --grammar-backend llguidance --schedule-policy lpm
                   --radix-cache-backend apr, which joins branches in the KV cache; where that does not work, one
                   line says why; --radix-cache-backend stock is SGLang's own
-  with a GPU      --attention-backend flashinfer --page-size 1; triton if the model's head dimension is not a
-                  multiple of 64
+  with a GPU      SGLang's own attention backend; if the model cannot run on it, or branches cannot be joined with
+                  it, the first of fa3, triton and flashinfer that can; the ready line says which and why
   without a GPU   --device cpu --attention-backend apr_cpu --dtype float32 --max-total-tokens 32768
                   --sampling-backend pytorch --sleep-on-idle, no CUDA graphs
 

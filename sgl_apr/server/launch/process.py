@@ -49,7 +49,7 @@ class ReadyMessage:
     Attributes:
         url: Where it listens.
         device: Where the model runs.
-        attention: Its attention backend.
+        attention: Its attention backend, and why on a GPU.
         warning: What its operator should know, or nothing.
     """
 
