@@ -49,6 +49,15 @@ def post_json(url: str, body: Mapping[str, Any], *, api_key: str | None = None, 
         raise EngineError(f"no answer from {url}: {one_line(repr(error))}") from error
 
 
+def get_json(url: str, *, api_key: str | None = None, timeout: float) -> Any:
+    """Send a GET request, block, and return the JSON of the response. Arguments and errors as in `post_json`."""
+    answer = _send(url, None, _authorization(api_key), "GET", timeout)
+    try:
+        return decode_body(answer)
+    except ValueError as error:
+        raise EngineError(f"no answer from {url}: {one_line(repr(error))}") from error
+
+
 def check_exists(url: str, *, api_key: str | None = None, timeout: float) -> None:
     """Send a HEAD request, block, and raise as `post_json` does unless the response is a success."""
     _send(url, None, _authorization(api_key), "HEAD", timeout)

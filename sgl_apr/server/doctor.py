@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Literal
 
 from sgl_apr.engine.http import HttpEngine
+from sgl_apr.engine.http_client import get_json
 from sgl_apr.engine.sglang_names import SUPPORTED_SGLANG
 from sgl_apr.errors import AprError, EngineError, LaunchError
 from sgl_apr.formats.dialects import dialect, dialect_names
@@ -34,6 +35,7 @@ PLUGIN_ENTRY_POINTS = {
     "sglang.srt.platforms": "sgl_apr.server.plugin:platform",
 }
 GRAMMAR_OUTPUT = re.compile(r"o?|ok[a-z]{0,4}")  # what WARMUP_GRAMMARS allow, cut anywhere
+STATS_TIMEOUT_S = 10.0  # seconds
 PREFIX_TOKENS = 48  # tokens that forks share
 # A tokenizer has to encode and decode this without changes.
 ROUND_TRIP_TEXT = "If x < y, then <b>\n\u00fc\u4e2d</b>."
@@ -120,8 +122,8 @@ def _gpu() -> Iterator[Finding]:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "another accelerator than CUDA"
     yield Finding("accelerator", "ok", name)
     found = _version("flashinfer-python")
-    hint = "pip install flashinfer-python, or serve with another --attention-backend"
-    yield _row("flashinfer", found, found or "not installed", hint)
+    hint = "pip install flashinfer-python: SGLang uses slower kernels without it"
+    yield _row("flashinfer", found, found or "not installed", hint, "missing")
 
 
 def _cpu() -> Iterator[Finding]:
@@ -151,6 +153,8 @@ def check_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
         yield Finding("server", "failed", str(error), hint)
         return
     yield Finding("server", "ok", f"{url}, grammars by {backend}")
+    if attention := _attention(url, api_key):
+        yield Finding("attention", "ok", attention)
     yield _check_tokenizer(tokenizer)
     yield _check_tags(tokenizer)
     client = make_client(url, api_key)
@@ -166,6 +170,15 @@ def check_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
 async def _connect(url: str, api_key: str | None) -> tuple[Tokenizer, str, bool]:
     async with await HttpEngine.connect(url, api_key=api_key) as engine:
         return engine.tokenizer, engine.grammar_backend, engine.joins_kv
+
+
+def _attention(url: str, api_key: str | None) -> str:
+    """Return the attention backend of a server, and why on a GPU. Empty if the server is not one of this package."""
+    try:
+        stats = get_json(f"{url.rstrip('/')}/apr/stats", api_key=api_key, timeout=STATS_TIMEOUT_S)
+    except EngineError:
+        return ""
+    return str(stats.get("attention", "")) if isinstance(stats, dict) else ""
 
 
 def _run_check(name: str, check: Callable[[], Finding]) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from math import log
 from pathlib import Path
@@ -25,6 +26,7 @@ from sgl_apr.server.kv_join.drift import (
 from sgl_apr.server.kv_join.drift_samples import BUILTIN_SAMPLES, JoinSample, read_samples
 from sgl_apr.server.kv_join.probe import make_client
 from sgl_apr.tokenizer import load_tokenizer
+from tests.support.fake_sglang_server import SglangServer
 
 
 def by_name(findings) -> dict[str, Finding]:
@@ -77,13 +79,23 @@ def test_a_correct_server_is_healthy(server, capsys):
     found = json.loads(capsys.readouterr().out)
     states = {f["name"]: f["state"] for f in found["findings"]}
     assert found["ok"]
-    assert all(states[name] == "ok" for name in ("server", "tokenizer", "tags", "grammar", "fork", "KV join"))
+    assert all(
+        states[name] == "ok"
+        for name in ("server", "attention", "tokenizer", "tags", "grammar", "fork", "KV join")
+    )
 
 
 @pytest.mark.server
 def test_the_findings_are_printed_as_a_table(server, capsys):
     assert main(["doctor", "--url", server.url]) == 0
-    assert "KV join" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "KV join" in out
+    assert re.search(r"attention +apr_cpu\b", out), "without a reason: on a CPU there is no choice"
+
+
+def test_a_server_of_sglang_has_no_reason_for_its_attention():
+    with SglangServer().in_thread() as url:
+        assert doctor._attention(url, None) == ""
 
 
 def test_a_divergence_computed_by_hand():
