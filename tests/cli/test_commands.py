@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sgl_apr.cli.main import SUBCOMMANDS, main
+from sgl_apr.server.launch.preflight import free_port
 
 WITHOUT = """
 import sys
@@ -31,6 +32,12 @@ from sgl_apr.cli.main import main
 status = main(sys.argv[1:])
 heavy = sorted({"torch", "transformers", "sglang", "llguidance"} & sys.modules.keys())
 print(status, heavy, time.process_time(), file=sys.stderr)
+"""
+
+ATEXIT = """
+import atexit, sys
+HEAVY = {"torch", "transformers", "sglang", "llguidance"}
+atexit.register(lambda: print(sorted(HEAVY & sys.modules.keys()), file=sys.stderr))
 """
 
 
@@ -87,6 +94,15 @@ def test_a_server_that_is_not_there_is_noticed_at_once():
     status, heavy, seconds = report.split(" ")
     assert (status, heavy) == ("1", "[]")
     assert float(seconds) < 2
+
+
+def test_the_launcher_imports_neither_torch_nor_sglang(tmp_path: Path):
+    """The process that watches a server needs no CUDA context, no gigabyte of memory and no 10 s to start."""
+    stopped = "import subprocess; subprocess.Popen = lambda command, **options: exit('started')\n"
+    (tmp_path / "config.json").write_text("{}")
+    argv = ["serve", "--model", str(tmp_path), "--port", str(free_port())]
+    done = run_python(ATEXIT + stopped + IMPORTS, *argv)
+    assert done.stderr.splitlines() == ["started", "[]"]
 
 
 @pytest.mark.server
