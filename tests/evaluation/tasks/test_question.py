@@ -162,6 +162,18 @@ def test_shared_context_and_the_end_of_workers(task: QuestionTask):
     assert [task.has_answer(text) for text in ("I think.\n\n", "So.\nAnswer: 42\n\n")] == [False, True]
 
 
+def test_workers_of_a_group_are_told_how_they_see_each_other(task: QuestionTask):
+    for kind, words, header in (
+        ("group_think", "you see every word that the others have written so far", "**Bob:** "),
+        ("hogwild", "A step begins with the name of who writes it and its number", "**Bob [1]:** "),
+    ):
+        context, prompts = task.worker_prompts("How deep is the sea?", 3, kind)  # type: ignore[arg-type]
+        assert context.index("How deep is the sea?") < context.index(words)
+        assert context.endswith("<|im_start|>assistant\n")
+        assert [prompt.text for prompt in prompts][1] == header
+        assert [prompt.name for prompt in prompts] == ["Alice", "Bob", "Carol"]
+
+
 def script(request: apr.Request, prompt: str) -> str:
     """A model that follows each of the instructions."""
     message = prompt.rpartition("<|im_start|>user\n")[2]
