@@ -35,7 +35,6 @@ def _obstacles(args: Any, model: Any) -> Iterator[tuple[str, object]]:
     layers = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
     yield "a model that does not generate", not model.is_generation
     yield "an encoder-decoder model", model.is_encoder_decoder
-    yield "M-RoPE positions", model.model_is_mrope
     yield "a model with recurrent state", _has_recurrent_state(model)
     yield "a model whose attention is sparse", is_sparse(model)
     yield (

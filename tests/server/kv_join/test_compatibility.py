@@ -18,7 +18,7 @@ import contextlib, io, json, os, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.arg_groups.overrides import resolving_view
-from sgl_apr.server.launch.main import server_args
+from sgl_apr.server.launch.arguments import server_args
 for environment, argv in json.loads(sys.argv[1]):
     stderr = io.StringIO()
     os.environ |= environment
@@ -33,14 +33,12 @@ for environment, argv in json.loads(sys.argv[1]):
     print("RESULT", json.dumps(result | {"printed": lines}), flush=True)
 """
 FLAGS = {
-    "--page-size 16": ["--page-size", "16"],
     "--disable-radix-cache": ["--disable-radix-cache"],
     "--speculative-algorithm": ["--speculative-algorithm", "NGRAM"],
     "--enable-hierarchical-cache": ["--enable-hierarchical-cache"],
     "--enable-lmcache": ["--enable-lmcache"],
     "--disaggregation-mode prefill": ["--disaggregation-mode", "prefill"],
     "--disaggregation-mode decode": ["--disaggregation-mode", "decode"],
-    "--dp-size 2": ["--dp-size", "2"],
     "--attn-dp-size 2": ["--tp-size", "2", "--attn-dp-size", "2"],
     "--dcp-size 2": ["--tp-size", "2", "--dcp-size", "2"],
     "--enable-two-batch-overlap": ["--enable-two-batch-overlap"],
@@ -51,15 +49,21 @@ FLAGS = {
 MODELS = {
     "a sliding window": Gemma2Config(num_hidden_layers=2, architectures=["Gemma2ForCausalLM"]).to_dict(),
     "recurrent state": FalconH1Config(num_hidden_layers=2, architectures=["FalconH1ForCausalLM"]).to_dict(),
-    "M-RoPE": {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [4, 6, 6]}},
     "sparse": {"index_topk": 64},
     "does not generate": {"architectures": ["BertModel"]},
 }
+COMPATIBLE_MODELS = {
+    "M-RoPE": {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [4, 6, 6]}},
+}
+NODES = ["--nnodes", "2", "--tp-size", "2", "--dist-init-addr", "127.0.0.1:20000"]
+SECRET = {"SGLANG_APR_SECRET": "0f" * 32}
 MAMBA_FLAGS = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"]
 COMPATIBLE = {
     "nothing": [],
     "tensors in parallel": ["--tp-size", "2"],
+    "several ranks": ["--dp-size", "2"],
     "a pipeline": ["--pp-size", "2"],
+    "pages of several tokens": ["--page-size", "16"],
     "chunks and decoding mixed": ["--enable-mixed-chunk"],
     "another policy": ["--schedule-policy", "dfs-weight", "--radix-eviction-policy", "lfu"],
 }
@@ -75,13 +79,15 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool],
         flag = ["--radix-cache-backend", "apr"] if requested else []
         for name, flags in (FLAGS | COMPATIBLE).items():
             cases[name, requested] = {}, ["--model", str(model), *flags, *flag]
-        for name, config in MODELS.items():
+        for name, config in (MODELS | COMPATIBLE_MODELS).items():
             directory = tmp_path_factory.mktemp("config")
             (directory / "config.json").write_text(json.dumps(base | config))
             cases[name, requested] = {}, ["--model", str(directory), *MAMBA_FLAGS, *flag]
         argv = ["--model", str(model), *flag]
         cases["SGLANG_RADIX_FORCE_MISS", requested] = {"SGLANG_RADIX_FORCE_MISS": "1"}, argv
         cases["SGLANG_APR_KV_JOIN=0", requested] = {"SGLANG_APR_KV_JOIN": "0"}, argv
+        cases["nodes", requested] = {}, [*argv, *NODES]
+        cases["nodes with a secret", requested] = SECRET, [*argv, *NODES]
     cases["stock", True] = {}, ["--model", str(model), "--radix-cache-backend", "stock", "--page-size", "16"]
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE, json.dumps(list(cases.values()))], capture_output=True, text=True
@@ -113,9 +119,16 @@ def test_requesting_the_cache_is_an_error_if_the_server_cannot_join(resolved, na
 
 
 @pytest.mark.parametrize("requested", [False, True])
-@pytest.mark.parametrize("name", COMPATIBLE)
+@pytest.mark.parametrize("name", [*COMPATIBLE, *COMPATIBLE_MODELS, "nodes with a secret"])
 def test_a_server_joins_if_it_can(resolved, name: str, requested: bool):
     assert resolved[name, requested] == {"cache": "apr", "printed": []}
+
+
+@pytest.mark.parametrize("requested", [False, True])
+def test_several_nodes_need_a_secret_from_the_operator(resolved, requested: bool):
+    result = resolved["nodes", requested]
+    assert result["error"] == "LaunchError"
+    assert "--nnodes 2 needs one secret for the cache on all nodes: set the environment" in result["why"]
 
 
 def test_another_cache_can_be_requested(resolved):
