@@ -147,7 +147,7 @@ def _memory() -> Finding:
 def check_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
     """Check what a running server can do. The requests decode some hundred tokens."""
     try:
-        tokenizer, backend, joins = asyncio.run(_connect(url, api_key))
+        tokenizer, backend, joins, groups = asyncio.run(_connect(url, api_key))
     except AprError as error:
         hint = "start a server with sgl-apr serve --model MODEL, and pass its URL"
         yield Finding("server", "failed", str(error), hint)
@@ -165,11 +165,16 @@ def check_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
     else:
         hint = "branches are joined as text; sgl-apr serve prints the reason when it starts"
         yield Finding("KV join", "missing", "not in this server's cache", hint)
+    if groups:
+        yield Finding("worker groups", "ok", " and ".join(groups))
+    else:
+        hint = "group_think and hogwild are emulated by chunks; docs/limits.md has the modes"
+        yield Finding("worker groups", "missing", "this server decodes none", hint)
 
 
-async def _connect(url: str, api_key: str | None) -> tuple[Tokenizer, str, bool]:
+async def _connect(url: str, api_key: str | None) -> tuple[Tokenizer, str, bool, list[str]]:
     async with await HttpEngine.connect(url, api_key=api_key) as engine:
-        return engine.tokenizer, engine.grammar_backend, engine.joins_kv
+        return engine.tokenizer, engine.grammar_backend, engine.joins_kv, sorted(engine.groups)
 
 
 def _attention(url: str, api_key: str | None) -> str:

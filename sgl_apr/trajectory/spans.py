@@ -39,7 +39,8 @@ class Span:
         origin: Whether it is part of the prompt, was decoded by the model, or was injected by the runtime.
         text: Its text.
         token_ids: Its token ids; None if the text was parsed without a tokenizer.
-        parents: Indices of the spans that it directly follows. Its ancestors are what it was conditioned on.
+        parents: Indices of the spans that it directly follows. Its ancestors are what it was conditioned on; a worker of
+            a group (`Trajectory.groups`) was also conditioned on what the others had written by then.
         path: Where it stands: `()` is the trunk, `(1, 2)` is branch 2 of the first block, and so on.
         label: The text that the grammar names in it: the outline (header), the conclusion (close), or the message
             that a branch returned (closer, result), or the ids of the calls, separated by spaces (call, observation).

@@ -81,7 +81,7 @@ def test_a_correct_server_is_healthy(server, capsys):
     assert found["ok"]
     assert all(
         states[name] == "ok"
-        for name in ("server", "attention", "tokenizer", "tags", "grammar", "fork", "KV join")
+        for name in ("server", "attention", "tokenizer", "tags", "grammar", "fork", "KV join", "worker groups")
     )
 
 
