@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,11 +45,21 @@ def served(untagged: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A server with two ranks, which has checked the joins of both."""
     cores = RANKS * sorted(os.sched_getaffinity(0))
     log = tmp_path_factory.mktemp("ranks") / "log"
-    flags = {"max_total_tokens": 4096, "context_length": 512, "dp_size": RANKS}
+    flags = {"max_total_tokens": 4096, "context_length": 512, "dp_size": RANKS, "skip_server_warmup": True}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
         with Server(untagged, radix_cache_backend="apr", log_path=log, **flags) as server:
             yield server
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.timeout(600)
+def test_skipping_the_warm_up_does_not_skip_the_check(served: Server):
+    """The check sends eight requests at least to each rank, of three hundred tokens in all."""
+    log = Path(str(served._log_path)).read_text(errors="replace")
+    for rank in range(RANKS):
+        assert sum(map(int, re.findall(rf"DP{rank}\] Prefill batch.*#new-token: (\d+)", log))) > 200
 
 
 @pytest.mark.slow
