@@ -12,8 +12,9 @@ from typing import Any
 from sgl_apr.server.constants import CPU_ATTENTION_BACKEND, KV_JOIN_ENV
 from sgl_apr.server.hooks import is_enabled
 
+# The last two, which are SGLang's choice on Blackwell, only have pages of several tokens.
 SUPPORTED_ATTENTION_BACKENDS = frozenset(
-    {CPU_ATTENTION_BACKEND, "torch_native", "flashinfer", "triton", "fa3", "fa4"}
+    {CPU_ATTENTION_BACKEND, "torch_native", "flashinfer", "triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla"}
 )
 
 
