@@ -1,6 +1,7 @@
 """Latency of joins in the KV cache and of text joins on SmolLM2, and the cost of the patched server without joins.
 
-python -m benchmarks.kv_join.latency [--json] [--check] [--reps 3] [--pairs 20] [--parts joins stock attention]
+python -m benchmarks.kv_join.latency [--json] [--check] [--reps 3] [--pairs 20] [--page-size 1]
+    [--parts joins stock attention]
 """
 
 from __future__ import annotations
@@ -103,11 +104,15 @@ async def once(
     return kv_s, kv, text_s, text
 
 
-def joins(reps: int) -> list[Row]:
+def joins(reps: int, page_size: int) -> list[Row]:
     """Measure both kinds of join on a server with SmolLM2."""
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     with apr.Server(
-        smollm2(), radix_cache_backend="apr", max_total_tokens=32768, context_length=10240
+        smollm2(),
+        radix_cache_backend="apr",
+        max_total_tokens=32768,
+        context_length=10240,
+        page_size=page_size,
     ) as server:
         return asyncio.run(measure_joins(server.url, reps))
 
@@ -154,10 +159,10 @@ def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]
     return medians[50], medians[1949]
 
 
-def patched_over_stock(pairs: int) -> dict[str, Any]:
+def patched_over_stock(pairs: int, page_size: int) -> dict[str, Any]:
     """The time of ordinary requests on a server that can join, relative to one without the cache and the hook."""
     rng, ratios = random.Random(1), list[float]()
-    options: dict[str, Any] = {"max_total_tokens": 16384, "context_length": 2048}
+    options: dict[str, Any] = {"max_total_tokens": 16384, "context_length": 2048, "page_size": page_size}
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         model = random_llama(Path(directory))
         patched = stack.enter_context(apr.Server(model, radix_cache_backend="apr", **options))
@@ -222,14 +227,15 @@ def main() -> int:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
     add("--reps", type=int, default=3, help="repetitions of every join (default: %(default)s)")
     add("--pairs", type=int, default=20, help="pairs of patched and stock runs (default: %(default)s)")
+    add("--page-size", type=int, default=1, help="tokens of a page of the KV cache (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object on stdout instead of tables")
     add("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"page_size": options.page_size}
     if "joins" in options.parts:
-        results["rows"] = [asdict(row) for row in joins(options.reps)]
+        results["rows"] = [asdict(row) for row in joins(options.reps, options.page_size)]
     if "stock" in options.parts:
-        results |= patched_over_stock(options.pairs)
+        results |= patched_over_stock(options.pairs, options.page_size)
     if "attention" in options.parts:
         results["fork_attention_speedup"] = fork_attention_speedup()["speedup"]
     results |= environment()

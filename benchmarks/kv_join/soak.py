@@ -1,6 +1,7 @@
 """Soak test of joins in the KV cache: random forks, joins, aborts and evictions against a server with memory checks.
 
-python -m benchmarks.kv_join.soak [--json] [--count 5000] [--seed 0] [--pool 1200] [--at-once 12] [--sample 300] [--log FILE]
+python -m benchmarks.kv_join.soak [--json] [--count 5000] [--seed 0] [--pool 1200] [--page-size 1]
+    [--at-once 12] [--sample 300] [--log FILE]
 
 The server checks its memory at every step and dies of a leak. Its log must contain no error, no token may be held when it
 is idle, a join without its branches has to be a 409, and a linear prompt must not find what was joined. A sample of the
@@ -152,7 +153,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         directory, log = Path(name), options.log or Path(name) / "log"
         random_llama(directory, seed=3)
         os.environ |= ENVIRONMENT
-        flags = {"max_total_tokens": options.pool, "context_length": 1024, "radix_cache_backend": "apr"}
+        flags = {
+            "max_total_tokens": options.pool,
+            "page_size": options.page_size,
+            "context_length": 1024,
+            "radix_cache_backend": "apr",
+        }
         with apr.Server(directory, log_path=log, **flags) as server:
             soak = asyncio.run(run(server, options.count, options.seed, options.at_once))
             try:
@@ -171,6 +177,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "outcomes": dict(sorted(soak.outcomes.items())),
         "computed_tokens": soak.computed_tokens,
         "pool_tokens": options.pool,
+        "page_size": options.page_size,
         "retractions": sum(int(n) for n in RETRACTED.findall(log_text)),
         "wrong": dict(Counter(soak.violations).most_common(10)),
         "violations": errors[:10],
@@ -194,6 +201,9 @@ def main() -> int:
         type=int,
         default=1200,
         help="tokens in the KV cache, few enough for constant eviction (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--page-size", type=int, default=1, help="tokens of a page of the KV cache (default: %(default)s)"
     )
     parser.add_argument(
         "--at-once", type=int, default=12, help="operations in parallel (default: %(default)s)"
