@@ -1,6 +1,6 @@
 """Latency of joins in the KV cache and of text joins on SmolLM2, and the cost of the patched server without joins.
 
-python -m benchmarks.kv_join.latency [--json] [--check] [--reps 3] [--pairs 20] [--page-size 1]
+python -m benchmarks.kv_join.latency [--json] [--check] [--reps 3] [--starts 5] [--pairs 8] [--page-size 1]
     [--parts joins stock attention]
 """
 
@@ -153,30 +153,60 @@ async def work(url: str, seed: int) -> float:
         return time.perf_counter() - started
 
 
-def interval(ratios: Sequence[float], rng: random.Random) -> tuple[float, float]:
-    """The 95% bootstrap interval of the median."""
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+def interval(starts: Sequence[Sequence[float]], rng: random.Random) -> tuple[float, float]:
+    """The 95% bootstrap interval of the median over starts of the medians of their ratios.
+
+    Starts are drawn first, then the ratios of each: pairs of one start are more alike than pairs of several.
+    """
+
+    def draw() -> float:
+        return statistics.median(
+            statistics.median(rng.choices(ratios, k=len(ratios)))
+            for ratios in rng.choices(starts, k=len(starts))
+        )
+
+    medians = sorted(draw() for _ in range(2000))
     return medians[50], medians[1949]
 
 
-def patched_over_stock(pairs: int, page_size: int) -> dict[str, Any]:
-    """The time of ordinary requests on a server that can join, relative to one without the cache and the hook."""
-    rng, ratios = random.Random(1), list[float]()
-    options: dict[str, Any] = {"max_total_tokens": 16384, "context_length": 2048, "page_size": page_size}
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+def patched_over_stock(starts: int, pairs: int, page_size: int) -> dict[str, Any]:
+    """The time of ordinary requests on a server that joins and runs groups, relative to one without these parts."""
+    rng, ratios = random.Random(1), list[list[float]]()
+    with tempfile.TemporaryDirectory() as directory:
         model = random_llama(Path(directory))
-        patched = stack.enter_context(apr.Server(model, radix_cache_backend="apr", **options))
-        os.environ |= STOCK
-        stock = stack.enter_context(apr.Server(model, **options))
-        for url in (patched.url, stock.url):
-            asyncio.run(work(url, 9999))
-        for pair in track(range(pairs), "patched and stock", console=Console(stderr=True)):
-            seconds = {}
-            for server in rng.sample([patched, stock], 2):
-                seconds[server.url] = asyncio.run(work(server.url, pair))
-            ratios.append(seconds[patched.url] / seconds[stock.url])
+        for start in track(range(starts), "patched and stock", console=Console(stderr=True)):
+            ratios.append(paired_ratios(model, pairs, page_size, rng, seed=start * pairs))
     low, high = interval(ratios, rng)
-    return {"patched_over_stock": statistics.median(ratios), "interval": [low, high], "pairs": pairs}
+    medians = [statistics.median(start) for start in ratios]
+    return {
+        "patched_over_stock": statistics.median(medians), "interval": [low, high], "pairs": pairs,
+        "starts": [round(median, 4) for median in medians],
+    }  # fmt: skip
+
+
+def paired_ratios(model: Path, pairs: int, page_size: int, rng: random.Random, seed: int) -> list[float]:
+    """Start both servers, in random order, and return the ratio of their times for each of some pairs of runs."""
+    options: dict[str, Any] = {"max_total_tokens": 16384, "context_length": 2048, "page_size": page_size}
+    servers = {}
+    with ExitStack() as stack:
+        for name in rng.sample(["patched", "stock"], 2):
+            backend = {"radix_cache_backend": "apr"} if name == "patched" else {}
+            environment = dict(os.environ)
+            os.environ |= {} if name == "patched" else STOCK
+            try:
+                servers[name] = stack.enter_context(apr.Server(model, **backend, **options))
+            finally:
+                os.environ.clear()
+                os.environ |= environment
+        for server in servers.values():
+            asyncio.run(work(server.url, 9999))
+        ratios = []
+        for pair in range(seed, seed + pairs):
+            seconds = {}
+            for name in rng.sample(["patched", "stock"], 2):
+                seconds[name] = asyncio.run(work(servers[name].url, pair))
+            ratios.append(seconds["patched"] / seconds["stock"])
+    return ratios
 
 
 def missed(results: dict[str, Any]) -> list[str]:
@@ -226,7 +256,8 @@ def main() -> int:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
     add("--reps", type=int, default=3, help="repetitions of every join (default: %(default)s)")
-    add("--pairs", type=int, default=20, help="pairs of patched and stock runs (default: %(default)s)")
+    add("--starts", type=int, default=5, help="starts of a patched and a stock server (default: %(default)s)")
+    add("--pairs", type=int, default=8, help="pairs of patched and stock runs in each (default: %(default)s)")
     add("--page-size", type=int, default=1, help="tokens of a page of the KV cache (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object on stdout instead of tables")
     add("--check", action="store_true", help="exit with 1 if a bar is missed")
@@ -235,7 +266,7 @@ def main() -> int:
     if "joins" in options.parts:
         results["rows"] = [asdict(row) for row in joins(options.reps, options.page_size)]
     if "stock" in options.parts:
-        results |= patched_over_stock(options.pairs, options.page_size)
+        results |= patched_over_stock(options.starts, options.pairs, options.page_size)
     if "attention" in options.parts:
         results["fork_attention_speedup"] = fork_attention_speedup()["speedup"]
     results |= environment()
