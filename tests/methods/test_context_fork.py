@@ -174,7 +174,7 @@ def test_a_merge_in_the_kv_cache_continues_after_the_branches():
 
 def test_the_first_cuts_the_others_and_a_deadline_cuts_those_that_are_late():
     def script(request: apr.Request, prompt: str) -> Any:
-        return apr.Reply("abc" if prompt.endswith("fast") else "d" * 5000, delay=0.001)
+        return apr.Reply("abc" if prompt.endswith(("fast", "Merge")) else "d" * 5000, delay=0.001)
 
     result, _ = run_fork(script, DOCUMENT, ["fast", "slow", "slower"], policy="first")
     assert [r.finish for r in result.results] == ["stop", "aborted", "aborted"]
