@@ -176,11 +176,11 @@ def make_request(
     )  # fmt: skip
 
 
-def make_abort(rid: str) -> Any:
-    """Make the message by which a client aborts the requests whose ids begin with `rid`."""
+def make_abort(rid: str | None) -> Any:
+    """Make the message by which a client aborts the request with this id; with None, all requests."""
     from sglang.srt.managers.io_struct import AbortReq
 
-    return AbortReq(rid=rid)
+    return AbortReq(rid=rid, abort_all=rid is None)
 
 
 def run_requests(
@@ -276,7 +276,7 @@ class _EventLoop:
         running = [rid for rid in self.expected if not self.has_ended(rid)]
         if time.monotonic() > self.ends and not self.late:
             self.late, self.due = sorted(running), []
-            messages.append(make_abort(""))
+            messages.append(make_abort(None))
         stopped = self.late and time.monotonic() > self.ends + ABORT_LIMIT_S
         if (not running or self.late) and not self.due and not messages and self.scheduler.is_fully_idle():
             self.idle_rounds += 1

@@ -42,7 +42,7 @@ class WorkerGroupCase:
     sampling: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def rid(self, worker: int) -> str:
-        """The request id of a worker. None begins with another, since SGLang aborts by prefix."""
+        """The request id of a worker."""
         return f"{self.name}-{worker:02}"
 
     def requests(self, *, logprobs: bool = True) -> list[Any]:
