@@ -93,7 +93,8 @@ class GroupRun:
         """Decode until all workers have ended, or were cut.
 
         Raises:
-            EngineError: A worker, or all of them, failed for good, and failed branches are to raise.
+            EngineError: The engine refuses the group. Or a worker, or all of them, failed for good, and failed branches
+                are to raise.
         """
         trunk = self._session.root.sequence
         starts = [BranchStart(prompt, trunk.context, trunk.frontier) for prompt in self._prompts]
@@ -161,9 +162,8 @@ class GroupRun:
             limits["branch_tokens"] = budget.branch_tokens
         limits["tokens"] = reserved
         limits["critical_tokens"] = sequence.allowance.critical_path_cap - sequence.critical_path
-        if (
-            context is not None
-        ):  # all workers stand in one context; one more token is sampled while the last is read
+        if context is not None:
+            # All workers stand in one context. One more token is sampled while the last one is read.
             prompt = len(self._session.root.sequence.context)
             limits["context"] = (context - prompt) // len(self.workers) - header - 1
         return limits
@@ -191,8 +191,11 @@ class GroupRun:
 
         try:
             await runner.run_with_retries(trunk, attempt)
-        except EngineError:
-            if self._requests.options.on_branch_failure == "raise":
+        except EngineError as failure:
+            is_refused = (
+                failure.status is not None and 400 <= failure.status < 500
+            )  # not the fault of a worker
+            if is_refused or self._requests.options.on_branch_failure == "raise":
                 raise
         for worker in live:
             if worker.completion is None:

@@ -168,6 +168,18 @@ def test_a_failure_stays_with_its_worker():
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_a_group_that_the_engine_refuses_is_an_error(name: str):
+    engine = apr.ScriptedEngine(speaker("a", "b"), groups=KINDS)
+
+    async def refuse(*_: Any) -> Any:
+        raise apr.EngineError("worker group: this model has no rotary embedding", 400)
+
+    engine.group = refuse  # type: ignore[method-assign]
+    with pytest.raises(apr.EngineError, match="no rotary embedding"):
+        run(name, "", "", engine=engine)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_group_that_failed_as_one_is_repeated(name: str):
     made_room = apr.EngineError("worker group: a worker had to make room for other requests", 503)
     failures = iter([made_room, made_room])
