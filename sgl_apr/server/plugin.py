@@ -138,7 +138,7 @@ def _register_cache() -> None:
     hook_around(
         "sglang.srt.model_executor.model_runner:ModelRunner.sample",
         ["logits_output", "forward_batch"],
-        _sample_by_length,
+        _sample_unshifted,
     )
 
 
@@ -178,10 +178,10 @@ def _copy_pending(batch: Any, *arguments: Any, **options: Any) -> None:
     copy_pending(batch, *arguments, **options)
 
 
-def _sample_by_length(sample: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
-    from sgl_apr.server.kv_join.positions import sample_by_length
+def _sample_unshifted(sample: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+    from sgl_apr.server.kv_join.positions import sample_unshifted
 
-    return sample_by_length(sample, runner, logits_output, forward_batch)
+    return sample_unshifted(sample, runner, logits_output, forward_batch)
 
 
 def _validate_request(request: Any, manager: Any, obj: Any, *arguments: Any, **options: Any) -> None:

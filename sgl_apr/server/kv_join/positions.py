@@ -16,6 +16,7 @@ from sglang.srt.utils.common import async_h2d
 
 from sgl_apr.server.kv_join.joined_prefix import JoinedPrefix
 
+SHIFT = "apr_position_shift"  # an attribute of a ForwardBatch with joined requests: what was added to its positions
 _LAST_NODE = attrgetter("last_node")  # this loop runs for every request in every step
 
 
@@ -38,9 +39,12 @@ def shift_positions(forward_batch: Any, /, *arguments: Any, **options: Any) -> N
     if not forward_batch.forward_mode.is_decode():
         tokens = sum(forward_batch.extend_seq_lens_cpu[: len(offsets)])
         shift = shift.repeat_interleave(forward_batch.extend_seq_lens[: len(offsets)], output_size=tokens)
-    forward_batch.positions = _add_to_first(positions, shift)
+    if rest := len(positions) - len(shift):  # rows of beams, which are not joined
+        shift = torch.nn.functional.pad(shift, (0, rest))
+    forward_batch.positions = positions + shift
     if mrope is not None:  # rows for time, height and width, which are the same for text
-        forward_batch.mrope_positions = _add_to_first(mrope, shift.to(mrope.dtype))
+        forward_batch.mrope_positions = mrope + shift
+    setattr(forward_batch, SHIFT, shift)
 
 
 @lru_cache(maxsize=16)  # a batch that only decodes has the same offsets in every step
@@ -53,13 +57,7 @@ def _offsets_on_device(offsets: tuple[int, ...], dtype: torch.dtype, device: tor
     return async_h2d(list(offsets), dtype=dtype, device=device)
 
 
-def _add_to_first(positions: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Add a shift to the first columns. Those after them belong to beams and padding, which are not joined."""
-    rest = positions.shape[-1] - len(shift)
-    return positions + (torch.nn.functional.pad(shift, (0, rest)) if rest else shift)
-
-
-def sample_by_length(sample: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+def sample_unshifted(sample: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any) -> Any:
     """Sample with a seed at a position that no other token of the request has, in place of `ModelRunner.sample`.
 
     The seed and the position choose the noise. SGLang takes the length of the request less one for the first token
@@ -72,11 +70,12 @@ def sample_by_length(sample: Callable[..., Any], runner: Any, logits_output: Any
         logits_output: The logits.
         forward_batch: The batch that they belong to.
     """
+    shift = getattr(forward_batch, SHIFT, None)
     seeded = forward_batch.sampling_info.sampling_seed is not None
-    if not (seeded and forward_batch.forward_mode.is_decode()):
+    if shift is None or not seeded or not forward_batch.forward_mode.is_decode():
         return sample(runner, logits_output, forward_batch)
     positions = forward_batch.positions
-    forward_batch.positions = (forward_batch.seq_lens - 1).clamp(min=0).to(positions.dtype)
+    forward_batch.positions = positions - shift
     try:
         return sample(runner, logits_output, forward_batch)
     finally:

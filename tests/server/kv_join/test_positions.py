@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgl_apr.server.kv_join import positions
 from sgl_apr.server.kv_join.joined_prefix import JoinedPrefix
-from sgl_apr.server.kv_join.positions import sample_by_length, shift_positions
+from sgl_apr.server.kv_join.positions import sample_unshifted, shift_positions
 
 OFFSETS = [0, -5, -2]
 LENGTHS = [4, 1, 3]  # of the extensions of three requests
@@ -138,6 +138,6 @@ def test_a_seeded_sample_has_the_position_of_its_length(decode: bool, seed: int 
         passed.append((batch.positions if batch.forward_mode.is_decode() else batch.seq_lens - 1).tolist())
         return "tokens"
 
-    assert sample_by_length(stock, None, None, batch) == "tokens"
+    assert sample_unshifted(stock, None, None, batch) == "tokens"
     assert passed == [[9, 25, 39] if decode and seed is None else [9, 30, 41]]
     assert batch.positions is shifted
