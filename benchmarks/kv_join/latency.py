@@ -190,7 +190,7 @@ def paired_ratios(model: Path, pairs: int, page_size: int, rng: random.Random, s
     servers = {}
     with ExitStack() as stack:
         for name in rng.sample(["patched", "stock"], 2):
-            backend = {"radix_cache_backend": "apr"} if name == "patched" else {}
+            backend: dict[str, Any] = {"radix_cache_backend": "apr"} if name == "patched" else {}
             environment = dict(os.environ)
             os.environ |= {} if name == "patched" else STOCK
             try:
