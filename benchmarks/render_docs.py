@@ -73,6 +73,12 @@ SECTIONS: dict[str, Section] = {
         "take in the shape of an 8B model. It needs a GPU; its figures from an H100 are on the page about "
         "[training](training.md).",
     ),
+    "gpu_acceptance": Section(
+        "The first minutes on a GPU",
+        "Whether joins and groups of workers compute on a machine what transformers computes, and how fast: "
+        "[On a GPU](gpu.md) explains every part.",
+        arguments=" --device cpu",
+    ),
     "kv_join.latency": Section(
         "Latency of a join",
         "How long SmolLM2 takes from the end of the last branch to the first token after the join, commits included, when it "
@@ -84,11 +90,26 @@ SECTIONS: dict[str, Section] = {
         "Whether the KV cache stays correct and free of leaks under random load.",
         figures.soak,
     ),
+    "kv_join.groups": Section(
+        "Groups of workers",
+        "Whether the greedy tokens of Group Think and Hogwild! in the engine are those of transformers with an explicit mask "
+        "and explicit positions, and how long a decode step of 4 workers takes relative to one of 4 independent requests "
+        "after the same prompt, in the shape of SmolLM2. [Methods](methods.md) explains both.",
+        arguments=" --check",
+    ),
     "runtime.overhead": Section(
         "Overhead and throughput of the loop",
         "How much time the fork-join loop adds to the engine's, and how many trajectories one process carries, on a tiny "
         "random-weight Llama. Figures are medians; all trajectories of the second table are valid and forked.",
         figures.overhead,
+    ),
+    "runtime.eager": Section(
+        "Eager branches",
+        "What it saves to start each branch as soon as its outline is written, while the fork still lists others "
+        "(`eager_branches=True`): the built-in model on held-out Countdown problems where it forks, greedy, one at a time on "
+        "a server with empty caches. Both ways take turns, each is first in every other round. Medians over problems, with "
+        "their 95% intervals. The critical path of the eager way counts the fork up to the outline of a branch.",
+        figures.eager,
     ),
     "runtime.peers": Section(
         "Against a thread pool",

@@ -43,7 +43,7 @@ PACKAGES = ("sgl-apr", "sglang", "torch", "transformers", "llguidance", "lark", 
 RUNS = "runs/eval/"
 # Arguments by benchmark: `--check` where it compares itself with bars, and the models that have to be trained first
 # (docs/countdown.md).
-ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tree_build"), ("--check",)) | {
+ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.latency", "training.tree_build"), ("--check",)) | {
     "quality.countdown": (
         f"{RUNS}sequential", f"{RUNS}parallel", f"{RUNS}rl", "--sampled", f"{RUNS}parallel-sampled", f"{RUNS}rl-sampled",
         "--check",
@@ -54,6 +54,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.latency", "training.tre
     "startup": ("--check", "--demo", "--variants", "default", "none of these"),
     "masks.mask_latency": ("--runs", "200"),
     "runtime.overhead": ("--check", "--pairs", "16"),
+    "runtime.eager": ("--check",),
     "runtime.peers": ("--check",),
     "quality.ablations": (
         "--model", "runs/parallel/model", "--twin", "runs/sequential/model", "--rl", "runs/rl/model", "-o",
