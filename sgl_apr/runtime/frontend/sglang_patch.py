@@ -94,11 +94,15 @@ def patch_frontend() -> None:
                 tasks.all_tasks_done.wait(0.1)
 
     def text_iter(self: Any, var_name: str | None = None) -> Iterator[str]:
+        _check_will_run(self.stream_executor, var_name)
         yield from stock_text_iter(self, var_name)
         _raise_if_failed(self.stream_executor)
 
-    async def text_async_iter(self: Any, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
-        async for piece in stock_async_iter(self, *arguments, **options):
+    async def text_async_iter(
+        self: Any, var_name: str | None = None, *arguments: Any, **options: Any
+    ) -> AsyncIterator[Any]:
+        _check_will_run(self.stream_executor, var_name)
+        async for piece in stock_async_iter(self, var_name, *arguments, **options):
             yield piece
         _raise_if_failed(self.stream_executor)
 
@@ -218,6 +222,18 @@ def _check_may_wait(executor: Any) -> None:
         check()
 
 
+def _check_will_run(executor: Any, name: str | None) -> None:
+    """Raise an error where a variable was added to a program that has ended, for which a reader would wait forever."""
+    event = executor.variable_event.get(name)
+    if not _raises_errors(executor) or event is None or event.is_set() or executor.error_ is not None:
+        return
+    if executor.is_finished and not event.is_set():
+        raise AprError(
+            f"{name!r} was added to a program that has ended, so that nothing runs it: "
+            "expected it in the program's function, or before `join` in a fork"
+        )
+
+
 def _wait_for_variable(executor: Any, name: str) -> bool:
     """Wait until a variable is there (True) or its worker has failed without it (False).
 
@@ -238,9 +254,5 @@ def _wait_for_variable(executor: Any, name: str) -> bool:
         return True
     if event is not None and (not event.is_set() or name not in executor.variables):
         executor.worker.join(5)  # it may be about to set the event or `error_`
-        if not event.is_set() and executor.error_ is None and not executor.worker.is_alive():
-            raise AprError(
-                f"{name!r} was added to a program that has ended, so that nothing runs it: "
-                "expected it in the program's function, or before `join` in a fork"
-            )
+        _check_will_run(executor, name)
     return executor.error_ is None or (name in executor.variables and name in executor.meta_info)

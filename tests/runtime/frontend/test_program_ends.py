@@ -178,6 +178,18 @@ def test_what_is_added_to_a_program_that_has_ended_is_an_error_where_it_is_read(
         with pytest.raises(apr.AprError, match=r"'late' was added to a program that has ended"):
             read()
     assert state.text() == "Q: gen", "and nothing waits for it"
+    streamed: ProgramState = program.run(backend=endpoint, stream=True)
+    assert "".join(streamed.text_iter()).startswith("Q: Think.")  # the fake server streams what a trunk writes
+    streamed.stream_executor.worker.join(5)
+    streamed += sgl.gen("late", max_tokens=3)
+
+    async def read_late() -> None:
+        async for _ in streamed.text_async_iter("late"):
+            pass
+
+    for read in (lambda: list(streamed.text_iter("late")), lambda: asyncio.run(read_late())):
+        with pytest.raises(apr.AprError, match=r"'late' was added to a program that has ended"):
+            read()
 
 
 def test_a_branch_that_cannot_be_prepared_fails(endpoint: apr.Endpoint, monkeypatch: pytest.MonkeyPatch):
