@@ -129,10 +129,14 @@ def join_latency(result: Result) -> str:
 
 def soak(result: Result) -> str:
     compared = result["compared"]
+    groups = result.get("compared_groups")  # older results have none
+    same_groups = (
+        f", {groups['groups'] - groups['differ']} of {groups['groups']} groups of workers" if groups else ""
+    )
     return prose(
         f"{result['operations']:,} random forks, joins, aborts and evictions in a pool of {result['pool_tokens']:,} tokens, "
         f"with checks at every step: {len(result['violations'])} violations, {result['held_when_idle']} tokens held when idle, "
-        f"{compared['answers'] - compared['differ']} of {compared['answers']} sampled answers equal to those of transformers, "
+        f"{compared['answers'] - compared['differ']} of {compared['answers']} sampled answers equal to those of transformers{same_groups}, "
         f"the last fifth of the operations {result['last_to_first']:.2f} times as fast as the first."
     )
 
@@ -242,15 +246,26 @@ def agents(result: Result) -> str:
         for row in result["rows"]
     ]
     heads = [
-        "workers",
-        "shared tokens",
-        "found in the cache",
-        "s at once",
-        "s in sequence",
-        "gain",
-        "second turn",
-    ]
+        "workers", "shared tokens", "found in the cache", "s at once", "s in sequence", "gain", "second turn",
+    ]  # fmt: skip
     return table(heads, rows)
+
+
+def eager(result: Result) -> str:
+    def cells(row: Result, form: Callable[[float], str]) -> list[str]:
+        intervals = (row[key] for key in ("latency_s", "critical_path", "tokens", "calls"))
+        return [f"{form(middle)} ({form(low)} to {form(high)})" for middle, low, high in intervals]
+
+    rows = [[row["way"], *cells(row, lambda x: f"{x:.4g}")] for row in result["rows"]]
+    rows.append(["ratio on the same problem", *cells(result["ratio"], lambda x: f"{x:.3f}")])
+    return (
+        table(["branches start after", "latency, s", "critical path, tokens", "tokens", "requests"], rows)
+        + "\n\n"
+        + prose(
+            f"{result['problems']} problems with {result['branches']:g} branches (median), {result['rounds']} rounds. In "
+            f"{result['same_text']} of them all attempts of both ways have the same text."
+        )
+    )
 
 
 def peers(result: Result) -> str:

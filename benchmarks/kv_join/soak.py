@@ -1,11 +1,12 @@
-"""Soak test of joins in the KV cache: random forks, joins, aborts and evictions against a server with memory checks.
+"""Soak test of joins and groups in the KV cache: random forks, joins, groups of workers, aborts and evictions.
 
 python -m benchmarks.kv_join.soak [--json] [--count 5000] [--seed 0] [--pool 1200] [--page-size 1]
     [--at-once 12] [--sample 300] [--log FILE]
 
 The server checks its memory at every step and dies of a leak. Its log must contain no error, no token may be held when it
-is idle, a join without its branches has to be a 409, and a linear prompt must not find what was joined. A sample of the
-answers is compared with transformers.
+is idle, a join without its branches has to be a 409, and a linear prompt must not find what was joined or what workers of a
+group have written. A sample of the answers and of the groups is compared with transformers. With pages of several tokens
+the server runs no groups.
 """
 
 from __future__ import annotations
@@ -31,9 +32,21 @@ from rich.console import Console
 from rich.table import Table
 
 import sgl_apr as apr
-from benchmarks.kv_join.soak_operations import OPERATIONS, Answer, NotCached, Soak, Violation, fork, prefix
+from benchmarks.kv_join.soak_groups import GROUP_OPERATIONS, LOGIT_TOLERANCE, PAGE_OPERATIONS, group_differs
+from benchmarks.kv_join.soak_operations import (
+    OPERATIONS,
+    Answer,
+    GroupAnswer,
+    GroupEnded,
+    NotCached,
+    Soak,
+    Violation,
+    fork,
+    prefix,
+)
 from sgl_apr.training.models import random_llama
 from sgl_apr.trajectory.join_layout import extend_layout, layout_positions, masked_ranges
+from tests.support.group_reference import load_reference
 
 ENVIRONMENT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
@@ -44,17 +57,17 @@ ENVIRONMENT = {
 LOG_ERROR = re.compile(r"Traceback|leak|invariant|AssertionError|CRITICAL", re.IGNORECASE)
 RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 WARMUP_OPERATIONS = 1000  # not counted, because prompts are still short
-LOGIT_TOLERANCE = 1e-3  # below the highest logit, where both implementations round
 
 
 async def run_operation(soak: Soak, number: int, seed: int) -> None:
     """Run one random operation, and record its outcome."""
     rng = random.Random(f"{seed} {number}")
-    (operation,) = rng.choices(list(OPERATIONS), list(OPERATIONS.values()))
+    operations = OPERATIONS | (PAGE_OPERATIONS if soak.has_pages else GROUP_OPERATIONS)
+    (operation,) = rng.choices(list(operations), list(operations.values()))
     try:
         await operation(soak, rng)
         outcome = "done"
-    except NotCached:
+    except (NotCached, GroupEnded):
         outcome = "lost"
     except (Violation, TimeoutError, aiohttp.ClientError) as error:
         outcome = "wrong"
@@ -62,11 +75,11 @@ async def run_operation(soak: Soak, number: int, seed: int) -> None:
     soak.outcomes[f"{operation.__name__} {outcome}"] += 1
 
 
-async def run(server: apr.Server, count: int, seed: int, at_once: int) -> Soak:
+async def run(server: apr.Server, count: int, seed: int, at_once: int, *, has_pages: bool = False) -> Soak:
     """Run `count` operations after the warm-up, `at_once` in parallel."""
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        soak = Soak(session, server.url)
+        soak = Soak(session, server.url, has_pages=has_pages)
         for number in range(8):
             await prefix(soak, random.Random(f"{seed} first {number}"))
             await fork(soak, random.Random(f"{seed} first {number}"))
@@ -142,6 +155,19 @@ def compare(directory: Path, answers: Sequence[Answer], sample: int, seed: int) 
     return len(chosen), after_joins, sum(differs(model, a) for a in chosen)
 
 
+def compare_groups(directory: Path, groups: Sequence[GroupAnswer], sample: int, seed: int) -> tuple[int, int]:
+    """Compare a sample of groups of workers with transformers.
+
+    Returns:
+        The number of groups in the sample, and how many differ.
+    """
+    from transformers import AutoTokenizer
+
+    model, tokenizer = load_reference(directory), AutoTokenizer.from_pretrained(directory)
+    chosen = random.Random(seed).sample(groups, min(sample, len(groups)))
+    return len(chosen), sum(group_differs(model, tokenizer, group) for group in chosen)
+
+
 def ratio(count: float, total: float) -> float:
     """`count / total`, or 0 if `total` is 0, as after the server has died."""
     return count / total if total else 0.0
@@ -160,7 +186,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "radix_cache_backend": "apr",
         }
         with apr.Server(directory, log_path=log, **flags) as server:
-            soak = asyncio.run(run(server, options.count, options.seed, options.at_once))
+            soak = asyncio.run(
+                run(server, options.count, options.seed, options.at_once, has_pages=options.page_size > 1)
+            )
             try:
                 tokens = asyncio.run(held_tokens(server.url))
             except apr.EngineError as error:
@@ -168,11 +196,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 soak.violations.append(f"at the end: {error}")
         log_text = log.read_text(errors="replace")
         total, after_joins, differ = compare(directory, soak.answers, options.sample, options.seed)
+        groups, groups_differ = compare_groups(directory, soak.groups, options.sample, options.seed)
     errors = [line for line in log_text.splitlines() if LOG_ERROR.search(line)]
     steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(soak.marks)]
     walls, works = ([ratio(step[0], step[k]) for step in steps] for k in (1, 2))
     return {
-        "ok": not (soak.violations or errors or tokens or differ),
+        "ok": not (soak.violations or errors or tokens or differ or groups_differ),
         "operations": soak.outcomes.total(),
         "outcomes": dict(sorted(soak.outcomes.items())),
         "computed_tokens": soak.computed_tokens,
@@ -183,6 +212,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "violations": errors[:10],
         "held_when_idle": tokens,
         "compared": {"answers": total, "after_joins": after_joins, "differ": differ},
+        "compared_groups": {"groups": groups, "differ": groups_differ},
         "per_second": [round(rate, 1) for rate in walls],
         "last_to_first": round(ratio(walls[-1], walls[0]), 3),
         "per_processor_second": [round(rate, 1) for rate in works],

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
@@ -65,8 +65,35 @@ class Answer:
     cached: int
 
 
+@dataclass(frozen=True, slots=True)
+class GroupAnswer:
+    """A group of workers, and what they have decoded greedily.
+
+    Attributes:
+        kind: "group_think" or "hogwild".
+        prompt: Token ids that all workers have in common.
+        headers: For each worker, the ids before it decodes.
+        limits: For each worker, how many tokens to decode.
+        outputs: For each worker, the decoded ids; empty before it is sent.
+        position_range: Positions of each worker (Group Think).
+        step_end: Text that ends a block (Hogwild!).
+    """
+
+    kind: Literal["group_think", "hogwild"]
+    prompt: tuple[int, ...]
+    headers: tuple[tuple[int, ...], ...]
+    limits: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    position_range: int
+    step_end: str | None
+
+
 class NotCached(Exception):
     """The server answered 409: a branch to join is not in the cache."""
+
+
+class GroupEnded(Exception):
+    """The server answered 503: a group of workers had to make room for other requests."""
 
 
 class Violation(Exception):
@@ -85,6 +112,8 @@ class Soak:
         unread: Joined sequences that were never sent as linear prompts.
         linear: Linear prompts that were sent.
         answers: All answers to linear and joined prompts.
+        groups: All groups of workers that have decoded to the end.
+        has_pages: Whether the cache has pages of several tokens, with which the server runs no groups.
         outcomes: How often each operation ended how.
         violations: What the server did wrong.
         marks: Operations started, wall seconds, and processor seconds of the server, at each fifth of the run.
@@ -98,6 +127,8 @@ class Soak:
     unread: deque[SoakSequence] = field(default_factory=lambda: deque(maxlen=24))
     linear: list[tuple[int, ...]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    groups: list[GroupAnswer] = field(default_factory=list)
+    has_pages: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     marks: list[tuple[int, float, float]] = field(default_factory=list)
@@ -149,6 +180,10 @@ class Soak:
         self.answers.append(answer)
         self.unread.append(sequence)
         return sequence.extended(answer.ids)
+
+    def known_prefix(self, ids: Sequence[int]) -> int:
+        """How many tokens at the beginning of a linear prompt were sent as a linear prompt before."""
+        return max((common_prefix(sent, ids) for sent in self.linear), default=0)
 
     def remember(self, sequence: SoakSequence) -> None:
         """Let other operations continue a sequence, unless it is too long."""
@@ -226,8 +261,7 @@ async def read_sequentially(soak: Soak, rng: random.Random) -> None:
     if not soak.unread:
         return
     sequence = soak.unread.popleft()
-    shared = (common_prefix(ids, sequence.ids) for ids in soak.linear)
-    known = max(linear_prefix(sequence.joined), *shared, 0)
+    known = max(linear_prefix(sequence.joined), soak.known_prefix(sequence.ids))
     soak.linear.append(sequence.ids)
     answer = await soak.send(SoakSequence(sequence.ids), rng.randint(1, 4))
     soak.answers.append(answer)

@@ -27,6 +27,8 @@ def test_a_soak():
     wrong = {name: report[name] for name in ("wrong", "violations", "held_when_idle")}
     assert wrong == {"wrong": {}, "violations": [], "held_when_idle": 0}
     assert report["compared"]["differ"] == 0
+    assert report["compared_groups"]["differ"] == 0
+    assert report["compared_groups"]["groups"] >= MIN_SUCCESSES
     assert (report["ok"], report["operations"], done.returncode) == (True, COUNT, 0)
     # The soak did what it claims to do.
     assert report["compared"]["after_joins"] >= 20
@@ -40,8 +42,9 @@ def test_a_soak():
         "nest",
         "continue_sequence",
         "read_sequentially",
+        "run_group",
     ):
         assert report["outcomes"][f"{operation} done"] >= MIN_SUCCESSES
-    for operation in ("join_unknown_branches", "join_with_wrong_salt", "abort"):
+    for operation in ("join_unknown_branches", "join_with_wrong_salt", "abort", "abort_group"):
         assert report["outcomes"][f"{operation} done"] >= MIN_SUCCESSES // 2
     assert report["outcomes"]["join_without_commit lost"] >= MIN_SUCCESSES
