@@ -7,7 +7,7 @@ is free or can be evicted before and after it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -59,17 +59,14 @@ def commit(scheduler: Any, prompt: list[int]) -> None:
 def equal_tokens(cases: list[tuple[WorkerGroupCase, SchedulerRun]], reference: Any, tokenizer: Any) -> int:
     """Check that all tokens of groups are the reference's, and that the controls are not. Returns their number."""
     total = 0
-    differing = dict.fromkeys(CONTROLS[cases[0][0].kind], 0)
-    for case, run in cases:
+    for number, (case, run) in enumerate(cases):
         result = compare_group(case, run, reference, tokenizer)
         assert result.equal == result.tokens, (case.name, result)
         assert result.logprob_error < MAX_LOGPROB_ERROR, (case.name, result)
         total += result.tokens
-        for control in differing:
+        for control in CONTROLS[case.kind] if number == len(cases) - 3 else ():  # they take time, too
             other = compare_group(case, run, reference, tokenizer, control)
-            differing[control] += other.tokens - other.equal
-    for control, count in differing.items():
-        assert count > total / 2, f"{control}: {count} of {total} tokens differ"
+            assert other.equal < other.tokens / 2, (case.name, control, other)
     return total
 
 
@@ -81,6 +78,7 @@ def run_cases(
     step_end: str | None = None,
     cached: bool = True,
     scale: float = 1.0,
+    sizes: Sequence[tuple[list[int], list[int]]] = SIZES,
 ) -> list[tuple[WorkerGroupCase, SchedulerRun]]:
     """Run groups of 2 to 8 workers alone, then two groups at once whose workers arrive one by one beside other requests."""
     prompt = draw(60)
@@ -88,7 +86,7 @@ def run_cases(
         commit(scheduler, prompt)
     label = f"{kind}-{step_end}"
     cases = []
-    for number, (headers, news) in enumerate(SIZES):
+    for number, (headers, news) in enumerate(sizes):
         news = [max(1, int(new * scale)) for new in news]
         text = prompt if cached else draw(60)
         case = WorkerGroupCase(
@@ -130,8 +128,8 @@ def test_a_thousand_greedy_tokens_are_those_of_transformers(
 def test_steps_of_hogwild_move_to_the_history(
     schedulers: Schedulers, reference: Any, tokenizer: Any, draw: Draw
 ) -> None:
-    cases = run_cases(schedulers.get(), "hogwild", draw, step_end=STEP_END, scale=0.7)
-    assert equal_tokens(cases, reference, tokenizer) > 600
+    cases = run_cases(schedulers.get(), "hogwild", draw, step_end=STEP_END, scale=0.4, sizes=SIZES[1:])
+    assert equal_tokens(cases, reference, tokenizer) > 300
     ends = [block_ends(tokenizer, output, STEP_END) for case, run in cases for output in case.outputs(run)]
     assert sum(map(len, ends)) > 50
     successive = [b - a for worker in ends for a, b in pairwise(worker)]
@@ -335,8 +333,8 @@ def test_without_overlap_and_with_the_tree_in_python(
     assert not scheduler.enable_overlap
     assert type(scheduler.tree_cache.tree_core).__name__ == "UnifiedTreeCore"
     for kind, step_end in (("group_think", None), ("hogwild", None), ("hogwild", STEP_END)):
-        cases = run_cases(scheduler, kind, draw, step_end=step_end, cached=False, scale=0.25)
-        assert equal_tokens(cases, reference, tokenizer) > 200
+        cases = run_cases(scheduler, kind, draw, step_end=step_end, cached=False, scale=0.25, sizes=SIZES[3:])
+        assert equal_tokens(cases, reference, tokenizer) > 150
         check_others(cases[-1][1], reference)
     for kind, ended_by in (("group_think", "stop token"), ("hogwild", "abort"), ("hogwild", "length")):
         prompt, headers = draw(60), [draw(3), draw(4), draw(5)]
