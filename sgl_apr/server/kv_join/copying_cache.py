@@ -34,8 +34,8 @@ from sgl_apr.server.kv_join.slot_copy import PENDING_COPY
 from sgl_apr.server.kv_join.validation import layout_of_request
 
 
-class MissingTokens(Exception):
-    """Tokens that a joined request needs are not cached."""
+class CacheMiss(Exception):
+    """Tokens that a joined request needs are not cached, or cannot be copied."""
 
 
 class CopyingRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has no types
@@ -55,6 +55,8 @@ class CopyingRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has 
         node = JoinedPrefix(
             parts, tail.last_device_node, prompt.namespace, prompt.shared, prompt.offset, sources
         )
+        if sources:
+            self._check_fits(req, node, len(ids) - cached)
         return MatchResult(
             device_prefix_len=cached,
             last_device_node=node,
@@ -67,7 +69,7 @@ class CopyingRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has 
         """Yield the nodes that have the tokens of a slice.
 
         Raises:
-            MissingTokens: Some are not cached.
+            CacheMiss: Some are not cached.
         """
         row, first, last = piece.row, piece.first, piece.last
         # In a page that is filled in part, the tokens are found by all tokens of the row.
@@ -78,15 +80,41 @@ class CopyingRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # SGLang has 
                 node = self._match_complete(part_key, part.namespace, key)
                 yield node, begin - part.first, end - part.first
 
+    def _check_fits(self, req: Any, node: JoinedPrefix, tokens: int) -> None:
+        """Check that a request would be admitted if nothing else ran: it would wait forever otherwise.
+
+        Args:
+            req: The request.
+            node: Its prefix. Both the branches and their copies are in memory for a time.
+            tokens: How many tokens it copies and computes.
+
+        Raises:
+            CacheMiss: It would not.
+        """
+        from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+        allocator = self.token_to_kv_pool_allocator
+        if allocator.available_size() + self.evictable_size() < allocator.size:
+            return  # something else runs, which hides how much this request locks
+        lock = self.lock(node)
+        locked = self.protected_size()
+        self.unlock(lock)
+        tokens += min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS)
+        if tokens + self.page_size >= allocator.size - locked:
+            raise CacheMiss(
+                f"the branches ({locked} tokens) and what is copied and decoded ({tokens}) do not fit into the "
+                f"{allocator.size} tokens of the cache"
+            )
+
     def _match_complete(self, ids: array[int], namespace: str | None, key: RadixKey) -> Any:
         """Return the node at the end of some ids.
 
         Raises:
-            MissingTokens: Not all of them are cached.
+            CacheMiss: Not all of them are cached.
         """
         match = self._match_segment(ids, namespace, key)
         if match.device_prefix_len < len(ids):
-            raise MissingTokens(
+            raise CacheMiss(
                 f"{match.device_prefix_len} of the {len(ids)} tokens of a segment are cached, expected all"
             )
         return match.last_device_node

@@ -28,7 +28,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sgl_apr.engine.sglang_names import CACHE_MISS_STATUS
 from sgl_apr.server.kv_join.cache_keys import ResolvedPrompt, resolve
 from sgl_apr.server.kv_join.cache_secret import cache_secret
-from sgl_apr.server.kv_join.copying_cache import CopyingRadixCache, MissingTokens
+from sgl_apr.server.kv_join.copying_cache import CacheMiss, CopyingRadixCache
 from sgl_apr.server.kv_join.joined_prefix import JoinedPrefix, PathSlice
 from sgl_apr.server.kv_join.slot_copy import uncopyable
 from sgl_apr.server.kv_join.validation import has_layout, layout_of_request
@@ -49,7 +49,7 @@ class KvJoinRadixCache(CopyingRadixCache):
             return match_joined(req, params.key)
         except LayoutError as error:
             return self._reject(req, params.key, str(error), HTTPStatus.BAD_REQUEST)
-        except MissingTokens as error:
+        except CacheMiss as error:
             return self._reject(req, params.key, str(error), HTTPStatus(CACHE_MISS_STATUS))
 
     def _match_joined(self, req: Any, key: RadixKey) -> MatchResult:

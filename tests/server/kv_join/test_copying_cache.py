@@ -32,12 +32,12 @@ LAYERS = 2
 class Cache:
     """A cache that joins, and pools. It computes keys and values that show what a token attends to."""
 
-    def __init__(self, core: str = "python") -> None:
+    def __init__(self, core: str = "python", pages: int = PAGES) -> None:
         self.pool = MHATokenToKVPool(
-            PAGES * PAGE, PAGE, torch.float64, 1, 1, LAYERS, "cpu", enable_memory_saver=False
+            pages * PAGE, PAGE, torch.float64, 1, 1, LAYERS, "cpu", enable_memory_saver=False
         )
         self.allocator = PagedTokenToKVPoolAllocator(
-            PAGES * PAGE, PAGE, torch.float64, "cpu", self.pool, need_sort=False
+            pages * PAGE, PAGE, torch.float64, "cpu", self.pool, need_sort=False
         )
         self.rows = ReqToTokenPool(8, 512, "cpu", enable_memory_saver=False)
         self.tree = KvJoinRadixCache(
@@ -61,7 +61,7 @@ class Cache:
         params = {"apr_layout": json.dumps(layout)} if layout else None
         req = SimpleNamespace(
             rid="r", origin_input_ids=array("q", ids), full_untruncated_fill_ids=array("q", ids), extra_key=None,
-            cache_salt=None, to_finish=None, priority=None, session_id=None, session=None, kv_rotation_base=None,
+            cache_salt=None, to_finish=None, priority=None, session_id=None, session=None, kv_rotation_base=None, output_ids=[],
             kv=ReqKvInfo(), return_logprob=False, host_hit_length=0, refused=None, skip_radix_cache_insert=False,
             sampling_params=SimpleNamespace(custom_params=params, beam_width=None, max_new_tokens=new_tokens),
             refresh_fill_ids=lambda: None, finished=lambda: True,
@@ -258,6 +258,21 @@ def test_a_join_waits_for_memory(cache: Cache):
     assert cache.tree.init_load_back(params) is None, "the branches are locked, so nothing can be evicted"
     cache.allocator.free(taken)
     cache.tree.unlock(lock)
+
+
+def test_a_join_that_never_fits_is_a_cache_miss():
+    """Its 7 pages of branches, and 17 tokens that are copied, computed and decoded: it would wait for memory forever."""
+    layout = [4, [[11], [11]], 2]
+    ids = prompt(layout, 13)
+    outcomes = []
+    for pages in (12, 13):
+        cache = Cache(pages=pages)
+        cache.commit(layout, ids)
+        outcomes.append(cache.serve(ids, layout, 1).refused)
+        assert cache.tree.protected_size() == 0
+    assert outcomes[0][0] == 409
+    assert "do not fit into the 48 tokens of the cache" in outcomes[0][1]
+    assert outcomes[1] is None
 
 
 def test_slots_are_copied_in_every_kind_of_pool(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from benchmarks.common.in_process_scheduler import (
     memory_state,
     run_requests,
 )
+from sgl_apr.server.kv_join.probe import GenerateClient
+from sgl_apr.server.kv_join.selfcheck import assert_joins_correct, check_identities
 from sgl_apr.trajectory.join_layout import commit_prompts, layout_positions, token_count
 from tests.server.kv_join.test_cache_keys import random_layout
 from tests.server.kv_join.test_radix_cache import LAYOUTS, scaled
@@ -224,3 +226,41 @@ def test_a_branch_that_is_not_cached_is_a_cache_miss(joiner: Joiner):
     (req,), result = joiner.run([(ids, layout)], 4)
     assert result.finish_reason(req.rid)["status_code"] == 409, "only a commit caches the end of a branch"
     joiner.join([(layout, ids)])
+
+
+def as_client(joiner: Joiner) -> GenerateClient:
+    """A client of the start-up check that sends its prompts to the scheduler instead of a server."""
+
+    def answer(req: Any, reason: dict[str, Any]) -> dict[str, Any]:
+        output = list(req.output_ids[: req.sampling_params.max_new_tokens])
+        meta = {"finish_reason": reason, "cached_tokens": req.cached_tokens}
+        for kind in ("output_top_logprobs", "output_token_ids_logprobs") if req.return_logprob else ():
+            values, ids = (getattr(req.logprob, f"{kind}_{name}")[: len(output)] for name in ("val", "idx"))
+            steps = zip(values, ids, strict=True)
+            meta[kind] = [
+                [(float(v), t) for v, t in zip(v, t, strict=True)] for v, t in steps if t is not None
+            ]
+        return {"output_ids": output, "meta_info": meta}
+
+    def generate(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        requests = []
+        for k, (ids, sampling) in enumerate(zip(body["input_ids"], body["sampling_params"], strict=True)):
+            layout = sampling.get("custom_params", {}).get("apr_layout")
+            one = joiner.request(ids, layout and json.loads(layout), sampling["max_new_tokens"])
+            if body.get("return_logprob"):
+                one.return_logprob, one.top_logprobs_num = True, body["top_logprobs_num"]
+                one.token_ids_logprob = body.get("token_ids_logprob", [None] * (k + 1))[k]
+            requests.append(one)
+        result = run_requests(joiner.scheduler, [(1, r) for r in requests], 120)
+        return [answer(result.requests[r.rid], result.finish_reason(r.rid)) for r in requests]
+
+    return generate
+
+
+@pytest.mark.parametrize("joiner", ["pages of 16", "pages of 64"], indirect=True)
+def test_the_start_up_check_holds(joiner: Joiner):
+    for seed in range(3):
+        checks = {check.name: check for check in check_identities(as_client(joiner), seed)}
+        assert [str(c) for c in checks.values() if not c.ok and c.name != "positions"] == []
+        assert any(not c.is_uninformative for c in checks.values())
+    assert_joins_correct(as_client(joiner))

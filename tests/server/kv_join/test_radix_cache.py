@@ -257,6 +257,7 @@ VARIANTS = {
     "another order": ({"schedule_policy": "dfs-weight"}, {}),
     "the tree in Python": ({}, {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}),
     "retraction": ({}, {"SGLANG_TEST_RETRACT": "1"}),
+    "pages of several tokens": ({"page_size": 16}, {}),
     "eviction": ({"max_total_tokens": 700, "max_running_requests": 3}, {}),
 }
 
