@@ -37,7 +37,7 @@ from sgl_apr.server.launch.server_folder import (
     this_servers_folder,
 )
 from sgl_apr.server.launch.usage import UsageError
-from sgl_apr.server.launch.warmup import check_joins, warm_up_grammars, warm_up_sglang
+from sgl_apr.server.launch.warmup import check_joins, wait_until_listening, warm_up_grammars, warm_up_sglang
 
 
 def main(argv: list[str]) -> None:
@@ -66,26 +66,35 @@ def main(argv: list[str]) -> None:
         _notify_launcher(launcher, error=str(error), usage=isinstance(error, UsageError))
         sys.exit(1)
 
+    def report_ready() -> None:
+        view = resolving_view(args)
+        _notify_launcher(
+            launcher,
+            url=args.url(),
+            device=view.device,
+            attention=launched.attention,
+            warning=_warning(args),
+        )
+
     def ready() -> None:
         try:
             warm_up_grammars(args)
             check_joins(args)
-            view = resolving_view(args)
         except LaunchError as error:
             _notify_launcher(launcher, error=str(error), usage=False)
         else:
-            _notify_launcher(
-                launcher,
-                url=args.url(),
-                device=view.device,
-                attention=launched.attention,
-                warning=_warning(args),
-            )
+            report_ready()
+
+    def follow() -> None:
+        wait_until_listening(args)
+        report_ready()
 
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.utils import kill_process_tree
 
+    if resolving_view(args).node_rank > 0:  # SGLang calls `ready` on the first node only
+        threading.Thread(target=follow, daemon=True).start()
     try:
         launch_server(args, execute_warmup_func=warm_up_sglang, launch_callback=ready)
     finally:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sgl_apr.engine.http_client import post_json
+from sgl_apr.engine.http_client import check_exists, post_json
 from sgl_apr.engine.sglang_names import RADIX_CACHE_BACKEND
 from sgl_apr.errors import EngineError, LaunchError
 from sgl_apr.server.constants import QUICK_WARMUP_ENV
@@ -19,7 +19,7 @@ from sgl_apr.server.kv_join.selfcheck import PROBE_TOKEN_IDS, assert_joins_corre
 # By grammar backend. The grammars are small, but the first one of a process may compile a torch kernel.
 WARMUP_GRAMMARS = {"llguidance": 'start: "ok" /[a-z]{1,4}/', "xgrammar": 'root ::= "ok" [a-z]{1,4}'}
 WARMUP_TIMEOUT_S = 600.0  # seconds for the warm-up request
-POLL_INTERVAL_S = 0.05
+POLL_INTERVAL_S, POLL_TIMEOUT_S = 0.05, 5.0
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,22 @@ def check_joins(args: Any) -> None:
     )
     for rank in range(view.dp_size):
         assert_joins_correct(make_client(args.url(), args.api_key, rank))
+
+
+def wait_until_listening(args: Any) -> None:
+    """Block until this node of a server answers HTTP requests. All nodes but the first have no other route than health.
+
+    Args:
+        args: SGLang's `ServerArgs`.
+    """
+    while True:
+        try:
+            check_exists(f"{args.url()}/health", timeout=POLL_TIMEOUT_S)
+            return
+        except EngineError as error:
+            if error.status is not None:
+                return
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _generate(url: str, body: Mapping[str, Any], api_key: str | None) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import http.server
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,30 @@ def test_joins_are_checked_on_every_rank(ranks: int, skip_warmup: bool, monkeypa
     view.radix_cache_backend = "stock"
     warmup.check_joins(args)
     assert calls == ["listens", *range(ranks)], "no other cache is checked"
+
+
+def test_a_node_is_waited_for_until_it_answers():
+    """Any answer counts: SGLang serves no more than health on nodes other than the first."""
+    answered = threading.Event()
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            answered.set()
+            self.send_error(405)
+
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    args = argparse.Namespace(url=lambda: f"http://127.0.0.1:{port}")
+    waiting = threading.Thread(target=warmup.wait_until_listening, args=[args], daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive(), "nothing listens yet"
+    with http.server.HTTPServer(("127.0.0.1", port), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        waiting.join(10)
+        server.shutdown()
+    assert answered.is_set()
+    assert not waiting.is_alive()
 
 
 @pytest.mark.server
