@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from sgl_apr.errors import AprError, SharedViewUnsupported
 from sgl_apr.training.trie import ROOT, Cursor, FlatTree, Ints, Trie
-from sgl_apr.trajectory.join_layout import Layout, freeze_layout
+from sgl_apr.trajectory.join_layout import Layout
 from sgl_apr.trajectory.spans import Path
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -154,9 +153,7 @@ class _TreeBuilder:
         self.trie, self.trajectory, self.spans = trie, trajectory, trajectory.spans
         self.join, self.separate_contexts = join, separate_contexts
         self.joined = {j.path for j in trajectory.joins if j.by == "kv"}
-        self.prompt_layout = (
-            freeze_layout(json.loads(trajectory.prompt_layout or "[]")) if join != "text" else ()
-        )
+        self.prompt_layout = trajectory.joined_prefix if join != "text" else ()
         self.cursors: list[Cursor] = []  # after every span
         self.forks: dict[Path, tuple[int, ...]] = {}  # by block: the spans that its branches follow
         self.with_eos = set(_spans_with_eos(trajectory))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from itertools import groupby
 from typing import Literal
 
 from sgl_apr.errors import AprError, SharedViewUnsupported
-from sgl_apr.trajectory.join_layout import Layout, freeze_layout, layout_positions, masked_ranges, token_count
+from sgl_apr.trajectory.join_layout import Layout, layout_positions, masked_ranges, token_count
 from sgl_apr.trajectory.trajectory import Trajectory
 
 
@@ -64,7 +63,7 @@ def causality(trajectory: Trajectory, join: Literal["kv", "text"] | None = None)
     if join is None and (lost := trajectory.lost_joins):
         raise AprError(f"the cache lost a join in the middle of this trajectory: {lost[0].why}")
     joined = {j.path for j in trajectory.joins if j.by == "kv"}
-    prompt_layout = freeze_layout(json.loads(trajectory.prompt_layout or "[]"))
+    prompt_layout = trajectory.joined_prefix
 
     def sequence(
         indices: Iterable[int], depth: int, frontier: tuple[int, ...]

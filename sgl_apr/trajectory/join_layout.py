@@ -33,6 +33,35 @@ def parse_layout(text: str, tokens: int) -> Layout:
     Raises:
         LayoutError: The layout is malformed or does not fit. The message says what was expected.
     """
+    sequence, total = _parse_items(text, tokens)
+    if total != tokens:
+        raise LayoutError(f"the layout has {total} tokens, expected the {tokens} of the prompt")
+    has_block = any(isinstance(item, list) for item in sequence)
+    if not has_block or type(sequence[-1]) is not int or sequence[-1] < 1:
+        raise LayoutError("expected a block, and at least one token after the last block")
+    return sequence
+
+
+def parse_prefix_layout(text: str, tokens: int) -> Layout:
+    """Parse the layout of the beginning of a prompt, up to the end of its last join.
+
+    Args:
+        text: The layout as JSON. Empty if nothing is joined.
+        tokens: The number of tokens of the prompt.
+
+    Raises:
+        LayoutError: The layout is malformed or does not fit.
+    """
+    if not text:
+        return ()
+    sequence, total = _parse_items(text, tokens)
+    if total > tokens:
+        raise LayoutError(f"the layout has {total} tokens, expected at most the {tokens} of the prompt")
+    return freeze_layout(sequence)
+
+
+def _parse_items(text: str, tokens: int) -> tuple[Layout, int]:
+    """Parse a layout as JSON, and count its tokens. No run is longer than `tokens`."""
     try:
         sequence = json.loads(text)
     except (ValueError, TypeError, RecursionError):
@@ -61,12 +90,7 @@ def parse_layout(text: str, tokens: int) -> Layout:
                 raise LayoutError(f"expected a run of 0 to {tokens} tokens, found {item!r:.40}")
         return total
 
-    if (total := count_tokens(sequence, 0)) != tokens:
-        raise LayoutError(f"the layout has {total} tokens, expected the {tokens} of the prompt")
-    has_block = any(isinstance(item, list) for item in sequence)
-    if not has_block or type(sequence[-1]) is not int or sequence[-1] < 1:
-        raise LayoutError("expected a block, and at least one token after the last block")
-    return sequence  # type: ignore[no-any-return]  # as checked
+    return sequence, count_tokens(sequence, 0)
 
 
 def freeze_layout(layout: Layout) -> Layout:

@@ -11,6 +11,7 @@ from typing import Any
 from sgl_apr.errors import TraceError
 from sgl_apr.trajectory.blocks import Block, iter_blocks
 from sgl_apr.trajectory.calls import Call, JoinRecord, LimitHit, PacingDecision
+from sgl_apr.trajectory.join_layout import Layout, LayoutError, parse_prefix_layout
 from sgl_apr.trajectory.metrics import Convention, Metrics, compute_metrics, context_lengths
 from sgl_apr.trajectory.references import check_references
 from sgl_apr.trajectory.spans import Finish, Span, ancestors
@@ -178,6 +179,16 @@ class Trajectory:
         return compute_metrics(self.spans, self.calls, self.wall_s, convention, self.tool_calls, self.groups)
 
     @property
+    def joined_prefix(self) -> Layout:
+        """The layout of `prompt_layout`.
+
+        Raises:
+            LayoutError: It is malformed, or has more tokens than the prompt.
+        """
+        first = self.spans[0].token_ids if self.spans and self.spans[0].origin == "prompt" else None
+        return parse_prefix_layout(self.prompt_layout, len(first or ()))
+
+    @property
     def tokens_seen(self) -> tuple[tuple[int, ...], ...]:
         """For every token of every span, how many tokens it was conditioned on, prompt included."""
         lengths = context_lengths(self.spans)
@@ -235,6 +246,11 @@ class Trajectory:
             )
         except WrongValue as error:
             raise error.as_trace_error(where) from None
+        try:
+            _ = trajectory.joined_prefix
+        except LayoutError as error:
+            place = ": ".join(filter(None, (where, "prompt_layout")))
+            raise TraceError(1, 1, str(error), ["a layout of the prompt, as JSON"], place=place) from None
         return trajectory
 
 

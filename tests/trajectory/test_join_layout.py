@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sgl_apr as apr
 from sgl_apr.server.kv_join.cache_keys import lookup_cost, resolve
 from sgl_apr.server.kv_join.validation import MAX_LAYOUT_CHARS, layout_of_request
 from sgl_apr.trajectory.join_layout import (
@@ -209,3 +211,29 @@ def random_sequence(rng: random.Random, depth: int) -> list[Any]:
             else rng.randrange(9)
         )
     return [*items, rng.randrange(9)] if depth == 0 else items
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("9" * 5000, "expected a layout as JSON"),
+        ("[" * 5000, "expected a layout as JSON"),
+        ("null", "expected a list of runs and blocks"),
+        ("[1, [[2], [1]]]", "the layout has 4 tokens, expected at most the 3 of the prompt"),
+        ("[4]", "expected a run of 0 to 3 tokens, found 4"),
+    ],
+)
+def test_a_trajectory_with_a_wrong_layout_of_its_prompt_is_refused(layout: str, message: str) -> None:
+    prompt = apr.Span("prompt", "prompt", "abc", (1, 2, 3), ())
+    trajectory = apr.Trajectory((prompt,), "threadweaver", prompt_layout=layout)
+    with pytest.raises(apr.TraceError, match=f"prompt_layout.*{re.escape(message)}"):
+        apr.Trajectory.from_json(trajectory.to_json())
+    with pytest.raises(apr.AprError, match=re.escape(message)):
+        apr.causality(trajectory, "kv")
+
+
+def test_the_layout_of_a_prompt_is_read() -> None:
+    prompt = apr.Span("prompt", "prompt", "abc", (1, 2, 3), ())
+    trajectory = apr.Trajectory((prompt,), "threadweaver", prompt_layout="[1, [[1], [1]]]")
+    assert apr.Trajectory.from_json(trajectory.to_json()).joined_prefix == (1, ((1,), (1,)))
+    assert apr.Trajectory((prompt,), "threadweaver").joined_prefix == ()
