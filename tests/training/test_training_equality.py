@@ -56,14 +56,21 @@ def model(path: str):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
+MIN_TOKENS = 20  # of a trajectory that is compared
+
+
 async def sampled(url: str, name: str, join: str, depth: int, seed: int) -> tuple[apr.Trajectory, dict]:
+    """Sample a trajectory, again if the model by chance ends it after a few tokens."""
     async with await Noted.connect(url) as engine:
-        engine.noted = {}
         budget = apr.Budget(tokens=600, width=3, branch_tokens=60, outline_chars=8, depth=depth)
-        trajectory = await apr.areason(
-            engine, f"Question {seed}: ", name, join=join, budget=budget, logprobs=True, temperature=1.0,
-            mode="auto" if name == "parathinker" else "parallel", policy="all", min_width=2,
-        )  # fmt: skip
+        for _ in range(20):
+            engine.noted = {}
+            trajectory = await apr.areason(
+                engine, f"Question {seed}: ", name, join=join, budget=budget, logprobs=True, temperature=1.0,
+                mode="auto" if name == "parathinker" else "parallel", policy="all", min_width=2,
+            )  # fmt: skip
+            if sum(call.output_tokens for call in trajectory.calls) > MIN_TOKENS:
+                break
         return trajectory, engine.noted
 
 
@@ -103,7 +110,7 @@ def masked(model, found: TrainingTree, rows: torch.Tensor) -> torch.Tensor:
 def check_log_probabilities(path: str, model, trajectory: apr.Trajectory, noted: dict) -> TrainingTree:
     """Compare the log-probabilities of the server with those of the model on the tree. Returns the tree."""
     found = build_training_tree([trajectory], eos=model.config.eos_token_id)
-    assert len(found.sources) == sum(c.output_tokens for c in trajectory.calls) > 20
+    assert len(found.sources) == sum(c.output_tokens for c in trajectory.calls) > MIN_TOKENS
     reported = logprobs(found, [trajectory])
     mine = masked(model, found, allowed(path, found, trajectory, noted)).numpy()
     assert np.abs(reported - mine).max() < 1e-3
