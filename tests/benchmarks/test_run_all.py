@@ -107,7 +107,7 @@ def test_every_benchmark_is_listed_and_takes_its_arguments(capsys):
     names = {module.removeprefix("benchmarks.") for module in modules}
     parts = {
         "common", "__init__", "replay", "soak_operations", "thread_pool", "loop_time", "throughput", "run_all",
-        "render_docs",
+        "render_docs", "acceptance", "gpu_bundle",
     }  # fmt: skip
     files = {
         ".".join(path.relative_to(BENCHMARKS).with_suffix("").parts) for path in BENCHMARKS.glob("**/*.py")
