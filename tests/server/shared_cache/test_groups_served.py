@@ -101,7 +101,7 @@ def test_one_worker_is_aborted(server: Server, kind: str):
 def test_what_a_server_refuses_is_one_error(server: Server):
     async def work(engine: apr.HttpEngine) -> Any:
         with pytest.raises(apr.EngineError, match=r"worker group: .*context") as refused:
-            await engine.group(group_of("group_think", "long", 10**6, 10**6))
+            await engine.group(group_of("group_think", "long", 5000, 5000))
         return refused.value.status
 
     assert on_engine(server, work) == 400
