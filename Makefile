@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 MODEL  ?= $$($(VENV)/bin/sgl-apr model smollm2)
 
-.PHONY: help demo demo-smollm2 test test-all lint serve bench docs requirements clean
+.PHONY: help demo demo-smollm2 test test-all lint serve bench gpu-bundle docs requirements clean
 
 help:                     ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ serve: $(READY)           ## serve a model: make serve MODEL=directory-or-hub-id
 
 bench: $(READY)           ## every benchmark, into runs/benchmarks; benchmarks/render_docs.py writes docs/benchmarks.md from it
 	$(PYTHON) -m benchmarks.run_all
+
+gpu-bundle: $(READY)      ## what the first minutes on a GPU without a network need, in gpu-bundle.tar.xz (docs/gpu.md)
+	$(PYTHON) -m benchmarks.gpu_bundle
 
 docs: $(READY)            ## the documentation, into site/: open site/index.html; its search needs python -m http.server -d site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet

@@ -46,7 +46,7 @@ class Configuration:
 
 # flashinfer and the CPU's attention can turn the queries of Hogwild!, no other backend can.
 NO_HOGWILD = frozenset({"hogwild"})
-# Blackwell's default backend needs pages of 64 tokens and joins nothing.
+# Blackwell's default backend needs pages of 64 tokens, with which there are no groups.
 ANY_BACKEND = frozenset({"start", "group_think", "hogwild"})
 _CUDA: dict[str, Any] = {
     "dtype": "bfloat16", "max_total_tokens": 65536, "context_length": 8192, "cuda_graph_max_bs_decode": 32,
