@@ -71,7 +71,7 @@ class LocalEngine(InProcessEngine):
         os.environ[LAUNCHED_ENV] = "1"  # its processes exit at once, rather than run without the plugin
         folder = ServerFolder()
         try:
-            with folder.used_by_this_process():
+            with folder.used_by_this_process(metrics=args.enable_metrics):
                 local = cls(sgl.Engine(server_args=args))
         except BaseException:
             folder.remove()

@@ -23,6 +23,7 @@ from sgl_apr.server.hooks import hook_around
 
 FOLDER_ENV = "SGLANG_APR_FOLDER"  # the folder, for the processes of a server
 METRICS_ENV = "PROMETHEUS_MULTIPROC_DIR"  # where the processes of a server write their metrics
+METRICS_NAME = "metrics"
 PREFIX = "sgl-apr-server-"
 # Where SGLang makes files outside the temporary folder. Their names contain its instance id.
 OUTSIDE = (Path("/dev/shm"), Path("/tmp"))
@@ -53,9 +54,15 @@ class ServerFolder:
         return {FOLDER_ENV: str(self.path)}
 
     @contextmanager
-    def used_by_this_process(self) -> Iterator[None]:
-        """Inside the block, an engine that this process launches uses the folder."""
+    def used_by_this_process(self, *, metrics: bool = False) -> Iterator[None]:
+        """Inside the block, an engine that this process launches uses the folder.
+
+        Args:
+            metrics: The engine writes metrics, which are in the folder until it is removed.
+        """
         os.environ[FOLDER_ENV] = str(self.path)
+        if metrics:
+            keep_metrics_in(self.path)
         try:
             yield
         finally:
@@ -64,6 +71,8 @@ class ServerFolder:
     def remove(self) -> None:
         """Remove the folder and the segments of shared memory. Does nothing the second time."""
         remove_folder(self.path)
+        if os.environ.get(METRICS_ENV) == str(self.path / METRICS_NAME):  # the next engine makes its own
+            del os.environ[METRICS_ENV]
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -130,7 +139,7 @@ def keep_metrics_in(folder: Path) -> None:
     SGLang makes a folder for them that is left if the server is killed.
     """
     if METRICS_ENV not in os.environ:
-        metrics = folder / "metrics"
+        metrics = folder / METRICS_NAME
         metrics.mkdir(exist_ok=True)
         os.environ[METRICS_ENV] = str(metrics)
 

@@ -91,6 +91,30 @@ def test_metrics_are_kept_in_the_folder_unless_the_environment_names_another(
     assert os.environ[server_folder.METRICS_ENV] == "/another"
 
 
+def test_an_engine_of_this_process_keeps_its_metrics_in_its_folder(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So they are removed with it, also by the next start if the process was killed."""
+    monkeypatch.setenv(server_folder.METRICS_ENV, "")  # which restores it after the test
+    monkeypatch.delenv(server_folder.METRICS_ENV)
+    without = ServerFolder()
+    with without.used_by_this_process():
+        assert server_folder.METRICS_ENV not in os.environ
+    first = ServerFolder()
+    with first.used_by_this_process(metrics=True):
+        pass
+    metrics = Path(os.environ[server_folder.METRICS_ENV])
+    assert metrics.parent == first.path, "the engine still makes files there while it runs"
+    first.remove()
+    assert server_folder.METRICS_ENV not in os.environ, "the next engine gets a folder of its own"
+    monkeypatch.setenv(server_folder.METRICS_ENV, "/another")
+    second = ServerFolder()
+    with second.used_by_this_process(metrics=True):
+        pass
+    second.remove()
+    assert os.environ[server_folder.METRICS_ENV] == "/another"
+
+
 def test_a_long_temporary_folder_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     assert server_folder._base_folder() == Path("/tmp")
