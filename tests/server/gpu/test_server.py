@@ -29,7 +29,10 @@ def served(request, tmp_path_factory) -> Iterator[tuple[Server, Any]]:
     directory = tmp_path_factory.mktemp(request.param)
     random_llama(directory, hidden=HIDDEN[request.param], seed=3)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    model = model.to(getattr(torch, request.param)).float().to("cuda").eval()
+    with torch.no_grad():  # not `model.to(...)`, which would round the frequencies of the rotary embedding as well
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, request.param)))
+    model = model.to("cuda").eval()
     with Server(directory, log_path=directory / "log", dtype=request.param, **OPTIONS) as server:
         yield server, model
 
