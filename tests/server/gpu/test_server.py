@@ -29,7 +29,8 @@ def served(request, tmp_path_factory) -> Iterator[tuple[Server, Any]]:
     directory = tmp_path_factory.mktemp(request.param)
     random_llama(directory, hidden=HIDDEN[request.param], seed=3)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():  # not `model.to(...)`, which would round the frequencies of the rotary embedding as well
+    # Not `model.to(...)`, which would round the frequencies of the rotary embedding as well.
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, request.param)))
     model = model.to("cuda").eval()
