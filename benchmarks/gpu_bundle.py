@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.acceptance.bundle import Bundle, BundleError, installed_names
+from benchmarks.acceptance.bundle import Bundle, BundleError, installed_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="sgl-apr-bundle-") as temporary:
         directory = options.directory or Path(temporary) / "bundle"
-        bundle = Bundle(directory, options.python, options.capability, installed_names(options.installed))
+        bundle = Bundle(directory, options.python, options.capability, installed_packages(options.installed))
         try:
             bundle.build(ROOT, options.kernels)
         except BundleError as error:

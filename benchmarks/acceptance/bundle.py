@@ -37,6 +37,9 @@ NEEDED = (
     "tenacity", "tiktoken", "tokenizers", "torchvision", "tqdm", "traitlets", "transformers", "typing-extensions",
     "typing-inspection", "urllib3", "uvicorn", "uvloop", "xgrammar", "yarl",
 )  # fmt: skip
+OF_TORCH = frozenset({"torch", "torchvision"})  # they have to be the machine's
+# Packed even if the machine has them: SGLang needs one version of the first, and a recent one of the second.
+ALWAYS = frozenset({"transformers", "typing-extensions"})
 CHECKOUT = (
     "sgl_apr",
     "grammars",
@@ -79,14 +82,16 @@ class Bundle:
         directory: Where to put the files. It must not exist, or be empty.
         python: The version of Python on the machine, as in "3.12".
         capability: The compute capability (major) of its GPU.
-        installed: The packages that it has.
+        installed: The packages that it has, with their versions as far as they are known.
 
     Attributes:
         sizes: Bytes by package.
         versions: Versions by package.
     """
 
-    def __init__(self, directory: Path, python: str, capability: int, installed: frozenset[str]) -> None:
+    def __init__(
+        self, directory: Path, python: str, capability: int, installed: Mapping[str, str | None]
+    ) -> None:
         self.directory, self.python, self.capability, self.installed = (
             directory,
             python,
@@ -110,9 +115,11 @@ class Bundle:
             raise BundleError(f"{self.directory} is not empty")
         site = self.directory / "site"
         site.mkdir(parents=True, exist_ok=True)
-        for name in NEEDED:
-            if name not in self.installed:
-                self._add_package(name, site)
+        missing = [name for name in NEEDED if name not in self.installed]
+        while missing:
+            name = missing.pop()
+            self._add_package(name, site)
+            missing += [other for other in self._too_old(name) if other not in {*missing, *self.versions}]
         self._add_kernels(kernels, site)
         self._add_checkout(root, site)
         (self.directory / "run.sh").write_text(RUN)
@@ -138,6 +145,17 @@ class Bundle:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
             self.sizes[name] += target.stat().st_size
+
+    def _too_old(self, name: str) -> Iterator[str]:
+        """Yield the packages of the machine that a package cannot use, and that can be packed."""
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            other = canonicalize_name(requirement.name)
+            version = self.installed.get(other)
+            is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if version is None or not is_needed or other in OF_TORCH or other not in NEEDED:
+                continue
+            if not requirement.specifier.contains(version, prereleases=True):
+                yield other
 
     def _is_packed(self, name: str, path: str) -> bool:
         outside = path.startswith("..") or "__pycache__" in path or path.endswith((".pyc", ".pyi"))
@@ -211,18 +229,31 @@ class Bundle:
         shutil.rmtree(self.directory / ".wheels", ignore_errors=True)
 
 
-def installed_names(file: Path | None) -> frozenset[str]:
-    """The packages that a machine has.
+def installed_packages(file: Path | None) -> dict[str, str | None]:
+    """The packages that a machine has, without those that are packed anyway.
 
     Args:
-        file: What `pip list --format=freeze` printed there. Without it: torch and all that it and transformers need;
-            transformers itself has to be the version that SGLang pins.
+        file: What `pip list --format=freeze` printed there; a line may be a name without a version. Without it: torch,
+            and all that it and transformers need, as they are here.
     """
-    if file is not None:
-        lines = file.read_text().splitlines()
-        names = (re.split(r"[=<> @;]", line.strip(), maxsplit=1)[0] for line in lines)
-        return frozenset(canonicalize_name(name) for name in names if name) - {"transformers"}
-    return frozenset(_with_requirements({"torch", "transformers"})) - {"transformers"}
+    if file is None:
+        return {
+            name: _installed_version(name)
+            for name in _with_requirements({"torch", "transformers"})
+            if name not in ALWAYS
+        }
+    packages: dict[str, str | None] = {}
+    for line in file.read_text().splitlines():
+        if match := re.match(r"([\w.-]+)(?:==(\S+))?", line.strip()):
+            packages[canonicalize_name(match[1])] = match[2]
+    return {name: version for name, version in packages.items() if name not in ALWAYS}
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _with_requirements(names: set[str]) -> Iterator[str]:

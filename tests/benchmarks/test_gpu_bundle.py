@@ -8,13 +8,14 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_bundle
 from benchmarks.acceptance import bundle as bundle_module
-from benchmarks.acceptance.bundle import Bundle, BundleError, installed_names
+from benchmarks.acceptance.bundle import Bundle, BundleError, installed_packages
 from benchmarks.acceptance.configurations import TREE_CORE_ENV
 from benchmarks.acceptance.fatbin import cubins, empty_cubins, is_needed_flash_attention
 from tests.support.paths import ROOT
@@ -74,10 +75,23 @@ def test_cubins_that_a_machine_does_not_need_are_emptied_in_place(tmp_path: Path
 def test_packages_of_the_machine_are_left_out(tmp_path: Path):
     listed = tmp_path / "there.txt"
     listed.write_text("torch==2.11.0\nHuggingFace_Hub==1.0\nlazy-loader @ file:///x\ntransformers==5.17.0\n")
-    assert installed_names(listed) == {"torch", "huggingface-hub", "lazy-loader"}
-    default = installed_names(None)
-    assert {"torch", "numpy", "tokenizers", "triton"} <= default
-    assert not {"transformers", "sglang"} & default
+    assert installed_packages(listed) == {"torch": "2.11.0", "huggingface-hub": "1.0", "lazy-loader": None}
+    default = installed_packages(None)
+    assert {"torch", "numpy", "tokenizers", "triton"} <= default.keys()
+    assert not {"transformers", "sglang"} & default.keys()
+
+
+def test_packages_of_the_machine_that_are_too_old_are_packed(tmp_path: Path):
+    """The newest pydantic needs one version of pydantic-core. Torch is the machine's, whatever it is."""
+    here = {"pydantic-core": bundle_module.metadata.version("pydantic-core"), "torch": "2.11.0"}
+    for there, expected in (
+        (here, []),
+        (here | {"pydantic-core": "2.0"}, ["pydantic-core"]),
+        ({"pydantic-core": None}, []),
+    ):
+        bundle = Bundle(tmp_path / "bundle", "3.11", 9, there)
+        assert list(bundle._too_old("pydantic")) == expected
+        assert list(bundle._too_old("sglang-kernel")) == []
 
 
 def test_compiled_parts_for_another_python_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -92,7 +106,7 @@ def test_compiled_parts_for_another_python_are_downloaded(tmp_path: Path, monkey
             wheel.writestr("msgspec/__init__.pyi", b"types")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    bundle = Bundle(tmp_path / "bundle", "3.99", 9, frozenset())
+    bundle = Bundle(tmp_path / "bundle", "3.99", 9, {})
     monkeypatch.setattr(bundle_module.subprocess, "run", download)
     bundle._add_package("msgspec", tmp_path / "bundle" / "site")
     assert [p.name for p in (tmp_path / "bundle" / "site" / "msgspec").iterdir()] == [
@@ -128,13 +142,13 @@ def test_a_file_over_the_limit_is_status_1(tmp_path: Path, monkeypatch: pytest.M
 def test_the_bundle_and_torch_are_enough_to_run(tmp_path: Path):
     """All other packages of this environment are hidden: the bundle runs with those that it takes to be there."""
     bundle = Bundle(
-        tmp_path / "bundle", f"{sys.version_info[0]}.{sys.version_info[1]}", 9, installed_names(None)
+        tmp_path / "bundle", f"{sys.version_info[0]}.{sys.version_info[1]}", 9, installed_packages(None)
     )
     bundle.build(ROOT, None)
     assert bundle.sizes["FlashAttention 3"] > 2**20
     there = tmp_path / "there"
     there.mkdir()
-    link_packages(there, installed_names(None))
+    link_packages(there, installed_packages(None))
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -153,7 +167,7 @@ def test_the_bundle_and_torch_are_enough_to_run(tmp_path: Path):
     assert lines[0]["core"] == "UnifiedTreeCore" or "Rust" not in lines[0]["core"], TREE_CORE_ENV
 
 
-def link_packages(folder: Path, names: frozenset[str]) -> None:
+def link_packages(folder: Path, names: Iterable[str]) -> None:
     """Make a folder of packages of this environment."""
     from importlib import metadata
 
