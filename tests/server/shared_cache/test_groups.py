@@ -14,8 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.in_process_scheduler import SchedulerRun, make_abort, make_request, run_requests
+from benchmarks.common.in_process_scheduler import (
+    SchedulerRun,
+    make_abort,
+    make_request,
+    make_scheduler,
+    run_requests,
+)
 from benchmarks.common.worker_groups import CONTROLS, WorkerGroupCase, block_ends, compare_group
+from benchmarks.kv_join import groups
 from sgl_apr.server.shared_cache import admission
 from tests.support.schedulers import Schedulers
 
@@ -321,6 +328,41 @@ def test_workers_of_one_group_that_disagree_are_rejected(
     run = run_requests(scheduler, [(0, first), (0, second), (1, other)])
     assert run.finish_reason("odd-01")["status_code"] == 400
     assert [len(run.requests[rid].output_ids) for rid in ("odd-00", "odd-2")] == [4, 4]
+
+
+def test_a_run_that_takes_too_long_is_aborted(
+    schedulers: Schedulers, reference: Any, tokenizer: Any, draw: Draw
+) -> None:
+    scheduler = schedulers.get()
+    case = WorkerGroupCase("long", "group_think", draw(20), [draw(2), draw(2)], [400, 400])
+    with pytest.raises(TimeoutError, match=r"not ended after 0\.2 s: long-00, long-01"):
+        run_requests(scheduler, case.due(), limit_s=0.2)
+    with pytest.raises(RuntimeError, match="a scheduler is in use in this process"):
+        make_scheduler(schedulers.model)
+    serves_on(scheduler, "group_think", draw, reference, tokenizer)
+
+
+def test_the_benchmark_names_what_is_missed() -> None:
+    row = {"kind": "hogwild", "prompt_tokens": 256, "ratio": 1.3}
+    good = {
+        "equal": {"group_think": [1000, 1000], "hogwild": [1000, 1000]},
+        "controls": {"hogwild": {"blind": [400, 1000]}}, "logprob_error": 1e-5, "leaks": 0, "steps": [row],
+    }  # fmt: skip
+    assert groups.missed(good) == []
+    bad = {
+        "equal": {"group_think": [999, 1000], "hogwild": [900, 900]},
+        "controls": {"hogwild": {"blind": [600, 1000]}}, "logprob_error": 1e-3, "leaks": 1,
+        "steps": [row | {"ratio": 1.36}, row | {"kind": "group_think", "ratio": 1.11}],
+    }  # fmt: skip
+    assert groups.missed(bad) == [
+        "group_think: 999 of 1000 tokens are those of transformers, expected all of 1000 or more",
+        "hogwild: 900 of 900 tokens are those of transformers, expected all of 1000 or more",
+        "hogwild: 600 of 1000 tokens are those of the control blind, expected others",
+        "a log-probability differs by 1.0e-03, expected 0.0001",
+        "slots or rows were neither free nor evictable afterwards",
+        "hogwild, prompt of 256: 1.36 of independent requests, expected at most 1.35",
+        "group_think, prompt of 256: 1.11 of independent requests, expected at most 1.1",
+    ]
 
 
 # From here on with other schedulers.
