@@ -20,7 +20,7 @@ from sgl_apr.server.guard.middleware import LONG_TEXT, RequestGuard, note_refusa
 from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.origin_checks import is_loopback
 from sgl_apr.server.guard.refusal import MISFIT_ERRORS, RequestRefused, misfit
-from sgl_apr.server.guard.request_checks import check_batch, check_request
+from sgl_apr.server.guard.request_checks import check_batch, check_request, check_texts
 from sgl_apr.server.hooks import hook_around, require_sglang
 
 MANAGER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
@@ -175,7 +175,11 @@ async def _failing(refusal: RequestRefused) -> Any:
 
 
 async def _tokenize_texts(original: Any, manager: Any, texts: Any, *args: Any, **options: Any) -> Any:
-    """Encode long texts in a thread. The tokenizer runs without Python's lock, so other requests are served."""
+    """Refuse what no tokenizer takes, and encode long texts in a thread.
+
+    The tokenizer runs without Python's lock, so other requests are served meanwhile.
+    """
+    check_texts(texts)
     chars = sum(len(text) for text in ([texts] if isinstance(texts, str) else texts or ()))
     if chars <= LONG_TEXT or manager.async_dynamic_batch_tokenizer is not None:
         return await original(manager, texts, *args, **options)

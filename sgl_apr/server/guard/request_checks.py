@@ -95,6 +95,21 @@ def check_batch(request: Any, limits: GuardLimits) -> None:
     _check_session(getattr(request, "session_params", None), limits)
 
 
+def check_texts(texts: Any) -> None:
+    """Check what SGLang gives to its tokenizer: a text, a list of texts, or a list of pairs of texts.
+
+    Raises:
+        RequestRefused: It is something else.
+    """
+    for entry in texts if isinstance(texts, list) else ():
+        is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+        if not (isinstance(entry, str) or is_pair):
+            raise RequestRefused(
+                f"text has the entry {shorten(entry)}, expected a string, or a pair of strings for a cross-encoder",
+                "text",
+            )
+
+
 def check_request(
     request: Any, input_ids: Sequence[int] | None, limits: GuardLimits, size: ModelSize
 ) -> None:

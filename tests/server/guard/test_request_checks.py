@@ -14,7 +14,7 @@ from sgl_apr.server.guard.grammar_checks import check_grammar_size, check_schema
 from sgl_apr.server.guard.limits import MIB, GuardLimits
 from sgl_apr.server.guard.model_size import ModelSize
 from sgl_apr.server.guard.refusal import RequestRefused
-from sgl_apr.server.guard.request_checks import check_batch, check_request
+from sgl_apr.server.guard.request_checks import check_batch, check_request, check_texts
 from sgl_apr.server.security.abort import normalize_request
 from sgl_apr.trajectory.join_layout import LAYOUT_PARAM
 from tests.formats.test_masks_xgrammar import masked
@@ -191,3 +191,14 @@ def test_the_log_probabilities_of_a_prompt_are_limited(fields: dict[str, Any], r
         return
     with pytest.raises(RequestRefused, match="--apr-max-prompt-logprobs"):
         check_request(request, ids, LIMITS, SIZE)
+
+
+@pytest.mark.parametrize("texts", ["a", ["a", "b"], [["query", "document"]], [], None])
+def test_texts_that_a_tokenizer_takes(texts: object) -> None:
+    check_texts(texts)
+
+
+@pytest.mark.parametrize("entry", [["a"], [], ["a", "b", "c"], [["a", "b"]], ["a", 1], 5, None, {"a": 1}])
+def test_a_text_that_is_neither_a_string_nor_a_pair_is_refused(entry: object) -> None:
+    with pytest.raises(RequestRefused, match="expected a string, or a pair of strings for a cross-encoder"):
+        check_texts([entry])
