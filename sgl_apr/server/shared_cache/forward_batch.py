@@ -12,6 +12,7 @@ import torch
 from sglang.srt.utils.common import async_h2d
 
 from sgl_apr.server.shared_cache import lifecycle
+from sgl_apr.server.shared_cache.flashinfer_attention import attention_supports_views
 from sgl_apr.server.shared_cache.group import HistoryMove, Worker, WorkerGroup
 from sgl_apr.server.shared_cache.rotary import Rotation
 from sgl_apr.server.shared_cache.views import WorkerView
@@ -149,9 +150,13 @@ def rotation_of(runner: Any) -> Rotation:
     """Return the rotary embedding of a runner's model.
 
     Raises:
-        ValueError: The model has none that Hogwild! can use.
+        ValueError: The model has none that Hogwild! can use, or the attention backend cannot turn queries. The text
+            completes the phrase "does not work with".
     """
     rotation: Rotation | None = getattr(runner, "apr_rotation", None)
     if rotation is None:
+        if not attention_supports_views(runner.attn_backend):
+            pool = type(runner.token_to_kv_pool).__name__
+            raise ValueError(f"{type(runner.attn_backend).__name__} over a {pool}, as this server has it")
         rotation = runner.apr_rotation = Rotation.from_model(runner.model)
     return rotation

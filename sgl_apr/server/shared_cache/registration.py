@@ -16,7 +16,9 @@ def register_hooks() -> None:
     Raises:
         LaunchError: A function of SGLang is not as expected.
     """
-    from sgl_apr.server.shared_cache import lifecycle, validation
+    from sgl_apr.server.shared_cache import flashinfer_attention, lifecycle, validation
+
+    flashinfer_attention.register_hooks()  # on a GPU: the attention of Hogwild!
 
     request = "sglang.srt.managers.io_struct:GenerateReqInput.normalize_batch_and_arguments"
     hook_after(request, [], validation.name_group)
