@@ -142,5 +142,7 @@ def _check_started(group: WorkerGroup, batch: Any, scheduler: Any, running_batch
             lifecycle.fail(group, f"only {count} of {len(workers)} workers fit into one batch")
         elif any(worker.req.extend_end < len(worker.req.origin_input_ids) for worker in workers):
             lifecycle.fail(group, "the prompt and the headers do not fit into one chunk of the prefill")
+        else:  # now, because the next batch could take the last row
+            lifecycle.reserve_view_row(group, scheduler.req_to_token_pool)
     elif workers and _is_idle(scheduler, running_batch):
         lifecycle.fail(group, "the workers do not fit into the cache")

@@ -76,8 +76,8 @@ def _shift_headers(made: Any, batch: Any, rows: Sequence[tuple[int, Worker]]) ->
 
 
 def _prepare(group: WorkerGroup, members: Sequence[tuple[int, Worker]], batch: Any, runner: Any) -> bool:
-    """Make the view row of a group at its first step. Returns False if the group has failed."""
-    if group.view_row is not None:
+    """Fill the view row of a group at its first step. Returns False if the group has failed."""
+    if group.view_length:
         return True
     if group.params.kind == "hogwild":
         try:
@@ -85,14 +85,7 @@ def _prepare(group: WorkerGroup, members: Sequence[tuple[int, Worker]], batch: A
         except ValueError as error:
             lifecycle.fail(group, f"Hogwild! does not work with {error}", HTTPStatus.BAD_REQUEST)
             return False
-    pool = runner.req_to_token_pool
-    rows = pool.alloc_rows(1)
-    if rows is None:
-        lifecycle.fail(group, "there is no row left for the view of the group")
-        return False
-    group.view_row = rows[0]
-    group.free_view_row = lambda: pool.free_rows(rows)
-    table, prompt = pool.req_to_token, group.params.prompt_tokens
+    table, prompt = runner.req_to_token_pool.req_to_token, group.params.prompt_tokens
     first_row = members[0][1].row
     table[group.view_row, :prompt] = table[first_row, :prompt]
     group.view_length = prompt

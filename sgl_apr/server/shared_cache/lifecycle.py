@@ -68,6 +68,16 @@ def start(group: WorkerGroup) -> None:
     _waiting.pop(group.params.name, None)
 
 
+def reserve_view_row(group: WorkerGroup, pool: Any) -> None:
+    """Take the row of a group's view from SGLang's `ReqToTokenPool`. The group fails if there is none."""
+    rows = pool.alloc_rows(1)
+    if rows is None:
+        fail(group, "there is no row left for the view of the group")
+        return
+    group.view_row = rows[0]
+    group.free_view_row = lambda: pool.free_rows(rows)
+
+
 def leave_queue(_: Any, scheduler: Any, req: Any) -> None:
     """Let a group continue without a worker that was aborted in the queue."""
     worker = worker_of(req)

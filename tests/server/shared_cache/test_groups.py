@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -145,6 +145,27 @@ def test_steps_of_hogwild_move_to_the_history(
     without_end = WorkerGroupCase(case.name, "hogwild", case.prompt, case.headers, case.new_tokens)
     result = compare_group(without_end, run, reference, tokenizer)
     assert result.equal < result.tokens, "the history changes what workers read"
+
+
+def test_groups_of_both_kinds_decode_in_the_same_steps(
+    schedulers: Schedulers, reference: Any, tokenizer: Any, draw: Draw
+) -> None:
+    scheduler = schedulers.get()
+    cases = [
+        WorkerGroupCase("think", "group_think", draw(30), [draw(2), draw(5)], [30, 20]),
+        WorkerGroupCase("wild", "hogwild", draw(50), [draw(3), draw(1), draw(2)], [25, 30, 15]),
+        WorkerGroupCase("steps", "hogwild", draw(40), [draw(4), draw(2)], [30, 30], step_end=STEP_END),
+        WorkerGroupCase("single", "hogwild", draw(20), [draw(3)], [30], step_end=STEP_END),
+    ]
+    others = [(4 * k, make_request(f"other{k}", draw(40), 12)) for k in range(4)]
+    run = run_requests(scheduler, [*chain(*(case.due(1) for case in cases)), *others])
+    for case in cases:
+        result = compare_group(case, run, reference, tokenizer)
+        assert (result.equal, result.logprob_error < MAX_LOGPROB_ERROR) == (result.tokens, True), (
+            case,
+            result,
+        )
+    check_others(run, reference)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,6 +333,22 @@ def test_a_group_that_never_fits_or_never_arrives_ends(
     reasons = [run.finish_reason(case.rid(worker)) for worker in range(2)]
     assert [r["message"] for r in reasons] == ["worker group: 2 of 3 workers arrived within 0.3 s"] * 2
     serves_on(scheduler, "hogwild", draw, reference, tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_that_wait_for_rows_do_not_take_that_of_a_group(
+    kind: Any, schedulers: Schedulers, reference: Any, tokenizer: Any, draw: Draw
+) -> None:
+    scheduler, prompt = schedulers.get(), draw(20)
+    rows = scheduler.req_to_token_pool.size
+    running = [(0, make_request(f"other{k:02}", draw(10), 40, logprobs=False)) for k in range(rows - 4)]
+    # Three workers and the view of the group take the last rows.
+    case = WorkerGroupCase("row", kind, prompt, [draw(2), draw(2), draw(2)], [8] * 3)
+    waiting = [(5, make_request(f"other-waiting{k}", draw(10), 8)) for k in range(5)]
+    run = run_requests(scheduler, [*running, *case.due(5), *waiting])
+    result = compare_group(case, run, reference, tokenizer)
+    assert (result.equal, result.tokens) == (24, 24), [run.finish_reason(case.rid(n)) for n in range(3)]
+    check_others(run, reference)
 
 
 @pytest.mark.parametrize("kind", KINDS)
