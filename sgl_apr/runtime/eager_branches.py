@@ -85,6 +85,9 @@ class EagerBranches:
         """
         emit, written, checked = text.emit, "", 0
         opening = self._dialect.grammar.opening_literal("fork")
+        # Single tokens matter to listeners, and where a branch may be cut at any of them.
+        may_be_cut = sequence.scope.deadline is not None or self._options.effective_policy != "all"
+        quiet = emit is None and not may_be_cut
 
         def watch(new: str) -> None:
             nonlocal written, checked
@@ -98,7 +101,7 @@ class EagerBranches:
             if end > checked and opening in written:
                 checked = end
                 for k, outline in enumerate(self._outlines(written[:end], phase, numbering), 1):
-                    self._start(engine, sequence, k, outline, written[:end])
+                    self._start(engine, sequence, k, outline, written[:end], quiet)
 
         text.emit = watch
 
@@ -109,7 +112,13 @@ class EagerBranches:
         return next((segment.outlines for segment in segments if segment.role == "fork"), ())
 
     def _start(
-        self, engine: Engine, sequence: SequenceState, index: int, outline: Outline, written: str
+        self,
+        engine: Engine,
+        sequence: SequenceState,
+        index: int,
+        outline: Outline,
+        written: str,
+        quiet: bool,
     ) -> None:
         path = (*sequence.path, sequence.blocks + 1, index)
         started = self._requests.get(path)
@@ -142,7 +151,7 @@ class EagerBranches:
         )
         if (seed := self._seed_of(path)) is not None:
             request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
-        self._requests[path] = outline.text, EagerRequest(engine, request, self._tasks)
+        self._requests[path] = outline.text, EagerRequest(engine, request, self._tasks, quiet=quiet)
 
     def take(self, sequence: SequenceState, request: Request) -> EagerRequest | None:
         """Return the early request that stands for the first request of a branch, if there is one.

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sgl_apr.engine.base import Engine, Request, Result, TokenSink
+from sgl_apr.engine.sglang_request import INTERVAL_PARAM
+
+CHUNK_TOKENS = 16  # of a request whose single tokens nobody waits for
 
 
 class EagerRequest:
@@ -17,13 +20,20 @@ class EagerRequest:
         engine: Decodes.
         request: The request.
         tasks: Runs it.
+        quiet: Nobody waits for single tokens, so that they may come in larger chunks, which take less time.
 
     Attributes:
         started: When it was sent, on the monotonic clock.
     """
 
-    def __init__(self, engine: Engine, request: Request, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, engine: Engine, request: Request, tasks: asyncio.TaskGroup, *, quiet: bool = False
+    ) -> None:
         self.request, self.started = request, time.monotonic()
+        default = getattr(engine, "default_interval", None)  # None where a request cannot set it
+        self._sent = request
+        if quiet and default is not None and default < CHUNK_TOKENS:
+            self._sent = replace(request, sampling={INTERVAL_PARAM: CHUNK_TOKENS, **request.sampling})
         self._ids: list[int] = []
         self._changed = asyncio.Event()
         self._outcome: Result | Exception | None = None
@@ -31,7 +41,7 @@ class EagerRequest:
 
     async def _run(self, engine: Engine) -> None:
         try:
-            self._outcome = await engine.decode(self.request, self._receive)
+            self._outcome = await engine.decode(self._sent, self._receive)
         except Exception as error:  # it is raised where the branch takes the request
             self._outcome = error
         finally:

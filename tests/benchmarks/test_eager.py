@@ -50,7 +50,7 @@ def test_medians_ratios_and_bars():
     assert (result["problems"], result["rounds"], result["same_text"]) == (3, 2, 2)
     assert eager.missed_bars(result) == []
     slower = eager.report([attempts(1.0, 1.1)] * 3)
-    assert eager.missed_bars(slower) == ["latency ratio up to 1.100, expected below 1"]
+    assert eager.missed_bars(slower) == ["critical path ratio up to 1.100, expected below 1"]
     more = result | {"ratio": result["ratio"] | {"tokens": (1.2, 1.1, 1.3)}}
     assert eager.missed_bars(more) == ["1.200 times as many tokens, expected 1"]
 

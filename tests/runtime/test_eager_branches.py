@@ -213,6 +213,21 @@ def test_a_fork_that_has_no_room_stops_what_was_started():
     assert sum(1 for call in t.calls) <= 3
 
 
+@pytest.mark.parametrize("listens", [False, True])
+def test_tokens_that_nobody_waits_for_come_in_chunks(listens: bool):
+    engine = TimedEngine()
+    engine.default_interval = 1
+    on_event = (lambda event: None) if listens else None
+    t, _ = run(engine, eager_branches=True, on_event=on_event)
+    intervals = [
+        request.sampling.get("stream_interval")
+        for request in engine.requests
+        if engine.tokenizer.decode(request.input_ids) in REPLIES
+    ]
+    assert intervals == ([None, None] if listens else [16, 16])
+    assert [b.text for b in t.blocks[0].branches] == ["goes left ", "goes to the right "]
+
+
 def test_options_may_be_replaced():
     options = apr.ReasonOptions(SPAWN)
     assert replace(options, eager_branches=True).eager_branches
