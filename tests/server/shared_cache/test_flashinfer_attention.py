@@ -19,7 +19,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sgl_apr.errors import LaunchError
 from sgl_apr.server import hooks
 from sgl_apr.server.cpu.attention import AprCpuAttention
-from sgl_apr.server.shared_cache import flashinfer_attention
+from sgl_apr.server.shared_cache import flashinfer_attention, registration
+from sgl_apr.server.shared_cache.forward_batch import rotation_of
 from sgl_apr.server.shared_cache.views import BlockView, WorkerView
 from tests.support.worker_views import SIZE, WorkerBatch, two_groups
 
@@ -273,6 +274,20 @@ def test_backends_that_serve_workers(targets):
     runner.token_to_kv_pool = None
     assert not supports(AprCpuAttention(runner))
     assert not supports(SimpleNamespace(token_to_kv_pool=pool_of(case, torch.float32)))
+
+
+def test_a_server_whose_attention_cannot_turn_queries_refuses_hogwild():
+    pool = pool_of(WorkerBatch((4, 2, 64)), torch.float32)
+    runner = SimpleNamespace(attn_backend=SimpleNamespace(token_to_kv_pool=pool), token_to_kv_pool=pool)
+    with pytest.raises(ValueError, match=r"^SimpleNamespace over a MHATokenToKVPool"):
+        rotation_of(runner)
+
+
+def test_groups_come_with_the_hooks_on_flashinfer(targets, monkeypatch):
+    monkeypatch.setattr(registration, "hook_after", lambda *arguments: None)
+    monkeypatch.setattr(registration, "hook_around", lambda *arguments: None)
+    registration.register_hooks()
+    assert "FlashInferAttnBackend.forward_decode" in targets
 
 
 @pytest.mark.gpu
