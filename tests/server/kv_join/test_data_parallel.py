@@ -93,7 +93,7 @@ def test_a_join_on_either_rank_is_what_the_model_computes(served: Server, untagg
 @pytest.mark.server
 @pytest.mark.timeout(600)
 def test_trajectories_join_in_the_caches_of_all_ranks(served: Server):
-    budget = apr.Budget(tokens=120, width=3, branch_tokens=12, outline_chars=8)
+    budget = apr.Budget(tokens=400, width=3, branch_tokens=12, outline_chars=8)
     options = {"mode": "parallel", "join": "kv", "temperature": 1.0, "budget": budget}
 
     async def run_all() -> list[apr.Trajectory]:
