@@ -36,7 +36,7 @@ PLUGIN_ENTRY_POINTS = {
 }
 GRAMMAR_OUTPUT = re.compile(r"o?|ok[a-z]{0,4}")  # what WARMUP_GRAMMARS allow, cut anywhere
 STATS_TIMEOUT_S = 10.0  # seconds
-PREFIX_TOKENS = 48  # tokens that forks share
+PREFIX_TOKENS = 128  # tokens that forks share: complete pages of any size that SGLang uses
 # A tokenizer has to encode and decode this without changes.
 ROUND_TRIP_TEXT = "If x < y, then <b>\n\u00fc\u4e2d</b>."
 
@@ -236,9 +236,7 @@ def _check_fork(client: GenerateClient) -> Finding:
     branches = [ProbePrompt((*prefix, i)) for i in PROBE_TOKEN_IDS[:2]]
     cached = min(reply.cached for reply in send_prompts(client, branches, 1))
     found = f"{cached} of {PREFIX_TOKENS} tokens before a fork are cached"
-    return _row(
-        "fork", cached >= PREFIX_TOKENS - 1, found, "serve without --disable-radix-cache, with --page-size 1"
-    )
+    return _row("fork", cached >= PREFIX_TOKENS - 1, found, "serve without --disable-radix-cache")
 
 
 def _check_join(client: GenerateClient) -> Finding:

@@ -22,6 +22,7 @@ from benchmarks.common.in_process_scheduler import (
     memory_state,
     run_requests,
 )
+from sgl_apr.server import doctor
 from sgl_apr.server.kv_join.probe import GenerateClient
 from sgl_apr.server.kv_join.selfcheck import assert_joins_correct, check_identities
 from sgl_apr.trajectory.join_layout import commit_prompts, layout_positions, token_count
@@ -264,3 +265,4 @@ def test_the_start_up_check_holds(joiner: Joiner):
         assert [str(c) for c in checks.values() if not c.ok and c.name != "positions"] == []
         assert any(not c.is_uninformative for c in checks.values())
     assert_joins_correct(as_client(joiner))
+    assert doctor._check_fork(as_client(joiner)).state == "ok", "the doctor's fork shares complete pages"
