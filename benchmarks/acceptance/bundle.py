@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks.acceptance.configurations import TREE_CORE_ENV
-from benchmarks.acceptance.fatbin import empty_cubins, is_needed_flash_attention
+from benchmarks.acceptance.fatbin import empty_cubins, is_for_capability, is_needed_flash_attention
 
 # What SGLang's scheduler imports on a Hopper card, with the attention backends of the configurations. Measured: an import
 # with a pretended card, in which everything else was hidden.
@@ -28,14 +28,13 @@ NEEDED = (
     "cuda-pathfinder", "dill", "distro", "einops", "fastapi", "filelock", "flashinfer-python", "frozenlist", "fsspec",
     "gguf", "grpcio", "h11", "httpcore", "httpx", "huggingface-hub", "idna", "interegular", "ipython", "jinja2",
     "jsonschema", "jsonschema-specifications", "lark", "lazy-loader", "llguidance", "loguru", "markupsafe", "ml-dtypes",
-    "mpmath", "msgspec", "multidict", "networkx", "ninja", "numpy", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base",
-    "nvidia-cutlass-dsl-libs-core", "nvidia-ml-py", "openai", "opentelemetry-api", "opentelemetry-sdk",
-    "opentelemetry-semantic-conventions", "orjson", "packaging", "partial-json-parser", "pillow", "platformdirs",
-    "prometheus-client", "propcache", "protobuf", "psutil", "pybase64", "pydantic", "pydantic-core", "pygments",
-    "python-multipart", "pyyaml", "pyzmq", "referencing", "regex", "requests", "rich", "rpds-py", "safetensors", "scipy",
-    "sentencepiece", "setproctitle", "setuptools", "sglang", "sglang-kernel", "sniffio", "starlette", "sympy", "tabulate",
-    "tenacity", "tiktoken", "tokenizers", "torchvision", "tqdm", "traitlets", "transformers", "typing-extensions",
-    "typing-inspection", "urllib3", "uvicorn", "uvloop", "xgrammar", "yarl",
+    "mpmath", "msgspec", "multidict", "networkx", "ninja", "numpy", "nvidia-ml-py", "openai", "opentelemetry-api",
+    "opentelemetry-sdk", "opentelemetry-semantic-conventions", "orjson", "packaging", "partial-json-parser", "pillow",
+    "platformdirs", "prometheus-client", "propcache", "protobuf", "psutil", "pybase64", "pydantic", "pydantic-core",
+    "pygments", "python-multipart", "pyyaml", "pyzmq", "referencing", "regex", "requests", "rich", "rpds-py", "safetensors",
+    "scipy", "sentencepiece", "setproctitle", "setuptools", "sglang", "sglang-kernel", "sniffio", "starlette", "sympy",
+    "tabulate", "tenacity", "tiktoken", "tokenizers", "torchvision", "tqdm", "traitlets", "transformers",
+    "typing-extensions", "typing-inspection", "urllib3", "uvicorn", "uvloop", "xgrammar", "yarl",
 )  # fmt: skip
 OF_TORCH = frozenset({"torch", "torchvision"})  # they have to be the machine's
 # Packed even if the machine has them: SGLang needs one version of the first, and a recent one of the second.
@@ -54,7 +53,7 @@ UNNEEDED = {
     "sglang": ("sglang/multimodal_gen/*", "sglang/test/*", "*.so"),  # SGLang's parts in Rust link its own torch
     "sglang-kernel": ("*.so",),  # added by `_add_kernels`
     "flashinfer-python": (
-        "flashinfer/experimental/*", "flashinfer/data/csrc/cake_*", "flashinfer/data/csrc/kda/*", "flashinfer/data/csrc/gdn/*",
+        "flashinfer/data/csrc/cake_*", "flashinfer/data/csrc/kda/*", "flashinfer/data/csrc/gdn/*",
         "flashinfer/data/csrc/blackwell*", "flashinfer/data/csrc/experimental/*", "flashinfer/data/cutlass/examples/*",
         "flashinfer/data/cutlass/python/*", "flashinfer/data/cutlass/test/*", "flashinfer/data/cccl/python/*",
     ),
@@ -200,13 +199,12 @@ class Bundle:
                     target.open("wb") as file,
                 ):
                     shutil.copyfileobj(source, file)
-            if name.endswith("flash_ops.abi3.so"):
-                left = empty_cubins(target, is_needed_flash_attention)
-                self.sizes["FlashAttention 3"] = left
-                if not left:
-                    raise BundleError("no kernel of FlashAttention 3 was found for Hopper")
-            else:
-                self.sizes["sglang-kernel"] += target.stat().st_size
+            is_flash_attention = name.endswith("flash_ops.abi3.so")
+            needed = is_needed_flash_attention if is_flash_attention else is_for_capability(self.capability)
+            left = empty_cubins(target, needed)
+            if not left:
+                raise BundleError(f"{name} has no kernel for compute capability {self.capability}")
+            self.sizes[f"kernels of {target.stem}"] = left
         if wheel is not None:
             self.versions["compiled part of sglang-kernel"] = wheel.name.split("-")[1]
 

@@ -91,6 +91,11 @@ def empty_cubins(library: Path, is_needed: Callable[[int, bytes], bool]) -> int:
     return left
 
 
+def is_for_capability(capability: int) -> Callable[[int, bytes], bool]:
+    """Return what accepts the cubins for a compute capability (major)."""
+    return lambda arch, code: arch // 10 == capability
+
+
 def is_needed_flash_attention(arch: int, code: bytes) -> bool:
     """Whether a cubin of FlashAttention 3 is for Hopper, in bfloat16, with heads of 128 dimensions, or for all of them."""
     if arch != 90:

@@ -16,8 +16,7 @@ import pytest
 from benchmarks import gpu_bundle
 from benchmarks.acceptance import bundle as bundle_module
 from benchmarks.acceptance.bundle import Bundle, BundleError, installed_packages
-from benchmarks.acceptance.configurations import TREE_CORE_ENV
-from benchmarks.acceptance.fatbin import cubins, empty_cubins, is_needed_flash_attention
+from benchmarks.acceptance.fatbin import cubins, empty_cubins, is_for_capability, is_needed_flash_attention
 from tests.support.paths import ROOT
 
 HEADS_128 = b"_CollectiveMainloopFwdSm90ILi2EJNS7_ILi176EEESA_EEELi128ENS_10bfloat16_tEfNS_4arch4Sm90ELb0E"
@@ -67,6 +66,8 @@ def test_cubins_that_a_machine_does_not_need_are_emptied_in_place(tmp_path: Path
         code = after[cubin.first : cubin.first + cubin.size]
         assert code == (before[cubin.first : cubin.first + cubin.size] if is_left else bytes(cubin.size))
     assert list(cubins(after)) == found
+    library.write_bytes(before)
+    assert empty_cubins(library, is_for_capability(8)) == 24
     library.write_bytes(b"no library")
     with library.open("rb") as file, pytest.raises(ValueError, match="64-bit ELF"):
         list(cubins(file.read()))
@@ -145,7 +146,7 @@ def test_the_bundle_and_torch_are_enough_to_run(tmp_path: Path):
         tmp_path / "bundle", f"{sys.version_info[0]}.{sys.version_info[1]}", 9, installed_packages(None)
     )
     bundle.build(ROOT, None)
-    assert bundle.sizes["FlashAttention 3"] > 2**20
+    assert min(size for name, size in bundle.sizes.items() if name.startswith("kernels of")) > 2**20
     there = tmp_path / "there"
     there.mkdir()
     link_packages(there, installed_packages(None))
@@ -164,7 +165,7 @@ def test_the_bundle_and_torch_are_enough_to_run(tmp_path: Path):
     )  # fmt: skip
     *lines, verdict = map(json.loads, done.stdout.splitlines())
     assert verdict["verdict"] == "ok", (verdict, lines, done.stderr)
-    assert lines[0]["core"] == "UnifiedTreeCore" or "Rust" not in lines[0]["core"], TREE_CORE_ENV
+    assert lines[0]["core"] == "UnifiedTreeCore", "in Python"
 
 
 def link_packages(folder: Path, names: Iterable[str]) -> None:
