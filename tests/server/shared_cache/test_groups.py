@@ -351,6 +351,22 @@ def test_requests_that_wait_for_rows_do_not_take_that_of_a_group(
     check_others(run, reference)
 
 
+def test_groups_that_need_more_rows_than_there_are_run_one_after_another(
+    schedulers: Schedulers, reference: Any, tokenizer: Any, draw: Draw
+) -> None:
+    scheduler = schedulers.get()
+    cases = [
+        WorkerGroupCase(f"many{n}", KINDS[n % 2], draw(20), [draw(2) for _ in range(8)], [5, 12, 3, 9] * 2)
+        for n in range(6)
+    ]
+    others = [(2 + k, make_request(f"other{k}", draw(20), 6)) for k in range(20)]
+    run = run_requests(scheduler, [*chain(*(case.due() for case in cases)), *others])
+    for case in cases:
+        result = compare_group(case, run, reference, tokenizer)
+        assert (result.equal, result.tokens) == (58, 58), (case.name, run.finish_reason(case.rid(0)))
+    check_others(run, reference)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_workers_of_one_group_that_disagree_are_rejected(
     kind: Any, schedulers: Schedulers, draw: Draw
