@@ -20,13 +20,13 @@ def get_prefill_batch(
     original: Callable[..., Any], scheduler: Any, prefill_delayer_single_pass: Any, running_batch: Any
 ) -> Any:
     """Choose the next batch to prefill: the workers of one group that is complete and fits, or ordinary requests."""
-    groups = lifecycle.waiting_groups()
-    if not groups:
-        return original(scheduler, prefill_delayer_single_pass, running_batch)
     grammars = scheduler.grammar_manager
-    if grammars.has_waiting_grammars():  # as in the original, which would add them to the workers of a group
+    if grammars.has_waiting_grammars():
         for req in grammars.get_ready_grammar_requests():
             scheduler._add_request_to_queue(req)
+    groups = lifecycle.waiting_groups()
+    if not groups:
+        return _without_grammars(original, scheduler, prefill_delayer_single_pass, running_batch)
     _expire(groups)
     group, holds_others = _next_group(groups, scheduler, running_batch)
     if group is not None:
@@ -66,10 +66,22 @@ def _with_queue(visible: list[Any], original: Callable[..., Any], scheduler: Any
     hidden = [req for req in scheduler.waiting_queue if id(req) not in shown]
     scheduler.waiting_queue = visible
     try:
-        return original(scheduler, *arguments)
+        return _without_grammars(original, scheduler, *arguments)
     finally:
         left = scheduler.waiting_queue + hidden
         scheduler.waiting_queue = sorted(left, key=lambda req: order.get(id(req), len(order)))
+
+
+def _without_grammars(original: Callable[..., Any], scheduler: Any, *arguments: Any) -> Any:
+    """Call the original, which would queue requests whose grammar has become ready, and prefill workers without their group."""
+    grammars = scheduler.grammar_manager
+    if not grammars.has_waiting_grammars():
+        return original(scheduler, *arguments)
+    waiting, grammars.grammar_queue = grammars.grammar_queue, []
+    try:
+        return original(scheduler, *arguments)
+    finally:
+        grammars.grammar_queue = waiting + grammars.grammar_queue
 
 
 def _is_waiting_worker(req: Any) -> bool:

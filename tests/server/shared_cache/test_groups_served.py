@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,6 +77,25 @@ def test_they_see_each_other(server: Server, kind: str):
     one, same, changed = on_engine(server, work)
     assert one == same
     assert one != changed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_whose_grammars_are_not_ready_wait_for_all_of_their_workers(server: Server, kind: str):
+    """The grammars of workers become ready one by one, while other groups run."""
+
+    async def work(engine: apr.HttpEngine) -> Any:
+        groups = []
+        for number in range(8):
+            group = group_of(kind, f"grammar{kind}{number}", 12, 12, 12)
+            grammars = [f"start: /[a-z]{{{2 + number},{12 + k}}}[0-9]+/\n" for k in range(3)]
+            requests_ = [replace(r, grammar=g) for r, g in zip(group.requests, grammars, strict=True)]
+            groups.append(replace(group, requests=tuple(requests_)))
+        return await asyncio.wait_for(asyncio.gather(*map(engine.group, groups)), 60)
+
+    outcomes = on_engine(server, work)
+    assert all(
+        isinstance(result, Result) and len(result.token_ids) >= 1 for group in outcomes for result in group
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
