@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from sgl_apr.engine.base import Request
 from sgl_apr.engine.unexpected_answer import unexpected
 from sgl_apr.trajectory.calls import TokenLogprob, TopLogprobs
+
+T = TypeVar("T")
 
 
 class CollectedLogprobs:
@@ -37,6 +39,18 @@ class CollectedLogprobs:
         self.top += new_top_logprobs(self._name, len(self.top), meta)
 
 
+def new_entries(entries: list[T], known: int, meta: Mapping[str, Any]) -> list[T]:
+    """Return what is new in a list that a chunk has for its tokens: of all tokens so far, or only of the new ones.
+
+    Args:
+        entries: The list.
+        known: How many entries earlier chunks had.
+        meta: `meta_info` of the chunk, which counts the tokens so far.
+    """
+    count = meta["completion_tokens"]
+    return entries[known:count] if len(entries) >= count else entries
+
+
 def logprob_fields(request: Request) -> dict[str, Any]:
     """Return the fields of SGLang's request that ask for the log-probabilities of a request."""
     fields: dict[str, Any] = {"return_logprob": True} if request.logprobs else {}
@@ -58,7 +72,7 @@ def new_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[float]:
     if not isinstance(logprobs, list):
         raise unexpected(name, "output_token_logprobs", type(logprobs).__name__, "a list")
     values: list[float] = []
-    for entry in logprobs[known:] if len(logprobs) == meta["completion_tokens"] else logprobs:
+    for entry in new_entries(logprobs, known, meta):
         value = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
         if type(value) not in (int, float) or not isfinite(value):
             raise unexpected(name, "a log-probability", repr(value)[:60], "a finite number")
@@ -82,7 +96,7 @@ def new_top_logprobs(name: str, known: int, meta: Mapping[str, Any]) -> list[Top
     positions = meta.get("output_top_logprobs") or []
     if not isinstance(positions, list):
         raise unexpected(name, "output_top_logprobs", type(positions).__name__, "a list")
-    new = positions[known:] if len(positions) == meta["completion_tokens"] else positions
+    new = new_entries(positions, known, meta)
     try:
         return [
             tuple(

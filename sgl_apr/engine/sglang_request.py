@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from sgl_apr.engine.base import Load, Request, Result, TokenSink
-from sgl_apr.engine.logprobs import CollectedLogprobs
+from sgl_apr.engine.logprobs import CollectedLogprobs, new_entries
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.engine.unexpected_answer import unexpected
 from sgl_apr.errors import EngineError
@@ -256,7 +256,8 @@ def sum_loads(
 def new_token_ids(name: str, data: Mapping[str, Any], known: int, vocab_size: int) -> list[int]:
     """Return the ids that are new in a chunk.
 
-    SGLang sends all ids so far, or with incremental streaming only the new ones.
+    SGLang sends all ids so far, or with incremental streaming only the new ones. A chunk that waited while others of its
+    batch were sent may have more ids than it counts, since SGLang refers to a list that still grows.
 
     Args:
         name: The engine, for messages.
@@ -272,7 +273,7 @@ def new_token_ids(name: str, data: Mapping[str, Any], known: int, vocab_size: in
         return []
     if not isinstance(ids, list):
         raise unexpected(name, "output_ids", type(ids).__name__, "a list of token ids")
-    new = ids[known:] if len(ids) == data["meta_info"]["completion_tokens"] else ids
+    new = new_entries(ids, known, data["meta_info"])
     if new and (set(map(type, new)) != {int} or min(new) < 0 or max(new) >= vocab_size):
         wrong = next(i for i in new if type(i) is not int or not 0 <= i < vocab_size)
         raise unexpected(

@@ -118,6 +118,30 @@ def test_one_batch_and_a_result_for_each_worker():
     ]
 
 
+def test_a_chunk_may_have_more_ids_than_it_counts():
+    """SGLang's chunks of a batch refer to a list that grows while they wait."""
+
+    async def chunks(server: GroupServer, body: dict) -> AsyncIterator[dict]:
+        logprobs = [[-1.0, 5, None], [-2.0, 6, None], [-3.0, 7, None]]
+        yield chunk(0, [5, 6], completion_tokens=1, output_token_logprobs=logprobs[:2])
+        yield chunk(0, [5, 6, 7], completion_tokens=2, output_token_logprobs=logprobs)
+        yield chunk(0, [5, 6, 7], {"type": "stop"}, output_token_logprobs=logprobs)
+
+    (result,), received, _ = decode(GroupServer(chunks), group_of("a", logprobs=True))
+    assert isinstance(result, Result)
+    assert (result.token_ids, result.logprobs, received) == ((5, 6, 7), (-1.0, -2.0, -3.0), [[5, 6, 7]])
+
+
+def test_incremental_chunks_have_the_new_ids_only():
+    async def chunks(server: GroupServer, body: dict) -> AsyncIterator[dict]:
+        yield chunk(0, [5, 6], completion_tokens=2)
+        yield chunk(0, [7], completion_tokens=3)
+        yield chunk(0, [8, 9], {"type": "stop"}, completion_tokens=5)
+
+    (result,), _, _ = decode(GroupServer(chunks), group_of("a"))
+    assert result.token_ids == (5, 6, 7, 8, 9)  # type: ignore[union-attr]
+
+
 def test_an_error_stays_with_its_worker():
     async def chunks(server: GroupServer, body: dict) -> AsyncIterator[dict]:
         yield chunk(0, [5])
