@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import requests
 
 import sgl_apr as apr
+from sgl_apr.server.launch import server_folder
 from sgl_apr.server.launch.launcher import Server
+from tests.support.processes import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 OPTIONS = {"mode": "parallel", "temperature": 0}
@@ -124,3 +128,48 @@ def test_the_load_of_an_engine(report: dict):
 def test_nothing_is_left_of_its_processes(report: dict):
     assert report["children"] >= 2
     assert report["children_after"] == []
+
+
+WITH_METRICS = """
+import sys, time
+import sgl_apr as apr
+
+if __name__ == "__main__":
+    engine = apr.LocalEngine.launch(sys.argv[1], enable_metrics=True)
+    engine.run("Q: ", "threadweaver", budget=apr.Budget(tokens=20))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_next_start_removes_what_a_killed_process_has_left(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With metrics too, for which SGLang makes a folder."""
+    model = requests.get(f"{server.url}/model_info", timeout=30).json()["model_path"]
+    script = tmp_path / "with_metrics.py"
+    script.write_text(WITH_METRICS)
+    with tempfile.TemporaryDirectory() as directory:  # with a short name, for sockets
+        base = Path(directory)
+        environment = {k: v for k, v in os.environ.items() if k != server_folder.METRICS_ENV}
+        process = subprocess.Popen(
+            [sys.executable, str(script), model],
+            env={**environment, "TMPDIR": directory},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert any(line == "ready\n" for line in process.stdout)
+            assert list(base.glob(f"{server_folder.PREFIX}*/metrics/**/*.db"))
+            assert not list(base.glob("tmp*/*")), "all is in one folder; CUDA's packages make empty ones"
+        finally:
+            process.kill()
+            process.wait()
+        monkeypatch.setattr(server_folder, "_base_folder", lambda: base)
+
+        def is_clean() -> bool:
+            server_folder.ServerFolder().remove()
+            return not list(base.glob(f"{server_folder.PREFIX}*"))
+
+        until(is_clean, 60)  # the processes of the engine notice that theirs is gone

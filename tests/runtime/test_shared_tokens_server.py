@@ -35,7 +35,7 @@ def cut_branches(found: Sequence[Attempt]) -> int:
 
 @pytest.mark.server
 def test_fewer_branches_are_cut_and_nothing_is_exceeded(solver: Server):
-    shared, equal = (attempts(solver.url, 6, shared=one) for one in (True, False))
+    shared, equal = (attempts(solver.url, 4, shared=one) for one in (True, False))
     for attempt in shared:
         assert attempt.trajectory.tokens_shared
         assert attempt.trajectory.metrics().total <= TOKENS
