@@ -14,12 +14,14 @@ import pytest
 from benchmarks.acceptance import parts as parts_module
 from benchmarks.acceptance.configurations import CPU, CUDA, PARTS, Configuration
 from benchmarks.acceptance.parts import Acceptance, RequestFailed
-from benchmarks.acceptance.reference import Reference, make_checkpoint
+from benchmarks.acceptance.reference import Reference, make_checkpoint, make_weightless_checkpoint
 from benchmarks.acceptance.speed import SpeedAcceptance
 from benchmarks.common.in_process_scheduler import close_scheduler, make_scheduler
 from benchmarks.common.worker_groups import WorkerGroupCase
 from sgl_apr.engine.sglang_names import GROUP_PARAM
+from sgl_apr.server.launch.defaults import as_flags
 from tests.support.paths import ROOT
+from tests.support.resolve_on_cuda import resolve_on_cuda
 
 pytestmark = pytest.mark.slow
 
@@ -163,6 +165,23 @@ def test_every_configuration_has_only_parts_that_exist():
         assert set(configuration.parts) - {"start"} <= set(parts), configuration.name
         assert configuration.may_refuse <= set(configuration.parts), configuration.name
     assert set(PARTS) <= {part for c in CPU for part in c.parts}
+
+
+def test_sglang_takes_the_flags_of_every_configuration_on_a_gpu(tmp_path: Path):
+    """SGLang resolves them as on a Hopper card. On Blackwell its own choice needs pages of 64 tokens."""
+    checkpoint = make_weightless_checkpoint(tmp_path / "checkpoint", large=True)
+    defaults = {"radix_cache_backend": "apr", "schedule_policy": "lpm", "grammar_backend": "none"}
+    commands = [as_flags({"model": checkpoint, **defaults, **configuration.flags}) for configuration in CUDA]
+    (tmp_path / "driver").mkdir()
+    cases = [("9.0", command) for command in commands] + [("10.0", commands[0])]
+    results = resolve_on_cuda(cases, tmp_path / "driver")
+    assert [result.error for result in results] == [""] * len(cases)
+    *hopper, blackwell = results
+    assert [(r.backend, r.page_size) for r in hopper] == [
+        (c.flags.get("attention_backend", "fa3"), c.flags.get("page_size", 1)) for c in CUDA
+    ]
+    assert {(r.cache, r.has_radix_cache) for r in results} == {("apr", True)}
+    assert (blackwell.backend, blackwell.page_size) == ("trtllm_mha", 64)
 
 
 def test_the_script_runs_from_a_checkout_that_is_not_installed(tmp_path: Path):
