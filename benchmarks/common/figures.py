@@ -127,6 +127,40 @@ def join_latency(result: Result) -> str:
     )
 
 
+def groups(result: Result) -> str:
+    names = {"group_think": "Group Think", "hogwild": "Hogwild!"}
+    columns = [
+        "group",
+        "tokens equal to transformers",
+        "controls",
+        "step, prompt of 256",
+        "step, prompt of 2,048",
+    ]
+    rows = []
+    for kind, (equal, tokens) in result["equal"].items():
+        controls = ", ".join(
+            f"{name.replace('_', ' ')} {percent(same / total)}"
+            for name, (same, total) in result["controls"][kind].items()
+        )
+        steps = [
+            f"{r['ratio']:.2f}x ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})"
+            for r in result["steps"]
+            if r["kind"] == kind
+        ]
+        rows.append([names[kind], f"{equal:,} of {tokens:,}", controls, *steps])
+    independent = {r["prompt_tokens"]: r["independent_ms"] for r in result["steps"]}
+    times = " and ".join(f"{ms:.0f} ms after {tokens:,} tokens" for tokens, ms in independent.items())
+    return (
+        table(columns, rows)
+        + "\n\n"
+        + prose(
+            f"Log-probabilities differ by at most {result['logprob_error']:.0e} nats. Steps are relative to those of independent "
+            f"requests, which take {times}; intervals are 95%. A control is the share of tokens that are also the most likely "
+            "ones of a reference that must differ."
+        )
+    )
+
+
 def soak(result: Result) -> str:
     compared = result["compared"]
     groups = result.get("compared_groups")  # older results have none

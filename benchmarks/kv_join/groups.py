@@ -152,6 +152,8 @@ def measure_steps(directory: Path, reps: int, steps: int) -> list[StepTimes]:
             for request in requests:
                 request.sampling_params.custom_params = None
         run = run_requests(scheduler, [(0, request) for request in requests], limit_s=600)
+        if any(len(output) != steps for output in case.outputs(run)):
+            raise RuntimeError(f"{kind or 'independent requests'}: {run.finish_reason(case.rid(0))}")
         return 1000 * statistics.median(run.round_seconds[EDGE_ROUNDS:-EDGE_ROUNDS])
 
     for prompt_tokens in PROMPTS:

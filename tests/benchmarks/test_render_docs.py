@@ -104,6 +104,20 @@ def test_tables():
     assert "| 9.9 / 28.6 / 29.6 | 9.9 / 28.6 / 29.6 |" in text
     assert "| prompt tokens from the cache | 86.1% | 86.1% |" in text
     assert "| CPU ms of a trajectory: scheduler and model | 30 | 30 |" in text
+    steps = [
+        {"kind": kind, "prompt_tokens": tokens, "ratio": ratio, "interval": [ratio - 0.01, ratio + 0.01], "independent_ms": tokens / 2}
+        for tokens in (256, 2048) for kind, ratio in (("group_think", 1.012), ("hogwild", 1.021))
+    ]  # fmt: skip
+    text = figures.groups(
+        {
+            "equal": {"group_think": [1682, 1682], "hogwild": [3364, 3364]}, "logprob_error": 3.9e-5, "steps": steps,
+            "controls": {"group_think": {"blind": [500, 1000]}, "hogwild": {"unturned": [250, 1000]}},
+        }
+    )  # fmt: skip
+    assert (
+        "| Group Think | 1,682 of 1,682 | blind 50.0% | 1.01x (1.00 to 1.02) | 1.01x (1.00 to 1.02) |" in text
+    )
+    assert "take 128 ms after 256 tokens and 1024 ms after 2,048 tokens" in text.replace("\n", " ")
     none = {"method": "recursive", "accuracy": None, "reason": "no words"}
     some = {
         "method": "apr", "accuracy": 0.3, "total_tokens": 1650.2, "critical_path": 383.0, "engine_calls": 14.3,
