@@ -2,11 +2,12 @@
 
 The slots of a request are a row of complete pages, of which only the last one may be filled in part: attention kernels
 find the slot of token `i` in page `i // page_size` of the row. The radix tree stores complete pages only. So branches
-can rarely share the pages of a row, and a join copies them (`radix_cache`):
+can rarely share the pages of a row, and a join copies them (`copying_cache`):
 
 - The row of a joined request begins like that of its first branch. The complete pages of this branch are shared.
 - All later tokens of the prompt before the end of the join are copied to pages of the request, which then continues in
-  the last of them. Nothing is rotated: all branches begin at the same position, and keeps theirs in the joined prompt.
+  the last of them. No key is rotated: all branches begin at the same position, and have the same one in the joined
+  prompt.
 - The copied pages, and those that the request computes, enter a tree of their own, whose keys begin at the first page
   that is not shared. A later request of the same trajectory finds the copies there and shares them.
 
