@@ -457,7 +457,7 @@ def test_all_configurations_at_length(
 ) -> None:
     scheduler = schedulers.get(overlap=overlap, core=core)
     for kind, step_end in (("group_think", None), ("hogwild", None), ("hogwild", STEP_END)):
-        cases = run_cases(scheduler, kind, draw, step_end=step_end, cached=cached, scale=1.5)
+        cases = run_cases(scheduler, kind, draw, step_end=step_end, cached=cached, scale=1.2)
         assert equal_tokens(cases, reference, tokenizer) >= 1500
         check_others(cases[-1][1], reference)
     for kind in KINDS:
