@@ -95,7 +95,7 @@ SECTIONS: dict[str, Section] = {
         "Whether the greedy tokens of Group Think and Hogwild! in the engine are those of transformers with an explicit mask "
         "and explicit positions, and how long a decode step of 4 workers takes relative to one of 4 independent requests "
         "after the same prompt, in the shape of SmolLM2. [Methods](methods.md) explains both.",
-        arguments=" --check",
+        figures.groups,
     ),
     "runtime.overhead": Section(
         "Overhead and throughput of the loop",
@@ -108,7 +108,8 @@ SECTIONS: dict[str, Section] = {
         "What it saves to start each branch as soon as its outline is written, while the fork still lists others "
         "(`eager_branches=True`): the built-in model on held-out Countdown problems where it forks, greedy, one at a time on "
         "a server with empty caches. Both ways take turns, each is first in every other round. Medians over problems, with "
-        "their 95% intervals. The critical path of the eager way counts the fork up to the outline of a branch.",
+        "their 95% intervals. The critical path of the eager way counts the fork up to the outline of a branch. Branches that start one by one "
+        "are also prefilled one by one.",
         figures.eager,
     ),
     "runtime.peers": Section(
