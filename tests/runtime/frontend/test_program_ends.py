@@ -179,7 +179,9 @@ def test_what_is_added_to_a_program_that_has_ended_is_an_error_where_it_is_read(
             read()
     assert state.text() == "Q: gen", "and nothing waits for it"
     streamed: ProgramState = program.run(backend=endpoint, stream=True)
-    assert "".join(streamed.text_iter()).startswith("Q: Think.")  # the fake server streams what a trunk writes
+    assert "".join(streamed.text_iter()).startswith(
+        "Q: Think."
+    )  # the fake server streams what a trunk writes
     streamed.stream_executor.worker.join(5)
     streamed += sgl.gen("late", max_tokens=3)
 
