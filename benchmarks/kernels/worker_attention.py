@@ -133,7 +133,7 @@ def products(rows: int) -> Callable[[], None]:
     return run
 
 
-def timed_ms(call: Callable[[], None]) -> float:
+def timed_ms(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - start)
@@ -141,7 +141,11 @@ def timed_ms(call: Callable[[], None]) -> float:
 
 def measure(workers: int, prompt: int, block: int, repeats: int) -> Result:
     step, rest = Step(workers, prompt, block), products(workers)
-    calls = (lambda: step.run(hogwild=False), lambda: step.run(hogwild=True), rest)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: step.run(hogwild=False),
+        lambda: step.run(hogwild=True),
+        rest,
+    )
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
