@@ -67,6 +67,11 @@ SECTIONS: dict[str, Section] = {
         "How much faster the CPU attention backend is than SGLang's `torch_native` on the same tensors.",
         figures.attention,
     ),
+    "kernels.worker_attention": Section(
+        "CPU attention of workers",
+        "How long the attention of Hogwild! workers takes, whose queries are turned for each block, compared with as many "
+        "independent requests, and the ratio of a decode step on SmolLM2's shapes.",
+    ),
     "kernels.gpu": Section(
         "GPU attention, training steps, forks and joins",
         "How long training rows of 28,000 tokens take under FlexAttention and under a dense mask, and how long forks and joins "

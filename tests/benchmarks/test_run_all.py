@@ -106,7 +106,7 @@ def test_every_benchmark_is_listed_and_takes_its_arguments(capsys):
     assert all(command.startswith("python -m benchmarks.") for command in commands)
     names = {module.removeprefix("benchmarks.") for module in modules}
     parts = {
-        "common", "__init__", "replay", "soak_operations", "thread_pool", "loop_time", "throughput", "run_all",
+        "common", "__init__", "replay", "soak_operations", "soak_groups", "thread_pool", "loop_time", "throughput", "run_all",
         "render_docs", "acceptance", "gpu_bundle",
     }  # fmt: skip
     files = {
