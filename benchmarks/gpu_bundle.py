@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("-o", "--out", type=Path, default=Path("gpu-bundle.tar.xz"), help="default: %(default)s")
     add(
         "--installed", type=Path, metavar="FILE",
-        help="what `pip list --format=freeze` prints on the machine (default: torch, transformers and what they need)",
+        help="what `pip list --format=freeze` prints on the machine (default: torch, torchvision and what they and transformers need)",
     )  # fmt: skip
     add(
         "--python",

@@ -26,13 +26,13 @@ NEEDED = (
     "aiohappyeyeballs", "aiohttp", "aiosignal", "annotated-doc", "annotated-types", "anyio", "apache-tvm-ffi", "attrs",
     "certifi", "cffi", "charset-normalizer", "click", "colorama", "compressed-tensors", "cuda-bindings", "cuda-core",
     "cuda-pathfinder", "dill", "distro", "einops", "fastapi", "filelock", "flashinfer-python", "frozenlist", "fsspec",
-    "gguf", "grpcio", "h11", "httpcore", "httpx", "huggingface-hub", "idna", "interegular", "ipython", "jinja2",
+    "gguf", "h11", "httpcore", "httpx", "huggingface-hub", "idna", "interegular", "ipython", "jinja2",
     "jsonschema", "jsonschema-specifications", "lark", "lazy-loader", "llguidance", "loguru", "markupsafe", "ml-dtypes",
     "mpmath", "msgspec", "multidict", "networkx", "ninja", "numpy", "nvidia-ml-py", "openai", "opentelemetry-api",
     "opentelemetry-sdk", "opentelemetry-semantic-conventions", "orjson", "packaging", "partial-json-parser", "pillow",
     "platformdirs", "prometheus-client", "propcache", "protobuf", "psutil", "pybase64", "pydantic", "pydantic-core",
     "pygments", "python-multipart", "pyyaml", "pyzmq", "referencing", "regex", "requests", "rich", "rpds-py", "safetensors",
-    "scipy", "sentencepiece", "setproctitle", "setuptools", "sglang", "sglang-kernel", "sniffio", "starlette", "sympy",
+    "sentencepiece", "setproctitle", "setuptools", "sglang", "sglang-kernel", "sniffio", "starlette", "sympy",
     "tabulate", "tenacity", "tiktoken", "tokenizers", "torchvision", "tqdm", "traitlets", "transformers",
     "typing-extensions", "typing-inspection", "urllib3", "uvicorn", "uvloop", "xgrammar", "yarl",
 )  # fmt: skip
@@ -232,12 +232,12 @@ def installed_packages(file: Path | None) -> dict[str, str | None]:
 
     Args:
         file: What `pip list --format=freeze` printed there; a line may be a name without a version. Without it: torch,
-            and all that it and transformers need, as they are here.
+            torchvision, and all that they and transformers need, as they are here.
     """
     if file is None:
         return {
             name: _installed_version(name)
-            for name in _with_requirements({"torch", "transformers"})
+            for name in _with_requirements({"torch", "torchvision", "transformers"})
             if name not in ALWAYS
         }
     packages: dict[str, str | None] = {}
