@@ -195,7 +195,9 @@ def test_countdown_has_lines_for_steps_and_no_words():
     prompts = [tokenizer.decode(r.input_ids) for r in engine.requests]
     assert prompts == [problem.text + "\n" + "".join(lines[:k]) for k in range(len(lines))]
     context, workers = task.worker_prompts(problem, 2, "hogwild")
-    assert (context, [w.text for w in workers]) == (problem.text, ["\n", "\n"]), "as one group: the same search"
+    assert (context, [w.text for w in workers]) == (problem.text, ["\n", "\n"]), (
+        "as one group: the same search"
+    )
     assert all(w.grammar == task.prompt(problem).grammar for w in workers)
     seen, _ = task.shared_context_prompt(problem, " 7- 3", [" 8- 7= 1,", ""], " 3+ 7= 10, 8> 18 2\n")
     assert seen == problem.text + "\n 3+ 7= 10, 8> 18 2\n 8- 7= 1,\n 7- 3"

@@ -60,7 +60,10 @@ def test_a_step_moves_when_the_token_after_it_is_read() -> None:
 
 def test_a_step_of_one_token_ends_before_the_one_before_it_has_moved() -> None:
     group = make_group(1)
-    group.workers[0].next_block_starts = [4, 5]  # without overlap, both ends are known before the next token is read
+    group.workers[0].next_block_starts = [
+        4,
+        5,
+    ]  # without overlap, both ends are known before the next token is read
     assert [(m.first, m.last) for m in group.read_tokens({0: PROMPT + 5})] == [(10, 14)]
     assert [(m.first, m.last) for m in group.read_tokens({0: PROMPT + 6})] == [(14, 15)]
     assert group.read_tokens({0: PROMPT + 7}) == []
