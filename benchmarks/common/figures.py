@@ -168,7 +168,7 @@ def soak(result: Result) -> str:
         f", {groups['groups'] - groups['differ']} of {groups['groups']} groups of workers" if groups else ""
     )
     return prose(
-        f"{result['operations']:,} random forks, joins, aborts and evictions in a pool of {result['pool_tokens']:,} tokens, "
+        f"{result['operations']:,} random forks, joins, groups, aborts and evictions in a pool of {result['pool_tokens']:,} tokens, "
         f"with checks at every step: {len(result['violations'])} violations, {result['held_when_idle']} tokens held when idle, "
         f"{compared['answers'] - compared['differ']} of {compared['answers']} sampled answers equal to those of transformers{same_groups}, "
         f"the last fifth of the operations {result['last_to_first']:.2f} times as fast as the first."
