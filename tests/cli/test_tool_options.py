@@ -58,11 +58,11 @@ def test_a_choice_needs_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 @pytest.mark.server
 def test_a_run_that_has_to_call_a_tool(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    (tmp_path / "cli_tools.py").write_text("def twice(a: int) -> int:\n    return 2 * a\n")
+    (tmp_path / "twice_tools.py").write_text("def twice(a: int) -> int:\n    return 2 * a\n")
     monkeypatch.chdir(tmp_path)
     arguments = [
         "--tool",
-        "cli_tools:twice",
+        "twice_tools:twice",
         "--tool-call-parser",
         "hermes",
         "--budget",

@@ -110,6 +110,7 @@ def test_the_collector_may_end_a_program_in_a_thread_that_uses_its_queue(endpoin
 def test_work_that_reaches_a_loop_as_it_ends_is_cancelled(monkeypatch: pytest.MonkeyPatch):
     """A thread that was about to submit it would wait forever, and keep the process from ending."""
     loop, about_to_submit, may_submit = EventLoopThread("test"), threading.Event(), threading.Event()
+    submitted = threading.Event()
     submit = asyncio.run_coroutine_threadsafe
     submitter: threading.Thread
 
@@ -117,7 +118,9 @@ def test_work_that_reaches_a_loop_as_it_ends_is_cancelled(monkeypatch: pytest.Mo
         if threading.current_thread() is submitter:
             about_to_submit.set()
             assert may_submit.wait(10)
-        return submit(work, target)
+        future = submit(work, target)
+        submitted.set()
+        return future
 
     class EndsAfterALastTask:
         """The executor of the loop, which is shut down after the last task of the loop, before the loop is closed."""
@@ -128,7 +131,7 @@ def test_work_that_reaches_a_loop_as_it_ends_is_cancelled(monkeypatch: pytest.Mo
         def shutdown(self, wait: bool) -> None:
             self.executor.shutdown(wait=wait)
             may_submit.set()
-            until(lambda: results or loop._loop._ready, 10)
+            until(lambda: results or submitted.is_set(), 10)
 
     async def work() -> None:
         pass
