@@ -109,9 +109,9 @@ def _start(model: str | Path, overlap: bool, flags: Mapping[str, Any], cleanup: 
         raise RuntimeError(
             "SGLang did not load the plugin of sgl-apr: is it installed, and in SGLANG_PLUGINS?"
         )
-    logger = logging.getLogger("sglang")
-    cleanup.callback(logger.setLevel, logger.level)
-    logger.setLevel(logging.ERROR)
+    for name in (None, "sglang"):  # SGLang sets the level of the root logger to its `log_level`
+        cleanup.callback(logging.getLogger(name).setLevel, logging.getLogger(name).level)
+    logging.getLogger("sglang").setLevel(logging.ERROR)
     cpu = (
         {} if has_accelerator() else {name[2:].replace("-", "_"): value for name, value in CPU_FLAGS.items()}
     )
