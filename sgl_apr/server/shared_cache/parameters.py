@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from sgl_apr.engine.sglang_names import GROUP_PARAM
 from sgl_apr.errors import AprError
+from sgl_apr.trajectory.worker_groups import GroupKind
 
-GroupKind = Literal["group_think", "hogwild"]
 MAX_WORKERS = 64
 MAX_STEP_END = 64  # characters
 
