@@ -94,5 +94,14 @@ class CancelScope:
         except TimeoutError:
             if not timeout.expired():
                 raise
-            self.reason = self.reason or "timeout"
+            self._expire()
             raise ScopeCancelled from None
+
+    def _expire(self) -> None:
+        """Note that the deadline has passed, here and inside, where it holds too.
+
+        A timer may fire a little before the time that the clock shows, so that the clock alone does not tell.
+        """
+        self.reason = self.reason or "timeout"
+        for scope in self._inner:
+            scope._expire()
