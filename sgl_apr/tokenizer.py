@@ -66,6 +66,10 @@ class HfTokenizer:
         directory: A local checkpoint directory, or a hub id.
         eos_ids: Token ids that end a reply. By default those that the checkpoint declares.
 
+    Attributes:
+        declared_dialects: The dialects that a model was trained on, the default first, from `apr_dialects` in
+            `tokenizer_config.json`; empty if there is no such entry.
+
     Raises:
         UnsupportedEngine: There is no usable `tokenizer.json`.
     """
@@ -91,6 +95,7 @@ class HfTokenizer:
             token.normalized for token in added.values()
         )
         self._eos_ids = frozenset(eos_ids) or frozenset(_eos_ids(Path(directory), self._added))
+        self.declared_dialects = _declared_dialects(Path(directory))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -168,6 +173,15 @@ def _byte_alphabet() -> dict[str, int]:
 def load_tokenizer(directory: str) -> HfTokenizer:
     """Return the tokenizer of a local checkpoint or hub id. It is read once and cached."""
     return HfTokenizer(directory)
+
+
+def _declared_dialects(directory: Path) -> tuple[str, ...]:
+    """The names in `tokenizer_config.json`."""
+    import json
+
+    path = directory / "tokenizer_config.json"
+    names = json.loads(path.read_text()).get("apr_dialects") if path.exists() else None
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 def _eos_ids(directory: Path, added: dict[str, int]) -> Iterable[int]:

@@ -45,6 +45,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
+
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
@@ -83,7 +85,12 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests without a GPU, and check that server tests are marked."""
+    """Skip GPU tests without a GPU, check that server tests are marked, and begin with their files.
+
+    These take longest. At the end, short files keep all workers busy.
+    """
+    served = {item.path for item in items if item.get_closest_marker("server")}
+    items.sort(key=lambda item: item.path not in served)
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))

@@ -138,7 +138,7 @@ def ability(experiments: Experiments, options: argparse.Namespace) -> Iterator[M
 
 def width(experiments: Experiments, options: argparse.Namespace) -> Iterator[MethodResults]:
     """A model that was trained with its width in the prompt, with several widths."""
-    data = Data(numbers=(3, 4), problems=8000, state_width=True)
+    data = Data(numbers=(3, 4), problems=8000, state_width=1.0)
     steps = Steps(tokens=options.tokens, batch=4096, rate=1e-3)
     model = experiments.out / "width" / "model"
     if not model.is_dir():

@@ -122,20 +122,33 @@ def preset(name: str) -> Preset:
 
 
 def dialect_for(tokenizer: Tokenizer) -> Dialect | None:
-    """Return the dialect whose tags are tokens of a tokenizer.
-
-    Tags of an optional conclusion may be missing. If the tags of one dialect are a subset of another's, the
-    larger one is returned.
+    """Return the dialect that a model writes by default, by its tokenizer.
 
     Returns:
-        The dialect, or None if the tokenizer has the tags of no dialect, or of several.
+        The first of `known_dialects`, or None if that is empty.
     """
+    return next(iter(known_dialects(tokenizer)), None)
+
+
+def known_dialects(tokenizer: Tokenizer) -> list[Dialect]:
+    """Return the dialects that a model knows, the default first.
+
+    These are the ones that its tokenizer declares, or else the one whose tags are tokens. Tags of an optional conclusion may
+    be missing. If the tags of one dialect are a subset of another's, the model knows the larger one.
+
+    Returns:
+        The dialects. None of them if nothing is declared and the tokenizer has the tags of no dialect, or of several.
+    """
+    names = dialect_names()
+    if declared := getattr(tokenizer, "declared_dialects", ()):
+        return [dialect(name) for name in declared if name in names]
     complete: dict[str, set[str]] = {}
-    for name in dialect_names():
+    for name in names:
         candidate = dialect(name)
         grammar = candidate.grammar
         required = set(grammar.tags([str(candidate.first_number)])) - set(grammar.tags_in_rule("conclusion"))
         if required and all(tokenizer.special_token_id(tag) is not None for tag in required):
             complete[name] = required
     best = max(complete, key=lambda name: len(complete[name]), default=None)
-    return dialect(best) if best and all(tags <= complete[best] for tags in complete.values()) else None
+    is_one = best and all(tags <= complete[best] for tags in complete.values())
+    return [dialect(best)] if best and is_one else []

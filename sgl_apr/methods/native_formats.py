@@ -8,7 +8,7 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.options import JoinMethod
-from sgl_apr.formats.presets import dialect_for, preset
+from sgl_apr.formats.presets import known_dialects, preset
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.task import SampledTask, Task, require_family
 from sgl_apr.runtime.loop import areason
@@ -73,6 +73,6 @@ def _label(name: str, dialect_name: str, join: JoinMethod, engine: Engine) -> st
     notes = ["parathinker-style"] if name == "parathinker" else []
     if join != dialect(dialect_name).published_join:
         notes.append(f"joined by {join}")
-    if dialect_for(engine.tokenizer) is not dialect(dialect_name):
+    if dialect(dialect_name) not in known_dialects(engine.tokenizer):
         notes.append("by grammar alone: the model does not know its tags")
     return ", ".join(notes) or "exact"

@@ -37,7 +37,8 @@ class Collator:
     """Collates rows of trees into one batch.
 
     A batch is a dict with `input_ids` and `position_ids` (rows, length), `attention_mask`, and for every loss its `rows`,
-    `sources`, `targets` (token ids) and `weights` (1 unless given), all (m,).
+    `sources`, `targets` (token ids) and `weights` (1 unless given), all (m,). Where trees exclude tokens, `exclusion` (m,)
+    is the number of the set of excluded tokens for each loss, and `exclusions` (p, 2) are pairs of such a number and a token id.
 
     Attributes:
         pad: Token id of padding.
@@ -84,6 +85,7 @@ class Collator:
             row_trees.append(shifted[0].concatenate(shifted[1:]))
         visibility = Visibility.from_trees(row_trees, length)
         total = sum(len(s) for s in sources)
+        trees = [tree for pack in packs for tree in pack]
         flat_weights = [w for row in weights or () for w in row]
         if weights is not None and [len(w) for w in flat_weights] != [len(s) for s in sources]:
             raise AprError("expected one weight for every loss of every tree")
@@ -91,6 +93,7 @@ class Collator:
             "input_ids": torch.from_numpy(ids),
             "position_ids": torch.from_numpy(positions),
             **self._attention(visibility),
+            **_exclusions(trees),
             "rows": torch.from_numpy(np.concatenate(loss_rows)),
             "sources": torch.from_numpy(np.concatenate(sources)),
             "targets": torch.from_numpy(np.concatenate(targets)),
@@ -104,6 +107,15 @@ class Collator:
             return {"ends": visibility.ends, "joined": visibility.joined}
         dense = self.attention == "dense"
         return {"attention_mask": visibility.dense_mask() if dense else visibility.block_mask()}
+
+
+def _exclusions(trees: Sequence[TrainingTree]) -> dict[str, Tensor]:
+    sets = sorted({tree.excluded for tree in trees})
+    if sets == [()]:
+        return {}
+    pairs = [(k, token) for k, tokens in enumerate(sets) for token in tokens]
+    index = [np.full(len(tree.sources), sets.index(tree.excluded), dtype=np.int64) for tree in trees]
+    return {"exclusions": torch.tensor(pairs), "exclusion": torch.from_numpy(np.concatenate(index))}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -120,7 +132,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
 def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """The log-probability of every target of a batch, (m,), under a Hugging Face causal language model.
 
-    A batch of one row goes through the model's own `forward`, which sharded models (FSDP) need.
+    A batch of one row goes through the model's own `forward`, which sharded models (FSDP) need. Tokens that a tree excludes have
+    no probability, as under the grammar's mask.
     """
     mask = batch.get("attention_mask")
     if mask is None:
@@ -138,4 +151,12 @@ def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
         logits = model.lm_head(
             hidden[batch["rows"], batch["sources"]]
         )  # only of tokens that predict a target
-    return logits.float().log_softmax(-1).gather(-1, batch["targets"].unsqueeze(-1)).squeeze(-1)
+    logits = logits.float()
+    if "exclusion" in batch:
+        sets, ids = batch["exclusions"].unbind(1)
+        table = torch.zeros(
+            int(batch["exclusion"].max()) + 1, logits.shape[-1], dtype=torch.bool, device=logits.device
+        )
+        table[sets, ids] = True
+        logits = logits.masked_fill(table[batch["exclusion"]], -torch.inf)
+    return logits.log_softmax(-1).gather(-1, batch["targets"].unsqueeze(-1)).squeeze(-1)

@@ -22,12 +22,14 @@ class Model:
         layers: Of the fresh model.
         hidden: Hidden size of the fresh model.
         seed: Seed of the fresh weights.
+        context: Tokens of the context of the fresh model.
     """
 
     path: str = ""
     layers: int = 5
     hidden: int = 128
     seed: int = 0
+    context: int = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,11 @@ class Data:
 
     Attributes:
         path: A file with one trajectory in JSON per line; empty for demonstrations of Countdown by the symbolic expert.
-        kind: "sequential" searches without forks, "parallel" with them.
-        dialect: Dialect of the demonstrations.
+        dialects: Formats of the demonstrations, which take these in turn. A fresh model writes the first one by default.
+        sequential: Share of demonstrations that search without forks.
         problems: Number of different problems.
         numbers: How many numbers a problem has; problems take these in turn.
+        unsolvable: Share of problems that have no solution.
         window: Tokens of the longest context.
         forks: Probability of a fork, by how many numbers the problem has.
         width: Smallest and largest number of branches of a fork.
@@ -47,23 +50,24 @@ class Data:
         hint_rate: Probability that the first fork has few branches, one of them with a step that leads to a solution.
         branches: How many branches of a trajectory have a loss, those with a solution first; 0 is all. Branches are much
             alike and have most of the tokens, so a few of them leave more of a batch to what forks them.
-        state_width: Whether the prompt says how many branches all forks of the reply have.
+        state_width: Share of demonstrations whose prompt says how many branches all forks of the reply have.
         join: How blocks are joined in the training tree; empty is as they were joined.
         seed: Seed of problems and demonstrations.
     """
 
     path: str = ""
-    kind: Literal["sequential", "parallel"] = "parallel"
-    dialect: str = "spawn"
+    dialects: tuple[str, ...] = ("spawn",)
+    sequential: float = 0.0
     problems: int = 40_000
     numbers: tuple[int, ...] = (3, 4, 4, 4)
+    unsolvable: float = 0.0
     window: int = 512
     forks: dict[str, float] = field(default_factory=lambda: {"3": 0.1, "4": 0.9})
     width: tuple[int, ...] = (2, 8)
     revisit_rate: float = 0.8
     hint_rate: float = 0.0
     branches: int = 0
-    state_width: bool = False
+    state_width: float = 0.0
     join: Literal["kv", "text", ""] = ""
     seed: int = 0
 
@@ -75,21 +79,27 @@ class Steps:
     Attributes:
         tokens: Tokens computed in all; each prefix counts once.
         batch: Tokens of one step, padding included.
+        tag_weight: Weight of the losses of tags, relative to those of other tokens. Tags are where a model decides whether to
+            fork, how wide, and when to stop, and they are few.
         rate: Peak learning rate.
         warmup: Steps of the warm-up.
         weight_decay: Weight decay.
         clip: Gradient norm above which gradients are clipped.
         checkpoint: Steps between checkpoints.
+        precision: Of the matrix products. Weights and losses stay in float32. Where a processor has no instructions for
+            bfloat16, float32 is faster.
         seed: Seed of PyTorch and of the order of batches.
     """
 
     tokens: int = 20_000_000
     batch: int = 16_384
+    tag_weight: float = 1.0
     rate: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
     checkpoint: int = 100
+    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
 

@@ -6,16 +6,18 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Protocol
 
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle, demonstration
+from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
+from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems, two_number_problems
 from sgl_apr.evaluation.tasks.countdown.search import SOLUTION_MARK
-from sgl_apr.formats.dialects import dialect
+from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.config import Data
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree
@@ -35,36 +37,43 @@ class Examples(Protocol):
 class CountdownExamples:
     """Demonstrations of training problems by the expert, who searches in another way each time that a problem comes up.
 
+    Where demonstrations differ in what their grammar allows, a loss counts only the tokens that it does, as the mask does when
+    the model decodes.
+
     Raises:
         AprError: If the configuration asks for impossible problems or widths.
     """
 
     def __init__(self, data: Data, tokenizer: Tokenizer) -> None:
         self.data, self.tokenizer, self.eos = data, tokenizer, min(tokenizer.eos_ids)
-        forks = {int(size): share for size, share in data.forks.items()} if data.kind == "parallel" else {}
         if len(data.width) != 2:
             raise AprError(
                 f"width = {list(data.width)}, expected the smallest and the largest number of branches"
             )
+        forks = {int(size): share for size, share in data.forks.items()}
         self.style = SearchStyle(
             data.window, forks, (data.width[0], data.width[1]), data.revisit_rate, data.hint_rate
         )
         self.problems: Sequence[Problem] = list(_training_problems(data))
-        self.dialect = dialect(data.dialect)
+        self.dialects = [dialect(name) for name in data.dialects]
+        if not self.dialects:
+            raise AprError("dialects = [], expected the format of the demonstrations")
 
     def chunk(self, number: int) -> list[TrainingTree]:
-        first = number * CHUNK_SIZE
-        trajectories = asyncio.run(self._demonstrations(range(first, first + CHUNK_SIZE)))
+        numbers = range(number * CHUNK_SIZE, (number + 1) * CHUNK_SIZE)
+        trajectories = asyncio.run(self._demonstrations(numbers))
         rng = random.Random(f"{self.data.seed} {number}")
-        return [tree for trajectory in trajectories for tree in self._select_trees(trajectory, rng)]
+        return [
+            replace(tree, excluded=self._excluded_ids(n))
+            for n, trajectory in zip(numbers, trajectories, strict=True)
+            for tree in self._select_trees(trajectory, rng)
+        ]
 
     def _select_trees(self, trajectory: Trajectory, rng: random.Random) -> list[TrainingTree]:
         """The tree of the trunk and the trees of a few random branches, first of branches that found a solution."""
-        trees = [
-            t
-            for t in build_training_tree([trajectory], eos=self.eos, separate_contexts=True).split()
-            if len(t.spans)
-        ]
+        kv = self.data.join or ("kv" if dialect(trajectory.dialect).published_join == "kv" else None)
+        built = build_training_tree([trajectory], eos=self.eos, join=kv, separate_contexts=True)
+        trees = [t for t in built.split() if len(t.spans)]
         if not self.data.branches:
             return trees
         spans = trajectory.spans
@@ -81,12 +90,34 @@ class CountdownExamples:
                 self.problems[n % size],
                 self.tokenizer,
                 seed=n // size,
-                style=self.style,
-                target_dialect=self.dialect,
-                state_width=self.data.state_width,
+                style=replace(self.style, forks={}) if self._is_sequential(n) else self.style,
+                target_dialect=self._dialect(n),
+                state_width=not self._is_sequential(n) and self._draw(n, "width") < self.data.state_width,
             )
             for n in numbers
         ]
+
+    def _draw(self, n: int, what: str) -> float:
+        """A random number from 0 to 1 that belongs to one demonstration."""
+        return random.Random(f"{self.data.seed} {n} {what}").random()
+
+    def _is_sequential(self, n: int) -> bool:
+        return self._draw(n, "sequential") < self.data.sequential
+
+    def _dialect(self, n: int) -> Dialect:
+        """The format of a demonstration. Where a problem comes up again, it is in the next format."""
+        return self.dialects[(n + n // len(self.problems)) % len(self.dialects)]
+
+    @lru_cache(maxsize=64)  # noqa: B019  # a run has one instance
+    def _excluded_tags(self, allowed: tuple[str, ...]) -> tuple[int, ...]:
+        tags = {tag for each in self.dialects for tag in each.tags} - set(allowed)
+        ids = (self.tokenizer.special_token_id(tag) for tag in tags)
+        return tuple(sorted(i for i in ids if i is not None))
+
+    def _excluded_ids(self, n: int) -> tuple[int, ...]:
+        """The tags that the grammar of a demonstration does not allow. A model that never forks chooses so among all tags."""
+        without_forks = self.data.sequential < 1 and self._is_sequential(n)
+        return self._excluded_tags(() if without_forks else self._dialect(n).tags)
 
 
 def _training_problems(data: Data) -> Iterator[Problem]:
@@ -95,16 +126,22 @@ def _training_problems(data: Data) -> Iterator[Problem]:
         raise AprError(
             f"problems = {data.problems} with numbers = {list(data.numbers)}, expected some, with at least 2 each"
         )
-    sizes = list(islice(cycle(data.numbers), data.problems))
-    pools: dict[int, Iterator[Problem]] = {
-        size: iter(list(generate_problems(count, "train", seed=data.seed, numbers=(size,))))
-        for size, count in Counter(sizes).items()
+    rng = random.Random(f"{data.seed} solvable")
+    kinds = [
+        (size, size == 2 or rng.random() >= data.unsolvable)
+        for size in islice(cycle(data.numbers), data.problems)
+    ]
+    pools: dict[tuple[int, bool], Iterator[Problem]] = {
+        (size, solvable): iter(
+            list(generate_problems(count, "train", seed=data.seed, numbers=(size,), solvable=solvable))
+        )
+        for (size, solvable), count in Counter(kinds).items()
         if size > 2
     }
     two_numbers = two_number_problems("train")
-    pools[2] = cycle(random.Random(data.seed).sample(two_numbers, len(two_numbers)))
-    for size in sizes:
-        yield next(pools[size])
+    pools[2, True] = cycle(random.Random(data.seed).sample(two_numbers, len(two_numbers)))
+    for kind in kinds:
+        yield next(pools[kind])
 
 
 class FileExamples:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sgl_apr.formats.dialects import dialect
@@ -91,6 +92,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     step, tokens, place = done.step, done.tokens, done.place
     tokenizer = HfTokenizer(start)
     collate = Collator(pad=min(tokenizer.eos_ids))
+    tags, weight = torch.tensor([*tokenizer.added_tokens.values()], device=device()), config.steps.tag_weight
     model.train()
     with write_errors(out / LOG_FILE), (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
         batches = batch_stream(
@@ -103,7 +105,9 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = to_device(collate(trees), model.device)
-            loss = -log_probabilities(model, batch).mean()
+            with torch.autocast(model.device.type, torch.bfloat16, config.steps.precision == "bfloat16"):
+                values = log_probabilities(model, batch)
+            loss = -_weighted_mean(values, batch["targets"], tags, weight)
             loss.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.steps.clip))
             optimizer.step()
@@ -121,18 +125,28 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     return export_model(out / MODEL_DIR, model, start)
 
 
+def _weighted_mean(values: Tensor, targets: Tensor, tags: Tensor, weight: float) -> Tensor:
+    """The mean of `values`, those of tags weighted."""
+    weights = torch.where(torch.isin(targets, tags), weight, 1.0)
+    return (values * weights).sum() / weights.sum()
+
+
 def _start(config: SftConfig, out: Path) -> Path:
     """The checkpoint that the run starts from, created first if it is to have fresh weights."""
     if config.model.path:
         return Path(config.model.path)
     if not (out / START_DIR / "config.json").is_file():
-        size = {"layers": config.model.layers, "hidden": config.model.hidden, "seed": config.model.seed}
+        fresh = {name: value for name, value in asdict(config.model).items() if name != "path"}
+        names = config.data.dialects
+        if len(names) > 1:
+            fresh["dialects"] = names
         # Under another name until it is complete, so that a full disk leaves no half of it that looks like a checkpoint.
         partial = out / f"{START_DIR}.partial"
         with write_errors(out):
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                countdown_llama(partial, dialect(config.data.dialect).tags, **size)
+                tags = dict.fromkeys(tag for name in names for tag in dialect(name).tags)
+                countdown_llama(partial, list(tags), **fresh)
                 shutil.rmtree(out / START_DIR, ignore_errors=True)
                 partial.rename(out / START_DIR)
             except Exception:

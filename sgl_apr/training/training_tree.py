@@ -29,6 +29,7 @@ class TrainingTree:
         targets: (m,), the decoded token id: a child of its source in the tree, which may have several.
         spans: (m,), the span of its trajectory that the target belongs to.
         trajectories: (m,), the trajectory that it belongs to.
+        excluded: Token ids that were not allowed where the targets were decoded.
     """
 
     tree: FlatTree
@@ -36,6 +37,7 @@ class TrainingTree:
     targets: Ints
     spans: Ints
     trajectories: Ints
+    excluded: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -50,7 +52,7 @@ class TrainingTree:
             own = (self.sources >= begin) & (self.sources < end)
             losses = (self.targets[own], self.spans[own], self.trajectories[own])
             part = tree.slice_tokens(begin, end)
-            parts.append(TrainingTree(part, self.sources[own] - np.int32(begin), *losses))
+            parts.append(TrainingTree(part, self.sources[own] - np.int32(begin), *losses, self.excluded))
             begin = end
         return parts
 
@@ -89,7 +91,9 @@ def build_training_tree(
     return TrainingTree(
         tree,
         index[sources] if len(sources) else sources,
-        *(np.asarray(x, dtype=np.int32) for x in (losses.targets, losses.spans, losses.trajectories)),
+        np.asarray(losses.targets, dtype=np.int32),
+        np.asarray(losses.spans, dtype=np.int32),
+        np.asarray(losses.trajectories, dtype=np.int32),
     )
 
 

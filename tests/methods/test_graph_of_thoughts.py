@@ -13,7 +13,8 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.engine.scripted import ByteTokenizer
-from sgl_apr.evaluation.tasks.countdown.expert import Expert, SearchStyle
+from sgl_apr.evaluation.tasks.countdown.branch_experts import MessageExpert
+from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
@@ -303,7 +304,7 @@ def test_countdown_searches_after_each_first_step(problem: Problem, proposed: Se
                 + "</Spawn>"
             )
         return (
-            Expert(problem, random.Random(0), SearchStyle(), task.dialect).branch(prompt)
+            MessageExpert(problem, random.Random(0), SearchStyle(), task.dialect).branch(prompt)
             if ";" in prompt
             else " 11"
         )

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.countdown.expert import demonstration
+from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
 from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training import grpo

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.cli.main import main
-from sgl_apr.evaluation.tasks.countdown.expert import demonstration
+from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
 from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.collate import Collator, log_probabilities, pack_rows, to_device
@@ -136,7 +136,7 @@ def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture)
     [
         ("[steps]\ntokens = 'many'", "steps.tokens = 'many', expected int"),
         ("[step]\ntokens = 5", "step is not known, expected one of model, data, steps"),
-        ("[data]\nkind = 'tree'", "data.kind = 'tree', expected one of 'sequential', 'parallel'"),
+        ("[data]\njoin = 'tree'", "data.join = 'tree', expected one of 'kv', 'text', ''"),
         ("[data]\nwidth = 3", "data.width = 3, expected a list"),
         ("data = 3", "data: expected a table of path"),
         ("[data", "is not a TOML file"),

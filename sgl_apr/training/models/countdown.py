@@ -11,7 +11,7 @@ from sgl_apr.training.models.tags import add_to_tokenizer, validate_tags
 END = "<|endoftext|>"
 
 
-def countdown_tokenizer(tags: Sequence[str]) -> Any:
+def countdown_tokenizer(tags: Sequence[str], context: int = 2048, dialects: Sequence[str] = ()) -> Any:
     """A byte-level BPE whose merges are " 0" to " 99" and "10" to "99"; it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -25,24 +25,34 @@ def countdown_tokenizer(tags: Sequence[str]) -> Any:
     bpe = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
+    declared = {"apr_dialects": list(dialects)} if dialects else {}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=2048
+        tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=context, **declared
     )
     add_to_tokenizer(tokenizer, validate_tags(tags))
     return tokenizer
 
 
 def countdown_llama(
-    directory: Path, tags: Sequence[str], *, layers: int = 5, hidden: int = 128, seed: int = 0
+    directory: Path,
+    tags: Sequence[str],
+    *,
+    layers: int = 5,
+    hidden: int = 128,
+    seed: int = 0,
+    context: int = 2048,
+    dialects: Sequence[str] = (),
 ) -> Path:
     """Write the checkpoint (float32, tied embeddings) into a directory.
 
     Args:
         directory: Where to write it.
-        tags: Tags of the dialect, one special token each.
+        tags: Tags of the dialects, one special token each.
         layers: Number of layers.
         hidden: Hidden size.
         seed: Seed of the weights.
+        context: Tokens of the model's context.
+        dialects: The dialects that it will be trained on, the default first, where there are several.
 
     Returns:
         The directory.
@@ -50,7 +60,7 @@ def countdown_llama(
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = countdown_tokenizer(tags)
+    tokenizer = countdown_tokenizer(tags, context, dialects)
     eos = tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -59,7 +69,7 @@ def countdown_llama(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=2048,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=eos,

@@ -12,7 +12,8 @@ import pytest
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.attempts import Attempt, final_solution
-from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle, demonstration
+from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
+from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle
 from sgl_apr.evaluation.tasks.countdown.problems import (
     LARGEST_INTERMEDIATE,
     MAX_SOLUTIONS,

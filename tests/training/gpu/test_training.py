@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.tasks.countdown.expert import demonstration
+from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
 from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.attention_mask import Visibility

@@ -1,36 +1,29 @@
-"""The symbolic Countdown search as a scripted model, whose trajectories are demonstrations to learn from."""
+"""The symbolic Countdown search as a scripted model: when it forks, which first steps it tries, and what it concludes."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from sgl_apr.engine.base import Request
-from sgl_apr.engine.scripted import ScriptedEngine
 from sgl_apr.evaluation.tasks.countdown.problems import (
     Problem,
     Step,
     count_solutions,
     legal_steps,
     numbers_after,
-    parse_steps,
 )
 from sgl_apr.evaluation.tasks.countdown.search import (
     CONCLUSION_TOKENS,
-    NO_SOLUTION_MARK,
     conclusion,
     search_small,
     sequential_search,
 )
-from sgl_apr.formats.dialects import Dialect, dialect
-from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.loop import areason
-from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.formats.dialects import Dialect
 
-BRANCH_TOKENS = 43  # of the longest message and its result, tags included
-MESSAGE_MARK = ">"  # starts a message
+STATE_MARK = ">"  # before a first step and the problem that it leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +45,18 @@ class SearchStyle:
     hint_rate: float = 0.0
 
 
-class Expert:
-    """Answers the requests of one trajectory, in a dialect whose branches get a message."""
+class Expert(ABC):
+    """Answers the requests of one trajectory. A subclass writes the branches of one kind of dialect.
+
+    Args:
+        problem: What is searched.
+        rng: The random choices.
+        style: How it searches.
+        dialect: The format of the reply.
+    """
+
+    branch_tokens: int
+    """Tokens that a branch adds to the context of the trunk at most, tags included."""
 
     def __init__(self, problem: Problem, rng: random.Random, style: SearchStyle, dialect: Dialect) -> None:
         self.problem, self.rng, self.style, self.dialect = problem, rng, style, dialect
@@ -61,16 +64,38 @@ class Expert:
         self.last_fork: list[Step] = []  # first steps of the branches of the last fork
 
     def __call__(self, request: Request, prompt: str) -> str:
-        if not prompt.startswith(self.problem.text):
+        if self.is_branch(prompt):
             return self.branch(prompt)
-        if self.untried or self.last_fork:
-            return self.after_join(len(request.input_ids))
+        context = len(request.input_ids)
+        if self.has_forked:
+            return self.after_join(self.affordable_branches(context))
         if self.rng.random() >= self.style.forks.get(len(self.problem.numbers), 0):
             return sequential_search(self.problem, self.style.window)
         self.untried = legal_steps(self.problem.numbers)[::-1]
         if self.rng.random() < self.style.hint_rate:
             self.untried = self.hinted_steps()
-        return self.fork(self.affordable_branches(len(request.input_ids)))
+        return self.fork(self.affordable_branches(context))
+
+    @property
+    def has_forked(self) -> bool:
+        """Whether the trunk stands behind a join."""
+        return bool(self.last_fork)
+
+    @abstractmethod
+    def is_branch(self, prompt: str) -> bool:
+        """Whether a request belongs to a branch."""
+
+    @abstractmethod
+    def branch(self, prompt: str) -> str:
+        """What a branch decodes."""
+
+    @abstractmethod
+    def fork(self, room: int) -> str:
+        """A fork into at most `room` branches, whose first steps are then the last fork's."""
+
+    def close(self, index: int | None) -> str:
+        """What the trunk writes to close a block, given the index of the first branch with a solution."""
+        return ""
 
     def hinted_steps(self) -> list[Step]:
         """A few first steps, in order; one of them leads to a solution, if any does."""
@@ -88,74 +113,33 @@ class Expert:
 
     def affordable_branches(self, context: int) -> int:
         """How many branches still fit into the window."""
-        return (self.style.window - context - CONCLUSION_TOKENS) // BRANCH_TOKENS
+        return (self.style.window - context - CONCLUSION_TOKENS) // self.branch_tokens
 
-    def fork(self, room: int) -> str:
-        width = min(self.rng.randint(*self.style.width), len(self.untried), room)
+    def take_steps(self, room: int) -> list[Step]:
+        """The first steps of the next fork, of a random width."""
+        width = min(self.rng.randint(*self.style.width), self.dialect.max_width, len(self.untried), room)
         self.last_fork = [self.untried.pop() for _ in range(width)]
-        messages = [self.message(step) for step in self.last_fork]
+        return self.last_fork
+
+    def render_fork(self, outlines: list[str]) -> str:
+        """A fork with an outline for each branch."""
         first = self.dialect.first_number
         return self.dialect.grammar.render_rule(
-            "fork", each=[(f"{first + k}", m) for k, m in enumerate(messages)]
+            "fork", each=[(f"{first + k}", text) for k, text in enumerate(outlines)]
         )
 
-    def message(self, step: Step) -> str:
-        """The message of a branch: a first step, and the problem that it leaves.
-
-        A message loses the white space around it, and a number without a space before it is another token. So the message
-        starts with a mark.
-        """
-        left = Problem(numbers_after(self.problem.numbers, step), self.problem.target)
-        return f"{MESSAGE_MARK}{step.text};{left.text}"
-
-    def branch(self, prompt: str) -> str:
-        step, _, rest = prompt.removeprefix(MESSAGE_MARK).partition(";")
-        problem = Problem.parse(rest)
-        trace = search_small(problem.numbers, problem.target)
-        if trace.solution is None:  # names its step, since the parent no longer sees the message
-            result = NO_SOLUTION_MARK + step.partition("=")[0]
-        else:
-            result = conclusion([*(parse_steps(step) or []), *trace.solution])
-        return f"\n{trace.text}{self.dialect.grammar.render_rule('closer', text=result)}"
-
-    def after_join(self, context: int) -> str:
-        """The first solution that a branch returned; or else another fork, or no solution."""
-        for step in self.last_fork:
+    def found(self) -> tuple[int, list[Step]] | None:
+        """The index of the first branch of the last fork with a solution, and that solution."""
+        for index, step in enumerate(self.last_fork):
             trace = search_small(numbers_after(self.problem.numbers, step), self.problem.target)
             if trace.solution is not None:
-                return conclusion([step, *trace.solution])
-        room = (
-            self.affordable_branches(context)
-            if self.untried and self.rng.random() < self.style.revisit_rate
-            else 0
-        )
-        return self.fork(room) if room > 0 else conclusion(None)
+                return index, [step, *trace.solution]
+        return None
 
-
-async def demonstration(
-    problem: Problem,
-    tokenizer: Tokenizer,
-    *,
-    seed: int,
-    style: SearchStyle | None = None,
-    target_dialect: Dialect | str = "spawn",
-    state_width: bool = False,
-) -> Trajectory:
-    """The trajectory of the expert's search of a problem, recorded by the loop.
-
-    Args:
-        problem: The problem.
-        tokenizer: Tokenizes the text.
-        seed: Seed of the random choices.
-        style: How the expert searches.
-        target_dialect: A dialect whose branches get a message.
-        state_width: Give all forks of the trajectory one width, drawn from the style's, and state it in the prompt.
-    """
-    target = dialect(target_dialect) if isinstance(target_dialect, str) else target_dialect
-    rng, style, stated = random.Random(f"{seed} {problem.text}"), style or SearchStyle(), None
-    if state_width:
-        stated = rng.randint(*style.width)
-        style = replace(style, width=(stated, stated))
-    engine = ScriptedEngine(Expert(problem, rng, style, target), tokenizer)
-    budget = Budget(tokens=1 << 20)
-    return await areason(engine, problem.prompt(stated), target, budget=budget, pacing=None)
+    def after_join(self, room: int) -> str:
+        """The first solution that a branch found; or else another fork, or no solution."""
+        if found := self.found():
+            return self.close(found[0]) + conclusion(found[1])
+        smallest = self.dialect.min_width
+        may_fork = min(len(self.untried), room) >= smallest and self.rng.random() < self.style.revisit_rate
+        return self.close(None) + (self.fork(room) if may_fork else conclusion(None))

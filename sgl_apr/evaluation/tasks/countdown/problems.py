@@ -169,20 +169,28 @@ def two_number_problems(split: Split) -> list[Problem]:
 
 
 def generate_problems(
-    count: int, split: Split, *, seed: int = 0, numbers: Sequence[int] = (3, 4, 4, 4)
+    count: int,
+    split: Split,
+    *,
+    seed: int = 0,
+    numbers: Sequence[int] = (3, 4, 4, 4),
+    solvable: bool = True,
 ) -> Iterator[Problem]:
-    """Different random problems with 1 to `MAX_SOLUTIONS` solutions, the same for the same arguments.
+    """Different random problems with 1 to `MAX_SOLUTIONS` solutions, or with none, the same for the same arguments.
 
     Args:
         count: How many.
         split: The split that they belong to.
         seed: Seed of the problems.
         numbers: How many numbers a problem has; problems take these in turn.
+        solvable: Whether they have a solution.
 
     Raises:
         AprError: If hardly any further problem can be found.
     """
-    rng, seen, tries = random.Random(f"countdown {split} {seed}"), set[Problem](), 0
+    name = "countdown" if solvable else "unsolvable countdown"
+    rng, seen, tries = random.Random(f"{name} {split} {seed}"), set[Problem](), 0
+    fewest, most = (1, MAX_SOLUTIONS) if solvable else (0, 0)
     while len(seen) < count:
         tries += 1
         if tries > MAX_TRIES:
@@ -190,7 +198,7 @@ def generate_problems(
         size = numbers[len(seen) % len(numbers)]
         drawn = tuple(sorted(rng.randint(1, LARGEST_NUMBER) for _ in range(size)))
         problem = Problem(drawn, rng.randint(*TARGET_RANGE))
-        if problem in seen or problem.split != split or not 1 <= count_solutions(problem) <= MAX_SOLUTIONS:
+        if problem in seen or problem.split != split or not fewest <= count_solutions(problem) <= most:
             continue
         seen.add(problem)
         tries = 0

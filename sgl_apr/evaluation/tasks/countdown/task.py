@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.countdown.expert import MESSAGE_MARK
+from sgl_apr.evaluation.tasks.countdown.expert import STATE_MARK
 from sgl_apr.evaluation.tasks.countdown.problems import (
     Problem,
     Step,
@@ -19,7 +19,7 @@ from sgl_apr.evaluation.tasks.countdown.problems import (
 )
 from sgl_apr.evaluation.tasks.countdown.search import SOLUTION_MARK, extract_solution
 from sgl_apr.formats.dialects import Dialect
-from sgl_apr.formats.presets import dialect_for
+from sgl_apr.formats.presets import known_dialects
 from sgl_apr.methods.graph_operations import Generate, Graph, KeepBest, Score
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.task import CollaborativeTask, GraphTask, Inapplicable, SampledTask, ValuedSearchTask
@@ -65,7 +65,7 @@ class CountdownTask(
     GraphTask[Problem, SearchState],
     CollaborativeTask[Problem],
 ):
-    """Countdown, for models that write sub searches as `sgl_apr.evaluation.tasks.countdown.expert` does.
+    """Countdown, for models that write sub searches as `sgl_apr.evaluation.tasks.countdown.branch_experts` does.
 
     Raises:
         Inapplicable: If the tokenizer of the engine belongs to another kind of model.
@@ -81,12 +81,11 @@ class CountdownTask(
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        dialect = dialect_for(engine.tokenizer)
-        if dialect is None or dialect.branch_context != "message":
-            raise Inapplicable(
-                "countdown needs a model trained on it, whose dialect joins by message: --model builtin"
-            )
-        self.dialect: Dialect = dialect
+        known = known_dialects(engine.tokenizer)
+        by_message = [each for each in known if each.branch_context == "message"]
+        if not known:
+            raise Inapplicable("countdown needs a model trained on it: --model builtin")
+        self.dialect: Dialect = (by_message or known)[0]
 
     def prompt(self, problem: Problem) -> Prompt:
         return Prompt(problem.text, grammar=self._search_grammar)
@@ -177,7 +176,7 @@ class CountdownTask(
     def _message(self, state: SearchState) -> str:
         """The message of a branch that searches on from a state."""
         last = state.steps[-1].text if state.steps else ""
-        return f"{MESSAGE_MARK}{last};{state.remaining.text}" if last else state.remaining.text
+        return f"{STATE_MARK}{last};{state.remaining.text}" if last else state.remaining.text
 
     @cached_property
     def _search_grammar(self) -> str:
@@ -188,12 +187,21 @@ class CountdownTask(
         return self._mask("branch")
 
     def _mask(self, phase: str) -> str:
+        if phase == "branch":
+            self._require_messages()
         tokenizer, backend = self.engine.tokenizer, self.engine.grammar_backend
         return self.dialect.lower(phase, tokenizer, backend, fork="forbidden", number="1")
+
+    def _require_messages(self) -> None:
+        if self.dialect.branch_context != "message":
+            raise Inapplicable(
+                f"first steps and sub searches need a model whose branches get a message, not {self.dialect.name}"
+            )
 
     @cached_property
     def _tags(self) -> tuple[str, str, str, str]:
         """The opening tags of a fork and of a message, the closing tags of a message and of a fork."""
+        self._require_messages()
         grammar = self.dialect.grammar
         fork = grammar.render_rule("fork", each=[("1", "|")])
         opening, ending = grammar.opening_literal("fork"), grammar.closing_literal("fork")
