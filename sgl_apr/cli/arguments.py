@@ -105,6 +105,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .lark file, whose name the configuration can then use as its dialect; can be repeated",
     )
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an entry in TOML that replaces one of the file, such as steps.seed=1; can be repeated",
+    )
+    parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a directory for log, checkpoints and model"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")

@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
         "tasks",
         nargs="*",
         metavar="TASK",
-        help="countdown; game24; gym:NAME, a dataset of reasoning-gym (of the extra gym); or FILE.jsonl, one "
+        help="countdown, of three and four numbers; countdown:5, countdown:unsolvable or countdown:5,unsolvable; game24; gym:NAME, a dataset of reasoning-gym (of the extra gym); or FILE.jsonl, one "
         'problem per line: {"problem": ..., "answer": ..., "id": ..., "level": ...}. With several tasks, each gets its '
         "own directory in that of -o",
     )

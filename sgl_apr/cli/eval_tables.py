@@ -17,6 +17,7 @@ ALL_COLUMNS = "--wide or --json"
 # Name, rank (the highest is left out first), and the text of a row. The method and its accuracy always stay.
 RESULT_COLUMNS: Sequence[tuple[str, int, Callable[[MethodResults], str]]] = (
     ("accuracy", 0, lambda row: f"{row.accuracy:.1%}"),
+    ("claims right", 1, lambda row: _share(row.claim_precision)),
     ("95% CI", 3, lambda row: "{:.1%} - {:.1%}".format(*row.ci95)),
     ("total tokens", 2, lambda row: f"{row.mean(lambda a: a.tokens):.0f}"),
     ("critical path", 1, lambda row: f"{row.mean(lambda a: a.critical_path):.0f}"),

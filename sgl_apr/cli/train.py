@@ -27,7 +27,8 @@ def add_command(commands: Any) -> None:
         help="train a model on trajectories",
         epilog="examples:\n"
         "  sgl-apr train sft configs/countdown-short.toml -o runs/short\n"
-        "  sgl-apr train sft configs/countdown-short.toml -o runs/short    # again: continues where it stopped",
+        "  sgl-apr train sft configs/countdown-short.toml -o runs/short    # again: continues where it stopped\n"
+        "  sgl-apr train sft configs/countdown-short.toml --set model.seed=1 --set data.seed=1 -o runs/short-1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = train.add_subparsers(required=True, metavar="KIND")
@@ -49,7 +50,7 @@ def _sft(options: argparse.Namespace) -> int:
     from sgl_apr.training.sft import train
 
     load_dialects(options.dialect)
-    config = load_config(SftConfig, options.config)
+    config = load_config(SftConfig, options.config, options.set)
     last: list[SftStepLog] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -74,7 +75,7 @@ def _grpo(options: argparse.Namespace) -> int:
     from sgl_apr.training.grpo import train
 
     load_dialects(options.dialect)
-    config = load_config(GrpoConfig, options.config)
+    config = load_config(GrpoConfig, options.config, options.set)
     last: list[GrpoStepLog] = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("grpo", total=config.updates.steps)

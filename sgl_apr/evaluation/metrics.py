@@ -24,7 +24,7 @@ BY_NUMBERS_METRICS = (
 )  # of each group under "by_numbers", Countdown's name for the size
 METRIC_NAMES = (
     "accuracy", "ci95", "total_tokens", "critical_path", "fork_rate", "wall_s", "context_mean", "context_max", "redundancy",
-    "diversity", "cached_share", "engine_calls", "label", "alone_s", "one_by_one_s", "took_s", "predicted_sequential_s",
+    "diversity", "claim_precision", "false_claims", "cached_share", "engine_calls", "label", "alone_s", "one_by_one_s", "took_s", "predicted_sequential_s",
     "predicted_parallel_s", "tool_calls", "tool_s", "critical_tool_s",
 )  # fmt: skip
 
@@ -54,6 +54,7 @@ class AttemptMetrics:
         tool_calls: Calls of tools.
         tool_s: Seconds that these calls took, added up.
         critical_tool_s: Seconds of tools on the chain that waits for them the longest.
+        claimed: Whether the reply gives an answer at all. None in a file of an earlier version.
     """
 
     problem: str
@@ -76,6 +77,12 @@ class AttemptMetrics:
     tool_calls: int = 0
     tool_s: float = 0.0
     critical_tool_s: float = 0.0
+    claimed: bool | None = None
+
+    @property
+    def is_false_claim(self) -> bool | None:
+        """Whether the reply gives an answer that is wrong; None if that is not known."""
+        return None if self.claimed is None else self.claimed and not self.correct
 
     @classmethod
     def from_result(
@@ -94,6 +101,7 @@ class AttemptMetrics:
             m.engine_calls, m.prompt_tokens, m.cached_tokens, result.label, redundancy(trajectory),
             diversity(trajectory, answer_key), trajectory.wall_s, predicted.sequential_s if predicted else None,
             predicted.parallel_s if predicted else None, m.tool_calls, m.tool_s, m.critical_tool_s,
+            bool(result.answer.strip()),
         )  # fmt: skip
 
 
@@ -132,6 +140,11 @@ class MethodResults:
         return sum(a.cached_tokens for a in self.attempts) / max(
             1, sum(a.prompt_tokens for a in self.attempts)
         )
+
+    @property
+    def claim_precision(self) -> float | None:
+        """The share of answers that are right, among the replies that give one; None without an answer."""
+        return _rounded_mean([float(a.correct) for a in self.attempts if a.claimed])
 
     @property
     def label(self) -> str:
@@ -193,6 +206,8 @@ class MethodResults:
             "context_max": max(a.context for a in self.attempts),
             "redundancy": self.mean_known(lambda a: a.redundancy),
             "diversity": self.mean_known(lambda a: a.diversity),
+            "claim_precision": self.claim_precision,
+            "false_claims": self.mean_known(lambda a: a.is_false_claim),
             "cached_share": round(self.cached_share, 4),
             "engine_calls": round(self.mean(lambda a: a.calls), 1),
             "label": self.label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -185,12 +186,13 @@ class GrpoConfig:
     updates: Updates = field(default_factory=Updates)
 
 
-def load_config(kind: type[T], path: Path) -> T:
+def load_config(kind: type[T], path: Path, changes: Sequence[str] = ()) -> T:
     """Read a configuration.
 
     Args:
         kind: `SftConfig` or `GrpoConfig`.
         path: A TOML file.
+        changes: Entries that replace those of the file, in TOML: `steps.seed=1`.
 
     Raises:
         AprError: If the file or one of its entries is not usable; the message names the entry and what was expected.
@@ -201,8 +203,22 @@ def load_config(kind: type[T], path: Path) -> T:
         raise AprError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AprError(f"{path} is not a TOML file: {error}") from None
+    for change in changes:
+        try:
+            entry = tomllib.loads(change)
+        except tomllib.TOMLDecodeError as error:
+            raise AprError(f"{change!r} is no entry in TOML such as steps.seed=1: {error}") from None
+        _merge(table, entry)
     config: T = _build(kind, table, f"{path}: ")
     return config
+
+
+def _merge(table: dict[str, Any], changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, dict) and isinstance(table.get(name), dict):
+            _merge(table[name], value)
+        else:
+            table[name] = value
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -45,6 +45,24 @@ def test_countdown_problems_do_not_change():
     assert found.budget == apr.Budget(tokens=6000, width=16, branch_tokens=160)
 
 
+def test_variants_of_countdown():
+    five = benchmark("countdown:5", 3)
+    assert {case.size for case in five.cases} == {5}
+    without = benchmark("countdown:unsolvable", 12)
+    assert {case.size for case in without.cases} == {3, 4}
+    assert all(count_solutions(case.problem) == 0 for case in without.cases)
+    assert without.is_correct(without.cases[0], " ")
+    assert not without.is_correct(without.cases[0], "1+ 2= 3")
+    both = benchmark("countdown:2,unsolvable", 4)
+    assert {(case.size, count_solutions(case.problem)) for case in both.cases} == {(2, 0)}
+    assert (five.name, both.directory) == ("countdown:5", "countdown-2-unsolvable")
+    for variant in ("7", "hard", "3,4", "4,solvable"):
+        with pytest.raises(
+            apr.AprError, match=f"no variant '{variant}' of countdown, expected one of 2, 3, 4, 5, 6"
+        ):
+            benchmark(f"countdown:{variant}", 3)
+
+
 def test_game24_problems_reach_24():
     found = benchmark("game24", 2000)
     assert 100 < len(found.cases) < 200, "all of the split that there are"

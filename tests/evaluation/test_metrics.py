@@ -61,6 +61,19 @@ def test_results_as_json():
     assert found["within_context"] == {32: 0.0, 64: 0.5}
 
 
+def test_claims_are_counted_beside_accuracy():
+    attempts = [
+        replace(ONE, claimed=True),
+        replace(ONE, correct=False, claimed=True),
+        replace(ONE, correct=False, claimed=False),
+        replace(ONE, correct=True, claimed=False),
+    ]
+    found = MethodResults("apr", attempts).as_json(())
+    assert (found["accuracy"], found["claim_precision"], found["false_claims"]) == (0.5, 0.5, 0.25)
+    unknown = row("apr", [True, False]).as_json(())
+    assert (unknown["claim_precision"], unknown["false_claims"]) == (None, None)
+
+
 def test_a_training_log_is_plotted(tmp_path: Path):
     plot_methods([row("a", [True] * 5), row("b", [False] * 5)], tmp_path / "curves.png", "two")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -153,6 +153,18 @@ def test_a_bad_configuration_is_an_error_with_what_was_expected(
         load_config(SftConfig, path)
 
 
+def test_entries_can_be_replaced(tmp_path: Path):
+    path = tmp_path / "sft.toml"
+    path.write_text("[steps]\nseed = 3\ntokens = 7\n")
+    changes = ["steps.seed=1", 'data.dialects=["npr", "spawn"]', "data.forks={ 4 = 0.5 }"]
+    found = load_config(SftConfig, path, changes)
+    assert (found.steps.seed, found.steps.tokens) == (1, 7)
+    assert (found.data.dialects, found.data.forks) == (("npr", "spawn"), {"4": 0.5})
+    for wrong, message in (("steps.seed", "no entry in TOML such as"), ("steps.sead=1", "sead is not known")):
+        with pytest.raises(apr.AprError, match=message):
+            load_config(SftConfig, path, [wrong])
+
+
 def test_fifty_steps_of_the_recipe(tmp_path: Path):
     """The loss falls with the repository's configuration, cut to fifty steps of a small model."""
     recipe = load_config(SftConfig, Path("configs/countdown-parallel.toml"))

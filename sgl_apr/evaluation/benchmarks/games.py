@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 
+from sgl_apr.errors import AprError
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
 from sgl_apr.evaluation.tasks.countdown.problems import (
@@ -18,8 +19,10 @@ from sgl_apr.evaluation.tasks.countdown.problems import (
 )
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.runtime.budget import Budget
+from sgl_apr.runtime.value_checks import shorten
 
 BUDGET = Budget(tokens=6000, width=16, branch_tokens=160)
+SIZES, UNSOLVABLE = ("2", "3", "4", "5", "6"), "unsolvable"
 GAME24_TARGET, GAME24_CARDS, GAME24_LARGEST_CARD = 24, 4, 13
 
 
@@ -39,10 +42,30 @@ def game24_problems(seed: int = 0) -> Iterator[Problem]:
             yield game
 
 
-def countdown(limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
-    """Countdown with three and four numbers; the size of a problem is how many numbers it has."""
-    cases = [Case(p.text, p, len(p.numbers)) for p in generate_problems(limit, split, seed=seed)]
-    return _benchmark("countdown", cases)
+def countdown(limit: int, split: Split = "test", seed: int = 0, variant: str = "") -> Benchmark:
+    """Countdown; the size of a problem is how many numbers it has.
+
+    Args:
+        limit: Problems at most.
+        split: Their split.
+        seed: Their seed.
+        variant: By default three and four numbers, with a solution. "5" is five numbers, "unsolvable" is without a solution,
+            and "5,unsolvable" is both.
+
+    Raises:
+        AprError: If there is no such variant.
+    """
+    parts = [part for part in variant.split(",") if part]
+    sizes = [int(part) for part in parts if part in SIZES]
+    unknown = [part for part in parts if part not in (*SIZES, UNSOLVABLE)]
+    if unknown or len(sizes) > 1:
+        raise AprError(
+            f"no variant {shorten(variant)} of countdown, expected one of {', '.join(SIZES)}, and {UNSOLVABLE}"
+        )
+    numbers = tuple(sizes) or (3, 4, 4, 4)
+    problems = generate_problems(limit, split, seed=seed, numbers=numbers, solvable=UNSOLVABLE not in parts)
+    cases = [Case(p.text, p, len(p.numbers)) for p in problems]
+    return _benchmark(f"countdown:{variant}" if variant else "countdown", cases)
 
 
 def game24(limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
@@ -56,6 +79,9 @@ def game24(limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
 
 
 def _benchmark(name: str, cases: list[Case]) -> Benchmark:
-    return Benchmark(
-        name, cases, CountdownTask, lambda case, answer: solves(case.problem, answer), BUDGET, SERVER_OPTIONS
-    )
+    return Benchmark(name, cases, CountdownTask, is_right, BUDGET, SERVER_OPTIONS)
+
+
+def is_right(case: Case, answer: str) -> bool:
+    """Whether an answer is a solution; where there is none, whether none is claimed."""
+    return solves(case.problem, answer) if count_solutions(case.problem) else not answer.strip()
