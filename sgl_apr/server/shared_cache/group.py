@@ -107,6 +107,11 @@ class WorkerGroup:
         return len(self.workers.keys() | self.missing) == self.params.workers
 
     @property
+    def is_abandoned(self) -> bool:
+        """Whether no worker is there, although some may still arrive."""
+        return not self.started and all(number in self.missing for number in self.workers)
+
+    @property
     def is_over(self) -> bool:
         """Whether all workers have ended."""
         return all(

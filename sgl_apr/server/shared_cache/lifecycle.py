@@ -18,6 +18,7 @@ from sgl_apr.server.shared_cache.group import Worker, WorkerGroup
 from sgl_apr.server.shared_cache.parameters import GroupError, has_group, parse_group
 
 ERROR_TYPE = "AprGroup"
+MAX_ABANDONED = 64
 _waiting: dict[str, WorkerGroup] = {}  # groups that have not started, by name
 
 
@@ -49,6 +50,7 @@ def register(_: Any, scheduler: Any, req: Any, *arguments: Any, **options: Any) 
             raise GroupError(f"the input has {tokens} tokens, expected a header after {parsed.prompt_tokens}")
         group = _waiting.get(parsed.name)
         if group is None:
+            _forget_abandoned_groups()
             group = _waiting[parsed.name] = WorkerGroup(parsed, time.monotonic())
         elif group.params.group != parsed.group or parsed.worker in group.workers:
             raise GroupError("this worker does not fit the others of its group")
@@ -60,6 +62,16 @@ def register(_: Any, scheduler: Any, req: Any, *arguments: Any, **options: Any) 
         return
     req.apr_worker = group.add(req, parsed)
     req.skip_radix_cache_insert = True  # its keys are not those of the same text read as one sequence
+
+
+def _forget_abandoned_groups() -> None:
+    """Forget all but the last groups whose workers were aborted before the others arrived, as these may never do.
+
+    The number does not depend on a clock, so that ranks that schedule together forget the same groups.
+    """
+    abandoned = [name for name, group in _waiting.items() if group.is_abandoned]
+    for name in abandoned[:-MAX_ABANDONED]:
+        del _waiting[name]
 
 
 def start(group: WorkerGroup) -> None:
