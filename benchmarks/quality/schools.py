@@ -1,0 +1,208 @@
+"""Text joins against KV joins against messages: models of one recipe, each also under the join that it was not trained for.
+
+python -m benchmarks.quality.schools [-d runs/schools] [--limit 200] [--at-once 16] [--json] [-o docs/schools.png]
+
+The directory holds one run for each format and seed, named FORMAT-SEED, as docs/schools.md trains them. All models answer the same
+held-out problems, greedily. Intervals of the accuracy are over problems within a seed; `seeds` lists the accuracy of each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.checks import finish
+from benchmarks.common.machine import hardware
+from sgl_apr.engine.http import HttpEngine
+from sgl_apr.errors import AprError
+from sgl_apr.evaluation.benchmarks.games import BUDGET
+from sgl_apr.evaluation.metrics import bootstrap_interval
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS, Attempt, attempt_problems
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems
+from sgl_apr.formats.dialects import Dialect, dialect
+from sgl_apr.formats.grammar_source import grammar_path
+from sgl_apr.formats.options import JoinMethod
+from sgl_apr.server.launch.launcher import Server
+
+SEQUENTIAL = "sequential"
+RUN = re.compile(r"([a-z_0-9]+)-(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class School:
+    """A model under a join.
+
+    Attributes:
+        name: The format that the model was trained on.
+        dialect: The format that it decodes in; the join may be one that its grammar file does not list.
+        join: How its blocks join; None without forks.
+        is_native: Whether it was trained for this join.
+    """
+
+    name: str
+    dialect: Dialect
+    join: JoinMethod | None
+    is_native: bool
+
+
+def schools(name: str) -> list[School]:
+    """The joins under which a model of a format is measured, its own first."""
+    if name == SEQUENTIAL:
+        return [School(name, dialect("spawn"), None, True)]
+    form = dialect(name)
+    if form.branch_context == "message":
+        return [School(name, form, "message", True)]
+    both = form if "kv" in form.joins else Dialect.from_file(grammar_path(name), joins=("text", "kv"))
+    own: JoinMethod = form.published_join
+    other: JoinMethod = "kv" if own == "text" else "text"
+    return [School(name, both, own, True), School(name, both, other, False)]
+
+
+def runs(directory: Path) -> dict[str, list[Path]]:
+    """The models of a directory by format, one for each seed.
+
+    Raises:
+        AprError: If there is none.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(directory.glob("*/model")):
+        if match := RUN.fullmatch(path.parent.name):
+            found.setdefault(match[1], []).append(path)
+    if not found:
+        raise AprError(
+            f"{directory} has no runs such as multiverse-0/model: docs/schools.md shows how to train them"
+        )
+    return found
+
+
+async def attempt(url: str, school: School, problems: Sequence[Problem], at_once: int) -> list[Attempt]:
+    """Attempt all problems with one model under one join."""
+    async with await HttpEngine.connect(url) as engine:
+        mode: Any = "sequential" if school.join is None else "auto"
+        return await attempt_problems(
+            engine, problems, school.dialect, at_once=at_once, budget=BUDGET, join=school.join, mode=mode,
+            temperature=0.0,
+        )  # fmt: skip
+
+
+def figures(attempts: Sequence[Attempt], seconds: float) -> dict[str, float]:
+    """Means over the attempts."""
+    metrics = [a.trajectory.metrics() for a in attempts]
+    return {
+        "accuracy": fmean(a.correct for a in attempts),
+        "fork_rate": fmean(m.blocks > 0 for m in metrics),
+        "tokens": fmean(m.total for m in metrics),
+        "critical_path": fmean(m.critical_path for m in metrics),
+        "longest_context": fmean(m.longest_context for m in metrics),
+        "reprefilled_tokens": fmean(m.reprefilled_tokens for m in metrics),
+        "wall_s": seconds,
+    }
+
+
+def measure(directory: Path, problems: Sequence[Problem], at_once: int) -> list[dict[str, Any]]:
+    """One row for each format and join."""
+    rows = []
+    for name, models in runs(directory).items():
+        by_school: dict[School, list[tuple[list[Attempt], float]]] = {each: [] for each in schools(name)}
+        for model in models:
+            with Server(model, **SERVER_OPTIONS) as server:
+                for school, measured in by_school.items():
+                    began = time.monotonic()
+                    attempts = asyncio.run(attempt(server.url, school, problems, at_once))
+                    measured.append((attempts, time.monotonic() - began))
+        for school, measured in by_school.items():
+            each = [figures(*one) for one in measured]
+            means = {key: fmean(one[key] for one in each) for key in each[0]}
+            correct = [
+                fmean(row)
+                for row in zip(*([float(a.correct) for a in one] for one, _ in measured), strict=True)
+            ]
+            rows.append(
+                {"format": name, "join": school.join, "trained_for_it": school.is_native}
+                | means
+                | {"accuracy_ci95": bootstrap_interval(correct), "seeds": [one["accuracy"] for one in each]}
+            )
+    return rows
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a table for people."""
+    table = Table(
+        "format",
+        "join",
+        "accuracy",
+        "of each seed",
+        "forked",
+        "tokens",
+        "critical path",
+        "context",
+        "read again",
+        "seconds",
+    )
+    for row in result["rows"]:
+        low, high = row["accuracy_ci95"]
+        join = (row["join"] or "none") + ("" if row["trained_for_it"] else ", untrained")
+        table.add_row(
+            row["format"], join, f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})",
+            " ".join(f"{one:.1%}" for one in row["seeds"]), f"{row['fork_rate']:.0%}", f"{row['tokens']:.0f}",
+            f"{row['critical_path']:.0f}", f"{row['longest_context']:.0f}", f"{row['reprefilled_tokens']:.0f}",
+            f"{row['wall_s']:.1f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy over the critical path, one point for each format and join."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    for row in rows:
+        low, high = row["accuracy_ci95"]
+        label = f"{row['format']}, {row['join'] or 'no join'}" + (
+            "" if row["trained_for_it"] else " (untrained)"
+        )
+        error = [[row["accuracy"] - low], [high - row["accuracy"]]]
+        marker = "o" if row["trained_for_it"] else "x"
+        axes.errorbar(row["critical_path"], row["accuracy"], yerr=error, fmt=marker, capsize=3, label=label)
+    axes.set_xlabel("critical path (tokens)")
+    axes.set_ylabel("solved")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=160)
+
+
+def main() -> int:
+    """Measure all models of a directory."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-d", "--directory", type=Path, default=Path("runs/schools"), help="default: %(default)s"
+    )
+    parser.add_argument("--limit", type=int, default=200, help="problems (default: %(default)s)")
+    parser.add_argument(
+        "--at-once", type=int, default=16, help="problems at the same time (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("-o", "--out", type=Path, help="a figure")
+    options = parser.parse_args()
+    problems = list(generate_problems(options.limit, "test"))
+    rows = measure(options.directory, problems, options.at_once)
+    if options.out:
+        plot(rows, options.out)
+    return finish({"hardware": hardware(), "problems": options.limit, "rows": rows}, [], show, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
