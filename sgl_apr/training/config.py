@@ -49,6 +49,7 @@ class Data:
         width: Smallest and largest number of branches of a fork.
         revisit_rate: Probability of another fork after one whose branches all failed.
         hint_rate: Probability that the first fork has few branches, one of them with a step that leads to a solution.
+        depth: How deep forks nest, where the format allows it.
         branches: How many branches of a trajectory have a loss, those with a solution first; 0 is all. Branches are much
             alike and have most of the tokens, so a few of them leave more of a batch to what forks them.
         state_width: Share of demonstrations whose prompt says how many branches all forks of the reply have.
@@ -67,6 +68,7 @@ class Data:
     width: tuple[int, ...] = (2, 8)
     revisit_rate: float = 0.8
     hint_rate: float = 0.0
+    depth: int = 1
     branches: int = 0
     state_width: float = 0.0
     join: Literal["kv", "text", ""] = ""

@@ -52,7 +52,7 @@ class CountdownExamples:
             )
         forks = {int(size): share for size, share in data.forks.items()}
         self.style = SearchStyle(
-            data.window, forks, (data.width[0], data.width[1]), data.revisit_rate, data.hint_rate
+            data.window, forks, (data.width[0], data.width[1]), data.revisit_rate, data.hint_rate, data.depth
         )
         self.problems: Sequence[Problem] = list(_training_problems(data))
         self.dialects = [dialect(name) for name in data.dialects]

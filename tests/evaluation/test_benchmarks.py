@@ -56,6 +56,10 @@ def test_variants_of_countdown():
     both = benchmark("countdown:2,unsolvable", 4)
     assert {(case.size, count_solutions(case.problem)) for case in both.cases} == {(2, 0)}
     assert (five.name, both.directory) == ("countdown:5", "countdown-2-unsolvable")
+    six = benchmark("countdown:6", 2)
+    assert all(count_solutions(case.problem) for case in six.cases)
+    with pytest.raises(apr.AprError, match="hardly any problem of six numbers has no solution"):
+        benchmark("countdown:6,unsolvable", 2)
     for variant in ("7", "hard", "3,4", "4,solvable"):
         with pytest.raises(
             apr.AprError, match=f"no variant '{variant}' of countdown, expected one of 2, 3, 4, 5, 6"
@@ -121,8 +125,10 @@ def test_an_error_names_the_line_that_is_not_a_problem(file: Path, line: str):
 
 
 def test_an_unknown_benchmark_is_an_error(tmp_path: Path, file: Path):
-    for name in ("chess", "gym:", "gym", "countdown:4"):
-        with pytest.raises(apr.AprError, match="expected one of countdown, game24, gym:NAME"):
+    for name in ("chess", "gym:", "gym", "game24:4"):
+        with pytest.raises(
+            apr.AprError, match="expected one of countdown, countdown:VARIANT, game24, gym:NAME"
+        ):
             benchmark(name, 1)
     with pytest.raises(apr.AprError, match="cannot read"):
         benchmark(str(tmp_path / "none.jsonl"), 1)

@@ -14,8 +14,8 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.engine.scripted import ByteTokenizer
 from sgl_apr.evaluation.tasks.countdown.branch_experts import MessageExpert
-from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
+from sgl_apr.evaluation.tasks.countdown.expert import SearchNode, SearchStyle
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, parse_steps, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
 from sgl_apr.methods.graph_operations import (
@@ -303,11 +303,11 @@ def test_countdown_searches_after_each_first_step(problem: Problem, proposed: Se
                 + "".join(f"<Message>{k}:>{m}</Message>\n" for k, m in enumerate(proposed, 1))
                 + "</Spawn>"
             )
-        return (
-            MessageExpert(problem, random.Random(0), SearchStyle(), task.dialect).branch(prompt)
-            if ";" in prompt
-            else " 11"
-        )
+        if ";" not in prompt:
+            return " 11"
+        (step,) = parse_steps(prompt.removeprefix(">").partition(";")[0]) or ()
+        node = SearchNode(Problem.parse(prompt.partition(";")[2]), step, 1)
+        return MessageExpert(problem, random.Random(0), SearchStyle(), task.dialect).write_branch(node)
 
     engine = apr.ScriptedEngine(script, tokenizer)
     task = CountdownTask(engine)

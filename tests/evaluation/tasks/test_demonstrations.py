@@ -105,6 +105,24 @@ def test_all_forks_have_the_stated_width(name: str, tokenizer: HfTokenizer):
         assert all(len(block.branches) <= stated for block in trajectory.blocks)
 
 
+@pytest.mark.parametrize("name", ["multiverse", "spawn"])
+def test_branches_fork_again_where_problems_are_large(name: str, tokenizer: HfTokenizer):
+    style = SearchStyle(
+        window=2048, forks={4: 1.0, 5: 1.0}, width=(2, 3), hint_rate=1.0, depth=2, revisit_rate=1.0
+    )
+    solved = 0
+    for problem in generate_problems(6, "train", numbers=(5,)):
+        trajectory = made(name, problem, tokenizer, style=style)
+        apr.dialect(name).validate(trajectory.text)
+        solved += Attempt(problem, trajectory).correct
+        inner = [block for block in trajectory.blocks if block.path[:-1]]
+        assert len(inner) >= len(trajectory.blocks[0].branches), "every branch forks"
+        assert max(len(span.path) for span in trajectory.spans) == 4
+    assert solved == 6, "each fork has a branch with a step that leads to a solution, if any does"
+    flat = made("threadweaver", problem, tokenizer, style=style)
+    assert flat.metrics().critical_path > 2 * trajectory.metrics().critical_path
+
+
 @pytest.mark.parametrize("name", ["apr", "asyncthink", "pasta"])
 def test_other_formats_are_an_error(name: str, tokenizer: HfTokenizer):
     with pytest.raises(apr.AprError, match=f"no demonstrations of Countdown in {name}"):

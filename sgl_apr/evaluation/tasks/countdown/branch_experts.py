@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import random
+import re
 from functools import cached_property
 
+from sgl_apr.engine.base import Request
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.tasks.countdown.expert import STATE_MARK, Expert, SearchStyle
-from sgl_apr.evaluation.tasks.countdown.problems import (
-    Problem,
-    Step,
-    legal_steps,
-    numbers_after,
-    parse_steps,
-)
+from sgl_apr.evaluation.tasks.countdown.expert import STATE_MARK, Expert, SearchNode, SearchStyle
+from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, legal_steps
 from sgl_apr.evaluation.tasks.countdown.search import (
+    CONCLUSION_TOKENS,
     NO_SOLUTION_MARK,
     SOLUTION_MARK,
-    SearchTrace,
     conclusion,
-    search_small,
 )
 from sgl_apr.formats.dialects import Dialect
 
@@ -27,35 +22,54 @@ TAUGHT = ("threadweaver", "multiverse", "npr", "parallel_r1", "parathinker", "sp
 PATH_STEPS = 3  # first steps that one path without an outline tries
 
 
+def state_text(node: SearchNode) -> str:
+    """A first step, and the problem that it leaves.
+
+    A message loses the white space around it, and a number without a space before it is another token. So the text starts
+    with a mark.
+    """
+    assert node.step
+    return f"{STATE_MARK}{node.step.text};{node.problem.text}"
+
+
 class MessageExpert(Expert):
     """Branches get a message and return one (spawn)."""
 
     branch_tokens = 43  # of the longest message and its result
 
-    def is_branch(self, prompt: str) -> bool:
-        return not prompt.startswith(self.problem.text)
+    def __init__(self, problem: Problem, rng: random.Random, style: SearchStyle, dialect: Dialect) -> None:
+        super().__init__(problem, rng, style, dialect)
+        self.by_message: dict[str, SearchNode] = {}
 
-    def fork(self, room: int) -> str:
-        return self.render_fork([self.message(step) for step in self.take_steps(room)])
+    def locate(self, prompt: str) -> SearchNode:
+        if prompt.startswith(self.problem.text):
+            return self.trunk
+        message = max((text for text in self.by_message if prompt.startswith(text)), key=len)
+        return self.by_message[message]
 
-    def message(self, step: Step) -> str:
-        """The message of a branch: a first step, and the problem that it leaves.
+    def affordable_branches(self, node: SearchNode, context: int) -> int:
+        return (self.style.window - context - CONCLUSION_TOKENS) // self.branch_tokens
 
-        A message loses the white space around it, and a number without a space before it is another token. So the message
-        starts with a mark.
-        """
-        left = Problem(numbers_after(self.problem.numbers, step), self.problem.target)
-        return f"{STATE_MARK}{step.text};{left.text}"
+    def fork(self, node: SearchNode, room: int) -> str:
+        children = self.take_steps(node, room)
+        self.by_message |= {state_text(child): child for child in children}
+        return self.render_fork(node, [state_text(child) for child in children])
 
-    def branch(self, prompt: str) -> str:
-        step, _, rest = prompt.removeprefix(STATE_MARK).partition(";")
-        problem = Problem.parse(rest)
-        trace = search_small(problem.numbers, problem.target)
-        if trace.solution is None:  # names its step, since the parent no longer sees the message
-            result = NO_SOLUTION_MARK + step.partition("=")[0]
-        else:
-            result = conclusion([*(parse_steps(step) or []), *trace.solution])
-        return f"\n{trace.text}{self.dialect.grammar.render_rule('closer', text=result)}"
+    def write_branch(self, node: SearchNode) -> str:
+        trace = self.search(node)
+        if trace.solution is not None:
+            node.solve([*trace.solution])
+        return f"\n{trace.text}{self.conclude(node)}"
+
+    def conclude(self, node: SearchNode) -> str:
+        if node is self.trunk:
+            return conclusion(node.solution)
+        assert node.step
+        # Without a solution it names its step, since the parent no longer sees the message.
+        failed = NO_SOLUTION_MARK + node.step.text.partition("=")[0]
+        return self.dialect.grammar.render_rule(
+            "closer", text=conclusion(node.solution) if node.solution else failed
+        )
 
 
 class SharedPrefixExpert(Expert):
@@ -64,51 +78,70 @@ class SharedPrefixExpert(Expert):
     branch_tokens = 150  # of the longest branch and its outline
 
     @cached_property
-    def headers(self) -> dict[str, int]:
-        """The texts that the runtime writes before a branch, with the index of the branch."""
-        first, grammar = self.dialect.first_number, self.dialect.grammar
-        numbers = range(first, first + self.dialect.max_width)
-        return {grammar.render_rule("header", str(n)): n - first for n in reversed(numbers)}
+    def tags(self) -> re.Pattern[str]:
+        """What begins a branch, with its number if it has one, and what ends it."""
+        grammar, number = self.dialect.grammar, r"([1-9][0-9.]*)"
+        header = re.escape(grammar.render_rule("header", "@")).replace("@", number)
+        closer = re.escape(grammar.closing_literal("body", "@")).replace("@", r"[1-9][0-9.]*")
+        return re.compile(f"(?P<header>{header})|(?P<closer>{closer})")
 
-    def index(self, prompt: str) -> int | None:
-        """The index of the branch that a request belongs to."""
-        return next((k for text, k in self.headers.items() if prompt.endswith(text)), None)
-
-    def is_branch(self, prompt: str) -> bool:
-        return self.index(prompt) is not None
-
-    def number(self, index: int) -> str:
-        """The number of a branch."""
-        return str(self.dialect.first_number + index)
-
-    def closer(self, index: int) -> str:
+    def closer(self, number: str) -> str:
         """The tag that ends a branch."""
-        return self.dialect.grammar.closing_literal("body", self.number(index))
+        return self.dialect.grammar.closing_literal("body", number)
 
-    def search(self, step: Step) -> tuple[str, SearchTrace]:
+    def close(self, index: int | None) -> str:
+        return close_block(self.dialect, NO_SOLUTION_MARK if index is None else SOLUTION_MARK)
+
+    def searched(self, node: SearchNode) -> str:
         """The search behind a first step: the step with the problem that it leaves, as in a message, and all that follows."""
-        left = Problem(numbers_after(self.problem.numbers, step), self.problem.target)
-        trace = search_small(left.numbers, left.target)
-        return f"{STATE_MARK}{step.text};{left.text}\n{trace.text}", trace
+        trace = self.search(node)
+        if trace.solution is not None:
+            node.solve([*trace.solution])
+        return f"{state_text(node)}\n{trace.text}"
 
 
 class OutlineExpert(SharedPrefixExpert):
     """Each branch has an outline: its first step (threadweaver, multiverse, npr)."""
 
-    def fork(self, room: int) -> str:
-        return self.render_fork([step.text for step in self.take_steps(room)])
+    def __init__(self, problem: Problem, rng: random.Random, style: SearchStyle, dialect: Dialect) -> None:
+        super().__init__(problem, rng, style, dialect)
+        self.numbers = {id(self.trunk): ""}
 
-    def branch(self, prompt: str) -> str:
-        index = self.index(prompt)
-        assert index is not None
-        step = self.last_fork[index]
-        text, trace = self.search(step)
-        found = None if trace.solution is None else [step, *trace.solution]
-        return text + conclusion(found) + self.closer(index)
+    def locate(self, prompt: str) -> SearchNode:
+        opened: list[str] = []
+        for tag in self.tags.finditer(prompt):
+            if tag["header"]:
+                opened.append(tag[2])
+            else:
+                opened.pop()
+        node = self.trunk
+        for number in opened:
+            node = node.children[int(number.rpartition(".")[2]) - self.dialect.first_number]
+        return node
+
+    def number(self, node: SearchNode, index: int) -> str:
+        prefix = self.numbers[id(node)] if self.dialect.nested_numbering else ""
+        return f"{prefix}{'.' * bool(prefix)}{super().number(node, index)}"
+
+    def fork(self, node: SearchNode, room: int) -> str:
+        children = self.take_steps(node, room)
+        self.numbers |= {id(child): self.number(node, k) for k, child in enumerate(children)}
+        return self.render_fork(node, [child.step.text for child in children if child.step])
+
+    def introduction(self, node: SearchNode) -> str:
+        return state_text(node) + "\n" if node.depth else ""
+
+    def write_branch(self, node: SearchNode) -> str:
+        return self.searched(node) + self.conclude(node)
+
+    def conclude(self, node: SearchNode) -> str:
+        closer = self.closer(self.numbers[id(node)]) if node.depth else ""
+        return conclusion(node.solution) + closer
 
     def close(self, index: int | None) -> str:
         """The number of the branch with a solution stands in the conclusion that a format requires."""
-        return close_block(self.dialect, NO_SOLUTION_MARK if index is None else f" {self.number(index)}")
+        text = NO_SOLUTION_MARK if index is None else f" {self.dialect.first_number + index}"
+        return close_block(self.dialect, text)
 
 
 class PathExpert(SharedPrefixExpert):
@@ -123,49 +156,56 @@ class PathExpert(SharedPrefixExpert):
     def __init__(self, problem: Problem, rng: random.Random, style: SearchStyle, dialect: Dialect) -> None:
         super().__init__(problem, rng, style, dialect)
         self.is_numbered = "trunk" not in dialect.grammar.rules  # every reply begins with its paths
-        self.solutions: list[list[Step] | None] = []  # of the paths of this block
         if self.is_numbered:
-            self.untried = legal_steps(problem.numbers)
+            self.trunk.forks = 1
+            self.trunk.untried = legal_steps(problem.numbers)
 
-    @property
-    def has_forked(self) -> bool:
-        return bool(self.solutions)
+    def __call__(self, request: Request, prompt: str) -> str:
+        last = [*self.tags.finditer(prompt)][-1:]
+        if last and last[0]["header"] and prompt.endswith(last[0]["header"]):
+            return self.path(last[0][2] if self.is_numbered else "")
+        return super().__call__(request, prompt)
 
-    def fork(self, room: int) -> str:
-        self.untried = [step for step in self.untried if step not in self.last_fork]
-        self.last_fork, self.solutions = [], []
+    def locate(self, prompt: str) -> SearchNode:
+        return self.trunk
+
+    def fork(self, node: SearchNode, room: int) -> str:
+        node.children, node.forks = [], node.forks + 1
         return self.dialect.grammar.render_rule("fork")
 
-    def branch(self, prompt: str) -> str:
-        index = self.index(prompt)
-        assert index is not None
+    def path(self, number: str) -> str:
+        """What a path decodes."""
+        trunk = self.trunk
         if self.is_numbered:
-            steps = self.untried[index :: self.dialect.max_width][:PATH_STEPS]
+            steps = trunk.untried[int(number) - 1 :: self.dialect.max_width][:PATH_STEPS]
         else:
-            steps = self.rng.sample(self.untried, min(PATH_STEPS, len(self.untried)))
-        self.last_fork += steps
-        text, found = "", None
-        for step in steps:
-            part, trace = self.search(step)
-            text += part
-            if trace.solution is not None:
-                found = [step, *trace.solution]
+            steps = self.rng.sample(trunk.untried, min(PATH_STEPS, len(trunk.untried)))
+        text, nodes = "", [trunk.child(step) for step in steps]
+        trunk.children += nodes
+        solution = None
+        for node in nodes:
+            text += self.searched(node)
+            solution = node.solution
+            if solution:
                 break
-        self.solutions.append(found)
-        return text + conclusion(found) + self.closer(index)
+        return text + conclusion(solution) + self.closer(number)
 
-    def found(self) -> tuple[int, list[Step]] | None:
-        return next(((k, steps) for k, steps in enumerate(self.solutions) if steps), None)
+    def write_branch(self, node: SearchNode) -> str:
+        raise AssertionError("a path is no node")
 
-    def after_join(self, room: int) -> str:
-        if not self.is_numbered:
-            self.untried = [step for step in self.untried if step not in self.last_fork]
-            return super().after_join(room)
-        found = self.found()
-        return conclusion(found and found[1])
+    def first_solution(self, node: SearchNode) -> tuple[int, list[Step]] | None:
+        return next(((0, child.solution) for child in node.children if child.solution), None)
 
-    def close(self, index: int | None) -> str:
-        return close_block(self.dialect, NO_SOLUTION_MARK if index is None else SOLUTION_MARK)
+    def after_join(self, node: SearchNode, room: int) -> str:
+        tried = {child.step for child in node.children}
+        node.untried = [step for step in node.untried if step not in tried]
+        if self.is_numbered:
+            found = self.first_solution(node)
+            return conclusion(found and found[1])
+        return super().after_join(node, room)
+
+    def conclude(self, node: SearchNode) -> str:
+        return conclusion(node.solution)
 
 
 def close_block(dialect: Dialect, text: str) -> str:

@@ -48,7 +48,7 @@ async def demonstration(
         stated = rng.randint(*style.width)
         style = replace(style, width=(stated, stated))
     engine = ScriptedEngine(expert_for(problem, rng, style, target), tokenizer)
-    budget = Budget(tokens=1 << 20)
+    budget = Budget(tokens=1 << 20, depth=min(style.depth, target.max_depth))
     join: JoinMethod | None = "text" if "text" in target.joins else None
     if target.unlabelled_branches or "trunk" not in target.grammar.rules:
         width = rng.randint(max(style.width[0], target.min_width), min(style.width[1], target.max_width))

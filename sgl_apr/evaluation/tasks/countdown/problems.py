@@ -17,6 +17,7 @@ LARGEST_INTERMEDIATE = 99  # so that every number is one token of a small vocabu
 LARGEST_NUMBER, TARGET_RANGE = 25, (10, 99)  # bounds of the given numbers, and of targets
 MAX_TRIES = 20_000  # without a new problem, after which hardly any is left
 MAX_SOLUTIONS = 6  # of a generated problem; with more, almost any steps solve it
+MAX_SOLUTIONS_OF_SIX = 600  # of six numbers, of which hardly any problem has fewer
 STEP = re.compile(r" (\d{1,4})([-+*/]) (\d{1,4})= (\d{1,4})")
 Split = Literal["train", "test"]
 
@@ -178,6 +179,8 @@ def generate_problems(
 ) -> Iterator[Problem]:
     """Different random problems with 1 to `MAX_SOLUTIONS` solutions, or with none, the same for the same arguments.
 
+    Problems of six numbers have up to `MAX_SOLUTIONS_OF_SIX`, and hardly any has none.
+
     Args:
         count: How many.
         split: The split that they belong to.
@@ -186,16 +189,18 @@ def generate_problems(
         solvable: Whether they have a solution.
 
     Raises:
-        AprError: If hardly any further problem can be found.
+        AprError: If hardly any further problem can be found, or a problem of six numbers is to have no solution.
     """
+    if max(numbers, default=0) > 5 and not solvable:
+        raise AprError("hardly any problem of six numbers has no solution, expected at most five")
     name = "countdown" if solvable else "unsolvable countdown"
     rng, seen, tries = random.Random(f"{name} {split} {seed}"), set[Problem](), 0
-    fewest, most = (1, MAX_SOLUTIONS) if solvable else (0, 0)
     while len(seen) < count:
         tries += 1
         if tries > MAX_TRIES:
             raise AprError(f"expected at most about {len(seen)} problems with {sorted(set(numbers))} numbers")
         size = numbers[len(seen) % len(numbers)]
+        fewest, most = (1, MAX_SOLUTIONS if size < 6 else MAX_SOLUTIONS_OF_SIX) if solvable else (0, 0)
         drawn = tuple(sorted(rng.randint(1, LARGEST_NUMBER) for _ in range(size)))
         problem = Problem(drawn, rng.randint(*TARGET_RANGE))
         if problem in seen or problem.split != split or not fewest <= count_solutions(problem) <= most:

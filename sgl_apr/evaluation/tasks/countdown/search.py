@@ -86,6 +86,29 @@ def count_tokens(text: str) -> int:
     return len(TOKEN.findall(text))
 
 
+def search_sequentially(problem: Problem, max_tokens: int) -> SearchTrace:
+    """Search without forks, all steps in their fixed order, up to the first solution.
+
+    Args:
+        problem: The problem.
+        max_tokens: The search of more than three numbers gives up where its next part does not fit.
+    """
+    if len(problem.numbers) < 4:
+        return search_small(problem.numbers, problem.target)
+    text = ""
+    for step in legal_steps(problem.numbers):
+        left = Problem(numbers_after(problem.numbers, step), problem.target)
+        line = f"{step.text};{''.join(f' {n}' for n in left.numbers)}\n"
+        trace = search_sequentially(left, max_tokens - count_tokens(text + line))
+        part = line + trace.text
+        if count_tokens(text + part) > max_tokens:
+            break
+        text += part
+        if trace.solution:
+            return SearchTrace(text, (step, *trace.solution))
+    return SearchTrace(text, None)
+
+
 def sequential_search(problem: Problem, max_tokens: int) -> str:
     """The complete reply of a sequential search.
 
@@ -95,19 +118,5 @@ def sequential_search(problem: Problem, max_tokens: int) -> str:
         problem: The problem.
         max_tokens: The search gives up where its next part does not fit.
     """
-    text, solution = "\n", None
-    if len(problem.numbers) < 4:
-        trace = search_small(problem.numbers, problem.target)
-        text, solution = text + trace.text, trace.solution
-    else:
-        for step in legal_steps(problem.numbers):
-            left = numbers_after(problem.numbers, step)
-            trace = search_small(left, problem.target)
-            part = f"{step.text};{''.join(f' {n}' for n in left)}\n{trace.text}"
-            if count_tokens(text + part) > max_tokens - CONCLUSION_TOKENS:
-                break
-            text += part
-            if trace.solution:
-                solution = (step, *trace.solution)
-                break
-    return text + conclusion(solution)
+    trace = search_sequentially(problem, max_tokens - CONCLUSION_TOKENS - 1)  # a line break comes first
+    return f"\n{trace.text}{conclusion(trace.solution)}"
