@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.formats.dialects import dialect
+from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.options import JoinMethod
 from sgl_apr.formats.presets import known_dialects, preset
 from sgl_apr.methods.registry import MethodResult
@@ -16,22 +17,22 @@ from sgl_apr.runtime.loop import areason
 
 async def threadweaver(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
     """ThreadWeaver (arXiv 2512.07843): outlines, threads, a join by text. Options are those of `areason`."""
-    return await _run("threadweaver", "threadweaver", engine, problem, task, options)
+    return await run_format("threadweaver", "threadweaver", engine, problem, task=task, options=options)
 
 
 async def multiverse(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
     """Multiverse (arXiv 2506.09991): goal, paths, conclusion, joined in the KV cache where the engine can."""
-    return await _run("multiverse", "multiverse", engine, problem, task, options)
+    return await run_format("multiverse", "multiverse", engine, problem, task=task, options=options)
 
 
 async def npr(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
     """Native Parallel Reasoner: guideline, plans, steps, takeaway, joined in the KV cache where the engine can."""
-    return await _run("npr", "npr", engine, problem, task, options)
+    return await run_format("npr", "npr", engine, problem, task=task, options=options)
 
 
 async def parallel_r1(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
     """Parallel-R1 (arXiv 2509.07980): paths without outlines, and a summary."""
-    return await _run("parallel_r1", "parallel_r1", engine, problem, task, options)
+    return await run_format("parallel_r1", "parallel_r1", engine, problem, task=task, options=options)
 
 
 async def parathinker(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
@@ -39,24 +40,44 @@ async def parathinker(engine: Engine, problem: Any, *, task: Task[Any], **option
 
     Its learned branch embeddings are missing, so the label is "parathinker-style".
     """
-    return await _run("parathinker", "parathinker", engine, problem, task, options)
+    return await run_format("parathinker", "parathinker", engine, problem, task=task, options=options)
 
 
 async def apr(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
     """APR (Pan 2025, arXiv 2504.15466): spawn with messages, join with what they return."""
-    return await _run("apr", "spawn", engine, problem, task, options)
+    return await run_format("apr", "spawn", engine, problem, task=task, options=options)
 
 
-async def _run(
-    name: str, dialect_name: str, engine: Engine, problem: Any, task: Task[Any], options: dict[str, Any]
+async def run_format(
+    name: str,
+    format_dialect: Dialect | str,
+    engine: Engine,
+    problem: Any,
+    *,
+    task: Task[Any],
+    options: Mapping[str, Any],
 ) -> MethodResult:
-    sampled, form = require_family(task, SampledTask), dialect(dialect_name)
+    """Let a model answer a problem in its format, with the prompt that the task makes for it.
+
+    Args:
+        name: The name of the method, by which the instruction of its authors is found.
+        format_dialect: The format.
+        engine: Where the model decodes.
+        problem: The problem.
+        task: The kind of problem.
+        options: Options of `areason`. Without a join it is the published one where the engine can, else by text.
+
+    Raises:
+        AprError: As `areason`; `Inapplicable` if the problems of the task do not fit one prompt.
+    """
+    sampled = require_family(task, SampledTask)
+    form = dialect(format_dialect) if isinstance(format_dialect, str) else format_dialect
     join: JoinMethod = options.get("join") or form.published_join
     if not options.get("join") and (join not in form.joins or (join == "kv" and not engine.joins_kv)):
         join = "text"  # the published join is unavailable, and the label says so; an explicit join stays, and fails
     prompt = sampled.prompt_text(problem, _instruction(name))
     trajectory = await areason(engine, prompt, form, **{**options, "join": join})
-    label = _label(name, dialect_name, join, engine)
+    label = _label(name, form, join, engine)
     return MethodResult(name, task.answer(trajectory.answer), trajectory, label=label)
 
 
@@ -68,11 +89,11 @@ def _instruction(name: str) -> str:
         return ""
 
 
-def _label(name: str, dialect_name: str, join: JoinMethod, engine: Engine) -> str:
+def _label(name: str, form: Dialect, join: JoinMethod, engine: Engine) -> str:
     """How the run differs from the published one: another join, or a model that does not know the tags."""
     notes = ["parathinker-style"] if name == "parathinker" else []
-    if join != dialect(dialect_name).published_join:
+    if join != form.published_join:
         notes.append(f"joined by {join}")
-    if dialect(dialect_name) not in known_dialects(engine.tokenizer):
+    if form not in known_dialects(engine.tokenizer):
         notes.append("by grammar alone: the model does not know its tags")
     return ", ".join(notes) or "exact"

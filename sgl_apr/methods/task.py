@@ -101,6 +101,10 @@ class SampledTask(Task[P]):
         """The same for a model that forks by itself, with the instruction that its format needs."""
         return self.prompt(problem).text
 
+    def branch_solves(self, problem: P, text: str) -> bool | None:
+        """Whether what a branch wrote or returned contains a correct answer to the problem; None if the task cannot tell."""
+        return None
+
 
 class SelfJudgedTask(Task[P]):
     """A task whose model can be asked whether a reply is correct."""

@@ -129,11 +129,11 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The log-probability of every target of a batch, (m,), under a Hugging Face causal language model.
+def target_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The logits in the place of every target of a batch, (m, vocabulary) in float32, of a Hugging Face causal language model.
 
     A batch of one row goes through the model's own `forward`, which sharded models (FSDP) need. Tokens that a tree excludes have
-    no probability, as under the grammar's mask.
+    the logit -inf, as under the grammar's mask.
     """
     mask = batch.get("attention_mask")
     if mask is None:
@@ -159,4 +159,14 @@ def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
         )
         table[sets, ids] = True
         logits = logits.masked_fill(table[batch["exclusion"]], -torch.inf)
-    return logits.log_softmax(-1).gather(-1, batch["targets"].unsqueeze(-1)).squeeze(-1)
+    return logits
+
+
+def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The log-probability of every target of a batch, (m,), under a Hugging Face causal language model (`target_logits`)."""
+    return select_log_probabilities(target_logits(model, batch), batch["targets"])
+
+
+def select_log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """The log-probability of each target, (m,), by its logits, (m, vocabulary)."""
+    return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)

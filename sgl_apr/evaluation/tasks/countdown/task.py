@@ -96,6 +96,10 @@ class CountdownTask(
     def verify(self, problem: Problem, answer: str) -> bool:
         return solves(problem, answer)
 
+    def branch_solves(self, problem: Problem, text: str) -> bool:
+        """Whether the last line of a branch claims a solution of the complete problem that is one."""
+        return solves(problem, extract_solution(text))
+
     def initial_state(self, problem: Problem) -> SearchState:
         return SearchState(problem)
 
