@@ -31,6 +31,14 @@ from sgl_apr.training.collate import Collator, log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, Steps
 from sgl_apr.training.device import device
 from sgl_apr.training.examples import make_examples
+from sgl_apr.training.lora import (
+    ADAPTER_FILE,
+    adapter_tensors,
+    add_lora,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.muon import Muon
 
@@ -85,12 +93,14 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     """
     start = start_run(config, _start(config, out), out)
     torch.manual_seed(config.steps.seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    model = _load_model(start)
+    tokenizer = HfTokenizer(start)
+    if config.steps.lora_rank:
+        add_lora(model, config.steps.lora_rank, tokenizer.added_tokens.values())
     model.to(device())
-    optimizer = Muon(_parameter_groups(model, config.steps.weight_decay))
+    optimizer = Muon(_parameter_groups(model, config.steps))
     done = load_checkpoint(out, model, optimizer)
     step, tokens, place = done.step, done.tokens, done.place
-    tokenizer = HfTokenizer(start)
     collate = Collator(pad=min(tokenizer.eos_ids))
     tags, weight = torch.tensor([*tokenizer.added_tokens.values()], device=device()), config.steps.tag_weight
     model.train()
@@ -122,7 +132,16 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
             if step % config.steps.checkpoint == 0:
                 save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
     save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
+    if config.steps.lora_rank:
+        adapter, model = adapter_tensors(model), _load_model(start)
+        with write_errors(out / ADAPTER_FILE):
+            save_adapter(out / ADAPTER_FILE, adapter)
+        merge_adapter(model, load_adapter(out / ADAPTER_FILE))
     return export_model(out / MODEL_DIR, model, start)
+
+
+def _load_model(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def _weighted_mean(values: Tensor, targets: Tensor, tags: Tensor, weight: float) -> Tensor:
@@ -155,8 +174,9 @@ def _start(config: SftConfig, out: Path) -> Path:
     return out / START_DIR
 
 
-def _parameter_groups(model: Any, decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(model: Any, steps: Steps) -> list[dict[str, Any]]:
     """Three groups: matrices of layers; embedding and head; norms, which have no weight decay."""
+    decay = steps.weight_decay
     embeddings = {
         id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
     }
@@ -165,7 +185,7 @@ def _parameter_groups(model: Any, decay: float) -> list[dict[str, Any]]:
         {
             "params": [p for p in parameters if p.dim() == 2 and id(p) not in embeddings],
             "weight_decay": decay,
-            "matrices": True,
+            "matrices": steps.optimizer == "muon",
         },
         {"params": [p for p in parameters if id(p) in embeddings], "weight_decay": decay},
         {"params": [p for p in parameters if p.dim() != 2], "weight_decay": 0.0},
