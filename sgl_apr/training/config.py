@@ -83,6 +83,8 @@ class Steps:
     Attributes:
         tokens: Tokens computed in all; each prefix counts once.
         batch: Tokens of one step, padding included.
+        row: Pack trajectories of all lengths into rows of so many tokens, so that every step has some of each kind. 0 takes
+            trajectories of similar length for a step, one in a row.
         tag_weight: Weight of the losses of tags, relative to those of other tokens. Tags are where a model decides whether to
             fork, how wide, and when to stop, and they are few.
         rate: Peak learning rate.
@@ -101,6 +103,7 @@ class Steps:
 
     tokens: int = 20_000_000
     batch: int = 16_384
+    row: int = 0
     tag_weight: float = 1.0
     rate: float = 2e-3
     warmup: int = 100

@@ -106,15 +106,19 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     model.train()
     with write_errors(out / LOG_FILE), (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
         batches = batch_stream(
-            make_examples(config.data, tokenizer), config.steps.batch, config.steps.seed, place
+            make_examples(config.data, tokenizer),
+            config.steps.batch,
+            config.steps.seed,
+            place,
+            row_tokens=config.steps.row,
         )
         while tokens < config.steps.tokens:
-            trees, place = next(batches)
+            rows, place = next(batches)
             began = time.monotonic()
             rate = learning_rate(config.steps, step, tokens / config.steps.tokens)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = to_device(collate(trees), model.device)
+            batch = to_device(collate(rows), model.device)
             with torch.autocast(model.device.type, torch.bfloat16, config.steps.precision == "bfloat16"):
                 values = log_probabilities(model, batch)
             loss = -_weighted_mean(values, batch["targets"], tags, weight)
@@ -122,7 +126,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.steps.clip))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens += sum(tree.tokens for tree in trees)
+            tokens += sum(tree.tokens for row in rows for tree in row)
             step += 1
             seconds = time.monotonic() - began
             step_log = SftStepLog(step, tokens, len(batch["targets"]), loss.item(), rate, norm, seconds)
