@@ -38,7 +38,8 @@ from sgl_apr.evaluation.tasks.countdown.problems import Problem
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training import grpo, sft
-from sgl_apr.training.config import Data, GrpoConfig, Model, Rollouts, SftConfig, Steps, Updates
+from sgl_apr.training.config import Data, GrpoConfig, HeldOut, Model, Rollouts, SftConfig, Steps, Updates
+from sgl_apr.training.grpo_log import GrpoStepLog
 
 BUDGET = apr.Budget(tokens=6000, width=16, branch_tokens=160)
 REWARDS = {
@@ -78,11 +79,13 @@ class Experiments:
         rollouts = Rollouts(problems=self.options.problems, tokens=BUDGET.tokens, reward=reward)
         # This reward pays for structure in the last two of ten steps.
         steps = self.options.steps * (2 if reward == "parallel_r1" else 1)
-        updates = Updates(steps=steps, rate=self.options.rate, branches=0.0)
+        updates = Updates(steps=steps, rate=self.options.rate, branch_credit="trunk")
         progress = iter(track(range(updates.steps), name, console=Console(stderr=True)))
-        config = GrpoConfig(Model(path=str(start)), rollouts=rollouts, updates=updates)
+        config = GrpoConfig(
+            Model(path=str(start)), rollouts=rollouts, updates=updates, heldout=HeldOut(every=0)
+        )
 
-        def advance(_: grpo.GrpoStepLog) -> None:
+        def advance(_: GrpoStepLog) -> None:
             next(progress, None)
 
         return grpo.train(config, self.out / name, advance)

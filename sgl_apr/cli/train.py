@@ -13,11 +13,13 @@ from sgl_apr.cli.arguments import add_training_arguments, load_dialects
 from sgl_apr.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from sgl_apr.training.grpo import GrpoStepLog
+    from sgl_apr.training.grpo_log import GrpoStepLog
+    from sgl_apr.training.heldout import HeldOutPoint
     from sgl_apr.training.sft import SftStepLog
 
 SFT_CURVES = ("loss", "rate", "norm")
-GRPO_CURVES = ("reward", "accuracy", "critical_path", "total", "forked_3", "forked_4", "width")
+GRPO_CURVES = ("reward", "accuracy", "critical_path", "total", "forked", "width")
+HELDOUT_CURVES = ("reward", "accuracy", "false_claims", "critical_path", "forked")
 
 
 def add_command(commands: Any) -> None:
@@ -28,7 +30,8 @@ def add_command(commands: Any) -> None:
         epilog="examples:\n"
         "  sgl-apr train sft configs/countdown-short.toml -o runs/short\n"
         "  sgl-apr train sft configs/countdown-short.toml -o runs/short    # again: continues where it stopped\n"
-        "  sgl-apr train sft configs/countdown-short.toml --set model.seed=1 --set data.seed=1 -o runs/short-1",
+        "  sgl-apr train sft configs/countdown-short.toml --set model.seed=1 --set data.seed=1 -o runs/short-1\n"
+        "  sgl-apr train grpo configs/countdown-rl.toml -o runs/rl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = train.add_subparsers(required=True, metavar="KIND")
@@ -73,22 +76,35 @@ def _grpo(options: argparse.Namespace) -> int:
 
     from sgl_apr.training.config import GrpoConfig, load_config
     from sgl_apr.training.grpo import train
+    from sgl_apr.training.heldout import HELDOUT_FILE
 
     load_dialects(options.dialect)
     config = load_config(GrpoConfig, options.config, options.set)
     last: list[GrpoStepLog] = []
+    heldout: list[HeldOutPoint] = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("grpo", total=config.updates.steps)
 
-        def on_update(update: GrpoStepLog) -> None:
-            last[:] = [update]
-            description = (
-                f"grpo: reward {update.reward:.3f}, accuracy {update.accuracy:.1%}, "
-                f"critical path {update.critical_path:.0f}"
-            )
-            progress.update(bar, completed=update.step + 1, description=description)
+        def show() -> None:
+            parts = [
+                f"reward {step.reward:.3f}, accuracy {step.accuracy:.1%}, critical path {step.critical_path:.0f}"
+                for step in last
+            ]
+            parts += [f"held out {point.accuracy:.1%} at step {point.step}" for point in heldout]
+            completed = last[0].step + 1 if last else 0
+            progress.update(bar, completed=completed, description=f"grpo: {'; '.join(parts)}")
 
-        model = train(config, options.out, on_update)
+        def on_update(step: GrpoStepLog) -> None:
+            last[:] = [step]
+            show()
+
+        def on_heldout(point: HeldOutPoint) -> None:
+            heldout[:] = [point]
+            show()
+
+        model = train(config, options.out, on_update, on_heldout)
+    if (options.out / HELDOUT_FILE).exists():
+        _plot(options.out / HELDOUT_FILE, options.out / "heldout.png", HELDOUT_CURVES)
     _finish(options, model, GRPO_CURVES, {"step": last[0].step, "accuracy": last[0].accuracy} if last else {})
     return 0
 
@@ -96,11 +112,16 @@ def _grpo(options: argparse.Namespace) -> int:
 def _finish(
     options: argparse.Namespace, model: Path, curves: Sequence[str], last_step: dict[str, Any]
 ) -> None:
-    """Plot the log, if matplotlib is installed, and print the result."""
+    """Plot the log, and print the result."""
+    _plot(options.out / "log.jsonl", options.out / "log.png", curves)
+    print(json.dumps({"model": str(model), **last_step}) if options.json else model)
+
+
+def _plot(log: Path, image: Path, curves: Sequence[str]) -> None:
+    """Plot a log, if matplotlib is installed."""
     from sgl_apr.evaluation.plots import plot_training_log
 
     try:
-        plot_training_log(options.out / "log.jsonl", options.out / "log.png", curves)
+        plot_training_log(log, image, curves)
     except MissingExtra as error:
-        print(f"no log.png: {error}", file=sys.stderr)
-    print(json.dumps({"model": str(model), **last_step}) if options.json else model)
+        print(f"no {image.name}: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import aiohttp
 
@@ -93,7 +93,7 @@ class HttpEngine(ServerRequests, WorkerGroupEngine):
         tokenizer: Tokenizer | None = None,
         timeout: float = 120.0,
         reconnect_timeout: float = 0.0,
-    ) -> HttpEngine:
+    ) -> Self:
         """Connect to a server and load its tokenizer from the path or hub id that it reports.
 
         Args:
@@ -166,7 +166,7 @@ class HttpEngine(ServerRequests, WorkerGroupEngine):
             response.close()
         await self._session.close()
 
-    async def __aenter__(self) -> HttpEngine:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, pstdev
+from typing import Literal
 
 EPS = 1e-6
+Advantages = Literal["mean", "grpo", "papo"]
 
 
 def grpo(rewards: Sequence[float], eps: float = EPS) -> list[float]:
@@ -48,4 +50,25 @@ def papo(groups: Sequence[Sequence[float | None]], eps: float = EPS) -> list[lis
     for group, counted in zip(groups, well_formed, strict=True):
         mean = fmean(counted) if len(counted) > 1 else None
         advantages.append([0.0 if r is None or mean is None else (r - mean) / (std + eps) for r in group])
+    return advantages
+
+
+def group_advantages(kind: Advantages, groups: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """Advantages of a batch, by group.
+
+    Args:
+        kind: "mean" is `mean_only`, "grpo" is `grpo`, "papo" is `papo`.
+        groups: Rewards by group. None, a reply that the reward drops, has the advantage 0, and counts in no statistic.
+
+    Examples:
+        >>> group_advantages("mean", [[1.0, None, 0.0], [1.0]])
+        [[0.5, 0.0, -0.5], [0.0]]
+    """
+    if kind == "papo":
+        return papo(groups)
+    within_group = mean_only if kind == "mean" else grpo
+    advantages = []
+    for group in groups:
+        counted = iter(within_group([r for r in group if r is not None]))
+        advantages.append([0.0 if r is None else next(counted) for r in group])
     return advantages

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from sgl_apr.engine.http import HttpEngine
-from sgl_apr.engine.http_client import post_json_async
-from sgl_apr.errors import AprError, EngineError
-from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS, Attempt, attempt_problems
-from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems
-from sgl_apr.runtime.budget import Budget
+from sgl_apr.errors import AprError
+from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.advantages import grpo, mean_only, papo
-from sgl_apr.training.batches import batch_by_length
+from sgl_apr.training.advantages import group_advantages
+from sgl_apr.training.branch_credit import branch_advantages, sequence_advantages
 from sgl_apr.training.checkpoint import (
     LOG_FILE,
     Progress,
@@ -36,55 +27,29 @@ from sgl_apr.training.checkpoint import (
     start_run,
     write_errors,
 )
-from sgl_apr.training.collate import Collator, log_probabilities, to_device
-from sgl_apr.training.config import GrpoConfig, Rollouts
+from sgl_apr.training.config import GrpoConfig
 from sgl_apr.training.device import device
+from sgl_apr.training.grpo_log import GrpoStepLog
+from sgl_apr.training.heldout import HeldOutCurve, HeldOutPoint, evaluate_heldout
+from sgl_apr.training.mask_replay import MaskReplay, RecordedGrammars, RecordingEngine
+from sgl_apr.training.models import locate_model
+from sgl_apr.training.policy_samples import make_policy_samples
+from sgl_apr.training.ppo import UpdateStatistics, update_policy
 from sgl_apr.training.rewards import reward
-from sgl_apr.training.training_tree import Floats, TrainingTree, build_training_tree
-from sgl_apr.trajectory.trajectory import Trajectory
+from sgl_apr.training.rollouts import ProblemPool, Rollout, sample_rollouts
+from sgl_apr.training.weight_sync import load_weights
+from sgl_apr.trajectory.spans import Path as SequencePath
 
-PROBLEM_POOL_SIZE = 20_000  # training problems that every step draws from
 WEIGHTS_DIR = "weights"  # from which the server loads each update
+TIMEOUT_S = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class GrpoStepLog:
-    """One step, and one line of the log; means over the replies of the step.
-
-    Attributes:
-        step: Counted from 0.
-        weights: The server's version of the weights that wrote the replies.
-        reward: Mean reward.
-        accuracy: Share of correct replies.
-        total: Decoded tokens.
-        critical_path: Tokens of the critical path.
-        forked: Share of replies with a fork.
-        forked_3: The same for problems of three numbers.
-        forked_4: The same for problems of four numbers.
-        width: Branches per fork.
-        norm: See `update_policy`.
-        gradient_cosine: See `update_policy`.
-        sample_s: Seconds of sampling.
-        learn_s: Seconds of the update.
-    """
-
-    step: int
-    weights: str
-    reward: float
-    accuracy: float
-    total: float
-    critical_path: float
-    forked: float
-    forked_3: float
-    forked_4: float
-    width: float
-    norm: float
-    gradient_cosine: float
-    sample_s: float
-    learn_s: float
-
-
-def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None] | None = None) -> Path:
+def train(
+    config: GrpoConfig,
+    out: Path,
+    on_update: Callable[[GrpoStepLog], None] | None = None,
+    on_heldout: Callable[[HeldOutPoint], None] | None = None,
+) -> Path:
     """Train as configured.
 
     A run that was interrupted continues after its last checkpoint. Each step draws its problems by its own number.
@@ -93,6 +58,7 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None
         config: The configuration.
         out: Directory of the run, for log, checkpoints and model.
         on_update: Called after each step.
+        on_heldout: Called after each evaluation of held-out problems.
 
     Returns:
         The trained model, as a checkpoint that a server can load.
@@ -103,202 +69,137 @@ def train(config: GrpoConfig, out: Path, on_update: Callable[[GrpoStepLog], None
     reward(config.rollouts.reward)  # raises for an unknown name before anything runs
     if config.rollouts.reward == "npr" and config.rollouts.advantage != "papo":
         raise AprError('reward = "npr" drops malformed replies, expected advantage = "papo"')
-    start = start_run(config, Path(config.model.path), out)
-    torch.manual_seed(config.updates.seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
-    model.to(device())
-    # Not Adam: it scales all coordinates of the gradient alike, and most of them are noise with a few hundred replies.
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.updates.rate)
-    step = load_checkpoint(out, model, optimizer).step
-    pool = list(
-        generate_problems(
-            PROBLEM_POOL_SIZE, "train", seed=config.rollouts.seed + 1, numbers=config.rollouts.numbers
-        )
-    )
-    export_model(out / WEIGHTS_DIR, model, start)
+    start = start_run(config, Path(locate_model(config.model.path)), out)
+    run = GrpoRun(config, out, start)
+    export_model(out / WEIGHTS_DIR, run.model, start)
     with (
         write_errors(out),
-        Server(
-            out / WEIGHTS_DIR, log_path=out / "server.log", context_length=2048, **SERVER_OPTIONS
-        ) as server,
+        Server(out / WEIGHTS_DIR, log_path=out / "server.log", **SERVER_OPTIONS) as server,
         (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log,
     ):
-        while step < config.updates.steps:
-            update = asyncio.run(_step(config, step, server.url, model, optimizer, pool, out, start))
-            step += 1
+        while True:
+            if (point := run.evaluate(server.url)) and on_heldout:
+                on_heldout(point)
+            if run.is_complete():
+                break
+            update = asyncio.run(run.advance(server.url))
             log.write(json.dumps(asdict(update)) + "\n")
             if on_update:
                 on_update(update)
-            if step % config.updates.checkpoint == 0 or step == config.updates.steps:
-                save_checkpoint(out, model, optimizer, Progress(step))
-    return export_model(out / "model", model, start)
+            if run.step % config.updates.checkpoint == 0 or run.step == config.updates.steps:
+                run.save()
+        run.save()
+    return export_model(out / "model", run.model, start)
 
 
-async def _step(
-    config: GrpoConfig,
-    step: int,
-    url: str,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    pool: Sequence[Problem],
-    out: Path,
-    start: Path,
-) -> GrpoStepLog:
-    began = time.monotonic()
-    drawn = random.Random(f"{config.rollouts.seed} {step}").sample(pool, config.rollouts.problems)
-    async with await HttpEngine.connect(url, timeout=600) as engine:
-        attempts = await sample_attempts(engine, drawn, config)  # all end before the weights change
-        sampled = time.monotonic()
-        rollouts = config.rollouts
-        score = reward(rollouts.reward, step=step, parallel=rollouts.parallel, length=rollouts.length)
-        rewards = [score(attempt.trajectory, attempt.correct) for attempt in attempts]
-        advantages = _advantages(rollouts, rewards)
-        eos = min(HfTokenizer(start).eos_ids)
-        trajectories = [attempt.trajectory for attempt in attempts]
-        norm, cosine = update_policy(model, optimizer, trajectories, advantages, eos, config)
-        export_model(out / WEIGHTS_DIR, model, start)
-        await load_weights(url, out / WEIGHTS_DIR, f"{step + 1}")
-    return _step_log(step, attempts, rewards, norm, cosine, sampled - began, time.monotonic() - sampled)
-
-
-async def sample_attempts(engine: HttpEngine, drawn: Sequence[Problem], config: GrpoConfig) -> list[Attempt]:
-    """Sample a group of attempts at each problem, one group after another in the list."""
-    rollouts = config.rollouts
-    budget = Budget(
-        tokens=rollouts.tokens,
-        branch_tokens=rollouts.branch_tokens,
-        width=rollouts.width,
-        blocks=rollouts.blocks,
-    )
-    every = [problem for problem in drawn for _ in range(rollouts.group)]
-    return await attempt_problems(
-        engine, every, config.dialect, budget=budget, mode=rollouts.mode, temperature=rollouts.temperature,
-        pacing=None,
-    )  # fmt: skip
-
-
-def update_policy(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    trajectories: Sequence[Trajectory],
-    advantages: Sequence[float],
-    eos: int,
-    config: GrpoConfig,
-) -> tuple[float, float]:
-    """One policy-gradient step.
-
-    The loss sums the log-probabilities of a reply's decoded tokens, weighted by its advantage, and averages over replies. It does
-    not divide by length (Dr. GRPO: Liu 2025, arXiv 2503.20783, section 3). The replies come from these very weights, so
-    ratios of new to old policy are 1 and clip nothing (on-policy, without a KL term). The grammar's mask on the policy is not
-    replayed.
-
-    Returns:
-        The norm of the gradient, and the cosine between the gradients of the two halves of the replies, which shows how
-        much of it is not noise; both are 0 if there is no gradient.
-    """
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    half, halves = len(trajectories) // 2, list[torch.Tensor]()
-    for part in (slice(half), slice(half, None)):
-        trees = _weighted_trees(trajectories[part], advantages[part], eos, config.updates.branches)
-        weights_of, collate = {id(tree): weights for tree, weights in trees}, Collator(pad=eos)
-        for rows in batch_by_length([tree for tree, _ in trees], config.updates.batch, random.Random(0)):
-            batch = to_device(collate(rows, [[weights_of[id(tree)]] for tree in rows]), model.device)
-            (-(batch["weights"] * log_probabilities(model, batch)).sum() / len(trajectories)).backward()
-        halves.append(_flat_gradient(model))
-    first, second = halves[0], halves[1] - halves[0]
-    norm = (
-        float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.updates.clip))
-        if halves[1].any()
-        else 0.0
-    )
-    if norm:
-        optimizer.step()
-    return norm, float(torch.cosine_similarity(first, second, dim=0))
-
-
-def _weighted_trees(
-    trajectories: Sequence[Trajectory], advantages: Sequence[float], eos: int, branches: float
-) -> list[tuple[TrainingTree, Floats]]:
-    """The trees with a loss of nonzero weight, and the weights of their losses."""
-    weighted = list[tuple[TrainingTree, Floats]]()
-    for trajectory, advantage in zip(trajectories, advantages, strict=True):
-        for tree in build_training_tree([trajectory], eos=eos, separate_contexts=True).split():
-            in_branch = np.array([bool(trajectory.spans[k].path) for k in tree.spans], dtype=bool)
-            weights = (advantage * np.where(in_branch, branches, 1.0)).astype(np.float32)
-            if weights.any():
-                weighted.append((tree, weights))
-    return weighted
-
-
-def _flat_gradient(model: Any) -> torch.Tensor:
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    return torch.cat([part.detach().flatten() for part in parts])
-
-
-def _advantages(rollouts: Rollouts, rewards: Sequence[float | None]) -> list[float]:
-    remaining = iter(rewards)
-    groups = [list(islice(remaining, rollouts.group)) for _ in range(rollouts.problems)]
-    if rollouts.advantage == "papo":
-        return [a for group in papo(groups) for a in group]
-    group_advantages = mean_only if rollouts.advantage == "mean" else grpo
-    return [a for group in groups for a in group_advantages([r for r in group if r is not None])]
-
-
-async def load_weights(url: str, path: Path, version: str) -> None:
-    """Load a checkpoint into a running server, in place, and drop its cache, which belongs to the old weights.
-
-    The server waits for running requests, but not for trajectories: wait for those first.
+class GrpoRun:
+    """The state of a run: its policy, its problems, and how far it has come.
 
     Args:
-        url: The server.
-        path: The checkpoint.
-        version: Name of the new weights.
-
-    Raises:
-        EngineError: If the server does not load it.
+        config: The configuration.
+        out: Directory of the run; the run continues after the last checkpoint in it.
+        start: The checkpoint that the run starts from.
     """
-    body = {"model_path": str(path.resolve()), "weight_version": version, "flush_cache": True}
-    try:
-        answer = await post_json_async(f"{url}/update_weights_from_disk", body)
-    except EngineError as error:
-        raise EngineError(f"the server did not load {path}: {error}", error.status) from error
-    if not answer.get("success"):
-        raise EngineError(f"the server did not load {path}: {answer.get('message', answer)}")
 
+    def __init__(self, config: GrpoConfig, out: Path, start: Path) -> None:
+        self.config, self.out, self.start = config, out, start
+        torch.manual_seed(config.updates.seed)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            start, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        self.model.to(device())
+        # Not Adam: it scales all coordinates of the gradient alike, and most of them are noise with a few hundred replies.
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=config.updates.rate)
+        self.step = load_checkpoint(out, self.model, self._optimizer).step
+        self.curve = HeldOutCurve(out, self.step)
+        self._problems = ProblemPool(config.rollouts, config.heldout.problems if config.heldout.every else 0)
+        self._replay = MaskReplay(start, self.model.config.vocab_size)
 
-def _step_log(
-    step: int,
-    attempts: Sequence[Attempt],
-    rewards: Sequence[float | None],
-    norm: float,
-    cosine: float,
-    sample_s: float,
-    learn_s: float,
-) -> GrpoStepLog:
-    def mean(values: Sequence[float]) -> float:
-        return round(fmean(values), 4) if values else 0.0
+    def is_complete(self) -> bool:
+        """Whether all steps are done, or the held-out curve is flat."""
+        heldout = self.config.heldout
+        return self.step >= self.config.updates.steps or self.curve.is_flat(heldout.window, heldout.min_gain)
 
-    metrics = [a.trajectory.metrics() for a in attempts]
-    forked = {
-        n: [float(bool(a.trajectory.blocks)) for a in attempts if len(a.problem.numbers) == n] for n in (3, 4)
-    }
-    versions = {c.weight_version for a in attempts for c in a.trajectory.calls if c.weight_version}
-    if len(versions) > 1:
-        raise AprError(f"replies of one step came from several weights: {sorted(versions)}")
-    return GrpoStepLog(
-        step=step,
-        weights=next(iter(versions), ""),
-        reward=mean([r for r in rewards if r is not None]),
-        accuracy=mean([float(a.correct) for a in attempts]),
-        total=mean([m.total for m in metrics]),
-        critical_path=mean([m.critical_path for m in metrics]),
-        forked=mean([float(bool(a.trajectory.blocks)) for a in attempts]),
-        forked_3=mean(forked[3]),
-        forked_4=mean(forked[4]),
-        width=mean([float(len(b.branches)) for a in attempts for b in a.trajectory.blocks]),
-        norm=round(norm, 4),
-        gradient_cosine=round(cosine, 4),
-        sample_s=round(sample_s, 2),
-        learn_s=round(learn_s, 2),
-    )
+    def save(self) -> None:
+        """Save a checkpoint."""
+        save_checkpoint(self.out, self.model, self._optimizer, Progress(self.step))
+
+    def evaluate(self, url: str) -> HeldOutPoint | None:
+        """Evaluate the held-out problems, if that is due and was not done before an interruption."""
+        every, done = self.config.heldout.every, [point.step for point in self.curve.points]
+        last = self.step >= self.config.updates.steps
+        if not every or self.step in done or (self.step % every and not last):
+            return None
+        problems = self._problems.heldout
+        point = asyncio.run(evaluate_heldout(url, problems, self.config, self.step, TIMEOUT_S))
+        self.curve.add(point)
+        return point
+
+    async def advance(self, url: str) -> GrpoStepLog:
+        """One step: sample replies, learn from them, and load the new weights into the server."""
+        began, rollouts = time.monotonic(), self.config.rollouts
+        drawn = self._problems.draw(self.step)
+        problems = [problem for problem in drawn for _ in range(rollouts.group)]
+        async with await RecordingEngine.connect(url, timeout=TIMEOUT_S) as engine:
+            own = self.config.updates.branch_credit == "own"
+            judges = [problem.judge_branches(engine) for problem in drawn] if own else None
+            replies = await sample_rollouts(
+                engine,
+                problems,
+                self.config.dialect,
+                rollouts,
+                temperature=rollouts.temperature,
+                logprobs=True,
+            )  # all end before the weights change
+            sampled = time.monotonic()
+            score = reward(
+                rollouts.reward, step=self.step, parallel=rollouts.parallel, length=rollouts.length
+            )
+            rewards = [score(reply.trajectory, reply.correct) for reply in replies]
+            statistics = self.learn(replies, rewards, engine.grammars, judges)
+            export_model(self.out / WEIGHTS_DIR, self.model, self.start)
+            await load_weights(url, self.out / WEIGHTS_DIR, f"{self.step + 1}")
+        self.step += 1
+        learned = time.monotonic()
+        return GrpoStepLog.from_replies(
+            self.step - 1, replies, rewards, statistics, sample_s=sampled - began, learn_s=learned - sampled
+        )
+
+    def learn(
+        self,
+        replies: Sequence[Rollout],
+        rewards: Sequence[float | None],
+        grammars: RecordedGrammars,
+        judges: Sequence[Callable[[str], bool]] | None = None,
+    ) -> UpdateStatistics:
+        """Update the policy.
+
+        Args:
+            replies: The replies, one group after another.
+            rewards: Their rewards.
+            grammars: The grammars of their calls.
+            judges: For each problem: whether the text of a branch solves it, where branches are paid by their own success.
+        """
+        updates, size = self.config.updates, self.config.rollouts.group
+        groups = [replies[k : k + size] for k in range(0, len(replies), size)]
+        kind = self.config.rollouts.advantage
+        values = group_advantages(kind, [rewards[k : k + size] for k in range(0, len(rewards), size)])
+        own: list[dict[SequencePath, float]] = [{}] * len(replies)
+        if judges is not None:
+            own = branch_advantages([[r.trajectory for r in group] for group in groups], judges, kind)
+        samples = [
+            make_policy_samples(
+                reply.trajectory,
+                sequence_advantages(reply.trajectory, advantage, updates.branch_credit, paid),
+                self._replay,
+                grammars,
+            )
+            for reply, advantage, paid in zip(
+                replies, [a for group in values for a in group], own, strict=True
+            )
+        ]
+        by_group = [samples[k : k + size] for k in range(0, len(samples), size)]
+        return update_policy(
+            self.model, self._optimizer, by_group, self._replay, updates,
+            temperature=self.config.rollouts.temperature, seed=self.step,
+        )  # fmt: skip
