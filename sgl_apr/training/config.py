@@ -20,7 +20,7 @@ class Model:
     """Where a run starts: a checkpoint, or a small Llama for Countdown with fresh weights.
 
     Attributes:
-        path: A checkpoint; empty for fresh weights.
+        path: A checkpoint, or a name that `sgl-apr serve --model` knows; empty for fresh weights.
         layers: Of the fresh model.
         hidden: Hidden size of the fresh model.
         seed: Seed of the fresh weights.

@@ -39,6 +39,7 @@ from sgl_apr.training.lora import (
     merge_adapter,
     save_adapter,
 )
+from sgl_apr.training.models import locate_model
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.muon import Muon
 
@@ -157,7 +158,7 @@ def _weighted_mean(values: Tensor, targets: Tensor, tags: Tensor, weight: float)
 def _start(config: SftConfig, out: Path) -> Path:
     """The checkpoint that the run starts from, created first if it is to have fresh weights."""
     if config.model.path:
-        return Path(config.model.path)
+        return Path(locate_model(config.model.path))
     if not (out / START_DIR / "config.json").is_file():
         fresh = {name: value for name, value in asdict(config.model).items() if name != "path"}
         names = config.data.dialects

@@ -3,6 +3,7 @@ from .builtin import locate_model as locate_model
 from .description import Description as Description
 from .description import describe as describe
 from .pretrained import smollm2 as smollm2
+from .pretrained import trained_smollm2 as trained_smollm2
 from .tiny import random_llama as random_llama
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "locate_model",
     "random_llama",
     "smollm2",
+    "trained_smollm2",
 ]

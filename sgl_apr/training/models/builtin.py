@@ -18,13 +18,16 @@ def builtin_path() -> Path:
 def locate_model(model: str) -> str:
     """Resolve a model as the command line names it: a name that `sgl-apr model` knows, or anything that SGLang can load.
 
-    Raises:
-        AprError: The model is `smollm2`, and the package that holds it is not installed.
-    """
-    if model == SMOLLM2_NAME:
-        from sgl_apr.training.models.pretrained import smollm2
+    `smollm2:threadweaver` is SmolLM2 with the tags of that dialect, and `smollm2:trained` what `sgl-apr model smollm2 --trained`
+    prints.
 
-        return str(smollm2())
+    Raises:
+        AprError: The model is `smollm2`, and the package that holds it is not installed, or it has not been trained.
+    """
+    if model.partition(":")[0] == SMOLLM2_NAME:
+        from sgl_apr.training.models.pretrained import locate_smollm2
+
+        return str(locate_smollm2(model))
     return str(builtin_path()) if model == NAME else model
 
 

