@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
-from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
-from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
-from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training import grpo
-from sgl_apr.training.collate import Collator, log_probabilities
-from sgl_apr.training.config import GrpoConfig, Model, Rollouts, Updates
+from sgl_apr.training.config import GrpoConfig, HeldOut, Model, Rollouts, Updates
+from sgl_apr.training.grpo_log import GrpoStepLog
+from sgl_apr.training.heldout import HeldOutCurve, HeldOutPoint
 from sgl_apr.training.models.countdown import countdown_llama
-from sgl_apr.training.training_tree import build_training_tree
+from sgl_apr.training.weight_sync import load_weights
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -31,73 +29,12 @@ def begin(tmp_path_factory) -> Path:
 
 
 def config(begin: Path, **more) -> GrpoConfig:
-    rollouts = Rollouts(problems=2, group=2, tokens=200, branch_tokens=30, width=3, mode="parallel", **more)
-    return GrpoConfig(Model(path=str(begin)), "spawn", rollouts, Updates(steps=2, batch=4096))
-
-
-def test_replies_better_than_their_group_become_likelier(begin: Path):
-    tokenizer = HfTokenizer(begin)
-    eos = min(tokenizer.eos_ids)
-    model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
-    problem = next(generate_problems(1, "train", numbers=(4,)))
-    made = [asyncio.run(demonstration(problem, tokenizer, seed=seed)) for seed in (1, 2, 3)]
-
-    def likelihoods() -> list[float]:
-        with torch.no_grad():
-            batches = (Collator()([build_training_tree([t], eos=eos)]) for t in made)
-            return [float(log_probabilities(model, batch).sum()) for batch in batches]
-
-    before = likelihoods()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    norm, agreement = grpo.update_policy(model, optimizer, made, [1.0, -1.0, 0.0], eos, config(begin))
-    assert norm > 0
-    assert -1 <= agreement <= 1
-    after = likelihoods()
-    better, worse = (now - then for now, then in zip(after[:2], before[:2], strict=True))
-    assert better - worse > 0.01
-
-
-def test_branches_have_the_configured_weight(begin: Path):
-    """With weight 0 a step is that of the trunks alone, and its length is the rate."""
-    tokenizer = HfTokenizer(begin)
-    eos = min(tokenizer.eos_ids)
-    problem = next(generate_problems(1, "train", numbers=(4,)))
-    made = [asyncio.run(demonstration(problem, tokenizer, seed=seed)) for seed in (1, 2)]
-
-    def step(branches: float) -> torch.Tensor:
-        model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
-        before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        asked = replace(config(begin), updates=Updates(branches=branches, batch=4096))
-        grpo.update_policy(model, optimizer, made, [1.0, -1.0], eos, asked)
-        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
-
-    model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
-    for trajectory, advantage in zip(made, (1.0, -1.0), strict=True):
-        trunk = next(
-            t
-            for t in build_training_tree([trajectory], eos=eos, separate_contexts=True).split()
-            if not trajectory.spans[t.spans[0]].path
-        )
-        (-advantage * log_probabilities(model, Collator()([trunk])).sum()).backward()
-    expected = -torch.cat([p.grad.flatten() for p in model.parameters()])
-    trunks, complete = step(0.0), step(1.0)
-    assert torch.nn.functional.cosine_similarity(trunks, expected, dim=0) > 0.9999
-    assert trunks.norm() == pytest.approx(0.1, rel=1e-3)
-    assert torch.nn.functional.cosine_similarity(trunks, complete, dim=0) < 0.99
-
-
-def test_equal_rewards_change_nothing(begin: Path):
-    tokenizer = HfTokenizer(begin)
-    model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32)
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    made = [asyncio.run(demonstration(p, tokenizer, seed=0)) for p in generate_problems(2, "train")]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    assert grpo.update_policy(model, optimizer, made, [0.0, 0.0], min(tokenizer.eos_ids), config(begin)) == (
-        0,
-        0,
+    rollouts = Rollouts(
+        problems=2, group=2, tokens=200, branch_tokens=30, width=3, mode="parallel", pool=50, **more
     )
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    return GrpoConfig(
+        Model(path=str(begin)), "spawn", rollouts, Updates(steps=2, batch=4096), HeldOut(every=0)
+    )
 
 
 class Killed(Exception):
@@ -106,36 +43,20 @@ class Killed(Exception):
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_the_server_answers_with_the_weights_of_the_step(
-    begin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_server_answers_with_the_weights_of_the_step(begin: Path, tmp_path: Path, monkeypatch):
     """The log-probabilities of each reply are those of the model that is then updated; no cache of old weights is left."""
-    seen: list[float] = []
-    learn = grpo.update_policy
 
-    def compared(model, optimizer, trajectories, advantages, eos, config):
-        for trajectory in trajectories:
-            found = build_training_tree([trajectory], eos=eos)
-            reported = [x for c in trajectory.calls for x in c.logprobs or ()]
-            with torch.no_grad():
-                mine = log_probabilities(model, Collator()([found])).numpy()
-            assert len(reported) == len(mine)
-            seen.append(float(np.abs(np.sort(reported) - np.sort(mine)).max()))
-        return learn(model, optimizer, trajectories, [1.0, -1.0] * (len(trajectories) // 2), eos, config)
+    def score(name: str, **options):
+        return lambda trajectory, correct: float(next(rewards))
 
-    asked = grpo.attempt_problems
-
-    async def unconstrained(*args, **options):
-        return await asked(*args, **{**options, "constrain": False, "mode": "auto", "logprobs": True})
-
-    monkeypatch.setattr(grpo, "update_policy", compared)
-    monkeypatch.setattr(grpo, "attempt_problems", unconstrained)
-    asked_for = replace(config(begin), updates=Updates(steps=3, batch=4096, rate=0.05))
-    model = grpo.train(asked_for, tmp_path)
+    rewards = cycle((1.0, 0.0))  # a random model is never correct, and would have nothing to learn
+    monkeypatch.setattr(grpo, "reward", score)
+    updates = Updates(steps=3, batch=4096, rate=0.05, epochs=2, minibatches=2)
+    model = grpo.train(replace(config(begin), updates=updates), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["weights"] for line in lines] == ["default", "1", "2"]
-    assert len(seen) == 12
-    assert max(seen) < 1e-3
+    assert all(line["norm"] > 0 and line["logprob_error"] < 1e-3 for line in lines)
+    assert all(line["kl"] > 0 for line in lines)
     first = AutoModelForCausalLM.from_pretrained(begin).state_dict()
     assert any(
         not torch.equal(p, first[n])
@@ -145,8 +66,33 @@ def test_the_server_answers_with_the_weights_of_the_step(
 
 @pytest.mark.server
 @pytest.mark.slow
+def test_a_run_on_several_tasks_has_a_held_out_curve_and_ends_when_it_is_flat(begin: Path, tmp_path: Path):
+    tasks = {"countdown:3": 0.5, "countdown:3,unsolvable": 0.5}
+    rollouts = replace(config(begin).rollouts, tasks=tasks, pool=40)
+    heldout = HeldOut(problems=4, every=1, window=1)
+    settings = replace(
+        config(begin),
+        rollouts=rollouts,
+        updates=Updates(steps=9, batch=4096, rate=1e-9, branch_credit="own"),
+        heldout=heldout,
+    )
+    seen = list[HeldOutPoint]()
+    grpo.train(settings, tmp_path / "run", on_heldout=seen.append)
+    assert [point.step for point in seen] == [0, 1]  # nothing was learned, so the curve is flat
+    assert set(seen[0].accuracy_by_task) == {"countdown:3", "countdown:3,unsolvable"}
+    assert seen[0].accuracy == seen[1].accuracy
+    assert HeldOutCurve(tmp_path / "run", 1).points == seen
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    again = list[HeldOutPoint]()
+    grpo.train(settings, tmp_path / "run", on_heldout=again.append)
+    assert again == []  # it has ended
+
+
+@pytest.mark.server
+@pytest.mark.slow
 def test_a_killed_run_continues(begin: Path, tmp_path: Path):
-    def kill(update: grpo.GrpoStepLog) -> None:
+    def kill(update: GrpoStepLog) -> None:
         raise Killed
 
     with pytest.raises(Killed):
@@ -160,7 +106,7 @@ def test_a_killed_run_continues(begin: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_weights_that_cannot_be_loaded_are_an_error(server, tmp_path: Path):
     with pytest.raises(apr.EngineError, match="did not load"):
-        asyncio.run(grpo.load_weights(server.url, tmp_path / "nothing", "1"))
+        asyncio.run(load_weights(server.url, tmp_path / "nothing", "1"))
 
 
 def test_a_configuration_without_a_model_is_an_error(tmp_path: Path):
