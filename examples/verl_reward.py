@@ -13,7 +13,7 @@ import sgl_apr as apr
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, solves
 from sgl_apr.evaluation.tasks.countdown.search import extract_solution
 from sgl_apr.training.rewards import gated
-from sgl_apr.training.trl_verl import for_verl
+from sgl_apr.training.verl import for_verl
 
 
 def correct(answer: str, problem: str) -> bool:

@@ -22,7 +22,7 @@ def test_import_is_light():
         "import sys, sgl_apr as apr\n"
         "t = apr.dialect('threadweaver').parse('hello', apr.ByteTokenizer())\n"
         "import sgl_apr.training.training_tree, sgl_apr.training.rewards, sgl_apr.training.advantages\n"
-        "import sgl_apr.training.trl_verl, sgl_apr.training.rewrite.rewriter, sgl_apr.evaluation.tasks.countdown.problems\n"
+        "import sgl_apr.training.trl, sgl_apr.training.verl, sgl_apr.training.rewrite.rewriter, sgl_apr.evaluation.tasks.countdown.problems\n"
         "t.metrics(); apr.Trajectory.from_json(t.to_json()); apr.Budget(); apr.ScriptedEngine\n"
         "print([m for m in ('torch', 'sglang', 'transformers') if m in sys.modules])"
     )

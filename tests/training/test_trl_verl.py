@@ -8,7 +8,8 @@ import pytest
 
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.training.rewards import gated, npr, parallel_r1
-from sgl_apr.training.trl_verl import for_trl, for_verl
+from sgl_apr.training.trl import for_trl
+from sgl_apr.training.verl import for_verl
 from tests.training.test_rewards import FORKED, PARALLEL, TOKENIZER
 
 
