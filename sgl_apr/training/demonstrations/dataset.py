@@ -80,12 +80,16 @@ def as_trajectory(demonstration: Demonstration, tokenizer: Tokenizer) -> Traject
         AprError: If a tag is no token of the tokenizer.
         TraceError: If the reply is not valid.
     """
-    target = dialect(DIALECT)
-    if missing := [tag for tag in target.tags if tokenizer.special_token_id(tag) is None]:
+    if missing := [tag for tag in dialect(DIALECT).tags if tokenizer.special_token_id(tag) is None]:
         raise AprError(
             f"{missing[0]} is not a token of the model, expected a checkpoint with the tags of {DIALECT}"
         )
-    parsed = target.parse(demonstration.reply, tokenizer)
+    return prompt_trajectory(demonstration, tokenizer)
+
+
+def prompt_trajectory(demonstration: Demonstration, tokenizer: Tokenizer) -> Trajectory:
+    """The same for any tokenizer, which may spell the tags out."""
+    parsed = dialect(DIALECT).parse(demonstration.reply, tokenizer)
     spans = [replace(s, origin="injected") if s.role in WRITTEN_BY_RUNTIME else s for s in parsed.spans]
     if not demonstration.is_complete:
         spans[-1] = replace(spans[-1], finish="length")
