@@ -133,7 +133,8 @@ class Rollouts:
         task: The problems, as `sgl-apr eval` takes them: "countdown", "countdown:4,unsolvable", "game24", "gym:NAME" or a
             file "FILE.jsonl". Generated problems are of the split "train".
         tasks: Several tasks in place of `task`, each with its share of the problems.
-        pool: Problems that steps draw from, the held-out ones included.
+        pool: Problems that steps draw from, the held-out ones included. They are generated at the start, which takes 50 ms for each
+            problem of Countdown with five numbers.
         problems: Problems of one step.
         group: Replies to each.
         temperature: Of the replies.

@@ -84,19 +84,20 @@ class ProblemPool:
 
     def __init__(self, rollouts: Rollouts, heldout: int) -> None:
         self._rollouts, self.heldout = rollouts, list[TrainingProblem]()
-        pools = list[list[TrainingProblem]]()
+        pools = dict[str, list[TrainingProblem]]()
         for name, share in rollouts.shares.items():
-            limit, held = round(share * rollouts.pool), round(share * heldout)
-            generated = benchmark(name, max(1, limit), "train", rollouts.seed + 1)
-            problems = [TrainingProblem(generated, case) for case in generated.cases]
-            if len(problems) < (needed := held + ceil(share * rollouts.problems)):
-                raise AprError(
-                    f"{name} has {len(problems)} problems for training, expected at least {needed}: those of a step, and {held} held out"
-                )
-            self.heldout += random.Random(f"held out {name}").sample(problems, held)
-            pools.append(problems)
+            generated = benchmark(name, max(1, round(share * rollouts.pool)), "train", rollouts.seed + 1)
+            pools[name] = [TrainingProblem(generated, case) for case in generated.cases]
+            held = min(round(share * heldout), len(pools[name]))
+            self.heldout += random.Random(f"held out {name}").sample(pools[name], held)
         excluded = {problem.case.problem for problem in self.heldout}  # tasks may have the same problems
-        self._pools = [[p for p in pool if p.case.problem not in excluded] for pool in pools]
+        self._pools = [[p for p in pool if p.case.problem not in excluded] for pool in pools.values()]
+        for (name, share), pool in zip(rollouts.shares.items(), self._pools, strict=True):
+            if len(pool) < (needed := ceil(share * rollouts.problems)):
+                raise AprError(
+                    f"{name} has {len(pool)} problems to learn from beside the {len(self.heldout)} that are held out, expected at "
+                    f"least the {needed} of a step"
+                )
 
     def draw(self, step: int) -> list[TrainingProblem]:
         """The problems of a step, the same for the same step: of each task its share, rounded up or down at random."""

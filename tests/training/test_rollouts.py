@@ -24,8 +24,12 @@ SHARES = {"countdown:3": 3.0, "countdown:3,unsolvable": 1.0}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> HfTokenizer:
-    tags = apr.dialect("spawn").tags
-    return HfTokenizer(countdown_llama(tmp_path_factory.mktemp("spawn"), tags, layers=1, hidden=32))
+    tags = [*apr.dialect("spawn").tags, *apr.dialect("multiverse").tags]
+    return HfTokenizer(
+        countdown_llama(
+            tmp_path_factory.mktemp("begin"), tags, layers=1, hidden=32, dialects=("spawn", "multiverse")
+        )
+    )
 
 
 def test_each_task_has_its_share_of_every_step():
@@ -61,7 +65,7 @@ def test_a_task_with_too_few_problems_is_an_error(tmp_path: Path):
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps({"problem": f"{k} + 1?", "answer": k + 1}) + "\n" for k in range(5)))
     with pytest.raises(
-        apr.AprError, match=r"has 5 problems for training, expected at least 7: .* 4 held out"
+        apr.AprError, match=r"has 1 problems to learn from beside the 4 .* least the 3 of a step"
     ):
         ProblemPool(Rollouts(task=str(path), problems=3), heldout=4)
     assert len(ProblemPool(Rollouts(task=str(path), problems=3), heldout=2).draw(0)) == 3
@@ -103,14 +107,20 @@ def test_a_task_that_cannot_judge_branches_is_an_error(tmp_path: Path):
         problem.judge_branches(ScriptedEngine(lambda request, prompt: ""))
 
 
-def test_branches_are_paid_their_own_success_or_that_of_the_reply(tokenizer: HfTokenizer):
+@pytest.mark.parametrize("name", ["spawn", "multiverse"])
+def test_branches_are_paid_their_own_success_or_that_of_the_reply(tokenizer: HfTokenizer, name: str):
     engine = ScriptedEngine(lambda request, prompt: "", tokenizer)
     (problem,) = ProblemPool(Rollouts(task="countdown:4", pool=1, problems=1), heldout=0).draw(0)
-    replies = [asyncio.run(demonstration(problem.case.problem, tokenizer, seed=s)) for s in range(4)]
+    replies = [
+        asyncio.run(demonstration(problem.case.problem, tokenizer, seed=s, target_dialect=name))
+        for s in range(4)
+    ]
     judge = problem.judge_branches(engine)
     (first, *others) = branch_advantages([replies], [judge], "mean")
     rewards = {
-        branch.path: float(judge(branch.result)) for block in replies[0].blocks for branch in block.branches
+        branch.path: float(judge(branch.result or branch.text))
+        for block in replies[0].blocks
+        for branch in block.branches
     }
     assert {0.0, 1.0} == set(rewards.values())
     assert first.keys() == rewards.keys()
