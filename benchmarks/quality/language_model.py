@@ -48,12 +48,12 @@ class Reply:
     """The reply to one question.
 
     Attributes:
-        asked: The question.
+        question: The question.
         trajectory: The reply.
         right: For each part whether its answer is right; empty where nothing can be verified.
     """
 
-    asked: Demonstration
+    question: Demonstration
     trajectory: apr.Trajectory
     right: tuple[bool, ...]
 
@@ -73,12 +73,12 @@ def contains_answer(text: str, answer: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def judge(asked: Demonstration, trajectory: apr.Trajectory) -> tuple[bool, ...]:
+def judge(question: Demonstration, trajectory: apr.Trajectory) -> tuple[bool, ...]:
     """Whether each part is right. Where a reply forks, branch k has to have the answer to part k; elsewhere the reply has it."""
-    texts = [branch_text(trajectory, k) for k in range(len(asked.answers))] if trajectory.blocks else []
-    if not asked.is_multi_part or not texts:
-        texts = [trajectory.text] * len(asked.answers)
-    return tuple(contains_answer(text, answer) for text, answer in zip(texts, asked.answers, strict=True))
+    texts = [branch_text(trajectory, k) for k in range(len(question.answers))] if trajectory.blocks else []
+    if not question.is_multi_part or not texts:
+        texts = [trajectory.text] * len(question.answers)
+    return tuple(contains_answer(text, answer) for text, answer in zip(texts, question.answers, strict=True))
 
 
 def branch_text(trajectory: apr.Trajectory, index: int) -> str:
@@ -87,7 +87,7 @@ def branch_text(trajectory: apr.Trajectory, index: int) -> str:
     return "".join(s.text for s in trajectory.spans if s.path == (1, number) and s.role == "body")
 
 
-async def answer_all(url: str, asked: Sequence[Demonstration], mode: Mode) -> list[Reply]:
+async def answer_all(url: str, questions: Sequence[Demonstration], mode: Mode) -> list[Reply]:
     """Greedy replies to all questions."""
     semaphore = asyncio.Semaphore(CONCURRENT)
     async with await apr.HttpEngine.connect(url) as engine:
@@ -99,7 +99,7 @@ async def answer_all(url: str, asked: Sequence[Demonstration], mode: Mode) -> li
                 )  # fmt: skip
             return Reply(one, trajectory, judge(one, trajectory))
 
-        return list(await asyncio.gather(*map(answer, asked)))
+        return list(await asyncio.gather(*map(answer, questions)))
 
 
 def stratified_interval(groups: Sequence[Sequence[float]]) -> Interval:
@@ -112,10 +112,10 @@ def stratified_interval(groups: Sequence[Sequence[float]]) -> Interval:
 def decision_figures(replies: Sequence[Reply]) -> dict[str, Any]:
     """Balanced accuracy of the decision to fork, and what was decided for each kind of question."""
     groups = [
-        [float(r.forks == multi) for r in replies if r.asked.is_multi_part == multi]
+        [float(r.forks == multi) for r in replies if r.question.is_multi_part == multi]
         for multi in (True, False)
     ]
-    kinds = {r.asked.kind: r.asked.is_multi_part for r in replies}
+    kinds = {r.question.kind: r.question.is_multi_part for r in replies}
     return {
         "balanced_accuracy": fmean(map(fmean, groups)),
         "ci95": stratified_interval(groups),
@@ -123,7 +123,7 @@ def decision_figures(replies: Sequence[Reply]) -> dict[str, Any]:
         "no_fork_where_one_part": fmean(groups[1]),
         "by_kind": {
             kind: {
-                "count": len(own := [r for r in replies if r.asked.kind == kind]),
+                "count": len(own := [r for r in replies if r.question.kind == kind]),
                 "several_parts": multi,
                 "forks": fmean(r.forks for r in own),
             }
@@ -137,12 +137,12 @@ def closing_figures(replies: Sequence[Reply]) -> dict[str, Any]:
     metrics = [(r, r.trajectory.metrics()) for r in replies if r.forks]
     decoded, branches = sum(m.closers_decoded for _, m in metrics), sum(m.branches for _, m in metrics)
     shares = [m.closers_decoded / m.branches for _, m in metrics if m.branches]
-    sized = [(r, m) for r, m in metrics if r.asked.is_multi_part and r.asked.answers]
+    sized = [(r, m) for r, m in metrics if r.question.is_multi_part and r.question.answers]
     return {
         "branches": branches,
         "closed_by_model": decoded / branches if branches else 0.0,
         "ci95": bootstrap_interval(shares) if shares else (0.0, 0.0),
-        "as_many_branches_as_parts": fmean(m.branches == len(r.asked.answers) for r, m in sized)
+        "as_many_branches_as_parts": fmean(m.branches == len(r.question.answers) for r, m in sized)
         if sized
         else None,
         "critical_path_over_total": fmean(m.critical_path / m.total for _, m in metrics) if metrics else None,
@@ -153,7 +153,7 @@ def accuracy_figures(replies: Sequence[Reply]) -> dict[str, Any]:
     """Right parts of questions with several parts, and right answers of the others, where they can be verified."""
     figures: dict[str, Any] = {}
     for name, multi in (("several_parts", True), ("one_part", False)):
-        right = [fmean(r.right) for r in replies if r.asked.is_multi_part == multi and r.right]
+        right = [fmean(r.right) for r in replies if r.question.is_multi_part == multi and r.right]
         figures[name] = {"questions": len(right), "accuracy": fmean(right), "ci95": bootstrap_interval(right)}
     return figures
 
@@ -201,27 +201,27 @@ def perplexity_figures(
     }
 
 
-def keyword_control(asked: Sequence[Demonstration]) -> dict[str, Any]:
+def keyword_control(questions: Sequence[Demonstration]) -> dict[str, Any]:
     """How well the single best word of the training messages decides the held-out ones."""
     word, says_several = best_keyword(list(demonstrations("train", 2000)))
-    return {"word": word, "balanced_accuracy": keyword_accuracy(asked, word, says_several)}
+    return {"word": word, "balanced_accuracy": keyword_accuracy(questions, word, says_several)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     model, base = locate_model(options.model), locate_model(options.base)
-    asked = list(demonstrations("test", options.questions, SEED))
+    questions = list(demonstrations("test", options.questions, SEED))
     with apr.Server(model, max_total_tokens=options.pool) as server:
-        replies = asyncio.run(answer_all(server.url, asked, "auto"))
+        replies = asyncio.run(answer_all(server.url, questions, "auto"))
     with apr.Server(base, max_total_tokens=options.pool) as server:
-        of_base = asyncio.run(answer_all(server.url, [d for d in asked if d.answers], "sequential"))
+        of_base = asyncio.run(answer_all(server.url, [d for d in questions if d.answers], "sequential"))
     plain = list(dict.fromkeys(islice(plain_demonstrations("test"), options.plain)))  # there may be fewer
     return {
         "hardware": hardware(),
         "model": options.model,
-        "questions": len(asked),
+        "questions": len(questions),
         "decision": decision_figures(replies),
-        "keyword_control": keyword_control(asked),
+        "keyword_control": keyword_control(questions),
         "closing": closing_figures(replies),
         "answers": accuracy_figures(replies),
         "answers_of_base": accuracy_figures(of_base),

@@ -34,11 +34,11 @@ TWO = Demonstration(
 ONE = Demonstration("question", "question/test/0", ("sum",), "What is 2 + 2?", "2 + 2 = 4.", ("4",), False)
 
 
-def reply(asked: Demonstration, text: str) -> Reply:
+def reply(question: Demonstration, text: str) -> Reply:
     trajectory = apr.read(
         text, "threadweaver", tokenizer=apr.ByteTokenizer(apr.dialect("threadweaver").tags)
     ).trajectory
-    return Reply(asked, trajectory, judge(asked, trajectory))
+    return Reply(question, trajectory, judge(question, trajectory))
 
 
 @pytest.mark.parametrize(

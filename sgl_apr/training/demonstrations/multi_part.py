@@ -40,36 +40,36 @@ def draw_part_count(rng: random.Random) -> int:
 def questions(rng: random.Random, split: Split) -> Demonstration:
     """Several questions of different topics, or of one."""
     count = draw_part_count(rng)
-    asked: dict[str, Question] = {}
+    drawn: dict[str, Question] = {}
     topic = rng.choice(topics(split)) if rng.random() < 0.25 else None
-    while len(asked) < count:
+    while len(drawn) < count:
         question = topic.ask(rng) if topic else ask(rng, split)
-        asked.setdefault(f"{question.topic} {question.subject}", question)
+        drawn.setdefault(f"{question.topic} {question.subject}", question)
     template, name = pick(rng, "questions", split)
-    message = fill(template, count=COUNT_WORDS[count], entries=[q.text for q in asked.values()])
-    return _forked(rng, "questions", name, message, list(asked.values()), None)
+    message = fill(template, count=COUNT_WORDS[count], entries=[q.text for q in drawn.values()])
+    return _forked(rng, "questions", name, message, list(drawn.values()), None)
 
 
 def items(rng: random.Random, split: Split) -> Demonstration:
     """One question about several subjects."""
     topic = rng.choice(topics(split))
-    asked = topic.ask_several(rng, draw_part_count(rng))
+    drawn = topic.ask_several(rng, draw_part_count(rng))
     template, name = pick(rng, "items", split)
-    message = fill(template, noun=topic.noun, nouns=topic.nouns, entries=[quoted(topic, q) for q in asked])
-    answer = "\n".join(f"{q.subject}: {q.answer}" for q in asked)
-    return _forked(rng, "items", name, message, asked, answer)
+    message = fill(template, noun=topic.noun, nouns=topic.nouns, entries=[quoted(topic, q) for q in drawn])
+    answer = "\n".join(f"{q.subject}: {q.answer}" for q in drawn)
+    return _forked(rng, "items", name, message, drawn, answer)
 
 
 def comparison(rng: random.Random, split: Split) -> Demonstration:
     """Which of two values is larger, where both have to be worked out."""
     topic = rng.choice([topic for topic in topics(split) if topic.is_numeric])
-    asked = topic.ask_several(rng, 2, distinct_answers=True)
-    names = [q.label if topic.noun == "value" else f"the {q.label}" for q in asked]
+    drawn = topic.ask_several(rng, 2, distinct_answers=True)
+    names = [q.label if topic.noun == "value" else f"the {q.label}" for q in drawn]
     template, name = pick(rng, "comparison", split)
     message = fill(template, a=names[0], b=names[1])
-    (low, _), (high, larger) = sorted((int(q.answer), name) for q, name in zip(asked, names, strict=True))
+    (low, _), (high, larger) = sorted((int(q.answer), name) for q, name in zip(drawn, names, strict=True))
     answer = f"{high} is more than {low}, so {larger} is larger."
-    return _forked(rng, "comparison", name, message, asked, answer)
+    return _forked(rng, "comparison", name, message, drawn, answer)
 
 
 def list_of_points(rng: random.Random, split: Split) -> Demonstration:
@@ -98,17 +98,17 @@ def quoted(topic: Topic, question: Question) -> str:
 
 
 def _forked(
-    rng: random.Random, kind: str, template: str, message: str, asked: Sequence[Question], answer: str | None
+    rng: random.Random, kind: str, template: str, message: str, drawn: Sequence[Question], answer: str | None
 ) -> Demonstration:
     if answer is None:
-        answer = numbered([q.answer for q in asked])
+        answer = numbered([q.answer for q in drawn])
     return Demonstration(
         kind,
         template,
-        tuple(q.topic for q in asked),
+        tuple(q.topic for q in drawn),
         frame(rng, message),
-        fork_reply([(q.label, q.statement) for q in asked], answer),
-        tuple(q.answer for q in asked),
+        fork_reply([(q.label, q.statement) for q in drawn], answer),
+        tuple(q.answer for q in drawn),
         is_multi_part=True,
     )
 

@@ -17,37 +17,37 @@ THINGS = ("apples", "pens", "books", "coins", "marbles", "stamps", "cards", "she
 
 def question(rng: random.Random, split: Split) -> Demonstration:
     """One question."""
-    asked = ask(rng, split)
+    drawn = ask(rng, split)
     template, name = pick(rng, "question", split)
     others = rng.sample([topic.nouns for topic in topics(split) if topic.noun != "value"], 2)
-    message = fill(template, question=asked.text, topic=others[0], other=others[1])
-    return _plain(rng, "question", name, (asked.topic,), message, asked.statement, asked.answer)
+    message = fill(template, question=drawn.text, topic=others[0], other=others[1])
+    return _plain(rng, "question", name, (drawn.topic,), message, drawn.statement, drawn.answer)
 
 
 def choice(rng: random.Random, split: Split) -> Demonstration:
     """Which of several subjects has a given answer. What they are is known, so that there is nothing to work out."""
     topic = rng.choice(topics_of(fact_topics(), split))
-    asked = topic.ask_several(rng, rng.randint(2, 4), distinct_answers=True)
-    right = rng.choice(asked)
+    drawn = topic.ask_several(rng, rng.randint(2, 4), distinct_answers=True)
+    right = rng.choice(drawn)
     template, name = pick(rng, "choice", split)
-    message = fill(template, noun=topic.noun, answer=right.answer, entries=[quoted(topic, q) for q in asked])
+    message = fill(template, noun=topic.noun, answer=right.answer, entries=[quoted(topic, q) for q in drawn])
     return _plain(rng, "choice", name, (topic.name,), message, right.statement, right.subject)
 
 
 def known(rng: random.Random, split: Split) -> Demonstration:
     """One question, beside others whose answers are known."""
     topic = rng.choice(topics(split))
-    asked, *others = topic.ask_several(rng, rng.randint(2, 4))
+    drawn, *others = topic.ask_several(rng, rng.randint(2, 4))
     template, name = pick(rng, "known", split)
     message = fill(
         template,
         noun=topic.noun,
         nouns=topic.nouns,
-        subject=quoted(topic, asked),
+        subject=quoted(topic, drawn),
         known=enumeration([quoted(topic, q) for q in others]),
         statements=" ".join(q.statement for q in others),
     )
-    return _plain(rng, "known", name, (topic.name,), message, asked.statement, asked.answer)
+    return _plain(rng, "known", name, (topic.name,), message, drawn.statement, drawn.answer)
 
 
 def numbers(rng: random.Random, split: Split) -> Demonstration:
