@@ -1,6 +1,7 @@
 """Three questions for a small model that forks its own reasoning.
 
-python examples/quickstart.py [--model smollm2]   # builds SmolLM2-135M-Instruct (once) and serves it: about a minute
+python examples/quickstart.py                     # serves SmolLM2-135M-Instruct, trained if it has been (docs/smollm2.md)
+python examples/quickstart.py --model smollm2     # untrained, so that worked examples and the grammar make it fork
 python examples/quickstart.py --url URL           # uses a running server (sgl-apr serve --model MODEL)
 """
 
@@ -17,12 +18,21 @@ from serving import example_parser, served
 
 import sgl_apr as apr
 from benchmarks.runtime.replay import Replay, replay_serially
+from sgl_apr.training.models import locate_model
 from sgl_apr.views.tree import render_summary, render_tree
 
 QUESTIONS = [
     "Why do people love dogs?",
     "Why should I learn to cook?",
     "How can I make new friends?",
+]
+
+# For the trained model, which decides for itself whether to fork. Its topics and wordings are in no training data.
+TRAINED = "smollm2:trained"
+QUESTIONS_OF_TRAINED = [
+    "Suggest three reasons to visit a museum and explain them.",
+    'Help me with the past tenses of "go", "sing" and "buy".',
+    "How about the main languages of Japan and Brazil?",
 ]
 
 # Without a frequency penalty it repeats itself; with some temperature, its branches differ.
@@ -76,6 +86,24 @@ def solve(s: Any, question: str) -> None:
     )
 
 
+@sgl.function  # type: ignore[untyped-decorator]
+def solve_as_trained(s: Any, question: str) -> None:
+    """The question alone: the trained model needs no example, and the mode is "auto"."""
+    s += sgl.user(question)
+    s += sgl.assistant(
+        apr.reason("answer", budget=apr.Budget(tokens=400, width=8, branch_tokens=96), temperature=0)
+    )
+
+
+def default_model() -> str:
+    """The trained model if there is one."""
+    try:
+        locate_model(TRAINED)
+    except apr.AprError:
+        return "smollm2"
+    return TRAINED
+
+
 async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:
     """Decode the same branches one after another."""
     async with await apr.HttpEngine.connect(url) as engine:
@@ -87,11 +115,16 @@ async def replay(url: str, trajectories: list[apr.Trajectory]) -> list[Replay]:
 
 def main() -> None:
     """Ask the questions, show the trees, and print one JSON object last."""
-    options = example_parser(__doc__, "smollm2").parse_args()
+    options = example_parser(__doc__, default_model()).parse_args()
+    trained = not options.url and options.model == TRAINED
     console, trajectories = Console(), dict[str, apr.Trajectory]()
     with served(options, max_total_tokens=8192) as url, apr.Endpoint(url) as endpoint:
-        for question in track(QUESTIONS, "reasoning", console=Console(stderr=True)):
-            state = solve.run(question=question, backend=endpoint, **SAMPLING)
+        questions = QUESTIONS_OF_TRAINED if trained else QUESTIONS
+        for question in track(questions, "reasoning", console=Console(stderr=True)):
+            if trained:
+                state = solve_as_trained.run(question=question, backend=endpoint)
+            else:
+                state = solve.run(question=question, backend=endpoint, **SAMPLING)
             trajectories[question] = state.get_meta_info("answer")["trajectory"]
             console.print(render_tree(trajectories[question], question))
         runs = list(trajectories.values())
