@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -110,7 +111,7 @@ def read_replies(path: Path | None = None) -> list[PlainReply]:
     try:
         data = path.read_bytes() if path else files(__package__).joinpath(FILE).read_bytes()
         return [_plain_reply(*json.loads(line)) for line in gzip.decompress(data).decode().splitlines()]
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
         raise AprError(f"{path or FILE} cannot be read as replies of the base model: {error}") from None
 
 
