@@ -229,8 +229,9 @@ def checked(words: list[str], block: Block) -> str:
         case ["python", "-m", "sglang_router.launch_router", *_]:
             unknown = flags - router_flags()
         case ["python" | "accelerate" | "torchrun", *rest]:
-            if rest[0] == "-m" and rest[1].startswith("benchmarks."):
-                rest = [f"{rest[1].replace('.', '/')}.py", *rest[2:]]
+            if rest[0] == "-m" and rest[1].startswith(("benchmarks.", "sgl_apr.")):
+                module = rest[1].replace(".", "/")
+                rest = [f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py", *rest[2:]]
             script = next(word for word in rest if word.endswith(".py"))
             text = (ROOT / script).read_text()
             unknown = {f for f in flags if f'"{f}"' not in text and f" {f}" not in text}
