@@ -1,5 +1,6 @@
-"""A reward of this package for verl. Name it in verl's configuration:
+"""Rewards of this package for verl: of a trajectory, for the agent loop, or of a text.
 
+actor_rollout_ref.rollout.agent.agent_loop_config_path=examples/verl_agent_loop.yaml     # the agent loop and `make_score`
 custom_reward_function.path=examples/verl_reward.py custom_reward_function.name=compute_score
 
 python examples/verl_reward.py     # prints the rewards of some replies, without verl
@@ -7,6 +8,7 @@ python examples/verl_reward.py     # prints the rewards of some replies, without
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import sgl_apr as apr
@@ -19,6 +21,17 @@ from sgl_apr.training.verl import for_verl
 def correct(answer: str, problem: str) -> bool:
     """Whether the text after the last join solves the problem."""
     return solves(Problem.parse(problem), extract_solution(answer))
+
+
+def make_score(parallel: float = 0.3) -> Callable[[apr.Trajectory, str], float]:
+    """The score of the agent loop: it gets what the runtime recorded, with `reward_model.ground_truth` of the sample.
+
+    Args:
+        parallel: Weight of the parallel term.
+    """
+    return lambda trajectory, problem: gated(
+        trajectory, correct(trajectory.answer, problem), parallel=parallel
+    )
 
 
 SPAWN = apr.dialect("spawn")

@@ -90,21 +90,6 @@ def test_hugging_face(tmp_path: Path, argv: tuple[str, ...]):
     assert after > before
 
 
-def test_trl():
-    pytest.importorskip("trl", reason="pip install 'sgl-apr[trl]'")
-    found = json.loads(ran(EXAMPLES / "trl_grpo.py", "--steps", 2, "--json").splitlines()[-1])
-    assert found["steps"] == 2
-    assert all(0 < reward <= 1.3 for reward in found["rewards"]), "the built-in model solves some"
-
-
-def test_verl():
-    reward = pytest.importorskip("verl.trainer.ppo.reward", reason="pip install 'sgl-apr[verl]'")
-    config = {"custom_reward_function": {"path": str(EXAMPLES / "verl_reward.py"), "name": "compute_score"}}
-    score = reward.get_custom_reward_fn(config)
-    assert score("countdown", "! 5- 4= 1, 1+ 19= 20", " 20: 4 5 19", {}) == 1.0
-    assert score("countdown", "! 5- 4= 1, 4+ 19= 20", " 20: 4 5 19", {}) == 0.0
-
-
 def test_the_reward_of_an_example():
     line, forked, wrong = (float(row.split()[0]) for row in ran(EXAMPLES / "verl_reward.py").splitlines())
     assert (line, wrong) == (1.0, 0.0)
