@@ -228,7 +228,7 @@ def checked(words: list[str], block: Block) -> str:
             return ""
         case ["python", "-m", "sglang_router.launch_router", *_]:
             unknown = flags - router_flags()
-        case ["python" | "accelerate" | "torchrun", *rest]:
+        case ["python" | "accelerate" | "torchrun" | ".venv-trl/bin/python", *rest]:
             if rest[0] == "-m" and rest[1].startswith(("benchmarks.", "sgl_apr.")):
                 module = rest[1].replace(".", "/")
                 rest = [f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py", *rest[2:]]
@@ -239,6 +239,8 @@ def checked(words: list[str], block: Block) -> str:
             unknown = set()
         case ["mkdir", _, "&&", "tar", *_]:
             unknown = set()
+        case ["bash", script, *_]:  # further arguments are for verl, whose configuration is not here
+            unknown = set() if (ROOT / script).is_file() else {script}
         case ["export", assignment]:
             name = assignment.partition("=")[0]
             constants = (ROOT / "sgl_apr/server/constants.py").read_text()

@@ -104,3 +104,19 @@ def test_verl_loads_the_reward_of_an_example():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [1.0, 0.0]
+
+
+def test_verl_takes_the_configuration_of_the_example():
+    """All names are those of verl's configuration; what they start needs GPUs."""
+    done = subprocess.run(
+        ["bash", "examples/verl_grpo.sh", "trainer.n_gpus_per_node=8", "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": str(trainer_python("verl"))},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "default_agent_loop: sgl_apr" in done.stdout
+    assert "grammar_backend: llguidance" in done.stdout
