@@ -166,7 +166,7 @@ def test_names_of_the_package_that_a_page_uses_exist(page: Path):
     assert {a or b for a, b in calls} <= set(apr.__all__)
 
 
-ELSEWHERE = {"trl", "omegaconf"}
+TRAINERS = {"trl", "omegaconf"}  # what is missing where they are
 
 
 def resolves(path: str) -> bool:
@@ -176,10 +176,11 @@ def resolves(path: str) -> bool:
         try:
             found: object = import_module(".".join(parts[:end]))
         except ModuleNotFoundError as error:
+            module = ROOT.joinpath(*parts[:end]).with_suffix(".py")
             if (
-                error.name in ELSEWHERE
-            ):  # the module is there, and imports a trainer that has an environment of its own
-                text = ROOT.joinpath(*parts[:end]).with_suffix(".py").read_text()
+                error.name in TRAINERS and module.is_file()
+            ):  # it imports one, which has an environment of its own
+                text = module.read_text()
                 return all(re.search(rf"^class {part}\b", text, re.MULTILINE) for part in parts[end:])
             continue
         for part in parts[end:]:
