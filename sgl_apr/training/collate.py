@@ -63,7 +63,7 @@ class Collator:
             weights: For every row and every tree in it, one weight for each of its losses.
 
         Raises:
-            AprError: If the weights do not match the losses.
+            AprError: If the weights do not match the losses, or a tree excludes one of its targets.
         """
         packs = [[row] if isinstance(row, TrainingTree) else list(row) for row in rows]
         length = max(sum(t.tokens for t in pack) for pack in packs)
@@ -113,6 +113,8 @@ def _exclusions(trees: Sequence[TrainingTree]) -> dict[str, Tensor]:
     sets = sorted({tree.excluded for tree in trees})
     if sets == [()]:
         return {}
+    if any(np.isin(tree.targets, tree.excluded).any() for tree in trees):
+        raise AprError("a tree excludes a token that was decoded in it, expected others")
     pairs = [(k, token) for k, tokens in enumerate(sets) for token in tokens]
     index = [np.full(len(tree.sources), sets.index(tree.excluded), dtype=np.int64) for tree in trees]
     return {"exclusions": torch.tensor(pairs), "exclusion": torch.from_numpy(np.concatenate(index))}

@@ -102,7 +102,9 @@ class CountdownExamples:
         return random.Random(f"{self.data.seed} {n} {what}").random()
 
     def _is_sequential(self, n: int) -> bool:
-        return self._draw(n, "sequential") < self.data.sequential
+        """Whether a demonstration has no forks. A format without a trunk always begins with its branches."""
+        has_trunk = "trunk" in self._dialect(n).grammar.rules
+        return has_trunk and self._draw(n, "sequential") < self.data.sequential
 
     def _dialect(self, n: int) -> Dialect:
         """The format of a demonstration. Where a problem comes up again, it is in the next format."""

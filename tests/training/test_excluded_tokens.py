@@ -20,7 +20,7 @@ from sgl_apr.training.examples import CountdownExamples
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.sft import train
 
-NAMES = ("multiverse", "spawn", "npr")
+NAMES = ("multiverse", "spawn", "npr", "parathinker")
 DATA = Data(
     dialects=NAMES, sequential=0.3, problems=30, numbers=(3, 4), unsolvable=0.2, window=1024, state_width=0.5
 )
@@ -72,6 +72,12 @@ def test_excluded_tokens_have_no_probability(path: Path):
             assert torch.allclose(together[at : at + len(expected)], expected, atol=1e-4)
             assert (expected > log_probabilities(model, plain)).all()
             at += len(expected)
+
+
+def test_a_target_that_is_excluded_is_an_error(path: Path):
+    tree = CountdownExamples(DATA, HfTokenizer(path)).chunk(0)[0]
+    with pytest.raises(apr.AprError, match="excludes a token that was decoded"):
+        Collator()([replace(tree, excluded=(int(tree.targets[0]),))])
 
 
 def test_a_model_of_several_formats_declares_them(path: Path, tmp_path: Path):
