@@ -131,9 +131,10 @@ class MaskReplay:
         return numbers
 
     def _numbers_of(self, grammar: str, output: Ints) -> list[int]:
-        masks = allocate_token_bitmask(len(output), self.vocabulary)
-        draft = (self._matcher(grammar), 0, output[:-1].tolist())  # its state is as before afterwards
-        fill_next_token_bitmask_par_with_draft_tokens(self._executor, [draft], masks)
+        masks = allocate_token_bitmask(len(output) + 1, self.vocabulary)
+        replayed = (self._matcher(grammar), 0, output.tolist())  # the matcher is as before afterwards
+        fill_next_token_bitmask_par_with_draft_tokens(self._executor, [replayed], masks)
+        masks = masks[:-1]  # nothing was decoded under the last one
         words, bits = np.divmod(output, BITS)
         if not ((masks[np.arange(len(output)), words] >> bits) & 1).all():
             raise AprError(

@@ -124,3 +124,20 @@ def test_calls_without_a_grammar_are_unmasked(begin: Path, replay: MaskReplay, m
 def test_another_grammar_backend_is_an_error(begin: Path):
     with pytest.raises(apr.UnsupportedEngine, match="xgrammar"):
         MaskReplay(begin, 10, "xgrammar")
+
+
+def test_a_call_may_have_a_single_token(begin: Path, replay: MaskReplay, monkeypatch):
+    trajectory, tree, engine = recorded(begin, "spawn", monkeypatch)
+    last = [replace(call, logprobs=None) for call in trajectory.calls[:-1]]
+    (request, result), grammars = engine.results[-1], RecordedGrammars()
+    span = max(k for k, s in enumerate(trajectory.spans) if s.call == len(trajectory.calls) - 1)
+    own = np.flatnonzero(tree.spans == span)[:1]
+    grammars.add(replace(request, grammar=request.grammar), replace(result, token_ids=result.token_ids[:1]))
+    short = replace(
+        tree, sources=tree.sources[own], targets=tree.targets[own], spans=tree.spans[own],
+        trajectories=tree.trajectories[own],
+    )  # fmt: skip
+    numbers = replay.replay(short, replace(trajectory, calls=(*last, trajectory.calls[-1])), grammars)
+    allowed = replay.allowed_tokens(torch.from_numpy(numbers))
+    assert numbers[0] != UNMASKED
+    assert allowed[0, result.token_ids[0]]
