@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sgl_apr.errors import AprError
+from sgl_apr.formats.dialects import Dialect
+from sgl_apr.runtime.options import check_call, resolve_dialect
 from sgl_apr.training.training_tree import TrainingTree, build_training_tree, logprobs
 from sgl_apr.trajectory.trajectory import Trajectory
+
+NO_KV_JOIN = (
+    'which no row of one causal sequence can express: expected join="text" or "message", or a trainer that takes training trees '
+    "(sgl-apr train, Collator)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,23 @@ class TrainingRow:
     completion_ids: tuple[int, ...]
     mask: tuple[int, ...]
     logprobs: tuple[float | None, ...]
+
+
+def row_options(dialect: Dialect | str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `areason` for trajectories that rows can express: joined as text, where the dialect has that.
+
+    Args:
+        dialect: The format. If it is None, the tokenizer decides about it later, and `join` stays as it is.
+        options: The options.
+
+    Raises:
+        AprError: An option is wrong, or asks for joins in the KV cache.
+    """
+    check_call(dialect, options)
+    if options.get("join") == "kv":
+        raise AprError(f"found join='kv', {NO_KV_JOIN}")
+    by_text = dialect is not None and "text" in resolve_dialect(dialect).joins
+    return {"join": "text", **options} if by_text else dict(options)
 
 
 def build_training_rows(trajectory: Trajectory, *, eos: int | None = None) -> list[TrainingRow]:
@@ -51,10 +76,7 @@ def build_training_rows(trajectory: Trajectory, *, eos: int | None = None) -> li
     """
     tree = build_training_tree([trajectory], eos=eos)
     if len(tree.tree.joined):
-        raise AprError(
-            'a block was joined in the KV cache, which no row of one causal sequence can express: expected join="text" or '
-            'join="message", or a trainer that takes training trees (sgl-apr train, Collator)'
-        )
+        raise AprError(f"a block was joined in the KV cache, {NO_KV_JOIN}")
     if not len(tree.targets):
         raise AprError("nothing was decoded in this trajectory, expected at least one token to train on")
     sampled = any(call.logprobs is not None for call in trajectory.calls)

@@ -14,12 +14,11 @@ from sgl_apr.runtime.arguments import ReasonArguments
 from sgl_apr.runtime.branch_group import gather
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.loop import areason
-from sgl_apr.runtime.options import check_call
 from sgl_apr.runtime.prompts import Prompt
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.training.rewards import Reward
 from sgl_apr.training.text_rewards import IsCorrect, reward_text
-from sgl_apr.training.training_rows import build_training_rows
+from sgl_apr.training.training_rows import build_training_rows, row_options
 from sgl_apr.training.weight_sync import load_weights
 from sgl_apr.trajectory.trajectory import Trajectory
 
@@ -90,6 +89,7 @@ class TrlRollouts:
         weights: The directory in which the server finds new weights; by default "weights" in the trainer's `output_dir`.
         timeout: As for `HttpEngine.connect`.
         options: Options of `areason`. The temperature is the trainer's, and `Budget(tokens=max_completion_length)` the default.
+            Blocks are joined as text where the dialect has that.
             With `constrain=False` the policy that is sampled from is the one that TRL computes log-probabilities of;
             under the grammar, what the grammar excludes has none.
 
@@ -106,13 +106,11 @@ class TrlRollouts:
         timeout: float = 600.0,
         **options: Unpack[ReasonArguments],
     ) -> None:
-        check_call(dialect, options)
         for name in ("temperature", "logprobs"):
             if name in options:
                 raise AprError(f"found {name}, expected none: it is set for the trainer")
-        if options.get("join") == "kv":
-            raise AprError('join="kv" has no rows that TRL can train on, expected join="text" or "message"')
-        self.url, self.dialect, self.options, self.timeout = url, dialect, options, timeout
+        self.url, self.dialect, self.timeout = url, dialect, timeout
+        self.options = row_options(dialect, options)
         self._weights = None if weights is None else Path(weights)
         self._loaded_step = 0
 

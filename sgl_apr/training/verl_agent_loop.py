@@ -13,11 +13,9 @@ from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 
 from sgl_apr.engine.http import HttpEngine
-from sgl_apr.errors import AprError
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.loop import areason
-from sgl_apr.runtime.options import check_call
-from sgl_apr.training.training_rows import TrainingRow, build_training_rows
+from sgl_apr.training.training_rows import TrainingRow, build_training_rows, row_options
 from sgl_apr.trajectory.trajectory import Trajectory
 
 Score = Callable[[Trajectory, Any], float]
@@ -42,7 +40,7 @@ class BranchAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl has no types
             which verl gives the weights of every step. It needs `grammar_backend: llguidance` in `rollout.engine_kwargs.sglang`.
         dialect: The format, as for `areason`.
         options: Options of `areason`. Temperature, `top_p` and `top_k` are those of verl's configuration, and
-            `Budget(tokens=response_length)` the default.
+            `Budget(tokens=response_length)` the default. Blocks are joined as text where the dialect has that.
         score: Computes the reward from a trajectory and the sample's `reward_model["ground_truth"]`. Without it, verl computes one
             from the text of the trunk.
         branch_rows: Return the rows of branches, too. verl's older trainer (`main_ppo_v0`) takes one output only.
@@ -64,11 +62,8 @@ class BranchAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl has no types
     ) -> None:
         super().__init__(*args, **kwargs)
         given: Any = OmegaConf.to_container(options) if OmegaConf.is_config(options) else options
-        self.options: dict[str, Any] = {"budget": Budget(tokens=self.rollout_config.response_length)}
-        self.options |= given or {}
-        if self.options.get("join") == "kv":
-            raise AprError('join="kv" has no rows that verl can train on, expected join="text" or "message"')
-        check_call(dialect, self.options)
+        budget = Budget(tokens=self.rollout_config.response_length)
+        self.options = row_options(dialect, {"budget": budget, **(given or {})})
         self.url, self.dialect, self.score, self.branch_rows = url, dialect, score, branch_rows
 
     async def run(

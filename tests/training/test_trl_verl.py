@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 
+import sgl_apr as apr
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.training.rewards import gated, npr, parallel_r1
-from sgl_apr.training.trl import for_trl
+from sgl_apr.training.trl import TrlRollouts, for_trl
 from sgl_apr.training.verl import for_verl
-from tests.training.test_rewards import FORKED, PARALLEL, TOKENIZER
+from tests.training.test_rewards import FORKED, PARALLEL, SEQUENTIAL, TOKENIZER
 
 
 def right(answer: str, truth: object) -> bool:
@@ -52,6 +53,32 @@ def test_messages_of_tools_are_not_read():
     assert paid(completions=[chat], completion_ids=[ids], answer=["41"]) == [1.0]
     forked = [*chat[:2], {"role": "assistant", "content": FORKED}]
     assert paid(completions=[forked], completion_ids=[ids], answer=["42"]) == [3.0]
+
+
+def test_trajectories_of_the_runtime_are_judged_as_they_are():
+    paid = for_trl(gated, right, TOKENIZER)
+    trajectories = [PARALLEL, SEQUENTIAL]
+    found = paid(completions=["?", "?"], trajectory=trajectories, answer=["42", "?"])
+    assert found == [gated(PARALLEL, True), gated(SEQUENTIAL, False)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.5}, "found temperature"),
+        ({"logprobs": True}, "found logprobs"),
+        ({"join": "kv"}, 'expected join="text"'),
+        ({"widht": 2}, "no option 'widht'"),
+    ],
+)
+def test_options_that_rollouts_for_trl_do_not_take(options: dict, message: str):
+    with pytest.raises(apr.AprError, match=message):
+        TrlRollouts("http://127.0.0.1:1", "multiverse", **options)
+
+
+def test_rollouts_for_trl_join_as_text_where_they_can():
+    assert TrlRollouts("http://127.0.0.1:1", "multiverse").options == {"join": "text"}
+    assert TrlRollouts("http://127.0.0.1:1", "spawn").options == {}
 
 
 def test_verl():
