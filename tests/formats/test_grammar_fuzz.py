@@ -145,14 +145,18 @@ def test_hostile_files_are_one_error_in_time(name: str):
 @pytest.mark.timeout(3600)
 def test_thousands_of_files_take_no_time_and_no_memory():
     rng = random.Random(0)
-    slowest, dialects, before = 0.0, 0, 0
-    for k in range(8000):
-        source = document(rng)
+    dialects, before = 0, 0
+
+    def timed(source: str) -> float:
+        nonlocal dialects
         started = time.process_time()
         dialects += use(source)
-        if (seconds := time.process_time() - started) > slowest:
-            slowest = seconds
-            assert slowest < MAX_SECONDS, source
+        return time.process_time() - started
+
+    for k in range(8000):
+        source = document(rng)
+        # A file that is slow is slow again; a collection of garbage, which may come at any time, is not.
+        assert timed(source) < MAX_SECONDS or timed(source) < MAX_SECONDS, source
         if k == 2000:
             before = resident_bytes()
     assert dialects > 500, "some files are dialects"
