@@ -130,8 +130,8 @@ class TrlRollouts:
         """
         self._load_weights(trainer)
         trajectories = asyncio.run(self._sample(prompts, trainer))
-        eos = getattr(trainer.processing_class, "eos_token_id", None)
-        rows = [build_training_rows(trajectory, eos=eos) for trajectory in trajectories]
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        rows = [build_training_rows(trajectory, eos=tokenizer.eos_token_id) for trajectory in trajectories]
         return {
             "prompt_ids": [list(first.prompt_ids) for first, *_ in rows],
             "completion_ids": [list(first.completion_ids) for first, *_ in rows],

@@ -6,8 +6,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sgl_apr as apr
+from sgl_apr.training.collate import Collator, log_probabilities
 from sgl_apr.training.training_rows import TrainingRow, build_training_rows
 from sgl_apr.training.training_tree import build_training_tree
 from tests.training.test_training_tree import requests, sampled
@@ -40,6 +43,31 @@ def test_each_decoded_token_has_one_loss_after_what_it_had_read(name: str, join:
         assert all(row.mask[0] for row in rows[1:]), "prompts have no loss, and completions begin with one"
         several += len(rows) > 1
     assert several
+
+
+@pytest.mark.parametrize(("name", "join"), [("threadweaver", "text"), ("spawn", "message")])
+def test_rows_have_the_losses_and_the_gradient_of_the_tree(name: str, join: str):
+    torch.manual_seed(0)
+    trajectory, engine = sampled(name, 1, join=join, policy="all")
+    size = 1 + max(max(request.input_ids + ids) for request, ids in engine.noted)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    tree = log_probabilities(model, Collator()([build_training_tree([trajectory], eos=EOS)])).double()
+    tree.sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    values = []
+    for row in build_training_rows(trajectory, eos=EOS):
+        ids, begin = torch.tensor([row.prompt_ids + row.completion_ids]), len(row.prompt_ids)
+        logps = model(ids).logits.log_softmax(-1)[0, begin - 1 : -1]
+        values.append(logps.gather(-1, ids[0, begin:, None])[torch.tensor(row.mask).bool(), 0])
+    found = torch.cat(values)
+    found.sum().backward()
+    torch.testing.assert_close(found.sort().values, tree.sort().values, rtol=0, atol=1e-5)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_first_row_is_that_of_the_trunk():
