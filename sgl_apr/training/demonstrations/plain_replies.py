@@ -11,7 +11,6 @@ import json
 import re
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from importlib.resources import files
@@ -25,7 +24,7 @@ from sgl_apr.training.demonstrations.topics import Split
 FILE = "plain_replies.jsonl.gz"
 MAX_TOKENS = 112
 CONCURRENT_REQUESTS = 64
-REPEATED_WORDS = 7  # a reply that repeats so many words in a row is a loop
+RUN_WORDS, DISTINCT_SHARE = 4, 0.75  # a reply of whose runs of 4 words fewer are different is a loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,8 @@ def is_loop(text: str) -> bool:
         (True, False)
     """
     words = re.findall(r"\w+", text.lower())
-    runs = Counter(tuple(words[i : i + REPEATED_WORDS]) for i in range(len(words) - REPEATED_WORDS + 1))
-    return bool(runs) and max(runs.values()) > 1
+    runs = [tuple(words[i : i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1)]
+    return bool(runs) and len(set(runs)) < DISTINCT_SHARE * len(runs)
 
 
 async def generate_replies(
