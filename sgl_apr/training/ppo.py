@@ -112,7 +112,7 @@ def update_policy(
                     objective = clipped_surrogate(log_ratios, batch["weights"], updates.clip_ratio)
                     (-objective.sum() / replies).backward()
                     tokens.append(log_ratios.detach())
-                    if not steps:
+                    if not any(norm for norm, _ in steps):
                         first_error = max(first_error, float(log_ratios.detach().abs().max()))
                 gradients.append(_flat_gradient(model))
             steps.append(_step(model, optimizer, gradients, updates.clip))

@@ -142,6 +142,11 @@ def test_the_temperature_and_the_mask_are_those_of_the_sampling(begin: Path, rep
     """Log-probabilities that were computed at another temperature are an error at the first update."""
     model = load(begin)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    groups = [[samples(model, replies[0], 1.0)]]
-    cold = update_policy(model, optimizer, groups, replay, Updates(), temperature=0.5)
-    assert cold.logprob_error > 0.1
+    groups = [
+        [samples(model, replies[0], 1.0)],
+        [[]],
+    ]  # a minibatch with nothing to learn is no gradient step
+    for order in (groups, groups[::-1]):
+        settings = Updates(minibatches=2)
+        cold = update_policy(model, optimizer, order, replay, settings, temperature=0.5)
+        assert cold.logprob_error > 0.1
