@@ -38,7 +38,8 @@ from sgl_apr.evaluation.tasks.countdown.problems import Problem
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training import grpo, sft
-from sgl_apr.training.config import Data, GrpoConfig, HeldOut, Model, Rollouts, SftConfig, Steps, Updates
+from sgl_apr.training.config import Data, Model, SftConfig, Steps
+from sgl_apr.training.grpo_config import GrpoConfig, HeldOut, Rollouts, Updates
 from sgl_apr.training.grpo_log import GrpoStepLog
 
 BUDGET = apr.Budget(tokens=6000, width=16, branch_tokens=160)

@@ -96,7 +96,11 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `train sft` and `train grpo`."""
-    parser.add_argument("config", type=Path, help="a TOML file: see configs/ and sgl_apr/training/config.py")
+    parser.add_argument(
+        "config",
+        type=Path,
+        help="a TOML file: see configs/, and config.py and grpo_config.py in sgl_apr/training",
+    )
     parser.add_argument(
         "--dialect",
         action="append",

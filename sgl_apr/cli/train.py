@@ -74,8 +74,9 @@ def _grpo(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgl_apr.training.config import GrpoConfig, load_config
+    from sgl_apr.training.config import load_config
     from sgl_apr.training.grpo import train
+    from sgl_apr.training.grpo_config import GrpoConfig
     from sgl_apr.training.heldout import HELDOUT_FILE
 
     load_dialects(options.dialect)

@@ -3,8 +3,8 @@ from . import models as models
 from . import rewards as rewards
 from .attention_mask import Visibility as Visibility
 from .collate import Collator as Collator
-from .config import GrpoConfig as GrpoConfig
 from .config import SftConfig as SftConfig
+from .grpo_config import GrpoConfig as GrpoConfig
 from .training_rows import TrainingRow as TrainingRow
 from .training_rows import build_training_rows as build_training_rows
 from .training_tree import TrainingTree as TrainingTree

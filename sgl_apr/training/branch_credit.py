@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from sgl_apr.training.advantages import Advantages, group_advantages
-from sgl_apr.training.config import BranchCredit
+from sgl_apr.training.grpo_config import BranchCredit
 from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.spans import Path
 from sgl_apr.trajectory.trajectory import Trajectory

@@ -27,8 +27,8 @@ from sgl_apr.training.checkpoint import (
     start_run,
     write_errors,
 )
-from sgl_apr.training.config import GrpoConfig
 from sgl_apr.training.device import device
+from sgl_apr.training.grpo_config import GrpoConfig
 from sgl_apr.training.grpo_log import GrpoStepLog
 from sgl_apr.training.heldout import HeldOutCurve, HeldOutPoint, evaluate_heldout
 from sgl_apr.training.mask_replay import MaskReplay, RecordedGrammars, RecordingEngine

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.training.checkpoint import replace_file, write_errors
-from sgl_apr.training.config import GrpoConfig
+from sgl_apr.training.grpo_config import GrpoConfig
 from sgl_apr.training.rewards import reward
 from sgl_apr.training.rollouts import TrainingProblem, sample_rollouts
 

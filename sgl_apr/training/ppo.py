@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgl_apr.training.batches import batch_by_length
 from sgl_apr.training.collate import Collator, select_log_probabilities, target_logits, to_device
-from sgl_apr.training.config import Updates
+from sgl_apr.training.grpo_config import Updates
 from sgl_apr.training.mask_replay import MaskReplay
 from sgl_apr.training.policy_samples import PolicySample
 

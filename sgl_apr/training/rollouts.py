@@ -18,7 +18,7 @@ from sgl_apr.methods.native_formats import run_format
 from sgl_apr.methods.task import SampledTask, Task, require_family
 from sgl_apr.runtime.branch_group import gather
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.training.config import Rollouts
+from sgl_apr.training.grpo_config import Rollouts
 from sgl_apr.trajectory.trajectory import Trajectory
 
 AT_ONCE = 512  # replies that are sampled at the same time

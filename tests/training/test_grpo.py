@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.training import grpo
-from sgl_apr.training.config import GrpoConfig, HeldOut, Model, Rollouts, Updates
+from sgl_apr.training.config import Model
+from sgl_apr.training.grpo_config import GrpoConfig, HeldOut, Rollouts, Updates
 from sgl_apr.training.grpo_log import GrpoStepLog
 from sgl_apr.training.heldout import HeldOutCurve, HeldOutPoint
 from sgl_apr.training.models.countdown import countdown_llama

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.training.config import GrpoConfig, HeldOut, Model, Rollouts, Updates, load_config
+from sgl_apr.training.config import Model, load_config
+from sgl_apr.training.grpo_config import GrpoConfig, HeldOut, Rollouts, Updates
 from sgl_apr.training.heldout import HeldOutCurve, HeldOutPoint
 
 

@@ -16,7 +16,7 @@ from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.branch_credit import sequence_advantages
 from sgl_apr.training.collate import Collator, log_probabilities
-from sgl_apr.training.config import Updates
+from sgl_apr.training.grpo_config import Updates
 from sgl_apr.training.mask_replay import UNMASKED, MaskReplay
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.policy_samples import PolicySample

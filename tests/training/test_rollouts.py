@@ -15,7 +15,7 @@ from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
 from sgl_apr.evaluation.tasks.countdown.problems import count_solutions
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.branch_credit import branch_advantages, sequence_advantages
-from sgl_apr.training.config import Rollouts
+from sgl_apr.training.grpo_config import Rollouts
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.rollouts import ProblemPool, Rollout, sample_rollouts
 

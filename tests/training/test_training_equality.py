@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.training.collate import Collator, log_probabilities
-from sgl_apr.training.config import Updates
+from sgl_apr.training.grpo_config import Updates
 from sgl_apr.training.mask_replay import UNMASKED, MaskReplay, RecordedGrammars, RecordingEngine
 from sgl_apr.training.policy_samples import PolicySample, make_policy_samples
 from sgl_apr.training.ppo import update_policy
