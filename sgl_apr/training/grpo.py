@@ -71,25 +71,38 @@ def train(
         raise AprError('reward = "npr" drops malformed replies, expected advantage = "papo"')
     start = start_run(config, Path(locate_model(config.model.path)), out)
     run = GrpoRun(config, out, start)
-    export_model(out / WEIGHTS_DIR, run.model, start)
+    if run.is_evaluation_due or not run.is_complete:
+        _advance_to_end(run, on_update, on_heldout)
+    return export_model(out / "model", run.model, start)
+
+
+def _advance_to_end(
+    run: GrpoRun,
+    on_update: Callable[[GrpoStepLog], None] | None,
+    on_heldout: Callable[[HeldOutPoint], None] | None,
+) -> None:
+    """Start a server of the run's weights, and take all remaining steps on it."""
+    out, updates = run.out, run.config.updates
+    export_model(out / WEIGHTS_DIR, run.model, run.start)
     with (
         write_errors(out),
         Server(out / WEIGHTS_DIR, log_path=out / "server.log", **SERVER_OPTIONS) as server,
         (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log,
     ):
         while True:
-            if (point := run.evaluate(server.url)) and on_heldout:
-                on_heldout(point)
-            if run.is_complete():
+            if run.is_evaluation_due:
+                point = run.evaluate(server.url)
+                if on_heldout:
+                    on_heldout(point)
+            if run.is_complete:
                 break
             update = asyncio.run(run.advance(server.url))
             log.write(json.dumps(asdict(update)) + "\n")
             if on_update:
                 on_update(update)
-            if run.step % config.updates.checkpoint == 0 or run.step == config.updates.steps:
+            if run.step % updates.checkpoint == 0 or run.step == updates.steps:
                 run.save()
         run.save()
-    return export_model(out / "model", run.model, start)
 
 
 class GrpoRun:
@@ -115,21 +128,26 @@ class GrpoRun:
         self._problems = ProblemPool(config.rollouts, config.heldout.problems if config.heldout.every else 0)
         self._replay = MaskReplay(start, self.model.config.vocab_size)
 
+    @property
     def is_complete(self) -> bool:
         """Whether all steps are done, or the held-out curve is flat."""
         heldout = self.config.heldout
         return self.step >= self.config.updates.steps or self.curve.is_flat(heldout.window, heldout.min_gain)
 
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether the held-out problems are to be evaluated now, and were not before an interruption."""
+        every = self.config.heldout.every
+        if not every or any(point.step == self.step for point in self.curve.points):
+            return False
+        return self.step % every == 0 or self.step >= self.config.updates.steps
+
     def save(self) -> None:
         """Save a checkpoint."""
         save_checkpoint(self.out, self.model, self._optimizer, Progress(self.step))
 
-    def evaluate(self, url: str) -> HeldOutPoint | None:
-        """Evaluate the held-out problems, if that is due and was not done before an interruption."""
-        every, done = self.config.heldout.every, [point.step for point in self.curve.points]
-        last = self.step >= self.config.updates.steps
-        if not every or self.step in done or (self.step % every and not last):
-            return None
+    def evaluate(self, url: str) -> HeldOutPoint:
+        """Evaluate the held-out problems, and add the result to the curve."""
         problems = self._problems.heldout
         point = asyncio.run(evaluate_heldout(url, problems, self.config, self.step, TIMEOUT_S))
         self.curve.add(point)
