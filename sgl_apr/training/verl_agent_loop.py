@@ -1,4 +1,7 @@
-"""verl's agent loop by our runtime. Importing this module imports verl, and registers the loop as "sgl_apr"."""
+"""verl's agent loop by our runtime. Importing this module imports verl.
+
+It does not register the loop, which would replace the entry of the configuration file that names it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from omegaconf import OmegaConf
-from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
 
 from sgl_apr.engine.http import HttpEngine
 from sgl_apr.runtime.budget import Budget
@@ -25,7 +28,6 @@ _engines: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Task[Ht
 )
 
 
-@register("sgl_apr")
 class BranchAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl has no types
     """Trajectories that an SGLang server decodes, forks included, as the outputs of an agent loop.
 

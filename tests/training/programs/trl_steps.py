@@ -55,6 +55,7 @@ def main() -> None:
         trainer.train()
         after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     lines = [line for line in trainer.state.log_history if "reward" in line]
+    figures["steps"] = trainer.state.global_step
     figures["rewards"] = [line["reward"] for line in lines]
     figures["branch_rows"] = [line["branch_rows"] for line in lines]
     figures["moved"] = float((after - before).norm())
