@@ -16,11 +16,11 @@ import pytest
 
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.training.models import locate_model
 from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 PROGRAMS = ROOT / "tests" / "training" / "programs"
+SPAWN_MODEL = ROOT / "sgl_apr" / "training" / "models" / "countdown-spawn"
 CLOSE = 1e-3  # between log-probabilities
 
 
@@ -48,7 +48,7 @@ def run_program(name: str, program: str, *argv: object) -> dict:
 @pytest.fixture
 def own_server(forked_server: type[Server], tmp_path: Path) -> Iterator[Server]:
     """A server whose weights a test may change."""
-    model = shutil.copytree(locate_model("builtin"), tmp_path / "model")
+    model = shutil.copytree(SPAWN_MODEL, tmp_path / "model")
     with forked_server(model, log_path=tmp_path / "server.log", **SERVER_OPTIONS) as server:
         yield server
 
