@@ -1,4 +1,4 @@
-"""What the tokens of a reply are paid with: the trunk with the reply's advantage, its branches as configured."""
+"""Credit assignment: the advantage of what the trunk decoded is that of the reply, and that of what branches decoded is configured."""
 
 from __future__ import annotations
 

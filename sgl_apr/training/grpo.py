@@ -196,7 +196,7 @@ class GrpoRun:
             replies: The replies, one group after another.
             rewards: Their rewards.
             grammars: The grammars of their calls.
-            judges: For each problem: whether the text of a branch solves it, where branches are paid by their own success.
+            judges: For each problem: whether the text of a branch solves it, for the branch credit "own".
         """
         updates, size = self.config.updates, self.config.rollouts.group
         groups = [replies[k : k + size] for k in range(0, len(replies), size)]
@@ -208,11 +208,11 @@ class GrpoRun:
         samples = [
             make_policy_samples(
                 reply.trajectory,
-                sequence_advantages(reply.trajectory, advantage, updates.branch_credit, paid),
+                sequence_advantages(reply.trajectory, advantage, updates.branch_credit, of_branches),
                 self._replay,
                 grammars,
             )
-            for reply, advantage, paid in zip(
+            for reply, advantage, of_branches in zip(
                 replies, [a for group in values for a in group], own, strict=True
             )
         ]

@@ -84,9 +84,9 @@ class Updates:
         epochs: How often the replies of a step are learned from.
         minibatches: Into how many parts they are divided, by problem, each of which is one gradient step.
         clip_ratio: Beyond 1 plus or minus this, ratios of the new to the old policy earn nothing more (PPO).
-        branch_credit: What the tokens of a branch are paid with: "group" is the advantage of the reply, "own" that of the branch
-            by its own success, which needs a task that judges branches, and "trunk" is nothing: the reward of a reply says little about
-            each of its branches.
+        branch_credit: The advantage of the tokens of a branch: "group" is that of the reply; "own" is that of the branch by its own
+            success, which needs a task that judges branches; with "trunk" they have none, since the reward of a reply says little
+            about each of its branches.
         batch: Tokens that go through the model at once.
         clip: Gradient norm above which gradients are clipped.
         checkpoint: Steps between checkpoints.

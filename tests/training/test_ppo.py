@@ -1,4 +1,4 @@
-"""Policy gradients: what becomes likelier, what branches are paid, several updates for one batch, and clipping."""
+"""Policy gradients: what becomes likelier, what branches are advantages, several updates for one batch, and clipping."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def load(begin: Path):
 
 def samples(model, reply: apr.Trajectory, advantage: float, credit: str = "group") -> list[PolicySample]:
     """The samples of a reply that was decoded by `model` without a mask."""
-    paid, found = sequence_advantages(reply, advantage, credit, {}), list[PolicySample]()
+    advantages, found = sequence_advantages(reply, advantage, credit, {}), list[PolicySample]()
     eos = model.config.eos_token_id
     for tree in build_training_tree([reply], eos=eos, separate_contexts=True).split():
-        weights = np.array([paid[reply.spans[s].path] for s in tree.spans], dtype=np.float32)
+        weights = np.array([advantages[reply.spans[s].path] for s in tree.spans], dtype=np.float32)
         with torch.no_grad():
             old = log_probabilities(model, Collator()([tree])).numpy()
         if weights.any():
@@ -86,8 +86,8 @@ def test_replies_better_than_their_group_become_likelier(begin: Path, replay: Ma
     assert better - worse > 0.01
 
 
-def test_branches_that_are_paid_nothing_leave_the_trunk(begin: Path, replay: MaskReplay, replies):
-    """With the trunk's credit a step is that of the trunks alone, and its length is the rate."""
+def test_without_branch_credit_a_step_is_that_of_the_trunks(begin: Path, replay: MaskReplay, replies):
+    """The length of the step is the rate."""
 
     def step(credit: str) -> torch.Tensor:
         model = load(begin)

@@ -1,4 +1,4 @@
-"""Problems that steps draw, and what replies to them are paid."""
+"""Problems that steps draw, how replies to them are judged, and the credit of branches."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_task_that_cannot_judge_branches_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["spawn", "multiverse"])
-def test_branches_are_paid_their_own_success_or_that_of_the_reply(tokenizer: HfTokenizer, name: str):
+def test_branch_credit_is_the_success_of_the_branch_or_that_of_the_reply(tokenizer: HfTokenizer, name: str):
     engine = ScriptedEngine(lambda request, prompt: "", tokenizer)
     (problem,) = ProblemPool(Rollouts(task="countdown:4", pool=1, problems=1), heldout=0).draw(0)
     replies = [
@@ -127,7 +127,7 @@ def test_branches_are_paid_their_own_success_or_that_of_the_reply(tokenizer: HfT
     path = next(p for p, r in rewards.items() if r)
     worse = next(p for p, r in rewards.items() if not r)
     assert first[path] - first[worse] == pytest.approx(1.0)
-    every = [value for paid in (first, *others) for value in paid.values()]
+    every = [value for own in (first, *others) for value in own.values()]
     assert sum(every) == pytest.approx(0.0, abs=1e-9)
     assert sequence_advantages(replies[0], 0.5, "own", first) == {(): 0.5, **first}
     assert set(sequence_advantages(replies[0], 0.5, "group", {}).values()) == {0.5}

@@ -120,8 +120,8 @@ def test_log_probabilities_of_requests_that_continue_others(server, model, repla
     else:
         pytest.fail("no request was continued")
     check_log_probabilities(model, replay, trajectory, grammars)
-    paid = {span.path: 1.0 for span in trajectory.spans}
-    samples = make_policy_samples(trajectory, paid, replay, grammars)
+    advantages = {span.path: 1.0 for span in trajectory.spans}
+    samples = make_policy_samples(trajectory, advantages, replay, grammars)
     unmasked = [replace(sample, masks=np.full_like(sample.masks, UNMASKED)) for sample in samples]
     assert first_update_error(model, replay, unmasked) > 1e-2
 
