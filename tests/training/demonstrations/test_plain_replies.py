@@ -51,12 +51,12 @@ def test_a_damaged_file_is_an_error(tmp_path: Path, damage):
 def test_the_replies_of_the_package():
     replies = read_replies()
     by_split = {split: [r for r in replies if r.split == split] for split in ("train", "test")}
-    assert len(by_split["train"]) >= 500
+    assert len(by_split["train"]) >= 100
     assert len(by_split["test"]) >= 100
     for split, own in by_split.items():
         assert {r.message for r in own} <= set(plain_messages(split, 2700 if split == "train" else 180))
         assert len({r.message for r in own}) == len(own)
-    assert sum(r.is_complete for r in replies) > len(replies) / 3
+    assert sum(r.is_complete for r in replies) > len(replies) / 5
     assert not any(is_loop(d.reply) for d, _ in zip(plain_demonstrations("train"), range(50), strict=False))
 
 
