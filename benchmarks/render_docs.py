@@ -67,6 +67,23 @@ SECTIONS: dict[str, Section] = {
         "How much faster the CPU attention backend is than SGLang's `torch_native` on the same tensors.",
         figures.attention,
     ),
+    "quality.honesty": Section(
+        "Claims",
+        "What a Countdown model claims where there is no solution, and what it solves at sizes that it was trained on or not.",
+    ),
+    "quality.stated_width": Section(
+        "Stated widths",
+        "How often the first fork of a Countdown model is as wide as its prompt states, and what that costs in accuracy.",
+    ),
+    "quality.schools": Section(
+        "Text joins, KV joins and messages",
+        "Models of one recipe in each format, also under the join that they were not trained for. They have to be trained first.",
+    ),
+    "quality.language_model": Section(
+        "A language model that forks",
+        "How well a trained SmolLM2 decides when to fork, closes its branches and keeps its plain replies. It has to be trained "
+        "first.",
+    ),
     "kernels.worker_attention": Section(
         "CPU attention of workers",
         "How long the attention of Hogwild! workers takes, whose queries are turned for each block, compared with as many "

@@ -19,10 +19,10 @@ NAMES = [name for name, _, _ in RESULT_COLUMNS]
     [
         (None, False, 0),
         ("60", True, 0),
-        ("160", False, 0),
-        ("120", False, 3),
-        ("80", False, 8),
-        ("40", False, 11),
+        ("160", False, 1),
+        ("120", False, 5),
+        ("80", False, 9),
+        ("40", False, 12),
     ],
 )
 def test_a_table_leaves_out_columns_and_cuts_no_name(columns, wide, left_out, capsys, monkeypatch):

@@ -122,7 +122,10 @@ def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["chess"], "no task 'chess', expected one of countdown, game24, gym:NAME, FILE.jsonl"),
+        (
+            ["chess"],
+            "no task 'chess', expected one of countdown, countdown:VARIANT, game24, gym:NAME, FILE.jsonl",
+        ),
         (["game24", "none.jsonl"], "cannot read none.jsonl"),
         (["countdown", "--limit", "0"], "limit=0"),
         (["game24", "game24", "-o", "out"], "two tasks of the same name"),

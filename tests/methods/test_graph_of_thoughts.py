@@ -14,7 +14,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.engine.scripted import ByteTokenizer
 from sgl_apr.evaluation.tasks.countdown.branch_experts import MessageExpert
-from sgl_apr.evaluation.tasks.countdown.expert import SearchNode, SearchStyle
+from sgl_apr.evaluation.tasks.countdown.expert import ExpertNode, SearchStyle
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, parse_steps, solves
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.methods.graph_of_thoughts import graph_of_thoughts
@@ -306,7 +306,7 @@ def test_countdown_searches_after_each_first_step(problem: Problem, proposed: Se
         if ";" not in prompt:
             return " 11"
         (step,) = parse_steps(prompt.removeprefix(">").partition(";")[0]) or ()
-        node = SearchNode(Problem.parse(prompt.partition(";")[2]), step, 1)
+        node = ExpertNode(Problem.parse(prompt.partition(";")[2]), step, 1)
         return MessageExpert(problem, random.Random(0), SearchStyle(), task.dialect).write_branch(node)
 
     engine = apr.ScriptedEngine(script, tokenizer)

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import pytest
 import requests
 import torch
@@ -19,9 +18,12 @@ from transformers import AutoModelForCausalLM
 import sgl_apr as apr
 from sgl_apr.cli.main import main
 from sgl_apr.server.launch.launcher import Server
-from sgl_apr.training.training_tree import build_training_tree, logprobs
+from sgl_apr.training.grpo_config import Updates
+from sgl_apr.training.mask_replay import MaskReplay, RecordedGrammars, RecordingEngine
+from sgl_apr.training.policy_samples import make_policy_samples
+from sgl_apr.training.ppo import update_policy
+from sgl_apr.training.training_tree import build_training_tree
 from tests.runtime.tools.checked_tools import DIALECTS, PARSERS, check, plot, search
-from tests.training.test_training_equality import Noted, allowed, masked
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 T = TypeVar("T")
@@ -240,18 +242,19 @@ def test_training_trees_have_the_log_probabilities_of_the_server(tool_server: Se
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
     budget = {"tokens": 600, "width": 3, "tool_calls": 9, "tool_result_tokens": 48, "outline_chars": 8}
 
-    async def run(seed: int) -> tuple[apr.Trajectory, dict[Any, str]]:
-        async with await Noted.connect(tool_server.url) as engine:
-            engine.noted = {}
+    replay = MaskReplay(path, model.config.vocab_size)
+
+    async def run(seed: int) -> tuple[apr.Trajectory, RecordedGrammars]:
+        async with await RecordingEngine.connect(tool_server.url) as engine:
             trajectory = await apr.areason(
                 engine, [{"role": "user", "content": f"Question {seed}?"}], name, tools=[search, plot], join=join, logprobs=True,
                 temperature=1.0, mode="parallel", policy="all", min_width=2, budget=budget, seed=seed,
             )  # fmt: skip
-            return trajectory, engine.noted
+            return trajectory, engine.grammars
 
     missing = {"trunk", "branch"}
     for seed in range(32):
-        trajectory, noted = asyncio.run(run(seed))
+        trajectory, grammars = asyncio.run(run(seed))
         callers = {"branch" if c.path else "trunk" for c in trajectory.tool_calls if c.outcome == "ok"}
         if not callers & missing:
             continue
@@ -262,8 +265,10 @@ def test_training_trees_have_the_log_probabilities_of_the_server(tool_server: Se
         roles = {trajectory.spans[span].role for span in found.spans.tolist()}
         assert "call" in roles
         assert "observation" not in roles
-        mine = masked(model, found, allowed(path, found, trajectory, noted)).numpy()
-        assert np.abs(logprobs(found, [trajectory]) - mine).max() < 1e-3
+        samples = make_policy_samples(trajectory, {s.path: 1.0 for s in trajectory.spans}, replay, grammars)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        update = update_policy(model, optimizer, [[samples]], replay, Updates(), temperature=1.0)
+        assert update.logprob_error < 1e-3
         if not missing:
             break
     assert not missing, "calls that were compared"

@@ -1,4 +1,4 @@
-"""How the symbolic Countdown search writes its branches: after a message, behind an outline, or without either."""
+"""How the symbolic Countdown search writes its branches: after a message, after an outline, or without either."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 
 from sgl_apr.engine.base import Request
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.tasks.countdown.expert import STATE_MARK, Expert, SearchNode, SearchStyle
+from sgl_apr.evaluation.tasks.countdown.expert import STATE_MARK, Expert, ExpertNode, SearchStyle
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, Step, legal_steps
 from sgl_apr.evaluation.tasks.countdown.search import (
     CONCLUSION_TOKENS,
@@ -22,7 +22,7 @@ TAUGHT = ("threadweaver", "multiverse", "npr", "parallel_r1", "parathinker", "sp
 PATH_STEPS = 3  # first steps that one path without an outline tries
 
 
-def state_text(node: SearchNode) -> str:
+def state_text(node: ExpertNode) -> str:
     """A first step, and the problem that it leaves.
 
     A message loses the white space around it, and a number without a space before it is another token. So the text starts
@@ -39,29 +39,29 @@ class MessageExpert(Expert):
 
     def __init__(self, problem: Problem, rng: random.Random, style: SearchStyle, dialect: Dialect) -> None:
         super().__init__(problem, rng, style, dialect)
-        self.by_message: dict[str, SearchNode] = {}
+        self.by_message: dict[str, ExpertNode] = {}
 
-    def locate(self, prompt: str) -> SearchNode:
+    def locate(self, prompt: str) -> ExpertNode:
         if prompt.startswith(self.problem.text):
             return self.trunk
         message = max((text for text in self.by_message if prompt.startswith(text)), key=len)
         return self.by_message[message]
 
-    def affordable_branches(self, node: SearchNode, context: int) -> int:
+    def affordable_branches(self, node: ExpertNode, context: int) -> int:
         return (self.style.window - context - CONCLUSION_TOKENS) // self.branch_tokens
 
-    def fork(self, node: SearchNode, room: int) -> str:
+    def fork(self, node: ExpertNode, room: int) -> str:
         children = self.take_steps(node, room)
         self.by_message |= {state_text(child): child for child in children}
         return self.render_fork(node, [state_text(child) for child in children])
 
-    def write_branch(self, node: SearchNode) -> str:
+    def write_branch(self, node: ExpertNode) -> str:
         trace = self.search(node)
         if trace.solution is not None:
             node.solve([*trace.solution])
         return f"\n{trace.text}{self.conclude(node)}"
 
-    def conclude(self, node: SearchNode) -> str:
+    def conclude(self, node: ExpertNode) -> str:
         if node is self.trunk:
             return conclusion(node.solution)
         assert node.step
@@ -92,8 +92,8 @@ class SharedPrefixExpert(Expert):
     def close(self, index: int | None) -> str:
         return close_block(self.dialect, NO_SOLUTION_MARK if index is None else SOLUTION_MARK)
 
-    def searched(self, node: SearchNode) -> str:
-        """The search behind a first step: the step with the problem that it leaves, as in a message, and all that follows."""
+    def searched(self, node: ExpertNode) -> str:
+        """The search after a first step: the step with the problem that it leaves, as in a message, and all that follows."""
         trace = self.search(node)
         if trace.solution is not None:
             node.solve([*trace.solution])
@@ -107,7 +107,7 @@ class OutlineExpert(SharedPrefixExpert):
         super().__init__(problem, rng, style, dialect)
         self.numbers = {id(self.trunk): ""}
 
-    def locate(self, prompt: str) -> SearchNode:
+    def locate(self, prompt: str) -> ExpertNode:
         opened: list[str] = []
         for tag in self.tags.finditer(prompt):
             if tag["header"]:
@@ -119,22 +119,22 @@ class OutlineExpert(SharedPrefixExpert):
             node = node.children[int(number.rpartition(".")[2]) - self.dialect.first_number]
         return node
 
-    def number(self, node: SearchNode, index: int) -> str:
+    def number(self, node: ExpertNode, index: int) -> str:
         prefix = self.numbers[id(node)] if self.dialect.nested_numbering else ""
         return f"{prefix}{'.' * bool(prefix)}{super().number(node, index)}"
 
-    def fork(self, node: SearchNode, room: int) -> str:
+    def fork(self, node: ExpertNode, room: int) -> str:
         children = self.take_steps(node, room)
         self.numbers |= {id(child): self.number(node, k) for k, child in enumerate(children)}
         return self.render_fork(node, [child.step.text for child in children if child.step])
 
-    def introduction(self, node: SearchNode) -> str:
+    def introduction(self, node: ExpertNode) -> str:
         return state_text(node) + "\n" if node.depth else ""
 
-    def write_branch(self, node: SearchNode) -> str:
+    def write_branch(self, node: ExpertNode) -> str:
         return self.searched(node) + self.conclude(node)
 
-    def conclude(self, node: SearchNode) -> str:
+    def conclude(self, node: ExpertNode) -> str:
         closer = self.closer(self.numbers[id(node)]) if node.depth else ""
         return conclusion(node.solution) + closer
 
@@ -166,10 +166,10 @@ class PathExpert(SharedPrefixExpert):
             return self.path(last[0][2] if self.is_numbered else "")
         return super().__call__(request, prompt)
 
-    def locate(self, prompt: str) -> SearchNode:
+    def locate(self, prompt: str) -> ExpertNode:
         return self.trunk
 
-    def fork(self, node: SearchNode, room: int) -> str:
+    def fork(self, node: ExpertNode, room: int) -> str:
         node.children, node.forks = [], node.forks + 1
         return self.dialect.grammar.render_rule("fork")
 
@@ -190,13 +190,13 @@ class PathExpert(SharedPrefixExpert):
                 break
         return text + conclusion(solution) + self.closer(number)
 
-    def write_branch(self, node: SearchNode) -> str:
+    def write_branch(self, node: ExpertNode) -> str:
         raise AssertionError("a path is no node")
 
-    def first_solution(self, node: SearchNode) -> tuple[int, list[Step]] | None:
+    def first_solution(self, node: ExpertNode) -> tuple[int, list[Step]] | None:
         return next(((0, child.solution) for child in node.children if child.solution), None)
 
-    def after_join(self, node: SearchNode, room: int) -> str:
+    def after_join(self, node: ExpertNode, room: int) -> str:
         tried = {child.step for child in node.children}
         node.untried = [step for step in node.untried if step not in tried]
         if self.is_numbered:
@@ -204,7 +204,7 @@ class PathExpert(SharedPrefixExpert):
             return conclusion(found and found[1])
         return super().after_join(node, room)
 
-    def conclude(self, node: SearchNode) -> str:
+    def conclude(self, node: ExpertNode) -> str:
         return conclusion(node.solution)
 
 

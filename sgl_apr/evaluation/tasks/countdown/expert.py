@@ -49,7 +49,7 @@ class SearchStyle:
 
 
 @dataclass(slots=True)
-class SearchNode:
+class ExpertNode:
     """What one sequence searches.
 
     Attributes:
@@ -66,14 +66,14 @@ class SearchNode:
     step: Step | None = None
     depth: int = 0
     untried: list[Step] = field(default_factory=list)
-    children: list[SearchNode] = field(default_factory=list)
+    children: list[ExpertNode] = field(default_factory=list)
     forks: int = 0
     solution: list[Step] | None = None
 
-    def child(self, step: Step) -> SearchNode:
-        """The node behind a step."""
+    def child(self, step: Step) -> ExpertNode:
+        """The node that a step leads to."""
         left = Problem(numbers_after(self.problem.numbers, step), self.problem.target)
-        return SearchNode(left, step, self.depth + 1)
+        return ExpertNode(left, step, self.depth + 1)
 
     def solve(self, steps: list[Step]) -> list[Step]:
         """Note the steps that solve the problem of the node."""
@@ -96,7 +96,7 @@ class Expert(ABC):
 
     def __init__(self, problem: Problem, rng: random.Random, style: SearchStyle, dialect: Dialect) -> None:
         self.problem, self.rng, self.style, self.dialect = problem, rng, style, dialect
-        self.trunk = SearchNode(problem)
+        self.trunk = ExpertNode(problem)
 
     def __call__(self, request: Request, prompt: str) -> str:
         node = self.locate(prompt)
@@ -119,22 +119,22 @@ class Expert(ABC):
         return self.introduction(node) + self.fork(node, room)
 
     @abstractmethod
-    def locate(self, prompt: str) -> SearchNode:
+    def locate(self, prompt: str) -> ExpertNode:
         """The node of the sequence that a request belongs to."""
 
     @abstractmethod
-    def write_branch(self, node: SearchNode) -> str:
+    def write_branch(self, node: ExpertNode) -> str:
         """What a branch decodes that does not fork."""
 
     @abstractmethod
-    def fork(self, node: SearchNode, room: int) -> str:
+    def fork(self, node: ExpertNode, room: int) -> str:
         """A fork into at most `room` branches."""
 
     @abstractmethod
-    def conclude(self, node: SearchNode) -> str:
+    def conclude(self, node: ExpertNode) -> str:
         """What ends a sequence that has forked."""
 
-    def introduction(self, node: SearchNode) -> str:
+    def introduction(self, node: ExpertNode) -> str:
         """What a sequence writes before its first fork."""
         return ""
 
@@ -142,13 +142,13 @@ class Expert(ABC):
         """What a sequence writes to close a block, given the index of the first branch with a solution."""
         return ""
 
-    def nests(self, node: SearchNode) -> bool:
+    def nests(self, node: ExpertNode) -> bool:
         """Whether a branch may fork."""
         return len(node.problem.numbers) > SMALL and node.depth < min(
             self.style.depth, self.dialect.max_depth
         )
 
-    def hinted_steps(self, node: SearchNode) -> list[Step]:
+    def hinted_steps(self, node: ExpertNode) -> list[Step]:
         """A few first steps, in order; one of them leads to a solution, if any does."""
         every, width = node.untried, self.rng.randint(*self.style.width)
         leading = [s for s in every if count_solutions(node.child(s).problem)]
@@ -158,41 +158,41 @@ class Expert(ABC):
         }
         return [step for step in every if step in chosen]
 
-    def affordable_branches(self, node: SearchNode, context: int) -> int:
+    def affordable_branches(self, node: ExpertNode, context: int) -> int:
         """How many branches still fit into the window. A branch that forks itself counts as its widest fork."""
         levels = min(self.style.depth - node.depth, len(node.problem.numbers) - SMALL)
         cost: int = self.branch_tokens * self.style.width[1] ** max(0, levels - 1)
         return (self.style.window - context - CONCLUSION_TOKENS) // cost
 
-    def take_steps(self, node: SearchNode, room: int) -> list[SearchNode]:
+    def take_steps(self, node: ExpertNode, room: int) -> list[ExpertNode]:
         """The branches of the next fork, of a random width."""
         width = min(self.rng.randint(*self.style.width), self.dialect.max_width, len(node.untried), room)
         node.children = [node.child(node.untried.pop()) for _ in range(width)]
         node.forks += 1
         return node.children
 
-    def render_fork(self, node: SearchNode, outlines: list[str]) -> str:
+    def render_fork(self, node: ExpertNode, outlines: list[str]) -> str:
         """A fork with an outline for each branch."""
         return self.dialect.grammar.render_rule(
             "fork", each=[(self.number(node, k), text) for k, text in enumerate(outlines)]
         )
 
-    def number(self, node: SearchNode, index: int) -> str:
+    def number(self, node: ExpertNode, index: int) -> str:
         """The number of a branch of a node."""
         return str(self.dialect.first_number + index)
 
-    def first_solution(self, node: SearchNode) -> tuple[int, list[Step]] | None:
+    def first_solution(self, node: ExpertNode) -> tuple[int, list[Step]] | None:
         """The index of the first branch of the last fork with a solution, and that solution."""
         for index, child in enumerate(node.children):
             if solution := child.solution if child.forks else self.search(child).solution:
                 return index, [*solution] if child.forks else [*filter(None, [child.step]), *solution]
         return None
 
-    def search(self, node: SearchNode) -> SearchTrace:
+    def search(self, node: ExpertNode) -> SearchTrace:
         """The search of a branch that does not fork."""
         return search_sequentially(node.problem, self.style.window // 2)
 
-    def after_join(self, node: SearchNode, room: int) -> str:
+    def after_join(self, node: ExpertNode, room: int) -> str:
         """The first solution that a branch found; or else another fork, or no solution."""
         if found := self.first_solution(node):
             node.solve(found[1])

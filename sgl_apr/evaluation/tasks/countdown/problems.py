@@ -200,10 +200,16 @@ def generate_problems(
         if tries > MAX_TRIES:
             raise AprError(f"expected at most about {len(seen)} problems with {sorted(set(numbers))} numbers")
         size = numbers[len(seen) % len(numbers)]
-        fewest, most = (1, MAX_SOLUTIONS if size < 6 else MAX_SOLUTIONS_OF_SIX) if solvable else (0, 0)
+        min_solutions, max_solutions = (
+            (1, MAX_SOLUTIONS if size < 6 else MAX_SOLUTIONS_OF_SIX) if solvable else (0, 0)
+        )
         drawn = tuple(sorted(rng.randint(1, LARGEST_NUMBER) for _ in range(size)))
         problem = Problem(drawn, rng.randint(*TARGET_RANGE))
-        if problem in seen or problem.split != split or not fewest <= count_solutions(problem) <= most:
+        if (
+            problem in seen
+            or problem.split != split
+            or not (min_solutions <= count_solutions(problem) <= max_solutions)
+        ):
             continue
         seen.add(problem)
         tries = 0

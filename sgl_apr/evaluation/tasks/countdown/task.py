@@ -10,6 +10,7 @@ from functools import cached_property
 from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.countdown.expert import STATE_MARK
 from sgl_apr.evaluation.tasks.countdown.problems import (
+    LARGEST_INTERMEDIATE,
     Problem,
     Step,
     legal_steps,
@@ -83,7 +84,8 @@ class CountdownTask(
         super().__init__(engine)
         known = known_dialects(engine.tokenizer)
         by_message = [each for each in known if each.branch_context == "message"]
-        if not known:
+        knows_numbers = len(engine.tokenizer.encode(f" {LARGEST_INTERMEDIATE}")) == 1
+        if not known or not knows_numbers:
             raise Inapplicable("countdown needs a model trained on it: --model builtin")
         self.dialect: Dialect = (by_message or known)[0]
 
