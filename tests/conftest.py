@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,38 +111,47 @@ def registries() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def forked_server() -> Iterator[type[Server]]:
-    """A `Server` class whose servers start on the CPU, without importing SGLang again."""
+def forked_server() -> Iterator[Any]:
+    """A `Server` class whose servers start on the CPU, without importing SGLang again.
+
+    `stop_soon` stops a server in a thread: a stop takes seconds, and at the end of a session there are several.
+    """
     fork_server = ForkServer()
 
-    class ForkedServer(Server):
-        popen = staticmethod(fork_server.popen)
+    with ThreadPoolExecutor() as stopping:
 
-    yield ForkedServer
+        class ForkedServer(Server):
+            popen = staticmethod(fork_server.popen)
+
+            def stop_soon(self) -> None:
+                stopping.submit(self.stop)
+
+        yield ForkedServer
     fork_server.close()
 
 
 @pytest.fixture(scope="session")
-def server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(forked_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of a random model that often writes tags. The tags of all dialects are its tokens."""
     directory = tmp_path_factory.mktemp("served")
     tags = dict.fromkeys(tag for name in dialect_names() for tag in dialect(name).tags)
     random_llama(directory, tags=list(tags), tag_bias=5.0)
-    with forked_server(directory, log_path=directory / "server.log") as server:
-        yield server
+    server = forked_server(directory, log_path=directory / "server.log").start()
+    yield server
+    server.stop_soon()
 
 
 @pytest.fixture(scope="session")
-def solver(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def solver(forked_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of the model that comes with the package, which solves Countdown."""
-    with forked_server(
-        locate_model("builtin"), log_path=tmp_path_factory.mktemp("solver") / "log", **SERVER_OPTIONS
-    ) as server:
-        yield server
+    log_path = tmp_path_factory.mktemp("solver") / "log"
+    server = forked_server(locate_model("builtin"), log_path=log_path, **SERVER_OPTIONS).start()
+    yield server
+    server.stop_soon()
 
 
 @pytest.fixture(scope="session")
-def tool_server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tool_server(forked_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of a random model that often writes the tags of formats and of calls. It has tools of its own."""
     from tests.support.chat_templates import QWEN
 
@@ -155,7 +165,7 @@ def tool_server(forked_server: type[Server], tmp_path_factory: pytest.TempPathFa
         patch.chdir(directory)
         server = forked_server(directory, log_path=directory / "log", apr_tool_wait=20, **flags).start()
     yield server
-    server.stop()
+    server.stop_soon()
 
 
 @pytest.fixture(scope="session")
@@ -165,11 +175,12 @@ def untagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checked(forked_server: type[Server], untagged: Path) -> Iterator[Server]:
+def checked(forked_server: Any, untagged: Path) -> Iterator[Server]:
     """A server with a small KV pool that SGLang checks at every step. It logs what is wrong."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
         patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
         options = {"max_total_tokens": 4096, "context_length": 1024, "enable_custom_logit_processor": True}
-        with forked_server(untagged, log_path=untagged / "log", **options) as server:
-            yield server
+        server = forked_server(untagged, log_path=untagged / "log", **options).start()
+    yield server
+    server.stop_soon()

@@ -15,6 +15,13 @@ from sgl_apr.training.models import random_llama, smollm2
 
 pytestmark = pytest.mark.server
 every = pytest.mark.parametrize("name", apr.dialect_names())
+different = pytest.mark.parametrize(  # a format that nests, one by message, one without outlines; the others take minutes together
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("multiverse", "spawn", "parallel_r1") else pytest.mark.slow)
+        for name in apr.dialect_names()
+    ],
+)
 
 
 def budget(dialect: apr.Dialect) -> apr.Budget:
@@ -73,7 +80,7 @@ def test_random_weights_follow_it(server: Server, name: str):
         assert "aborted" in finishes, "the other branches were stopped"
 
 
-@every
+@different
 def test_in_a_program(server: Server, name: str):
     """Native forks: nested, asynchronous, and with their own context."""
     dialect = apr.dialect(name)

@@ -94,7 +94,13 @@ def regret(reference, trajectory: apr.Trajectory, found: apr.Causality, letters:
     return out
 
 
-@pytest.mark.parametrize(("name", "depth"), [*((name, 1) for name in KV), ("multiverse", 3)])
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        *(pytest.param(name, 1, marks=() if name == "npr" else pytest.mark.slow) for name in KV),
+        ("multiverse", 3),
+    ],
+)
 def test_what_is_written_is_what_the_reference_writes(joining: Server, reference, name: str, depth: int):
     forks = FORKS.get(name, 1)
     trajectory = apr.run(joining.url, "Whales and eagles: ", name, **options(name, depth, max_blocks=forks))
@@ -149,7 +155,14 @@ async def tokenizer_of(url: str):
         return engine.tokenizer
 
 
-@pytest.mark.parametrize("policy", ["first", "quorum:2", "deadline:0.3"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param("first", marks=pytest.mark.slow),
+        "quorum:2",
+        pytest.param("deadline:0.3", marks=pytest.mark.slow),
+    ],
+)
 def test_what_a_policy_cuts_is_joined_too(joining: Server, policy: str):
     trajectory = apr.run(
         joining.url, "Q: ", "multiverse", **options("multiverse", policy=policy, min_width=3)

@@ -26,6 +26,12 @@ DATA = Data(
 )
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make few demonstrations at a time, since a chunk takes seconds."""
+    monkeypatch.setattr("sgl_apr.training.examples.CHUNK_SIZE", 64)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tags = dict.fromkeys(tag for name in NAMES for tag in apr.dialect(name).tags)

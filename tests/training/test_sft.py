@@ -30,6 +30,12 @@ SMALL = SftConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make few demonstrations at a time, since a chunk takes seconds."""
+    monkeypatch.setattr("sgl_apr.training.examples.CHUNK_SIZE", 32)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     path = countdown_llama(tmp_path_factory.mktemp("tiny"), apr.dialect("spawn").tags, layers=2, hidden=32)

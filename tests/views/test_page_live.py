@@ -380,7 +380,7 @@ def test_another_is_looked_at_meanwhile(browser):
     ("replies", "more", "message"),
     [
         ({"trunk": BOOM}, {}, "boom"),
-        ({"after": BOOM}, {}, "boom"),
+        pytest.param({"after": BOOM}, {}, "boom", marks=pytest.mark.slow),
         ({}, {"budget": {"width": 99}}, "at most 50"),
     ],
 )

@@ -28,7 +28,7 @@ from sgl_apr.evaluation.tasks.countdown.problems import (
 from sgl_apr.evaluation.tasks.countdown.search import conclusion, count_tokens, sequential_search
 from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.config import Data
-from sgl_apr.training.examples import CHUNK_SIZE, CountdownExamples
+from sgl_apr.training.examples import CountdownExamples
 from sgl_apr.training.models.countdown import countdown_tokenizer
 
 
@@ -195,7 +195,9 @@ def test_all_pairs_are_problems_of_two_numbers():
     assert set(generate_problems(50, "train", numbers=(2,))) <= set(found)
 
 
-def test_few_branches_are_selected_solutions_first(tokenizer: HfTokenizer):
+def test_few_branches_are_selected_solutions_first(tokenizer: HfTokenizer, monkeypatch: pytest.MonkeyPatch):
+    chunk_size = 64
+    monkeypatch.setattr("sgl_apr.training.examples.CHUNK_SIZE", chunk_size)
     data = Data(problems=8, numbers=(2, 4), forks={"4": 1.0}, branches=1)
     few = CountdownExamples(data, tokenizer).chunk(0)
     every = CountdownExamples(replace(data, branches=0), tokenizer).chunk(0)
@@ -204,8 +206,8 @@ def test_few_branches_are_selected_solutions_first(tokenizer: HfTokenizer):
         t.tobytes() for t in (tree.tree.token_ids for tree in every)
     }
     messages = [text for text in texts if text.startswith(">")]
-    assert len(messages) == CHUNK_SIZE // 2, "one of every fork"
-    assert len(texts) - len(messages) == CHUNK_SIZE, "all trunks"
+    assert len(messages) == chunk_size // 2, "one of every fork"
+    assert len(texts) - len(messages) == chunk_size, "all trunks"
     assert sum("!" in text for text in messages) > 0.6 * len(messages)
     unselected = [text for tree in every if (text := tokenizer.decode(tree.tree.token_ids)).startswith(">")]
     assert sum("!" in text for text in unselected) < 0.3 * len(unselected)

@@ -272,7 +272,9 @@ def test_the_streamed_answer_is_the_answer(endpoint, mode):
         assert len(pieces) > 5
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+@pytest.mark.parametrize(
+    "stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["complete", "stream"]
+)
 def test_a_program_hears_its_events_and_keeps_its_policy_and_its_time(endpoint, stream):
     outcomes: list[str] = []
     for _ in range(5):  # until one is cut: they may all end in the same step
