@@ -83,11 +83,12 @@ class CountdownTask(
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         known = known_dialects(engine.tokenizer)
-        by_message = [each for each in known if each.branch_context == "message"]
-        knows_numbers = len(engine.tokenizer.encode(f" {LARGEST_INTERMEDIATE}")) == 1
-        if not known or not knows_numbers:
+        suitable = [each for each in known if each.branch_context == "message"]
+        if len(engine.tokenizer.encode(f" {LARGEST_INTERMEDIATE}")) == 1:  # the vocabulary of such models
+            suitable += known
+        if not suitable:
             raise Inapplicable("countdown needs a model trained on it: --model builtin")
-        self.dialect: Dialect = (by_message or known)[0]
+        self.dialect: Dialect = suitable[0]
 
     def prompt(self, problem: Problem) -> Prompt:
         return Prompt(problem.text, grammar=self._search_grammar)
