@@ -41,17 +41,18 @@ def make_trainer(
     model = locate_model(options.model)
     texts = [p.text for p in generate_problems(4 * options.steps, "train", numbers=(4,))]
     budget = apr.Budget(tokens=1200, width=8, branch_tokens=160)
+    fields: dict[str, Any] = {
+        "output_dir": out, "max_steps": options.steps, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
+        "num_generations": 4, "max_completion_length": 1200, "learning_rate": 1e-5, "temperature": 1.0, "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
+    }  # fmt: skip
     return trainer_class(
         model=model,
         rollout_func=TrlRollouts(options.url, options.dialect, budget=budget, constrain=False),
         reward_funcs=[for_trl(partial(gated, parallel=0.3), correct, HfTokenizer(model), column="problem")],
         train_dataset=Dataset.from_dict({"prompt": texts, "problem": texts}),
-        args=GRPOConfig(
-            output_dir=out, max_steps=options.steps, per_device_train_batch_size=4, gradient_accumulation_steps=4,
-            num_generations=4, max_completion_length=1200, learning_rate=1e-5, temperature=1.0, logging_steps=1,
-            report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **config,
-        ),
-    )  # fmt: skip
+        args=GRPOConfig(**(fields | config)),
+    )
 
 
 def read_options(description: str | None) -> argparse.Namespace:

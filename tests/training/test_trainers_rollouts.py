@@ -32,7 +32,8 @@ def trainer_python(name: str) -> Path:
 
 def run_program(name: str, program: str, *argv: object) -> dict:
     """What a program prints in the environment of a trainer."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    # One thread: those of a trainer and a server would wait for one another on a few cores, most of the time for such models.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [trainer_python(name), PROGRAMS / program, *map(str, argv)],
         capture_output=True,

@@ -50,7 +50,10 @@ def main() -> None:
     options = example.read_options(__doc__)
     with tempfile.TemporaryDirectory() as out:
         # Two updates for each batch, with ratios to the policy that sampled, and a term for the distance from the first one.
-        trainer = example.make_trainer(options, out, ComparingTrainer, num_iterations=2, beta=0.01)
+        trainer = example.make_trainer(
+            options, out, ComparingTrainer, num_iterations=2, beta=0.01,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, num_generations=2,
+        )  # fmt: skip
         before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
         trainer.train()
         after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
