@@ -1,6 +1,7 @@
 """Whether a language model forks where a question has several parts, and what that costs it elsewhere, on held-out questions.
 
-python -m benchmarks.quality.language_model [MODEL] [--base smollm2] [--questions 400] [--plain 120] [--json] [--check]
+python -m benchmarks.quality.language_model [MODEL] [--base smollm2] [--questions 400] [--plain 120] [--parts forks base perplexity]
+       [--json] [--check]
 
 MODEL is a checkpoint or a name that `sgl-apr serve --model` knows, by default the trained SmolLM2. Topics, wordings, puzzles, lists and
 ordinary instructions are in no training data (sgl_apr/training/demonstrations). Half of the questions have several parts. The base
@@ -39,6 +40,7 @@ DECISION, CLOSED, PERPLEXITY = 0.85, 0.90, 1.05  # bars
 SEED = 1000
 BUDGET = apr.Budget(tokens=480, width=8, branch_tokens=96)
 CONCURRENT = 16
+PARTS = ("forks", "base", "perplexity")
 Interval = tuple[float, float]
 Mode = Literal["auto", "sequential"]
 
@@ -208,37 +210,36 @@ def keyword_control(questions: Sequence[Demonstration]) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """The figures of the parts that were chosen."""
     model, base = locate_model(options.model), locate_model(options.base)
     questions = list(demonstrations("test", options.questions, SEED))
-    with apr.Server(model, max_total_tokens=options.pool) as server:
-        replies = asyncio.run(answer_all(server.url, questions, "auto"))
-    with apr.Server(base, max_total_tokens=options.pool) as server:
-        of_base = asyncio.run(answer_all(server.url, [d for d in questions if d.answers], "sequential"))
-    plain = list(dict.fromkeys(islice(plain_demonstrations("test"), options.plain)))  # there may be fewer
-    return {
-        "hardware": hardware(),
-        "model": options.model,
-        "questions": len(questions),
-        "decision": decision_figures(replies),
-        "keyword_control": keyword_control(questions),
-        "closing": closing_figures(replies),
-        "answers": accuracy_figures(replies),
-        "answers_of_base": accuracy_figures(of_base),
-        "perplexity": perplexity_figures(log_likelihoods(base, plain), log_likelihoods(model, plain)),
-    }
+    result: dict[str, Any] = {"hardware": hardware(), "model": options.model, "questions": len(questions)}
+    if "forks" in options.parts:
+        with apr.Server(model, max_total_tokens=options.pool) as server:
+            replies = asyncio.run(answer_all(server.url, questions, "auto"))
+        result["decision"] = decision_figures(replies)
+        result["keyword_control"] = keyword_control(questions)
+        result["closing"], result["answers"] = closing_figures(replies), accuracy_figures(replies)
+    if "base" in options.parts:
+        with apr.Server(base, max_total_tokens=options.pool) as server:
+            replies = asyncio.run(answer_all(server.url, [d for d in questions if d.answers], "sequential"))
+        result["answers_of_base"] = accuracy_figures(replies)
+    if "perplexity" in options.parts:
+        plain = list(dict.fromkeys(islice(plain_demonstrations("test"), options.plain)))  # there may be fewer
+        result["perplexity"] = perplexity_figures(log_likelihoods(base, plain), log_likelihoods(model, plain))
+    return result
 
 
 def missed(result: dict[str, Any]) -> list[str]:
     """The bars that are missed, one sentence each."""
-    figures = [
-        ("balanced accuracy of the decision to fork", result["decision"]["balanced_accuracy"], DECISION),
-        ("branches that the model closes", result["closing"]["closed_by_model"], CLOSED),
-    ]
-    lines = [
-        f"{name}: {found:.1%}, expected at least {bar:.0%}" for name, found, bar in figures if found < bar
-    ]
-    if (ratio := result["perplexity"]["ratio"]) > PERPLEXITY:
+    lines = []
+    for part, name, figure, bar in (
+        ("decision", "balanced_accuracy", "balanced accuracy of the decision to fork", DECISION),
+        ("closing", "closed_by_model", "branches that the model closes", CLOSED),
+    ):
+        if part in result and result[part][name] < bar:
+            lines.append(f"{figure}: {result[part][name]:.1%}, expected at least {bar:.0%}")
+    if "perplexity" in result and (ratio := result["perplexity"]["ratio"]) > PERPLEXITY:
         lines.append(
             f"perplexity of plain replies: {ratio:.3f} times that of the base model, expected at most {PERPLEXITY}"
         )
@@ -248,7 +249,6 @@ def missed(result: dict[str, Any]) -> list[str]:
 def show(result: dict[str, Any]) -> None:
     """Print tables for people."""
     console = Console(width=120)
-    decision, closing, perplexity = result["decision"], result["closing"], result["perplexity"]
     table = Table(
         "figure",
         "found",
@@ -257,46 +257,35 @@ def show(result: dict[str, Any]) -> None:
         title=f"{result['model']}, {result['questions']} held-out questions",
     )
 
-    def percent(interval: Interval) -> str:
-        return f"{interval[0]:.1%} to {interval[1]:.1%}"
+    def add_share(name: str, share: float, interval: Interval | None, bar: float | None = None) -> None:
+        shown = f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
+        table.add_row(name, f"{share:.1%}", shown, "" if bar is None else f"{bar:.0%}")
 
-    table.add_row(
-        "decision to fork, balanced accuracy",
-        f"{decision['balanced_accuracy']:.1%}",
-        percent(decision["ci95"]),
-        f"{DECISION:.0%}",
-    )
-    table.add_row(
-        "the same, by the best single word",
-        f"{result['keyword_control']['balanced_accuracy']:.1%}",
-        repr(result["keyword_control"]["word"]),
-        "",
-    )
-    table.add_row(
-        "branches closed by the model",
-        f"{closing['closed_by_model']:.1%}",
-        percent(closing["ci95"]),
-        f"{CLOSED:.0%}",
-    )
-    low, high = perplexity["ci95"]
-    table.add_row(
-        "perplexity of plain replies / base",
-        f"{perplexity['ratio']:.3f}",
-        f"{low:.3f} to {high:.3f}",
-        f"{PERPLEXITY}",
-    )
-    for name, model in (("answers", "right"), ("answers_of_base", "right, base model")):
-        for kind, row in result[name].items():
-            table.add_row(
-                f"{model}: {kind.replace('_', ' ')}", f"{row['accuracy']:.1%}", percent(row["ci95"]), ""
-            )
-    console.print(table)
-    kinds = Table("kind of question", "parts", "questions", "forks")
-    for kind, row in decision["by_kind"].items():
-        kinds.add_row(
-            kind, "several" if row["several_parts"] else "one", str(row["count"]), f"{row['forks']:.1%}"
+    if decision := result.get("decision"):
+        control, closing = result["keyword_control"], result["closing"]
+        add_share(
+            "decision to fork, balanced accuracy", decision["balanced_accuracy"], decision["ci95"], DECISION
         )
-    console.print(kinds)
+        add_share(f"the same, by the word {control['word']!r} alone", control["balanced_accuracy"], None)
+        add_share("branches closed by the model", closing["closed_by_model"], closing["ci95"], CLOSED)
+    for name, label in (("answers", "right"), ("answers_of_base", "right, base model")):
+        for kind, row in result.get(name, {}).items():
+            add_share(f"{label}: {kind.replace('_', ' ')}", row["accuracy"], row["ci95"])
+    if perplexity := result.get("perplexity"):
+        low, high = perplexity["ci95"]
+        table.add_row(
+            "perplexity of plain replies / base",
+            f"{perplexity['ratio']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{PERPLEXITY}",
+        )
+    console.print(table)
+    if decision:
+        kinds = Table("kind of question", "parts", "questions", "forks")
+        for kind, row in decision["by_kind"].items():
+            parts = "several" if row["several_parts"] else "one"
+            kinds.add_row(kind, parts, str(row["count"]), f"{row['forks']:.1%}")
+        console.print(kinds)
 
 
 def main() -> int:
@@ -314,6 +303,14 @@ def main() -> int:
     )
     parser.add_argument(
         "--pool", type=int, default=32768, help="KV tokens of the server (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="what is measured (default: all): %(choices)s",
+        metavar="PART",
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")

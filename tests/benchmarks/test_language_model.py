@@ -115,6 +115,7 @@ def test_missed_bars_are_named():
         "perplexity": {"ratio": 1.05},
     }
     assert missed(result) == []
+    assert missed({"model": "m"}) == []  # of the parts that were measured
 
 
 @pytest.mark.slow
