@@ -26,6 +26,7 @@ from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.demonstrations import __main__ as command
 from sgl_apr.training.demonstrations.fork_reply import Demonstration, fork_reply
 from sgl_apr.training.models import random_llama
+from sgl_apr.training.models.countdown import countdown_llama
 
 TWO = Demonstration(
     "questions", "questions/test/0", ("sum", "capital"), "What is 2 + 2? What is the capital of Peru?",
@@ -118,33 +119,36 @@ def test_missed_bars_are_named():
     assert missed({"model": "m"}) == []  # of the parts that were measured
 
 
-@pytest.mark.slow
-@pytest.mark.server
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_a_tiny_model_from_data_to_figures(
-    lora_rank: int, forked_server: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
-    """Data by the command, training by the configuration of the recipe, and the figures on a real server."""
-    if lora_rank:
-        from sgl_apr.training.models.countdown import countdown_llama
-
-        tags = ["<|im_start|>", "<|im_end|>", *apr.dialect("threadweaver").tags]
-        base = countdown_llama(tmp_path / "base", tags, layers=2, hidden=64)
-    else:
-        base = random_llama(tmp_path / "base", tags=apr.dialect("threadweaver").tags, layers=2, hidden=64)
-    data = tmp_path / "train.jsonl"
+def train_tiny(base: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> list[float]:
+    """Write demonstrations by the command and train by the configuration of the recipe; returns the losses."""
+    data = directory / "train.jsonl"
     argv = ["demonstrations", "write", str(data), "--count", "60", "--model", str(base)]
     monkeypatch.setattr(sys, "argv", argv)
     assert command.main() == 0
-    written = json.loads(capsys.readouterr().out)
-    assert written["demonstrations"] == 60 == len(data.read_text().splitlines())
-    changes = [
-        f'model.path="{base}"', f'data.path="{data}"', "steps.tokens=60000", "steps.row=2048", "steps.rate=5e-3", f"steps.lora_rank={lora_rank}",
-    ]  # fmt: skip
-    options = [part for change in changes for part in ("--set", change)]
-    run = tmp_path / "run"
-    assert main(["train", "sft", "configs/smollm2-threadweaver.toml", *options, "-o", str(run)]) == 0
-    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert len(data.read_text().splitlines()) == 60
+    small = [
+        f'model.path="{base}"',
+        f'data.path="{data}"',
+        "steps.tokens=60000",
+        "steps.row=2048",
+        "steps.rate=5e-3",
+    ]
+    options = [part for change in (*small, *changes) for part in ("--set", change)]
+    assert (
+        main(["train", "sft", "configs/smollm2-threadweaver.toml", *options, "-o", str(directory / "run")])
+        == 0
+    )
+    return [json.loads(line)["loss"] for line in (directory / "run/log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_tiny_model_from_data_to_figures(
+    forked_server: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Data by the command, training by the configuration of the recipe, and the figures on a real server."""
+    base = random_llama(tmp_path / "base", tags=apr.dialect("threadweaver").tags, layers=2, hidden=64)
+    losses = train_tiny(base, tmp_path, monkeypatch)
     assert len(losses) >= 20
     assert losses[-1] < 0.9 * losses[0]
     capsys.readouterr()
@@ -152,18 +156,33 @@ def test_a_tiny_model_from_data_to_figures(
     monkeypatch.setattr(apr, "Server", forked_server)
     argv = [
         "language_model",
-        str(run / "model"),
+        str(tmp_path / "run/model"),
         "--base",
         str(base),
         "--questions",
         "12",
         "--plain",
         "4",
-        "--json",
     ]
-    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "argv", [*argv, "--json"])
     assert language_model.main() == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["questions"] == 12
     assert 0 <= figures["decision"]["balanced_accuracy"] <= 1
     assert figures["perplexity"]["trained"] < figures["perplexity"]["base"]
+
+
+@pytest.mark.slow
+def test_a_tiny_adapter_from_data_to_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    tags = ["<|im_start|>", "<|im_end|>", *apr.dialect("threadweaver").tags]
+    base = countdown_llama(tmp_path / "base", tags, layers=2, hidden=64)
+    losses = train_tiny(base, tmp_path, monkeypatch, "steps.lora_rank=4")
+    assert losses[-1] < 0.97 * losses[0]  # an adapter of random weights learns little
+    capsys.readouterr()
+    assert main(["model", "smollm2", "--trained", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run/model'}\n"
+    sizes = [
+        (tmp_path / "run" / name).stat().st_size
+        for name in ("adapter.safetensors", "model/model.safetensors")
+    ]
+    assert sizes[0] < sizes[1] / 10
