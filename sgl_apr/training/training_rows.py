@@ -59,8 +59,9 @@ def build_training_rows(trajectory: Trajectory, *, eos: int | None = None) -> li
 
     The first row ends where the trunk ends. It is the only one if nothing was forked. Of a block that was joined as text it has
     the branches one after another, as the conclusion read them. Only the first of these read what stands before it there, so each
-    other branch has a row of its own, as every branch has that was joined by message. A row computes the tokens that it shares
-    with others again, which a training tree does not.
+    other branch has a row of its own, as every branch has that was joined by message. Where results replace the fork in the context
+    of the trunk, the text up to each fork has a row, too. A row computes the tokens that it shares with others again, which a
+    training tree does not.
 
     Args:
         trajectory: A trajectory with token ids.
