@@ -116,7 +116,7 @@ def test_a_reply_that_forks_and_joins(endpoint):
     assert state["answer"] == trajectory.answer
     prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     assert state.text() == prompt + trajectory.text + "<|im_end|>\n"
-    assert state.messages()[-1] == {"role": "assistant", "content": trajectory.text.strip()}
+    assert state.messages()[-1] == {"role": "assistant", "content": trajectory.text.lstrip()}
     meta = state.get_meta_info("answer")
     assert meta["completion_tokens"] == trajectory.metrics().total
     assert apr.Trajectory.from_json(trajectory.to_json()) == trajectory
