@@ -64,11 +64,26 @@ class Visibility:
         """A `BlockMask` of all rows for FlexAttention, in blocks of `size` tokens.
 
         FlexAttention's `create_block_mask` computes the complete matrix to find which blocks have visible tokens (gigabytes for
-        28,000 tokens). Here intervals give that for a block of queries and one key at a time. A block counts as full only if each
-        of its keys is visible to all queries in one interval; a full block that is counted as partial is no less correct.
+        28,000 tokens).
         """
         from torch.nn.attention.flex_attention import BlockMask
 
+        some, full = self.touched_blocks(size)
+        length = self.ends.shape[1]
+        return BlockMask.from_kv_blocks(
+            *_ordered(some & ~full),
+            *_ordered(full),
+            BLOCK_SIZE=size,
+            mask_mod=self.mask_mod,
+            seq_lengths=(length, length),
+        )
+
+    def touched_blocks(self, size: int) -> tuple[Tensor, Tensor]:
+        """Which blocks of `size` queries and keys have a visible pair, and which have only such, (rows, blocks, blocks) each.
+
+        Intervals give that for a block of queries and one key at a time. A block counts as full only if each of its keys is
+        visible to all queries in one interval; a full block that is not counted as one is no less correct.
+        """
         rows, length = self.ends.shape
         number = -(-length // size)
         first = torch.arange(number, device=self.ends.device).unsqueeze(1) * size  # first query of each block
@@ -80,15 +95,18 @@ class Visibility:
             begin, end = begin.unsqueeze(1), end.unsqueeze(1)
             touched[..., :length] |= (begin < last) & (end > first) & (begin < end)
             filled[..., :length] |= (begin <= first) & (end >= first + size)
-        some = touched.view(rows, number, number, size).any(-1)
-        full = filled.view(rows, number, number, size).all(-1)
-        return BlockMask.from_kv_blocks(
-            *_ordered(some & ~full),
-            *_ordered(full),
-            BLOCK_SIZE=size,
-            mask_mod=self.mask_mod,
-            seq_lengths=(length, length),
+        return (
+            touched.view(rows, number, number, size).any(-1),
+            filled.view(rows, number, number, size).all(-1),
         )
+
+    def pad_to_multiple(self, size: int) -> Visibility:
+        """The same with padding up to a multiple of `size` tokens."""
+        length = self.ends.shape[1]
+        more = -length % size
+        own = torch.arange(length + 1, length + 1 + more, dtype=torch.int32, device=self.ends.device)
+        ends = torch.cat([self.ends, own.expand(len(self.ends), -1)], dim=1)
+        return Visibility(ends, torch.nn.functional.pad(self.joined, (0, 0, 0, more)))
 
     def _intervals(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Ranges [first, last) of the queries that see each key, (rows, length) each."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgl_apr.errors import AprError
 from sgl_apr.training.attention_mask import Visibility
+from sgl_apr.training.block_attention import BLOCK_ATTENTION, VisibleBlocks
 from sgl_apr.training.training_tree import TrainingTree
 
 
@@ -45,7 +46,8 @@ class Collator:
         attention: "dense" is a matrix that any model takes with `attn_implementation="sdpa"` or "eager". "flex" is a
             `BlockMask` for "flex_attention", whose memory is linear. "later" is for trainers that move a batch to a device:
             in place of `attention_mask` the batch has `ends` and `joined` (see `Visibility`), of which
-            `log_probabilities` makes a `BlockMask` on the device.
+            `log_probabilities` makes a `BlockMask` on the device, or the visible blocks of a model with
+            `attn_implementation=BLOCK_ATTENTION`.
     """
 
     pad: int = 0
@@ -137,13 +139,10 @@ def target_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
     A batch of one row goes through the model's own `forward`, which sharded models (FSDP) need. Tokens that a tree excludes have
     the logit -inf, as under the grammar's mask.
     """
-    mask = batch.get("attention_mask")
-    if mask is None:
-        mask = Visibility(batch["ends"], batch["joined"]).block_mask()
     inputs = {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
-        "attention_mask": mask,
+        **_attention_inputs(model, batch),
         "use_cache": False,
     }
     if len(batch["input_ids"]) == 1:
@@ -162,6 +161,15 @@ def target_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
         table[sets, ids] = True
         logits = logits.masked_fill(table[batch["exclusion"]], -torch.inf)
     return logits
+
+
+def _attention_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    if "attention_mask" in batch:
+        return {"attention_mask": batch["attention_mask"]}
+    visibility = Visibility(batch["ends"], batch["joined"])
+    if model.config._attn_implementation == BLOCK_ATTENTION:
+        return {"attention_mask": None, "visible_blocks": VisibleBlocks.from_visibility(visibility)}
+    return {"attention_mask": visibility.block_mask()}
 
 
 def log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:

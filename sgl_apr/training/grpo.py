@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
@@ -27,7 +26,7 @@ from sgl_apr.training.checkpoint import (
     start_run,
     write_errors,
 )
-from sgl_apr.training.device import device
+from sgl_apr.training.device import device, load_model
 from sgl_apr.training.grpo_config import GrpoConfig
 from sgl_apr.training.grpo_log import GrpoStepLog
 from sgl_apr.training.heldout import HeldOutCurve, HeldOutPoint, evaluate_heldout
@@ -117,9 +116,7 @@ class GrpoRun:
     def __init__(self, config: GrpoConfig, out: Path, start: Path) -> None:
         self.config, self.out, self.start = config, out, start
         torch.manual_seed(config.updates.seed)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            start, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        self.model: Any = load_model(start)
         self.model.to(device())
         # Not Adam: it scales all coordinates of the gradient alike, and most of them are noise with a few hundred replies.
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=config.updates.rate)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sgl_apr.training.batches import batch_by_length
 from sgl_apr.training.collate import Collator, select_log_probabilities, target_logits, to_device
+from sgl_apr.training.device import collator_for
 from sgl_apr.training.grpo_config import Updates
 from sgl_apr.training.mask_replay import MaskReplay
 from sgl_apr.training.policy_samples import PolicySample
@@ -94,6 +95,7 @@ def update_policy(
         seed: Seed of the order of minibatches.
     """
     model.eval()  # without dropout, which would change the ratios
+    collate = collator_for(model, replay.eos)
     rng = random.Random(f"{updates.seed} {seed}")
     steps, tokens, first_error = list[tuple[float, float]](), list[Tensor](), 0.0
     for _ in range(updates.epochs):
@@ -106,7 +108,7 @@ def update_policy(
             for part in (minibatch[:half], minibatch[half:]):
                 samples = [sample for group in part for reply in group for sample in reply]
                 for rows in _batches(samples, updates.batch):
-                    batch = to_device(collate_samples(rows, replay.eos), model.device)
+                    batch = to_device(collate_samples(rows, collate), model.device)
                     values = policy_log_probabilities(model, batch, replay, temperature)
                     log_ratios = values - batch["old_logprobs"]
                     objective = clipped_surrogate(log_ratios, batch["weights"], updates.clip_ratio)
@@ -135,9 +137,9 @@ def _batches(samples: Sequence[PolicySample], max_tokens: int) -> list[list[Poli
     return [[by_tree[id(tree)] for tree in rows] for rows in batches]
 
 
-def collate_samples(rows: Sequence[PolicySample], pad: int) -> dict[str, Any]:
+def collate_samples(rows: Sequence[PolicySample], collate: Collator) -> dict[str, Any]:
     """Collate samples, one in each row, with their advantages as `weights`, `old_logprobs` and `masks`, all (m,)."""
-    batch = Collator(pad)([row.tree for row in rows], [[row.advantages] for row in rows])
+    batch = collate([row.tree for row in rows], [[row.advantages] for row in rows])
     batch["old_logprobs"] = torch.from_numpy(np.concatenate([row.old_logprobs for row in rows]))
     batch["masks"] = torch.from_numpy(np.concatenate([row.masks for row in rows]))
     return batch

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.tokenizer import HfTokenizer
@@ -27,9 +26,9 @@ from sgl_apr.training.checkpoint import (
     start_run,
     write_errors,
 )
-from sgl_apr.training.collate import Collator, log_probabilities, to_device
+from sgl_apr.training.collate import log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, Steps
-from sgl_apr.training.device import device
+from sgl_apr.training.device import collator_for, device, load_model
 from sgl_apr.training.examples import make_examples
 from sgl_apr.training.lora import (
     ADAPTER_FILE,
@@ -94,7 +93,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     """
     start = start_run(config, _start(config, out), out)
     torch.manual_seed(config.steps.seed)
-    model = _load_model(start)
+    model = load_model(start)
     tokenizer = HfTokenizer(start)
     if config.steps.lora_rank:
         add_lora(model, config.steps.lora_rank, tokenizer.added_tokens.values())
@@ -102,7 +101,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     optimizer = Muon(_parameter_groups(model, config.steps))
     done = load_checkpoint(out, model, optimizer)
     step, tokens, place = done.step, done.tokens, done.place
-    collate = Collator(pad=min(tokenizer.eos_ids))
+    collate = collator_for(model, min(tokenizer.eos_ids))
     tags, weight = torch.tensor([*tokenizer.added_tokens.values()], device=device()), config.steps.tag_weight
     model.train()
     with write_errors(out / LOG_FILE), (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
@@ -138,15 +137,11 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
                 save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
     save_checkpoint(out, model, optimizer, Progress(step, tokens, place))
     if config.steps.lora_rank:
-        adapter, model = adapter_tensors(model), _load_model(start)
+        adapter, model = adapter_tensors(model), load_model(start)
         with write_errors(out / ADAPTER_FILE):
             save_adapter(out / ADAPTER_FILE, adapter)
         merge_adapter(model, load_adapter(out / ADAPTER_FILE))
     return export_model(out / MODEL_DIR, model, start)
-
-
-def _load_model(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def _weighted_mean(values: Tensor, targets: Tensor, tags: Tensor, weight: float) -> Tensor:
