@@ -75,6 +75,10 @@ SECTIONS: dict[str, Section] = {
         "Stated widths",
         "How often the first fork of a Countdown model is as wide as its prompt states, and what that costs in accuracy.",
     ),
+    "quality.width_under_load": Section(
+        "Width under load",
+        "Forks as wide as the model likes, cut by the runtime when the server is busy, or narrower because the prompt says so.",
+    ),
     "quality.schools": Section(
         "Text joins, KV joins and messages",
         "Models of one recipe in each format, also under the join that they were not trained for. They have to be trained first.",

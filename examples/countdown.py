@@ -41,6 +41,13 @@ def main() -> None:
         console.print(render_tree(attempt.trajectory, title))
     console.print(render_summary({a.problem.text: a.trajectory for a in attempts}))
     metrics = [a.trajectory.metrics() for a in attempts]
+    joins = [join for a in attempts for join in a.trajectory.joins]
+    shares = [
+        call.cached_tokens / call.shared_tokens
+        for a in attempts
+        for call in a.trajectory.calls
+        if call.phase == "branch" and call.cached_tokens is not None and call.shared_tokens
+    ]
     figures = {
         "ok": all(apr.dialect(a.trajectory.dialect).is_valid(a.trajectory.text) for a in attempts),
         "problems": len(attempts),
@@ -49,6 +56,9 @@ def main() -> None:
         "branches": sum(m.branches for m in metrics),
         "total_tokens": sum(m.total for m in metrics),
         "critical_path": sum(m.critical_path for m in metrics),
+        "cached_share": min([1.0, *shares]),  # of the prefix that a branch shares with its trunk, the lowest
+        "kv_joins": sum(join.by == "kv" for join in joins),
+        "text_joins": sum(join.by == "text" for join in joins),  # because the cache could not hold a join
     }
     print(json.dumps(figures))
 

@@ -69,6 +69,7 @@ from .runtime.loop import stream as stream
 from .runtime.options import ReasonOptions as ReasonOptions
 from .runtime.pacing import Demand as Demand
 from .runtime.pacing import Pacing as Pacing
+from .runtime.pacing import affordable_width as affordable_width
 from .runtime.retry import Retry as Retry
 from .runtime.tools.mcp import mcp_tools as mcp_tools
 from .runtime.tools.request import ToolRequest as ToolRequest
@@ -164,6 +165,7 @@ __all__ = [
     "TraceError",
     "Trajectory",
     "UnsupportedEngine",
+    "affordable_width",
     "areason",
     "arun_many",
     "causality",

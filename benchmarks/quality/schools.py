@@ -2,7 +2,7 @@
 
 python -m benchmarks.quality.schools [-d runs/schools] [--limit 200] [--at-once 16] [--json] [-o schools.png]
 
-The directory holds one run for each format and seed, named FORMAT-SEED, as configs/countdown-schools-short.toml says how to train them. All models answer the same
+The directory holds one run for each format and seed, named FORMAT-SEED, as docs/schools.md says how to train them. All models answer the same
 held-out problems, greedily. Intervals of the accuracy are over problems within a seed; `seeds` lists the accuracy of each seed.
 """
 
@@ -81,7 +81,7 @@ def runs(directory: Path) -> dict[str, list[Path]]:
             found.setdefault(match[1], []).append(path)
     if not found:
         raise AprError(
-            f"{directory} has no runs such as multiverse-0/model: configs/countdown-schools-short.toml says how to train them"
+            f"{directory} has no runs such as multiverse-0/model: docs/schools.md says how to train them"
         )
     return found
 

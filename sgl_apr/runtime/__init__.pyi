@@ -26,6 +26,7 @@ from .loop import stream as stream
 from .options import ReasonOptions as ReasonOptions
 from .pacing import Demand as Demand
 from .pacing import Pacing as Pacing
+from .pacing import affordable_width as affordable_width
 from .retry import Retry as Retry
 from .tools.mcp import mcp_tools as mcp_tools
 from .tools.request import ToolRequest as ToolRequest
@@ -54,6 +55,7 @@ __all__ = [
     "ToolCalled",
     "ToolRequest",
     "ToolReturned",
+    "affordable_width",
     "areason",
     "arun_many",
     "event_from_json",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from sgl_apr.engine.base import Load
+from sgl_apr.engine.base import Engine, Load
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.value_checks import check_numbers, shorten
 
@@ -69,6 +69,30 @@ class Pacing:
     def _by_memory(self, demand: Demand, load: Load) -> tuple[int, str]:
         fit = int(load.free_tokens // max(1.0, self.expected_fill * demand.tokens))
         return max(1, min(demand.branches, fit)), f"{load.free_tokens} KV tokens are free"
+
+
+async def affordable_width(
+    engine: Engine, width: int, tokens: int, pacing: PacingFunction | None = None
+) -> int:
+    """How wide a fork may be so that all of its branches run at once, given the load of the engine.
+
+    Put the number into the prompt of a model that follows stated widths, so that it forks narrower on a busy server. The option
+    `cap_width_by_load` is for other models: it ends the fork of a model that knows nothing of the limit.
+
+    Args:
+        engine: The engine that will run the prompt.
+        width: The widest fork.
+        tokens: Tokens that a branch may write.
+        pacing: Decides how many branches run at once; `Pacing()` by default.
+
+    Returns:
+        A number from 1 to `width`.
+
+    Raises:
+        AprError: The engine does not report its load, or as `choose_parallelism`.
+    """
+    parallelism, _ = choose_parallelism(pacing or Pacing(), Demand(width, tokens), await engine.load())
+    return min(width, parallelism)
 
 
 def choose_parallelism(pacing: PacingFunction, demand: Demand, load: Load) -> tuple[int, str]:

@@ -1,18 +1,31 @@
-"""The model that ships with this package: small, trained on Countdown, and it decides for itself when to fork."""
+"""The models that ship with this package: small, trained on Countdown, and they decide for themselves when to fork."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-NAME = "builtin"
+from sgl_apr.errors import AprError
+
+BUILTIN_NAME = "builtin"
+# The first knows seven formats. The second knows one, whose branches are messages, and is that of docs/countdown.md.
+DIRECTORIES = {BUILTIN_NAME: "countdown", "builtin:spawn": "countdown-spawn"}
 SMOLLM2_NAME = "smollm2"
 MODEL_FLAGS = ("--model", "--model-path")
 
 
-def builtin_path() -> Path:
-    """The directory of its checkpoint."""
-    return Path(__file__).parent / "countdown-spawn"
+def builtin_path(name: str = BUILTIN_NAME) -> Path:
+    """The directory of a checkpoint.
+
+    Args:
+        name: `builtin` or `builtin:spawn`.
+
+    Raises:
+        AprError: There is no such model.
+    """
+    if name not in DIRECTORIES:
+        raise AprError(f"there is no model {name!r} in this package, expected {' or '.join(DIRECTORIES)}")
+    return Path(__file__).parent / DIRECTORIES[name]
 
 
 def locate_model(model: str) -> str:
@@ -22,13 +35,15 @@ def locate_model(model: str) -> str:
     prints.
 
     Raises:
-        AprError: The model is `smollm2`, and the package that holds it is not installed, or it has not been trained.
+        AprError: The model is `smollm2`, and the package that holds it is not installed, or it has not been trained; or no model
+            `builtin:...` has that name.
     """
-    if model.partition(":")[0] == SMOLLM2_NAME:
+    family = model.partition(":")[0]
+    if family == SMOLLM2_NAME:
         from sgl_apr.training.models.pretrained import locate_smollm2
 
         return str(locate_smollm2(model))
-    return str(builtin_path()) if model == NAME else model
+    return str(builtin_path(model)) if family == BUILTIN_NAME else model
 
 
 def locate_models(argv: Sequence[str]) -> list[str]:

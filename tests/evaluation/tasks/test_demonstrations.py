@@ -127,3 +127,11 @@ def test_branches_fork_again_where_problems_are_large(name: str, tokenizer: HfTo
 def test_other_formats_are_an_error(name: str, tokenizer: HfTokenizer):
     with pytest.raises(apr.AprError, match=f"no demonstrations of Countdown in {name}"):
         made(name, next(generate_problems(1, "train")), tokenizer)
+
+
+def test_where_no_fork_fits_into_the_window_the_search_is_sequential(tokenizer: HfTokenizer):
+    problem = next(iter(generate_problems(1, "train", numbers=(6,))))
+    style = SearchStyle(window=1024, forks={6: 1.0}, depth=3)
+    trajectory = made("multiverse", problem, tokenizer, style=style)
+    assert not trajectory.blocks
+    assert trajectory.answer.rstrip().endswith("?") or Attempt(problem, trajectory).correct

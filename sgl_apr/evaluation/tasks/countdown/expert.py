@@ -104,7 +104,11 @@ class Expert(ABC):
             return self.after_join(node, self.affordable_branches(node, len(request.input_ids)))
         if node.depth and not self.nests(node):
             return self.write_branch(node)
-        if self.rng.random() >= self.style.forks.get(len(node.problem.numbers), 0):
+        smallest = max(1, self.dialect.min_width)
+        room = max(
+            self.affordable_branches(node, len(request.input_ids)), self.dialect.min_width * bool(node.depth)
+        )
+        if self.rng.random() >= self.style.forks.get(len(node.problem.numbers), 0) or room < smallest:
             return (
                 sequential_search(self.problem, self.style.window)
                 if node is self.trunk
@@ -113,9 +117,6 @@ class Expert(ABC):
         node.untried = legal_steps(node.problem.numbers)[::-1]
         if self.rng.random() < self.style.hint_rate:
             node.untried = self.hinted_steps(node)
-        room = max(
-            self.affordable_branches(node, len(request.input_ids)), self.dialect.min_width * bool(node.depth)
-        )
         return self.introduction(node) + self.fork(node, room)
 
     @abstractmethod
