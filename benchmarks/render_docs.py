@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import figures
+from benchmarks.common import figures, model_figures
 from benchmarks.common.figures import Result
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -70,18 +70,22 @@ SECTIONS: dict[str, Section] = {
     "quality.honesty": Section(
         "Claims",
         "What a Countdown model claims where there is no solution, and what it solves at sizes that it was trained on or not.",
+        model_figures.honesty,
     ),
     "quality.stated_width": Section(
         "Stated widths",
         "How often the first fork of a Countdown model is as wide as its prompt states, and what that costs in accuracy.",
+        model_figures.stated_width,
     ),
     "quality.width_under_load": Section(
         "Width under load",
         "Forks as wide as the model likes, cut by the runtime when the server is busy, or narrower because the prompt says so.",
+        model_figures.width_under_load,
     ),
     "quality.schools": Section(
         "Text joins, KV joins and messages",
         "Models of one recipe in each format, also under the join that they were not trained for. They have to be trained first.",
+        model_figures.schools,
     ),
     "quality.language_model": Section(
         "A language model that forks",
@@ -171,6 +175,12 @@ SECTIONS: dict[str, Section] = {
         "Building a training tree",
         "How long it takes to merge the sequences of a trajectory into one training tree, and the memory it takes.",
         figures.tree_build,
+    ),
+    "training.step_speed": Section(
+        "Training steps",
+        "The same demonstrations, model and optimizer in three loops: a plain one over separate sequences, and training trees with a dense "
+        "mask or with attention to visible blocks alone.",
+        model_figures.step_speed,
     ),
     "quality.countdown": Section(
         "Countdown",

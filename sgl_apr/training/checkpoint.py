@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,35 @@ def start_run(config: Any, start: Path, out: Path) -> Path:
     config_file, config_json = out / CONFIG_FILE, json.dumps(asdict(config), indent=1) + "\n"
     with write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        if config_file.exists() and config_file.read_text(encoding="utf-8") != config_json:
+        if config_file.exists() and not _is_same(config_file.read_text(encoding="utf-8"), config):
             raise AprError(f"{out} holds a run with another configuration: choose another directory")
         replace_file(config_file, config_json)
     return start
+
+
+def _is_same(written: str, config: Any) -> bool:
+    """Whether a file has the configuration. Entries that it lacks are newer than the run, and have to be the default."""
+    try:
+        return _matches(json.loads(written), config)
+    except json.JSONDecodeError:
+        return False
+
+
+def _matches(written: Any, config: Any) -> bool:
+    known = {f.name: f for f in fields(config)}
+    if not isinstance(written, dict) or not set(written) <= set(known):
+        return False
+    for name, f in known.items():
+        value = getattr(config, name)
+        if is_dataclass(value):
+            same = _matches(written.get(name, {}), value)
+        elif name in written:
+            same = written[name] == json.loads(json.dumps(value))
+        else:
+            same = value == (f.default_factory() if callable(f.default_factory) else f.default)
+        if not same:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,8 @@ class Steps:
 
     Attributes:
         tokens: Tokens computed in all; each prefix counts once.
+        objective: "likelihood" of what was decoded, or "join": after a KV join the model learns to predict what it predicts
+            after a text join (`sgl_apr.training.join_distillation`).
         batch: Tokens of one step, padding included.
         row: Pack trajectories of all lengths into rows of so many tokens, so that every step has some of each kind. 0 takes
             trajectories of similar length for a step, one in a row.
@@ -101,6 +103,7 @@ class Steps:
     """
 
     tokens: int = 20_000_000
+    objective: Literal["likelihood", "join"] = "likelihood"
     batch: int = 16_384
     row: int = 0
     tag_weight: float = 1.0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
@@ -29,8 +29,12 @@ CHUNK_SIZE = 256  # trajectories that are made, split into trees and batched by 
 class Examples(Protocol):
     """What a run learns from, in chunks; chunk n is the same every time."""
 
-    def chunk(self, number: int) -> list[TrainingTree]:
-        """The trees of the trajectories of one chunk."""
+    def chunk(self, number: int) -> Sequence[Any]:
+        """One chunk: training trees, or what an objective makes of trajectories."""
+        ...
+
+    def trajectories(self, number: int) -> Iterable[Trajectory]:
+        """The trajectories of one chunk."""
         ...
 
 
@@ -60,14 +64,15 @@ class CountdownExamples:
             raise AprError("dialects = [], expected the format of the demonstrations")
 
     def chunk(self, number: int) -> list[TrainingTree]:
-        numbers = range(number * CHUNK_SIZE, (number + 1) * CHUNK_SIZE)
-        trajectories = asyncio.run(self._demonstrations(numbers))
         rng = random.Random(f"{self.data.seed} {number}")
         return [
             replace(tree, excluded=self._excluded_ids(n))
-            for n, trajectory in zip(numbers, trajectories, strict=True)
+            for n, trajectory in enumerate(self.trajectories(number), number * CHUNK_SIZE)
             for tree in self._select_trees(trajectory, rng)
         ]
+
+    def trajectories(self, number: int) -> list[Trajectory]:
+        return asyncio.run(self._demonstrations(range(number * CHUNK_SIZE, (number + 1) * CHUNK_SIZE)))
 
     def _select_trees(self, trajectory: Trajectory, rng: random.Random) -> list[TrainingTree]:
         """The tree of the trunk and the trees of a few random branches, first of branches that found a solution."""
@@ -162,15 +167,17 @@ class FileExamples:
             _check_tokenizer(Trajectory.from_json(text), tokenizer, self.path)
 
     def chunk(self, number: int) -> list[TrainingTree]:
-        trajectories = map(Trajectory.from_json, self._texts(number))
         join = self.data.join or None
         return [
             tree
-            for trajectory in trajectories
+            for trajectory in self.trajectories(number)
             for tree in build_training_tree(
                 [trajectory], eos=self.eos, join=join, separate_contexts=True
             ).split()
         ]
+
+    def trajectories(self, number: int) -> Iterator[Trajectory]:
+        return map(Trajectory.from_json, self._texts(number))
 
     @lru_cache(maxsize=2)  # noqa: B019  # a run has one instance
     def _order(self, epoch: int) -> list[int]:

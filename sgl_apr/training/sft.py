@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sgl_apr.formats.dialects import dialect
 from sgl_apr.tokenizer import HfTokenizer
@@ -26,10 +25,10 @@ from sgl_apr.training.checkpoint import (
     start_run,
     write_errors,
 )
-from sgl_apr.training.collate import log_probabilities, to_device
 from sgl_apr.training.config import SftConfig, Steps
-from sgl_apr.training.device import collator_for, device, load_model
+from sgl_apr.training.device import device, load_model
 from sgl_apr.training.examples import make_examples
+from sgl_apr.training.join_distillation import JoinDistillation
 from sgl_apr.training.lora import (
     ADAPTER_FILE,
     adapter_tensors,
@@ -41,6 +40,7 @@ from sgl_apr.training.lora import (
 from sgl_apr.training.models import locate_model
 from sgl_apr.training.models.countdown import countdown_llama
 from sgl_apr.training.muon import Muon
+from sgl_apr.training.objectives import Likelihood, Objective
 
 MODEL_DIR, START_DIR = "model", "begin"
 
@@ -52,8 +52,8 @@ class SftStepLog:
     Attributes:
         step: Counted from 1.
         tokens: Tokens computed so far.
-        losses: Tokens of this step with a loss.
-        loss: Mean negative log-probability of those.
+        losses: Tokens of this step with a loss; of the objective "join" those after a join.
+        loss: What the objective minimizes.
         rate: Learning rate.
         norm: Gradient norm before clipping.
         seconds: Seconds that the step took.
@@ -101,16 +101,11 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     optimizer = Muon(_parameter_groups(model, config.steps))
     done = load_checkpoint(out, model, optimizer)
     step, tokens, place = done.step, done.tokens, done.place
-    collate = collator_for(model, min(tokenizer.eos_ids))
-    tags, weight = torch.tensor([*tokenizer.added_tokens.values()], device=device()), config.steps.tag_weight
+    objective = _objective(config, model, tokenizer, start)
     model.train()
     with write_errors(out / LOG_FILE), (out / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
         batches = batch_stream(
-            make_examples(config.data, tokenizer),
-            config.steps.batch,
-            config.steps.seed,
-            place,
-            row_tokens=config.steps.row,
+            objective.examples, config.steps.batch, config.steps.seed, place, row_tokens=config.steps.row
         )
         while tokens < config.steps.tokens:
             rows, place = next(batches)
@@ -118,10 +113,8 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
             rate = learning_rate(config.steps, step, tokens / config.steps.tokens)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = to_device(collate(rows), model.device)
             with torch.autocast(model.device.type, torch.bfloat16, config.steps.precision == "bfloat16"):
-                values = log_probabilities(model, batch)
-            loss = -_weighted_mean(values, batch["targets"], tags, weight)
+                loss, count = objective.loss(model, rows)
             loss.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.steps.clip))
             optimizer.step()
@@ -129,7 +122,7 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
             tokens += sum(tree.tokens for row in rows for tree in row)
             step += 1
             seconds = time.monotonic() - began
-            step_log = SftStepLog(step, tokens, len(batch["targets"]), loss.item(), rate, norm, seconds)
+            step_log = SftStepLog(step, tokens, count, loss.item(), rate, norm, seconds)
             log.write(json.dumps(asdict(step_log)) + "\n")
             if on_step:
                 on_step(step_log)
@@ -144,10 +137,11 @@ def train(config: SftConfig, out: Path, on_step: Callable[[SftStepLog], None] | 
     return export_model(out / MODEL_DIR, model, start)
 
 
-def _weighted_mean(values: Tensor, targets: Tensor, tags: Tensor, weight: float) -> Tensor:
-    """The mean of `values`, those of tags weighted."""
-    weights = torch.where(torch.isin(targets, tags), weight, 1.0)
-    return (values * weights).sum() / weights.sum()
+def _objective(config: SftConfig, model: Any, tokenizer: HfTokenizer, start: Path) -> Objective:
+    examples, pad = make_examples(config.data, tokenizer), min(tokenizer.eos_ids)
+    if config.steps.objective == "join":
+        return JoinDistillation(examples, load_model(start).to(device()), pad)
+    return Likelihood(examples, model, pad, [*tokenizer.added_tokens.values()], config.steps.tag_weight)
 
 
 def _start(config: SftConfig, out: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -49,3 +49,26 @@ def test_a_place_where_no_folder_can_be_made(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(apr.AprError, match=r"cannot write to .*file"):
         start_run(Config("a"), tmp_path, tmp_path / "file" / "out")
+
+
+def test_a_run_that_is_older_than_an_entry_of_its_configuration_continues(tmp_path: Path):
+    @dataclass(frozen=True)
+    class Old:
+        name: str = "a"
+
+    @dataclass(frozen=True)
+    class New:
+        name: str = "a"
+        sizes: tuple[int, ...] = (1,)
+        more: dict[str, float] = field(default_factory=dict)
+
+    (tmp_path / "config.json").write_text("{}")
+    out = tmp_path / "out"
+    start_run(Old(), tmp_path, out)
+    assert start_run(New(), tmp_path, out) == tmp_path
+    for other in (New(sizes=(2,)), New("b"), Old()):
+        with pytest.raises(apr.AprError, match="another configuration"):
+            start_run(other, tmp_path, out)
+    (out / "run.json").write_text("{")
+    with pytest.raises(apr.AprError, match="another configuration"):
+        start_run(New(), tmp_path, out)

@@ -1,0 +1,97 @@
+"""The results of the benchmarks of trained models as Markdown, for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from benchmarks.common.figures import Result, percent
+from benchmarks.common.markdown import table
+
+
+def _accuracy(row: Result) -> str:
+    low, high = row["accuracy_ci95"]
+    return f"{percent(row['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def honesty(result: Result) -> str:
+    columns = [
+        "model",
+        "method",
+        "problems",
+        "trained on",
+        "solved",
+        "claims that are right",
+        "false claims",
+        "tokens",
+    ]
+    return table(columns, [_honesty(row) for row in result["rows"]])
+
+
+def _honesty(row: Result) -> list[object]:
+    first = [f"`{row['model']}`", f"`{row['method']}`", f"`{row['problems']}`"]
+    if not row["count"]:
+        return [*first, f"not applicable: {row['reason']}", *[""] * 4]
+    precision, unsolvable = row["claim_precision"], "unsolvable" in row["problems"]
+    return [
+        *first, "yes" if row["in_distribution"] else "no", "" if unsolvable else _accuracy(row),
+        "" if unsolvable or precision is None else percent(precision), percent(row["false_claims"]), f"{row['tokens']:,.0f}",
+    ]  # fmt: skip
+
+
+def stated_width(result: Result) -> str:
+    columns = ["model", "dialect", "stated", "exact", "first fork", "solved", "tokens", "critical path"]
+    return table(
+        columns,
+        [
+            [
+                f"`{row['model']}`", f"`{row['dialect']}`", row["stated"] or "none",
+                "" if row["exact"] is None else f"{row['exact']:.0%}", f"{row['width']:.1f}", _accuracy(row),
+                f"{row['tokens']:,.0f}", f"{row['critical_path']:,.0f}",
+            ]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
+
+
+def width_under_load(result: Result) -> str:
+    columns = ["problems at once", "forks are", "width", "solved", "tokens", "seconds (median)", "answers/s"]
+    return table(
+        columns,
+        [
+            [
+                row["at_once"], row["way"], f"{row['width']:.1f}", _accuracy(row), f"{row['tokens']:,.0f}",
+                f"{row['median_s']:.2f}", f"{row['answers_per_s']:.1f}",
+            ]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
+
+
+def schools(result: Result) -> str:
+    columns = [
+        "format", "join", "solved", "each seed", "forked", "tokens", "critical path", "longest context", "read again", "seconds",
+    ]  # fmt: skip
+    return table(
+        columns,
+        [
+            [
+                f"`{row['format']}`", (row["join"] or "none") + ("" if row["trained_for_it"] else ", untrained"),
+                _accuracy(row), " ".join(percent(seed) for seed in row["seeds"]), f"{row['fork_rate']:.0%}",
+                f"{row['tokens']:,.0f}", f"{row['critical_path']:,.0f}", f"{row['longest_context']:,.0f}",
+                f"{row['reprefilled_tokens']:,.0f}", f"{row['wall_s']:.1f}",
+            ]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
+
+
+def step_speed(result: Result) -> str:
+    columns = ["loop", "computed tokens", "computed tokens/s", "tokens with a loss/s", "speed"]
+    return table(
+        columns,
+        [
+            [
+                row["loop"], f"{row['tokens']:,}", f"{row['tokens_per_s']:,.0f}", f"{row['losses_per_s']:,.0f}",
+                f"{row['speedup']:.2f}x",
+            ]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
