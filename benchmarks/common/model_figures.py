@@ -95,3 +95,17 @@ def step_speed(result: Result) -> str:
             for row in result["rows"]
         ],
     )  # fmt: skip
+
+
+def recursion(result: Result) -> str:
+    columns = ["model", "numbers", "limit", "solved", "depth", "tokens", "critical path", "longest context"]
+    return table(
+        columns,
+        [
+            [
+                row["model"], row["numbers"], row["limit"], _accuracy(row), f"{row['depth']:.2f}", f"{row['tokens']:,.0f}",
+                f"{row['critical_path']:,.0f}", f"{row['longest_context']:,.0f}",
+            ]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
