@@ -23,6 +23,7 @@ from sgl_apr.evaluation.metrics import MethodResults, bootstrap_interval
 from sgl_apr.evaluation.runner import evaluate
 from sgl_apr.evaluation.store import ResultStore
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS
+from sgl_apr.methods.registry import method
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import locate_model
 
@@ -30,17 +31,24 @@ VARIANTS = {  # whether the training data have such problems
     "countdown": True, "countdown:2": True, "countdown:5": False, "countdown:unsolvable": True,
     "countdown:5,unsolvable": False,
 }  # fmt: skip
+LIMITS = {
+    "countdown:2": 40,
+    "countdown:5": 50,
+    "countdown:5,unsolvable": 50,
+}  # of two numbers there are hardly more
 FALSE_CLAIMS = 0.05  # of problems without a solution, at most
 
 
-def measure(url: str, method: str, limit: int) -> list[dict[str, Any]]:
+def measure(url: str, method_name: str, limit: int) -> list[dict[str, Any]]:
     """One row for each kind of problem."""
     rows = []
     for name, is_trained in VARIANTS.items():
-        task = benchmark(name, limit)
+        task = benchmark(name, min(limit, LIMITS.get(name, limit)))
         options: dict[str, Any] = {"budget": task.budget, "temperature": 0.0}
-        found = asyncio.run(evaluate(url, task, method, ResultStore(), **options))
-        rows.append({"problems": name, "in_distribution": is_trained, "method": method} | _figures(found))
+        found = asyncio.run(evaluate(url, task, method_name, ResultStore(), **options))
+        rows.append(
+            {"problems": name, "in_distribution": is_trained, "method": method_name} | _figures(found)
+        )
     return rows
 
 
@@ -92,16 +100,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", default=["builtin"], metavar="MODEL")
-    parser.add_argument("--methods", default="apr", help="adaptive formats (default: %(default)s)")
+    parser.add_argument("--methods", default="multiverse,apr", help="adaptive formats (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=200, help="problems of each kind (default: %(default)s)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     rows = []
+    methods = options.methods.split(",")
+    for name in methods:
+        method(name)  # an unknown one is an error before anything starts
     for model in options.models:
         with Server(locate_model(model), **SERVER_OPTIONS) as server:
-            for method in options.methods.split(","):
-                rows += [{"model": model} | row for row in measure(server.url, method, options.limit)]
+            for name in methods:
+                rows += [{"model": model} | row for row in measure(server.url, name, options.limit)]
     missed = [
         f"{row['model']}, {row['method']}: {row['false_claims']:.1%} of {row['problems']} have a false claim, "
         f"expected at most {FALSE_CLAIMS:.0%}"

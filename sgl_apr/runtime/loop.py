@@ -154,6 +154,7 @@ async def run_with_options(
     Raises:
         KvJoinUnavailable: The options ask for joins in the KV cache, and the engine has none.
     """
+    options = options.with_learned_join(engine)
     if options.join == "kv" and not engine.joins_kv:
         raise KvJoinUnavailable(
             'join="kv" needs an engine that joins in its KV cache: `sgl-apr serve` starts one where that '

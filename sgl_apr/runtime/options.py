@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any
 
+from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.presets import dialect_for
@@ -41,7 +42,8 @@ class ReasonOptions:
     Attributes:
         dialect: The format.
         budget: Limits.
-        join: How branches join: "text", "kv" or "message". None takes what works everywhere with this dialect.
+        join: How branches join: "text", "kv" or "message". None takes "kv" if the model's tokenizer declares a dialect that was
+            published so (`apr_dialects`) and the engine can; else what works everywhere with this dialect.
         mode: "auto" lets the model decide, "sequential" forbids forks, "parallel" requires one.
         min_blocks: Forks that the trunk has to make. The text before a required fork is bounded and has no `<`. Where
             the tokens run out, fewer are made.
@@ -164,6 +166,17 @@ class ReasonOptions:
         vars(made).update(_defaults(), sampling={}, request_fields={}, dialect=dialect)
         vars(made).update(checked)
         made._check_consistent()
+        return made
+
+    def with_learned_join(self, engine: Engine) -> ReasonOptions:
+        """These options for an engine: a join that nobody chose is the one that the model has learned, if the engine can."""
+        declared = getattr(engine.tokenizer, "declared_dialects", ())
+        if self.join is not None or not engine.joins_kv or self.dialect.name not in declared:
+            return self
+        if self.dialect.published_join != "kv" or "kv" not in self.dialect.joins:
+            return self
+        made = object.__new__(ReasonOptions)
+        vars(made).update({f.name: vars(self)[f.name] for f in fields(self)}, join="kv")
         return made
 
     def _check_consistent(self) -> None:

@@ -71,7 +71,8 @@ class ServerCounters:
 
     def count_finished(self, options: ReasonOptions, trajectory: Trajectory) -> None:
         """Count a finished trajectory with its tokens, forks and joins."""
-        self.count_trajectory(trajectory, options.join or options.dialect.joins[0])
+        learned = "kv" if trajectory.joins else options.dialect.joins[0]
+        self.count_trajectory(trajectory, options.join or learned)
 
     def count_trajectory(self, trajectory: Trajectory, join: str | None) -> None:
         """Count a finished trajectory whose branches were to join by `join`, one of `JOINS`, if they were to."""

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from sgl_apr.cli.main import main
+from sgl_apr.errors import AprError
 from sgl_apr.evaluation.store import RUN_FILE
+from sgl_apr.formats.presets import known_dialects
 from sgl_apr.server.launch.launcher import Server
+from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.models import builtin_path, describe, locate_model
+from sgl_apr.training.models.builtin import DIRECTORIES
 from tests.support.paths import EXAMPLES
 
 pytestmark = pytest.mark.server
@@ -25,13 +29,22 @@ def url(solver: Server) -> str:
 
 
 def test_it_is_small_and_has_its_tags(capsys: pytest.CaptureFixture[str]):
-    size = sum(path.stat().st_size for path in builtin_path().iterdir())
-    assert size <= 8 << 20
-    assert describe(builtin_path())["parameters"] <= 3_000_000
-    assert main(["model", "builtin"]) == 0
-    assert capsys.readouterr().out.strip() == str(builtin_path())
-    assert main(["model", "builtin", "--tags", "npr"]) == 1
+    paths = [builtin_path(name) for name in DIRECTORIES]
+    assert sum(file.stat().st_size for path in paths for file in path.iterdir()) <= 8 << 20
+    for name, path in zip(DIRECTORIES, paths, strict=True):
+        assert describe(path)["parameters"] <= 3_000_000
+        assert main(["model", name]) == 0
+        assert capsys.readouterr().out.strip() == str(path) == locate_model(name)
+        assert main(["model", name, "--tags", "npr"]) == 1
     assert locate_model("elsewhere") == "elsewhere"
+    with pytest.raises(AprError, match="expected builtin or builtin:spawn"):
+        locate_model("builtin:npr")
+
+
+def test_it_knows_the_formats_that_it_was_trained_on():
+    known = [dialect.name for dialect in known_dialects(HfTokenizer(builtin_path()))]
+    assert known == ["multiverse", "threadweaver", "npr", "parallel_r1", "parathinker", "spawn"]
+    assert [d.name for d in known_dialects(HfTokenizer(builtin_path("builtin:spawn")))] == ["spawn"]
 
 
 def test_serve_knows_the_names_of_models(monkeypatch: pytest.MonkeyPatch):
@@ -85,6 +98,9 @@ def test_the_demo_shows_its_choices(url: str):
     )
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["ok"]
-    assert figures["solved"] >= 3
+    assert figures["solved"] >= 5
     assert 0 < figures["forked"] < figures["problems"]
+    assert figures["cached_share"] >= 0.95
+    assert figures["kv_joins"] >= figures["forked"]
+    assert figures["text_joins"] == 0
     assert "fork into" in done.stdout
