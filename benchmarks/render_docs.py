@@ -85,13 +85,11 @@ SECTIONS: dict[str, Section] = {
     "quality.schools": Section(
         "Text joins, KV joins and messages",
         "Models of one recipe in each format, also under the join that they were not trained for. They have to be trained first.",
-        model_figures.schools,
     ),
     "quality.recursion": Section(
         "Forks inside branches",
         "A model whose branches fork again against a flat one of the same recipe, under the same limits. They have to be trained first: "
         "configs/countdown-recursion.toml says how.",
-        model_figures.recursion,
     ),
     "quality.language_model": Section(
         "A language model that forks",

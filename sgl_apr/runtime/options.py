@@ -171,9 +171,8 @@ class ReasonOptions:
     def with_learned_join(self, engine: Engine) -> ReasonOptions:
         """These options for an engine: a join that nobody chose is the one that the model has learned, if the engine can."""
         declared = getattr(engine.tokenizer, "declared_dialects", ())
-        if self.join is not None or not engine.joins_kv or self.dialect.name not in declared:
-            return self
-        if self.dialect.published_join != "kv" or "kv" not in self.dialect.joins:
+        learned = self.dialect.name in declared and self.dialect.published_join == "kv"
+        if self.join is not None or not learned or "kv" not in self.dialect.joins or not engine.joins_kv:
             return self
         made = object.__new__(ReasonOptions)
         vars(made).update({f.name: vars(self)[f.name] for f in fields(self)}, join="kv")

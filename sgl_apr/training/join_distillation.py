@@ -1,6 +1,6 @@
 """Distillation of the text join into the KV join, for a model that was trained on text joins or on none.
 
-After a KV join the branches lie side by side at the same positions, and none has seen another. The teacher is the model itself, as it
+After a KV join the branches lie at the same positions, and none has seen another. The teacher is the model itself, as it
 is at the start, after a text join of the same branches; the student learns to predict the same (Kullback-Leibler divergence, as in
 context distillation, arXiv 2209.15189).
 """
