@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -26,6 +27,7 @@ from sgl_apr.evaluation.benchmarks.games import BUDGET
 from sgl_apr.evaluation.metrics import bootstrap_interval
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS, Attempt, attempt_problems
 from sgl_apr.evaluation.tasks.countdown.problems import Problem, generate_problems, legal_steps
+from sgl_apr.formats.dialects import dialect
 from sgl_apr.formats.presets import known_dialects
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import locate_model
@@ -49,9 +51,11 @@ async def measure(
         for name in names or [
             each.name for each in known_dialects(engine.tokenizer) if not each.unlabelled_branches
         ]:
-            for width in (None, *WIDTHS):
+            widest = dialect(name).max_width
+            budget = replace(BUDGET, width=min(widest, BUDGET.width or widest))
+            for width in (None, *(w for w in WIDTHS if w <= widest)):
                 attempts = await attempt_problems(
-                    engine, problems(count), name, width=width, budget=BUDGET, temperature=temperature
+                    engine, problems(count), name, width=width, budget=budget, temperature=temperature
                 )
                 rows.append({"dialect": name, "stated": width} | _figures(attempts, width))
     return rows

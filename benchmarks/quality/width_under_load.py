@@ -1,6 +1,6 @@
 """Whether a model that is told how wide it may fork now answers sooner on a busy server.
 
-python -m benchmarks.quality.width_under_load [--model builtin] [--dialect multiverse] [--limit 200] [--at-once 1,8,32] [--json]
+python -m benchmarks.quality.width_under_load [--model builtin] [--dialect multiverse] [--limit 96] [--at-once 8,32] [--json]
 
 Each client solves one held-out problem of four numbers after another, greedily, and all clients share one server with a small KV
 cache. Three ways take turns on the same problems: the model forks as it likes; the runtime ends its forks at the width that the
@@ -97,8 +97,8 @@ def main() -> int:
     )
     parser.add_argument("--model", default="builtin", help="default: %(default)s")
     parser.add_argument("--dialect", default="multiverse", help="default: %(default)s")
-    parser.add_argument("--limit", type=int, default=200, help="problems (default: %(default)s)")
-    parser.add_argument("--at-once", default="1,8,32", help="clients (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=96, help="problems (default: %(default)s)")
+    parser.add_argument("--at-once", default="8,32", help="clients (default: %(default)s)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
