@@ -48,7 +48,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.laten
         f"{RUNS}sequential", f"{RUNS}parallel", f"{RUNS}rl", "--sampled", f"{RUNS}parallel-sampled", f"{RUNS}rl-sampled",
         "--check",
     ),
-    "quality.stated_width": ("--dialects", "multiverse,threadweaver,spawn", "--check"),
+    "quality.stated_width": ("--dialects", "multiverse,spawn", "--check"),
     "agents": ("--check",),
     "gpu_acceptance": ("--device", "cpu"),
     "budgets": ("--check", "--at-once", "200", "-o", "runs/budgets"),

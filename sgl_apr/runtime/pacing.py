@@ -72,27 +72,40 @@ class Pacing:
 
 
 async def affordable_width(
-    engine: Engine, width: int, tokens: int, pacing: PacingFunction | None = None
+    engine: Engine,
+    width: int,
+    tokens: int,
+    *,
+    max_slowdown: float = 2.0,
+    pacing: PacingFunction | None = None,
 ) -> int:
-    """How wide a fork may be so that all of its branches run at once, given the load of the engine.
+    """How wide a fork may be, given the load of the engine, so that it does not slow down all requests much.
 
-    Put the number into the prompt of a model that follows stated widths, so that it forks narrower on a busy server. The option
-    `cap_width_by_load` is for other models: it ends the fork of a model that knows nothing of the limit.
+    Put the number into the prompt of a model that follows stated widths, so that it forks narrower on a busy server, and leaves out
+    what it expects the least of. Pacing cannot do that: the branches of a fork that is written have to run, at once or not. The
+    option `cap_width_by_load` is for other models: it ends a fork at the width at which all branches run at once.
 
     Args:
         engine: The engine that will run the prompt.
         width: The widest fork.
         tokens: Tokens that a branch may write.
-        pacing: Decides how many branches run at once; `Pacing()` by default.
+        max_slowdown: A decoding step with the branches takes at most so many times as long as one with a single request, as far
+            as this client has measured it (`Load.step_s`).
+        pacing: Limits how many branches run at once; `Pacing()` by default.
 
     Returns:
         A number from 1 to `width`.
 
     Raises:
-        AprError: The engine does not report its load, or as `choose_parallelism`.
+        AprError: `max_slowdown` is below 1, or the engine does not report its load, or as `choose_parallelism`.
     """
-    parallelism, _ = choose_parallelism(pacing or Pacing(), Demand(width, tokens), await engine.load())
-    return min(width, parallelism)
+    if max_slowdown < 1:
+        raise AprError(f"max_slowdown={max_slowdown}, expected at least 1")
+    load = await engine.load()
+    parallelism, _ = choose_parallelism(pacing or Pacing(), Demand(width, tokens), load)
+    longest = max_slowdown * (load.step_s(1) or 0.0)
+    fast = (k for k in range(width, 1, -1) if (load.step_s(load.running + k) or 0.0) <= longest)
+    return min(width, parallelism, next(fast, 1))
 
 
 def choose_parallelism(pacing: PacingFunction, demand: Demand, load: Load) -> tuple[int, str]:

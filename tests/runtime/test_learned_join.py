@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -51,7 +52,11 @@ def test_the_width_that_all_branches_can_run_at():
     )
     assert width(idle) == 8
     assert width(full) == 3  # 100 free tokens, of which each branch is expected to take 30
-    assert 1 <= width(slow) < 8
+    assert width(slow) == 2  # more than four requests take over 20 ms a step
+    assert width(replace(slow, running=9)) == 1
+    assert width(slow, max_slowdown=30, pacing=lambda demand, load: (8, "all")) == 8
+    with pytest.raises(apr.AprError, match="expected at least 1"):
+        width(slow, max_slowdown=0.5)
     assert width(idle, pacing=apr.Pacing(max_parallel=5)) == 5
     assert width(idle, pacing=lambda demand, load: (99, "as many as there are")) == 8
     with pytest.raises(apr.AprError, match="expected how many branches run at once"):
