@@ -88,6 +88,8 @@ class Steps:
             trajectories of similar length for a step, one in a row.
         tag_weight: Weight of the losses of tags, relative to those of other tokens. Tags are where a model decides whether to
             fork, how wide, and when to stop, and they are few.
+        width_weight: Weight of the losses of tags that follow a tag, where a fork goes on or ends. Both choices are tags, so a high
+            weight does not make forks more frequent, as a high `tag_weight` does.
         rate: Peak learning rate.
         warmup: Steps of the warm-up.
         weight_decay: Weight decay.
@@ -107,6 +109,7 @@ class Steps:
     batch: int = 16_384
     row: int = 0
     tag_weight: float = 1.0
+    width_weight: float = 1.0
     rate: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.05

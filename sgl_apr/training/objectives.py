@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.collate import log_probabilities, to_device
+from sgl_apr.training.config import Steps
 from sgl_apr.training.device import collator_for
 from sgl_apr.training.examples import Examples
 from sgl_apr.training.training_tree import TrainingTree
@@ -33,19 +35,26 @@ class Likelihood:
     Args:
         examples: The training trees.
         model: The model, on its device.
-        pad: Token id of padding.
-        tags: Token ids of the tags.
-        tag_weight: Their weight.
+        tokenizer: Its tokenizer; added tokens are tags.
+        steps: `tag_weight` and `width_weight`.
     """
 
-    def __init__(
-        self, examples: Examples, model: Any, pad: int, tags: Sequence[int], tag_weight: float
-    ) -> None:
-        self.examples, self.tag_weight = examples, tag_weight
-        self._collate, self._tags = collator_for(model, pad), torch.tensor(tags, device=model.device)
+    def __init__(self, examples: Examples, model: Any, tokenizer: HfTokenizer, steps: Steps) -> None:
+        self.examples, self._steps = examples, steps
+        self._collate = collator_for(model, min(tokenizer.eos_ids))
+        self._tags = torch.tensor([*tokenizer.added_tokens.values()], device=model.device)
+        self._line_break = tokenizer.encode("\n")[-1]
 
     def loss(self, model: Any, rows: Sequence[Sequence[TrainingTree]]) -> tuple[Tensor, int]:
         batch = to_device(self._collate(rows), model.device)
         values = log_probabilities(model, batch)
-        weights = torch.where(torch.isin(batch["targets"], self._tags), self.tag_weight, 1.0)
+        weights = torch.where(torch.isin(batch["targets"], self._tags), self._steps.tag_weight, 1.0)
+        weights = torch.where(self._decides_width(batch), self._steps.width_weight, weights)
         return -(values * weights).sum() / weights.sum(), len(values)
+
+    def _decides_width(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(m,), whether a target is a tag after a tag: another branch, or the end of the fork. Line breaks between do not count."""
+        ids, rows, sources = batch["input_ids"], batch["rows"], batch["sources"]
+        last, before = ids[rows, sources], ids[rows, (sources - 1).clamp(min=0)]
+        after_tag = torch.isin(torch.where(last == self._line_break, before, last), self._tags)
+        return after_tag & torch.isin(batch["targets"], self._tags)

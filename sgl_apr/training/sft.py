@@ -141,7 +141,7 @@ def _objective(config: SftConfig, model: Any, tokenizer: HfTokenizer, start: Pat
     examples, pad = make_examples(config.data, tokenizer), min(tokenizer.eos_ids)
     if config.steps.objective == "join":
         return JoinDistillation(examples, load_model(start).to(device()), pad)
-    return Likelihood(examples, model, pad, [*tokenizer.added_tokens.values()], config.steps.tag_weight)
+    return Likelihood(examples, model, tokenizer, config.steps)
 
 
 def _start(config: SftConfig, out: Path) -> Path:
