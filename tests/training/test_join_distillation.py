@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import sgl_apr as apr
+from sgl_apr.cli.main import main
 from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
 from sgl_apr.evaluation.tasks.countdown.problems import generate_problems
 from sgl_apr.tokenizer import HfTokenizer
@@ -18,6 +20,7 @@ from sgl_apr.training.config import Data
 from sgl_apr.training.device import load_model
 from sgl_apr.training.examples import make_examples
 from sgl_apr.training.join_distillation import JoinDistillation, JoinPair
+from sgl_apr.training.models import builtin_path
 from sgl_apr.training.models.countdown import countdown_llama
 
 EOS = 0
@@ -69,3 +72,28 @@ def test_before_a_join_nothing_differs(path: Path):
     mean_over_all = float(objective.loss(model, without)[0].detach())
     assert mean_over_all == pytest.approx(float(loss.detach()) * share, rel=1e-3)
     assert mean_over_all > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "rate"), [(0, "2e-4"), (4, "1e-3")])
+def test_a_run_brings_a_trained_student_closer(
+    tmp_path: Path, rank: int, rate: str, capsys: pytest.CaptureFixture[str]
+):
+    """The built-in model knows this format with text joins alone."""
+    config = tmp_path / "join.toml"
+    config.write_text(
+        '[model]\npath = "builtin"\n[data]\ndialects = ["threadweaver"]\nproblems = 24\nnumbers = [4]\nwindow = 2048\n'
+        '[steps]\nobjective = "join"\ntokens = 400000\nbatch = 6144\nwarmup = 4\noptimizer = "adam"\n'
+        f"lora_rank = {rank}\nrate = {rate}\n"
+    )
+    assert main(["train", "sft", str(config), "-o", str(tmp_path / "out"), "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)["model"]
+    data = replace(DATA, window=2048, seed=1)
+    objective = JoinDistillation(
+        make_examples(data, HfTokenizer(builtin_path())), load_model(builtin_path()), EOS
+    )
+    rows = [[pair] for pair in objective.examples.chunk(0)]
+    with torch.no_grad():
+        before, after = (float(objective.loss(load_model(p), rows)[0]) for p in (builtin_path(), trained))
+    print("divergence", before, after)
+    assert after < 0.7 * before
