@@ -64,7 +64,12 @@ def test_few_chunks_give_the_same_trajectory(incremental: bool):
 def test_what_may_be_cut_is_sent_token_by_token(options: dict, streamed: set[str]):
     fake = server()
     reason(fake, **options)
-    assert {phase for phase, values in decoding(fake).items() if values == [None]} == streamed
+    sent = decoding(fake)
+    assert {phase for phase, values in sent.items() if values == [None]} == streamed & set(sent)
+    # The first branch may end before the other is sent, which then never is.
+    ends_early = options.get("policy") in ("first", "quorum:1")
+    assert set(sent) >= OTHERS | (set() if ends_early else BRANCHES)
+    assert set(sent) & BRANCHES
 
 
 @pytest.mark.parametrize(
