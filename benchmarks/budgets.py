@@ -1,4 +1,4 @@
-"""What methods solve under small budgets of tokens: the built-in model on held-out Countdown problems.
+"""What methods solve under small budgets of tokens: the model builtin:spawn on held-out Countdown problems.
 
 python -m benchmarks.budgets [--json] [--check] [--tokens 256,512] [--methods apr,mcts] [-o DIR]
 python -m benchmarks.budgets --split train --methods apr --leases 64:16,32:8     # how the constants were chosen
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with Progress(*columns, console=Console(stderr=True)) as progress:
                 return await measure(engine, problems, options, progress)
 
-    with Server(locate_model("builtin"), **problems.flags) as server:
+    with Server(locate_model("builtin:spawn"), **problems.flags) as server:
         rows = asyncio.run(run(server.url))
     result = {
         "hardware": hardware(),

@@ -138,7 +138,7 @@ SECTIONS: dict[str, Section] = {
     "runtime.eager": Section(
         "Eager branches",
         "What it saves to start each branch as soon as its outline is written, while the fork still lists others "
-        "(`eager_branches=True`): the built-in model on held-out Countdown problems where it forks, greedy, one at a time on "
+        "(`eager_branches=True`): `builtin:spawn` on held-out Countdown problems where it forks, greedy, one at a time on "
         "a server with empty caches. Both ways take turns, each is first in every other round. Medians over problems, with "
         "their 95% intervals. The critical path of the eager way counts the fork up to the outline of a branch. Branches that start one by one "
         "are also prefilled one by one.",
@@ -168,7 +168,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "budgets": Section(
         "Small budgets",
-        "What methods solve under small budgets of tokens: the built-in model on 200 held-out Countdown problems. In `apr` the "
+        "What methods solve under small budgets of tokens: `builtin:spawn` on 200 held-out Countdown problems. In `apr` the "
         "model decides when to fork. Each method runs with the temperature of its paper, `apr` and `sequential` with 0. "
         "The sizes of leases were chosen on other problems.",
         figures.budgets,
@@ -193,8 +193,8 @@ SECTIONS: dict[str, Section] = {
     ),
     "quality.methods": Section(
         "Methods",
-        "What every [method](methods.md) solves on the same ten Countdown problems with a budget of 1,024 tokens and the "
-        "built-in model. Ten problems say little about accuracy: an interval is 50 to 60 points wide. All ten run at the same "
+        "What every [method](methods.md) solves on the same ten Countdown problems with a budget of 1,024 tokens and "
+        "`builtin:spawn`. Ten problems say little about accuracy: an interval is 50 to 60 points wide. All ten run at the same "
         "time (wall s). \"One request at a time\" is how much longer two problems take, one after the other, when the engine "
         "gets one request at a time; sampled replies differ between the two runs. All methods share one cache, so that later "
         "rows find the prompts of earlier ones: \"cached\" compares a method only with itself.",

@@ -2,7 +2,7 @@
 
 python -m benchmarks.runtime.eager [--json] [--check] [--problems 20] [--rounds 2] [--url http://127.0.0.1:30000]
 
-The built-in model answers held-out Countdown problems of four numbers greedily, one after the other, with and without `eager_branches`. Both ways
+The model builtin:spawn answers held-out Countdown problems of four numbers greedily, one after the other, with and without `eager_branches`. Both ways
 take turns, each is first in every other round, and both start with empty caches. Only problems where the model forks
 count. A figure is the median over problems, and each problem is the median of its rounds; intervals are 95% bootstrap
 intervals over problems. The critical path of the eager way counts the fork up to the outline of a branch.
@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--check", action="store_true", help="exit with 1 if a bar is missed")
     add("--problems", type=int, default=20, help="default: %(default)s")
     add("--rounds", type=int, default=2, help="default: %(default)s")
-    add("--url", help="a running server of the built-in model, on this machine (default: one is started)")
+    add("--url", help="a running server of builtin:spawn, on this machine (default: one is started)")
     return parser.parse_args(argv)
 
 
@@ -62,7 +62,7 @@ def served(url: str | None) -> Iterator[str]:
     if url:
         yield url
         return
-    with Server(locate_model("builtin"), max_total_tokens=POOL_TOKENS) as server:
+    with Server(locate_model("builtin:spawn"), max_total_tokens=POOL_TOKENS) as server:
         yield server.url
 
 

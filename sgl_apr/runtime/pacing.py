@@ -81,9 +81,8 @@ async def affordable_width(
 ) -> int:
     """How wide a fork may be, given the load of the engine, so that it does not slow down all requests much.
 
-    Put the number into the prompt of a model that follows stated widths, so that it forks narrower on a busy server, and leaves out
-    what it expects the least of. Pacing cannot do that: the branches of a fork that is written have to run, at once or not. The
-    option `cap_width_by_load` is for other models: it ends a fork at the width at which all branches run at once.
+    Put the number into the prompt of a model that follows stated widths, so that it forks narrower on a busy server. Pacing cannot do
+    that: the branches of a fork that is written have to run, at once or not. The option `cap_width_by_load` is for other models: it ends a fork at the width at which all branches run at once.
 
     Args:
         engine: The engine that will run the prompt.

@@ -164,10 +164,15 @@ def target_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _attention_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    blocks = model.config._attn_implementation == BLOCK_ATTENTION
     if "attention_mask" in batch:
+        if blocks:
+            raise AprError(
+                f'a model with attn_implementation={BLOCK_ATTENTION!r} takes no mask, expected batches of Collator(attention="later")'
+            )
         return {"attention_mask": batch["attention_mask"]}
     visibility = Visibility(batch["ends"], batch["joined"])
-    if model.config._attn_implementation == BLOCK_ATTENTION:
+    if blocks:
         return {"attention_mask": None, "visible_blocks": VisibleBlocks.from_visibility(visibility)}
     return {"attention_mask": visibility.block_mask()}
 

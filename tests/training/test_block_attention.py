@@ -89,3 +89,11 @@ def test_a_model_for_the_cpu_has_it_and_a_checkpoint_does_not(
     assert BLOCK_ATTENTION not in (tmp_path / "config.json").read_text()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert collator_for(plain, 0).attention == "dense"
+
+
+def test_a_dense_mask_is_refused(path: Path, trees: list[TrainingTree]):
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=BLOCK_ATTENTION)
+    with pytest.raises(
+        apr.AprError, match=r'takes no mask, expected batches of Collator\(attention="later"\)'
+    ):
+        log_probabilities(model, Collator()(trees[:1]))
