@@ -13,6 +13,7 @@ from sgl_apr.engine.chat_template import encode_by_template
 from sgl_apr.errors import EngineError, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, check_encodable
+from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.worker_groups import GroupKind
 
 
@@ -74,12 +75,16 @@ class Reply:
             limit.
         delay: Seconds before every token.
         error: Raised after the text.
+        logprob: The log-probability of every token, if it is requested.
+        top_logprobs: The most likely tokens in the place of every token, if they are requested.
     """
 
     text: str = ""
     end: bool = True
     delay: float = 0.0
     error: Exception | None = None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs | None = None
 
 
 Script = Callable[[Request, str], Reply | str]
@@ -152,7 +157,13 @@ class ScriptedEngine:
         finally:
             self.active.discard(request.rid)
         self._cache.append(request.input_ids + ids)
-        return Result(ids, finish, len(request.input_ids), cached)
+        logprobs = None if reply.logprob is None or not request.logprobs else (reply.logprob,) * len(ids)
+        top = (
+            None
+            if reply.top_logprobs is None or not request.top_logprobs
+            else (reply.top_logprobs,) * len(ids)
+        )
+        return Result(ids, finish, len(request.input_ids), cached, logprobs, top)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None

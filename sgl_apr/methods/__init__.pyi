@@ -12,8 +12,10 @@ from .prompt_group import decode_group as decode_group
 from .registry import METHOD_NAMES as METHOD_NAMES
 from .registry import MethodResult as MethodResult
 from .registry import method as method
+from .self_consistency import vote_is_settled as vote_is_settled
 from .session import MethodSession as MethodSession
 from .session import method_session as method_session
+from .task import AggregationTask as AggregationTask
 from .task import CollaborativeTask as CollaborativeTask
 from .task import GraphTask as GraphTask
 from .task import Inapplicable as Inapplicable
@@ -28,6 +30,7 @@ from .task import VotedSearchTask as VotedSearchTask
 
 __all__ = [
     "METHOD_NAMES",
+    "AggregationTask",
     "CollaborativeTask",
     "Completion",
     "ForkResult",
@@ -54,4 +57,5 @@ __all__ = [
     "method_session",
     "solve",
     "stream_fork",
+    "vote_is_settled",
 ]

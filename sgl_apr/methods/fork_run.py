@@ -173,7 +173,7 @@ class ForkRun:
             header = ids[fork:]
             text = graph.tokenizer.decode(header, self.trunk.context)
             branch.inject("header", text, task.outline, charged=False, token_ids=header)
-            self.session.place_branch(self.trunk, branch)
+            self.session.branch_order.place(self.trunk, branch)
             self._task_of[branch] = task
             if self._tool_options[task.name].get("tools"):
                 allowance.tokens = min(allowance.tokens, task.token_limit or NO_LIMIT)

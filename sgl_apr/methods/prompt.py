@@ -9,6 +9,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.formats.tool_syntax import DecodedCall, ToolSyntax
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Finish
 
 
@@ -56,6 +57,7 @@ class Completion:
         logprob: Mean log-probability of its tokens, None if there are none.
         calls: The calls of tools that the text ends with.
         cut_call: What was decoded of calls that a limit has cut, the last span of the sequence.
+        top_logprobs: For each token the most likely ones in its place, if they were requested.
     """
 
     sequence: SequenceState
@@ -65,6 +67,7 @@ class Completion:
     logprob: float | None = None
     calls: tuple[DecodedCall, ...] = ()
     cut_call: str = ""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
     @property
     def is_complete(self) -> bool:

@@ -16,8 +16,8 @@ from sgl_apr.trajectory.metrics import Metrics
 from sgl_apr.trajectory.trajectory import Trajectory
 
 _FIXED = (
-    "sequential", "self_consistency", "best_of_n", "skeleton_of_thought", "tree_of_thoughts", "graph_of_thoughts",
-    "mcts", "group_think", "hogwild", "recursive",
+    "sequential", "self_consistency", "best_of_n", "pacore", "rsa", "skeleton_of_thought", "tree_of_thoughts",
+    "graph_of_thoughts", "mcts", "group_think", "hogwild", "recursive",
 )  # fmt: skip
 _ADAPTIVE = ("parathinker", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
 METHOD_MODULES = {name: name for name in _FIXED} | dict.fromkeys(_ADAPTIVE, "native_formats")

@@ -303,7 +303,8 @@ class MethodRequests:
         stream.finish(output)
         logprobs = fmean(result.logprobs) if result and result.logprobs else None
         cut_call = output.pieces[-1].text if output.cut_call else ""
-        return Completion(sequence, engine, text, output.finish, logprobs, output.calls, cut_call)
+        top = (result and result.top_logprobs) or ()
+        return Completion(sequence, engine, text, output.finish, logprobs, output.calls, cut_call, top)
 
     def _uncomputed_tokens(self, ids: tuple[int, ...]) -> int:
         """How many of these ids no request has computed. The last one is always computed again."""

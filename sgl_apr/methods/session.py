@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import BudgetExceeded
+from sgl_apr.methods.branch_order import BranchOrder
 from sgl_apr.methods.method_tools import ToolHeading, tool_heading
 from sgl_apr.methods.prompt import BranchStart, Completion, Prompt, as_prompt
 from sgl_apr.methods.requests import MethodRequests
@@ -22,9 +23,11 @@ from sgl_apr.runtime.join_policy import Policy
 from sgl_apr.runtime.prompts import Prompt as PromptInput
 from sgl_apr.runtime.prompts import check_engine, check_prompt, check_token_ids, encode_prompt, vocab_size
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
+EnoughCompletions = Callable[[Sequence[Completion]], bool]
 
 
 class MethodSession:
@@ -46,6 +49,7 @@ class MethodSession:
     Attributes:
         root: The prompt as a completion without text.
         heading: How prompts show the tools of the method. None without tools.
+        branch_order: Where branches stand in the trajectory.
     """
 
     def __init__(
@@ -63,8 +67,7 @@ class MethodSession:
         self.requests = MethodRequests(engine, budget, on_event, options)
         self.recorder, self.budget = self.requests.recorder, self.requests.budget
         self.heading: ToolHeading | None = None
-        # The branches of a sequence, and before which of its spans each belongs.
-        self._branches = dict[SequenceState, list[tuple[int, SequenceState]]]()
+        self.branch_order = BranchOrder()
         # An empty prompt is one of contexts that have nothing in common.
         ids = (
             tuple(engine.tokenizer.encode(prompt, add_special_tokens=True))
@@ -98,6 +101,8 @@ class MethodSession:
         *,
         share: float = 1.0,
         policy: Policy = "all",
+        is_enough: EnoughCompletions | None = None,
+        parallelism: int | None = None,
     ) -> list[Completion]:
         """Completions that continue one in parallel, each in a context of its own after it.
 
@@ -106,13 +111,18 @@ class MethodSession:
             prompts: One for each branch.
             share: The part of the unreserved tokens that they may take together.
             policy: When the others are cut.
+            is_enough: The same, by a function of the completions that have ended and have not failed, in that order. It
+                takes the place of `policy`.
+            parallelism: How many run at once, None for all. The others start as those end, or never.
 
         Returns:
             One completion for each prompt, in order, also those that were cut, and those that failed, without text.
         """
         parent = completion.sequence
         starts = [BranchStart(as_prompt(p), parent.context, parent.frontier) for p in prompts]
-        return await self._run(completion, starts, share, policy)
+        return await self._run(
+            completion, starts, share, policy, is_enough=is_enough, parallelism=parallelism
+        )
 
     async def sample_independent(
         self,
@@ -204,14 +214,10 @@ class MethodSession:
             self.recorder.request_log.record_limit(limit, ())
         return affordable[limit]
 
-    def place_branch(self, sequence: SequenceState, branch: SequenceState) -> None:
-        """Let a branch stand in the trajectory after what its sequence has written so far."""
-        self._branches.setdefault(sequence, []).append((len(sequence.span_order), branch))
-
     def finish(self) -> Trajectory:
         """The trajectory. Call it last."""
         trunk = self.root.sequence
-        trunk.span_order = self._ordered_spans(trunk)
+        trunk.span_order = self.branch_order.spans(trunk)
         return self.recorder.finish(
             trunk,
             self.method,
@@ -232,15 +238,6 @@ class MethodSession:
     def _shown(self, text: str) -> str:
         return self.heading.shown(text) if self.heading else text
 
-    def _ordered_spans(self, sequence: SequenceState) -> list[int]:
-        """The spans of a sequence with those of its branches where they were forked: parents come first."""
-        spans, start = list[int](), 0
-        for before, branch in self._branches.get(sequence, []):
-            spans += sequence.span_order[start:before]
-            spans += self._ordered_spans(branch)
-            start = before
-        return [*spans, *sequence.span_order[start:]]
-
     def start_branches(
         self, sequence: SequenceState, starts: Sequence[BranchStart]
     ) -> tuple[BranchGroup, list[Prompt]]:
@@ -257,7 +254,7 @@ class MethodSession:
                 frontier=start.frontier,
                 tolerate_failure=self.requests.options.on_branch_failure != "raise",
             )
-            self.place_branch(sequence, branch)
+            self.branch_order.place(sequence, branch)
             self.requests.write(branch, start.prompt.text, start.waits_for)
         return group, [start.prompt for start in starts]
 
@@ -268,14 +265,17 @@ class MethodSession:
         share: float,
         policy: Policy,
         max_tokens: int | None = None,
+        *,
+        is_enough: EnoughCompletions | None = None,
+        parallelism: int | None = None,
     ) -> list[Completion]:
-        """Start branches and let them decode, at once or as paced, until `policy` has enough of them."""
+        """Start branches and let them decode, at once or as paced, until `policy` or `is_enough` has enough of them."""
         if not starts:
             return []
-        self.requests.runner.cuts_branches |= policy != "all"
+        self.requests.runner.cuts_branches |= policy != "all" or is_enough is not None
         group, prompts = self.start_branches(parent.sequence, starts)
         tokens = self.requests.reserve(prompts, share, max_tokens)
-        engines, parallelism = await self.requests.fork(parent, group.branches, max(tokens))
+        engines, paced = await self.requests.fork(parent, group.branches, max(tokens))
         index = {branch: k for k, branch in enumerate(group.branches)}
         completions = dict[SequenceState, Completion]()
         group.leases = leases = self.requests.open_leases(group.branches, prompts, tokens)
@@ -297,10 +297,17 @@ class MethodSession:
             self.requests.release_tokens(written)
             group.end(branch)
 
-        if self.budget.width is not None:
-            parallelism = min(parallelism, self.budget.width)
+        def have_enough(_: Sequence[Branch]) -> bool:
+            assert is_enough
+            return is_enough([c for c in completions.values() if c.finish != "failed"])
+
+        limits = (paced, parallelism, self.budget.width)
         try:
-            await group.run(decode, policy=policy, parallelism=parallelism)
+            await group.run(
+                decode,
+                policy=have_enough if is_enough else policy,
+                parallelism=min(limit for limit in limits if limit is not None),
+            )
         finally:
             self.requests.release_tokens(reserved)
         group.joined()

@@ -7,6 +7,7 @@ from those whose methods it supports:
 |---|---|
 | `SampledTask` | `sequential`, `self_consistency`, `best_of_n`, models that fork by themselves |
 | `SelfJudgedTask` | `best_of_n` without a verifier |
+| `AggregationTask` | `pacore`, `rsa` |
 | `SkeletonTask` | `skeleton_of_thought` |
 | `SearchTask` with `ValuedSearchTask` | `tree_of_thoughts`, `mcts` |
 | `SearchTask` with `VotedSearchTask` | `tree_of_thoughts` with `select="vote"` |
@@ -117,6 +118,30 @@ class SelfJudgedTask(Task[P]):
 
     def judge_score(self, completion: Completion) -> float:
         """The judgement as a number from 0 to 1."""
+        raise NotImplementedError
+
+
+class AggregationTask(SampledTask[P]):
+    """A task whose model can make one better reply of several."""
+
+    ability: ClassVar[str] = "make one reply of several"
+
+    def compact(self, text: str) -> str:
+        """The message that a reply leaves for the next round: what it says after its thoughts, if it marks them.
+
+        Examples:
+            >>> AggregationTask.compact(None, "<think>7 times 6</think> It is 42.")
+            'It is 42.'
+        """
+        return text.rpartition("</think>")[2].strip()
+
+    def aggregation_prompt(self, problem: P, replies: Sequence[str]) -> Prompt:
+        """The prompt for a new reply.
+
+        Args:
+            problem: The problem.
+            replies: Earlier replies, or what was kept of them.
+        """
         raise NotImplementedError
 
 

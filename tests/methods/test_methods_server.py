@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 NULL = {
     "skeleton_of_thought": "point by point",
     "recursive": "answered by a program",
+    "pacore": "make one reply of several",
+    "rsa": "make one reply of several",
 }
 BUDGET = apr.Budget(tokens=1024)
 GIVEN = list(generate_problems(1, "test", seed=0))

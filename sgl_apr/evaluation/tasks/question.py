@@ -12,10 +12,10 @@ from sgl_apr.evaluation.tasks.reply_text import answer_lines, last_number_after,
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Refine, Score
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.task import (
+    AggregationTask,
     CollaborativeTask,
     GraphTask,
     ProgramTask,
-    SampledTask,
     SelfJudgedTask,
     SkeletonTask,
     ValuedSearchTask,
@@ -48,7 +48,7 @@ class Draft:
 
 
 class QuestionTask(
-    SampledTask[str],
+    AggregationTask[str],
     SelfJudgedTask[str],
     SkeletonTask[str],
     ValuedSearchTask[str, Draft],
@@ -109,6 +109,16 @@ class QuestionTask(
     def judge_score(self, completion: Completion) -> float:
         sure = 1.0 if completion.logprob is None else exp(completion.logprob)
         return sure if completion.text.strip().upper().startswith("Y") else 1 - sure
+
+    # PaCoRe (Hu 2026, arXiv 2601.05593, section 3.1) and RSA (Venkatraman 2025, arXiv 2509.26626, section 3).
+
+    def aggregation_prompt(self, problem: str, replies: Sequence[str]) -> Prompt:
+        shown = "\n\n".join(f"Reply {k}:\n{text}" for k, text in enumerate(replies, 1))
+        message = (
+            f"{problem}\n\nBelow are earlier replies to this. Some may be wrong or incomplete. Compare them, keep what is "
+            f"right, mend what is wrong, and write your own reply.\n\n{shown}\n\n{self.answer_instruction}"
+        )
+        return Prompt(self.chat_turn(message))
 
     # Skeleton-of-Thought (Ning 2023, arXiv 2307.15337, appendix A).
 
