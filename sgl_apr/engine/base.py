@@ -15,6 +15,9 @@ from sgl_apr.trajectory.join_layout import Layout
 from sgl_apr.trajectory.worker_groups import GroupKind
 
 TokenSink = Callable[[Sequence[int]], None]  # receives the ids of each chunk as it arrives
+LogprobSink = Callable[
+    [Sequence[TopLogprobs]], None
+]  # receives the most likely tokens in the places of a chunk
 WorkerSink = Callable[
     [int, "Result | EngineError"], None
 ]  # receives how a worker has ended, by its number from 0
@@ -42,6 +45,7 @@ class Request:
             `max_tokens` cut. The grammar continues after them. Only for engines that resume (`resumes_grammar`), or
             without a grammar.
         fields: Further fields of the request (lora_path, cache_salt, ...), under SGLang's names.
+        on_top_logprobs: Receives `top_logprobs` of each chunk as it arrives, before `on_tokens` receives its ids.
     """
 
     rid: str
@@ -56,6 +60,7 @@ class Request:
     top_logprobs: int = 0
     resumed_tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
+    on_top_logprobs: LogprobSink | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

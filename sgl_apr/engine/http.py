@@ -248,7 +248,7 @@ class HttpEngine(ServerRequests, WorkerGroupEngine):
             "sampling_params": with_layout(sampling, request.layout),
             **logprob_fields(request),
         }
-        received, logprobs = list[int](), CollectedLogprobs(self.url)
+        received, logprobs = list[int](), CollectedLogprobs(self.url, request.on_top_logprobs)
         meta: dict[str, Any] = {}
         async with contextlib.aclosing(self.events(body)) as events:
             async for data in events:

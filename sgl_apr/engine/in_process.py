@@ -120,7 +120,7 @@ class InProcessEngine(WorkerGroupEngine):
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None
     ) -> Result:
         self._check_loop()
-        received, logprobs = list[int](), CollectedLogprobs(NAME)
+        received, logprobs = list[int](), CollectedLogprobs(NAME, request.on_top_logprobs)
         meta: dict[str, Any] = {}
         at = 0.0
         body = {

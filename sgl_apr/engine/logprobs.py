@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any, TypeVar
 
-from sgl_apr.engine.base import Request
+from sgl_apr.engine.base import LogprobSink, Request
 from sgl_apr.engine.unexpected_answer import unexpected
 from sgl_apr.trajectory.calls import TokenLogprob, TopLogprobs
 
@@ -18,14 +18,15 @@ class CollectedLogprobs:
 
     Args:
         name: The engine, for messages.
+        on_top: Receives the most likely tokens of each chunk.
 
     Attributes:
         values: Those of the decoded tokens, empty if none were requested.
         top: The most likely tokens in the place of each, empty if none were requested.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, on_top: LogprobSink | None = None) -> None:
+        self._name, self._on_top = name, on_top
         self.values: list[float] = []
         self.top: list[TopLogprobs] = []
 
@@ -36,7 +37,10 @@ class CollectedLogprobs:
             EngineError: One of them is no log-probability.
         """
         self.values += new_logprobs(self._name, len(self.values), meta)
-        self.top += new_top_logprobs(self._name, len(self.top), meta)
+        new = new_top_logprobs(self._name, len(self.top), meta)
+        self.top += new
+        if new and self._on_top:
+            self._on_top(new)
 
 
 def new_entries(entries: list[T], known: int, meta: Mapping[str, Any]) -> list[T]:

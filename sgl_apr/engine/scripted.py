@@ -150,6 +150,8 @@ class ScriptedEngine:
         try:
             for i in ids:
                 await asyncio.sleep(reply.delay)
+                if request.on_top_logprobs and reply.top_logprobs is not None:
+                    request.on_top_logprobs([reply.top_logprobs])
                 if on_tokens:
                     on_tokens([i])
             if reply.error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.formats.tool_syntax import DecodedCall, ToolSyntax
+from sgl_apr.methods.running_completion import Watch
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Finish
@@ -26,6 +27,7 @@ class Prompt:
         tool_syntax: How calls of tools are written, if the text may end with some.
         ends_with_eos: An end-of-text token is the end that is expected, and not one in place of a closing tag.
         name: A label for people.
+        watch: Is called after each chunk of the completion, and may end it.
         depends_on: Completions that it follows in time without seeing them, if it has a context of its own.
     """
 
@@ -37,6 +39,7 @@ class Prompt:
     tool_syntax: ToolSyntax | None = None
     ends_with_eos: bool = False
     name: str = ""
+    watch: Watch | None = None
     depends_on: tuple[Completion, ...] = ()
 
     @property

@@ -15,6 +15,7 @@ from sgl_apr.methods.free_text import free_text_output
 from sgl_apr.methods.method_options import check_method_options
 from sgl_apr.methods.method_tools import MethodTools
 from sgl_apr.methods.prompt import Completion, Prompt
+from sgl_apr.methods.running_completion import watched_request
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.budget import Budget
@@ -278,6 +279,8 @@ class MethodRequests:
         )
         emit = self.recorder.events.delta_callback(sequence.path)
         stream = IncrementalDetokenizer(self.tokenizer, sequence.context, emit)
+        if prompt.watch:
+            request = watched_request(prompt.watch, request, stream, sequence)
         new = self._uncomputed_tokens(sequence.context)
         result, call = await self.runner.send_request(engine, sequence, "ask", new, request, stream, extend)
         ids = result.token_ids if result else tuple(stream.received_ids)

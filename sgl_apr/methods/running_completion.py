@@ -1,0 +1,67 @@
+"""A completion while it is decoded, for methods that end it early by what it has written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from sgl_apr.engine.base import Request
+from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
+from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.trajectory.calls import TopLogprobs
+
+Watch = Callable[["RunningCompletion"], None]
+
+
+@dataclass(eq=False)
+class RunningCompletion:
+    """A completion that a function watches: it is called after each chunk.
+
+    Attributes:
+        sequence: What decodes.
+        text: What was decoded so far.
+        top_logprobs: For each token so far the most likely ones in its place, if they were requested.
+    """
+
+    sequence: SequenceState
+    text: str = ""
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+
+    def cut(self, limit: str) -> None:
+        """End it here. It keeps what it has written, with the finish "aborted".
+
+        Args:
+            limit: What ended it, as `Trajectory.limits` names it.
+        """
+        self.sequence.scope.cancel("aborted", limit)
+
+
+def watched_request(
+    watch: Watch, request: Request, stream: IncrementalDetokenizer, sequence: SequenceState
+) -> Request:
+    """Let a function watch what a request decodes.
+
+    Args:
+        watch: The function.
+        request: The request.
+        stream: The text of the request.
+        sequence: What decodes.
+
+    Returns:
+        The request to send in its place.
+    """
+    running, emit = RunningCompletion(sequence), stream.emit
+
+    def receive(new: str) -> None:
+        if emit:
+            emit(new)
+        running.text = (
+            running.text[: stream.emitted_chars - len(new)] + new
+        )  # one that is repeated begins again
+        watch(running)
+
+    def receive_top_logprobs(tokens: Sequence[TopLogprobs]) -> None:
+        running.top_logprobs[len(stream.received_ids) :] = tokens
+
+    stream.emit = receive
+    return replace(request, on_top_logprobs=receive_top_logprobs) if request.top_logprobs else request
