@@ -121,7 +121,9 @@ async def _verify(
             errors.append(error)
             return None
 
-    scores = await gather(session.run_until_deadline(score(reply.text)) for reply in replies)
+    scores = await gather(
+        session.root.sequence.scope.run_until_cancelled(score(reply.text)) for reply in replies
+    )
     if errors and len(errors) == len(replies):
         raise errors[0]
     return scores

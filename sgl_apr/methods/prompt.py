@@ -9,6 +9,7 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.formats.tool_syntax import DecodedCall, ToolSyntax
 from sgl_apr.methods.running_completion import Watch
+from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Finish
@@ -27,6 +28,7 @@ class Prompt:
         tool_syntax: How calls of tools are written, if the text may end with some.
         ends_with_eos: An end-of-text token is the end that is expected, and not one in place of a closing tag.
         name: A label for people.
+        seed: The seed of its sampling. None for that of its place in the trajectory.
         watch: Is called after each chunk of the completion, and may end it.
         depends_on: Completions that it follows in time without seeing them, if it has a context of its own.
     """
@@ -39,6 +41,7 @@ class Prompt:
     tool_syntax: ToolSyntax | None = None
     ends_with_eos: bool = False
     name: str = ""
+    seed: int | None = None
     watch: Watch | None = None
     depends_on: tuple[Completion, ...] = ()
 
@@ -46,6 +49,12 @@ class Prompt:
     def without_text(self) -> Prompt:
         """The same for a context that already has the text."""
         return replace(self, text="")
+
+    def repeated(self, n: int) -> list[Prompt]:
+        """The same without its text for each of `n` samples, each with a seed of its own if it has one."""
+        if self.seed is None:
+            return [self.without_text] * n
+        return [replace(self, text="", seed=derive_seed(self.seed, k)) for k in range(n)]
 
 
 @dataclass(frozen=True)

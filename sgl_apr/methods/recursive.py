@@ -130,7 +130,9 @@ class _Run:
                     )
                     if not completion.is_complete and not completion.text:
                         return ""
-                    ran = await self.session.run_until_deadline(self.run_blocks(sandbox, completion.text))
+                    ran = await self.session.root.sequence.scope.run_until_cancelled(
+                        self.run_blocks(sandbox, completion.text)
+                    )
                     if ran is None:  # the time is up
                         return ""
                     output, final = ran

@@ -16,7 +16,7 @@ from sgl_apr.trajectory.metrics import Metrics
 from sgl_apr.trajectory.trajectory import Trajectory
 
 _FIXED = (
-    "sequential", "self_consistency", "best_of_n", "deepconf", "pacore", "rsa", "skeleton_of_thought", "tree_of_thoughts",
+    "pro", "sequential", "self_consistency", "best_of_n", "deepconf", "pacore", "rsa", "skeleton_of_thought", "tree_of_thoughts", "spex",
     "graph_of_thoughts", "mcts", "group_think", "hogwild", "recursive",
 )  # fmt: skip
 _ADAPTIVE = ("parathinker", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")

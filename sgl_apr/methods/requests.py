@@ -274,8 +274,11 @@ class MethodRequests:
         extend: Extend,
     ) -> Completion:
         max_tokens = lowest(limits)[1]
+        sampling = prompt.sampling
+        if prompt.seed is not None and self.runner.supports_seeds:
+            sampling = {**sampling, "sampling_seed": prompt.seed}
         request = self.runner.builder.decode_request(
-            sequence.context, max_tokens, grammar=prompt.grammar, stop=prompt.stop, sampling=prompt.sampling
+            sequence.context, max_tokens, grammar=prompt.grammar, stop=prompt.stop, sampling=sampling
         )
         emit = self.recorder.events.delta_callback(sequence.path)
         stream = IncrementalDetokenizer(self.tokenizer, sequence.context, emit)

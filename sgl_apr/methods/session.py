@@ -16,7 +16,7 @@ from sgl_apr.methods.prompt import BranchStart, Completion, Prompt, as_prompt
 from sgl_apr.methods.requests import MethodRequests
 from sgl_apr.runtime.branch_group import BranchGroup, gather
 from sgl_apr.runtime.budget import Budget
-from sgl_apr.runtime.cancel_scope import CancelScope, ScopeCancelled
+from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.engine_cleanup import abort_requests
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
@@ -139,13 +139,20 @@ class MethodSession:
         return await self._run(parent or self.root, self._independent(prompts), share, policy)
 
     async def prefill(
-        self, prompts: Sequence[Prompt | str], *, parent: Completion | None = None
+        self,
+        prompts: Sequence[Prompt | str],
+        *,
+        parent: Completion | None = None,
+        scope: CancelScope | None = None,
     ) -> list[Completion]:
-        """Contexts of their own that hold a prompt each, to continue from later. Nothing is decoded."""
+        """Contexts of their own that hold a prompt each, to continue from later. Nothing is decoded.
+
+        `scope` is until when they may be used, by default as long as the parent.
+        """
         parent = parent or self.root
         if not prompts:
             return []
-        group, _ = self.start_branches(parent.sequence, self._independent(prompts))
+        group, _ = self.start_branches(parent.sequence, self._independent(prompts), scope)
         engines, _ = await self.requests.fork(parent, group.branches, 0)
         for branch in group.branches:
             if branch.scope.cancel_reason and not branch.span_order:  # there was no room for its prompt
@@ -157,15 +164,18 @@ class MethodSession:
         ]
 
     async def samples(
-        self, prompts: Sequence[Prompt], n: int, *, share: float = 1.0
+        self, prompts: Sequence[Prompt], n: int, *, share: float = 1.0, scope: CancelScope | None = None
     ) -> list[list[Completion]]:
-        """`n` completions of each prompt, all in parallel, each prompt in a context of its own."""
-        prefilled = await self.prefill(prompts)
+        """`n` completions of each prompt, all in parallel, each prompt in a context of its own.
+
+        Cancelling `scope` cuts all of them.
+        """
+        prefilled = await self.prefill(prompts, scope=scope)
         max_tokens = int(self.requests.unreserved_tokens * share) // max(1, len(prompts) * n)
 
         def sample(completion: Completion, prompt: Prompt) -> Coroutine[Any, Any, list[Completion]]:
             parent = completion.sequence
-            starts = [BranchStart(prompt.without_text, parent.context, parent.frontier)] * n
+            starts = [BranchStart(p, parent.context, parent.frontier) for p in prompt.repeated(n)]
             return self._run(completion, starts, 1.0, "all", max_tokens)
 
         return await gather(sample(c, p) for c, p in zip(prefilled, prompts, strict=True))
@@ -186,13 +196,6 @@ class MethodSession:
             for text, quoted, prompt in contexts
         ]
         return await self._run(self.root, starts, share, "all")
-
-    async def run_until_deadline(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """The result of work that is no request; None if the time is up before."""
-        try:
-            return await self.root.sequence.scope.run(work)
-        except ScopeCancelled:
-            return None
 
     def affordable_width(self, wanted: int, tokens: int = 1, share: float = 1.0, calls: int = 1) -> int:
         """How many of `wanted` completions the budget can pay for, at least one. The limit that acts is recorded.
@@ -239,12 +242,12 @@ class MethodSession:
         return self.heading.shown(text) if self.heading else text
 
     def start_branches(
-        self, sequence: SequenceState, starts: Sequence[BranchStart]
+        self, sequence: SequenceState, starts: Sequence[BranchStart], scope: CancelScope | None = None
     ) -> tuple[BranchGroup, list[Prompt]]:
-        """Start the branches of a fork of `sequence`."""
+        """Start the branches of a fork of `sequence`, until `scope` is cancelled, by default that of the sequence."""
         group = BranchGroup(sequence)
         identities = group.announce([(f"{k}", start.prompt.name) for k, start in enumerate(starts, 1)])
-        outer = CancelScope(sequence.scope)
+        outer = CancelScope(scope or sequence.scope)
         for identity, start in zip(identities, starts, strict=True):
             branch = group.start(
                 identity,

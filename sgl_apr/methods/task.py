@@ -5,11 +5,11 @@ from those whose methods it supports:
 
 | class | needed by |
 |---|---|
-| `SampledTask` | `sequential`, `self_consistency`, `best_of_n`, `deepconf`, models that fork by themselves |
+| `SampledTask` | `pro`, `sequential`, `self_consistency`, `best_of_n`, `deepconf`, models that fork by themselves |
 | `SelfJudgedTask` | `best_of_n` without a verifier |
 | `AggregationTask` | `pacore`, `rsa` |
 | `SkeletonTask` | `skeleton_of_thought` |
-| `SearchTask` with `ValuedSearchTask` | `tree_of_thoughts`, `mcts` |
+| `SearchTask` with `ValuedSearchTask` | `tree_of_thoughts`, `spex`, `mcts` |
 | `SearchTask` with `VotedSearchTask` | `tree_of_thoughts` with `select="vote"` |
 | `GraphTask` | `graph_of_thoughts` |
 | `CollaborativeTask` | `group_think`, `hogwild` |
@@ -47,6 +47,7 @@ class Task(Generic[P]):
         max_tokens: Tokens that a complete attempt may take.
         step_tokens: Tokens of one step of a search, an operation of a graph, or a judgement.
         verifiable: Whether `verify` needs only the problem, so that a method may use it as its verifier.
+        comparable: Whether the answers of two replies can be equal, so that a vote can decide between them.
     """
 
     name = "task"
@@ -54,6 +55,7 @@ class Task(Generic[P]):
     max_tokens = 256
     step_tokens = 64
     verifiable = False
+    comparable = True
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -10,6 +10,8 @@ from typing import Any
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.session import MethodSession
 from sgl_apr.methods.task import SearchTask, ValuedSearchTask, require_family
+from sgl_apr.runtime.cancel_scope import CancelScope
+from sgl_apr.runtime.request_runner import derive_seed
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,15 @@ class SearchModel:
     session: MethodSession
     task: SearchTask[Any, Any]
 
-    async def propose(self, nodes: Sequence[SearchNode], samples: int) -> list[list[Completion]]:
-        """Sample the next step `samples` times from each node."""
+    async def propose(
+        self, nodes: Sequence[SearchNode], samples: int, *, scope: CancelScope | None = None
+    ) -> list[list[Completion]]:
+        """Sample the next step `samples` times from each node. Cancelling `scope` cuts them."""
         prompts = [
-            replace(self.task.proposal_prompt(node.state), depends_on=node.depends_on) for node in nodes
+            self._seeded(self.task.proposal_prompt(node.state), "propose", node.state, node.depends_on)
+            for node in nodes
         ]
-        return await self.session.samples(prompts, samples)
+        return await self.session.samples(prompts, samples, scope=scope)
 
     def children(self, node: SearchNode, completions: Sequence[Completion]) -> list[SearchNode]:
         """The nodes that completions about a node lead to, each state once."""
@@ -54,7 +59,7 @@ class SearchModel:
         task = require_family(self.task, ValuedSearchTask)
         evaluations = [(node, task.evaluate(node.state)) for node in nodes]
         prompts = [
-            replace(prompt, depends_on=node.depends_on)
+            self._seeded(prompt, "evaluate", node.state, node.depends_on)
             for node, prompt in evaluations
             if isinstance(prompt, Prompt)
         ]
@@ -65,6 +70,11 @@ class SearchModel:
             else replace(node, value=evaluation)
             for node, evaluation in evaluations
         ]
+
+    def _seeded(self, prompt: Prompt, what: str, state: Any, depends_on: tuple[Completion, ...]) -> Prompt:
+        """A prompt whose samples depend on the state that it is about, and not on when it is sent."""
+        seed = derive_seed(self.session.requests.seed, what, repr(state))
+        return replace(prompt, depends_on=depends_on, seed=seed)
 
 
 def _mean(

@@ -24,13 +24,20 @@ class CancelScope:
         outer: The scope around this one. The earlier of both deadlines holds.
         deadline: On the event loop's clock.
         limit: Names the limit that the deadline comes from.
+        expects_cancel: It may well be cancelled, so what has been written until then has to arrive token by token.
     """
 
     def __init__(
-        self, outer: CancelScope | None = None, deadline: float | None = None, limit: str = ""
+        self,
+        outer: CancelScope | None = None,
+        deadline: float | None = None,
+        limit: str = "",
+        *,
+        expects_cancel: bool = False,
     ) -> None:
         self.reason: Finish | None = None
         self.deadline, self.limit = deadline, limit
+        self.expects_cancel: bool = expects_cancel or (outer is not None and outer.expects_cancel)
         self._outer = outer
         self._inner: list[CancelScope] = []
         self._running: set[asyncio.Timeout] = set()
@@ -45,6 +52,11 @@ class CancelScope:
     def is_unlimited(self) -> bool:
         """Whether it has no deadline, and was not cancelled."""
         return self.deadline is None and self.reason is None
+
+    @property
+    def may_be_cancelled(self) -> bool:
+        """Whether it is expected to end before its work does."""
+        return self.deadline is not None or self.expects_cancel
 
     @property
     def cancel_reason(self) -> Finish | None:
@@ -96,6 +108,13 @@ class CancelScope:
                 raise
             self._expire()
             raise ScopeCancelled from None
+
+    async def run_until_cancelled(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`; None if the scope was cancelled first."""
+        try:
+            return await self.run(work)
+        except ScopeCancelled:
+            return None
 
     def _expire(self) -> None:
         """Note that the deadline has passed, here and inside, where it holds too.

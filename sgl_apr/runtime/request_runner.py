@@ -143,7 +143,8 @@ class RequestRunner:
             The result, None if the request was cut or failed, and the index of its call. It was also cut if its
             sequence was while it waited to continue.
         """
-        seed = derive_seed(self.seed, sequence.path, sequence.requests)
+        derived = derive_seed(self.seed, sequence.path, sequence.requests)
+        seed = request.sampling.get("sampling_seed", derived)
         sequence.requests += 1
         if self.supports_seeds:
             request = replace(request, sampling={**request.sampling, "sampling_seed": seed})
@@ -196,7 +197,7 @@ class RequestRunner:
 
     def _may_be_cut(self, sequence: SequenceState) -> bool:
         """Whether a deadline or the join policy may end a request of a sequence, which then keeps what has arrived."""
-        return sequence.scope.deadline is not None or bool(sequence.path and self.cuts_branches)
+        return sequence.scope.may_be_cancelled or bool(sequence.path and self.cuts_branches)
 
     async def _further_tokens(
         self, sequence: SequenceState, ids: Sequence[int], extend: Extend

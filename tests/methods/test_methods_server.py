@@ -123,6 +123,12 @@ def test_the_number_of_requests(results: Mapping[str, list[MethodResult]], name:
             paths = BUDGET.tokens // CountdownTask.max_tokens
             assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
             assert result.score in {k / paths for k in range(paths + 1)}
+        case "deepconf":  # all are its warm-up
+            paths = BUDGET.tokens // CountdownTask.max_tokens
+            assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
+        case "spex":  # as tree_of_thoughts, each state in a block of its own
+            assert (set(outer), set(inner)) == ({1}, {3})
+            assert 3 + 3 <= called["branch"] <= sum(inner)
         case "tree_of_thoughts":  # three proposals, three values of each state that they lead to, and so on
             assert (outer[0], inner[0]) == (1, 3)
             assert inner[1 : 1 + outer[1]] == [3] * outer[1]
@@ -138,6 +144,9 @@ def test_the_number_of_requests(results: Mapping[str, list[MethodResult]], name:
             assert (outer, inner, called) == ([workers], [], {"commit": 1, "branch": workers})
         case "parathinker":  # all that have written are read again
             assert (outer, inner, called) == ([8], [], {"commit": 9, "branch": 8, "after": 1})
+        case "pro":  # the format of the model
+            assert (outer, inner, called) == ([], [], {"trunk": 1})
+            assert result.label.endswith(": the model forks by itself")
         case _:  # of three numbers, which the model does not fork for
             assert (outer, inner, called) == ([], [], {"trunk": 1})
 

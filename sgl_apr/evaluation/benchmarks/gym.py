@@ -27,6 +27,7 @@ class GymTask(QuestionTask):
 
     name = "gym"
     max_tokens = 512
+    comparable = True
     answer_instruction = (
         "Think step by step. Then put the answer, and nothing else, between <answer> and </answer>."
     )

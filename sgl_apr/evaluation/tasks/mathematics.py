@@ -28,6 +28,7 @@ class MathTask(QuestionTask):
 
     name = "mathematics"
     max_tokens = 512
+    comparable = True
     answer_instruction = "Think step by step, and put the answer into \\boxed{}."
 
     def __init__(

@@ -68,6 +68,7 @@ class QuestionTask(
     max_tokens = 256
     step_tokens = 128
     max_steps = 2  # a plan and an answer
+    comparable = False  # open questions: two replies say the same in other words
     answer_instruction = (
         'Think step by step. Then say the answer, in a few words, in a last line that begins with "Answer:".'
     )
