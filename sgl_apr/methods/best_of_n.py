@@ -59,7 +59,7 @@ async def best_of_n(
     cost = len(engine.tokenizer.encode(judge.text)) + (judge.tokens or task.step_tokens) if judge else 0
     prompt = require_family(task, SampledTask).prompt(problem)
     options = {**options, "temperature": temperature}
-    async with method_session(engine, prompt.text, "best_of_n", **options) as session:
+    async with method_session(engine, prompt, "best_of_n", **options) as session:
         width = session.affordable_width(n, task.max_tokens + cost, calls=2 if judge else 1)
         share = task.max_tokens / (task.max_tokens + cost)
         samples = await session.fork(session.root, [prompt.without_text] * width, share=share)

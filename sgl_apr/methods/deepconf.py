@@ -67,7 +67,7 @@ async def deepconf(
             raise AprError(f"{name}={share}, expected a share above 0, and 1 at most")
     prompt = require_family(task, SampledTask).prompt(problem)
     options = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, **options, "temperature": temperature}
-    async with method_session(engine, prompt.text, "deepconf", **options) as session:
+    async with method_session(engine, prompt, "deepconf", **options) as session:
         width = session.affordable_width(n, task.max_tokens)
         first = min(warmup, width)
         sampled = prompt.without_text

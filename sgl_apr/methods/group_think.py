@@ -61,8 +61,9 @@ async def group_think(
     shared = require_family(task, CollaborativeTask)
     if runs_exactly(engine, "group_think", exact, options):
         return await _think_exactly(engine, problem, shared, thinkers, chunk, enough, options)
-    context, _ = shared.shared_context_prompt(problem, "", [""] * (thinkers - 1))
-    async with method_session(engine, context, "group_think", **options) as session:
+    context, prompt = shared.shared_context_prompt(problem, "", [""] * (thinkers - 1))
+    root = Prompt(context, quoted=prompt.quoted)
+    async with method_session(engine, root, "group_think", **options) as session:
         agents = [Agent() for _ in range(session.affordable_width(thinkers, chunk))]
         quorum = len(agents) // 2 + 1 if enough is None else enough
 
@@ -90,7 +91,8 @@ async def _think_exactly(
 ) -> MethodResult:
     """Let the agents decode as one group."""
     context, prompts = task.worker_prompts(problem, thinkers, "group_think")
-    async with method_session(engine, context, "group_think", **options) as session:
+    root = Prompt(context, quoted=prompts[0].quoted)
+    async with method_session(engine, root, "group_think", **options) as session:
         width = session.affordable_width(thinkers, chunk)
         quorum = width // 2 + 1 if enough is None else enough
 

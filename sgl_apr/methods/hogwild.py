@@ -85,8 +85,9 @@ async def hogwild(
     shared = require_family(task, CollaborativeTask)
     if runs_exactly(engine, "hogwild", exact, options):
         return await _work_exactly(engine, problem, shared, workers, chunk, enough, options)
-    context, _ = shared.shared_context_prompt(problem, "", [""] * (workers - 1))
-    async with method_session(engine, context, "hogwild", **options) as session:
+    context, prompt = shared.shared_context_prompt(problem, "", [""] * (workers - 1))
+    root = Prompt(context, quoted=prompt.quoted)
+    async with method_session(engine, root, "hogwild", **options) as session:
         width = session.affordable_width(workers, chunk)
         crew = [StepAgent(opening=shared.step_opening(number, 1)) for number in range(1, width + 1)]
         history, last_check = "", 0
@@ -140,7 +141,8 @@ async def _work_exactly(
     def is_enough(crew: Sequence[GroupWorker]) -> bool:
         return sum(bool(answer_of(worker)) for worker in crew) >= enough
 
-    async with method_session(engine, context, "hogwild", **options) as session:
+    root = Prompt(context, quoted=prompts[0].quoted)
+    async with method_session(engine, root, "hogwild", **options) as session:
         width = session.affordable_width(workers, chunk)
         run = GroupRun(session, engine, "hogwild", prompts[:width], step_end=step_end, is_enough=is_enough)
         crew = await run.run()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgl_apr.engine.base import Engine
+from sgl_apr.engine.quoted_text import encode_quoted
 from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.options import JoinMethod
@@ -75,7 +76,8 @@ async def run_format(
     join: JoinMethod = options.get("join") or form.published_join
     if not options.get("join") and (join not in form.joins or (join == "kv" and not engine.joins_kv)):
         join = "text"  # the published join is unavailable, and the label says so; an explicit join stays, and fails
-    prompt = sampled.prompt_text(problem, _instruction(name))
+    text, quoted = sampled.prompt_text(problem, _instruction(name)), sampled.prompt(problem).quoted
+    prompt = encode_quoted(engine.tokenizer, text, quoted, add_special_tokens=True) if quoted else text
     trajectory = await areason(engine, prompt, form, **{**options, "join": join})
     label = _label(name, form, join, engine)
     return MethodResult(name, task.answer(trajectory.answer), trajectory, label=label)

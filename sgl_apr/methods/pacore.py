@@ -49,7 +49,7 @@ async def pacore(
     aggregated = require_family(task, AggregationTask)
     first = aggregated.prompt(problem)
     options = {**options, "temperature": temperature}
-    async with method_session(engine, first.text, "pacore", **options) as session:
+    async with method_session(engine, first, "pacore", **options) as session:
         rounds = [*widths, 1]
         replies = list[Completion]()
         answers = list[str]()

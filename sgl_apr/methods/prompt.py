@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgl_apr.engine.base import Engine
+from sgl_apr.engine.quoted_text import encode_quoted
 from sgl_apr.formats.tool_syntax import DecodedCall, ToolSyntax
 from sgl_apr.methods.running_completion import Watch
 from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.calls import TopLogprobs
 from sgl_apr.trajectory.spans import Finish
 
@@ -28,6 +30,7 @@ class Prompt:
         tool_syntax: How calls of tools are written, if the text may end with some.
         ends_with_eos: An end-of-text token is the end that is expected, and not one in place of a closing tag.
         name: A label for people.
+        quoted: What the text quotes of users, tools and models. No control token is in it, however it is spelled.
         seed: The seed of its sampling. None for that of its place in the trajectory.
         watch: Is called after each chunk of the completion, and may end it.
         depends_on: Completions that it follows in time without seeing them, if it has a context of its own.
@@ -41,6 +44,7 @@ class Prompt:
     tool_syntax: ToolSyntax | None = None
     ends_with_eos: bool = False
     name: str = ""
+    quoted: tuple[str, ...] = ()
     seed: int | None = None
     watch: Watch | None = None
     depends_on: tuple[Completion, ...] = ()
@@ -49,6 +53,10 @@ class Prompt:
     def without_text(self) -> Prompt:
         """The same for a context that already has the text."""
         return replace(self, text="")
+
+    def encode(self, tokenizer: Tokenizer, *, add_special_tokens: bool = False) -> list[int]:
+        """The token ids of the text."""
+        return encode_quoted(tokenizer, self.text, self.quoted, add_special_tokens=add_special_tokens)
 
     def repeated(self, n: int) -> list[Prompt]:
         """The same without its text for each of `n` samples, each with a seed of its own if it has one."""

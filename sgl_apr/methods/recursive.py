@@ -93,7 +93,8 @@ async def recursive(
         if value < minimum:
             raise AprError(f"{name}={value}, expected at least {minimum}")
     limits = limits or SandboxLimits()
-    prompt = programmable.chat_turn(_rules(question, text, depth, limits))
+    rules = _rules(question, text, depth, limits)
+    prompt = Prompt(programmable.chat_turn(rules), quoted=(rules,))
     async with method_session(engine, prompt, "recursive", **options) as session:
         run = _Run(session, programmable, iterations, queries, concurrency, reply_tokens, limits)
         final = await run.solve(session.root, question, text, depth)
@@ -139,10 +140,12 @@ class _Run:
                     if final is not None:
                         return final
                     turn = NEXT_TURN.format(output=output, question=question)
-                    prompt = Prompt(self.task.chat_turn(turn, first=False), depends_on=tuple(queried))
+                    next_turn = self.task.chat_turn(turn, first=False)
+                    prompt = Prompt(next_turn, quoted=(turn,), depends_on=tuple(queried))
                     queried[:] = []
-            last_turn = self.task.chat_turn(LAST_TURN.format(question=question), first=False)
-            prompt = replace(prompt, text=last_turn, tokens=self.next_reply_tokens)
+            turn = LAST_TURN.format(question=question)
+            last_turn = self.task.chat_turn(turn, first=False)
+            prompt = replace(prompt, text=last_turn, quoted=(turn,), tokens=self.next_reply_tokens)
             return (await self.session.continue_from(completion, prompt)).text
         finally:
             self.running -= 1
@@ -185,7 +188,9 @@ class _Run:
                 answered = await gather(self.recurse(parent, depends_on, t, depth - 1) for t in batch)
             else:
                 prompts = [
-                    Prompt(self.task.chat_turn(text), tokens=self.reply_tokens, depends_on=depends_on)
+                    Prompt(
+                        self.task.chat_turn(text), self.reply_tokens, quoted=(text,), depends_on=depends_on
+                    )
                     for text in batch
                 ]
                 share = 1 - self.session.budget.reserve
@@ -200,8 +205,9 @@ class _Run:
     ) -> tuple[Completion, str]:
         """The answer of a model that writes programs about a text, which is also its question."""
         question = "what the text asks"
-        prompt = self.task.chat_turn(_rules(question, text, depth, self.limits))
-        (root,) = await self.session.prefill([Prompt(prompt, depends_on=depends_on)], parent=parent)
+        rules = _rules(question, text, depth, self.limits)
+        prompt = Prompt(self.task.chat_turn(rules), quoted=(rules,), depends_on=depends_on)
+        (root,) = await self.session.prefill([prompt], parent=parent)
         return root, await self.solve(root, question, text, depth) or "(no answer)"
 
 

@@ -144,7 +144,7 @@ class MethodRequests:
         """Give back tokens that were reserved."""
         self._reserved -= tokens
 
-    def write(self, sequence: SequenceState, text: str, waits_for: tuple[int, ...] = ()) -> None:
+    def write(self, sequence: SequenceState, prompt: Prompt, waits_for: tuple[int, ...] = ()) -> None:
         """Write the text of a prompt. A prompt without room for it cuts the sequence."""
         path = sequence.graph.longest_path((*sequence.frontier, *waits_for))
         limits = {
@@ -152,11 +152,12 @@ class MethodRequests:
             "critical_tokens": self.allowance.critical_path_cap - path,
         }
         limit, left = lowest(limits)
-        if len(self.tokenizer.encode(text)) < left:
-            role: Role = "text" if not sequence.path else "body" if sequence.span_order else "header"
+        role: Role = "text" if not sequence.path else "body" if sequence.span_order else "header"
+        ids = prompt.encode(self.tokenizer, add_special_tokens=role == "header" and not sequence.context)
+        if len(ids) < left:
             label = sequence.identity.outline if role == "header" else ""
-            sequence.inject(role, text, label, waits_for=waits_for)
-        elif text:
+            sequence.inject(role, prompt.text, label, waits_for=waits_for, token_ids=ids)
+        elif prompt.text:
             sequence.scope.cancel("length", limit)
 
     async def fork(

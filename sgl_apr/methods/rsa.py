@@ -50,7 +50,7 @@ async def rsa(
     aggregated = require_family(task, AggregationTask)
     first = aggregated.prompt(problem)
     options = {**options, "temperature": temperature}
-    async with method_session(engine, first.text, "rsa", **options) as session:
+    async with method_session(engine, first, "rsa", **options) as session:
         draw = random.Random(session.requests.seed)
         population, steps = _affordable(session, population, steps, task.max_tokens)
         replies = await session.fork(session.root, [first.without_text] * population, share=1 / steps)

@@ -76,7 +76,7 @@ async def self_consistency(
     if weight:
         options = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, **options}
     is_enough = vote_is_settled(task, stop, threshold) if stop else None
-    async with method_session(engine, prompt.text, "self_consistency", **options) as session:
+    async with method_session(engine, prompt, "self_consistency", **options) as session:
         width = session.affordable_width(n, task.max_tokens)
         completions = await session.fork(
             session.root,

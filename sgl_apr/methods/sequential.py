@@ -23,6 +23,6 @@ async def sequential(engine: Engine, problem: Any, *, task: Task[Any], **options
         Inapplicable: If the task is no `SampledTask`.
     """
     prompt = require_family(task, SampledTask).prompt(problem)
-    async with method_session(engine, prompt.text, "sequential", **options) as session:
+    async with method_session(engine, prompt, "sequential", **options) as session:
         completion = await session.continue_from(session.root, prompt.without_text)
         return MethodResult("sequential", task.answer(completion.text), session.finish())

@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from sgl_apr.engine.base import Engine
+from sgl_apr.engine.quoted_text import encode_quoted
 from sgl_apr.errors import BudgetExceeded
 from sgl_apr.methods.branch_order import BranchOrder
-from sgl_apr.methods.method_tools import ToolHeading, tool_heading
+from sgl_apr.methods.method_tools import ToolHeading
 from sgl_apr.methods.prompt import BranchStart, Completion, Prompt, as_prompt
 from sgl_apr.methods.requests import MethodRequests
+from sgl_apr.methods.session_prompt import session_prompt
 from sgl_apr.runtime.branch_group import BranchGroup, gather
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.cancel_scope import CancelScope
@@ -21,7 +23,7 @@ from sgl_apr.runtime.engine_cleanup import abort_requests
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
 from sgl_apr.runtime.prompts import Prompt as PromptInput
-from sgl_apr.runtime.prompts import check_engine, check_prompt, check_token_ids, encode_prompt, vocab_size
+from sgl_apr.runtime.prompts import check_engine, check_token_ids, vocab_size
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.blocks import Branch
 from sgl_apr.trajectory.trajectory import Trajectory
@@ -87,7 +89,7 @@ class MethodSession:
         """Continue a completion in its own context."""
         prompt = as_prompt(prompt)
         waits_for = self._ends(prompt.depends_on) if prompt.depends_on else ()
-        self.requests.write(completion.sequence, prompt.text, waits_for)
+        self.requests.write(completion.sequence, prompt, waits_for)
         (tokens,) = self.requests.reserve([prompt])
         try:
             return await self.requests.decode(completion.engine, completion.sequence, prompt, tokens)
@@ -190,9 +192,8 @@ class MethodSession:
                 not count as tokens, and its prompt.
             share: The part of the unreserved tokens that they may take together.
         """
-        encode = self.requests.tokenizer.encode
         starts = [
-            BranchStart(prompt, tuple(encode(self._shown(text), add_special_tokens=True)), self._ends(quoted))
+            BranchStart(prompt, self._encode(text, prompt.quoted), self._ends(quoted))
             for text, quoted, prompt in contexts
         ]
         return await self._run(self.root, starts, share, "all")
@@ -238,6 +239,10 @@ class MethodSession:
         made = (replace(p, text=self._shown(p.text)) for p in map(as_prompt, prompts))
         return [BranchStart(p, waits_for=self._ends(p.depends_on)) for p in made]
 
+    def _encode(self, text: str, quoted: Sequence[str]) -> tuple[int, ...]:
+        tokenizer = self.requests.tokenizer
+        return tuple(encode_quoted(tokenizer, self._shown(text), quoted, add_special_tokens=True))
+
     def _shown(self, text: str) -> str:
         return self.heading.shown(text) if self.heading else text
 
@@ -258,7 +263,7 @@ class MethodSession:
                 tolerate_failure=self.requests.options.on_branch_failure != "raise",
             )
             self.branch_order.place(sequence, branch)
-            self.requests.write(branch, start.prompt.text, start.waits_for)
+            self.requests.write(branch, start.prompt, start.waits_for)
         return group, [start.prompt for start in starts]
 
     async def _run(
@@ -319,26 +324,20 @@ class MethodSession:
 
 @asynccontextmanager
 async def method_session(
-    engine: Engine, prompt: PromptInput, method: str, **options: Any
+    engine: Engine, prompt: PromptInput | Prompt, method: str, **options: Any
 ) -> AsyncIterator[MethodSession]:
     """A session whose requests are aborted if anything fails, and whose forks are released.
 
     Args:
         engine: Decodes.
-        prompt: Text, token ids that are sent as they are, or chat messages.
+        prompt: Text, token ids that are sent as they are, chat messages, or what a task made.
         method: The name of the method, for the trajectory.
         options: As in `MethodSession`.
 
     Raises:
         AprError: The prompt or an option is wrong.
     """
-    check_engine(engine)
-    check_prompt(prompt)
-    heading = await tool_heading(engine, options)
-    if isinstance(prompt, str):
-        ids: str | Sequence[int] = heading.shown(prompt) if heading else prompt
-    else:
-        ids = await encode_prompt(engine, prompt, heading.tools if heading else None)
+    heading, ids = await session_prompt(engine, prompt, options)
     session = MethodSession(engine, ids, method, **options)
     session.heading = heading
     try:

@@ -48,7 +48,7 @@ async def skeleton_of_thought(
         raise AprError(f'mode={mode!r}, expected "prompt" or "fork"')
     pointwise = require_family(task, SkeletonTask)
     outline, options = pointwise.skeleton_prompt(problem), {**options, "temperature": temperature}
-    async with method_session(engine, outline.text, "skeleton_of_thought", **options) as session:
+    async with method_session(engine, outline, "skeleton_of_thought", **options) as session:
         skeleton = await session.continue_from(session.root, outline.without_text)
         points = list(enumerate(pointwise.points(skeleton.text)[:MAX_POINTS], 1))
         shown = skeleton.text if mode == "prompt" else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
+from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_template_for
@@ -81,10 +82,25 @@ class QuestionTask(
         return self.chat.turn(text, first=first)
 
     def prompt(self, problem: str) -> Prompt:
-        return Prompt(self.prompt_text(problem))
+        return self.turn_prompt(self._message(problem))
 
     def prompt_text(self, problem: str, instruction: str = "") -> str:
-        return self.chat_turn("\n".join(filter(None, (problem, self.answer_instruction, instruction))))
+        return self.chat_turn(self._message(problem, instruction))
+
+    def turn_prompt(self, message: str, *, first: bool = True, begin: str = "", **options: Any) -> Prompt:
+        """The prompt of a user's message.
+
+        Args:
+            message: The message. No control token is in it, however it is spelled.
+            first: Whether nothing comes before it.
+            begin: How the reply begins, a text without control tokens too.
+            options: Further fields of the prompt.
+        """
+        text = f"{self.chat_turn(message, first=first)}{begin}"
+        return Prompt(text, quoted=tuple(filter(None, (message, begin))), **options)
+
+    def _message(self, problem: str, instruction: str = "") -> str:
+        return "\n".join(filter(None, (problem, self.answer_instruction, instruction)))
 
     def answer(self, text: str) -> str:
         """What the last line "Answer:" says; the complete reply if there is no such line.
@@ -100,8 +116,9 @@ class QuestionTask(
 
     def judge_prompt(self, problem: str) -> Prompt:
         message = "Is the answer above right? Say Yes or No."
-        return Prompt(
-            self.chat_turn(message, first=False),
+        return self.turn_prompt(
+            message,
+            first=False,
             tokens=1,
             grammar=self._one_of("Yes", "No"),
             sampling={"temperature": 1.0},
@@ -119,7 +136,7 @@ class QuestionTask(
             f"{problem}\n\nBelow are earlier replies to this. Some may be wrong or incomplete. Compare them, keep what is "
             f"right, mend what is wrong, and write your own reply.\n\n{shown}\n\n{self.answer_instruction}"
         )
-        return Prompt(self.chat_turn(message))
+        return self.turn_prompt(message)
 
     # Skeleton-of-Thought (Ning 2023, arXiv 2307.15337, appendix A).
 
@@ -129,7 +146,7 @@ class QuestionTask(
             "not what they say. There are 3 to 10 points, each of them 3 to 5 words and no sentence.\n\n"
             f"Question: {problem}"
         )
-        return Prompt(f"{self.chat_turn(message)}1.", tokens=160)
+        return self.turn_prompt(message, begin="1.", tokens=160)
 
     def points(self, text: str) -> Sequence[str]:
         """The numbered points of a skeleton, up to the first gap in the numbers.
@@ -144,16 +161,14 @@ class QuestionTask(
     def point_prompt(self, problem: str, skeleton: str | None, number: int, point: str) -> Prompt:
         message = f"Write out point {number} in 1 or 2 short sentences, and no other point."
         if skeleton is None:
-            return Prompt(
-                f"{self.chat_turn(message, first=False)}{number}. {point}",
-                tokens=self.step_tokens,
-                name=point,
+            return self.turn_prompt(
+                message, first=False, begin=f"{number}. {point}", tokens=self.step_tokens, name=point
             )
         shown = (
             "You write one point of an answer to the question below, others write the others.\n\n"
             f"Question: {problem}\n\nSkeleton of the answer:\n1.{skeleton}\n\n{message}"
         )
-        return Prompt(f"{self.chat_turn(shown)}{number}. {point}", tokens=self.step_tokens, name=point)
+        return self.turn_prompt(shown, begin=f"{number}. {point}", tokens=self.step_tokens, name=point)
 
     # Searches, as in creative writing: a plan, then the text (Yao 2023, arXiv 2305.10601, section 4.2).
 
@@ -165,11 +180,9 @@ class QuestionTask(
             message = (
                 f"{state.question}\nDo not answer yet: write a plan of the answer, in a few short lines."
             )
-            return Prompt(self.chat_turn(message), tokens=self.step_tokens)
-        return Prompt(
-            self.chat_turn(
-                f"{state.question}\nAnswer by this plan.\n\nPlan:\n{state.plan}\n\n{self.answer_instruction}"
-            )
+            return self.turn_prompt(message, tokens=self.step_tokens)
+        return self.turn_prompt(
+            f"{state.question}\nAnswer by this plan.\n\nPlan:\n{state.plan}\n\n{self.answer_instruction}"
         )
 
     def expand(self, state: Draft, text: str) -> Sequence[Draft]:
@@ -192,7 +205,7 @@ class QuestionTask(
             f"{state.question}\n\nLook at {what}:\n\n{self.show(state)}\n\n"
             'Say in one sentence how good it is, then give it a score from 1 to 10, in a last line like "Score: 5".'
         )
-        return Prompt(self.chat_turn(message), tokens=self.step_tokens)
+        return self.turn_prompt(message, tokens=self.step_tokens)
 
     def value(self, state: Draft, completion: Completion) -> float:
         score = last_number_after("score", completion.text)
@@ -204,7 +217,7 @@ class QuestionTask(
             f"{problem}\n\n{shown}\n\nWhich is the best? Say briefly what is good and bad about each, then conclude in a "
             'last line like "The best choice is 1".'
         )
-        return Prompt(self.chat_turn(message), tokens=self.step_tokens)
+        return self.turn_prompt(message, tokens=self.step_tokens)
 
     def choice(self, text: str, count: int) -> int | None:
         number = last_number_after("choice", text)
@@ -222,13 +235,15 @@ class QuestionTask(
         shown = {"Past steps": past, "Work of others": "\n\n".join(filter(None, others))}
         parts = [f"### {name}\n\n{text.strip()}\n\n" for name, text in shown.items() if text.strip()]
         heading = ["### Own work\n\n"] if parts else []
-        return "".join([self.prompt_text(problem, instruction), *parts, *heading, own]), Prompt()
+        text = "".join([self.prompt_text(problem, instruction), *parts, *heading, own])
+        return text, Prompt(quoted=(self._message(problem, instruction), *parts, own))
 
     def worker_prompts(self, problem: str, workers: int, kind: GroupKind) -> tuple[str, Sequence[Prompt]]:
         """A message in the style of the papers (Group Think: Hsu 2025, arXiv 2505.11107; Hogwild!: Rodionov 2025, arXiv
         2504.06261, appendix C), and the name with which each worker opens its reply."""
         _, prompts = super().worker_prompts(problem, workers, kind)
-        return self.prompt_text(problem, WORKER_INSTRUCTIONS[kind]), prompts
+        message = self._message(problem, WORKER_INSTRUCTIONS[kind])
+        return self.chat_turn(message), [replace(prompt, quoted=(message,)) for prompt in prompts]
 
     def has_answer(self, text: str) -> bool:
         return bool(answer_lines(text))
@@ -269,7 +284,7 @@ class QuestionTask(
 
     def _list_prompt(self, problem: str, what: str, texts: Sequence[str]) -> Prompt:
         shown = "\n\n".join(f"{k}. {text}" for k, text in enumerate(texts, 1))
-        return Prompt(self.chat_turn(f"{problem}\n\n{what}:\n\n{shown}\n\n{self.answer_instruction}"))
+        return self.turn_prompt(f"{problem}\n\n{what}:\n\n{shown}\n\n{self.answer_instruction}")
 
     def _one_of(self, *words: str) -> str:
         begins = "root ::=" if self.engine.grammar_backend == "xgrammar" else "start:"
