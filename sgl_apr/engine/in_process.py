@@ -30,7 +30,7 @@ from sgl_apr.engine.sglang_request import (
 )
 from sgl_apr.engine.step_timer import StepTimer
 from sgl_apr.engine.worker_group import GROUP_SETTINGS, WorkerGroupEngine, group_kinds
-from sgl_apr.errors import EngineError, EngineTimeout, UnsupportedEngine
+from sgl_apr.errors import AprError, EngineError, EngineTimeout, UnsupportedEngine
 from sgl_apr.formats.masks.writer import GrammarBackend
 from sgl_apr.tokenizer import Tokenizer, load_tokenizer
 
@@ -115,6 +115,24 @@ class InProcessEngine(WorkerGroupEngine):
             engine_name="the model",
             template_options=defaults,
         )
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of chat messages, up to where the reply begins. Spellings of tags in them become tags.
+
+        Raises:
+            UnsupportedEngine: The model has no chat template.
+            AprError: The template refuses the messages.
+        """
+        tokenizer = self.manager.tokenizer
+        if not (template := getattr(tokenizer, "chat_template", None)):
+            raise UnsupportedEngine("the model has no chat template, expected one to answer a conversation")
+        shown = normalized_messages(messages, content_format(str(template)))
+        defaults = self.manager.config_value("default_chat_template_kwargs") or {}
+        options = {**defaults, "tokenize": False, "add_generation_prompt": True}
+        try:
+            return str(tokenizer.apply_chat_template(shown, **options))
+        except Exception as error:  # of the template, which is a program
+            raise AprError(f"the chat messages cannot be rendered: {error}") from error
 
     async def _generate(
         self, request: Request, sampling: Mapping[str, Any], on_tokens: TokenSink | None

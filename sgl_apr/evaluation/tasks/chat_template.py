@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from sgl_apr.tokenizer import Tokenizer
+
+
+class Chat(Protocol):
+    """Puts messages to a model."""
+
+    @property
+    def quoted(self) -> tuple[str, ...]:
+        """What users and models have said in the text around a message. No control token is in it."""
+        ...
+
+    def turn(self, message: str, *, first: bool = True) -> str:
+        """A user's message; `first` means that no reply comes before it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +29,13 @@ class ChatTemplate:
         user_prefix: Text before a user's message.
         user_suffix: Text after it, up to the start of the reply.
         reply_suffix: Text after a reply.
+        quoted: What users and models have said in these texts.
     """
 
     user_prefix: str
     user_suffix: str
     reply_suffix: str
+    quoted: tuple[str, ...] = ()
 
     def turn(self, message: str, *, first: bool = True) -> str:
         """A user's message; `first` means that no reply comes before it.

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_template_for
+from sgl_apr.evaluation.tasks.chat_template import Chat, chat_template_for
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Operation, Refine, Score
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.task import GraphTask
@@ -62,9 +62,9 @@ class ListTask(GraphTask[ListProblem, Numbers]):
 
     name = "lists"
 
-    def __init__(self, engine: Engine, chat: ChatTemplate | None = None) -> None:
+    def __init__(self, engine: Engine, chat: Chat | None = None) -> None:
         super().__init__(engine)
-        self.chat = chat or chat_template_for(engine.tokenizer)
+        self.chat: Chat = chat or chat_template_for(engine.tokenizer)
 
     def initial_state(self, problem: ListProblem) -> Numbers:
         return ()

@@ -9,7 +9,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import require_extra
-from sgl_apr.evaluation.tasks.chat_template import ChatTemplate
+from sgl_apr.evaluation.tasks.chat_template import Chat
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.evaluation.tasks.reply_text import answer_lines
@@ -32,7 +32,7 @@ class MathTask(QuestionTask):
     answer_instruction = "Think step by step, and put the answer into \\boxed{}."
 
     def __init__(
-        self, engine: Engine, chat: ChatTemplate | None = None, *, answers: Mapping[str, str] | None = None
+        self, engine: Engine, chat: Chat | None = None, *, answers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(engine, chat)
         self.answers = answers or {}

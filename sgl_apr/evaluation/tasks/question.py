@@ -8,7 +8,7 @@ from math import exp
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.chat_template import ChatTemplate, chat_template_for
+from sgl_apr.evaluation.tasks.chat_template import Chat, chat_template_for
 from sgl_apr.evaluation.tasks.reply_text import answer_lines, last_number_after, numbered_points
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Refine, Score
 from sgl_apr.methods.prompt import Completion, Prompt
@@ -74,9 +74,9 @@ class QuestionTask(
         'Think step by step. Then say the answer, in a few words, in a last line that begins with "Answer:".'
     )
 
-    def __init__(self, engine: Engine, chat: ChatTemplate | None = None) -> None:
+    def __init__(self, engine: Engine, chat: Chat | None = None) -> None:
         super().__init__(engine)
-        self.chat = chat or chat_template_for(engine.tokenizer)
+        self.chat: Chat = chat or chat_template_for(engine.tokenizer)
 
     def chat_turn(self, text: str, *, first: bool = True) -> str:
         return self.chat.turn(text, first=first)
@@ -97,7 +97,7 @@ class QuestionTask(
             options: Further fields of the prompt.
         """
         text = f"{self.chat_turn(message, first=first)}{begin}"
-        return Prompt(text, quoted=tuple(filter(None, (message, begin))), **options)
+        return Prompt(text, quoted=(message, begin, *self.chat.quoted), **options)
 
     def _message(self, problem: str, instruction: str = "") -> str:
         return "\n".join(filter(None, (problem, self.answer_instruction, instruction)))
@@ -236,14 +236,15 @@ class QuestionTask(
         parts = [f"### {name}\n\n{text.strip()}\n\n" for name, text in shown.items() if text.strip()]
         heading = ["### Own work\n\n"] if parts else []
         text = "".join([self.prompt_text(problem, instruction), *parts, *heading, own])
-        return text, Prompt(quoted=(self._message(problem, instruction), *parts, own))
+        return text, Prompt(quoted=(self._message(problem, instruction), *parts, own, *self.chat.quoted))
 
     def worker_prompts(self, problem: str, workers: int, kind: GroupKind) -> tuple[str, Sequence[Prompt]]:
         """A message in the style of the papers (Group Think: Hsu 2025, arXiv 2505.11107; Hogwild!: Rodionov 2025, arXiv
         2504.06261, appendix C), and the name with which each worker opens its reply."""
         _, prompts = super().worker_prompts(problem, workers, kind)
         message = self._message(problem, WORKER_INSTRUCTIONS[kind])
-        return self.chat_turn(message), [replace(prompt, quoted=(message,)) for prompt in prompts]
+        quoted = (message, *self.chat.quoted)
+        return self.chat_turn(message), [replace(prompt, quoted=quoted) for prompt in prompts]
 
     def has_answer(self, text: str) -> bool:
         return bool(answer_lines(text))

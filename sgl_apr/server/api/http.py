@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 from fastapi import Request, Response
 
+from sgl_apr.errors import AprError
 from sgl_apr.formats.dialects import dialect, dialect_names
 from sgl_apr.formats.presets import dialect_for
 from sgl_apr.runtime.event_json import event_to_json
@@ -17,6 +18,9 @@ from sgl_apr.runtime.options import DEFAULT_DIALECT
 from sgl_apr.server.api.config import merge_options
 from sgl_apr.server.api.http_errors import json_response, respond_to_errors
 from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
+from sgl_apr.server.api.method.request import parse_method_request
+from sgl_apr.server.api.method.response import MethodResponse
+from sgl_apr.server.api.method.service import is_method_request, method_completion
 from sgl_apr.server.api.openai.choices import make_choices, run_choices, stream_choices
 from sgl_apr.server.api.openai.fields import OPENAI_FIELDS
 from sgl_apr.server.api.openai.request import OpenAIRequest, field_defaults, parse_openai_request
@@ -70,6 +74,13 @@ async def openai_completion(
     """
     service: TrajectoryService = raw_request.app.state.apr
     OPENAI_FIELDS.check(body, field_defaults(request))
+    if is_method_request(apr):
+        if not chat:
+            raise AprError("a method answers a conversation, expected a chat completion")
+        asked = parse_method_request(request, apr, service.config)
+        return await method_completion(
+            service, raw_request, asked, MethodResponse(model, chat, asked.response)
+        )
     parsed = await parse_openai_request(serving, request, raw_request, apr, service.config, chat=chat)
     response = await _response_builder(service, parsed, model, chat)
     if chat and (turn := await find_turn(service, raw_request, body, parsed)) is not None:

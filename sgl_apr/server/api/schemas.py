@@ -29,6 +29,7 @@ from sgl_apr.runtime.value_checks import (
     number_types,
 )
 from sgl_apr.server.api.fork.schemas import fork_components
+from sgl_apr.server.api.method.schemas import method_schemas
 from sgl_apr.server.api.openai.response_options import STREAMS, ResponseOptions
 from sgl_apr.server.api.options import MAX_ATTEMPTS
 from sgl_apr.server.api.schema_parts import (
@@ -157,7 +158,7 @@ def _components() -> dict[str, Schema]:
         "separate_reasoning": describe({"type": "boolean"}, response_options["separate_reasoning"]),
         "trajectory": describe({"type": "boolean"}, response_options["include_trajectory"]),
     }
-    openai_options |= {"tools": tool_names}
+    openai_options |= {"tools": tool_names} | method_schemas()
     openai_options = {name: nullable(schema) for name, schema in openai_options.items()}
     tool_options = {
         "tools": tool_names,

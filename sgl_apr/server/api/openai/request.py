@@ -104,7 +104,7 @@ async def parse_openai_request(
         )
     response = replace(
         response,
-        include_usage=_includes_usage(request),
+        include_usage=includes_usage(request),
         stop=stop,
         logprobs=logprobs,
         top_logprobs=top_logprobs,
@@ -188,7 +188,12 @@ def _separate_reasoning(request: Any) -> dict[str, Any]:
     return {"separate_reasoning": request.separate_reasoning} if is_set else {}
 
 
-def _includes_usage(request: Any) -> bool:
+def includes_usage(request: Any) -> bool:
+    """Return whether a stream ends with a chunk that has the usage.
+
+    Raises:
+        AprError: The field `stream_options` is not possible.
+    """
     options = request.stream_options
     if options is None:
         return False

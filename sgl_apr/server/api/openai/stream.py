@@ -97,17 +97,32 @@ class ContentStream(ChoiceStream):
             yield self.response.chunk(self.index, self._text(delta.content))
 
 
-class SequenceStream(ChoiceStream):
+class SequenceEvents:
     """The text of every sequence as it is written, with the path of the sequence in `apr`, and the other events."""
+
+    def __init__(self, response: ResponseObjects, index: int) -> None:
+        self._response, self._index = response, index
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of an event."""
+        if isinstance(event, Delta):
+            yield self._chunk(event.text, {"path": event.path})
+        elif (summary := _event_summary(event)) is not None:
+            yield self._chunk("", summary)
+
+    def _chunk(self, text: str, apr: dict[str, Any]) -> dict[str, Any]:
+        body = {"content": text} if self._response.chat else {"text": text}
+        return self._response.chunk(self._index, body, apr)
+
+
+class SequenceStream(ChoiceStream):
+    """The chunks of `SequenceEvents`, and the last one."""
 
     def _path(self, path: tuple[int, ...]) -> dict[str, Any] | None:
         return {"path": path}
 
     def _chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Delta):
-            yield self.response.chunk(self.index, self._text(event.text), self._path(event.path))
-        elif (summary := _event_summary(event)) is not None:
-            yield self.response.chunk(self.index, self._text(""), summary)
+        yield from SequenceEvents(self.response, self.index).chunks(event)
 
     def finish(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
         is_stopped = self.response.split(trajectory).is_stopped
