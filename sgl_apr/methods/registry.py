@@ -16,8 +16,8 @@ from sgl_apr.trajectory.metrics import Metrics
 from sgl_apr.trajectory.trajectory import Trajectory
 
 _FIXED = (
-    "pro", "sequential", "self_consistency", "best_of_n", "deepconf", "pacore", "rsa", "skeleton_of_thought", "tree_of_thoughts", "spex",
-    "graph_of_thoughts", "mcts", "group_think", "hogwild", "recursive",
+    "pro", "sequential", "self_consistency", "best_of_n", "value_guided", "deepconf", "pacore", "rsa",
+    "skeleton_of_thought", "tree_of_thoughts", "spex", "graph_of_thoughts", "mcts", "group_think", "hogwild", "recursive",
 )  # fmt: skip
 _ADAPTIVE = ("parathinker", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
 METHOD_MODULES = {name: name for name in _FIXED} | dict.fromkeys(_ADAPTIVE, "native_formats")

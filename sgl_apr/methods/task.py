@@ -5,7 +5,7 @@ from those whose methods it supports:
 
 | class | needed by |
 |---|---|
-| `SampledTask` | `pro`, `sequential`, `self_consistency`, `best_of_n`, `deepconf`, models that fork by themselves |
+| `SampledTask` | `pro`, `sequential`, `self_consistency`, `best_of_n`, `value_guided`, `deepconf`, models that fork by themselves |
 | `SelfJudgedTask` | `best_of_n` without a verifier |
 | `AggregationTask` | `pacore`, `rsa` |
 | `SkeletonTask` | `skeleton_of_thought` |

@@ -123,6 +123,9 @@ def test_the_number_of_requests(results: Mapping[str, list[MethodResult]], name:
             paths = BUDGET.tokens // CountdownTask.max_tokens
             assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
             assert result.score in {k / paths for k in range(paths + 1)}
+        case "value_guided":
+            paths = BUDGET.tokens // CountdownTask.max_tokens
+            assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
         case "deepconf":  # all are its warm-up
             paths = BUDGET.tokens // CountdownTask.max_tokens
             assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})

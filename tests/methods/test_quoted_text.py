@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recursive": {"allow_code": True, "iterations": 2},
     "best_of_n": {"verifier": "judge"},
     "deepconf": {"n": 3},
+    "value_guided": {"n": 3},
     "rsa": {"population": 3, "subset": 2, "steps": 2},
     "self_consistency": {"n": 3},
 }

@@ -3,22 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from sgl_apr.tokenizer import Tokenizer
-
-
-class Chat(Protocol):
-    """Puts messages to a model."""
-
-    @property
-    def quoted(self) -> tuple[str, ...]:
-        """What users and models have said in the text around a message. No control token is in it."""
-        ...
-
-    def turn(self, message: str, *, first: bool = True) -> str:
-        """A user's message; `first` means that no reply comes before it."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

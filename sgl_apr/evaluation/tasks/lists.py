@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Literal
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.chat_template import Chat, chat_template_for
+from sgl_apr.evaluation.tasks.chat_template import chat_template_for
+from sgl_apr.methods.chat_tasks import Chat
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Operation, Refine, Score
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.task import GraphTask

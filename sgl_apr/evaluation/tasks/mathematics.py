@@ -9,10 +9,10 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import require_extra
-from sgl_apr.evaluation.tasks.chat_template import Chat
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.evaluation.tasks.reply_text import answer_lines
+from sgl_apr.methods.chat_tasks import Chat
 
 
 class MathTask(QuestionTask):

@@ -8,8 +8,9 @@ from math import exp
 from typing import Any
 
 from sgl_apr.engine.base import Engine
-from sgl_apr.evaluation.tasks.chat_template import Chat, chat_template_for
+from sgl_apr.evaluation.tasks.chat_template import chat_template_for
 from sgl_apr.evaluation.tasks.reply_text import answer_lines, last_number_after, numbered_points
+from sgl_apr.methods.chat_tasks import Chat
 from sgl_apr.methods.graph_operations import Aggregate, Generate, Graph, KeepBest, Refine, Score
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.task import (

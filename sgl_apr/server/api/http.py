@@ -77,10 +77,9 @@ async def openai_completion(
     if is_method_request(apr):
         if not chat:
             raise AprError("a method answers a conversation, expected a chat completion")
-        asked = parse_method_request(request, apr, service.config)
-        return await method_completion(
-            service, raw_request, asked, MethodResponse(model, chat, asked.response)
-        )
+        parsed_method = parse_method_request(request, apr, service.config)
+        builder = MethodResponse(model, chat, parsed_method.response)
+        return await method_completion(service, raw_request, parsed_method, builder)
     parsed = await parse_openai_request(serving, request, raw_request, apr, service.config, chat=chat)
     response = await _response_builder(service, parsed, model, chat)
     if chat and (turn := await find_turn(service, raw_request, body, parsed)) is not None:

@@ -12,7 +12,7 @@ import requests
 import sgl_apr as apr
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import METHOD_NAMES
-from sgl_apr.server.api.method.task import read_conversation
+from sgl_apr.server.api.method.conversation import read_conversation
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.tokenizer import load_tokenizer
 
@@ -21,6 +21,7 @@ MESSAGES: Any = [{"role": "user", "content": "Why do cats purr?"}]
 SMALL: dict[str, dict[str, Any]] = {
     "self_consistency": {"n": 3, "stop": "beta"},
     "best_of_n": {"n": 2, "verifier": "judge"},
+    "value_guided": {"n": 2},
     "deepconf": {"n": 3, "warmup": 2},
     "pacore": {"widths": [2]},
     "rsa": {"population": 2, "steps": 2, "subset": 2},
@@ -97,7 +98,7 @@ def test_streams(server: Server, stream: str):
         ({"method": "recursive", "options": {"allow_code": True}}, {}, "this server runs no code of a model"),
         ({"method": "recursive"}, {}, "allow_code=True"),
         ({"method": "pro", "dialect": "npr"}, {}, "dialect"),
-        ({"method": "pro", "task": "poetry"}, {}, "task='poetry', expected one of question, mathematics"),
+        ({"method": "pro", "task": "poetry"}, {}, "no task 'poetry'"),
         ({"method": "pro"}, {"n": 2}, "n=2 cannot be combined with a method"),
         ({"method": "pro"}, {"stop": ["x"]}, "stop cannot be combined with a method"),
         ({"method": "pro", "budget": {"tokens": 0}}, {}, "budget tokens=0"),

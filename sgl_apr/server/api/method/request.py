@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from sgl_apr.errors import AprError, BudgetExceeded, CodeForbidden
+from sgl_apr.methods.chat_tasks import DEFAULT_CHAT_TASK, chat_task, chat_task_names
 from sgl_apr.methods.registry import METHOD_NAMES, check_arguments
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.option_checks import check_option_names
@@ -23,7 +23,6 @@ from sgl_apr.runtime.value_checks import (
 )
 from sgl_apr.server.api.config import ApiConfig, merge_options
 from sgl_apr.server.api.fork.request import FORK_REQUEST_OPTIONS
-from sgl_apr.server.api.method.task import TASKS, chat_task
 from sgl_apr.server.api.openai.request import includes_usage
 from sgl_apr.server.api.openai.response_options import ResponseOptions
 from sgl_apr.server.api.options import MAX_ATTEMPTS
@@ -79,7 +78,9 @@ def parse_method_request(request: Any, own: Mapping[str, Any], config: ApiConfig
     name = check_type(METHOD_FIELD, fields.pop(METHOD_FIELD), str)
     if name not in METHOD_NAMES:
         raise AprError(unknown_name(name, METHOD_NAMES, "method "))
-    task = check_type("task", fields.pop("task", next(iter(TASKS))), str)
+    task = check_type("task", fields.pop("task", DEFAULT_CHAT_TASK), str)
+    if task not in chat_task_names():
+        raise AprError(unknown_name(task, chat_task_names(), "task "))
     method_options = drop_nulls(check_type("options", fields.pop("options", {}), dict))
     for field in UNSUPPORTED:
         if field in request.model_fields_set and getattr(request, field):
@@ -102,7 +103,7 @@ def parse_method_request(request: Any, own: Mapping[str, Any], config: ApiConfig
         budget.setdefault("width", config.limits.width)
     options |= method_options | {"budget": config.limits.fork_budget(budget)}
     _check_numbers(method_options)
-    check_arguments(name, partial(chat_task, task), options)
+    check_arguments(name, chat_task, options)
     retry = options.get("retry")
     if isinstance(retry, Mapping) and (retry.get("attempts") or Retry().attempts) > MAX_ATTEMPTS:
         raise AprError(f"retry attempts={retry['attempts']}, expected at most {MAX_ATTEMPTS}")

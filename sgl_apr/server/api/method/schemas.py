@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sgl_apr.methods.chat_tasks import chat_task_names
 from sgl_apr.methods.registry import METHOD_NAMES
-from sgl_apr.server.api.method.task import TASKS
 from sgl_apr.server.api.schema_parts import Schema, describe
 
 
@@ -18,7 +18,7 @@ def method_schemas() -> dict[str, Schema]:
             {"type": "object"}, "Options of the method, under the names that it has in Python"
         ),
         "task": describe(
-            {"type": "string", "enum": list(TASKS)},
+            {"type": "string", "enum": chat_task_names()},
             "What the method takes the last message for: an open question, or one whose answer is a formula",
         ),
     }

@@ -11,15 +11,16 @@ from fastapi import Request, Response
 
 from sgl_apr.engine.in_process import InProcessEngine
 from sgl_apr.errors import BudgetExceeded
-from sgl_apr.evaluation.tasks.question import QuestionTask
+from sgl_apr.methods.chat_tasks import chat_task
 from sgl_apr.methods.registry import MethodResult, method
+from sgl_apr.methods.task import SampledTask
 from sgl_apr.runtime.event_queue import stream_events
 from sgl_apr.runtime.events import Event, OnEvent
 from sgl_apr.server.api.http_errors import json_response
 from sgl_apr.server.api.http_streams import event_stream, run_until_disconnect
+from sgl_apr.server.api.method.conversation import read_conversation
 from sgl_apr.server.api.method.request import MethodRequest
 from sgl_apr.server.api.method.response import MethodResponse
-from sgl_apr.server.api.method.task import chat_task, read_conversation
 from sgl_apr.server.api.options import OptionsParser
 from sgl_apr.server.api.service import TrajectoryService, hold_first
 
@@ -39,7 +40,7 @@ class PreparedMethod:
     engine: InProcessEngine
     request: MethodRequest
     problem: str
-    task: QuestionTask
+    task: SampledTask[str]
     prompt_tokens: int
 
 

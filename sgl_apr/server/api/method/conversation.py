@@ -1,4 +1,4 @@
-"""A chat request as a problem of a task: its messages, by the chat template of the served model."""
+"""A chat request as a problem: its last message, and how it is put to the served model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.evaluation.tasks.mathematics import MathTask
-from sgl_apr.evaluation.tasks.question import QuestionTask
 
-TASKS: Mapping[str, type[QuestionTask]] = {"question": QuestionTask, "mathematics": MathTask}
 Render = Callable[[list[dict[str, Any]]], str]  # messages, up to where the reply begins
 
 
@@ -64,18 +60,6 @@ def read_conversation(messages: Sequence[Mapping[str, Any]], render: Render) -> 
         )
     quoted = tuple(message["content"] for message in earlier if message["content"])
     return last["content"], Conversation(before, after, between, quoted)
-
-
-def chat_task(name: str, engine: Engine, conversation: Conversation) -> QuestionTask:
-    """The task of that name, whose prompts are turns of a conversation.
-
-    Raises:
-        AprError: There is no such task.
-    """
-    if name not in TASKS:
-        raise AprError(f"task={name!r}, expected one of {', '.join(TASKS)}")
-
-    return TASKS[name](engine, chat=conversation)
 
 
 def _text(message: Mapping[str, Any]) -> str:
