@@ -89,6 +89,14 @@ SECTIONS: dict[str, Section] = {
         "A model whose branches fork again against a flat one of the same recipe, under the same limits. They have to be trained first: "
         "configs/countdown-recursion.toml says how.",
     ),
+    "quality.early_votes": Section(
+        "Votes that end early",
+        "How many calls a vote saves that ends when its leader is likely to win, against the same vote of all chains.",
+    ),
+    "quality.speculative_search": Section(
+        "Speculative tree search",
+        "`spex` against `tree_of_thoughts` with the same tree: one problem at a time, both with the same seeds.",
+    ),
     "quality.language_model": Section(
         "A language model that forks",
         "How well a trained SmolLM2 decides when to fork, closes its branches and keeps its plain replies. It has to be trained "

@@ -37,13 +37,23 @@ def _honesty(row: Result) -> list[object]:
 
 
 def stated_width(result: Result) -> str:
-    columns = ["model", "dialect", "stated", "exact", "first fork", "solved", "tokens", "critical path"]
+    columns = [
+        "model",
+        "dialect",
+        "width",
+        "forks are",
+        "exact",
+        "first fork",
+        "solved",
+        "tokens",
+        "critical path",
+    ]
     return table(
         columns,
         [
             [
-                f"`{row['model']}`", f"`{row['dialect']}`", row["stated"] or "none",
-                "" if row["exact"] is None else f"{row['exact']:.0%}", f"{row['width']:.1f}", _accuracy(row),
+                f"`{row['model']}`", f"`{row['dialect']}`", row["width"] or "none", row["way"],
+                "" if row["exact"] is None else f"{row['exact']:.0%}", f"{row['branches']:.1f}", _accuracy(row),
                 f"{row['tokens']:,.0f}", f"{row['critical_path']:,.0f}",
             ]
             for row in result["rows"]
@@ -109,3 +119,35 @@ def recursion(result: Result) -> str:
             for row in result["rows"]
         ],
     )  # fmt: skip
+
+
+def early_votes(result: Result) -> str:
+    columns = ["vote", "solved", "difference in points", "calls", "calls saved", "tokens", "seconds"]
+    return table(
+        columns,
+        [
+            [
+                row["way"], _accuracy(row),
+                f"{100 * row['difference']:+.1f} ({100 * row['difference_ci95'][0]:+.1f} to {100 * row['difference_ci95'][1]:+.1f})",
+                f"{row['calls']:.1f}", f"{row['calls_saved']:.0%}", f"{row['tokens']:,.0f}", f"{row['seconds']:.0f}",
+            ]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
+
+
+def speculative_search(result: Result) -> str:
+    columns = ["method", "solved", "tokens", "calls", "expansions cut", "seconds (median)"]
+    low, high = result["mean_speedup_ci95"]
+    rows = [
+        [
+            f"`{row['method']}`", f"{row['accuracy']:.0%}", f"{row['tokens']:,.0f}", f"{row['calls']:.0f}", f"{row['cut']:.1f}",
+            f"{row['median_s']:.2f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    text = (
+        f"Median over {result['problems']} problems: {result['speedup']:.2f} times faster (mean {result['mean_speedup']:.2f}, 95% "
+        f"interval {low:.2f} to {high:.2f}), with the same answer for {result['same_answers']:.0%} of them."
+    )
+    return f"{table(columns, rows)}\n\n{text}"

@@ -58,3 +58,19 @@ def test_agents_share_a_document_and_search_it_at_once(tool_server):
     assert figures["tool_calls"] == figures["tools_ok"] == 4
     assert figures["gain"] > 1
     assert "North Ridge" in output
+
+
+@pytest.mark.server
+def test_pro_says_what_it_chose(solver):
+    figures, output = run("pro.py", "--url", solver.url)
+    assert figures["ok"]
+    assert figures["label"] == "multiverse (exact): the model forks by itself"
+    assert figures["branches"] >= 2
+    assert "fork into" in output
+
+
+@pytest.mark.server
+def test_pro_makes_one_reply_of_several(server):
+    figures, output = run("pro.py", "--url", server.url, "--question", "Why?", "--tokens", "2000")
+    assert figures["label"].startswith("pacore: ")
+    assert f"chose {figures['label']}" in " ".join(output.split())
