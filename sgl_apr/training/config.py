@@ -52,6 +52,7 @@ class Data:
         depth: How deep forks nest, where the format allows it.
         branches: How many branches of a trajectory have a loss, those with a solution first; 0 is all. Branches are much
             alike and have most of the tokens, so a few of them leave more of a batch to what forks them.
+        answer_weight: Weight of the losses of the answer after a fork. It is short, and copies from one of many branches.
         state_width: Share of demonstrations whose prompt says how many branches all forks of the reply have.
         join: How blocks are joined in the training tree; empty is as they were joined.
         seed: Seed of problems and demonstrations.
@@ -70,6 +71,7 @@ class Data:
     hint_rate: float = 0.0
     depth: int = 1
     branches: int = 0
+    answer_weight: float = 1.0
     state_width: float = 0.0
     join: Literal["kv", "text", ""] = ""
     seed: int = 0

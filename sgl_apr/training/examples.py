@@ -12,6 +12,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.tasks.countdown.demonstrations import demonstration
 from sgl_apr.evaluation.tasks.countdown.expert import SearchStyle
@@ -78,6 +80,10 @@ class CountdownExamples:
         """The tree of the trunk and the trees of a few random branches, first of branches that found a solution."""
         kv = self.data.join or ("kv" if dialect(trajectory.dialect).published_join == "kv" else None)
         built = build_training_tree([trajectory], eos=self.eos, join=kv, separate_contexts=True)
+        if self.data.answer_weight != 1 and trajectory.blocks:
+            is_answer = np.isin(built.spans, trajectory.answer_spans)
+            weights = np.where(is_answer, np.float32(self.data.answer_weight), np.float32(1))
+            built = replace(built, weights=weights)
         trees = [t for t in built.split() if len(t.spans)]
         if not self.data.branches:
             return trees

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,10 @@ class Objective(Protocol):
         ...
 
 
+def _weights(tree: TrainingTree) -> np.ndarray[Any, Any]:
+    return np.ones(len(tree.sources), dtype=np.float32) if tree.weights is None else tree.weights
+
+
 class Likelihood:
     """The mean negative log-probability of the decoded tokens, those of tags weighted.
 
@@ -46,9 +51,10 @@ class Likelihood:
         self._line_break = tokenizer.encode("\n")[-1]
 
     def loss(self, model: Any, rows: Sequence[Sequence[TrainingTree]]) -> tuple[Tensor, int]:
-        batch = to_device(self._collate(rows), model.device)
-        values = log_probabilities(model, batch)
-        weights = torch.where(torch.isin(batch["targets"], self._tags), self._steps.tag_weight, 1.0)
+        each = [[_weights(tree) for tree in row] for row in rows]
+        batch = to_device(self._collate(rows, each), model.device)
+        values, weights = log_probabilities(model, batch), batch["weights"]
+        weights = torch.where(torch.isin(batch["targets"], self._tags), self._steps.tag_weight, weights)
         weights = torch.where(self._decides_width(batch), self._steps.width_weight, weights)
         return -(values * weights).sum() / weights.sum(), len(values)
 

@@ -30,6 +30,7 @@ class TrainingTree:
         spans: (m,), the span of its trajectory that the target belongs to.
         trajectories: (m,), the trajectory that it belongs to.
         excluded: Token ids that were not allowed where the targets were decoded.
+        weights: (m,), what each loss counts. None for 1 each.
     """
 
     tree: FlatTree
@@ -38,6 +39,7 @@ class TrainingTree:
     spans: Ints
     trajectories: Ints
     excluded: tuple[int, ...] = ()
+    weights: Floats | None = None
 
     @property
     def tokens(self) -> int:
@@ -52,7 +54,9 @@ class TrainingTree:
             own = (self.sources >= begin) & (self.sources < end)
             losses = (self.targets[own], self.spans[own], self.trajectories[own])
             part = tree.slice_tokens(begin, end)
-            parts.append(TrainingTree(part, self.sources[own] - np.int32(begin), *losses, self.excluded))
+            weights = None if self.weights is None else self.weights[own]
+            sources = self.sources[own] - np.int32(begin)
+            parts.append(TrainingTree(part, sources, *losses, self.excluded, weights))
             begin = end
         return parts
 

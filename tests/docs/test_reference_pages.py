@@ -34,7 +34,7 @@ from tests.support.paths import DOCS, ROOT
 OPTIONS = DOCS / "reference" / "options.md"
 ERRORS = DOCS / "errors.md"
 SECTIONS = {ReasonOptions: "Options of a run", Budget: "Budget", Pacing: "Pacing", Retry: "Retry"}
-ENTRY_POINT_GROUPS = {"sgl_apr.dialects", "sgl_apr.branch_prompts"}
+ENTRY_POINT_GROUPS = {"sgl_apr.dialects", "sgl_apr.branch_prompts", "sgl_apr.chat_tasks"}
 NAMED_DEFAULTS = {"dialect"}  # the page describes these in words
 
 

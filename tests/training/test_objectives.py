@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,24 @@ def test_what_decides_a_width_is_a_tag_for_each_branch_and_one_for_the_end(tmp_p
     expected = float(-(values * weights).sum() / weights.sum())
     assert float(weighted.loss(model, [[tree]])[0].detach()) == pytest.approx(expected, rel=1e-4)
     assert plain == pytest.approx(float(-values.mean()), rel=1e-4)
+
+
+def test_the_answer_after_a_fork_has_its_own_weight(tmp_path: Path):
+    path = countdown_llama(tmp_path, apr.dialect("multiverse").tags, layers=1, hidden=32)
+    tokenizer, model = HfTokenizer(path), load_model(path)
+    data = Data(dialects=("multiverse",), problems=4, numbers=(4,), forks={"4": 1.0}, window=1024)
+    plain = make_examples(data, tokenizer)
+    weighted = make_examples(replace(data, answer_weight=5.0), tokenizer)
+    (trajectory, *_), (tree, *_) = plain.trajectories(0), weighted.chunk(0)
+    assert tree.weights is not None
+    heavy = [tokenizer.decode([token]) for token in tree.targets[tree.weights == 5.0].tolist()]
+    assert "".join(heavy).removesuffix("<|endoftext|>").strip() == trajectory.answer.strip()
+    assert set(tree.weights.tolist()) == {1.0, 5.0}
+
+    batch = Collator(attention="later")([tree])
+    values = log_probabilities(model, batch).detach()
+    weights = torch.from_numpy(tree.weights)
+    expected = float(-(values * weights).sum() / weights.sum())
+    loss, count = Likelihood(weighted, model, tokenizer, Steps()).loss(model, [[tree]])
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    assert count == len(weights)
