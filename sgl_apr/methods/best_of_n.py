@@ -14,6 +14,7 @@ from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import SampledTask, SelfJudgedTask, Task, require_family
 from sgl_apr.runtime.branch_group import gather
+from sgl_apr.runtime.value_checks import shorten
 
 Verifier = Callable[[Any, str], float | Awaitable[float]]
 Select = Literal["argmax", "weighted"]
@@ -55,6 +56,10 @@ async def best_of_n(
         raise AprError(f'select={select!r}, expected "argmax" or "weighted"')
     if verifier is None:
         verifier = _own_verifier(task) if task.verifiable else "judge"
+    if verifier != "judge" and not callable(verifier):
+        raise AprError(
+            f'verifier={shorten(verifier)}, expected a function of the problem and a reply, or "judge"'
+        )
     judge = require_family(task, SelfJudgedTask).judge_prompt(problem) if verifier == "judge" else None
     cost = len(engine.tokenizer.encode(judge.text)) + (judge.tokens or task.step_tokens) if judge else 0
     prompt = require_family(task, SampledTask).prompt(problem)

@@ -57,7 +57,13 @@ async def mcts(
     Raises:
         Inapplicable: If the task is no `ValuedSearchTask`.
     """
-    for name, value in (("simulations", simulations), ("leaves", leaves), ("proposals", proposals)):
+    counts = {
+        "simulations": simulations,
+        "leaves": leaves,
+        "proposals": proposals,
+        "evaluations": evaluations,
+    }
+    for name, value in counts.items():
         if value < 1:
             raise AprError(f"{name}={value}, expected at least 1")
     searchable = require_family(require_family(task, SearchTask), ValuedSearchTask)

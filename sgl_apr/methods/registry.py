@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
-from typing import Any
+from typing import Any, get_type_hints
 
 from sgl_apr.errors import AprError
 from sgl_apr.runtime.option_checks import check_function, check_options
@@ -96,6 +96,8 @@ def check_arguments(name: str, task: Any, options: Mapping[str, Any]) -> None:
             check_type(key, value, bool)
         elif isinstance(default, bool | int | float) and value is not None:
             check_type(key, value, type(default))
+        elif key in own:
+            _check_annotation(run, key, value)
         elif (
             key not in own
             and key not in METHOD_OPTION_NAMES
@@ -105,3 +107,19 @@ def check_arguments(name: str, task: Any, options: Mapping[str, Any]) -> None:
     check_method_options(
         {key: v for key, v in others.items() if key not in own or key in METHOD_OPTION_NAMES}
     )
+
+
+def _check_annotation(run: Method, name: str, value: Any) -> None:
+    """Check the value of an option against the annotation of its parameter.
+
+    Raises:
+        AprError: It has another type.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(get_type_hints(run)[name], config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        expected = {str(detail["msg"]).removeprefix("Input should be ") for detail in error.errors()}
+        raise AprError(f"{name}={shorten(value)}, expected {' or '.join(sorted(expected))}") from None

@@ -57,6 +57,9 @@ async def tree_of_thoughts(
         raise AprError(f"search={search!r}, select={select!r}, expected bfs or dfs, value or vote")
     if search == "dfs" and select == "vote":
         raise AprError('select="vote" compares the states of a level, expected search="bfs"')
+    for name, value in (("breadth", breadth), ("proposals", proposals), ("evaluations", evaluations)):
+        if value < 1:
+            raise AprError(f"{name}={value}, expected at least 1")
     searchable = require_family(task, SearchTask)
     require_family(task, ValuedSearchTask if select == "value" else VotedSearchTask)
     root = SearchNode(searchable.initial_state(problem))
