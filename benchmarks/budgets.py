@@ -52,6 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), default=METHODS, help="methods to run"
     )
+    parser.add_argument("--model", default="builtin:spawn", help="default: %(default)s")
     parser.add_argument("--limit", type=int, default=200, help="problems (default: 200)")
     parser.add_argument("--split", choices=["test", "train"], default="test", help="problems of which split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems")
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with Progress(*columns, console=Console(stderr=True)) as progress:
                 return await measure(engine, problems, options, progress)
 
-    with Server(locate_model("builtin:spawn"), **problems.flags) as server:
+    with Server(locate_model(options.model), **problems.flags) as server:
         rows = asyncio.run(run(server.url))
     result = {
         "hardware": hardware(),

@@ -38,8 +38,25 @@ def chat(server: Server, own: dict[str, Any], **more: Any) -> Any:
     return client.chat.completions.create(**given, extra_body={"apr": own})
 
 
+QUICK = (
+    "pro",
+    "best_of_n",
+    "pacore",
+    "spex",
+    "group_think",
+    "threadweaver",
+)  # one of each kind; the others are slow tests
+
+
 @pytest.mark.server
-@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name != "recursive"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in METHOD_NAMES
+        if name != "recursive"
+    ],
+)
 def test_every_method_answers(server: Server, name: str):
     own = {"method": name, "options": SMALL.get(name, {}), "seed": 1, "trajectory": True}
     answer = chat(server, own)
