@@ -93,7 +93,7 @@ async def value_guided(
         final = await asyncio.gather(*(scores.of(c.text, c.top_logprobs) for c in complete))
         best = max(zip(complete, final, strict=True), key=_by_score, default=None)
         answer, score = (task.answer(best[0].text), best[1]) if best else ("", None)
-        return MethodResult("value_guided", answer, session.finish(), score)
+        return MethodResult("value_guided", answer, session.finish(), score, "gambit-style")
 
 
 def _by_score(scored: tuple[Completion, float | None]) -> float:
