@@ -10,7 +10,7 @@ from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.countdown.problems import Split
 from sgl_apr.runtime.value_checks import shorten
 
-BENCHMARK_NAMES = ("countdown", "countdown:VARIANT", "game24", "gym:NAME", "FILE.jsonl")
+BENCHMARK_NAMES = ("countdown", "countdown:VARIANT", "game24", "gym:NAME", "ledger:SIZE", "FILE.jsonl")
 
 
 def benchmark(name: str, limit: int, split: Split = "test", seed: int | Sequence[int] = 0) -> Benchmark:
@@ -20,7 +20,8 @@ def benchmark(name: str, limit: int, split: Split = "test", seed: int | Sequence
     first, so that an evaluation can be extended.
 
     Args:
-        name: "countdown", "countdown:VARIANT" (see `games.countdown`), "game24", "gym:NAME" or a path "FILE.jsonl".
+        name: "countdown", "countdown:VARIANT" (see `games.countdown`), "game24", "gym:NAME", "ledger:SIZE" (see
+            `long_context.ledger`), or a path "FILE.jsonl".
         limit: Problems at most, of each seed.
         split: For generated problems: "test", or "train" to choose settings by.
         seed: Seed of generated problems, or several. A problem that two seeds generate is taken once. The problems of
@@ -40,7 +41,7 @@ def benchmark(name: str, limit: int, split: Split = "test", seed: int | Sequence
 
 
 def _of_seed(name: str, limit: int, split: Split, seed: int) -> Benchmark:
-    from sgl_apr.evaluation.benchmarks import games, gym, problem_file
+    from sgl_apr.evaluation.benchmarks import games, gym, long_context, problem_file
 
     kind, _, rest = name.partition(":")
     if kind == "countdown":
@@ -49,6 +50,8 @@ def _of_seed(name: str, limit: int, split: Split, seed: int) -> Benchmark:
         return games.game24(limit, split, seed)
     if kind == "gym" and rest:
         return gym.gym(rest, limit, split, seed)
+    if kind == "ledger":
+        return long_context.ledger(rest, limit, split, seed)
     if name.endswith(".jsonl"):
         return problem_file.problem_file(name, limit)
     close = f" ({proposal})" if (proposal := did_you_mean(name, BENCHMARK_NAMES)) else ""

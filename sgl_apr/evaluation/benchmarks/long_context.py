@@ -1,0 +1,34 @@
+"""Questions about long texts as a benchmark, for models that read programs or sub-calls into them."""
+
+from __future__ import annotations
+
+from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
+from sgl_apr.evaluation.tasks.countdown.problems import Split
+from sgl_apr.evaluation.tasks.ledger import LedgerTask, generate_ledgers, lines_of
+
+TRAIN_SEEDS = 1_000_000  # ledgers of these seeds and above are of the split "train"
+
+
+def ledger(size: str, limit: int, split: Split = "test", seed: int = 0) -> Benchmark:
+    """Ledgers of a size: needles, counts, sums and comparisons in turn. The size of a problem is its number of lines.
+
+    Args:
+        size: Thousands of tokens, such as "4k".
+        limit: Problems at most.
+        split: Their split.
+        seed: Their seed.
+
+    Raises:
+        AprError: If it is no such size.
+    """
+    lines = lines_of(size)
+    problems = list(generate_ledgers(limit, lines, seed + TRAIN_SEEDS * (split == "train")))
+    answers = {problem.text: problem.answer for problem in problems}
+    cases = [
+        Case(f"{problem.kind} {number}", problem.text, lines) for number, problem in enumerate(problems, 1)
+    ]
+
+    def is_correct(case: Case, answer: str) -> bool:
+        return answers[case.problem] == answer.strip()
+
+    return Benchmark(f"ledger:{size}", cases, LedgerTask, is_correct)
