@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
         "tasks",
         nargs="*",
         metavar="TASK",
-        help="countdown, of three and four numbers; countdown:5, countdown:unsolvable or countdown:5,unsolvable; game24; gym:NAME, a dataset of reasoning-gym (of the extra gym); or FILE.jsonl, one "
+        help="countdown, of three and four numbers; countdown:5, countdown:unsolvable or countdown:5,unsolvable; game24; gym:NAME, a dataset of reasoning-gym (of the extra gym); ledger:4k, questions about a text of so many tokens; or FILE.jsonl, one "
         'problem per line: {"problem": ..., "answer": ..., "id": ..., "level": ...}. With several tasks, each gets its '
         "own directory in that of -o",
     )
@@ -136,7 +136,9 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             parser.error("--compare reads finished evaluations, expected no task")
         return _compare(options)
     if not options.tasks:
-        parser.error("no task: expected some of countdown, game24, gym:NAME, FILE.jsonl; or --compare")
+        parser.error(
+            "no task: expected some of countdown, game24, gym:NAME, ledger:SIZE, FILE.jsonl; or --compare"
+        )
     if not (options.model or options.url):
         parser.error("no model: expected --model or --url")
 

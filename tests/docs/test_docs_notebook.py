@@ -37,7 +37,7 @@ def test_the_notebook_runs(notebook: NotebookNode, tmp_path: Path):
         "".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells
     ]
     assert any("! 12/ 6= 2, 18- 2= 16, 16+ 23= 39" in text for text in outputs)
-    assert any("706 tokens, 228 on the critical path, 712 in one context" in text for text in outputs)
+    assert any("803 tokens, 239 on the critical path, 809 in one context" in text for text in outputs)
     assert sum("complete: True" in text for text in outputs) == 1
     assert any("report.html" in text for text in outputs)
     assert not list(tmp_path.iterdir()), "it writes only into a directory of its own"

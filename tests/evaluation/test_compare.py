@@ -124,7 +124,7 @@ def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixtur
     [
         (
             ["chess"],
-            "no task 'chess', expected one of countdown, countdown:VARIANT, game24, gym:NAME, FILE.jsonl",
+            "no task 'chess', expected one of countdown, countdown:VARIANT, game24, gym:NAME, ledger:SIZE, FILE.jsonl",
         ),
         (["game24", "none.jsonl"], "cannot read none.jsonl"),
         (["countdown", "--limit", "0"], "limit=0"),
