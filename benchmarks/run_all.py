@@ -49,6 +49,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.laten
         "--check",
     ),
     "quality.stated_width": ("--dialects", "multiverse,spawn", "--check"),
+    "quality.schools": ("-o", "docs/schools.png"),
     "agents": ("--check",),
     "gpu_acceptance": ("--device", "cpu"),
     "budgets": ("--check", "--at-once", "200", "-o", "runs/budgets"),
