@@ -74,11 +74,15 @@ SECTIONS: dict[str, Section] = {
     ),
     "quality.stated_width": Section(
         "Stated widths",
-        "How often the first fork of a Countdown model is as wide as its prompt states, and what that costs in accuracy.",
+        "How often the first fork of a Countdown model is as wide as its prompt states (exact), against forks of the same model "
+        "without a stated width, which the runtime ends there.",
+        model_figures.stated_width,
     ),
     "quality.width_under_load": Section(
         "Width under load",
-        "Forks as wide as the model likes, cut by the runtime when the server is busy, or narrower because the prompt says so.",
+        "Forks as wide as the model likes, cut by the runtime when the server is busy, or narrower because the prompt says so "
+        "(told): 96 problems, 8 and 32 at once.",
+        model_figures.width_under_load,
     ),
     "quality.schools": Section(
         "Text joins, KV joins and messages",
