@@ -172,6 +172,8 @@ class MethodRequests:
         if engine is None or not branches:
             return (), size
         prefix = common_prefix([branch.context for branch in branches])
+        if self.engine.context is not None and len(prefix) >= self.engine.context:
+            return [engine] * size, size  # each branch is cut by that limit
         new = self._uncomputed_tokens(prefix) if prefix else 0
         if size == 1 or not prefix or (new <= 1 and prefix != parent.sequence.context):
             return [engine] * size, size

@@ -69,6 +69,7 @@ def test_pro_says_what_it_chose(solver):
     assert "fork into" in output
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_pro_makes_one_reply_of_several(server):
     figures, output = run("pro.py", "--url", server.url, "--question", "Why?", "--tokens", "2000")

@@ -150,3 +150,15 @@ def test_wrong_options_and_tasks():
     for program in (pacore, rsa):
         with pytest.raises(Inapplicable):
             asyncio.run(program(engine, "sum", task=object.__new__(CountdownTask)))
+
+
+@pytest.mark.parametrize("program", [pacore, rsa])
+def test_replies_that_do_not_fit_the_context_leave_the_vote_before_them(program: Method):
+    engine = apr.ScriptedEngine(lambda request, prompt: "n" * 8 + "5")
+    engine.context = 30
+    options: dict[str, Any] = {"widths": [4]} if program is pacore else {"population": 4, "steps": 2}
+    result = asyncio.run(program(engine, "sum", task=Numbers(engine), seed=0, **options))
+    assert result.answer == "5"
+    assert "context" in {limit.limit for limit in result.trajectory.limits}
+    assert max(len(request.input_ids) for request in engine.requests) < 30
+    assert max(map(len, engine.commits)) < 30

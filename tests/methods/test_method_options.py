@@ -13,7 +13,7 @@ import sgl_apr as apr
 from sgl_apr.evaluation.tasks.question import QuestionTask
 from sgl_apr.methods.registry import METHOD_MODULES, check_arguments, method
 
-VALUES = ("x", "", 5, -1, 0, 2.5, True, [], [1], {"a": 1}, [None], ["x"])
+VALUES = ("x", "", 5, -1, 0, 2.5, [1], {"a": 1}, ["x"])
 FIXED = [name for name, module in METHOD_MODULES.items() if name == module]
 OPTIONS = [
     (name, option.name)

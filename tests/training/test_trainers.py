@@ -55,7 +55,7 @@ def test_one_row_through_the_models_own_forward(tmp_path: Path, attention: str):
 @pytest.mark.parametrize(
     "argv",
     [
-        ("--attention", "dense", "--use_cpu"),
+        pytest.param(("--attention", "dense", "--use_cpu"), marks=pytest.mark.slow),
         pytest.param(("--attention", "later"), marks=pytest.mark.gpu),
     ],
 )

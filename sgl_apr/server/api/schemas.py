@@ -28,6 +28,7 @@ from sgl_apr.runtime.value_checks import (
     SAMPLING_TYPES,
     number_types,
 )
+from sgl_apr.server.api.fork.request import FORK_REQUEST_OPTIONS
 from sgl_apr.server.api.fork.schemas import fork_components
 from sgl_apr.server.api.method.schemas import method_schemas
 from sgl_apr.server.api.openai.response_options import STREAMS, ResponseOptions
@@ -45,6 +46,7 @@ from sgl_apr.server.api.tools.request import ALL_TOOLS
 from sgl_apr.server.api.worker_group import GROUP_FIELD, group_schema
 from sgl_apr.trajectory.trajectory import SCHEMA, Trajectory
 
+METHOD_REQUEST = "ChatCompletionRequest"  # the one that a method may answer
 OPENAI_REQUESTS = (
     "ChatCompletionRequest", "CompletionRequest", "ResponsesRequest", "AnthropicMessagesRequest",
 )  # fmt: skip
@@ -105,8 +107,10 @@ def add_components(openapi: Schema) -> Schema:
     components |= _components()
     for name in OPENAI_REQUESTS:
         if name in components:
-            apr = {"anyOf": [reference("Options"), {"type": "boolean", "const": False}, {"type": "null"}]}
-            components[name]["properties"]["apr"] = apr
+            kinds = [reference("Options"), {"type": "boolean", "const": False}, {"type": "null"}]
+            if name == METHOD_REQUEST:
+                kinds.append(reference("MethodOptions"))
+            components[name]["properties"]["apr"] = {"anyOf": kinds}
     return openapi
 
 
@@ -158,7 +162,8 @@ def _components() -> dict[str, Schema]:
         "separate_reasoning": describe({"type": "boolean"}, response_options["separate_reasoning"]),
         "trajectory": describe({"type": "boolean"}, response_options["include_trajectory"]),
     }
-    openai_options |= {"tools": tool_names} | method_schemas()
+    method_options = {n: s for n, s in options.items() if n in FORK_REQUEST_OPTIONS} | openai_options
+    openai_options |= {"tools": tool_names}
     openai_options = {name: nullable(schema) for name, schema in openai_options.items()}
     tool_options = {
         "tools": tool_names,
@@ -193,6 +198,7 @@ def _components() -> dict[str, Schema]:
     return {
         **nested,
         "AprOptions": object_schema(options | openai_options),
+        "AprMethodOptions": object_schema(method_options | method_schemas()) | {"required": ["method"]},
         "AprGenerateRequest": {
             **object_schema(
                 prompts | options | tool_options | {"stream": stream, GROUP_FIELD: group_schema()}

@@ -393,6 +393,7 @@ def test_streams_are_as_their_apis_have_them(server: Server):
         assert last[-1].startswith(ending)
 
 
+@pytest.mark.slow
 def test_the_alias_stands_for_apr_on_all_routes(server: Server):
     alias = f"{get(server, '/v1/models')['data'][0]['id']}:apr"
     assert respond(server, model=alias).model == converse(server, model=alias).model == alias

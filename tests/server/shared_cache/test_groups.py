@@ -122,7 +122,9 @@ def check_others(run: SchedulerRun, reference: Any) -> None:
         assert float((rows.max(-1).values - chosen).max()) < MAX_LOGPROB_ERROR, req.rid
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
+)
 def test_a_thousand_greedy_tokens_are_those_of_transformers(
     kind: Any, schedulers: Schedulers, reference: Any, tokenizer: Any, draw: Draw
 ) -> None:
@@ -421,6 +423,7 @@ def test_the_benchmark_names_what_is_missed() -> None:
 # From here on with other schedulers.
 
 
+@pytest.mark.slow
 def test_without_overlap_and_with_the_tree_in_python(
     schedulers: Schedulers, reference: Any, tokenizer: Any, draw: Draw
 ) -> None:
