@@ -9,8 +9,8 @@ import pytest
 import sgl_apr as apr
 from tests.support.doc_runner import PAGES, ROOT, name, run, server_of
 
-# One evaluates, and the other shows calls that the tutorial and the page about the server show too.
-SLOW = ("evaluating.md", "coming-from.md")
+# One evaluates, one shows calls that the tutorial and the page about the server show too, and one takes as long as two others.
+SLOW = ("evaluating.md", "coming-from.md", "agents.md")
 SERVED = [
     pytest.param(page, marks=pytest.mark.slow if name(page) in SLOW else (), id=name(page))
     for page in (ROOT / "README.md", *PAGES)

@@ -34,6 +34,7 @@ def cut_branches(found: Sequence[Attempt]) -> int:
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_fewer_branches_are_cut_and_nothing_is_exceeded(solver: Server):
     shared, equal = (attempts(solver.url, 4, shared=one) for one in (True, False))
     for attempt in shared:

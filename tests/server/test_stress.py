@@ -59,7 +59,7 @@ def check(path: Path, count: int) -> list[apr.Trajectory]:
     return [trajectory for _, trajectory in outcomes]
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_batch_whose_client_is_killed_midway(server: Server, tmp_path: Path, count: int):
     path = tmp_path / "out.jsonl"
     first = client(server.url, path, count)

@@ -233,9 +233,8 @@ def test_a_tool_that_never_returns_costs_its_branch_alone(tool_server: Server):
     assert trajectory.wall_s < 20
 
 
-@pytest.mark.parametrize(
-    ("name", "join"), [("threadweaver", "text"), pytest.param("multiverse", "kv", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "join"), [("threadweaver", "text"), ("multiverse", "kv")])
 def test_training_trees_have_the_log_probabilities_of_the_server(tool_server: Server, name: str, join: str):
     """Of calls in the trunk and in branches, of calls that were cut, and of what follows results."""
     path = requests.get(f"{tool_server.url}/server_info", timeout=60).json()["model_path"]

@@ -71,6 +71,7 @@ def test_every_method_answers(server: Server, name: str):
     assert trajectory.seed == 1
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_pro_says_what_it_chose(server: Server):
     answer = chat(server, {"method": "pro", "task": "mathematics"}, max_tokens=1200, temperature=0.5)
