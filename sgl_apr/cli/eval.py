@@ -8,26 +8,44 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, parse_budget, parse_count
+from sgl_apr.cli.eval_arguments import AT_ONCE, COST_FILE, TIMED_PROBLEMS, add_arguments, parse_methods
 from sgl_apr.errors import AprError
-from sgl_apr.methods.registry import METHOD_MODULES
-from sgl_apr.runtime.value_checks import unknown_name
 
 if TYPE_CHECKING:
     from sgl_apr.evaluation.benchmarks.base import Benchmark
     from sgl_apr.evaluation.cost_model import EngineCost
     from sgl_apr.evaluation.metrics import MethodResults
     from sgl_apr.evaluation.store import ResultStore
+    from sgl_apr.evaluation.sweep import SweepLevel
 
-TIMED_PROBLEMS = 2  # on which each of several methods is also timed with one request at a time
 # Methods whose answer is a single reply of the model: greedy unless a temperature is given.
 SINGLE_REPLY_METHODS = ("sequential", "threadweaver", "multiverse", "npr", "parallel_r1", "apr")
 WINDOWS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)  # tokens
-COST_FILE = "cost.json"
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A task under its budget.
+
+    Attributes:
+        task: The task, with the budget.
+        level: The value of the limit that is swept.
+        directory: Where attempts are kept.
+        at_once: Problems under way at the same time.
+    """
+
+    task: Benchmark
+    level: SweepLevel | None
+    directory: Path | None
+    at_once: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}, {self.level}" if self.level else self.task.name
 
 
 def add_command(commands: Any) -> None:
@@ -42,91 +60,11 @@ def add_command(commands: Any) -> None:
         "  sgl-apr eval countdown --url http://127.0.0.1:30000 --methods apr,sequential --json -o out\n"
         "  sgl-apr eval game24 --model builtin --methods all --limit 10 --budget tokens=1024 --cost-model\n"
         "  sgl-apr eval gym:leg_counting aime.jsonl --model my-model --methods threadweaver,self_consistency -o out\n"
+        "  sgl-apr eval countdown --model builtin --methods all --limit 50 --sweep tokens=256,512,1024 --sweep seconds=2,4 -o out\n"
         "  sgl-apr eval --compare out:apr out:sequential                            # on the same problems",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "tasks",
-        nargs="*",
-        metavar="TASK",
-        help="countdown, of three and four numbers; countdown:5, countdown:unsolvable or countdown:5,unsolvable; game24; gym:NAME, a dataset of reasoning-gym (of the extra gym); ledger:4k, questions about a text of so many tokens; or FILE.jsonl, one "
-        'problem per line: {"problem": ..., "answer": ..., "id": ..., "level": ...}. With several tasks, each gets its '
-        "own directory in that of -o",
-    )
-    server = parser.add_mutually_exclusive_group()
-    server.add_argument(
-        "--model",
-        help="a checkpoint to serve meanwhile, or a name that `sgl-apr model` knows, such as builtin",
-    )
-    server.add_argument("--url", help="a running server")
-    server.add_argument(
-        "--compare",
-        nargs=2,
-        metavar="RUN[:METHOD]",
-        help="two directories that -o wrote, or their files: paired tests on the problems that both attempted",
-    )
-    add_api_key(parser)
-    parser.add_argument(
-        "--methods",
-        default="apr",
-        help=f"some of {', '.join(METHOD_MODULES)}, or all (default: %(default)s). With several, each is also timed on "
-        f"{TIMED_PROBLEMS} problems with one request at a time",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=2000,
-        help="problems of each task and seed at most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--split",
-        default="test",
-        choices=["test", "train"],
-        help="train: problems to choose settings by (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=parse_seeds,
-        default=0,
-        metavar="N[,N...]",
-        help="seed of the problems, or several (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        help="default: that of the method's paper, and 0 for methods with a single reply",
-    )
-    parser.add_argument(
-        "--budget",
-        type=parse_budget,
-        metavar="NAME=N,...",
-        help="limits of each reply (default: tokens=6000,width=16,branch_tokens=160 for countdown and game24, tokens=4096 "
-        "for others)",
-    )
-    parser.add_argument("--allow-code", action="store_true", help=ALLOW_CODE_HELP)
-    parser.add_argument(
-        "--cost-model",
-        action="store_true",
-        help="first measure the server's prompts and decoding steps for some seconds, to predict what forks gain there; kept as "
-        f"{COST_FILE} in the directory of -o, and read from there the next time",
-    )
-    parser.add_argument(
-        "--at-once",
-        type=parse_count,
-        default=512,
-        help="problems under way at the same time (default: %(default)s)",
-    )
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        help="a directory for run.jsonl, one line per attempt, and summary.json. A directory with attempts is continued: "
-        "with another --limit, --seed or --methods only what is new is run; other options have to be the same",
-    )
-    parser.add_argument(
-        "--wide", action="store_true", help="print all columns of the table, however wide the terminal is"
-    )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_arguments(parser)
     parser.set_defaults(command=lambda options: _eval(parser, options))
 
 
@@ -144,19 +82,20 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
     from sgl_apr.evaluation.benchmarks.registry import benchmark
     from sgl_apr.evaluation.store import SUMMARY_FILE, open_evaluation
+    from sgl_apr.evaluation.sweep import compare_with_best
     from sgl_apr.evaluation.timing import load_or_measure_cost
     from sgl_apr.server.launch.launcher import Server
     from sgl_apr.training.models import locate_model
 
     methods = parse_methods(options.methods)
     tasks = [benchmark(name, options.limit, options.split, options.seed) for name in options.tasks]
-    directories = _task_directories(options.out, tasks)
+    evaluations = _evaluations(options, tasks)
+    results: list[tuple[_Evaluation, list[MethodResults]]] = []
     summaries: list[dict[str, Any]] = []
-    results: list[tuple[str, list[MethodResults]]] = []
     with ExitStack() as stack:
         stores = [
-            stack.enter_context(open_evaluation(directory, _settings(options, task)))
-            for task, directory in zip(tasks, directories, strict=True)
+            stack.enter_context(open_evaluation(each.directory, _settings(options, each)))
+            for each in evaluations
         ]
         url = options.url
         if url is None:
@@ -168,50 +107,44 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         if options.cost_model:
             path = options.out and options.out / COST_FILE
             cost = asyncio.run(load_or_measure_cost(url, path, api_key=options.api_key))
-        for task, directory, store in zip(tasks, directories, stores, strict=True):
-            several = len(methods) > 1
-            rows = [asyncio.run(_run(options, url, task, m, store, several, cost)) for m in methods]
-            summary: dict[str, Any] = {"task": task.name, "rows": [row.as_json(WINDOWS) for row in rows]}
+        for each, store in zip(evaluations, stores, strict=True):
+            timed = len(methods) > 1 and each.level is None
+            rows = [asyncio.run(_run(options, url, each, m, store, timed, cost)) for m in methods]
+            summary: dict[str, Any] = {"task": each.task.name, "rows": [row.as_json(WINDOWS) for row in rows]}
+            if each.level:
+                summary |= asdict(each.level) | {"compared_with_best": compare_with_best(rows)}
             if cost:
                 summary["cost"] = asdict(cost)
-            if directory:
-                complete = {**summary, **_comparable_rows(rows, task, store)}
-                _write_summary(directory / SUMMARY_FILE, complete)
+            if each.directory:
+                complete = {**summary, **_comparable_rows(rows, each.task, store)}
+                _write_summary(each.directory / SUMMARY_FILE, complete)
             summaries.append(summary)
-            results.append((task.name, rows))
+            results.append((each, rows))
     if options.json:
         print(json.dumps(summaries[0] if len(summaries) == 1 else {"tasks": summaries}))
     else:
         from sgl_apr.cli.eval_tables import print_results
 
-        for name, rows in results:
-            print_results(name, rows, several=len(results) > 1, wide=options.wide)
+        for each, rows in results:
+            print_results(each.name, rows, several=len(results) > 1, wide=options.wide)
     return int(not any(row.attempts for _, rows in results for row in rows))
 
 
-def parse_methods(text: str) -> list[str]:
-    """Parse the names of methods that commas separate, or `all`.
+def _evaluations(options: argparse.Namespace, tasks: Sequence[Benchmark]) -> list[_Evaluation]:
+    """The tasks under their budgets: one each, or one for each value of the limits that are swept."""
+    from sgl_apr.evaluation.sweep import parse_levels
 
-    Raises:
-        AprError: There is no name, or no method of a name.
-    """
-    names = [name.strip() for name in text.split(",")]
-    methods = list(METHOD_MODULES) if names == ["all"] else list(dict.fromkeys(filter(None, names)))
-    if not methods:
-        raise AprError(f"--methods {text!r}, expected all, or some of {', '.join(METHOD_MODULES)}")
-    for name in methods:
-        if name not in METHOD_MODULES:
-            raise AprError(unknown_name(name, ["all", *METHOD_MODULES], "method "))
-    return methods
-
-
-def parse_seeds(text: str) -> int | list[int]:
-    """Parse one seed, or several that commas separate, for argparse."""
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers such as 0 or 0,1,2") from None
-    return seeds[0] if len(seeds) == 1 else seeds
+    levels = list(dict.fromkeys(level for text in options.sweep for level in parse_levels(text)))
+    evaluations = []
+    for task, directory in zip(tasks, _task_directories(options.out, tasks), strict=True):
+        task = replace(task, budget=options.budget or task.budget)
+        if not levels:
+            evaluations.append(_Evaluation(task, None, directory, options.at_once or AT_ONCE))
+        for level in levels:
+            under = replace(task, budget=level.applied_to(task.budget))
+            at_once = options.at_once or (1 if level.limit == "seconds" else AT_ONCE)
+            evaluations.append(_Evaluation(under, level, directory and directory / level.directory, at_once))
+    return evaluations
 
 
 def _comparable_rows(rows: Sequence[MethodResults], task: Benchmark, store: ResultStore) -> dict[str, Any]:
@@ -245,12 +178,13 @@ def _write_summary(path: Path, summary: dict[str, Any]) -> None:
         raise file_error("cannot write to", path, error) from None
 
 
-def _settings(options: argparse.Namespace, task: Benchmark) -> dict[str, Any]:
-    """What all attempts at a task have in common, for the head of its file."""
+def _settings(options: argparse.Namespace, evaluation: _Evaluation) -> dict[str, Any]:
+    """What all attempts of an evaluation have in common, for the head of its file."""
+    task = evaluation.task
     return {
         "task": task.name, "model": options.model or options.url, "limit": options.limit, "split": options.split,
-        "seed": options.seed, "temperature": options.temperature, "budget": asdict(options.budget or task.budget),
-        "at_once": options.at_once,
+        "seed": options.seed, "temperature": options.temperature, "budget": asdict(task.budget),
+        "at_once": evaluation.at_once,
     }  # fmt: skip
 
 
@@ -267,19 +201,20 @@ def _task_directories(out: Path | None, tasks: Sequence[Benchmark]) -> list[Path
 async def _run(
     options: argparse.Namespace,
     url: str,
-    task: Benchmark,
+    evaluation: _Evaluation,
     method: str,
     store: ResultStore,
-    several: bool,
+    timed: bool,
     cost: EngineCost | None,
 ) -> MethodResults:
-    """Evaluate one method on one task, with a progress bar on stderr."""
+    """Evaluate one method on one task, with a progress bar on stderr. `timed`: and with one request at a time."""
     from rich.console import Console
     from rich.progress import Progress
 
     from sgl_apr.evaluation.runner import evaluate, time_alone
 
-    method_options: dict[str, Any] = {"budget": options.budget or task.budget}
+    task = evaluation.task
+    method_options: dict[str, Any] = {"budget": task.budget}
     if options.temperature is not None or method in SINGLE_REPLY_METHODS:
         method_options["temperature"] = options.temperature or 0.0
     if options.allow_code and method == "recursive":
@@ -287,13 +222,13 @@ async def _run(
     with Progress(console=Console(stderr=True)) as progress:
         attempts, total = store.attempts.get(method, {}), len(task.cases)
         done = sum(key in attempts for key in task.keyed_cases)
-        bar = progress.add_task(f"{task.name}, {method}", total=total, completed=done)
+        bar = progress.add_task(f"{evaluation.name}, {method}", total=total, completed=done)
         row = await evaluate(
-            url, task, method, store, on_attempt=lambda: progress.advance(bar), at_once=options.at_once, cost=cost,
+            url, task, method, store, on_attempt=lambda: progress.advance(bar), at_once=evaluation.at_once, cost=cost,
             api_key=options.api_key, **method_options,
         )  # fmt: skip
-        if several and row.attempts:
-            progress.update(bar, description=f"{task.name}, {method}, one request at a time")
+        if timed and row.attempts:
+            progress.update(bar, description=f"{evaluation.name}, {method}, one request at a time")
             alone = await time_alone(
                 url, task, TIMED_PROBLEMS, method, api_key=options.api_key, **method_options
             )

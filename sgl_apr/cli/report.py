@@ -52,19 +52,21 @@ def _report(options: argparse.Namespace) -> int:
         count_trajectories,
         describe_evaluations,
         describe_incomparable,
+        expand_sweeps,
         read_entries,
     )
     from sgl_apr.views.page import render_page
 
     title = options.title or ", ".join(map(str, options.inputs))
-    lines = count_trajectories(options.inputs)
+    inputs = expand_sweeps(options.inputs)
+    lines = count_trajectories(inputs)
     if not lines:
         raise AprError(f"no trajectory in {title}")
     console, shown = Console(stderr=True), 0
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        incomparable = describe_incomparable(options.inputs)
-        facts = " · ".join(filter(None, [describe_evaluations(options.inputs), incomparable]))
-        entries = read_entries(options.inputs, comparable=True)
+        incomparable = describe_incomparable(inputs)
+        facts = " · ".join(filter(None, [describe_evaluations(inputs), incomparable]))
+        entries = read_entries(inputs, comparable=True)
 
         def counted() -> Iterator[PageEntry]:
             nonlocal shown

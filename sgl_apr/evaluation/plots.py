@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from operator import attrgetter
@@ -14,6 +14,7 @@ from typing import Any
 from sgl_apr.errors import AprError, require_extra
 from sgl_apr.evaluation.metrics import RESAMPLES, AttemptMetrics, MethodResults
 from sgl_apr.evaluation.store import RUN_FILE, describe_left_out, read_comparable_results
+from sgl_apr.evaluation.sweep import LIMITS, SweepLevel
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +108,7 @@ def plot_methods(
         AprError: For another suffix, for methods without attempts, and for an axis that a method has no values for.
     """
     matplotlib, Figure = _matplotlib()
-    if path.suffix not in SUFFIXES:
-        raise AprError(
-            f"cannot draw a {path.suffix or 'file without a suffix'}, expected {', '.join(SUFFIXES)}"
-        )
+    _check_suffix(path)
     if not rows or not all(row.attempts for row in rows):
         raise AprError("nothing to draw, expected attempts of every method")
     panels = axes or [axis for axis in AXIS_LABELS if not axes_without_data(rows, axis)]
@@ -124,10 +122,81 @@ def plot_methods(
         ):
             _panel(panel, rows, axis)
         figure.axes[0].set_ylabel("solved within it")
-        handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
-        figure.suptitle(title)
-        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        _finish(figure, path, title)
+
+
+def plot_sweep(levels: Mapping[SweepLevel, Sequence[MethodResults]], path: Path, title: str = "") -> None:
+    """Plot the share of problems solved under each value of a limit: one panel per limit, one line with its band per method.
+
+    Args:
+        levels: Results by limit and value. Methods without attempts have no line.
+        path: A PDF, SVG or PNG file to write.
+        title: Title of the figure.
+
+    Raises:
+        AprError: For another suffix, and where there is no attempt.
+    """
+    matplotlib, Figure = _matplotlib()
+    _check_suffix(path)
+    methods = dict.fromkeys(row.method for rows in levels.values() for row in rows if row.attempts)
+    limits = dict.fromkeys(level.limit for level, rows in levels.items() if any(row.attempts for row in rows))
+    if not methods:
+        raise AprError("nothing to draw, expected attempts of at least one method")
+    with matplotlib.rc_context(PAPER_STYLE):
+        height = 2.5 + 0.16 * (len(methods) // 4)  # the legend
+        figure: Any = Figure(figsize=(3.2 * len(limits) + 0.4, height), layout="constrained")
+        panels = figure.subplots(1, len(limits), sharey=True, squeeze=False)[0]
+        for panel, limit in zip(panels, limits, strict=True):
+            _sweep_panel(panel, limit, levels, list(methods))
+        panels[0].set_ylabel("solved")
+        _finish(figure, path, title)
+
+
+def _sweep_panel(
+    panel: Any, limit: str, levels: Mapping[SweepLevel, Sequence[MethodResults]], methods: Sequence[str]
+) -> None:
+    values = sorted(level.value for level in levels if level.limit == limit)
+    for method, (colour, stroke) in zip(methods, cycle(_line_looks()), strict=False):
+        rows = {
+            level.value: row
+            for level in levels
+            if level.limit == limit
+            for row in levels[level]
+            if row.method == method and row.attempts
+        }
+        own = sorted(rows)
+        panel.plot(
+            own, [rows[v].accuracy for v in own], color=colour, linestyle=stroke, marker=".", markersize=4, linewidth=1.2,
+            label=method,
+        )  # fmt: skip
+        low, high = zip(*(rows[v].ci95 for v in own), strict=True) if own else ((), ())
+        panel.fill_between(own, low, high, color=colour, alpha=0.08 if len(methods) > 4 else 0.2, linewidth=0)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.minorticks_off()
+    panel.set_xlabel(LIMITS[limit])
+    panel.set_ylim(0, 1)
+    panel.grid(alpha=0.25, linewidth=0.5)
+
+
+def _line_looks() -> list[tuple[str, str]]:
+    """Colours and line styles in pairs that differ: all colours in one style, then all in the next."""
+    return [(colour, stroke) for stroke in LINE_STYLES for colour in COLOURS]
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise AprError(
+            f"cannot draw a {path.suffix or 'file without a suffix'}, expected {', '.join(SUFFIXES)}"
+        )
+
+
+def _finish(figure: Any, path: Path, title: str) -> None:
+    """Add the legend and the title, and write the file."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def axes_without_data(rows: Sequence[MethodResults], axis: str) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sgl_apr.errors import AprError
 from sgl_apr.evaluation.store import RUN_FILE, common_problems, describe_left_out
+from sgl_apr.evaluation.sweep import level_of, sweep_directories
 from sgl_apr.trajectory.jsonl import count_lines, read_lines
 from sgl_apr.trajectory.trajectory import Trajectory
 from sgl_apr.views.page_entry import PageEntry
@@ -28,12 +30,18 @@ def read_entries(paths: Sequence[Path], *, comparable: bool = False) -> Iterator
     Raises:
         AprError: If a line is anything else; the message names it.
     """
-    names = _names(paths) if len(paths) > 1 else [""]
-    for path, name in zip(map(resolve_run_file, paths), names, strict=True):
-        common, _ = common_problems(_attempted_problems(path)) if comparable else (None, 0)
-        for where, data in _lines(path):
+    for path, name in zip(paths, _names(paths), strict=True):
+        file, level = resolve_run_file(path), level_of(path)
+        common, _ = common_problems(_attempted_problems(file)) if comparable else (None, 0)
+        for where, data in _lines(file):
             if not common or "method" not in data or _problem_key(data) in common:
-                yield _entry(data, where, f"{name} " if name else "")
+                entry = _entry(data, where, f"{name} " if name else "")
+                yield replace(entry, limit=(level.limit, level.value)) if level else entry
+
+
+def expand_sweeps(paths: Sequence[Path]) -> list[Path]:
+    """These paths, with the directories of its levels in place of each sweep."""
+    return [each for path in paths for each in (sweep_directories(path).values() or [path])]
 
 
 def describe_evaluations(paths: Sequence[Path]) -> str:
@@ -139,9 +147,18 @@ def _is_trajectory(data: Mapping[str, Any]) -> bool:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """File names without their suffix, or full paths if those are not distinct."""
-    short = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+    """What tells inputs apart: file names without their suffix, or full paths if those are not distinct.
+
+    All levels of a sweep are one input. A single input needs no name.
+    """
+    sources = [path.parent if level_of(path) else path for path in paths]
+    distinct = list(dict.fromkeys(sources))
+    if len(distinct) < 2:
+        return [""] * len(paths)
+    short = [path.resolve().name if path.is_dir() else path.stem for path in distinct]
     short = [
-        p.resolve().parent.name if p.name == RUN_FILE else name for p, name in zip(paths, short, strict=True)
+        p.resolve().parent.name if p.name == RUN_FILE else name
+        for p, name in zip(distinct, short, strict=True)
     ]
-    return short if len(set(short)) == len(short) else [str(path) for path in paths]
+    names = short if len(set(short)) == len(short) else [str(path) for path in distinct]
+    return [names[distinct.index(source)] for source in sources]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,60 @@ class _Expansion:
 
 
 @dataclass
+class LevelRanking:
+    """Which nodes of a level will be kept, as far as their values are known.
+
+    Attributes:
+        parents: The states whose children the level has, in order.
+        breadth: How many nodes are kept: those of the highest value, the earlier one of two that are equal.
+        children: The children of those parents that are expanded.
+        values: The nodes whose value is known, by state.
+    """
+
+    parents: Sequence[Hashable]
+    breadth: int
+    children: dict[Hashable, list[SearchNode]] = field(default_factory=dict)
+    values: dict[Hashable, SearchNode] = field(default_factory=dict)
+
+    def known(self) -> list[SearchNode]:
+        """The children so far, in order, each state once."""
+        nodes = dict[Hashable, SearchNode]()
+        for parent in self.parents:
+            for child in self.children.get(parent, ()):
+                nodes.setdefault(child.state, child)
+        return list(nodes.values())
+
+    def likely_winners(self) -> list[SearchNode]:
+        """The nodes whose expected rank is one that is kept, best first.
+
+        The expected rank of a node counts the known values that beat its own, and for each value that is not known the
+        chance that it does, by Laplace's rule of succession from the known ones. Parents that are not expanded yet are
+        taken to have as many children as the others. A node without a value can only be told to win where all do.
+        """
+        nodes = self.known()
+        missing = len(nodes) * (len(self.parents) / len(self.children) - 1) if self.children else 0.0
+        if len(self.children) == len(self.parents) and len(nodes) <= self.breadth:
+            return nodes
+        ranks = [
+            (self._expected_rank(k, nodes, missing), k) for k, n in enumerate(nodes) if n.state in self.values
+        ]
+        return [self.values[nodes[k].state] for rank, k in sorted(ranks) if rank < self.breadth]
+
+    def _expected_rank(self, k: int, nodes: Sequence[SearchNode], missing: float) -> float:
+        value = self.values[nodes[k].state].value
+        others = [node.value for state, node in self.values.items() if state != nodes[k].state]
+        above, equal = sum(v > value for v in others), sum(v == value for v in others)
+        rank = (missing * (above + equal + 1) / (len(others) + 2)) if missing else 0.0
+        for place, node in enumerate(nodes):
+            if node.state in self.values:
+                other = self.values[node.state].value
+                rank += other > value or (other == value and place < k)
+            else:
+                rank += (above + equal * (place < k) + 1) / (len(others) + 2)
+        return rank
+
+
+@dataclass
 class _Search:
     session: MethodSession
     task: ValuedSearchTask[Any, Any]
@@ -118,36 +172,40 @@ class _Search:
         level, samples = level[:width], max(1, width // len(level))
         for node in level:
             self.expand(tasks, node, samples, expects_cancel=False)
-        judged = dict[Hashable, asyncio.Task[SearchNode]]()
-        known = list[SearchNode]()  # those whose value is known
+        ranking = LevelRanking([node.state for node in level], self.breadth)
+        evaluations = dict[Hashable, asyncio.Task[SearchNode]]()
         started = 0
 
-        def judge(child: SearchNode) -> None:
-            async def evaluate() -> SearchNode:
-                nonlocal started
-                (node,) = await self.model.evaluate([child], self.evaluations)
-                known.append(node)
-                for likely in self.likely_winners(known, len(judged)):
-                    if started < speculation and likely.state not in self.expansions:
-                        started += 1
-                        self.expand(tasks, likely, self.proposals, expects_cancel=True)
-                return node
+        def speculate() -> None:
+            nonlocal started
+            for likely in ranking.likely_winners():
+                if (
+                    started < speculation
+                    and likely.state not in self.expansions
+                    and not self.is_solution(likely)
+                ):
+                    started += 1
+                    self.expand(tasks, likely, self.proposals, expects_cancel=True)
 
-            if child.state not in judged:
-                judged[child.state] = tasks.create_task(evaluate())
+        async def evaluate(child: SearchNode) -> SearchNode:
+            (node,) = await self.model.evaluate([child], self.evaluations)
+            ranking.values[node.state] = node
+            speculate()
+            return node
 
-        async def children_of(node: SearchNode) -> list[SearchNode]:
+        async def children_of(node: SearchNode) -> None:
             (replies,) = await self.expansions[node.state].task
-            children = self.model.children(node, replies)
+            children = ranking.children[node.state] = self.model.children(node, replies)
             for child in children:
-                judge(child)
-            return children
+                if child.state not in evaluations:
+                    evaluations[child.state] = tasks.create_task(evaluate(child))
+            speculate()
 
-        expanding = [tasks.create_task(children_of(node)) for node in level]
-        children = [child for each in expanding for child in await each]
+        for task in [tasks.create_task(children_of(node)) for node in level]:
+            await task
         for node in level:
             del self.expansions[node.state]
-        return [await judged[state] for state in dict.fromkeys(child.state for child in children)]
+        return [await evaluations[child.state] for child in ranking.known()]
 
     def expand(
         self, tasks: asyncio.TaskGroup, node: SearchNode, samples: int, *, expects_cancel: bool
@@ -158,17 +216,6 @@ class _Search:
         scope = CancelScope(self.session.root.sequence.scope, expects_cancel=expects_cancel)
         task = tasks.create_task(self.model.propose([node], samples, scope=scope))
         self.expansions[node.state] = _Expansion(scope, task)
-
-    def likely_winners(self, known: list[SearchNode], count: int) -> list[SearchNode]:
-        """Of the nodes whose value is known, those in the part that will be kept, if the others are alike.
-
-        Args:
-            known: Those nodes.
-            count: How many nodes the level has so far.
-        """
-        kept = round(self.breadth * len(known) / max(count, len(known)))
-        ranked = sorted(known, key=lambda node: -node.value)[:kept]
-        return [node for node in ranked if node.value > 0 and not self.is_solution(node)]
 
     def cut_all_but(self, level: list[SearchNode]) -> None:
         """Cut the expansions that nobody needs any more."""

@@ -29,6 +29,7 @@ class PageEntry:
         answer: The answer. None: the trajectory's own.
         correct: Whether the answer is correct. None if it was not judged.
         size: The size of the problem. None if it has none.
+        limit: The limit that was swept, and its value: a field of `Budget`. None outside a sweep.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PageEntry:
     answer: str | None = None
     correct: bool | None = None
     size: int | None = None
+    limit: tuple[str, float] | None = None
 
 
 def list_row(entry: PageEntry) -> dict[str, Any]:
@@ -54,6 +56,8 @@ def list_row(entry: PageEntry) -> dict[str, Any]:
         "answer": final_text(entry.trajectory) if entry.answer is None else entry.answer,
         "correct": entry.correct,
         "size": entry.size,
+        "limit": entry.limit and entry.limit[0],
+        "limit_value": entry.limit and entry.limit[1],
         "tokens": m.total,
         "critical": m.critical_path,
         "context": m.longest_context,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.cli.eval import parse_methods
+from sgl_apr.cli.eval_arguments import parse_methods
 from sgl_apr.cli.main import main
 from tests.support.paths import EXAMPLES
 from tests.support.threadweaver_traces import TRACE

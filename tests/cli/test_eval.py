@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.cli.eval import parse_seeds
+from sgl_apr.cli.eval_arguments import parse_seeds
 from sgl_apr.cli.main import main
 from sgl_apr.evaluation.benchmarks.registry import benchmark
 from sgl_apr.evaluation.cost_model import EngineCost
@@ -212,3 +212,46 @@ def test_every_connection_sends_the_key_of_the_server(
     FORMULA_WORKER.close()
     assert len(server.headers) >= 5
     assert set(server.headers) == {"Bearer k1"}
+
+
+def test_a_sweep_evaluates_under_each_limit(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    task, out = problems(tmp_path / "halves.jsonl", 3), tmp_path / "out"
+    argv = [
+        "eval",
+        task,
+        "--url",
+        url,
+        "--methods",
+        "threadweaver,sequential",
+        "--sweep",
+        "tokens=128,512",
+        "--sweep",
+        "seconds=20",
+    ]
+    assert main([*argv, "-o", str(out), "--json"]) == 0
+    summaries = json.loads(capsys.readouterr().out)["tasks"]
+    assert [(each["limit"], each["value"]) for each in summaries] == [
+        ("tokens", 128),
+        ("tokens", 512),
+        ("seconds", 20),
+    ]
+    for each in summaries:
+        assert [row["problems"] for row in each["rows"]] == [3, 3]
+        assert [c["method"] for c in each["compared_with_best"]] == ["threadweaver", "sequential"]
+    assert summaries[0]["rows"][0]["total_tokens"] <= 128
+    heads = {path.name: json.loads((path / RUN_FILE).read_text().splitlines()[0]) for path in out.iterdir()}
+    assert {name: (head["budget"]["tokens"], head["budget"]["seconds"], head["at_once"]) for name, head in heads.items()} == {
+        "tokens-128": (128, None, 512),
+        "tokens-512": (512, None, 512),
+        "seconds-20": (4096, 20.0, 1),
+    }  # fmt: skip
+    assert main(["plot", str(out), "-o", str(tmp_path / "curves.svg")]) == 0
+    assert main(["report", str(out), "-o", str(tmp_path / "page.html"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["trajectories"] == 18
+    assert main([*argv, "-o", str(out), "--json"]) == 0  # continues, with nothing left to do
+    again = json.loads(capsys.readouterr().out)["tasks"]
+    assert [e["rows"][0]["total_tokens"] for e in again] == [e["rows"][0]["total_tokens"] for e in summaries]
+    assert main(["eval", task, "--url", url, "--sweep", "width=1,2"]) == 1
+    assert "expected one of tokens, critical_tokens, calls, seconds" in capsys.readouterr().err

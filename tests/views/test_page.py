@@ -231,7 +231,7 @@ def test_figures_are_those_of_the_metrics(name: str):
     t = sampled(name)
     m, row = t.metrics(), list_row(PageEntry("p", t, "method"))
     assert row == {
-        "name": "p", "method": "method", "label": "", "answer": t.answer, "correct": None, "size": None, "tokens": m.total,
+        "name": "p", "method": "method", "label": "", "answer": t.answer, "correct": None, "size": None, "limit": None, "limit_value": None, "tokens": m.total,
         "critical": m.critical_path, "context": m.longest_context, "inside": m.branch_tokens, "blocks": m.blocks,
         "branches": m.branches, "wall": round(m.wall_s, 3), "calls": m.engine_calls, "prompt": m.prompt_tokens,
         "cached": m.cached_tokens, "again": m.reprefilled_tokens, "tools": 0, "tool_s": 0.0, "critical_tool_s": 0.0,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.report_files import read_entries
+from sgl_apr.evaluation.report_files import expand_sweeps, read_entries
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.trajectory.metrics import longest_paths
 from sgl_apr.views.page import render_page
@@ -401,6 +401,26 @@ def test_plots_have_axes_and_words(browser, judged: Path, scheme: str, viewport:
         )
         assert min(sizes) > 11, "it can be read"
     assert "66.7%" in shown.text("#overview tbody tr:first-child").replace("67%", "66.7%")
+    assert shown.complaints == []
+
+
+def test_a_sweep_has_a_plot_for_each_limit(browser, tmp_path: Path):
+    levels = {"tokens-256": 4, "tokens-1024": 10, "seconds-2": 12}
+    for name, solved in levels.items():
+        tries = [(sampled("spawn", seed), seed < solved) for seed in range(12)]
+        evaluation(tmp_path / name, {"apr": tries, "mcts": [(t, not right) for t, right in tries]})
+    out = tmp_path / "page.html"
+    out.write_text(render_page(read_entries(expand_sweeps([tmp_path])), "A sweep"))
+    shown = tab(browser, WIDE)
+    shown.go(f"{url(out)}#all")
+    titles = shown.page.locator("#overview figcaption").all_inner_texts()
+    assert titles[:2] == ["Accuracy under a limit of seconds", "Accuracy under a limit of tokens"]
+    tokens = shown.page.locator("#overview figure").nth(1)
+    assert {"256", "1024"} <= {*tokens.locator("text.tick").all_text_contents()}
+    assert tokens.locator("circle.point").count() == 4
+    words = tokens.locator("svg").get_attribute("aria-label")
+    assert all(part in words for part in ("apr: 33%", "at 256, 83%", "at 1024", "mcts: 67%"))
+    assert "means over all of them" in shown.text("#overview")
     assert shown.complaints == []
 
 

@@ -9,13 +9,16 @@ function drawOverview() {
     own: known.entries.filter((e) => e.method === method),
   }));
   const judged = known.entries.some((e) => e.correct !== null),
-    sized = known.entries.some((e) => e.size !== null);
+    sized = known.entries.some((e) => e.size !== null),
+    limits = [...new Set(known.entries.map((e) => e.limit ?? null))].filter((limit) => limit !== null);
   $("overview").replaceChildren(
     el("h2", {}, "Overview"),
+    ...(limits.length ? [el("p", { class: "soft" }, "Each method ran under several limits. The table has means over all of them.")] : []),
     methodTable(groups, judged),
     el(
       "div",
       { class: "plots" },
+      judged && limits.map((limit) => limitPlot(groups, limit)),
       judged && solvedPlot(groups, "tokens", "Accuracy against tokens", "tokens, at most"),
       judged &&
         solvedPlot(groups, "critical", "Accuracy against the critical path", "tokens of the critical path, at most"),

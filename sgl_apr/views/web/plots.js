@@ -124,6 +124,44 @@ function solvedPlot(groups, of, title, label, format = WHOLE.format) {
   );
 }
 
+/** Plots accuracy over the values of a limit that was swept, with the bounds of each. */
+function limitPlot(groups, limit) {
+  const swept = known.entries.filter((e) => e.limit === limit && e.correct !== null);
+  const values = [...new Set(swept.map((e) => e.limit_value))].sort((a, b) => a - b);
+  const lines = groups.map((g) => ({
+    ...g,
+    points: values
+      .map((v) => [v, g.own.filter((e) => e.limit === limit && e.limit_value === v)])
+      .filter(([, own]) => own.length)
+      .map(([v, own]) => [v, own.filter((e) => e.correct).length, own.length]),
+  }));
+  const name = LIMIT_NAMES[limit] ?? limit;
+  const x = {
+    label: `${name}, at most`,
+    format: String,
+    ticks: values,
+    place: (v) => (values.indexOf(v) + 0.5) / values.length,
+  };
+  const description = lines
+    .map((l) => `${plain(l.method)}: ${l.points.map(([v, k, n]) => `${within(k, n)} at ${v}`).join(", ")}`)
+    .join("; ");
+  return plot(`Accuracy under a limit of ${name}`, x, shares("accuracy"), description, (sx, sy) => {
+    const band = (points) =>
+      points.map(([v, k, n], i) => `${i ? "L" : "M"}${sx(v)} ${sy(bounds(k, n)[1])}`).join("") +
+      [...points].reverse().map(([v, k, n]) => `L${sx(v)} ${sy(bounds(k, n)[0])}`).join("") + "Z";
+    const ran = lines.filter((l) => l.points.length);
+    return [
+      ...ran.map((l) => svg("path", { d: band(l.points), ...drawn(l.k, ran.length > 4 ? "area crowded" : "area") })),
+      ...ran.map((l) => lineOf(l, l.points.map(([v, k, n], i) => `${i ? "L" : "M"}${sx(v)} ${sy(k / n)}`).join(""))),
+      ...ran.flatMap((l) =>
+        l.points.map(([v, k, n]) => svg("circle", { cx: sx(v), cy: sy(k / n), r: 3.2, ...drawn(l.k, "point") })),
+      ),
+    ];
+  });
+}
+
+const LIMIT_NAMES = { critical_tokens: "tokens of the critical path" };
+
 function widthPlot(groups) {
   const sizes = [...new Set(known.entries.map((e) => e.size).filter((s) => s !== null))].sort((a, b) => a - b);
   const lines = groups.map((g) => ({
