@@ -48,6 +48,7 @@ from .runtime.batch import Outcomes as Outcomes
 from .runtime.batch import arun_many as arun_many
 from .runtime.batch import read_many as read_many
 from .runtime.batch import run_many as run_many
+from .runtime.branch_scoring import BranchScoring as BranchScoring
 from .runtime.budget import Budget as Budget
 from .runtime.events import BranchEnded as BranchEnded
 from .runtime.events import Delta as Delta
@@ -101,6 +102,7 @@ __all__ = [
     "Branch",
     "BranchEnded",
     "BranchFailed",
+    "BranchScoring",
     "Budget",
     "BudgetExceeded",
     "ByteTokenizer",

@@ -53,10 +53,10 @@ class SweepLevel:
         Raises:
             AprError: The value is none that the limit can have.
         """
-        whole = self.limit != "seconds"
-        if whole and self.value != int(self.value):
+        is_count = self.limit != "seconds"
+        if is_count and self.value != int(self.value):
             raise AprError(f"--sweep {self}, expected whole {self.limit}")
-        fields: dict[str, Any] = {self.limit: int(self.value) if whole else self.value}
+        fields: dict[str, Any] = {self.limit: int(self.value) if is_count else self.value}
         return replace(budget, **fields)
 
 

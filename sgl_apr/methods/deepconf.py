@@ -10,14 +10,14 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.confidence import Confidence, GroupConfidence, token_confidences, trace_confidence
 from sgl_apr.methods.prompt import Completion
 from sgl_apr.methods.registry import MethodResult
-from sgl_apr.methods.running_completion import RunningCompletion
 from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import SampledTask, Task, require_family
 from sgl_apr.methods.voting import vote
+from sgl_apr.runtime.running_completion import RunningCompletion
 from sgl_apr.runtime.sequence import SequenceState
+from sgl_apr.trajectory.confidence import Confidence, GroupConfidence, token_confidences, trace_confidence
 
 TOP_LOGPROBS = 20
 LOWEST_GROUP: Confidence = "lowest_group"

@@ -16,8 +16,8 @@ from sgl_apr.methods.prompt import BranchStart, Completion, Prompt
 from sgl_apr.methods.requests import PROMPT_LIMIT, lowest
 from sgl_apr.methods.session import MethodSession
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
-from sgl_apr.runtime.request_runner import derive_seed
 from sgl_apr.runtime.retry import is_retryable
+from sgl_apr.runtime.seeds import derive_seed
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish
 from sgl_apr.trajectory.worker_groups import GroupKind, GroupRecord

@@ -15,7 +15,7 @@ from sgl_apr.runtime.option_checks import (
 
 # Options of `areason` that are about forks of the model. A method forks as it is defined.
 FORK_OPTION_NAMES = (
-    "dialect", "join", "mode", "min_blocks", "max_blocks", "min_width", "policy", "cap_width_by_load", "eager_branches",
+    "dialect", "join", "mode", "min_blocks", "max_blocks", "min_width", "policy", "cap_width_by_load", "eager_branches", "scoring",
     "constrain",
     "forbid_angle_brackets", "branch_prompt_template",
 )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 from sgl_apr.engine.base import Engine
 from sgl_apr.engine.quoted_text import encode_quoted
 from sgl_apr.formats.tool_syntax import DecodedCall, ToolSyntax
-from sgl_apr.methods.running_completion import Watch
-from sgl_apr.runtime.request_runner import derive_seed
+from sgl_apr.runtime.running_completion import Watch
+from sgl_apr.runtime.seeds import derive_seed
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.calls import TopLogprobs

@@ -15,7 +15,6 @@ from sgl_apr.methods.free_text import free_text_output
 from sgl_apr.methods.method_options import check_method_options
 from sgl_apr.methods.method_tools import MethodTools
 from sgl_apr.methods.prompt import Completion, Prompt
-from sgl_apr.methods.running_completion import watched_request
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.branch_group import BranchGroup
 from sgl_apr.runtime.budget import Budget
@@ -34,6 +33,7 @@ from sgl_apr.runtime.phase_output import PhaseOutput, SpanDraft
 from sgl_apr.runtime.prompts import vocab_size
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.request_runner import RequestRunner
+from sgl_apr.runtime.running_completion import watched_request
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.spans import Finish, Role
 

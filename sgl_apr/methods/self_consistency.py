@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
-from sgl_apr.methods.confidence import Confidence, token_confidences, trace_confidence
 from sgl_apr.methods.prompt import Completion
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.session import method_session
 from sgl_apr.methods.task import SampledTask, Task, require_family
 from sgl_apr.methods.vote_stopping import Ballot, Stop, settled_probability
 from sgl_apr.methods.voting import vote
+from sgl_apr.trajectory.confidence import Confidence, token_confidences, trace_confidence
 
 Weight = Literal["confidence"]
 TOP_LOGPROBS = 20  # of each token (DeepConf, arXiv 2508.15260, section 4.1)

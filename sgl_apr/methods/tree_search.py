@@ -11,7 +11,7 @@ from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.session import MethodSession
 from sgl_apr.methods.task import SearchTask, ValuedSearchTask, require_family
 from sgl_apr.runtime.cancel_scope import CancelScope
-from sgl_apr.runtime.request_runner import derive_seed
+from sgl_apr.runtime.seeds import derive_seed
 
 
 @dataclass(frozen=True)

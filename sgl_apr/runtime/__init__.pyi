@@ -3,6 +3,7 @@ from .batch import Outcomes as Outcomes
 from .batch import arun_many as arun_many
 from .batch import read_many as read_many
 from .batch import run_many as run_many
+from .branch_scoring import BranchScoring as BranchScoring
 from .budget import Budget as Budget
 from .event_json import event_from_json as event_from_json
 from .event_json import event_to_json as event_to_json
@@ -35,6 +36,7 @@ from .turn_prompt import next_turn as next_turn
 
 __all__ = [
     "BranchEnded",
+    "BranchScoring",
     "Budget",
     "Delta",
     "Demand",

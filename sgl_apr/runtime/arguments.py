@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from sgl_apr.formats.options import JoinMethod
+from sgl_apr.runtime.branch_scoring import BranchScoring, Scorer
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.join_policy import Policy
 from sgl_apr.runtime.option_checks import Mode, OnBranchFailure
@@ -49,6 +50,16 @@ class RetryFields(TypedDict, total=False):
     max_wait: float
 
 
+class ScoringFields(TypedDict, total=False):
+    """The fields of `BranchScoring`."""
+
+    scorer: Scorer | Literal["confidence"]
+    border: str
+    keep: float
+    threshold: float | None
+    timeout: float
+
+
 class SamplingParameters(TypedDict, total=False):
     """The sampling parameters of SGLang that a trajectory can have."""
 
@@ -83,6 +94,7 @@ class ReasonArguments(SamplingParameters, total=False):
     pacing: Pacing | PacingFields | PacingFunction | None
     cap_width_by_load: bool | None
     eager_branches: bool | None
+    scoring: BranchScoring | ScoringFields | None
     retry: Retry | RetryFields | None
     on_branch_failure: OnBranchFailure | None
     seed: int | None

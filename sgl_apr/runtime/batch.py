@@ -21,7 +21,7 @@ from sgl_apr.runtime.kv_admission import KvAdmission, fetch_pool_tokens
 from sgl_apr.runtime.loop import run_with_options
 from sgl_apr.runtime.options import ReasonOptions, check_call, make_options
 from sgl_apr.runtime.prompts import Prompt, check_engine, encode_prompt, vocab_size
-from sgl_apr.runtime.request_runner import derive_seed
+from sgl_apr.runtime.seeds import derive_seed
 from sgl_apr.runtime.value_checks import check_type, shorten
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.jsonl import append_line, file_error, open_for_append, read_lines

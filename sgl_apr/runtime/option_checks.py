@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal, get_args
 
 from sgl_apr.errors import AprError, BudgetExceeded
 from sgl_apr.formats.options import JoinMethod
+from sgl_apr.runtime.branch_scoring import BranchScoring
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.join_policy import POLICY_HELP, is_valid_policy
 from sgl_apr.runtime.pacing import Pacing
@@ -60,7 +62,13 @@ OPTION_TYPES: Mapping[str, type] = {
 }  # fmt: skip
 REQUEST_FIELDS = ("lora_path", "cache_salt", "extra_key", "priority")
 REQUEST_FIELD_TYPES: Mapping[str, type] = {n: int if n == "priority" else str for n in REQUEST_FIELDS}
-OBJECT_TYPES: Mapping[str, type] = {"budget": Budget, "pacing": Pacing, "retry": Retry}
+OBJECT_TYPES: Mapping[str, type] = {
+    "budget": Budget,
+    "pacing": Pacing,
+    "retry": Retry,
+    "scoring": BranchScoring,
+}
+IMPLIED_BY_SCORING = ("logprobs", "top_logprobs")  # for the confidence of the model
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "join": get_args(JoinMethod), "mode": get_args(Mode), "on_branch_failure": get_args(OnBranchFailure),
 }  # fmt: skip
@@ -150,6 +158,8 @@ def check_options(options: Mapping[str, Any], vocab_size: int | None = None) -> 
             **check_types(request_fields, REQUEST_FIELD_TYPES, "request_fields "),
             **check_types(by_name, REQUEST_FIELD_TYPES, ""),
         }
+    if scoring := checked.get("scoring"):
+        checked = scoring.request_options | checked
     _check_consistent(checked)
     return checked
 
@@ -168,6 +178,9 @@ def make_object(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         also = f", or a {kind.__name__}"
         raise AprError(f"{name}={shorten(value)}, expected an object with fields of {kind.__name__}{also}")
+    if kind is BranchScoring:
+        check_option_names(value, [f.name for f in fields(kind)])
+        return kind(**value)
     return kind(**check_types(value, number_types(kind), f"{name} "))
 
 

@@ -11,11 +11,13 @@ from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, BudgetExceeded, KvJoinUnavailable
 from sgl_apr.formats.dialects import Dialect, dialect
 from sgl_apr.formats.presets import dialect_for
+from sgl_apr.runtime.branch_scoring import BranchScoring
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.events import OnEvent
 from sgl_apr.runtime.join_policy import Policy
 from sgl_apr.runtime.option_checks import (
     ANSWER_CHECKS,
+    IMPLIED_BY_SCORING,
     Mode,
     OnBranchFailure,
     check_function,
@@ -56,6 +58,8 @@ class ReasonOptions:
         cap_width_by_load: A fork is at most as wide as would run at once. What is written then depends on the load.
         eager_branches: Start each branch as soon as its outline is written, while the fork still lists others. Only for
             dialects whose branches see nothing but their message. Such a branch does not wait for `pacing`.
+        scoring: Ends weak branches of a fork while they are written, as a scorer judges them. The strong ones get their
+            tokens. The scorer's problem is the text before the fork.
         retry: How often a failed request is repeated.
         on_branch_failure: What happens when the requests of a branch fail for good: "skip" closes the branch with a note
             that the model reads, "retry" restarts it once and then skips it, "raise" ends the trajectory.
@@ -93,6 +97,7 @@ class ReasonOptions:
     pacing: PacingFunction | None = DEFAULT_PACING
     cap_width_by_load: bool = False
     eager_branches: bool = False
+    scoring: BranchScoring | None = None
     retry: Retry = DEFAULT_RETRY
     on_branch_failure: OnBranchFailure = "skip"
     seed: int | None = None
@@ -155,7 +160,7 @@ class ReasonOptions:
             {name: values[name] for name, default in _defaults().items() if values[name] is not default}
         )
         for name in checked:
-            if name in ANSWER_CHECKS:
+            if name in ANSWER_CHECKS or name in IMPLIED_BY_SCORING:
                 object.__setattr__(self, name, checked[name])
         self._check_consistent()
 
@@ -205,6 +210,10 @@ class ReasonOptions:
             raise AprError(
                 f"{d.name} starts no branch before its fork is complete: eager_branches=True, expected a dialect "
                 "with outlines whose branches see only their message, such as apr or spawn"
+            )
+        if self.scoring and (d.asynchronous or self.eager_branches):
+            raise AprError(
+                "scoring compares the branches of a fork, expected a dialect whose branches start together, and eager_branches=False"
             )
         if self.eager_branches and self.tools:
             raise AprError("eager_branches=True cannot be combined with tools")

@@ -19,6 +19,7 @@ from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.allowance import NO_LIMIT, Allowance
 from sgl_apr.runtime.async_branches import AsyncBranches
 from sgl_apr.runtime.branch_group import BranchGroup, OuterLease
+from sgl_apr.runtime.branch_judge import BranchJudge
 from sgl_apr.runtime.cancel_scope import CancelScope
 from sgl_apr.runtime.continuation import PhaseExtension, can_continue
 from sgl_apr.runtime.eager_branches import EagerBranches
@@ -49,7 +50,7 @@ class ReasoningRun:
         engine: Decodes.
         options: What was asked for.
         on_event: Is called with every event.
-        tasks: Runs branches that continue in parallel with their sequence.
+        tasks: Runs branches that continue in parallel with their sequence, and scorers.
         activity: Counts what is in flight.
     """
 
@@ -62,6 +63,7 @@ class ReasoningRun:
         activity: Activity | None = None,
     ) -> None:
         self.engine, self.options, self.dialect = engine, options, options.dialect
+        self.tasks = tasks
         self.rid = f"apr-{uuid.uuid4().hex}"
         self.seed = options.seed if options.seed is not None else random.getrandbits(31)
         self.recorder = TrajectoryRecorder(engine.tokenizer, on_event)
@@ -232,6 +234,8 @@ class ReasoningRun:
             self._open_leases(group, pool, share)
         engine_of: dict[SequenceState, Engine] = dict(zip(group.branches, engines, strict=False))
 
+        judge = self._judge(group)
+
         async def commit(branch: SequenceState) -> None:
             await self.runner.commit(engine_of[branch], sequence, branch)
 
@@ -244,6 +248,8 @@ class ReasoningRun:
             )
         finally:
             scope.detach()
+            if judge:
+                judge.stop()
             if self.runner.eager_branches:
                 self.runner.eager_branches.stop_unused(sequence, group.block)
             await release_engines(engines)
@@ -256,6 +262,15 @@ class ReasoningRun:
         uncached = self.fork_join.join(group, share)
         group.joined()
         return uncached
+
+    def _judge(self, group: BranchGroup) -> BranchJudge | None:
+        """What ends weak branches of a group, if the options ask for that."""
+        if not self.options.scoring:
+            return None
+        before = self.engine.tokenizer.decode(group.parent.context)
+        judge = BranchJudge(self.tasks, self.options.scoring, before, len(group.branches))
+        self.runner.judges |= dict.fromkeys(group.branches, judge)
+        return judge
 
     def _lease_pool(self, group: BranchGroup, size: int) -> LeasePool | None:
         """What the branches of a group share, if their requests can continue where their limit cut them."""
@@ -307,6 +322,8 @@ class ReasoningRun:
                 events.emit(Delta(branch.path, branch.spans[0].text))
             await run()
         branch.scope.detach()
+        if judge := self.runner.judges.get(branch):
+            judge.note_ended(branch, complete=branch.finish not in ("aborted", "timeout", "failed"))
         group.end(branch)
 
     def report(self, error: BaseException | None) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from hashlib import blake2b
 from typing import TypeVar
 
 from sgl_apr.engine.base import Engine, Load, Request, Result
@@ -17,6 +16,7 @@ from sgl_apr.errors import EngineError
 from sgl_apr.formats.dialects import Phase
 from sgl_apr.runtime.activity import Activity
 from sgl_apr.runtime.answer_stop import watch_for_stop
+from sgl_apr.runtime.branch_judge import BranchJudge
 from sgl_apr.runtime.cancel_scope import ScopeCancelled
 from sgl_apr.runtime.continuation import Extend, PhaseExtension
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
@@ -29,6 +29,8 @@ from sgl_apr.runtime.phase_output import PhaseOutput, parse_phase_output
 from sgl_apr.runtime.recorder import TrajectoryRecorder
 from sgl_apr.runtime.request_builder import RequestBuilder
 from sgl_apr.runtime.retry import as_engine_error
+from sgl_apr.runtime.running_completion import watched_request
+from sgl_apr.runtime.seeds import derive_seed
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.runtime.tools.rules import CallLimits
 from sgl_apr.trajectory.spans import Path
@@ -54,7 +56,8 @@ class RequestRunner:
         activity: Counts requests in flight.
 
     Attributes:
-        cuts_branches: Whether a join policy may cut branches, whose text up to there is kept.
+        cuts_branches: Whether a join policy or a scorer may cut branches, whose text up to there is kept.
+        judges: What ends weak branches, by branch.
         eager_branches: Starts branches while their fork is being written. None if the options do not ask for that.
     """
 
@@ -66,7 +69,8 @@ class RequestRunner:
         self._working = activity.working if activity else nullcontext
         self.events, self.request_log = recorder.events, recorder.request_log
         self.supports_seeds = engine.supports_seeds
-        self.cuts_branches = options.effective_policy != "all"
+        self.cuts_branches = options.effective_policy != "all" or options.scoring is not None
+        self.judges: dict[SequenceState, BranchJudge] = {}
         self.builder = RequestBuilder(engine, options, rid)
         self.kv_joiner = KvJoiner(self.request_log, self.builder.new_rid)
         self.eager_branches: EagerBranches | None = None
@@ -99,8 +103,7 @@ class RequestRunner:
         tokenizer = self.builder.tokenizer
         text = IncrementalDetokenizer(tokenizer, context, self.events.delta_callback(sequence.path))
         result, call = None, None
-        if self.options.stop:
-            watch_for_stop(text, self.options, sequence, phase, limits, calls)
+        watch_for_stop(text, self.options, sequence, phase, limits, calls)
         if engine and self.eager_branches and limits.fork != "forbidden":
             self.eager_branches.watch(text, engine, sequence, phase, numbering)
         if engine and extend and limits.max_new_tokens < 1 and not sequence.scope.cancel_reason:
@@ -108,6 +111,8 @@ class RequestRunner:
             limits = replace(limits, max_new_tokens=more or 0)
         if engine and limits.max_new_tokens > 0 and not sequence.scope.cancel_reason:
             request = self.builder.phase_request(sequence, phase, numbering, limits, calls)
+            if judge := self.judges.get(sequence):
+                request = watched_request(judge.watch, request, text, sequence, judge.running.get(sequence))
             result, call = await self.send_request(engine, sequence, phase, new, request, text, extend)
         cut = sequence.scope.cancel_reason if result is None else None
         if cut is None and (result is None or result.finish == "length"):
@@ -341,9 +346,3 @@ class RequestRunner:
             sequence.scope.cancel("failed")
             result = None
         return result, max(0, tries - 1)
-
-
-def derive_seed(seed: int, *where: object) -> int:
-    """A seed of 31 bits for the request at `where`, the same in every run with this `seed`."""
-    digest = blake2b(" ".join(map(str, (seed, *where))).encode(), digest_size=4).digest()
-    return int.from_bytes(digest) & 0x7FFFFFFF

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import builtins
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -18,6 +19,7 @@ import pytest
 import sgl_apr as apr
 from sgl_apr import methods
 from sgl_apr.cli.eval_tables import print_results
+from sgl_apr.runtime.branch_scoring import BranchScoring
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.events import Event
 from sgl_apr.runtime.options import REQUEST_FIELDS, ReasonOptions
@@ -33,7 +35,13 @@ from tests.support.paths import DOCS, ROOT
 
 OPTIONS = DOCS / "reference" / "options.md"
 ERRORS = DOCS / "errors.md"
-SECTIONS = {ReasonOptions: "Options of a run", Budget: "Budget", Pacing: "Pacing", Retry: "Retry"}
+SECTIONS = {
+    ReasonOptions: "Options of a run",
+    Budget: "Budget",
+    Pacing: "Pacing",
+    Retry: "Retry",
+    BranchScoring: "Scoring",
+}
 ENTRY_POINT_GROUPS = {"sgl_apr.dialects", "sgl_apr.branch_prompts", "sgl_apr.chat_tasks"}
 NAMED_DEFAULTS = {"dialect"}  # the page describes these in words
 
@@ -57,7 +65,7 @@ def default_of(option: Field[object]) -> str:
         kind = type(option.default)
         assert option.default == kind()
         return f"{kind.__name__}()"
-    return f'"{option.default}"' if isinstance(option.default, str) else repr(option.default)
+    return json.dumps(option.default) if isinstance(option.default, str) else repr(option.default)
 
 
 @pytest.mark.parametrize("kind", SECTIONS, ids=lambda kind: kind.__name__)

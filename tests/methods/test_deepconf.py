@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.methods.confidence import token_confidence
 from sgl_apr.methods.deepconf import deepconf
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.task import SampledTask
 from sgl_apr.trajectory.calls import TokenLogprob, TopLogprobs
+from sgl_apr.trajectory.confidence import token_confidence
 
 
 def top(likely: float) -> TopLogprobs:

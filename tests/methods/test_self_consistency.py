@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sgl_apr as apr
-from sgl_apr.methods.confidence import GroupConfidence, token_confidence, trace_confidence
 from sgl_apr.methods.prompt import Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.self_consistency import PARALLELISM, TOP_LOGPROBS, self_consistency
@@ -27,6 +26,7 @@ from sgl_apr.methods.vote_stopping import (
 )
 from sgl_apr.methods.voting import vote
 from sgl_apr.trajectory.calls import TokenLogprob, TopLogprobs
+from sgl_apr.trajectory.confidence import GroupConfidence, token_confidence, trace_confidence
 
 
 class Digits(SampledTask[str]):

@@ -137,7 +137,7 @@ def test_failures_and_wrong_options():
     with pytest.raises(apr.EngineError, match="broken"):
         answered([failed, reply(4)], on_branch_failure="raise")
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"n": 0}, "n=0"), ({"keep": 0}, "keep=0"), ({"border": ""}, "border is empty"),
+        ({"n": 0}, "n=0"), ({"keep": 0}, "keep=0"), ({"border": ""}, "border=''"),
         ({"scorer": "value"}, "scorer='value'"), ({"timeout": 0}, "timeout=0"),
     ]  # fmt: skip
     for options, message in wrong:

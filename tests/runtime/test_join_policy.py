@@ -7,7 +7,7 @@ import re
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.runtime.request_runner import derive_seed
+from sgl_apr.runtime.seeds import derive_seed
 from tests.support import virtual_time
 from tests.support.threadweaver_traces import TAGS
 

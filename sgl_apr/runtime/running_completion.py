@@ -1,4 +1,4 @@
-"""A completion while it is decoded, for methods that end it early by what it has written."""
+"""A completion while it is decoded, for what ends it early by what it has written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ class RunningCompletion:
 
 
 def watched_request(
-    watch: Watch, request: Request, stream: IncrementalDetokenizer, sequence: SequenceState
+    watch: Watch,
+    request: Request,
+    stream: IncrementalDetokenizer,
+    sequence: SequenceState,
+    before: RunningCompletion | None = None,
 ) -> Request:
     """Let a function watch what a request decodes.
 
@@ -46,22 +50,23 @@ def watched_request(
         request: The request.
         stream: The text of the request.
         sequence: What decodes.
+        before: What an earlier request of the sequence has decoded, which the function sees too.
 
     Returns:
         The request to send in its place.
     """
-    running, emit = RunningCompletion(sequence), stream.emit
+    text, top_logprobs = (before.text, before.top_logprobs) if before else ("", [])
+    running, emit = RunningCompletion(sequence, text, [*top_logprobs]), stream.emit
 
     def receive(new: str) -> None:
         if emit:
             emit(new)
-        running.text = (
-            running.text[: stream.emitted_chars - len(new)] + new
-        )  # one that is repeated begins again
+        start = len(text) + stream.emitted_chars - len(new)  # one that is repeated begins again
+        running.text = running.text[:start] + new
         watch(running)
 
     def receive_top_logprobs(tokens: Sequence[TopLogprobs]) -> None:
-        running.top_logprobs[len(stream.received_ids) :] = tokens
+        running.top_logprobs[len(top_logprobs) + len(stream.received_ids) :] = tokens
 
     stream.emit = receive
     return replace(request, on_top_logprobs=receive_top_logprobs) if request.top_logprobs else request
