@@ -286,7 +286,7 @@ class MethodRequests:
         emit = self.recorder.events.delta_callback(sequence.path)
         stream = IncrementalDetokenizer(self.tokenizer, sequence.context, emit)
         if prompt.watch:
-            request = watched_request(prompt.watch, request, stream, sequence)
+            request = watched_request(engine, prompt.watch, request, stream, sequence)
         new = self._uncomputed_tokens(sequence.context)
         result, call = await self.runner.send_request(engine, sequence, "ask", new, request, stream, extend)
         ids = result.token_ids if result else tuple(stream.received_ids)

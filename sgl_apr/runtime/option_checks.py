@@ -180,7 +180,7 @@ def make_object(name: str, value: Any) -> Any:
         raise AprError(f"{name}={shorten(value)}, expected an object with fields of {kind.__name__}{also}")
     if kind is BranchScoring:
         check_option_names(value, [f.name for f in fields(kind)])
-        return kind(**value)
+        return kind(**drop_nulls(value))
     return kind(**check_types(value, number_types(kind), f"{name} "))
 
 

@@ -112,7 +112,9 @@ class RequestRunner:
         if engine and limits.max_new_tokens > 0 and not sequence.scope.cancel_reason:
             request = self.builder.phase_request(sequence, phase, numbering, limits, calls)
             if judge := self.judges.get(sequence):
-                request = watched_request(judge.watch, request, text, sequence, judge.running.get(sequence))
+                request = watched_request(
+                    engine, judge.watch, request, text, sequence, judge.running.get(sequence)
+                )
             result, call = await self.send_request(engine, sequence, phase, new, request, text, extend)
         cut = sequence.scope.cancel_reason if result is None else None
         if cut is None and (result is None or result.finish == "length"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from sgl_apr.engine.base import Request
+from sgl_apr.engine.base import Engine, Request
+from sgl_apr.engine.sglang_request import INTERVAL_PARAM
 from sgl_apr.runtime.detokenizer import IncrementalDetokenizer
 from sgl_apr.runtime.sequence import SequenceState
 from sgl_apr.trajectory.calls import TopLogprobs
 
+CHUNK_TOKENS = 4  # of a request that is watched: what is to end it is noticed so late
 Watch = Callable[["RunningCompletion"], None]
 
 
@@ -37,15 +39,17 @@ class RunningCompletion:
 
 
 def watched_request(
+    engine: Engine,
     watch: Watch,
     request: Request,
     stream: IncrementalDetokenizer,
     sequence: SequenceState,
     before: RunningCompletion | None = None,
 ) -> Request:
-    """Let a function watch what a request decodes.
+    """Let a function watch what a request decodes, in chunks that are not larger than `CHUNK_TOKENS` if the engine can.
 
     Args:
+        engine: Where the request will be sent.
         watch: The function.
         request: The request.
         stream: The text of the request.
@@ -69,4 +73,7 @@ def watched_request(
         running.top_logprobs[len(top_logprobs) + len(stream.received_ids) :] = tokens
 
     stream.emit = receive
+    default = getattr(engine, "default_interval", None)  # None where a request cannot set it
+    if default is not None and default > CHUNK_TOKENS:
+        request = replace(request, sampling={INTERVAL_PARAM: CHUNK_TOKENS, **request.sampling})
     return replace(request, on_top_logprobs=receive_top_logprobs) if request.top_logprobs else request

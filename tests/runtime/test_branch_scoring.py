@@ -103,6 +103,15 @@ def test_the_model_judges_its_branches_by_its_confidence():
     assert (options.logprobs, options.top_logprobs) == (True, 20)
 
 
+@pytest.mark.parametrize(("default", "sent"), [(32, 4), (2, None), (None, None)])
+def test_a_border_is_noticed_soon_on_a_server_with_large_chunks(default: int | None, sent: int | None):
+    script = Script()
+    script.engine.default_interval = default  # type: ignore[attr-defined]
+    assert outcomes(script.run()).count("aborted") == 3
+    intervals = [request.sampling.get("stream_interval") for request in script.engine.requests]
+    assert intervals.count(4) == (WIDTH if sent else 0)
+
+
 def slow(before: str, text: str) -> float:
     time.sleep(0.3)
     return 1.0

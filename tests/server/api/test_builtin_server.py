@@ -47,6 +47,20 @@ def test_the_width_holds_without_the_grammar(solver: Server):
 
 
 @pytest.mark.server
+def test_weak_branches_end_by_the_confidence_of_the_model(solver: Server):
+    body = {"prompt": PROBLEMS[0].prompt(width=4), "mode": "parallel", "temperature": 0}
+    response = requests.post(
+        f"{solver.url}/apr/generate", json={**body, "scoring": {"keep": 0.5}}, timeout=60
+    )
+    assert response.ok, response.text
+    trajectory = apr.Trajectory.from_dict(response.json())
+    outcomes = [branch.outcome for branch in trajectory.blocks[0].branches]
+    assert outcomes.count("ok") >= 1
+    assert "aborted" in outcomes
+    assert {limit.limit for limit in trajectory.limits} == {"value"}
+
+
+@pytest.mark.server
 @pytest.mark.parametrize(
     "options", [{}, {"apr": {}}, {"apr": {}, "stream": True}], ids=["stock", "apr", "stream"]
 )

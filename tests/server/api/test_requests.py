@@ -44,7 +44,7 @@ def test_every_kind_of_option_is_taken():
         {
             "dialect": "multiverse", "budget": {"tokens": 500, "seconds": 2, "depth": 2}, "join": "text",
             "policy": "quorum:2", "mode": "parallel", "min_width": 2, "on_branch_failure": "raise", "seed": 7,
-            "retry": {"attempts": 1}, "pacing": {"max_parallel": 2}, "temperature": 0, "sampling": {"top_p": 0.5},
+            "retry": {"attempts": 1}, "scoring": {"keep": 0.25, "threshold": None, "border": None}, "pacing": {"max_parallel": 2}, "temperature": 0, "sampling": {"top_p": 0.5},
             "cache_salt": "s", "priority": 3, "forbid_angle_brackets": True, "max_blocks": None,
         }
     )  # fmt: skip
@@ -58,6 +58,7 @@ def test_every_kind_of_option_is_taken():
         True,
     )
     assert (made.retry, made.pacing) == (apr.Retry(attempts=1), apr.Pacing(max_parallel=2))
+    assert made.scoring == apr.BranchScoring(keep=0.25)
     assert made.sampling == {"temperature": 0, "top_p": 0.5}
     assert made.request_fields == {"cache_salt": "s", "priority": 3}
 
@@ -85,6 +86,10 @@ WRONG = [
     ({"dialect": "../../etc/passwd"}, apr.GrammarError, "expected one of apr, asyncthink"),
     ({"dialect": {}}, apr.GrammarError, "no dialect"),
     ({"retry": {"attempts": 10**9}}, apr.AprError, "at most 10"),
+    ({"scoring": {"scorer": "http://10.0.0.1/score"}}, apr.AprError, "expected a function of the problem and a text, or"),
+    ({"scoring": {"keep": "half"}}, apr.AprError, "keep='half', expected a number"),
+    ({"scoring": {"keeps": 0.5}}, apr.AprError, "keeps"),
+    ({"scoring": []}, apr.AprError, "expected an object with fields of BranchScoring"),
     ({"pacing": {"min_speedup": 0}}, apr.AprError, "min_speedup"),
     ({"lora_path": 3}, apr.AprError, "lora_path=3, expected a string"),
 ]  # fmt: skip
