@@ -1,4 +1,4 @@
-"""Recursive language models: a model writes programs that read its prompt and ask models about parts of it."""
+"""Recursive language models: a model reads its prompt by programs that ask models about parts of it, or by fixed parts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError, CodeForbidden
+from sgl_apr.methods.context_parts import answer_by_parts
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.sandbox.process import Sandbox, SandboxLimits
@@ -16,6 +17,7 @@ from sgl_apr.methods.session import MethodSession, method_session
 from sgl_apr.methods.task import ProgramTask, Task, require_family
 from sgl_apr.runtime.branch_group import gather
 
+BY_PARTS = "recursive-by-parts"  # the label without programs
 OPENING_FENCE, FENCE = re.compile(r"```repl[ \t]*\n"), "```"
 FINAL = re.compile(r"^[ \t]*FINAL\(", re.MULTILINE)
 END_OF_CALL = re.compile(r"\)[ \t]*$", re.MULTILINE)
@@ -48,6 +50,7 @@ async def recursive(
     *,
     task: Task[Any],
     allow_code: bool = False,
+    part_tokens: int | None = None,
     depth: int = 1,
     iterations: int = 30,
     queries: int = 100,
@@ -63,11 +66,15 @@ async def recursive(
     it or a program gives the answer. If neither does, it is asked for the answer, as in the published code. The prompts
     are shorter versions of those in that code.
 
+    With `part_tokens` no program is written: the text is read in parts of that size, by sub-calls in parallel, whose
+    notes are read in turn. The label of the result says so.
+
     Args:
         engine: The engine that decodes.
         problem: A problem of the task.
         task: A `ProgramTask`.
         allow_code: Whether programs of the model may run, in a sandbox.
+        part_tokens: Tokens of a part that one sub-call reads. None lets programs cut the text.
         depth: 0: programs cannot ask models. 1: they can ask models that only reply (the paper's, section 3.2).
             More: also models that write programs themselves.
         iterations: Replies of each program-writing model, at most (30 in the published code).
@@ -78,15 +85,24 @@ async def recursive(
         options: Those of `MethodSession`.
 
     Raises:
-        CodeForbidden: Without `allow_code=True`.
+        CodeForbidden: Without `allow_code=True` or `part_tokens`.
         Inapplicable: If the task is no `ProgramTask`.
         SandboxUnavailable: If this machine cannot isolate programs.
     """
     programmable = require_family(task, ProgramTask)
     question, text = programmable.program(problem)
+    if part_tokens is not None:
+        if part_tokens < 1 or reply_tokens < 1:
+            raise AprError(f"part_tokens={part_tokens}, reply_tokens={reply_tokens}, expected at least 1")
+        async with method_session(engine, "", "recursive", **options) as session:
+            answer = await answer_by_parts(
+                session, programmable, question, text, part_tokens=part_tokens, reply_tokens=reply_tokens
+            )
+            return MethodResult("recursive", task.answer(answer.text), session.finish(), label=BY_PARTS)
     if not allow_code:
         raise CodeForbidden(
-            "recursive runs Python that the model writes: pass allow_code=True, and a sandbox runs it"
+            "recursive runs Python that the model writes: pass allow_code=True, and a sandbox runs it; or part_tokens, "
+            "and sub-calls read parts of that size"
         )
     minimums = (("depth", depth, 0), ("iterations", iterations, 1), ("concurrency", concurrency, 1))
     for name, value, minimum in minimums:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.tasks.countdown.problems import Split
-from sgl_apr.evaluation.tasks.ledger import LedgerTask, generate_ledgers, lines_of
+from sgl_apr.evaluation.tasks.ledger import TOKENS_PER_LINE, LedgerTask, generate_ledgers, lines_of
+from sgl_apr.runtime.budget import Budget
 
+ANSWER_TOKENS = 4096  # of the budget, beside those of the text
 TRAIN_SEEDS = 1_000_000  # ledgers of these seeds and above are of the split "train"
 
 
@@ -31,4 +33,5 @@ def ledger(size: str, limit: int, split: Split = "test", seed: int = 0) -> Bench
     def is_correct(case: Case, answer: str) -> bool:
         return answers[case.problem] == answer.strip()
 
-    return Benchmark(f"ledger:{size}", cases, LedgerTask, is_correct)
+    budget = Budget(tokens=ANSWER_TOKENS + 2 * lines * TOKENS_PER_LINE)  # sub-calls pay for what they read
+    return Benchmark(f"ledger:{size}", cases, LedgerTask, is_correct, budget)
