@@ -3,7 +3,8 @@
 python -m benchmarks.quality.speculative_search [--model builtin:spawn] [--limit 30] [--json] [--check]
 
 Both search the same held-out problems of four numbers with the same seeds, one at a time and taking turns, so that a problem's two times are
-measured under the same conditions.
+measured under the same conditions. The trees are narrow (--breadth, --proposals, --evaluations): speculation uses what an engine has free, and a wide
+tree leaves nothing of two cores.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ from sgl_apr.training.models import locate_model
 METHODS = ("tree_of_thoughts", "spex")
 BUDGET = apr.Budget(tokens=1_000_000)  # none that matters
 SPEEDUP = 1.2  # at least
+TREE = {"breadth": 2, "proposals": 1, "evaluations": 1}
 
 
-async def measure(url: str, problems: Sequence[Problem]) -> list[dict[str, tuple[MethodResult, float]]]:
+async def measure(
+    url: str, problems: Sequence[Problem], tree: dict[str, int]
+) -> list[dict[str, tuple[MethodResult, float]]]:
     """For each problem, the result and the seconds of both methods, the first of which alternates."""
     measured = []
     async with await apr.HttpEngine.connect(url) as engine:
@@ -45,7 +49,7 @@ async def measure(url: str, problems: Sequence[Problem]) -> list[dict[str, tuple
             pair = {}
             for name in METHODS if number % 2 else METHODS[::-1]:
                 began = time.monotonic()
-                result = await method(name)(engine, problem, task=task, budget=BUDGET, seed=number)
+                result = await method(name)(engine, problem, task=task, budget=BUDGET, seed=number, **tree)
                 pair[name] = result, time.monotonic() - began
             measured.append(pair)
     return measured
@@ -102,16 +106,22 @@ def main() -> int:
     )
     parser.add_argument("--model", default="builtin:spawn", help="default: %(default)s")
     parser.add_argument("--limit", type=int, default=30, help="problems (default: %(default)s)")
+    for name, default in TREE.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{name} of the tree (default: {default})"
+        )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    tree = {name: getattr(options, name) for name in TREE}
     problems = list(generate_problems(options.limit, "test", numbers=(4,)))
     with Server(locate_model(options.model), **SERVER_OPTIONS) as server:
-        pairs = asyncio.run(measure(server.url, problems))
+        pairs = asyncio.run(measure(server.url, problems, tree))
     result = {
         "hardware": hardware(),
         "model": options.model,
         "problems": options.limit,
+        **tree,
         **summary(problems, pairs),
     }
     missed = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from sgl_apr.engine.base import Engine
@@ -35,8 +36,9 @@ async def spex(
     """Tree of thoughts by breadth-first search, with speculative expansion (SPEX, arXiv 2605.10195).
 
     It searches the tree that `tree_of_thoughts` searches with the same seed, and waits less: a state is judged as soon as it
-    is proposed, and expanded as soon as it is likely to be among the best of its level. Expansions of states that turn out
-    not to be are cut. The label of the result says how many there were, and how many tokens they had written.
+    is proposed, and the most promising states of a level are expanded before all are judged. Expansions of states that turn
+    out not to be among the best are cut. The label of the result says how many there were, and how many tokens they had
+    written. It pays where the engine is not full: elsewhere it takes time from what is needed.
 
     Args:
         engine: The engine that decodes.
@@ -45,8 +47,8 @@ async def spex(
         breadth: States that are kept at each level.
         proposals: Samples of the next step from each state.
         evaluations: Samples of the value of each state.
-        speculation: How many states of a level may be expanded before all are judged. It bounds the work that is lost: that
-            many times `proposals` times the tokens of a step.
+        speculation: How many states of a level are expanded before all are judged. It bounds the work that is lost: that many
+            times `proposals` times the tokens of a step.
         temperature: Sampling temperature.
         options: Those of `MethodSession`.
 
@@ -106,33 +108,43 @@ class LevelRanking:
                 nodes.setdefault(child.state, child)
         return list(nodes.values())
 
-    def likely_winners(self) -> list[SearchNode]:
-        """The nodes whose expected rank is one that is kept, best first.
+    def by_expected_rank(self) -> list[SearchNode]:
+        """The nodes so far, the most promising first; those that cannot be kept any more are left out.
 
         The expected rank of a node counts the known values that beat its own, and for each value that is not known the
         chance that it does, by Laplace's rule of succession from the known ones. Parents that are not expanded yet are
-        taken to have as many children as the others. A node without a value can only be told to win where all do.
+        taken to have as many children as the others. A node whose own value is not known may have any of the known ones.
         """
         nodes = self.known()
-        missing = len(nodes) * (len(self.parents) / len(self.children) - 1) if self.children else 0.0
-        if len(self.children) == len(self.parents) and len(nodes) <= self.breadth:
+        if not self.values:
             return nodes
-        ranks = [
-            (self._expected_rank(k, nodes, missing), k) for k, n in enumerate(nodes) if n.state in self.values
-        ]
-        return [self.values[nodes[k].state] for rank, k in sorted(ranks) if rank < self.breadth]
-
-    def _expected_rank(self, k: int, nodes: Sequence[SearchNode], missing: float) -> float:
-        value = self.values[nodes[k].state].value
-        others = [node.value for state, node in self.values.items() if state != nodes[k].state]
-        above, equal = sum(v > value for v in others), sum(v == value for v in others)
-        rank = (missing * (above + equal + 1) / (len(others) + 2)) if missing else 0.0
+        missing = len(nodes) * (len(self.parents) / len(self.children) - 1)
+        ranks = []
         for place, node in enumerate(nodes):
-            if node.state in self.values:
-                other = self.values[node.state].value
-                rank += other > value or (other == value and place < k)
+            known = self.values.get(node.state)
+            values = [known.value] if known else [each.value for each in self.values.values()]
+            ranks.append((fmean(self._rank(place, value, nodes, missing) for value in values), place))
+        return [nodes[place] for _, place in sorted(ranks) if not self.is_lost(nodes[place].state)]
+
+    def is_lost(self, state: Hashable) -> bool:
+        """Whether as many nodes as are kept have higher values."""
+        own = self.values.get(state)
+        return (
+            own is not None and sum(each.value > own.value for each in self.values.values()) >= self.breadth
+        )
+
+    def _rank(self, place: int, value: float, nodes: Sequence[SearchNode], missing: float) -> float:
+        """The expected rank of the node in a place, if it has a value."""
+        others = [each.value for state, each in self.values.items() if state != nodes[place].state]
+        above, equal = sum(v > value for v in others), sum(v == value for v in others)
+        rank = missing * (above + equal + 1) / (len(others) + 2)
+        for k, node in enumerate(nodes):
+            if k == place:
+                continue
+            if known := self.values.get(node.state):
+                rank += known.value > value or (known.value == value and k < place)
             else:
-                rank += (above + equal * (place < k) + 1) / (len(others) + 2)
+                rank += (above + equal * (k < place) + 1) / (len(others) + 2)
         return rank
 
 
@@ -178,7 +190,9 @@ class _Search:
 
         def speculate() -> None:
             nonlocal started
-            for likely in ranking.likely_winners():
+            for state in [state for state in self.expansions if ranking.is_lost(state)]:
+                self.cut(state)
+            for likely in ranking.by_expected_rank():
                 if (
                     started < speculation
                     and likely.state not in self.expansions
@@ -221,10 +235,14 @@ class _Search:
         """Cut the expansions that nobody needs any more."""
         needed = {node.state for node in level}
         for state in [state for state in self.expansions if state not in needed]:
+            self.cut(state)
+
+    def cut(self, state: Hashable) -> None:
+        """Cut the expansion of a state that is not among the best of its level."""
+        if self.expansions[state].scope.expects_cancel:
             expansion = self.expansions.pop(state)
-            if expansion.scope.expects_cancel:
-                expansion.scope.cancel("aborted", LIMIT)
-                self.lost.append(expansion)
+            expansion.scope.cancel("aborted", LIMIT)
+            self.lost.append(expansion)
 
     @property
     def label(self) -> str:

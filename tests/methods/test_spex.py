@@ -14,7 +14,9 @@ import pytest
 import sgl_apr as apr
 from sgl_apr.methods.prompt import Completion, Prompt
 from sgl_apr.methods.registry import MethodResult, method
+from sgl_apr.methods.spex import LevelRanking
 from sgl_apr.methods.task import ValuedSearchTask
+from sgl_apr.methods.tree_search import SearchNode
 
 
 class Words(ValuedSearchTask[str, str]):
@@ -94,7 +96,8 @@ def slow_judge(request: apr.Request, prompt: str) -> apr.Reply:
 def test_likely_winners_do_not_wait_for_the_last_value():
     def seconds(name: str) -> float:
         began = time.monotonic()
-        result, asked, _ = search(name, slow_judge, proposals=1, evaluations=1)
+        bound = {"speculation": 2} if name == "spex" else {}
+        result, asked, _ = search(name, slow_judge, proposals=1, evaluations=1, **bound)
         assert (result.answer, result.label) == ("axx", "exact")
         assert asked["next of 'c': "] + asked["next of 'd': "] == 0
         return time.monotonic() - began
@@ -120,6 +123,37 @@ def test_what_is_expanded_in_vain_is_cut_and_counted():
     assert "speculation" in {limit.limit for limit in result.trajectory.limits}
     plain, _, _ = search("tree_of_thoughts", misleading, proposals=1, evaluations=1)
     assert result.metrics.decoded_tokens == plain.metrics.decoded_tokens + tokens
+
+
+def ranking(values: dict[str, float | None], breadth: int = 2, parents: int = 1) -> LevelRanking:
+    """A level whose first parent has these children, with the values that are known."""
+    level = LevelRanking([str(k) for k in range(parents)], breadth)
+    level.children["0"] = [SearchNode(state) for state in values]
+    known = {state: SearchNode(state, value=value) for state, value in values.items() if value is not None}
+    level.values.update(known)
+    return level
+
+
+def test_states_are_ranked_by_what_is_known_of_them():
+    def order(*args: Any) -> str:
+        return "".join(node.state for node in ranking(*args).by_expected_rank())
+
+    assert order({"a": None, "b": None, "c": None}) == "abc"  # nothing is known: in order
+    assert order({"a": 0.0, "b": 1.0, "c": 1.0}) == "bc"  # a cannot be kept
+    assert order({"a": 0.0, "b": None, "c": 1.0}) == "cba"  # b may be as good as c, or as bad as a
+    assert order({"a": 1.0, "b": 0.5, "c": None, "d": 0.0}, 3) == "abcd"
+    assert order({"a": 0.5, "b": 0.5, "c": 0.5}) == "abc"
+    assert order({}) == ""
+
+
+def test_a_state_is_lost_once_enough_others_have_higher_values():
+    level = ranking({"a": 1.0, "b": 0.5, "c": 0.5, "d": None}, breadth=2, parents=2)
+    assert not level.is_lost("b"), "one is better"
+    level.values["d"] = SearchNode("d", value=0.75)
+    assert level.is_lost("b")
+    assert level.is_lost("c")
+    assert not level.is_lost("d")
+    assert not level.is_lost("unknown")
 
 
 def test_speculation_is_bounded():
