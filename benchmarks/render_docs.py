@@ -97,6 +97,10 @@ SECTIONS: dict[str, Section] = {
         "Votes that end early",
         "How many calls a vote saves that ends when its leader is likely to win, against the same vote of all chains.",
     ),
+    "quality.long_context": Section(
+        "Long texts with and without recursion",
+        "Questions about generated ledgers: one prompt with all of the text, or sub-calls that read its parts (`recursive(part_tokens=...)`).",
+    ),
     "quality.speculative_search": Section(
         "Speculative tree search",
         "`spex` against `tree_of_thoughts` with the same tree: one problem at a time, both with the same seeds.",
@@ -202,6 +206,11 @@ SECTIONS: dict[str, Section] = {
         "three numbers and 1,500 with four, each with 1 to 6 solutions, decoded greedily. The page about "
         "[Countdown](countdown.md) explains the models and the results.",
         figures.countdown,
+    ),
+    "quality.method_curves": Section(
+        "Methods at equal budgets and deadlines",
+        "Every method under budgets of 256 to 8,192 tokens and under deadlines of 2 to 16 seconds, with paired tests against the best. Its curves are "
+        "for the page about [methods](methods.md).",
     ),
     "quality.methods": Section(
         "Methods",

@@ -50,6 +50,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.laten
     ),
     "quality.stated_width": ("--dialects", "multiverse,spawn", "--check"),
     "quality.schools": ("-o", "docs/schools.png"),
+    "quality.method_curves": ("-o", "docs/method-curves.svg", "--check"),
     "agents": ("--check",),
     "gpu_acceptance": ("--device", "cpu"),
     "budgets": ("--check", "--at-once", "200", "-o", "runs/budgets"),
