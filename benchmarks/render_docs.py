@@ -103,7 +103,9 @@ SECTIONS: dict[str, Section] = {
     ),
     "quality.speculative_search": Section(
         "Speculative tree search",
-        "`spex` against `tree_of_thoughts` with the same tree: one problem at a time, both with the same seeds.",
+        "`spex` against `tree_of_thoughts` with the same tree: one problem at a time, both with the same seeds. The tree is narrow (2 states of a "
+        "level, one proposal and one evaluation of each), since speculation uses what the engine has free.",
+        model_figures.speculative_search,
     ),
     "quality.language_model": Section(
         "A language model that forks",

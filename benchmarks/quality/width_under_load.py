@@ -50,18 +50,17 @@ async def answer(engine: apr.HttpEngine, problem: Problem, way: str, dialect: st
 
 
 async def measure(
-    url: str, dialect: str, problems: Sequence[Problem], at_once: int, way: str
+    engine: apr.HttpEngine, dialect: str, problems: Sequence[Problem], at_once: int, way: str
 ) -> dict[str, Any]:
     """The figures of one way with some problems at once."""
     gate = asyncio.Semaphore(at_once)
-    async with await apr.HttpEngine.connect(url) as engine:
 
-        async def next_answer(problem: Problem) -> tuple[Attempt, float]:
-            async with gate:
-                return await answer(engine, problem, way, dialect)
+    async def next_answer(problem: Problem) -> tuple[Attempt, float]:
+        async with gate:
+            return await answer(engine, problem, way, dialect)
 
-        began = time.monotonic()
-        answers = await gather(map(next_answer, problems))
+    began = time.monotonic()
+    answers = await gather(map(next_answer, problems))
     correct = [float(attempt.correct) for attempt, _ in answers]
     metrics = [attempt.trajectory.metrics() for attempt, _ in answers]
     forks = [len(block.branches) for attempt, _ in answers for block in attempt.trajectory.blocks]
@@ -103,13 +102,21 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     problems = list(generate_problems(options.limit, "test", numbers=(4,)))
-    rows = []
-    with Server(locate_model(options.model), **SERVER_OPTIONS) as server:
-        asyncio.run(measure(server.url, options.dialect, problems[:16], 16, "free"))  # warm up
-        for at_once in map(int, options.at_once.split(",")):
-            rows += [
-                asyncio.run(measure(server.url, options.dialect, problems, at_once, way)) for way in WAYS
+    loads = [*map(int, options.at_once.split(","))]
+
+    async def measure_all(url: str) -> list[dict[str, Any]]:
+        async with await apr.HttpEngine.connect(
+            url
+        ) as engine:  # one client, which knows the steps of the engine
+            await measure(engine, options.dialect, problems[:16], 16, "free")  # warm up
+            return [
+                await measure(engine, options.dialect, problems, at_once, way)
+                for at_once in loads
+                for way in WAYS
             ]
+
+    with Server(locate_model(options.model), **SERVER_OPTIONS) as server:
+        rows = asyncio.run(measure_all(server.url))
     busiest = {row["way"]: row for row in rows if row["at_once"] == max(each["at_once"] for each in rows)}
     missed = []
     if busiest["told"]["median_s"] >= busiest["free"]["median_s"]:

@@ -204,23 +204,32 @@ class Load:
     def step_s(self, running: int) -> float | None:
         """Estimate the seconds of a decoding step with `running` requests.
 
-        Linear interpolation between the two nearest measurements. Below the lowest measurement, its value. Above the
-        highest, the last line extended if it rises, but at most in proportion to the requests.
+        Linear interpolation between the two nearest measurements. Beyond them, the nearest line extended if it rises, but
+        at most in proportion to the requests. A client of a busy server so knows about what a single request would take.
 
         Returns:
             Seconds, or None if too little was measured.
         """
         if not self.steps or (len(self.steps) == 1 and running > 2 * self.steps[0][0]):
             return None
-        (lowest, seconds), slope = self.steps[0], 0.0
-        if running <= lowest:
-            return seconds
+        slope = 0.0
+        if running <= self.steps[0][0]:
+            return self._step_below(running)
         for (low, before), (high, after) in pairwise(self.steps):
             slope = (after - before) / (high - low)
             if running <= high:
                 return before + slope * (running - low)
         highest, seconds = self.steps[-1]
         return seconds + min(max(slope, 0.0), seconds / highest) * (running - highest)
+
+    def _step_below(self, running: int) -> float:
+        """The same for no more requests than the lowest measurement has."""
+        lowest, seconds = self.steps[0]
+        if len(self.steps) == 1:
+            return seconds
+        next_lowest, longer = self.steps[1]
+        slope = (longer - seconds) / (next_lowest - lowest)
+        return seconds - min(max(slope, 0.0), seconds / lowest) * (lowest - running)
 
 
 class Engine(Protocol):

@@ -98,8 +98,16 @@ def test_pairs_ascend_whatever_was_heard():
 
 def test_between_and_beyond_what_was_measured():
     load = measured((2.0, 0.010), (6.0, 0.030), (14.0, 0.050))
-    expected = {1: 0.010, 2: 0.010, 4: 0.020, 6: 0.030, 10: 0.040, 14: 0.050, 22: 0.070}
+    expected = {1: 0.005, 2: 0.010, 4: 0.020, 6: 0.030, 10: 0.040, 14: 0.050, 22: 0.070}
     assert {n: load.step_s(n) for n in expected} == pytest.approx(expected)
+
+
+def test_below_the_first_the_line_goes_on_but_no_faster_than_the_requests():
+    busy = measured((32.0, 0.020), (96.0, 0.036))  # a client that has only seen a busy server
+    assert busy.step_s(32) == pytest.approx(0.020)
+    assert busy.step_s(1) == pytest.approx(0.020 - 31 * 0.016 / 64)
+    assert measured((10.0, 0.010), (12.0, 0.100)).step_s(1) == pytest.approx(0.001), "in proportion at most"
+    assert measured((10.0, 0.020), (20.0, 0.010)).step_s(1) == pytest.approx(0.020), "never more"
 
 
 def test_beyond_the_last_steps_take_no_less_time():
