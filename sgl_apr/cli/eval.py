@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgl_apr.cli.eval_arguments import AT_ONCE, COST_FILE, TIMED_PROBLEMS, add_arguments, parse_methods
+from sgl_apr.cli.method_options import check_methods, options_of
 from sgl_apr.errors import AprError
 
 if TYPE_CHECKING:
@@ -84,12 +85,17 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from sgl_apr.evaluation.store import SUMMARY_FILE, open_evaluation
     from sgl_apr.evaluation.sweep import compare_with_best
     from sgl_apr.evaluation.timing import load_or_measure_cost
+    from sgl_apr.methods.registry import check_arguments
     from sgl_apr.server.launch.launcher import Server
     from sgl_apr.training.models import locate_model
 
     methods = parse_methods(options.methods)
+    check_methods(options.option, methods)
     tasks = [benchmark(name, options.limit, options.split, options.seed) for name in options.tasks]
     evaluations = _evaluations(options, tasks)
+    if options.option:
+        for name in methods:
+            check_arguments(name, tasks[0].task, options_of(name, options.option))
     results: list[tuple[_Evaluation, list[MethodResults]]] = []
     summaries: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -185,7 +191,7 @@ def _settings(options: argparse.Namespace, evaluation: _Evaluation) -> dict[str,
         "task": task.name, "model": options.model or options.url, "limit": options.limit, "split": options.split,
         "seed": options.seed, "temperature": options.temperature, "budget": asdict(task.budget),
         "at_once": evaluation.at_once,
-    }  # fmt: skip
+    } | ({"options": [asdict(option) for option in options.option]} if options.option else {})  # fmt: skip
 
 
 def _task_directories(out: Path | None, tasks: Sequence[Benchmark]) -> list[Path | None]:
@@ -219,6 +225,7 @@ async def _run(
         method_options["temperature"] = options.temperature or 0.0
     if options.allow_code and method == "recursive":
         method_options["allow_code"] = True
+    method_options |= options_of(method, options.option)
     with Progress(console=Console(stderr=True)) as progress:
         attempts, total = store.attempts.get(method, {}), len(task.cases)
         done = sum(key in attempts for key in task.keyed_cases)

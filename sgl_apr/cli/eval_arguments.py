@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, parse_budget, parse_count
+from sgl_apr.cli.method_options import add_method_options
 from sgl_apr.errors import AprError
 from sgl_apr.methods.registry import METHOD_MODULES
 from sgl_apr.runtime.value_checks import unknown_name
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="limits of each reply (default: tokens=6000,width=16,branch_tokens=160 for countdown and game24, tokens=4096 "
         "for others)",
     )
+    add_method_options(parser)
     parser.add_argument(
         "--sweep",
         action="append",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sgl_apr.cli.arguments import ALLOW_CODE_HELP, add_api_key, load_dialect, parse_budget
 from sgl_apr.cli.display import print_trajectory
 from sgl_apr.cli.live_server import live_server
+from sgl_apr.cli.method_options import add_method_options, check_methods, options_of
 from sgl_apr.cli.tool_options import add_tool_arguments, connect_tools, load_tool_arguments
 from sgl_apr.errors import AprError, UnsupportedEngine
 from sgl_apr.methods.registry import METHOD_MODULES
@@ -76,6 +77,7 @@ def add_command(commands: Any) -> None:
         help="how a method puts the question (default: %(default)s)",
     )
     parser.add_argument("--allow-code", action="store_true", help=ALLOW_CODE_HELP)
+    add_method_options(parser)
     parser.add_argument(
         "--budget",
         type=parse_budget,
@@ -115,6 +117,8 @@ def _run(options: argparse.Namespace) -> int:
 
     if not options.question.strip():
         raise AprError("the question is empty, expected text")
+    if options.option and not options.method:
+        raise AprError("--option is for --method")
     answer = _method_call(options) if options.method else _reason_call(options)
     with live_server(options, options.question) as view:
         result = asyncio.run(_connect_and_answer(options, answer, view))
@@ -213,6 +217,8 @@ def _method_call(options: argparse.Namespace) -> Answer:
         arguments["tool_choice"] = options.tool_choice
     if options.tool_call_parser:
         arguments["tool_call_parser"] = options.tool_call_parser
+    check_methods(options.option, [options.method])
+    arguments |= options_of(options.method, options.option)
     check_arguments(options.method, task, arguments)
 
     async def answer(engine: Engine, on_event: OnEvent | None, tools: Sequence[Tool]) -> MethodResult:

@@ -255,3 +255,41 @@ def test_a_sweep_evaluates_under_each_limit(
     assert [e["rows"][0]["total_tokens"] for e in again] == [e["rows"][0]["total_tokens"] for e in summaries]
     assert main(["eval", task, "--url", url, "--sweep", "width=1,2"]) == 1
     assert "expected one of tokens, critical_tokens, calls, seconds" in capsys.readouterr().err
+
+
+def test_options_of_methods(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    task = problems(tmp_path / "halves.jsonl", 2)
+    argv = [
+        "eval",
+        task,
+        "--url",
+        url,
+        "--methods",
+        "self_consistency,sequential",
+        "--json",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main([*argv, "--option", "self_consistency.n=3", "--option", "self_consistency.stop=beta"]) == 0
+    several, one = json.loads(capsys.readouterr().out)["rows"]
+    assert several["engine_calls"] >= 3
+    assert one["engine_calls"] == 1
+    head = json.loads((tmp_path / "out" / RUN_FILE).read_text().splitlines()[0])
+    assert [(o["method"], o["name"], o["value"]) for o in head["options"]] == [
+        ("self_consistency", "n", 3),
+        ("self_consistency", "stop", "beta"),
+    ]
+    assert main(argv) == 1, "another evaluation"
+    assert "options" in capsys.readouterr().err
+    for wrong, message in (
+        ("self_consistency.m=3", "m"),
+        ("n=3", "'n'"),  # sequential has none
+        ("mcts.width=3", "expected an option of self_consistency, sequential"),
+        ("self_consistency.n=many", "n='many'"),
+    ):
+        assert main([*argv[:-2], "--option", wrong]) == 1
+        assert message in capsys.readouterr().err
+    for wrong in ("n", "budget=3", ".=1", "x.temperature=1"):
+        with pytest.raises(SystemExit):
+            main([*argv, "--option", wrong])
+        assert "--option" in capsys.readouterr().err
