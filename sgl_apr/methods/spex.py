@@ -18,6 +18,7 @@ from sgl_apr.methods.tree_search import SearchModel, SearchNode
 from sgl_apr.runtime.branch_group import first_error
 from sgl_apr.runtime.cancel_scope import CancelScope
 
+LABEL = "spex-style"  # of the three techniques of the paper it has one
 LIMIT = "speculation"  # what ends an expansion that was started in vain, in `Trajectory.limits`
 
 
@@ -39,6 +40,10 @@ async def spex(
     is proposed, and the most promising states of a level are expanded before all are judged. Expansions of states that turn
     out not to be among the best are cut. The label of the result says how many there were, and how many tokens they had
     written. It pays where the engine is not full: elsewhere it takes time from what is needed.
+
+    Of the paper's three techniques this is the first, speculative path selection. States are ranked by the values that are
+    known so far (`LevelRanking`, our rule). What is speculated is not shared out among queries, and no branch ends before its
+    level is judged, so that the tree stays that of `tree_of_thoughts`.
 
     Args:
         engine: The engine that decodes.
@@ -254,7 +259,7 @@ class _Search:
             for reply in replies
         )
         count = len(self.lost)
-        return f"exact, {count} of its expansions in vain ({tokens} tokens decoded)" if count else "exact"
+        return f"{LABEL}, {count} of its expansions in vain ({tokens} tokens decoded)" if count else LABEL
 
     def is_solution(self, node: SearchNode) -> bool:
         return self.task.solution(node.state) is not None

@@ -79,7 +79,7 @@ def test_the_tree_is_that_of_tree_of_thoughts(seed: int):
     assert more.total() <= 3 * 2 * 5  # proposals, levels, speculation
     without, asked_without, _ = search("spex", seed=seed, speculation=0)
     assert (without.answer, asked_without) == (plain.answer, asked)
-    assert without.label == "exact"
+    assert without.label == "spex-style"
 
 
 VALUES = {"a": 9, "b": 8, "c": 7, "d": 1}
@@ -98,7 +98,7 @@ def test_likely_winners_do_not_wait_for_the_last_value():
         began = time.monotonic()
         bound = {"speculation": 2} if name == "spex" else {}
         result, asked, _ = search(name, slow_judge, proposals=1, evaluations=1, **bound)
-        assert (result.answer, result.label) == ("axx", "exact")
+        assert (result.answer, result.label) == ("axx", "spex-style")
         assert asked["next of 'c': "] + asked["next of 'd': "] == 0
         return time.monotonic() - began
 
@@ -117,7 +117,7 @@ def test_what_is_expanded_in_vain_is_cut_and_counted():
     assert (result.answer, result.score) == ("axx", 5.0)
     lost = [s for s in ("c", "d") if asked[f"next of {s!r}: "]]
     assert lost
-    assert result.label.startswith(f"exact, {len(lost)} of its expansions in vain (")
+    assert result.label.startswith(f"spex-style, {len(lost)} of its expansions in vain (")
     tokens = int(result.label.rpartition("(")[2].split()[0])
     assert 0 < tokens < 20 * len(lost)
     assert "speculation" in {limit.limit for limit in result.trajectory.limits}
