@@ -36,11 +36,11 @@ class Script:
     def __call__(self, request: apr.Request, prompt: str) -> apr.Reply:
         if found := re.search(r"<Thread>\n(\d):([^<]*)$", prompt):
             k = int(found[1])
-            thoughts = f"q{QUALITY[k]}\n" * 3 + "x" * self.letters + "</Thread>"
+            thoughts = f"........q{QUALITY[k]}\n" * 3 + "x" * self.letters + "</Thread>"
             error = apr.EngineError("boom", 400) if k in self.failing else None
             likely = sure(0.5 + QUALITY[k] / 20)
             thoughts = "" if error else thoughts.removeprefix(found[2])
-            return apr.Reply(thoughts, delay=0.02, error=error, top_logprobs=likely)
+            return apr.Reply(thoughts, delay=0.01, error=error, top_logprobs=likely)
         return apr.Reply(FORK if "<Parallel>" not in prompt else "</Parallel>Done.", delay=0.0)
 
     def run(self, scorer: Any = None, **options: Any) -> apr.Trajectory:
