@@ -1,6 +1,6 @@
 """How many calls a vote that ends early saves, and whether it loses anything: paired with the complete vote, on Countdown.
 
-python -m benchmarks.quality.early_votes [--model builtin] [--limit 200] [--n 16] [--at-once 16] [--json] [--check]
+python -m benchmarks.quality.early_votes [--model builtin] [--limit 200] [--n 16] [--at-once 16] [--ways beta,cges] [--json] [--check]
 
 The model samples chains without forks. Each way answers the same held-out problems with the same seeds, so that an early vote has the
 first chains of the complete one.
@@ -12,11 +12,13 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import sgl_apr as apr
@@ -31,8 +33,9 @@ from sgl_apr.runtime.branch_group import gather
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import locate_model
 
+ALL, EARLY = "all chains", ("beta", "dirichlet", "cges")
 WAYS: dict[str, dict[str, Any]] = {
-    "all chains": {},
+    ALL: {},
     "beta": {"stop": "beta"},
     "dirichlet": {"stop": "dirichlet"},
     "cges": {"stop": "cges"},
@@ -42,7 +45,12 @@ CALLS_SAVED = 0.4  # at least
 
 
 async def answer_all(
-    url: str, problems: Sequence[Problem], n: int, at_once: int, options: dict[str, Any]
+    url: str,
+    problems: Sequence[Problem],
+    n: int,
+    at_once: int,
+    options: dict[str, Any],
+    on_answer: Callable[[], None],
 ) -> list[MethodResult]:
     """The results of a vote on each problem, whose number is its seed."""
     gate = asyncio.Semaphore(at_once)
@@ -51,19 +59,26 @@ async def answer_all(
 
         async def answer(number: int, problem: Problem) -> MethodResult:
             async with gate:
-                return await method("self_consistency")(
+                result = await method("self_consistency")(
                     engine, problem, task=task, n=n, budget=BUDGET, seed=number, **options
                 )
+            on_answer()
+            return result
 
         return await gather(answer(number, problem) for number, problem in enumerate(problems))
 
 
-def measure(url: str, problems: Sequence[Problem], n: int, at_once: int) -> list[dict[str, Any]]:
+def measure(
+    url: str, problems: Sequence[Problem], n: int, at_once: int, ways: Sequence[str], progress: Progress
+) -> list[dict[str, Any]]:
     """One row for each way, compared with the vote of all chains."""
     rows, complete = list[dict[str, Any]](), list[float]()
-    for way, options in WAYS.items():
+    bar = progress.add_task("votes", total=len(ways) * len(problems))
+    for way in ways:
+        progress.update(bar, description=way)
         began = time.monotonic()
-        results = asyncio.run(answer_all(url, problems, n, at_once, options))
+        advance = partial(progress.advance, bar)
+        results = asyncio.run(answer_all(url, problems, n, at_once, WAYS[way], advance))
         seconds = time.monotonic() - began
         correct = [float(solves(p, r.answer)) for p, r in zip(problems, results, strict=True)]
         complete = complete or correct
@@ -121,12 +136,24 @@ def main() -> int:
     parser.add_argument(
         "--at-once", type=int, default=16, help="problems at the same time (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ways",
+        default=",".join(EARLY),
+        help="votes that end early, to compare with all chains (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     problems = list(generate_problems(options.limit, "test"))
-    with Server(locate_model(options.model), **SERVER_OPTIONS) as server:
-        rows = measure(server.url, problems, options.n, options.at_once)
+    early = options.ways.split(",")
+    if wrong := [way for way in early if way not in EARLY]:
+        parser.error(f"--ways {wrong[0]!r}, expected some of {', '.join(EARLY)}")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with (
+        Server(locate_model(options.model), **SERVER_OPTIONS) as server,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        rows = measure(server.url, problems, options.n, options.at_once, [ALL, *early], progress)
     result = {
         "hardware": hardware(),
         "model": options.model,
