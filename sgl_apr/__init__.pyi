@@ -1,10 +1,10 @@
 from . import methods as methods
 from .engine.base import Engine as Engine
 from .engine.base import GroupRequest as GroupRequest
-from .engine.base import Load as Load
 from .engine.base import Request as Request
 from .engine.base import Result as Result
 from .engine.http import HttpEngine as HttpEngine
+from .engine.load import Load as Load
 from .engine.scripted import ByteTokenizer as ByteTokenizer
 from .engine.scripted import Reply as Reply
 from .engine.scripted import ScriptedEngine as ScriptedEngine
