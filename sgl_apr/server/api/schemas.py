@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from sgl_apr.formats.dialects import dialect_names
 from sgl_apr.formats.options import JOIN_POLICY_PATTERN, FormatOptions
+from sgl_apr.runtime.branch_scoring import BranchScoring
 from sgl_apr.runtime.event_json import EVENT_TYPES
 from sgl_apr.runtime.option_checks import (
     CHOICES,
@@ -83,7 +84,8 @@ def option_schemas() -> dict[str, Schema]:
     """Return the schema of every option of a trajectory, by name. Each may also be null, which counts as absent."""
     texts = attribute_texts(ReasonOptions)
     schemas: dict[str, Schema] = {"dialect": {"type": "string", "enum": dialect_names()}}
-    schemas |= {name: _numbers_schema(name, kind) for name, kind in OBJECT_TYPES.items()}
+    schemas |= {n: _numbers_schema(n, kind) for n, kind in OBJECT_TYPES.items() if kind is not BranchScoring}
+    schemas["scoring"] = _scoring_schema()
     schemas["sampling"] = object_schema(
         {name: nullable(schema) for name, schema in _sampling_schemas().items()}
     )
@@ -240,6 +242,22 @@ def _numbers_schema(name: str, kind: type) -> Schema:
     for field, schema in properties.items():
         schema["default"] = defaults[field]
     return object_schema(properties)
+
+
+def _scoring_schema() -> Schema:
+    """Return the schema of `scoring`, whose scorer cannot be a function here."""
+    texts, defaults = attribute_texts(BranchScoring), BranchScoring()
+    properties: dict[str, Schema] = {
+        "scorer": {"type": "string", "enum": ["confidence"]},
+        "border": {"type": "string", "minLength": 1},
+        "keep": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "threshold": {"type": "number"},
+        "timeout": {"type": "number", "exclusiveMinimum": 0},
+    }
+    described = {name: describe(nullable(schema), texts[name]) for name, schema in properties.items()}
+    return object_schema(
+        {name: {**schema, "default": getattr(defaults, name)} for name, schema in described.items()}
+    )
 
 
 def _dataclass_schema(kind: type) -> tuple[Schema, dict[str, Schema]]:
