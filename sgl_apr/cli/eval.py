@@ -223,6 +223,8 @@ async def _run(
     method_options: dict[str, Any] = {"budget": task.budget}
     if options.temperature is not None or method in SINGLE_REPLY_METHODS:
         method_options["temperature"] = options.temperature or 0.0
+    elif method == "pro":
+        method_options["single_temperature"] = 0.0
     if options.allow_code and method == "recursive":
         method_options["allow_code"] = True
     method_options |= options_of(method, options.option)

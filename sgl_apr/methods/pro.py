@@ -36,7 +36,14 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-async def pro(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
+async def pro(
+    engine: Engine,
+    problem: Any,
+    *,
+    task: Task[Any],
+    single_temperature: float | None = None,
+    **options: Any,
+) -> MethodResult:
     """Choose the method, its width, its rounds and when it stops, and run it. The label of the result says which, and why.
 
     The rule, in this order:
@@ -53,19 +60,22 @@ async def pro(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) 
         engine: The engine that decodes.
         problem: A problem of the task.
         task: A `SampledTask`.
+        single_temperature: The temperature where the answer is one reply, in the format of the model or without forks: nothing
+            chooses among samples there. `temperature`, if it is given, has the last word.
         options: Those of `MethodSession`.
 
     Raises:
         Inapplicable: If the task is no `SampledTask`.
     """
     sampled = require_family(task, SampledTask)
+    single = {} if single_temperature is None else {"temperature": single_temperature}
     check_method_options({name: value for name, value in options.items() if name != "on_event"})
     given = options.get("budget")
     budget: Budget = Budget() if given is None else make_object("budget", given)
     dialects = known_dialects(engine.tokenizer)
     if dialects:
         form = dialects[0]
-        result = await run_format(form.name, form, engine, problem, task=task, options=options)
+        result = await run_format(form.name, form, engine, problem, task=task, options=single | options)
         label = f"{form.name} ({result.label}): the model forks by itself"
         return MethodResult("pro", result.answer, result.trajectory, label=label)
     try:
@@ -75,7 +85,8 @@ async def pro(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) 
     prompt = len(engine.tokenizer.encode(sampled.prompt(problem).text))
     replies, limit = affordable_replies(budget, task.max_tokens, prompt, load)
     plan = choose(task, replies, limit)
-    result = await method(plan.method)(engine, problem, task=task, **{**plan.options, **options})
+    chosen = {**plan.options, **(single if plan.method == "sequential" else {}), **options}
+    result = await method(plan.method)(engine, problem, task=task, **chosen)
     return MethodResult(
         "pro", result.answer, result.trajectory, result.score, f"{plan.method}: {plan.reason}"
     )

@@ -36,6 +36,8 @@ GIVEN = list(generate_problems(1, "test", seed=0))
 
 def greedy(name: str) -> dict[str, float]:
     """As `sgl-apr eval` asks those that one reply is the answer of."""
+    if name == "pro":
+        return {"single_temperature": 0.0}
     return {"temperature": 0.0} if name in SINGLE_REPLY_METHODS else {}
 
 

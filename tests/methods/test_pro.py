@@ -114,9 +114,26 @@ def test_other_methods_run_with_its_options():
     assert len(engine.requests) == 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        (Silent, {"single_temperature": 0.0}, 0.0),
+        (Silent, {"single_temperature": 0.0, "temperature": 0.3}, 0.3),
+        (Silent, {}, 1.0),
+        (Verified, {"single_temperature": 0.0}, 0.7),  # samples must differ
+    ],
+)
+def test_the_temperature_of_a_single_reply(
+    kind: type[Task[Any]], options: dict[str, float], expected: float
+):
+    _, engine = solve(kind, lambda *_: "so 7", **options)
+    assert {request.sampling.get("temperature", 1.0) for request in engine.requests} == {expected}
+
+
 def test_a_model_that_forks_by_itself():
     tokenizer = apr.ByteTokenizer(apr.dialect("npr").tags)
-    result, _ = solve(Digits, lambda *_: "so 7", tokenizer=tokenizer)
+    result, engine = solve(Digits, lambda *_: "so 7", tokenizer=tokenizer, single_temperature=0.0)
+    assert {request.sampling["temperature"] for request in engine.requests} == {0.0}
     assert (result.answer, result.trajectory.dialect) == ("7", "npr")
     assert result.label == "npr (joined by text): the model forks by itself"
 
