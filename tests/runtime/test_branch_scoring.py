@@ -14,7 +14,6 @@ import sgl_apr as apr
 from sgl_apr.runtime.option_checks import check_options
 from sgl_apr.trajectory.calls import TokenLogprob
 from tests.support.threadweaver_traces import TAGS
-from tests.views.test_page import SampledEngine, masked, ran
 
 WIDTH = 4
 OUTLINES = "".join(f"<Outline>{k}: way {k}</Outline>\n" for k in range(1, WIDTH + 1))
@@ -132,27 +131,46 @@ def test_a_failed_branch_is_not_waited_for():
     assert outcomes(Script(5, 2).run()) == ["aborted", "failed", "aborted", "ok"]
 
 
-def test_branches_of_a_branch_have_tournaments_of_their_own():
-    def one(before: str, text: str) -> float:
-        return float(len(text) % 7)
+def fork_of(*numbers: str) -> str:
+    """A fork of Multiverse."""
+    outlines = "".join(f"<Outline>\n{n}: way {n}</Outline>\n" for n in numbers)
+    return f"<Parallel>\n<Goal>\n{outlines}</Goal>"
 
-    nested = 0
-    for seed in range(6):
-        engine = SampledEngine(masked("multiverse"), seed=seed)
-        budget = apr.Budget(tokens=3000, width=3, depth=2)
-        trajectory = ran(
-            apr.areason(
-                engine,
-                "Q: ",
-                "multiverse",
-                mode="parallel",
-                budget=budget,
-                scoring=apr.BranchScoring(one, border=" "),
-            )
+
+def test_branches_of_a_branch_have_tournaments_of_their_own():
+    """The first of two branches forks into three, whose scores are all above that of the second branch."""
+    scores = {"1.1": 5, "1.2": 8, "1.3": 6, "2": 1}
+
+    def scorer(before: str, text: str) -> float:
+        return float(re.findall(r"q(\d)", text)[-1])
+
+    def reply(request: apr.Request, prompt: str) -> apr.Reply:
+        if prompt.endswith("<Conclusion>\n"):
+            after = " Done." if "<Path>\n2:" in prompt else " then</Path>"
+            return apr.Reply(f" so</Conclusion>\n</Parallel>{after}", delay=0.0)
+        if found := re.search(r"<Path>\n([\d.]+):([^<]*)$", prompt):
+            number, written = found.groups()
+            if number == "1":
+                return apr.Reply(fork_of("1.1", "1.2", "1.3"), delay=0.0)
+            thoughts = f"........q{scores[number]}\n" * 3 + "end</Path>"
+            return apr.Reply(thoughts.removeprefix(written), delay=0.01)
+        return apr.Reply(fork_of("1", "2"), delay=0.0)
+
+    engine = apr.ScriptedEngine(reply, apr.ByteTokenizer(apr.dialect("multiverse").tags))
+    trajectory = asyncio.run(
+        apr.areason(
+            engine,
+            "Q: ",
+            "multiverse",
+            budget=apr.Budget(tokens=4000, depth=2),
+            scoring=apr.BranchScoring(scorer),
+            seed=0,
         )
-        apr.dialect("multiverse").validate(trajectory.text)
-        nested += any(len(block.path) > 2 for block in trajectory.blocks)
-    assert nested
+    )
+    apr.dialect("multiverse").validate(trajectory.text)
+    by_path = {block.path: [b.outcome for b in block.branches] for block in trajectory.blocks}
+    assert trajectory.answer == "Done."
+    assert by_path == {(1,): ["ok", "ok"], (1, 1, 1): ["aborted", "ok", "aborted"]}
 
 
 @pytest.mark.parametrize(
