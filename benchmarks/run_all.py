@@ -43,12 +43,13 @@ PACKAGES = ("sgl-apr", "sglang", "torch", "transformers", "llguidance", "lark", 
 RUNS = "runs/eval/"
 # Arguments by benchmark: `--check` where it compares itself with bars, and the models that have to be trained first
 # (docs/countdown.md).
-ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.latency", "quality.early_votes", "quality.honesty", "quality.speculative_search", "quality.width_under_load", "training.step_speed", "training.tree_build"), ("--check",)) | {
+ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.latency", "quality.honesty", "quality.speculative_search", "quality.width_under_load", "training.step_speed", "training.tree_build"), ("--check",)) | {
     "quality.countdown": (
         f"{RUNS}sequential", f"{RUNS}parallel", f"{RUNS}rl", "--sampled", f"{RUNS}parallel-sampled", f"{RUNS}rl-sampled",
         "--check",
     ),
     "quality.stated_width": ("--dialects", "multiverse,spawn", "--check"),
+    "quality.early_votes": ("--ways", "beta", "--at-once", "32", "--check"),
     "quality.schools": ("-o", "docs/schools.png"),
     "quality.method_curves": ("-o", "docs/method-curves.svg", "--check"),
     "agents": ("--check",),
