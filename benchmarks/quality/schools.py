@@ -1,20 +1,24 @@
 """Text joins against KV joins against messages: models of one recipe, each also under the join that it was not trained for.
 
-python -m benchmarks.quality.schools [-d runs/schools] [--limit 200] [--at-once 16] [--json] [-o schools.png]
+python -m benchmarks.quality.schools [-d runs/schools] [--results benchmarks/results/schools] [--limit 200] [--json] [-o schools.png]
 
 The directory holds one run for each format and seed, named FORMAT-SEED, as docs/schools.md says how to train them. All models answer the same
-held-out problems, greedily. Intervals of the accuracy are over problems within a seed; `seeds` lists the accuracy of each seed.
+held-out problems, greedily. What each model did is kept in a file of the results, so that models can be trained and measured one after
+another: one that has a file is not measured again. Intervals of the accuracy are over problems within a seed; `seeds` lists the accuracy
+of each seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +29,6 @@ from rich.table import Table
 from benchmarks.common.checks import finish
 from benchmarks.common.machine import hardware
 from sgl_apr.engine.http import HttpEngine
-from sgl_apr.errors import AprError
 from sgl_apr.evaluation.benchmarks.games import BUDGET
 from sgl_apr.evaluation.metrics import bootstrap_interval
 from sgl_apr.evaluation.tasks.countdown.attempts import SERVER_OPTIONS, Attempt, attempt_problems
@@ -36,6 +39,10 @@ from sgl_apr.formats.options import JoinMethod
 from sgl_apr.server.launch.launcher import Server
 
 SEQUENTIAL = "sequential"
+FIGURES = (
+    "accuracy", "fork_rate", "tokens", "critical_path", "longest_context", "reprefilled_tokens", "wall_s",
+)  # fmt: skip
+RESULTS = Path("benchmarks/results/schools")
 RUN = re.compile(r"([a-z_0-9]+)-(\d+)")
 
 
@@ -69,21 +76,9 @@ def schools(name: str) -> list[School]:
     return [School(name, both, own, True), School(name, both, other, False)]
 
 
-def runs(directory: Path) -> dict[str, list[Path]]:
-    """The models of a directory by format, one for each seed.
-
-    Raises:
-        AprError: If there is none.
-    """
-    found: dict[str, list[Path]] = {}
-    for path in sorted(directory.glob("*/model")):
-        if match := RUN.fullmatch(path.parent.name):
-            found.setdefault(match[1], []).append(path)
-    if not found:
-        raise AprError(
-            f"{directory} has no runs such as multiverse-0/model: docs/schools.md says how to train them"
-        )
-    return found
+def runs(directory: Path) -> list[Path]:
+    """The runs of a directory that have a model, such as multiverse-0."""
+    return [path.parent for path in sorted(directory.glob("*/model")) if RUN.fullmatch(path.parent.name)]
 
 
 async def attempt(url: str, school: School, problems: Sequence[Problem], at_once: int) -> list[Attempt]:
@@ -99,40 +94,72 @@ async def attempt(url: str, school: School, problems: Sequence[Problem], at_once
 def figures(attempts: Sequence[Attempt], seconds: float) -> dict[str, float]:
     """Means over the attempts."""
     metrics = [a.trajectory.metrics() for a in attempts]
+    means = (
+        fmean(a.correct for a in attempts),
+        fmean(m.blocks > 0 for m in metrics),
+        fmean(m.total for m in metrics),
+        fmean(m.critical_path for m in metrics),
+        fmean(m.longest_context for m in metrics),
+        fmean(m.reprefilled_tokens for m in metrics),
+        seconds,
+    )
+    return dict(zip(FIGURES, means, strict=True))
+
+
+def measure(run: Path, problems: Sequence[Problem], at_once: int) -> dict[str, Any]:
+    """What one model does under each join.
+
+    Args:
+        run: The run that trained it, such as multiverse-0.
+        problems: What it answers.
+        at_once: How many problems at the same time.
+
+    Returns:
+        For a file of the results: the machine, and for each join the figures and which problems are solved.
+    """
+    match = RUN.fullmatch(run.name)
+    assert match
+    rows = []
+    with Server(run / "model", **SERVER_OPTIONS) as server:
+        for school in schools(match[1]):
+            began = time.monotonic()
+            attempts = asyncio.run(attempt(server.url, school, problems, at_once))
+            seconds = time.monotonic() - began
+            rows.append(
+                {"join": school.join, "trained_for_it": school.is_native}
+                | figures(attempts, seconds)
+                | {"solved": "".join(str(int(one.correct)) for one in attempts)}
+            )
     return {
-        "accuracy": fmean(a.correct for a in attempts),
-        "fork_rate": fmean(m.blocks > 0 for m in metrics),
-        "tokens": fmean(m.total for m in metrics),
-        "critical_path": fmean(m.critical_path for m in metrics),
-        "longest_context": fmean(m.longest_context for m in metrics),
-        "reprefilled_tokens": fmean(m.reprefilled_tokens for m in metrics),
-        "wall_s": seconds,
+        "format": match[1],
+        "seed": int(match[2]),
+        "hardware": hardware(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "problems": len(problems),
+        "rows": rows,
     }
 
 
-def measure(directory: Path, problems: Sequence[Problem], at_once: int) -> list[dict[str, Any]]:
-    """One row for each format and join."""
+def read_results(directory: Path, count: int) -> list[dict[str, Any]]:
+    """The results of all models that have answered so many problems, those of a format together."""
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    return [one for one in found if one["problems"] == count]
+
+
+def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each format and join: means over the seeds."""
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            groups.setdefault((result["format"], row["join"]), []).append(row)
     rows = []
-    for name, models in runs(directory).items():
-        by_school: dict[School, list[tuple[list[Attempt], float]]] = {each: [] for each in schools(name)}
-        for model in models:
-            with Server(model, **SERVER_OPTIONS) as server:
-                for school, measured in by_school.items():
-                    began = time.monotonic()
-                    attempts = asyncio.run(attempt(server.url, school, problems, at_once))
-                    measured.append((attempts, time.monotonic() - began))
-        for school, measured in by_school.items():
-            each = [figures(*one) for one in measured]
-            means = {key: fmean(one[key] for one in each) for key in each[0]}
-            correct = [
-                fmean(row)
-                for row in zip(*([float(a.correct) for a in one] for one, _ in measured), strict=True)
-            ]
-            rows.append(
-                {"format": name, "join": school.join, "trained_for_it": school.is_native}
-                | means
-                | {"accuracy_ci95": bootstrap_interval(correct), "seeds": [one["accuracy"] for one in each]}
-            )
+    for (name, join), seeds in groups.items():
+        solved = [fmean(map(int, each)) for each in zip(*(row["solved"] for row in seeds), strict=True)]
+        rows.append(
+            {"format": name, "join": join, "trained_for_it": seeds[0]["trained_for_it"]}
+            | {key: fmean(row[key] for row in seeds) for key in FIGURES}
+            | {"accuracy_ci95": bootstrap_interval(solved), "seeds": [row["accuracy"] for row in seeds]}
+        )
     return rows
 
 
@@ -189,6 +216,7 @@ def main() -> int:
     parser.add_argument(
         "-d", "--directory", type=Path, default=Path("runs/schools"), help="default: %(default)s"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--limit", type=int, default=200, help="problems (default: %(default)s)")
     parser.add_argument(
         "--at-once", type=int, default=16, help="problems at the same time (default: %(default)s)"
@@ -198,10 +226,23 @@ def main() -> int:
     parser.add_argument("-o", "--out", type=Path, help="a figure")
     options = parser.parse_args()
     problems = list(generate_problems(options.limit, "test"))
-    rows = measure(options.directory, problems, options.at_once)
+    options.results.mkdir(parents=True, exist_ok=True)
+    for run in runs(options.directory):
+        path = options.results / f"{run.name}.json"
+        if not path.exists() or json.loads(path.read_text())["problems"] != options.limit:
+            Console(stderr=True).print(f"{run.name} answers {options.limit} problems")
+            path.write_text(json.dumps(measure(run, problems, options.at_once), indent=1) + "\n")
+    results = read_results(options.results, options.limit)
+    if not results:
+        parser.error(
+            f"{options.directory} has no runs such as multiverse-0/model: docs/schools.md says how to train them"
+        )
+    rows = summarize(results)
     if options.out:
         plot(rows, options.out)
-    return finish({"hardware": hardware(), "problems": options.limit, "rows": rows}, [], show, options)
+    machines = sorted({one["hardware"]["cpu"] for one in results})
+    result = {"hardware": hardware(), "measured_on": machines, "problems": options.limit, "rows": rows}
+    return finish(result, [], show, options)
 
 
 if __name__ == "__main__":
