@@ -151,3 +151,38 @@ def speculative_search(result: Result) -> str:
         f"interval {low:.2f} to {high:.2f}), with the same answer for {result['same_answers']:.0%} of them."
     )
     return f"{table(columns, rows)}\n\n{text}"
+
+
+def method_curves(result: Result) -> str:
+    """Accuracy by method, one column for each level."""
+    levels = dict.fromkeys((row["limit"], row["value"]) for row in result["rows"])
+    rows: dict[str, dict[tuple[str, float], str]] = {}
+    for row in result["rows"]:
+        solved = "" if row["accuracy"] is None else percent(row["accuracy"])
+        rows.setdefault(row["method"], {})[row["limit"], row["value"]] = solved
+    columns = ["method", *(f"{value:,g} {limit}" for limit, value in levels)]
+    text = f"{result['problems']} problems for each budget of tokens, {result['timed_problems']} for each deadline."
+    expressed = {name: cells for name, cells in rows.items() if any(cells.values())}
+    return (
+        table(
+            columns,
+            [[f"`{name}`", *(cells.get(level, "") for level in levels)] for name, cells in expressed.items()],
+        )
+        + f"\n\n{text}"
+    )
+
+
+def long_context(result: Result) -> str:
+    columns = ["size", "method", "solved", "by kind", "tokens", "critical path", "longest context", "seconds"]
+    return table(columns, [_long_context(row) for row in result["rows"]])
+
+
+def _long_context(row: Result) -> list[object]:
+    first = [row["size"], f"`{row['method']}`"]
+    if row["accuracy"] is None:
+        return [*first, "the prompt does not fit", *[""] * 5]
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in row["by_kind"].items())
+    return [
+        *first, _accuracy(row), kinds, f"{row['tokens']:,.0f}", f"{row['critical_path']:,.0f}", f"{row['longest_context']:,}",
+        f"{row['seconds']:.1f}",
+    ]  # fmt: skip

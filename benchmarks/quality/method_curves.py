@@ -1,9 +1,9 @@
 """Every method at equal budgets of tokens and at equal deadlines, on the same held-out Countdown problems, as curves.
 
-python -m benchmarks.quality.method_curves [--model builtin] [--limit 50] [--methods all] [-d runs/method-curves] [-o curves.svg] [--json] [--check]
+python -m benchmarks.quality.method_curves [--model builtin] [--limit 50] [--timed-limit 10] [--methods all] [-d runs/method-curves] [-o curves.svg] [--json] [--check]
 
 It is `sgl-apr eval --sweep` with `sgl-apr plot`: an evaluation that was interrupted continues in its directory, and `sgl-apr report` shows it.
-Deadlines are measured with one problem at a time. The check: `pro` is within its interval of the best method at every budget of tokens.
+Deadlines are measured with one problem at a time, and fewer of them. The check: `pro` is within its interval of the best method at every budget of tokens.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ CHOOSES = "pro"
 
 def evaluate(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The summaries of all levels, as `sgl-apr eval --json` prints them."""
-    argv = ["eval", "countdown", "--model", options.model, "--methods", options.methods, "--limit", str(options.limit)]  # fmt: skip
-    argv += [part for level in options.sweep for part in ("--sweep", level)]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        sgl_apr([*argv, "-o", str(options.directory), "--json"])
-    found = json.loads(printed.getvalue())
-    return list(found.get("tasks", [found]))
+    summaries = []
+    for level in options.sweep:
+        limit = options.timed_limit if level.startswith("seconds=") else options.limit
+        argv = ["eval", "countdown", "--model", options.model, "--methods", options.methods, "--limit", str(limit)]  # fmt: skip
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            sgl_apr([*argv, "--sweep", level, "-o", str(options.directory), "--json"])
+        found = json.loads(printed.getvalue())
+        summaries += found.get("tasks", [found])
+    return summaries
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,6 +97,9 @@ def main() -> int:
     )
     parser.add_argument("--limit", type=int, default=50, help="problems (default: %(default)s)")
     parser.add_argument(
+        "--timed-limit", type=int, default=10, help="problems of each deadline (default: %(default)s)"
+    )
+    parser.add_argument(
         "--sweep", action="append", metavar="LIMIT=N,...", help=f"default: {TOKENS} and {SECONDS}"
     )
     parser.add_argument(
@@ -108,7 +114,13 @@ def main() -> int:
     if options.out:
         with contextlib.redirect_stdout(sys.stderr):
             sgl_apr(["plot", str(options.directory), "-o", str(options.out)])
-    result = {"hardware": hardware(), "model": options.model, "problems": options.limit, "rows": found}
+    result = {
+        "hardware": hardware(),
+        "model": options.model,
+        "problems": options.limit,
+        "timed_problems": options.timed_limit,
+        "rows": found,
+    }
     return finish(result, missed_bars(found), show, options)
 
 
