@@ -216,8 +216,8 @@ SECTIONS: dict[str, Section] = {
     ),
     "quality.methods": Section(
         "Methods",
-        "What every [method](methods.md) solves on the same ten Countdown problems with a budget of 1,024 tokens and "
-        "`builtin:spawn`. Ten problems say little about accuracy: an interval is 50 to 60 points wide. All ten run at the same "
+        "What every [method](methods.md) solves on the same 50 Countdown problems with a budget of 2,048 tokens and the built-in model. "
+        "All run at the same "
         "time (wall s). \"One request at a time\" is how much longer two problems take, one after the other, when the engine "
         "gets one request at a time; sampled replies differ between the two runs. All methods share one cache, so that later "
         "rows find the prompts of earlier ones: \"cached\" compares a method only with itself.",

@@ -1,4 +1,4 @@
-"""Every method on the same ten Countdown problems with one budget and the model builtin:spawn.
+"""Every method on the same 50 Countdown problems with 2,048 tokens for each and the built-in model.
 
 python -m benchmarks.quality.methods [--json] [any other option of sgl-apr eval]
 """
@@ -9,7 +9,7 @@ import sys
 
 from sgl_apr.cli.main import main
 
-ARGUMENTS = ["eval", "countdown", "--methods", "all", "--model", "builtin:spawn", "--limit", "10", "--budget", "tokens=1024"]  # fmt: skip
+ARGUMENTS = ["eval", "countdown", "--methods", "all", "--model", "builtin", "--limit", "50", "--budget", "tokens=2048"]  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main([*ARGUMENTS, *sys.argv[1:]]))
