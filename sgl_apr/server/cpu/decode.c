@@ -18,6 +18,7 @@
 #endif
 
 typedef float lanes __attribute__((vector_size(4 * LANES))); // one number for each of LANES queries
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // LANES numbers of a row
 
 typedef struct {
   int64_t request, first, last; // slots `first` to `last` of a request, which all these rows share
@@ -47,36 +48,72 @@ static void prefetch(const float *row, int64_t size) {
   for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(row + i); // a cache line
 }
 
-// Computes a piece for few queries, one key at a time: the lanes run over the numbers of a key.
-static void narrow(const Batch *b, const Piece *p, int64_t head) {
-  const int64_t n = p->last - p->first, queries = p->rows * b->group, dim = b->dim, vdim = b->vdim;
+static inline float total(lanes of) {
+  float sum = 0;
+  for (int l = 0; l < LANES; l++) sum += of[l];
+  return sum;
+}
+
+// Computes a piece for few queries, one key at a time: the lanes run over the numbers of a key. Inlined, so that `queries` is
+// known and the sums are registers.
+static inline __attribute__((always_inline)) void narrow(const Batch *b, const Piece *p, int64_t head, int queries,
+                                                         int64_t dim, int64_t vdim) {
+  const int64_t n = p->last - p->first, step = b->heads * dim, vstep = b->heads * vdim;
   const int32_t *slot = b->slots + p->request * b->stride + p->first;
   const float *keys = b->keys + head * dim, *values = b->values + head * vdim, *query[MAX_NARROW];
   float weights[MAX_NARROW][PIECE], *part[MAX_NARROW];
-  for (int64_t i = 0; i < queries; i++) query[i] = query_of(b, p, head, i), part[i] = part_of(b, p, head, i);
+  for (int i = 0; i < queries; i++) query[i] = query_of(b, p, head, i), part[i] = part_of(b, p, head, i);
 
   for (int64_t t = 0; t < n; t++) {
-    const float *key = keys + slot[t] * b->heads * dim;
-    if (t + PREFETCH_DISTANCE < n) prefetch(keys + slot[t + PREFETCH_DISTANCE] * b->heads * dim, dim);
-    prefetch(values + slot[t] * b->heads * vdim, vdim);
-    for (int64_t i = 0; i < queries; i++) {
-      float sum = 0;
-      for (int64_t d = 0; d < dim; d++) sum += query[i][d] * key[d];
-      weights[i][t] = sum * b->scale;
+    const float *key = keys + slot[t] * step;
+    if (t + PREFETCH_DISTANCE < n) prefetch(keys + slot[t + PREFETCH_DISTANCE] * step, dim);
+    prefetch(values + slot[t] * vstep, vdim);
+    for (int i = 0; i < queries; i++) {
+      lanes sum = {0};
+      int64_t d = 0;
+      for (; d + LANES <= dim; d += LANES) sum += *(const loose *)(query[i] + d) * *(const loose *)(key + d);
+      float score = total(sum);
+      for (; d < dim; d++) score += query[i][d] * key[d];
+      weights[i][t] = score * b->scale;
     }
   }
-  for (int64_t i = 0; i < queries; i++) {
+  for (int i = 0; i < queries; i++) {
     float *w = weights[i], highest = w[0], sum = 0;
     for (int64_t t = 1; t < n; t++) highest = w[t] > highest ? w[t] : highest;
     for (int64_t t = 0; t < n; t++) sum += w[t] = expf(w[t] - highest);
-    for (int64_t v = 0; v < vdim; v++) part[i][v] = 0;
     part[i][vdim] = highest, part[i][vdim + 1] = sum;
   }
-  for (int64_t t = 0; t < n; t++) {
-    const float *value = values + slot[t] * b->heads * vdim;
-    for (int64_t i = 0; i < queries; i++)
-      for (int64_t v = 0; v < vdim; v++) part[i][v] += weights[i][t] * value[v];
+  int64_t v = 0;
+  for (; v + TILE / 2 * LANES <= vdim; v += TILE / 2 * LANES) {
+    lanes sum[MAX_NARROW][TILE / 2] = {0};
+    for (int64_t t = 0; t < n; t++) {
+      const loose *value = (const loose *)(values + slot[t] * vstep + v);
+      for (int i = 0; i < queries; i++)
+        for (int k = 0; k < TILE / 2; k++) sum[i][k] += value[k] * weights[i][t];
+    }
+    for (int i = 0; i < queries; i++)
+      for (int k = 0; k < TILE / 2; k++) *(loose *)(part[i] + v + k * LANES) = sum[i][k];
   }
+  for (int i = 0; v < vdim && i < queries; i++) {
+    for (int64_t c = v; c < vdim; c++) part[i][c] = 0;
+    for (int64_t t = 0; t < n; t++)
+      for (int64_t c = v; c < vdim; c++) part[i][c] += weights[i][t] * values[slot[t] * vstep + c];
+  }
+}
+
+// The sizes of heads that are usual are known when this is compiled.
+static inline __attribute__((always_inline)) void narrow_heads(const Batch *b, const Piece *p, int64_t head, int queries) {
+  if (b->dim == 32 && b->vdim == 32) narrow(b, p, head, queries, 32, 32);
+  else if (b->dim == 64 && b->vdim == 64) narrow(b, p, head, queries, 64, 64);
+  else if (b->dim == 128 && b->vdim == 128) narrow(b, p, head, queries, 128, 128);
+  else narrow(b, p, head, queries, b->dim, b->vdim);
+}
+
+static void few(const Batch *b, const Piece *p, int64_t head) {
+  const int64_t queries = p->rows * b->group;
+  if (queries == 1) narrow_heads(b, p, head, 1);
+  else if (queries == 2) narrow_heads(b, p, head, 2);
+  else narrow_heads(b, p, head, 3);
 }
 
 // Sums `count` numbers of each value, from `column` on. Inlined, so that `count` is known and the sums are registers.
@@ -161,7 +198,7 @@ void apr_decode(const float *query, float *out, const float *keys, const float *
 #pragma omp parallel for collapse(2) schedule(dynamic)
   for (int64_t p = 0; p < count; p++)
     for (int64_t h = 0; h < heads; h++)
-      if (pieces[p].rows * group <= MAX_NARROW) narrow(&b, pieces + p, h);
+      if (pieces[p].rows * group <= MAX_NARROW) few(&b, pieces + p, h);
       else
         for (int64_t i = 0; i < pieces[p].rows * group; i += LANES) wide(&b, pieces + p, h, i);
 

@@ -111,6 +111,14 @@ def test_decode(way, lengths, shared, heads):
     same(decode("apr_cpu", batch), decode("torch_native", batch))
 
 
+@pytest.mark.parametrize("dim", [5, 20, 36, 40, 64, 128])
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_few_queries_of_any_size(way, dim, group):
+    """A row of its own has as many queries as a key head has query heads: few, whose sizes need not divide into lanes."""
+    batch = Batch((300, 7), (0, 0), (2 * group, 2, dim))
+    same(decode("apr_cpu", batch), decode("torch_native", batch))
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(
     ("lengths", "prefixes", "shared"),
