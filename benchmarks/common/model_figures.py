@@ -122,14 +122,14 @@ def recursion(result: Result) -> str:
 
 
 def early_votes(result: Result) -> str:
-    columns = ["vote", "solved", "difference in points", "calls", "calls saved", "tokens", "seconds"]
+    columns = ["vote", "solved", "difference in points", "calls", "calls saved", "tokens"]
     return table(
         columns,
         [
             [
                 row["way"], _accuracy(row),
                 f"{100 * row['difference']:+.1f} ({100 * row['difference_ci95'][0]:+.1f} to {100 * row['difference_ci95'][1]:+.1f})",
-                f"{row['calls']:.1f}", f"{row['calls_saved']:.0%}", f"{row['tokens']:,.0f}", f"{row['seconds']:.0f}",
+                f"{row['calls']:.1f}", f"{row['calls_saved']:.0%}", f"{row['tokens']:,.0f}",
             ]
             for row in result["rows"]
         ],
