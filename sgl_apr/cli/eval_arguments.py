@@ -73,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=parse_budget,
         metavar="NAME=N,...",
-        help="limits of each reply (default: tokens=6000,width=16,branch_tokens=160 for countdown and game24, tokens=4096 "
-        "for others)",
+        help="limits of each reply (default: tokens=6000 for countdown and game24, tokens=4096 for others)",
     )
     add_method_options(parser)
     parser.add_argument(

@@ -48,7 +48,8 @@ async def pro(
 
     The rule, in this order:
 
-    1. A model that forks by itself does so, in the first format that it declares: it decides the width for each problem.
+    1. A model that forks by itself does so, in the first format that it declares: it decides the width for each problem. Without a
+       deadline, it forks only where the budget pays for two complete attempts: branches that run at once save time, not tokens.
     2. Otherwise, as many replies are sampled as fit the tokens of the budget, its deadline at the measured time of a decoding
        step, and the free KV cache of the engine. Where that is one or two, there is one reply.
     3. If the task can verify replies, `best_of_n` chooses by the verifier.
@@ -73,6 +74,10 @@ async def pro(
     given = options.get("budget")
     budget: Budget = Budget() if given is None else make_object("budget", given)
     dialects = known_dialects(engine.tokenizer)
+    if dialects and not forks_fit(budget, task.max_tokens):
+        result = await method("sequential")(engine, problem, task=task, **{**single, **options})
+        reason = f"{budget.tokens:,} tokens pay for one attempt of {task.max_tokens:,}, and forks save time, not tokens"
+        return MethodResult("pro", result.answer, result.trajectory, label=f"sequential: {reason}")
     if dialects:
         form = dialects[0]
         result = await run_format(form.name, form, engine, problem, task=task, options=single | options)
@@ -90,6 +95,17 @@ async def pro(
     return MethodResult(
         "pro", result.answer, result.trajectory, result.score, f"{plan.method}: {plan.reason}"
     )
+
+
+def forks_fit(budget: Budget, tokens: int) -> bool:
+    """Whether a model that forks by itself should: for time, or where there are tokens enough.
+
+    Args:
+        budget: The budget.
+        tokens: Tokens of a complete attempt.
+    """
+    in_a_hurry = budget.seconds is not None or budget.critical_tokens is not None
+    return in_a_hurry or budget.tokens >= 2 * tokens
 
 
 def affordable_replies(budget: Budget, tokens: int, prompt: int, load: Load | None) -> tuple[int, str]:

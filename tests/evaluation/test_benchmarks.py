@@ -42,7 +42,7 @@ def test_countdown_problems_do_not_change():
     found = benchmark("countdown", 30, seed=3)
     assert [case.problem for case in found.cases] == given
     assert [case.size for case in found.cases] == [len(p.numbers) for p in given]
-    assert found.budget == apr.Budget(tokens=6000, width=16, branch_tokens=160)
+    assert found.budget == apr.Budget(tokens=6000), "another limit would cut the replies of methods that sample"
 
 
 def test_variants_of_countdown():

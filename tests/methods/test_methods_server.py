@@ -30,7 +30,8 @@ NULL = {
     "pacore": "make one reply of several",
     "rsa": "make one reply of several",
 }
-BUDGET = apr.Budget(tokens=1024)
+PATHS = 3  # that a vote can pay for
+BUDGET = apr.Budget(tokens=PATHS * CountdownTask.max_tokens)
 GIVEN = list(generate_problems(1, "test", seed=0))
 
 
@@ -122,15 +123,12 @@ def test_the_number_of_requests(results: Mapping[str, list[MethodResult]], name:
         case "sequential":
             assert (outer, inner, called) == ([], [], {"ask": 1})
         case "self_consistency" | "best_of_n":  # the task checks replies: nobody judges them
-            paths = BUDGET.tokens // CountdownTask.max_tokens
-            assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
-            assert result.score in {k / paths for k in range(paths + 1)}
+            assert (outer, inner, called) == ([PATHS], [], {"commit": 1, "branch": PATHS})
+            assert result.score in {k / PATHS for k in range(PATHS + 1)}
         case "value_guided":
-            paths = BUDGET.tokens // CountdownTask.max_tokens
-            assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
+            assert (outer, inner, called) == ([PATHS], [], {"commit": 1, "branch": PATHS})
         case "deepconf":  # all are its warm-up
-            paths = BUDGET.tokens // CountdownTask.max_tokens
-            assert (outer, inner, called) == ([paths], [], {"commit": 1, "branch": paths})
+            assert (outer, inner, called) == ([PATHS], [], {"commit": 1, "branch": PATHS})
         case "spex":  # as tree_of_thoughts, each state in a block of its own
             assert (set(outer), inner[0]) == ({1}, 3)
             assert set(inner) <= {1, 2, 3}  # fewer where the budget pays for no more
@@ -283,7 +281,7 @@ def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
         "--limit",
         "1",
         "--budget",
-        "tokens=1024",
+        f"tokens={BUDGET.tokens}",
     ]
     assert main([*words, "--json"]) == 0
     first, second, third = json.loads(capsys.readouterr().out)["rows"]
@@ -295,7 +293,7 @@ def test_the_table(solver: Server, capsys: pytest.CaptureFixture[str]):
         assert row["one_by_one_s"] > 0
         assert row["alone_s"] > 0
     assert first["engine_calls"] == 1
-    assert third["engine_calls"] == 1024 // CountdownTask.max_tokens + 1
+    assert third["engine_calls"] == PATHS + 1
     assert 0 < third["cached_share"] < 1
     words[words.index(names)] = "skeleton_of_thought"
     assert main(words) == 1, "there is no figure"

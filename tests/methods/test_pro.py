@@ -138,6 +138,24 @@ def test_a_model_that_forks_by_itself():
     assert result.label == "npr (joined by text): the model forks by itself"
 
 
+@pytest.mark.parametrize(
+    ("budget", "forks"),
+    [
+        ({"tokens": 19}, False),
+        ({"tokens": 20}, True),
+        ({"tokens": 19, "seconds": 60.0}, True),  # forks save time
+        ({"tokens": 19, "critical_tokens": 15}, True),
+    ],
+)
+def test_a_model_forks_where_two_attempts_fit_or_time_is_short(budget: dict[str, Any], forks: bool):
+    tokenizer = apr.ByteTokenizer(apr.dialect("npr").tags)
+    result, _ = solve(Digits, lambda *_: "7", tokenizer=tokenizer, budget=budget)
+    assert result.trajectory.dialect == ("npr" if forks else "sequential")
+    if not forks:
+        assert result.answer == "7"
+        assert result.label == "sequential: 19 tokens pay for one attempt of 10, and forks save time, not tokens"
+
+
 def test_an_engine_without_a_load_and_wrong_arguments():
     class Unknown(apr.ScriptedEngine):
         async def load(self) -> Load:

@@ -21,7 +21,7 @@ from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.value_checks import shorten
 
-BUDGET = Budget(tokens=6000, width=16, branch_tokens=160)
+BUDGET = Budget(tokens=6000)  # no other limit: one for branches would cut the replies of methods that sample
 SIZES, UNSOLVABLE = ("2", "3", "4", "5", "6"), "unsolvable"
 GAME24_TARGET, GAME24_CARDS, GAME24_LARGEST_CARD = 24, 4, 13
 
