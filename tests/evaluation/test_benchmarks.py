@@ -42,7 +42,9 @@ def test_countdown_problems_do_not_change():
     found = benchmark("countdown", 30, seed=3)
     assert [case.problem for case in found.cases] == given
     assert [case.size for case in found.cases] == [len(p.numbers) for p in given]
-    assert found.budget == apr.Budget(tokens=6000), "another limit would cut the replies of methods that sample"
+    assert found.budget == apr.Budget(tokens=6000), (
+        "another limit would cut the replies of methods that sample"
+    )
 
 
 def test_variants_of_countdown():

@@ -123,9 +123,7 @@ def test_other_methods_run_with_its_options():
         (Verified, {"single_temperature": 0.0}, 0.7),  # samples must differ
     ],
 )
-def test_the_temperature_of_a_single_reply(
-    kind: type[Task[Any]], options: dict[str, float], expected: float
-):
+def test_the_temperature_of_a_single_reply(kind: type[Task[Any]], options: dict[str, float], expected: float):
     _, engine = solve(kind, lambda *_: "so 7", **options)
     assert {request.sampling.get("temperature", 1.0) for request in engine.requests} == {expected}
 
@@ -153,7 +151,9 @@ def test_a_model_forks_where_two_attempts_fit_or_time_is_short(budget: dict[str,
     assert result.trajectory.dialect == ("npr" if forks else "sequential")
     if not forks:
         assert result.answer == "7"
-        assert result.label == "sequential: 19 tokens pay for one attempt of 10, and forks save time, not tokens"
+        assert (
+            result.label == "sequential: 19 tokens pay for one attempt of 10, and forks save time, not tokens"
+        )
 
 
 def test_an_engine_without_a_load_and_wrong_arguments():
