@@ -190,7 +190,8 @@ SECTIONS: dict[str, Section] = {
         "Small budgets",
         "What methods solve under small budgets of tokens: `builtin:spawn` on 200 held-out Countdown problems. In `apr` the "
         "model decides when to fork. Each method runs with the temperature of its paper, `apr` and `sequential` with 0. "
-        "The sizes of leases were chosen on other problems.",
+        "The sizes of leases were chosen on other problems. This model searches in branches alone, so its replies without forks are weak. "
+        "The built-in model is better at them: [Methods](#methods).",
         figures.budgets,
     ),
     "training.tree_build": Section(
