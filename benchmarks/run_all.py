@@ -51,7 +51,10 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.laten
     "quality.stated_width": ("--dialects", "multiverse,spawn", "--check"),
     "quality.early_votes": ("--ways", "beta", "--at-once", "32", "--check"),
     "quality.schools": ("-o", "docs/schools.png"),
-    "quality.method_curves": ("-o", "docs/method-curves.svg", "--check"),
+    "quality.method_curves": (
+        "--limit", "16", "--timed-limit", "5", "--sweep", "tokens=256,512,1024,2048,4096,8192", "--sweep", "seconds=2,8",
+        "-o", "docs/method-curves.svg", "--check",
+    ),
     "agents": ("--check",),
     "gpu_acceptance": ("--device", "cpu"),
     "budgets": ("--check", "--at-once", "200", "-o", "runs/budgets"),
