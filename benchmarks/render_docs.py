@@ -213,9 +213,10 @@ SECTIONS: dict[str, Section] = {
         figures.countdown,
     ),
     "quality.method_curves": Section(
-        "Methods at equal budgets and deadlines",
-        "Every method under budgets of 256 to 8,192 tokens and under deadlines of 2 to 16 seconds, with paired tests against the best. Its curves are "
-        "for the page about [methods](methods.md).",
+        "Methods at equal budgets",
+        "What every method solves under budgets of 256 to 4,096 tokens, with the built-in model. With 16 problems, an interval is 25 to 50 points "
+        "wide. The curves are on the page about [methods](methods.md).",
+        model_figures.method_curves,
     ),
     "quality.methods": Section(
         "Methods",

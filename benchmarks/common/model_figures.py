@@ -161,7 +161,9 @@ def method_curves(result: Result) -> str:
         solved = "" if row["accuracy"] is None else percent(row["accuracy"])
         rows.setdefault(row["method"], {})[row["limit"], row["value"]] = solved
     columns = ["method", *(f"{value:,g} {limit}" for limit, value in levels)]
-    text = f"{result['problems']} problems for each budget of tokens, {result['timed_problems']} for each deadline."
+    text = f"{result['problems']} problems for each budget of tokens."
+    if any(limit == "seconds" for limit, _ in levels):
+        text = f"{text[:-1]}, {result['timed_problems']} for each deadline."
     expressed = {name: cells for name, cells in rows.items() if any(cells.values())}
     return (
         table(

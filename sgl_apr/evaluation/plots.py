@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
+from math import ceil
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ AXIS_FIELDS = {"wall": "took_s"}  # fields of `AttemptMetrics` that are not name
 SUFFIXES = (".pdf", ".svg", ".png")
 # Readers who are colour-blind can tell the colours apart; the line styles still differ in print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MAX_BANDS = 6  # more bands hide one another
+LEGEND_COLUMN, LEGEND_ROW = 1.4, 0.17  # inches of an entry
 LINE_STYLES = ("solid", "dashed", "dashdot", "dotted")
 # The style of a paper: caption-sized text, a serif face, fonts embedded as fonts.
 PAPER_STYLE = {
@@ -126,7 +129,9 @@ def plot_methods(
 
 
 def plot_sweep(levels: Mapping[SweepLevel, Sequence[MethodResults]], path: Path, title: str = "") -> None:
-    """Plot the share of problems solved under each value of a limit: one panel per limit, one line with its band per method.
+    """Plot the share of problems solved under each value of a limit: one panel per limit, one line per method.
+
+    Lines have bands, their 95% intervals, where they can be told apart: with at most six methods.
 
     Args:
         levels: Results by limit and value. Methods without attempts have no line.
@@ -143,8 +148,9 @@ def plot_sweep(levels: Mapping[SweepLevel, Sequence[MethodResults]], path: Path,
     if not methods:
         raise AprError("nothing to draw, expected attempts of at least one method")
     with matplotlib.rc_context(PAPER_STYLE):
-        height = 2.5 + 0.16 * (len(methods) // 4)  # the legend
-        figure: Any = Figure(figsize=(3.2 * len(limits) + 0.4, height), layout="constrained")
+        width = (3.2 if len(methods) <= MAX_BANDS else 4.4) * len(limits) + 0.4
+        height = 2.2 + LEGEND_ROW * ceil(len(methods) / _legend_columns(width, len(methods)))
+        figure: Any = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(1, len(limits), sharey=True, squeeze=False)[0]
         for panel, limit in zip(panels, limits, strict=True):
             _sweep_panel(panel, limit, levels, list(methods))
@@ -169,14 +175,20 @@ def _sweep_panel(
             own, [rows[v].accuracy for v in own], color=colour, linestyle=stroke, marker=".", markersize=4, linewidth=1.2,
             label=method,
         )  # fmt: skip
-        low, high = zip(*(rows[v].ci95 for v in own), strict=True) if own else ((), ())
-        panel.fill_between(own, low, high, color=colour, alpha=0.08 if len(methods) > 4 else 0.2, linewidth=0)
+        if own and len(methods) <= MAX_BANDS:
+            low, high = zip(*(rows[v].ci95 for v in own), strict=True)
+            panel.fill_between(own, low, high, color=colour, alpha=0.2, linewidth=0)
     panel.set_xscale("log", base=2)
     panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.minorticks_off()
     panel.set_xlabel(LIMITS[limit])
-    panel.set_ylim(0, 1)
+    panel.set_ylim(-0.02, 1.02)
     panel.grid(alpha=0.25, linewidth=0.5)
+
+
+def _legend_columns(width: float, entries: int) -> int:
+    """How many columns of a legend fit a figure of so many inches."""
+    return max(1, min(4, entries, int(width / LEGEND_COLUMN)))
 
 
 def _line_looks() -> list[tuple[str, str]]:
@@ -194,7 +206,8 @@ def _check_suffix(path: Path) -> None:
 def _finish(figure: Any, path: Path, title: str) -> None:
     """Add the legend and the title, and write the file."""
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    columns = _legend_columns(figure.get_figwidth(), len(names))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
 

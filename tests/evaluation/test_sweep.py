@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import sgl_apr as apr
 from sgl_apr.cli.main import main
@@ -131,6 +132,25 @@ def test_a_method_that_could_not_run_has_no_line(tmp_path: Path):
     assert "mcts" not in text
     with pytest.raises(apr.AprError, match="nothing to draw"):
         plot_sweep({level: [rows[1]]}, tmp_path / "figure.svg")
+
+
+@pytest.mark.parametrize("limits", [("tokens",), ("tokens", "seconds")])
+@pytest.mark.parametrize("count", [2, 7, 18])
+def test_the_legend_is_inside_the_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: tuple[str, ...], count: int
+):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[-1]
+    )
+    rows = [MethodResults(f"graph_of_thoughts_{k}"[-17:], attempts(k)) for k in range(count)]
+    plot_sweep({SweepLevel(limit, n): rows for limit in limits for n in (1, 2)}, tmp_path / "figure.png")
+    (figure,) = figures
+    legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= legend.x0
+    assert legend.x1 <= whole.x1
+    assert all(axes.get_position().height > 0.3 for axes in figure.axes)
 
 
 def test_a_sweep_has_axes_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
