@@ -54,6 +54,19 @@ static inline float total(lanes of) {
   return sum;
 }
 
+// Sums `count` times LANES numbers of each value for few queries.
+static inline __attribute__((always_inline)) void add_values(float weights[][PIECE], const float *values, const int32_t *slot, int64_t n,
+                                                             int64_t step, int count, float **part, int64_t column, int queries) {
+  lanes sum[MAX_NARROW][TILE / 2] = {0};
+  for (int64_t t = 0; t < n; t++) {
+    const loose *value = (const loose *)(values + slot[t] * step);
+    for (int i = 0; i < queries; i++)
+      for (int k = 0; k < count; k++) sum[i][k] += value[k] * weights[i][t];
+  }
+  for (int i = 0; i < queries; i++)
+    for (int k = 0; k < count; k++) *(loose *)(part[i] + column + k * LANES) = sum[i][k];
+}
+
 // Computes a piece for few queries, one key at a time: the lanes run over the numbers of a key. Inlined, so that `queries` is
 // known and the sums are registers.
 static inline __attribute__((always_inline)) void narrow(const Batch *b, const Piece *p, int64_t head, int queries,
@@ -84,16 +97,8 @@ static inline __attribute__((always_inline)) void narrow(const Batch *b, const P
     part[i][vdim] = highest, part[i][vdim + 1] = sum;
   }
   int64_t v = 0;
-  for (; v + TILE / 2 * LANES <= vdim; v += TILE / 2 * LANES) {
-    lanes sum[MAX_NARROW][TILE / 2] = {0};
-    for (int64_t t = 0; t < n; t++) {
-      const loose *value = (const loose *)(values + slot[t] * vstep + v);
-      for (int i = 0; i < queries; i++)
-        for (int k = 0; k < TILE / 2; k++) sum[i][k] += value[k] * weights[i][t];
-    }
-    for (int i = 0; i < queries; i++)
-      for (int k = 0; k < TILE / 2; k++) *(loose *)(part[i] + v + k * LANES) = sum[i][k];
-  }
+  for (; v + TILE / 2 * LANES <= vdim; v += TILE / 2 * LANES) add_values(weights, values + v, slot, n, vstep, TILE / 2, part, v, queries);
+  for (; v + LANES <= vdim; v += LANES) add_values(weights, values + v, slot, n, vstep, 1, part, v, queries);
   for (int i = 0; v < vdim && i < queries; i++) {
     for (int64_t c = v; c < vdim; c++) part[i][c] = 0;
     for (int64_t t = 0; t < n; t++)
