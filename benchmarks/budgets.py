@@ -1,11 +1,12 @@
-"""What methods solve under small budgets of tokens: the model builtin:spawn on held-out Countdown problems.
+"""What methods solve under small budgets of tokens: the built-in model on held-out Countdown problems.
 
 python -m benchmarks.budgets [--json] [--check] [--tokens 256,512] [--methods apr,mcts] [-o DIR]
 python -m benchmarks.budgets --split train --methods apr --leases 64:16,32:8     # how the constants were chosen
 python -m benchmarks.budgets --methods apr --equal-shares                        # without leases, for comparison
 
-`apr` is the adaptive method: the model decides when to fork. The others have a fixed structure. Each runs with the
-temperature of its paper, `apr` and `sequential` with 0.
+`apr` is the adaptive method: the model decides when to fork, where the budget pays for that. `apr:auto` is `apr` with
+mode="auto": forks at any budget. The others have a fixed structure. Each runs with the temperature of its paper, `apr`
+and `sequential` with 0.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import locate_model
 
 TOKENS = (256, 512, 1024, 2048, 4096)
-METHODS = ("apr", "sequential", "self_consistency", "best_of_n", "graph_of_thoughts", "mcts")
-ADAPTIVE, GREEDY = "apr", ("apr", "sequential")
+FORCED = "apr:auto"  # the model may fork at any budget
+METHODS = ("apr", FORCED, "sequential", "self_consistency", "best_of_n", "graph_of_thoughts", "mcts")
+ADAPTIVE, GREEDY = "apr", ("apr", FORCED, "sequential")
 BAR_TOKENS, BAR_ACCURACY = 1024, 0.8
 Constants = tuple[int, int, int]  # FIRST_LEASE, NEXT_LEASE, FIRST_BRANCH_TOKENS
 
@@ -52,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), default=METHODS, help="methods to run"
     )
-    parser.add_argument("--model", default="builtin:spawn", help="default: %(default)s")
+    parser.add_argument("--model", default="builtin", help="default: %(default)s")
     parser.add_argument("--limit", type=int, default=200, help="problems (default: 200)")
     parser.add_argument("--split", choices=["test", "train"], default="test", help="problems of which split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems")
@@ -104,15 +106,17 @@ async def measure(
                     progress.update(bar, description=f"{tokens} tokens, {method}")
                     name = "-".join(map(str, (tokens, *(used if values else ()))))
                     settings = {
-                        "task": problems.name, "split": options.split, "limit": options.limit, "seed": options.seed,
+                        "model": options.model, "task": problems.name, "split": options.split, "limit": options.limit, "seed": options.seed,
                         "budget": {"tokens": tokens}, "constants": used, "equal_shares": options.equal_shares,
                     }  # fmt: skip
-                    sampling: dict[str, Any] = {"temperature": 0.0} if method in GREEDY else {}
+                    extra: dict[str, Any] = {"temperature": 0.0} if method in GREEDY else {}
+                    if method == FORCED:
+                        extra |= {"implementation": "apr", "mode": "auto"}
                     with open_evaluation(options.out and options.out / name, settings) as store:
                         results[method] = await run_attempts(
                             engine, problems, method, store, at_once=options.at_once,
                             on_attempt=lambda: progress.advance(bar), budget=apr.Budget(tokens=tokens), seed=options.seed,
-                            **sampling,
+                            **extra,
                         )  # fmt: skip
                 rows += [row(tokens, used, results[m], results.get(ADAPTIVE)) for m in options.methods]
                 print_row(rows[-len(options.methods) :])

@@ -188,10 +188,10 @@ SECTIONS: dict[str, Section] = {
     ),
     "budgets": Section(
         "Small budgets",
-        "What methods solve under small budgets of tokens: `builtin:spawn` on 200 held-out Countdown problems. In `apr` the "
-        "model decides when to fork. Each method runs with the temperature of its paper, `apr` and `sequential` with 0. "
-        "The sizes of leases were chosen on other problems. This model searches in branches alone, so its replies without forks are weak. "
-        "The built-in model is better at them: [Methods](#methods).",
+        "What methods solve under small budgets of tokens, with the built-in model on 200 held-out Countdown problems. In `apr` the "
+        "model decides when to fork, from 2,048 tokens on: under smaller budgets it searches in one reply, which is what solves more "
+        "there. In `apr:auto` (`mode=\"auto\"`) it may fork at any budget. Each method runs with the temperature of its paper, "
+        "`apr` and `sequential` with 0. The border and the sizes of leases were chosen on training problems.",
         figures.budgets,
     ),
     "training.tree_build": Section(

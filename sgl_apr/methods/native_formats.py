@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sgl_apr.engine.base import Engine
@@ -13,7 +14,9 @@ from sgl_apr.formats.options import JoinMethod
 from sgl_apr.formats.presets import known_dialects, preset
 from sgl_apr.methods.registry import MethodResult
 from sgl_apr.methods.task import SampledTask, Task, require_family
+from sgl_apr.runtime.budget import Budget
 from sgl_apr.runtime.loop import areason
+from sgl_apr.runtime.option_checks import make_object
 
 
 async def threadweaver(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
@@ -45,8 +48,34 @@ async def parathinker(engine: Engine, problem: Any, *, task: Task[Any], **option
 
 
 async def apr(engine: Engine, problem: Any, *, task: Task[Any], **options: Any) -> MethodResult:
-    """APR (Pan 2025, arXiv 2504.15466): spawn with messages, join with what they return."""
-    return await run_format("apr", "spawn", engine, problem, task=task, options=options)
+    """APR (Pan 2025, arXiv 2504.15466): spawn with messages, join with what they return.
+
+    A model that knows the format forks where its budget pays for that (`forks_fit`), and otherwise searches in one reply, which the
+    label says. With the option `mode`, as in `mode="auto"`, the budget has no say.
+    """
+    budget = make_object("budget", options["budget"]) if options.get("budget") is not None else Budget()
+    if "mode" in options or forks_fit(budget, task) or not _knows(engine, "spawn"):
+        return await run_format("apr", "spawn", engine, problem, task=task, options=options)
+    options["mode"] = "sequential"
+    result = await run_format("apr", "spawn", engine, problem, task=task, options=options)
+    reason = f"{budget.tokens:,} tokens do not pay for a fork"
+    return replace(result, label=f"{result.label}, one reply: {reason}")
+
+
+def forks_fit(budget: Budget, task: Task[Any]) -> bool:
+    """Whether a model that forks by itself should: for time, or where there are tokens enough.
+
+    Branches that run at once save time, not tokens: under a small budget a search in one reply comes further.
+
+    Args:
+        budget: The budget.
+        task: The task, with its `min_fork_tokens`.
+
+    Returns:
+        Whether there is a limit on time, or tokens enough.
+    """
+    in_a_hurry = budget.seconds is not None or budget.critical_tokens is not None
+    return in_a_hurry or budget.tokens >= task.min_fork_tokens
 
 
 async def run_format(
@@ -81,6 +110,11 @@ async def run_format(
     trajectory = await areason(engine, prompt, form, **{**options, "join": join})
     label = _label(name, form, join, engine)
     return MethodResult(name, task.answer(trajectory.answer), trajectory, label=label)
+
+
+def _knows(engine: Engine, name: str) -> bool:
+    """Whether the model was trained on the format of that name."""
+    return dialect(name) in known_dialects(engine.tokenizer)
 
 
 def _instruction(name: str) -> str:

@@ -10,7 +10,7 @@ from sgl_apr.engine.base import Engine, Load
 from sgl_apr.errors import EngineError
 from sgl_apr.formats.presets import known_dialects
 from sgl_apr.methods.method_options import check_method_options
-from sgl_apr.methods.native_formats import run_format
+from sgl_apr.methods.native_formats import forks_fit, run_format
 from sgl_apr.methods.pacore import HIGH, LOW, MEDIUM
 from sgl_apr.methods.registry import MethodResult, method
 from sgl_apr.methods.task import AggregationTask, SampledTask, Task, require_family
@@ -49,7 +49,7 @@ async def pro(
     The rule, in this order:
 
     1. A model that forks by itself does so, in the first format that it declares: it decides the width for each problem. Without a
-       deadline, it forks only where the budget pays for two complete attempts: branches that run at once save time, not tokens.
+       deadline, it forks only from `min_fork_tokens` of the task on (two complete attempts): branches save time, not tokens.
     2. Otherwise, as many replies are sampled as fit the tokens of the budget, its deadline at the measured time of a decoding
        step, and the free KV cache of the engine. Where that is one or two, there is one reply.
     3. If the task can verify replies, `best_of_n` chooses by the verifier.
@@ -74,9 +74,9 @@ async def pro(
     given = options.get("budget")
     budget: Budget = Budget() if given is None else make_object("budget", given)
     dialects = known_dialects(engine.tokenizer)
-    if dialects and not forks_fit(budget, task.max_tokens):
+    if dialects and not forks_fit(budget, task):
         result = await method("sequential")(engine, problem, task=task, **{**single, **options})
-        reason = f"{budget.tokens:,} tokens pay for one attempt of {task.max_tokens:,}, and forks save time, not tokens"
+        reason = f"{budget.tokens:,} tokens do not pay for forks, which save time"
         return MethodResult("pro", result.answer, result.trajectory, label=f"sequential: {reason}")
     if dialects:
         form = dialects[0]
@@ -95,17 +95,6 @@ async def pro(
     return MethodResult(
         "pro", result.answer, result.trajectory, result.score, f"{plan.method}: {plan.reason}"
     )
-
-
-def forks_fit(budget: Budget, tokens: int) -> bool:
-    """Whether a model that forks by itself should: for time, or where there are tokens enough.
-
-    Args:
-        budget: The budget.
-        tokens: Tokens of a complete attempt.
-    """
-    in_a_hurry = budget.seconds is not None or budget.critical_tokens is not None
-    return in_a_hurry or budget.tokens >= 2 * tokens
 
 
 def affordable_replies(budget: Budget, tokens: int, prompt: int, load: Load | None) -> tuple[int, str]:

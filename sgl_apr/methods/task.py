@@ -48,6 +48,8 @@ class Task(Generic[P]):
         step_tokens: Tokens of one step of a search, an operation of a graph, or a judgement.
         verifiable: Whether `verify` needs only the problem, so that a method may use it as its verifier.
         comparable: Whether the answers of two replies can be equal, so that a vote can decide between them.
+        min_fork_tokens: The least budget with which a model that forks by itself should, two complete attempts by default. Under
+            a smaller one `apr` and `pro` ask for one reply without forks.
     """
 
     name = "task"
@@ -59,6 +61,10 @@ class Task(Generic[P]):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+
+    @property
+    def min_fork_tokens(self) -> int:
+        return 2 * self.max_tokens
 
     def answer(self, text: str) -> str:
         """The final answer of a reply, empty if it has none."""

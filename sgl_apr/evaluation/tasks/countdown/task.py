@@ -91,6 +91,12 @@ class CountdownTask(
             raise Inapplicable("countdown needs a model trained on it: --model builtin")
         self.dialect: Dialect = suitable[0]
 
+    @property
+    def min_fork_tokens(self) -> int:
+        """Twice a complete attempt; 0 for models that know messages alone, which cannot search without branches."""
+        known = known_dialects(self.engine.tokenizer)
+        return 0 if all(each.branch_context == "message" for each in known) else 2 * self.max_tokens
+
     def prompt(self, problem: Problem) -> Prompt:
         return Prompt(problem.text, grammar=self._search_grammar)
 
