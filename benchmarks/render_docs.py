@@ -214,8 +214,8 @@ SECTIONS: dict[str, Section] = {
     ),
     "quality.method_curves": Section(
         "Methods at equal budgets",
-        "What every method solves under budgets of 256 to 4,096 tokens, with the built-in model. With 16 problems, an interval is 25 to 50 points "
-        "wide. The curves are on the page about [methods](methods.md).",
+        "What every method solves under budgets of 256 to 8,192 tokens and under deadlines of 2 to 8 seconds, with the built-in model. "
+        "An attempt with a deadline runs alone. The curves are on the page about [methods](methods.md).",
         model_figures.method_curves,
     ),
     "quality.methods": Section(

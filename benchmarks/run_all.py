@@ -52,7 +52,8 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.laten
     "quality.early_votes": ("--ways", "beta", "--at-once", "32", "--check"),
     "quality.schools": ("-o", "docs/schools.png"),
     "quality.method_curves": (
-        "--limit", "16", "--sweep", "tokens=256,512,1024,2048,4096", "-o", "docs/method-curves.svg", "--check",
+        "--limit", "50", "--timed-limit", "6", "--sweep", "tokens=256,512,1024,2048,4096,8192",
+        "--sweep", "seconds=2,4,8", "-o", "docs/method-curves.svg", "--check",
     ),
     "agents": ("--check",),
     "gpu_acceptance": ("--device", "cpu"),

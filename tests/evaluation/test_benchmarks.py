@@ -19,6 +19,8 @@ from sgl_apr.evaluation.tasks.countdown.problems import Problem, count_solutions
 from sgl_apr.evaluation.tasks.countdown.task import CountdownTask
 from sgl_apr.evaluation.tasks.json_worker import JsonWorker
 from sgl_apr.evaluation.tasks.mathematics import FORMULA_WORKER, MathTask
+from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.models import locate_model
 
 
 def names(made: Benchmark) -> list[str]:
@@ -221,3 +223,10 @@ def test_the_gym_task_reads_answers_between_tags():
         True,
         True,
     ]
+
+
+@pytest.mark.parametrize(("model", "least"), [("builtin", 2048), ("builtin:spawn", 0)])
+def test_a_model_that_searches_only_in_branches_forks_under_any_budget(model: str, least: int):
+    """`builtin:spawn` was trained on forked searches alone, the built-in model on others as well."""
+    engine = apr.ScriptedEngine(lambda *_: "", HfTokenizer(str(locate_model(model))))
+    assert CountdownTask(engine).min_fork_tokens == least

@@ -49,3 +49,30 @@ def test_a_model_without_the_tags_is_forced():
 def test_an_unavailable_join_is_an_error(name: str):
     with pytest.raises(apr.KvJoinUnavailable):
         asked(name, apr.dialect(name).tags, join="kv")
+
+
+@pytest.mark.parametrize(
+    ("options", "tags", "forks"),
+    [
+        ({"budget": apr.Budget(tokens=511)}, True, False),
+        ({"budget": apr.Budget(tokens=512)}, True, True),
+        ({"budget": {"tokens": 511}}, True, False),
+        ({"budget": apr.Budget(tokens=511), "mode": "auto"}, True, True),
+        ({"budget": apr.Budget(tokens=511, seconds=60)}, True, True),  # forks save time
+        ({"budget": apr.Budget(tokens=511)}, False, True),  # a model that is forced to fork anyway
+    ],
+)
+def test_apr_forks_where_its_budget_pays_for_that(options: dict[str, Any], tags: bool, forks: bool):
+    spawn = apr.dialect("spawn")
+    fork = "<Spawn>\n<Message>1:a</Message>\n<Message>2:b</Message>\n</Spawn>"
+    texts = iter([fork, *["<Return>1</Return>"] * 2, "Answer: 42"])
+    engine = apr.ScriptedEngine(
+        lambda request, prompt: next(texts) if forks else "Answer: 42",
+        apr.ByteTokenizer(spawn.tags if tags else ()),
+    )
+    task = QuestionTask(engine, PLAIN)
+    assert task.min_fork_tokens == 512
+    result = asyncio.run(method("apr")(engine, "Why?", task=task, **options))
+    assert result.answer.endswith("42")
+    assert len(result.trajectory.blocks) == forks
+    assert ("one reply: 511 tokens do not pay for a fork" in result.label) == (not forks)
