@@ -5,8 +5,8 @@ python -m benchmarks.budgets --split train --methods apr --leases 64:16,32:8    
 python -m benchmarks.budgets --methods apr --equal-shares                        # without leases, for comparison
 
 `apr` is the adaptive method: the model decides when to fork, where the budget pays for that. `apr:auto` is `apr` with
-mode="auto": forks at any budget. The others have a fixed structure. Each runs with the temperature of its paper, `apr`
-and `sequential` with 0.
+mode="auto": forks at any budget. `pro` chooses a method. The others have a fixed structure. Each runs with the
+temperature of its paper, a single reply with 0.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sgl_apr.training.models import locate_model
 
 TOKENS = (256, 512, 1024, 2048, 4096)
 FORCED = "apr:auto"  # the model may fork at any budget
-METHODS = ("apr", FORCED, "sequential", "self_consistency", "best_of_n", "graph_of_thoughts", "mcts")
+METHODS = ("apr", FORCED, "pro", "sequential", "self_consistency", "best_of_n", "graph_of_thoughts", "mcts")
 ADAPTIVE, GREEDY = "apr", ("apr", FORCED, "sequential")
 BAR_TOKENS, BAR_ACCURACY = 1024, 0.8
 Constants = tuple[int, int, int]  # FIRST_LEASE, NEXT_LEASE, FIRST_BRANCH_TOKENS
@@ -112,6 +112,8 @@ async def measure(
                     extra: dict[str, Any] = {"temperature": 0.0} if method in GREEDY else {}
                     if method == FORCED:
                         extra |= {"implementation": "apr", "mode": "auto"}
+                    elif method == "pro":
+                        extra["single_temperature"] = 0.0
                     with open_evaluation(options.out and options.out / name, settings) as store:
                         results[method] = await run_attempts(
                             engine, problems, method, store, at_once=options.at_once,

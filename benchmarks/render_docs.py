@@ -190,8 +190,8 @@ SECTIONS: dict[str, Section] = {
         "Small budgets",
         "What methods solve under small budgets of tokens, with the built-in model on 200 held-out Countdown problems. In `apr` the "
         "model decides when to fork, from 2,048 tokens on: under smaller budgets it searches in one reply, which is what solves more "
-        "there. In `apr:auto` (`mode=\"auto\"`) it may fork at any budget. Each method runs with the temperature of its paper, "
-        "`apr` and `sequential` with 0. The border and the sizes of leases were chosen on training problems.",
+        "there. In `apr:auto` (`mode=\"auto\"`) it may fork at any budget. `pro` chooses a method. Each method runs with the temperature of "
+        "its paper, a single reply with 0. The border and the sizes of leases were chosen on training problems.",
         figures.budgets,
     ),
     "training.tree_build": Section(

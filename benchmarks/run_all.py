@@ -52,7 +52,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.laten
     "quality.early_votes": ("--ways", "beta", "--at-once", "32", "--check"),
     "quality.schools": ("-o", "docs/schools.png"),
     "quality.method_curves": (
-        "--limit", "50", "--timed-limit", "6", "--sweep", "tokens=256,512,1024,2048,4096,8192",
+        "--limit", "16", "--timed-limit", "6", "--sweep", "tokens=256,512,1024,2048,4096,8192",
         "--sweep", "seconds=2,4,8", "-o", "docs/method-curves.svg", "--check",
     ),
     "agents": ("--check",),
