@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import sgl_apr as apr
 from sgl_apr.evaluation.benchmarks.base import Benchmark, Case
 from sgl_apr.evaluation.benchmarks.registry import benchmark
 from sgl_apr.evaluation.metrics import MethodResults
-from sgl_apr.evaluation.runner import evaluate, measure_attempt, run_attempts
+from sgl_apr.evaluation.runner import evaluate, measure_attempt, run_attempts, time_alone
 from sgl_apr.evaluation.store import RUN_FILE, ResultStore, open_evaluation, read_results
 from sgl_apr.evaluation.tasks.countdown.problems import Problem
 from sgl_apr.evaluation.tasks.countdown.search import sequential_search
@@ -180,3 +181,19 @@ def test_attempts_at_other_problems_are_an_error():
         asyncio.run(evaluate("http://127.0.0.1:9", other, "sequential", found))
     row = asyncio.run(evaluate("http://127.0.0.1:9", SUMS, "sequential", found))
     assert len(row.attempts) == 3, "nobody is asked where all is there"
+
+
+@pytest.mark.parametrize(("method", "requests"), [("sequential", 2), ("self_consistency", 12)])
+def test_replies_of_one_request_are_timed_once(
+    monkeypatch: pytest.MonkeyPatch, method: str, requests: int
+) -> None:
+    engine = apr.ScriptedEngine(adds)
+
+    async def connect(*_: Any, **options: Any) -> Any:
+        return nullcontext(engine)
+
+    monkeypatch.setattr(apr.HttpEngine, "connect", connect)
+    extra = {"n": 3} if method == "self_consistency" else {}
+    own, one_by_one = asyncio.run(time_alone("http://server", SUMS, 2, method, budget=SUMS.budget, **extra))
+    assert len(engine.requests) == requests
+    assert (own == one_by_one) == (method == "sequential")
