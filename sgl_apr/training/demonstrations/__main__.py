@@ -1,6 +1,7 @@
 """Write demonstrations into a file that `sgl-apr train sft` reads, or let the base model reply to ordinary instructions.
 
 python -m sgl_apr.training.demonstrations write runs/smollm2/train.jsonl --count 6000
+python -m sgl_apr.training.demonstrations ledger runs/ledger/train.jsonl --start runs/ledger/start
 python -m sgl_apr.training.demonstrations replies plain.jsonl.gz --train 1000 --test 120 [--seconds 200]
 """
 
@@ -21,9 +22,11 @@ from sgl_apr.training.checkpoint import write_errors
 from sgl_apr.training.demonstrations.chat_prompt import chat_prompt
 from sgl_apr.training.demonstrations.dataset import as_trajectory, count_kinds, demonstrations
 from sgl_apr.training.demonstrations.fork_reply import DIALECT
+from sgl_apr.training.demonstrations.ledger_notes import ledger_readings, reading_trajectory
 from sgl_apr.training.demonstrations.plain_prompts import plain_messages
 from sgl_apr.training.demonstrations.plain_replies import generate_replies, read_replies, write_replies
 from sgl_apr.training.demonstrations.topics import Split
+from sgl_apr.training.models.ledger import ledger_llama
 from sgl_apr.training.models.pretrained import smollm2
 
 
@@ -50,6 +53,21 @@ def _write(options: argparse.Namespace) -> None:
             }
         )
     )
+
+
+def _ledger(options: argparse.Namespace) -> None:
+    tokenizer = HfTokenizer(ledger_llama(options.start, seed=options.seed))
+    tokens = 0
+    options.file.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.file.with_name(f"{options.file.name}.partial")
+    with write_errors(partial), partial.open("w", encoding="utf-8") as file:
+        for reading in ledger_readings(options.count, options.seed):
+            trajectory = reading_trajectory(reading, tokenizer)
+            tokens += sum(span.tokens for span in trajectory.spans)
+            file.write(trajectory.to_json() + "\n")
+    partial.replace(options.file)
+    found = {"file": str(options.file), "model": str(options.start), "demonstrations": options.count}
+    print(json.dumps(found | {"tokens": tokens}))
 
 
 def _replies(options: argparse.Namespace) -> None:
@@ -82,6 +100,14 @@ def main() -> int:
     write.add_argument("--split", choices=["train", "test"], default="train")
     write.add_argument("--model", type=Path, help="a checkpoint with the tags (default: SmolLM2)")
     write.set_defaults(command=_write)
+    ledger = commands.add_parser(
+        "ledger", help="write readings of ledgers (docs/methods.md), and an untrained model for them"
+    )
+    ledger.add_argument("file", type=Path)
+    ledger.add_argument("--start", type=Path, required=True, help="directory of the untrained model")
+    ledger.add_argument("--count", type=int, default=40_000, help="(default: %(default)s)")
+    ledger.add_argument("--seed", type=int, default=0)
+    ledger.set_defaults(command=_ledger)
     replies = commands.add_parser(
         "replies", help="let a served model reply to ordinary instructions; continues a file"
     )

@@ -57,10 +57,29 @@ def countdown_llama(
     Returns:
         The directory.
     """
+    tokenizer = countdown_tokenizer(tags, context, dialects)
+    return write_llama(directory, tokenizer, layers=layers, hidden=hidden, seed=seed, context=context)
+
+
+def write_llama(
+    directory: Path, tokenizer: Any, *, layers: int, hidden: int, seed: int, context: int
+) -> Path:
+    """Write a small Llama with fresh weights (float32, tied embeddings, 4 heads) for a tokenizer.
+
+    Args:
+        directory: Where to write it.
+        tokenizer: The tokenizer, which is written too.
+        layers: Number of layers.
+        hidden: Hidden size.
+        seed: Seed of the weights.
+        context: Tokens of the model's context.
+
+    Returns:
+        The directory.
+    """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = countdown_tokenizer(tags, context, dialects)
     eos = tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
