@@ -105,7 +105,7 @@ def main() -> int:
     )
     ledger.add_argument("file", type=Path)
     ledger.add_argument("--start", type=Path, required=True, help="directory of the untrained model")
-    ledger.add_argument("--count", type=int, default=40_000, help="(default: %(default)s)")
+    ledger.add_argument("--count", type=int, default=24_000, help="(default: %(default)s)")
     ledger.add_argument("--seed", type=int, default=0)
     ledger.set_defaults(command=_ledger)
     replies = commands.add_parser(

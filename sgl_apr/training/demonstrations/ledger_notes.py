@@ -8,15 +8,16 @@ A part that says nothing has an empty note.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from sgl_apr.evaluation.tasks.chat_template import CHATML
-from sgl_apr.evaluation.tasks.ledger import LedgerKind, LedgerProblem, LedgerTask, generate_ledgers
+from sgl_apr.evaluation.tasks.ledger import PEOPLE, LedgerKind, LedgerProblem, LedgerTask, generate_ledgers
 from sgl_apr.methods.context_parts import ANSWER, NOTES, READ_PART
 from sgl_apr.tokenizer import Tokenizer
-from sgl_apr.trajectory.spans import Span
+from sgl_apr.trajectory.spans import Origin, Role, Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
 KINDS: tuple[LedgerKind, ...] = ("needle", "count", "sum")
@@ -24,6 +25,7 @@ PART_LINES = 21  # of 256 tokens of the small model
 LEDGER_LINES = 4096  # of the longest ledger
 PROMPT_LINES = 60  # of a ledger in one prompt
 MAX_NOTES = 16  # in one part
+MORE_QUESTIONS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,14 @@ class LedgerReading:
         message: What the user says.
         reply: What the model learns to say.
         kind: The kind of the question.
+        more: Further questions about the same payments, and their replies. A reply has few tokens, so that a model learns to
+            look something up from many of them for each text that it reads.
     """
 
     message: str
     reply: str
     kind: LedgerKind
+    more: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -60,10 +65,22 @@ def ledger_readings(count: int, seed: int = 0) -> Iterator[LedgerReading]:
 
 
 def reading_trajectory(reading: LedgerReading, tokenizer: Tokenizer) -> Trajectory:
-    """A demonstration as a trajectory to train on: a prompt, and a reply with a loss."""
-    prompt = Span("prompt", "prompt", reading.prompt, tuple(tokenizer.encode(reading.prompt)), ())
-    reply = Span("text", "decoded", reading.reply, tuple(tokenizer.encode(reading.reply)), (0,), finish="eos")
-    return Trajectory((prompt, reply), "sequential")
+    """A demonstration as a trajectory to train on: a prompt, and replies with a loss. Further questions are injected."""
+
+    def span(role: Role, origin: Origin, text: str, **options: Any) -> Span:
+        ids = tuple(tokenizer.encode(text))
+        return Span(role, origin, text, ids, (len(spans) - 1,) if spans else (), **options)
+
+    spans = list[Span]()
+    spans.append(span("prompt", "prompt", reading.prompt))
+    reply = reading.reply
+    for question, following in reading.more:
+        end, turn = CHATML.reply_suffix[:-1], "\n" + CHATML.turn(question)
+        spans.append(span("text", "decoded", f"{reply}{end}"))
+        spans.append(span("text", "injected", turn))
+        reply = following
+    spans.append(span("text", "decoded", reply, finish="eos"))
+    return Trajectory(tuple(spans), "sequential")
 
 
 def note_of_payments(problem: LedgerProblem) -> str:
@@ -86,6 +103,20 @@ def note_of_payments(problem: LedgerProblem) -> str:
 def note_of_notes(kind: LedgerKind, values: Sequence[int]) -> str:
     """The note of a part that consists of notes: running totals of their values, and the last one as its value."""
     return str(values[0]) if kind == "needle" else " ".join(map(str, accumulate(values)))
+
+
+def _more(
+    rng: random.Random, problem: LedgerProblem, reply: Callable[[LedgerProblem], str]
+) -> tuple[tuple[str, str], ...]:
+    """Further questions about the same payments."""
+    made = list[tuple[str, str]]()
+    for _ in range(MORE_QUESTIONS):
+        asked = rng.choice(problem.payments)
+        number = asked.number if rng.random() < 0.8 else rng.randint(1, LEDGER_LINES)
+        person = asked.payer if rng.random() < 0.8 else rng.choice(PEOPLE)
+        other = LedgerProblem(problem.payments, rng.choice(KINDS), person, number)
+        made.append((other.question, reply(other)))
+    return tuple(made)
 
 
 def _note(listed: Sequence[int], totals: Sequence[int]) -> str:
@@ -118,7 +149,8 @@ def _read(rng: random.Random, part: str, question: str) -> str:
 def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
     problem = _problem(rng, rng.randint(2, PART_LINES), kind)
     part = _lines(problem) if rng.random() < 0.9 else _lines(problem).rstrip("\n")  # of a last part
-    return LedgerReading(_read(rng, part, problem.question), note_of_payments(problem), kind)
+    note, more = note_of_payments(problem), _more(rng, problem, note_of_payments)
+    return LedgerReading(_read(rng, part, problem.question), note, kind, more)
 
 
 def _notes(rng: random.Random, kind: LedgerKind) -> tuple[str, list[int]]:
@@ -167,10 +199,17 @@ def _answer_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
 def _answer_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
     problem = _problem(rng, rng.randint(2, PART_LINES), kind, first=0)
     message = ANSWER.format(text=_lines(problem).rstrip("\n"), question=problem.question)
-    return LedgerReading(message, _answer(note_of_payments(problem)), kind)
+    return _answer_reading(rng, message, problem)
 
 
 def _answer_ledger(rng: random.Random, kind: LedgerKind) -> LedgerReading:
     problem = _problem(rng, rng.randint(2, PROMPT_LINES), kind, first=0)
     message = f"{problem.text}\n{LedgerTask.answer_instruction}"
-    return LedgerReading(message, _answer(note_of_payments(problem)), kind)
+    return _answer_reading(rng, message, problem)
+
+
+def _answer_reading(rng: random.Random, message: str, problem: LedgerProblem) -> LedgerReading:
+    def reply(one: LedgerProblem) -> str:
+        return _answer(note_of_payments(one))
+
+    return LedgerReading(message, reply(problem), problem.kind, _more(rng, problem, reply))

@@ -99,7 +99,9 @@ def test_readings_are_trained_on_to_their_last_token(tokenizer: HfTokenizer):
         trajectory = reading_trajectory(reading, tokenizer)
         assert tokenizer.decode(trajectory.spans[0].token_ids or ()) == reading.prompt
         targets = build_training_tree([trajectory], eos=eos).targets
-        assert [*targets] == [*tokenizer.encode(reading.reply), eos]
+        replies = [reading.reply, *(reply for _, reply in reading.more)]
+        assert [*targets] == [i for reply in replies for i in (*tokenizer.encode(reply), eos)]
+        assert trajectory.spans[-1].text == replies[-1]
         empty += not reading.reply
     assert 0 < empty < 20
 
@@ -113,7 +115,9 @@ def test_they_are_written_with_a_model(
     printed = json.loads(capsys.readouterr().out)
     assert printed["demonstrations"] == 12
     made = [Trajectory.from_json(line) for line in file.read_text().splitlines()]
-    assert [t.spans[1].text for t in made] == [r.reply for r in ledger_readings(12)]
+    assert [t.spans[-1].text for t in made] == [
+        [r.reply, *(m[1] for m in r.more)][-1] for r in ledger_readings(12)
+    ]
     assert (start / "model.safetensors").stat().st_size < 4_000_000
 
 
