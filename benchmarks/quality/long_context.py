@@ -3,8 +3,7 @@
 python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 40] [--part-tokens 256] [--json]
 
 The texts are ledgers (`sgl-apr eval ledger:SIZE`): questions that need one line, and questions that need all of them. A prompt that is longer
-than the context of the model cannot be asked at all. The default is a small model that has learned to read ledgers; docs/methods.md says how
-to train it.
+than the context of the model cannot be asked at all. The default is a small model that is trained to read ledgers, as docs/methods.md says.
 """
 
 from __future__ import annotations
