@@ -111,9 +111,9 @@ def _more(
     """Further questions about the same payments."""
     made = list[tuple[str, str]]()
     for _ in range(MORE_QUESTIONS):
-        asked = rng.choice(problem.payments)
-        number = asked.number if rng.random() < 0.8 else rng.randint(1, LEDGER_LINES)
-        person = asked.payer if rng.random() < 0.8 else rng.choice(PEOPLE)
+        payment = rng.choice(problem.payments)
+        number = payment.number if rng.random() < 0.8 else rng.randint(1, LEDGER_LINES)
+        person = payment.payer if rng.random() < 0.8 else rng.choice(PEOPLE)
         other = LedgerProblem(problem.payments, rng.choice(KINDS), person, number)
         made.append((other.question, reply(other)))
     return tuple(made)
@@ -129,12 +129,14 @@ def _answer(note: str) -> str:
 
 def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None = None) -> LedgerProblem:
     """A part of a ledger, whose lines begin anywhere, with a question that it need not answer."""
-    (whole,) = generate_ledgers(1, lines, seed=rng.getrandbits(48), kinds=(kind,))
+    (generated,) = generate_ledgers(1, lines, seed=rng.getrandbits(48), kinds=(kind,))
     start = rng.randrange(LEDGER_LINES) if first is None else first
-    payments = tuple(type(p)(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in whole.payments)
+    payments = tuple(
+        type(p)(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in generated.payments
+    )
     inside = first is not None or rng.random() < 0.7
     number = rng.randint(start + 1, start + lines) if inside else rng.randint(1, LEDGER_LINES)
-    return LedgerProblem(payments, kind, whole.person, number)
+    return LedgerProblem(payments, kind, generated.person, number)
 
 
 def _lines(problem: LedgerProblem) -> str:
