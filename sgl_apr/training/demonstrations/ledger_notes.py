@@ -1,8 +1,9 @@
 """Demonstrations of reading a long ledger in parts, as `recursive(part_tokens=...)` puts them to a model: notes and answers.
 
-A note of payments lists what was found, and ends with the value of the part: "3 17 : 2" for a count (the lines, and how many),
-"12 44 : 12 56" for a sum (the coins, and running totals), "29" for a needle. A note of notes, and an answer, add the values up: "2 3 6".
-A part that says nothing has an empty note.
+A note quotes the payments that it counts or adds up, each with the total so far, and ends with the value of the part:
+"[3] Ada = 1, [17] Ada = 2" for a count, "[3] Ada paid Dan 12 = 12, [17] Ada paid Ben 44 = 56" for a sum. The note of a needle is its
+line, "[8] Gina paid Olga 29". A note of notes, and an answer, add their values up: "2 = 2, 1 = 3". A part that says nothing has an
+empty note. A small model learns to quote far sooner than to look up: 28% of the needles were right after 7M tokens without quotes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from itertools import accumulate
 from typing import Any
 
 from sgl_apr.evaluation.tasks.chat_template import CHATML
-from sgl_apr.evaluation.tasks.ledger import PEOPLE, LedgerKind, LedgerProblem, LedgerTask, generate_ledgers
+from sgl_apr.evaluation.tasks.ledger import (
+    LARGEST_PRICE,
+    PEOPLE,
+    LedgerKind,
+    LedgerProblem,
+    LedgerTask,
+    Payment,
+    generate_ledgers,
+)
 from sgl_apr.methods.context_parts import ANSWER, NOTES, READ_PART
 from sgl_apr.tokenizer import Tokenizer
 from sgl_apr.trajectory.spans import Origin, Role, Span
@@ -23,7 +32,7 @@ from sgl_apr.trajectory.trajectory import Trajectory
 KINDS: tuple[LedgerKind, ...] = ("needle", "count", "sum")
 PART_LINES = 21  # of 256 tokens of the small model
 LEDGER_LINES = 4096  # of the longest ledger
-PROMPT_LINES = 60  # of a ledger in one prompt
+PROMPT_LINES = 64  # of a ledger in one prompt
 MAX_NOTES = 16  # in one part
 MORE_QUESTIONS = 12
 
@@ -84,25 +93,49 @@ def reading_trajectory(reading: LedgerReading, tokenizer: Tokenizer) -> Trajecto
 
 
 def note_of_payments(problem: LedgerProblem) -> str:
-    """The note of a part: what it lists, and its value; empty if it says nothing.
+    """The note of a part: quotes, and its value; empty if it says nothing.
 
     Args:
         problem: The payments of the part, and the question.
+
+    Examples:
+        >>> paid = (Payment(3, "Ada", "Dan", 12, "hats"), Payment(17, "Ada", "Ben", 44, "eggs"))
+        >>> note_of_payments(LedgerProblem(paid, "sum", "Ada"))
+        '[3] Ada paid Dan 12 = 12, [17] Ada paid Ben 44 = 56'
     """
     own = [p for p in problem.payments if p.payer == problem.person]
     match problem.kind:
         case "needle":
-            return next((str(p.coins) for p in problem.payments if p.number == problem.number), "")
+            return next((_quote(p) for p in problem.payments if p.number == problem.number), "")
         case "count":
-            return _note([p.number for p in own], [len(own)])
+            return _note([f"[{p.number}] {p.payer}" for p in own], [1] * len(own))
         case _:
-            coins = [p.coins for p in own]
-            return _note(coins, list(accumulate(coins)))
+            return _note([_quote(p) for p in own], [p.coins for p in own])
 
 
-def note_of_notes(kind: LedgerKind, values: Sequence[int]) -> str:
-    """The note of a part that consists of notes: running totals of their values, and the last one as its value."""
-    return str(values[0]) if kind == "needle" else " ".join(map(str, accumulate(values)))
+def note_of_notes(kind: LedgerKind, notes: Sequence[str]) -> str:
+    """The note of a part that consists of notes: their values, and running totals; a needle is quoted again.
+
+    Args:
+        kind: The kind of the question.
+        notes: The notes, none of them empty.
+
+    Examples:
+        >>> note_of_notes("count", ["[3] Ada = 1, [17] Ada = 2", "[31] Ada = 1"])
+        '2 = 2, 1 = 3'
+    """
+    if kind == "needle":
+        return notes[0]
+    values = [int(note.split()[-1]) for note in notes]
+    return _note(list(map(str, values)), values)
+
+
+def _quote(payment: Payment) -> str:
+    return f"[{payment.number}] {payment.payer} paid {payment.payee} {payment.coins}"
+
+
+def _note(quotes: Sequence[str], values: Sequence[int]) -> str:
+    return ", ".join(f"{quote} = {total}" for quote, total in zip(quotes, accumulate(values), strict=True))
 
 
 def _more(
@@ -119,10 +152,6 @@ def _more(
     return tuple(made)
 
 
-def _note(listed: Sequence[int], totals: Sequence[int]) -> str:
-    return f"{' '.join(map(str, listed))} : {' '.join(map(str, totals))}" if listed else ""
-
-
 def _answer(note: str) -> str:
     return f"{note}\nAnswer: {note.rpartition(' ')[2] or 0}"
 
@@ -132,7 +161,7 @@ def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None
     (generated,) = generate_ledgers(1, lines, seed=rng.getrandbits(48), kinds=(kind,))
     start = rng.randrange(LEDGER_LINES) if first is None else first
     payments = tuple(
-        type(p)(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in generated.payments
+        Payment(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in generated.payments
     )
     inside = first is not None or rng.random() < 0.7
     number = rng.randint(start + 1, start + lines) if inside else rng.randint(1, LEDGER_LINES)
@@ -155,28 +184,25 @@ def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
     return LedgerReading(_read(rng, part, problem.question), note, kind, more)
 
 
-def _notes(rng: random.Random, kind: LedgerKind) -> tuple[str, list[int]]:
-    """Lines of notes, and their values."""
+def _notes(rng: random.Random, kind: LedgerKind) -> tuple[str, list[str]]:
+    """Lines of notes, and the notes."""
     count = 1 if kind == "needle" else rng.randint(1, MAX_NOTES)
     numbers = sorted(rng.sample(range(1, 4 * MAX_NOTES), count))
-    lines, values = list[str](), list[int]()
-    for number in numbers:
-        if kind == "needle":
-            found = [rng.randint(1, 99)]
-            note = str(found[0])
-        elif rng.random() < 0.4:  # a note of notes
-            found = [rng.randint(1, 199 if kind == "sum" else 4) for _ in range(rng.randint(1, 8))]
-            note = note_of_notes(kind, found)
-        elif kind == "count":
-            found = sorted(rng.sample(range(1, LEDGER_LINES), rng.choice((1, 1, 1, 2, 2, 3))))
-            note = _note(found, [len(found)])
-            found = [len(found)]
-        else:
-            found = [rng.randint(1, 99) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
-            note = _note(found, list(accumulate(found)))
-        lines.append(f"{number}: {note}\n")
-        values.append(sum(found))
-    return "".join(lines), values
+    notes = [_some_note(rng, kind) for _ in numbers]
+    return "".join(f"{number}: {note}\n" for number, note in zip(numbers, notes, strict=True)), notes
+
+
+def _some_note(rng: random.Random, kind: LedgerKind) -> str:
+    if kind != "needle" and rng.random() < 0.4:  # a note of notes
+        values = [rng.randint(1, 199 if kind == "sum" else 4) for _ in range(rng.randint(1, 8))]
+        return _note(list(map(str, values)), values)
+    person, *others = rng.sample(PEOPLE, 4)
+    numbers = sorted(rng.sample(range(1, LEDGER_LINES), rng.choice((1, 1, 1, 2, 2, 3))))
+    payments = tuple(
+        Payment(n, person, payee, rng.randint(1, LARGEST_PRICE), "")
+        for n, payee in zip(numbers, others, strict=False)
+    )
+    return note_of_payments(LedgerProblem(payments, kind, person, numbers[0]))
 
 
 def _question(rng: random.Random, kind: LedgerKind) -> str:
@@ -184,18 +210,18 @@ def _question(rng: random.Random, kind: LedgerKind) -> str:
 
 
 def _read_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
-    lines, values = _notes(rng, kind)
+    lines, notes = _notes(rng, kind)
     if rng.random() < 0.3:  # the last part ends without a line break
         lines = lines.rstrip("\n")
     text = NOTES.format(notes=lines) if rng.random() < 0.3 else lines
-    return LedgerReading(_read(rng, text, _question(rng, kind)), note_of_notes(kind, values), kind)
+    return LedgerReading(_read(rng, text, _question(rng, kind)), note_of_notes(kind, notes), kind)
 
 
 def _answer_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
-    lines, values = _notes(rng, kind)
+    lines, notes = _notes(rng, kind)
     text = NOTES.format(notes=lines.rstrip("\n"))
     message = ANSWER.format(text=text, question=_question(rng, kind))
-    return LedgerReading(message, _answer(note_of_notes(kind, values)), kind)
+    return LedgerReading(message, _answer(note_of_notes(kind, notes)), kind)
 
 
 def _answer_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:

@@ -11,7 +11,9 @@ from sgl_apr.methods.context_parts import ANSWER, NOTES, READ_PART
 from sgl_apr.training.models.countdown import write_llama
 from sgl_apr.training.models.tiny import CHAT_TEMPLATE, END, END_TURN, TURN
 
-PIECES = r" ?[0-9]{1,2}| ?[A-Za-z]+|\s|[^A-Za-z0-9\s]"  # of a text; tokens do not cross their borders
+# Of a text; tokens do not cross their borders. A number is the same tokens wherever it stands, so that a model can match two of
+# them: digits come in pairs from the right, and a space before them is a token of its own.
+PIECES = r"[0-9]{1,2}(?=([0-9]{2})*(?![0-9]))| ?[A-Za-z]+|\s|[^A-Za-z0-9\s]"
 VOCABULARY = 800
 
 

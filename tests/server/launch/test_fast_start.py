@@ -55,7 +55,9 @@ def test_garbage_is_not_collected_while_importing():
 def test_the_pause_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(PAUSE_GC_ENV, "0")
     frozen = list[bool]()
-    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))  # the count falls as other objects are freed
+    monkeypatch.setattr(
+        gc, "freeze", lambda: frozen.append(True)
+    )  # the count falls as other objects are freed
     with fast_imports():
         assert gc.isenabled()
     assert not frozen

@@ -47,8 +47,7 @@ def reader(kind: LedgerKind, problem: LedgerProblem, tokenizer: HfTokenizer) -> 
         if payments:
             note = note_of_payments(LedgerProblem(payments, kind, problem.person, problem.number))
         else:
-            values = [int(line.split()[-1]) for line in re.findall(r"^\d+: .*", prompt, re.MULTILINE)]
-            note = note_of_notes(kind, values)
+            note = note_of_notes(kind, re.findall(r"(?m)^\d+: (.*)", prompt))
         return note if "Write down in short" in prompt else f"{note}\nAnswer: {note.rpartition(' ')[2]}"
 
     return apr.ScriptedEngine(reply, tokenizer)
