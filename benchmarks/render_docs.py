@@ -102,7 +102,8 @@ SECTIONS: dict[str, Section] = {
     "quality.long_context": Section(
         "Long texts with and without recursion",
         "Questions about generated ledgers: one prompt with all of the text, or sub-calls that read its parts (`recursive(part_tokens=...)`). "
-        "It has [not been run yet](methods.md#read-a-long-text-in-parts) with a model that can read them.",
+        "The model has 0.9M parameters, a context of 2,048 tokens, and [a recipe for this](methods.md#read-a-long-text-in-parts).",
+        model_figures.long_context,
     ),
     "quality.speculative_search": Section(
         "Speculative tree search",

@@ -55,6 +55,7 @@ class Data:
         answer_weight: Weight of the losses of the answer after a fork. It is short, and copies from one of many branches.
         state_width: Share of demonstrations whose prompt says how many branches all forks of the reply have.
         join: How blocks are joined in the training tree; empty is as they were joined.
+        shuffle: Take the lines of a file in random order; False keeps theirs, for demonstrations that grow harder.
         seed: Seed of problems and demonstrations.
     """
 
@@ -74,6 +75,7 @@ class Data:
     answer_weight: float = 1.0
     state_width: float = 0.0
     join: Literal["kv", "text", ""] = ""
+    shuffle: bool = True
     seed: int = 0
 
 

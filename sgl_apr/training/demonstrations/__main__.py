@@ -101,10 +101,10 @@ def main() -> int:
     write.add_argument("--model", type=Path, help="a checkpoint with the tags (default: SmolLM2)")
     write.set_defaults(command=_write)
     ledger = commands.add_parser(
-        "ledger", help="write readings of ledgers (docs/methods.md), and an untrained model for them"
+        "ledger", help="write readings of ledgers (docs/methods.md), and an model to start from for them"
     )
     ledger.add_argument("file", type=Path)
-    ledger.add_argument("--start", type=Path, required=True, help="directory of the untrained model")
+    ledger.add_argument("--start", type=Path, required=True, help="directory of the model to start from")
     ledger.add_argument("--count", type=int, default=24_000, help="(default: %(default)s)")
     ledger.add_argument("--seed", type=int, default=0)
     ledger.set_defaults(command=_ledger)

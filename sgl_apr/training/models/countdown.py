@@ -93,6 +93,8 @@ def write_llama(
         bos_token_id=None,
         eos_token_id=eos,
         pad_token_id=eos,
+        initializer_range=hidden
+        ** -0.5,  # from the usual 0.02, so few dimensions learn to copy a token only after millions
         dtype=torch.float32,
     )
     torch.manual_seed(seed)

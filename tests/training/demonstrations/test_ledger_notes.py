@@ -9,11 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.ledger import LedgerKind, LedgerProblem, LedgerTask, Payment, generate_ledgers
 from sgl_apr.methods import method
 from sgl_apr.tokenizer import HfTokenizer
+from sgl_apr.training.config import Data
 from sgl_apr.training.demonstrations.__main__ import main
 from sgl_apr.training.demonstrations.ledger_notes import (
     KINDS,
@@ -23,12 +25,14 @@ from sgl_apr.training.demonstrations.ledger_notes import (
     note_of_payments,
     reading_trajectory,
 )
+from sgl_apr.training.examples import FileExamples
+from sgl_apr.training.models import locate_model
 from sgl_apr.training.models.ledger import ledger_llama
 from sgl_apr.training.training_tree import build_training_tree
 from sgl_apr.trajectory.trajectory import Trajectory
 
 LINE = re.compile(r"\[(\d+)\] (\w+) paid (\w+) (\d+) coins for (\w+)\.")
-PART_TOKENS = 256
+PART_TOKENS = 192
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def reader(kind: LedgerKind, problem: LedgerProblem, tokenizer: HfTokenizer) -> 
         if payments:
             note = note_of_payments(LedgerProblem(payments, kind, problem.person, problem.number))
         else:
-            note = note_of_notes(kind, re.findall(r"(?m)^\d+: (.*)", prompt))
+            note = note_of_notes(kind, {int(n): note for n, note in re.findall(r"(?m)^(\d+): (.*)", prompt)})
         return note if "Write down in short" in prompt else f"{note}\nAnswer: {note.rpartition(' ')[2]}"
 
     return apr.ScriptedEngine(reply, tokenizer)
@@ -117,3 +121,23 @@ def test_they_are_written_with_a_model(
         [r.reply, *(m[1] for m in r.more)][-1] for r in ledger_readings(12)
     ]
     assert (start / "model.safetensors").stat().st_size < 4_000_000
+    examples = FileExamples(Data(path=str(file), shuffle=False), HfTokenizer(str(start)))
+    assert list(examples.trajectories(0))[: len(made)] == made
+    assert (
+        list(FileExamples(Data(path=str(file)), HfTokenizer(str(start))).trajectories(0))[: len(made)] != made
+    )
+
+
+def test_texts_grow():
+    lines = [len(LINE.findall(reading.message)) for reading in ledger_readings(1400)]
+    assert max(lines[:140]) <= 3
+    assert max(lines[-140:]) > 40
+
+
+def test_the_start_has_what_the_built_in_model_knows(tokenizer: HfTokenizer, tmp_path: Path):
+    load = AutoModelForCausalLM.from_pretrained
+    start, builtin = load(ledger_llama(tmp_path)), load(locate_model("builtin"))
+    for name, weight in builtin.model.layers.state_dict().items():
+        assert start.model.layers.state_dict()[name].equal(weight)
+    (own,), (old,) = tokenizer.encode(" 42"), HfTokenizer(str(locate_model("builtin"))).encode(" 42")
+    assert start.get_input_embeddings().weight[own].equal(builtin.get_input_embeddings().weight[old])
