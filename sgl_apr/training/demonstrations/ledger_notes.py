@@ -2,7 +2,7 @@
 
 A note quotes the payments that it counts or adds up, each with the total so far, and ends with the value of the part:
 "[3] Ada = 1, [17] Ada = 2" for a count, "[3] Ada paid Dan 12 = 12, [17] Ada paid Ben 44 = 56" for a sum. The note of a needle is its
-line, "[8] Gina paid Olga 29". A note of notes, and an answer, add their values up, each behind the number of its note: "4: 2 = 2, 9: 1 = 3". A
+line, "[8] Gina paid Olga 29". A note of notes, and an answer, add their values up, each after the number of its note: "4: 2 = 2, 9: 1 = 3". A
 part that says nothing has an empty note. A small model learns to quote far sooner than to look up: 28% of the needles were right after 7M tokens without quotes.
 """
 
