@@ -102,7 +102,7 @@ SECTIONS: dict[str, Section] = {
     "quality.long_context": Section(
         "Long texts with and without recursion",
         "Questions about generated ledgers: one prompt with all of the text, or sub-calls that read its parts (`recursive(part_tokens=...)`). "
-        "The model has 0.9M parameters, a context of 2,048 tokens, and [a recipe for this](methods.md#read-a-long-text-in-parts).",
+        "The model is SmolLM2 (135M) with [an adapter for this](methods.md#read-a-long-text-in-parts).",
         model_figures.long_context,
     ),
     "quality.speculative_search": Section(

@@ -1,9 +1,9 @@
 """Questions about long texts with and without recursion: one prompt that holds all of the text, or sub-calls that read its parts.
 
-python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 40] [--part-tokens 192] [--json]
+python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 40] [--part-tokens 320] [--json]
 
 The texts are ledgers (`sgl-apr eval ledger:SIZE`): questions that need one line, and questions that need all of them. A prompt that is longer
-than the context of the model cannot be asked at all. The default is a small model that is trained to read ledgers, as docs/methods.md says.
+than the context of the model cannot be asked at all. The default is SmolLM2 with an adapter that is trained to read ledgers, as docs/methods.md says.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--sizes", default="1k,4k,16k,64k", help="thousands of tokens (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=40, help="problems of each size (default: %(default)s)")
     parser.add_argument(
-        "--part-tokens", type=int, default=192, help="tokens that a sub-call reads (default: %(default)s)"
+        "--part-tokens", type=int, default=320, help="tokens that a sub-call reads (default: %(default)s)"
     )
     parser.add_argument(
         "--reply-tokens", type=int, default=128, help="tokens of a note (default: %(default)s)"

@@ -24,6 +24,8 @@ class Model:
         hidden: Hidden size of the fresh model.
         seed: Seed of the fresh weights.
         context: Tokens of the context of the fresh model.
+        init: Standard deviation of the fresh weights. With few dimensions, a model learns to copy tokens far sooner from
+            `hidden**-0.5` than from the usual 0.02.
     """
 
     path: str = ""
@@ -31,6 +33,7 @@ class Model:
     hidden: int = 128
     seed: int = 0
     context: int = 2048
+    init: float = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,6 @@ class Data:
         answer_weight: Weight of the losses of the answer after a fork. It is short, and copies from one of many branches.
         state_width: Share of demonstrations whose prompt says how many branches all forks of the reply have.
         join: How blocks are joined in the training tree; empty is as they were joined.
-        shuffle: Take the lines of a file in random order; False keeps theirs, for demonstrations that grow harder.
         seed: Seed of problems and demonstrations.
     """
 
@@ -75,7 +77,6 @@ class Data:
     answer_weight: float = 1.0
     state_width: float = 0.0
     join: Literal["kv", "text", ""] = ""
-    shuffle: bool = True
     seed: int = 0
 
 

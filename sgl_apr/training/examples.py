@@ -158,7 +158,7 @@ def _training_problems(data: Data) -> Iterator[Problem]:
 
 
 class FileExamples:
-    """Trajectories of a file, in another order on every pass unless `shuffle` is off.
+    """Trajectories of a file, in another order on every pass.
 
     Raises:
         AprError: If the file is empty or cannot be read, or another tokenizer made it.
@@ -188,8 +188,6 @@ class FileExamples:
     @lru_cache(maxsize=2)  # noqa: B019  # a run has one instance
     def _order(self, epoch: int) -> list[int]:
         """Byte offsets of the lines, in the order of one pass."""
-        if not self.data.shuffle:
-            return self.offsets
         return random.Random(f"{self.data.seed} {epoch}").sample(self.offsets, len(self.offsets))
 
     def _texts(self, number: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Write demonstrations into a file that `sgl-apr train sft` reads, or let the base model reply to ordinary instructions.
 
 python -m sgl_apr.training.demonstrations write runs/smollm2/train.jsonl --count 6000
-python -m sgl_apr.training.demonstrations ledger runs/ledger/train.jsonl --start runs/ledger/start
+python -m sgl_apr.training.demonstrations ledger runs/ledger/train.jsonl
 python -m sgl_apr.training.demonstrations replies plain.jsonl.gz --train 1000 --test 120 [--seconds 200]
 """
 
@@ -26,7 +26,6 @@ from sgl_apr.training.demonstrations.ledger_notes import ledger_readings, readin
 from sgl_apr.training.demonstrations.plain_prompts import plain_messages
 from sgl_apr.training.demonstrations.plain_replies import generate_replies, read_replies, write_replies
 from sgl_apr.training.demonstrations.topics import Split
-from sgl_apr.training.models.ledger import ledger_llama
 from sgl_apr.training.models.pretrained import smollm2
 
 
@@ -56,7 +55,7 @@ def _write(options: argparse.Namespace) -> None:
 
 
 def _ledger(options: argparse.Namespace) -> None:
-    tokenizer = HfTokenizer(ledger_llama(options.start, seed=options.seed))
+    tokenizer = HfTokenizer(options.model or smollm2())
     tokens = 0
     options.file.parent.mkdir(parents=True, exist_ok=True)
     partial = options.file.with_name(f"{options.file.name}.partial")
@@ -66,8 +65,7 @@ def _ledger(options: argparse.Namespace) -> None:
             tokens += sum(span.tokens for span in trajectory.spans)
             file.write(trajectory.to_json() + "\n")
     partial.replace(options.file)
-    found = {"file": str(options.file), "model": str(options.start), "demonstrations": options.count}
-    print(json.dumps(found | {"tokens": tokens}))
+    print(json.dumps({"file": str(options.file), "demonstrations": options.count, "tokens": tokens}))
 
 
 def _replies(options: argparse.Namespace) -> None:
@@ -100,12 +98,10 @@ def main() -> int:
     write.add_argument("--split", choices=["train", "test"], default="train")
     write.add_argument("--model", type=Path, help="a checkpoint with the tags (default: SmolLM2)")
     write.set_defaults(command=_write)
-    ledger = commands.add_parser(
-        "ledger", help="write readings of ledgers (docs/methods.md), and an model to start from for them"
-    )
+    ledger = commands.add_parser("ledger", help="write readings of ledgers (docs/methods.md)")
     ledger.add_argument("file", type=Path)
-    ledger.add_argument("--start", type=Path, required=True, help="directory of the model to start from")
-    ledger.add_argument("--count", type=int, default=24_000, help="(default: %(default)s)")
+    ledger.add_argument("--model", type=Path, help="whose tokenizer to use (default: SmolLM2)")
+    ledger.add_argument("--count", type=int, default=2_000, help="(default: %(default)s)")
     ledger.add_argument("--seed", type=int, default=0)
     ledger.set_defaults(command=_ledger)
     replies = commands.add_parser(

@@ -3,7 +3,7 @@
 A note quotes the payments that it counts or adds up, each with the total so far, and ends with the value of the part:
 "[3] Ada = 1, [17] Ada = 2" for a count, "[3] Ada paid Dan 12 = 12, [17] Ada paid Ben 44 = 56" for a sum. The note of a needle is its
 line, "[8] Gina paid Olga 29". A note of notes, and an answer, add their values up, each after the number of its note: "4: 2 = 2, 9: 1 = 3". A
-part that says nothing has an empty note. A small model learns to quote far sooner than to look up: 28% of the needles were right after 7M tokens without quotes.
+part that says nothing has an empty note.
 """
 
 from __future__ import annotations
@@ -31,13 +31,11 @@ from sgl_apr.trajectory.spans import Origin, Role, Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
 KINDS: tuple[LedgerKind, ...] = ("needle", "count", "sum")
-PART_LINES = 18  # of 192 tokens of the small model
+PART_LINES = 20  # of 320 tokens of SmolLM2
 LEDGER_LINES = 4096  # of the longest ledger
 PROMPT_LINES = 64  # of a ledger in one prompt
 MAX_NOTES = 16  # in one part
 MORE_QUESTIONS = 12
-FULL_SIZE = 0.5  # the share of the demonstrations before texts have their full size
-COPY = "Write down all lines."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +62,17 @@ class LedgerReading:
 
 
 def ledger_readings(count: int, seed: int = 0) -> Iterator[LedgerReading]:
-    """Demonstrations: parts of payments, parts of notes, answers from both, short ledgers in one prompt, and copies, in turn.
-
-    The first ones have texts of two lines or so, and they grow. A model learns to tell 2 lines apart, and then more; from texts of 18
-    lines alone it quoted no better than by chance after a million tokens.
+    """Demonstrations: parts of payments, parts of notes, answers from both, and short ledgers in one prompt, in turn.
 
     Args:
         count: How many.
         seed: Their seed.
     """
-    notes = (_read_notes, _answer_notes) * 3  # their texts have one question each
-    copies = (
-        _copy,
-    ) * 4  # most of their tokens can be known from the text alone, so a model learns to quote from them
-    makers = (_read_payments, _read_payments, *notes, _answer_payments, _answer_ledger, *copies)
+    notes = (_read_notes, _answer_notes) * 2  # their texts have one question each
+    makers = (_read_payments, _read_payments, *notes, _answer_payments, _answer_ledger)
     for number in range(count):
         rng = random.Random(f"{seed} ledger readings {number}")
-        size = min(1.0, max(0.25, number / count / FULL_SIZE))
-        yield makers[number % len(makers)](rng, KINDS[number // len(makers) % len(KINDS)], size)
+        yield makers[number % len(makers)](rng, KINDS[number // len(makers) % len(KINDS)])
 
 
 def reading_trajectory(reading: LedgerReading, tokenizer: Tokenizer) -> Trajectory:
@@ -179,9 +170,9 @@ def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None
     return LedgerProblem(payments, kind, generated.person, number)
 
 
-def _lines_of(rng: random.Random, largest: int, size: float) -> int:
-    """A number of lines, evenly over its logarithm, of which `size` is the share that is allowed."""
-    return round(math.exp(size * rng.uniform(0, math.log(largest + 0.5))))
+def _lines_of(rng: random.Random, largest: int) -> int:
+    """A number of lines, evenly over its logarithm: short texts give more replies for as many tokens."""
+    return round(math.exp(rng.uniform(0, math.log(largest + 0.5))))
 
 
 def _lines(problem: LedgerProblem) -> str:
@@ -193,23 +184,17 @@ def _read(rng: random.Random, part: str, question: str) -> str:
     return READ_PART.format(number=rng.randint(1, count), count=count, part=part, question=question)
 
 
-def _read_payments(rng: random.Random, kind: LedgerKind, size: float) -> LedgerReading:
-    problem = _problem(rng, _lines_of(rng, PART_LINES, size), kind)
+def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
+    problem = _problem(rng, _lines_of(rng, PART_LINES), kind)
     part = _lines(problem) if rng.random() < 0.9 else _lines(problem).rstrip("\n")  # of a last part
     note, more = note_of_payments(problem), _more(rng, problem, note_of_payments)
     return LedgerReading(_read(rng, part, problem.question), note, kind, more)
 
 
-def _copy(rng: random.Random, kind: LedgerKind, size: float) -> LedgerReading:
-    text = _lines(_problem(rng, _lines_of(rng, PART_LINES, size), kind)).rstrip("\n")
-    return LedgerReading(f"{text}\n\n{COPY}", text, kind)
-
-
-def _notes(rng: random.Random, kind: LedgerKind, size: float) -> tuple[str, dict[int, str]]:
+def _notes(rng: random.Random, kind: LedgerKind) -> tuple[str, dict[int, str]]:
     """Lines of notes, and the notes by their numbers."""
     notes = {
-        n: _some_note(rng, kind)
-        for n in _numbers(rng, 1 if kind == "needle" else _lines_of(rng, MAX_NOTES, size))
+        n: _some_note(rng, kind) for n in _numbers(rng, 1 if kind == "needle" else _lines_of(rng, MAX_NOTES))
     }
     return "".join(f"{number}: {note}\n" for number, note in notes.items()), notes
 
@@ -238,29 +223,29 @@ def _question(rng: random.Random, kind: LedgerKind) -> str:
     return _problem(rng, 4, kind).question
 
 
-def _read_notes(rng: random.Random, kind: LedgerKind, size: float) -> LedgerReading:
-    lines, notes = _notes(rng, kind, size)
+def _read_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
+    lines, notes = _notes(rng, kind)
     if rng.random() < 0.3:  # the last part ends without a line break
         lines = lines.rstrip("\n")
     text = NOTES.format(notes=lines) if rng.random() < 0.3 else lines
     return LedgerReading(_read(rng, text, _question(rng, kind)), note_of_notes(kind, notes), kind)
 
 
-def _answer_notes(rng: random.Random, kind: LedgerKind, size: float) -> LedgerReading:
-    lines, notes = _notes(rng, kind, size)
+def _answer_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
+    lines, notes = _notes(rng, kind)
     text = NOTES.format(notes=lines.rstrip("\n"))
     message = ANSWER.format(text=text, question=_question(rng, kind))
     return LedgerReading(message, _answer(note_of_notes(kind, notes)), kind)
 
 
-def _answer_payments(rng: random.Random, kind: LedgerKind, size: float) -> LedgerReading:
-    problem = _problem(rng, _lines_of(rng, PART_LINES, size), kind, first=0)
+def _answer_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
+    problem = _problem(rng, _lines_of(rng, PART_LINES), kind, first=0)
     message = ANSWER.format(text=_lines(problem).rstrip("\n"), question=problem.question)
     return _answer_reading(rng, message, problem)
 
 
-def _answer_ledger(rng: random.Random, kind: LedgerKind, size: float) -> LedgerReading:
-    problem = _problem(rng, _lines_of(rng, PROMPT_LINES, size), kind, first=0)
+def _answer_ledger(rng: random.Random, kind: LedgerKind) -> LedgerReading:
+    problem = _problem(rng, _lines_of(rng, PROMPT_LINES), kind, first=0)
     message = f"{problem.text}\n{LedgerTask.answer_instruction}"
     return _answer_reading(rng, message, problem)
 

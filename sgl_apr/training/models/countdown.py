@@ -41,6 +41,7 @@ def countdown_llama(
     hidden: int = 128,
     seed: int = 0,
     context: int = 2048,
+    init: float = 0.02,
     dialects: Sequence[str] = (),
 ) -> Path:
     """Write the checkpoint (float32, tied embeddings) into a directory.
@@ -52,27 +53,8 @@ def countdown_llama(
         hidden: Hidden size.
         seed: Seed of the weights.
         context: Tokens of the model's context.
+        init: Standard deviation of the weights.
         dialects: The dialects that it will be trained on, the default first, where there are several.
-
-    Returns:
-        The directory.
-    """
-    tokenizer = countdown_tokenizer(tags, context, dialects)
-    return write_llama(directory, tokenizer, layers=layers, hidden=hidden, seed=seed, context=context)
-
-
-def write_llama(
-    directory: Path, tokenizer: Any, *, layers: int, hidden: int, seed: int, context: int
-) -> Path:
-    """Write a small Llama with fresh weights (float32, tied embeddings, 4 heads) for a tokenizer.
-
-    Args:
-        directory: Where to write it.
-        tokenizer: The tokenizer, which is written too.
-        layers: Number of layers.
-        hidden: Hidden size.
-        seed: Seed of the weights.
-        context: Tokens of the model's context.
 
     Returns:
         The directory.
@@ -80,6 +62,7 @@ def write_llama(
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+    tokenizer = countdown_tokenizer(tags, context, dialects)
     eos = tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -9,13 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 import sgl_apr as apr
 from sgl_apr.evaluation.tasks.ledger import LedgerKind, LedgerProblem, LedgerTask, Payment, generate_ledgers
 from sgl_apr.methods import method
 from sgl_apr.tokenizer import HfTokenizer
-from sgl_apr.training.config import Data
 from sgl_apr.training.demonstrations.__main__ import main
 from sgl_apr.training.demonstrations.ledger_notes import (
     KINDS,
@@ -25,19 +23,17 @@ from sgl_apr.training.demonstrations.ledger_notes import (
     note_of_payments,
     reading_trajectory,
 )
-from sgl_apr.training.examples import FileExamples
-from sgl_apr.training.models import locate_model
-from sgl_apr.training.models.ledger import ledger_llama
+from sgl_apr.training.models.pretrained import smollm2
 from sgl_apr.training.training_tree import build_training_tree
 from sgl_apr.trajectory.trajectory import Trajectory
 
 LINE = re.compile(r"\[(\d+)\] (\w+) paid (\w+) (\d+) coins for (\w+)\.")
-PART_TOKENS = 192
+PART_TOKENS = 320
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HfTokenizer:
-    return HfTokenizer(str(ledger_llama(tmp_path_factory.mktemp("ledger"))))
+def tokenizer() -> HfTokenizer:
+    return HfTokenizer(str(smollm2()))
 
 
 def reader(kind: LedgerKind, problem: LedgerProblem, tokenizer: HfTokenizer) -> apr.ScriptedEngine:
@@ -65,7 +61,7 @@ def test_a_model_that_reads_like_this_answers_correctly(kind: LedgerKind, lines:
     options = {"part_tokens": PART_TOKENS, "reply_tokens": 200, "budget": {"tokens": 500_000}}
     result = asyncio.run(method("recursive")(engine, problem.text, task=LedgerTask(engine), **options))
     assert result.answer == problem.answer
-    assert len(engine.requests) > lines / PART_LINES
+    assert len(engine.requests) > lines / (PART_LINES + 2)
     assert max(len(request.input_ids) for request in engine.requests) < PART_TOKENS + 100
 
 
@@ -104,15 +100,15 @@ def test_readings_are_trained_on_to_their_last_token(tokenizer: HfTokenizer):
         replies = [reading.reply, *(reply for _, reply in reading.more)]
         assert [*targets] == [i for reply in replies for i in (*tokenizer.encode(reply), eos)]
         assert trajectory.spans[-1].text == replies[-1]
-        empty += not reading.reply
-    assert 0 < empty < 20
+        empty += replies.count("")
+    assert 0 < empty < 200
 
 
-def test_they_are_written_with_a_model(
+def test_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    file, start = tmp_path / "made" / "train.jsonl", tmp_path / "start"
-    monkeypatch.setattr("sys.argv", ["x", "ledger", str(file), "--start", str(start), "--count", "12"])
+    file = tmp_path / "made" / "train.jsonl"
+    monkeypatch.setattr("sys.argv", ["x", "ledger", str(file), "--model", str(smollm2()), "--count", "12"])
     assert main() == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["demonstrations"] == 12
@@ -120,24 +116,3 @@ def test_they_are_written_with_a_model(
     assert [t.spans[-1].text for t in made] == [
         [r.reply, *(m[1] for m in r.more)][-1] for r in ledger_readings(12)
     ]
-    assert (start / "model.safetensors").stat().st_size < 4_000_000
-    examples = FileExamples(Data(path=str(file), shuffle=False), HfTokenizer(str(start)))
-    assert list(examples.trajectories(0))[: len(made)] == made
-    assert (
-        list(FileExamples(Data(path=str(file)), HfTokenizer(str(start))).trajectories(0))[: len(made)] != made
-    )
-
-
-def test_texts_grow():
-    lines = [len(LINE.findall(reading.message)) for reading in ledger_readings(1400)]
-    assert max(lines[:140]) <= 3
-    assert max(lines[-140:]) > 40
-
-
-def test_the_start_has_what_the_built_in_model_knows(tokenizer: HfTokenizer, tmp_path: Path):
-    load = AutoModelForCausalLM.from_pretrained
-    start, builtin = load(ledger_llama(tmp_path)), load(locate_model("builtin"))
-    for name, weight in builtin.model.layers.state_dict().items():
-        assert start.model.layers.state_dict()[name].equal(weight)
-    (own,), (old,) = tokenizer.encode(" 42"), HfTokenizer(str(locate_model("builtin"))).encode(" 42")
-    assert start.get_input_embeddings().weight[own].equal(builtin.get_input_embeddings().weight[old])
