@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, zip_longest
 from math import comb
 from statistics import fmean, quantiles
 
@@ -148,8 +150,8 @@ class MethodResults:
 
     @property
     def label(self) -> str:
-        """What ran, as the method describes it."""
-        return ", ".join(sorted({a.label for a in self.attempts if a.label}))
+        """What ran, as the method describes it; labels that differ in numbers alone are one, with the range of each number."""
+        return merge_labels(a.label for a in self.attempts)
 
     def solved_within(self, limit: int, metric: Callable[[AttemptMetrics], int]) -> float:
         """The share of problems that were solved with a metric of `limit` or less."""
@@ -241,6 +243,26 @@ def _group_json(group: Sequence[AttemptMetrics]) -> dict[str, float | None]:
         "width": _rounded_mean([a.branches / a.forks for a in group if a.forks]),
         "redundancy": _rounded_mean([a.redundancy for a in group if a.redundancy is not None]),
     }
+
+
+def merge_labels(labels: Iterable[str]) -> str:
+    """The different labels of attempts in one text.
+
+    Examples:
+        >>> merge_labels(["exact", "exact", "", "style, 3 lost", "style, 12 lost"])
+        'exact; style, 3 to 12 lost'
+    """
+    groups: dict[str, list[list[int]]] = {}
+    for label in sorted({label for label in labels if label}):
+        groups.setdefault(re.sub(r"\d+", "\0", label), []).append([int(n) for n in re.findall(r"\d+", label)])
+    merged = []
+    for text, numbers in groups.items():
+        ranges = (
+            f"{min(each)}" if min(each) == max(each) else f"{min(each)} to {max(each)}"
+            for each in zip(*numbers, strict=True)
+        )  # fmt: skip
+        merged.append("".join(chain(*zip_longest(text.split("\0"), ranges, fillvalue=""))))
+    return "; ".join(merged)
 
 
 def _rounded_mean(values: Sequence[float]) -> float | None:

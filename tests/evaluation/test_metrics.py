@@ -10,7 +10,13 @@ from random import Random
 import pytest
 
 import sgl_apr as apr
-from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults, bootstrap_interval, compare_methods
+from sgl_apr.evaluation.metrics import (
+    AttemptMetrics,
+    MethodResults,
+    bootstrap_interval,
+    compare_methods,
+    merge_labels,
+)
 from sgl_apr.evaluation.plots import plot_methods, solved_share_curve
 from sgl_apr.evaluation.store import RUN_FILE, open_evaluation, read_results
 from tests.support.threadweaver_traces import TRACE
@@ -218,3 +224,17 @@ def test_files_of_older_versions_are_read(tmp_path: Path):
     (found,) = read_results(tmp_path)
     assert found.attempts == [AttemptMetrics(**kept)]
     assert found.as_json((8,))["redundancy"] is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "merged"),
+    [
+        ([], ""),
+        (["exact", "", "exact"], "exact"),
+        (["exact", "parallel_r1, cut"], "exact; parallel_r1, cut"),
+        (["a, 1 of 3 (9 tokens)", "a", "a, 12 of 3 (0 tokens)"], "a; a, 1 to 12 of 3 (0 to 9 tokens)"),
+        (["12", "3", "x"], "3 to 12; x"),
+    ],
+)
+def test_labels_that_differ_in_numbers_alone_are_one(labels: list[str], merged: str):
+    assert merge_labels(labels) == merged
