@@ -19,7 +19,7 @@ from sgl_apr.tokenizer import HfTokenizer
 from sgl_apr.training.collate import Collator, log_probabilities, pack_rows, to_device
 from sgl_apr.training.config import Data, Model, SftConfig, Steps, load_config
 from sgl_apr.training.models.countdown import countdown_llama
-from sgl_apr.training.sft import SftStepLog, train
+from sgl_apr.training.sft import START_DIR, SftStepLog, train
 from sgl_apr.training.training_tree import build_training_tree
 from tests.support.masked_sampler import SampledEngine, masked
 
@@ -110,6 +110,20 @@ def test_the_directory_of_another_run_is_an_error(tmp_path: Path):
     train(replace(SMALL, steps=replace(SMALL.steps, tokens=2000)), tmp_path)
     with pytest.raises(apr.AprError, match="another configuration"):
         train(SMALL, tmp_path)
+
+
+@pytest.mark.parametrize("init", [0.02, 0.2])
+def test_fresh_weights_have_the_deviation_that_was_asked_for(tmp_path: Path, init: float):
+    model = Model(layers=1, hidden=32, init=init)
+    train(replace(SMALL, model=model, steps=replace(SMALL.steps, tokens=1)), tmp_path)
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / START_DIR)
+    assert fresh.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(init, rel=0.1)
+
+
+@pytest.mark.parametrize("init", [0.0, -1.0, float("nan")])
+def test_weights_that_are_all_the_same_are_an_error(tmp_path: Path, init: float):
+    with pytest.raises(apr.AprError, match=r"init = .*, expected more than 0"):
+        train(replace(SMALL, model=replace(SMALL.model, init=init)), tmp_path)
 
 
 def test_trajectories_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_apr.errors import AprError
 from sgl_apr.training.models.tags import add_to_tokenizer, validate_tags
 
 END = "<|endoftext|>"
@@ -58,10 +59,15 @@ def countdown_llama(
 
     Returns:
         The directory.
+
+    Raises:
+        AprError: If `init` is not above 0.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+    if not init > 0:
+        raise AprError(f"init = {init}, expected more than 0")
     tokenizer = countdown_tokenizer(tags, context, dialects)
     eos = tokenizer.eos_token_id
     config = LlamaConfig(
@@ -76,8 +82,7 @@ def countdown_llama(
         bos_token_id=None,
         eos_token_id=eos,
         pad_token_id=eos,
-        initializer_range=hidden
-        ** -0.5,  # from the usual 0.02, so few dimensions learn to copy a token only after millions
+        initializer_range=init,
         dtype=torch.float32,
     )
     torch.manual_seed(seed)
