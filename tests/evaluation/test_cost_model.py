@@ -250,7 +250,7 @@ def test_the_command_times_the_server(solver: Server, tmp_path: Path, capsys: py
         "--methods",
         "apr,self_consistency",
     ]
-    argv += ["--budget", "tokens=1024", "--cost-model", "-o", str(tmp_path), "--json"]
+    argv += ["--budget", "tokens=4096", "--cost-model", "-o", str(tmp_path), "--json"]
     assert main(argv) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
     cost = EngineCost.from_json((tmp_path / "cost.json").read_text())
