@@ -19,4 +19,4 @@ def test_recipes_of_smollm2(path: Path):
     assert config.steps.row <= config.steps.batch
     assert config.steps.optimizer == "adam"
     assert bool(config.steps.lora_rank) == path.stem.endswith("lora")
-    assert len(SMOLLM2) == 2
+    assert len(SMOLLM2) == 3
