@@ -175,12 +175,12 @@ def method_curves(result: Result) -> str:
 
 
 def long_context(result: Result) -> str:
-    columns = ["size", "method", "solved", "by kind", "tokens", "critical path", "longest context", "seconds"]
+    columns = ["size", "problems", "method", "solved", "by kind", "tokens", "critical path", "longest context", "seconds a problem"]  # fmt: skip
     return table(columns, [_long_context(row) for row in result["rows"]])
 
 
 def _long_context(row: Result) -> list[object]:
-    first = [row["size"], f"`{row['method']}`"]
+    first = [row["size"], row["problems"], f"`{row['method']}`"]
     if row["accuracy"] is None:
         return [*first, "the prompt does not fit", *[""] * 5]
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in row["by_kind"].items())

@@ -1,6 +1,6 @@
 """Questions about long texts with and without recursion: one prompt that holds all of the text, or sub-calls that read its parts.
 
-python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 40] [--part-tokens 320] [--json]
+python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 24,16,8,4] [-o runs/ledger/attempts] [--json]
 
 The texts are ledgers (`sgl-apr eval ledger:SIZE`): questions that need one line, and questions that need all of them. A prompt that is longer
 than the context of the model cannot be asked at all. The default is SmolLM2 with an adapter that is trained to read ledgers, as docs/methods.md says.
@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -26,38 +27,44 @@ from sgl_apr.evaluation.benchmarks.base import Benchmark
 from sgl_apr.evaluation.benchmarks.long_context import ledger
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.evaluation.runner import run_attempts
-from sgl_apr.evaluation.store import ResultStore
+from sgl_apr.evaluation.store import ResultStore, open_evaluation
+from sgl_apr.evaluation.tasks.ledger import LedgerTask
+from sgl_apr.runtime.budget import Budget
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.models import locate_model
 
+AT_ONCE = 8  # problems
 TIMEOUT_S = 1800.0  # of a prompt of 64,000 tokens on a CPU
 
 
 async def attempt(
-    engine: apr.HttpEngine, problems: Benchmark, method: str, options: dict[str, Any]
+    engine: apr.HttpEngine, problems: Benchmark, method: str, options: dict[str, Any], store: ResultStore
 ) -> MethodResults:
-    """Attempt all problems, one at a time."""
+    """Attempt all problems that the store does not have, some of them at the same time."""
     options = {"budget": problems.budget, "temperature": 0.0, "seed": 0, **options}
     try:
-        return await run_attempts(engine, problems, method, ResultStore(), at_once=1, **options)
+        return await run_attempts(engine, problems, method, store, at_once=AT_ONCE, **options)
     except AprError as error:  # the prompt does not fit the context
         return MethodResults(method, (), reason=str(error))
 
 
 async def measure(
-    url: str, sizes: Sequence[str], limit: int, part_tokens: int, reply_tokens: int
+    url: str, sizes: Sequence[tuple[str, int]], part_tokens: int, reply_tokens: int, attempts: Path | None
 ) -> list[dict[str, Any]]:
-    """One row for each size and way."""
-    ways = {
-        "sequential": {},
+    """One row for each size, with its number of problems, and way."""
+    ways: dict[str, dict[str, Any]] = {
+        "sequential": {"budget": Budget(tokens=LedgerTask.max_tokens)},
         "recursive": {"part_tokens": part_tokens, "reply_tokens": reply_tokens},
     }
     rows = []
     async with await apr.HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
-        for size in sizes:
+        for size, limit in sizes:
             problems = ledger(size, limit)
             for method, options in ways.items():
-                rows.append({"size": size} | row(await attempt(engine, problems, method, options)))
+                settings = {"task": problems.name, "part_tokens": part_tokens, "reply_tokens": reply_tokens}
+                with open_evaluation(attempts and attempts / size, settings) as store:
+                    result = await attempt(engine, problems, method, options, store)
+                rows.append({"size": size, "problems": limit} | row(result))
                 Console(stderr=True).print(rows[-1], soft_wrap=True)
     return rows
 
@@ -78,20 +85,22 @@ def row(result: MethodResults) -> dict[str, Any]:
         "critical_path": result.mean(lambda a: a.critical_path),
         "longest_context": max(a.context for a in result.attempts),
         "calls": result.mean(lambda a: a.calls),
-        "seconds": result.mean_known(lambda a: a.took_s),
+        "seconds": result.wall_s / len(result.attempts),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a table for people."""
-    table = Table("size", "method", "solved", "by kind", "tokens", "critical path", "context", "seconds")
+    table = Table(
+        "size", "problems", "method", "solved", "by kind", "tokens", "critical path", "context", "s a problem"
+    )
     for one in result["rows"]:
         if one["accuracy"] is None:
-            table.add_row(one["size"], one["method"], "-", one["reason"][:60])
+            table.add_row(one["size"], str(one["problems"]), one["method"], "-", one["reason"][:60])
             continue
         kinds = " ".join(f"{kind} {share:.0%}" for kind, share in one["by_kind"].items())
         table.add_row(
-            one["size"], one["method"], f"{one['accuracy']:.0%}", kinds, f"{one['tokens']:,.0f}",
+            one["size"], str(one["problems"]), one["method"], f"{one['accuracy']:.0%}", kinds, f"{one['tokens']:,.0f}",
             f"{one['critical_path']:,.0f}", f"{one['longest_context']:,}", f"{one['seconds']:.1f}",
         )  # fmt: skip
     Console().print(table)
@@ -104,23 +113,31 @@ def main() -> int:
     )
     parser.add_argument("--model", default="runs/ledger/run/model", help="default: %(default)s")
     parser.add_argument("--sizes", default="1k,4k,16k,64k", help="thousands of tokens (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=40, help="problems of each size (default: %(default)s)")
+    parser.add_argument("--limit", default="24,16,8,4", help="problems of each size (default: %(default)s)")
     parser.add_argument(
         "--part-tokens", type=int, default=320, help="tokens that a sub-call reads (default: %(default)s)"
     )
     parser.add_argument(
-        "--reply-tokens", type=int, default=128, help="tokens of a note (default: %(default)s)"
+        "--reply-tokens", type=int, default=192, help="tokens of a note (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="keep attempts in this directory, and make only those it does not have",
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    sizes, limits = options.sizes.split(","), [int(limit) for limit in options.limit.split(",")]
+    if len(limits) not in (1, len(sizes)):
+        parser.error(f"{len(limits)} limits of {len(sizes)} sizes, expected one for each, or one for all")
+    problems = list(zip(sizes, limits * (len(sizes) if len(limits) == 1 else 1), strict=True))
     with Server(locate_model(options.model), max_total_tokens=131072) as server:
         rows = asyncio.run(
-            measure(
-                server.url, options.sizes.split(","), options.limit, options.part_tokens, options.reply_tokens
-            )
+            measure(server.url, problems, options.part_tokens, options.reply_tokens, options.output)
         )
-    result = {"hardware": hardware(), "model": options.model, "problems": options.limit, "rows": rows}
+    result = {"hardware": hardware(), "model": options.model, "rows": rows}
     return finish(result | {"part_tokens": options.part_tokens}, [], show, options)
 
 

@@ -1,17 +1,17 @@
 """Demonstrations of reading a long ledger in parts, as `recursive(part_tokens=...)` puts them to a model: notes and answers.
 
-A note quotes the payments that it counts or adds up, each with the total so far, and ends with the value of the part:
-"[3] Ada = 1, [17] Ada = 2" for a count, "[3] Ada paid Dan 12 = 12, [17] Ada paid Ben 44 = 56" for a sum. The note of a needle is its
-line, "[8] Gina paid Olga 29". A note of notes, and an answer, add their values up, each after the number of its note: "4: 2 = 2, 9: 1 = 3". A
-part that says nothing has an empty note.
+A note of payments walks through them, so that each next word is a copy of the next line, and keeps the total so far:
+"[16] Ben [17] Ada = 1 [18] Mona: 1" for a count, "[16] Ben [17] Ada 44 = 44 [18] Mona: 44" for a sum. The note of a needle is its line,
+"[8] Gina paid Olga 29", or empty. A note of notes, and an answer, add their values up, each after the number of its note:
+"4: 2 = 2, 9: 1 = 3". That of a needle repeats the note that has its line.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -34,8 +34,10 @@ KINDS: tuple[LedgerKind, ...] = ("needle", "count", "sum")
 PART_LINES = 20  # of 320 tokens of SmolLM2
 LEDGER_LINES = 4096  # of the longest ledger
 PROMPT_LINES = 64  # of a ledger in one prompt
-MAX_NOTES = 16  # in one part
+MAX_NOTES = 16  # in one part, of notes of notes
+MAX_WALKS = 3  # in one part, of notes of payments
 MORE_QUESTIONS = 12
+MORE_LINES = 100  # that further questions about one text walk through
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def ledger_readings(count: int, seed: int = 0) -> Iterator[LedgerReading]:
         count: How many.
         seed: Their seed.
     """
-    notes = (_read_notes, _answer_notes) * 2  # their texts have one question each
+    notes = (_read_notes, _answer_notes) * 5  # their texts are short, and have one question each
     makers = (_read_payments, _read_payments, *notes, _answer_payments, _answer_ledger)
     for number in range(count):
         rng = random.Random(f"{seed} ledger readings {number}")
@@ -95,49 +97,49 @@ def reading_trajectory(reading: LedgerReading, tokenizer: Tokenizer) -> Trajecto
 
 
 def note_of_payments(problem: LedgerProblem) -> str:
-    """The note of a part: quotes, and its value; empty if it says nothing.
+    """The note of a part.
 
     Args:
         problem: The payments of the part, and the question.
 
     Examples:
-        >>> paid = (Payment(3, "Ada", "Dan", 12, "hats"), Payment(17, "Ada", "Ben", 44, "eggs"))
+        >>> paid = (Payment(3, "Ada", "Dan", 12, "hats"), Payment(4, "Ben", "Ada", 7, "eggs"), Payment(5, "Ada", "Ben", 44, "eggs"))
         >>> note_of_payments(LedgerProblem(paid, "sum", "Ada"))
-        '[3] Ada paid Dan 12 = 12, [17] Ada paid Ben 44 = 56'
+        '[3] Ada 12 = 12 [4] Ben [5] Ada 44 = 56: 56'
     """
-    own = [p for p in problem.payments if p.payer == problem.person]
-    match problem.kind:
-        case "needle":
-            return next((_quote(p) for p in problem.payments if p.number == problem.number), "")
-        case "count":
-            return _note([f"[{p.number}] {p.payer}" for p in own], [1] * len(own))
-        case _:
-            return _note([_quote(p) for p in own], [p.coins for p in own])
+    if problem.kind == "needle":
+        return next((_quote(p) for p in problem.payments if p.number == problem.number), "")
+    total, words = 0, list[str]()
+    for payment in problem.payments:
+        words.append(f"[{payment.number}] {payment.payer}")
+        if payment.payer == problem.person:
+            coins = f" {payment.coins}" if problem.kind == "sum" else ""
+            total += payment.coins if problem.kind == "sum" else 1
+            words.append(f"{coins.strip()} = {total}".strip())
+    return " ".join(words) + f": {total}"
 
 
-def note_of_notes(kind: LedgerKind, notes: Mapping[int, str]) -> str:
-    """The note of a part that consists of notes: their values, and running totals; a needle is quoted again.
+def note_of_notes(problem: LedgerProblem, notes: Mapping[int, str]) -> str:
+    """The note of a part that consists of notes: their values, and running totals. That of a needle is the note of its line.
 
     Args:
-        kind: The kind of the question.
+        problem: The question.
         notes: The notes by their numbers, none of them empty.
 
     Examples:
-        >>> note_of_notes("count", {4: "[3] Ada = 1, [17] Ada = 2", 9: "[31] Ada = 1"})
+        >>> notes = {4: "[3] Ada = 1 [4] Ben [5] Ada = 2: 2", 9: "[16] Ben [17] Ada = 1: 1"}
+        >>> note_of_notes(LedgerProblem((), "count", "Ada"), notes)
         '4: 2 = 2, 9: 1 = 3'
     """
-    if kind == "needle":
-        return next(iter(notes.values()))
+    if problem.kind == "needle":
+        return next((note for note in notes.values() if note.startswith(f"[{problem.number}] ")), "")
     values = [int(note.split()[-1]) for note in notes.values()]
-    return _note([f"{number}: {value}" for number, value in zip(notes, values, strict=True)], values)
+    sums = zip(notes, values, accumulate(values), strict=True)
+    return ", ".join(f"{number}: {value} = {total}" for number, value, total in sums)
 
 
 def _quote(payment: Payment) -> str:
     return f"[{payment.number}] {payment.payer} paid {payment.payee} {payment.coins}"
-
-
-def _note(quotes: Sequence[str], values: Sequence[int]) -> str:
-    return ", ".join(f"{quote} = {total}" for quote, total in zip(quotes, accumulate(values), strict=True))
 
 
 def _more(
@@ -145,7 +147,7 @@ def _more(
 ) -> tuple[tuple[str, str], ...]:
     """Further questions about the same payments."""
     made = list[tuple[str, str]]()
-    for _ in range(MORE_QUESTIONS):
+    for _ in range(min(MORE_QUESTIONS, MORE_LINES // len(problem.payments))):
         payment = rng.choice(problem.payments)
         number = payment.number if rng.random() < 0.8 else rng.randint(1, LEDGER_LINES)
         person = payment.payer if rng.random() < 0.8 else rng.choice(PEOPLE)
@@ -191,51 +193,56 @@ def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
     return LedgerReading(_read(rng, part, problem.question), note, kind, more)
 
 
-def _notes(rng: random.Random, kind: LedgerKind) -> tuple[str, dict[int, str]]:
-    """Lines of notes, and the notes by their numbers."""
-    notes = {
-        n: _some_note(rng, kind) for n in _numbers(rng, 1 if kind == "needle" else _lines_of(rng, MAX_NOTES))
-    }
-    return "".join(f"{number}: {note}\n" for number, note in notes.items()), notes
+def _notes(rng: random.Random, kind: LedgerKind) -> tuple[LedgerProblem, str, dict[int, str]]:
+    """A question, lines of notes about it, and the notes by their numbers."""
+    (problem,) = generate_ledgers(1, 2, seed=rng.getrandbits(48), kinds=(kind,))
+    problem = replace(problem, number=rng.randint(1, LEDGER_LINES))
+    if kind == "needle":
+        (*others,) = (_needle(rng, rng.randint(1, LEDGER_LINES)) for _ in range(rng.randint(0, 3)))
+        own = [_needle(rng, problem.number)] if not others or rng.random() < 0.8 else []
+        written = rng.sample(own + others, len(own) + len(others))
+    elif rng.random() < 0.5:
+        written = [_walk(rng, problem) for _ in range(rng.randint(1, MAX_WALKS))]
+    else:
+        written = [_sums(rng, kind) for _ in range(_lines_of(rng, MAX_NOTES))]
+    notes = dict(zip(sorted(rng.sample(range(1, 4 * MAX_NOTES), len(written))), written, strict=True))
+    return problem, "".join(f"{number}: {note}\n" for number, note in notes.items()), notes
 
 
-def _numbers(rng: random.Random, count: int) -> list[int]:
-    """Numbers of parts that have a note."""
-    return sorted(rng.sample(range(1, 4 * MAX_NOTES), count))
+def _needle(rng: random.Random, number: int) -> str:
+    payer, payee = rng.sample(PEOPLE, 2)
+    return _quote(Payment(number, payer, payee, rng.randint(1, LARGEST_PRICE), ""))
 
 
-def _some_note(rng: random.Random, kind: LedgerKind) -> str:
-    if kind != "needle" and rng.random() < 0.4:  # a note of notes
-        notes = {
-            n: f"{rng.randint(1, 199 if kind == 'sum' else 4)}" for n in _numbers(rng, rng.randint(1, 8))
-        }
-        return note_of_notes(kind, notes)
-    person, *others = rng.sample(PEOPLE, 4)
-    numbers = sorted(rng.sample(range(1, LEDGER_LINES), rng.choice((1, 1, 1, 2, 2, 3))))
-    payments = tuple(
-        Payment(n, person, payee, rng.randint(1, LARGEST_PRICE), "")
-        for n, payee in zip(numbers, others, strict=False)
-    )
-    return note_of_payments(LedgerProblem(payments, kind, person, numbers[0]))
+def _walk(rng: random.Random, problem: LedgerProblem) -> str:
+    """A note of payments about a question."""
+    part = _problem(rng, _lines_of(rng, PART_LINES), problem.kind)
+    return note_of_payments(replace(part, person=problem.person))
 
 
-def _question(rng: random.Random, kind: LedgerKind) -> str:
-    return _problem(rng, 4, kind).question
+def _sums(rng: random.Random, kind: LedgerKind) -> str:
+    """A note of notes."""
+    count = rng.choice((1, 2, 3, 3, 3, 4))
+    numbers = sorted(rng.sample(range(1, 4 * MAX_NOTES), count))
+    values = [rng.randint(0, 199 if kind == "sum" else 4) for _ in numbers]
+    sums = zip(numbers, values, accumulate(values), strict=True)
+    return ", ".join(f"{number}: {value} = {total}" for number, value, total in sums)
 
 
 def _read_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
-    lines, notes = _notes(rng, kind)
+    problem, lines, notes = _notes(rng, kind)
     if rng.random() < 0.3:  # the last part ends without a line break
         lines = lines.rstrip("\n")
     text = NOTES.format(notes=lines) if rng.random() < 0.3 else lines
-    return LedgerReading(_read(rng, text, _question(rng, kind)), note_of_notes(kind, notes), kind)
+    return LedgerReading(_read(rng, text, problem.question), note_of_notes(problem, notes), kind)
 
 
 def _answer_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
-    lines, notes = _notes(rng, kind)
+    problem, lines, notes = _notes(rng, kind)
     text = NOTES.format(notes=lines.rstrip("\n"))
-    message = ANSWER.format(text=text, question=_question(rng, kind))
-    return LedgerReading(message, _answer(note_of_notes(kind, notes)), kind)
+    return LedgerReading(
+        ANSWER.format(text=text, question=problem.question), _answer(note_of_notes(problem, notes)), kind
+    )
 
 
 def _answer_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:

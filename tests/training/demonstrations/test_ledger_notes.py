@@ -47,7 +47,9 @@ def reader(kind: LedgerKind, problem: LedgerProblem, tokenizer: HfTokenizer) -> 
         if payments:
             note = note_of_payments(LedgerProblem(payments, kind, problem.person, problem.number))
         else:
-            note = note_of_notes(kind, {int(n): note for n, note in re.findall(r"(?m)^(\d+): (.*)", prompt)})
+            note = note_of_notes(
+                problem, {int(n): note for n, note in re.findall(r"(?m)^(\d+): (.*)", prompt)}
+            )
         return note if "Write down in short" in prompt else f"{note}\nAnswer: {note.rpartition(' ')[2]}"
 
     return apr.ScriptedEngine(reply, tokenizer)
