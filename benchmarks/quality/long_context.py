@@ -1,6 +1,6 @@
 """Questions about long texts with and without recursion: one prompt that holds all of the text, or sub-calls that read its parts.
 
-python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 24,16,8,4] [-o runs/ledger/attempts] [--json]
+python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 24,16,8,4] [-o runs/ledger/run/attempts] [--json]
 
 The texts are ledgers (`sgl-apr eval ledger:SIZE`): questions that need one line, and questions that need all of them. A prompt that is longer
 than the context of the model cannot be asked at all. The default is SmolLM2 with an adapter that is trained to read ledgers, as docs/methods.md says.
