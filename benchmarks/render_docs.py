@@ -102,7 +102,7 @@ SECTIONS: dict[str, Section] = {
     "quality.long_context": Section(
         "Long texts with and without recursion",
         "Questions about generated ledgers: one prompt with all of the text, or sub-calls that read its parts (`recursive(part_tokens=...)`). "
-        "The model is SmolLM2 (135M) with [an adapter for this](methods.md#read-a-long-text-in-parts), which has not been trained to its end.",
+        "The model is SmolLM2 (135M) with [an adapter for this](methods.md#read-a-long-text-in-parts), which does not read well enough yet.",
     ),
     "quality.speculative_search": Section(
         "Speculative tree search",

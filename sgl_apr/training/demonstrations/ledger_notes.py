@@ -163,7 +163,9 @@ def _answer(note: str) -> str:
 def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None = None) -> LedgerProblem:
     """A part of a ledger, whose lines begin anywhere, with a question that it need not answer."""
     (generated,) = generate_ledgers(1, lines, seed=rng.getrandbits(48), kinds=(kind,))
-    start = rng.randrange(LEDGER_LINES) if first is None else first
+    start = (
+        _lines_of(rng, LEDGER_LINES) if first is None else first
+    )  # as many parts have numbers of two digits as of four
     payments = tuple(
         Payment(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in generated.payments
     )
