@@ -49,7 +49,12 @@ async def attempt(
 
 
 async def measure(
-    url: str, sizes: Sequence[tuple[str, int]], part_tokens: int, reply_tokens: int, attempts: Path | None
+    url: str,
+    model: str,
+    sizes: Sequence[tuple[str, int]],
+    part_tokens: int,
+    reply_tokens: int,
+    attempts: Path | None,
 ) -> list[dict[str, Any]]:
     """One row for each size, with its number of problems, and way."""
     ways: dict[str, dict[str, Any]] = {
@@ -61,7 +66,9 @@ async def measure(
         for size, limit in sizes:
             problems = ledger(size, limit)
             for method, options in ways.items():
-                settings = {"task": problems.name, "part_tokens": part_tokens, "reply_tokens": reply_tokens}
+                settings = {
+                    "task": problems.name, "model": model, "part_tokens": part_tokens, "reply_tokens": reply_tokens
+                }  # fmt: skip
                 with open_evaluation(attempts and attempts / size, settings) as store:
                     result = await attempt(engine, problems, method, options, store)
                 rows.append({"size": size, "problems": limit} | row(result))
@@ -129,13 +136,18 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    sizes, limits = options.sizes.split(","), [int(limit) for limit in options.limit.split(",")]
+    sizes, limits = options.sizes.split(","), options.limit.split(",")
+    if not all(limit.isdecimal() and int(limit) for limit in limits):
+        parser.error(f"--limit {options.limit}, expected numbers of at least 1")
     if len(limits) not in (1, len(sizes)):
         parser.error(f"{len(limits)} limits of {len(sizes)} sizes, expected one for each, or one for all")
-    problems = list(zip(sizes, limits * (len(sizes) if len(limits) == 1 else 1), strict=True))
+    counts = [int(limit) for limit in limits] * (len(sizes) // len(limits))
+    problems = list(zip(sizes, counts, strict=True))
     with Server(locate_model(options.model), max_total_tokens=131072) as server:
         rows = asyncio.run(
-            measure(server.url, problems, options.part_tokens, options.reply_tokens, options.output)
+            measure(
+                server.url, options.model, problems, options.part_tokens, options.reply_tokens, options.output
+            )
         )
     result = {"hardware": hardware(), "model": options.model, "rows": rows}
     return finish(result | {"part_tokens": options.part_tokens}, [], show, options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -112,10 +112,12 @@ def note_of_payments(problem: LedgerProblem) -> str:
     total, words = 0, list[str]()
     for payment in problem.payments:
         words.append(f"[{payment.number}] {payment.payer}")
-        if payment.payer == problem.person:
-            coins = f" {payment.coins}" if problem.kind == "sum" else ""
-            total += payment.coins if problem.kind == "sum" else 1
-            words.append(f"{coins.strip()} = {total}".strip())
+        if payment.payer != problem.person:
+            continue
+        if problem.kind == "sum":
+            words.append(f"{payment.coins}")
+        total += payment.coins if problem.kind == "sum" else 1
+        words.append(f"= {total}")
     return " ".join(words) + f": {total}"
 
 
@@ -133,8 +135,11 @@ def note_of_notes(problem: LedgerProblem, notes: Mapping[int, str]) -> str:
     """
     if problem.kind == "needle":
         return next((note for note in notes.values() if note.startswith(f"[{problem.number}] ")), "")
-    values = [int(note.split()[-1]) for note in notes.values()]
-    sums = zip(notes, values, accumulate(values), strict=True)
+    return _add_up(notes, [int(note.split()[-1]) for note in notes.values()])
+
+
+def _add_up(numbers: Iterable[int], values: Sequence[int]) -> str:
+    sums = zip(numbers, values, accumulate(values), strict=True)
     return ", ".join(f"{number}: {value} = {total}" for number, value, total in sums)
 
 
@@ -163,9 +168,8 @@ def _answer(note: str) -> str:
 def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None = None) -> LedgerProblem:
     """A part of a ledger, whose lines begin anywhere, with a question that it need not answer."""
     (generated,) = generate_ledgers(1, lines, seed=rng.getrandbits(48), kinds=(kind,))
-    start = (
-        _lines_of(rng, LEDGER_LINES) if first is None else first
-    )  # as many parts have numbers of two digits as of four
+    # Numbers of two digits are as frequent as those of four: in lines 21 to 99 a model without that lost its place.
+    start = _lines_of(rng, LEDGER_LINES) - 1 if first is None else first
     payments = tuple(
         Payment(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in generated.payments
     )
@@ -200,7 +204,7 @@ def _notes(rng: random.Random, kind: LedgerKind) -> tuple[LedgerProblem, str, di
     (problem,) = generate_ledgers(1, 2, seed=rng.getrandbits(48), kinds=(kind,))
     problem = replace(problem, number=rng.randint(1, LEDGER_LINES))
     if kind == "needle":
-        (*others,) = (_needle(rng, rng.randint(1, LEDGER_LINES)) for _ in range(rng.randint(0, 3)))
+        others = [_needle(rng, rng.randint(1, LEDGER_LINES)) for _ in range(rng.randint(0, 3))]
         own = [_needle(rng, problem.number)] if not others or rng.random() < 0.8 else []
         written = rng.sample(own + others, len(own) + len(others))
     elif rng.random() < 0.5:
@@ -226,9 +230,7 @@ def _sums(rng: random.Random, kind: LedgerKind) -> str:
     """A note of notes."""
     count = rng.choice((1, 2, 3, 3, 3, 4))
     numbers = sorted(rng.sample(range(1, 4 * MAX_NOTES), count))
-    values = [rng.randint(0, 199 if kind == "sum" else 4) for _ in numbers]
-    sums = zip(numbers, values, accumulate(values), strict=True)
-    return ", ".join(f"{number}: {value} = {total}" for number, value, total in sums)
+    return _add_up(numbers, [rng.randint(0, 199 if kind == "sum" else 4) for _ in numbers])
 
 
 def _read_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
