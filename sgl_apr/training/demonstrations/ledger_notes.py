@@ -1,9 +1,10 @@
 """Demonstrations of reading a long ledger in parts, as `recursive(part_tokens=...)` puts them to a model: notes and answers.
 
-A note of payments walks through them, so that each next word is a copy of the next line, and keeps the total so far:
-"[16] Ben [17] Ada = 1 [18] Mona: 1" for a count, "[16] Ben [17] Ada 44 = 44 [18] Mona: 44" for a sum. The note of a needle is its line,
-"[8] Gina paid Olga 29", or empty. A note of notes, and an answer, add their values up, each after the number of its note:
-"4: 2 = 2, 9: 1 = 3". That of a needle repeats the note that has its line.
+A note of payments says where they end and walks through them, so that each next word is a copy of the next line, and keeps the total
+so far: "to [18]: [16] Ben [17] Ada = 1 [18] Mona: 1" for a count, "to [18]: [16] Ben [17] Ada 44 = 44 [18] Mona: 44" for a sum. A model
+that did not say where they end stopped a line or two before or after it. The note of a needle is its line, "[8] Gina paid Olga 29", or
+empty. A note of notes, and an answer, add their values up, each after the number of its note: "4: 2 = 2, 9: 1 = 3". That of a needle
+repeats the note that has its line.
 """
 
 from __future__ import annotations
@@ -105,11 +106,11 @@ def note_of_payments(problem: LedgerProblem) -> str:
     Examples:
         >>> paid = (Payment(3, "Ada", "Dan", 12, "hats"), Payment(4, "Ben", "Ada", 7, "eggs"), Payment(5, "Ada", "Ben", 44, "eggs"))
         >>> note_of_payments(LedgerProblem(paid, "sum", "Ada"))
-        '[3] Ada 12 = 12 [4] Ben [5] Ada 44 = 56: 56'
+        'to [5]: [3] Ada 12 = 12 [4] Ben [5] Ada 44 = 56: 56'
     """
     if problem.kind == "needle":
         return next((_quote(p) for p in problem.payments if p.number == problem.number), "")
-    total, words = 0, list[str]()
+    total, words = 0, [f"to [{problem.payments[-1].number}]:"]
     for payment in problem.payments:
         words.append(f"[{payment.number}] {payment.payer}")
         if payment.payer != problem.person:
@@ -129,7 +130,7 @@ def note_of_notes(problem: LedgerProblem, notes: Mapping[int, str]) -> str:
         notes: The notes by their numbers, none of them empty.
 
     Examples:
-        >>> notes = {4: "[3] Ada = 1 [4] Ben [5] Ada = 2: 2", 9: "[16] Ben [17] Ada = 1: 1"}
+        >>> notes = {4: "to [5]: [3] Ada = 1 [4] Ben [5] Ada = 2: 2", 9: "to [17]: [16] Ben [17] Ada = 1: 1"}
         >>> note_of_notes(LedgerProblem((), "count", "Ada"), notes)
         '4: 2 = 2, 9: 1 = 3'
     """
@@ -154,7 +155,7 @@ def _more(
     made = list[tuple[str, str]]()
     for _ in range(min(MORE_QUESTIONS, MORE_LINES // len(problem.payments))):
         payment = rng.choice(problem.payments)
-        number = payment.number if rng.random() < 0.8 else rng.randint(1, LEDGER_LINES)
+        number = payment.number if rng.random() < 0.5 else _number(rng, problem.payments)
         person = payment.payer if rng.random() < 0.8 else rng.choice(PEOPLE)
         other = LedgerProblem(problem.payments, rng.choice(KINDS), person, number)
         made.append((other.question, reply(other)))
@@ -173,9 +174,16 @@ def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None
     payments = tuple(
         Payment(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in generated.payments
     )
-    inside = first is not None or rng.random() < 0.7
-    number = rng.randint(start + 1, start + lines) if inside else rng.randint(1, LEDGER_LINES)
+    inside = first is not None or rng.random() < 0.5
+    number = rng.randint(start + 1, start + lines) if inside else _number(rng, payments)
     return LedgerProblem(payments, kind, generated.person, number)
+
+
+def _number(rng: random.Random, payments: Sequence[Payment]) -> int:
+    """A line to ask about that these payments need not have: near them, or one that has as many digits as often as they do."""
+    if rng.random() < 0.5:
+        return max(1, rng.randint(payments[0].number - PART_LINES, payments[-1].number + PART_LINES))
+    return _lines_of(rng, LEDGER_LINES)
 
 
 def _lines_of(rng: random.Random, largest: int) -> int:
@@ -193,7 +201,9 @@ def _read(rng: random.Random, part: str, question: str) -> str:
 
 
 def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
-    problem = _problem(rng, _lines_of(rng, PART_LINES), kind)
+    # A long text has full parts, but for its last one.
+    lines = rng.randint(PART_LINES - 4, PART_LINES) if rng.random() < 0.5 else _lines_of(rng, PART_LINES)
+    problem = _problem(rng, lines, kind)
     part = _lines(problem) if rng.random() < 0.9 else _lines(problem).rstrip("\n")  # of a last part
     note, more = note_of_payments(problem), _more(rng, problem, note_of_payments)
     return LedgerReading(_read(rng, part, problem.question), note, kind, more)
@@ -202,9 +212,10 @@ def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
 def _notes(rng: random.Random, kind: LedgerKind) -> tuple[LedgerProblem, str, dict[int, str]]:
     """A question, lines of notes about it, and the notes by their numbers."""
     (problem,) = generate_ledgers(1, 2, seed=rng.getrandbits(48), kinds=(kind,))
-    problem = replace(problem, number=rng.randint(1, LEDGER_LINES))
+    problem = replace(problem, number=_lines_of(rng, LEDGER_LINES))
     if kind == "needle":
-        others = [_needle(rng, rng.randint(1, LEDGER_LINES)) for _ in range(rng.randint(0, 3))]
+        numbers = {_lines_of(rng, LEDGER_LINES) for _ in range(rng.randint(0, 3))}
+        others = [_needle(rng, number) for number in sorted(numbers - {problem.number})]
         own = [_needle(rng, problem.number)] if not others or rng.random() < 0.8 else []
         written = rng.sample(own + others, len(own) + len(others))
     elif rng.random() < 0.5:
@@ -230,7 +241,9 @@ def _sums(rng: random.Random, kind: LedgerKind) -> str:
     """A note of notes."""
     count = rng.choice((1, 2, 3, 3, 3, 4))
     numbers = sorted(rng.sample(range(1, 4 * MAX_NOTES), count))
-    return _add_up(numbers, [rng.randint(0, 199 if kind == "sum" else 4) for _ in numbers])
+    return _add_up(
+        numbers, [_lines_of(rng, 1000) - 1 if kind == "sum" else rng.randint(0, 4) for _ in numbers]
+    )
 
 
 def _read_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
