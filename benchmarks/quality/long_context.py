@@ -1,6 +1,6 @@
 """Questions about long texts with and without recursion: one prompt that holds all of the text, or sub-calls that read its parts.
 
-python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 24,16,8,4] [-o runs/ledger/run/attempts] [--json]
+python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 96,96,48,24] [-o runs/long-context] [--json]
 
 The texts are ledgers (`sgl-apr eval ledger:SIZE`): questions that need one line, and questions that need all of them. A prompt that is longer
 than the context of the model cannot be asked at all. The default is SmolLM2 with an adapter that is trained to read ledgers, as docs/methods.md says.
@@ -28,12 +28,13 @@ from sgl_apr.evaluation.benchmarks.long_context import ledger
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.evaluation.runner import run_attempts
 from sgl_apr.evaluation.store import ResultStore, open_evaluation
-from sgl_apr.evaluation.tasks.ledger import LedgerTask
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.server.launch.launcher import Server
+from sgl_apr.training.demonstrations.ledger_notes import KINDS
 from sgl_apr.training.models import locate_model
 
-AT_ONCE = 8  # problems
+AT_ONCE = 16  # problems
+REPLY_TOKENS = 2048  # of the answer from one prompt
 TIMEOUT_S = 1800.0  # of a prompt of 64,000 tokens on a CPU
 
 
@@ -58,13 +59,13 @@ async def measure(
 ) -> list[dict[str, Any]]:
     """One row for each size, with its number of problems, and way."""
     ways: dict[str, dict[str, Any]] = {
-        "sequential": {"budget": Budget(tokens=LedgerTask.max_tokens)},
+        "sequential": {"budget": Budget(tokens=REPLY_TOKENS)},
         "recursive": {"part_tokens": part_tokens, "reply_tokens": reply_tokens},
     }
     rows = []
     async with await apr.HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
         for size, limit in sizes:
-            problems = ledger(size, limit)
+            problems = ledger(size, limit, kinds=KINDS)
             for method, options in ways.items():
                 settings = {
                     "task": problems.name, "model": model, "part_tokens": part_tokens, "reply_tokens": reply_tokens
@@ -120,7 +121,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default="runs/ledger/run/model", help="default: %(default)s")
     parser.add_argument("--sizes", default="1k,4k,16k,64k", help="thousands of tokens (default: %(default)s)")
-    parser.add_argument("--limit", default="24,16,8,4", help="problems of each size (default: %(default)s)")
+    parser.add_argument("--limit", default="96,96,48,24", help="problems of each size (default: %(default)s)")
     parser.add_argument(
         "--part-tokens", type=int, default=320, help="tokens that a sub-call reads (default: %(default)s)"
     )

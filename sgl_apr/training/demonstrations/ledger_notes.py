@@ -32,13 +32,14 @@ from sgl_apr.trajectory.spans import Origin, Role, Span
 from sgl_apr.trajectory.trajectory import Trajectory
 
 KINDS: tuple[LedgerKind, ...] = ("needle", "count", "sum")
+SUMMED: tuple[LedgerKind, ...] = ("count", "sum")
 PART_LINES = 20  # of 320 tokens of SmolLM2
 LEDGER_LINES = 4096  # of the longest ledger
 PROMPT_LINES = 64  # of a ledger in one prompt
 MAX_NOTES = 16  # in one part, of notes of notes
 MAX_WALKS = 3  # in one part, of notes of payments
-MORE_QUESTIONS = 12
-MORE_LINES = 100  # that further questions about one text walk through
+MORE_LINES = 60  # that further counts and sums about one text walk through
+MORE_NEEDLES = 8  # further questions about one line, half of them about one that is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +153,13 @@ def _more(
     rng: random.Random, problem: LedgerProblem, reply: Callable[[LedgerProblem], str]
 ) -> tuple[tuple[str, str], ...]:
     """Further questions about the same payments."""
-    made = list[tuple[str, str]]()
-    for _ in range(min(MORE_QUESTIONS, MORE_LINES // len(problem.payments))):
+    made, walks = list[tuple[str, str]](), min(MORE_NEEDLES, MORE_LINES // len(problem.payments))
+    kinds: list[LedgerKind] = [rng.choice(SUMMED) for _ in range(walks)] + ["needle"] * MORE_NEEDLES
+    for kind in rng.sample(kinds, len(kinds)):
         payment = rng.choice(problem.payments)
         number = payment.number if rng.random() < 0.5 else _number(rng, problem.payments)
         person = payment.payer if rng.random() < 0.8 else rng.choice(PEOPLE)
-        other = LedgerProblem(problem.payments, rng.choice(KINDS), person, number)
+        other = LedgerProblem(problem.payments, kind, person, number)
         made.append((other.question, reply(other)))
     return tuple(made)
 
