@@ -1,6 +1,6 @@
 """Questions about long texts with and without recursion: one prompt that holds all of the text, or sub-calls that read its parts.
 
-python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 96,96,48,24] [-o runs/long-context] [--json]
+python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 24,12,6,3] [-o runs/ledger/run/attempts] [--json]
 
 The texts are ledgers (`sgl-apr eval ledger:SIZE`): questions that need one line, and questions that need all of them. A prompt that is longer
 than the context of the model cannot be asked at all. The default is SmolLM2 with an adapter that is trained to read ledgers, as docs/methods.md says.
@@ -28,13 +28,15 @@ from sgl_apr.evaluation.benchmarks.long_context import ledger
 from sgl_apr.evaluation.metrics import AttemptMetrics, MethodResults
 from sgl_apr.evaluation.runner import run_attempts
 from sgl_apr.evaluation.store import ResultStore, open_evaluation
+from sgl_apr.evaluation.tasks.ledger import lines_of
 from sgl_apr.runtime.budget import Budget
 from sgl_apr.server.launch.launcher import Server
 from sgl_apr.training.demonstrations.ledger_notes import KINDS
 from sgl_apr.training.models import locate_model
 
-AT_ONCE = 16  # problems
-REPLY_TOKENS = 2048  # of the answer from one prompt
+AT_ONCE = 8  # problems
+ANSWER_TOKENS = 64  # of a reply, beside its walk
+TOKENS_PER_LINE = 8  # of a reply that walks through all lines of one prompt
 TIMEOUT_S = 1800.0  # of a prompt of 64,000 tokens on a CPU
 
 
@@ -58,14 +60,15 @@ async def measure(
     attempts: Path | None,
 ) -> list[dict[str, Any]]:
     """One row for each size, with its number of problems, and way."""
-    ways: dict[str, dict[str, Any]] = {
-        "sequential": {"budget": Budget(tokens=REPLY_TOKENS)},
-        "recursive": {"part_tokens": part_tokens, "reply_tokens": reply_tokens},
-    }
     rows = []
     async with await apr.HttpEngine.connect(url, timeout=TIMEOUT_S) as engine:
         for size, limit in sizes:
             problems = ledger(size, limit, kinds=KINDS)
+            walk = ANSWER_TOKENS + TOKENS_PER_LINE * lines_of(size)
+            ways: dict[str, dict[str, Any]] = {
+                "sequential": {"budget": Budget(tokens=walk)},
+                "recursive": {"part_tokens": part_tokens, "reply_tokens": reply_tokens},
+            }
             for method, options in ways.items():
                 settings = {
                     "task": problems.name, "model": model, "part_tokens": part_tokens, "reply_tokens": reply_tokens
@@ -121,7 +124,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default="runs/ledger/run/model", help="default: %(default)s")
     parser.add_argument("--sizes", default="1k,4k,16k,64k", help="thousands of tokens (default: %(default)s)")
-    parser.add_argument("--limit", default="96,96,48,24", help="problems of each size (default: %(default)s)")
+    parser.add_argument("--limit", default="24,12,6,3", help="problems of each size (default: %(default)s)")
     parser.add_argument(
         "--part-tokens", type=int, default=320, help="tokens that a sub-call reads (default: %(default)s)"
     )
