@@ -172,7 +172,7 @@ def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None
     """A part of a ledger, whose lines begin anywhere, with a question that it need not answer."""
     (generated,) = generate_ledgers(1, lines, seed=rng.getrandbits(48), kinds=(kind,))
     # Numbers of two digits are as frequent as those of four: in lines 21 to 99 a model without that lost its place.
-    start = _lines_of(rng, LEDGER_LINES) - 1 if first is None else first
+    start = _log_uniform(rng, LEDGER_LINES) - 1 if first is None else first
     payments = tuple(
         Payment(p.number + start, p.payer, p.payee, p.coins, p.goods) for p in generated.payments
     )
@@ -185,11 +185,11 @@ def _number(rng: random.Random, payments: Sequence[Payment]) -> int:
     """A line to ask about that these payments need not have: near them, or one that has as many digits as often as they do."""
     if rng.random() < 0.5:
         return max(1, rng.randint(payments[0].number - PART_LINES, payments[-1].number + PART_LINES))
-    return _lines_of(rng, LEDGER_LINES)
+    return _log_uniform(rng, LEDGER_LINES)
 
 
-def _lines_of(rng: random.Random, largest: int) -> int:
-    """A number of lines, evenly over its logarithm: short texts give more replies for as many tokens."""
+def _log_uniform(rng: random.Random, largest: int) -> int:
+    """A number from 1 to the largest, evenly over its logarithm: short texts give more replies for as many tokens."""
     return round(math.exp(rng.uniform(0, math.log(largest + 0.5))))
 
 
@@ -204,7 +204,7 @@ def _read(rng: random.Random, part: str, question: str) -> str:
 
 def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
     # A long text has full parts, but for its last one.
-    lines = rng.randint(PART_LINES - 4, PART_LINES) if rng.random() < 0.5 else _lines_of(rng, PART_LINES)
+    lines = rng.randint(PART_LINES - 4, PART_LINES) if rng.random() < 0.5 else _log_uniform(rng, PART_LINES)
     problem = _problem(rng, lines, kind)
     part = _lines(problem) if rng.random() < 0.9 else _lines(problem).rstrip("\n")  # of a last part
     note, more = note_of_payments(problem), _more(rng, problem, note_of_payments)
@@ -214,16 +214,16 @@ def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
 def _notes(rng: random.Random, kind: LedgerKind) -> tuple[LedgerProblem, str, dict[int, str]]:
     """A question, lines of notes about it, and the notes by their numbers."""
     (problem,) = generate_ledgers(1, 2, seed=rng.getrandbits(48), kinds=(kind,))
-    problem = replace(problem, number=_lines_of(rng, LEDGER_LINES))
+    problem = replace(problem, number=_log_uniform(rng, LEDGER_LINES))
     if kind == "needle":
-        numbers = {_lines_of(rng, LEDGER_LINES) for _ in range(rng.randint(0, 3))}
+        numbers = {_log_uniform(rng, LEDGER_LINES) for _ in range(rng.randint(0, 3))}
         others = [_needle(rng, number) for number in sorted(numbers - {problem.number})]
         own = [_needle(rng, problem.number)] if not others or rng.random() < 0.8 else []
         written = rng.sample(own + others, len(own) + len(others))
     elif rng.random() < 0.5:
         written = [_walk(rng, problem) for _ in range(rng.randint(1, MAX_WALKS))]
     else:
-        written = [_sums(rng, kind) for _ in range(_lines_of(rng, MAX_NOTES))]
+        written = [_sums(rng, kind) for _ in range(_log_uniform(rng, MAX_NOTES))]
     notes = dict(zip(sorted(rng.sample(range(1, 4 * MAX_NOTES), len(written))), written, strict=True))
     return problem, "".join(f"{number}: {note}\n" for number, note in notes.items()), notes
 
@@ -235,7 +235,7 @@ def _needle(rng: random.Random, number: int) -> str:
 
 def _walk(rng: random.Random, problem: LedgerProblem) -> str:
     """A note of payments about a question."""
-    part = _problem(rng, _lines_of(rng, PART_LINES), problem.kind)
+    part = _problem(rng, _log_uniform(rng, PART_LINES), problem.kind)
     return note_of_payments(replace(part, person=problem.person))
 
 
@@ -244,7 +244,7 @@ def _sums(rng: random.Random, kind: LedgerKind) -> str:
     count = rng.choice((1, 2, 3, 3, 3, 4))
     numbers = sorted(rng.sample(range(1, 4 * MAX_NOTES), count))
     return _add_up(
-        numbers, [_lines_of(rng, 1000) - 1 if kind == "sum" else rng.randint(0, 4) for _ in numbers]
+        numbers, [_log_uniform(rng, 1000) - 1 if kind == "sum" else rng.randint(0, 4) for _ in numbers]
     )
 
 
@@ -265,13 +265,13 @@ def _answer_notes(rng: random.Random, kind: LedgerKind) -> LedgerReading:
 
 
 def _answer_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
-    problem = _problem(rng, _lines_of(rng, PART_LINES), kind, first=0)
+    problem = _problem(rng, _log_uniform(rng, PART_LINES), kind, first=0)
     message = ANSWER.format(text=_lines(problem).rstrip("\n"), question=problem.question)
     return _answer_reading(rng, message, problem)
 
 
 def _answer_ledger(rng: random.Random, kind: LedgerKind) -> LedgerReading:
-    problem = _problem(rng, _lines_of(rng, PROMPT_LINES), kind, first=0)
+    problem = _problem(rng, _log_uniform(rng, PROMPT_LINES), kind, first=0)
     message = f"{problem.text}\n{LedgerTask.answer_instruction}"
     return _answer_reading(rng, message, problem)
 
