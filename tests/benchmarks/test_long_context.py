@@ -26,7 +26,7 @@ def attempt(engine: apr.ScriptedEngine, method: str, output: Path | None, **opti
         )
 
 
-def test_a_row_has_the_share_of_each_kind_and_the_longest_context():
+def test_a_row_has_the_share_of_each_kind_and_the_longest_context() -> None:
     first = next(case for case in ledger("1k", 4).cases if case.name == "needle 1")
     number = first.problem.partition("in line ")[2].split("?")[0]
     line = next(line for line in first.problem.splitlines() if line.startswith(f"[{number}]"))
@@ -41,7 +41,7 @@ def test_a_row_has_the_share_of_each_kind_and_the_longest_context():
     assert parts["longest_context"] < row["longest_context"] / 2
 
 
-def test_a_prompt_that_does_not_fit_has_a_row_that_says_so():
+def test_a_prompt_that_does_not_fit_has_a_row_that_says_so() -> None:
     def too_long(request: apr.Request, prompt: str) -> str:
         raise AprError("the prompt has 16829 tokens, expected fewer than the 8192 of the engine's context")
 
@@ -51,7 +51,7 @@ def test_a_prompt_that_does_not_fit_has_a_row_that_says_so():
     assert "the prompt does not fit" in figures({"rows": [{"size": "16k", "problems": 4} | row]})
 
 
-def test_attempts_that_are_kept_are_not_made_again(tmp_path: Path):
+def test_attempts_that_are_kept_are_not_made_again(tmp_path: Path) -> None:
     engine = apr.ScriptedEngine(lambda request, prompt: "Answer: 7")
     first = attempt(engine, "sequential", tmp_path)
     made = len(engine.requests)
@@ -61,7 +61,7 @@ def test_attempts_that_are_kept_are_not_made_again(tmp_path: Path):
 
 
 @pytest.mark.parametrize("argv", [["--limit", "many"], ["--limit", "0"], ["--limit", "1,2,3"]])
-def test_a_wrong_limit_is_an_error(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_a_wrong_limit_is_an_error(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.argv", ["long_context", *argv])
     with pytest.raises(SystemExit) as end:
         long_context.main()
