@@ -129,7 +129,7 @@ def main() -> int:
         "--part-tokens", type=int, default=320, help="tokens that a sub-call reads (default: %(default)s)"
     )
     parser.add_argument(
-        "--reply-tokens", type=int, default=192, help="tokens of a note (default: %(default)s)"
+        "--reply-tokens", type=int, default=256, help="tokens of a note (default: %(default)s)"
     )
     parser.add_argument(
         "-o",

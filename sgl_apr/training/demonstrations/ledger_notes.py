@@ -1,17 +1,18 @@
 """Demonstrations of reading a long ledger in parts, as `recursive(part_tokens=...)` puts them to a model: notes and answers.
 
 A note of payments says where they end and walks through them, so that each next word is a copy of the next line, and keeps the total
-so far: "to [18]: [16] Ben [17] Ada = 1 [18] Mona: 1" for a count, "to [18]: [16] Ben [17] Ada 44 = 44 [18] Mona: 44" for a sum. A model
-that did not say where they end stopped a line or two before or after it. The note of a needle is its line, "[8] Gina paid Olga 29", or
-empty. A note of notes, and an answer, add their values up, each after the number of its note: "4: 2 = 2, 9: 1 = 3". That of a needle
-repeats the note that has its line.
+so far: "to [18]: [16] Ben [17] Ada = 1 [18] Mona: 1" for a count. A model that did not say where they end stopped a line or two before
+or after it. A sum adds a digit at a time, "[17] Ada 44 = 40 = 44", since a model that added numbers in one step missed carries. The note
+of a needle says where the payments begin and end, and what their line says, "[1] to [20]: [8] Gina paid Olga 29", or "none": a model
+that did not say where they end quoted another line. A note of notes, and an answer, say which note is the last one and add their values
+up, each after the number of its note: "to 2: 1: 2 = 2, 2: 1 = 3". That of a needle repeats what a note quotes.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -36,7 +37,9 @@ SUMMED: tuple[LedgerKind, ...] = ("count", "sum")
 PART_LINES = 20  # of 320 tokens of SmolLM2
 LEDGER_LINES = 4096  # of the longest ledger
 PROMPT_LINES = 64  # of a ledger in one prompt
-MAX_NOTES = 16  # in one part, of notes of notes
+MAX_NOTES = 16  # in one part, of notes of notes and of needles
+NO_LINE = "none"  # what the note of a needle says whose line is not there
+MAX_SUMS = 8  # in one part, of notes of notes that add numbers of several digits
 MAX_WALKS = 3  # in one part, of notes of payments
 MORE_LINES = 60  # that further counts and sums about one text walk through
 MORE_NEEDLES = 8  # further questions about one line, half of them about one that is not there
@@ -107,10 +110,13 @@ def note_of_payments(problem: LedgerProblem) -> str:
     Examples:
         >>> paid = (Payment(3, "Ada", "Dan", 12, "hats"), Payment(4, "Ben", "Ada", 7, "eggs"), Payment(5, "Ada", "Ben", 44, "eggs"))
         >>> note_of_payments(LedgerProblem(paid, "sum", "Ada"))
-        'to [5]: [3] Ada 12 = 12 [4] Ben [5] Ada 44 = 56: 56'
+        'to [5]: [3] Ada 12 = 10 = 12 [4] Ben [5] Ada 44 = 52 = 56: 56'
+        >>> note_of_payments(LedgerProblem(paid, "needle", "Ada", 4))
+        '[3] to [5]: [4] Ben paid Ada 7'
     """
     if problem.kind == "needle":
-        return next((_quote(p) for p in problem.payments if p.number == problem.number), "")
+        line = next((_quote(p) for p in problem.payments if p.number == problem.number), NO_LINE)
+        return f"[{problem.payments[0].number}] to [{problem.payments[-1].number}]: {line}"
     total, words = 0, [f"to [{problem.payments[-1].number}]:"]
     for payment in problem.payments:
         words.append(f"[{payment.number}] {payment.payer}")
@@ -118,31 +124,45 @@ def note_of_payments(problem: LedgerProblem) -> str:
             continue
         if problem.kind == "sum":
             words.append(f"{payment.coins}")
-        total += payment.coins if problem.kind == "sum" else 1
-        words.append(f"= {total}")
+        value = payment.coins if problem.kind == "sum" else 1
+        words.append(_addition(total, value))
+        total += value
     return " ".join(words) + f": {total}"
 
 
 def note_of_notes(problem: LedgerProblem, notes: Mapping[int, str]) -> str:
-    """The note of a part that consists of notes: their values, and running totals. That of a needle is the note of its line.
+    """The note of a part that consists of notes: their values, and running totals. That of a needle is what a note quotes.
 
     Args:
         problem: The question.
-        notes: The notes by their numbers, none of them empty.
+        notes: The notes by their numbers.
 
     Examples:
-        >>> notes = {4: "to [5]: [3] Ada = 1 [4] Ben [5] Ada = 2: 2", 9: "to [17]: [16] Ben [17] Ada = 1: 1"}
+        >>> notes = {4: "to [5]: [3] Ada = 1 [4] Ben [5] Ada = 2: 2", 5: "to [7]: [6] Ben [7] Ada = 1: 1"}
         >>> note_of_notes(LedgerProblem((), "count", "Ada"), notes)
-        '4: 2 = 2, 9: 1 = 3'
+        'to 5: 4: 2 = 2, 5: 1 = 3'
+        >>> note_of_notes(LedgerProblem((), "needle", "Ada", 4), {1: "[1] to [3]: none", 2: "[4] to [5]: [4] Ben paid Ada 7"})
+        '[4] Ben paid Ada 7'
     """
     if problem.kind == "needle":
-        return next((note for note in notes.values() if note.startswith(f"[{problem.number}] ")), "")
-    return _add_up(notes, [int(note.split()[-1]) for note in notes.values()])
+        start = f"[{problem.number}] "
+        quotes = (note.rpartition(": ")[2] for note in notes.values())
+        return next((quote for quote in quotes if quote.startswith(start) and " paid " in quote), NO_LINE)
+    return _add_up(list(notes), [int(note.split()[-1]) for note in notes.values()])
 
 
-def _add_up(numbers: Iterable[int], values: Sequence[int]) -> str:
-    sums = zip(numbers, values, accumulate(values), strict=True)
-    return ", ".join(f"{number}: {value} = {total}" for number, value, total in sums)
+def _add_up(numbers: Sequence[int], values: Sequence[int]) -> str:
+    totals = accumulate(values, initial=0)
+    sums = zip(numbers, values, totals, strict=False)
+    steps = (f"{number}: {value} {_addition(total, value)}" for number, value, total in sums)
+    return f"to {numbers[-1]}: " + ", ".join(steps)
+
+
+def _addition(total: int, value: int) -> str:
+    """The totals after each digit of a value that is not 0, its largest first: "= 159 = 160" for 79 + 81."""
+    digits = [int(digit) * 10 ** (len(str(value)) - k) for k, digit in enumerate(str(value), 1)]
+    totals = [*accumulate((digit for digit in digits if digit), initial=total)]
+    return " ".join(f"= {one}" for one in totals[1:] or totals)
 
 
 def _quote(payment: Payment) -> str:
@@ -165,7 +185,8 @@ def _more(
 
 
 def _answer(note: str) -> str:
-    return f"{note}\nAnswer: {note.rpartition(' ')[2] or 0}"
+    value = note.rpartition(" ")[2]
+    return f"{note}\nAnswer: {0 if value == NO_LINE else value}"
 
 
 def _problem(rng: random.Random, lines: int, kind: LedgerKind, first: int | None = None) -> LedgerProblem:
@@ -216,16 +237,29 @@ def _notes(rng: random.Random, kind: LedgerKind) -> tuple[LedgerProblem, str, di
     (problem,) = generate_ledgers(1, 2, seed=rng.getrandbits(48), kinds=(kind,))
     problem = replace(problem, number=_log_uniform(rng, LEDGER_LINES))
     if kind == "needle":
-        numbers = {_log_uniform(rng, LEDGER_LINES) for _ in range(rng.randint(0, 3))}
-        others = [_needle(rng, number) for number in sorted(numbers - {problem.number})]
-        own = [_needle(rng, problem.number)] if not others or rng.random() < 0.8 else []
-        written = rng.sample(own + others, len(own) + len(others))
+        written = _needles(rng, problem.number)
     elif rng.random() < 0.5:
         written = [_walk(rng, problem) for _ in range(rng.randint(1, MAX_WALKS))]
     else:
-        written = [_sums(rng, kind) for _ in range(_log_uniform(rng, MAX_NOTES))]
-    notes = dict(zip(sorted(rng.sample(range(1, 4 * MAX_NOTES), len(written))), written, strict=True))
+        written = [
+            _sums(rng, kind) for _ in range(_log_uniform(rng, MAX_NOTES if kind == "count" else MAX_SUMS))
+        ]
+    first = 1 if rng.random() < 0.4 else _log_uniform(rng, LEDGER_LINES // PART_LINES)
+    notes = dict(enumerate(written, first))
     return problem, "".join(f"{number}: {note}\n" for number, note in notes.items()), notes
+
+
+def _needles(rng: random.Random, number: int) -> list[str]:
+    """Notes about a line of parts that follow one another, or notes of such notes, which do not say where parts begin and end."""
+    lines = [rng.randint(PART_LINES - 2, PART_LINES) for _ in range(_log_uniform(rng, MAX_NOTES))]
+    inside = rng.random() < 0.75
+    first = max(1, number - rng.randrange(sum(lines))) if inside else number + rng.randint(1, LEDGER_LINES)
+    show_lines, notes = rng.random() < 0.6, list[str]()
+    for count in lines:
+        quote = _needle(rng, number) if first <= number < first + count else NO_LINE
+        notes.append(f"[{first}] to [{first + count - 1}]: {quote}" if show_lines else quote)
+        first += count
+    return notes
 
 
 def _needle(rng: random.Random, number: int) -> str:
@@ -241,10 +275,10 @@ def _walk(rng: random.Random, problem: LedgerProblem) -> str:
 
 def _sums(rng: random.Random, kind: LedgerKind) -> str:
     """A note of notes."""
-    count = rng.choice((1, 2, 3, 3, 3, 4))
-    numbers = sorted(rng.sample(range(1, 4 * MAX_NOTES), count))
+    first = _log_uniform(rng, LEDGER_LINES // PART_LINES)
+    numbers = range(first, first + rng.choice((1, 2, 2, 2, 3, 4)))
     return _add_up(
-        numbers, [_log_uniform(rng, 1000) - 1 if kind == "sum" else rng.randint(0, 4) for _ in numbers]
+        numbers, [_log_uniform(rng, 2000) - 1 if kind == "sum" else rng.randint(0, 4) for _ in numbers]
     )
 
 
