@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import Any
+
+import numpy as np
 
 from sgl_apr.engine.base import Engine
 from sgl_apr.errors import AprError
@@ -96,8 +97,8 @@ def _confidence(reply: Completion, window: int) -> float:
 
 
 def _threshold(confidences: Sequence[float], keep: float) -> float:
-    """What the surest replies reach: the lowest confidence among that share of them, at least of one."""
-    return sorted(confidences, reverse=True)[max(1, ceil(keep * len(confidences))) - 1]
+    """The percentile that this share of the replies is above, interpolated as in the published code."""
+    return float(np.percentile(confidences, 100 * (1 - keep)))
 
 
 def _ballots(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from math import ceil
 from statistics import fmean
 from typing import Literal
 
@@ -53,7 +52,7 @@ def trace_confidence(
     if kind == "tail":
         return fmean(values[-window:])
     groups = sorted(_group_means(values, window))
-    return groups[0] if kind == "lowest_group" else fmean(groups[: ceil(len(groups) / 10)])
+    return groups[0] if kind == "lowest_group" else fmean(groups[: max(1, len(groups) // 10)])
 
 
 class GroupConfidence:
