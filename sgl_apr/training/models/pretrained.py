@@ -21,6 +21,8 @@ DIALECT, TRAINED = "threadweaver", "trained"  # the format that the trained mode
 ADAPTER = (
     Path(__file__).parent / "smollm2-threadweaver" / "adapter.safetensors"
 )  # there only if it reached the bars
+LEDGER = "ledger"  # the name of the model that reads long ledgers in parts
+LEDGER_ADAPTER = Path(__file__).parent / "smollm2-ledger" / "adapter.safetensors"
 DEFAULT_RUN = Path("runs/smollm2-threadweaver")
 TRAIN_COMMANDS = (
     "python -m sgl_apr.training.demonstrations write runs/smollm2/train.jsonl && "
@@ -64,7 +66,7 @@ def smollm2(
 
 
 def locate_smollm2(model: str) -> Path:
-    """The checkpoint of a name: `smollm2`, `smollm2:DIALECT` with the tags of a dialect, or `smollm2:trained`.
+    """The checkpoint of a name: `smollm2`, `smollm2:DIALECT` with the tags of a dialect, `smollm2:trained` or `smollm2:ledger`.
 
     Raises:
         AprError: If there is no such dialect, the model has not been trained, or see `smollm2`.
@@ -74,6 +76,8 @@ def locate_smollm2(model: str) -> Path:
     variant = model.partition(":")[2]
     if variant == TRAINED:
         return trained_smollm2()
+    if variant == LEDGER:
+        return _merged(LEDGER_ADAPTER, LEDGER)
     return smollm2(dialect(variant).tags, label=variant) if variant else smollm2()
 
 
@@ -92,7 +96,7 @@ def trained_smollm2(run: Path | None = None, *, directory: Path | None = None) -
         AprError: If it has not been trained; the message says how to do that. See also `smollm2`.
     """
     if run is None and ADAPTER.is_file():
-        return _merged(ADAPTER, directory)
+        return _merged(ADAPTER, f"{DIALECT}-{TRAINED}", directory)
     model = (run or DEFAULT_RUN) / "model"
     if not (model / "config.json").is_file():
         raise AprError(
@@ -101,7 +105,7 @@ def trained_smollm2(run: Path | None = None, *, directory: Path | None = None) -
     return model
 
 
-def _merged(adapter: Path, directory: Path | None) -> Path:
+def _merged(adapter: Path, label: str, directory: Path | None = None) -> Path:
     """The checkpoint with an adapter merged into its weights, built on the first call."""
     tags = dialect_tags()
     recipe = {
@@ -123,7 +127,7 @@ def _merged(adapter: Path, directory: Path | None) -> Path:
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(base).save_pretrained(target)
 
-    return build_once(f"{NAME}-{DIALECT}-{TRAINED}", recipe, merge, directory)
+    return build_once(f"{NAME}-{label}", recipe, merge, directory)
 
 
 def dialect_tags() -> list[str]:

@@ -336,6 +336,16 @@ def test_a_finished_run_is_the_trained_model(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_the_reader_of_ledgers_has_its_adapter():
+    import torch
+
+    reader, _ = load(Path(locate_model("smollm2:ledger")))
+    base, _ = load(Path(locate_model("smollm2:threadweaver")))
+    assert reader.config.vocab_size == base.config.vocab_size
+    assert not torch.equal(reader.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_the_weights(store, tmp_path, monkeypatch):
     import torch
 
