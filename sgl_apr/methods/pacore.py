@@ -14,7 +14,11 @@ from sgl_apr.methods.task import AggregationTask, Task, require_family
 from sgl_apr.methods.voting import vote
 from sgl_apr.runtime.value_checks import shorten
 
-LOW, MEDIUM, HIGH = (4,), (16,), (32, 4)  # the widths of the paper's three settings (table 1)
+LOW, MEDIUM, HIGH = (
+    (4,),
+    (16,),
+    (32, 4),
+)  # the widths of the paper's three settings (table 1 of its repository)
 
 
 async def pacore(

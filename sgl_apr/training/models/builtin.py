@@ -32,7 +32,7 @@ def locate_model(model: str) -> str:
     """Resolve a model as the command line names it: a name that `sgl-apr model` knows, or anything that SGLang can load.
 
     `smollm2:threadweaver` is SmolLM2 with the tags of that dialect, `smollm2:trained` what `sgl-apr model smollm2 --trained`
-    prints, and `smollm2:ledger` a model that reads long texts in parts (docs/methods.md).
+    prints, and `smollm2:ledger` one that is trained to read long texts in parts (docs/methods.md).
 
     Raises:
         AprError: The model is `smollm2`, and the package that holds it is not installed, or it has not been trained; or no model

@@ -21,7 +21,7 @@ DIALECT, TRAINED = "threadweaver", "trained"  # the format that the trained mode
 ADAPTER = (
     Path(__file__).parent / "smollm2-threadweaver" / "adapter.safetensors"
 )  # there only if it reached the bars
-LEDGER = "ledger"  # the name of the model that reads long ledgers in parts
+LEDGER = "ledger"  # the name of the model that is trained to read long ledgers in parts
 LEDGER_ADAPTER = Path(__file__).parent / "smollm2-ledger" / "adapter.safetensors"
 DEFAULT_RUN = Path("runs/smollm2-threadweaver")
 TRAIN_COMMANDS = (
