@@ -50,7 +50,7 @@ ARGUMENTS = dict.fromkeys(("kernels.attention", "kv_join.groups", "kv_join.laten
     ),
     "quality.stated_width": ("--dialects", "multiverse,spawn", "--check"),
     "quality.early_votes": ("--ways", "beta", "--at-once", "32", "--check"),
-    "quality.long_context": ("--model", "runs/ledger/run/model", "-o", "runs/ledger/run/attempts"),
+    "quality.long_context": ("-o", "runs/long-context"),
     "quality.schools": ("-o", "docs/schools.png"),
     "quality.method_curves": (
         "--limit", "16", "--timed-limit", "6", "--sweep", "tokens=256,512,1024,2048,4096,8192",
@@ -73,7 +73,7 @@ TOOLS = ("run_all.py", "render_docs.py", "gpu_bundle.py")
 OUTPUTS = (
     "runs/questions",
     "runs/budgets",
-    "runs/ledger/run/attempts",
+    "runs/long-context",
 )  # every other argument below runs/ is an input
 
 

@@ -1,6 +1,6 @@
 """Questions about long texts with and without recursion: one prompt that holds all of the text, or sub-calls that read its parts.
 
-python -m benchmarks.quality.long_context [--model runs/ledger/run/model] [--sizes 1k,4k,16k,64k] [--limit 24,12,6,3] [-o runs/ledger/run/attempts] [--json]
+python -m benchmarks.quality.long_context [--model smollm2:ledger] [--sizes 1k,4k,16k,64k] [--limit 24,12,6,3] [-o runs/long-context] [--json]
 
 The texts are ledgers (`sgl-apr eval ledger:SIZE`): questions that need one line, and questions that need all of them. A prompt that is longer
 than the context of the model cannot be asked at all. The default is SmolLM2 with an adapter that is trained to read ledgers, as docs/methods.md says.
@@ -123,7 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="runs/ledger/run/model", help="default: %(default)s")
+    parser.add_argument("--model", default="smollm2:ledger", help="default: %(default)s")
     parser.add_argument("--sizes", default="1k,4k,16k,64k", help="thousands of tokens (default: %(default)s)")
     parser.add_argument("--limit", default="24,12,6,3", help="problems of each size (default: %(default)s)")
     parser.add_argument(
