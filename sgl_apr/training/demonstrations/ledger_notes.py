@@ -3,10 +3,9 @@
 A note of payments says where they end and walks through them, so that each next word is a copy of the next line, and keeps the total
 so far: "to [18]: [16] Ben [17] Ada = 1 [18] Mona: 1" for a count. A model that did not say where they end stopped a line or two before
 or after it. A sum adds a digit at a time, "[17] Ada 44 = 40 = 44", since a model that added numbers in one step missed carries. The note
-of a needle walks through the numbers of the lines up to the one in question, "to [20]: [7] [8] Gina paid Olga 29", or to the end, and
-then says "none": a model that had to say at once whether the line is there quoted another one. A note of notes, and an answer, say which
-note is the last one and add their values up, each after the number of its note: "to 2: 1: 2 = 2, 2: 1 = 3". That of a needle repeats
-what a note quotes.
+of a needle says where the payments begin and end, and what their line says, "[1] to [20]: [8] Gina paid Olga 29", or "none": a model
+that did not say where they end quoted another line. A note of notes, and an answer, say which note is the last one and add their values
+up, each after the number of its note: "to 2: 1: 2 = 2, 2: 1 = 3". That of a needle repeats what a note quotes.
 """
 
 from __future__ import annotations
@@ -40,12 +39,10 @@ LEDGER_LINES = 4096  # of the longest ledger
 PROMPT_LINES = 64  # of a ledger in one prompt
 MAX_NOTES = 16  # in one part, of notes of notes and of needles
 NO_LINE = "none"  # what the note of a needle says whose line is not there
-# Of notes of notes: sums are the hardest.
-NOTE_KINDS: tuple[LedgerKind, ...] = ("sum", "needle", "sum", "count")
 MAX_SUMS = 8  # in one part, of notes of notes that add numbers of several digits
 MAX_WALKS = 3  # in one part, of notes of payments
 MORE_LINES = 60  # that further counts and sums about one text walk through
-MORE_NEEDLES = 8  # further questions about one line
+MORE_NEEDLES = 8  # further questions about one line, half of them about one that is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +79,7 @@ def ledger_readings(count: int, seed: int = 0) -> Iterator[LedgerReading]:
     makers = (_read_payments, _read_payments, *notes, _answer_payments, _answer_ledger)
     for number in range(count):
         rng = random.Random(f"{seed} ledger readings {number}")
-        make, turn = makers[number % len(makers)], number // len(makers)
-        kinds = NOTE_KINDS if make in notes else KINDS
-        yield make(rng, kinds[turn % len(kinds)])
+        yield makers[number % len(makers)](rng, KINDS[number // len(makers) % len(KINDS)])
 
 
 def reading_trajectory(reading: LedgerReading, tokenizer: Tokenizer) -> Trajectory:
@@ -117,17 +112,13 @@ def note_of_payments(problem: LedgerProblem) -> str:
         >>> note_of_payments(LedgerProblem(paid, "sum", "Ada"))
         'to [5]: [3] Ada 12 = 10 = 12 [4] Ben [5] Ada 44 = 52 = 56: 56'
         >>> note_of_payments(LedgerProblem(paid, "needle", "Ada", 4))
-        'to [5]: [3] [4] Ben paid Ada 7'
-        >>> note_of_payments(LedgerProblem(paid, "needle", "Ada", 9))
-        'to [5]: [3] [4] [5]: none'
+        '[3] to [5]: [4] Ben paid Ada 7'
     """
+    if problem.kind == "needle":
+        line = next((_quote(p) for p in problem.payments if p.number == problem.number), NO_LINE)
+        return f"[{problem.payments[0].number}] to [{problem.payments[-1].number}]: {line}"
     total, words = 0, [f"to [{problem.payments[-1].number}]:"]
     for payment in problem.payments:
-        if problem.kind == "needle" and payment.number == problem.number:
-            return " ".join([*words, _quote(payment)])
-        if problem.kind == "needle":
-            words.append(f"[{payment.number}]")
-            continue
         words.append(f"[{payment.number}] {payment.payer}")
         if payment.payer != problem.person:
             continue
@@ -136,7 +127,7 @@ def note_of_payments(problem: LedgerProblem) -> str:
         value = payment.coins if problem.kind == "sum" else 1
         words.append(_addition(total, value))
         total += value
-    return " ".join(words) + f": {NO_LINE if problem.kind == 'needle' else total}"
+    return " ".join(words) + f": {total}"
 
 
 def note_of_notes(problem: LedgerProblem, notes: Mapping[int, str]) -> str:
@@ -150,12 +141,13 @@ def note_of_notes(problem: LedgerProblem, notes: Mapping[int, str]) -> str:
         >>> notes = {4: "to [5]: [3] Ada = 1 [4] Ben [5] Ada = 2: 2", 5: "to [7]: [6] Ben [7] Ada = 1: 1"}
         >>> note_of_notes(LedgerProblem((), "count", "Ada"), notes)
         'to 5: 4: 2 = 2, 5: 1 = 3'
-        >>> note_of_notes(LedgerProblem((), "needle", "Ada", 4), {1: "to [2]: [1] [2]: none", 2: "to [5]: [3] [4] Ben paid Ada 7"})
+        >>> note_of_notes(LedgerProblem((), "needle", "Ada", 4), {1: "[1] to [3]: none", 2: "[4] to [5]: [4] Ben paid Ada 7"})
         '[4] Ben paid Ada 7'
     """
     if problem.kind == "needle":
-        quotes = (f"[{note.rpartition('[')[2]}" for note in notes.values() if " paid " in note)
-        return next((quote for quote in quotes if quote.startswith(f"[{problem.number}] ")), NO_LINE)
+        start = f"[{problem.number}] "
+        quotes = (note.rpartition(": ")[2] for note in notes.values())
+        return next((quote for quote in quotes if quote.startswith(start) and " paid " in quote), NO_LINE)
     return _add_up(list(notes), [int(note.split()[-1]) for note in notes.values()])
 
 
@@ -167,9 +159,10 @@ def _add_up(numbers: Sequence[int], values: Sequence[int]) -> str:
 
 
 def _addition(total: int, value: int) -> str:
-    """The totals after each digit of a value, its largest first: "= 159 = 160" for 79 + 81."""
+    """The totals after each digit of a value that is not 0, its largest first: "= 159 = 160" for 79 + 81."""
     digits = [int(digit) * 10 ** (len(str(value)) - k) for k, digit in enumerate(str(value), 1)]
-    return " ".join(f"= {one}" for one in [*accumulate(digits, initial=total)][1:])
+    totals = [*accumulate((digit for digit in digits if digit), initial=total)]
+    return " ".join(f"= {one}" for one in totals[1:] or totals)
 
 
 def _quote(payment: Payment) -> str:
@@ -177,26 +170,18 @@ def _quote(payment: Payment) -> str:
 
 
 def _more(
-    rng: random.Random, problem: LedgerProblem, reply: Callable[[LedgerProblem], str], is_part: bool
+    rng: random.Random, problem: LedgerProblem, reply: Callable[[LedgerProblem], str]
 ) -> tuple[tuple[str, str], ...]:
-    """Further questions about the same payments. Half of those about one line of a part are about a line that it does not have."""
+    """Further questions about the same payments."""
     made, walks = list[tuple[str, str]](), min(MORE_NEEDLES, MORE_LINES // len(problem.payments))
-    kinds: list[LedgerKind] = [rng.choice(SUMMED) for _ in range(walks)]
-    kinds += ["needle"] * (walks if is_part else MORE_NEEDLES)
+    kinds: list[LedgerKind] = [rng.choice(SUMMED) for _ in range(walks)] + ["needle"] * MORE_NEEDLES
     for kind in rng.sample(kinds, len(kinds)):
         payment = rng.choice(problem.payments)
-        number = _number(rng, problem.payments) if is_part and rng.random() < 0.5 else payment.number
+        number = payment.number if rng.random() < 0.5 else _number(rng, problem.payments)
         person = payment.payer if rng.random() < 0.8 else rng.choice(PEOPLE)
         other = LedgerProblem(problem.payments, kind, person, number)
         made.append((other.question, reply(other)))
     return tuple(made)
-
-
-def _answer_of_payments(problem: LedgerProblem) -> str:
-    """The reply about payments that answer a question: the quote of a needle needs no walk, since its line is there."""
-    if problem.kind != "needle":
-        return _answer(note_of_payments(problem))
-    return _answer(next(_quote(p) for p in problem.payments if p.number == problem.number))
 
 
 def _answer(note: str) -> str:
@@ -243,7 +228,7 @@ def _read_payments(rng: random.Random, kind: LedgerKind) -> LedgerReading:
     lines = rng.randint(PART_LINES - 4, PART_LINES) if rng.random() < 0.5 else _log_uniform(rng, PART_LINES)
     problem = _problem(rng, lines, kind)
     part = _lines(problem) if rng.random() < 0.9 else _lines(problem).rstrip("\n")  # of a last part
-    note, more = note_of_payments(problem), _more(rng, problem, note_of_payments, is_part=True)
+    note, more = note_of_payments(problem), _more(rng, problem, note_of_payments)
     return LedgerReading(_read(rng, part, problem.question), note, kind, more)
 
 
@@ -265,24 +250,21 @@ def _notes(rng: random.Random, kind: LedgerKind) -> tuple[LedgerProblem, str, di
 
 
 def _needles(rng: random.Random, number: int) -> list[str]:
-    """Notes about a line of parts that follow one another, or notes of such notes, which have no walk."""
-    is_walk = rng.random() < 0.6
-    count = rng.randint(1, MAX_WALKS) if is_walk else _log_uniform(rng, MAX_NOTES)
-    lines = [rng.randint(PART_LINES - 2, PART_LINES) for _ in range(count)]
+    """Notes about a line of parts that follow one another, or notes of such notes, which do not say where parts begin and end."""
+    lines = [rng.randint(PART_LINES - 2, PART_LINES) for _ in range(_log_uniform(rng, MAX_NOTES))]
     inside = rng.random() < 0.75
     first = max(1, number - rng.randrange(sum(lines))) if inside else number + rng.randint(1, LEDGER_LINES)
-    notes = list[str]()
+    show_lines, notes = rng.random() < 0.6, list[str]()
     for count in lines:
-        part = tuple(_payment(rng, first + k) for k in range(count))
-        note = note_of_payments(LedgerProblem(part, "needle", "", number))
-        notes.append(note if is_walk else note_of_notes(LedgerProblem((), "needle", "", number), {1: note}))
+        quote = _needle(rng, number) if first <= number < first + count else NO_LINE
+        notes.append(f"[{first}] to [{first + count - 1}]: {quote}" if show_lines else quote)
         first += count
     return notes
 
 
-def _payment(rng: random.Random, number: int) -> Payment:
+def _needle(rng: random.Random, number: int) -> str:
     payer, payee = rng.sample(PEOPLE, 2)
-    return Payment(number, payer, payee, rng.randint(1, LARGEST_PRICE), "")
+    return _quote(Payment(number, payer, payee, rng.randint(1, LARGEST_PRICE), ""))
 
 
 def _walk(rng: random.Random, problem: LedgerProblem) -> str:
@@ -329,5 +311,7 @@ def _answer_ledger(rng: random.Random, kind: LedgerKind) -> LedgerReading:
 
 
 def _answer_reading(rng: random.Random, message: str, problem: LedgerProblem) -> LedgerReading:
-    more = _more(rng, problem, _answer_of_payments, is_part=False)
-    return LedgerReading(message, _answer_of_payments(problem), problem.kind, more)
+    def reply(one: LedgerProblem) -> str:
+        return _answer(note_of_payments(one))
+
+    return LedgerReading(message, reply(problem), problem.kind, _more(rng, problem, reply))
