@@ -102,7 +102,9 @@ SECTIONS: dict[str, Section] = {
     "quality.long_context": Section(
         "Long texts with and without recursion",
         "Questions about generated ledgers: one prompt with all of the text, or sub-calls that read its parts (`recursive(part_tokens=...)`). "
-        "The model is SmolLM2 (135M) with [an adapter for this](methods.md#read-a-long-text-in-parts), which does not read well enough yet.",
+        "The model is SmolLM2 (135M) with [an adapter for this](methods.md#read-a-long-text-in-parts). One wrong note makes an answer wrong, and "
+        "a model of this size writes one too often.",
+        model_figures.long_context,
     ),
     "quality.speculative_search": Section(
         "Speculative tree search",
